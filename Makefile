@@ -1,0 +1,39 @@
+# Every target makes the environment it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-quick lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "clip_exp needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/installed ## make .venv with clip_exp and its tools
+
+train: install ## train a CLIP on handwritten digits, in minutes on a CPU
+	$(BIN)/python train.py resume=never
+
+test: install ## run every test
+	$(BIN)/python -m pytest
+
+test-quick: install ## run the tests that take less than about ten seconds
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: install ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## rewrite the code in the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches (not outputs/, not .venv)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,0 +1,18 @@
+"""clip_exp: a config-driven framework for CLIP experiments."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+if TYPE_CHECKING:
+    from clip_exp.api import load
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Python API on first use, so that `import clip_exp` costs nothing on the way to `--help`."""
+    if name == "load":
+        from clip_exp.api import load
+
+        return load
+    raise AttributeError(f"module 'clip_exp' has no attribute '{name}'")

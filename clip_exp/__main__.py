@@ -1,0 +1,6 @@
+"""`python -m clip_exp <command>` is the console script `clip-exp <command>`."""
+
+from clip_exp.cli import main
+
+if __name__ == "__main__":
+    main()

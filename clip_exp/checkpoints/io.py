@@ -1,0 +1,74 @@
+"""Lightning's training state in our format: `model.safetensors` with plain weights, `state.json` and `state.safetensors` beside it.
+
+The same files whatever the strategy: a run can go on under another one, and the weights open in one process without it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+from safetensors.torch import load_file, save_file
+
+from clip_exp.checkpoints.state import join, split
+from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS, atomic_folder
+from clip_exp.errors import CheckpointError
+
+MODEL_PREFIX = "model."
+STATE, TENSORS = "state.json", "state.safetensors"
+EMA_KEY = "ema_state_dict"
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Writes and reads checkpoint folders. `metadata` goes into the manifest of the next one written."""
+
+    def __init__(self) -> None:
+        self.metadata: dict[str, Any] = {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a state as Lightning dumps it into the folder `path`, whole or not at all."""
+        state = dict(checkpoint)
+        weights = _plain_weights(state.pop("state_dict"))
+        averaged = state.pop(EMA_KEY, None)
+        tree, tensors = split(state)
+        with atomic_folder(Path(path), {"step": checkpoint.get("global_step"), **self.metadata}) as folder:
+            save_file(weights, folder / WEIGHTS)
+            save_file(tensors, folder / TENSORS)
+            if averaged is not None:
+                save_file({key: value.contiguous() for key, value in averaged.items()}, folder / EMA_WEIGHTS)
+            (folder / STATE).write_text(json.dumps(tree), encoding="utf-8")
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read the folder `path` back into a state as Lightning expects it.
+
+        Raises:
+            CheckpointError: a file is missing or cannot be read.
+        """
+        folder = Path(path)
+        try:
+            tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            state = join(tree, load_file(folder / TENSORS))
+            weights = load_file(folder / WEIGHTS)
+            if (folder / EMA_WEIGHTS).is_file():
+                state[EMA_KEY] = load_file(folder / EMA_WEIGHTS)
+        except Exception as error:
+            raise CheckpointError(f"the checkpoint {folder} cannot be read: {error}") from error
+        state["state_dict"] = {f"{MODEL_PREFIX}{key}": value for key, value in weights.items()}
+        return state
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        raise NotImplementedError("clip_exp.training.callbacks.Checkpointer removes checkpoints")
+
+
+def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's own weights, float32 on the CPU, under its own names."""
+    return {
+        key.removeprefix(MODEL_PREFIX): value.detach()
+        .to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
+        .contiguous()
+        for key, value in state_dict.items()
+        if key.startswith(MODEL_PREFIX)
+    }

@@ -1,0 +1,118 @@
+"""The door: one function per command. Hydra composes `conf/`, a command runs, an expected error becomes one message and an exit code.
+
+No torch at module level: `--help`, composing and a configuration error answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from omegaconf import DictConfig
+
+from clip_exp import __version__
+from clip_exp.errors import ClipExpError
+
+COMMANDS = {
+    "train": "train a CLIP on image-text pairs",
+    "evaluate": "score a trained CLIP: zero-shot classification, retrieval",
+}
+
+
+def main(command: str | None = None) -> NoReturn:
+    """Run a command with the arguments of the process, and end it with the command's exit code."""
+    arguments = sys.argv[1:]
+    if command is None:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(_usage())
+            sys.exit(0)
+        if arguments[0] == "--version":
+            print(__version__)
+            sys.exit(0)
+        command, arguments = arguments[0], arguments[1:]
+        if command not in COMMANDS:
+            from clip_exp.config.load import nearest
+
+            _fail(f"{command} is no command of clip-exp: {nearest(command, COMMANDS)}")
+    sys.exit(run(command, arguments))
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Compose the configuration of `command` from Hydra overrides and flags, run it, and return its exit code.
+
+    A sweep (`-m`) goes on after a failed job and returns the first failure's code.
+    """
+    import hydra
+
+    from clip_exp.config.overrides import quote
+    from clip_exp.config.paths import conf_dir
+    from clip_exp.config.schema import register
+
+    register()
+    codes: list[int] = []
+
+    def job(config: DictConfig) -> None:
+        codes.append(_guarded(lambda: globals()[f"_{command}"](config, arguments)))
+
+    # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and the door below prints.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [f"{command}.py", *quote(arguments)]
+    code = _guarded(lambda: hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)())
+    return next((c for c in codes if c), 0) or code
+
+
+def _guarded(action: Callable[[], int | None]) -> int:
+    """Run `action`; print an expected error as one message and return its exit code."""
+    try:
+        return action() or 0
+    except ClipExpError as error:
+        return _report(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _report("interrupted.", 130)
+    except Exception as error:
+        from clip_exp.config.overrides import explain
+
+        message = explain(error)
+        if message is None:
+            raise
+        return _report(message, 2)
+
+
+def _train(config: DictConfig, arguments: list[str]) -> int:
+    from clip_exp.config.load import load_train
+    from clip_exp.config.preflight import check_train
+    from clip_exp.config.sweep import job_number
+
+    loaded = load_train(config)
+    check_train(loaded)
+    from clip_exp.training.launch import launch
+
+    return launch(loaded, arguments, job_number())
+
+
+def _evaluate(config: DictConfig, arguments: list[str]) -> int:
+    from clip_exp.config.load import load_evaluate
+
+    loaded = load_evaluate(config)
+    from clip_exp.evaluation.run import evaluate
+
+    evaluate(loaded)
+    return 0
+
+
+def _report(message: str, code: int) -> int:
+    lines = message.strip().splitlines()
+    text = f"error: {lines[0]}" if len(lines) == 1 else "\n".join(["error:", *(f"  - {line}" for line in lines)])
+    if os.environ.get("RANK", "0") == "0" or code == 6:
+        print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _fail(message: str) -> NoReturn:
+    sys.exit(_report(message, 2))
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return f"usage: clip-exp <command> [key=value …]\n\n{rows}\n\n`clip-exp <command> --help` lists a command's options and keys."

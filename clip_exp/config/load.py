@@ -1,0 +1,149 @@
+"""From what Hydra composed, or a run folder holds, to typed dataclasses; strict about every key.
+
+Hydra already refuses a wrong key or type in YAML and in overrides, because the schema is the first entry of the defaults list.
+It does not refuse `+key=…`, and cannot type a node whose class depends on its contents (`optimizer`, tasks): that is done here.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from clip_exp.config.schema import (
+    AdamConfig,
+    CustomOptimizerConfig,
+    EvaluateConfig,
+    LionConfig,
+    OptimizerConfig,
+    SGDConfig,
+    TrainConfig,
+)
+from clip_exp.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
+    "torch.optim.AdamW": AdamConfig,
+    "torch.optim.Adam": AdamConfig,
+    "torch.optim.SGD": SGDConfig,
+    "timm.optim.Lion": LionConfig,
+}
+DEFAULT_EPOCHS = 30.0
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A sentence that helps after a typo: the closest valid name, or all of them where none is close."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}."
+
+
+def strict_dataclass(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Turn a plain mapping into the dataclass `cls`.
+
+    Raises:
+        ConfigError: a key that `cls` does not have, or a value of the wrong type; `where` names the mapping in the message.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = [f"{where}.{key} does not exist: {nearest(key, known)}" for key in values if key not in known]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{where}.{error.key} has no value: set it ({where}.{error.key}=…).") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}.{error.key}: {str(error).splitlines()[0]}") from None
+
+
+def load_train(config: DictConfig) -> TrainConfig:
+    """The typed configuration of a training run, every default written out.
+
+    Raises:
+        ConfigError: unknown keys, missing values, wrong types; all that were found, a line each.
+    """
+    raw = _resolve(config)
+    loaded = _to_object(TrainConfig, raw)
+    loaded.optimizer = _optimizer(loaded.optimizer or {})
+    if loaded.max_steps is None and loaded.epochs is None:
+        loaded.epochs = DEFAULT_EPOCHS
+    return loaded
+
+
+def load_evaluate(config: DictConfig) -> EvaluateConfig:
+    """The typed configuration of an evaluation; its tasks stay mappings, typed by `evaluation.run`."""
+    return _to_object(EvaluateConfig, _resolve(config))
+
+
+def read_run_config(run_dir: Path | str) -> TrainConfig:
+    """The configuration that a run folder was made with.
+
+    Raises:
+        CheckpointError: the folder or its `config.yaml` is missing.
+        ConfigError: the file has keys or values that this version does not know.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{run_dir} is not a run folder: it has no config.yaml. Give the folder that training printed."
+        )
+    return load_train(OmegaConf.load(path))  # type: ignore[arg-type]
+
+
+def to_yaml(config: TrainConfig | EvaluateConfig) -> str:
+    """The complete configuration as YAML that `read_run_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.value if hasattr(value, "value") else value
+
+
+def _resolve(config: DictConfig) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[return-value]
+    except MissingMandatoryValue:
+        missing = sorted(OmegaConf.missing_keys(config))
+        raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing)) from None
+    except (InterpolationResolutionError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{error.full_key or error.key}: {str(error).splitlines()[0]}") from None
+
+
+def _to_object(cls: type[T], raw: dict[str, Any]) -> T:
+    problems = list(_unknown_keys(raw, cls, ""))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), raw))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or error.key}: {str(error).splitlines()[0]}") from None
+
+
+def _unknown_keys(values: dict[str, Any], cls: type, prefix: str) -> Iterator[str]:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            yield f"{prefix}{key} does not exist: {nearest(key, fields)}"
+        elif isinstance(value, dict) and (nested := _dataclass_of(fields[key].type)):
+            yield from _unknown_keys(value, nested, f"{prefix}{key}.")
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    candidates = getattr(annotation, "__args__", None) or (annotation,)
+    return next((cls for cls in candidates if dataclasses.is_dataclass(cls)), None)  # type: ignore[return-value]
+
+
+def _optimizer(values: dict[str, Any]) -> OptimizerConfig:
+    if "_target_" not in values:
+        raise ConfigError("optimizer._target_ has no value: choose an option (optimizer=adamw) or name a class.")
+    return strict_dataclass(OPTIMIZERS.get(values["_target_"], CustomOptimizerConfig), values, "optimizer")

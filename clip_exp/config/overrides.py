@@ -1,0 +1,96 @@
+"""Hydra's command-line grammar for people: quoting what it cannot read, and its errors in one sentence."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from clip_exp.config.load import nearest
+
+MULTIRUN_FLAGS = {"-m", "--multirun"}
+
+
+def quote(arguments: list[str]) -> list[str]:
+    """Quote the values that Hydra's grammar cannot read: `=` in a path, Chinese text, parentheses, `{000..009}`.
+
+    Outside a sweep a comma is quoted as well (`text=a dog, running`), where Hydra would take it for a list of choices.
+    """
+    parser = OverridesParser.create()
+    sweeping = bool(MULTIRUN_FLAGS & set(arguments))
+    return [_quoted(parser, argument, sweeping) for argument in arguments]
+
+
+def _quoted(parser: OverridesParser, argument: str, sweeping: bool) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-"):
+        return argument
+    try:
+        if sweeping or not parser.parse_override(argument).is_sweep_override():
+            return argument
+    except HydraException:
+        pass
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    quoted = f"{key}='{escaped}'"
+    try:
+        parser.parse_override(quoted)
+    except HydraException:
+        return argument
+    return quoted
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for an error of Hydra or OmegaConf: what, where, how to fix; None for any other error."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, OverrideParseException):
+            return f"cannot read the override {cause.override}: write key=value, and quote odd values: \"key='value'\"."
+        if isinstance(cause, MissingConfigException):
+            return _missing_option(cause)
+    for cause in reversed(chain):
+        if isinstance(cause, OmegaConfBaseException) and (cause.full_key or cause.key) is not None:
+            return _bad_key(cause)
+    for cause in chain:
+        if isinstance(cause, HydraException):
+            return _missing_group(str(cause)) or " ".join(str(cause).split())
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not error.options:
+        return " ".join(str(error).split())
+    return f"{group}={name} does not exist: {nearest(name, error.options)}"
+
+
+def _missing_group(message: str) -> str | None:
+    """`optimzer=sgd`: Hydra knows neither a group nor a key of that name."""
+    from clip_exp.config.paths import conf_dir
+
+    match = re.search(r"Could not override '([^'@]+)'", message)
+    if match is None:
+        return None
+    name = match.group(1)
+    groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    close = difflib.get_close_matches(name, groups, n=1)
+    return f"{name} does not exist" + (
+        f": did you mean '{close[0]}'?" if close else ". See --help for the groups and keys."
+    )
+
+
+def _bad_key(error: OmegaConfBaseException) -> str:
+    full_key = str(error.full_key or error.key)
+    parent = error.parent_node
+    valid = [str(key) for key in parent] if parent is not None and hasattr(parent, "keys") else []
+    missing = str(error.key) not in valid
+    if missing and valid and type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
+        return f"{full_key} does not exist: {nearest(str(error.key), valid)}"
+    return f"{full_key}: {str(error.msg if getattr(error, 'msg', None) else error).splitlines()[0]}"

@@ -1,0 +1,374 @@
+"""The types, units and documentation of every key in `conf/`.
+
+Hydra composes YAML against these dataclasses, so a wrong key or type is refused while composing; `config.load` then turns
+the result into instances of them, and nothing past it sees a DictConfig. This module imports neither torch nor Hydra.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Activation(StrEnum):
+    """Nonlinearity of the towers' MLPs. OpenAI's weights need `quick_gelu`, x * sigmoid(1.702 x)."""
+
+    gelu = "gelu"
+    quick_gelu = "quick_gelu"
+
+
+class Captions(StrEnum):
+    """What a row of the training stream is: an image with one caption drawn per epoch, or every pair of the table."""
+
+    random = "random"
+    all = "all"
+
+
+class OnBadRow(StrEnum):
+    error = "error"
+    skip = "skip"
+
+
+class OnBadImage(StrEnum):
+    error = "error"
+    replace = "replace"
+
+
+class Generator(StrEnum):
+    """Data sets that the project makes itself (`clip_exp.data.samples`)."""
+
+    digits = "digits"
+    shapes = "shapes"
+
+
+class LossName(StrEnum):
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class Match(StrEnum):
+    """How a repeated caption or picture inside a batch counts: as another match or as a mismatch."""
+
+    positive = "positive"
+    negative = "negative"
+
+
+class StrategyName(StrEnum):
+    auto = "auto"
+    ddp = "ddp"
+    deepspeed = "deepspeed"
+
+
+class Precision(StrEnum):
+    """Lightning's names. `auto`: bf16-mixed on GPUs that have it, 32-true elsewhere."""
+
+    auto = "auto"
+    fp32 = "32-true"
+    bf16_mixed = "bf16-mixed"
+    fp16_mixed = "16-mixed"
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class ImageTowerConfig:
+    """A Vision Transformer (Dosovitskiy et al. 2021) as CLIP uses it, and the pictures it expects."""
+
+    image_size: int = MISSING  # side of the square input, pixels
+    patch_size: int = MISSING  # side of a patch, pixels
+    width: int = MISSING  # channels of the residual stream
+    layers: int = MISSING
+    heads: int = MISSING
+    mlp_ratio: float = 4.0  # hidden channels of the MLP over width; rounded down to whole channels
+    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])  # RGB, of pixels in 0..1
+    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+
+
+@dataclass
+class TextTowerConfig:
+    """A causal transformer over byte-pair tokens, pooled at the end-of-text token (Radford et al. 2021)."""
+
+    context_length: int = 77  # tokens, start and end included; longer captions are cut, the end token kept
+    vocab_size: int = 49408
+    width: int = MISSING
+    layers: int = MISSING
+    heads: int = MISSING
+    mlp_ratio: float = 4.0
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    embed_dim: int = MISSING  # channels of the shared space
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    activation: Activation = Activation.gelu
+    dropout: float = 0.0  # on the residual branches of both towers
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class AugmentationConfig:
+    """Training crops. Drawn from a generator seeded by (seed, epoch, row), whatever the worker or rank."""
+
+    scale: list[float] = field(default_factory=lambda: [0.9, 1.0])  # area of the crop over the picture's
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333])  # width over height of the crop
+    horizontal_flip: float = 0.0  # probability
+
+
+@dataclass
+class GenerateConfig:
+    """A data set that clip_exp writes to `<output_dir>/data/` before training."""
+
+    kind: Generator = MISSING
+    rows: int | None = None  # training rows; null: all there are (digits) or 2,000 (shapes)
+    val_rows: int | None = None
+    image_size: int = 64  # pixels (shapes)
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    train: Any = None  # a table of image-text pairs, or a list of them
+    val: Any = None  # likewise, optional
+    generate: GenerateConfig | None = None  # instead of `train` and `val`
+    image_root: str | None = None  # folder that relative image paths start from; null: the table's own folder
+    image_key: str = "filepath"
+    caption_key: str = "title"
+    label_key: str | None = None  # column of class names in `val`: adds zero-shot accuracy to validation
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])  # prompts for that accuracy
+    separator: str = "auto"  # auto, or one character; tab may be written \t
+    encoding: str = "auto"
+    captions: Captions = Captions.random
+    num_workers: int | None = (
+        None  # processes that decode pictures, per rank; null: the machine's cores over ranks, at most 8
+    )
+    on_bad_row: OnBadRow = OnBadRow.error
+    on_bad_image: OnBadImage = OnBadImage.replace
+    max_bad_fraction: float = 0.1  # distinct bad rows over the table's rows, above which the run stops
+    max_rows: int | None = None  # use only the first rows of the training table
+    max_image_pixels: int = 40_000_000  # larger pictures are refused from their header
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+
+# ----------------------------------------------------------------------------------------------------------- loss
+
+
+@dataclass
+class LossConfig:
+    name: LossName = MISSING
+    same_caption: Match = Match.negative  # equal captions in a batch
+    same_image: Match = Match.negative  # equal pictures in a batch
+    init_logit_scale: float = 2.659260036932778  # ln(1 / 0.07); the scale is clamped to [0, ln 100] after each step
+    init_logit_bias: float | None = None  # sigmoid only
+
+
+# -------------------------------------------------------------------------------------------------- optimisation
+
+
+@dataclass
+class OptimizerConfig:
+    """What every optimizer has. `_target_` is a class below an allowed module prefix (`config.targets`)."""
+
+    _target_: str = MISSING
+    lr: float = MISSING
+    weight_decay: float = 0.2  # on matrices only: not on biases, norms, positions and the logit scale
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    fused: bool = True
+
+
+@dataclass
+class SGDConfig(OptimizerConfig):
+    momentum: float = 0.9
+    nesterov: bool = False
+
+
+@dataclass
+class LionConfig(OptimizerConfig):
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+
+
+@dataclass
+class CustomOptimizerConfig(OptimizerConfig):
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the class
+
+
+@dataclass
+class SchedulerConfig:
+    """Learning rate over its peak as a function of the step: linear warm-up, then `_target_`'s decay."""
+
+    _target_: str = MISSING  # function of the share of the decay that is done, 0..1, to a factor
+    warmup_steps: int | None = None  # null: a tenth of the run
+    final_factor: float = 0.0  # the rate at the end over its peak
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StrategyConfig:
+    name: StrategyName = MISSING
+    stage: int | None = None  # ZeRO 1, 2 or 3 (deepspeed)
+    offload: bool = False  # optimizer state, and under ZeRO-3 parameters too, in host memory (deepspeed)
+    config: dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's own configuration
+    timeout_s: int = 1800  # of a collective, after which a lost rank ends the run
+
+
+@dataclass
+class TrainerConfig:
+    """What Lightning's Trainer needs to know; the names are Lightning's."""
+
+    accelerator: str = "auto"  # auto, cpu, gpu
+    devices: Any = "auto"  # auto (1 on CPU, all GPUs), a number, or a list of GPU indices
+    num_nodes: int = 1
+    gradient_clip_val: float | None = 1.0  # norm of the whole gradient
+    accumulate_grad_batches: int = 1  # must stay 1: `micro_batch_size` is the way to big batches
+    deterministic: bool = False
+    profiler: str | None = None  # null, simple, advanced, pytorch
+
+
+# ------------------------------------------------------------------------------------------- callbacks and loggers
+
+
+@dataclass
+class CallbacksConfig:
+    progress: str = "auto"  # auto (a bar on a terminal, lines elsewhere), bar, lines, none
+    ema_decay: float | None = None  # keep an exponential moving average of the weights
+    ema_every_n_steps: int = 1
+    extra: dict[str, Any] = field(default_factory=dict)  # name: {_target_: lightning callback, …}
+
+
+@dataclass
+class TensorBoardConfig:
+    log_graph: bool = False
+
+
+@dataclass
+class WandbConfig:
+    project: str = "clip_exp"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: str = "online"  # online, offline, disabled; an unreachable server turns online into offline
+    init_timeout_s: int = 10
+
+
+@dataclass
+class LoggerConfig:
+    """`metrics.csv` is always written: a run's report is made from it. The others come on top."""
+
+    tensorboard: TensorBoardConfig | None = None
+    wandb: WandbConfig | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # name: {_target_: lightning logger, …}
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+@dataclass
+class TrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: Any = MISSING  # an OptimizerConfig, chosen by its `_target_` in `config.load`
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    name: str = MISSING  # of the run; its folder is <output_dir>/train/<name>/<time>
+    seed: int = 0
+    output_dir: str = "outputs"
+    resume: str = "auto"  # auto, never, or a run folder or checkpoint
+    pretrained: str | None = None  # weights to start from
+    max_steps: int | None = None  # exactly one of max_steps and epochs; neither: 30 epochs
+    epochs: float | None = None
+    global_batch_size: int = 128  # pairs per optimizer step, over all devices
+    micro_batch_size: int | None = None  # the largest chunk a tower sees at once on a device; null: all at once
+    precision: str = "auto"  # auto, 32-true, bf16-mixed, 16-mixed
+    compile: bool = False  # torch.compile on the towers
+    log_every_n_steps: int = 10
+    val_every_n_steps: int | None = None  # null: ten times in the run; the end is always validated
+    checkpoint_every_n_steps: int | None = None  # null: ten times in the run; the end always has one
+    monitor: str | None = None  # a validation metric, such as val/recall@1_i2t: keep its best checkpoint
+    monitor_mode: str = "auto"  # min, max; auto: min for names that contain loss or rank
+    patience: int | None = None  # validations without a better `monitor` before the run stops
+
+
+class TaskKind(StrEnum):
+    auto = "auto"
+    zero_shot = "zero_shot"
+    retrieval = "retrieval"
+
+
+@dataclass
+class AutoTaskConfig:
+    """What the run validated on: retrieval on `data.val`, and zero-shot classification where it has labels."""
+
+    kind: TaskKind = TaskKind.auto
+
+
+@dataclass
+class ZeroShotTaskConfig:
+    """Zero-shot classification of labelled pictures: a folder per class, or a table with a column of class names."""
+
+    kind: TaskKind = TaskKind.zero_shot
+    root: str | None = None  # folder with one folder of pictures per class
+    table: Any = None  # instead of `root`: a CSV with `image_key` and `label_key`
+    generate: GenerateConfig | None = None  # instead of both: the held-out part of a data set that clip_exp makes
+    image_root: str | None = None
+    image_key: str = "filepath"
+    label_key: str = "label"
+    separator: str = "auto"
+    encoding: str = "auto"
+    classes: Any = "labels"  # labels (the folders' or the column's own names), imagenet (1,000 names, folders are wnids), a list, or a file with one name per line
+    templates: Any = "openai"  # openai (80), simple (7), a list, or a file with one template per line
+
+
+@dataclass
+class RetrievalTaskConfig:
+    """Recall@k between pictures and their captions, both ways; any of a picture's captions is a hit."""
+
+    kind: TaskKind = TaskKind.retrieval
+    table: Any = MISSING
+    image_root: str | None = None
+    image_key: str = "filepath"
+    caption_key: str = "title"
+    separator: str = "auto"
+    encoding: str = "auto"
+
+
+@dataclass
+class EvaluateConfig:
+    run: str | None = None  # a run folder; exactly one of run, ckpt, and model with pretrained
+    ckpt: str | None = None  # a checkpoint folder, or its model.safetensors
+    model: ModelConfig | None = None
+    pretrained: str | None = None  # a file of weights for `model`
+    task: dict[str, Any] = field(default_factory=dict)  # name: a task, typed by its `kind`
+    ema: bool = False  # the averaged weights of the checkpoint instead of the raw ones
+    name: str | None = None  # of the evaluation's folder; null: the run's or the model's
+    output_dir: str = "outputs"
+    accelerator: str = "auto"  # auto, cpu, gpu
+    precision: str = "32-true"
+    batch_size: int = 64  # pictures per forward pass
+    num_workers: int | None = None  # processes that decode pictures; null: the machine's cores, at most 8
+    on_bad_image: OnBadImage = OnBadImage.error  # `replace` leaves the picture out of the score and counts it
+    max_image_pixels: int = 200_000_000
+
+
+def register() -> None:
+    """Make the schemas known to Hydra under the names that the defaults lists use."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)

@@ -1,0 +1,264 @@
+"""Tables, order and pictures put together as what Lightning's Trainer asks for."""
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+
+from clip_exp.config.schema import DataConfig
+from clip_exp.data.bad_samples import VALIDATION, BadSamples
+from clip_exp.data.batches import Batch, Collate, EvalBatch, EvalCollate
+from clip_exp.data.dataset import EvalPairs, TrainPairs
+from clip_exp.data.order import StreamSampler
+from clip_exp.data.rows import build_rows
+from clip_exp.data.samples import generate
+from clip_exp.data.tables import PairTable, read_table
+from clip_exp.data.workers import count_workers, init_worker
+from clip_exp.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+EVAL_BATCH_SIZE = 64  # pictures
+
+
+class EvalSampler(Sampler[list[int]]):
+    """Indices of this rank's validation batches: as many on every rank, the last ones wrapped round where they do not come out.
+
+    Whoever reads the results drops the repeated indices.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.count, self.batch_size, self.rank, self.world_size = count, batch_size, rank, world_size
+        self._per_rank = -(-count // world_size)
+
+    def __len__(self) -> int:
+        return -(-self._per_rank // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, self._per_rank, self.batch_size):
+            steps = range(start, min(start + self.batch_size, self._per_rank))
+            yield [(step * self.world_size + self.rank) % self.count for step in steps]
+
+
+class TimedLoader:
+    """A loader that measures how long its reader waited for it."""
+
+    def __init__(self, loader: "DataLoader[Batch]") -> None:
+        self.loader = loader
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while True:
+            started_s = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited_s += time.perf_counter() - started_s
+            yield batch
+
+
+class PairsDataModule(LightningDataModule):
+    """The data of a training run. Its whole state is the number of samples of the stream that were seen.
+
+    Rank, world size and device come from the Trainer; without one there is one process on the CPU.
+
+    Args:
+        config: see `DataConfig`.
+        image_size: side of the pictures, pixels.
+        context_length: the most ids of a caption.
+        global_batch_size: samples per optimizer step over all ranks.
+        total_steps: where the stream ends; None: never. May be set after `setup`, which tells `num_rows`.
+        seed: of order, captions and crops.
+        output_dir: generated data is written below it.
+        pad_multiple: captions of a batch are padded to a multiple of this.
+        run_dir: folder of the run, for `bad_samples.csv`; may be set later, before the loaders are asked for.
+
+    Attributes:
+        train_table, val_table: after `setup`.
+        class_names: labels of the validation table, in the order of `EvalBatch.label`; empty without `data.label_key`.
+        bad_samples, bad_val_samples: distinct pictures that could not be used, with their reasons.
+        truncated: captions that were cut, counted over the samples seen.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        image_size: int,
+        context_length: int,
+        global_batch_size: int,
+        total_steps: int | None = None,
+        seed: int = 0,
+        output_dir: str | Path = "outputs",
+        pad_multiple: int = 1,
+        run_dir: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.seed = config, seed
+        self.image_size, self.context_length, self.pad_multiple = image_size, context_length, pad_multiple
+        self.global_batch_size, self.total_steps = global_batch_size, total_steps
+        self.output_dir, self.run_dir = Path(output_dir), run_dir
+        self.start_sample = 0
+        self.truncated = 0
+        self.train_table: PairTable | None = None
+        self.val_table: PairTable | None = None
+        self.bad_samples: BadSamples | None = None
+        self.bad_val_samples: BadSamples | None = None
+        self.class_names: list[str] = []
+        self._train_loader: TimedLoader | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the tables, or make them. Does nothing the second time.
+
+        Raises: ConfigError, DataError; see `read_table`.
+        """
+        if self.train_table is not None:
+            return
+        config = self.config
+        train, val = config.train, config.val
+        if config.generate is not None:
+            generated = generate(config.generate, self.output_dir)
+            train, val = generated.train, generated.val
+        if train is None:
+            raise ConfigError("No training data: set data.train to a CSV file of image-text pairs, or data.generate.")
+        self.train_table = self._read(train, max_rows=config.max_rows)
+        self._rows = build_rows(self.train_table, config.captions)
+        if val is not None:
+            self.val_table = self._read(val, label_key=config.label_key)
+            self._eval_pairs = EvalPairs(
+                self.val_table,
+                image_size=self.image_size,
+                context_length=self.context_length,
+                on_bad_image=config.on_bad_image,
+                max_image_pixels=config.max_image_pixels,
+            )
+            self.class_names = self._eval_pairs.class_names
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the stream: samples of an epoch."""
+        self.setup()
+        return len(self._rows)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation table."""
+        self.setup()
+        return self.val_table is not None
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that training has waited for batches so far."""
+        return 0.0 if self._train_loader is None else self._train_loader.waited_s
+
+    def train_dataloader(self) -> TimedLoader:
+        """Batches of this rank from `start_sample` on, to `total_steps` or without end."""
+        self.setup()
+        assert self.train_table is not None
+        config = self.config
+        file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
+        self.bad_samples = BadSamples(self._rows.pictures, config.max_bad_fraction, what="training", file=file)
+        dataset = TrainPairs(
+            self.train_table,
+            self._rows,
+            image_size=self.image_size,
+            context_length=self.context_length,
+            seed=self.seed,
+            augmentation=config.augmentation,
+            on_bad_image=config.on_bad_image,
+            max_image_pixels=config.max_image_pixels,
+        )
+        rank, world_size = self._place()
+        total = None if self.total_steps is None else self.total_steps * self.global_batch_size
+        sampler = StreamSampler(self.global_batch_size, rank, world_size, self.start_sample, total)
+        loader = self._loader(dataset, sampler, Collate(self.context_length, self.pad_multiple), persistent=True)
+        self._train_loader = TimedLoader(loader)
+        return self._train_loader
+
+    def val_dataloader(self) -> "DataLoader[EvalBatch] | list[Any]":
+        """Batches of this rank's share of the validation pictures; an empty list without `data.val`."""
+        self.setup()
+        if self.val_table is None:
+            return []
+        dataset, config = self._eval_pairs, self.config
+        file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
+        self.bad_val_samples = BadSamples(
+            len(dataset), config.max_bad_fraction, what="validation", mark=VALIDATION, file=file
+        )
+        rank, world_size = self._place()
+        sampler = EvalSampler(len(dataset), EVAL_BATCH_SIZE, rank, world_size)
+        collate = EvalCollate(self.context_length, self.image_size, self.pad_multiple)
+        return self._loader(dataset, sampler, collate, persistent=False)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Record what happened in the workers on the way to this batch.
+
+        Raises: DataError where too many pictures are bad.
+        """
+        if isinstance(batch, Batch):
+            if batch.truncated and not self.truncated:
+                log.warning("Captions longer than %d ids are cut (model.text.context_length).", self.context_length)
+            self.truncated += batch.truncated
+            if batch.bad and self.bad_samples is not None:
+                self.bad_samples.add(batch.bad)
+            return batch._replace(bad=(), truncated=0)
+        if isinstance(batch, EvalBatch):
+            if batch.bad and self.bad_val_samples is not None:
+                self.bad_val_samples.add(batch.bad)
+            return batch._replace(bad=())
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """`samples_seen`: samples of the stream that optimizer steps have used, over all ranks."""
+        steps = 0 if self.trainer is None else self.trainer.global_step
+        return {"samples_seen": steps * self.global_batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the samples that were seen; before `train_dataloader` is asked for."""
+        self.start_sample = int(state_dict["samples_seen"])
+
+    def _read(self, tables: Any, *, label_key: str | None = None, max_rows: int | None = None) -> PairTable:
+        config = self.config
+        generated = config.generate is not None
+        return read_table(
+            tables,
+            image_key="filepath" if generated else config.image_key,
+            caption_key="title" if generated else config.caption_key,
+            label_key=label_key,
+            image_root=None if generated else config.image_root,
+            separator=config.separator,
+            encoding=config.encoding,
+            on_bad_row=config.on_bad_row.value,
+            max_rows=max_rows,
+        )
+
+    def _place(self) -> tuple[int, int]:
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if self.global_batch_size % world_size:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} cannot be shared equally by {world_size} devices: "
+                f"set it to a multiple of {world_size}."
+            )
+        return rank, world_size
+
+    def _loader(
+        self, dataset: Any, sampler: Sampler[list[int]], collate: Any, *, persistent: bool
+    ) -> "DataLoader[Any]":
+        trainer = self.trainer
+        workers = count_workers(self.config.num_workers, 1 if trainer is None else trainer.num_devices)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+            persistent_workers=persistent and workers > 0,
+            worker_init_fn=init_worker,
+        )

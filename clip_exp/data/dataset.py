@@ -1,0 +1,227 @@
+"""Samples by position: of the training stream, of a validation table, of a list of pictures.
+
+What a sample holds depends on its position, the table and the seed alone, so it is the same in whichever worker, rank or
+restart it is made.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clip_exp.config.schema import AugmentationConfig, OnBadImage
+from clip_exp.data.batches import BadPicture, EvalSample, Sample, caption_id
+from clip_exp.data.images import BadImage, open_image, read_image
+from clip_exp.data.order import Permutation
+from clip_exp.data.randomness import Draws, hash64
+from clip_exp.data.rows import Rows, group_by_picture
+from clip_exp.data.tables import PairTable
+from clip_exp.data.transforms import eval_transform, train_transform
+from clip_exp.errors import DataError
+from clip_exp.text.tokenizer import Tokenizer
+
+_CROP, _REPLACEMENT = 6, 7
+_MAX_REPLACEMENTS = 100
+
+
+class PictureError(DataError):
+    """A picture that the policy does not forgive.
+
+    A DataLoader raises a worker's error again as its class with the worker's traceback as the message; this class takes its
+    own message back out of that.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
+
+
+class TrainPairs(Dataset[Sample]):
+    """Training samples by position in the stream (`clip_exp.data.order`), without end.
+
+    Args:
+        table: of pairs.
+        rows: of the stream (`clip_exp.data.rows`).
+        image_size: side of the pictures, pixels.
+        context_length: the most ids of a caption.
+        seed: of order, captions, crops and replacements.
+        augmentation: of the crops.
+        on_bad_image: raise, or take another row that depends on the seed, the epoch and the bad row alone.
+        max_image_pixels: see `read_image`.
+    """
+
+    def __init__(
+        self,
+        table: PairTable,
+        rows: Rows,
+        *,
+        image_size: int,
+        context_length: int,
+        seed: int,
+        augmentation: AugmentationConfig,
+        on_bad_image: OnBadImage = OnBadImage.replace,
+        max_image_pixels: int = 40_000_000,
+    ) -> None:
+        self.table, self.rows = table, rows
+        self.image_size, self.seed, self.augmentation = image_size, seed, augmentation
+        self.on_bad_image, self.max_image_pixels = on_bad_image, max_image_pixels
+        self.tokenizer = Tokenizer(context_length)
+
+    def __getitem__(self, position: int) -> Sample:
+        epoch, i = divmod(position, len(self.rows))
+        wanted = row = _permutation(len(self.rows), self.seed, epoch)[i]
+        bad: list[BadPicture] = []
+        while True:
+            table_row = self.rows.table_row(row, self.seed, epoch)
+            try:
+                image = self._image(table_row, epoch, row)
+            except BadImage as error:
+                bad.append(BadPicture(self.table.path(table_row), str(error)))
+                self._check(bad, table_row)
+                row = hash64(_REPLACEMENT, self.seed, epoch, wanted, len(bad)) % len(self.rows)
+            else:
+                return self._sample(image, table_row, row, tuple(bad))
+
+    def _image(self, table_row: int, epoch: int, row: int) -> Tensor:
+        augmentation = self.augmentation
+        return train_transform(
+            read_image(self.table.image_path(table_row), self.max_image_pixels),
+            self.image_size,
+            Draws(_CROP, self.seed, epoch, row),
+            scale=augmentation.scale,
+            ratio=augmentation.ratio,
+            horizontal_flip=augmentation.horizontal_flip,
+        )
+
+    def _sample(self, image: Tensor, table_row: int, row: int, bad: tuple[BadPicture, ...]) -> Sample:
+        truncated_before = self.tokenizer.truncated
+        tokens = self.tokenizer.encode(self.table.caption(table_row))
+        truncated = self.tokenizer.truncated > truncated_before
+        return Sample(image, tokens, caption_id(tokens), self.rows.picture(row), bad, truncated)
+
+    def _check(self, bad: list[BadPicture], table_row: int) -> None:
+        if self.on_bad_image is OnBadImage.error:
+            raise PictureError(unreadable(self.table, table_row, bad[-1].reason, "data.on_bad_image=replace"))
+        if len(bad) >= _MAX_REPLACEMENTS:
+            raise PictureError(
+                f"{len(bad)} pictures drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}): "
+                f"look at the table {self.table.parts[0].file} and at data.image_root, now {self.table.root}."
+            )
+
+
+class EvalPairs(Dataset[EvalSample]):
+    """The distinct pictures of a validation table, each with all its captions, by the published protocol.
+
+    Args:
+        table: of pairs, with labels or without.
+        image_size, context_length: see `TrainPairs`.
+        on_bad_image: raise, or leave the picture and its captions out.
+        max_image_pixels: see `open_image`.
+
+    Attributes:
+        class_names: distinct labels, sorted; a row with an empty label belongs to none. Empty without labels.
+    """
+
+    def __init__(
+        self,
+        table: PairTable,
+        *,
+        image_size: int,
+        context_length: int,
+        on_bad_image: OnBadImage = OnBadImage.replace,
+        max_image_pixels: int = 40_000_000,
+    ) -> None:
+        self.table, self.image_size = table, image_size
+        self.on_bad_image, self.max_image_pixels = on_bad_image, max_image_pixels
+        self.tokenizer = Tokenizer(context_length)
+        self._order, self._offsets = group_by_picture(table.image_index())
+        labels = set() if table.labels is None else set(table.labels.unique().to_pylist())
+        self.class_names: list[str] = sorted(labels - {""})
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> EvalSample:
+        rows: list[int] = self._order[self._offsets[index] : self._offsets[index + 1]].tolist()
+        label = self.table.label(rows[0]) if self.table.labels is not None else ""
+        token_lists = (
+            [] if self.table.captions is None else [self.tokenizer.encode(self.table.caption(r)) for r in rows]
+        )
+        image, bad = self._image(rows[0])
+        return EvalSample(
+            index=index,
+            image=image,
+            token_lists=token_lists,
+            caption_indices=rows if token_lists else [],
+            label=self.class_names.index(label) if label else -1,
+            bad=bad,
+        )
+
+    def _image(self, row: int) -> tuple[Tensor | None, tuple[BadPicture, ...]]:
+        try:
+            picture = open_image(self.table.image_path(row), self.max_image_pixels)
+            return eval_transform(picture, self.image_size), ()
+        except BadImage as error:
+            if self.on_bad_image is OnBadImage.error:
+                raise PictureError(unreadable(self.table, row, str(error), "data.on_bad_image=replace")) from error
+            return None, (BadPicture(self.table.path(row), str(error)),)
+
+
+class EvalImages(Dataset[EvalSample]):
+    """Pictures by the published protocol, without captions.
+
+    Args:
+        paths: of the pictures.
+        image_size: side, pixels.
+        labels: class index of each picture, or None.
+        on_bad_image: raise, or leave the picture out (`replace`).
+        max_image_pixels: see `open_image`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        image_size: int,
+        *,
+        labels: Sequence[int] | None = None,
+        on_bad_image: OnBadImage = OnBadImage.error,
+        max_image_pixels: int = 200_000_000,
+    ) -> None:
+        self._paths = np.array([str(path) for path in paths])  # one block of memory that workers share
+        self._labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.image_size = image_size
+        self.on_bad_image, self.max_image_pixels = on_bad_image, max_image_pixels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> EvalSample:
+        path = str(self._paths[index])
+        image: Tensor | None = None
+        bad: tuple[BadPicture, ...] = ()
+        try:
+            image = eval_transform(open_image(path, self.max_image_pixels), self.image_size)
+        except BadImage as error:
+            if self.on_bad_image is OnBadImage.error:
+                raise PictureError(
+                    f"The picture {path} cannot be read: {error}. Remove it, or leave such pictures out of the score with "
+                    "on_bad_image=replace."
+                ) from error
+            bad = (BadPicture(path, str(error)),)
+        label = -1 if self._labels is None else int(self._labels[index])
+        return EvalSample(index, image, [], [], label, bad)
+
+
+def unreadable(table: PairTable, row: int, reason: str, forgiving: str) -> str:
+    """The message for a picture of a table that cannot be used."""
+    return (
+        f"The picture {table.path(row)!r} ({table.where(row)}) cannot be read: {reason}. Relative paths start from "
+        f"{table.part(row).root} (data.image_root). Repair it, or go on without such pictures: {forgiving}."
+    )
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Permutation:
+    return Permutation(n, seed, epoch)

@@ -1,0 +1,102 @@
+"""From a decoded picture to the model's input: random crops for training, the published protocol for evaluation.
+
+Pictures stay uint8 until they are on the device; `normalize` makes them float there.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from clip_exp.data.images import BadImage, pil_to_tensor
+from clip_exp.data.randomness import Draws
+
+MAX_ASPECT = 200
+
+
+def crop_box(
+    height: int, width: int, draws: Draws, scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """A random crop (top, left, height, width), drawn as torchvision's RandomResizedCrop does (Szegedy et al. 2014).
+
+    Args:
+        height, width: of the picture, pixels.
+        draws: where the random numbers come from.
+        scale: smallest and largest area of the crop over the picture's.
+        ratio: smallest and largest width over height of the crop.
+    """
+    log_ratio = [math.log(bound) for bound in ratio]
+    for _ in range(10):
+        area = height * width * draws.uniform(scale[0], scale[1])
+        aspect = math.exp(draws.uniform(log_ratio[0], log_ratio[1]))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = draws.integer(height - crop_height + 1), draws.integer(width - crop_width + 1)
+            return top, left, crop_height, crop_width
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    crop_width = min(width, max(1, round(height * aspect)))
+    crop_height = min(height, max(1, round(width / aspect)))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def train_transform(
+    image_CHW: Tensor,
+    size: int,
+    draws: Draws,
+    *,
+    scale: Sequence[float] = (0.9, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    horizontal_flip: float = 0.0,
+) -> Tensor:
+    """A random crop of a picture, resized (bicubic, antialiased, within 2 levels of Pillow) and perhaps mirrored.
+
+    Args:
+        image_CHW: uint8 [3, H, W].
+        size: side of the result, pixels.
+        draws: where the random numbers come from; the same draws give the same pixels.
+        scale, ratio: see `crop_box`.
+        horizontal_flip: probability of mirroring.
+
+    Returns: uint8 [3, size, size], contiguous.
+    """
+    top, left, height, width = crop_box(image_CHW.shape[1], image_CHW.shape[2], draws, scale, ratio)
+    crop = image_CHW[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    resized = interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False)[0]
+    if horizontal_flip > 0 and draws.uniform() < horizontal_flip:
+        resized = resized.flip(-1)
+    return resized.contiguous()
+
+
+def eval_transform(picture: Image.Image, size: int) -> Tensor:
+    """The protocol of the published CLIP numbers: shorter side to `size` (Pillow, bicubic), center crop, then RGB.
+
+    Its order is kept, so palette pictures are resized by nearest neighbor and transparency is dropped, as there.
+
+    Returns: uint8 [3, size, size], contiguous.
+
+    Raises: BadImage for a strip whose resized long side would not fit in memory.
+    """
+    width, height = picture.size
+    shorter = min(width, height)
+    if max(width, height) > MAX_ASPECT * shorter:
+        raise BadImage(f"{width} x {height} pixels, longer than {MAX_ASPECT} times its shorter side")
+    target = (int(size * width / shorter), int(size * height / shorter))
+    if picture.size != target:
+        picture = picture.resize(target, Image.Resampling.BICUBIC)
+    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    return pil_to_tensor(picture.crop((left, top, left + size, top + size)).convert("RGB")).contiguous()
+
+
+def normalize(image_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """float32 [B, 3, H, W] of uint8 pixels: bit-equal to torchvision's ToTensor and Normalize.
+
+    Args:
+        image_BCHW: uint8, on any device.
+        mean, std: of RGB values in 0..1.
+    """
+    mean_C11 = torch.tensor(mean, dtype=torch.float32, device=image_BCHW.device).view(-1, 1, 1)
+    std_C11 = torch.tensor(std, dtype=torch.float32, device=image_BCHW.device).view(-1, 1, 1)
+    return image_BCHW.float().div_(255).sub_(mean_C11).div_(std_C11)

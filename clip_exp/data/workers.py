@@ -1,0 +1,32 @@
+"""Processes that decode pictures."""
+
+import os
+import signal
+import threading
+
+
+def count_workers(requested: int | None, local_world_size: int) -> int:
+    """Worker processes per rank: as requested, or the machine's cores shared by its ranks, one kept for training, at most 8."""
+    if requested is not None:
+        return requested
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // max(local_world_size, 1) - 1))
+
+
+def init_worker(_worker: int) -> None:
+    """Leave the signals that end or preempt a run to the training process, which still needs batches to finish its step.
+
+    Ctrl-C and a scheduler's signals reach the whole process group. SIGTERM from the parent still ends the worker: that is how
+    a DataLoader stops one.
+    """
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while True:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+            os._exit(0)

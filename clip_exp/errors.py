@@ -1,0 +1,43 @@
+"""Errors that a user can act on; each class carries the exit code that the command line ends with.
+
+A message says what is wrong, where, and how to fix it. It is printed once, at the door (`clip_exp.cli`), without a traceback.
+"""
+
+
+class ClipExpError(Exception):
+    """An expected error."""
+
+    exit_code = 1
+
+
+class ConfigError(ClipExpError):
+    """The configuration cannot work: an unknown key, a wrong type, values that contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(ClipExpError):
+    """The data cannot be used: a missing column, broken rows, unreadable images."""
+
+    exit_code = 3
+
+
+class CheckpointError(ClipExpError):
+    """A checkpoint or the storage under it is missing, damaged or does not fit."""
+
+    exit_code = 4
+
+
+class NumericError(ClipExpError):
+    """Training left the finite numbers."""
+
+    exit_code = 5
+
+
+class DistributedError(ClipExpError):
+    """A process of a distributed run died or could not be reached."""
+
+    exit_code = 6
+
+
+PREEMPTED_EXIT_CODE = 143

@@ -1,0 +1,121 @@
+"""Retrieval recall and classification accuracy. Pure functions of features, scores and labels."""
+
+import torch
+from torch import Tensor
+
+from clip_exp.errors import NumericError
+
+RECALL_AT = (1, 5, 10)
+TILE_ELEMENTS = 2**24  # scores held at a time: 64 MB in float32
+
+
+def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> dict[str, float]:
+    """Recall@1, 5, 10 and median rank of image-to-text and text-to-image retrieval over the whole set.
+
+    Image to text, a picture is a hit if any of its captions is among the first k; text to image, a caption has one
+    picture. Pictures without a caption are candidates for text to image, and do not count in image to text. Equal
+    scores stand in random order, and a recall is its expected value over that order: a model that gives every pair the
+    same score gets chance, not 0 or 1. Scores come in tiles of rows, so memory does not grow with N * M.
+
+    Args:
+        image_features_ND, text_features_MD: unit norm, float32.
+        caption_image_M: row of the picture that each caption belongs to.
+    Returns:
+        `recall@1_i2t`, `recall@1_t2i`, …: fractions. `median_rank_i2t`, `median_rank_t2i`: 1 is best.
+    Raises:
+        NumericError: a feature is not finite.
+    """
+    require_finite(image_features_ND, "image features")
+    require_finite(text_features_MD, "text features")
+    caption_image_M = caption_image_M.to(image_features_ND.device)
+    i2t = _ranks_of_images(image_features_ND, text_features_MD, caption_image_M)
+    t2i = _ranks_of_texts(image_features_ND, text_features_MD, caption_image_M)
+    return {**_summary(*i2t, "i2t"), **_summary(*t2i, "t2i")}
+
+
+def accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """Share of rows whose label is the best score (`top1`), and among the best five (`top5`); as fractions."""
+    return top_k(best_classes(scores_NC), labels_N)
+
+
+def best_classes(scores_NC: Tensor) -> Tensor:
+    """[N, 5] (fewer for fewer classes), best first. Of equal scores `topk` picks, as in the published numbers."""
+    return scores_NC.topk(min(5, scores_NC.shape[1]), dim=1).indices
+
+
+def top_k(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """`top1` and `top5` from `best_classes`."""
+    hit_NK = best_NK == labels_N[:, None]
+    return {"top1": hit_NK[:, 0].double().mean().item(), "top5": hit_NK.any(dim=1).double().mean().item()}
+
+
+def mean_per_class_recall(predicted_N: Tensor, labels_N: Tensor, num_classes: int) -> float:
+    """Accuracy within each class, averaged over the classes that have pictures."""
+    count_C = torch.bincount(labels_N, minlength=num_classes)
+    hits_C = torch.bincount(labels_N[predicted_N == labels_N], minlength=num_classes)
+    present = count_C > 0
+    return (hits_C[present].double() / count_C[present]).mean().item()
+
+
+def require_finite(features: Tensor, what: str) -> None:
+    """Comparisons with NaN are false, which would count as a perfect rank.
+
+    Raises:
+        NumericError: a value is NaN or infinite.
+    """
+    if not torch.isfinite(features).all():
+        raise NumericError(
+            f"The {what} hold NaN or infinite values: the weights are broken, or overflow in this precision."
+        )
+
+
+def _ranks_of_images(image_ND: Tensor, text_MD: Tensor, caption_image_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each picture with captions: others' texts that beat its best caption, that tie it, and own captions tied."""
+    better, tied, own_tied = [], [], []
+    rows_N = torch.arange(len(image_ND), device=image_ND.device)
+    with_caption = caption_image_M.unique()
+    for rows in rows_N[with_caption].split(max(1, TILE_ELEMENTS // len(text_MD))):
+        scores = image_ND[rows] @ text_MD.T
+        own = caption_image_M[None, :] == rows[:, None]
+        best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+        better.append((scores > best).sum(dim=1))
+        equal = scores == best
+        tied.append((equal & ~own).sum(dim=1))
+        own_tied.append((equal & own).sum(dim=1))
+    return torch.cat(better), torch.cat(tied), torch.cat(own_tied)
+
+
+def _ranks_of_texts(image_ND: Tensor, text_MD: Tensor, caption_image_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each caption: pictures that beat its own, that tie it, and 1 (its own)."""
+    better, tied = [], []
+    tile = max(1, TILE_ELEMENTS // len(image_ND))
+    for text, own in zip(text_MD.split(tile), caption_image_M.split(tile), strict=True):
+        scores = text @ image_ND.T
+        best = scores.gather(1, own[:, None])
+        better.append((scores > best).sum(dim=1))
+        tied.append((scores == best).sum(dim=1) - 1)
+    return torch.cat(better), torch.cat(tied), torch.ones_like(caption_image_M)
+
+
+def _summary(better: Tensor, tied: Tensor, own_tied: Tensor, way: str) -> dict[str, float]:
+    better, tied, own_tied = better.double(), tied.double(), own_tied.double()
+    metrics = {f"recall@{k}_{way}": _hit_probability(k - better, tied, own_tied).mean().item() for k in RECALL_AT}
+    ranks = (better + tied / (own_tied + 1)).sort().values  # candidates expected before the first own one
+    middle = (ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]) / 2
+    return {**metrics, f"median_rank_{way}": middle.floor().item() + 1}
+
+
+def _hit_probability(places: Tensor, tied: Tensor, own: Tensor) -> Tensor:
+    """Chance that an own candidate is in the first s places of a random order of o own and t others.
+
+    1 - C(t, s) / C(o + t, s).
+    """
+    s = places.clamp(min=0).minimum(tied)
+    log_miss = (
+        torch.lgamma(tied + 1)
+        - torch.lgamma(tied - s + 1)
+        - torch.lgamma(own + tied + 1)
+        + torch.lgamma(own + tied - s + 1)
+    )
+    hit = torch.where(places > tied, 1.0, 1 - log_miss.exp())
+    return torch.where(places > 0, hit, 0.0)

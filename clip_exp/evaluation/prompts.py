@@ -1,0 +1,88 @@
+"""Class names and prompt templates: OpenAI's 80, the 7 simple ones, ImageNet's 1,000 names, or the user's own.
+
+The published lists come from the installed `open_clip_torch` (names, templates) and `timm` (wnids); their files are
+found and read without importing those packages, which would take seconds. This module imports no torch.
+"""
+
+import importlib.util
+from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from clip_exp.errors import ConfigError
+
+PLACEHOLDER = "{}"
+NAMED_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
+
+
+def templates(source: str | list[str], where: str = "templates") -> list[str]:
+    """Prompt templates, each with `{}` in the place of the class name.
+
+    Args:
+        source: `openai` (80), `simple` (7), a list, one template, or a file with one template per line.
+        where: the configuration key, for messages.
+    Raises:
+        ConfigError: no such file, no templates, or one without `{}`.
+    """
+    if isinstance(source, str) and source in NAMED_TEMPLATES:
+        return [template(PLACEHOLDER) for template in getattr(_open_clip_metadata(), NAMED_TEMPLATES[source])]
+    if isinstance(source, str) and PLACEHOLDER in source:
+        source = [source]
+    found = read_lines(source, where, "openai, simple, a list, or a file with one template per line")
+    for template in found:
+        if PLACEHOLDER not in template:
+            raise ConfigError(
+                f"{where}: '{template}' has no {PLACEHOLDER} for the class name, as in 'a photo of a {{}}.'."
+            )
+    return found
+
+
+def class_prompts(class_name: str, templates: list[str]) -> list[str]:
+    """The templates filled in. Not `str.format`: class names and templates may hold other braces."""
+    return [template.replace(PLACEHOLDER, class_name) for template in templates]
+
+
+@cache
+def imagenet_classes() -> list[tuple[str, str]]:
+    """ImageNet-1k's classes as (wnid, OpenAI's name), in the order of the wnids.
+
+    1,000 entries: `missile` and `sunglasses` are each the name of two classes.
+    """
+    wnids = (_package_folder("timm") / "data/_info/imagenet_synsets.txt").read_text(encoding="utf-8").split()
+    return list(zip(wnids, _open_clip_metadata().IMAGENET_CLASSNAMES, strict=True))
+
+
+def read_lines(source: Any, where: str, accepted: str) -> list[str]:
+    """A list of texts, or the lines of a text file that are not empty.
+
+    Raises:
+        ConfigError: neither a list of texts nor a file, or nothing in it; `accepted` says what `where` may be.
+    """
+    if isinstance(source, str):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{where}={source} is no file; it may be {accepted}.")
+        source = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not isinstance(source, list) or not source or not all(isinstance(item, (str, int)) for item in source):
+        raise ConfigError(f"{where} holds no texts; it may be {accepted}.")
+    return [str(item) for item in source]
+
+
+@cache
+def _open_clip_metadata() -> ModuleType:
+    path = _package_folder("open_clip") / "zero_shot_metadata.py"
+    spec = importlib.util.spec_from_file_location("clip_exp._open_clip_zero_shot_metadata", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _package_folder(package: str) -> Path:
+    spec = PathFinder.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"{package} is not installed beside clip_exp; run: pip install clip_exp")
+    return Path(spec.origin).parent

@@ -1,0 +1,19 @@
+"""From a loss's configuration to the loss."""
+
+from torch import nn
+
+from clip_exp.config.schema import LossConfig, LossName, Match
+from clip_exp.losses.sigmoid import SigmoidLoss
+from clip_exp.losses.softmax import SoftmaxLoss
+
+LOSSES: dict[LossName, type[SoftmaxLoss] | type[SigmoidLoss]] = {
+    LossName.softmax: SoftmaxLoss,
+    LossName.sigmoid: SigmoidLoss,
+}
+
+
+def build_loss(config: LossConfig) -> nn.Module:
+    """A module that takes (CLIPOutput, caption_id_B, image_id_B) and returns a scalar; see `SoftmaxLoss`, `SigmoidLoss`."""
+    return LOSSES[config.name](
+        same_caption=config.same_caption == Match.positive, same_image=config.same_image == Match.positive
+    )

@@ -1,0 +1,82 @@
+"""A dual encoder: two towers into one space, and the temperature that they are compared with (Radford et al. 2021)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class CLIPOutput(NamedTuple):
+    """What a loss needs. Features are float32 of unit norm, also under autocast."""
+
+    image_features: Tensor  # [B, D]
+    text_features: Tensor  # [B, D]
+    logit_scale: Tensor  # [1]: factor of the cosines, 1 / temperature
+    logit_bias: Tensor | None  # [1]: added after the factor
+
+
+def encode(tower: nn.Module, x: Tensor, micro_batch_size: int | None) -> Tensor:
+    """Run `tower` over the batch, `micro_batch_size` samples at a time where a backward pass will follow.
+
+    A chunk keeps only its output and is computed again in the backward pass, so memory is that of one chunk while the
+    gradient is that of the whole batch, as in GradCache (Gao et al. 2021).
+
+    Returns:
+        [B, D].
+    """
+    if micro_batch_size is None or len(x) <= micro_batch_size or not torch.is_grad_enabled():
+        return tower(x)
+    return torch.cat([checkpoint(tower, chunk, use_reentrant=False) for chunk in x.split(micro_batch_size)])
+
+
+def unit_norm(features_BD: Tensor) -> Tensor:
+    return F.normalize(features_BD.float(), dim=-1)
+
+
+class CLIP(nn.Module):
+    """Any two towers whose outputs have the same width.
+
+    Args:
+        image: pictures to [B, D].
+        text: token ids to [B, D].
+        init_logit_scale: natural logarithm of the initial factor.
+        init_logit_bias: none for the softmax loss, where a bias would cancel out.
+    """
+
+    def __init__(
+        self, image: nn.Module, text: nn.Module, *, init_logit_scale: float, init_logit_bias: float | None = None
+    ) -> None:
+        super().__init__()
+        self.image = image
+        self.text = text
+        # Of shape [1], not []: DeepSpeed cannot broadcast a parameter without an axis.
+        self.logit_scale = nn.Parameter(torch.full([1], init_logit_scale))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full([1], init_logit_bias))
+
+    def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor:
+        """[B, D]; `normalize` gives float32 of unit norm. For the input see the image tower."""
+        features_BD = self.image(image_BCHW)
+        return unit_norm(features_BD) if normalize else features_BD
+
+    def encode_text(self, tokens_BL: Tensor, normalize: bool = False) -> Tensor:
+        """[B, D]; `normalize` gives float32 of unit norm. For the input see the text tower."""
+        features_BD = self.text(tokens_BL)
+        return unit_norm(features_BD) if normalize else features_BD
+
+    def forward(self, image_BCHW: Tensor, tokens_BL: Tensor, micro_batch_size: int | None = None) -> CLIPOutput:
+        """Features of B pairs.
+
+        Args:
+            image_BCHW: see the image tower.
+            tokens_BL: see the text tower.
+            micro_batch_size: the most samples that a tower holds activations of; None: all.
+        """
+        # The bias as a new tensor: DeepSpeed takes parameters away again when the module that owns them returns.
+        return CLIPOutput(
+            unit_norm(encode(self.image, image_BCHW, micro_batch_size)),
+            unit_norm(encode(self.text, tokens_BL, micro_batch_size)),
+            self.logit_scale.exp(),
+            None if self.logit_bias is None else self.logit_bias.clone(),
+        )

@@ -1,0 +1,61 @@
+"""Figures, drawn without a display."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+
+def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss, validation metrics, learning rate and speed over the steps of a run.
+
+    Args:
+        rows: of `metrics.csv` (`training.metrics.read_metrics`).
+        path: of the PNG.
+    """
+    names = {name for row in rows for name in row if name.startswith("val/")}
+    panels = {
+        "loss": ["train/loss", "val/loss"],
+        "recall on validation": sorted(name for name in names if "recall@" in name),
+        "zero-shot accuracy on validation": sorted(name for name in names if "zeroshot" in name),
+        "learning rate": ["lr"],
+        "logit scale and gradient norm": ["logit_scale", "grad_norm"],
+        "samples per second": ["samples_per_s"],
+    }
+    present = {title: series for title, series in panels.items() if any(name in row for row in rows for name in series)}
+    columns = 2
+    height = -(-len(present) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(11, 3.1 * height), squeeze=False, layout="constrained")
+    for axis, (title, series) in zip(axes.flat, present.items(), strict=False):
+        _draw(axis, title, series, rows)
+    for axis in list(axes.flat)[len(present) :]:
+        axis.set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw(axis: Axes, title: str, series: list[str], rows: list[dict[str, Any]]) -> None:
+    for name in series:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axis.plot(
+                steps,
+                values,
+                label=name.removeprefix("val/"),
+                marker="o" if len(points) < 30 else None,
+                markersize=3,
+                linewidth=1.3,
+            )
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    if len(series) > 1:
+        axis.legend(fontsize=7)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,239 @@
+"""Run folders: made exclusively, described by `run.json`, found again by name and configuration, free of secrets."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from clip_exp import __version__
+from clip_exp.config.load import to_yaml
+from clip_exp.config.schema import EvaluateConfig, TrainConfig
+from clip_exp.errors import CheckpointError, ConfigError
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "deepspeed",
+    "hydra-core",
+    "omegaconf",
+    "open_clip_torch",
+    "Pillow",
+)
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+URL_CREDENTIALS = re.compile(r"(\w+://)[^/\s@]+@")
+# What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
+NOT_IN_FINGERPRINT = (
+    "resume",
+    "output_dir",
+    "strategy",
+    "trainer",
+    "logger",
+    "micro_batch_size",
+    "log_every_n_steps",
+    "compile",
+)
+
+
+def redact(text: str) -> str:
+    """Take out credentials in addresses and the values of environment variables that look like secrets."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return URL_CREDENTIALS.sub(r"\1***@", text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, without secrets."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(redact(text), encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: str = "") -> Path:
+    """Make `<output_dir>/<command>/<name>/<time><suffix>/`, a folder that nobody else has.
+
+    Raises:
+        CheckpointError: the folder cannot be made there.
+    """
+    parent = Path(output_dir) / command / name
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):
+            folder = parent / (f"{stamp}{suffix}" if attempt == 1 else f"{stamp}_{attempt}{suffix}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot make a run folder in {parent}: {error.strerror}. Set output_dir to a folder you can write."
+        ) from error
+    raise CheckpointError(f"{parent} already has 999 folders of this second.")
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """A hash of everything in the configuration that decides what the run computes."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IN_FINGERPRINT}
+    values["data"].pop("num_workers")
+    values["callbacks"].pop("progress")
+    values["gradient_clip_val"] = config.trainer.gradient_clip_val
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class RunRecord:
+    """`run.json`: who started what, where, with which versions, and how it ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "run.json"
+        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def start(self, arguments: list[str], **values: Any) -> None:
+        """Note the beginning; a continued run keeps its first beginning and gains a line in `resumed`."""
+        if self.values:
+            self.values.setdefault("resumed", []).append({"time": _now(), "argv": arguments, **values})
+        else:
+            self.values = {"argv": arguments, "start": _now(), **provenance(), **values}
+        self.update(status="running", end=None)
+
+    def update(self, **values: Any) -> None:
+        self.values.update(values)
+        write_json(self.path, self.values)
+
+    def finish(self, status: str, **values: Any) -> None:
+        """`status`: finished, failed or preempted."""
+        self.update(status=status, end=_now(), **values)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and git state: what one asks about a number months later."""
+    return {
+        "clip_exp": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "executable": sys.executable,
+        "git": _git_state(),
+    }
+
+
+def find_run(config: TrainConfig) -> Path | None:
+    """The newest folder of the run's name and fingerprint that has something to go on from, or has finished."""
+    from clip_exp.checkpoints.discovery import checkpoints
+
+    wanted = fingerprint(config)
+    parent = Path(config.output_dir) / "train" / config.name
+    for path in sorted(parent.glob("*/run.json"), reverse=True):  # folders sort by their time
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        if values.get("fingerprint") == wanted and (values.get("status") == "finished" or checkpoints(path.parent)):
+            return path.parent
+    return None
+
+
+def open_train_folder(config: TrainConfig, arguments: list[str], suffix: str = "") -> tuple[Path, bool]:
+    """The folder that the run works in, and whether it has finished there already.
+
+    `resume=auto` goes on in the newest unfinished folder of the same name and configuration that has a checkpoint.
+
+    Raises:
+        ConfigError: `resume` names nothing.
+    """
+    folder = _resumable(config)
+    if folder is not None and RunRecord(folder).values.get("status") == "finished":
+        return folder, True
+    if folder is None:
+        folder = create_run_folder(config.output_dir, "train", config.name, suffix)
+    write_text(folder / "config.yaml", to_yaml(config))
+    RunRecord(folder).start(arguments, fingerprint=fingerprint(config), seed=config.seed)
+    return folder, False
+
+
+def _resumable(config: TrainConfig) -> Path | None:
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return find_run(config)
+    path = Path(config.resume)
+    folder = next((p for p in (path, *path.parents[:2]) if (p / "run.json").is_file()), None)
+    if folder is None:
+        raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
+    return folder
+
+
+def lock(folder: Path) -> IO[str]:
+    """Hold the folder for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    handle = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        owner = handle.read().strip()
+        handle.close()
+        raise ConfigError(
+            f"{folder} is in use by {owner}: wait for it, or start another run with resume=never."
+        ) from None
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    handle.flush()
+    return handle
+
+
+def evaluation_folder(config: EvaluateConfig, name: str) -> Path:
+    """A new folder for an evaluation, holding its configuration."""
+    folder = create_run_folder(config.output_dir, "evaluate", name)
+    write_text(folder / "config.yaml", to_yaml(config))
+    return folder
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the checkout that the code runs from; None for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": bool(changed.strip())}

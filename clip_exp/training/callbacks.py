@@ -1,0 +1,163 @@
+"""What happens around the steps: validation at the end, checkpoints, averaged weights."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, step_of
+from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
+from clip_exp.checkpoints.writer import TEMPORARY
+from clip_exp.errors import ConfigError
+
+log = logging.getLogger(__name__)
+KEEP_LAST = 2
+
+
+def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
+    """Whether Lightning validates after the step that just ended."""
+    if not trainer.enable_validation:
+        return False
+    step = trainer.global_step
+    return step % int(trainer.val_check_batch) == 0 or step == total_steps or trainer.should_stop
+
+
+class ValidateAtEnd(pl.Callback):
+    """Lets the last step be validated, whatever the interval: Lightning validates before it stops."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= pl_module.total_steps:
+            trainer.should_stop = True
+
+
+class Checkpointer(pl.Callback):
+    """Writes `checkpoints/step-<n>/` at ends of steps: every `every_n_steps`, at the end, when preempted, and when `monitor` is best.
+
+    A checkpoint of a step that is validated is written after the validation. The last two and the best stay.
+
+    Args:
+        run_dir: the run's folder.
+        io: the trainer's checkpoint writer.
+        monitor: name of a validation metric, or None.
+        mode: whether `min` or `max` of `monitor` is best; `auto` guesses from its name.
+        metadata: noted in every manifest.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        io: SafeCheckpointIO,
+        every_n_steps: int,
+        monitor: str | None,
+        mode: str,
+        metadata: dict[str, Any],
+    ) -> None:
+        self.run_dir = run_dir
+        self.io = io
+        self.every_n_steps = every_n_steps
+        self.monitor = monitor
+        self.mode = monitor_mode(monitor, mode)
+        self.metadata = metadata
+        self.best: float | None = None
+        self.saved_step: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and not validation_due(trainer, pl_module.total_steps):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        better = self._improves(trainer)
+        if better or trainer.global_step % self.every_n_steps == 0 or trainer.global_step >= pl_module.total_steps:
+            self.save(trainer, best=better)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.saved_step != trainer.global_step:
+            self.save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """A signal asked the run to stop: Lightning raises at the end of a step, on all ranks together."""
+        if isinstance(exception, SIGTERMException) and self.saved_step != trainer.global_step > 0:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer, best: bool = False) -> None:
+        """Write the checkpoint of the present step on all ranks; rank 0 then removes what is no longer needed."""
+        path = folder_of(self.run_dir, trainer.global_step)
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.io.metadata = {**self.metadata, "best": best, "metrics": metrics}
+        trainer.save_checkpoint(path)
+        self.saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            self._prune()
+
+    def _improves(self, trainer: pl.Trainer) -> bool:
+        if self.monitor is None:
+            return False
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            raise ConfigError(
+                f"monitor={self.monitor} is not a metric of validation. There are: {', '.join(sorted(trainer.callback_metrics))}."
+            )
+        better = self.best is None or (value.item() < self.best if self.mode == "min" else value.item() > self.best)
+        if better:
+            self.best = value.item()
+        return better
+
+    def _prune(self) -> None:
+        found = checkpoints(self.run_dir)
+        marked = [path for path in found if manifest(path).get("best")]
+        needed = {*found[-KEEP_LAST:], *marked[-1:]}
+        for path in found:
+            if path not in needed and step_of(path) <= (self.saved_step or 0):
+                doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
+                path.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def monitor_mode(monitor: str | None, mode: str) -> str:
+    """`min` or `max`: which way a metric gets better."""
+    if mode != "auto":
+        return mode
+    return "min" if monitor and any(word in monitor for word in ("loss", "rank")) else "max"
+
+
+class AveragedWeights(pl.Callback):
+    """An exponential moving average of the model's weights: `ema.safetensors` in every checkpoint.
+
+    Args:
+        decay: share of the old average that a step keeps.
+        every_n_steps: optimizer steps between updates.
+    """
+
+    def __init__(self, decay: float, every_n_steps: int = 1) -> None:
+        self.decay = decay
+        self.every_n_steps = every_n_steps
+        self.average: AveragedModel | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.average = AveragedModel(pl_module.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        self.average.n_averaged.fill_(1)  # it starts as the model, not as the first update
+        if self._loaded is not None:
+            self.average.module.load_state_dict(self._loaded)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            assert self.average is not None
+            self.average.update_parameters(pl_module.model)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.average is not None:
+            checkpoint[EMA_KEY] = {key: value.detach().cpu() for key, value in self.average.module.state_dict().items()}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get(EMA_KEY)

@@ -1,0 +1,164 @@
+"""What a run logs: a row per logged step in `metrics.csv`, and the callback that measures it for every logger."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from clip_exp.errors import NumericError
+
+FIRST_COLUMNS = [
+    "step",
+    "samples_seen",
+    "epoch",
+    "train/loss",
+    "lr",
+    "grad_norm",
+    "logit_scale",
+    "samples_per_s",
+    "data_wait_s",
+]
+
+
+class MetricsCSV(Logger):
+    """Rows of `metrics.csv`, one per step; what is logged twice for a step shares its row.
+
+    A continued run drops the rows after the step that it continues from.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: dict[int, dict[str, Any]] = {}
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """`config.yaml` holds them."""
+
+    @rank_zero_only
+    def continue_from(self, step: int) -> None:
+        if self.path.is_file():
+            self.rows = {row["step"]: row for row in read_metrics(self.path) if row["step"] <= step}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        known = self._columns()
+        row = self.rows.setdefault(step, {"step": step})
+        fresh = len(row) == 1 and len(self.rows) > 1
+        row.update(metrics)
+        if fresh and set(row) <= set(known):
+            with self.path.open("a", newline="", encoding="utf-8") as handle:
+                csv.DictWriter(handle, known).writerow(row)
+        else:
+            self._rewrite()
+
+    def _columns(self) -> list[str]:
+        seen = dict.fromkeys(key for row in self.rows.values() for key in row)
+        return [name for name in FIRST_COLUMNS if name in seen] + [name for name in seen if name not in FIRST_COLUMNS]
+
+    def _rewrite(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}")
+        with temporary.open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, self._columns())
+            writer.writeheader()
+            writer.writerows(row for _, row in sorted(self.rows.items()))
+        temporary.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.csv`, by step; numbers as numbers, empty cells left out."""
+    with path.open(newline="", encoding="utf-8") as handle:
+        return [
+            {
+                key: int(value) if key in ("step", "samples_seen") else float(value)
+                for key, value in row.items()
+                if value
+            }
+            for row in csv.DictReader(handle)
+        ]
+
+
+class StepMetrics(pl.Callback):
+    """Measures every step, and logs every `every_n_steps` of them and every validation.
+
+    Args:
+        every_n_steps: optimizer steps between rows.
+        global_batch_size: pairs per step over all ranks.
+        epoch_rows: rows of an epoch.
+    """
+
+    def __init__(self, every_n_steps: int, global_batch_size: int, epoch_rows: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.global_batch_size = global_batch_size
+        self.epoch_rows = epoch_rows
+        self.latest: dict[str, float] = {}
+        self._steps, self._computing_s, self._waited_s, self._started_s = 0, 0.0, 0.0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._waited_s = trainer.datamodule.data_wait_s  # type: ignore[attr-defined]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._started_s = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._steps += 1
+        self._computing_s += time.perf_counter() - self._started_s
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step in (1, pl_module.total_steps):
+            self.latest = self._collect(trainer, pl_module)
+            _log(trainer, self.latest, step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        _log(trainer, metrics, trainer.global_step)
+
+    def _collect(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
+        names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
+        own = torch.stack([pl_module.step_metrics[name].float().reshape(()) for name in names])
+        means = dict(zip(names, trainer.strategy.reduce(own, reduce_op="mean").tolist(), strict=True))
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        if engine is not None:
+            means["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+        _require_finite(means["train/loss"], trainer.global_step)
+        waited = trainer.datamodule.data_wait_s - self._waited_s  # type: ignore[attr-defined]
+        seen = trainer.global_step * self.global_batch_size
+        metrics = {
+            "samples_seen": seen,
+            "epoch": seen / self.epoch_rows,
+            **means,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "samples_per_s": self.global_batch_size * self._steps / (self._computing_s + waited),
+            "data_wait_s": waited / self._steps,
+        }
+        if torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda":
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self._steps, self._computing_s, self._waited_s = 0, 0.0, self._waited_s + waited
+        return metrics
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise NumericError(
+            f"the loss became {loss} at step {step}. Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true; "
+            "the last checkpoint is from before."
+        )
+
+
+def _log(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=step)

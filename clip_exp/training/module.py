@@ -1,0 +1,157 @@
+"""The LightningModule: a dual encoder, its loss and its optimizer; one training step and the validation of a whole set."""
+
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from clip_exp.checkpoints.state import name_optimizer_state, number_optimizer_state, random_state, set_random_state
+from clip_exp.config.schema import TrainConfig
+from clip_exp.data.batches import Batch, EvalBatch
+from clip_exp.data.transforms import normalize
+from clip_exp.evaluation.classification import build_classifier
+from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
+from clip_exp.losses.collectives import gather_objects
+from clip_exp.models.clip import CLIP, CLIPOutput
+from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups
+
+
+class ZeroShot(NamedTuple):
+    """Class names and templates that validation pictures are classified with."""
+
+    class_names: list[str]
+    templates: list[str]
+
+
+class CLIPModule(pl.LightningModule):
+    """Trains `model` with `loss`.
+
+    Args:
+        model: the dual encoder; see `clip_exp.models.clip.CLIP`.
+        loss: (CLIPOutput, caption_id_B, image_id_B) -> scalar.
+        config: the run's configuration.
+        total_steps: optimizer steps of the run, which the schedule is stretched over.
+        zero_shot: adds zero-shot accuracy to validation.
+    """
+
+    def __init__(
+        self, model: CLIP, loss: nn.Module, config: TrainConfig, total_steps: int, zero_shot: ZeroShot | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.config = config
+        self.total_steps = total_steps
+        self.zero_shot = zero_shot
+        self.tokenizer = Tokenizer(config.model.text.context_length)
+        # Read once: a strategy that splits the parameters changes their shapes, which the groups depend on.
+        groups = named_groups(model).values()
+        self.parameter_names = [name for members in groups for name, _ in members]
+        self.group_sizes = [len(members) for members in groups]
+        self.step_metrics: dict[str, Tensor] = {}
+        self._validation: list[list[Tensor]] = []
+        self._random_states: list[dict[str, Tensor]] = []
+
+    def _pixels(self, image_BCHW: Tensor) -> Tensor:
+        """uint8 pictures to what the image tower takes, in the precision that its weights have."""
+        image = self.config.model.image
+        return normalize(image_BCHW, image.mean, image.std).to(self.model.logit_scale.dtype)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        output = self.model(self._pixels(batch.image), batch.tokens, self.config.micro_batch_size)
+        loss = self.loss(output, batch.caption_id, batch.image_id)
+        self.step_metrics["train/loss"] = loss.detach()
+        self.step_metrics["logit_scale"] = output.logit_scale.detach().clone()
+        if output.logit_bias is not None:
+            self.step_metrics["logit_bias"] = output.logit_bias.detach().clone()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip the gradient of the whole model by its norm, and keep the norm. DeepSpeed does both itself."""
+        gradients = [p for p in self.model.parameters() if p.grad is not None]
+        if gradients and not hasattr(self.trainer.strategy, "deepspeed_engine"):
+            limit = self.config.trainer.gradient_clip_val or float("inf")
+            self.step_metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
+
+    def configure_optimizers(self) -> Any:
+        offload = self.config.strategy.offload
+        optimizer = build_optimizer(self.model, self.config.optimizer, cpu_offload=offload)
+        scheduler = build_scheduler(optimizer, self.config.scheduler, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizer's state by parameter, and add the random state of every rank."""
+        checkpoint["optimizer_states"] = [
+            name_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
+        ]
+        checkpoint["random_states"] = gather_objects(random_state())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"] = [
+            number_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
+        ]
+        self._random_states = checkpoint["random_states"]
+
+    def on_train_start(self) -> None:
+        """Take up the random state of this rank where the run goes on with as many ranks as before."""
+        if len(self._random_states) == self.trainer.world_size:
+            set_random_state(self._random_states[self.trainer.global_rank])
+
+    # ------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = []
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        columns = [
+            batch.index,
+            self.model.encode_image(self._pixels(batch.image), normalize=True).float(),
+            batch.label,
+            batch.caption_index,
+            self.model.encode_text(batch.tokens, normalize=True).float(),
+            batch.caption_image,
+            batch.caption_id,
+        ]
+        self._validation.append([column.cpu() for column in columns])
+
+    def on_validation_epoch_end(self) -> None:
+        """Score the whole set at once, every picture and caption counted once on any number of ranks."""
+        shares = gather_objects([torch.cat(column) for column in zip(*self._validation, strict=True)])
+        self._validation = []
+        *columns, caption_id = (torch.cat(column) for column in zip(*shares, strict=True))
+        features = deduplicate(*columns, caption_id)
+        metrics = {"loss": self._validation_loss(features), **validation_metrics(features, self._class_embeddings())}
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, logger=False, sync_dist=True)
+
+    def _class_embeddings(self) -> Tensor | None:
+        if self.zero_shot is None:
+            return None
+        names, templates = self.zero_shot
+        return build_classifier(self.model, self.tokenizer, names, templates, device=self.device).float().cpu()
+
+    def _validation_loss(self, features: ValidationFeatures) -> float:
+        """Mean loss over batches of the training size, each picture with its first caption: comparable with `train/loss`.
+
+        The pictures that fill no batch are left out; a set smaller than a batch is one batch.
+        """
+        pictures, first = features.first_captions()
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        share = min(self.config.global_batch_size, len(pictures)) // ranks
+        losses = []
+        for start in range(0, len(pictures) - share * ranks + 1, share * ranks) if share else ():
+            rows = slice(start + share * rank, start + share * (rank + 1))
+            output = CLIPOutput(
+                features.image_features[pictures[rows]], features.text_features[first[rows]], *self._scale_and_bias()
+            )
+            losses.append(self.loss(output, features.caption_id[first[rows]], pictures[rows]))
+        return torch.stack(losses).mean().item() if losses else float("nan")
+
+    def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Of the last training step: under ZeRO-3 the parameters themselves are elsewhere."""
+        scale = self.step_metrics.get("logit_scale", torch.full([1], self.config.loss.init_logit_scale).exp())
+        bias = self.step_metrics.get("logit_bias")
+        return scale.float().cpu(), None if bias is None else bias.float().cpu()

@@ -1,0 +1,100 @@
+"""Optimizer and schedule of a dual encoder, from the configuration."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from clip_exp.config.schema import OptimizerConfig, SchedulerConfig
+from clip_exp.config.targets import build, locate
+from clip_exp.training.schedule import factor
+
+MAX_LOGIT_SCALE = math.log(100)
+POSITIONS = "positional_embedding"
+
+
+def named_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trainable parameters by treatment: `decay` (matrices), `no_decay` (biases, norms, positions), `logit_scale`.
+
+    The logit scale has a group of its own, so that it can be clamped where a strategy flattens each group's parameters.
+    """
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": [], "logit_scale": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("logit_scale"):
+            groups["logit_scale"].append((name, parameter))
+        elif parameter.ndim < 2 or name.endswith(POSITIONS):
+            groups["no_decay"].append((name, parameter))
+        else:
+            groups["decay"].append((name, parameter))
+    return {kind: members for kind, members in groups.items() if members}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, cpu_offload: bool = False) -> Optimizer:
+    """The configured optimizer, clamping the logit scale to [0, ln 100] after each of its steps (Radford et al. 2021, §2.5).
+
+    Args:
+        cpu_offload: the strategy keeps the optimizer's state in host memory: Adam becomes DeepSpeed's CPU Adam.
+
+    Raises:
+        ConfigError: the class is not allowed, or refuses an argument.
+    """
+    groups = [
+        {
+            "name": kind,
+            "params": [p for _, p in members],
+            "weight_decay": config.weight_decay if kind == "decay" else 0.0,
+        }
+        for kind, members in named_groups(model).items()
+    ]
+    target, arguments = config._target_, _arguments(config)
+    if cpu_offload:
+        arguments.pop("fused", None)
+        arguments["adamw_mode"] = target.endswith("AdamW")
+        target = "deepspeed.ops.adam.DeepSpeedCPUAdam"
+    optimizer: Optimizer = build(target, "optimizer", groups, **arguments)
+    optimizer.register_step_post_hook(_clamp_logit_scale)
+    return optimizer
+
+
+def _arguments(config: OptimizerConfig) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values.update(values.pop("kwargs", {}))
+    values.pop("_target_")
+    if "betas" in values:
+        values["betas"] = tuple(values["betas"])
+    return values
+
+
+def _clamp_logit_scale(optimizer: Optimizer, *_: Any) -> None:
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            if group.get("name") == "logit_scale":
+                for parameter in group["params"]:
+                    parameter.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
+    """The configured warm-up, or a tenth of the run."""
+    return total_steps // 10 if config.warmup_steps is None else config.warmup_steps
+
+
+def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: int) -> LambdaLR:
+    """The schedule, stepped once per optimizer step."""
+    decay = locate(config._target_, "scheduler")
+    return LambdaLR(
+        optimizer,
+        partial(
+            factor,
+            warmup_steps=warmup_steps(config, total_steps),
+            total_steps=total_steps,
+            decay=partial(decay, **config.kwargs),
+            final_factor=config.final_factor,
+        ),
+    )

@@ -1,0 +1,218 @@
+"""Strategies: one process, DDP, and DeepSpeed's ZeRO on GPUs as well as on CPUs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clip_exp.config.schema import StrategyConfig, StrategyName
+
+
+def build_strategy(config: StrategyConfig, device_type: str, ranks: int) -> Strategy | str:
+    """Lightning's strategy for the configured one; `auto` is DDP where there are several ranks."""
+    if config.name == StrategyName.deepspeed:
+        prepare_deepspeed(device_type)
+        return PortableDeepSpeedStrategy(
+            stage=config.stage,
+            offload_optimizer=config.offload,
+            offload_parameters=config.offload and config.stage == 3,
+            **config.config,
+        )
+    if config.name == StrategyName.ddp or ranks > 1:
+        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return SingleDeviceStrategy("cuda:0" if device_type == "cuda" else "cpu")
+
+
+def prepare_deepspeed(device_type: str) -> None:
+    """DeepSpeed reads its accelerator from the environment when imported, and finds ninja for its CPU Adam on PATH only."""
+    os.environ["DS_ACCELERATOR"] = device_type
+    interpreter = str(Path(sys.executable).parent)
+    if interpreter not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = interpreter + os.pathsep + os.environ["PATH"]
+
+
+class PortableDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy, on any device, with checkpoints that any other strategy can take up.
+
+    Lightning refuses DeepSpeed off CUDA, though DeepSpeed itself runs on CPUs; and it saves DeepSpeed's own folders of pickled
+    shards. Here weights and optimizer state are gathered parameter by parameter, and saved and restored as without DeepSpeed.
+    """
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        """As Lightning's, with the local rank as the device's index: a CPU device has none."""
+        import deepspeed
+
+        engine, wrapped, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.local_rank),
+            config=self.config,
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, wrapped
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights go in before DeepSpeed splits them."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole weights in float32, gathered one parameter at a time; empty on all ranks but the first."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        assert self.lightning_module is not None
+        weights = {}
+        for name, parameter in self.lightning_module.named_parameters():
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+            if self.is_global_zero:
+                weights[name] = full.detach().cpu().clone()
+        return weights | (dict(self.lightning_module.named_buffers()) if self.is_global_zero else {})
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state in the form of `torch.optim.Optimizer.state_dict()`; without tensors on all ranks but the first."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        _link_optimizer_state(optimizer)
+        inner: Optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        flats = _flat_partitions(optimizer)
+        parameters = self._trained_parameters()
+        shared = {key: value for key, value in inner.state[flats[0]].items() if not _is_elementwise(value, flats[0])}
+        keys = [key for key, value in inner.state[flats[0]].items() if _is_elementwise(value, flats[0])]
+        state: dict[int, dict[str, Any]] = {}
+        for index, parameter in enumerate(parameters):
+            full = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+            if self.is_global_zero:
+                state[index] = {**shared, **{key: value.cpu().clone() for key, value in full.items()}}
+        return {"state": state, "param_groups": self._numbered_groups(inner)}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take up a whole state. ZeRO makes its flat state only at its first step, so it is made and linked here first."""
+        saved = checkpoint["optimizer_states"][0]
+        optimizer = self.optimizers[0]
+        inner: Optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        for group, values in zip(inner.param_groups, saved["param_groups"], strict=True):
+            group.update({key: value for key, value in values.items() if key != "params"})
+        if not saved["state"]:
+            return
+        first = saved["state"][0]
+        parameters = self._trained_parameters()
+        keys = [
+            key
+            for key, value in first.items()
+            if isinstance(value, Tensor) and value.shape == _full_shape(parameters[0])
+        ]
+        for flat in _flat_partitions(optimizer):
+            shared = {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in first.items()
+                if key not in keys
+            }
+            inner.state[flat] = {**shared, **{key: torch.zeros_like(flat) for key in keys}}
+        _link_optimizer_state(optimizer)
+        for index, parameter in enumerate(parameters):
+            for key in keys:
+                _set_optimizer_state(parameter, saved["state"][index][key], key, self.world_size, self.global_rank)
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        """In the order of the optimizer's groups."""
+        module: Any = self.lightning_module
+        by_name = dict(module.model.named_parameters())
+        return [by_name[name] for name in module.parameter_names]
+
+    def _numbered_groups(self, inner: Optimizer) -> list[dict[str, Any]]:
+        """The inner optimizer's groups, with the numbers of their parameters in the place of flat tensors."""
+        numbers: Iterator[int] = iter(range(len(self._trained_parameters())))
+        sizes: list[int] = self.lightning_module.group_sizes  # type: ignore[union-attr, assignment]
+        return [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "params": [next(numbers) for _ in range(size)],
+            }
+            for group, size in zip(inner.param_groups, sizes, strict=True)
+        ]
+
+
+def _flat_partitions(optimizer: Any) -> list[Tensor]:
+    """The flat float32 tensors that this rank's inner optimizer steps, under ZeRO-1 and 2, bf16 ZeRO-1, and ZeRO-3."""
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    raise TypeError(f"{type(optimizer).__name__} is no ZeRO optimizer that clip_exp knows")
+
+
+def _link_optimizer_state(optimizer: Any) -> None:
+    """Let ZeRO-1 and 2 find each parameter's part of the flat state.
+
+    DeepSpeed 0.19 links them once, after the first group of the first step, when the other groups have no state yet.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _is_elementwise(value: Any, flat: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == flat.shape and value.ndim > 0
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _gathered(parameter: nn.Parameter) -> Tensor:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().float().clone()
+
+
+def _set_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str, ranks: int, rank: int) -> None:
+    """Write this rank's part of a parameter's state.
+
+    DeepSpeed 0.19's setter for ZeRO-3 fails for a parameter with fewer elements than ranks, so the part is cut out here.
+    """
+    from deepspeed.utils import (
+        safe_get_local_optimizer_state,
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
+
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+        return
+    size = safe_get_local_optimizer_state(parameter, key).numel()
+    padded = torch.zeros(size * ranks, dtype=value.dtype)
+    padded[: value.numel()] = value.flatten()
+    safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], key)

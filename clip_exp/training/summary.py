@@ -1,0 +1,68 @@
+"""What a finished run tells: a table on the terminal, `summary.json`, and its report."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.table import Table
+
+from clip_exp.checkpoints.discovery import best, latest
+from clip_exp.config.schema import TrainConfig
+from clip_exp.reports.run import write_report
+from clip_exp.runs import RunRecord, write_json
+from clip_exp.training.metrics import read_metrics
+from clip_exp.training.module import CLIPModule
+
+
+def conclude(
+    run_dir: Path, record: RunRecord, trainer: pl.Trainer, module: CLIPModule, config: TrainConfig, seconds: float
+) -> None:
+    """Write `summary.json`, note the end in `run.json`, print the results, and draw the report."""
+    summary = summarize(run_dir, trainer, module, config, seconds)
+    write_json(run_dir / "summary.json", summary)
+    record.finish("finished", best_checkpoint=summary["best_checkpoint"])
+    report = write_report(run_dir)
+    _print(run_dir, summary, report)
+
+
+def summarize(
+    run_dir: Path, trainer: pl.Trainer, module: CLIPModule, config: TrainConfig, seconds: float
+) -> dict[str, Any]:
+    """Numbers of the whole run; `metrics` are those of the last validation and the last logged step."""
+    rows = read_metrics(run_dir / "metrics.csv")
+    last: dict[str, Any] = {}
+    for row in rows:
+        last.update(row)
+    speeds = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
+    return {
+        "name": config.name,
+        "model": config.model.name,
+        "data": config.data.name,
+        "steps": trainer.global_step,
+        "samples_seen": trainer.global_step * config.global_batch_size,
+        "epochs": last.get("epoch"),
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "ranks": trainer.world_size,
+        "seconds": round(seconds, 2),
+        "samples_per_s": round(median(speeds), 2) if speeds else None,
+        "metrics": {name: value for name, value in last.items() if "/" in name},
+        "last_checkpoint": str(latest(run_dir)),
+        "best_checkpoint": str(best(run_dir)),
+    }
+
+
+def _print(run_dir: Path, summary: dict[str, Any], report: Path) -> None:
+    table = Table(
+        title=f"{summary['name']}: {summary['steps']:,} steps of {summary['samples_seen'] // max(1, summary['steps'])} pairs in {summary['seconds']:.0f} s"
+    )
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in summary["metrics"].items():
+        table.add_row(name, f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}")
+    if summary["samples_per_s"] is not None:
+        table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    console.print(f"run folder:  {run_dir}\nreport:      {report}\nnext:        python evaluate.py run={run_dir}")

@@ -1,0 +1,6 @@
+"""Score a CLIP: `python evaluate.py --help`."""
+
+from clip_exp.cli import main
+
+if __name__ == "__main__":
+    main("evaluate")

@@ -1,0 +1,114 @@
+"""A checkpoint is whole or absent; what is damaged is found, and the one before it is used."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_exp.checkpoints import discovery
+from clip_exp.checkpoints.io import SafeCheckpointIO
+from clip_exp.checkpoints.state import join, name_optimizer_state, number_optimizer_state, split
+from clip_exp.checkpoints.writer import atomic_folder
+from clip_exp.errors import CheckpointError
+
+
+def write(run_dir: Path, step: int, content: str = "weights", **metadata: object) -> Path:
+    target = discovery.folder_of(run_dir, step)
+    with atomic_folder(target, {"step": step, **metadata}) as folder:
+        (folder / "model.safetensors").write_text(content)
+    return target
+
+
+def test_the_newest_undamaged_checkpoint_is_used(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    assert discovery.latest(tmp_path).name == "step-000020"
+    (discovery.folder_of(tmp_path, 20) / "model.safetensors").write_text("weightz")
+    with caplog.at_level(logging.WARNING):
+        assert discovery.latest(tmp_path).name == "step-000010"
+    assert "changed after it was written" in caplog.text
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest"])
+def test_every_kind_of_damage_is_found(tmp_path, harm: str) -> None:
+    checkpoint = write(tmp_path, 1, "0123456789")
+    file = checkpoint / "model.safetensors"
+    if harm == "truncate":
+        file.write_text("01234")
+    elif harm == "flip":
+        file.write_text("0123456780")
+    elif harm == "remove":
+        file.unlink()
+    else:
+        (checkpoint / "manifest.json").write_text("{")
+    assert discovery.damage(checkpoint)
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        discovery.latest(tmp_path)
+
+
+def test_damaged_checkpoints_and_leftovers_are_set_aside(tmp_path) -> None:
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "model.safetensors").write_text("")
+    (tmp_path / "checkpoints" / ".writing-step-000003-99").mkdir()
+    discovery.set_damaged_aside(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["damaged-step-000002", "step-000001"]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path) -> None:
+    write(tmp_path, 5, "old")
+
+    def fail() -> None:
+        with atomic_folder(discovery.folder_of(tmp_path, 5), {}) as folder:
+            (folder / "model.safetensors").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left on device.*untouched"):
+        fail()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+    assert (discovery.latest(tmp_path) / "model.safetensors").read_text() == "old"
+
+
+def test_best_is_the_last_that_was_marked(tmp_path) -> None:
+    write(tmp_path, 1, best=True)
+    write(tmp_path, 2, best=True)
+    write(tmp_path, 3, best=False)
+    assert discovery.best(tmp_path).name == "step-000002"
+
+
+def test_a_training_state_survives_json_and_safetensors(tmp_path) -> None:
+    state = {
+        "state_dict": {"model.weight": torch.randn(2, 3), "model.logit_scale": torch.ones(1)},
+        "global_step": 7,
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(2, 3)}}, "param_groups": [{"lr": 1e-3}]}],
+        "callbacks": {"Stop": {"best": torch.tensor(0.5), "none": None, "flag": True}},
+    }
+    io = SafeCheckpointIO()
+    io.save_checkpoint(state, tmp_path / "step-000007")
+    back = io.load_checkpoint(tmp_path / "step-000007")
+    torch.testing.assert_close(back, state, rtol=0, atol=0)
+
+
+def test_what_json_and_safetensors_cannot_hold_is_refused() -> None:
+    with pytest.raises(TypeError, match="callbacks/x"):
+        split({"callbacks": {"x": object()}})
+
+
+def test_split_and_join_are_inverse() -> None:
+    tree = {"a": [1, {"b": torch.arange(3)}], 5: {"c": torch.zeros(())}, "d": {}}
+    plain, tensors = split(tree)
+    torch.testing.assert_close(join(plain, tensors), tree)
+
+
+def test_an_optimizer_state_is_named_and_numbered() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    named = name_optimizer_state(optimizer.state_dict(), ["weight", "bias"])
+    assert set(named["state"]) == {"weight", "bias"}
+    assert [group["params"] for group in named["param_groups"]] == [["weight"], ["bias"]]
+    back = number_optimizer_state(named, ["weight", "bias"])
+    torch.testing.assert_close(back["state"], optimizer.state_dict()["state"])
+    with pytest.raises(CheckpointError, match="bias"):
+        number_optimizer_state(named, ["weight"])

@@ -1,0 +1,18 @@
+"""Configurations in tests, composed as the command line composes them."""
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from clip_exp.config.load import load_train
+from clip_exp.config.paths import conf_dir
+from clip_exp.config.schema import TrainConfig, register
+
+
+def compose_config(*overrides: str, command: str = "train") -> DictConfig:
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(command, overrides=list(overrides))
+
+
+def train_config(*overrides: str) -> TrainConfig:
+    return load_train(compose_config(*overrides))

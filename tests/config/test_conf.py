@@ -1,0 +1,121 @@
+"""Every file below conf/ composes, and what it describes can be built."""
+
+import itertools
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from clip_exp.config.load import load_evaluate, load_train
+from clip_exp.config.paths import conf_dir, options
+from clip_exp.config.preflight import check_train
+from clip_exp.config.schema import StrategyName
+from clip_exp.losses.build import build_loss
+from clip_exp.models.build import build_model
+from clip_exp.training.loggers import build_loggers
+from clip_exp.training.optim import build_optimizer, build_scheduler
+from clip_exp.training.strategies import build_strategy
+from tests.compose import compose_config, train_config
+
+GROUPS = ("data", "loss", "scheduler", "trainer", "callbacks", "debug", "experiment")
+
+
+def overrides_of(group: str, option: str) -> list[str]:
+    needed = {"csv": ["data.train=pairs.csv"], "custom": ["optimizer._target_=torch.optim.RAdam", "optimizer.lr=1e-3"]}
+    return [f"{group}={option}", *needed.get(option, [])]
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
+def test_every_option_composes_into_the_schema(group: str, option: str) -> None:
+    assert load_train(compose_config(*overrides_of(group, option))).name
+
+
+@pytest.mark.parametrize("option", options("model"))
+def test_every_model_is_built_as_its_file_says(option: str) -> None:
+    config = train_config(f"model={option}").model
+    with torch.device("meta"):
+        model = build_model(config)
+    assert config.name == option
+    assert model.logit_scale.shape == (1,)
+    assert model.encode_text(torch.zeros(2, 5, dtype=torch.long, device="meta")).shape == (2, config.embed_dim)
+
+
+@pytest.mark.parametrize("option", options("optimizer"))
+def test_every_optimizer_steps_and_clamps_the_logit_scale(option: str) -> None:
+    model = nn.Module()
+    model.weight, model.logit_scale = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.full([1], 9.0))
+    config = train_config(*overrides_of("optimizer", option)).optimizer
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, train_config().scheduler, total_steps=10)
+    (model.weight.sum() - model.logit_scale.sum()).backward()
+    optimizer.step()
+    scheduler.step()
+    assert not torch.equal(model.weight, torch.ones(3, 3))
+    assert model.logit_scale.item() == pytest.approx(4.60517, abs=1e-4)
+    decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {"decay": config.weight_decay, "logit_scale": 0.0}
+
+
+@pytest.mark.parametrize("option", options("loss"))
+def test_every_loss_is_built(option: str) -> None:
+    config = train_config(f"loss={option}").loss
+    assert config.name == option
+    assert (config.init_logit_bias is not None) == (option == "sigmoid")
+    assert isinstance(build_loss(config), nn.Module)
+
+
+@pytest.mark.parametrize("option", options("strategy"))
+def test_every_strategy_is_built_on_a_cpu(option: str) -> None:
+    config = train_config(f"strategy={option}").strategy
+    strategy = build_strategy(config, "cpu", ranks=1)
+    if config.name == StrategyName.deepspeed:
+        zero = strategy.config["zero_optimization"]
+        assert zero["stage"] == config.stage == int(option.split("_")[2])
+        assert ("offload_optimizer" in zero) == config.offload == option.endswith("offload")
+    else:
+        assert option in ("auto", "ddp")
+
+
+@pytest.mark.parametrize("option", options("logger"))
+def test_every_logger_is_built_beside_the_metrics_table(option: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = train_config(f"logger={option}", *(["logger.wandb.mode=offline"] if option == "wandb" else [])).logger
+    names = [type(logger).__name__ for logger in build_loggers(config, tmp_path, "run")]
+    expected = {"csv": [], "tensorboard": ["TensorBoardLogger"], "wandb": ["WandbLogger"]}
+    assert names == ["MetricsCSV", *expected[option]]
+
+
+def test_several_loggers_at_once() -> None:
+    config = train_config("logger=[csv,tensorboard,wandb]").logger
+    assert config.tensorboard is not None
+    assert config.wandb is not None
+
+
+@pytest.mark.parametrize("option", options("task"))
+def test_every_task_composes_under_its_name(option: str) -> None:
+    needed = {"retrieval": ["task.retrieval.table=x.csv"], "image_folder": ["task.image_folder.root=x"], "imagenet": ["task.imagenet.root=x"]}
+    config = load_evaluate(compose_config(f"task=[{option}]", *needed.get(option, []), command="evaluate"))
+    assert list(config.task) == [option]
+
+
+def test_several_tasks_at_once() -> None:
+    config = load_evaluate(compose_config("task=[retrieval,digits]", "task.retrieval.table=x.csv", command="evaluate"))
+    assert sorted(config.task) == ["digits", "retrieval"]
+
+
+@pytest.mark.parametrize("path", sorted(conf_dir().rglob("*.yaml")), ids=lambda p: str(p.relative_to(conf_dir())))
+def test_every_file_begins_by_saying_what_it_is(path) -> None:
+    text = path.read_text()
+    assert path.parent.name in ("help", "optimizer", "logger", "trainer", "callbacks") or text.startswith("#"), path
+    assert yaml.safe_load(text) is not None
+
+
+def test_the_debug_modes_pass_the_checks() -> None:
+    for option in options("debug"):
+        check_train(train_config(f"debug={option}"))
+
+
+def test_model_size_and_strategy_combine_freely() -> None:
+    for model, strategy in itertools.product(["vit_b32", "vit_tiny"], options("strategy")):
+        check_train(train_config(f"model={model}", f"strategy={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"))

@@ -1,0 +1,146 @@
+"""A wrong configuration is refused with one message that names what is valid, before torch is imported, with exit code 2."""
+
+import sys
+
+import pytest
+
+from clip_exp.config.load import load_train, read_run_config, to_yaml
+from clip_exp.config.overrides import quote
+from clip_exp.config.preflight import check_train
+from clip_exp.errors import ConfigError
+from tests.compose import compose_config, train_config
+
+REFUSED = {
+    "unknown option": (["model=vit_b23"], "did you mean 'vit_b32'"),
+    "unknown group": (["optimzer=sgd"], "did you mean 'optimizer'"),
+    "unknown key": (["data.trian=x"], "did you mean 'train'"),
+    "unknown key with +": (["+data.trian=x"], "did you mean 'train'"),
+    "unknown optimizer key": (["optimizer.momentum=0.9"], "optimizer.momentum does not exist"),
+    "unknown optimizer key with +": (["+optimizer.lrr=1"], "did you mean 'lr'"),
+    "wrong type": (["seed=abc"], "seed"),
+    "wrong type in an optimizer": (["optimizer.lr=fast"], "optimizer.lr"),
+    "fraction for a count": (["global_batch_size=1.5"], "global_batch_size"),
+    "unknown choice": (["loss.same_caption=maybe"], "positive, negative"),
+    "unreadable override": (["model"], "key=value"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_wrong_override_ends_with_code_2_and_no_traceback(command, tmp_path, arguments, expected) -> None:
+    result = command("train.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert result.stderr.startswith("error:")
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_composing_and_checking_import_no_torch(command, tmp_path) -> None:
+    script = tmp_path / "probe.py"
+    script.write_text(
+        "import sys\nfrom clip_exp.cli import run\n"
+        "assert run('train', ['data.trian=1']) == 2 and run('train', ['global_batch_size=0']) == 2\n"
+        "assert run('train', ['--cfg', 'job']) == 0\nassert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    result = command(str(script), cwd=tmp_path, PYTHONPATH=sys.path[0])
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_problem_is_told_at_once(tmp_path) -> None:
+    config = train_config(
+        "global_batch_size=7", "trainer.devices=2", "trainer.accelerator=cpu", "max_steps=10", "scheduler.warmup_steps=20",
+        "trainer.accumulate_grad_batches=4", "data=csv", "data.train=missing.csv", "patience=3",
+    )  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        check_train(config)
+    message = str(caught.value)
+    for part in ("multiple of the 2 processes", "warmup_steps=20 is longer", "micro_batch_size", "missing.csv does not exist", "set monitor"):
+        assert part in message
+    assert len(message.splitlines()) == 5
+
+
+CROSS_FIELD = {
+    "zero batch": (["global_batch_size=0"], "global_batch_size=0 must be above 0"),
+    "negative rate": (["optimizer.lr=-1"], "optimizer.lr"),
+    "both lengths": (["max_steps=5", "epochs=2"], "give one"),
+    "missing table": (["data=csv", "data.train=no.csv"], "does not exist"),
+    "no table": (["data=csv"], "data.train has no value"),
+    "address as table": (["data=csv", "data.train=https://user:pw@host/x.csv"], "is an address"),
+    "more rows than there are": (["global_batch_size=100000"], "is more than the"),
+    "warm-up longer than the epochs": (["epochs=1", "scheduler.warmup_steps=5000"], "longer than the run"),
+    "average under ZeRO": (["strategy=deepspeed_stage_2", "callbacks=ema"], "callbacks.ema_decay"),
+    "offload without Adam": (["strategy=deepspeed_stage_2_offload", "optimizer=sgd"], "CPU Adam"),
+    "half precision on a CPU": (["precision=16-mixed", "trainer.accelerator=cpu"], "16-mixed"),
+    "heads that do not divide": (["model.image.heads=3"], "multiple of model.image.heads"),
+    "odd name": (["name=a/b"], "plain folder name"),
+    "bad weights": (["pretrained=none.pt"], "none.pt does not exist"),
+    "template without a place": (["data.templates=[photo]"], "needs a {}"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "expected"), CROSS_FIELD.values(), ids=CROSS_FIELD.keys())
+def test_values_that_contradict_each_other_are_refused(overrides, expected) -> None:
+    with pytest.raises(ConfigError, match=None) as caught:
+        check_train(train_config(*overrides))
+    assert expected in str(caught.value)
+
+
+def test_asking_for_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        check_train(train_config("trainer.accelerator=gpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="asks for 4 GPUs, and this machine has 2"):
+        check_train(train_config("trainer.accelerator=gpu", "trainer.devices=4"))
+
+
+def test_a_configuration_survives_its_yaml(tmp_path) -> None:
+    config = train_config("optimizer=lion", "max_steps=7", "callbacks=ema", "logger=tensorboard", "data=shapes")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_run_config(tmp_path) == config
+
+
+def test_every_default_is_written_out() -> None:
+    config = load_train(compose_config())
+    assert (config.max_steps, config.epochs) == (None, 30)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["/data/a=b/x.csv", "/data/一只 猫.csv", "/data/a (1).csv", "shard-{000..009}.tar", "it's.csv", "a, b.csv", r"C:\data\x.csv"],
+)
+def test_values_outside_hydras_grammar_arrive_unchanged(value: str) -> None:
+    assert compose_config("data=csv", *quote([f"data.train={value}"])).data.train == value
+
+
+def test_quoting_leaves_lists_numbers_and_sweeps_alone() -> None:
+    arguments = ["data.augmentation.scale=[0.5,1.0]", "seed=3", "optimizer.lr=1e-3,3e-4", "-m"]
+    assert quote(arguments) == arguments
+
+
+def test_a_target_outside_the_allowed_modules_is_refused() -> None:
+    from torch import nn
+
+    from clip_exp.training.optim import build_optimizer
+
+    model = nn.Linear(2, 2)
+    for target, expected in (
+        ("os.system", "not below an allowed module"),
+        ("torch.optim.AdmW", "did you mean 'AdamW'"),
+        ("pytorch_lightning.cli.os.system", "cannot be imported"),
+    ):
+        config = train_config("optimizer=custom", f"optimizer._target_={target}", "optimizer.lr=1")
+        with pytest.raises(ConfigError, match=expected):
+            build_optimizer(model, config.optimizer)
+
+
+def test_an_argument_that_a_target_lacks_is_refused_by_name() -> None:
+    from torch import nn
+
+    from clip_exp.training.optim import build_optimizer
+
+    config = train_config("optimizer=custom", "optimizer._target_=torch.optim.RAdam", "optimizer.lr=1", "+optimizer.kwargs.epsilon=1")
+    with pytest.raises(ConfigError, match=r"optimizer\.epsilon is no argument"):
+        build_optimizer(nn.Linear(2, 2), config.optimizer)

@@ -1,0 +1,46 @@
+"""What several rooms' tests need."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real photographs and captions that CLIP_EXP_DATA names."""
+    folder = os.environ.get("CLIP_EXP_DATA")
+    if not folder:
+        pytest.skip("CLIP_EXP_DATA does not name a folder of real photographs")
+    return Path(folder)
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def command() -> Run:
+    """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr."""
+
+    def run(script: str, *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        return subprocess.run(
+            [sys.executable, str(REPOSITORY / script), *arguments],
+            cwd=cwd,
+            env={**clean, "COLUMNS": "200", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    return run

@@ -1,0 +1,72 @@
+"""Pictures and tables that tests make themselves."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_exp.config.schema import DataConfig
+from clip_exp.data.datamodule import PairsDataModule
+
+
+def noise(seed: int, width: int = 48, height: int = 40) -> Image.Image:
+    """A smooth random RGB picture."""
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height))
+
+
+def load(file: str | Path) -> Image.Image:
+    with Image.open(file) as picture:
+        picture.load()
+    return picture
+
+
+def write_table(file: Path, records: list[list[str]], separator: str = ",", encoding: str = "utf-8") -> Path:
+    with open(file, "w", newline="", encoding=encoding) as stream:
+        csv.writer(stream, delimiter=separator).writerows(records)
+    return file
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """23 pictures, JPEG and PNG, the third with three captions and the others with one: 25 rows."""
+    records = [["filepath", "title"]]
+    for i in range(23):
+        name = f"{i:02d}.{'jpg' if i % 2 else 'png'}"
+        noise(i).save(tmp_path / name)
+        records += [[name, f"caption {variant} of picture {i}"] for variant in range(3 if i == 3 else 1)]
+    return write_table(tmp_path / "pairs.csv", records)
+
+
+Build = Callable[..., PairsDataModule]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """A data module of pictures of 16 pixels in batches of 4; keywords are `DataConfig`'s, but for those named here."""
+
+    def make(
+        train: object,
+        *,
+        seed: int = 0,
+        global_batch_size: int = 4,
+        total_steps: int | None = 3,
+        run_dir: Path | None = None,
+        **values: object,
+    ) -> PairsDataModule:
+        config = DataConfig(name="csv", train=train, **{"num_workers": 0, **values})  # type: ignore[arg-type]
+        return PairsDataModule(
+            config,
+            image_size=16,
+            context_length=77,
+            global_batch_size=global_batch_size,
+            total_steps=total_steps,
+            seed=seed,
+            output_dir=tmp_path / "outputs",
+            run_dir=run_dir,
+        )
+
+    return make

@@ -1,0 +1,108 @@
+import math
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
+
+from clip_exp.data.images import BadImage, open_image, pil_to_tensor
+from clip_exp.data.randomness import Draws
+from clip_exp.data.transforms import crop_box, eval_transform, normalize, train_transform
+from tests.data.conftest import load, noise
+
+MEAN, STD = open_clip.constants.OPENAI_DATASET_MEAN, open_clip.constants.OPENAI_DATASET_STD
+PICTURES = {
+    "wide": noise(0, 301, 123),
+    "tall": noise(1, 97, 411),
+    "square": noise(2, 224, 224),
+    "small": noise(3, 9, 14),
+    "grey": noise(4, 150, 90).convert("L"),
+    "palette": noise(5, 150, 90).quantize(32),
+    "bilevel": noise(6, 150, 90).convert("1"),
+    "alpha": noise(7, 150, 90).convert("RGBA"),
+    "cmyk": noise(8, 150, 90).convert("CMYK"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("size", [32, 224, 225])
+def test_evaluation_is_bit_equal_to_open_clip(name, size):
+    picture = PICTURES[name]
+    image = eval_transform(picture, size)
+    assert image.dtype == torch.uint8
+    expected = open_clip.image_transform(size, is_train=False)(picture)
+    assert torch.equal(normalize(image[None], MEAN, STD)[0], expected)
+
+
+def test_evaluation_of_real_photographs_is_bit_equal_to_open_clip(real_data):
+    reference = open_clip.image_transform(224, is_train=False)
+    for file in sorted((real_data / "imagenet_val_sample").glob("*/*"))[:15]:
+        image = eval_transform(open_image(file, 40_000_000), 224)
+        assert torch.equal(normalize(image[None], MEAN, STD)[0], reference(load(file))), file
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused():
+    with pytest.raises(BadImage, match="1 x 60000"):
+        eval_transform(Image.new("RGB", (1, 60_000)), 224)
+
+
+def test_training_crop_is_within_two_levels_of_pillow():
+    picture = noise(9, 320, 240)
+    image = pil_to_tensor(picture)
+    for k in range(10):
+        top, left, height, width = crop_box(240, 320, Draws(k), (0.2, 1.0), (0.75, 4 / 3))
+        box = (left, top, left + width, top + height)
+        pillow = pil_to_tensor(picture.crop(box).resize((64, 64), Image.Resampling.BICUBIC)).int()
+        ours = train_transform(image, 64, Draws(k), scale=(0.2, 1.0)).int()
+        assert (ours - pillow).abs().max() <= 2
+
+
+def test_training_transform_of_the_whole_picture_is_torchvisions():
+    image = pil_to_tensor(noise(10, 90, 90))
+    whole = RandomResizedCrop(32, (1.0, 1.0), (1.0, 1.0), InterpolationMode.BICUBIC, antialias=True)(image)
+    assert torch.equal(train_transform(image, 32, Draws(0), scale=(1.0, 1.0), ratio=(1.0, 1.0)), whole)
+
+
+def test_crops_are_distributed_as_torchvisions():
+    scale, ratio, height, width = (0.3, 0.9), (0.75, 4 / 3), 200, 260
+    torch.manual_seed(0)
+    theirs = np.array(
+        [
+            transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), list(scale), list(ratio))
+            for _ in range(3000)
+        ]
+    )
+    ours = np.array([crop_box(height, width, Draws(k), scale, ratio) for k in range(3000)])
+    for mine, reference in zip(ours.T, theirs.T, strict=True):
+        error = math.hypot(mine.std(), reference.std()) / math.sqrt(3000)
+        assert abs(mine.mean() - reference.mean()) < 4 * error
+        assert mine.std() == pytest.approx(reference.std(), rel=0.1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (2, 3)])
+def test_crops_of_tiny_and_elongated_pictures_lie_inside(height, width):
+    for k in range(50):
+        top, left, crop_height, crop_width = crop_box(height, width, Draws(k), (0.9, 1.0), (0.75, 4 / 3))
+        assert 0 <= top < top + crop_height <= height
+        assert 0 <= left < left + crop_width <= width
+    assert train_transform(torch.zeros(3, height, width, dtype=torch.uint8), 16, Draws(0)).shape == (3, 16, 16)
+
+
+def test_the_same_draws_give_the_same_pixels_and_others_do_not():
+    image = pil_to_tensor(noise(11, 100, 80))
+    one, same, other = (train_transform(image, 32, Draws(*key)) for key in ((0, 1, 2), (0, 1, 2), (0, 2, 2)))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one.is_contiguous()
+
+
+def test_flip_mirrors_and_its_probability_holds():
+    image = pil_to_tensor(noise(12, 50, 50))
+    plain = [train_transform(image, 16, Draws(k)) for k in range(200)]
+    always = [train_transform(image, 16, Draws(k), horizontal_flip=1.0) for k in range(200)]
+    assert all(torch.equal(a.flip(-1), b) for a, b in zip(plain, always, strict=True))
+    half = [train_transform(image, 16, Draws(k), horizontal_flip=0.5) for k in range(200)]
+    assert 70 < sum(torch.equal(a, b) for a, b in zip(half, always, strict=True)) < 130

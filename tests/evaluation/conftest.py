@@ -1,0 +1,20 @@
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import nano, run_dir, write_picture
+
+__all__ = ["nano", "run_dir"]
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    """Three classes of four pictures, with files and folders around them that are not pictures."""
+    root = tmp_path / "pictures"
+    for position, name in enumerate(["tabby_cat", "dog", "Zebra"]):
+        for number in range(4):
+            write_picture(root / name / f"{number}.png", 10 * position + number)
+    (root / "dog" / "notes.txt").write_text("no picture")
+    (root / "dog" / ".hidden.png").write_text("no picture")
+    (root / ".cache").mkdir()
+    return root

@@ -1,0 +1,47 @@
+"""`python evaluate.py` as a user runs it: exit codes and the one message."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import write_picture
+
+
+def test_a_run_is_evaluated_from_another_folder(run_dir: Path, class_folders: Path, tmp_path: Path, command: Callable):
+    done = command(
+        "evaluate.py",
+        f"run={run_dir}",
+        "task=image_folder",
+        f"task.image_folder.root={class_folders}",
+        "task.image_folder.templates=simple",
+        "num_workers=0",
+        "accelerator=cpu",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "image_folder/top1" in done.stdout
+    result = json.loads((run_dir / "eval" / "image_folder.json").read_text())
+    assert result["protocol"]["templates"] == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["run={run}", "task=image_folder"], 2, "task.image_folder.root has no value"),
+        (["run={run}", "task=image_folder", "task.image_folder.root=absent"], 2, "root=absent: no such folder"),
+        (["task=image_folder", "task.image_folder.root={pictures}"], 2, "which model?"),
+        (["run={run}", "task=imagenet", "task.imagenet.root={pictures}"], 3, "'n99999999' is no class of ImageNet-1k"),
+        (["run={pictures}", "task=digits"], 4, "is not a run folder"),
+    ],
+)
+def test_errors_are_one_message_with_their_exit_code(
+    run_dir: Path, tmp_path: Path, command: Callable, overrides: list[str], code: int, message: str
+):
+    write_picture(tmp_path / "pictures" / "n99999999" / "1.png", 0)
+    places = {"run": run_dir, "pictures": tmp_path / "pictures"}
+    done = command("evaluate.py", *(override.format(**places) for override in overrides), cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

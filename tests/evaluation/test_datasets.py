@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from clip_exp.errors import ConfigError, DataError
+from clip_exp.evaluation.datasets import from_folder, from_table
+from tests.small_runs import write_picture
+
+
+def test_folders_are_classes_in_code_point_order_and_underscores_are_spaces(class_folders: Path):
+    images = from_folder(class_folders)
+    assert images.class_names == ["Zebra", "dog", "tabby cat"]
+    assert images.labels == [0] * 4 + [1] * 4 + [2] * 4
+    assert [Path(path).parent.name for path in images.paths] == ["Zebra"] * 4 + ["dog"] * 4 + ["tabby_cat"] * 4
+    assert not [path for path in images.paths if "hidden" in path or "notes" in path]
+
+
+def test_pictures_in_folders_below_a_class_belong_to_it(tmp_path: Path):
+    write_picture(tmp_path / "cat" / "images" / "1.JPEG", 0)
+    assert from_folder(tmp_path).paths == [str(tmp_path / "cat" / "images" / "1.JPEG")]
+
+
+def test_names_are_matched_by_name_before_they_are_matched_by_order(class_folders: Path):
+    by_name = from_folder(class_folders, ["tabby cat", "dog", "horse", "Zebra"])
+    assert by_name.labels == [3] * 4 + [1] * 4 + [0] * 4
+    assert by_name.missing == ["horse"]
+    by_order = from_folder(class_folders, ["striped horse", "hound", "kitten"])
+    assert by_order.labels == [0] * 4 + [1] * 4 + [2] * 4
+    assert by_order.keys == ["Zebra", "dog", "tabby_cat"]
+
+
+def test_a_mapping_names_folders_also_from_a_file(class_folders: Path, tmp_path: Path):
+    mapping = {"tabby_cat": "kitten", "dog": "hound", "Zebra": "striped horse"}
+    path = tmp_path / "names.tsv"
+    path.write_text("".join(f"{key}\t{name}\n" for key, name in mapping.items()))
+    for images in (from_folder(class_folders, mapping), from_folder(class_folders, str(path))):
+        assert images.class_names == ["kitten", "hound", "striped horse"]
+        assert images.labels == [2] * 4 + [1] * 4 + [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["one", "two"], "2 names.*3 classes"),
+        ({"dog": "hound"}, "'Zebra', 'tabby_cat'"),
+        (["dog", "dog", "Zebra", "tabby cat"], "names twice"),
+        ("lables", "lables is no file"),
+    ],
+)
+def test_names_that_do_not_fit_the_folders_are_refused(class_folders: Path, classes, message: str):
+    with pytest.raises(ConfigError, match=message):
+        from_folder(class_folders, classes)
+
+
+def test_an_imagenet_folder_is_scored_against_all_1000_names_in_the_order_of_wnids(tmp_path: Path):
+    for wnid in ("n04356056", "n01440764", "n03773504"):
+        write_picture(tmp_path / wnid / "a.JPEG", 0)
+    images = from_folder(tmp_path, "imagenet")
+    assert len(images.class_names) == 1000
+    assert images.labels == [0, 657, 837]
+    assert [images.class_names[label] for label in images.labels] == ["tench", "missile", "sunglasses"]
+    assert len(images.missing) == 997
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("cat", "'cat' is no WordNet id"), ("n99999999", "'n99999999' is no class of ImageNet")]
+)
+def test_a_folder_that_is_no_class_of_imagenet_is_refused_by_name(tmp_path: Path, folder: str, message: str):
+    write_picture(tmp_path / "n01440764" / "a.png", 0)
+    write_picture(tmp_path / folder / "a.png", 0)
+    with pytest.raises(DataError, match=message):
+        from_folder(tmp_path, "imagenet")
+
+
+def test_empty_and_absent_folders_are_told_apart(tmp_path: Path):
+    with pytest.raises(DataError, match="no folder with pictures"):
+        from_folder(tmp_path)
+    write_picture(tmp_path / "loose.png", 0)
+    with pytest.raises(DataError, match="sort them into one folder per class"):
+        from_folder(tmp_path)
+    with pytest.raises(ConfigError, match=r"task\.x\.root=.*absent: no such folder"):
+        from_folder(tmp_path / "absent", where="task.x.root")
+
+
+def test_a_table_gives_its_distinct_labels_as_written(tmp_path: Path):
+    table = tmp_path / "labels.csv"
+    table.write_text("filepath,label\nb.png,tabby_cat\na.png,dog\nc.png,dog\n")
+    images = from_table(str(table), image_key="filepath", label_key="label")
+    assert images.class_names == ["dog", "tabby_cat"]
+    assert images.labels == [1, 0, 0]
+    assert images.paths == [str(tmp_path / name) for name in ("b.png", "a.png", "c.png")]
+
+
+def test_a_picture_in_several_rows_counts_once_and_has_one_label(tmp_path: Path):
+    table = tmp_path / "labels.csv"
+    table.write_text("filepath,label\na.png,dog\nb.png,cat\na.png,dog\n")
+    images = from_table(str(table), image_key="filepath", label_key="label")
+    assert (images.paths, images.labels) == ([str(tmp_path / "a.png"), str(tmp_path / "b.png")], [1, 0])
+    table.write_text("filepath,label\na.png,dog\nb.png,cat\na.png,cat\n")
+    with pytest.raises(DataError, match=r"line 4: a\.png is 'cat' here and 'dog' before"):
+        from_table(str(table), image_key="filepath", label_key="label")
+
+
+def test_pictures_without_a_label_are_left_out_and_counted(tmp_path: Path):
+    table = tmp_path / "labels.csv"
+    table.write_text("filepath,label\na.png,dog\nb.png,\nb.png,\n")
+    images = from_table(str(table), image_key="filepath", label_key="label")
+    assert (images.class_names, images.labels, images.unlabeled) == (["dog"], [0], 1)
+    table.write_text("filepath,label\nb.png,\n")
+    with pytest.raises(DataError, match="the column label is empty in every row"):
+        from_table(str(table), image_key="filepath", label_key="label")

@@ -1,0 +1,295 @@
+"""Whole evaluations of random weights; every number is computed once more by hand."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from clip_exp.config.schema import DataConfig, EvaluateConfig, OnBadImage
+from clip_exp.errors import CheckpointError, ConfigError, DataError, NumericError
+from clip_exp.evaluation.encode import EncodeOptions, encode_images
+from clip_exp.evaluation.metrics import retrieval
+from clip_exp.evaluation.prompts import class_prompts, imagenet_classes, templates
+from clip_exp.evaluation.run import check, evaluate
+from clip_exp.inference.sources import named_model
+from clip_exp.models.clip import CLIP
+from clip_exp.text.tokenizer import Tokenizer
+from tests.small_runs import write_checkpoint, write_picture, write_run
+
+
+def config(tmp_path: Path, task: dict, **values) -> EvaluateConfig:
+    return EvaluateConfig(task=task, output_dir=str(tmp_path / "outputs"), accelerator="cpu", num_workers=0, **values)
+
+
+def direct_image_features(model: CLIP, paths: list[Path]) -> torch.Tensor:
+    image = named_model("vit_nano").image
+    published = transforms.Compose(
+        [
+            transforms.Resize(image.image_size, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(image.image_size),
+            lambda picture: picture.convert("RGB"),
+            transforms.ToTensor(),
+            transforms.Normalize(image.mean, image.std),
+        ]
+    )
+    with torch.no_grad():
+        return torch.cat([model.encode_image(published(Image.open(path))[None], normalize=True) for path in paths])
+
+
+def direct_text_features(model: CLIP, texts: list[str]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.encode_text(Tokenizer(77)(texts, trim=False), normalize=True)
+
+
+def direct_classifier(model: CLIP, names: list[str], prompts: list[str]) -> torch.Tensor:
+    means = [direct_text_features(model, class_prompts(name, prompts)).mean(dim=0) for name in names]
+    return torch.nn.functional.normalize(torch.stack(means), dim=-1)
+
+
+def test_zero_shot_on_folders_equals_a_direct_computation(
+    tmp_path: Path, nano: CLIP, run_dir: Path, class_folders: Path
+):
+    prompts = ["a photo of a {}.", "art of the {}."]
+    task = {"pets": {"kind": "zero_shot", "root": str(class_folders), "templates": prompts}}
+    result = evaluate(config(tmp_path, task, run=str(run_dir), batch_size=5))["pets"]
+
+    paths = [
+        path for name in ("Zebra", "dog", "tabby_cat") for path in sorted((class_folders / name).glob("[0-9].png"))
+    ]
+    labels = torch.arange(3).repeat_interleave(4)
+    scores = direct_image_features(nano, paths) @ direct_classifier(nano, ["Zebra", "dog", "tabby cat"], prompts).T
+    hits = scores.argmax(dim=1) == labels
+    assert result["metrics"]["top1"] == pytest.approx(hits.double().mean().item())
+    assert result["metrics"]["mean_per_class_recall"] == pytest.approx(hits.view(3, 4).double().mean().item())
+    assert result["metrics"]["top5"] == 1.0
+    protocol = result["protocol"]
+    assert protocol["pictures"] == 12
+    assert protocol["templates_source"] == prompts
+    assert protocol["names"] == {"Zebra": "Zebra", "dog": "dog", "tabby_cat": "tabby cat"}
+    assert (protocol["precision"], protocol["step"], protocol["bad_pictures"]) == ("32-true", 1, 0)
+
+
+def test_results_and_record_are_files_of_the_evaluation_and_of_the_run(
+    tmp_path: Path, run_dir: Path, class_folders: Path, capsys
+):
+    task = {"pets": {"kind": "zero_shot", "root": str(class_folders), "templates": "a {}."}}
+    results = evaluate(config(tmp_path, task, run=str(run_dir)))
+    (folder,) = (tmp_path / "outputs" / "evaluate" / "vit_nano_csv").iterdir()
+    for place in (folder, run_dir):
+        assert json.loads((place / "eval" / "pets.json").read_text()) == results["pets"]
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert (folder / "config.yaml").is_file()
+    manifest = json.loads((run_dir / "checkpoints" / "step-000001" / "manifest.json").read_text())
+    assert results["pets"]["protocol"]["weights_sha256"] == manifest["files"]["model.safetensors"]["sha256"]
+    printed = capsys.readouterr().out
+    assert "pets/top1" in printed
+    assert str(folder) in printed
+
+
+def test_imagenet_is_scored_against_1000_names_by_wnid(tmp_path: Path, nano: CLIP, run_dir: Path):
+    wnids = ["n04356056", "n01440764", "n03773504"]
+    for position, wnid in enumerate(wnids):
+        for number in range(3):
+            write_picture(tmp_path / "val" / wnid / f"{number}.JPEG", 10 * position + number)
+    task = {
+        "imagenet": {"kind": "zero_shot", "root": str(tmp_path / "val"), "classes": "imagenet", "templates": "simple"}
+    }
+    result = evaluate(config(tmp_path, task, ckpt=str(run_dir / "checkpoints" / "step-000001")))["imagenet"]
+
+    names = [name for _, name in imagenet_classes()]
+    paths = sorted((tmp_path / "val").glob("*/*.JPEG"))
+    labels = torch.tensor([0, 657, 837]).repeat_interleave(3)
+    classifier = direct_classifier(nano, names, templates("simple"))
+    best = (direct_image_features(nano, paths) @ classifier.T).topk(5, dim=1).indices
+    assert result["metrics"]["top5"] == pytest.approx((best == labels[:, None]).any(dim=1).double().mean().item())
+    protocol = result["protocol"]
+    assert (protocol["classes"], protocol["classes_without_pictures"], protocol["pictures"]) == (1000, 997, 9)
+
+
+def pairs_csv(tmp_path: Path) -> tuple[Path, list[str], list[int]]:
+    captions, pictures = [], []
+    lines = ["filepath,title"]
+    for i in range(14):
+        write_picture(tmp_path / f"{i}.png", i)
+        for j in range(1 + i % 3):
+            captions.append(f"caption {j} of picture number {i}")
+            pictures.append(i)
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
+    captions, pictures = [captions[k] for k in order], [pictures[k] for k in order]
+    lines += [f"{i}.png,{caption}" for i, caption in zip(pictures, captions, strict=True)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "pairs.csv", captions, pictures
+
+
+def test_retrieval_on_a_table_equals_a_direct_computation_from_a_weights_file(
+    tmp_path: Path, nano: CLIP, run_dir: Path
+):
+    table, captions, pictures = pairs_csv(tmp_path)
+    weights = str(run_dir / "checkpoints" / "step-000001" / "model.safetensors")
+    task = {"pairs": {"kind": "retrieval", "table": str(table)}}
+    result = evaluate(config(tmp_path, task, model=named_model("vit_nano"), pretrained=weights))["pairs"]
+    image = direct_image_features(nano, [tmp_path / f"{i}.png" for i in range(14)])
+    expected = retrieval(image, direct_text_features(nano, captions), torch.tensor(pictures))
+    assert result["metrics"] == pytest.approx(expected)
+    assert (result["protocol"]["pictures"], result["protocol"]["captions"]) == (14, len(captions))
+
+
+def test_a_broken_picture_stops_by_name_or_is_left_out_and_counted(tmp_path: Path, nano: CLIP, run_dir: Path):
+    table, captions, pictures = pairs_csv(tmp_path)
+    (tmp_path / "5.png").write_bytes(b"not a picture")
+    strict = config(tmp_path, {"pairs": {"kind": "retrieval", "table": str(table)}}, run=str(run_dir))
+    with pytest.raises(DataError, match=r"5\.png: .*on_bad_image=replace"):
+        evaluate(strict)
+    assert not list(tmp_path.rglob("eval/*.json"))
+    result = evaluate(replace(strict, on_bad_image=OnBadImage.replace))["pairs"]
+    kept = [i for i in range(14) if i != 5]
+    image = direct_image_features(nano, [tmp_path / f"{i}.png" for i in kept])
+    rows = [k for k, i in enumerate(pictures) if i != 5]
+    text = direct_text_features(nano, [captions[k] for k in rows])
+    expected = retrieval(image, text, torch.tensor([kept.index(pictures[k]) for k in rows]))
+    assert result["metrics"] == pytest.approx(expected)
+    assert (result["protocol"]["pictures"], result["protocol"]["bad_pictures"]) == (13, 1)
+    assert str(tmp_path / "5.png") in result["protocol"]["bad"][0]
+
+
+def test_auto_scores_the_validation_data_of_the_run(tmp_path: Path, nano: CLIP):
+    rows = [f"{i}.png;a picture of {i};{('cat', 'dog')[i % 2]}" for i in range(6)]
+    for i in range(6):
+        write_picture(tmp_path / f"{i}.png", i)
+    (tmp_path / "val.csv").write_text("\n".join(["file;text;class", *rows]) + "\n")
+    data = DataConfig(
+        name="csv",
+        train="pairs.csv",
+        val=str(tmp_path / "val.csv"),
+        image_key="file",
+        caption_key="text",
+        label_key="class",
+        separator=";",
+        templates=["one {}."],
+    )
+    run_dir = write_run(tmp_path / "run", nano, data)
+    results = evaluate(config(tmp_path, {"auto": {"kind": "auto"}}, run=str(run_dir)))
+    assert sorted(results) == ["val_retrieval", "val_zero_shot"]
+    scores = direct_image_features(nano, [tmp_path / f"{i}.png" for i in range(6)])
+    scores = scores @ direct_classifier(nano, ["cat", "dog"], ["one {}."]).T
+    top1 = (scores.argmax(dim=1) == torch.arange(6) % 2).double().mean().item()
+    assert results["val_zero_shot"]["metrics"]["top1"] == pytest.approx(top1)
+    assert results["val_retrieval"]["protocol"]["captions"] == 6
+
+
+def test_a_run_is_scored_at_its_best_checkpoint_if_it_has_a_monitor_else_at_its_last(
+    tmp_path: Path,
+    nano: CLIP,
+    class_folders: Path,
+):
+    for monitor, step in ((None, 3), ("val/recall@1_i2t", 2)):
+        run_dir = write_run(tmp_path / f"run_{step}", nano, monitor=monitor)
+        write_checkpoint(run_dir, nano, 2, best=True)
+        write_checkpoint(run_dir, nano, 3)
+        task = {"pets": {"kind": "zero_shot", "root": str(class_folders), "templates": "a {}."}}
+        source, _ = check(config(tmp_path, task, run=str(run_dir)))
+        assert source.step == step
+
+
+def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_path: Path, run_dir: Path):
+    tasks = {
+        "one": {"kind": "zero_shot", "root": str(tmp_path / "absent")},
+        "two": {"kind": "retrieval", "tabel": "pairs.csv"},
+        "three": {"kind": "zeroshot"},
+        "four": {"kind": "retrieval", "table": str(tmp_path / "absent.csv")},
+        "auto": {"kind": "auto"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        evaluate(config(tmp_path, tasks, run=str(run_dir), precision="fp8", batch_size=0))
+    message = str(caught.value)
+    for part in (
+        "precision=fp8 must be one of",
+        "batch_size=0",
+        f"task.one.root={tmp_path / 'absent'}: no such folder",
+        "task.two.tabel does not exist: did you mean 'table'?",
+        "task.three.kind=zeroshot does not exist: did you mean 'zero_shot'?",
+        f"task.four.table={tmp_path / 'absent.csv'}: no such file",
+        "task.auto: the run has no validation data",
+    ):
+        assert part in message
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({}, ConfigError, "given: nothing"),
+        ({"run": "a", "ckpt": "b"}, ConfigError, "given: run=a, ckpt=b"),
+        ({"pretrained": "w.pt"}, ConfigError, "given: pretrained=w.pt"),
+        ({"model": named_model("vit_nano"), "pretrained": "absent.pt"}, ConfigError, "absent.pt is no file"),
+        ({"run": "absent"}, ConfigError, "run=absent: no such folder"),
+        ({"run": "."}, CheckpointError, "not a run folder"),
+        ({"ckpt": "absent"}, ConfigError, "ckpt=absent: no such"),
+        ({"ckpt": "."}, CheckpointError, "not in a run folder"),
+    ],
+)
+def test_a_model_that_is_not_named_once_is_refused(
+    tmp_path: Path, class_folders: Path, monkeypatch, values: dict, error: type, message: str
+):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(error, match=message):
+        evaluate(config(tmp_path, {"pets": {"kind": "zero_shot", "root": str(class_folders)}}, **values))
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, run_dir: Path, class_folders: Path):
+    weights = run_dir / "checkpoints" / "step-000001" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    task = {"pets": {"kind": "zero_shot", "root": str(class_folders)}}
+    with pytest.raises(CheckpointError, match=r"is damaged: model\.safetensors has"):
+        evaluate(config(tmp_path, task, ckpt=str(weights)))
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        evaluate(config(tmp_path, task, run=str(run_dir)))
+
+
+def test_broken_weights_end_in_a_failed_record_without_results(
+    tmp_path: Path, nano: CLIP, run_dir: Path, class_folders: Path
+):
+    broken = {name: torch.full_like(value, torch.nan) for name, value in nano.state_dict().items()}
+    model = torch.nn.Module()
+    model.state_dict = lambda: broken  # type: ignore[method-assign]
+    write_checkpoint(run_dir, model, 2)
+    with pytest.raises(NumericError):
+        evaluate(config(tmp_path, {"pets": {"kind": "zero_shot", "root": str(class_folders)}}, run=str(run_dir)))
+    (record,) = tmp_path.rglob("outputs/evaluate/*/*/run.json")
+    assert json.loads(record.read_text())["status"] == "failed"
+    assert not list(tmp_path.rglob("eval/*.json"))
+
+
+def test_workers_and_batches_do_not_change_the_result(tmp_path: Path, run_dir: Path, class_folders: Path):
+    task = {"pets": {"kind": "zero_shot", "root": str(class_folders), "templates": "a {}."}}
+    alone = evaluate(config(tmp_path, task, run=str(run_dir)))
+    several = evaluate(replace(config(tmp_path, task, run=str(run_dir), batch_size=3), num_workers=2))
+    assert several["pets"]["metrics"] == alone["pets"]["metrics"]
+
+
+def test_averaged_weights_are_taken_on_request_and_missed_by_name(tmp_path: Path, run_dir: Path, class_folders: Path):
+    task = {"pets": {"kind": "zero_shot", "root": str(class_folders)}}
+    with pytest.raises(CheckpointError, match=r"has no ema\.safetensors"):
+        check(config(tmp_path, task, run=str(run_dir), ema=True))
+    checkpoint = run_dir / "checkpoints" / "step-000001"
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "ema.safetensors")
+    source, _ = check(config(tmp_path, task, ckpt=str(checkpoint), ema=True))
+    assert source.weights.name == "ema.safetensors"
+
+
+def test_low_precision_is_for_the_image_tower_and_features_stay_float32(
+    tmp_path: Path, nano: CLIP, run_dir: Path, class_folders: Path
+):
+    tower = named_model("vit_nano").image
+    paths = [str(path) for path in sorted(class_folders.glob("dog/[0-9].png"))]
+    low = encode_images(nano, paths, tower, EncodeOptions(torch.device("cpu"), "bf16-mixed"))
+    exact = direct_image_features(nano, [Path(path) for path in paths])
+    assert low.features.dtype == torch.float32
+    torch.testing.assert_close(low.features.norm(dim=1), torch.ones(4))
+    assert 0 < (low.features - exact).abs().max() < 0.02

@@ -1,0 +1,41 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip_exp.evaluation.classification import class_scores
+from clip_exp.evaluation.metrics import accuracy, retrieval
+from clip_exp.evaluation.validation import deduplicate, validation_metrics
+
+
+def unit(*shape: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_rows_that_ranks_saw_twice_in_any_order_count_once():
+    image, text, labels = unit(6, 4, seed=0), unit(12, 4, seed=1), torch.tensor([0, 1, 2, -1, 1, 0])
+    caption_image, classes = torch.arange(12) // 2, unit(3, 4, seed=2)
+    index, caption_index = torch.tensor([4, 5, 0, 1, 0, 2, 3]), torch.tensor([8, 9, 11, 10, *range(8), 0, 1])
+    features = deduplicate(
+        index,
+        image[index],
+        labels[index],
+        caption_index,
+        text[caption_index],
+        caption_image[caption_index],
+        caption_index,
+    )
+    labelled = labels >= 0
+    top = accuracy(class_scores(image[labelled], classes), labels[labelled])
+    expected = retrieval(image, text, caption_image) | {"zeroshot_top1": top["top1"], "zeroshot_top5": top["top5"]}
+    assert validation_metrics(features, classes) == pytest.approx(expected)
+    assert "zeroshot_top1" not in validation_metrics(features)
+
+
+def test_captions_of_a_picture_that_is_missing_go_with_it():
+    image, text = unit(4, 4, seed=0), unit(4, 4, seed=1)
+    present = torch.tensor([0, 1, 3])
+    features = deduplicate(
+        present, image[present], torch.full((3,), -1), torch.arange(4), text, torch.arange(4), torch.arange(4)
+    )
+    assert features.caption_image.tolist() == [0, 1, 2]
+    assert validation_metrics(features) == retrieval(image[present], text[present], torch.arange(3))

@@ -1,0 +1,81 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import clip_exp
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.models.clip import CLIP
+from clip_exp.weights.open_clip import to_open_clip
+from tests.small_runs import write_picture
+
+
+def test_every_way_to_name_a_model_loads_the_same_weights(tmp_path: Path, nano: CLIP, run_dir: Path):
+    checkpoint = run_dir / "checkpoints" / "step-000001"
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    shutil.copy(checkpoint / "model.safetensors", beside / "weights.safetensors")
+    shutil.copy(run_dir / "config.yaml", beside)
+    foreign = tmp_path / "open_clip.safetensors"
+    save_file(to_open_clip(nano.state_dict()), foreign)
+    torch.save({"state_dict": to_open_clip(nano.state_dict())}, tmp_path / "open_clip.pt")
+    sources = [
+        (run_dir,),
+        (str(checkpoint),),
+        (checkpoint / "model.safetensors",),
+        (beside / "weights.safetensors",),
+        ("vit_nano", checkpoint / "model.safetensors"),
+        ("vit_nano", foreign),
+        ("vit_nano", str(tmp_path / "open_clip.pt")),
+    ]
+    for source in sources:
+        clip = clip_exp.load(*source, accelerator="cpu")
+        assert not clip.model.training
+        for name, value in clip.model.state_dict().items():
+            torch.testing.assert_close(value, nano.state_dict()[name], atol=0, rtol=0)
+
+
+def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(run_dir: Path):
+    picture = Image.new("RGB", (32, 32), "red")
+    own, other = (clip_exp.load(run_dir, accelerator="cpu", activation=name) for name in ("gelu", "quick_gelu"))
+    assert (own.encode_image(picture) - other.encode_image(picture)).abs().max() > 1e-5
+    with pytest.raises(ConfigError, match="activation=relu must be one of gelu, quick_gelu"):
+        clip_exp.load(run_dir, activation="relu")
+
+
+@pytest.mark.parametrize(
+    ("source", "pretrained", "error", "message"),
+    [
+        ("vit_nanno", None, ConfigError, "did you mean 'vit_nano'"),
+        ("vit_nano", None, ConfigError, r'load\("vit_nano", pretrained=FILE\)'),
+        ("vit_nano", "openai", ConfigError, r"pretrained=openai is no file: give a \.safetensors or \.pt file"),
+        ("vit_nanno", "w.pt", ConfigError, "no model 'vit_nanno': did you mean 'vit_nano'"),
+        ("lonely.safetensors", None, ConfigError, "nothing tells which model"),
+        ("vit_tiny", "lonely.safetensors", CheckpointError, "does not fit the model"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_with_what_can(
+    tmp_path: Path, nano: CLIP, monkeypatch, source: str, pretrained: str | None, error: type, message: str
+):
+    save_file(nano.state_dict(), tmp_path / "lonely.safetensors")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        clip_exp.load(source, pretrained)
+
+
+def test_preparing_an_evaluation_imports_no_torch():
+    code = "import clip_exp.evaluation.run, sys; print([m for m in ('torch', 'open_clip') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_pictures_and_paths_give_the_same_features(run_dir: Path, tmp_path: Path):
+    clip = clip_exp.load(run_dir, accelerator="cpu")
+    paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
+    from_paths = clip.encode_image(paths)
+    torch.testing.assert_close(clip.encode_image([Image.open(path) for path in paths]), from_paths, atol=0, rtol=0)
+    torch.testing.assert_close(clip.encode_image(Path(paths[1])), from_paths[1:2])

@@ -1,0 +1,89 @@
+"""Two processes with half of a batch each against one process with all of it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn import functional as F
+
+from clip_exp.config.schema import LossConfig, LossName, Match
+from clip_exp.losses import build_loss
+from clip_exp.losses.collectives import gather, gather_with_grad
+from clip_exp.models import CLIPOutput
+
+WORLD_SIZE, GLOBAL_BATCH, D = 2, 8, 6
+CONFIGS = [LossConfig(name=name, same_caption=match, same_image=match) for name in LossName for match in Match]
+
+
+def step(config: LossConfig, rows: slice) -> dict[str, Tensor]:
+    """Value and gradients of a loss on some rows of a fixed batch, in which captions and pictures occur twice."""
+    draw = torch.Generator().manual_seed(0)
+    weight_DD = torch.randn(D, D, generator=draw).requires_grad_()  # stands for a tower
+    image_BD, text_BD = (torch.randn(GLOBAL_BATCH, D, generator=draw)[rows] for _ in range(2))
+    scale, bias = torch.tensor([14.0], requires_grad=True), torch.tensor([-3.0], requires_grad=True)
+    caption_id_B = torch.tensor([0, 1, 2, 3, 4, 5, 1, 7])[rows]
+    image_id_B = torch.tensor([0, 1, 2, 3, 0, 5, 6, 6])[rows]
+    output = CLIPOutput(
+        F.normalize(image_BD @ weight_DD, dim=-1), F.normalize(text_BD @ weight_DD.T, dim=-1), scale, bias
+    )
+    loss = build_loss(config)(output, caption_id_B, image_id_B)
+    loss.backward()
+    leaves = {"weight": weight_DD, "logit_scale": scale, "logit_bias": bias}
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
+    local = GLOBAL_BATCH // WORLD_SIZE
+    results = [step(config, slice(rank * local, (rank + 1) * local)) for config in CONFIGS]
+    for result in results:
+        for tensor in result.values():
+            dist.all_reduce(tensor)
+            tensor /= WORLD_SIZE
+    own_BD = torch.full([2, 3], float(rank), requires_grad=True)
+    all_GD = gather_with_grad(own_BD)
+    (all_GD * torch.arange(4.0)[:, None] * (rank + 1)).sum().backward()
+    gathered = {"features": all_GD.detach(), "gradient": own_BD.grad, "ids": gather(torch.tensor([rank, rank + 10]))}
+    torch.save({"losses": results, "gathered": gathered}, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, args=(str(folder),), nprocs=WORLD_SIZE)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: f"{CONFIGS[i].name}-{CONFIGS[i].same_caption}")
+def test_averaged_over_two_ranks_loss_and_gradients_are_those_of_the_global_batch(
+    ranks: list[dict], index: int
+) -> None:
+    expected = step(CONFIGS[index], slice(None))
+    assert "logit_scale" in expected
+    for rank in ranks:
+        actual = rank["losses"][index]
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_gathering_keeps_the_order_of_the_ranks_and_sums_their_gradients(ranks: list[dict]) -> None:
+    for number, rank in enumerate(ranks):
+        gathered = rank["gathered"]
+        assert gathered["features"][:, 0].tolist() == [0, 0, 1, 1]
+        assert gathered["ids"].tolist() == [0, 10, 1, 11]
+        # Row k of the gathered tensor has the factor k on rank 0 and 2 k on rank 1.
+        assert gathered["gradient"][:, 0].tolist() == [3 * (2 * number), 3 * (2 * number + 1)]
+
+
+def test_one_process_gathers_what_it_has() -> None:
+    own_BD = torch.ones(2, 3)
+    assert gather_with_grad(own_BD) is own_BD
+    assert gather(own_BD) is own_BD

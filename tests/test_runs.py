@@ -1,0 +1,72 @@
+"""Run folders are exclusive, found again by their configuration, and free of secrets."""
+
+import json
+import threading
+
+import pytest
+
+from clip_exp import runs
+from clip_exp.errors import CheckpointError, ConfigError
+from tests.checkpoints.test_writer import write
+from tests.compose import train_config
+
+
+def test_folders_made_at_once_differ(tmp_path) -> None:
+    made: list[str] = []
+    threads = [threading.Thread(target=lambda: made.append(str(runs.create_run_folder(tmp_path, "train", "x")))) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 20
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="output_dir"):
+        runs.create_run_folder(tmp_path / "file", "train", "x")
+
+
+def test_secrets_do_not_reach_a_run_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "abcdef0123456789")
+    config = train_config(f"output_dir={tmp_path}", "data.templates=['{} abcdef0123456789']")
+    folder, _ = runs.open_train_folder(config, ["data.train=https://user:hunter2@host/x.csv", "x=abcdef0123456789"])
+    text = "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
+    assert "abcdef0123456789" not in text
+    assert "hunter2" not in text
+    assert "https://***@host/x.csv" in text
+
+
+def test_what_does_not_change_the_result_does_not_change_the_fingerprint() -> None:
+    one = runs.fingerprint(train_config())
+    same = ("strategy=ddp", "trainer.devices=2", "output_dir=elsewhere", "data.num_workers=3", "resume=never", "micro_batch_size=8")
+    assert all(runs.fingerprint(train_config(override)) == one for override in same)
+    other = ("seed=1", "optimizer.lr=1e-3", "global_batch_size=64", "model=vit_tiny", "trainer.gradient_clip_val=2", "max_steps=3")
+    assert len({runs.fingerprint(train_config(override)) for override in other} | {one}) == len(other) + 1
+
+
+def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_path) -> None:
+    config = train_config(f"output_dir={tmp_path}")
+    first, _ = runs.open_train_folder(config, [])
+    without_checkpoint, _ = runs.open_train_folder(config, [])
+    assert without_checkpoint != first
+    write(without_checkpoint, 10)
+    assert runs.open_train_folder(config, []) == (without_checkpoint, False)
+    assert len(json.loads((without_checkpoint / "run.json").read_text())["resumed"]) == 1
+    runs.RunRecord(without_checkpoint).finish("finished")
+    assert runs.open_train_folder(config, []) == (without_checkpoint, True)
+    assert runs.open_train_folder(train_config(f"output_dir={tmp_path}", "seed=4"), [])[0] != without_checkpoint
+    assert runs.open_train_folder(train_config(f"output_dir={tmp_path}", "resume=never"), [])[0] != without_checkpoint
+
+
+def test_a_resume_that_names_nothing_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="resume"):
+        runs.open_train_folder(train_config(f"output_dir={tmp_path}", f"resume={tmp_path}/none"), [])
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(tmp_path) -> None:
+    held = runs.lock(tmp_path)
+    with pytest.raises(ConfigError, match="is in use by process"):
+        runs.lock(tmp_path)
+    held.close()
+    runs.lock(tmp_path).close()

@@ -1,0 +1,139 @@
+import csv
+import multiprocessing
+import os
+import pickle
+import random
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from clip_exp.text.tokenizer import END, START, Tokenizer, clean, pad_tokens
+
+NASTY = [
+    "",
+    " ",
+    "\t\r\n",
+    "a photo of a cat.",
+    "don't can't we'll they'd I'm you're I've it's 'tis 'TWAS",
+    "1234567890 3.14 2nd 007",
+    "'",
+    "''''",
+    "'s",
+    "O'Neill's 'ſome long s",
+    "'S 'LL 'ſ",
+    "👩‍👩‍👧‍👦 family 🏳️‍🌈 flag 👍🏽 thumb",
+    "一只猫坐在垫子上。日本語のテキスト 한국어 텍스트",
+    "مرحبا بالعالم ‏rtl‎ שלום",
+    "caf\u00e9 cafe\u0301 e\u0301\u0323\u0307",
+    "&amp;amp;lt;b&amp;amp;gt; &lt;i&gt; &#39; &amp;#39; &quot; &nbsp; &amp;nbsp;",
+    "&#x1F600; &#xD800; &#0; &#x1; &bogus; &amp",
+    "fish & chips && more",
+    "control \x00 \x01 \x07 \x1b[31mred\x1b[0m \x7f end",
+    "next\u0085line\u2028separator\u2029paragraph\u00a0nbsp\u3000wide\u200bzero",
+    "\ufeffmark \ufffd replacement \ufffe",
+    "schÃ¶n mojibake â€œquotesâ€\x9d",
+    "“curly” ‘quotes’ — dash … ellipsis ﬁ ligature ＦＵＬＬ",
+    "İstanbul ẞ ǅ K Å ſ ß",
+    "<start_of_text> a <end_of_text> b!<start_of_text>",
+    "<START_OF_TEXT> <ſtart_of_text> <end_of_text",
+    "</w> a</w> <|endoftext|>",
+    "!!!???...,,,;;;###$$$%%%^^^&&&***((()))",
+    "\\n \\t {} [] `code` ~tilde~ |pipe|",
+    "²³¼ ⅷ ① ٣ ४",
+    "\U000e0041\U000e0042 tags \U0010ffff last",
+    "a" * 400,
+    "ab" * 3000,
+    "é" * 300,
+    "🐈" * 100,
+    "word " * 500,
+    "supercalifragilisticexpialidocious antidisestablishmentarianism",
+    "MiXeD CaSe 12ab34CD 'n' rock'n'roll y'all'd've",
+    "line one\nline two\r\nline three\rline four",
+]
+ALPHABET = (
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ0123456789     '''&;#<>.,!?-_"
+    "éüñßſİКж中文字日本한글ابשש\u0301\u200d\ufe0f😀👍🏽\u0085\u2028\u00a0\x00\x1b²½ÃƒÂ©â€™"
+)
+
+
+def real_captions() -> list[str]:
+    folder = os.environ.get("CLIP_EXP_DATA")
+    table = Path(folder) / "flickr8k" / "train.csv" if folder else None
+    if table is None or not table.exists():
+        return []
+    with open(table, newline="", encoding="utf-8") as file:
+        return [record["title"] for record in csv.DictReader(file)][:7000]
+
+
+def generated_captions(count: int) -> list[str]:
+    draw = random.Random(0)
+    return ["".join(draw.choices(ALPHABET, k=draw.randrange(1, 120))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> open_clip.tokenizer.SimpleTokenizer:
+    return open_clip.tokenizer.SimpleTokenizer()
+
+
+def test_ids_equal_open_clip_on_nasty_text(reference):
+    expected = reference(NASTY)
+    ours = Tokenizer()(NASTY, trim=False)
+    for text, mine, theirs in zip(NASTY, ours, expected, strict=True):
+        assert torch.equal(mine, theirs), text[:80]
+
+
+def test_ids_equal_open_clip_on_ten_thousand_captions(reference):
+    captions = real_captions()
+    captions += generated_captions(10_000 - len(captions))
+    assert torch.equal(Tokenizer()(captions, trim=False), reference(captions))
+
+
+@pytest.mark.parametrize("context_length", [2, 3, 16, 33, 200])
+def test_ids_equal_open_clip_at_other_context_lengths(reference, context_length):
+    assert torch.equal(Tokenizer(context_length)(NASTY, trim=False), reference(NASTY, context_length))
+
+
+def test_every_single_character_of_the_basic_plane_cleans_as_open_clip_does():
+    from open_clip.tokenizer import get_clean_fn
+
+    reference_clean = get_clean_fn("lower")
+    for code in [*range(0x3000), *range(0xE000, 0x10000)]:
+        text = f"A{chr(code)}b"
+        assert clean(text) == reference_clean(text), hex(code)
+
+
+def test_truncation_keeps_the_end_and_is_counted():
+    tokenizer = Tokenizer(8)
+    exact, cut = tokenizer.encode_batch(["a b c d e f", "a b c d e f g"])
+    assert tokenizer.truncated == 1
+    assert len(exact) == len(cut) == 8
+    assert exact == cut
+    assert cut[0] == START
+    assert cut[-1] == END
+
+
+def test_batch_is_as_long_as_its_longest_caption_rounded_up():
+    tokenizer = Tokenizer()
+    texts = ["a", "a b c"]
+    assert tokenizer(texts).shape == (2, 5)
+    assert tokenizer(texts, multiple=8).shape == (2, 8)
+    assert tokenizer("word " * 90, multiple=8).shape == (1, 77)
+    assert tokenizer(texts, trim=False).shape == (2, 77)
+    assert tokenizer(texts)[0].tolist() == [START, 320, END, 0, 0]
+    assert pad_tokens([], 77).shape == (0, 1)
+
+
+def encode_in_child(tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode("a photo of a naïve café & a dog's 3 toys")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+def test_tokenizer_gives_the_same_ids_after_pickling_and_in_a_forked_process():
+    tokenizer = Tokenizer(20)
+    expected = encode_in_child(tokenizer)
+    assert encode_in_child(pickle.loads(pickle.dumps(tokenizer))) == expected
+    assert len(pickle.dumps(tokenizer)) < 1000
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(encode_in_child, (tokenizer,)) == expected

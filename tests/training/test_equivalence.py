@@ -1,0 +1,63 @@
+"""One run, any strategy: the losses and weights of the single process, however the work is split."""
+
+import pytest
+import torch
+
+from tests.training.conftest import TINY, Finished, Train
+
+STRATEGIES = {
+    "auto in micro-batches": ["micro_batch_size=3"],
+    "ddp": ["strategy=ddp", "trainer.devices=2"],
+    "auto on two devices": ["trainer.devices=2", "micro_batch_size=5"],
+    "ZeRO-1": ["strategy=deepspeed_stage_1", "trainer.devices=2"],
+    "ZeRO-2": ["strategy=deepspeed_stage_2", "trainer.devices=2"],
+    "ZeRO-3": ["strategy=deepspeed_stage_3", "trainer.devices=2"],
+    "ZeRO-3 in micro-batches": ["strategy=deepspeed_stage_3", "trainer.devices=2", "micro_batch_size=3"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_every_strategy_computes_what_the_single_process_does(overrides: list[str], single: Finished, train: Train) -> None:
+    run = train(*TINY, "max_steps=20", "log_every_n_steps=1", "val_every_n_steps=10", *overrides)
+    assert len(run.losses) == 20
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+    torch.testing.assert_close(run.weights, single.weights, rtol=0, atol=1e-4)
+    ours, theirs = ({k: v for k, v in r.metrics[-1].items() if k.startswith("val/")} for r in (run, single))
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["2_offload", "3_offload"])
+def test_offloaded_adam_follows_the_single_process(stage: str, single: Finished, train: Train) -> None:
+    """DeepSpeed's CPU Adam rounds differently, so the curves agree less closely than the fused kernel's."""
+    run = train(*TINY, "max_steps=6", "log_every_n_steps=1", f"strategy=deepspeed_stage_{stage}", "trainer.devices=2", "scheduler.warmup_steps=2")
+    reference = train(*TINY, "max_steps=6", "log_every_n_steps=1", "scheduler.warmup_steps=2")
+    assert run.losses == pytest.approx(reference.losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_sigmoid_loss_is_the_same_on_one_and_two_ranks(train: Train) -> None:
+    overrides = (*TINY, "loss=sigmoid", "max_steps=4", "log_every_n_steps=1")
+    one = train(*overrides)
+    two = train(*overrides, "strategy=deepspeed_stage_3", "trainer.devices=2")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_run(single: Finished, command, tmp_path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    from tests.conftest import REPOSITORY
+    from tests.training.conftest import run_folders
+
+    arguments = [*TINY, "max_steps=20", "log_every_n_steps=1", "val_every_n_steps=10", "strategy=ddp", "trainer.devices=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(REPOSITORY / "train.py")]
+    result = subprocess.run(
+        [*torchrun, *arguments, f"output_dir={tmp_path}"], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(run_folders(tmp_path)) == 1
+    assert Finished(run_folders(tmp_path)[0], result.stdout).losses == pytest.approx(single.losses, rel=1e-5)

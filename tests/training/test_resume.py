@@ -1,0 +1,90 @@
+"""Nothing is lost: the same command goes on, under any strategy, and ends where it would have ended."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_exp.checkpoints.discovery import checkpoints
+from tests.conftest import REPOSITORY
+from tests.training.conftest import TINY, Finished, Train, run_folders
+
+RUN = (*(o for o in TINY if not o.startswith("resume")), "max_steps=20", "log_every_n_steps=1", "val_every_n_steps=10", "checkpoint_every_n_steps=10")
+
+
+def interrupted(single: Finished, output_dir: Path) -> Path:
+    """A copy of the finished run as it was after the checkpoint of step 10."""
+    folder = output_dir / "train" / single.folder.parent.name / single.folder.name
+    shutil.copytree(single.folder, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000020")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train: Train, tmp_path) -> None:
+    folder = interrupted(single, tmp_path)
+    run = train(*RUN, output_dir=tmp_path)
+    assert run.folder == folder
+    assert "going on from" in run.output
+    assert run.losses == single.losses
+    for name, weight in single.weights.items():
+        assert torch.equal(run.weights[name], weight), name
+    timing = ("samples_per_s", "data_wait_s")
+    assert [{k: v for k, v in row.items() if k not in timing} for row in run.metrics] == [
+        {k: v for k, v in row.items() if k not in timing} for row in single.metrics
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"])
+def test_a_run_goes_on_under_another_strategy(strategy: str, single: Finished, train: Train, tmp_path) -> None:
+    interrupted(single, tmp_path)
+    run = train(*RUN, f"strategy={strategy}", "trainer.devices=2", output_dir=tmp_path)
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+    torch.testing.assert_close(run.weights, single.weights, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_in_one_process(single: Finished, train: Train, tmp_path) -> None:
+    sharded = train(*RUN, "strategy=deepspeed_stage_3", "trainer.devices=2")
+    interrupted(sharded, tmp_path)
+    run = train(*RUN, output_dir=tmp_path)
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, tmp_path) -> None:
+    folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
+    shutil.copytree(single.folder, folder)
+    assert "has finished this run already" in train(*RUN, output_dir=tmp_path).output
+    assert run_folders(tmp_path) == [folder]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_signal_saves_the_step_and_ends_with_143(devices: int, tmp_path) -> None:
+    arguments = [*TINY, "max_steps=100000", "log_every_n_steps=1", "checkpoint_every_n_steps=100000", "val_every_n_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), *arguments, f"trainer.devices={devices}", f"output_dir={tmp_path}"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("train/*/*/metrics.csv")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, output
+    folder = run_folders(tmp_path)[0]
+    assert len(checkpoints(folder)) == 1
+    assert json.loads((folder / "run.json").read_text())["status"] == "preempted"

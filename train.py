@@ -1,0 +1,6 @@
+"""Train a CLIP: `python train.py --help`."""
+
+from clip_exp.cli import main
+
+if __name__ == "__main__":
+    main("train")
