@@ -32,12 +32,14 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def command() -> Run:
     """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr."""
 
-    def run(script: str, *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        script: str, *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         return subprocess.run(
             [sys.executable, str(REPOSITORY / script), *arguments],
             cwd=cwd,
-            env={**clean, "COLUMNS": "200", **environment},
+            env={**clean, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
             capture_output=True,
             text=True,
             timeout=timeout_s,

@@ -13,7 +13,10 @@ from tests.compose import train_config
 
 def test_folders_made_at_once_differ(tmp_path) -> None:
     made: list[str] = []
-    threads = [threading.Thread(target=lambda: made.append(str(runs.create_run_folder(tmp_path, "train", "x")))) for _ in range(20)]
+    threads = [
+        threading.Thread(target=lambda: made.append(str(runs.create_run_folder(tmp_path, "train", "x"))))
+        for _ in range(20)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -39,9 +42,23 @@ def test_secrets_do_not_reach_a_run_folder(tmp_path, monkeypatch: pytest.MonkeyP
 
 def test_what_does_not_change_the_result_does_not_change_the_fingerprint() -> None:
     one = runs.fingerprint(train_config())
-    same = ("strategy=ddp", "trainer.devices=2", "output_dir=elsewhere", "data.num_workers=3", "resume=never", "micro_batch_size=8")
+    same = (
+        "strategy=ddp",
+        "trainer.devices=2",
+        "output_dir=elsewhere",
+        "data.num_workers=3",
+        "resume=never",
+        "micro_batch_size=8",
+    )
     assert all(runs.fingerprint(train_config(override)) == one for override in same)
-    other = ("seed=1", "optimizer.lr=1e-3", "global_batch_size=64", "model=vit_tiny", "trainer.gradient_clip_val=2", "max_steps=3")
+    other = (
+        "seed=1",
+        "optimizer.lr=1e-3",
+        "global_batch_size=64",
+        "model=vit_tiny",
+        "trainer.gradient_clip_val=2",
+        "max_steps=3",
+    )
     assert len({runs.fingerprint(train_config(override)) for override in other} | {one}) == len(other) + 1
 
 

@@ -11,8 +11,8 @@ from typing import TextIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from clip_exp.data.columns import int32_array, int32_numpy, number_by_appearance, string_array
 from clip_exp.data.encodings import find_encoding
 from clip_exp.data.layouts import Columns, Layout, find_layout, parse_separator
 from clip_exp.data.records import RecordReader
@@ -91,11 +91,12 @@ class PairTable:
 
     def image_index(self) -> np.ndarray:
         """int32 [rows]: which picture a row shows, numbered by first appearance. Equal paths are the same picture."""
-        keys = self.paths
-        if len({part.root for part in self.parts}) > 1:
-            roots = pa.array(np.repeat([str(part.root) for part in self.parts], [part.rows for part in self.parts]))
-            keys = pc.binary_join_element_wise(roots.cast(pa.large_string()), keys, pa.scalar("/", pa.large_string()))
-        return keys.dictionary_encode().indices.to_numpy()
+        paths = int32_numpy(self.paths.dictionary_encode().indices)
+        if len({part.root for part in self.parts}) == 1:
+            return paths
+        roots = list(dict.fromkeys(part.root for part in self.parts))
+        root = np.repeat([roots.index(part.root) for part in self.parts], [part.rows for part in self.parts])
+        return number_by_appearance(root * len(self) + paths)
 
 
 def read_table(
@@ -145,7 +146,7 @@ def read_table(
         start += rows
     table = pa.Table.from_batches(batches).combine_chunks()
     arrays = {name: table[name].combine_chunks() for name in table.column_names}
-    lines = arrays.pop("line").to_numpy()
+    lines = int32_numpy(arrays.pop("line"))
     return PairTable(arrays["image_key"], arrays.get("caption_key"), arrays.get("label_key"), lines, tuple(parts))
 
 
@@ -206,9 +207,9 @@ def _batches(
     for lines, records in blocks:
         count = len(records) if max_rows is None else min(len(records), max_rows - rows)
         fields = list(zip(*records[:count], strict=True))
-        data = {"line": pa.array(np.asarray(lines[:count], dtype=np.int32))}
-        data |= {setting: pa.array(fields[index], pa.large_string()) for setting, index in layout.indices.items()}
-        yield pa.RecordBatch.from_pydict(data)
+        data = {"line": int32_array(lines[:count])}
+        data |= {setting: string_array(fields[index]) for setting, index in layout.indices.items()}
+        yield pa.RecordBatch.from_arrays(list(data.values()), list(data))
         rows += count
         if rows == max_rows:
             return

@@ -7,14 +7,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clip_exp.checkpoints import discovery
-from clip_exp.checkpoints.writer import MANIFEST, sha256
+from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, WEIGHTS, sha256
 from clip_exp.config.load import nearest, read_run_config, strict_dataclass
 from clip_exp.config.paths import conf_dir, options
 from clip_exp.config.schema import EvaluateConfig, ModelConfig, TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 
 CONFIG = "config.yaml"
-WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from clip_exp.runs import RunRecord, lock, open_train_folder
 from clip_exp.training.distributed import free_port, launched_from_outside, rank_environment
 
 GRACE_S = 20.0  # between asking the other ranks to end and ending them
+PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
 ERROR_FILE = ".error-rank{rank}"
 
 
@@ -103,7 +104,8 @@ def _spawn(config: TrainConfig, run_dir: Path, ranks: int) -> int:
             env={
                 "OMP_NUM_THREADS": threads,
                 **os.environ,
-                **_visible(config, rank),
+                "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")])),
+                **_visible(config),
                 **rank_environment(rank, ranks, port),
             },
         )
@@ -125,7 +127,7 @@ def _spawn(config: TrainConfig, run_dir: Path, ranks: int) -> int:
     return _outcome(run_dir, processes, failed)
 
 
-def _visible(config: TrainConfig, rank: int) -> dict[str, str]:
+def _visible(config: TrainConfig) -> dict[str, str]:
     devices = config.trainer.devices
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if isinstance(devices, list) else {}
 

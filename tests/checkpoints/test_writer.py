@@ -80,7 +80,9 @@ def test_a_training_state_survives_json_and_safetensors(tmp_path) -> None:
     state = {
         "state_dict": {"model.weight": torch.randn(2, 3), "model.logit_scale": torch.ones(1)},
         "global_step": 7,
-        "optimizer_states": [{"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(2, 3)}}, "param_groups": [{"lr": 1e-3}]}],
+        "optimizer_states": [
+            {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(2, 3)}}, "param_groups": [{"lr": 1e-3}]}
+        ],
         "callbacks": {"Stop": {"best": torch.tensor(0.5), "none": None, "flag": True}},
     }
     io = SafeCheckpointIO()

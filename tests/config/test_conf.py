@@ -94,7 +94,11 @@ def test_several_loggers_at_once() -> None:
 
 @pytest.mark.parametrize("option", options("task"))
 def test_every_task_composes_under_its_name(option: str) -> None:
-    needed = {"retrieval": ["task.retrieval.table=x.csv"], "image_folder": ["task.image_folder.root=x"], "imagenet": ["task.imagenet.root=x"]}
+    needed = {
+        "retrieval": ["task.retrieval.table=x.csv"],
+        "image_folder": ["task.image_folder.root=x"],
+        "imagenet": ["task.imagenet.root=x"],
+    }
     config = load_evaluate(compose_config(f"task=[{option}]", *needed.get(option, []), command="evaluate"))
     assert list(config.task) == [option]
 
@@ -118,4 +122,6 @@ def test_the_debug_modes_pass_the_checks() -> None:
 
 def test_model_size_and_strategy_combine_freely() -> None:
     for model, strategy in itertools.product(["vit_b32", "vit_tiny"], options("strategy")):
-        check_train(train_config(f"model={model}", f"strategy={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"))
+        check_train(
+            train_config(f"model={model}", f"strategy={strategy}", "trainer.accelerator=cpu", "trainer.devices=2")
+        )

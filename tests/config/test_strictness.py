@@ -54,7 +54,13 @@ def test_every_problem_is_told_at_once(tmp_path) -> None:
     with pytest.raises(ConfigError) as caught:
         check_train(config)
     message = str(caught.value)
-    for part in ("multiple of the 2 processes", "warmup_steps=20 is longer", "micro_batch_size", "missing.csv does not exist", "set monitor"):
+    for part in (
+        "multiple of the 2 processes",
+        "warmup_steps=20 is longer",
+        "micro_batch_size",
+        "missing.csv does not exist",
+        "set monitor",
+    ):
         assert part in message
     assert len(message.splitlines()) == 5
 
@@ -109,7 +115,15 @@ def test_every_default_is_written_out() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["/data/a=b/x.csv", "/data/一只 猫.csv", "/data/a (1).csv", "shard-{000..009}.tar", "it's.csv", "a, b.csv", r"C:\data\x.csv"],
+    [
+        "/data/a=b/x.csv",
+        "/data/一只 猫.csv",
+        "/data/a (1).csv",
+        "shard-{000..009}.tar",
+        "it's.csv",
+        "a, b.csv",
+        r"C:\data\x.csv",
+    ],
 )
 def test_values_outside_hydras_grammar_arrive_unchanged(value: str) -> None:
     assert compose_config("data=csv", *quote([f"data.train={value}"])).data.train == value
@@ -141,6 +155,8 @@ def test_an_argument_that_a_target_lacks_is_refused_by_name() -> None:
 
     from clip_exp.training.optim import build_optimizer
 
-    config = train_config("optimizer=custom", "optimizer._target_=torch.optim.RAdam", "optimizer.lr=1", "+optimizer.kwargs.epsilon=1")
+    config = train_config(
+        "optimizer=custom", "optimizer._target_=torch.optim.RAdam", "optimizer.lr=1", "+optimizer.kwargs.epsilon=1"
+    )
     with pytest.raises(ConfigError, match=r"optimizer\.epsilon is no argument"):
         build_optimizer(nn.Linear(2, 2), config.optimizer)

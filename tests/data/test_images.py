@@ -143,7 +143,7 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path):
         source = tmp_path / f"source.{suffix}"
         noise(4).save(source)
         good = np.frombuffer(source.read_bytes(), dtype=np.uint8)
-        for _ in range(60):
+        for _ in range(30):
             bad = good.copy()
             bad[draw.integers(0, len(bad), 8)] = draw.integers(0, 256, 8)
             file = tmp_path / f"bad.{suffix}"

@@ -243,6 +243,10 @@ def test_two_hundred_thousand_rows_take_about_a_second_and_stay_in_arrow(tmp_pat
     assert table.paths.nbytes + table.captions.nbytes < 2 * len(text)
 
 
-def test_reading_a_table_imports_no_torch():
-    code = "import sys, clip_exp.data.tables, clip_exp.data.samples; sys.exit('torch' in sys.modules)"
+def test_reading_a_table_imports_neither_torch_nor_pandas(tmp_path):
+    file = write_table(tmp_path / "t.csv", [HEADER, ["a.jpg", "x"]])
+    code = (
+        "import sys, clip_exp.data.samples; from clip_exp.data.tables import read_table; "
+        f"read_table({str(file)!r}).image_index(); sys.exit(bool({{'torch', 'pandas', 'sklearn'}} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -61,7 +61,9 @@ def train(command, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     def run(*overrides: str, output_dir: Path | None = None, **environment: str) -> Finished:
         output_dir = output_dir or tmp_path_factory.mktemp("outputs")
-        result = command("train.py", *overrides, f"output_dir={output_dir}", cwd=output_dir, timeout_s=600, **environment)
+        result = command(
+            "train.py", *overrides, f"output_dir={output_dir}", cwd=output_dir, timeout_s=600, **environment
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         return Finished(run_folders(output_dir)[-1], result.stdout)
 

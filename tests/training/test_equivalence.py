@@ -18,7 +18,9 @@ STRATEGIES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", STRATEGIES.values(), ids=STRATEGIES.keys())
-def test_every_strategy_computes_what_the_single_process_does(overrides: list[str], single: Finished, train: Train) -> None:
+def test_every_strategy_computes_what_the_single_process_does(
+    overrides: list[str], single: Finished, train: Train
+) -> None:
     run = train(*TINY, "max_steps=20", "log_every_n_steps=1", "val_every_n_steps=10", *overrides)
     assert len(run.losses) == 20
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
@@ -31,7 +33,14 @@ def test_every_strategy_computes_what_the_single_process_does(overrides: list[st
 @pytest.mark.parametrize("stage", ["2_offload", "3_offload"])
 def test_offloaded_adam_follows_the_single_process(stage: str, single: Finished, train: Train) -> None:
     """DeepSpeed's CPU Adam rounds differently, so the curves agree less closely than the fused kernel's."""
-    run = train(*TINY, "max_steps=6", "log_every_n_steps=1", f"strategy=deepspeed_stage_{stage}", "trainer.devices=2", "scheduler.warmup_steps=2")
+    run = train(
+        *TINY,
+        "max_steps=6",
+        "log_every_n_steps=1",
+        f"strategy=deepspeed_stage_{stage}",
+        "trainer.devices=2",
+        "scheduler.warmup_steps=2",
+    )
     reference = train(*TINY, "max_steps=6", "log_every_n_steps=1", "scheduler.warmup_steps=2")
     assert run.losses == pytest.approx(reference.losses, rel=1e-4)
 
@@ -53,10 +62,29 @@ def test_torchrun_starts_the_same_run(single: Finished, command, tmp_path) -> No
     from tests.conftest import REPOSITORY
     from tests.training.conftest import run_folders
 
-    arguments = [*TINY, "max_steps=20", "log_every_n_steps=1", "val_every_n_steps=10", "strategy=ddp", "trainer.devices=2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(REPOSITORY / "train.py")]
+    arguments = [
+        *TINY,
+        "max_steps=20",
+        "log_every_n_steps=1",
+        "val_every_n_steps=10",
+        "strategy=ddp",
+        "trainer.devices=2",
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        str(REPOSITORY / "train.py"),
+    ]
     result = subprocess.run(
-        [*torchrun, *arguments, f"output_dir={tmp_path}"], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=300
+        [*torchrun, *arguments, f"output_dir={tmp_path}"],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(run_folders(tmp_path)) == 1

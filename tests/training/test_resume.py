@@ -15,7 +15,13 @@ from clip_exp.checkpoints.discovery import checkpoints
 from tests.conftest import REPOSITORY
 from tests.training.conftest import TINY, Finished, Train, run_folders
 
-RUN = (*(o for o in TINY if not o.startswith("resume")), "max_steps=20", "log_every_n_steps=1", "val_every_n_steps=10", "checkpoint_every_n_steps=10")
+RUN = (
+    *(o for o in TINY if not o.startswith("resume")),
+    "max_steps=20",
+    "log_every_n_steps=1",
+    "val_every_n_steps=10",
+    "checkpoint_every_n_steps=10",
+)
 
 
 def interrupted(single: Finished, output_dir: Path) -> Path:
@@ -71,14 +77,22 @@ def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, t
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_signal_saves_the_step_and_ends_with_143(devices: int, tmp_path) -> None:
-    arguments = [*TINY, "max_steps=100000", "log_every_n_steps=1", "checkpoint_every_n_steps=100000", "val_every_n_steps=100000"]
+    arguments = [
+        *TINY,
+        "max_steps=100000",
+        "log_every_n_steps=1",
+        "checkpoint_every_n_steps=100000",
+        "val_every_n_steps=100000",
+    ]
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *arguments, f"trainer.devices={devices}", f"output_dir={tmp_path}"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("train/*/*/metrics.csv")) and time.monotonic() < deadline and process.poll() is None:
+        while (
+            not list(tmp_path.glob("train/*/*/metrics.csv")) and time.monotonic() < deadline and process.poll() is None
+        ):
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
