@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml
 install: $(VENV)/installed ## make .venv with clip_exp and its tools
 
 train: install ## train a CLIP on handwritten digits, in minutes on a CPU
-	$(BIN)/python train.py resume=never
+	$(BIN)/python train.py experiment=digits resume=never
 
 test: install ## run every test
 	$(BIN)/python -m pytest

@@ -32,7 +32,7 @@ class OnBadRow(StrEnum):
 
 class OnBadImage(StrEnum):
     error = "error"
-    replace = "replace"
+    replace = "replace"  # type: ignore[assignment] # the name that users write, though a str has a method of that name
 
 
 class Generator(StrEnum):
@@ -145,6 +145,7 @@ class DataConfig:
     separator: str = "auto"  # auto, or one character; tab may be written \t
     encoding: str = "auto"
     captions: Captions = Captions.random
+    same_caption: Match = Match.negative  # what `loss.same_caption` is unless set: positive where captions name classes
     num_workers: int | None = (
         None  # processes that decode pictures, per rank; null: the machine's cores over ranks, at most 8
     )

@@ -20,7 +20,7 @@ KEEP_LAST = 2
 
 def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
     """Whether Lightning validates after the step that just ended."""
-    if not trainer.enable_validation:
+    if not trainer.enable_validation or trainer.val_check_batch is None:
         return False
     step = trainer.global_step
     return step % int(trainer.val_check_batch) == 0 or step == total_steps or trainer.should_stop

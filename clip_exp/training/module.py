@@ -122,8 +122,7 @@ class CLIPModule(pl.LightningModule):
         """Score the whole set at once, every picture and caption counted once on any number of ranks."""
         shares = gather_objects([torch.cat(column) for column in zip(*self._validation, strict=True)])
         self._validation = []
-        *columns, caption_id = (torch.cat(column) for column in zip(*shares, strict=True))
-        features = deduplicate(*columns, caption_id)
+        features = deduplicate(*(torch.cat(column) for column in zip(*shares, strict=True)))
         metrics = {"loss": self._validation_loss(features), **validation_metrics(features, self._class_embeddings())}
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, logger=False, sync_dist=True)
 

@@ -19,6 +19,7 @@ def build_strategy(config: StrategyConfig, device_type: str, ranks: int) -> Stra
     """Lightning's strategy for the configured one; `auto` is DDP where there are several ranks."""
     if config.name == StrategyName.deepspeed:
         prepare_deepspeed(device_type)
+        assert config.stage is not None
         return PortableDeepSpeedStrategy(
             stage=config.stage,
             offload_optimizer=config.offload,

@@ -63,7 +63,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path) -> 
             (folder / "model.safetensors").write_text("half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left on device.*untouched"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*untouched"):
         fail()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
     assert (discovery.latest(tmp_path) / "model.safetensors").read_text() == "old"
