@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import TINY, Finished, Train, run_folders
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -46,3 +48,24 @@ def command() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train(command, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Train by the command line in an output folder of its own, which must end well."""
+
+    def run(*overrides: str, output_dir: Path | None = None, **environment: str) -> Finished:
+        output_dir = output_dir or tmp_path_factory.mktemp("outputs")
+        result = command(
+            "train.py", *overrides, f"output_dir={output_dir}", cwd=output_dir, timeout_s=600, **environment
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return Finished(run_folders(output_dir)[-1], result.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def single(train: Train) -> Finished:
+    """Twenty steps in one process, which every other way of running them must reproduce."""
+    return train(*TINY, "max_steps=20", "log_every_n_steps=1", "checkpoint_every_n_steps=10", "val_every_n_steps=10")

@@ -298,8 +298,10 @@ class TrainConfig:
     precision: str = "auto"  # auto, 32-true, bf16-mixed, 16-mixed
     compile: bool = False  # torch.compile on the towers
     log_every_n_steps: int = 10
-    val_every_n_steps: int | None = None  # null: ten times in the run; the end is always validated
-    checkpoint_every_n_steps: int | None = None  # null: ten times in the run; the end always has one
+    val_every_n_steps: int | None = (
+        None  # null: ten times in the run, 50 steps apart or more; the end is always validated
+    )
+    checkpoint_every_n_steps: int | None = None  # likewise; the end always has one
     monitor: str | None = None  # a validation metric, such as val/recall@1_i2t: keep its best checkpoint
     monitor_mode: str = "auto"  # min, max; auto: min for names that contain loss or rank
     patience: int | None = None  # validations without a better `monitor` before the run stops

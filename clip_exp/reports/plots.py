@@ -21,7 +21,7 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
     names = {name for row in rows for name in row if name.startswith("val/")}
     panels = {
         "loss": ["train/loss", "val/loss"],
-        "recall on validation": sorted(name for name in names if "recall@" in name),
+        "recall on validation": [f"val/recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")],
         "zero-shot accuracy on validation": sorted(name for name in names if "zeroshot" in name),
         "learning rate": ["lr"],
         "logit scale and gradient norm": ["logit_scale", "grad_norm"],
@@ -47,7 +47,7 @@ def _draw(axis: Axes, title: str, series: list[str], rows: list[dict[str, Any]])
             axis.plot(
                 steps,
                 values,
-                label=name.removeprefix("val/"),
+                label=name,
                 marker="o" if len(points) < 30 else None,
                 markersize=3,
                 linewidth=1.3,

@@ -159,7 +159,7 @@ def _build_trainer(
         max_steps=steps,
         max_epochs=-1,
         min_epochs=0,
-        val_check_interval=min(steps, config.val_every_n_steps or math.ceil(steps / 10)) if validate else None,
+        val_check_interval=min(steps, config.val_every_n_steps or default_interval(steps)) if validate else None,
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
@@ -191,7 +191,7 @@ def _build_callbacks(
     for name, values in config.callbacks.extra.items():
         arguments = {key: value for key, value in values.items() if key != "_target_"}
         callbacks.append(build(values["_target_"], f"callbacks.extra.{name}", **arguments))
-    every = config.checkpoint_every_n_steps or math.ceil(steps / 10)
+    every = config.checkpoint_every_n_steps or default_interval(steps)
     metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
     callbacks.append(Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata))
     return [callback for callback in callbacks if callback is not None]
@@ -213,6 +213,11 @@ def _continue_from(config: TrainConfig, run_dir: Path, trainer: pl.Trainer) -> P
     if _is_main():
         print(f"going on from {checkpoint} (step {step:,})")
     return checkpoint
+
+
+def default_interval(steps: int) -> int:
+    """Steps between validations, and between checkpoints: ten in a run, and in short runs at least 50 steps apart."""
+    return max(50, math.ceil(steps / 10))
 
 
 def _local_devices(config: TrainConfig, device_type: str, ranks: int) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.training.conftest import TINY, Finished, Train
+from tests.runs import TINY, Finished, Train
 
 STRATEGIES = {
     "auto in micro-batches": ["micro_batch_size=3"],
@@ -60,7 +60,7 @@ def test_torchrun_starts_the_same_run(single: Finished, command, tmp_path) -> No
     import sys
 
     from tests.conftest import REPOSITORY
-    from tests.training.conftest import run_folders
+    from tests.runs import run_folders
 
     arguments = [
         *TINY,

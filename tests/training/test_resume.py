@@ -13,7 +13,7 @@ import torch
 
 from clip_exp.checkpoints.discovery import checkpoints
 from tests.conftest import REPOSITORY
-from tests.training.conftest import TINY, Finished, Train, run_folders
+from tests.runs import TINY, Finished, Train, run_folders
 
 RUN = (
     *(o for o in TINY if not o.startswith("resume")),

@@ -1,4 +1,4 @@
-"""Runs that several tests look at, trained once per session."""
+"""Runs in tests: the overrides of a small one, and what it left behind."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,24 +52,3 @@ Train = Callable[..., Finished]
 
 def run_folders(output_dir: Path) -> list[Path]:
     return sorted(path.parent for path in output_dir.glob("train/*/*/run.json"))
-
-
-@pytest.fixture(scope="session")
-def train(command, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Train by the command line in an output folder of its own, which must end well."""
-
-    def run(*overrides: str, output_dir: Path | None = None, **environment: str) -> Finished:
-        output_dir = output_dir or tmp_path_factory.mktemp("outputs")
-        result = command(
-            "train.py", *overrides, f"output_dir={output_dir}", cwd=output_dir, timeout_s=600, **environment
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return Finished(run_folders(output_dir)[-1], result.stdout)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def single(train: Train) -> Finished:
-    """Twenty steps in one process, which every other way of running them must reproduce."""
-    return train(*TINY, "max_steps=20", "log_every_n_steps=1", "checkpoint_every_n_steps=10", "val_every_n_steps=10")

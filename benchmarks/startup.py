@@ -1,0 +1,39 @@
+"""How long one waits for an answer: `train.py --help` and a configuration error, beside the peer's `--help`.
+
+python benchmarks/startup.py
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TRAIN = [sys.executable, str(REPOSITORY / "train.py")]
+COMMANDS = {
+    "train.py --help": [*TRAIN, "--help"],
+    "a mistyped key": [*TRAIN, "optimizer.lrr=1e-3"],
+    "contradicting values": [*TRAIN, "max_steps=5", "epochs=5"],
+    "open_clip_train --help": [sys.executable, "-m", "open_clip_train.main", "--help"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for _ in range(rounds):
+        for name, command in COMMANDS.items():
+            started_s = time.perf_counter()
+            subprocess.run(command, capture_output=True)
+            seconds[name].append(time.perf_counter() - started_s)
+    for name, values in seconds.items():
+        print(f"{name:<24}  median {statistics.median(values):.2f} s  (from {min(values):.2f} to {max(values):.2f})")
+    print("target: under 1 s for each of ours")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the README and docs/ tell a user to type works."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from clip_exp.config.load import load_evaluate, load_train
+from clip_exp.config.overrides import quote
+from tests.compose import compose_config
+from tests.conftest import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+RECIPES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
+FLAGS = {"-m", "--help", "--cfg", "job", "…"}
+
+
+def commands_of(path: Path) -> list[str]:
+    """The train and evaluate commands in a page's code blocks, or in a recipe's header."""
+    text = path.read_text(encoding="utf-8")
+    blocks = (
+        re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+        if path.suffix == ".md"
+        else [re.sub(r"^# ?", "", text, flags=re.MULTILINE)]
+    )
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        line.strip() for line in lines if re.match(r"\s*(python (train|evaluate)\.py|clip-exp (train|evaluate)) ", line)
+    ]
+
+
+COMMANDS = [(path.name, command) for path in (*PAGES, *RECIPES) for command in commands_of(path)]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_documented_command_composes(page: str, command: str) -> None:
+    words = [word for word in shlex.split(command, comments=True) if word not in FLAGS]
+    name = "evaluate" if "evaluate" in words[1] else "train"
+    # A sweep's choices are one value here: the first.
+    sweeping = "-m" in command.split()
+    overrides = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
+    config = compose_config(*quote(overrides), command=name)
+    assert (load_evaluate if name == "evaluate" else load_train)(config)
+
+
+def test_the_pages_that_the_readme_links_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_the_readme_names_every_option_of_the_groups_it_lists() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for group in ("model", "data", "loss", "optimizer", "scheduler", "strategy", "logger"):
+        for path in (REPOSITORY / "conf" / group).glob("*.yaml"):
+            assert f"`{path.stem}`" in text, f"{group}={path.stem}"
+
+
+def test_make_help_lists_the_targets() -> None:
+    listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in listed.splitlines()} >= {"install", "train", "test", "lint", "help"}
+
+
+@pytest.mark.slow
+def test_the_way_from_a_csv_to_a_scored_model(command, single, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's page, on drawn scenes in the place of photographs and cut to a few steps."""
+    scenes = next((single.folder.parents[2] / "data").glob("shapes-*"))
+    for split, table in (("train", "pairs.csv"), ("val", "held_out.csv")):
+        shutil.copytree(scenes / split, tmp_path / split)
+        shutil.copy(scenes / f"{split}.csv", tmp_path / table)
+    shutil.copytree(scenes / "val", tmp_path / "flowers" / "test" / "rose")
+    shutil.copytree(scenes / "val", tmp_path / "imagenet" / "val" / "n01440764")
+    train, evaluate = (
+        next(c for c in commands_of(REPOSITORY / "README.md") if c.startswith(start))
+        for start in (
+            "python train.py model=vit_tiny data=csv",
+            "python evaluate.py run=outputs/train/vit_tiny_csv/<time> 'task=",
+        )
+    )
+    shortened = ["epochs=null", "max_steps=2", "global_batch_size=16", "data.num_workers=0"]
+    trained = command(
+        "train.py", *(w for w in shlex.split(train)[2:] if "epochs" not in w), *shortened[1:], cwd=tmp_path
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    run = next((tmp_path / "outputs" / "train" / "vit_tiny_csv").iterdir())
+    words = [word.replace("<time>", run.name) for word in shlex.split(evaluate)[2:]]
+    scored = command("evaluate.py", *words, "task.imagenet.templates=['a {}.']", "num_workers=0", cwd=tmp_path)
+    assert scored.returncode == 0, scored.stdout + scored.stderr
+    results = {path.stem: json.loads(path.read_text())["metrics"] for path in (run / "eval").iterdir()}
+    assert results.keys() == {"retrieval", "image_folder", "imagenet"}
+    assert results["image_folder"]["top1"] == 1.0
+    assert 0 <= results["imagenet"]["top5"] <= 1
+    snippet = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    shutil.copy(tmp_path / "val" / "000000.png", tmp_path / "picture.jpg")
+    shutil.copy(tmp_path / "val" / "000001.png", tmp_path / "a.jpg")
+    shutil.copy(tmp_path / "val" / "000002.png", tmp_path / "b.jpg")
+    script = tmp_path / "snippet.py"
+    script.write_text(
+        snippet.group(1).replace("<time>", run.name) + '\nassert clip.classify("a.jpg", ["x", "y"]).shape == (1, 2)\n'
+    )
+    used = command(str(script), cwd=tmp_path)
+    assert used.returncode == 0, used.stderr

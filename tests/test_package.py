@@ -1,0 +1,99 @@
+"""The package works away from its checkout, answers without torch, and keeps its rooms apart."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_conf_and_its_console_script_composes(repository: Path, tmp_path: Path) -> None:
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(repository),
+    ]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    wheel = next(tmp_path.glob("clip_exp-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "clip_exp/conf/model/vit_b32.yaml" in names
+    assert not any(name.startswith(("tests/", "conf/")) for name in names)
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "site" / "bin" / "clip-exp"), "train", "model=vit_b32", "--cfg", "job"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "name: vit_b32" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]])
+def test_help_answers(arguments: list[str], tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "clip_exp", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0
+    assert ("usage" if arguments == ["--help"] else "0." if arguments == ["--version"] else "vit_b32") in result.stdout
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "clip_exp", "trian"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2
+    assert "did you mean 'train'" in result.stderr
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+FORBIDDEN = {
+    "models": ("pytorch_lightning", "hydra", "omegaconf", "clip_exp.data", "clip_exp.training", "clip_exp.evaluation"),
+    "losses": ("pytorch_lightning", "hydra", "omegaconf", "clip_exp.data", "clip_exp.training", "clip_exp.evaluation"),
+    "data": ("hydra", "clip_exp.models", "clip_exp.losses", "clip_exp.training", "clip_exp.evaluation"),
+    "text": ("pytorch_lightning", "hydra", "clip_exp.models", "clip_exp.training", "clip_exp.data"),
+    "evaluation": ("pytorch_lightning", "hydra", "clip_exp.training"),
+    "checkpoints": ("hydra", "clip_exp.training", "clip_exp.models", "clip_exp.data"),
+}
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_a_room_knows_only_what_it_may(room: str, repository: Path) -> None:
+    for path in (repository / "clip_exp" / room).glob("*.py"):
+        wrong = [name for name in imports_of(path) if name.startswith(FORBIDDEN[room])]
+        assert not wrong, f"{path.name} imports {wrong}"
+
+
+def test_files_stay_short_enough_to_read(repository: Path) -> None:
+    for path in (repository / "clip_exp").rglob("*.py"):
+        limit = 450 if path.name == "schema.py" else 300  # a table of keys, not a program
+        assert len(path.read_text().splitlines()) <= limit, path

@@ -1,0 +1,248 @@
+"""The train command as a user meets it: what it leaves behind, sweeps, loggers, options, and its errors."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clip_exp.checkpoints.discovery import best, checkpoints, latest, manifest
+from tests.runs import TINY, Finished, Train, run_folders
+
+
+@pytest.mark.slow
+def test_digits_reach_95_percent_zero_shot(train: Train) -> None:
+    run = train("experiment=digits", "resume=never")
+    assert run.summary["metrics"]["val/zeroshot_top1"] >= 0.95
+    assert run.summary["seconds"] < 300
+
+
+def test_a_run_folder_holds_what_the_readme_says(single: Finished) -> None:
+    names = {path.name for path in single.folder.iterdir()}
+    assert {
+        "config.yaml",
+        "run.json",
+        "metrics.csv",
+        "summary.json",
+        "report.html",
+        "report.png",
+        "train.log",
+        "checkpoints",
+    } <= names
+    assert single.record["status"] == "finished"
+    assert single.record["steps"] == 20
+    with (single.folder / "metrics.csv").open() as handle:
+        header = next(csv.reader(handle))
+    assert header[:9] == [
+        "step",
+        "samples_seen",
+        "epoch",
+        "train/loss",
+        "lr",
+        "grad_norm",
+        "logit_scale",
+        "samples_per_s",
+        "data_wait_s",
+    ]
+    assert [row["step"] for row in single.metrics] == list(range(1, 21))
+    assert single.metrics[-1]["samples_seen"] == 20 * 16
+    assert {"val/loss", "val/recall@1_i2t", "val/recall@10_t2i"} <= set(single.metrics[-1])
+    assert [path.name for path in checkpoints(single.folder)] == ["step-000010", "step-000020"]
+    assert "data:image/png;base64," in (single.folder / "report.html").read_text()
+
+
+def test_the_next_command_is_printed(single: Finished) -> None:
+    assert f"python evaluate.py run={single.folder}" in single.output
+    assert "step 20/20" in single.output
+    assert "samples/s" in single.output
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_each_job_in_its_own_folder(command, tmp_path) -> None:
+    result = command(
+        "train.py", "optimizer.lr=1e-3,3e-4", "max_steps=20", f"output_dir={tmp_path}", "-m", cwd=tmp_path
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    folders = run_folders(tmp_path)
+    assert [folder.name[-2:] for folder in folders] == ["-0", "-1"]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert [summary["steps"] for summary in summaries] == [20, 20]
+    assert summaries[0]["metrics"].keys() == summaries[1]["metrics"].keys()
+    assert summaries[0]["metrics"] != summaries[1]["metrics"]
+
+
+@pytest.mark.slow
+def test_each_job_of_a_sweep_over_two_devices_runs_once(command, tmp_path) -> None:
+    result = command(
+        "train.py", *TINY, "optimizer.lr=1e-3,3e-4", "max_steps=3", "strategy=ddp", "trainer.devices=2", f"output_dir={tmp_path}", "-m",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads((folder / "run.json").read_text()) for folder in run_folders(tmp_path)]
+    assert [(record["status"], record["ranks"], record["steps"]) for record in records] == [("finished", 2, 3)] * 2
+
+
+def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_its_code(command, tmp_path) -> None:
+    result = command("train.py", "global_batch_size=0,64", "max_steps=2", f"output_dir={tmp_path}", "-m", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "global_batch_size=0 must be above 0" in result.stderr
+    assert [json.loads((folder / "run.json").read_text())["status"] for folder in run_folders(tmp_path)] == ["finished"]
+
+
+@pytest.mark.slow
+def test_monitor_keeps_the_best_checkpoint_and_patience_stops(train: Train) -> None:
+    run = train(
+        *TINY, "max_steps=40", "val_every_n_steps=2", "monitor=val/loss", "patience=2", "optimizer.lr=0.3", "scheduler=constant",
+        "scheduler.warmup_steps=1", "checkpoint_every_n_steps=2",
+    )  # fmt: skip
+    losses = {row["step"]: row["val/loss"] for row in run.metrics if "val/loss" in row}
+    best_step = min(losses, key=lambda step: losses[step])
+    assert manifest(best(run.folder))["step"] == best_step
+    assert run.record["best_checkpoint"].endswith(f"step-{best_step:06d}")
+    assert run.summary["steps"] == best_step + 2 * 2 < 40
+
+
+@pytest.mark.slow
+def test_averaged_weights_follow_the_formula(train: Train, tmp_path) -> None:
+    run = train(
+        *TINY, "max_steps=3", "checkpoint_every_n_steps=1", "callbacks.ema_decay=0.5", "callbacks.progress=none"
+    )
+    second, third = (run.folder / "checkpoints" / f"step-00000{step}" for step in (2, 3))
+    before, raw = load_file(second / "ema.safetensors"), load_file(third / "model.safetensors")
+    expected = {name: 0.5 * before[name] + 0.5 * raw[name] for name in raw}
+    torch.testing.assert_close(load_file(third / "ema.safetensors"), expected)
+
+
+@pytest.mark.slow
+def test_an_unreachable_wandb_server_does_not_stop_a_run(train: Train) -> None:
+    run = train(
+        *TINY,
+        "max_steps=2",
+        "logger=[csv,tensorboard,wandb]",
+        WANDB_BASE_URL="http://127.0.0.1:9",
+        WANDB_API_KEY="0" * 40,
+        WANDB_SILENT="true",
+    )
+    assert run.record["status"] == "finished"
+    assert "logging offline" in (run.folder / "train.log").read_text()
+    assert list(run.folder.glob("wandb/offline-run-*"))
+    assert list(run.folder.glob("tensorboard/events*"))
+
+
+@pytest.mark.slow
+def test_bf16_and_compile_train_close_to_float32(single: Finished, train: Train) -> None:
+    overrides = (
+        *(o for o in TINY if not o.startswith("precision")),
+        "max_steps=20",
+        "log_every_n_steps=1",
+        "val_every_n_steps=10",
+    )
+    mixed = train(*overrides, "precision=bf16-mixed", "strategy=deepspeed_stage_2")
+    assert mixed.losses[:5] == pytest.approx(single.losses[:5], rel=0.05)
+    compiled = train(*overrides, "precision=32-true", "compile=true", TORCHDYNAMO_DISABLE="")
+    assert compiled.losses == pytest.approx(single.losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_weights_of_another(single: Finished, train: Train) -> None:
+    weights = latest(single.folder) / "model.safetensors"
+    run = train(*TINY, "max_steps=1", "log_every_n_steps=1", f"pretrained={weights}")
+    assert run.losses[0] < single.losses[0]
+
+
+def write_pairs(folder: Path, source: Finished, rows: int = 32) -> Path:
+    """A table over a run's drawn scenes, in a folder of its own."""
+    scenes = next((source.folder.parents[2] / "data").glob("shapes-*"))
+    shutil.copytree(scenes / "train", folder / "train")
+    lines = (scenes / "train.csv").read_text().splitlines()
+    (folder / "pairs.csv").write_text("\n".join(lines[: rows + 1]) + "\n")
+    return folder / "pairs.csv"
+
+
+CSV = ("model=vit_nano", "data=csv", "global_batch_size=8", "max_steps=2", "data.num_workers=0", "log_every_n_steps=1")
+
+
+def test_an_unreadable_picture_is_replaced_counted_and_listed(single: Finished, train: Train, tmp_path) -> None:
+    pairs = write_pairs(tmp_path, single)
+    (tmp_path / "train" / "000003.png").write_bytes(b"<html>not found</html>")
+    run = train(*CSV, "max_steps=8", f"data.train={pairs}")
+    with (run.folder / "bad_samples.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["path"] for row in rows] == ["train/000003.png"]
+    assert rows[0]["reason"]
+
+
+def test_an_unreadable_picture_under_error_ends_with_code_3(single: Finished, command, tmp_path) -> None:
+    pairs = write_pairs(tmp_path, single)
+    (tmp_path / "train" / "000003.png").unlink()
+    result = command(
+        "train.py",
+        *CSV,
+        "max_steps=8",
+        f"data.train={pairs}",
+        "data.on_bad_image=error",
+        f"output_dir={tmp_path}/o",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 3
+    assert "train/000003.png" in result.stderr
+    assert "data.on_bad_image=replace" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert json.loads((run_folders(tmp_path / "o")[0] / "run.json").read_text())["exit_code"] == 3
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_code_and_give_one_message(single: Finished, command, tmp_path) -> None:
+    pairs = write_pairs(tmp_path, single)
+    (tmp_path / "train" / "000003.png").unlink()
+    overrides = (
+        "strategy=ddp",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        "max_steps=8",
+        "data.on_bad_image=error",
+    )
+    result = command("train.py", *CSV, *overrides, f"data.train={pairs}", f"output_dir={tmp_path}/o", cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.count("train/000003.png") == 1
+    assert "Traceback" not in result.stderr
+
+
+BAD_INPUT = {
+    "missing table": (["data.train=none.csv"], 2, "none.csv does not exist"),
+    "missing column": (["data.train=pairs.csv", "data.caption_key=caption"], 3, "title"),
+    "zero batch": (["data.train=pairs.csv", "global_batch_size=0"], 2, "must be above 0"),
+    "no gpu": (["data.train=pairs.csv", "trainer.accelerator=gpu"], 2, "finds no GPU"),
+    "unknown model": (["model=vit_b33"], 2, "did you mean 'vit_b32'"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "code", "expected"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_gives_its_code_and_one_message(overrides, code, expected, command, tmp_path) -> None:
+    if "trainer.accelerator=gpu" in overrides and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / "pairs.csv").write_text("filepath,title\n" + "a.png,a dog\n" * 20)
+    result = command("train.py", *CSV, "global_batch_size=1", *overrides, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv"]
+
+
+def test_a_read_only_output_folder_ends_with_code_4(command, tmp_path) -> None:
+    (tmp_path / "outputs").write_text("a file where the folder should be")
+    result = command("train.py", "max_steps=2", cwd=tmp_path)
+    assert result.returncode == 4
+    assert "output_dir" in result.stderr
+
+
+@pytest.mark.slow
+def test_no_secret_reaches_the_run_folder(train: Train) -> None:
+    secret = "s3cret-" + os.urandom(8).hex()
+    run = train(*TINY, "max_steps=1", f"data.templates=['{secret} {{}}']", MY_SECRET_KEY=secret)
+    texts = [path.read_bytes() for path in run.folder.rglob("*") if path.is_file()]
+    assert not any(secret.encode() in text for text in texts)
