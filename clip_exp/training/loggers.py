@@ -47,7 +47,10 @@ def _wandb(config: WandbConfig, run_dir: Path, name: str) -> Logger:
             "Weights & Biases does not answer: logging offline. Later: wandb sync %s", run_dir / "wandb" / "latest-run"
         )
         offline = True
-    settings = wandb.Settings(init_timeout=config.init_timeout_s, console="off", save_code=False, disable_git=True)
+    mode = "offline" if offline else "online"
+    settings = wandb.Settings(
+        mode=mode, init_timeout=config.init_timeout_s, console="off", save_code=False, disable_git=True
+    )
     options: dict[str, Any] = {
         "entity": config.entity,
         "group": config.group,

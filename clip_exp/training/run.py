@@ -9,7 +9,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from clip_exp.checkpoints.discovery import best, checkpoints, latest, set_damaged_aside
 from clip_exp.checkpoints.io import SafeCheckpointIO
@@ -28,6 +27,7 @@ from clip_exp.training.callbacks import AveragedWeights, Checkpointer, ValidateA
 from clip_exp.training.loggers import build_loggers
 from clip_exp.training.metrics import MetricsCSV, StepMetrics
 from clip_exp.training.module import CLIPModule, ZeroShot
+from clip_exp.training.preemption import Preempted, Preemption
 from clip_exp.training.progress import build_progress
 from clip_exp.training.strategies import build_strategy
 from clip_exp.training.summary import conclude
@@ -58,7 +58,7 @@ def train(run_dir: Path) -> int:
         if is_main:
             conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
         return 0
-    except SIGTERMException:
+    except Preempted:
         if is_main:
             record.finish("preempted")
             print(f"stopped by a signal; the same command goes on from {latest(run_dir)}")
@@ -193,7 +193,8 @@ def _build_callbacks(
         callbacks.append(build(values["_target_"], f"callbacks.extra.{name}", **arguments))
     every = config.checkpoint_every_n_steps or default_interval(steps)
     metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
-    callbacks.append(Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata))
+    checkpointer = Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata)
+    callbacks += [checkpointer, Preemption(checkpointer)]
     return [callback for callback in callbacks if callback is not None]
 
 

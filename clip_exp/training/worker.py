@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from clip_exp.errors import ClipExpError
-from clip_exp.runs import redact
+from clip_exp.secrets import redact
 
 
 def work(run_dir: Path) -> int:

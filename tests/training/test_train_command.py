@@ -240,9 +240,55 @@ def test_a_read_only_output_folder_ends_with_code_4(command, tmp_path) -> None:
     assert "output_dir" in result.stderr
 
 
-@pytest.mark.slow
-def test_no_secret_reaches_the_run_folder(train: Train) -> None:
+@pytest.mark.parametrize("value", ["https://me:{secret}@host/{{}}", "{secret} {{}}"], ids=["address", "environment"])
+def test_a_configured_secret_is_refused_and_not_repeated(value: str, command, tmp_path) -> None:
     secret = "s3cret-" + os.urandom(8).hex()
-    run = train(*TINY, "max_steps=1", f"data.templates=['{secret} {{}}']", MY_SECRET_KEY=secret)
+    template = value.format(secret=secret)
+    result = command("train.py", "max_steps=1", f"data.templates=['{template}']", cwd=tmp_path, MY_SECRET_KEY=secret)
+    assert result.returncode == 2
+    assert "data.templates holds" in result.stderr
+    assert secret not in result.stdout + result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_no_secret_of_the_environment_reaches_the_run_folder(train: Train) -> None:
+    secret = "s3cret-" + os.urandom(8).hex()
+    run = train(
+        *TINY,
+        "max_steps=1",
+        "logger=wandb",
+        "logger.wandb.mode=offline",
+        MY_SECRET_KEY=secret,
+        WANDB_API_KEY=secret * 2,
+    )
     texts = [path.read_bytes() for path in run.folder.rglob("*") if path.is_file()]
     assert not any(secret.encode() in text for text in texts)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path) -> None:
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    from tests.conftest import REPOSITORY
+
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), *TINY, "max_steps=100000", "log_every_n_steps=1", "trainer.devices=2", f"output_dir={tmp_path}"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("train/*/*/metrics.csv")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 6, errors
+    assert "was ended by signal 9 (SIGKILL)" in errors
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert json.loads((run_folders(tmp_path)[0] / "run.json").read_text())["status"] == "failed"
