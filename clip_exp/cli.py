@@ -5,18 +5,16 @@ No torch at module level: `--help`, composing and a configuration error answer a
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from omegaconf import DictConfig
 
 from clip_exp import __version__
-from clip_exp.errors import ClipExpError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError
 
-COMMANDS = {
-    "train": "train a CLIP on image-text pairs",
-    "evaluate": "score a trained CLIP: zero-shot classification, retrieval",
-}
+STOPPED = {PREEMPTED_EXIT_CODE, 130}  # after which a sweep starts no further job
 
 
 def main(command: str | None = None) -> NoReturn:
@@ -44,7 +42,7 @@ def run(command: str, arguments: list[str]) -> int:
     """
     import hydra
 
-    from clip_exp.config.overrides import quote
+    from clip_exp.config.overrides import check_groups, quote
     from clip_exp.config.paths import conf_dir
     from clip_exp.config.schema import register
 
@@ -52,17 +50,20 @@ def run(command: str, arguments: list[str]) -> int:
     codes: list[int] = []
 
     def job(config: DictConfig) -> None:
-        codes.append(_guarded(lambda: globals()[f"_{command}"](config, arguments)))
+        if not STOPPED & set(codes):
+            codes.append(_guarded(lambda: COMMANDS[command][0](config, arguments), sweeping="-m" in arguments))
 
     # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and the door below prints.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"{command}.py", *quote(arguments)]
+    if code := _guarded(lambda: check_groups(arguments)):
+        return code
     code = _guarded(lambda: hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)())
     return next((c for c in codes if c), 0) or code
 
 
-def _guarded(action: Callable[[], int | None]) -> int:
-    """Run `action`; print an expected error as one message and return its exit code."""
+def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
+    """Run `action`; print an expected error as one message and return its exit code. A sweep outlives a job's bug too."""
     try:
         return action() or 0
     except ClipExpError as error:
@@ -73,6 +74,9 @@ def _guarded(action: Callable[[], int | None]) -> int:
         from clip_exp.config.overrides import explain
 
         message = explain(error)
+        if message is None and sweeping:
+            traceback.print_exc()
+            return 1
         if message is None:
             raise
         return _report(message, 2)
@@ -100,10 +104,17 @@ def _evaluate(config: DictConfig, arguments: list[str]) -> int:
     return 0
 
 
+Command = Callable[[DictConfig, list[str]], int]
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "train": (_train, "train a CLIP on image-text pairs"),
+    "evaluate": (_evaluate, "score a trained CLIP: zero-shot classification, retrieval"),
+}
+
+
 def _report(message: str, code: int) -> int:
     lines = message.strip().splitlines()
     text = f"error: {lines[0]}" if len(lines) == 1 else "\n".join(["error:", *(f"  - {line}" for line in lines)])
-    if os.environ.get("RANK", "0") == "0" or code == 6:
+    if os.environ.get("RANK", "0") == "0" or message.startswith("rank "):
         print(text, file=sys.stderr, flush=True)
     return code
 
@@ -114,5 +125,5 @@ def _fail(message: str) -> NoReturn:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
     return f"usage: clip-exp <command> [key=value …]\n\n{rows}\n\n`clip-exp <command> --help` lists a command's options and keys."

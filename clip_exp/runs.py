@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clip_exp import __version__
-from clip_exp.config.load import to_yaml
+from clip_exp.config.load import read_run_config, to_yaml
 from clip_exp.config.schema import EvaluateConfig, TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.secrets import redact
@@ -31,16 +31,12 @@ PACKAGES = (
     "Pillow",
 )
 # What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
-NOT_IN_FINGERPRINT = (
-    "resume",
-    "output_dir",
-    "strategy",
-    "trainer",
-    "logger",
-    "micro_batch_size",
-    "log_every_n_steps",
-    "compile",
-)
+NOT_IN_IDENTITY = (
+    "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
+    "checkpoint_every_n_steps", "val_every_n_steps", "data.num_workers", "data.max_bad_fraction", "callbacks.progress",
+)  # fmt: skip
+IN_IDENTITY = ("trainer.gradient_clip_val",)
+LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may be given anew
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,13 +74,22 @@ def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: s
     raise CheckpointError(f"{parent} already has 999 folders of this second.")
 
 
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What decides what the run computes, by dotted key; where and how it runs is left out."""
+    values = _flatten(dataclasses.asdict(config))
+    return {key: value for key, value in values.items() if not key.startswith(NOT_IN_IDENTITY) or key in IN_IDENTITY}
+
+
 def fingerprint(config: TrainConfig) -> str:
-    """A hash of everything in the configuration that decides what the run computes."""
-    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IN_FINGERPRINT}
-    values["data"].pop("num_workers")
-    values["callbacks"].pop("progress")
-    values["gradient_clip_val"] = config.trainer.gradient_clip_val
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A hash of the run's identity."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 class RunRecord:
@@ -141,33 +146,41 @@ def find_run(config: TrainConfig) -> Path | None:
     return None
 
 
-def open_train_folder(config: TrainConfig, arguments: list[str], suffix: str = "") -> tuple[Path, bool]:
-    """The folder that the run works in, and whether it has finished there already.
+def choose_train_folder(config: TrainConfig, suffix: str = "") -> tuple[Path, bool]:
+    """The folder that the run works in, and whether it has finished there already. Nothing is written into an old one.
 
-    `resume=auto` goes on in the newest unfinished folder of the same name and configuration that has a checkpoint.
+    `resume=auto` goes on in the newest unfinished folder of the same name and identity that has a checkpoint.
 
     Raises:
-        ConfigError: `resume` names nothing.
+        ConfigError: `resume` names nothing, or a run that computes something else.
     """
-    folder = _resumable(config)
-    if folder is not None and RunRecord(folder).values.get("status") == "finished":
-        return folder, True
+    if config.resume == "never":
+        return create_run_folder(config.output_dir, "train", config.name, suffix), False
+    folder = find_run(config) if config.resume == "auto" else _named_run(config)
     if folder is None:
-        folder = create_run_folder(config.output_dir, "train", config.name, suffix)
+        return create_run_folder(config.output_dir, "train", config.name, suffix), False
+    finished = RunRecord(folder).values.get("status") == "finished"
+    return folder, finished and fingerprint(config) == fingerprint(read_run_config(folder))
+
+
+def begin(folder: Path, config: TrainConfig, arguments: list[str]) -> None:
+    """Write `config.yaml` and the beginning of `run.json` into a folder that this process holds."""
     write_text(folder / "config.yaml", to_yaml(config))
     RunRecord(folder).start(arguments, fingerprint=fingerprint(config), seed=config.seed)
-    return folder, False
 
 
-def _resumable(config: TrainConfig) -> Path | None:
-    if config.resume == "never":
-        return None
-    if config.resume == "auto":
-        return find_run(config)
+def _named_run(config: TrainConfig) -> Path:
     path = Path(config.resume)
     folder = next((p for p in (path, *path.parents[:2]) if (p / "run.json").is_file()), None)
     if folder is None:
         raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
+    before, now = identity(read_run_config(folder)), identity(config)
+    other = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in LENGTH)
+    if other:
+        raise ConfigError(
+            f"{folder} was trained with another {', '.join(other)}: give the same values, or start a new run from its weights "
+            "(resume=never pretrained=<its checkpoint>/model.safetensors)."
+        )
     return folder
 
 

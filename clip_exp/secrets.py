@@ -5,9 +5,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+OPEN_NODES = (
+    "callbacks.extra.",
+    "logger.extra.",
+    "optimizer.kwargs.",
+    "scheduler.kwargs.",
+)  # whose keys no schema knows
 SHORTEST = 8  # characters of a secret; shorter values are switches
-URL_CREDENTIALS = re.compile(r"(\w+://)[^/\s@]+@")
+URL_CREDENTIALS = re.compile(r"(\w+://)(?:[^\s/@:]+:\S*@|[^\s/@]+@)")
 
 
 def redact(text: str) -> str:
@@ -18,8 +24,12 @@ def redact(text: str) -> str:
 
 
 def secret_values() -> dict[str, str]:
-    """The environment variables that hold secrets, by name."""
-    return {name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST}
+    """The environment variables that hold secrets, by name: words and paths are none, whatever their variable is called."""
+    return {name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and _looks_secret(value)}
+
+
+def _looks_secret(value: str) -> bool:
+    return len(value) >= SHORTEST and "/" not in value[:1] and any(c.isdigit() for c in value)
 
 
 def leaks(values: Any, key: str = "") -> Iterator[str]:
@@ -36,6 +46,8 @@ def leaks(values: Any, key: str = "") -> Iterator[str]:
         for value in values:
             yield from leaks(value, key)
     elif isinstance(values, str):
+        if key.startswith(OPEN_NODES) and SECRET_NAME.search(key.rpartition(".")[2]):
+            yield f"{key} would be kept in the run's folder: give it through the environment."
         if URL_CREDENTIALS.search(values):
             yield f"{key} holds the credentials of an address, and a run's folder keeps its configuration: give them another way."
         for name, secret in secret_values().items():

@@ -81,14 +81,29 @@ def best(run_dir: Path | str) -> Path:
     return latest(run_dir)
 
 
-def set_damaged_aside(run_dir: Path | str) -> None:
-    """Rename damaged checkpoints to `damaged-…`, and remove what a killed writer left behind. Only by the run's owner."""
-    for leftover in (Path(run_dir) / "checkpoints").glob(f"{TEMPORARY}*"):
+def clean(run_dir: Path | str, after: int | None = None) -> None:
+    """Only by the run's owner: set damaged checkpoints aside as `damaged-…`, finish or remove what a killed writer left.
+
+    Args:
+        after: checkpoints of later steps are set aside too, as `superseded-…`: the run goes on from this one.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    for old in folder.glob(f"{TEMPORARY}old-step-*"):
+        target = folder / old.name.removeprefix(f"{TEMPORARY}old-").rpartition("-")[0]
+        if not target.exists() and damage(old) is None:
+            old.rename(target)
+    for leftover in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for checkpoint in checkpoints(run_dir):
         problem = damage(checkpoint)
         if problem is not None:
-            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-            log.warning("%s is damaged (%s) and was renamed to %s.", checkpoint, problem, aside.name)
+            log.warning("%s is damaged (%s) and was set aside.", checkpoint, problem)
+            _set_aside(checkpoint, "damaged")
+        elif after is not None and step_of(checkpoint) > after:
+            _set_aside(checkpoint, "superseded")
+
+
+def _set_aside(checkpoint: Path, why: str) -> None:
+    aside = checkpoint.with_name(f"{why}-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from clip_exp.checkpoints.state import join, split
 from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS, atomic_folder
-from clip_exp.errors import CheckpointError
+from clip_exp.errors import CheckpointError, NumericError
 
 MODEL_PREFIX = "model."
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -27,9 +27,15 @@ class SafeCheckpointIO(CheckpointIO):
         self.metadata: dict[str, Any] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a state as Lightning dumps it into the folder `path`, whole or not at all."""
+        """Write a state as Lightning dumps it into the folder `path`, whole or not at all.
+
+        Raises:
+            NumericError: a weight is not finite; what was saved before stays the newest.
+            CheckpointError: the folder cannot be written.
+        """
         state = dict(checkpoint)
         weights = _plain_weights(state.pop("state_dict"))
+        _require_finite(weights, Path(path))
         averaged = state.pop(EMA_KEY, None)
         tree, tensors = split(state)
         with atomic_folder(Path(path), {"step": checkpoint.get("global_step"), **self.metadata}) as folder:
@@ -72,3 +78,12 @@ def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         for key, value in state_dict.items()
         if key.startswith(MODEL_PREFIX)
     }
+
+
+def _require_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise NumericError(
+            f"{len(broken)} weights are not finite, {broken[0]} first: {path.name} is not written, and the checkpoint before it stays. "
+            "Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true."
+        )

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import traceback
 from collections.abc import Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -9,8 +10,21 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from clip_exp.config.load import nearest
+from clip_exp.errors import ConfigError
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
+ALWAYS_CHOSEN = {
+    "model",
+    "data",
+    "loss",
+    "optimizer",
+    "scheduler",
+    "strategy",
+    "trainer",
+    "callbacks",
+    "logger",
+    "task",
+}
 
 
 def quote(arguments: list[str]) -> list[str]:
@@ -21,6 +35,25 @@ def quote(arguments: list[str]) -> list[str]:
     parser = OverridesParser.create()
     sweeping = bool(MULTIRUN_FLAGS & set(arguments))
     return [_quoted(parser, argument, sweeping) for argument in arguments]
+
+
+def check_groups(arguments: list[str]) -> None:
+    """Refuse `optimizer=null` and `optimizer=3`, for which Hydra has no words.
+
+    Raises:
+        ConfigError: a line for every group that is given something else than its options.
+    """
+    from clip_exp.config.paths import conf_dir, options
+
+    problems = []
+    for argument in arguments:
+        group, equals, value = argument.partition("=")
+        if equals and group in ALWAYS_CHOSEN and (conf_dir() / group).is_dir():
+            named = [part.strip() for part in value.strip("[]").split(",")]
+            wrong = [name for name in named if re.fullmatch(r"[\w.+-]*", name) and name not in options(group)]
+            problems += [f"{group}={name} does not exist: {nearest(name, options(group))}" for name in wrong]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _quoted(parser: OverridesParser, argument: str, sweeping: bool) -> str:
@@ -52,6 +85,13 @@ def explain(error: BaseException) -> str | None:
     for cause in reversed(chain):
         if isinstance(cause, OmegaConfBaseException) and (cause.full_key or cause.key) is not None:
             return _bad_key(cause)
+    if isinstance(error, AssertionError) and any(
+        "omegaconf" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
+    ):
+        return (
+            "a key is set below a node that is empty here: choose the option that has it first "
+            "(logger=wandb before logger.wandb.project, data=digits or data=shapes before data.generate.rows)."
+        )
     for cause in chain:
         if isinstance(cause, HydraException):
             return _missing_group(str(cause)) or " ".join(str(cause).split())

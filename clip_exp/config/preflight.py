@@ -4,16 +4,22 @@ The checks that need torch (devices) come last, and only where nothing else is w
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.schema import DataConfig, StrategyName, TrainConfig
+from clip_exp.config.load import nearest
+from clip_exp.config.schema import DataConfig, LossName, StrategyName, TrainConfig
 from clip_exp.errors import ConfigError
 from clip_exp.secrets import leaks
+from clip_exp.training.environment import outer_ranks
 
+VOCABULARY = 49408  # of OpenAI's byte-pair encoding
 READ_TWICE_BYTES = 64 << 20
+VALIDATION_METRICS = [
+    "val/loss", "val/zeroshot_top1", "val/zeroshot_top5", "val/median_rank_i2t", "val/median_rank_t2i",
+    *(f"val/recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")),
+]  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -43,39 +49,19 @@ def requested_devices(config: TrainConfig) -> int | None:
     devices = config.trainer.devices
     if isinstance(devices, list):
         return len(devices)
-    return None if str(devices) == "auto" else int(devices)
+    return None if str(devices) in ("auto", "-1") else int(devices)
 
 
 def world_size(config: TrainConfig) -> int:
     """Processes of the run: those that an outer launcher started, or those that the configuration asks for."""
-    launched = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
-    return int(launched) if launched else (requested_devices(config) or 1) * config.trainer.num_nodes
+    return outer_ranks() or (requested_devices(config) or 1) * config.trainer.num_nodes
 
 
 def _check_run(config: TrainConfig) -> Iterator[str]:
-    positive: dict[str, Any] = {
-        "global_batch_size": config.global_batch_size,
-        "micro_batch_size": config.micro_batch_size,
-        "max_steps": config.max_steps,
-        "epochs": config.epochs,
-        "log_every_n_steps": config.log_every_n_steps,
-        "val_every_n_steps": config.val_every_n_steps,
-        "checkpoint_every_n_steps": config.checkpoint_every_n_steps,
-        "optimizer.lr": config.optimizer.lr,
-        "trainer.num_nodes": config.trainer.num_nodes,
-        "data.max_rows": config.data.max_rows,
-        "patience": config.patience,
-    }
-    for key, value in positive.items():
-        if value is not None and not 0 < value < float("inf"):
-            yield f"{key}={value} must be above 0."
+    yield from _check_numbers(config)
     if config.max_steps is not None and config.epochs is not None:
         yield f"max_steps={config.max_steps} and epochs={config.epochs:g} are both set: give one (epochs=null or max_steps=null)."
-    if config.optimizer.weight_decay < 0:
-        yield f"optimizer.weight_decay={config.optimizer.weight_decay} must not be negative."
     warmup = config.scheduler.warmup_steps
-    if warmup is not None and warmup < 0:
-        yield f"scheduler.warmup_steps={warmup} must not be negative."
     if warmup is not None and config.max_steps is not None and warmup > config.max_steps:
         yield _warmup_problem(warmup, config.max_steps)
     if config.precision not in PRECISIONS:
@@ -86,16 +72,76 @@ def _check_run(config: TrainConfig) -> Iterator[str]:
         yield f"name={config.name!r} must be a plain folder name."
 
 
+def _check_numbers(config: TrainConfig) -> Iterator[str]:
+    """Ranges, bounds included; a value that is null is its own default."""
+    infinity = float("inf")
+    tiny = 5e-324  # above zero
+    ranges: dict[str, tuple[Any, float, float]] = {
+        "seed": (config.seed, 0, 2**32 - 1),
+        "max_steps": (config.max_steps, 1, infinity),
+        "epochs": (config.epochs, tiny, 1e9),
+        "global_batch_size": (config.global_batch_size, 1, infinity),
+        "micro_batch_size": (config.micro_batch_size, 1, infinity),
+        "log_every_n_steps": (config.log_every_n_steps, 1, infinity),
+        "val_every_n_steps": (config.val_every_n_steps, 1, infinity),
+        "checkpoint_every_n_steps": (config.checkpoint_every_n_steps, 1, infinity),
+        "patience": (config.patience, 1, infinity),
+        "optimizer.lr": (config.optimizer.lr, tiny, 1e9),
+        "optimizer.weight_decay": (config.optimizer.weight_decay, 0, 1e9),
+        "scheduler.warmup_steps": (config.scheduler.warmup_steps, 0, infinity),
+        "scheduler.final_factor": (config.scheduler.final_factor, 0, 1e9),
+        "strategy.timeout_s": (config.strategy.timeout_s, 1, 10**7),
+        "trainer.num_nodes": (config.trainer.num_nodes, 1, infinity),
+        "trainer.gradient_clip_val": (config.trainer.gradient_clip_val, tiny, 1e30),
+        "loss.init_logit_scale": (config.loss.init_logit_scale, 0, 4.6052),
+        "loss.init_logit_bias": (config.loss.init_logit_bias, -1e3, 1e3),
+        "callbacks.ema_decay": (config.callbacks.ema_decay, tiny, 1 - 1e-12),
+        "callbacks.ema_every_n_steps": (config.callbacks.ema_every_n_steps, 1, infinity),
+        "data.max_rows": (config.data.max_rows, 1, infinity),
+        "data.num_workers": (config.data.num_workers, 0, 4096),
+        "data.max_bad_fraction": (config.data.max_bad_fraction, 0, 1),
+        "data.max_image_pixels": (config.data.max_image_pixels, 1, infinity),
+        "data.augmentation.horizontal_flip": (config.data.augmentation.horizontal_flip, 0, 1),
+    }
+    for key, (value, low, high) in ranges.items():
+        if value is not None and not low <= value <= high:
+            bound = "be above 0" if low in (tiny, 1) and not value >= low else f"be between {low:g} and {high:g}"
+            yield f"{key}={value} must {bound}."
+    betas = getattr(config.optimizer, "betas", [0.9, 0.99])
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optimizer.betas={betas} must be two numbers from 0 to below 1."
+
+
 def _check_model(config: TrainConfig) -> Iterator[str]:
     model = config.model
+    sizes = {
+        f"model.{tower}.{name}": value
+        for tower, values in (("image", dataclasses.asdict(model.image)), ("text", dataclasses.asdict(model.text)))
+        for name, value in values.items()
+        if name not in ("mean", "std")
+    }
+    wrong = [
+        f"{key}={value} must be above 0."
+        for key, value in {"model.embed_dim": model.embed_dim, **sizes}.items()
+        if value <= 0
+    ]
+    if wrong:
+        yield from wrong
+        return
     for tower, width, heads in (
         ("image", model.image.width, model.image.heads),
         ("text", model.text.width, model.text.heads),
     ):
-        if heads <= 0 or width % heads:
+        if width % heads:
             yield f"model.{tower}.width={width} must be a multiple of model.{tower}.heads={heads}."
     if model.image.image_size % model.image.patch_size:
         yield f"model.image.image_size={model.image.image_size} must be a multiple of model.image.patch_size={model.image.patch_size}."
+    if len(model.image.mean) != 3 or len(model.image.std) != 3 or min(model.image.std) <= 0:
+        yield f"model.image.mean={model.image.mean} and std={model.image.std} must be three numbers each, std above 0."
+    if model.text.vocab_size < VOCABULARY:
+        yield f"model.text.vocab_size={model.text.vocab_size} must be at least {VOCABULARY}, the tokens there are."
+    if model.text.context_length < 3:
+        yield f"model.text.context_length={model.text.context_length} must hold a start, a word and an end: at least 3."
     if not 0 <= model.dropout < 1:
         yield f"model.dropout={model.dropout} must be at least 0 and below 1."
     if config.pretrained is not None and not Path(config.pretrained).exists():
@@ -111,19 +157,17 @@ def _check_data(data: DataConfig) -> Iterator[str]:
         for table in paths(tables):
             if "://" in table:
                 yield f"{key} is an address: download it and give the file."
+            elif Path(table).is_dir() or "*" in table:
+                yield f"{key}={table} must name a file: a table of image-text pairs, or a list of them."
             elif not Path(table).is_file():
                 yield f"{key}={table} does not exist (looked in {Path.cwd()})."
     if data.image_root is not None and not Path(data.image_root).is_dir():
         yield f"data.image_root={data.image_root} is not a folder."
-    if data.num_workers is not None and data.num_workers < 0:
-        yield f"data.num_workers={data.num_workers} must not be negative."
-    if not 0 <= data.max_bad_fraction <= 1:
-        yield f"data.max_bad_fraction={data.max_bad_fraction} must be a share between 0 and 1."
     for key, bounds in (("scale", data.augmentation.scale), ("ratio", data.augmentation.ratio)):
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-            yield f"data.augmentation.{key}={bounds} must be two positive numbers, the smaller first."
-    if any("{}" not in template for template in data.templates):
-        yield f"data.templates={data.templates}: every template needs a {{}} for the class name."
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < float("inf") or (key == "scale" and bounds[1] > 1):
+            yield f"data.augmentation.{key}={bounds} must be two positive numbers, the smaller first{', at most 1' * (key == 'scale')}."
+    if not data.templates or any("{}" not in template for template in data.templates):
+        yield f"data.templates={data.templates}: there must be one, and every one needs a {{}} for the class name."
 
 
 def paths(tables: Any) -> list[str]:
@@ -143,9 +187,16 @@ def _check_strategy(config: TrainConfig) -> Iterator[str]:
             "Raise global_batch_size and set micro_batch_size: the same memory, the gradient of the whole batch."
         )
     devices = trainer.devices
-    if not (str(devices) == "auto" or isinstance(devices, list) or str(devices).isdigit()) or devices in (0, "0", []):
-        yield f"trainer.devices={devices} must be auto, a number above 0, or a list of GPU indices."
+    listed = (
+        isinstance(devices, list)
+        and all(isinstance(index, int) for index in devices)
+        and len({*devices}) == len(devices)
+    )
+    if not (str(devices) in ("auto", "-1") or listed or str(devices).isdecimal()) or devices in (0, "0", []):
+        yield f"trainer.devices={devices} must be auto, a number above 0, or a list of distinct GPU indices."
         return
+    if listed and trainer.accelerator == "cpu":
+        yield f"trainer.devices={devices} lists GPUs: on a CPU give a number."
     ranks = world_size(config)
     if config.global_batch_size % ranks:
         yield f"global_batch_size={config.global_batch_size} must be a multiple of the {ranks} processes (trainer.devices times trainer.num_nodes)."
@@ -165,9 +216,14 @@ def _check_callbacks(config: TrainConfig) -> Iterator[str]:
         yield f"monitor={config.monitor} needs validation data: set data.val."
     if config.monitor_mode not in ("auto", "min", "max"):
         yield f"monitor_mode={config.monitor_mode} must be auto, min or max."
-    decay = config.callbacks.ema_decay
-    if decay is not None and not 0 < decay < 1:
-        yield f"callbacks.ema_decay={decay} must be between 0 and 1."
+    if config.monitor is not None and config.monitor not in VALIDATION_METRICS:
+        yield f"monitor={config.monitor} is no metric of validation: {nearest(config.monitor, VALIDATION_METRICS)}"
+    if str(config.monitor).startswith("val/zeroshot") and config.data.label_key is None:
+        yield f"monitor={config.monitor} needs class names: set data.label_key."
+    if config.trainer.profiler not in (None, "simple", "advanced", "pytorch"):
+        yield f"trainer.profiler={config.trainer.profiler} must be null, simple, advanced or pytorch."
+    if config.loss.name == LossName.softmax and config.loss.init_logit_bias is not None:
+        yield "loss.init_logit_bias has no effect on the softmax loss: use loss=sigmoid, or leave it out."
     if config.callbacks.progress not in ("auto", "bar", "lines", "none"):
         yield f"callbacks.progress={config.callbacks.progress} must be auto, bar, lines or none."
     wandb = config.logger.wandb
@@ -237,5 +293,7 @@ def _check_devices(config: TrainConfig) -> Iterator[str]:
     asked = requested_devices(config)
     if found == 0:
         yield "trainer.accelerator=gpu, but torch finds no GPU: use trainer.accelerator=cpu, or install the driver and a CUDA build of torch."
+    elif isinstance(config.trainer.devices, list) and not all(0 <= index < found for index in config.trainer.devices):
+        yield f"trainer.devices={config.trainer.devices} must be indices from 0 to {found - 1}: this machine has {found} GPUs."
     elif asked is not None and asked > found:
         yield f"trainer.devices={config.trainer.devices} asks for {asked} GPUs, and this machine has {found}."

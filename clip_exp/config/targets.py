@@ -65,3 +65,18 @@ def build(target: str, where: str, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {target} refused its arguments: {error}") from error
+
+
+def build_extra(nodes: dict[str, Any], where: str) -> list[Any]:
+    """The objects of an `extra` node: name: {_target_: …, arguments}.
+
+    Raises:
+        ConfigError: see `build`; or a node without `_target_`.
+    """
+    built = []
+    for name, values in nodes.items():
+        if not isinstance(values, dict) or "_target_" not in values:
+            raise ConfigError(f"{where}.{name} needs a _target_ (the class to build) beside its arguments.")
+        arguments = {key: value for key, value in values.items() if key != "_target_"}
+        built.append(build(values["_target_"], f"{where}.{name}", **arguments))
+    return built

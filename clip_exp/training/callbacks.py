@@ -1,16 +1,18 @@
 """What happens around the steps: validation at the end, checkpoints, averaged weights."""
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
-from clip_exp.checkpoints.writer import TEMPORARY
+from clip_exp.checkpoints.writer import MANIFEST, TEMPORARY
 from clip_exp.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -25,8 +27,19 @@ def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
     return step % int(trainer.val_check_batch) == 0 or step == total_steps or trainer.should_stop
 
 
-class ValidateAtEnd(pl.Callback):
-    """Lets the last step be validated, whatever the interval: Lightning validates before it stops."""
+class StopAtEnd(pl.Callback):
+    """Lets the last step be validated, whatever the interval: Lightning validates before it stops.
+
+    A run that had lost its `patience` when it was interrupted does not train on.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        early = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        if (
+            any(callback.wait_count >= callback.patience for callback in early)
+            or trainer.global_step >= pl_module.total_steps
+        ):
+            trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step >= pl_module.total_steps:
@@ -70,6 +83,10 @@ class Checkpointer(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if (folder_of(self.run_dir, trainer.global_step) / MANIFEST).is_file():
+            self.saved_step = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every_n_steps == 0 and not validation_due(trainer, pl_module.total_steps):
             self.save(trainer)
@@ -77,17 +94,16 @@ class Checkpointer(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         better = self._improves(trainer)
         if better or trainer.global_step % self.every_n_steps == 0 or trainer.global_step >= pl_module.total_steps:
-            self.save(trainer, best=better)
+            self.save(trainer, best=better, metrics=validation_metrics(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.saved_step != trainer.global_step:
             self.save(trainer)
 
-    def save(self, trainer: pl.Trainer, best: bool = False) -> None:
+    def save(self, trainer: pl.Trainer, best: bool = False, metrics: dict[str, float] | None = None) -> None:
         """Write the checkpoint of the present step on all ranks; rank 0 then removes what is no longer needed."""
         path = folder_of(self.run_dir, trainer.global_step)
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        self.io.metadata = {**self.metadata, "best": best, "metrics": metrics}
+        self.io.metadata = {**self.metadata, "best": best, "metrics": metrics or {}}
         trainer.save_checkpoint(path)
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
@@ -101,6 +117,8 @@ class Checkpointer(pl.Callback):
             raise ConfigError(
                 f"monitor={self.monitor} is not a metric of validation. There are: {', '.join(sorted(trainer.callback_metrics))}."
             )
+        if not math.isfinite(value.item()):
+            return False
         better = self.best is None or (value.item() < self.best if self.mode == "min" else value.item() > self.best)
         if better:
             self.best = value.item()
@@ -115,6 +133,11 @@ class Checkpointer(pl.Callback):
                 doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
                 path.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """What the last validation found."""
+    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
 def monitor_mode(monitor: str | None, mode: str) -> str:

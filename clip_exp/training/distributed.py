@@ -1,37 +1,15 @@
-"""The process group of a run: who this process is, and one group for whatever strategy follows."""
+"""The process group of a run: one group for whatever strategy follows."""
 
 import os
-import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from clip_exp.errors import DistributedError
+from clip_exp.training.environment import free_port, outer_ranks, rank_environment, slurm_environment
 
-
-def launched_from_outside() -> bool:
-    """Whether torchrun, srun or our own launcher started this process as one rank of several."""
-    return "RANK" in os.environ or (int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What a rank on this machine is told through its environment."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "NODE_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+_set_here: set[str] = set()  # variables that `start` added to the environment
 
 
 def start(device_type: str, timeout_s: int) -> None:
@@ -45,7 +23,9 @@ def start(device_type: str, timeout_s: int) -> None:
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        os.environ.update(_slurm_environment() if "SLURM_PROCID" in os.environ else rank_environment(0, 1, free_port()))
+        added = slurm_environment() if outer_ranks() else rank_environment(0, 1, free_port())
+        _set_here.update(added.keys() - os.environ.keys())
+        os.environ.update(added)
     backend = "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -54,25 +34,19 @@ def start(device_type: str, timeout_s: int) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise DistributedError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not meet the others at {where}: {error}"
-        ) from error
-
-
-def _slurm_environment() -> dict[str, str]:
-    from pytorch_lightning.plugins.environments import SLURMEnvironment
-
-    slurm = SLURMEnvironment()
-    return {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "NODE_RANK": os.environ["SLURM_NODEID"],
-        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
-        "MASTER_ADDR": slurm.main_address,
-        "MASTER_PORT": str(slurm.main_port),
-    }
+        who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+        raise DistributedError(f"{who} could not meet the others at {where}: {error}") from error
 
 
 def stop() -> None:
+    """Leave the group, and the environment as it was: the next job of a sweep starts from there."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name in _set_here:
+        os.environ.pop(name, None)
+    _set_here.clear()
+
+
+def is_main() -> bool:
+    """Whether this process writes the run's files: rank 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,5 +1,6 @@
 """Starting the processes of a run: none for one device, one per device for several; and one exit code for all of them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,18 +8,26 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from clip_exp.config.preflight import requested_devices
 from clip_exp.config.schema import TrainConfig
-from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, DataError, DistributedError, NumericError
-from clip_exp.runs import RunRecord, lock, open_train_folder
-from clip_exp.training.distributed import free_port, launched_from_outside, rank_environment
+from clip_exp.errors import (
+    PREEMPTED_EXIT_CODE,
+    CheckpointError,
+    ClipExpError,
+    ConfigError,
+    DataError,
+    DistributedError,
+    NumericError,
+)
+from clip_exp.runs import RunRecord, begin, choose_train_folder, lock
+from clip_exp.training.environment import ERROR_FILE, free_port, outer_ranks, rank_environment
 
 SETTLE_S = 8.0  # for the ranks that a failure reaches to end by themselves
 GRACE_S = 20.0  # between asking the other ranks to end and ending them
 EXPECTED_CODES = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericError)}
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
-ERROR_FILE = ".error-rank{rank}"
 
 
 def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
@@ -28,27 +37,29 @@ def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
         arguments: of the command line, for `run.json`.
         job: number of the job in a sweep, or None.
     """
-    if launched_from_outside():
+    if outer_ranks():
         if job is not None:
             raise ConfigError(
                 "a sweep (-m) starts its own processes: run it without torchrun or srun, with trainer.devices."
             )
         return _join(config, arguments)
-    run_dir, finished = open_train_folder(config, arguments, "" if job is None else f"-{job}")
+    run_dir, finished = choose_train_folder(config, "" if job is None else f"-{job}")
     if finished:
-        print(f"{run_dir} has finished this run already; resume=never starts another.")
-        return 0
-    held = lock(run_dir)
-    try:
+        return _already(run_dir)
+    with lock(run_dir):
+        begin(run_dir, config, arguments)
         ranks = _ranks(config)
         print(f"run folder: {run_dir}", flush=True)
-        if ranks > 1:
+        if ranks > 1 or isinstance(config.trainer.devices, list):
             return _spawn(config, run_dir, ranks)
         from clip_exp.training.worker import work
 
         return work(run_dir)
-    finally:
-        held.close()
+
+
+def _already(run_dir: Path) -> int:
+    print(f"{run_dir} has finished this run already; resume=never starts another.")
+    return 0
 
 
 def _ranks(config: TrainConfig) -> int:
@@ -72,26 +83,31 @@ def _join(config: TrainConfig, arguments: list[str]) -> int:
     import torch.distributed as dist
 
     from clip_exp.training import distributed
-    from clip_exp.training.run import resolve_device
+    from clip_exp.training.trainer import resolve_device
     from clip_exp.training.worker import work
 
     distributed.start(resolve_device(config), config.strategy.timeout_s)
-    answer: list[object] = [None, None]
-    if dist.get_rank() == 0:
+    answer: list[Any] = [None, False]
+    with contextlib.ExitStack() as held:
+        if distributed.is_main():
+            try:
+                answer = list(choose_train_folder(config))
+                if not answer[1]:
+                    held.enter_context(lock(answer[0]))
+                    begin(answer[0], config, arguments)
+            except Exception as error:
+                answer = [error, False]
+        dist.broadcast_object_list(answer, src=0)
+        opened, finished = answer
+        if isinstance(opened, Exception):
+            raise opened
+        if finished:
+            return _already(opened) if distributed.is_main() else 0
+        dist_rank = dist.get_rank()
         try:
-            answer = list(open_train_folder(config, arguments))
-        except Exception as error:
-            answer = [error, None]
-    dist.broadcast_object_list(answer, src=0)
-    opened, finished = answer
-    if isinstance(opened, Exception):
-        raise opened
-    assert isinstance(opened, Path)
-    if finished:
-        if dist.get_rank() == 0:
-            print(f"{opened} has finished this run already; resume=never starts another.")
-        return 0
-    return work(opened)
+            return work(opened)
+        except ClipExpError as error:
+            raise type(error)(f"rank {dist_rank}: {error}") from error
 
 
 def _spawn(config: TrainConfig, run_dir: Path, ranks: int) -> int:
@@ -138,8 +154,12 @@ def _start(config: TrainConfig, run_dir: Path, ranks: int) -> list[subprocess.Po
 
 
 def _visible(config: TrainConfig) -> dict[str, str]:
+    """The GPUs that `trainer.devices` lists, among those that this process may see."""
     devices = config.trainer.devices
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if isinstance(devices, list) else {}
+    if not isinstance(devices, list):
+        return {}
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(seen[index] if seen else str(index) for index in devices)}
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -190,8 +210,9 @@ def _outcome(run_dir: Path, codes: list[int | None]) -> int:
         )
         RunRecord(run_dir).finish("failed", error=[message], exit_code=DistributedError.exit_code)
         raise DistributedError(message)
-    for rank in (*expected, *messages):
-        RunRecord(run_dir).finish("failed", error=messages[rank].splitlines()[-20:], exit_code=codes[rank])
-        print(messages[rank], file=sys.stderr, flush=True)
-        return codes[rank] or 1
-    return next((code for code in codes if code), 1)
+    told = next(iter((*expected, *messages)), None)
+    if told is None:
+        return next((code for code in codes if code), 1)
+    RunRecord(run_dir).finish("failed", error=messages[told].splitlines()[-20:], exit_code=codes[told])
+    print(messages[told], file=sys.stderr, flush=True)
+    return codes[told] or 1

@@ -9,14 +9,14 @@ from urllib.parse import urlsplit
 from pytorch_lightning.loggers.logger import Logger
 
 from clip_exp.config.schema import LoggerConfig, WandbConfig
-from clip_exp.config.targets import build
+from clip_exp.config.targets import build_extra
 from clip_exp.training.metrics import MetricsCSV
 
 log = logging.getLogger(__name__)
 
 
 def build_loggers(config: LoggerConfig, run_dir: Path, name: str) -> list[Logger]:
-    """The run's loggers, `metrics.csv` first. A logger whose server does not answer does not stop the run.
+    """The run's loggers, `metrics.csv` first. A Weights & Biases server that does not answer does not stop the run.
 
     Raises:
         ConfigError: an `extra` logger is not allowed or refuses its arguments.
@@ -30,9 +30,7 @@ def build_loggers(config: LoggerConfig, run_dir: Path, name: str) -> list[Logger
         )
     if config.wandb is not None and config.wandb.mode != "disabled":
         loggers.append(_wandb(config.wandb, run_dir, name))
-    for key, values in config.extra.items():
-        arguments = {k: v for k, v in values.items() if k != "_target_"}
-        loggers.append(build(values["_target_"], f"logger.extra.{key}", **arguments))
+    loggers += build_extra(config.extra, "logger.extra")
     return loggers
 
 

@@ -11,7 +11,9 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.errors import NumericError
+from clip_exp.training.callbacks import validation_metrics
 
+WHOLE = ("step", "samples_seen")
 FIRST_COLUMNS = [
     "step",
     "samples_seen",
@@ -35,6 +37,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = path
         self.rows: dict[int, dict[str, Any]] = {}
+        self.columns: dict[str, None] = {}  # in the order of their first appearance
 
     @property
     def name(self) -> str:
@@ -49,46 +52,49 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def continue_from(self, step: int) -> None:
+        """Keep the rows up to `step` of the file that is there."""
         if self.path.is_file():
             self.rows = {row["step"]: row for row in read_metrics(self.path) if row["step"] <= step}
+            self.columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+            self._rewrite()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
-        known = self._columns()
+        fresh = step not in self.rows
         row = self.rows.setdefault(step, {"step": step})
-        fresh = len(row) == 1 and len(self.rows) > 1
         row.update(metrics)
-        if fresh and set(row) <= set(known):
+        if fresh and self.rows.keys() != {step} and row.keys() <= self.columns.keys():
             with self.path.open("a", newline="", encoding="utf-8") as handle:
-                csv.DictWriter(handle, known).writerow(row)
+                csv.DictWriter(handle, self._header()).writerow(row)
         else:
+            self.columns.update(dict.fromkeys(row))
             self._rewrite()
 
-    def _columns(self) -> list[str]:
-        seen = dict.fromkeys(key for row in self.rows.values() for key in row)
-        return [name for name in FIRST_COLUMNS if name in seen] + [name for name in seen if name not in FIRST_COLUMNS]
+    def _header(self) -> list[str]:
+        return [name for name in FIRST_COLUMNS if name in self.columns] + [
+            name for name in self.columns if name not in FIRST_COLUMNS
+        ]
 
     def _rewrite(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}")
         with temporary.open("w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, self._columns())
+            writer = csv.DictWriter(handle, self._header())
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self.rows.items()))
         temporary.replace(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.csv`, by step; numbers as numbers, empty cells left out."""
+    """The rows of a `metrics.csv`, by step; numbers as numbers, empty cells left out. A row that a kill cut short is left out."""
+    rows = []
     with path.open(newline="", encoding="utf-8") as handle:
-        return [
-            {
-                key: int(value) if key in ("step", "samples_seen") else float(value)
-                for key, value in row.items()
-                if value
-            }
-            for row in csv.DictReader(handle)
-        ]
+        for row in csv.DictReader(handle):
+            try:
+                rows.append({key: (int if key in WHOLE else float)(value) for key, value in row.items() if value})
+            except (TypeError, ValueError):
+                continue
+    return [row for row in rows if "step" in row]
 
 
 class StepMetrics(pl.Callback):
@@ -105,7 +111,7 @@ class StepMetrics(pl.Callback):
         self.global_batch_size = global_batch_size
         self.epoch_rows = epoch_rows
         self.latest: dict[str, float] = {}
-        self._steps, self._computing_s, self._waited_s, self._started_s = 0, 0.0, 0.0, 0.0
+        self._steps, self._computing_s, self._waited_s, self._started_s, self._lr = 0, 0.0, 0.0, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._waited_s = trainer.datamodule.data_wait_s  # type: ignore[attr-defined]
@@ -114,6 +120,7 @@ class StepMetrics(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._started_s = time.perf_counter()
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._steps += 1
@@ -124,8 +131,7 @@ class StepMetrics(pl.Callback):
             _log(trainer, self.latest, step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        _log(trainer, metrics, trainer.global_step)
+        _log(trainer, validation_metrics(trainer), trainer.global_step)
 
     def _collect(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
         names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
@@ -141,7 +147,7 @@ class StepMetrics(pl.Callback):
             "samples_seen": seen,
             "epoch": seen / self.epoch_rows,
             **means,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._lr,  # that the step was taken with
             "samples_per_s": self.global_batch_size * self._steps / (self._computing_s + waited),
             "data_wait_s": waited / self._steps,
         }

@@ -16,6 +16,7 @@ from clip_exp.losses.collectives import gather_objects
 from clip_exp.models.clip import CLIP, CLIPOutput
 from clip_exp.text.tokenizer import Tokenizer
 from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups
+from clip_exp.training.strategies import whole
 
 
 class ZeroShot(NamedTuple):
@@ -64,8 +65,6 @@ class CLIPModule(pl.LightningModule):
         loss = self.loss(output, batch.caption_id, batch.image_id)
         self.step_metrics["train/loss"] = loss.detach()
         self.step_metrics["logit_scale"] = output.logit_scale.detach().clone()
-        if output.logit_bias is not None:
-            self.step_metrics["logit_bias"] = output.logit_bias.detach().clone()
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -77,7 +76,8 @@ class CLIPModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         offload = self.config.strategy.offload
-        optimizer = build_optimizer(self.model, self.config.optimizer, cpu_offload=offload)
+        scaled = self.trainer.precision == "16-mixed"
+        optimizer = build_optimizer(self.model, self.config.optimizer, cpu_offload=offload, scaled_gradients=scaled)
         scheduler = build_scheduler(optimizer, self.config.scheduler, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -123,7 +123,7 @@ class CLIPModule(pl.LightningModule):
         shares = gather_objects([torch.cat(column) for column in zip(*self._validation, strict=True)])
         self._validation = []
         features = deduplicate(*(torch.cat(column) for column in zip(*shares, strict=True)))
-        metrics = {"loss": self._validation_loss(features), **validation_metrics(features, self._class_embeddings())}
+        metrics = self._validation_loss(features) | validation_metrics(features, self._class_embeddings())
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, logger=False, sync_dist=True)
 
     def _class_embeddings(self) -> Tensor | None:
@@ -132,25 +132,24 @@ class CLIPModule(pl.LightningModule):
         names, templates = self.zero_shot
         return build_classifier(self.model, self.tokenizer, names, templates, device=self.device).float().cpu()
 
-    def _validation_loss(self, features: ValidationFeatures) -> float:
+    def _validation_loss(self, features: ValidationFeatures) -> dict[str, float]:
         """Mean loss over batches of the training size, each picture with its first caption: comparable with `train/loss`.
 
-        The pictures that fill no batch are left out; a set smaller than a batch is one batch.
+        The pictures that fill no batch are left out; a set smaller than a batch is one batch; fewer pictures than ranks: no loss.
         """
         pictures, first = features.first_captions()
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         share = min(self.config.global_batch_size, len(pictures)) // ranks
+        scale, bias = self._scale_and_bias()
         losses = []
         for start in range(0, len(pictures) - share * ranks + 1, share * ranks) if share else ():
             rows = slice(start + share * rank, start + share * (rank + 1))
             output = CLIPOutput(
-                features.image_features[pictures[rows]], features.text_features[first[rows]], *self._scale_and_bias()
+                features.image_features[pictures[rows]], features.text_features[first[rows]], scale, bias
             )
             losses.append(self.loss(output, features.caption_id[first[rows]], pictures[rows]))
-        return torch.stack(losses).mean().item() if losses else float("nan")
+        return {"loss": torch.stack(losses).mean().item()} if losses else {}
 
     def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Of the last training step: under ZeRO-3 the parameters themselves are elsewhere."""
-        scale = self.step_metrics.get("logit_scale", torch.full([1], self.config.loss.init_logit_scale).exp())
-        bias = self.step_metrics.get("logit_bias")
-        return scale.float().cpu(), None if bias is None else bias.float().cpu()
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        return whole(scale).exp(), None if bias is None else whole(bias)

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clip_exp.config.schema import OptimizerConfig, SchedulerConfig
 from clip_exp.config.targets import build, locate
+from clip_exp.errors import ConfigError
 from clip_exp.training.schedule import factor
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -36,11 +37,14 @@ def named_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     return {kind: members for kind, members in groups.items() if members}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, cpu_offload: bool = False) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, cpu_offload: bool = False, scaled_gradients: bool = False
+) -> Optimizer:
     """The configured optimizer, clamping the logit scale to [0, ln 100] after each of its steps (Radford et al. 2021, §2.5).
 
     Args:
         cpu_offload: the strategy keeps the optimizer's state in host memory: Adam becomes DeepSpeed's CPU Adam.
+        scaled_gradients: float16 training: a fused step would unscale the gradient itself, too late for clipping its norm.
 
     Raises:
         ConfigError: the class is not allowed, or refuses an argument.
@@ -54,6 +58,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, cpu_offload: b
         for kind, members in named_groups(model).items()
     ]
     target, arguments = config._target_, _arguments(config)
+    if scaled_gradients and "fused" in arguments:
+        arguments["fused"] = False
     if cpu_offload:
         arguments.pop("fused", None)
         arguments["adamw_mode"] = target.endswith("AdamW")
@@ -86,8 +92,18 @@ def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
 
 
 def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: int) -> LambdaLR:
-    """The schedule, stepped once per optimizer step."""
+    """The schedule, stepped once per optimizer step.
+
+    Raises:
+        ConfigError: `_target_` is not a function from the share of the decay that is done to a factor.
+    """
     decay = locate(config._target_, "scheduler")
+    try:
+        float(decay(0.5, **config.kwargs))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"scheduler._target_={config._target_} must be a function from the share of the decay that is done (0 to 1) to a factor: {error}"
+        ) from error
     return LambdaLR(
         optimizer,
         partial(

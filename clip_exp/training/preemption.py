@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from clip_exp.training.callbacks import Checkpointer
+from clip_exp.training.callbacks import Checkpointer, validation_due
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+REPEAT_S = 5.0  # launchers and process groups deliver the same request twice
 
 
 class Preempted(Exception):
@@ -19,45 +21,61 @@ class Preempted(Exception):
 
 
 class Preemption(pl.Callback):
-    """Saves and ends the run at the end of the step in which a signal came; the second signal acts at once.
+    """Saves and ends the run at the end of the step in which a signal came; a later second signal acts at once.
 
     Lightning's own handling lets each rank stop when its signal arrives, and ranks that stop at different steps wait for
-    each other forever. Here the ranks agree at every step, through a CPU tensor, which does not wait for a GPU.
+    each other forever. Here the ranks agree at every step, through a CPU tensor, which does not wait for a GPU. A step that
+    is to be validated is validated first, so that going on misses nothing.
+
+    Used as a context: signals are noted from entering to leaving it.
     """
 
-    def __init__(self, checkpointer: Checkpointer) -> None:
-        self.checkpointer = checkpointer
-        self.asked = False
+    def __init__(self) -> None:
+        self.checkpointer: Checkpointer | None = None
+        self.asked_s: float | None = None
+        self._stopping = False
         self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._agreed():
-            if self.checkpointer.saved_step != trainer.global_step:
-                self.checkpointer.save(trainer)
-            raise Preempted
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._restore()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-
-    def _agreed(self) -> bool:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.asked
-        flag = torch.tensor([self.asked], dtype=torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    def _restore(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+
+    def take_over(self, trainer: pl.Trainer, checkpointer: Checkpointer) -> None:
+        """Act for `trainer`, in the place of Lightning's own signal handlers."""
+        self.checkpointer = checkpointer
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._stopping = self._agreed() and trainer.global_step < pl_module.total_steps
+        if self._stopping and not validation_due(trainer, pl_module.total_steps):
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._stopping:
+            self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        assert self.checkpointer is not None
+        if self.checkpointer.saved_step != trainer.global_step:
+            self.checkpointer.save(trainer)
+        raise Preempted
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        now_s = time.monotonic()
+        if self.asked_s is not None and now_s - self.asked_s > REPEAT_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked_s = self.asked_s or now_s
+
+    def _agreed(self) -> bool:
+        asked = self.asked_s is not None
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return asked
+        flag = torch.tensor([asked], dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())

@@ -1,39 +1,30 @@
 """One training run in one process (a rank of several, or the only one): build everything, fit, and tell what came out."""
 
-import logging
-import math
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from clip_exp.checkpoints.discovery import best, checkpoints, latest, set_damaged_aside
-from clip_exp.checkpoints.io import SafeCheckpointIO
+from clip_exp.checkpoints.discovery import STEP, checkpoints, clean, damage, latest, step_of
 from clip_exp.config.load import read_run_config
 from clip_exp.config.preflight import steps_of, world_size
-from clip_exp.config.schema import TrainConfig
-from clip_exp.config.targets import build
+from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DataError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, DataError
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.runs import RunRecord
 from clip_exp.training import distributed
-from clip_exp.training.callbacks import AveragedWeights, Checkpointer, ValidateAtEnd, monitor_mode
-from clip_exp.training.loggers import build_loggers
-from clip_exp.training.metrics import MetricsCSV, StepMetrics
+from clip_exp.training.distributed import is_main
+from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.preemption import Preempted, Preemption
-from clip_exp.training.progress import build_progress
-from clip_exp.training.strategies import build_strategy
 from clip_exp.training.summary import conclude
+from clip_exp.training.trainer import build_trainer, resolve_device
 from clip_exp.weights.files import load_weights
-
-log = logging.getLogger(__name__)
 
 
 def train(run_dir: Path) -> int:
@@ -43,57 +34,60 @@ def train(run_dir: Path) -> int:
         ClipExpError: an expected failure, already noted in `run.json`.
     """
     config = read_run_config(run_dir)
-    device_type = resolve_device(config)
-    ranks = world_size(config)
-    if ranks > 1 or config.strategy.name != "auto":
-        distributed.start(device_type, config.strategy.timeout_s)
     record = RunRecord(run_dir)
-    is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    try:
-        trainer, module, datamodule, checkpoint = assemble(config, run_dir, device_type, ranks)
-        if is_main:
-            record.update(**facts(trainer, module, datamodule))
-        started_s = time.perf_counter()
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        if is_main:
-            conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
-        return 0
-    except Preempted:
-        if is_main:
-            record.finish("preempted")
-            print(f"stopped by a signal; the same command goes on from {latest(run_dir)}")
-        return PREEMPTED_EXIT_CODE
-    except BaseException as error:
-        if is_main:
-            code = error.exit_code if isinstance(error, ClipExpError) else 1
-            record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
-        raise
-    finally:
-        distributed.stop()
+    with Preemption() as preemption:
+        try:
+            _fit(config, run_dir, record, preemption)
+            return 0
+        except Preempted:
+            if is_main():
+                record.finish("preempted")
+                print(f"stopped by a signal; the same command goes on from {latest(run_dir)}")
+            return PREEMPTED_EXIT_CODE
+        except BaseException as error:
+            if is_main():
+                code = error.exit_code if isinstance(error, ClipExpError) else 1
+                record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
+            raise
+        finally:
+            distributed.stop()
 
 
-def resolve_device(config: TrainConfig) -> str:
-    """`cpu` or `cuda`."""
-    if config.trainer.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return "cuda" if config.trainer.accelerator == "gpu" else "cpu"
-
-
-def resolve_precision(config: TrainConfig, device_type: str) -> str:
-    """bf16 where a GPU has it; float32 on CPUs, where bf16 is slower unless the processor has AMX."""
-    if config.precision != "auto":
-        return config.precision
-    if device_type == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    return "bf16-mixed" if torch.backends.cpu.get_cpu_capability() == "AMX" else "32-true"
-
-
-def assemble(
-    config: TrainConfig, run_dir: Path, device_type: str, ranks: int
-) -> tuple[pl.Trainer, CLIPModule, PairsDataModule, Path | None]:
-    """Everything that `Trainer.fit` takes: trainer, module, data, and the checkpoint to go on from."""
+def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Preemption) -> None:
+    device_type, ranks = resolve_device(config), world_size(config)
+    if ranks > 1 or config.strategy.name != StrategyName.auto:
+        distributed.start(device_type, config.strategy.timeout_s)
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)
+    datamodule = _build_data(config, run_dir)
+    steps = steps_of(config, datamodule.num_rows)
+    datamodule.total_steps = steps
+    zero_shot = ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
+    module = CLIPModule(_build_model(config), build_loss(config.loss), config, steps, zero_shot)
+    # The weights are the same on every rank; what is drawn while training (dropout) is not.
+    torch.manual_seed(config.seed + 1 + (torch.distributed.get_rank() if ranks > 1 else 0))
+    trainer = build_trainer(
+        config,
+        run_dir,
+        device_type=device_type,
+        ranks=ranks,
+        steps=steps,
+        datamodule=datamodule,
+        preemption=preemption,
+    )
+    checkpoint = _checkpoint_to_go_on_from(config, run_dir)
+    if checkpoint is not None:
+        _go_on_from(checkpoint, run_dir, trainer)
+    if is_main():
+        record.update(**_facts(trainer, module, datamodule))
+    started_s = time.perf_counter()
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    if is_main():
+        conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
+
+
+def _build_data(config: TrainConfig, run_dir: Path) -> PairsDataModule:
+    """The data module after its setup, which tells how many rows there are."""
     datamodule = PairsDataModule(
         config.data,
         image_size=config.model.image.image_size,
@@ -105,23 +99,10 @@ def assemble(
         pad_multiple=8 if config.compile else 1,
     )
     datamodule.setup("fit")
-    steps = steps_of(config, datamodule.num_rows)
-    datamodule.total_steps = steps
-    if datamodule.num_rows < config.global_batch_size:
-        raise DataError(
-            f"global_batch_size={config.global_batch_size} is more than the {datamodule.num_rows:,} training rows: lower it."
-        )
-    precision = resolve_precision(config, device_type)
-    if precision == "16-mixed" and hasattr(config.optimizer, "fused"):
-        config.optimizer.fused = False  # a fused step unscales the gradient itself, too late for clipping by its norm
-    module = CLIPModule(_build_model(config), build_loss(config.loss), config, steps, _zero_shot(config, datamodule))
-    if config.compile:
-        module.model.image.compile()
-        module.model.text.compile()
-    torch.manual_seed(config.seed + 1 + (torch.distributed.get_rank() if ranks > 1 else 0))
-    trainer = _build_trainer(config, run_dir, device_type, ranks, precision, module, datamodule)
-    checkpoint = _continue_from(config, run_dir, trainer)
-    return trainer, module, datamodule, checkpoint
+    rows, batch = datamodule.num_rows, config.global_batch_size
+    if rows < batch:
+        raise DataError(f"global_batch_size={batch} is more than the {rows:,} training rows: lower it or add data.")
+    return datamodule
 
 
 def _build_model(config: TrainConfig) -> CLIP:
@@ -129,119 +110,42 @@ def _build_model(config: TrainConfig) -> CLIP:
     model = build_model(config.model, init_logit_scale=loss.init_logit_scale, init_logit_bias=loss.init_logit_bias)
     if config.pretrained is not None:
         load_weights(model, Path(config.pretrained))
+    if config.compile:
+        model.image.compile()
+        model.text.compile()
     return model
 
 
-def _zero_shot(config: TrainConfig, datamodule: PairsDataModule) -> ZeroShot | None:
-    return ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
+def _checkpoint_to_go_on_from(config: TrainConfig, run_dir: Path) -> Path | None:
+    """The one that `resume` names, or the run's newest.
 
-
-def _build_trainer(
-    config: TrainConfig,
-    run_dir: Path,
-    device_type: str,
-    ranks: int,
-    precision: str,
-    module: CLIPModule,
-    datamodule: PairsDataModule,
-) -> pl.Trainer:
-    _quiet_lightning()
-    steps = module.total_steps
-    io = SafeCheckpointIO()
-    deepspeed = config.strategy.name == "deepspeed"
-    validate = datamodule.has_validation
-    return pl.Trainer(
-        accelerator="gpu" if device_type == "cuda" else "cpu",
-        devices=_local_devices(config, device_type, ranks),
-        num_nodes=config.trainer.num_nodes,
-        strategy=build_strategy(config.strategy, device_type, ranks),
-        precision=precision,  # type: ignore[arg-type]
-        max_steps=steps,
-        max_epochs=-1,
-        min_epochs=0,
-        val_check_interval=min(steps, config.val_every_n_steps or default_interval(steps)) if validate else None,
-        check_val_every_n_epoch=None,
-        limit_val_batches=1.0 if validate else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
-        deterministic=config.trainer.deterministic,
-        profiler=_profiler(config.trainer.profiler, run_dir),
-        logger=build_loggers(config.logger, run_dir, config.name) if _is_main() else False,
-        callbacks=_build_callbacks(config, run_dir, io, steps, datamodule),
-        plugins=[io],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run_dir,
-    )
-
-
-def _build_callbacks(
-    config: TrainConfig, run_dir: Path, io: SafeCheckpointIO, steps: int, datamodule: PairsDataModule
-) -> list[pl.Callback]:
-    """In the order in which they act at the end of a step: measure, show, average, stop, save."""
-    metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows)
-    callbacks: list[pl.Callback | None] = [metrics, build_progress(config.callbacks.progress, metrics), ValidateAtEnd()]
-    if config.callbacks.ema_decay is not None:
-        callbacks.append(AveragedWeights(config.callbacks.ema_decay, config.callbacks.ema_every_n_steps))
-    if config.patience is not None and config.monitor is not None:
-        mode = monitor_mode(config.monitor, config.monitor_mode)
-        callbacks.append(pl.callbacks.EarlyStopping(config.monitor, patience=config.patience, mode=mode))
-    for name, values in config.callbacks.extra.items():
-        arguments = {key: value for key, value in values.items() if key != "_target_"}
-        callbacks.append(build(values["_target_"], f"callbacks.extra.{name}", **arguments))
-    every = config.checkpoint_every_n_steps or default_interval(steps)
-    metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
-    checkpointer = Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata)
-    callbacks += [checkpointer, Preemption(checkpointer)]
-    return [callback for callback in callbacks if callback is not None]
-
-
-def _continue_from(config: TrainConfig, run_dir: Path, trainer: pl.Trainer) -> Path | None:
-    """The checkpoint to go on from, and the metrics cut back to its step."""
-    if _is_main():
-        set_damaged_aside(run_dir)
-    trainer.strategy.barrier()
-    if not checkpoints(run_dir):
-        return None
+    Raises:
+        CheckpointError: the named one is damaged.
+    """
     named = Path(config.resume)
-    checkpoint = named if (named / "manifest.json").is_file() else latest(run_dir)
-    step = int(checkpoint.name.rpartition("-")[2])
+    if config.resume not in ("auto", "never") and STEP.search(named.name):
+        problem = damage(named)
+        if problem is not None:
+            raise CheckpointError(
+                f"resume={named} is damaged: {problem}. Name another, or the run's folder for its newest undamaged one."
+            )
+        return named
+    return latest(run_dir) if checkpoints(run_dir) else None
+
+
+def _go_on_from(checkpoint: Path, run_dir: Path, trainer: pl.Trainer) -> None:
+    """Take back what the run wrote after `checkpoint`."""
+    step = step_of(checkpoint)
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.continue_from(step)
-    if _is_main():
+    if is_main():
+        clean(run_dir, after=step)
         print(f"going on from {checkpoint} (step {step:,})")
-    return checkpoint
+    trainer.strategy.barrier()
 
 
-def default_interval(steps: int) -> int:
-    """Steps between validations, and between checkpoints: ten in a run, and in short runs at least 50 steps apart."""
-    return max(50, math.ceil(steps / 10))
-
-
-def _local_devices(config: TrainConfig, device_type: str, ranks: int) -> Any:
-    devices = config.trainer.devices
-    if device_type == "cuda" and isinstance(devices, list) and ranks == 1:
-        return devices
-    return max(1, ranks // config.trainer.num_nodes)
-
-
-def _profiler(name: str | None, run_dir: Path) -> Any:
-    if name is None:
-        return None
-    from pytorch_lightning import profilers
-
-    kinds = {
-        "simple": profilers.SimpleProfiler,
-        "advanced": profilers.AdvancedProfiler,
-        "pytorch": profilers.PyTorchProfiler,
-    }
-    return kinds[name](dirpath=run_dir, filename="profile")
-
-
-def facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule) -> dict[str, Any]:
+def _facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule) -> dict[str, Any]:
     """What `run.json` says about the run before its first step."""
     return {
         "device": str(trainer.strategy.root_device),
@@ -253,22 +157,3 @@ def facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule) 
         "rows": datamodule.num_rows,
         "steps": module.total_steps,
     }
-
-
-def _is_main() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _quiet_lightning() -> None:
-    """Lightning's hints are about its own data loading and logging, which a run does not use."""
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*GPU available but not used.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
-__all__ = ["assemble", "best", "facts", "resolve_device", "resolve_precision", "train"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,12 +21,15 @@ def build_strategy(config: StrategyConfig, device_type: str, ranks: int) -> Stra
     if config.name == StrategyName.deepspeed:
         prepare_deepspeed(device_type)
         assert config.stage is not None
-        return PortableDeepSpeedStrategy(
+        strategy = PortableDeepSpeedStrategy(
             stage=config.stage,
             offload_optimizer=config.offload,
             offload_parameters=config.offload and config.stage == 3,
-            **config.config,
         )
+        assert isinstance(strategy.config, dict)
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(strategy.config, config.config))
+        strategy.config = merged
+        return strategy
     if config.name == StrategyName.ddp or ranks > 1:
         return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
     return SingleDeviceStrategy("cuda:0" if device_type == "cuda" else "cpu")
@@ -97,7 +101,7 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         assert self.lightning_module is not None
         weights = {}
         for name, parameter in self.lightning_module.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else whole(parameter)
             if self.is_global_zero:
                 weights[name] = full.detach().cpu().clone()
         return weights | (dict(self.lightning_module.named_buffers()) if self.is_global_zero else {})
@@ -192,11 +196,14 @@ def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _gathered(parameter: nn.Parameter) -> Tensor:
+def whole(parameter: nn.Parameter) -> Tensor:
+    """A parameter's values in float32 on the CPU, under ZeRO-3 gathered from all ranks (which must all ask)."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().float().cpu()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().float().clone()
+        return parameter.detach().float().cpu().clone()
 
 
 def _set_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str, ranks: int, rank: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clip_exp.errors import ClipExpError
 from clip_exp.secrets import redact
+from clip_exp.training.environment import ERROR_FILE
 
 
 def work(run_dir: Path) -> int:
@@ -64,7 +65,7 @@ def main() -> None:
 
 def _tell(run_dir: Path, rank: str, message: str) -> None:
     """Leave the message to the launcher, which prints one of all the ranks' messages."""
-    (run_dir / f".error-rank{rank}").write_text(redact(message), encoding="utf-8")
+    (run_dir / ERROR_FILE.format(rank=rank)).write_text(redact(message), encoding="utf-8")
 
 
 def _end_with_parent() -> None:

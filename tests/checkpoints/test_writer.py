@@ -10,7 +10,7 @@ from clip_exp.checkpoints import discovery
 from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.checkpoints.state import join, name_optimizer_state, number_optimizer_state, split
 from clip_exp.checkpoints.writer import atomic_folder
-from clip_exp.errors import CheckpointError
+from clip_exp.errors import CheckpointError, NumericError
 
 
 def write(run_dir: Path, step: int, content: str = "weights", **metadata: object) -> Path:
@@ -51,7 +51,7 @@ def test_damaged_checkpoints_and_leftovers_are_set_aside(tmp_path) -> None:
     write(tmp_path, 1)
     (write(tmp_path, 2) / "model.safetensors").write_text("")
     (tmp_path / "checkpoints" / ".writing-step-000003-99").mkdir()
-    discovery.set_damaged_aside(tmp_path)
+    discovery.clean(tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["damaged-step-000002", "step-000001"]
 
 
@@ -114,3 +114,26 @@ def test_an_optimizer_state_is_named_and_numbered() -> None:
     torch.testing.assert_close(back["state"], optimizer.state_dict()["state"])
     with pytest.raises(CheckpointError, match="bias"):
         number_optimizer_state(named, ["weight"])
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step, best=step == 3)
+    discovery.clean(tmp_path, after=1)
+    assert discovery.best(tmp_path) == discovery.latest(tmp_path) == discovery.folder_of(tmp_path, 1)
+    assert (tmp_path / "checkpoints" / "superseded-step-000003").is_dir()
+
+
+def test_a_replacement_that_was_killed_half_way_keeps_the_old_copy(tmp_path) -> None:
+    checkpoint = write(tmp_path, 4, "old")
+    checkpoint.rename(checkpoint.with_name(".writing-old-step-000004-77"))
+    discovery.clean(tmp_path)
+    assert (discovery.latest(tmp_path) / "model.safetensors").read_text() == "old"
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path) -> None:
+    with pytest.raises(NumericError, match="weight"):
+        SafeCheckpointIO().save_checkpoint(
+            {"state_dict": {"model.weight": torch.tensor([float("nan")])}}, tmp_path / "step-000001"
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,10 @@ REFUSED = {
     "fraction for a count": (["global_batch_size=1.5"], "global_batch_size"),
     "unknown choice": (["loss.same_caption=maybe"], "positive, negative"),
     "unreadable override": (["model"], "key=value"),
+    "no optimizer": (["optimizer=null"], "adamw"),
+    "number for an option": (["strategy=3"], "ddp"),
+    "key below an empty node": (["logger.wandb.project=x"], "logger=wandb"),
+    "generated rows of a table": (["data=csv", "data.generate.rows=5"], "data=digits"),
 }
 
 
@@ -81,6 +85,28 @@ CROSS_FIELD = {
     "odd name": (["name=a/b"], "plain folder name"),
     "bad weights": (["pretrained=none.pt"], "none.pt does not exist"),
     "template without a place": (["data.templates=[photo]"], "needs a {}"),
+    "no template": (["data.templates=[]"], "there must be one"),
+    "not a number": (["optimizer.lr=nan"], "optimizer.lr=nan must be"),
+    "infinite": (["optimizer.lr=inf"], "optimizer.lr=inf must be"),
+    "negative clipping": (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1"),
+    "clipping to nan": (["trainer.gradient_clip_val=nan"], "trainer.gradient_clip_val=nan"),
+    "negative seed": (["seed=-1"], "seed=-1 must be"),
+    "one beta": (["optimizer.betas=[0.9]"], "two numbers"),
+    "no layers": (["model.text.layers=0"], "model.text.layers=0 must be above 0"),
+    "no patch": (["model.image.patch_size=0"], "model.image.patch_size=0"),
+    "small vocabulary": (["model.text.vocab_size=10"], "at least 49408"),
+    "unknown profiler": (["trainer.profiler=foo"], "simple, advanced or pytorch"),
+    "superscript devices": (["trainer.devices='²'"], "trainer.devices"),
+    "listed CPUs": (["trainer.devices=[0,1]", "trainer.accelerator=cpu"], "lists GPUs"),
+    "no average": (["callbacks.ema_every_n_steps=0"], "ema_every_n_steps=0"),
+    "unknown metric": (["monitor=val/recal@1_i2t"], "did you mean 'val/recall@1_i2t'"),
+    "labels that are not there": (["data=shapes", "monitor=val/zeroshot_top1"], "data.label_key"),
+    "bias of a softmax": (["loss.init_logit_bias=1"], "loss=sigmoid"),
+    "crop larger than the picture": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
+    "flip more often than always": (["data.augmentation.horizontal_flip=2"], "between 0 and 1"),
+    "folder as a table": (["data=csv", "data.train=/tmp"], "must name a file"),
+    "glob as a table": (["data=csv", "data.train=*.csv"], "must name a file"),
+    "no time": (["strategy.timeout_s=0"], "strategy.timeout_s=0"),
 }
 
 
@@ -160,3 +186,46 @@ def test_an_argument_that_a_target_lacks_is_refused_by_name() -> None:
     )
     with pytest.raises(ConfigError, match=r"optimizer\.epsilon is no argument"):
         build_optimizer(nn.Linear(2, 2), config.optimizer)
+
+
+def test_leftovers_of_a_launcher_in_the_shell_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clip_exp.config.preflight import world_size
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert world_size(train_config()) == 1
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert world_size(train_config()) == 4
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert world_size(train_config()) == 2
+
+
+def test_an_extra_callback_without_a_target_or_a_schedule_that_is_none_is_refused() -> None:
+    from torch import nn
+
+    from clip_exp.config.targets import build_extra
+    from clip_exp.training.optim import build_optimizer, build_scheduler
+
+    with pytest.raises(ConfigError, match=r"callbacks\.extra\.x needs a _target_"):
+        build_extra({"x": {"foo": 1}}, "callbacks.extra")
+    config = train_config("scheduler._target_=clip_exp.training.schedule.factor")
+    with pytest.raises(ConfigError, match="must be a function from the share"):
+        build_scheduler(build_optimizer(nn.Linear(2, 2), config.optimizer), config.scheduler, 10)
+
+
+def test_words_and_paths_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGE_KEY", "filepath")
+    monkeypatch.setenv("KEY_DIR", "/data/keys1")
+    check_train(train_config("output_dir=/data/keys1"))
+
+
+def test_deepspeeds_own_keys_reach_its_configuration() -> None:
+    from clip_exp.training.strategies import build_strategy
+
+    config = train_config(
+        "strategy=deepspeed_stage_2", "+strategy.config.zero_optimization.reduce_bucket_size=1000000"
+    ).strategy
+    strategy = build_strategy(config, "cpu", ranks=1)
+    assert strategy.config["zero_optimization"]["reduce_bucket_size"] == 1_000_000
+    assert strategy.config["zero_optimization"]["stage"] == 2

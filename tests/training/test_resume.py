@@ -74,6 +74,46 @@ def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, t
     assert run_folders(tmp_path) == [folder]
 
 
+SIGNAL_ITSELF = """
+import os, signal, sys
+import pytorch_lightning as pl
+
+class SignalItself(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+import clip_exp.training.trainer as trainer
+build = trainer._build_callbacks
+trainer._build_callbacks = lambda *arguments: [SignalItself(), *build(*arguments)]
+from clip_exp.cli import run
+sys.exit(run("train", sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_at_a_validated_step_misses_nothing(
+    single: Finished, train: Train, command, tmp_path
+) -> None:
+    (tmp_path / "stopped.py").write_text(SIGNAL_ITSELF)
+    stopped = command(str(tmp_path / "stopped.py"), *RUN, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert stopped.returncode == 143, stopped.stdout + stopped.stderr
+    run = train(*RUN, output_dir=tmp_path)
+    assert run.losses == single.losses
+    assert [row.get("val/loss") for row in run.metrics] == [row.get("val/loss") for row in single.metrics]
+
+
+@pytest.mark.slow
+def test_going_on_from_a_named_earlier_checkpoint_gives_the_same_end(single: Finished, train: Train, tmp_path) -> None:
+    folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
+    shutil.copytree(single.folder, folder)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    run = train(*(o for o in RUN), f"resume={folder}/checkpoints/step-000010", output_dir=tmp_path)
+    assert run.losses == single.losses
+    assert [path.name for path in checkpoints(folder)] == ["step-000010", "step-000020"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_signal_saves_the_step_and_ends_with_143(devices: int, tmp_path) -> None:

@@ -50,6 +50,9 @@ def test_a_run_folder_holds_what_the_readme_says(single: Finished) -> None:
     ]
     assert [row["step"] for row in single.metrics] == list(range(1, 21))
     assert single.metrics[-1]["samples_seen"] == 20 * 16
+    rates = [row["lr"] for row in single.metrics]
+    assert rates[:2] == pytest.approx([0.5e-3, 1e-3]), "a tenth of the run is warm-up; the rate is the step's own"
+    assert 0 < rates[-1] < rates[2]
     assert {"val/loss", "val/recall@1_i2t", "val/recall@10_t2i"} <= set(single.metrics[-1])
     assert [path.name for path in checkpoints(single.folder)] == ["step-000010", "step-000020"]
     assert "data:image/png;base64," in (single.folder / "report.html").read_text()
@@ -73,6 +76,23 @@ def test_a_sweep_runs_each_job_in_its_own_folder(command, tmp_path) -> None:
     assert [summary["steps"] for summary in summaries] == [20, 20]
     assert summaries[0]["metrics"].keys() == summaries[1]["metrics"].keys()
     assert summaries[0]["metrics"] != summaries[1]["metrics"]
+
+
+@pytest.mark.slow
+def test_a_strategy_on_one_device_leaves_the_next_job_of_a_sweep_alone(command, tmp_path) -> None:
+    result = command(
+        "train.py",
+        *TINY,
+        "optimizer.lr=1e-3,3e-4",
+        "max_steps=1",
+        "strategy=ddp",
+        f"output_dir={tmp_path}",
+        "-m",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads((folder / "run.json").read_text()) for folder in run_folders(tmp_path)]
+    assert [(record["status"], record["ranks"]) for record in records] == [("finished", 1)] * 2
 
 
 @pytest.mark.slow

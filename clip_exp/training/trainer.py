@@ -1,0 +1,145 @@
+"""Lightning's Trainer for a run: device, precision, loggers and callbacks from the configuration."""
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from clip_exp.checkpoints.io import SafeCheckpointIO
+from clip_exp.config.schema import StrategyName, TrainConfig
+from clip_exp.config.targets import build_extra
+from clip_exp.data.datamodule import PairsDataModule
+from clip_exp.errors import ConfigError
+from clip_exp.training.callbacks import AveragedWeights, Checkpointer, StopAtEnd, monitor_mode
+from clip_exp.training.distributed import is_main
+from clip_exp.training.loggers import build_loggers
+from clip_exp.training.metrics import StepMetrics
+from clip_exp.training.preemption import Preemption
+from clip_exp.training.progress import build_progress
+from clip_exp.training.strategies import build_strategy
+
+
+def resolve_device(config: TrainConfig) -> str:
+    """`cpu` or `cuda`."""
+    if config.trainer.accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if config.trainer.accelerator == "gpu" else "cpu"
+
+
+def resolve_precision(config: TrainConfig, device_type: str) -> str:
+    """bf16 where a GPU has it; float32 on CPUs, where bf16 is slower unless the processor has AMX.
+
+    Raises:
+        ConfigError: float16 on a CPU.
+    """
+    if config.precision == "16-mixed" and device_type == "cpu":
+        raise ConfigError("precision=16-mixed does not train on a CPU: use precision=auto.")
+    if config.precision != "auto":
+        return config.precision
+    if device_type == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    return "bf16-mixed" if torch.backends.cpu.get_cpu_capability() == "AMX" else "32-true"
+
+
+def build_trainer(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    device_type: str,
+    ranks: int,
+    steps: int,
+    datamodule: PairsDataModule,
+    preemption: Preemption,
+) -> pl.Trainer:
+    """The Trainer of this rank.
+
+    Args:
+        steps: of the run.
+        datamodule: after its `setup`.
+        preemption: ends the run when a signal asks for it.
+    """
+    _quiet_lightning()
+    io = SafeCheckpointIO()
+    validate = datamodule.has_validation
+    deepspeed = config.strategy.name == StrategyName.deepspeed
+    callbacks = _build_callbacks(config, run_dir, io, steps, datamodule)
+    trainer = pl.Trainer(
+        accelerator="gpu" if device_type == "cuda" else "cpu",
+        devices=max(1, ranks // config.trainer.num_nodes),
+        num_nodes=config.trainer.num_nodes,
+        strategy=build_strategy(config.strategy, device_type, ranks),
+        precision=resolve_precision(config, device_type),  # type: ignore[arg-type]
+        max_steps=steps,
+        max_epochs=-1,
+        min_epochs=0,
+        val_check_interval=min(steps, config.val_every_n_steps or default_interval(steps)) if validate else None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if validate else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
+        deterministic=config.trainer.deterministic,
+        profiler=_profiler(config.trainer.profiler, run_dir),
+        logger=build_loggers(config.logger, run_dir, config.name) if is_main() else False,
+        callbacks=[*callbacks, preemption],
+        plugins=[io],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+    )
+    preemption.take_over(trainer, next(c for c in callbacks if isinstance(c, Checkpointer)))
+    return trainer
+
+
+def default_interval(steps: int) -> int:
+    """Steps between validations, and between checkpoints: ten in a run, and in short runs at least 50 steps apart."""
+    return max(50, math.ceil(steps / 10))
+
+
+def _build_callbacks(
+    config: TrainConfig, run_dir: Path, io: SafeCheckpointIO, steps: int, datamodule: PairsDataModule
+) -> list[pl.Callback]:
+    """In the order in which they act at the end of a step: measure, show, average, stop, save."""
+    metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows)
+    progress = build_progress(config.callbacks.progress, metrics)
+    callbacks: list[pl.Callback] = [metrics, *([progress] if progress else []), StopAtEnd()]
+    if config.callbacks.ema_decay is not None:
+        callbacks.append(AveragedWeights(config.callbacks.ema_decay, config.callbacks.ema_every_n_steps))
+    if config.patience is not None and config.monitor is not None:
+        mode = monitor_mode(config.monitor, config.monitor_mode)
+        callbacks.append(pl.callbacks.EarlyStopping(config.monitor, patience=config.patience, mode=mode))
+    callbacks += build_extra(config.callbacks.extra, "callbacks.extra")
+    every = config.checkpoint_every_n_steps or default_interval(steps)
+    metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
+    callbacks.append(Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata))
+    return callbacks
+
+
+def _profiler(name: str | None, run_dir: Path) -> Any:
+    if name is None:
+        return None
+    from pytorch_lightning import profilers
+
+    kinds = {
+        "simple": profilers.SimpleProfiler,
+        "advanced": profilers.AdvancedProfiler,
+        "pytorch": profilers.PyTorchProfiler,
+    }
+    return kinds[name](dirpath=run_dir, filename="profile")
+
+
+def _quiet_lightning() -> None:
+    """Lightning's hints are about its own data loading and logging, which a run does not use."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
