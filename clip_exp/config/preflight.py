@@ -247,7 +247,7 @@ def _count_rows(config: TrainConfig) -> int | None:
     """Rows of the training stream; None where the tables are too big to be read twice (the data module will count)."""
     from clip_exp.data.rows import build_rows
     from clip_exp.data.samples import count_rows
-    from clip_exp.data.tables import read_table
+    from clip_exp.data.tables import read_configured
 
     data = config.data
     if data.generate is not None:
@@ -256,16 +256,7 @@ def _count_rows(config: TrainConfig) -> int | None:
     tables = paths(data.train)
     if sum(Path(table).stat().st_size for table in tables) > READ_TWICE_BYTES:
         return None
-    table = read_table(
-        tables,
-        image_key=data.image_key,
-        caption_key=data.caption_key,
-        image_root=data.image_root,
-        separator=data.separator,
-        encoding=data.encoding,
-        on_bad_row=data.on_bad_row.value,
-        max_rows=data.max_rows,
-    )
+    table = read_configured(data, tables, max_rows=data.max_rows)
     return len(build_rows(table, data.captions))
 
 

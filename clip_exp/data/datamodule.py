@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from clip_exp.data.dataset import EvalPairs, TrainPairs
 from clip_exp.data.order import StreamSampler
 from clip_exp.data.rows import build_rows
 from clip_exp.data.samples import generate
-from clip_exp.data.tables import PairTable, read_table
+from clip_exp.data.tables import PairTable, read_configured
 from clip_exp.data.workers import count_workers, init_worker
 from clip_exp.errors import ConfigError
 
@@ -226,18 +227,9 @@ class PairsDataModule(LightningDataModule):
 
     def _read(self, tables: Any, *, label_key: str | None = None, max_rows: int | None = None) -> PairTable:
         config = self.config
-        generated = config.generate is not None
-        return read_table(
-            tables,
-            image_key="filepath" if generated else config.image_key,
-            caption_key="title" if generated else config.caption_key,
-            label_key=label_key,
-            image_root=None if generated else config.image_root,
-            separator=config.separator,
-            encoding=config.encoding,
-            on_bad_row=config.on_bad_row.value,
-            max_rows=max_rows,
-        )
+        if config.generate is not None:
+            config = replace(config, image_key="filepath", caption_key="title", image_root=None)
+        return read_configured(config, tables, label_key=label_key, max_rows=max_rows)
 
     def _place(self) -> tuple[int, int]:
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -12,6 +12,7 @@ from typing import TextIO
 import numpy as np
 import pyarrow as pa
 
+from clip_exp.config.schema import DataConfig
 from clip_exp.data.columns import int32_array, int32_numpy, number_by_appearance, string_array
 from clip_exp.data.encodings import find_encoding
 from clip_exp.data.layouts import Columns, Layout, find_layout, parse_separator
@@ -148,6 +149,23 @@ def read_table(
     arrays = {name: table[name].combine_chunks() for name in table.column_names}
     lines = int32_numpy(arrays.pop("line"))
     return PairTable(arrays["image_key"], arrays.get("caption_key"), arrays.get("label_key"), lines, tuple(parts))
+
+
+def read_configured(
+    config: DataConfig, tables: str | Sequence[str], *, label_key: str | None = None, max_rows: int | None = None
+) -> PairTable:
+    """`read_table` as a run's configuration says."""
+    return read_table(
+        tables,
+        image_key=config.image_key,
+        caption_key=config.caption_key,
+        label_key=label_key,
+        image_root=config.image_root,
+        separator=config.separator,
+        encoding=config.encoding,
+        on_bad_row=config.on_bad_row.value,
+        max_rows=max_rows,
+    )
 
 
 def _existing(table: str | Path) -> Path:
