@@ -42,7 +42,7 @@ def run(command: str, arguments: list[str]) -> int:
     """
     import hydra
 
-    from clip_exp.config.overrides import check_groups, quote
+    from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, quote
     from clip_exp.config.paths import conf_dir
     from clip_exp.config.schema import register
 
@@ -51,7 +51,11 @@ def run(command: str, arguments: list[str]) -> int:
 
     def job(config: DictConfig) -> None:
         if not STOPPED & set(codes):
-            codes.append(_guarded(lambda: COMMANDS[command][0](config, arguments), sweeping="-m" in arguments))
+            codes.append(
+                _guarded(
+                    lambda: COMMANDS[command][0](config, arguments), sweeping=bool(MULTIRUN_FLAGS & set(arguments))
+                )
+            )
 
     # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and the door below prints.
     os.environ["HYDRA_FULL_ERROR"] = "1"

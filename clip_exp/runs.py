@@ -5,31 +5,17 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import socket
-import subprocess
-import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from clip_exp import __version__
 from clip_exp.config.load import read_run_config, to_yaml
 from clip_exp.config.schema import EvaluateConfig, TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.provenance import provenance
 from clip_exp.secrets import redact
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "deepspeed",
-    "hydra-core",
-    "omegaconf",
-    "open_clip_torch",
-    "Pillow",
-)
 # What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
     "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
@@ -114,20 +100,6 @@ class RunRecord:
     def finish(self, status: str, **values: Any) -> None:
         """`status`: finished, failed or preempted."""
         self.update(status=status, end=_now(), **values)
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, machine and git state: what one asks about a number months later."""
-    return {
-        "clip_exp": __version__,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "executable": sys.executable,
-        "git": _git_state(),
-    }
 
 
 def find_run(config: TrainConfig) -> Path | None:
@@ -215,28 +187,3 @@ def evaluation_folder(config: EvaluateConfig, name: str) -> Path:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the checkout that the code runs from; None for an installed package."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "dirty": bool(changed.strip())}

@@ -94,7 +94,7 @@ class Checkpointer(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         better = self._improves(trainer)
         if better or trainer.global_step % self.every_n_steps == 0 or trainer.global_step >= pl_module.total_steps:
-            self.save(trainer, best=better, metrics=validation_metrics(trainer))
+            self.save(trainer, best=better, metrics=last_validation(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.saved_step != trainer.global_step:
@@ -135,7 +135,7 @@ class Checkpointer(pl.Callback):
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
+def last_validation(trainer: pl.Trainer) -> dict[str, float]:
     """What the last validation found."""
     return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 

@@ -22,7 +22,7 @@ from clip_exp.errors import (
     NumericError,
 )
 from clip_exp.runs import RunRecord, begin, choose_train_folder, lock
-from clip_exp.training.environment import ERROR_FILE, free_port, outer_ranks, rank_environment
+from clip_exp.training.environment import ERROR_FILE, STOP_SIGNALS, free_port, outer_ranks, rank_environment
 
 SETTLE_S = 8.0  # for the ranks that a failure reaches to end by themselves
 GRACE_S = 20.0  # between asking the other ranks to end and ending them
@@ -123,7 +123,7 @@ def _spawn(config: TrainConfig, run_dir: Path, ranks: int) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         _wait(processes)
         codes = _settle(processes)
@@ -133,7 +133,10 @@ def _spawn(config: TrainConfig, run_dir: Path, ranks: int) -> int:
         _end(processes)
     stopped = (0, PREEMPTED_EXIT_CODE, *(-number for number in asked))
     if asked and all(code in stopped for code in codes):
-        return PREEMPTED_EXIT_CODE if any(codes) else 0
+        if any(codes):
+            RunRecord(run_dir).finish("preempted")
+            return PREEMPTED_EXIT_CODE
+        return 0
     return _outcome(run_dir, codes)
 
 

@@ -11,7 +11,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.errors import NumericError
-from clip_exp.training.callbacks import validation_metrics
+from clip_exp.training.callbacks import last_validation
 
 WHOLE = ("step", "samples_seen")
 FIRST_COLUMNS = [
@@ -131,7 +131,7 @@ class StepMetrics(pl.Callback):
             _log(trainer, self.latest, step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _log(trainer, validation_metrics(trainer), trainer.global_step)
+        _log(trainer, last_validation(trainer), trainer.global_step)
 
     def _collect(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
         names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from clip_exp.training.callbacks import Checkpointer, validation_due
+from clip_exp.training.environment import STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPEAT_S = 5.0  # launchers and process groups deliver the same request twice
 
 
@@ -38,7 +38,7 @@ class Preemption(pl.Callback):
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:

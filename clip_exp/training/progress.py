@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from clip_exp.training.callbacks import validation_metrics
+from clip_exp.training.callbacks import last_validation
 from clip_exp.training.metrics import StepMetrics
 
 
@@ -85,5 +85,5 @@ class LineProgress(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            values = validation_metrics(trainer)
+            values = last_validation(trainer)
             self.console.print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
