@@ -4,6 +4,8 @@ import base64
 import html
 import json
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,19 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+def next_command(run_dir: Path) -> str:
+    """What to type to score the run: with the interpreter that this is, where a plain `python` is another."""
+    interpreter = Path(sys.executable)
+    found = shutil.which("python")
+    if found is not None and Path(found) == interpreter:
+        python = "python"
+    else:
+        python = (
+            str(interpreter.relative_to(Path.cwd())) if interpreter.is_relative_to(Path.cwd()) else str(interpreter)
+        )
+    return shlex.join([python, "evaluate.py", f"run={run_dir}"])
+
+
 def _page(run_dir: Path, summary: dict[str, Any], record: dict[str, Any], picture: bytes, config: str) -> str:
     title = html.escape(str(summary["name"]))
     encoded = base64.b64encode(picture).decode()
@@ -52,7 +67,7 @@ def _page(run_dir: Path, summary: dict[str, Any], record: dict[str, Any], pictur
 <h2>Curves</h2><img alt="loss and metrics over the steps" src="data:image/png;base64,{encoded}">
 <h2>How it was made</h2>{_table(facts)}
 <h2>Next</h2><pre>python train.py {html.escape(shlex.join(record.get("argv", [])))}
-python evaluate.py run={html.escape(shlex.quote(str(run_dir)))}</pre>
+{html.escape(next_command(run_dir))}</pre>
 <details><summary>The complete configuration</summary><pre>{html.escape(config)}</pre></details>
 </body></html>
 """

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from clip_exp.checkpoints.discovery import best, latest
 from clip_exp.config.schema import TrainConfig
-from clip_exp.reports.run import write_report
+from clip_exp.reports.run import next_command, write_report
 from clip_exp.runs import RunRecord, write_json
 from clip_exp.training.metrics import read_metrics
 from clip_exp.training.module import CLIPModule
@@ -65,4 +65,4 @@ def _print(run_dir: Path, summary: dict[str, Any], report: Path) -> None:
         table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"run folder:  {run_dir}\nreport:      {report}\nnext:        python evaluate.py run={run_dir}")
+    console.print(f"run folder:  {run_dir}\nreport:      {report}\nnext:        {next_command(run_dir)}")
