@@ -13,7 +13,7 @@ OPEN_NODES = (
     "scheduler.kwargs.",
 )  # whose keys no schema knows
 SHORTEST = 8  # characters of a secret; shorter values are switches
-URL_CREDENTIALS = re.compile(r"(\w+://)(?:[^\s/@:]+:\S*@|[^\s/@]+@)")
+URL_CREDENTIALS = re.compile(r"(\w+://)(?:[^\s/@:]+:[^\s<>\"']*@|[^\s/@<>\"']+@)")
 
 
 def redact(text: str) -> str:

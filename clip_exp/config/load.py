@@ -42,22 +42,25 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}."
 
 
-def strict_dataclass(cls: type[T], values: dict[str, Any], where: str) -> T:
+def strict_dataclass(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Turn a plain mapping into the dataclass `cls`.
 
+    Args:
+        where: the key that the mapping stands at, for messages; empty for the whole configuration.
+
     Raises:
-        ConfigError: a key that `cls` does not have, or a value of the wrong type; `where` names the mapping in the message.
+        ConfigError: keys that `cls` does not have, a line each; or a value that is missing or of the wrong type.
     """
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = [f"{where}.{key} does not exist: {nearest(key, known)}" for key in values if key not in known]
-    if unknown:
+    prefix = f"{where}." if where else ""
+    if unknown := list(_unknown_keys(values, cls, prefix)):
         raise ConfigError("\n".join(unknown))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))  # type: ignore[return-value]
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{where}.{error.key} has no value: set it ({where}.{error.key}=…).") from None
+        key = f"{prefix}{error.full_key or error.key}"
+        raise ConfigError(f"{key} has no value: set it ({key}=…).") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}.{error.key}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{prefix}{error.full_key or error.key}: {str(error).splitlines()[0]}") from None
 
 
 def load_train(config: DictConfig) -> TrainConfig:
@@ -66,8 +69,7 @@ def load_train(config: DictConfig) -> TrainConfig:
     Raises:
         ConfigError: unknown keys, missing values, wrong types; all that were found, a line each.
     """
-    raw = _resolve(config)
-    loaded = _to_object(TrainConfig, raw)
+    loaded = strict_dataclass(TrainConfig, _resolve(config))
     loaded.optimizer = _optimizer(loaded.optimizer or {})
     if loaded.max_steps is None and loaded.epochs is None:
         loaded.epochs = DEFAULT_EPOCHS
@@ -76,7 +78,7 @@ def load_train(config: DictConfig) -> TrainConfig:
 
 def load_evaluate(config: DictConfig) -> EvaluateConfig:
     """The typed configuration of an evaluation; its tasks stay mappings, typed by `evaluation.run`."""
-    return _to_object(EvaluateConfig, _resolve(config))
+    return strict_dataclass(EvaluateConfig, _resolve(config))
 
 
 def read_run_config(run_dir: Path | str) -> TrainConfig:
@@ -116,16 +118,6 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         missing = sorted(OmegaConf.missing_keys(config))
         raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing)) from None
     except (InterpolationResolutionError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{error.full_key or error.key}: {str(error).splitlines()[0]}") from None
-
-
-def _to_object(cls: type[T], raw: dict[str, Any]) -> T:
-    problems = list(_unknown_keys(raw, cls, ""))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), raw))  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or error.key}: {str(error).splitlines()[0]}") from None
 
 

@@ -13,7 +13,7 @@ from clip_exp.config.load import nearest
 from clip_exp.errors import ConfigError
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
-ALWAYS_CHOSEN = {
+ALWAYS_CHOSEN = [
     "model",
     "data",
     "loss",
@@ -24,7 +24,7 @@ ALWAYS_CHOSEN = {
     "callbacks",
     "logger",
     "task",
-}
+]
 
 
 def quote(arguments: list[str]) -> list[str]:
@@ -38,20 +38,18 @@ def quote(arguments: list[str]) -> list[str]:
 
 
 def check_groups(arguments: list[str]) -> None:
-    """Refuse `optimizer=null` and `optimizer=3`, for which Hydra has no words.
+    """Refuse `optimizer=null` and `optimizer=3`, for which Hydra has no words. Names are left to it: they may be the user's own.
 
     Raises:
-        ConfigError: a line for every group that is given something else than its options.
+        ConfigError: a line for every group that is given no name of an option.
     """
-    from clip_exp.config.paths import conf_dir, options
+    from clip_exp.config.paths import options
 
     problems = []
     for argument in arguments:
         group, equals, value = argument.partition("=")
-        if equals and group in ALWAYS_CHOSEN and (conf_dir() / group).is_dir():
-            named = [part.strip() for part in value.strip("[]").split(",")]
-            wrong = [name for name in named if re.fullmatch(r"[\w.+-]*", name) and name not in options(group)]
-            problems += [f"{group}={name} does not exist: {nearest(name, options(group))}" for name in wrong]
+        if equals and group in ALWAYS_CHOSEN and re.fullmatch(r"(null)?|[\d.+-]+", value.strip("[] ")):
+            problems.append(f"{group}={value} is no option: {nearest(value, options(group))}")
     if problems:
         raise ConfigError("\n".join(problems))
 

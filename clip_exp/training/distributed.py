@@ -1,14 +1,17 @@
 """The process group of a run: one group for whatever strategy follows."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from clip_exp.errors import DistributedError
+from clip_exp.errors import ClipExpError, DistributedError
 from clip_exp.training.environment import free_port, outer_ranks, rank_environment, slurm_environment
 
+T = TypeVar("T")
 _set_here: set[str] = set()  # variables that `start` added to the environment
 
 
@@ -50,3 +53,23 @@ def stop() -> None:
 def is_main() -> bool:
     """Whether this process writes the run's files: rank 0."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def from_main(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank; only rank 0 runs it.
+
+    Raises:
+        ClipExpError: rank 0's, on every rank.
+    """
+    if not dist.is_initialized():
+        return action()
+    answer: list[Any] = [None]
+    if is_main():
+        try:
+            answer = [action()]
+        except ClipExpError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], ClipExpError):
+        raise answer[0]
+    return answer[0]

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from clip_exp.config.preflight import requested_devices
 from clip_exp.config.schema import TrainConfig
@@ -87,27 +86,23 @@ def _join(config: TrainConfig, arguments: list[str]) -> int:
     from clip_exp.training.worker import work
 
     distributed.start(resolve_device(config), config.strategy.timeout_s)
-    answer: list[Any] = [None, False]
+    this_rank = dist.get_rank()
     with contextlib.ExitStack() as held:
-        if distributed.is_main():
-            try:
-                answer = list(choose_train_folder(config))
-                if not answer[1]:
-                    held.enter_context(lock(answer[0]))
-                    begin(answer[0], config, arguments)
-            except Exception as error:
-                answer = [error, False]
-        dist.broadcast_object_list(answer, src=0)
-        opened, finished = answer
-        if isinstance(opened, Exception):
-            raise opened
+
+        def open_folder() -> tuple[Path, bool]:
+            run_dir, finished = choose_train_folder(config)
+            if not finished:
+                held.enter_context(lock(run_dir))
+                begin(run_dir, config, arguments)
+            return run_dir, finished
+
+        run_dir, finished = distributed.from_main(open_folder)
         if finished:
-            return _already(opened) if distributed.is_main() else 0
-        dist_rank = dist.get_rank()
+            return _already(run_dir) if distributed.is_main() else 0
         try:
-            return work(opened)
+            return work(run_dir)
         except ClipExpError as error:
-            raise type(error)(f"rank {dist_rank}: {error}") from error
+            raise type(error)(f"rank {this_rank}: {error}") from error
 
 
 def _spawn(config: TrainConfig, run_dir: Path, ranks: int) -> int:

@@ -75,9 +75,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
         datamodule=datamodule,
         preemption=preemption,
     )
-    checkpoint = _checkpoint_to_go_on_from(config, run_dir)
-    if checkpoint is not None:
-        _go_on_from(checkpoint, run_dir, trainer)
+    checkpoint = distributed.from_main(lambda: _go_on_from(config, run_dir, trainer))
     if is_main():
         record.update(**_facts(trainer, module, datamodule))
     started_s = time.perf_counter()
@@ -133,16 +131,18 @@ def _checkpoint_to_go_on_from(config: TrainConfig, run_dir: Path) -> Path | None
     return latest(run_dir) if checkpoints(run_dir) else None
 
 
-def _go_on_from(checkpoint: Path, run_dir: Path, trainer: pl.Trainer) -> None:
-    """Take back what the run wrote after `checkpoint`."""
+def _go_on_from(config: TrainConfig, run_dir: Path, trainer: pl.Trainer) -> Path | None:
+    """The checkpoint to go on from; what the run wrote after it is taken back."""
+    checkpoint = _checkpoint_to_go_on_from(config, run_dir)
+    if checkpoint is None:
+        return None
     step = step_of(checkpoint)
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.continue_from(step)
-    if is_main():
-        clean(run_dir, after=step)
-        print(f"going on from {checkpoint} (step {step:,})")
-    trainer.strategy.barrier()
+    clean(run_dir, after=step)
+    print(f"going on from {checkpoint} (step {step:,})")
+    return checkpoint
 
 
 def _facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule) -> dict[str, Any]:

@@ -229,3 +229,13 @@ def test_deepspeeds_own_keys_reach_its_configuration() -> None:
     strategy = build_strategy(config, "cpu", ranks=1)
     assert strategy.config["zero_optimization"]["reduce_bucket_size"] == 1_000_000
     assert strategy.config["zero_optimization"]["stage"] == 2
+
+
+def test_a_users_own_option_is_found_in_a_folder_of_theirs(command, tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [vit_nano]\nname: mine\n")
+    result = command(
+        "train.py", "--config-dir", str(tmp_path), "model=mine", "--cfg", "job", "--package", "model", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "name: mine" in result.stdout
