@@ -44,7 +44,7 @@ def run(command: str, arguments: list[str]) -> int:
 
     from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, quote
     from clip_exp.config.paths import conf_dir
-    from clip_exp.config.schema import register
+    from clip_exp.config.store import register
 
     register()
     codes: list[int] = []
@@ -102,10 +102,9 @@ def _evaluate(config: DictConfig, arguments: list[str]) -> int:
     from clip_exp.config.load import load_evaluate
 
     loaded = load_evaluate(config)
-    from clip_exp.evaluation.run import evaluate
+    from clip_exp.evaluation.launch import launch
 
-    evaluate(loaded)
-    return 0
+    return launch(loaded, arguments)
 
 
 Command = Callable[[DictConfig, list[str]], int]

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.load import read_run_config, to_yaml
-from clip_exp.config.schema import EvaluateConfig, TrainConfig
+from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.provenance import provenance
 from clip_exp.secrets import redact
@@ -19,7 +20,7 @@ from clip_exp.secrets import redact
 # What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
     "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
-    "checkpoint_every_n_steps", "val_every_n_steps", "data.num_workers", "data.max_bad_fraction", "callbacks.progress",
+    "checkpoint_every_n_steps", "val_every_n_steps", "task.", "task_every_n_steps", "data.num_workers", "data.max_bad_fraction", "callbacks.progress",
 )  # fmt: skip
 IN_IDENTITY = ("trainer.gradient_clip_val",)
 LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may be given anew

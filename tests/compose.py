@@ -5,7 +5,8 @@ from omegaconf import DictConfig
 
 from clip_exp.config.load import load_train
 from clip_exp.config.paths import conf_dir
-from clip_exp.config.schema import TrainConfig, register
+from clip_exp.config.schema import TrainConfig
+from clip_exp.config.store import register
 
 
 def compose_config(*overrides: str, command: str = "train") -> DictConfig:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.schema import (
     AdamConfig,
     CustomOptimizerConfig,
-    EvaluateConfig,
     LionConfig,
     OptimizerConfig,
     SGDConfig,
@@ -77,7 +77,7 @@ def load_train(config: DictConfig) -> TrainConfig:
 
 
 def load_evaluate(config: DictConfig) -> EvaluateConfig:
-    """The typed configuration of an evaluation; its tasks stay mappings, typed by `evaluation.run`."""
+    """The typed configuration of an evaluation; its tasks stay mappings, typed by `evaluation.tasks`."""
     return strict_dataclass(EvaluateConfig, _resolve(config))
 
 
@@ -96,18 +96,24 @@ def read_run_config(run_dir: Path | str) -> TrainConfig:
     return load_train(OmegaConf.load(path))  # type: ignore[arg-type]
 
 
+def read_evaluate_config(folder: Path) -> EvaluateConfig:
+    """The configuration that an evaluation's folder was made with."""
+    return load_evaluate(OmegaConf.load(folder / "config.yaml"))  # type: ignore[arg-type]
+
+
 def to_yaml(config: TrainConfig | EvaluateConfig) -> str:
     """The complete configuration as YAML that `read_run_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses and enumerations as the mappings and texts that YAML and JSON have."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value.value if hasattr(value, "value") else value
 
 

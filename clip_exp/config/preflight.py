@@ -11,8 +11,8 @@ from typing import Any
 from clip_exp.config.load import nearest
 from clip_exp.config.schema import DataConfig, LossName, StrategyName, TrainConfig
 from clip_exp.errors import ConfigError
+from clip_exp.ranks.environment import outer_ranks
 from clip_exp.secrets import leaks
-from clip_exp.training.environment import outer_ranks
 
 VOCABULARY = 49408  # of OpenAI's byte-pair encoding
 READ_TWICE_BYTES = 64 << 20

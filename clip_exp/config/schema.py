@@ -1,7 +1,8 @@
 """The types, units and documentation of every key in `conf/`.
 
 Hydra composes YAML against these dataclasses, so a wrong key or type is refused while composing; `config.load` then turns
-the result into instances of them, and nothing past it sees a DictConfig. This module imports neither torch nor Hydra.
+the result into instances of them, and nothing past it sees a DictConfig. Here is what training and models need; tasks are in
+`config.evaluation_schema`, the commands that use a model in `config.use_schema`. These modules import neither torch nor Hydra.
 """
 
 from dataclasses import dataclass, field
@@ -305,73 +306,7 @@ class TrainConfig:
     monitor: str | None = None  # a validation metric, such as val/recall@1_i2t: keep its best checkpoint
     monitor_mode: str = "auto"  # min, max; auto: min for names that contain loss or rank
     patience: int | None = None  # validations without a better `monitor` before the run stops
-
-
-class TaskKind(StrEnum):
-    auto = "auto"
-    zero_shot = "zero_shot"
-    retrieval = "retrieval"
-
-
-@dataclass
-class AutoTaskConfig:
-    """What the run validated on: retrieval on `data.val`, and zero-shot classification where it has labels."""
-
-    kind: TaskKind = TaskKind.auto
-
-
-@dataclass
-class ZeroShotTaskConfig:
-    """Zero-shot classification of labelled pictures: a folder per class, or a table with a column of class names."""
-
-    kind: TaskKind = TaskKind.zero_shot
-    root: str | None = None  # folder with one folder of pictures per class
-    table: Any = None  # instead of `root`: a CSV with `image_key` and `label_key`
-    generate: GenerateConfig | None = None  # instead of both: the held-out part of a data set that clip_exp makes
-    image_root: str | None = None
-    image_key: str = "filepath"
-    label_key: str = "label"
-    separator: str = "auto"
-    encoding: str = "auto"
-    classes: Any = "labels"  # labels (the folders' or the column's own names), imagenet (1,000 names, folders are wnids), a list, or a file with one name per line
-    templates: Any = "openai"  # openai (80), simple (7), a list, or a file with one template per line
-
-
-@dataclass
-class RetrievalTaskConfig:
-    """Recall@k between pictures and their captions, both ways; any of a picture's captions is a hit."""
-
-    kind: TaskKind = TaskKind.retrieval
-    table: Any = MISSING
-    image_root: str | None = None
-    image_key: str = "filepath"
-    caption_key: str = "title"
-    separator: str = "auto"
-    encoding: str = "auto"
-
-
-@dataclass
-class EvaluateConfig:
-    run: str | None = None  # a run folder; exactly one of run, ckpt, and model with pretrained
-    ckpt: str | None = None  # a checkpoint folder, or its model.safetensors
-    model: ModelConfig | None = None
-    pretrained: str | None = None  # a file of weights for `model`
-    task: dict[str, Any] = field(default_factory=dict)  # name: a task, typed by its `kind`
-    ema: bool = False  # the averaged weights of the checkpoint instead of the raw ones
-    name: str | None = None  # of the evaluation's folder; null: the run's or the model's
-    output_dir: str = "outputs"
-    accelerator: str = "auto"  # auto, cpu, gpu
-    precision: str = "32-true"
-    batch_size: int = 64  # pictures per forward pass
-    num_workers: int | None = None  # processes that decode pictures; null: the machine's cores, at most 8
-    on_bad_image: OnBadImage = OnBadImage.error  # `replace` leaves the picture out of the score and counts it
-    max_image_pixels: int = 200_000_000
-
-
-def register() -> None:
-    """Make the schemas known to Hydra under the names that the defaults lists use."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="evaluate_schema", node=EvaluateConfig)
+    task: dict[str, Any] = field(
+        default_factory=dict
+    )  # evaluation tasks to score while training (`EvaluateConfig.task`)
+    task_every_n_steps: int | None = None  # null: only at the end

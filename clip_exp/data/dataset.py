@@ -4,11 +4,10 @@ What a sample holds depends on its position, the table and the seed alone, so it
 restart it is made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
-import numpy as np
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,6 +15,7 @@ from clip_exp.config.schema import AugmentationConfig, OnBadImage
 from clip_exp.data.batches import BadPicture, EvalSample, Sample, caption_id
 from clip_exp.data.images import BadImage, open_image, read_image
 from clip_exp.data.order import Permutation
+from clip_exp.data.pictures import Pictures
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.data.rows import Rows, group_by_picture
 from clip_exp.data.tables import PairTable
@@ -170,48 +170,28 @@ class EvalPairs(Dataset[EvalSample]):
 
 
 class EvalImages(Dataset[EvalSample]):
-    """Pictures by the published protocol, without captions.
+    """Pictures without captions. One that cannot be used is passed on with its reason: what to do about it is decided later.
 
     Args:
-        paths: of the pictures.
-        image_size: side, pixels.
-        labels: class index of each picture, or None.
-        on_bad_image: raise, or leave the picture out (`replace`).
+        pictures: where they come from.
+        transform: a picture to uint8 [3, S, S]; picklable.
         max_image_pixels: see `open_image`.
     """
 
     def __init__(
-        self,
-        paths: Sequence[str | Path],
-        image_size: int,
-        *,
-        labels: Sequence[int] | None = None,
-        on_bad_image: OnBadImage = OnBadImage.error,
-        max_image_pixels: int = 200_000_000,
+        self, pictures: Pictures, transform: Callable[[Image.Image], Tensor], max_image_pixels: int = 200_000_000
     ) -> None:
-        self._paths = np.array([str(path) for path in paths])  # one block of memory that workers share
-        self._labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        self.image_size = image_size
-        self.on_bad_image, self.max_image_pixels = on_bad_image, max_image_pixels
+        self.pictures, self.transform, self.max_image_pixels = pictures, transform, max_image_pixels
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.pictures)
 
     def __getitem__(self, index: int) -> EvalSample:
-        path = str(self._paths[index])
-        image: Tensor | None = None
-        bad: tuple[BadPicture, ...] = ()
         try:
-            image = eval_transform(open_image(path, self.max_image_pixels), self.image_size)
+            image = self.transform(self.pictures.open(index, self.max_image_pixels))
         except BadImage as error:
-            if self.on_bad_image is OnBadImage.error:
-                raise PictureError(
-                    f"The picture {path} cannot be read: {error}. Remove it, or leave such pictures out of the score with "
-                    "on_bad_image=replace."
-                ) from error
-            bad = (BadPicture(path, str(error)),)
-        label = -1 if self._labels is None else int(self._labels[index])
-        return EvalSample(index, image, [], [], label, bad)
+            return EvalSample(index, None, [], [], -1, (BadPicture(self.pictures.name(index), str(error)),))
+        return EvalSample(index, image, [], [], -1)
 
 
 def unreadable(table: PairTable, row: int, reason: str, forgiving: str) -> str:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.evaluation.encode import TextEncoder, Tokenizes, encode_distinct_texts
-from clip_exp.evaluation.metrics import best_classes, mean_per_class_recall, require_finite, top_k
+from clip_exp.evaluation.encode import TextModel, Tokenizes, encode_distinct_texts
+from clip_exp.evaluation.metrics import best_classes, require_finite
 from clip_exp.evaluation.prompts import class_prompts
 
 SCALE = 100.0  # the published factor of the cosines: the upper bound of the logit scale
@@ -15,13 +15,14 @@ CHUNK = 8192  # pictures scored at a time: 33 MB of scores for 1,000 classes
 
 
 def build_classifier(
-    model: TextEncoder,
+    model: TextModel,
     tokenizer: Tokenizes,
     class_names: Sequence[str],
     templates: Sequence[str],
     batch_size: int = 256,
     device: torch.device | str = "cpu",
-    progress: bool = False,
+    what: str | None = None,
+    shared: bool = False,
 ) -> Tensor:
     """One embedding per class: filled-in templates embedded, each normalised, averaged, normalised again.
 
@@ -31,13 +32,13 @@ def build_classifier(
     Args:
         templates: each with `{}` in the place of the name.
         batch_size: prompts encoded at a time.
+        what: name of the progress bar; None for none.
+        shared: the ranks divide the work; all of them must call.
     Returns:
         [C, D] float32, unit norm, on `device`.
     """
     prompts = [prompt for name in class_names for prompt in class_prompts(name, list(templates))]
-    features_PD, index = encode_distinct_texts(
-        model, tokenizer, prompts, batch_size, device, "prompts" if progress else None
-    )
+    features_PD, index = encode_distinct_texts(model, tokenizer, prompts, batch_size, device, what, shared)
     mean_CD = F.embedding_bag(index.view(len(class_names), len(templates)), features_PD, mode="mean")
     return F.normalize(mean_CD, dim=-1)
 
@@ -47,21 +48,21 @@ def class_scores(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> Tens
     return SCALE * image_features_ND @ class_embeddings_CD.T
 
 
-def classify_dataset(image_features_ND: Tensor, labels_N: Tensor, class_embeddings_CD: Tensor) -> dict[str, float]:
-    """`top1`, `top5` and `mean_per_class_recall` over all pictures, each counted once; as fractions.
+def classify(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """The five best classes of each picture (all, if they are fewer), best first, and their probabilities among all.
 
     Args:
         image_features_ND: unit norm.
-        labels_N: row of `class_embeddings_CD` that each picture belongs to.
+    Returns:
+        int64 [N, K] and float32 [N, K], on the CPU.
     Raises:
         NumericError: a feature is not finite.
     """
     require_finite(image_features_ND, "image features")
     require_finite(class_embeddings_CD, "class embeddings")
-    labels_N = labels_N.to(class_embeddings_CD.device)
-    chunks = image_features_ND.split(CHUNK)
-    best_NK = torch.cat(
-        [best_classes(class_scores(chunk.to(labels_N.device), class_embeddings_CD)) for chunk in chunks]
-    )
-    recall = mean_per_class_recall(best_NK[:, 0], labels_N, len(class_embeddings_CD))
-    return {**top_k(best_NK, labels_N), "mean_per_class_recall": recall}
+    best, probabilities = [], []
+    for chunk in image_features_ND.split(CHUNK):
+        scores = class_scores(chunk.to(class_embeddings_CD.device), class_embeddings_CD)
+        best.append(best_classes(scores).cpu())
+        probabilities.append(scores.softmax(dim=1).cpu().gather(1, best[-1]))
+    return torch.cat(best), torch.cat(probabilities)

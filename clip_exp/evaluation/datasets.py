@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.config.schema import OnBadRow
+from clip_exp.data.pictures import PictureFiles, Pictures
 from clip_exp.data.tables import read_table
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.prompts import imagenet_classes, read_lines
@@ -23,12 +24,15 @@ ACCEPTED_CLASSES = (
 class LabeledImages:
     """Pictures and the class that each belongs to."""
 
-    paths: Sequence[str]
+    pictures: Pictures
     labels: Sequence[int]  # positions in `class_names`
     class_names: list[str]  # what pictures are scored against
     where: str  # for people: the folder or table
     keys: list[str | None] = field(default_factory=list)  # folder or label of each class; None: the data lacks it
     unlabeled: int = 0  # pictures of the table that have no label, and are left out
+    imagenet: list[list[int]] | None = (
+        None  # of each class the classes of ImageNet-1k that it stands for, where it does
+    )
 
     @property
     def missing(self) -> list[str]:
@@ -59,7 +63,7 @@ def from_folder(root: str | Path, classes: Any = "labels", where: str = "root") 
     position, names = _match(folders, [folder.replace("_", " ") for folder in folders], classes, str(root))
     paths = [path for folder in folders for path in files[folder]]
     labels = [position[folder] for folder in folders for _ in files[folder]]
-    return LabeledImages(paths, labels, names, str(root), _keys(position, names))
+    return LabeledImages(PictureFiles(paths), labels, names, str(root), _keys(position, names))
 
 
 def from_table(
@@ -107,7 +111,7 @@ def from_table(
     position, names = _match(present, present, classes, str(table))
     labels = [position[written[row]] for row in rows]
     paths, unlabeled = [pairs.image_path(row) for row in rows], len(first_row) - len(rows)
-    return LabeledImages(paths, labels, names, str(table), _keys(position, names), unlabeled)
+    return LabeledImages(PictureFiles(paths), labels, names, str(table), _keys(position, names), unlabeled)
 
 
 def _match(keys: list[str], own_names: list[str], classes: Any, where: str) -> tuple[dict[str, int], list[str]]:

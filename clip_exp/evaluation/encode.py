@@ -1,29 +1,28 @@
-"""From pictures and texts to features, each once, in large batches."""
+"""From texts and pictures to features of unit norm: the towers, run on large batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from clip_exp.config.evaluation_schema import SubjectConfig
 from clip_exp.config.schema import ImageTowerConfig, OnBadImage
-from clip_exp.data.batches import EvalCollate
-from clip_exp.data.dataset import EvalImages
 from clip_exp.data.transforms import normalize
-from clip_exp.data.workers import count_workers, init_worker
-from clip_exp.errors import DataError
 from clip_exp.evaluation.progress import progress
-from clip_exp.inference.loading import autocast
+from clip_exp.inference.loading import autocast, choose_device, choose_precision
+from clip_exp.ranks.group import gather_objects, rank, world_size
+from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack
 from clip_exp.text.tokenizer import pad_tokens
 
 
-class TextEncoder(Protocol):
+class TextModel(Protocol):
     def encode_text(self, tokens_BL: Tensor, normalize: bool = False) -> Tensor: ...
 
 
-class ImageEncoder(Protocol):
+class ImageModel(Protocol):
     def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor: ...
 
 
@@ -35,7 +34,7 @@ class Tokenizes(Protocol):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How pictures are read and encoded; the fields of `EvaluateConfig`, resolved."""
+    """How pictures are read and encoded; the fields of `SubjectConfig`, resolved."""
 
     device: torch.device
     precision: str = "32-true"  # 32-true, bf16-mixed, 16-mixed
@@ -45,112 +44,132 @@ class EncodeOptions:
     max_image_pixels: int = 200_000_000
 
 
-class EncodedImages(NamedTuple):
-    """Features of the pictures that could be read."""
+def encode_options(config: SubjectConfig) -> EncodeOptions:
+    """How a command's configuration reads and encodes pictures, with device and precision chosen.
 
-    features: Tensor  # [N, D] float32, unit norm, on the CPU
-    kept: Tensor  # [N] which of the given pictures, ascending
-    bad: list[str]  # "path: reason" of each picture that was left out
+    Raises:
+        ConfigError: no such accelerator here.
+    """
+    device = choose_device(config.accelerator)
+    return EncodeOptions(
+        device,
+        choose_precision(config.precision, device),
+        config.batch_size,
+        config.num_workers,
+        config.on_bad_image,
+        config.max_image_pixels,
+    )
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """Anything that turns pictures into vectors."""
+
+    encode: Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] on the CPU -> float32 [B, D]
+    transform: Callable[[Image.Image], Tensor]  # a picture to uint8 [3, S, S]; picklable
+    image_size: int  # S
+    identity: dict[str, object] | None = None  # what decides the vectors, as JSON; None: they are not kept
+
+
+class _Share(NamedTuple):
+    """Texts that are encoded together."""
+
+    texts: list[int]
+    encode: Callable[[], Tensor]
 
 
 def encode_distinct_texts(
-    model: TextEncoder,
+    model: TextModel,
     tokenizer: Tokenizes,
     texts: Sequence[str],
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     what: str | None = None,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Encode each distinct text once, in batches of similar length that are padded no further than their longest.
+    """Encode each distinct text once, in the precision of the weights, outside autocast.
 
-    The text tower is causal and pooled at the end-of-text token, so shorter padding changes only the time it takes.
-    Runs outside autocast.
+    Where the model can, each distinct beginning is computed once too (`clip_exp.text.prefixes`); elsewhere texts of similar
+    length share a batch, padded no further than the longest.
 
     Args:
+        batch_size: texts encoded at a time.
         what: name of the progress bar; None for none.
+        shared: the ranks divide the work; all of them must call.
     Returns:
         features [P, D] float32 of unit norm, on `device`, and the row [N] of each given text.
     """
     row = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     tokens = tokenizer.encode_batch(list(row))
-    order = sorted(range(len(tokens)), key=lambda position: len(tokens[position]))
-    features: list[Tensor] = []
-    with torch.no_grad(), autocast("32-true", torch.device(device)), progress(len(order), what) as advance:
-        for start in range(0, len(order), batch_size):
-            batch = [tokens[position] for position in order[start : start + batch_size]]
-            padded = pad_tokens(batch, tokenizer.context_length).to(device, non_blocking=True)
-            features.append(model.encode_text(padded, normalize=True).float())
-            advance(len(batch))
-        by_length = torch.cat(features)
-        features_PD = torch.empty_like(by_length)
-        features_PD[torch.tensor(order, device=by_length.device)] = by_length
+    in_trees = getattr(model, "shares_prefixes", False)
+    make = _trees if in_trees else _batches
+    shares = make(model, tokens, tokenizer.context_length, batch_size, device)
+    mine = shares[rank() :: world_size()] if shared else shares
+    encoded = []
+    with (
+        torch.no_grad(),
+        autocast("32-true", torch.device(device)),
+        progress(sum(len(share.texts) for share in mine), what) as advance,
+    ):
+        for share in mine:
+            encoded.append((share.texts, share.encode().float()))
+            advance(len(share.texts))
+    if shared and world_size() > 1:
+        there = gather_objects([(texts, features.cpu()) for texts, features in encoded])
+        encoded = [(texts, features.to(device)) for of_rank in there for texts, features in of_rank]
+    features_PD = torch.empty(len(tokens), encoded[0][1].shape[1], device=device)
+    for positions, features in encoded:
+        features_PD[torch.tensor(positions, device=features_PD.device)] = features
     return features_PD, torch.tensor([row[text] for text in texts], device=features_PD.device)
 
 
+def _trees(
+    model: TextModel, tokens: list[list[int]], context_length: int, batch_size: int, device: torch.device | str
+) -> list[_Share]:
+    trees = grow(tokens)
+    at_once = max(1, batch_size * 5 // NODES)  # a prompt has about five nodes of its own
+
+    def encode(packed: TokenTrees) -> Tensor:
+        return model.encode_text_trees([part.to(device) for part in packed])  # type: ignore[attr-defined]
+
+    groups = [trees[start : start + at_once] for start in range(0, len(trees), at_once)]
+    return [
+        _Share([text for tree in group for text in tree.texts], lambda group=group: encode(pack(group)))  # type: ignore[misc]
+        for group in groups
+    ]
+
+
+def _batches(
+    model: TextModel, tokens: list[list[int]], context_length: int, batch_size: int, device: torch.device | str
+) -> list[_Share]:
+    order = sorted(range(len(tokens)), key=lambda position: len(tokens[position]))
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def encode(group: list[int]) -> Tensor:
+        padded = pad_tokens([tokens[position] for position in group], context_length)
+        return model.encode_text(padded.to(device, non_blocking=True), normalize=True)
+
+    return [_Share(group, lambda group=group: encode(group)) for group in groups]  # type: ignore[misc]
+
+
 def encode_texts(
-    model: TextEncoder,
+    model: TextModel,
     tokenizer: Tokenizes,
     texts: Sequence[str],
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     what: str | None = None,
+    shared: bool = False,
 ) -> Tensor:
     """[N, D] float32 of unit norm, on `device`; equal texts have equal features. See `encode_distinct_texts`."""
-    features_PD, index_N = encode_distinct_texts(model, tokenizer, texts, batch_size, device, what)
+    features_PD, index_N = encode_distinct_texts(model, tokenizer, texts, batch_size, device, what, shared)
     return features_PD[index_N]
 
 
 def encode_pixels(
-    model: ImageEncoder, pixels_BCHW: Tensor, tower: ImageTowerConfig, device: torch.device, precision: str = "32-true"
+    model: ImageModel, pixels_BCHW: Tensor, tower: ImageTowerConfig, device: torch.device, precision: str = "32-true"
 ) -> Tensor:
     """[B, D] float32 of unit norm, of uint8 pictures that went through the evaluation transform."""
     image_BCHW = normalize(pixels_BCHW.to(device, non_blocking=True), tower.mean, tower.std)
     with torch.no_grad(), autocast(precision, device):
         return model.encode_image(image_BCHW, normalize=True).float()
-
-
-def encode_images(
-    model: ImageEncoder,
-    paths: Sequence[str],
-    tower: ImageTowerConfig,
-    options: EncodeOptions,
-    what: str | None = None,
-) -> EncodedImages:
-    """Read, transform and encode picture files.
-
-    Args:
-        tower: size, mean and standard deviation that the model expects.
-        what: name of the progress bar; None for none.
-    Raises:
-        DataError: a picture cannot be read and `on_bad_image` is `error`, or none can be read.
-    """
-    # Unreadable pictures are always passed on: an error raised in a worker would arrive with the worker's traceback.
-    pictures = EvalImages(
-        paths, tower.image_size, on_bad_image=OnBadImage.replace, max_image_pixels=options.max_image_pixels
-    )
-    loader = DataLoader(
-        pictures,
-        batch_size=options.batch_size,
-        collate_fn=EvalCollate(context_length=1, image_size=tower.image_size),
-        num_workers=_workers(options, len(paths)),
-        worker_init_fn=init_worker,
-        pin_memory=options.device.type == "cuda",
-    )
-    features, kept, bad = [], [], []
-    with progress(len(paths), what) as advance:
-        for batch in loader:
-            bad += [f"{picture.path}: {picture.reason}" for picture in batch.bad]
-            if bad and options.on_bad_image is OnBadImage.error:
-                raise DataError(f"{bad[0]}. Repair or remove it, or leave such pictures out: on_bad_image=replace.")
-            if len(batch.index):
-                features.append(encode_pixels(model, batch.image, tower, options.device, options.precision).cpu())
-                kept.append(batch.index)
-            advance(len(batch.index) + len(batch.bad))
-    if not features:
-        raise DataError(f"none of the {len(paths)} pictures can be read; the first: {bad[0]}.")
-    return EncodedImages(torch.cat(features), torch.cat(kept), bad)
-
-
-def _workers(options: EncodeOptions, pictures: int) -> int:
-    """Processes that decode: none for a set of one batch, where starting them takes longer than the work."""
-    return 0 if pictures <= options.batch_size else count_workers(options.num_workers, 1)

@@ -38,6 +38,17 @@ def accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     return top_k(best_classes(scores_NC), labels_N)
 
 
+def accuracies(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
+    """`top1`, `top5` and `mean_per_class_recall` over all pictures, each counted once; as fractions.
+
+    Args:
+        best_NK: `best_classes`.
+        labels_N: the class of each picture.
+    """
+    recall = mean_per_class_recall(best_NK[:, 0], labels_N, num_classes)
+    return {**top_k(best_NK, labels_N), "mean_per_class_recall": recall}
+
+
 def best_classes(scores_NC: Tensor) -> Tensor:
     """[N, 5] (fewer for fewer classes), best first. Of equal scores `topk` picks, as in the published numbers."""
     return scores_NC.topk(min(5, scores_NC.shape[1]), dim=1).indices

@@ -1,29 +1,30 @@
-"""An evaluation: find the model and the data, score every task, leave the results where people look for them."""
+"""An evaluation in one process (a rank of several, or the only one): score every task, leave the results where people look."""
 
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from clip_exp import __version__
-from clip_exp.config.schema import EvaluateConfig, Precision
-from clip_exp.errors import ClipExpError, ConfigError
+from clip_exp.config.evaluation_schema import EvaluateConfig, SubjectConfig
+from clip_exp.config.schema import Precision
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.evaluation.tasks import Task, prepare_tasks
 from clip_exp.inference.sources import Source, find_source
-from clip_exp.runs import RunRecord, evaluation_folder, write_json
+from clip_exp.ranks.signals import Stopped, stop_on_signals
+from clip_exp.runs import RunRecord, evaluation_folder
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Score a model on tasks.
+def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Score a model on tasks, in a new folder, in this process alone.
 
     Everything that can be wrong with the paths and names is told before the model is loaded. Results are written as
-    soon as a task is done: `eval/<task>.json` in this evaluation's folder, and in the run's where there is one.
+    soon as a task is done: `eval/<task>.json` and its pages in this evaluation's folder, and in the run's where there is one.
 
+    Args:
+        arguments: of the command line, for `run.json`.
     Returns:
         of each task `{"metrics": {name: value}, "protocol": {…}}`; shares are fractions.
     Raises:
@@ -31,26 +32,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
         NumericError: the model's features are not finite.
     """
     source, tasks = check(config)
-    folder = evaluation_folder(config, config.name or (source.run.name if source.run else source.model.name))
-    record = RunRecord(folder)
-    record.start(sys.argv[1:], weights=str(source.weights.resolve()))
-    results: dict[str, dict[str, Any]] = {}
-    try:
-        subject, about = _load(config, source)
-        # Torch takes seconds to import: only once the configuration is known to be right.
-        from clip_exp.evaluation.scoring import score
-
-        for task in tasks:
-            result = score(task, subject)
-            result["protocol"] |= about
-            _write(result, task.name, folder, source.run_dir)
-            results[task.name] = result
-    except BaseException:
-        record.finish("failed", tasks=list(results))
-        raise
-    record.finish("finished", tasks=list(results))
-    _show(results, folder)
-    return results
+    folder = open_folder(config, source, sys.argv[1:] if arguments is None else arguments)
+    return evaluate_in(folder, config, source, tasks)
 
 
 def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
@@ -59,13 +42,15 @@ def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
     """
-    errors: list[ClipExpError] = [ConfigError(problem) for problem in _problems(config)]
+    errors: list[ClipExpError] = [ConfigError(problem) for problem in problems_of(config)]
+    if config.cache_gb < 0:
+        errors.append(ConfigError(f"cache_gb={config.cache_gb} must not be negative; 0 keeps nothing."))
     source = None
     try:
         source = find_source(config)
     except ClipExpError as error:
         errors.append(error)
-    tasks, task_errors = prepare_tasks(config, source)
+    tasks, task_errors = prepare_tasks(config.task, config.output_dir, source)
     errors += task_errors
     if errors:
         gravest = min(errors, key=lambda error: error.exit_code)
@@ -74,7 +59,8 @@ def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
     return source, tasks
 
 
-def _problems(config: EvaluateConfig) -> list[str]:
+def problems_of(config: SubjectConfig) -> list[str]:
+    """What is wrong with the keys that every command that uses a model has."""
     problems = []
     if config.precision not in list(Precision):
         problems.append(f"precision={config.precision} must be one of {', '.join(Precision)}.")
@@ -87,64 +73,68 @@ def _problems(config: EvaluateConfig) -> list[str]:
     return problems
 
 
+def open_folder(config: EvaluateConfig, source: Source, arguments: list[str]) -> Path:
+    """A new folder that says what is about to be evaluated."""
+    folder = evaluation_folder(config, config.name or (source.run.name if source.run else source.model.name))
+    RunRecord(folder).start(arguments, weights=str(source.weights.resolve()))
+    return folder
+
+
+def evaluate_in(folder: Path, config: EvaluateConfig, source: Source, tasks: list[Task]) -> dict[str, dict[str, Any]]:
+    """Score tasks together with the other ranks, if there are any; rank 0 writes and shows.
+
+    Raises:
+        Stopped: a signal asked for it; what was encoded is kept, and the same command goes on from there.
+        ClipExpError: see `evaluate`.
+    """
+    # Torch takes seconds to import: only once the configuration is known to be right.
+    from clip_exp.evaluation.scoring import score
+    from clip_exp.ranks.group import is_main
+    from clip_exp.reports.evaluation import show, write_result
+
+    record = RunRecord(folder)
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        with stop_on_signals():
+            subject, about = _load(config, source)
+            for task in tasks:
+                result = score(task, subject)
+                result.protocol.update(about)
+                results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
+                if is_main():
+                    write_result(result, task.name, folder, source.run_dir)
+            if subject.cache is not None and is_main():
+                subject.cache.prune()
+    except BaseException as error:
+        if is_main():
+            code = PREEMPTED_EXIT_CODE if isinstance(error, Stopped) else getattr(error, "exit_code", 1)
+            status = "preempted" if isinstance(error, Stopped) else "failed"
+            record.finish(status, tasks=list(results), error=str(error).splitlines()[:20], exit_code=code)
+        raise
+    if is_main():
+        record.finish("finished", tasks=list(results))
+        show(results, folder)
+    return results
+
+
 def _load(config: EvaluateConfig, source: Source) -> tuple[Any, dict[str, Any]]:
-    from clip_exp.evaluation.encode import EncodeOptions
+    from clip_exp.evaluation.cache import Cache
+    from clip_exp.evaluation.encode import encode_options
     from clip_exp.evaluation.scoring import Subject
-    from clip_exp.inference.loading import choose_device, choose_precision, load_model
+    from clip_exp.inference.loading import load_model
     from clip_exp.text.tokenizer import Tokenizer
 
-    device = choose_device(config.accelerator)
-    options = EncodeOptions(
-        device,
-        choose_precision(config.precision, device),
-        config.batch_size,
-        config.num_workers,
-        config.on_bad_image,
-        config.max_image_pixels,
-    )
-    tokenizer = Tokenizer(source.model.text.context_length)
+    options = encode_options(config)
+    sha256 = source.sha256()
     about = {
         "model": source.model.name,
         "weights": str(source.weights.resolve()),
-        "weights_sha256": source.sha256(),
+        "weights_sha256": sha256,
         "step": source.step,
-        "device": str(device),
+        "device": str(options.device),
         "clip_exp": __version__,
     }
-    return Subject(load_model(source, device), tokenizer, source.model.image, options), about
-
-
-def _write(result: dict[str, Any], task: str, folder: Path, run_dir: Path | None) -> None:
-    for target in (folder, run_dir):
-        if target is None:
-            continue
-        try:
-            (target / "eval").mkdir(exist_ok=True)
-            write_json(target / "eval" / f"{task}.json", result)
-        except OSError as error:
-            if target is folder:
-                raise
-            log.warning(
-                "%s cannot be written (%s): the results are in %s only.", target / "eval", error.strerror, folder
-            )
-
-
-def _show(results: dict[str, dict[str, Any]], folder: Path) -> None:
-    table = Table("metric", "value", "pictures", "left out")
-    table.columns[1].justify = table.columns[2].justify = table.columns[3].justify = "right"
-    for task, result in results.items():
-        protocol = result["protocol"]
-        left_out = protocol["bad_pictures"] + protocol.get("unlabeled_pictures", 0)
-        for name, value in result["metrics"].items():
-            shown = f"{value:.0f}" if "rank" in name else f"{value:.4f}"
-            table.add_row(f"{task}/{name}", shown, str(protocol["pictures"]), str(left_out))
-        if protocol.get("classes_without_pictures"):
-            log.warning(
-                "%s: %d of the %d classes have no pictures.",
-                task,
-                protocol["classes_without_pictures"],
-                protocol["classes"],
-            )
-    console = Console()
-    console.print(table)
-    console.print(f"Results: {folder}", soft_wrap=True, highlight=False)
+    cache = Cache(Path(config.output_dir) / "cache", config.cache_gb) if config.cache_gb else None
+    model = load_model(source, options.device)
+    tokenizer = Tokenizer(source.model.text.context_length)
+    return Subject(model, tokenizer, source.model, options, sha256, cache), about

@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.load import nearest, strict_dataclass
-from clip_exp.config.paths import options
-from clip_exp.config.schema import (
+from clip_exp.config.evaluation_schema import (
     AutoTaskConfig,
-    DataConfig,
-    EvaluateConfig,
-    OnBadRow,
     RetrievalTaskConfig,
     TaskKind,
-    TrainConfig,
     ZeroShotTaskConfig,
 )
+from clip_exp.config.load import nearest, strict_dataclass
+from clip_exp.config.paths import options
+from clip_exp.config.schema import DataConfig, OnBadRow, TrainConfig
 from clip_exp.data import samples
+from clip_exp.data.pictures import PictureFiles, Pictures
 from clip_exp.data.tables import read_table
 from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.evaluation.datasets import LabeledImages, from_folder, from_table
@@ -45,7 +43,7 @@ class ClassificationTask:
 @dataclass(frozen=True)
 class RetrievalTask:
     name: str
-    paths: list[str]  # each picture once
+    pictures: Pictures  # each once
     captions: list[str]
     caption_image: list[int]  # position in `paths` of each caption's picture
     where: str
@@ -54,19 +52,22 @@ class RetrievalTask:
 Task = ClassificationTask | RetrievalTask
 
 
-def prepare_tasks(config: EvaluateConfig, source: Source | None) -> tuple[list[Task], list[ClipExpError]]:
-    """Everything that `config.task` asks for, and everything that is wrong with it.
+def prepare_tasks(
+    wanted: dict[str, Any], output_dir: str, source: Source | None
+) -> tuple[list[Task], list[ClipExpError]]:
+    """Everything that `task` of a configuration asks for, and everything that is wrong with it.
 
     Args:
+        wanted: name to values.
         source: the model, whose run tells `auto` tasks what to score; None if it was not found: they are passed over.
     """
     tasks: list[Task] = []
     errors: list[ClipExpError] = []
-    if not config.task:
+    if not wanted:
         errors.append(ConfigError(f"no task: choose from task=[{','.join(options('task'))}]."))
-    for name, values in config.task.items():
+    for name, values in wanted.items():
         try:
-            tasks.extend(_prepare(name, parse_task(name, values), config.output_dir, source))
+            tasks.extend(_prepare(name, parse_task(name, values), output_dir, source))
         except ClipExpError as error:
             errors.append(error)
     names = [task.name for task in tasks]
@@ -158,7 +159,7 @@ def prepare_retrieval(name: str, task: RetrievalTaskConfig, on_bad_row: OnBadRow
     caption_image = pairs.image_index().tolist()
     first_row = {picture: row for row, picture in reversed(list(enumerate(caption_image)))}
     paths = [pairs.image_path(first_row[picture]) for picture in range(len(first_row))]
-    return RetrievalTask(name, paths, pairs.captions.to_pylist(), caption_image, str(task.table))
+    return RetrievalTask(name, PictureFiles(paths), pairs.captions.to_pylist(), caption_image, str(task.table))
 
 
 def _require_tables(name: str, tables: Any) -> None:

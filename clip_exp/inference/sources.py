@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 
 from clip_exp.checkpoints import discovery
 from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, WEIGHTS, sha256
+from clip_exp.config.evaluation_schema import SubjectConfig
 from clip_exp.config.load import nearest, read_run_config, strict_dataclass
 from clip_exp.config.paths import conf_dir, options
-from clip_exp.config.schema import EvaluateConfig, ModelConfig, TrainConfig
+from clip_exp.config.schema import ModelConfig, TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 
 CONFIG = "config.yaml"
@@ -33,7 +34,7 @@ class Source:
         return recorded[self.weights.name]["sha256"] if self.weights.name in recorded else sha256(self.weights)
 
 
-def find_source(config: EvaluateConfig) -> Source:
+def find_source(config: SubjectConfig) -> Source:
     """The model that an evaluation names by `run`, by `ckpt`, or by `model` with `pretrained`.
 
     Raises:

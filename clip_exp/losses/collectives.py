@@ -3,21 +3,13 @@
 Every rank must hold equally many samples.
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if world_size() > 1 else 0
+from clip_exp.ranks.group import world_size
 
 
 def gather(x_B: Tensor) -> Tensor:
@@ -47,12 +39,3 @@ class _Gather(torch.autograd.Function):
 def gather_with_grad(x_BD: Tensor) -> Tensor:
     """All ranks' rows in the order of the ranks, with the exact gradient of the sum of the ranks' losses: [W * B, D]."""
     return x_BD if world_size() == 1 else _Gather.apply(x_BD)
-
-
-def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in the order of the ranks; sizes may differ."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from clip_exp.losses.collectives import gather, rank, world_size
+from clip_exp.losses.collectives import gather
+from clip_exp.ranks.group import rank, world_size
 
 
 def own_columns(rows: int, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """A dual encoder: two towers into one space, and the temperature that they are compared with (Radford et al. 2021)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,15 @@ class CLIP(nn.Module):
         """[B, D]; `normalize` gives float32 of unit norm. For the input see the text tower."""
         features_BD = self.text(tokens_BL)
         return unit_norm(features_BD) if normalize else features_BD
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether `encode_text_trees` can be used: the text tower is causal and pooled at the end of the text."""
+        return hasattr(self.text, "forward_trees")
+
+    def encode_text_trees(self, trees: Sequence[Tensor]) -> Tensor:
+        """[E, D] float32 of unit norm, of texts packed by `clip_exp.text.prefixes.pack`."""
+        return unit_norm(self.text.forward_trees(*trees))  # type: ignore[operator]
 
     def forward(self, image_BCHW: Tensor, tokens_BL: Tensor, micro_batch_size: int | None = None) -> CLIPOutput:
         """Features of B pairs.

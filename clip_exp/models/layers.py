@@ -44,10 +44,16 @@ class Attention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x_BND: Tensor, only_B: Tensor | None = None) -> Tensor:
-        """What every token, or only token `only_B` of each sequence, gathers: [B, N, D] or [B, 1, D]."""
+    def forward(self, x_BND: Tensor, only_B: Tensor | None = None, seen_B1NN: Tensor | None = None) -> Tensor:
+        """What every token, or only token `only_B` of each sequence, gathers: [B, N, D] or [B, 1, D].
+
+        Args:
+            seen_B1NN: bool, which tokens (last axis) a token sees, in the place of the causal order.
+        """
         q_BAND, k_BAND, v_BAND = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if only_B is None:
+        if seen_B1NN is not None:
+            y_BAND = F.scaled_dot_product_attention(q_BAND, k_BAND, v_BAND, attn_mask=seen_B1NN)
+        elif only_B is None:
             y_BAND = F.scaled_dot_product_attention(q_BAND, k_BAND, v_BAND, is_causal=self.causal)
         else:
             q_BA1D = take(q_BAND.transpose(1, 2), only_B).transpose(1, 2)
@@ -79,9 +85,9 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BND: Tensor, only_B: Tensor | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, only_B: Tensor | None = None, seen_B1NN: Tensor | None = None) -> Tensor:
         """The residual stream after this block: of every token, or only of token `only_B` of each sequence."""
-        attended_BND = self.attention(self.ln_1(x_BND), only_B)
+        attended_BND = self.attention(self.ln_1(x_BND), only_B, seen_B1NN)
         if only_B is not None:
             x_BND = take(x_BND, only_B)
         x_BND = x_BND + self.dropout(attended_BND)
@@ -110,3 +116,9 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x_BND = block(x_BND, pool_B if i == last else None)
         return x_BND.squeeze(1)
+
+    def forward_all(self, x_BND: Tensor, seen_B1NN: Tensor) -> Tensor:
+        """The residual stream of every token, each of which sees those that `seen_B1NN` tells: [B, N, D]."""
+        for block in self.blocks:
+            x_BND = block(x_BND, None, seen_B1NN)
+        return x_BND

@@ -64,3 +64,23 @@ class TextTransformer(nn.Module):
         x_BLD = x_BLD + self.positional_embedding[: tokens_BL.shape[1]].to(x_BLD.dtype)
         x_BD = self.transformer(x_BLD, tokens_BL.argmax(dim=-1))
         return self.projection(self.ln_final(x_BD))
+
+    def forward_trees(
+        self, tokens_BN: Tensor, position_BN: Tensor, seen_BNN: Tensor, tree_E: Tensor, node_E: Tensor
+    ) -> Tensor:
+        """Embeddings of texts that share their beginnings (`clip_exp.text.prefixes.TokenTrees`), not normalized.
+
+        A token's state depends on what stands before it alone, so texts that begin alike are one path up to where they part.
+
+        Args:
+            tokens_BN: int64, the nodes of each tree.
+            position_BN: int64, tokens that stand before each node.
+            seen_BNN: bool, whether a node sees the node of the last axis.
+            tree_E, node_E: int64, where each text ends.
+
+        Returns:
+            [E, embed_dim].
+        """
+        x_BND = self.token_embedding(tokens_BN) + self.positional_embedding[position_BN]
+        x_BND = self.transformer.forward_all(x_BND, seen_BNN[:, None])
+        return self.projection(self.ln_final(x_BND[tree_E, node_E]))

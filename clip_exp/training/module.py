@@ -12,8 +12,8 @@ from clip_exp.data.batches import Batch, EvalBatch
 from clip_exp.data.transforms import normalize
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
-from clip_exp.losses.collectives import gather_objects
 from clip_exp.models.clip import CLIP, CLIPOutput
+from clip_exp.ranks.group import gather_objects
 from clip_exp.text.tokenizer import Tokenizer
 from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups
 from clip_exp.training.strategies import whole

@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
+from clip_exp.ranks.environment import STOP_SIGNALS
 from clip_exp.training.callbacks import Checkpointer, validation_due
-from clip_exp.training.environment import STOP_SIGNALS
 
 REPEAT_S = 5.0  # launchers and process groups deliver the same request twice
 

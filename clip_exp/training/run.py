@@ -16,9 +16,9 @@ from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, 
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from clip_exp.ranks import group
+from clip_exp.ranks.group import is_main
 from clip_exp.runs import RunRecord
-from clip_exp.training import distributed
-from clip_exp.training.distributed import is_main
 from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.preemption import Preempted, Preemption
@@ -50,13 +50,13 @@ def train(run_dir: Path) -> int:
                 record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
             raise
         finally:
-            distributed.stop()
+            group.stop()
 
 
 def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Preemption) -> None:
     device_type, ranks = resolve_device(config), world_size(config)
     if ranks > 1 or config.strategy.name != StrategyName.auto:
-        distributed.start(device_type, config.strategy.timeout_s)
+        group.start(device_type, config.strategy.timeout_s)
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)
     datamodule = _build_data(config, run_dir)
@@ -75,7 +75,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
         datamodule=datamodule,
         preemption=preemption,
     )
-    checkpoint = distributed.from_main(lambda: _go_on_from(config, run_dir, trainer))
+    checkpoint = group.from_main(lambda: _go_on_from(config, run_dir, trainer))
     if is_main():
         record.update(**_facts(trainer, module, datamodule))
     started_s = time.perf_counter()

@@ -14,8 +14,8 @@ from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.config.targets import build_extra
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.errors import ConfigError
+from clip_exp.ranks.group import is_main
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer, StopAtEnd, monitor_mode
-from clip_exp.training.distributed import is_main
 from clip_exp.training.loggers import build_loggers
 from clip_exp.training.metrics import StepMetrics
 from clip_exp.training.preemption import Preemption

@@ -1,16 +1,11 @@
 """A rank's own door: `python -m clip_exp.training.worker <run folder>`, started by `training.launch` or inside its process."""
 
-import ctypes
 import logging
 import os
-import signal
-import sys
-import traceback
 from pathlib import Path
 
-from clip_exp.errors import ClipExpError
+from clip_exp.ranks.worker import serve
 from clip_exp.secrets import redact
-from clip_exp.training.environment import ERROR_FILE
 
 
 def work(run_dir: Path) -> int:
@@ -46,34 +41,5 @@ class RedactingFormatter(logging.Formatter):
         return redact(super().format(record))
 
 
-def main() -> None:
-    run_dir, rank = Path(sys.argv[1]), os.environ["RANK"]
-    _end_with_parent()
-    try:
-        code = work(run_dir)
-    except ClipExpError as error:
-        code = error.exit_code
-        _tell(run_dir, rank, f"error: {error}")
-    except Exception:
-        code = 1
-        _tell(run_dir, rank, f"rank {rank}:\n{traceback.format_exc()}")
-    # A collective that other ranks left half-way would keep an orderly exit waiting.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _tell(run_dir: Path, rank: str, message: str) -> None:
-    """Leave the message to the launcher, which prints one of all the ranks' messages."""
-    (run_dir / ERROR_FILE.format(rank=rank)).write_text(redact(message), encoding="utf-8")
-
-
-def _end_with_parent() -> None:
-    """Linux ends this process when the launcher dies, however it dies."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    main()
+    serve(work)

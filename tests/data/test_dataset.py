@@ -4,14 +4,17 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from clip_exp.data.batches import Batch
+from clip_exp.data.batches import BadPicture, Batch
 from clip_exp.data.dataset import EvalImages, EvalPairs, PictureError
+from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables import read_table
+from clip_exp.data.transforms import eval_transform
 from clip_exp.errors import DataError
 from tests.data.conftest import noise, write_table
 
@@ -201,11 +204,14 @@ def test_validation_pictures_come_with_all_their_captions(pairs):
     assert sample.label == -1
 
 
-def test_labeled_pictures_are_read_without_captions(pairs):
-    dataset = EvalImages([pairs.parent / "00.png", pairs.parent / "01.jpg"], 16, labels=[4, 2])
-    assert [dataset[i].label for i in range(2)] == [4, 2]
-    with pytest.raises(DataError, match="no such file"):
-        EvalImages([pairs.parent / "missing.png"], 16)[0]
+def test_pictures_are_read_without_captions_and_bad_ones_are_passed_on_with_their_reason(pairs):
+    dataset = EvalImages(
+        PictureFiles([pairs.parent / "00.png", pairs.parent / "missing.png"]), partial(eval_transform, size=16)
+    )
+    good, bad = dataset[0], dataset[1]
+    assert good.image is not None
+    assert good.image.shape == (3, 16, 16)
+    assert (bad.image, bad.bad) == (None, (BadPicture(str(pairs.parent / "missing.png"), "no such file"),))
 
 
 def test_signals_for_the_run_leave_the_workers_alone(pairs, build):

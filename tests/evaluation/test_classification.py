@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from clip_exp.errors import NumericError
-from clip_exp.evaluation.classification import build_classifier, class_scores, classify_dataset
+from clip_exp.evaluation.classification import build_classifier, class_scores, classify
+from clip_exp.evaluation.metrics import accuracies
 from clip_exp.evaluation.prompts import class_prompts, imagenet_classes, templates
 from clip_exp.inference.sources import named_model
 from clip_exp.models.build import build_model
@@ -65,7 +66,9 @@ def test_the_metrics_of_a_set_equal_a_direct_count_whatever_the_chunks(monkeypat
     labels = torch.randint(0, 12, (101,), generator=generator)
     order = (features @ classifier.T).argsort(dim=1, descending=True)
     monkeypatch.setattr("clip_exp.evaluation.classification.CHUNK", 10)
-    found = classify_dataset(features, labels, classifier)
+    best, probabilities = classify(features, classifier)
+    torch.testing.assert_close(probabilities, class_scores(features, classifier).softmax(dim=1).gather(1, order[:, :5]))
+    found = accuracies(best, labels, 12)
     assert found["top1"] == pytest.approx((order[:, 0] == labels).sum().item() / 101)
     assert found["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(dim=1).sum().item() / 101)
     recalls = [(order[labels == c, 0] == c).float().mean().item() for c in labels.unique()]
@@ -75,4 +78,4 @@ def test_the_metrics_of_a_set_equal_a_direct_count_whatever_the_chunks(monkeypat
 
 def test_a_classifier_that_is_not_finite_is_refused():
     with pytest.raises(NumericError, match="class embeddings"):
-        classify_dataset(torch.ones(2, 1), torch.zeros(2, dtype=torch.long), torch.tensor([[torch.nan], [1.0]]))
+        classify(torch.ones(2, 1), torch.tensor([[torch.nan], [1.0]]))

@@ -11,13 +11,15 @@ def test_folders_are_classes_in_code_point_order_and_underscores_are_spaces(clas
     images = from_folder(class_folders)
     assert images.class_names == ["Zebra", "dog", "tabby cat"]
     assert images.labels == [0] * 4 + [1] * 4 + [2] * 4
-    assert [Path(path).parent.name for path in images.paths] == ["Zebra"] * 4 + ["dog"] * 4 + ["tabby_cat"] * 4
-    assert not [path for path in images.paths if "hidden" in path or "notes" in path]
+    assert [Path(path).parent.name for path in list(images.pictures.paths)] == ["Zebra"] * 4 + ["dog"] * 4 + [
+        "tabby_cat"
+    ] * 4
+    assert not [path for path in list(images.pictures.paths) if "hidden" in path or "notes" in path]
 
 
 def test_pictures_in_folders_below_a_class_belong_to_it(tmp_path: Path):
     write_picture(tmp_path / "cat" / "images" / "1.JPEG", 0)
-    assert from_folder(tmp_path).paths == [str(tmp_path / "cat" / "images" / "1.JPEG")]
+    assert list(from_folder(tmp_path).pictures.paths) == [str(tmp_path / "cat" / "images" / "1.JPEG")]
 
 
 def test_names_are_matched_by_name_before_they_are_matched_by_order(class_folders: Path):
@@ -88,14 +90,14 @@ def test_a_table_gives_its_distinct_labels_as_written(tmp_path: Path):
     images = from_table(str(table), image_key="filepath", label_key="label")
     assert images.class_names == ["dog", "tabby_cat"]
     assert images.labels == [1, 0, 0]
-    assert images.paths == [str(tmp_path / name) for name in ("b.png", "a.png", "c.png")]
+    assert list(images.pictures.paths) == [str(tmp_path / name) for name in ("b.png", "a.png", "c.png")]
 
 
 def test_a_picture_in_several_rows_counts_once_and_has_one_label(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("filepath,label\na.png,dog\nb.png,cat\na.png,dog\n")
     images = from_table(str(table), image_key="filepath", label_key="label")
-    assert (images.paths, images.labels) == ([str(tmp_path / "a.png"), str(tmp_path / "b.png")], [1, 0])
+    assert (list(images.pictures.paths), images.labels) == ([str(tmp_path / "a.png"), str(tmp_path / "b.png")], [1, 0])
     table.write_text("filepath,label\na.png,dog\nb.png,cat\na.png,cat\n")
     with pytest.raises(DataError, match=r"line 4: a\.png is 'cat' here and 'dog' before"):
         from_table(str(table), image_key="filepath", label_key="label")

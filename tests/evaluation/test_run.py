@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clip_exp.config.schema import DataConfig, EvaluateConfig, OnBadImage
+from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.schema import DataConfig, OnBadImage
+from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import CheckpointError, ConfigError, DataError, NumericError
-from clip_exp.evaluation.encode import EncodeOptions, encode_images
+from clip_exp.evaluation.encode import EncodeOptions
+from clip_exp.evaluation.features import encode_pictures
 from clip_exp.evaluation.metrics import retrieval
 from clip_exp.evaluation.prompts import class_prompts, imagenet_classes, templates
 from clip_exp.evaluation.run import check, evaluate
+from clip_exp.evaluation.scoring import Subject
 from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
@@ -286,9 +290,10 @@ def test_averaged_weights_are_taken_on_request_and_missed_by_name(tmp_path: Path
 def test_low_precision_is_for_the_image_tower_and_features_stay_float32(
     tmp_path: Path, nano: CLIP, run_dir: Path, class_folders: Path
 ):
-    tower = named_model("vit_nano").image
+    options = EncodeOptions(torch.device("cpu"), "bf16-mixed")
+    subject = Subject(nano, Tokenizer(77), named_model("vit_nano"), options)
     paths = [str(path) for path in sorted(class_folders.glob("dog/[0-9].png"))]
-    low = encode_images(nano, paths, tower, EncodeOptions(torch.device("cpu"), "bf16-mixed"))
+    low = encode_pictures(subject.image_encoder(), PictureFiles(paths), subject.options)
     exact = direct_image_features(nano, [Path(path) for path in paths])
     assert low.features.dtype == torch.float32
     torch.testing.assert_close(low.features.norm(dim=1), torch.ones(4))

@@ -1,4 +1,4 @@
-"""The process group of a run: one group for whatever strategy follows."""
+"""The processes that do a piece of work together: one group for whatever strategy follows. One process alone needs no group."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from clip_exp.errors import ClipExpError, DistributedError
-from clip_exp.training.environment import free_port, outer_ranks, rank_environment, slurm_environment
+from clip_exp.ranks.environment import free_port, outer_ranks, rank_environment, slurm_environment
 
 T = TypeVar("T")
 _set_here: set[str] = set()  # variables that `start` added to the environment
@@ -50,9 +50,26 @@ def stop() -> None:
     _set_here.clear()
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def is_main() -> bool:
     """Whether this process writes the run's files: rank 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks; sizes may differ."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_main(action: Callable[[], T]) -> T:

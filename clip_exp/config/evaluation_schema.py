@@ -1,0 +1,131 @@
+"""The types and documentation of evaluations: which model, which tasks, on which labelled pictures or pairs."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from clip_exp.config.schema import GenerateConfig, ModelConfig, OnBadImage
+
+
+class TaskKind(StrEnum):
+    auto = "auto"
+    zero_shot = "zero_shot"
+    retrieval = "retrieval"
+    linear_probe = "linear_probe"
+    knn = "knn"
+    robustness = "robustness"
+
+
+@dataclass
+class SubjectConfig:
+    """Which model, and how it sees pictures: what every command that uses a model has."""
+
+    run: str | None = None  # a run folder; exactly one of run, ckpt, and model with pretrained
+    ckpt: str | None = None  # a checkpoint folder, or its model.safetensors
+    model: ModelConfig | None = None
+    pretrained: str | None = None  # a file of weights for `model`
+    ema: bool = False  # the averaged weights of the checkpoint instead of the raw ones
+    output_dir: str = "outputs"
+    accelerator: str = "auto"  # auto, cpu, gpu
+    precision: str = "32-true"
+    batch_size: int = 64  # pictures per forward pass
+    num_workers: int | None = None  # processes that decode pictures; null: the machine's cores, at most 8
+    on_bad_image: OnBadImage = OnBadImage.error  # `replace` leaves the picture out and counts it
+    max_image_pixels: int = 200_000_000
+
+
+@dataclass
+class LabeledDataConfig:
+    """Labelled pictures, from exactly one of `root`, `table`, `generate` and `torchvision`."""
+
+    root: str | None = None  # folder with one folder of pictures per class, or with flat pictures and `ground_truth`
+    ground_truth: str | None = (
+        None  # labels of flat pictures: ImageNet's devkit (folder or archive), or a file with a label per line
+    )
+    table: Any = None  # a CSV with `image_key` and `label_key`, or a list of them
+    generate: GenerateConfig | None = None  # a data set that clip_exp makes
+    torchvision: str | None = None  # a class of torchvision.datasets, such as CIFAR10; `root` is where it lies
+    split: str | None = None  # of `generate` and `torchvision`; null: the held-out one
+    download: bool = False  # let torchvision fetch what is missing
+    image_root: str | None = None
+    image_key: str = "filepath"
+    label_key: str = "label"
+    separator: str = "auto"
+    encoding: str = "auto"
+    classes: Any = "labels"  # labels (the data's own names), imagenet, imagenet_a, imagenet_r, objectnet, a list, a mapping, or a file
+
+
+@dataclass
+class AutoTaskConfig:
+    """What the run validated on: retrieval on `data.val`, and zero-shot classification where it has labels."""
+
+    kind: TaskKind = TaskKind.auto
+
+
+@dataclass
+class ZeroShotTaskConfig(LabeledDataConfig):
+    """Zero-shot classification: each class is the average of its name in every template."""
+
+    kind: TaskKind = TaskKind.zero_shot
+    templates: Any = "openai"  # openai (80), simple (7), a list, or a file with one template per line
+
+
+@dataclass
+class RetrievalTaskConfig:
+    """Recall@k between pictures and their captions, both ways; any of a picture's captions is a hit."""
+
+    kind: TaskKind = TaskKind.retrieval
+    table: Any = MISSING
+    image_root: str | None = None
+    image_key: str = "filepath"
+    caption_key: str = "title"
+    separator: str = "auto"
+    encoding: str = "auto"
+
+
+@dataclass
+class LinearProbeTaskConfig(LabeledDataConfig):
+    """Logistic regression on frozen features, fitted on `train`, scored on the task's own pictures."""
+
+    kind: TaskKind = TaskKind.linear_probe
+    train: LabeledDataConfig = field(default_factory=LabeledDataConfig)
+    c: list[float] = field(
+        default_factory=lambda: [10.0**power for power in range(-3, 5)]
+    )  # inverse regularisation to choose from
+    val_fraction: float = 0.2  # share of `train` that chooses
+    max_iter: int = 1000
+    seed: int = 0  # of the choice of that share
+
+
+@dataclass
+class KNNTaskConfig(LabeledDataConfig):
+    """Vote of the k nearest pictures of `train` by cosine."""
+
+    kind: TaskKind = TaskKind.knn
+    train: LabeledDataConfig = field(default_factory=LabeledDataConfig)
+    k: int = 20
+    temperature: float = 0.07  # a neighbour's vote weighs exp(cosine / temperature)
+
+
+@dataclass
+class RobustnessTaskConfig:
+    """Zero-shot on ImageNet and its five shifted versions, beside a supervised network (CLIP paper, figure 13)."""
+
+    kind: TaskKind = TaskKind.robustness
+    root: str | None = None  # folder that holds the sets under their usual names
+    sets: dict[str, Any] = field(default_factory=dict)  # name: the keys of a zero_shot task
+    templates: Any = "openai"
+    baseline: str | None = "resnet101"  # a classifier of torchvision.models trained on ImageNet-1k; null: none
+    baseline_weights: str = "IMAGENET1K_V1"  # torchvision's name for its weights, or a file
+
+
+@dataclass
+class EvaluateConfig(SubjectConfig):
+    task: dict[str, Any] = field(default_factory=dict)  # name: a task, typed by its `kind`
+    name: str | None = None  # of the evaluation's folder; null: the run's or the model's
+    devices: Any = (
+        "auto"  # processes to share the pictures: auto (1 on CPU, all GPUs), a number, or a list of GPU indices
+    )
+    cache_gb: float = 10.0  # most disk space for features and classifiers below <output_dir>/cache; 0: keep none

@@ -1,0 +1,70 @@
+"""Pictures to evaluate on, by position: files, or what a library keeps in a form of its own. No torch."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+
+class Pictures(Protocol):
+    """A sequence of pictures; picklable, since worker processes open them."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int, max_pixels: int) -> Image.Image:
+        """The picture in its own mode, as the published protocol sees it (`data.images.open_image`).
+
+        Raises:
+            BadImage: it cannot be used; the message is the reason.
+        """
+        ...
+
+    def name(self, index: int) -> str:
+        """For people: the path, or where else it is."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash that changes when a picture does; what is cached about the pictures is filed under it."""
+        ...
+
+
+class PictureFiles:
+    """Pictures in files.
+
+    Args:
+        paths: of the files.
+        border: pixels that are cut off on every side; ObjectNet's pictures have a red frame.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], border: int = 0) -> None:
+        self.paths = np.array([str(path) for path in paths])  # one block of memory that workers share
+        self.border = border
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int, max_pixels: int) -> Image.Image:
+        from clip_exp.data.images import open_image  # imports torch, which finding pictures does without
+
+        picture = open_image(self.name(index), max_pixels)
+        if not self.border:
+            return picture
+        return picture.crop((self.border, self.border, picture.width - self.border, picture.height - self.border))
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and times of change: reading the files would take as long as encoding them."""
+        digest = hashlib.sha256(f"border {self.border}\n".encode())
+        for path in self.paths:
+            try:
+                status = os.stat(path)
+                digest.update(f"{os.path.abspath(path)}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(f"{os.path.abspath(path)}\tmissing\n".encode())
+        return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""A rank's own door: `python -m clip_exp.evaluation.worker <evaluation folder>`, started by `evaluation.launch`."""
+
+import logging
+import os
+from pathlib import Path
+
+from clip_exp.config.load import read_evaluate_config
+from clip_exp.errors import PREEMPTED_EXIT_CODE
+from clip_exp.evaluation.launch import TIMEOUT_S, tell_stopped
+from clip_exp.evaluation.run import check, evaluate_in
+from clip_exp.ranks.signals import Stopped
+from clip_exp.ranks.worker import serve
+
+
+def work(folder: Path) -> int:
+    """Evaluate what the folder's `config.yaml` describes, as one rank."""
+    from clip_exp.inference.loading import choose_device
+    from clip_exp.ranks import group
+
+    main = os.environ["RANK"] == "0"
+    logging.getLogger().setLevel(logging.WARNING if main else logging.ERROR)
+    config = read_evaluate_config(folder)
+    group.start(choose_device(config.accelerator).type, TIMEOUT_S)
+    try:
+        source, tasks = check(config)
+        evaluate_in(folder, config, source, tasks)
+    except Stopped as stopped:
+        return tell_stopped(stopped) if main else PREEMPTED_EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    serve(work)

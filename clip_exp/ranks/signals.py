@@ -1,0 +1,31 @@
+"""Ending work that saves as it goes when a signal asks for it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from clip_exp.ranks.environment import STOP_SIGNALS
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end. No Exception: nothing on the way should take it for a failure of its own."""
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Inside, a stop signal raises `Stopped` where the program is. Outside the main thread signals are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"stopped by {signal.Signals(number).name}.")
+
+    handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
