@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "evaluate", "find_pictures", "load", "train"]
 
 if TYPE_CHECKING:
-    from clip_exp.api import load
+    from clip_exp.api import evaluate, find_pictures, load, train
 
 
 def __getattr__(name: str) -> Any:
     """Import the Python API on first use, so that `import clip_exp` costs nothing on the way to `--help`."""
-    if name == "load":
-        from clip_exp.api import load
+    if name in __all__:
+        from clip_exp import api
 
-        return load
+        return getattr(api, name)
     raise AttributeError(f"module 'clip_exp' has no attribute '{name}'")

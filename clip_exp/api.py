@@ -1,14 +1,15 @@
-"""The Python API: `clip_exp.load`."""
+"""The Python API: `clip_exp.load`, and the commands train and evaluate as functions."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from clip_exp.config.load import nearest
+from clip_exp.config.compose import compose
+from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.paths import options
 from clip_exp.config.schema import Activation
-from clip_exp.errors import ConfigError
-from clip_exp.inference.clip import Clip
-from clip_exp.inference.loading import choose_device, load_model
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
+from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.sources import (
     CONFIG,
     Source,
@@ -18,8 +19,14 @@ from clip_exp.inference.sources import (
     source_of_run,
     source_of_weights,
 )
+from clip_exp.ranks.environment import outer_ranks
+from clip_exp.ranks.signals import Stopped
+from clip_exp.runs import RunRecord
 
-__all__ = ["Clip", "load"]
+if TYPE_CHECKING:
+    from clip_exp.inference.clip import Clip
+
+__all__ = ["evaluate", "find_pictures", "load", "train"]
 
 
 def load(
@@ -28,7 +35,7 @@ def load(
     *,
     accelerator: str = "auto",
     activation: str | None = None,
-) -> Clip:
+) -> "Clip":
     """A model that is ready to use.
 
     Args:
@@ -41,13 +48,68 @@ def load(
         ConfigError: no such model, file or folder.
         CheckpointError: the weights cannot be read, or are another model's.
     """
-    found = _source(source, pretrained)
+    found = _source(source, pretrained)  # what is wrong is told before torch is imported
     if activation is not None:
         if activation not in list(Activation):
             raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
         found = replace(found, model=replace(found.model, activation=Activation(activation)))
+    from clip_exp.inference.clip import Clip
+    from clip_exp.inference.loading import choose_device, load_model
+
     device = choose_device(accelerator)
-    return Clip(load_model(found, device), found.model, device)
+    return Clip(load_model(found, device), found.model, device, source=found)
+
+
+def train(*overrides: str) -> Path:
+    """Train as `clip-exp train` does, in this process and those that it starts; return the finished run's folder.
+
+    A run that was interrupted goes on, one that has finished is returned: see `resume` in docs/training.md.
+
+    Args:
+        overrides: as on the command line: "model=vit_tiny", "data=csv", "data.train=pairs.csv".
+    Raises:
+        ConfigError: the configuration cannot work; a line for every problem.
+        ClipExpError: the run failed; the class tells why, as the exit code does on the command line.
+        KeyboardInterrupt: a signal stopped it; the same call goes on.
+    """
+    from clip_exp.config.preflight import check_train
+
+    config = load_train(compose("train", list(overrides)))
+    check_train(config)
+    if outer_ranks():
+        raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
+    from clip_exp.training.launch import train_here
+
+    run_dir, code = train_here(config, list(overrides))
+    if code == PREEMPTED_EXIT_CODE:
+        raise KeyboardInterrupt(f"stopped by a signal; the same call goes on in {run_dir}")
+    if code:
+        told = "\n".join(RunRecord(run_dir).values.get("error", [])) or f"{run_dir} failed."
+        classes = {cls.exit_code: cls for cls in ClipExpError.__subclasses__()}
+        raise classes.get(code, ClipExpError)(told.removeprefix("error: "))
+    return run_dir
+
+
+def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
+    """Score a model as `clip-exp evaluate` does, in this process; the results are in its folder too.
+
+    Args:
+        overrides: as on the command line: "run=DIR", "task=[imagenet,retrieval]", ….
+    Returns:
+        of each task `{"metrics": {name: value}, "protocol": {…}}`; shares are fractions.
+    Raises:
+        ClipExpError: the configuration, the data or the model cannot be used.
+        KeyboardInterrupt: a signal stopped it; the same call goes on from the features that are kept.
+    """
+    from clip_exp.evaluation import run
+
+    config = load_evaluate(compose("evaluate", list(overrides)))
+    if str(config.devices) not in ("auto", "1"):
+        raise ConfigError(f"devices={config.devices}: several processes are for the command line (clip-exp evaluate).")
+    try:
+        return run.evaluate(config, list(overrides))
+    except Stopped as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
 
 
 def _source(source: str | Path, pretrained: str | Path | None) -> Source:

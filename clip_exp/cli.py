@@ -107,10 +107,43 @@ def _evaluate(config: DictConfig, arguments: list[str]) -> int:
     return launch(loaded, arguments)
 
 
+def _predict(config: DictConfig, arguments: list[str]) -> int:
+    from clip_exp.config.load import load_use
+    from clip_exp.config.use_schema import PredictConfig
+
+    loaded = load_use(config, PredictConfig)
+    from clip_exp.inference.predict import predict
+
+    return predict(loaded)
+
+
+def _rank(config: DictConfig, arguments: list[str]) -> int:
+    from clip_exp.config.load import load_use
+    from clip_exp.config.use_schema import RankConfig
+
+    loaded = load_use(config, RankConfig)
+    from clip_exp.inference.rank import rank
+
+    return rank(loaded)
+
+
+def _search(config: DictConfig, arguments: list[str]) -> int:
+    from clip_exp.config.load import load_use
+    from clip_exp.config.use_schema import SearchConfig
+
+    loaded = load_use(config, SearchConfig)
+    from clip_exp.inference.search import search
+
+    return search(loaded)
+
+
 Command = Callable[[DictConfig, list[str]], int]
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (_train, "train a CLIP on image-text pairs"),
     "evaluate": (_evaluate, "score a trained CLIP: zero-shot classification, retrieval"),
+    "predict": (_predict, "how probable each text is for pictures or videos"),
+    "rank": (_rank, "the pictures that fit a text best"),
+    "search": (_search, "index pictures once, then look for them by text or by picture"),
 }
 
 

@@ -40,4 +40,9 @@ class DistributedError(ClipExpError):
     exit_code = 6
 
 
+def gravest(errors: list[ClipExpError]) -> ClipExpError:
+    """One error with a line for each of several, of the class whose exit code is the lowest."""
+    return type(min(errors, key=lambda error: error.exit_code))("\n".join(str(error) for error in errors))
+
+
 PREEMPTED_EXIT_CODE = 143

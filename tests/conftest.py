@@ -69,3 +69,9 @@ def train(command, tmp_path_factory: pytest.TempPathFactory) -> Train:
 def single(train: Train) -> Finished:
     """Twenty steps in one process, which every other way of running them must reproduce."""
     return train(*TINY, "max_steps=20", "log_every_n_steps=1", "checkpoint_every_n_steps=10", "val_every_n_steps=10")
+
+
+@pytest.fixture(scope="session")
+def digits(train: Train) -> Finished:
+    """The run that the README begins with: 20 s of training on handwritten digits."""
+    return train("experiment=digits", "resume=never")

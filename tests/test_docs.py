@@ -5,22 +5,26 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from clip_exp.config.load import load_evaluate, load_train
+from clip_exp.cli import COMMANDS as CLI_COMMANDS
+from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.load import load_evaluate, load_train, load_use
 from clip_exp.config.overrides import quote
+from clip_exp.config.store import SCHEMAS
 from tests.compose import compose_config
 from tests.conftest import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 RECIPES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 FLAGS = {"-m", "--help", "--cfg", "job", "…"}
 
 
 def commands_of(path: Path) -> list[str]:
-    """The train and evaluate commands in a page's code blocks, or in a recipe's header."""
+    """The commands in a page's code blocks, or in a recipe's header."""
     text = path.read_text(encoding="utf-8")
     blocks = (
         re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
@@ -28,9 +32,8 @@ def commands_of(path: Path) -> list[str]:
         else [re.sub(r"^# ?", "", text, flags=re.MULTILINE)]
     )
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        line.strip() for line in lines if re.match(r"\s*(python (train|evaluate)\.py|clip-exp (train|evaluate)) ", line)
-    ]
+    names = "|".join(CLI_COMMANDS)
+    return [line.strip() for line in lines if re.match(rf"\s*(python (train|evaluate)\.py|clip-exp ({names})) ", line)]
 
 
 COMMANDS = [(path.name, command) for path in (*PAGES, *RECIPES) for command in commands_of(path)]
@@ -39,12 +42,13 @@ COMMANDS = [(path.name, command) for path in (*PAGES, *RECIPES) for command in c
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_every_documented_command_composes(page: str, command: str) -> None:
     words = [word for word in shlex.split(command, comments=True) if word not in FLAGS]
-    name = "evaluate" if "evaluate" in words[1] else "train"
+    name = words[1].removesuffix(".py")
     # A sweep's choices are one value here: the first.
     sweeping = "-m" in command.split()
     overrides = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
     config = compose_config(*quote(overrides), command=name)
-    assert (load_evaluate if name == "evaluate" else load_train)(config)
+    loaders = {"train": load_train, "evaluate": load_evaluate}
+    assert loaders[name](config) if name in loaders else load_use(config, SCHEMAS[name])
 
 
 def test_the_pages_that_the_readme_links_exist() -> None:
@@ -58,6 +62,22 @@ def test_the_readme_names_every_option_of_the_groups_it_lists() -> None:
     for group in ("model", "data", "loss", "optimizer", "scheduler", "strategy", "logger"):
         for path in (REPOSITORY / "conf" / group).glob("*.yaml"):
             assert f"`{path.stem}`" in text, f"{group}={path.stem}"
+
+
+def test_every_task_has_a_page_and_is_named_where_tasks_are_listed() -> None:
+    """A task's page begins with `task=…`; one that shares a page has a section that does."""
+    tasks = {path.stem for path in (REPOSITORY / "conf" / "task").glob("*.yaml")}
+    pages = [page.read_text(encoding="utf-8") for page in (REPOSITORY / "docs" / "tasks").glob("*.md")]
+    titled = [task for page in pages for task in re.findall(r"^##? `task=(\w+)`", page, re.MULTILINE)]
+    assert sorted(titled) == sorted(tasks)
+    for list_of_tasks in ("README.md", "docs/evaluation.md"):
+        text = (REPOSITORY / list_of_tasks).read_text(encoding="utf-8")
+        assert not [task for task in tasks if f"`{task}`" not in text], list_of_tasks
+
+
+def test_the_page_of_evaluation_names_every_setting() -> None:
+    text = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert not [field.name for field in fields(EvaluateConfig) if f"`{field.name}`" not in text]
 
 
 def test_make_help_lists_the_targets() -> None:
@@ -90,7 +110,7 @@ def test_the_way_from_a_csv_to_a_scored_model(command, single, tmp_path, monkeyp
     words = [word.replace("<time>", run.name) for word in shlex.split(evaluate)[2:]]
     scored = command("evaluate.py", *words, "task.imagenet.templates=['a {}.']", "num_workers=0", cwd=tmp_path)
     assert scored.returncode == 0, scored.stdout + scored.stderr
-    results = {path.stem: json.loads(path.read_text())["metrics"] for path in (run / "eval").iterdir()}
+    results = {path.stem: json.loads(path.read_text())["metrics"] for path in (run / "eval").glob("*.json")}
     assert results.keys() == {"retrieval", "image_folder", "imagenet"}
     assert results["image_folder"]["top1"] == 1.0
     assert 0 <= results["imagenet"]["top5"] <= 1

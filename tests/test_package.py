@@ -28,6 +28,7 @@ def test_the_wheel_carries_conf_and_its_console_script_composes(repository: Path
     wheel = next(tmp_path.glob("clip_exp-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert "clip_exp/conf/model/vit_b32.yaml" in names
+    assert "clip_exp/reports/templates/page.css" in names
     assert not any(name.startswith(("tests/", "conf/")) for name in names)
     install = [
         sys.executable,
@@ -82,6 +83,7 @@ FORBIDDEN = {
     "data": ("hydra", "clip_exp.models", "clip_exp.losses", "clip_exp.training", "clip_exp.evaluation"),
     "text": ("pytorch_lightning", "hydra", "clip_exp.models", "clip_exp.training", "clip_exp.data"),
     "evaluation": ("pytorch_lightning", "hydra", "clip_exp.training"),
+    "reports": ("pytorch_lightning", "hydra", "clip_exp.models", "clip_exp.losses"),
     "checkpoints": ("hydra", "clip_exp.training", "clip_exp.models", "clip_exp.data"),
 }
 

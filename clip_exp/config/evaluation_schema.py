@@ -27,7 +27,6 @@ class SubjectConfig:
     model: ModelConfig | None = None
     pretrained: str | None = None  # a file of weights for `model`
     ema: bool = False  # the averaged weights of the checkpoint instead of the raw ones
-    output_dir: str = "outputs"
     accelerator: str = "auto"  # auto, cpu, gpu
     precision: str = "32-true"
     batch_size: int = 64  # pictures per forward pass
@@ -91,9 +90,7 @@ class LinearProbeTaskConfig(LabeledDataConfig):
 
     kind: TaskKind = TaskKind.linear_probe
     train: LabeledDataConfig = field(default_factory=LabeledDataConfig)
-    c: list[float] = field(
-        default_factory=lambda: [10.0**power for power in range(-3, 5)]
-    )  # inverse regularisation to choose from
+    c: list[float] | None = None  # inverse regularisation to choose from; null: the CLIP paper's search, 1e-6 to 1e6
     val_fraction: float = 0.2  # share of `train` that chooses
     max_iter: int = 1000
     seed: int = 0  # of the choice of that share
@@ -125,6 +122,7 @@ class RobustnessTaskConfig:
 class EvaluateConfig(SubjectConfig):
     task: dict[str, Any] = field(default_factory=dict)  # name: a task, typed by its `kind`
     name: str | None = None  # of the evaluation's folder; null: the run's or the model's
+    output_dir: str = "outputs"
     devices: Any = (
         "auto"  # processes to share the pictures: auto (1 on CPU, all GPUs), a number, or a list of GPU indices
     )

@@ -77,8 +77,13 @@ def load_train(config: DictConfig) -> TrainConfig:
 
 
 def load_evaluate(config: DictConfig) -> EvaluateConfig:
-    """The typed configuration of an evaluation; its tasks stay mappings, typed by `evaluation.tasks`."""
-    return strict_dataclass(EvaluateConfig, _resolve(config))
+    """The typed configuration of an evaluation; its tasks stay mappings, which `evaluation.tasks` types and finds complete."""
+    return strict_dataclass(EvaluateConfig, _resolve(config, throw_on_missing=False))
+
+
+def load_use(config: DictConfig, cls: type[T]) -> T:
+    """The typed configuration of predict, rank or search."""
+    return strict_dataclass(cls, _resolve(config))
 
 
 def read_run_config(run_dir: Path | str) -> TrainConfig:
@@ -117,9 +122,9 @@ def plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else value
 
 
-def _resolve(config: DictConfig) -> dict[str, Any]:
+def _resolve(config: DictConfig, throw_on_missing: bool = True) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[return-value]
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=throw_on_missing, enum_to_str=True)  # type: ignore[return-value]
     except MissingMandatoryValue:
         missing = sorted(OmegaConf.missing_keys(config))
         raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing)) from None

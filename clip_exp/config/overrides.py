@@ -27,14 +27,23 @@ ALWAYS_CHOSEN = [
 ]
 
 
+# An element of a list: in quotes, or up to a comma that is in no brackets.
+_ELEMENT = re.compile(
+    r"""\s*"(?:[^"\\]|\\.)*"\s*(?=,|$)|\s*'(?:[^'\\]|\\.)*'\s*(?=,|$)|(?:\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|[^,])+"""
+)
+
+
 def quote(arguments: list[str]) -> list[str]:
     """Quote the values that Hydra's grammar cannot read: `=` in a path, Chinese text, parentheses, `{000..009}`.
 
-    Outside a sweep a comma is quoted as well (`text=a dog, running`), where Hydra would take it for a list of choices.
+    In a list the elements are quoted (`texts=[a dog (running),一只猫]`). Outside a sweep a comma is quoted as well
+    (`text=a dog, running`), where Hydra would take it for a list of choices. A key of a task may be one that the task's file
+    leaves out; whether the task's kind has it is seen when the task is parsed.
     """
     parser = OverridesParser.create()
     sweeping = bool(MULTIRUN_FLAGS & set(arguments))
-    return [_quoted(parser, argument, sweeping) for argument in arguments]
+    quoted = [_quoted(parser, argument, sweeping) for argument in arguments]
+    return [f"++{argument}" if re.match(r"task\.[\w@.+-]+=", argument) else argument for argument in quoted]
 
 
 def check_groups(arguments: list[str]) -> None:
@@ -63,13 +72,28 @@ def _quoted(parser: OverridesParser, argument: str, sweeping: bool) -> str:
             return argument
     except HydraException:
         pass
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    quoted = f"{key}='{escaped}'"
+    return next((text for text in _spellings(parser, key, value) if _readable(parser, text)), argument)
+
+
+def _spellings(parser: OverridesParser, key: str, value: str) -> Iterator[str]:
+    """A list with its elements in quotes where they need them; then the whole value in quotes."""
+    if value.strip().startswith("[") and value.strip().endswith("]"):
+        elements = _ELEMENT.findall(value.strip()[1:-1])
+        quoted = [e if _readable(parser, f"{key}=[{e}]") else _in_quotes(e.strip()) for e in elements]
+        yield f"{key}=[{','.join(quoted)}]"
+    yield f"{key}={_in_quotes(value)}"
+
+
+def _readable(parser: OverridesParser, argument: str) -> bool:
     try:
-        parser.parse_override(quoted)
+        parser.parse_override(argument)
     except HydraException:
-        return argument
-    return quoted
+        return False
+    return True
+
+
+def _in_quotes(text: str) -> str:
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
 
 
 def explain(error: BaseException) -> str | None:

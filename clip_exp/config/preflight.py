@@ -8,18 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.load import nearest
+from clip_exp.config.preflight_measures import check_measures
 from clip_exp.config.schema import DataConfig, LossName, StrategyName, TrainConfig
-from clip_exp.errors import ConfigError
+from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.secrets import leaks
 
 VOCABULARY = 49408  # of OpenAI's byte-pair encoding
 READ_TWICE_BYTES = 64 << 20
-VALIDATION_METRICS = [
-    "val/loss", "val/zeroshot_top1", "val/zeroshot_top5", "val/median_rank_i2t", "val/median_rank_t2i",
-    *(f"val/recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")),
-]  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -27,7 +23,7 @@ def check_train(config: TrainConfig) -> None:
     """Refuse a run that cannot work.
 
     Raises:
-        ConfigError: a line for every problem.
+        ClipExpError: of the class of the gravest problem, with a line for every problem.
         DataError: the training table exists but cannot be read.
     """
     problems = [
@@ -38,10 +34,11 @@ def check_train(config: TrainConfig) -> None:
         *_check_callbacks(config),
         *leaks(dataclasses.asdict(config)),
     ]
-    if not problems:
-        problems = [*_check_rows(config), *_check_devices(config)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    errors = [*map(ConfigError, problems), *check_measures(config)]
+    if not errors:
+        errors = [ConfigError(problem) for problem in (*_check_rows(config), *_check_devices(config))]
+    if errors:
+        raise gravest(errors)
 
 
 def requested_devices(config: TrainConfig) -> int | None:
@@ -85,6 +82,7 @@ def _check_numbers(config: TrainConfig) -> Iterator[str]:
         "log_every_n_steps": (config.log_every_n_steps, 1, infinity),
         "val_every_n_steps": (config.val_every_n_steps, 1, infinity),
         "checkpoint_every_n_steps": (config.checkpoint_every_n_steps, 1, infinity),
+        "task_every_n_steps": (config.task_every_n_steps, 1, infinity),
         "patience": (config.patience, 1, infinity),
         "optimizer.lr": (config.optimizer.lr, tiny, 1e9),
         "optimizer.weight_decay": (config.optimizer.weight_decay, 0, 1e9),
@@ -210,16 +208,6 @@ def _check_strategy(config: TrainConfig) -> Iterator[str]:
 
 
 def _check_callbacks(config: TrainConfig) -> Iterator[str]:
-    if config.patience is not None and config.monitor is None:
-        yield "patience needs a metric to watch: set monitor (monitor=val/loss)."
-    if config.monitor is not None and config.data.generate is None and not config.data.val:
-        yield f"monitor={config.monitor} needs validation data: set data.val."
-    if config.monitor_mode not in ("auto", "min", "max"):
-        yield f"monitor_mode={config.monitor_mode} must be auto, min or max."
-    if config.monitor is not None and config.monitor not in VALIDATION_METRICS:
-        yield f"monitor={config.monitor} is no metric of validation: {nearest(config.monitor, VALIDATION_METRICS)}"
-    if str(config.monitor).startswith("val/zeroshot") and config.data.label_key is None:
-        yield f"monitor={config.monitor} needs class names: set data.label_key."
     if config.trainer.profiler not in (None, "simple", "advanced", "pytorch"):
         yield f"trainer.profiler={config.trainer.profiler} must be null, simple, advanced or pytorch."
     if config.loss.name == LossName.softmax and config.loss.init_logit_bias is not None:

@@ -4,8 +4,15 @@ from hydra.core.config_store import ConfigStore
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.schema import TrainConfig
+from clip_exp.config.use_schema import PredictConfig, RankConfig, SearchConfig
 
-SCHEMAS: dict[str, type] = {"train": TrainConfig, "evaluate": EvaluateConfig}  # by command
+SCHEMAS: dict[str, type] = {  # by command
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+    "rank": RankConfig,
+    "search": SearchConfig,
+}
 
 
 def register() -> None:

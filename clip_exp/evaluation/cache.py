@@ -10,8 +10,11 @@ import logging
 import os
 import shutil
 import time
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,10 +24,12 @@ from clip_exp import __version__
 
 log = logging.getLogger(__name__)
 IN_USE_S = 3600.0  # an entry that was used this recently may be another process's
+SUFFIX = ".safetensors"
+CHECKSUM = "crc32"
 
 
 class Cache:
-    """A folder of entries.
+    """A folder of entries. Nothing that is wrong with it ends an evaluation: what it lacks is computed.
 
     Args:
         folder: made when something is first kept.
@@ -40,41 +45,52 @@ class Cache:
         """The folder for what `about` (JSON values) decides completely, with the version of clip_exp. It may not exist yet."""
         text = json.dumps({"clip_exp": __version__, **about}, sort_keys=True)
         folder = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
-        if folder.is_dir():
+        with suppress(OSError):  # it is not there, or another user's
             os.utime(folder)
         return folder
 
+    def names(self, entry: Path) -> set[str]:
+        """The files of an entry."""
+        return {path.name.removesuffix(SUFFIX) for path in entry.glob(f"*{SUFFIX}") if not path.name.startswith(".")}
+
     def read(self, entry: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Tensors and metadata of a file; None if there is none, or it is damaged."""
-        path = entry / f"{name}.safetensors"
+        path = entry / f"{name}{SUFFIX}"
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+                metadata = file.metadata() or {}
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            log.warning("%s is damaged (%s) and is made again.", path, error)
+            log.warning("%s cannot be read (%s) and is made again.", path, error)
             return None
+        if metadata.pop(CHECKSUM, None) != _checksum(tensors):
+            log.warning("%s was changed after it was written and is made again.", path)
+            return None
+        return tensors, metadata
 
     def write(self, entry: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Keep tensors; a disk that is full or read-only is told once, and the evaluation goes on without."""
+        """Keep tensors that are on the CPU; a disk that is full or read-only is told once, and from then on nothing is kept."""
         if self._refused:
             return
-        temporary = entry / f".{name}.{os.getpid()}"
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        temporary = entry / f".{name}.{uuid4().hex}"
         try:
             entry.mkdir(parents=True, exist_ok=True)
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
-            temporary.replace(entry / f"{name}.safetensors")
+            save_file(tensors, temporary, {**(metadata or {}), CHECKSUM: _checksum(tensors)})
+            temporary.replace(entry / f"{name}{SUFFIX}")
         except (OSError, SafetensorError) as error:
             self._refused = True
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             log.warning(
                 "features cannot be kept in %s (%s): an interrupted evaluation would start over.", self.folder, error
             )
 
     def prune(self) -> None:
         """Remove what was not used for longest, down to the limit; what was used within the hour stays."""
-        entries = [(folder.stat().st_mtime, _bytes(folder), folder) for folder in self.folder.glob("*/*/")]
+        entries = [found for folder in self.folder.glob("*/*/") if (found := _entry(folder)) is not None]
         total = sum(size for _, size, _ in entries)
         for used, size, folder in sorted(entries):
             if total <= self.limit_gb * 1e9:
@@ -84,5 +100,24 @@ class Cache:
                 total -= size
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    checksum = 0
+    for _, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(tensor.numpy(), checksum)  # type: ignore[arg-type]
+    return f"{checksum:08x}"
+
+
+def _entry(folder: Path) -> tuple[float, int, Path] | None:
+    """When an entry was last used, its bytes, and the folder, less what a killed writer left; None if it has just gone."""
+    try:
+        used, size = folder.stat().st_mtime, 0
+        for path in folder.iterdir():
+            status = path.stat()
+            if path.name.startswith(".") and time.time() - status.st_mtime > IN_USE_S:
+                path.unlink(missing_ok=True)
+                os.utime(folder, (used, used))
+            else:
+                size += status.st_size
+    except OSError:
+        return None
+    return used, size, folder

@@ -1,69 +1,153 @@
-"""Labelled pictures to classify: a folder per class, ImageNet's layout, or a table with a label column. No torch."""
+"""Labelled pictures to evaluate on: `LabeledDataConfig` to `LabeledImages`. No torch."""
 
-import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.config.schema import OnBadRow
-from clip_exp.data.pictures import PictureFiles, Pictures
-from clip_exp.data.tables import read_table
+from clip_exp.data import samples
+from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.tables import PairTable, read_table
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.prompts import imagenet_classes, read_lines
+from clip_exp.evaluation.class_sets import CLASS_SETS
+from clip_exp.evaluation.ground_truth import from_flat_folder
+from clip_exp.evaluation.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order
+from clip_exp.evaluation.names import match
+from clip_exp.evaluation.objectnet import from_objectnet
+from clip_exp.evaluation.torchvision_sets import from_torchvision
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
-WNID = re.compile(r"n\d{8}$")
-ACCEPTED_CLASSES = (
-    "labels, imagenet, a list, a mapping of label to name, or a file with one name (or label<tab>name) per line"
-)
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "SOURCES",
+    "LabeledImages",
+    "from_folder",
+    "from_table",
+    "labeled_images",
+    "read_pairs",
+    "require_tables",
+]
+
+SOURCES = ("root", "table", "generate", "torchvision")
+PARTS = ("train", "val")  # of a generated data set
 
 
-@dataclass(frozen=True)
-class LabeledImages:
-    """Pictures and the class that each belongs to."""
+def labeled_images(
+    data: LabeledDataConfig,
+    where: str,
+    output_dir: str,
+    on_bad_row: OnBadRow = OnBadRow.error,
+    split: str | None = None,
+) -> LabeledImages:
+    """The labelled pictures that a part of the configuration describes.
 
-    pictures: Pictures
-    labels: Sequence[int]  # positions in `class_names`
-    class_names: list[str]  # what pictures are scored against
-    where: str  # for people: the folder or table
-    keys: list[str | None] = field(default_factory=list)  # folder or label of each class; None: the data lacks it
-    unlabeled: int = 0  # pictures of the table that have no label, and are left out
-    imagenet: list[list[int]] | None = (
-        None  # of each class the classes of ImageNet-1k that it stands for, where it does
+    Args:
+        where: the part's key, as `task.flowers`, for messages.
+        output_dir: of the runs; generated data is written below it.
+        split: what to read where `data.split` is None: "train", or None for the held-out part.
+    Raises:
+        ConfigError: not exactly one source; a file or folder is missing; `classes` does not fit the data.
+        DataError: the data cannot be used.
+    """
+    _check_source(data, where)
+    if data.torchvision is not None:
+        return from_torchvision(data, where, split)
+    if data.root is not None and data.classes == "objectnet":
+        return from_objectnet(data.root, where)
+    if data.root is not None and data.ground_truth is not None:
+        return from_flat_folder(data.root, data.ground_truth, data.classes, where)
+    if data.root is not None:
+        return from_folder(data.root, data.classes, where)
+    table = data.table if data.generate is None else _generated(data, where, output_dir, split)
+    require_tables(table, where)
+    return from_table(
+        table,
+        image_key=data.image_key,
+        label_key=data.label_key,
+        image_root=data.image_root,
+        separator=data.separator,
+        encoding=data.encoding,
+        on_bad_row=on_bad_row,
+        classes=data.classes,
+        where=where,
     )
 
-    @property
-    def missing(self) -> list[str]:
-        """Names that pictures are scored against though none belongs to them."""
-        present = set(self.labels)
-        return [name for position, name in enumerate(self.class_names) if position not in present]
+
+def _check_source(data: LabeledDataConfig, where: str) -> None:
+    given = [key for key in SOURCES if getattr(data, key) is not None]
+    if given != ["root", "torchvision"] and len(given) != 1:
+        raise ConfigError(f"{where}: give exactly one of {', '.join(SOURCES)}; given: {', '.join(given) or 'none'}.")
+    source = given[-1]
+    wanted = {
+        "ground_truth": (data.ground_truth is not None, ("root",)),
+        "download": (data.download, ("torchvision",)),
+        "split": (data.split is not None, ("torchvision", "generate")),
+    }
+    for key, (is_set, sources) in wanted.items():
+        if is_set and source not in sources:
+            raise ConfigError(f"{where}.{key} is for {' and '.join(sources)}; {where} has {source}: leave it out.")
 
 
-def from_folder(root: str | Path, classes: Any = "labels", where: str = "root") -> LabeledImages:
-    """`<root>/<class>/…/<picture>`: a class per folder, in the order of the folders' names (code points).
+def _generated(data: LabeledDataConfig, where: str, output_dir: str, split: str | None) -> str:
+    assert data.generate is not None
+    part = data.split or split or "val"
+    if part not in PARTS:
+        raise ConfigError(f"{where}.split={part} must be one of {', '.join(PARTS)}.")
+    return str(getattr(samples.generate(data.generate, Path(output_dir)), part))
 
-    Hidden files and files that are no pictures are left out. Under `labels` a name is its folder's with `_` as a space.
+
+def require_tables(tables: Any, where: str) -> None:
+    """Raises ConfigError if a table is no file; `where` is the task."""
+    given = [tables] if isinstance(tables, str) else tables
+    if not isinstance(given, list) or not given or not all(isinstance(table, str) for table in given):
+        raise ConfigError(f"{where}.table={tables} must be a file, or a list of files.")
+    for table in given:
+        if not Path(table).is_file():
+            raise ConfigError(f"{where}.table={table}: no such file (seen from {Path.cwd()}).")
+
+
+def read_pairs(table: Any, where: str, **options: Any) -> PairTable:
+    """`data.tables.read_table`, whose messages name the task's keys instead of a run's."""
+    try:
+        return read_table(table, **options)
+    except (ConfigError, DataError) as error:
+        keys = "image_key|caption_key|label_key|image_root|separator|encoding"
+        raise type(error)(re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))) from error
+
+
+def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") -> LabeledImages:
+    """`<root>/<class>/…/<picture>`: a class per folder, in the order of the folders' names.
+
+    Names that are all numbers are ordered by value, as ImageNetV2's, others by code point. Hidden files and files that are
+    no pictures are left out. Under `labels` a name is its folder's with `_` as a space.
 
     Raises:
         ConfigError: no such folder; `classes` does not fit the folders.
-        DataError: no class folders, no pictures, or under `imagenet` a folder that is no class of ImageNet-1k.
+        DataError: no class folders, no pictures, or under a published list a folder that is no class of it.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"{where}={root}: no such folder. Give a folder that holds one folder of pictures per class.")
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = {folder: _pictures(root / folder) for folder in folders}
-    if not any(files.values()):
-        loose = (
-            " There are pictures in the folder itself: sort them into one folder per class." if _pictures(root) else ""
+        raise ConfigError(
+            f"{where}.root={root}: no such folder. Give a folder that holds one folder of pictures per class."
         )
-        raise DataError(f"{where}={root} holds no folder with pictures.{loose}")
-    position, names = _match(folders, [folder.replace("_", " ") for folder in folders], classes, str(root))
+    folders = in_order(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    published = isinstance(classes, str) and classes in CLASS_SETS
+    if published and "val" in folders:
+        raise ConfigError(f"{where}.root={root} holds a folder val: give {root / 'val'}.")
+    files = {folder: find_pictures(root / folder) for folder in folders}
+    if not any(files.values()):
+        raise DataError(f"{where}.root={root} holds no folder with pictures.{_about_loose(root, published, where)}")
+    matched = match(folders, [folder.replace("_", " ") for folder in folders], classes, str(root), where)
     paths = [path for folder in folders for path in files[folder]]
-    labels = [position[folder] for folder in folders for _ in files[folder]]
-    return LabeledImages(PictureFiles(paths), labels, names, str(root), _keys(position, names))
+    labels = [matched.position[folder] for folder in folders for _ in files[folder]]
+    return LabeledImages(PictureFiles(paths), labels, matched.names, str(root), matched.keys, imagenet=matched.imagenet)
+
+
+def _about_loose(root: Path, published: bool, where: str) -> str:
+    if not find_pictures(root, below=False):
+        return ""
+    labels = f", or name a file of their labels: {where}.ground_truth=FILE" if published else ""
+    return f" There are pictures in the folder itself: sort them into one folder per class{labels}."
 
 
 def from_table(
@@ -76,17 +160,20 @@ def from_table(
     encoding: str = "auto",
     on_bad_row: OnBadRow = OnBadRow.error,
     classes: Any = "labels",
+    where: str = "task",
 ) -> LabeledImages:
-    """Pictures of a table, labelled by a column; the classes are its distinct values in the order of code points.
+    """Pictures of a table, labelled by a column; the classes are its distinct values.
 
-    A picture in several rows, as with several captions, counts once; one without a label is left out, as in validation.
+    Values that are all numbers are ordered by value, others by code point. A picture in several rows, as with several
+    captions, counts once; one without a label is left out, as in validation.
 
     Raises:
         ConfigError: no such file; `classes` does not fit the labels.
         DataError: a column is missing, a row is bad, a label contradicts another, or there are none.
     """
-    pairs = read_table(
+    pairs = read_pairs(
         table,
+        where,
         image_key=image_key,
         caption_key=None,
         label_key=label_key,
@@ -95,8 +182,26 @@ def from_table(
         encoding=encoding,
         on_bad_row=on_bad_row,
     )
+    rows, labels, unlabeled = _labeled_rows(pairs)
+    if not rows:
+        raise DataError(f"{table}: the column {label_key} is empty in every row.")
+    present = in_order(labels)
+    matched = match(present, present, classes, str(table), where)
+    return LabeledImages(
+        PictureFiles([pairs.image_path(row) for row in rows]),
+        [matched.position[label] for label in labels],
+        matched.names,
+        str(table),
+        matched.keys,
+        unlabeled=unlabeled,
+        imagenet=matched.imagenet,
+    )
+
+
+def _labeled_rows(pairs: PairTable) -> tuple[list[int], list[str], int]:
+    """The first row and the label of each picture that has one, and how many have none."""
     assert pairs.labels is not None
-    written = pairs.labels.to_pylist()
+    written: list[str] = pairs.labels.to_pylist()
     first_row: dict[int, int] = {}
     for row, picture in enumerate(pairs.image_index().tolist()):
         first = first_row.setdefault(picture, row)
@@ -105,83 +210,4 @@ def from_table(
                 f"{pairs.where(row)}: {pairs.path(row)} is '{written[row]}' here and '{written[first]}' before; give one label."
             )
     rows = [row for row in first_row.values() if written[row]]
-    if not rows:
-        raise DataError(f"{table}: the column {label_key} is empty in every row.")
-    present = sorted({written[row] for row in rows})
-    position, names = _match(present, present, classes, str(table))
-    labels = [position[written[row]] for row in rows]
-    paths, unlabeled = [pairs.image_path(row) for row in rows], len(first_row) - len(rows)
-    return LabeledImages(PictureFiles(paths), labels, names, str(table), _keys(position, names), unlabeled)
-
-
-def _match(keys: list[str], own_names: list[str], classes: Any, where: str) -> tuple[dict[str, int], list[str]]:
-    """The position of each folder or label among the names to score against, and those names.
-
-    Names are matched to `keys` by a mapping where `classes` is one, by name where every key is among the names, and by
-    order where there are as many names as keys.
-    """
-    if classes == "labels":
-        return {key: position for position, key in enumerate(keys)}, own_names
-    if classes == "imagenet":
-        return _match_imagenet(keys, where)
-    if isinstance(classes, dict):
-        return _match_mapping(keys, {str(key): str(name) for key, name in classes.items()}, where)
-    lines = read_lines(classes, "classes", ACCEPTED_CLASSES)
-    if all("\t" in line for line in lines):
-        return _match_mapping(keys, dict(line.split("\t", 1) for line in lines), where)
-    by_name = {name: position for position, name in reversed(list(enumerate(lines)))}
-    if all(key in by_name or name in by_name for key, name in zip(keys, own_names, strict=True)):
-        if len(by_name) < len(lines):
-            raise ConfigError(
-                "classes has names twice, so labels cannot be matched by name: give a mapping of label to name."
-            )
-        pairs = zip(keys, own_names, strict=True)
-        return {key: by_name[key if key in by_name else name] for key, name in pairs}, lines
-    if len(lines) != len(keys):
-        raise ConfigError(
-            f"classes has {len(lines)} names, {where} has {len(keys)} classes, and not all of these are among those. "
-            f"Give a name for each in sorted order ({', '.join(keys[:3])}, …), or a mapping of label to name."
-        )
-    return {key: position for position, key in enumerate(keys)}, lines
-
-
-def _match_mapping(keys: list[str], mapping: dict[str, str], where: str) -> tuple[dict[str, int], list[str]]:
-    unknown = [key for key in keys if key not in mapping]
-    if unknown:
-        raise ConfigError(f"classes names nothing for {_listing(unknown)} of {where}.")
-    return {key: position for position, key in enumerate(mapping)}, list(mapping.values())
-
-
-def _match_imagenet(keys: list[str], where: str) -> tuple[dict[str, int], list[str]]:
-    position = {wnid: index for index, (wnid, _) in enumerate(imagenet_classes())}
-    unknown = [key for key in keys if key not in position]
-    if unknown:
-        what = "no class of ImageNet-1k" if WNID.match(unknown[0]) else "no WordNet id such as n01440764"
-        raise DataError(
-            f"{where}: {_listing(unknown)} is {what}. Move it away, or score against its own names: classes=labels."
-        )
-    return {key: position[key] for key in keys}, [name for _, name in imagenet_classes()]
-
-
-def _keys(position: dict[str, int], names: list[str]) -> list[str | None]:
-    key_at = {index: key for key, index in position.items()}
-    return [key_at.get(index) for index in range(len(names))]
-
-
-def _pictures(folder: Path) -> list[str]:
-    """Picture files below a folder, sorted; links are followed, hidden files and folders are not."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(found)
-
-
-def _listing(names: list[str], limit: int = 5) -> str:
-    return ", ".join(f"'{name}'" for name in names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
+    return rows, [written[row] for row in rows], len(first_row) - len(rows)

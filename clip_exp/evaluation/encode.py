@@ -109,7 +109,7 @@ def encode_distinct_texts(
     with (
         torch.no_grad(),
         autocast("32-true", torch.device(device)),
-        progress(sum(len(share.texts) for share in mine), what) as advance,
+        progress(sum(len(share.texts) for share in mine), what, len(tokens)) as advance,
     ):
         for share in mine:
             encoded.append((share.texts, share.encode().float()))

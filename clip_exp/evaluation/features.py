@@ -1,7 +1,7 @@
 """Features of a whole set of pictures: shared by the ranks, kept block by block, the same on any number of ranks.
 
 A set is cut into blocks that depend on its size alone. A block is encoded by one rank, in batches of its own, so a picture's
-batch, and with it every bit of its features, is the same whoever computes it; a block that is on disk is read.
+batch, and with it every bit of its features, is the same whichever rank computes it; a block that is on disk is read.
 """
 
 import json
@@ -21,7 +21,7 @@ from clip_exp.errors import DataError
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.progress import progress
-from clip_exp.ranks.group import from_main, gather_objects, rank, world_size
+from clip_exp.ranks.group import from_main, gather_objects, local_world_size, rank, world_size
 
 BLOCKS = 64  # of a set: the most ranks that share it evenly
 SMALLEST, LARGEST = 32, 1024  # pictures of a block
@@ -58,16 +58,14 @@ def encode_pictures(
     """
     blocks = _blocks(len(pictures))
     store = _Store(cache, encoder, pictures, options, len(blocks[0]))
-    mine = range(rank(), len(blocks), world_size())
+    mine = _share(len(blocks), from_main(store.numbers))
     found: dict[int, _Block] = {number: block for number in mine if (block := store.read(number)) is not None}
     for block in found.values():
         _check(block.bad, options)
-    missing = [number for number in mine if number not in found]
-    with progress(sum(len(blocks[number]) for number in mine), what) as advance:
+    missing = {number: blocks[number] for number in mine if number not in found}
+    with progress(sum(len(blocks[number]) for number in mine), what, len(pictures)) as advance:
         advance(sum(len(blocks[number]) for number in found))
-        for number, block in _encode_blocks(
-            encoder, pictures, options, {number: blocks[number] for number in missing}, advance
-        ):
+        for number, block in _encode_blocks(encoder, pictures, options, missing, advance):
             store.write(number, block)
             found[number] = block
     everywhere = {number: block for share in gather_objects(found) for number, block in share.items()}
@@ -82,6 +80,13 @@ def encode_pictures(
 def _blocks(pictures: int) -> list[range]:
     size = min(max(-(-pictures // BLOCKS), SMALLEST), LARGEST)
     return [range(start, min(start + size, pictures)) for start in range(0, pictures, size)]
+
+
+def _share(blocks: int, kept: set[int]) -> list[int]:
+    """The blocks of this rank: its share of those that are on disk, and of those that are not."""
+    there = [number for number in range(blocks) if number in kept]
+    missing = [number for number in range(blocks) if number not in kept]
+    return there[rank() :: world_size()] + missing[rank() :: world_size()]
 
 
 def _encode_blocks(
@@ -100,7 +105,7 @@ def _encode_blocks(
         for start in range(0, len(block), options.batch_size)
     ]
     waiting: list[_Block] = []
-    for position, batch in enumerate(_load(encoder, pictures, options, [indices for _, indices in batches])):
+    for position, batch in enumerate(load_batches(encoder, pictures, options, [indices for _, indices in batches])):
         bad = [f"{picture.path}: {picture.reason}" for picture in batch.bad]
         _check(bad, options)
         features = encoder.encode(batch.image).cpu() if len(batch.index) else torch.empty(0, 0)
@@ -112,16 +117,17 @@ def _encode_blocks(
             waiting = []
 
 
-def _load(
+def load_batches(
     encoder: ImageEncoder, pictures: Pictures, options: EncodeOptions, batches: list[list[int]]
 ) -> Iterator[EvalBatch]:
+    """Pictures read and transformed by worker processes, in the given batches of positions; bad ones are passed on."""
     few = len(batches) == 1  # starting processes would take longer than the work
     return iter(
         DataLoader(
             EvalImages(pictures, encoder.transform, options.max_image_pixels),
             batch_sampler=batches,
             collate_fn=EvalCollate(context_length=1, image_size=encoder.image_size),
-            num_workers=0 if few else count_workers(options.num_workers, world_size()),
+            num_workers=0 if few else count_workers(options.num_workers, local_world_size()),
             worker_init_fn=init_worker,
             pin_memory=options.device.type == "cuda",
             generator=torch.Generator(),  # the global one may be a training run's
@@ -160,6 +166,11 @@ class _Store:
                 precision=options.precision,
                 max_image_pixels=options.max_image_pixels,
             )
+
+    def numbers(self) -> set[int]:
+        """The blocks that are there."""
+        names = set() if self.cache is None else self.cache.names(self.entry)
+        return {int(name.removeprefix("block-")) for name in names}
 
     def read(self, number: int) -> _Block | None:
         if self.cache is None or (found := self.cache.read(self.entry, f"block-{number:04d}")) is None:

@@ -1,10 +1,11 @@
 """From an evaluation's configuration to its folder and the processes that work in it: none but this for one device."""
 
+import logging
 import sys
 from pathlib import Path
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ConfigError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.evaluation.run import check, evaluate_in, open_folder
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.launch import run_ranks
@@ -19,40 +20,45 @@ def launch(config: EvaluateConfig, arguments: list[str]) -> int:
     Args:
         arguments: of the command line, for `run.json`.
     """
-    ranks = _ranks(config)
     if outer_ranks():
         return _join(config, arguments)
     source, tasks = check(config)
+    ranks = _ranks(config)
     folder = open_folder(config, source, arguments)
     if ranks > 1 or isinstance(config.devices, list):
         return run_ranks("clip_exp.evaluation.worker", folder, ranks, config.devices)
     try:
         evaluate_in(folder, config, source, tasks)
     except Stopped as stopped:
-        return tell_stopped(stopped)
+        return tell_stopped(stopped, config)
     return 0
 
 
-def tell_stopped(stopped: Stopped) -> int:
+def tell_stopped(stopped: Stopped, config: EvaluateConfig) -> int:
     """Say how to go on; return the exit code."""
-    print(f"{stopped} The same command goes on from the features that are kept.", file=sys.stderr, flush=True)
+    how = (
+        "goes on from the features that are kept" if config.cache_gb else "starts over, since cache_gb=0 keeps nothing"
+    )
+    print(f"{stopped} The same command {how}.", file=sys.stderr, flush=True)
     return PREEMPTED_EXIT_CODE
 
 
 def _ranks(config: EvaluateConfig) -> int:
-    """Processes that `devices` asks for."""
+    """Processes that `devices` asks for.
+
+    Raises:
+        ConfigError: more GPUs than there are.
+    """
     devices = config.devices
-    if isinstance(devices, list) and devices and all(isinstance(index, int) and index >= 0 for index in devices):
-        return len(devices)
-    if str(devices).isdecimal() and int(devices) > 0:
-        return int(devices)
-    if str(devices) not in ("auto", "-1"):
-        raise ConfigError(f"devices={devices} must be auto, a number above 0, or a list of GPU indices.")
+    asked = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else None
     if config.accelerator == "cpu":
-        return 1
+        return asked or 1
     import torch
 
-    return max(1, torch.cuda.device_count())
+    found = torch.cuda.device_count()
+    if found and max(devices if isinstance(devices, list) else [(asked or 1) - 1]) >= found:
+        raise ConfigError(f"devices={devices}: this machine has {found} GPUs, numbered from 0.")
+    return asked or max(1, found)
 
 
 def _join(config: EvaluateConfig, arguments: list[str]) -> int:
@@ -61,6 +67,7 @@ def _join(config: EvaluateConfig, arguments: list[str]) -> int:
     from clip_exp.ranks import group
 
     group.start(choose_device(config.accelerator).type, TIMEOUT_S)
+    quiet_unless_main(group.is_main())
 
     def open_new() -> Path:
         source, _ = check(config)
@@ -68,10 +75,18 @@ def _join(config: EvaluateConfig, arguments: list[str]) -> int:
 
     try:
         folder = group.from_main(open_new)
-        source, tasks = check(config)
-        evaluate_in(folder, config, source, tasks)
+        try:
+            source, tasks = check(config)
+            evaluate_in(folder, config, source, tasks)
+        except ClipExpError as error:
+            raise type(error)(f"rank {group.rank()}: {error}") from error
     except Stopped as stopped:
-        return tell_stopped(stopped)
+        return tell_stopped(stopped, config) if group.is_main() else PREEMPTED_EXIT_CODE
     finally:
         group.stop()
     return 0
+
+
+def quiet_unless_main(main: bool) -> None:
+    """What every rank would say, rank 0 says."""
+    logging.getLogger().setLevel(logging.WARNING if main else logging.ERROR)

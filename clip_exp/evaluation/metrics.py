@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from clip_exp.errors import NumericError
+from clip_exp.evaluation.places import places
 
 RECALL_AT = (1, 5, 10)
-TILE_ELEMENTS = 2**24  # scores held at a time: 64 MB in float32
 
 
 def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> dict[str, float]:
@@ -15,7 +15,7 @@ def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image
     Image to text, a picture is a hit if any of its captions is among the first k; text to image, a caption has one
     picture. Pictures without a caption are candidates for text to image, and do not count in image to text. Equal
     scores stand in random order, and a recall is its expected value over that order: a model that gives every pair the
-    same score gets chance, not 0 or 1. Scores come in tiles of rows, so memory does not grow with N * M.
+    same score gets chance, not 0 or 1. Scores come in tiles, so memory does not grow with N * M.
 
     Args:
         image_features_ND, text_features_MD: unit norm, float32.
@@ -28,8 +28,7 @@ def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image
     require_finite(image_features_ND, "image features")
     require_finite(text_features_MD, "text features")
     caption_image_M = caption_image_M.to(image_features_ND.device)
-    i2t = _ranks_of_images(image_features_ND, text_features_MD, caption_image_M)
-    t2i = _ranks_of_texts(image_features_ND, text_features_MD, caption_image_M)
+    i2t, t2i = places(image_features_ND, text_features_MD, caption_image_M)
     return {**_summary(*i2t, "i2t"), **_summary(*t2i, "t2i")}
 
 
@@ -74,38 +73,10 @@ def require_finite(features: Tensor, what: str) -> None:
     Raises:
         NumericError: a value is NaN or infinite.
     """
-    if not torch.isfinite(features).all():
+    if not torch.isfinite(features.sum()):  # features are small, so a sum that is not finite has such a part
         raise NumericError(
             f"The {what} hold NaN or infinite values: the weights are broken, or overflow in this precision."
         )
-
-
-def _ranks_of_images(image_ND: Tensor, text_MD: Tensor, caption_image_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each picture with captions: others' texts that beat its best caption, that tie it, and own captions tied."""
-    better, tied, own_tied = [], [], []
-    rows_N = torch.arange(len(image_ND), device=image_ND.device)
-    with_caption = caption_image_M.unique()
-    for rows in rows_N[with_caption].split(max(1, TILE_ELEMENTS // len(text_MD))):
-        scores = image_ND[rows] @ text_MD.T
-        own = caption_image_M[None, :] == rows[:, None]
-        best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        better.append((scores > best).sum(dim=1))
-        equal = scores == best
-        tied.append((equal & ~own).sum(dim=1))
-        own_tied.append((equal & own).sum(dim=1))
-    return torch.cat(better), torch.cat(tied), torch.cat(own_tied)
-
-
-def _ranks_of_texts(image_ND: Tensor, text_MD: Tensor, caption_image_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each caption: pictures that beat its own, that tie it, and 1 (its own)."""
-    better, tied = [], []
-    tile = max(1, TILE_ELEMENTS // len(image_ND))
-    for text, own in zip(text_MD.split(tile), caption_image_M.split(tile), strict=True):
-        scores = text @ image_ND.T
-        best = scores.gather(1, own[:, None])
-        better.append((scores > best).sum(dim=1))
-        tied.append((scores == best).sum(dim=1) - 1)
-    return torch.cat(better), torch.cat(tied), torch.ones_like(caption_image_M)
 
 
 def _summary(better: Tensor, tied: Tensor, own_tied: Tensor, way: str) -> dict[str, float]:

@@ -9,9 +9,9 @@ from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from clip_exp.errors import ConfigError
+from clip_exp.evaluation.texts import read_lines
 
 PLACEHOLDER = "{}"
 NAMED_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
@@ -21,7 +21,8 @@ def templates(source: str | list[str], where: str = "templates") -> list[str]:
     """Prompt templates, each with `{}` in the place of the class name.
 
     Args:
-        source: `openai` (80), `simple` (7), a list, one template, or a file with one template per line.
+        source: `openai` (80), `simple` (7), a list, one template, or a file: plain text with one template per line, or a
+            list as YAML or JSON.
         where: the configuration key, for messages.
     Raises:
         ConfigError: no such file, no templates, or one without `{}`.
@@ -30,7 +31,9 @@ def templates(source: str | list[str], where: str = "templates") -> list[str]:
         return [template(PLACEHOLDER) for template in getattr(_open_clip_metadata(), NAMED_TEMPLATES[source])]
     if isinstance(source, str) and PLACEHOLDER in source:
         source = [source]
-    found = read_lines(source, where, "openai, simple, a list, or a file with one template per line")
+    found = read_lines(
+        source, where, "openai, simple, a list, or a file of templates (a line each, or a list as YAML or JSON)"
+    )
     for template in found:
         if PLACEHOLDER not in template:
             raise ConfigError(
@@ -50,29 +53,13 @@ def imagenet_classes() -> list[tuple[str, str]]:
 
     1,000 entries: `missile` and `sunglasses` are each the name of two classes.
     """
-    wnids = (_package_folder("timm") / "data/_info/imagenet_synsets.txt").read_text(encoding="utf-8").split()
+    wnids = (package_folder("timm") / "data/_info/imagenet_synsets.txt").read_text(encoding="utf-8").split()
     return list(zip(wnids, _open_clip_metadata().IMAGENET_CLASSNAMES, strict=True))
-
-
-def read_lines(source: Any, where: str, accepted: str) -> list[str]:
-    """A list of texts, or the lines of a text file that are not empty.
-
-    Raises:
-        ConfigError: neither a list of texts nor a file, or nothing in it; `accepted` says what `where` may be.
-    """
-    if isinstance(source, str):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"{where}={source} is no file; it may be {accepted}.")
-        source = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not isinstance(source, list) or not source or not all(isinstance(item, (str, int)) for item in source):
-        raise ConfigError(f"{where} holds no texts; it may be {accepted}.")
-    return [str(item) for item in source]
 
 
 @cache
 def _open_clip_metadata() -> ModuleType:
-    path = _package_folder("open_clip") / "zero_shot_metadata.py"
+    path = package_folder("open_clip") / "zero_shot_metadata.py"
     spec = importlib.util.spec_from_file_location("clip_exp._open_clip_zero_shot_metadata", path)
     assert spec is not None
     assert spec.loader is not None
@@ -81,7 +68,12 @@ def _open_clip_metadata() -> ModuleType:
     return module
 
 
-def _package_folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
+    """Where an installed package lies, without importing it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     spec = PathFinder.find_spec(package)
     if spec is None or spec.origin is None:
         raise ConfigError(f"{package} is not installed beside clip_exp; run: pip install clip_exp")

@@ -1,6 +1,6 @@
 """What scoring a task yields: numbers, how they were made, and what a page about them shows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,16 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class TensorFile:
+    """What `eval/<task>.<name>.safetensors` holds, for use elsewhere."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Result:
     metrics: dict[str, float]  # shares are fractions
     protocol: dict[str, Any]  # JSON values
     details: Classified | Retrieved | Compared | None = None  # on rank 0 only
+    files: dict[str, TensorFile] = field(default_factory=dict)  # by name; on rank 0 only

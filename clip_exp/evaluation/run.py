@@ -1,6 +1,6 @@
 """An evaluation in one process (a rank of several, or the only one): score every task, leave the results where people look."""
 
-import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,11 @@ from typing import Any
 from clip_exp import __version__
 from clip_exp.config.evaluation_schema import EvaluateConfig, SubjectConfig
 from clip_exp.config.schema import Precision
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.tasks import Task, prepare_tasks
 from clip_exp.inference.sources import Source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
 from clip_exp.runs import RunRecord, evaluation_folder
-
-log = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -45,6 +43,8 @@ def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
     errors: list[ClipExpError] = [ConfigError(problem) for problem in problems_of(config)]
     if config.cache_gb < 0:
         errors.append(ConfigError(f"cache_gb={config.cache_gb} must not be negative; 0 keeps nothing."))
+    if problem := _devices_problem(config):
+        errors.append(ConfigError(problem))
     source = None
     try:
         source = find_source(config)
@@ -53,10 +53,19 @@ def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
     tasks, task_errors = prepare_tasks(config.task, config.output_dir, source)
     errors += task_errors
     if errors:
-        gravest = min(errors, key=lambda error: error.exit_code)
-        raise type(gravest)("\n".join(str(error) for error in errors))
+        raise gravest(errors)
     assert source is not None
     return source, tasks
+
+
+def _devices_problem(config: EvaluateConfig) -> str | None:
+    devices = config.devices
+    listed = isinstance(devices, list) and devices and all(isinstance(index, int) and index >= 0 for index in devices)
+    if listed and len({*devices}) == len(devices):
+        return f"devices={devices} lists GPUs: on a CPU give a number." if config.accelerator == "cpu" else None
+    if str(devices) in ("auto", "-1") or (str(devices).isdecimal() and int(devices) > 0):
+        return None
+    return f"devices={devices} must be auto, a number above 0, or a list of distinct GPU indices."
 
 
 def problems_of(config: SubjectConfig) -> list[str]:
@@ -87,34 +96,43 @@ def evaluate_in(folder: Path, config: EvaluateConfig, source: Source, tasks: lis
         Stopped: a signal asked for it; what was encoded is kept, and the same command goes on from there.
         ClipExpError: see `evaluate`.
     """
+    record, main = RunRecord(folder), os.environ.get("RANK", "0") == "0"
+    results: dict[str, dict[str, Any]] = {}
+    with stop_on_signals():
+        try:
+            _score_tasks(folder, config, source, tasks, results)
+        except BaseException as error:
+            if main:
+                code = PREEMPTED_EXIT_CODE if isinstance(error, Stopped) else getattr(error, "exit_code", 1)
+                status = "preempted" if isinstance(error, Stopped) else "failed"
+                record.finish(status, tasks=list(results), error=str(error).splitlines()[:20], exit_code=code)
+            raise
+        if main:
+            from clip_exp.reports.evaluation import show
+
+            record.finish("finished", tasks=list(results))
+            show(results, folder)
+    return results
+
+
+def _score_tasks(
+    folder: Path, config: EvaluateConfig, source: Source, tasks: list[Task], results: dict[str, dict[str, Any]]
+) -> None:
+    """Score one task after the other into `results`; what one of them found is written before the next begins."""
     # Torch takes seconds to import: only once the configuration is known to be right.
     from clip_exp.evaluation.scoring import score
     from clip_exp.ranks.group import is_main
-    from clip_exp.reports.evaluation import show, write_result
+    from clip_exp.reports.evaluation import write_result
 
-    record = RunRecord(folder)
-    results: dict[str, dict[str, Any]] = {}
-    try:
-        with stop_on_signals():
-            subject, about = _load(config, source)
-            for task in tasks:
-                result = score(task, subject)
-                result.protocol.update(about)
-                results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
-                if is_main():
-                    write_result(result, task.name, folder, source.run_dir)
-            if subject.cache is not None and is_main():
-                subject.cache.prune()
-    except BaseException as error:
+    subject, about = _load(config, source)
+    for task in tasks:
+        result = score(task, subject)
+        result.protocol.update(about)
         if is_main():
-            code = PREEMPTED_EXIT_CODE if isinstance(error, Stopped) else getattr(error, "exit_code", 1)
-            status = "preempted" if isinstance(error, Stopped) else "failed"
-            record.finish(status, tasks=list(results), error=str(error).splitlines()[:20], exit_code=code)
-        raise
-    if is_main():
-        record.finish("finished", tasks=list(results))
-        show(results, folder)
-    return results
+            write_result(result, task.name, folder, source.run_dir)
+        results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
+    if subject.cache is not None and is_main():
+        subject.cache.prune()
 
 
 def _load(config: EvaluateConfig, source: Source) -> tuple[Any, dict[str, Any]]:
@@ -122,19 +140,25 @@ def _load(config: EvaluateConfig, source: Source) -> tuple[Any, dict[str, Any]]:
     from clip_exp.evaluation.encode import encode_options
     from clip_exp.evaluation.scoring import Subject
     from clip_exp.inference.loading import load_model
+    from clip_exp.ranks.group import from_main
     from clip_exp.text.tokenizer import Tokenizer
 
     options = encode_options(config)
-    sha256 = source.sha256()
-    about = {
-        "model": source.model.name,
-        "weights": str(source.weights.resolve()),
-        "weights_sha256": sha256,
-        "step": source.step,
-        "device": str(options.device),
-        "clip_exp": __version__,
-    }
+    sha256 = from_main(source.sha256)
+    about = about_weights(source, sha256, options.device)
     cache = Cache(Path(config.output_dir) / "cache", config.cache_gb) if config.cache_gb else None
     model = load_model(source, options.device)
     tokenizer = Tokenizer(source.model.text.context_length)
     return Subject(model, tokenizer, source.model, options, sha256, cache), about
+
+
+def about_weights(source: Source, sha256: str, device: Any) -> dict[str, Any]:
+    """For a protocol: which weights were scored, on which kind of device."""
+    return {
+        "model": source.model.name,
+        "weights": str(source.weights.resolve()),
+        "weights_sha256": sha256,
+        "step": source.step,
+        "device": device.type,
+        "clip_exp": __version__,
+    }

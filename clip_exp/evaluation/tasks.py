@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_exp.config.evaluation_schema import (
     AutoTaskConfig,
+    KNNTaskConfig,
+    LabeledDataConfig,
+    LinearProbeTaskConfig,
     RetrievalTaskConfig,
+    RobustnessTaskConfig,
     TaskKind,
     ZeroShotTaskConfig,
 )
@@ -16,40 +19,32 @@ from clip_exp.config.load import nearest, strict_dataclass
 from clip_exp.config.paths import options
 from clip_exp.config.schema import DataConfig, OnBadRow, TrainConfig
 from clip_exp.data import samples
-from clip_exp.data.pictures import PictureFiles, Pictures
-from clip_exp.data.tables import read_table
-from clip_exp.errors import ClipExpError, ConfigError
-from clip_exp.evaluation.datasets import LabeledImages, from_folder, from_table
+from clip_exp.data.pictures import PictureFiles
+from clip_exp.errors import ClipExpError, ConfigError, gravest
+from clip_exp.evaluation.datasets import labeled_images, read_pairs, require_tables
+from clip_exp.evaluation.imagenet_sets import configure_sets, weights_file
+from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
 from clip_exp.evaluation.prompts import templates
+from clip_exp.evaluation.splits import prepare_knn, prepare_probe
 from clip_exp.inference.sources import Source
 
-TaskConfig = AutoTaskConfig | ZeroShotTaskConfig | RetrievalTaskConfig
+TaskConfig = (
+    AutoTaskConfig
+    | ZeroShotTaskConfig
+    | RetrievalTaskConfig
+    | LinearProbeTaskConfig
+    | KNNTaskConfig
+    | RobustnessTaskConfig
+)
 CONFIGS: dict[str, type[TaskConfig]] = {
     TaskKind.auto: AutoTaskConfig,
     TaskKind.zero_shot: ZeroShotTaskConfig,
     TaskKind.retrieval: RetrievalTaskConfig,
+    TaskKind.linear_probe: LinearProbeTaskConfig,
+    TaskKind.knn: KNNTaskConfig,
+    TaskKind.robustness: RobustnessTaskConfig,
 }
 NAME = re.compile(r"[\w.@+-]+")  # becomes a file's name
-
-
-@dataclass(frozen=True)
-class ClassificationTask:
-    name: str
-    images: LabeledImages
-    templates: list[str]
-    config: ZeroShotTaskConfig
-
-
-@dataclass(frozen=True)
-class RetrievalTask:
-    name: str
-    pictures: Pictures  # each once
-    captions: list[str]
-    caption_image: list[int]  # position in `paths` of each caption's picture
-    where: str
-
-
-Task = ClassificationTask | RetrievalTask
 
 
 def prepare_tasks(
@@ -61,15 +56,24 @@ def prepare_tasks(
         wanted: name to values.
         source: the model, whose run tells `auto` tasks what to score; None if it was not found: they are passed over.
     """
-    tasks: list[Task] = []
+    parsed: dict[str, TaskConfig] = {}
+    prepared: dict[str, list[Task]] = {}
     errors: list[ClipExpError] = []
     if not wanted:
         errors.append(ConfigError(f"no task: choose from task=[{','.join(options('task'))}]."))
     for name, values in wanted.items():
         try:
-            tasks.extend(_prepare(name, parse_task(name, values), output_dir, source))
+            parsed[name] = parse_task(name, values)
         except ClipExpError as error:
             errors.append(error)
+    for name in sorted(parsed, key=lambda name: _fetches(parsed[name])):
+        if _fetches(parsed[name]) and (errors or source is None):
+            continue  # what else is wrong is told before hours of fetching
+        try:
+            prepared[name] = list(_prepare(name, parsed[name], output_dir, source))
+        except ClipExpError as error:
+            errors.append(error)
+    tasks = [task for name in wanted for task in prepared.get(name, [])]
     names = [task.name for task in tasks]
     errors += [
         ConfigError(f"two tasks are called {name}: rename yours.")
@@ -77,6 +81,11 @@ def prepare_tasks(
         if names.count(name) > 1
     ]
     return tasks, errors
+
+
+def _fetches(task: TaskConfig) -> bool:
+    parts = (task, getattr(task, "train", None))
+    return any(isinstance(part, LabeledDataConfig) and part.download for part in parts)
 
 
 def parse_task(name: str, values: Any) -> TaskConfig:
@@ -89,7 +98,8 @@ def parse_task(name: str, values: Any) -> TaskConfig:
     if not NAME.fullmatch(name):
         raise ConfigError(f"{where}: a task's name becomes a file's name; use letters, digits, '_', '-', '.'.")
     if not isinstance(values, dict) or "kind" not in values:
-        raise ConfigError(f"{where}.kind has no value: one of {', '.join(TaskKind)}.")
+        chosen = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
+        raise ConfigError(f"{where} is not chosen: {chosen} A task of your own needs a kind: {', '.join(TaskKind)}.")
     kind = str(values["kind"])
     if kind not in CONFIGS:
         raise ConfigError(f"{where}.kind={kind} does not exist: {nearest(kind, TaskKind)}")
@@ -101,6 +111,12 @@ def _prepare(name: str, task: TaskConfig, output_dir: str, source: Source | None
         yield prepare_classification(name, task, output_dir)
     elif isinstance(task, RetrievalTaskConfig):
         yield prepare_retrieval(name, task)
+    elif isinstance(task, LinearProbeTaskConfig):
+        yield prepare_probe(name, task, output_dir)
+    elif isinstance(task, KNNTaskConfig):
+        yield prepare_knn(name, task, output_dir)
+    elif isinstance(task, RobustnessTaskConfig):
+        yield prepare_robustness(name, task, output_dir)
     elif source is not None:
         yield from _prepare_auto(name, output_dir, source.run)
 
@@ -114,28 +130,8 @@ def prepare_classification(
         ConfigError, DataError: see `evaluation.datasets` and `evaluation.prompts`.
     """
     where = f"task.{name}"
-    given = [key for key in ("root", "table", "generate") if getattr(task, key) is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"{where}: give exactly one of root, table and generate; given: {', '.join(given) or 'none'}."
-        )
     prompts = templates(task.templates, f"{where}.templates")
-    if task.root is not None:
-        images = from_folder(task.root, task.classes, f"{where}.root")
-    else:
-        if task.table is not None:
-            _require_tables(name, task.table)
-        table = task.table if task.generate is None else str(samples.generate(task.generate, Path(output_dir)).val)
-        images = from_table(
-            table,
-            image_key=task.image_key,
-            label_key=task.label_key,
-            image_root=task.image_root,
-            separator=task.separator,
-            encoding=task.encoding,
-            on_bad_row=on_bad_row,
-            classes=task.classes,
-        )
+    images = labeled_images(task, where, output_dir, on_bad_row)
     return ClassificationTask(name, images, prompts, task)
 
 
@@ -145,9 +141,10 @@ def prepare_retrieval(name: str, task: RetrievalTaskConfig, on_bad_row: OnBadRow
     Raises:
         ConfigError, DataError: see `data.tables.read_table`.
     """
-    _require_tables(name, task.table)
-    pairs = read_table(
+    require_tables(task.table, f"task.{name}")
+    pairs = read_pairs(
         task.table,
+        f"task.{name}",
         image_key=task.image_key,
         caption_key=task.caption_key,
         image_root=task.image_root,
@@ -162,10 +159,33 @@ def prepare_retrieval(name: str, task: RetrievalTaskConfig, on_bad_row: OnBadRow
     return RetrievalTask(name, PictureFiles(paths), pairs.captions.to_pylist(), caption_image, str(task.table))
 
 
-def _require_tables(name: str, tables: Any) -> None:
-    for table in [tables] if isinstance(tables, str) else tables:
-        if not Path(str(table)).is_file():
-            raise ConfigError(f"task.{name}.table={table}: no such file (seen from {Path.cwd()}).")
+def prepare_robustness(name: str, task: RobustnessTaskConfig, output_dir: str) -> RobustnessTask:
+    """Find the ImageNet sets of a robustness task.
+
+    Raises:
+        ConfigError: see `evaluation.imagenet_sets`; a set whose classes are not known to be ImageNet's, beside a baseline.
+        DataError: see `evaluation.datasets`. Several problems are told at once.
+    """
+    if task.baseline is not None:
+        weights_file(task.baseline_weights, f"task.{name}")
+    sets: dict[str, ClassificationTask] = {}
+    errors: list[ClipExpError] = []
+    for each, config in configure_sets(name, task).items():
+        try:
+            sets[each] = prepare_classification(f"{name}.sets.{each}", config, output_dir)
+        except ClipExpError as error:
+            errors.append(error)
+            continue
+        if task.baseline is not None and sets[each].images.imagenet is None:
+            errors.append(
+                ConfigError(
+                    f"task.{name}.sets.{each}.classes: which of ImageNet's 1,000 classes these are is not known, so "
+                    f"{task.baseline} cannot be scored on them. Leave out `classes`, or set task.{name}.baseline=null."
+                )
+            )
+    if errors:
+        raise gravest(errors)
+    return RobustnessTask(name, sets, task)
 
 
 def _prepare_auto(name: str, output_dir: str, run: TrainConfig | None) -> Iterator[Task]:

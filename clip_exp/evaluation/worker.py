@@ -1,12 +1,11 @@
 """A rank's own door: `python -m clip_exp.evaluation.worker <evaluation folder>`, started by `evaluation.launch`."""
 
-import logging
 import os
 from pathlib import Path
 
 from clip_exp.config.load import read_evaluate_config
 from clip_exp.errors import PREEMPTED_EXIT_CODE
-from clip_exp.evaluation.launch import TIMEOUT_S, tell_stopped
+from clip_exp.evaluation.launch import TIMEOUT_S, quiet_unless_main, tell_stopped
 from clip_exp.evaluation.run import check, evaluate_in
 from clip_exp.ranks.signals import Stopped
 from clip_exp.ranks.worker import serve
@@ -18,14 +17,14 @@ def work(folder: Path) -> int:
     from clip_exp.ranks import group
 
     main = os.environ["RANK"] == "0"
-    logging.getLogger().setLevel(logging.WARNING if main else logging.ERROR)
+    quiet_unless_main(main)
     config = read_evaluate_config(folder)
     group.start(choose_device(config.accelerator).type, TIMEOUT_S)
     try:
         source, tasks = check(config)
         evaluate_in(folder, config, source, tasks)
     except Stopped as stopped:
-        return tell_stopped(stopped) if main else PREEMPTED_EXIT_CODE
+        return tell_stopped(stopped, config) if main else PREEMPTED_EXIT_CODE
     return 0
 
 

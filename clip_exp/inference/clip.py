@@ -1,73 +1,93 @@
-"""A CLIP to use: pictures and texts in, features and probabilities out."""
+"""A CLIP to use: pictures, videos and texts in, features, probabilities and rankings out."""
 
-from collections.abc import Iterable, Sequence
+import logging
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_exp.config.schema import ModelConfig
-from clip_exp.data.images import BadImage, open_image
-from clip_exp.data.transforms import eval_transform
+from clip_exp.config.schema import ModelConfig, OnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
-from clip_exp.evaluation.encode import encode_pixels, encode_texts
+from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_texts
+from clip_exp.evaluation.metrics import require_finite
 from clip_exp.evaluation.prompts import templates as read_templates
+from clip_exp.evaluation.subject import Subject
+from clip_exp.inference.features import Encoded, EncodedMedia, encode_each, encode_media, tell_left_out
+from clip_exp.inference.index import agree, read_recipe, recipe_of
+from clip_exp.inference.indexing import update_index
+from clip_exp.inference.inputs import find_pictures, folders_of
+from clip_exp.inference.media import FRAMES, Media, Picture
+from clip_exp.inference.picture_index import PictureIndex
+from clip_exp.inference.ranking import Match, best, cosines
+from clip_exp.inference.sources import Source
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 
-Picture = str | Path | Image.Image
+log = logging.getLogger(__name__)
+Pictures = Picture | Iterable[Picture]
 
 
 class Clip:
     """A model with the tokenizer and the transform that belong to it; made by `clip_exp.load`.
 
+    Wherever a picture is taken, a path may be a video's (`pip install av`): its vector is the mean of `frames` frames.
+
     Args:
         model: in evaluation mode, on `device`.
         config: what the model was built from.
+        source: where its weights are; an index of pictures remembers it.
 
     Attributes:
         model: the torch module; `encode_image(image_BCHW)` of normalised pictures, `encode_text(tokens_BL)`.
         tokenizer: texts to `tokens_BL`.
+        options: how pictures are read and encoded.
         batch_size: pictures per forward pass.
+        frames: of a video.
     """
 
     def __init__(
-        self, model: CLIP, config: ModelConfig, device: torch.device, max_image_pixels: int = 200_000_000
+        self,
+        model: CLIP,
+        config: ModelConfig,
+        device: torch.device,
+        options: EncodeOptions | None = None,
+        source: Source | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.device = device
+        self.source = source
         self.tokenizer = Tokenizer(config.text.context_length)
-        self.batch_size = 64
-        self.max_image_pixels = max_image_pixels
+        self.options = options or EncodeOptions(device)
+        self.batch_size = self.options.batch_size
+        self.frames = FRAMES
 
-    def encode_image(self, images: Picture | Iterable[Picture]) -> Tensor:
+    def encode_image(self, images: Pictures) -> Tensor:
         """Features [N, D] of one or many paths or pictures: float32, unit norm, on the CPU.
 
         Raises:
             DataError: a picture cannot be read, or there are none.
         """
-        pictures = [images] if isinstance(images, Picture) else list(images)
-        if not pictures:
-            raise DataError("no pictures: give one or many paths or PIL pictures.")
-        features = []
-        for start in range(0, len(pictures), self.batch_size):
-            pixels = torch.stack([self._pixels(picture) for picture in pictures[start : start + self.batch_size]])
-            features.append(encode_pixels(self.model, pixels, self.config.image, self.device).cpu())
-        return torch.cat(features)
+        return self.encode_media(self._media(images)).features
 
     def encode_text(self, texts: str | Iterable[str]) -> Tensor:
-        """Features [N, D] of one or many texts: float32, unit norm, on the CPU. Too long texts are cut."""
+        """Features [N, D] of one or many texts: float32, unit norm, on the CPU. Too long texts are cut, which is told."""
         sentences = [texts] if isinstance(texts, str) else list(texts)
         if not sentences:
             raise DataError("no texts: give one or many.")
-        return encode_texts(self.model, self.tokenizer, sentences, device=self.device).cpu()
+        cut_before = self.tokenizer.truncated
+        features = encode_texts(self.model, self.tokenizer, sentences, device=self.device).cpu()
+        self._tell_cut(cut_before)
+        return features
 
     def classify(
         self,
-        images: Picture | Iterable[Picture],
+        images: Pictures,
         labels: Sequence[str],
         templates: str | Sequence[str] | None = None,
     ) -> Tensor:
@@ -77,20 +97,122 @@ class Clip:
             labels: whole texts, such as "a diagram"; with `templates`, class names.
             templates: `openai`, `simple`, or texts with `{}` for the name; a label's embeddings are averaged.
         """
+        label_features = self.encode_labels(labels, templates)
+        return self.probabilities(self.encode_image(images), label_features)
+
+    def rank(self, text: str, images: Pictures, keep: int | None = None) -> list[Match]:
+        """The pictures that fit a text best, best first; equal ones in the order given.
+
+        Args:
+            images: paths and pictures, or one folder or glob.
+            keep: the most to return; None: all.
+        """
+        if not isinstance(text, str):
+            raise ConfigError("text must be one text.")
+        if isinstance(images, str | Path):
+            images = find_pictures(images)
+        media = self._media(images)
+        scores = cosines(self.encode_media(media).features, self.encode_text(text)[0])
+        require_finite(scores, "scores")
+        chosen = best(scores, keep).tolist()
+        return [Match(str(media.paths[index]), scores[index].item(), index) for index in chosen]
+
+    def index(
+        self,
+        images: str | Path | Sequence[str | Path] | None = None,
+        path: str | Path = "photos.index",
+        on_bad_image: str = "replace",
+        what: str | None = "pictures",
+    ) -> PictureIndex:
+        """An index of pictures, made or brought up to date: only what is new or changed is encoded.
+
+        Args:
+            images: paths, folders and globs; what is gone from a folder is dropped. None: the index as it is.
+            path: of the file that keeps it.
+            on_bad_image: `replace` leaves pictures that cannot be read out, and warns; or `error`.
+            what: name of the progress bar; None for none.
+        Raises:
+            ConfigError: no such file or folder, or another process changes the index.
+            CheckpointError: the index is damaged, was made by another model, or cannot be written.
+            DataError: a picture cannot be read under `error`, or none can.
+        """
+        path = Path(path).expanduser()
+        if self.source is None:
+            raise ConfigError("an index remembers its model's weights: load the model with clip_exp.load.")
+        recipe = recipe_of(self.source, self.options.precision, self.frames)
+        if path.exists():
+            agree(path, read_recipe(path), recipe)
+        elif images is None:
+            raise ConfigError(f"{path}: no such file. Give the pictures to make it from.")
+        if images is not None:
+            files = find_pictures(images)
+            update = update_index(path, recipe, files, folders_of(images), lambda: self, OnBadImage(on_bad_image), what)
+            tell_left_out(update.left_out, len(files))
+        return PictureIndex(path, self)
+
+    def encode_labels(
+        self, labels: Sequence[str], templates: str | Sequence[str] | None = None, what: str | None = None
+    ) -> Tensor:
+        """Features [labels, D] of whole texts, or of class names in templates; see `classify`.
+
+        Args:
+            what: name of the progress bar; None for none.
+        """
         if isinstance(labels, str) or not labels:
             raise ConfigError('labels must be a list of texts, as ["a dog", "a cat"].')
         if templates is None:
-            label_features = self.encode_text(labels)
-        else:
-            prompts = read_templates(templates if isinstance(templates, str) else list(templates))
-            label_features = build_classifier(self.model, self.tokenizer, labels, prompts, device=self.device).cpu()
-        scale = self.model.logit_scale.detach().exp().float().cpu()
-        return (scale * self.encode_image(images) @ label_features.T).softmax(dim=-1)
+            return self.encode_text(labels)
+        prompts = read_templates(templates if isinstance(templates, str) else list(templates))
+        cut_before = self.tokenizer.truncated
+        features = build_classifier(self.model, self.tokenizer, labels, prompts, device=self.device, what=what).cpu()
+        self._tell_cut(cut_before)
+        return features
 
-    def _pixels(self, picture: Picture) -> Tensor:
-        if isinstance(picture, Image.Image):
-            return eval_transform(picture, self.config.image.image_size)
-        try:
-            return eval_transform(open_image(picture, self.max_image_pixels), self.config.image.image_size)
-        except BadImage as error:
-            raise DataError(f"{picture}: {error}") from None
+    def probabilities(self, image_features_ND: Tensor, label_features_CD: Tensor) -> Tensor:
+        """[N, C]: softmax over the labels of exp(logit_scale) times the cosine. Float32, on the CPU.
+
+        Raises:
+            NumericError: a feature is not finite.
+        """
+        require_finite(image_features_ND, "image features")
+        require_finite(label_features_CD, "label features")
+        scale = self.model.logit_scale.detach().exp().float().cpu()
+        return (scale * image_features_ND @ label_features_CD.T).softmax(dim=-1)
+
+    def encode_media(
+        self, media: Media, on_bad_image: OnBadImage = OnBadImage.error, what: str | None = None
+    ) -> EncodedMedia:
+        """Features of pictures and videos, with what was left out under `replace`.
+
+        Args:
+            what: name of the progress bar; None for none.
+        Raises:
+            DataError: one cannot be read under `error`, none can be read, or there are none.
+        """
+        if not len(media):
+            raise DataError("no pictures: give one or many paths or PIL pictures.")
+        encoder, options = self._encoder(media, on_bad_image)
+        return encode_media(encoder, media, options, what)
+
+    def encode_each(self, media: Media, on_bad_image: OnBadImage, what: str | None = None) -> Iterator[Encoded]:
+        """See `inference.features.encode_each`."""
+        encoder, options = self._encoder(media, on_bad_image)
+        return encode_each(encoder, media, options, what)
+
+    def _encoder(self, media: Media, on_bad_image: OnBadImage) -> tuple[ImageEncoder, EncodeOptions]:
+        options = replace(self.options, batch_size=self.batch_size, on_bad_image=on_bad_image)
+        # Pictures in memory need no decoding; where processes are spawned, the caller's script would have to expect it.
+        if media.in_memory or (options.num_workers is None and multiprocessing.get_start_method() != "fork"):
+            options = replace(options, num_workers=0)
+        return Subject(self.model, self.tokenizer, self.config, options).image_encoder(), options
+
+    def _media(self, images: Pictures) -> Media:
+        if isinstance(images, str | Path) and Path(images).is_dir():
+            raise ConfigError(f'{images} is a folder: list its pictures with clip_exp.find_pictures("{images}").')
+        items = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+        return Media(items, self.frames)
+
+    def _tell_cut(self, before: int) -> None:
+        if cut := self.tokenizer.truncated - before:
+            length = self.config.text.context_length
+            log.warning("%d of the texts are longer than the model's %d tokens: their ends are cut.", cut, length)

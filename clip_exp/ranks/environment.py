@@ -39,6 +39,12 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
+def _slurm_tasks_here() -> str:
+    """Tasks on this machine, of `SLURM_STEP_TASKS_PER_NODE` as in "4(x2),3"; srun fills equal machines alike."""
+    listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ["SLURM_NTASKS"]
+    return listed.split("(")[0].split(",")[0]
+
+
 def slurm_environment() -> dict[str, str]:
     """The same from srun's variables."""
     from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -48,6 +54,7 @@ def slurm_environment() -> dict[str, str]:
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "NODE_RANK": os.environ["SLURM_NODEID"],
+        "LOCAL_WORLD_SIZE": _slurm_tasks_here(),
         "WORLD_SIZE": os.environ["SLURM_NTASKS"],
         "MASTER_ADDR": slurm.main_address,
         "MASTER_PORT": str(slurm.main_port),

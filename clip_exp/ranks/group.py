@@ -1,7 +1,8 @@
 """The processes that do a piece of work together: one group for whatever strategy follows. One process alone needs no group."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -63,12 +64,22 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def local_world_size() -> int:
+    """Ranks on this machine."""
+    return min(world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+
+
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in the order of the ranks; sizes may differ."""
+    """Every rank's value, in the order of the ranks; sizes may differ.
+
+    Raises:
+        DistributedError: another rank ended.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _together():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -77,6 +88,7 @@ def from_main(action: Callable[[], T]) -> T:
 
     Raises:
         ClipExpError: rank 0's, on every rank.
+        DistributedError: another rank ended.
     """
     if not dist.is_initialized():
         return action()
@@ -86,7 +98,19 @@ def from_main(action: Callable[[], T]) -> T:
             answer = [action()]
         except ClipExpError as error:
             answer = [error]
-    dist.broadcast_object_list(answer, src=0)
+    with _together():
+        dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], ClipExpError):
         raise answer[0]
     return answer[0]
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Around a collective, which fails where another rank has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DistributedError(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} lost touch with another rank: {str(error).splitlines()[0]}"
+        ) from error

@@ -48,17 +48,12 @@ def run_ranks(module: str, run_dir: Path, ranks: int, devices: Any) -> int:
     try:
         _wait(processes)
         codes = _settle(processes)
+        _end(processes)
+        return _outcome(run_dir, codes, asked)
     finally:
+        _end(processes)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        _end(processes)
-    stopped = (0, PREEMPTED_EXIT_CODE, *(-number for number in asked))
-    if asked and all(code in stopped for code in codes):
-        if any(codes):
-            RunRecord(run_dir).finish("preempted")
-            return PREEMPTED_EXIT_CODE
-        return 0
-    return _outcome(run_dir, codes)
 
 
 def _start(module: str, run_dir: Path, ranks: int, devices: Any) -> list[subprocess.Popen[bytes]]:
@@ -113,29 +108,58 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
             time.sleep(0.05)
 
 
-def _outcome(run_dir: Path, codes: list[int | None]) -> int:
-    """The exit code of the rank that failed first in cause, with its message; the others only lost touch with it."""
+def _outcome(run_dir: Path, codes: list[int | None], asked: list[int]) -> int:
+    """The exit code of all: of the rank that failed first in cause, with its message; the others only lost touch with it.
+
+    Args:
+        codes: of the ranks; None: had to be ended.
+        asked: signals that the launcher passed on.
+    """
+    messages = _collect_messages(run_dir, len(codes))
+    if all(code == 0 for code in codes):
+        return 0
+    harmless = (0, None, PREEMPTED_EXIT_CODE, DistributedError.exit_code, *(-number for number in asked))
+    if (asked or PREEMPTED_EXIT_CODE in codes) and all(code in harmless for code in codes):
+        RunRecord(run_dir).finish("preempted")
+        if PREEMPTED_EXIT_CODE not in codes:  # no rank got as far as to tell
+            print("stopped by a signal; the same command goes on from what was saved.", file=sys.stderr, flush=True)
+        return PREEMPTED_EXIT_CODE
+    expected = [rank for rank in messages if codes[rank] in EXPECTED_CODES]
+    killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0 and -code not in asked]
+    if not expected and (killed or not messages):
+        message = _end_of_rank(killed[0], codes) if killed else _end_without_message(codes)
+        RunRecord(run_dir).finish("failed", error=[message], exit_code=DistributedError.exit_code)
+        raise DistributedError(message)
+    told = (*expected, *messages)[0]
+    RunRecord(run_dir).finish("failed", error=messages[told].splitlines()[-20:], exit_code=codes[told] or 1)
+    print(messages[told], file=sys.stderr, flush=True)
+    return codes[told] or 1
+
+
+def _collect_messages(run_dir: Path, ranks: int) -> dict[int, str]:
+    """What the ranks that failed left for the launcher, by rank."""
     messages = {}
-    for rank in range(len(codes)):
+    for rank in range(ranks):
         path = run_dir / ERROR_FILE.format(rank=rank)
         if path.is_file():
             messages[rank] = path.read_text(encoding="utf-8")
             path.unlink()
-    if all(code == 0 for code in codes):
-        return 0
-    expected = [rank for rank in messages if codes[rank] in EXPECTED_CODES]
-    killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
-    if killed and not expected:
-        number = -int(codes[killed[0]] or 0)
-        message = (
-            f"rank {killed[0]} of {len(codes)} was ended by signal {number} ({signal.Signals(number).name}); the others were stopped. "
-            "The same command goes on from what was saved."
-        )
-        RunRecord(run_dir).finish("failed", error=[message], exit_code=DistributedError.exit_code)
-        raise DistributedError(message)
-    told = next(iter((*expected, *messages)), None)
-    if told is None:
-        return next((code for code in codes if code), 1)
-    RunRecord(run_dir).finish("failed", error=messages[told].splitlines()[-20:], exit_code=codes[told])
-    print(messages[told], file=sys.stderr, flush=True)
-    return codes[told] or 1
+    return messages
+
+
+def _end_of_rank(rank: int, codes: list[int | None]) -> str:
+    number = signal.Signals(-int(codes[rank] or 0))
+    memory = (
+        " The system does that where memory runs out: use fewer devices or workers, or smaller batches."
+        if number == signal.SIGKILL
+        else ""
+    )
+    return (
+        f"rank {rank} of {len(codes)} was ended by signal {number.value} ({number.name}); the others were stopped.{memory} "
+        "The same command goes on from what was saved."
+    )
+
+
+def _end_without_message(codes: list[int | None]) -> str:
+    rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+    return f"rank {rank} of {len(codes)} ended with code {code} and no message; the others were stopped."

@@ -17,6 +17,7 @@ def serve(work: Callable[[Path], int]) -> None:
     """Do `work` in the folder that the command line names, and end this process with its exit code."""
     run_dir, rank = Path(sys.argv[1]), os.environ["RANK"]
     _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the work has its own way to stop: no traceback of imports
     try:
         code = work(run_dir)
     except ClipExpError as error:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 
 def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, validation metrics, learning rate and speed over the steps of a run.
+    """Loss, metrics of validation and of tasks, learning rate and speed over the steps of a run.
 
     Args:
         rows: of `metrics.csv` (`training.metrics.read_metrics`).
@@ -23,6 +23,7 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
         "loss": ["train/loss", "val/loss"],
         "recall on validation": [f"val/recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")],
         "zero-shot accuracy on validation": sorted(name for name in names if "zeroshot" in name),
+        **_task_panels({name for row in rows for name in row}),
         "learning rate": ["lr"],
         "logit scale and gradient norm": ["logit_scale", "grad_norm"],
         "samples per second": ["samples_per_s"],
@@ -37,6 +38,16 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _task_panels(names: set[str]) -> dict[str, list[str]]:
+    """A panel for every task, of its metrics that are shares: a median rank has another scale."""
+    panels: dict[str, list[str]] = {}
+    for name in sorted(names):
+        task, _, metric = name.partition("/")
+        if metric and task not in ("train", "val") and "rank" not in metric:
+            panels.setdefault(task, []).append(name)
+    return panels
 
 
 def _draw(axis: Axes, title: str, series: list[str], rows: list[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping
@@ -15,8 +15,12 @@ from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.checkpoints.writer import MANIFEST, TEMPORARY
 from clip_exp.errors import ConfigError
 
+if TYPE_CHECKING:
+    from clip_exp.training.tasks import TaskScores
+
 log = logging.getLogger(__name__)
 KEEP_LAST = 2
+VALIDATION = "val/"  # what names of validation's metrics begin with
 
 
 def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
@@ -54,9 +58,10 @@ class Checkpointer(pl.Callback):
     Args:
         run_dir: the run's folder.
         io: the trainer's checkpoint writer.
-        monitor: name of a validation metric, or None.
+        monitor: name of a metric of validation or of a task, or None.
         mode: whether `min` or `max` of `monitor` is best; `auto` guesses from its name.
         metadata: noted in every manifest.
+        scores: of the run's tasks, if it has any.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Checkpointer(pl.Callback):
         monitor: str | None,
         mode: str,
         metadata: dict[str, Any],
+        scores: "TaskScores | None" = None,
     ) -> None:
         self.run_dir = run_dir
         self.io = io
@@ -74,6 +80,7 @@ class Checkpointer(pl.Callback):
         self.monitor = monitor
         self.mode = monitor_mode(monitor, mode)
         self.metadata = metadata
+        self.scores = scores
         self.best: float | None = None
         self.saved_step: int | None = None
 
@@ -88,11 +95,13 @@ class Checkpointer(pl.Callback):
             self.saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and not validation_due(trainer, pl_module.total_steps):
-            self.save(trainer)
+        if not validation_due(trainer, pl_module.total_steps):
+            better = self._scored_now(trainer) and is_of_task(self.monitor) and self._improves(trainer)
+            if better or trainer.global_step % self.every_n_steps == 0:
+                self.save(trainer, best=better)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        better = self._improves(trainer)
+        better = (self._scored_now(trainer) or not is_of_task(self.monitor)) and self._improves(trainer)
         if better or trainer.global_step % self.every_n_steps == 0 or trainer.global_step >= pl_module.total_steps:
             self.save(trainer, best=better, metrics=last_validation(trainer))
 
@@ -103,11 +112,15 @@ class Checkpointer(pl.Callback):
     def save(self, trainer: pl.Trainer, best: bool = False, metrics: dict[str, float] | None = None) -> None:
         """Write the checkpoint of the present step on all ranks; rank 0 then removes what is no longer needed."""
         path = folder_of(self.run_dir, trainer.global_step)
-        self.io.metadata = {**self.metadata, "best": best, "metrics": metrics or {}}
+        of_tasks = self.scores.values if self.scores is not None and self._scored_now(trainer) else {}
+        self.io.metadata = {**self.metadata, "best": best, "metrics": {**(metrics or {}), **of_tasks}}
         trainer.save_checkpoint(path)
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             self._prune()
+
+    def _scored_now(self, trainer: pl.Trainer) -> bool:
+        return self.scores is not None and self.scores.scored_step == trainer.global_step
 
     def _improves(self, trainer: pl.Trainer) -> bool:
         if self.monitor is None:
@@ -115,7 +128,7 @@ class Checkpointer(pl.Callback):
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
             raise ConfigError(
-                f"monitor={self.monitor} is not a metric of validation. There are: {', '.join(sorted(trainer.callback_metrics))}."
+                f"monitor={self.monitor} was not measured. There are: {', '.join(sorted(trainer.callback_metrics))}."
             )
         if not math.isfinite(value.item()):
             return False
@@ -137,7 +150,12 @@ class Checkpointer(pl.Callback):
 
 def last_validation(trainer: pl.Trainer) -> dict[str, float]:
     """What the last validation found."""
-    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(VALIDATION)}
+
+
+def is_of_task(monitor: str | None) -> bool:
+    """Whether a metric is a task's, not validation's."""
+    return monitor is not None and not monitor.startswith(VALIDATION)
 
 
 def monitor_mode(monitor: str | None, mode: str) -> str:

@@ -24,18 +24,27 @@ def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
                 "a sweep (-m) starts its own processes: run it without torchrun or srun, with trainer.devices."
             )
         return _join(config, arguments)
-    run_dir, finished = choose_train_folder(config, "" if job is None else f"-{job}")
+    return train_here(config, arguments, "" if job is None else f"-{job}")[1]
+
+
+def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> tuple[Path, int]:
+    """Train in this process, or in those that it starts; the run's folder and the exit code.
+
+    Args:
+        suffix: of the name of a new folder.
+    """
+    run_dir, finished = choose_train_folder(config, suffix)
     if finished:
-        return _already(run_dir)
+        return run_dir, _already(run_dir)
     with lock(run_dir):
         begin(run_dir, config, arguments)
         ranks = _ranks(config)
         print(f"run folder: {run_dir}", flush=True)
         if ranks > 1 or isinstance(config.trainer.devices, list):
-            return run_ranks("clip_exp.training.worker", run_dir, ranks, config.trainer.devices)
+            return run_dir, run_ranks("clip_exp.training.worker", run_dir, ranks, config.trainer.devices)
         from clip_exp.training.worker import work
 
-        return work(run_dir)
+        return run_dir, work(run_dir)
 
 
 def _already(run_dir: Path) -> int:

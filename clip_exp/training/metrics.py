@@ -128,10 +128,10 @@ class StepMetrics(pl.Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step in (1, pl_module.total_steps):
             self.latest = self._collect(trainer, pl_module)
-            _log(trainer, self.latest, step)
+            log_metrics(trainer, self.latest, step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _log(trainer, last_validation(trainer), trainer.global_step)
+        log_metrics(trainer, last_validation(trainer), trainer.global_step)
 
     def _collect(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
         names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
@@ -165,6 +165,7 @@ def _require_finite(loss: float, step: int) -> None:
         )
 
 
-def _log(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
+def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
+    """To every logger of the run; only rank 0 has any."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)

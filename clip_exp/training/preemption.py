@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from clip_exp.ranks.environment import STOP_SIGNALS
+from clip_exp.ranks.signals import REPEAT_S
 from clip_exp.training.callbacks import Checkpointer, validation_due
-
-REPEAT_S = 5.0  # launchers and process groups deliver the same request twice
 
 
 class Preempted(Exception):

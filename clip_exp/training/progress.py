@@ -19,15 +19,21 @@ from clip_exp.training.callbacks import last_validation
 from clip_exp.training.metrics import StepMetrics
 
 
-def build_progress(kind: str, metrics: StepMetrics) -> pl.Callback | None:
+def build_progress(kind: str, metrics: StepMetrics) -> "BarProgress | LineProgress | None":
     """`bar`, `lines`, `none`, or `auto`: a bar where standard output is a terminal."""
     if kind == "auto":
         kind = "bar" if sys.stdout.isatty() else "lines"
-    return {"bar": BarProgress, "lines": LineProgress}[kind](metrics) if kind != "none" else None
+    if kind == "none":
+        return None
+    return BarProgress(metrics) if kind == "bar" else LineProgress(metrics)
 
 
 def _describe(latest: dict[str, float]) -> str:
     return f"loss {latest['train/loss']:.4f}  {latest['samples_per_s']:,.0f} samples/s" if latest else ""
+
+
+def _listed(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
 class BarProgress(pl.Callback):
@@ -54,6 +60,16 @@ class BarProgress(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=trainer.global_step, description=_describe(self.metrics.latest))
+
+    def scoring(self, tasks: list[str]) -> None:
+        """Say what the bar is waiting for."""
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, description=f"scoring {', '.join(tasks)}")
+
+    def show(self, values: dict[str, float]) -> None:
+        """A line above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(_listed(values), soft_wrap=True, highlight=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._stop()
@@ -85,5 +101,10 @@ class LineProgress(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            values = last_validation(trainer)
-            self.console.print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            self.show(last_validation(trainer))
+
+    def scoring(self, tasks: list[str]) -> None:
+        """Nothing: the next line will tell."""
+
+    def show(self, values: dict[str, float]) -> None:
+        self.console.print(_listed(values))

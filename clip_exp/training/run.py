@@ -10,6 +10,7 @@ import torch
 from clip_exp.checkpoints.discovery import STEP, checkpoints, clean, damage, latest, step_of
 from clip_exp.config.load import read_run_config
 from clip_exp.config.preflight import steps_of, world_size
+from clip_exp.config.preflight_measures import training_tasks
 from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, DataError
@@ -23,6 +24,7 @@ from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.preemption import Preempted, Preemption
 from clip_exp.training.summary import conclude
+from clip_exp.training.tasks import TaskScores
 from clip_exp.training.trainer import build_trainer, resolve_device
 from clip_exp.weights.files import load_weights
 
@@ -62,6 +64,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
     datamodule = _build_data(config, run_dir)
     steps = steps_of(config, datamodule.num_rows)
     datamodule.total_steps = steps
+    tasks = training_tasks(config)
     zero_shot = ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
     module = CLIPModule(_build_model(config), build_loss(config.loss), config, steps, zero_shot)
     # The weights are the same on every rank; what is drawn while training (dropout) is not.
@@ -74,12 +77,16 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
         steps=steps,
         datamodule=datamodule,
         preemption=preemption,
+        tasks=tasks,
     )
     checkpoint = group.from_main(lambda: _go_on_from(config, run_dir, trainer))
     if is_main():
         record.update(**_facts(trainer, module, datamodule))
     started_s = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TaskScores):
+            callback.write(torch.device(device_type))
     if is_main():
         conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
 

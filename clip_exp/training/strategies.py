@@ -96,12 +96,9 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole weights in float32, gathered one parameter at a time; empty on all ranks but the first."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
         assert self.lightning_module is not None
         weights = {}
-        for name, parameter in self.lightning_module.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else whole(parameter)
+        for name, full in whole_weights(self.lightning_module):
             if self.is_global_zero:
                 weights[name] = full.detach().cpu().clone()
         return weights | (dict(self.lightning_module.named_buffers()) if self.is_global_zero else {})
@@ -194,6 +191,14 @@ def _is_elementwise(value: Any, flat: Tensor) -> bool:
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def whole_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of each parameter of a module that DeepSpeed trains: float32, whole on every rank (which must all ask)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for name, parameter in module.named_parameters():
+        yield name, safe_get_full_fp32_param(parameter) if parameter.requires_grad else whole(parameter)
 
 
 def whole(parameter: nn.Parameter) -> Tensor:

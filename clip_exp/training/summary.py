@@ -65,4 +65,7 @@ def _print(run_dir: Path, summary: dict[str, Any], report: Path) -> None:
         table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"run folder:  {run_dir}\nreport:      {report}\nnext:        {next_command(run_dir)}")
+    console.print(f"run folder:  {run_dir}\nreport:      {report}")
+    if (run_dir / "eval").is_dir():
+        console.print(f"tasks:       {run_dir / 'eval'}")
+    console.print(f"next:        {next_command(run_dir)}")

@@ -14,13 +14,15 @@ from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.config.targets import build_extra
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.errors import ConfigError
+from clip_exp.evaluation.prepared import Task
 from clip_exp.ranks.group import is_main
-from clip_exp.training.callbacks import AveragedWeights, Checkpointer, StopAtEnd, monitor_mode
+from clip_exp.training.callbacks import AveragedWeights, Checkpointer, StopAtEnd, is_of_task, monitor_mode
 from clip_exp.training.loggers import build_loggers
 from clip_exp.training.metrics import StepMetrics
 from clip_exp.training.preemption import Preemption
 from clip_exp.training.progress import build_progress
 from clip_exp.training.strategies import build_strategy
+from clip_exp.training.tasks import TaskPatience, TaskScores
 
 
 def resolve_device(config: TrainConfig) -> str:
@@ -54,6 +56,7 @@ def build_trainer(
     steps: int,
     datamodule: PairsDataModule,
     preemption: Preemption,
+    tasks: list[Task],
 ) -> pl.Trainer:
     """The Trainer of this rank.
 
@@ -61,12 +64,13 @@ def build_trainer(
         steps: of the run.
         datamodule: after its `setup`.
         preemption: ends the run when a signal asks for it.
+        tasks: to score while training.
     """
     _quiet_lightning()
     io = SafeCheckpointIO()
     validate = datamodule.has_validation
     deepspeed = config.strategy.name == StrategyName.deepspeed
-    callbacks = _build_callbacks(config, run_dir, io, steps, datamodule)
+    callbacks = _build_callbacks(config, run_dir, io, steps, datamodule, tasks)
     trainer = pl.Trainer(
         accelerator="gpu" if device_type == "cuda" else "cpu",
         devices=max(1, ranks // config.trainer.num_nodes),
@@ -102,22 +106,35 @@ def default_interval(steps: int) -> int:
 
 
 def _build_callbacks(
-    config: TrainConfig, run_dir: Path, io: SafeCheckpointIO, steps: int, datamodule: PairsDataModule
+    config: TrainConfig,
+    run_dir: Path,
+    io: SafeCheckpointIO,
+    steps: int,
+    datamodule: PairsDataModule,
+    tasks: list[Task],
 ) -> list[pl.Callback]:
-    """In the order in which they act at the end of a step: measure, show, average, stop, save."""
+    """In the order in which they act at the end of a step: measure, show, average, score, stop, save."""
     metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows)
     progress = build_progress(config.callbacks.progress, metrics)
     callbacks: list[pl.Callback] = [metrics, *([progress] if progress else []), StopAtEnd()]
     if config.callbacks.ema_decay is not None:
         callbacks.append(AveragedWeights(config.callbacks.ema_decay, config.callbacks.ema_every_n_steps))
+    scores = TaskScores(tasks, config, run_dir, progress) if tasks else None
+    callbacks += [scores] if scores else []
     if config.patience is not None and config.monitor is not None:
-        mode = monitor_mode(config.monitor, config.monitor_mode)
-        callbacks.append(pl.callbacks.EarlyStopping(config.monitor, patience=config.patience, mode=mode))
+        callbacks.append(_early_stopping(config.monitor, config.patience, config.monitor_mode, scores))
     callbacks += build_extra(config.callbacks.extra, "callbacks.extra")
     every = config.checkpoint_every_n_steps or default_interval(steps)
     metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
-    callbacks.append(Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata))
+    callbacks.append(Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata, scores))
     return callbacks
+
+
+def _early_stopping(monitor: str, patience: int, mode: str, scores: TaskScores | None) -> pl.Callback:
+    mode = monitor_mode(monitor, mode)
+    if scores is not None and is_of_task(monitor):
+        return TaskPatience(scores, monitor, patience, mode)
+    return pl.callbacks.EarlyStopping(monitor, patience=patience, mode=mode)
 
 
 def _profiler(name: str | None, run_dir: Path) -> Any:

@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch import nn
 
 from clip_exp.config.load import load_evaluate, load_train
 from clip_exp.config.paths import conf_dir, options
 from clip_exp.config.preflight import check_train
 from clip_exp.config.schema import StrategyName
+from clip_exp.evaluation.tasks import parse_task
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.training.loggers import build_loggers
@@ -93,14 +95,12 @@ def test_several_loggers_at_once() -> None:
 
 
 @pytest.mark.parametrize("option", options("task"))
-def test_every_task_composes_under_its_name(option: str) -> None:
-    needed = {
-        "retrieval": ["task.retrieval.table=x.csv"],
-        "image_folder": ["task.image_folder.root=x"],
-        "imagenet": ["task.imagenet.root=x"],
-    }
-    config = load_evaluate(compose_config(f"task=[{option}]", *needed.get(option, []), command="evaluate"))
+def test_every_task_composes_and_parses_under_its_name(option: str) -> None:
+    values = OmegaConf.load(conf_dir() / "task" / f"{option}.yaml")
+    needed = [f"task.{key}=x" for key in OmegaConf.missing_keys(values)]
+    config = load_evaluate(compose_config(f"task=[{option}]", *needed, command="evaluate"))
     assert list(config.task) == [option]
+    assert parse_task(option, config.task[option]).kind == values[option].kind
 
 
 def test_several_tasks_at_once() -> None:

@@ -155,6 +155,22 @@ def test_values_outside_hydras_grammar_arrive_unchanged(value: str) -> None:
     assert compose_config("data=csv", *quote([f"data.train={value}"])).data.train == value
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("[a dog,a cat]", ["a dog", "a cat"]),
+        ("[a (small, brown) dog, it's a cat!]", ["a (small, brown) dog", "it's a cat!"]),
+        ("[一只狗,x=1,50% off; now,]", ["一只狗", "x=1", "50% off; now"]),
+        ("[\"a dog, running\",'it is 5, ok',猫]", ["a dog, running", "it is 5, ok", "猫"]),
+        ("[a photo of a {}.,{}]", ["a photo of a {}.", {}]),
+        ("[img[0-9].jpg,b (1).jpg]", ["img[0-9].jpg", "b (1).jpg"]),
+        ("[sad :(,happy]", ["sad :(", "happy"]),
+    ],
+)
+def test_lists_arrive_as_people_type_them(typed: str, expected: list) -> None:
+    assert compose_config(*quote([f"texts={typed}"]), command="predict").texts == expected
+
+
 def test_quoting_leaves_lists_numbers_and_sweeps_alone() -> None:
     arguments = ["data.augmentation.scale=[0.5,1.0]", "seed=3", "optimizer.lr=1e-3,3e-4", "-m"]
     assert quote(arguments) == arguments

@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from clip_exp.config.evaluation_schema import LabeledDataConfig
+from clip_exp.config.schema import GenerateConfig, Generator
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.datasets import from_folder, from_table
+from clip_exp.evaluation.datasets import from_folder, from_table, labeled_images
 from tests.small_runs import write_picture
 
 
@@ -45,7 +47,7 @@ def test_a_mapping_names_folders_also_from_a_file(class_folders: Path, tmp_path:
     [
         (["one", "two"], "2 names.*3 classes"),
         ({"dog": "hound"}, "'Zebra', 'tabby_cat'"),
-        (["dog", "dog", "Zebra", "tabby cat"], "names twice"),
+        (["dog", "dog", "Zebra", "tabby cat"], "dog. twice"),
         ("lables", "lables is no file"),
     ],
 )
@@ -81,7 +83,7 @@ def test_empty_and_absent_folders_are_told_apart(tmp_path: Path):
     with pytest.raises(DataError, match="sort them into one folder per class"):
         from_folder(tmp_path)
     with pytest.raises(ConfigError, match=r"task\.x\.root=.*absent: no such folder"):
-        from_folder(tmp_path / "absent", where="task.x.root")
+        from_folder(tmp_path / "absent", where="task.x")
 
 
 def test_a_table_gives_its_distinct_labels_as_written(tmp_path: Path):
@@ -91,6 +93,25 @@ def test_a_table_gives_its_distinct_labels_as_written(tmp_path: Path):
     assert images.class_names == ["dog", "tabby_cat"]
     assert images.labels == [1, 0, 0]
     assert list(images.pictures.paths) == [str(tmp_path / name) for name in ("b.png", "a.png", "c.png")]
+
+
+def test_labels_that_are_numbers_are_in_the_order_of_their_values(tmp_path: Path):
+    table = tmp_path / "labels.csv"
+    table.write_text("filepath,label\na.png,10\nb.png,2\n")
+    images = from_table(str(table), image_key="filepath", label_key="label", classes=["two", "ten"])
+    assert (images.labels, images.keys) == ([1, 0], ["2", "10"])
+
+
+def test_generated_data_give_their_held_out_part_unless_asked_for_training(tmp_path: Path):
+    digits = GenerateConfig(kind=Generator.digits, rows=6, val_rows=4)
+    for values, split, count in (
+        ({}, None, 4),
+        ({}, "train", 6),
+        ({"split": "train"}, None, 6),
+        ({"split": "val"}, "train", 4),
+    ):
+        data = LabeledDataConfig(generate=digits, **values)
+        assert len(labeled_images(data, "task.t", str(tmp_path), split=split).labels) == count
 
 
 def test_a_picture_in_several_rows_counts_once_and_has_one_label(tmp_path: Path):
@@ -111,3 +132,10 @@ def test_pictures_without_a_label_are_left_out_and_counted(tmp_path: Path):
     table.write_text("filepath,label\nb.png,\n")
     with pytest.raises(DataError, match="the column label is empty in every row"):
         from_table(str(table), image_key="filepath", label_key="label")
+
+
+def test_a_missing_column_is_told_with_the_tasks_own_key(tmp_path: Path):
+    table = tmp_path / "labels.csv"
+    table.write_text("filepath,kind\na.png,dog\n")
+    with pytest.raises(DataError, match=r"no column 'label' \(task\.t\.label_key\).* Set task\.t\.label_key="):
+        labeled_images(LabeledDataConfig(table=str(table)), "task.t", str(tmp_path))

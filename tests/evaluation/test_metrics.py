@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from clip_exp.errors import NumericError
-from clip_exp.evaluation import metrics
+from clip_exp.evaluation import places
 from clip_exp.evaluation.metrics import accuracy, mean_per_class_recall, retrieval
 
 
@@ -38,7 +38,7 @@ def test_any_of_several_captions_is_a_hit_and_tiles_do_not_matter(monkeypatch):
         assert whole[f"recall@{k}_i2t"] == pytest.approx(sum(hits) / len(captioned))
         hits = [(order_t2i[j, :k] == caption_image[j]).any().item() for j in range(61)]
         assert whole[f"recall@{k}_t2i"] == pytest.approx(sum(hits) / 61)
-    monkeypatch.setattr(metrics, "TILE_ELEMENTS", 100)
+    monkeypatch.setattr(places, "TILE", 7)
     assert retrieval(image, text, caption_image) == pytest.approx(whole)
 
 

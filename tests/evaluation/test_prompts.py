@@ -46,10 +46,17 @@ def test_braces_of_names_and_templates_survive():
     assert class_prompts("a {0} set", ["math: {x} {}."]) == ["math: {x} a {0} set."]
 
 
-def test_a_file_holds_a_template_per_line(tmp_path: Path):
-    path = tmp_path / "templates.txt"
-    path.write_text("a photo of a {}.\n\n一张{}的照片\n", encoding="utf-8")
-    assert templates(str(path)) == ["a photo of a {}.", "一张{}的照片"]
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("t.txt", "a photo of a {}.\n\n一张{}的照片\n"),
+        ("t.yaml", "- a photo of a {}.\n- 一张{}的照片\n"),
+        ("t.json", '["a photo of a {}.", "一张{}的照片"]'),
+    ],
+)
+def test_a_file_holds_templates_as_lines_or_as_a_list(tmp_path: Path, file: str, content: str):
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    assert templates(str(tmp_path / file)) == ["a photo of a {}.", "一张{}的照片"]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +65,7 @@ def test_a_file_holds_a_template_per_line(tmp_path: Path):
         (["a photo."], "has no {}"),
         ([], "holds no texts"),
         ("opanai", "is no file; it may be openai, simple"),
-        ([["{}"]], "holds no texts"),
+        ([["{}"]], "entry 1 is a list, not a text"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(source, message):

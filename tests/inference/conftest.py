@@ -1,3 +1,41 @@
-from tests.small_runs import nano, run_dir
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import clip_exp
+from clip_exp.inference.clip import Clip
+from tests.small_runs import nano, run_dir, write_picture
 
 __all__ = ["nano", "run_dir"]
+
+
+@pytest.fixture
+def clip(run_dir: Path) -> Clip:
+    return clip_exp.load(run_dir, accelerator="cpu")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Seven pictures, two of them in a folder below, among files that are none."""
+    folder = tmp_path / "photos"
+    for number in range(5):
+        write_picture(folder / f"{number}.png", number)
+    for number in range(5, 7):
+        write_picture(folder / "more" / f"{number}.png", number)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden.png").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def clip_exp_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `clip-exp <arguments>` in `tmp_path`, on the CPU, with one process."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "clip_exp", *arguments, "num_workers=0", "accelerator=cpu"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    return run

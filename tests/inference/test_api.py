@@ -1,4 +1,6 @@
+import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clip_exp
-from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.open_clip import to_open_clip
+from tests.runs import TINY, Finished, Train
 from tests.small_runs import write_picture
 
 
@@ -79,3 +82,68 @@ def test_pictures_and_paths_give_the_same_features(run_dir: Path, tmp_path: Path
     from_paths = clip.encode_image(paths)
     torch.testing.assert_close(clip.encode_image([Image.open(path) for path in paths]), from_paths, atol=0, rtol=0)
     torch.testing.assert_close(clip.encode_image(Path(paths[1])), from_paths[1:2])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=vit_b23"], "did you mean 'vit_b32'"),
+        (["optimzer=sgd"], "did you mean 'optimizer'"),
+        (["data.trian=x"], "did you mean 'train'"),
+        (["+nothing=1"], "nothing does not exist"),
+        (["optimizer=3"], "optimizer=3 is no option"),
+        (["model"], "write key=value"),
+        (["seed=1,2", "-m"], "a sweep is for the command line"),
+        (["--help"], "flags are for the command line"),
+        (
+            ["global_batch_size=0", "data=csv", "data.train=absent (1).csv"],
+            r"(?s)global_batch_size=0.*absent \(1\)\.csv",
+        ),
+    ],
+)
+def test_train_refuses_what_the_command_line_refuses(overrides: list[str], message: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        clip_exp.train(*overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_gives_the_results_that_it_writes(run_dir: Path, tmp_path: Path):
+    for number in range(4):
+        write_picture(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
+    arguments = [
+        f"run={run_dir}", "task=image_folder", f"task.image_folder.root={tmp_path}/classes", f"output_dir={tmp_path}/out",
+        "task.image_folder.templates=[a photo of a {}.]", "accelerator=cpu", "num_workers=0",
+    ]  # fmt: skip
+    results = clip_exp.evaluate(*arguments)
+    written = json.loads((run_dir / "eval" / "image_folder.json").read_text())
+    assert results["image_folder"]["metrics"] == written["metrics"]
+    assert written["protocol"]["templates"] == 1
+    with pytest.raises(ConfigError, match="devices=2: several processes are for the command line"):
+        clip_exp.evaluate(*arguments, "devices=2")
+    with pytest.raises(ConfigError, match="no such folder"):
+        clip_exp.evaluate("run=absent", "task=digits")
+
+
+@pytest.mark.slow
+def test_train_trains_as_the_command_line_and_leaves_the_process_as_it_was(tmp_path: Path, train: Train):
+    before = sys.argv.copy(), signal.getsignal(signal.SIGTERM)
+    arguments = [*(word for word in TINY if word != "resume=never"), "max_steps=2", "log_every_n_steps=1"]
+    run = clip_exp.train(*arguments, f"output_dir={tmp_path}")
+    assert (sys.argv, signal.getsignal(signal.SIGTERM)) == before
+    assert Finished(run, "").losses == pytest.approx(train(*arguments).losses, rel=1e-4)
+    assert clip_exp.train(*arguments, f"output_dir={tmp_path}") == run
+    assert clip_exp.load(run, accelerator="cpu").encode_text("a dog").shape == (1, 192)
+
+
+@pytest.mark.slow
+def test_a_failed_run_raises_what_its_exit_code_means(tmp_path: Path):
+    write_picture(tmp_path / "0.png", 0)
+    (tmp_path / "pairs.csv").write_text("filepath,title\n0.png,a\nabsent.png,b\n")
+    arguments = [
+        "model=vit_nano", "data=csv", f"data.train={tmp_path}/pairs.csv", "data.on_bad_image=error", "global_batch_size=2",
+        "max_steps=2", "trainer.accelerator=cpu", "data.num_workers=0", f"output_dir={tmp_path}/out",
+    ]  # fmt: skip
+    for more in ([], ["strategy=ddp", "trainer.devices=2"]):
+        with pytest.raises(DataError, match=r"absent\.png.*cannot be read"):
+            clip_exp.train(*arguments, *more)

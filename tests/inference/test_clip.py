@@ -69,6 +69,8 @@ def test_input_that_cannot_be_used_is_told(clip: Clip, tmp_path: Path):
         clip.encode_image([write_picture(tmp_path / "a.png", 0), tmp_path / "broken.jpg"])
     with pytest.raises(DataError, match=r"absent\.png: no such file"):
         clip.encode_image("absent.png")
+    with pytest.raises(ConfigError, match=r"is a folder: list its pictures with clip_exp\.find_pictures"):
+        clip.encode_image(tmp_path)
     with pytest.raises(DataError, match="no pictures"):
         clip.encode_image([])
     with pytest.raises(ConfigError, match="must be a list"):

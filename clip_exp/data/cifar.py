@@ -1,0 +1,101 @@
+"""CIFAR-10 and CIFAR-100 in the files of their authors, without running what the files may say. No torch.
+
+The files are pickles, and a pickle can call any function. torchvision loads those whose checksums it knows; a subset or a
+copy that was packed again is read here, where a pickle can make arrays, texts, numbers and collections of them only.
+"""
+
+import pickle
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+SIDE = 32  # pixels
+LABELS = ("labels", "fine_labels")
+_ALLOWED = {
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+}
+
+
+class CifarPart(NamedTuple):
+    """Pictures and labels of some files."""
+
+    pixels: np.ndarray  # uint8 [N, 32, 32, 3]
+    labels: list[int]
+    classes: list[str]
+
+
+class CifarPictures:
+    """A `CifarPart` in the manner of a data set of torchvision: items are a picture and its label."""
+
+    def __init__(self, part: CifarPart, folder: Path) -> None:
+        self.pixels, self.targets, self.classes = part
+        self.folder = str(folder)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), self.targets[index]
+
+
+def read_cifar(files: list[Path], meta: Path, classes_key: str) -> CifarPart:
+    """Read the pictures of some files and the names of the classes.
+
+    Args:
+        files: each a dictionary with `data`, uint8 [n, 3072], and `labels` or `fine_labels`.
+        meta: a dictionary with `classes_key`.
+    Raises:
+        ValueError: a file is none of these, or asks for a function to be called; the message names the file.
+        OSError: a file cannot be read.
+    """
+    names = _read(meta).get(classes_key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{meta} has no list {classes_key}")
+    parts = [_part(file, len(names)) for file in files]
+    return CifarPart(
+        np.concatenate([pixels for pixels, _ in parts]), [label for _, own in parts for label in own], names
+    )
+
+
+def _part(file: Path, classes: int) -> tuple[np.ndarray, list[int]]:
+    content = _read(file)
+    data, labels = content.get("data"), next((content[key] for key in LABELS if key in content), None)
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * SIDE * SIDE:
+        raise ValueError(f"{file} has no uint8 array data [n, {3 * SIDE * SIDE}]")
+    label_N = np.asarray(labels)
+    if label_N.shape != (len(data),) or label_N.dtype.kind not in "iu" or not np.isin(label_N, range(classes)).all():
+        raise ValueError(f"{file} has no label from 0 to {classes - 1} for each of its {len(data)} pictures")
+    return np.ascontiguousarray(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)), label_N.tolist()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as stream:
+        try:
+            content = _Restricted(stream, encoding="latin1").load()
+        except OSError:
+            raise
+        except Exception as error:  # a damaged pickle may raise anything
+            raise ValueError(f"{file} cannot be read: {error or type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no dictionary")
+    return content
+
+
+class _Restricted(pickle.Unpickler):
+    """Makes arrays, texts, numbers and collections; refuses every other function and class."""
+
+    def __init__(self, file: IO[bytes], *, encoding: str) -> None:
+        super().__init__(file, encoding=encoding)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise ValueError(f"it asks for {module}.{name}, which no picture needs")
+        return super().find_class(module, name)

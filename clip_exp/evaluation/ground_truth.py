@@ -1,0 +1,178 @@
+"""Flat pictures with a file of labels, as ImageNet's validation pictures are distributed. No torch."""
+
+import csv
+import io
+import os
+import re
+import tarfile
+from pathlib import Path
+from typing import IO, Any
+
+from clip_exp.data.pictures import PictureFiles
+from clip_exp.errors import ConfigError, DataError
+from clip_exp.evaluation.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order, listing
+from clip_exp.evaluation.names import match
+
+DEVKIT_IDS, DEVKIT_CLASSES = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data")  # where a devkit's folder may hold them
+LARGEST = 64 * 1024 * 1024  # bytes of a label file or a member of an archive
+ACCEPTED = (
+    "ImageNet's devkit (its folder or ILSVRC2012_devkit_t12.tar.gz), LOC_val_solution.csv, a file with `picture label` per "
+    "line, or one with a wnid or a number from 0 per line"
+)
+
+Labels = list[str] | dict[str, str]  # in the order of the pictures' names, or by name without its suffix
+
+
+def from_flat_folder(root: str | Path, ground_truth: str | Path, classes: Any, where: str) -> LabeledImages:
+    """`<root>/<picture>`, labelled by a file.
+
+    Labels without names belong to the pictures in the order of their names, numbers in names by value.
+
+    Args:
+        ground_truth: see `read_ground_truth`.
+        classes: see `names.match`.
+        where: the task's key, for messages.
+    Raises:
+        ConfigError: no such folder or file; `classes` does not fit the labels.
+        DataError: no pictures, another number of labels than pictures, a picture without a label, a label that is no class.
+    """
+    root, key = Path(root).expanduser(), f"{where}.ground_truth"
+    if not root.is_dir():
+        raise ConfigError(f"{where}.root={root}: no such folder. Give the folder of the pictures.")
+    paths = sorted(find_pictures(root, below=False), key=_natural)
+    if not paths:
+        raise DataError(f"{where}.root={root} holds no pictures itself; a folder per class needs no ground_truth.")
+    labels = read_ground_truth(ground_truth, key)
+    if len(labels) != len(paths):
+        raise DataError(
+            f"{key}={ground_truth} has {len(labels):,} labels, {root} has {len(paths):,} pictures: these must be as many."
+        )
+    if isinstance(labels, dict):
+        names = [_stem(path) for path in paths]
+        if unknown := [name for name in names if name not in labels]:
+            raise DataError(f"{key}={ground_truth} has no label for {listing(unknown)} of {root}.")
+        labels = [labels[name] for name in names]
+    present = in_order(labels)
+    matched = match(present, present, classes, str(ground_truth), where)
+    return LabeledImages(
+        PictureFiles(paths),
+        [matched.position[label] for label in labels],
+        matched.names,
+        str(root),
+        matched.keys,
+        imagenet=matched.imagenet,
+        about={"ground_truth": str(Path(ground_truth).expanduser().resolve())},
+    )
+
+
+def read_ground_truth(path: str | Path, key: str) -> Labels:
+    """Labels of flat pictures.
+
+    Args:
+        path: ImageNet's devkit as a folder or as its archive, whose ids 1 to 1000 become wnids by its `meta.mat`; Kaggle's
+            LOC_val_solution.csv; text with `picture label` per line, as Caffe's val.txt; or text with a label per line.
+            Labels are wnids, or numbers that count the wnids in their order from 0.
+        key: of the configuration, for messages.
+    Raises:
+        ConfigError: no such file, or one that is none of these.
+        DataError: a label in it cannot be read.
+    """
+    file, where = Path(path).expanduser(), f"{key}={path}"
+    if file.is_dir() or (file.name == DEVKIT_IDS and (file.parent / DEVKIT_CLASSES).is_file()):
+        return _from_devkit(*_devkit_folder(file if file.is_dir() else file.parent, where), where)
+    if not file.is_file():
+        raise ConfigError(f"{where}: no such file. It may be {ACCEPTED}.")
+    if file.name == DEVKIT_IDS:
+        raise ConfigError(f"{where}: its ids are the devkit's own, which {DEVKIT_CLASSES} explains: give the devkit.")
+    if tarfile.is_tarfile(file):
+        return _from_devkit(*_devkit_archive(file, where), where)
+    if file.stat().st_size > LARGEST:
+        raise ConfigError(f"{where} is too large for a file of labels. It may be {ACCEPTED}.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not text. It may be {ACCEPTED}.") from error
+    return _from_text([line.strip() for line in text.split("\n") if line.strip()], where)
+
+
+def _from_text(lines: list[str], where: str) -> Labels:
+    if not lines:
+        raise DataError(f"{where} is empty. It may be {ACCEPTED}.")
+    if [field.strip().lower() for field in lines[0].split(",")] == ["imageid", "predictionstring"]:
+        return _by_name(
+            [(row[0], (row[1].split() or [""])[0]) for row in csv.reader(lines[1:]) if len(row) == 2], where
+        )
+    pairs = [line.rsplit(None, 1) for line in lines]
+    if all(len(pair) == 2 and Path(pair[0]).suffix.lower() in IMAGE_SUFFIXES for pair in pairs):
+        return _by_name([(pair[0], pair[1]) for pair in pairs], where)
+    return lines
+
+
+def _by_name(pairs: list[tuple[str, str]], where: str) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for picture, label in pairs:
+        name = _stem(picture)
+        if not label:
+            raise DataError(f"{where} has no label for {picture}.")
+        if labels.setdefault(name, label) != label:
+            raise DataError(f"{where} has two labels for {picture}: {labels[name]} and {label}.")
+    return labels
+
+
+def _devkit_folder(folder: Path, where: str) -> tuple[bytes, bytes]:
+    for below in DEVKIT_FOLDERS:
+        ids, classes = folder / below / DEVKIT_IDS, folder / below / DEVKIT_CLASSES
+        if ids.is_file() and classes.is_file():
+            return ids.read_bytes(), classes.read_bytes()
+    raise ConfigError(f"{where} holds no data/{DEVKIT_IDS} with data/{DEVKIT_CLASSES}: it may be {ACCEPTED}.")
+
+
+def _devkit_archive(file: Path, where: str) -> tuple[bytes, bytes]:
+    """The two members that matter, read where they are: nothing is extracted."""
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(file) as archive:
+            for member in archive:
+                name = os.path.basename(member.name)
+                if name in (DEVKIT_IDS, DEVKIT_CLASSES) and member.isreg() and member.size <= LARGEST:
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    found[name] = content.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{where} cannot be read: {error}. Download it again.") from error
+    if len(found) < 2:
+        raise ConfigError(f"{where} holds no {DEVKIT_IDS} with {DEVKIT_CLASSES}: it may be {ACCEPTED}.")
+    return found[DEVKIT_IDS], found[DEVKIT_CLASSES]
+
+
+def _from_devkit(ids: bytes, classes: bytes, where: str) -> list[str]:
+    wnid = _wnid_by_id(io.BytesIO(classes), where)
+    lines = ids.decode("ascii", errors="replace").split()
+    if unknown := [line for line in lines if line not in wnid]:
+        raise DataError(f"{where}: {DEVKIT_IDS} has {listing(unknown)}, which {DEVKIT_CLASSES} does not know.")
+    return [wnid[line] for line in lines]
+
+
+def _wnid_by_id(meta: IO[bytes], where: str) -> dict[str, str]:
+    """Of the classes without children: the others are groups of them."""
+    from scipy.io import loadmat  # 0.2 s to import
+
+    try:
+        synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        columns = (synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"])
+        return {str(int(number)): str(wnid) for number, wnid, children in zip(*columns, strict=True) if children == 0}
+    except Exception as error:  # scipy raises what it meets in a damaged file
+        raise DataError(
+            f"{where}: its {DEVKIT_CLASSES} cannot be read ({error}). Download the devkit again."
+        ) from error
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sorts `2.png` before `10.png`."""
+    parts = re.split(r"(\d+)", os.path.basename(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

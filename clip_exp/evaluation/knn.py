@@ -1,0 +1,85 @@
+"""Weighted k-nearest-neighbour classification of frozen features, as DINO is scored (Wu et al. 2018; Caron et al. 2021)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clip_exp.evaluation.classification import CHUNK
+from clip_exp.evaluation.frozen import Frozen, classified, encode_halves, protocol_of
+from clip_exp.evaluation.metrics import accuracies
+from clip_exp.evaluation.prepared import KNNTask
+from clip_exp.evaluation.progress import progress
+from clip_exp.evaluation.results import Result
+from clip_exp.evaluation.subject import Judge, Subject
+
+TILE_ELEMENTS = 2**24  # products held at a time: 64 MB in float32
+SHOWN = 5  # best classes of a picture
+
+
+def nearest(
+    query_MD: Tensor, train_ND: Tensor, k: int, advance: Callable[[int], None] = lambda done: None
+) -> tuple[Tensor, Tensor]:
+    """The k rows of `train_ND` with the highest dot product, and those products; of equal ones the first rows.
+
+    Products come in tiles of rows, so memory does not grow with M * N.
+
+    Args:
+        k: at most N.
+        advance: called with the number of rows after each tile.
+    Returns:
+        int64 [M, k] and float32 [M, k], on the CPU; best first.
+    """
+    rows, products = [], []
+    for tile in query_MD.split(max(1, TILE_ELEMENTS // len(train_ND))):
+        scores = tile @ train_ND.T
+        best = scores.topk(min(k + 1, len(train_ND)), dim=1)
+        row, product = best.indices[:, :k], best.values[:, :k]
+        if len(train_ND) > k:  # of candidates that tie for the last place, topk takes any
+            tied = best.values[:, k - 1] == best.values[:, k]
+            row[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        rows.append(row.cpu())
+        products.append(product.cpu())
+        advance(len(tile))
+    return torch.cat(rows), torch.cat(products)
+
+
+def vote(labels_MK: Tensor, cosines_MK: Tensor, num_classes: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The five best classes of each picture (all, if they are fewer), best first, and their shares of the votes.
+
+    A neighbour's vote weighs exp(cosine / temperature). Of classes with equal votes the first is first.
+
+    Args:
+        labels_MK: class of each neighbour.
+    Returns:
+        int64 [M, 5] and float64 [M, 5]; a share of 0: no neighbour is of that class.
+    """
+    best, shares = [], []
+    for labels, cosines in zip(labels_MK.split(CHUNK), cosines_MK.double().split(CHUNK), strict=True):
+        votes = torch.zeros(len(labels), num_classes, dtype=torch.float64)
+        votes.scatter_add_(1, labels, (cosines / temperature).softmax(dim=1))
+        ordered = votes.sort(dim=1, descending=True, stable=True)
+        best.append(ordered.indices[:, :SHOWN])
+        shares.append(ordered.values[:, :SHOWN])
+    return torch.cat(best), torch.cat(shares)
+
+
+def score_knn(task: KNNTask, subject: Subject) -> Judge:
+    """`top1`, `top5`, `mean_per_class_recall` of k-NN on frozen features. A class without a vote is no hit in `top5`."""
+    frozen = encode_halves(task, subject)
+    return lambda: _judge(task, frozen, subject)
+
+
+def _judge(task: KNNTask, frozen: Frozen, subject: Subject) -> Result:
+    config, device, classes = task.config, subject.options.device, len(task.test.class_names)
+    k = min(config.k, len(frozen.train_labels))
+    with progress(len(frozen.test_labels), f"{task.name}: neighbours") as advance:
+        query, train = frozen.test.features.to(device), frozen.train.features.to(device)
+        rows, cosines = nearest(query, train, k, advance)
+    best, shares = vote(frozen.train_labels[rows], cosines, classes, config.temperature)
+    protocol = {"kind": "knn", **protocol_of(task, frozen), "k": k, "temperature": config.temperature}
+    return Result(
+        accuracies(best.where(shares > 0, -1), frozen.test_labels, classes),
+        protocol,
+        classified(task.test, frozen.test, frozen.test_labels, best, shares),
+    )

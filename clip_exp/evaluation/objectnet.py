@@ -1,0 +1,97 @@
+"""ObjectNet (Barbu et al. 2019), from the user's copy: its 113 classes that are ImageNet's too. No torch.
+
+As in the published evaluations of CLIP (wise-ft's code, which CLIP_benchmark and with it OpenCLIP's table use): pictures of
+the 113 classes only, scored against ObjectNet's own 113 labels, in the order of their folders. Those codes write the labels
+in lower case, which CLIP's tokenizer does to every text. The red frame of two pixels is cut off first.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clip_exp.data.pictures import PictureFiles
+from clip_exp.errors import ConfigError, DataError
+from clip_exp.evaluation.labeled import LabeledImages, find_pictures, listing
+
+FRAME = 2  # pixels on each side
+FOLDERS, OVERLAP = "folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"
+IDS, IMAGENET = "pytorch_to_imagenet_2012_id.json", "imagenet_to_label_2012_v2"
+MAPPINGS = (FOLDERS, OVERLAP, IDS, IMAGENET)
+
+
+def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
+    """`<root>/images/<class>/<picture>` with `<root>/mappings/`, as objectnet-1.0.zip holds them.
+
+    Args:
+        root: the folder objectnet-1.0, the one around it, or its images.
+        where: the task's key, for messages.
+    Raises:
+        ConfigError: no such folder, or no mappings.
+        DataError: a mapping cannot be read, a folder is none of ObjectNet's, or there are no pictures.
+    """
+    images, mappings = _find(Path(root).expanduser(), where)
+    label_of_folder = _read_json(mappings / FOLDERS)
+    overlap = _imagenet_of_label(mappings)
+    folders = sorted(entry.name for entry in images.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if unknown := [folder for folder in folders if folder not in label_of_folder]:
+        raise DataError(f"{images}: {listing(unknown)} is no class of ObjectNet. Move it away.")
+    classes = sorted(folder for folder, label in label_of_folder.items() if label in overlap)
+    files = {folder: find_pictures(images / folder) for folder in folders}
+    scored = [folder for folder in classes if files.get(folder)]
+    if not scored:
+        raise DataError(f"{images} holds no pictures of the {len(classes)} classes that are ImageNet's too.")
+    position = {folder: index for index, folder in enumerate(classes)}
+    others = [folder for folder in folders if folder not in position]
+    return LabeledImages(
+        PictureFiles([path for folder in scored for path in files[folder]], border=FRAME),
+        [position[folder] for folder in scored for _ in files[folder]],
+        [label_of_folder[folder] for folder in classes],
+        str(root),
+        [folder if folder in files else None for folder in classes],
+        imagenet=[overlap[label_of_folder[folder]] for folder in classes],
+        about={
+            "left_out_classes": len(others),
+            "left_out_pictures": sum(len(files[folder]) for folder in others),
+            "cut_off": f"{FRAME} pixels on each side",
+        },
+    )
+
+
+def _find(root: Path, where: str) -> tuple[Path, Path]:
+    """The folders of the pictures and of the mappings."""
+    if not root.is_dir():
+        raise ConfigError(f"{where}.root={root}: no such folder. Give the folder objectnet-1.0.")
+    candidates = (root / "objectnet-1.0/images", root / "images", root)
+    images = next(folder for folder in candidates if folder.is_dir())
+    places = (images.parent / "mappings", images.parent, root)
+    for place in places:
+        if all((place / name).is_file() for name in MAPPINGS):
+            return images, place
+    raise ConfigError(
+        f"{where}.root={root}: ObjectNet's mappings are missing. Keep the folder as objectnet-1.0.zip holds it: images/ "
+        f"beside mappings/ with {', '.join(MAPPINGS)}."
+    )
+
+
+def _imagenet_of_label(mappings: Path) -> dict[str, list[int]]:
+    """Of each label of ObjectNet that overlaps ImageNet, the classes of ImageNet-1k in the order of wnids."""
+    index_of_id = {str(number): int(index) for index, number in _read_json(mappings / IDS).items()}
+    lines = (mappings / IMAGENET).read_text(encoding="utf-8", errors="replace").split("\n")
+    id_of_label = {line.strip(): str(number) for number, line in enumerate(lines) if line.strip()}
+    found = {}
+    for label, names in _read_json(mappings / OVERLAP).items():
+        ids = [id_of_label.get(name) for name in names.split("; ")]
+        if unknown := [name for name, number in zip(names.split("; "), ids, strict=True) if number not in index_of_id]:
+            raise DataError(f"{mappings / OVERLAP}: {listing(unknown)} of '{label}' is not in {IMAGENET} and {IDS}.")
+        found[label] = sorted(index_of_id[number] for number in ids if number is not None)
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Take it from objectnet-1.0.zip.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is no mapping. Take it from objectnet-1.0.zip.")
+    return content

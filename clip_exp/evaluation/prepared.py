@@ -1,0 +1,55 @@
+"""Tasks whose files are found and whose names are matched, ready for a model. No torch."""
+
+from dataclasses import dataclass
+
+from clip_exp.config.evaluation_schema import (
+    KNNTaskConfig,
+    LinearProbeTaskConfig,
+    RobustnessTaskConfig,
+    ZeroShotTaskConfig,
+)
+from clip_exp.data.pictures import Pictures
+from clip_exp.evaluation.labeled import LabeledImages
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    name: str
+    images: LabeledImages
+    templates: list[str]
+    config: ZeroShotTaskConfig
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    name: str
+    pictures: Pictures  # each once
+    captions: list[str]
+    caption_image: list[int]  # position in `pictures` of each caption's picture
+    where: str
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    name: str
+    train: LabeledImages
+    test: LabeledImages  # of the same classes
+    config: LinearProbeTaskConfig
+
+
+@dataclass(frozen=True)
+class KNNTask:
+    name: str
+    train: LabeledImages
+    test: LabeledImages  # of the same classes
+    config: KNNTaskConfig
+
+
+@dataclass(frozen=True)
+class RobustnessTask:
+    name: str
+    sets: dict[str, ClassificationTask]
+    config: RobustnessTaskConfig
+
+
+Task = ClassificationTask | RetrievalTask | ProbeTask | KNNTask | RobustnessTask

@@ -1,0 +1,108 @@
+"""Robustness to natural shifts: the ImageNet sets together, beside a supervised network (CLIP paper, figure 13)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_exp.evaluation.classification import CHUNK
+from clip_exp.evaluation.features import encode_pictures
+from clip_exp.evaluation.imagenet_sets import UNSHIFTED
+from clip_exp.evaluation.metrics import best_classes, require_finite, top_k
+from clip_exp.evaluation.prepared import ClassificationTask, RobustnessTask
+from clip_exp.evaluation.results import Compared, Result
+from clip_exp.evaluation.subject import Judge, Subject, encode_set, hash_of, zero_shot_classifier
+from clip_exp.evaluation.supervised import Supervised, load_supervised, restrict
+from clip_exp.evaluation.zero_shot import judge_classification
+from clip_exp.ranks.group import from_main
+
+MEAN = "mean_of_shifted"
+
+
+def score_robustness(task: RobustnessTask, subject: Subject) -> Judge:
+    """`<set>/top1` and `mean_of_shifted/top1` of zero-shot classification, and `<baseline>/…` of the supervised network.
+
+    Each set is scored as soon as it is encoded, so that the features of one are held at a time.
+    """
+    baseline = _baseline(task, subject)
+    classifiers = _classifiers(task.sets, subject)
+    own: dict[str, Result] = {}
+    beside: dict[str, float] = {}
+    for name, of_set in task.sets.items():
+        own[name] = _zero_shot(of_set, classifiers[name], subject)
+        if baseline is not None:
+            beside[name] = _supervised(of_set, baseline, subject)
+    return lambda: _result(subject.config.name, own, baseline, beside)
+
+
+def _baseline(task: RobustnessTask, subject: Subject) -> Supervised | None:
+    config = task.config
+    if config.baseline is None:
+        return None
+    return load_supervised(config.baseline, config.baseline_weights, f"task.{task.name}", subject.options)
+
+
+def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[str, Tensor]:
+    """The classifier [C, D] of each set. A name is embedded once, however many sets have it.
+
+    The longest list is built first and whole, so that it is the one of `task=imagenet`, and is kept under the same key.
+    """
+    known: dict[tuple[str, str], Tensor] = {}
+    for task in sorted(sets.values(), key=lambda task: -len(task.images.class_names)):
+        prompts = hash_of(task.templates)
+        if new := [name for name in task.images.class_names if (prompts, name) not in known]:
+            classifier = zero_shot_classifier(new, task.templates, subject)
+            known |= {(prompts, name): row for name, row in zip(new, classifier, strict=True)}
+    return {
+        name: torch.stack([known[hash_of(task.templates), own] for own in task.images.class_names])
+        for name, task in sets.items()
+    }
+
+
+def _zero_shot(task: ClassificationTask, classifier_CD: Tensor, subject: Subject) -> Result:
+    encoded = encode_set(task.name, task.images.pictures, subject)
+
+    def judge() -> Result:
+        result = judge_classification(task, encoded, classifier_CD)
+        return Result(result.metrics, result.protocol)
+
+    return from_main(judge)
+
+
+def _supervised(task: ClassificationTask, baseline: Supervised, subject: Subject) -> float:
+    images, classes = task.images, task.images.imagenet
+    assert classes is not None  # `tasks.prepare_robustness`
+    encoded = encode_pictures(
+        baseline.encoder, images.pictures, subject.options, subject.cache, f"{task.name}: {baseline.name}"
+    )
+
+    def judge() -> float:
+        require_finite(encoded.features, f"logits of {baseline.name}")
+        best = [best_classes(restrict(logits, classes)) for logits in encoded.features.split(CHUNK)]
+        return top_k(torch.cat(best), torch.tensor(images.labels)[encoded.kept])["top1"]
+
+    return from_main(judge)
+
+
+def _result(model: str, own: dict[str, Result], baseline: Supervised | None, beside: dict[str, float]) -> Result:
+    top1 = {model: {name: result.metrics["top1"] for name, result in own.items()}}
+    metrics = _with_mean(top1[model])
+    if baseline is not None:
+        top1[baseline.name] = beside
+        metrics |= {f"{baseline.name}/{name}": value for name, value in _with_mean(beside).items()}
+    protocols = {name: result.protocol for name, result in own.items()}
+    protocol: dict[str, Any] = {
+        "kind": "robustness",
+        **{key: sum(of_set[key] for of_set in protocols.values()) for key in ("pictures", "bad_pictures")},
+        "mean_of": [name for name in own if name != UNSHIFTED],
+        "baseline": None if baseline is None else baseline.about,
+        "sets": protocols,
+    }
+    sets = list(own)
+    return Result(metrics, protocol, Compared(sets, {name: [of[each] for each in sets] for name, of in top1.items()}))
+
+
+def _with_mean(top1: dict[str, float]) -> dict[str, float]:
+    shifted = [value for name, value in top1.items() if name != UNSHIFTED]
+    mean = {f"{MEAN}/top1": sum(shifted) / len(shifted)} if shifted else {}
+    return {**{f"{name}/top1": value for name, value in top1.items()}, **mean}

@@ -1,0 +1,124 @@
+"""Texts that a user gives in the configuration or in a file: class names, labels with their names, templates. No torch.
+
+A file is plain text with one text per line (UTF-8, with or without a mark of the byte order), YAML or JSON. Everything in
+YAML is read as text: the class `no` is no boolean.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clip_exp.errors import ConfigError
+
+
+class Pairs(list[tuple[Any, Any]]):
+    """The entries of a mapping as they were written, repeated ones too."""
+
+
+def read_lines(source: Any, where: str, accepted: str) -> list[str]:
+    """A list of texts, or what a file lists.
+
+    Args:
+        source: a list, or a file: plain text with a text per line, or a list as YAML or JSON.
+        where: the configuration key, for messages.
+        accepted: what `where` may be, for messages.
+    Raises:
+        ConfigError: neither a list of texts nor a file of one, or nothing in it.
+    """
+    found, where = _found(source, where, accepted)
+    if isinstance(found, Pairs):
+        raise ConfigError(f"{where} is a mapping; it may be {accepted}.")
+    return _texts(found, where, accepted)
+
+
+def read_names(source: Any, where: str, accepted: str) -> list[str] | dict[str, str]:
+    """A list of names, or names by label.
+
+    Args:
+        source: a list, a mapping, or a file: plain text with `name` or `label<tab>name` per line, YAML, or JSON.
+        where, accepted: see `read_lines`.
+    Raises:
+        ConfigError: neither of them, nothing in it, or a label twice.
+    """
+    found, where = _found(source, where, accepted)
+    if isinstance(found, list) and not isinstance(found, Pairs) and isinstance(source, str):
+        found = _split_at_tabs(found, where)
+    if not isinstance(found, Pairs):
+        return _texts(found, where, accepted)
+    labels = _texts([label for label, _ in found], where, accepted)
+    names = _texts([name for _, name in found], where, accepted)
+    if repeated := [label for label, count in Counter(labels).items() if count > 1]:
+        raise ConfigError(f"{where} names '{repeated[0]}' twice.")
+    return dict(zip(labels, names, strict=True))
+
+
+def _found(source: Any, where: str, accepted: str) -> tuple[Any, str]:
+    """What the configuration or the file holds, and where for messages."""
+    if isinstance(source, dict):
+        return Pairs(source.items()), where
+    if not isinstance(source, str):
+        return source, where
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"{where}={source} is no file; it may be {accepted}.")
+    where = f"{where}={source}"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{where} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror or error}.") from error
+    return _parse(path.suffix.lower(), text, where), where
+
+
+def _parse(suffix: str, text: str, where: str) -> Any:
+    try:
+        if suffix == ".json":
+            return json.loads(text, object_pairs_hook=Pairs)
+        if suffix in (".yaml", ".yml"):
+            return _yaml(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        kind = "JSON" if suffix == ".json" else "YAML"
+        raise ConfigError(f"{where} is not valid {kind}: {' '.join(str(error).split())}.") from error
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _yaml(text: str) -> Any:
+    node = yaml.compose(text, Loader=yaml.BaseLoader)
+    if isinstance(node, yaml.MappingNode):
+        return Pairs((_scalar(key), _scalar(value)) for key, value in node.value)
+    return [_scalar(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else None
+
+
+def _scalar(node: yaml.Node) -> str | None:
+    return node.value if isinstance(node, yaml.ScalarNode) else None
+
+
+def _split_at_tabs(lines: list[Any], where: str) -> list[Any] | Pairs:
+    tabs = [isinstance(line, str) and "\t" in line.strip() for line in lines]
+    if not any(tabs):
+        return lines
+    if not all(tabs):
+        raise ConfigError(f"{where}: '{lines[tabs.index(False)]}' has no tab between label and name, as others have.")
+    return Pairs(tuple(line.strip().split("\t", 1)) for line in lines)
+
+
+def _texts(values: Any, where: str, accepted: str) -> list[str]:
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{where} holds no texts; it may be {accepted}.")
+    for number, value in enumerate(values, start=1):
+        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+            hint = " Put it in quotes." if isinstance(value, bool | float) else ""
+            raise ConfigError(f"{where}: entry {number} is {_shown(value)}, not a text.{hint}")
+    return [str(value).strip() for value in values]
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, list | dict):
+        return "nothing" if value is None else "a list" if type(value) is list else "a mapping"
+    return repr(value)

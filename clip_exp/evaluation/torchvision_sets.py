@@ -1,0 +1,264 @@
+"""Classification sets of torchvision by name: `torchvision: CIFAR10`. Torch is imported only when one is asked for."""
+
+import ast
+import hashlib
+import inspect
+import logging
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_exp.config.evaluation_schema import LabeledDataConfig
+from clip_exp.config.load import nearest
+from clip_exp.data.cifar import CifarPictures, read_cifar
+from clip_exp.data.torchvision_pictures import TorchvisionPictures
+from clip_exp.errors import ConfigError, DataError
+from clip_exp.evaluation.labeled import LabeledImages
+from clip_exp.evaluation.names import match
+from clip_exp.evaluation.prompts import package_folder
+
+log = logging.getLogger(__name__)
+
+# The held-out part where it is not called `test`. CLEVR's test pictures have no labels.
+HELD_OUT = {
+    "CLEVRClassification": "val", "EMNIST": "balanced", "Imagenette": "val", "ImageNet": "val", "INaturalist": "2021_valid",
+    "Places365": "val",
+}  # fmt: skip
+# Modules of torchvision.datasets whose items are not pictures with one label each.
+OTHERS = (
+    "_optical_flow", "_stereo_matching", "celeba", "cityscapes", "coco", "fakedata", "flickr", "folder", "hmdb51", "kinetics",
+    "kitti", "lsun", "moving_mnist", "phototour", "sbd", "sbu", "ucf101", "vision", "voc", "widerface",
+)  # fmt: skip
+SPLIT_KEYS = ("split", "version")  # what the classes call the part
+LABELS = ("targets", "_labels", "labels", "y")  # where they keep labels
+SAMPLES = ("_samples", "samples")  # where they keep pairs that end with a label
+NAMES = ("classes", "categories")  # where they keep class names
+
+
+def from_torchvision(data: LabeledDataConfig, where: str, split: str | None = None) -> LabeledImages:
+    """A classification set of torchvision below `data.root`.
+
+    The part is `data.split`, else the training part where `split` is "train", else the held-out one. Names are the class's
+    own with `_` as a space; a user's names are given in the order of the labels.
+
+    Args:
+        where: the task's key, for messages.
+    Raises:
+        ConfigError: an unknown class or part; no such folder or no data in it, without `data.download`; no names.
+        DataError: the data are damaged, cannot be fetched, or are no pictures with one label each.
+    """
+    name = _known(data, where)
+    root = _root(data, name, where)
+    import torchvision.datasets
+
+    cls = getattr(torchvision.datasets, name)
+    arguments, part = _arguments(cls, data.split, split, where)
+    dataset, about = _make(cls, {"root": str(root), **arguments}, part, data.download, where)
+    _fix_order(dataset)
+    title = f"{name}/{part}" if part else name
+    labels = _labels(dataset, title, where)
+    keys, names = _classes(dataset, labels, data, where)
+    data_name = f"torchvision's {title} in {root}"
+    matched = match(list(keys.values()), names, data.classes, data_name, where)
+    return LabeledImages(
+        TorchvisionPictures(dataset, title, root),
+        [matched.position[keys[label]] for label in labels],
+        matched.names,
+        data_name,
+        matched.keys,
+        imagenet=matched.imagenet,
+        about={"split": part, "torchvision": torchvision.__version__, **about},
+    )
+
+
+@cache
+def _all_names() -> dict[str, str]:
+    """The classification sets of torchvision.datasets by their names in lower case, without importing it."""
+    source = (package_folder("torchvision") / "datasets/__init__.py").read_text(encoding="utf-8")
+    imports = [
+        node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) and node.module not in OTHERS
+    ]
+    names = [alias.name for node in imports for alias in node.names if alias.name != "LFWPairs"]
+    return {name.lower(): name for name in names}
+
+
+def _known(data: LabeledDataConfig, where: str) -> str:
+    given = str(data.torchvision)
+    if given.lower() not in _all_names():
+        raise ConfigError(
+            f"{where}.torchvision={given} is no classification set of torchvision.datasets: "
+            f"{nearest(given.lower(), _all_names())}"
+        )
+    return _all_names()[given.lower()]
+
+
+def _root(data: LabeledDataConfig, name: str, where: str) -> Path:
+    if data.root is None:
+        raise ConfigError(f"{where}.root has no value: the folder where {name} lies, or is to be fetched to.")
+    root = Path(data.root).expanduser().absolute()
+    if not root.is_dir() and not data.download:
+        raise ConfigError(f"{where}.root={root}: no such folder. To fetch {name} into it: {where}.download=true.")
+    return root
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Of the constructor, and of those that it hands further keywords to."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            own = inspect.signature(base.__init__).parameters  # type: ignore[misc] # of the class, on purpose
+            found = {**own, **found}
+            if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own.values()):
+                break
+    return found
+
+
+def _arguments(cls: type, wanted: str | None, default: str | None, where: str) -> tuple[dict[str, Any], str | None]:
+    """What chooses the part of the set, and the part's name for people; None where the set is not divided."""
+    parameters = _parameters(cls)
+    key = next((key for key in SPLIT_KEYS if key in parameters), None)
+    training = default == "train"
+    if key is not None:
+        own = parameters[key].default
+        train = own if isinstance(own, str) and "train" in own else "train"
+        held_out = HELD_OUT.get(cls.__name__, "test")
+        divided_otherwise = "train" in parameters  # EMNIST's `split` names one of its kinds
+        part = wanted or (train if training and not divided_otherwise else held_out)
+        arguments: dict[str, Any] = {key: part}
+        if divided_otherwise:
+            arguments["train"] = training
+            part = f"{part}/{'train' if training else 'test'}"
+    elif "train" in parameters:
+        part = wanted or ("train" if training else "test")
+        if part not in ("train", "test"):
+            raise ConfigError(f"{where}.split={part} must be train or test for {cls.__name__}.")
+        arguments = {"train": part == "train"}
+    elif wanted or training:
+        raise ConfigError(
+            f"{where}: torchvision's {cls.__name__} is not divided into parts, such as {wanted or default}."
+        )
+    else:
+        return {}, None
+    return arguments, part
+
+
+def _make(
+    cls: type, arguments: dict[str, Any], part: str | None, download: bool, where: str
+) -> tuple[Any, dict[str, Any]]:
+    """The data set and what a protocol says of its files. What is there is never fetched again."""
+    name, root, can_fetch = cls.__name__, arguments["root"], "download" in _parameters(cls)
+    try:
+        return cls(**arguments, **({"download": False} if can_fetch else {})), {}
+    except (RuntimeError, OSError) as error:
+        problem = " ".join(str(error).split()).partition(" You can use download=True")[0].rstrip(".")
+    except Exception as error:  # whatever this class meets in a damaged file
+        if isinstance(error, ValueError) and str(error).startswith("Unknown value"):
+            raise ConfigError(f"{where}.split={part}: {error}") from error
+        raise DataError(f"{where}: {name} in {root} cannot be read ({type(error).__name__}: {error}).") from error
+    if not download:
+        if (repacked := _repacked(cls, arguments, where)) is not None:
+            return repacked
+        fetch = f"To fetch it: {where}.download=true." if can_fetch else "torchvision cannot fetch it."
+        raise ConfigError(f"{where}.root={root}: torchvision finds no {name} there ({problem}). {fetch}")
+    if not can_fetch:
+        raise ConfigError(f"{where}.download: torchvision cannot fetch {name} ({problem}).")
+    try:
+        return cls(**arguments, download=True), {}
+    except Exception as error:  # whatever the network, the archive or the disk do
+        raise DataError(f"{where}: {name} could not be fetched to {root} ({type(error).__name__}: {error}).") from error
+
+
+def _repacked(cls: Any, arguments: dict[str, Any], where: str) -> tuple[Any, dict[str, Any]] | None:
+    """CIFAR from files that are not its authors', with `data.cifar`; None where there are no such files."""
+    if cls.__name__ not in ("CIFAR10", "CIFAR100"):
+        return None
+    folder = Path(arguments["root"]) / cls.base_folder
+    known = dict(cls.train_list if arguments["train"] else cls.test_list)
+    meta = folder / cls.meta["filename"]
+    if not all((folder / file).is_file() for file in known) or not meta.is_file():
+        return None
+    try:
+        part = read_cifar([folder / file for file in known], meta, cls.meta["key"])
+        changed = [file for file, md5 in known.items() if _md5(folder / file) != md5]
+    except (ValueError, OSError) as error:
+        raise DataError(f"{where}: {error}. To fetch {cls.__name__} again: {where}.download=true.") from error
+    if changed:
+        log.warning(
+            "%s: files in %s are not those that torchvision knows; read as pictures and labels only.", where, folder
+        )
+    return CifarPictures(part, folder), ({"files_of_other_checksum": changed} if changed else {})
+
+
+def _md5(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _labels(dataset: Any, title: str, where: str) -> list[int]:
+    """From where the class keeps them, else by reading every item.
+
+    Raises:
+        DataError: items are not pictures with one label each.
+    """
+    refused = f"{where}: items of torchvision's {title} are not pictures with one label each"
+    if not len(dataset):
+        raise DataError(f"{where}: torchvision's {title} has no pictures.")
+    for kept in _kept(dataset):
+        labels = np.asarray(kept)
+        if labels.shape == (len(dataset),) and labels.dtype.kind in "iu":
+            return labels.tolist()
+    from clip_exp.evaluation.progress import progress
+
+    labels_read: list[int] = []
+    with progress(len(dataset), f"{title}: labels") as advance:
+        for index in range(len(dataset)):
+            try:
+                picture, label = dataset[index]
+                picture.close()  # some classes open the file and decode nothing
+                labels_read.append(int(label))
+            except Exception as error:  # whatever its items are
+                raise DataError(f"{refused} ({type(error).__name__}: {error}). Choose another split or set.") from error
+            advance(1)
+    return labels_read
+
+
+def _kept(dataset: Any) -> Iterator[Any]:
+    yield from (getattr(dataset, name) for name in LABELS if hasattr(dataset, name))
+    for name in SAMPLES:
+        if hasattr(dataset, name):
+            yield [sample[-1] for sample in getattr(dataset, name)]
+
+
+def _classes(dataset: Any, labels: list[int], data: LabeledDataConfig, where: str) -> tuple[dict[int, str], list[str]]:
+    """The key of each label and the names of the classes, in the order of the labels."""
+    own = next((getattr(dataset, name) for name in NAMES if hasattr(dataset, name)), None)
+    if own is None:
+        numbers = {label: str(label) for label in sorted(set(labels))}
+        if data.classes == "labels":
+            raise ConfigError(
+                f"{where}: torchvision does not name the {len(numbers)} classes of {data.torchvision}: give their names in "
+                f"the order of its labels, {where}.classes=[…]."
+            )
+        return numbers, list(numbers.values())
+    own = list(own)
+    if min(labels) < 0 or max(labels) >= len(own):
+        raise DataError(f"{where}: {data.torchvision} has pictures without a label. Choose another split.")
+    index_of = getattr(dataset, "class_to_idx", {})
+    if wrong := [name for index, name in enumerate(own) if index_of.get(name, index) != index]:
+        raise DataError(f"{where}: {data.torchvision} contradicts itself about the label of {wrong[0]}.")
+    names = [name if isinstance(name, str) else name[0] for name in own]  # ImageNet has several for a class
+    keys = [str(key) for key in getattr(dataset, "wnids", names)]
+    return dict(enumerate(keys)), [name.replace("_", " ") for name in names]
+
+
+def _fix_order(dataset: Any) -> None:
+    """Two sets list their files as the file system does, which is another order on another machine."""
+    name = type(dataset).__name__
+    if name == "SUN397":
+        pairs = sorted(zip(dataset._image_files, dataset._labels, strict=True))
+        dataset._image_files, dataset._labels = [path for path, _ in pairs], [label for _, label in pairs]
+    elif name == "INaturalist":
+        dataset.index.sort()

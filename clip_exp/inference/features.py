@@ -1,0 +1,123 @@
+"""Features of pictures and videos: one vector each, a video's from its frames."""
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clip_exp.config.schema import OnBadImage
+from clip_exp.errors import DataError
+from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
+from clip_exp.evaluation.features import encode_pictures, load_batches
+from clip_exp.evaluation.metrics import require_finite
+from clip_exp.evaluation.progress import progress
+from clip_exp.inference.media import Media
+
+log = logging.getLogger(__name__)
+LISTED = 20  # of the pictures that were left out
+
+
+class LeftOut(NamedTuple):
+    """A picture or video that could not be read."""
+
+    path: str
+    reason: str
+
+
+class EncodedMedia(NamedTuple):
+    """Features of the pictures and videos that could be read."""
+
+    features: Tensor  # [N, D] float32 of unit norm, on the CPU
+    kept: Tensor  # int64 [N], which of the given items, ascending
+    left_out: list[LeftOut]
+
+
+class Encoded(NamedTuple):
+    """An item of a `Media` that was encoded, or could not be."""
+
+    item: int
+    features: Tensor | None  # float32 [D] of unit norm
+    reason: str = ""
+
+
+def encode_media(encoder: ImageEncoder, media: Media, options: EncodeOptions, what: str | None = None) -> EncodedMedia:
+    """Encode every picture, and of every video the frames, whose mean it is. Frames that cannot be read are not in the mean.
+
+    Args:
+        what: name of the progress bar; None for none.
+    Raises:
+        DataError: one cannot be read and `on_bad_image` is `error`, or none can be read.
+    """
+    encoded = encode_pictures(encoder, media, options, what=what)
+    owner = torch.from_numpy(media.owner)
+    kept, position, frames = torch.unique(owner[encoded.kept], return_inverse=True, return_counts=True)
+    features = torch.zeros(len(kept), encoded.features.shape[1]).index_add_(0, position, encoded.features)
+    several = frames > 1
+    features[several] = F.normalize(features[several], dim=-1)
+    missing = sorted(set(range(len(media))) - set(encoded.kept.tolist()))
+    reasons = {
+        int(media.owner[index]): bad.removeprefix(f"{media.name(index)}: ")
+        for index, bad in reversed(list(zip(missing, encoded.bad, strict=True)))
+    }
+    whole = set(kept.tolist())
+    left_out = [
+        LeftOut(str(media.paths[item]), reason) for item, reason in sorted(reasons.items()) if item not in whole
+    ]
+    return EncodedMedia(features, kept, left_out)
+
+
+def tell_left_out(left_out: list[LeftOut], given: int) -> None:
+    """One warning with the count and the reasons."""
+    if left_out:
+        lines = [f"  {path}: {reason}" for path, reason in left_out[:LISTED]]
+        more = [f"  and {len(left_out) - LISTED:,} more"] if len(left_out) > LISTED else []
+        count = f"left out {len(left_out):,} of {given:,} pictures, which cannot be read:"
+        log.warning("\n".join([count, *lines, *more]))
+
+
+def encode_each(
+    encoder: ImageEncoder, media: Media, options: EncodeOptions, what: str | None = None
+) -> Iterator[Encoded]:
+    """Every item as soon as it is encoded, or has failed; in their order.
+
+    Args:
+        what: name of the progress bar; None for none.
+    Raises:
+        DataError: an item cannot be read and `on_bad_image` is `error`.
+        NumericError: a feature is not finite.
+    """
+    entries = range(len(media))
+    batches = [list(entries[start : start + options.batch_size]) for start in entries[:: options.batch_size]]
+    frames = np.bincount(media.owner)
+    waiting: list[tuple[Tensor | None, str]] = []  # frames of the item that is not complete
+    with progress(len(media), what) as advance:
+        for batch_entries, batch in zip(batches, load_batches(encoder, media, options, batches), strict=True):
+            vectors = encoder.encode(batch.image).cpu() if len(batch.index) else torch.empty(0)
+            require_finite(vectors, "image features")
+            encoded: dict[int, Tensor] = dict(zip(batch.index.tolist(), vectors, strict=True))
+            reasons = iter(batch.bad)
+            for entry in batch_entries:
+                reason = "" if entry in encoded else next(reasons).reason
+                _check(media.name(entry), reason, options)
+                waiting.append((encoded.get(entry), reason))
+                item = int(media.owner[entry])
+                if len(waiting) == frames[item]:
+                    yield _mean(item, waiting)
+                    waiting = []
+            advance(len(batch_entries))
+
+
+def _check(path: str, reason: str, options: EncodeOptions) -> None:
+    if reason and options.on_bad_image is OnBadImage.error:
+        raise DataError(f"{path}: {reason}. Repair or remove it, or leave such pictures out: on_bad_image=replace.")
+
+
+def _mean(item: int, frames: list[tuple[Tensor | None, str]]) -> Encoded:
+    vectors = [vector for vector, _ in frames if vector is not None]
+    if len(vectors) > 1:
+        return Encoded(item, F.normalize(torch.stack(vectors).mean(dim=0), dim=-1))
+    return Encoded(item, vectors[0]) if vectors else Encoded(item, None, frames[0][1])

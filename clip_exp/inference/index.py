@@ -1,0 +1,187 @@
+"""An index of pictures: one safetensors file that holds their features, what made them, and which files they are of.
+
+Tensors: `features` float32 [N, D] of unit norm, `size` int64 [N] in bytes, `mtime_ns` int64 [N], and `paths`, the names' bytes
+with a NUL between; rows are in the order of the paths. Metadata: `clip_exp.index`, JSON of a `Recipe`. A path is relative to the
+index's folder where the picture lies below it, so that both can be moved together.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from clip_exp.config.load import plain, strict_dataclass
+from clip_exp.config.schema import ModelConfig
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.inference.sources import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY, VERSION = "clip_exp.index", 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the features of an index."""
+
+    weights_sha256: str
+    weights: str  # the file, absolute
+    model: dict[str, Any]  # its configuration; it says what happens to a picture before the image tower
+    precision: str
+    frames: int  # of a video
+    version: int = VERSION
+
+    @property
+    def source(self) -> Source:
+        """The model that made the index."""
+        return Source(strict_dataclass(ModelConfig, self.model, "model"), Path(self.weights))
+
+
+class Entries(NamedTuple):
+    """The contents of an index, in the order of the paths."""
+
+    paths: list[str]  # as `stored_path` gives them
+    size: "Tensor"  # int64 [N], bytes
+    mtime_ns: "Tensor"  # int64 [N]
+    features: "Tensor"  # float32 [N, D] of unit norm; mapped from the file, not read
+
+
+def recipe_of(source: Source, precision: str, frames: int) -> Recipe:
+    """What an index of a model is made with; may read the weights for their hash."""
+    return Recipe(source.sha256(), str(source.weights.resolve()), plain(source.model), precision, frames)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """What an index was made with. No torch.
+
+    Raises:
+        CheckpointError: the file is no index, is damaged, or is another version's.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            values = json.loads((file.metadata() or {})[KEY])
+    except (OSError, SafetensorError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or "it is no index, or damaged"
+        raise CheckpointError(f"index={path} cannot be used: {reason}. Name another file, or make it anew.") from None
+    if values["version"] != VERSION:
+        raise CheckpointError(f"index={path} was made by another version of clip_exp: make it anew.")
+    return Recipe(**values)
+
+
+def agree(path: Path, before: Recipe, wanted: Recipe) -> None:
+    """Refuse to mix or compare features of different origin.
+
+    Raises:
+        CheckpointError: another model, or other weights.
+    """
+    if before.weights_sha256 == wanted.weights_sha256 and before.source.model == wanted.source.model:
+        return
+    models = [
+        f"{recipe.model['name']} with {recipe.weights} (sha256 {recipe.weights_sha256[:12]}…)"
+        for recipe in (before, wanted)
+    ]
+    same = "" if before.weights_sha256 != wanted.weights_sha256 else ", whose settings are others"
+    raise CheckpointError(
+        f"index={path} was made by {models[0]}, not by {models[1]}{same}: their features cannot be compared. "
+        "Leave the model out to use the index's own, or name another index."
+    )
+
+
+def read_entries(path: Path) -> Entries:
+    """The contents; later changes of the file do not reach them."""
+    with safe_open(path, framework="pt") as file:
+        names = bytes(file.get_tensor("paths").numpy())
+        size, mtime_ns, features = (file.get_tensor(name) for name in ("size", "mtime_ns", "features"))
+    return Entries([os.fsdecode(name) for name in names.split(b"\0")] if names else [], size, mtime_ns, features)
+
+
+def write_index(path: Path, recipe: Recipe, entries: Entries) -> None:
+    """Write the file whole or not at all, by who has it `held`; the same contents are the same bytes.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    names = b"\0".join(map(os.fsencode, entries.paths))
+    tensors = {
+        "paths": torch.frombuffer(bytearray(names), dtype=torch.uint8),
+        "size": entries.size,
+        "mtime_ns": entries.mtime_ns,
+        "features": entries.features.contiguous(),
+    }
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask allows; the library's is for the owner alone
+        save_file(tensors, temporary, {KEY: json.dumps(asdict(recipe), sort_keys=True)})
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"index={path} cannot be written: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside, no other process changes the index; reading needs no lock. The lock ends with the process, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+        CheckpointError: the folder cannot be written.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        try:
+            handle = lock.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"index={path} cannot be written: {error.strerror}.") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                owner = handle.read().strip() or "another process"
+                raise ConfigError(f"index={path} is being changed by {owner}: wait for it.") from None
+            if not _is_file_of(handle, lock):
+                continue  # its last holder removed the file after it was opened here
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_file_of(handle: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def stored_path(path: str | Path, folder: str | Path) -> str:
+    """A path relative to `folder` if it lies below it, else absolute."""
+    absolute, base = os.path.abspath(path), os.path.join(os.path.abspath(folder), "")
+    return absolute.removeprefix(base)
+
+
+def full_path(stored: str, folder: str | Path) -> str:
+    """The absolute path of an entry of the index in `folder`."""
+    return os.path.join(os.path.abspath(folder), stored)

@@ -1,0 +1,153 @@
+"""Making an index and bringing it up to date: only pictures that are new or changed are encoded."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clip_exp.config.schema import OnBadImage
+from clip_exp.errors import DataError
+from clip_exp.inference.features import Encoded, LeftOut
+from clip_exp.inference.index import Entries, Recipe, full_path, held, read_entries, stored_path, write_index
+from clip_exp.inference.media import Media, stamp_of
+
+if TYPE_CHECKING:
+    from clip_exp.inference.clip import Clip
+
+SAVE_EVERY_S = 60.0  # what a killed process loses, if saving is fast
+SAVE_SHARE = 0.1  # of the time that saving may take
+
+
+@dataclass
+class Update:
+    """What was done to an index."""
+
+    total: int = 0  # pictures and videos in it
+    new: int = 0
+    changed: int = 0
+    dropped: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)  # that cannot be read
+
+    def __str__(self) -> str:
+        counts = {"new": self.new, "changed": self.changed, "dropped": self.dropped, "left out": len(self.left_out)}
+        told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "nothing new"
+        return f"{self.total:,} pictures ({told})"
+
+
+def update_index(
+    path: Path,
+    recipe: Recipe,
+    files: Sequence[str],
+    folders: Sequence[str],
+    make_clip: Callable[[], "Clip"],
+    on_bad_image: OnBadImage = OnBadImage.replace,
+    what: str | None = None,
+) -> Update:
+    """Encode what is new or changed among `files`, and save: every minute, and however this ends.
+
+    Args:
+        folders: that were searched for `files`: what the index has of them and is gone is dropped. All else stays.
+        make_clip: called if there is something to encode.
+        what: name of the progress bar; None for none.
+    Raises:
+        DataError: a picture cannot be read and `on_bad_image` is `error`, or none can.
+        ConfigError, CheckpointError: another process changes the index, or it cannot be written.
+    """
+    with held(path):
+        shelf = _Shelf(path, recipe, folders)
+        todo = shelf.missing(files)
+        names = [stored_path(file, path.parent) for file in todo]
+        stamps = [stamp_of(file) for file in todo]  # before they are read: a change after this is found next time
+        try:
+            if todo:
+                for encoded in make_clip().encode_each(Media(todo, recipe.frames), on_bad_image, what):
+                    shelf.add(names[encoded.item], stamps[encoded.item], todo[encoded.item], encoded)
+        finally:
+            shelf.save()
+        if not shelf.update.total:
+            first = shelf.update.left_out[0]
+            raise DataError(
+                f"none of the {len(files)} pictures can be read; the first: {first.path}: {first.reason}. The index is not written."
+            )
+        return shelf.update
+
+
+class _Shelf:
+    """The contents of an index while it grows."""
+
+    def __init__(self, path: Path, recipe: Recipe, folders: Sequence[str]) -> None:
+        self.path, self.recipe, self.update = path, recipe, Update()
+        self.old = read_entries(path) if path.exists() else None
+        self.rows = {name: row for row, name in enumerate(self.old.paths)} if self.old else {}  # of `old` that stay
+        self.fresh: dict[str, tuple[int, int, Tensor]] = {}
+        self.searched = [os.path.join(os.path.abspath(folder), "") for folder in folders]
+        self.unsaved = False
+        self.next_save = time.monotonic() + SAVE_EVERY_S
+        self.update.total = len(self.rows)
+
+    def missing(self, files: Sequence[str]) -> list[str]:
+        """The files that are to be encoded; entries of searched folders that are not among the files are dropped.
+
+        An entry whose file cannot be reached stays: its disk may be back tomorrow.
+        """
+        given = {stored_path(file, self.path.parent): file for file in files}
+        gone = [
+            name
+            for name in self.rows.keys() - given.keys()
+            if full_path(name, self.path.parent).startswith(tuple(self.searched))
+        ]
+        for name in gone:
+            del self.rows[name]
+        self.update.dropped = len(gone)
+        self.unsaved = bool(gone)
+        reachable_or_new = {name: file for name, file in given.items() if name not in self.rows or os.path.exists(file)}
+        return [file for name, file in reachable_or_new.items() if self._stamp(name) != stamp_of(file)]
+
+    def _stamp(self, name: str) -> tuple[int, int] | None:
+        if self.old is None or (row := self.rows.get(name)) is None:
+            return None
+        return int(self.old.size[row]), int(self.old.mtime_ns[row])
+
+    def add(self, name: str, stamp: tuple[int, int], file: str, encoded: Encoded) -> None:
+        """Take in a picture, or note that it cannot be read; save if it is time."""
+        known = self.rows.pop(name, None) is not None
+        if encoded.features is None:
+            self.update.left_out.append(LeftOut(file, encoded.reason))
+            self.update.dropped += known
+            self.unsaved |= known
+        else:
+            self.fresh[name] = (*stamp, encoded.features)
+            self.update.changed += known
+            self.update.new += not known
+            self.unsaved = True
+        if time.monotonic() >= self.next_save:
+            self.save()
+
+    def save(self) -> None:
+        """Write what there is, if anything changed."""
+        self.update.total = len(self.rows) + len(self.fresh)
+        if not self.unsaved or not self.update.total:
+            return
+        started = time.monotonic()
+        write_index(self.path, self.recipe, self._merged())
+        self.unsaved = False
+        took_s = time.monotonic() - started
+        self.next_save = time.monotonic() + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
+
+    def _merged(self) -> Entries:
+        parts = []
+        if self.old is not None and self.rows:
+            rows = torch.tensor(list(self.rows.values()))
+            parts.append((list(self.rows), self.old.size[rows], self.old.mtime_ns[rows], self.old.features[rows]))
+        if self.fresh:
+            sizes, times, features = zip(*self.fresh.values(), strict=True)
+            parts.append((list(self.fresh), torch.tensor(sizes), torch.tensor(times), torch.stack(features)))
+        names = [name for part in parts for name in part[0]]
+        order = sorted(range(len(names)), key=names.__getitem__)
+        size, mtime_ns, vectors = (torch.cat([part[k] for part in parts])[order] for k in (1, 2, 3))  # type: ignore[misc]
+        return Entries([names[position] for position in order], size, mtime_ns, vectors)

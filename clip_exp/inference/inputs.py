@@ -1,0 +1,179 @@
+"""What a command is given: pictures and videos by path, texts, class names. No torch."""
+
+import glob
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clip_exp.config.schema import OnBadImage
+from clip_exp.errors import ClipExpError, ConfigError, DataError
+from clip_exp.evaluation.labeled import IMAGE_SUFFIXES
+from clip_exp.evaluation.prompts import imagenet_classes
+from clip_exp.evaluation.texts import read_lines
+from clip_exp.inference.media import VIDEO_SUFFIXES, can_decode_videos, is_video
+
+log = logging.getLogger(__name__)
+MEDIA_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+LISTED = 5  # problems of a kind that are told one by one
+
+
+def find_pictures(wanted: Any, where: str = "images") -> list[str]:
+    """Paths of the pictures and videos that are meant, each once: in the order given, sorted within a folder or a glob.
+
+    Args:
+        wanted: a file, a folder (with the folders in it; hidden ones and other files are passed over), a glob
+            (`photos/**/*.jpg`), or a list of those.
+        where: the configuration key, for messages.
+    Raises:
+        ConfigError: nothing given, or no such file or folder; a line each.
+        DataError: a folder without pictures.
+    """
+    entries = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+    if wanted is None or not entries:
+        raise ConfigError(f"{where} has no value: give a file, a folder, a glob, or a list of those.")
+    found: dict[str, None] = {}
+    missing = []
+    for entry in map(str, entries):
+        try:
+            found.update(dict.fromkeys(_expand(entry, where)))
+        except ConfigError as error:
+            missing.append(str(error))
+    if missing:
+        more = [f"{where}: {len(missing) - LISTED} more are missing."] if len(missing) > LISTED else []
+        raise ConfigError("\n".join(missing[:LISTED] + more))
+    return list(found)
+
+
+def folders_of(wanted: Any) -> list[str]:
+    """The folders among what `find_pictures` is given."""
+    entries = wanted if isinstance(wanted, list | tuple) else [] if wanted is None else [wanted]
+    paths = [Path(str(entry)).expanduser() for entry in entries]
+    return [str(path) for path in paths if path.is_dir()]
+
+
+def check_videos(paths: list[str], on_bad_image: OnBadImage) -> None:
+    """Raises:
+    ConfigError: there are videos, nothing here decodes them, and they may not be left out.
+    """
+    videos = [path for path in paths if is_video(path)]
+    if videos and on_bad_image is OnBadImage.error and not can_decode_videos():
+        raise ConfigError(
+            f"{len(videos)} of the {len(paths)} files are videos ({videos[0]}), which PyAV decodes: pip install av. "
+            "Or leave them out: on_bad_image=replace."
+        )
+
+
+def as_texts(value: Any, where: str) -> list[str]:
+    """One text or a list of texts as a list. YAML's numbers and truths are texts too.
+
+    Raises:
+        ConfigError: nothing, an empty text, or something else than texts.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if value is None or not texts:
+        raise ConfigError(f"{where} has no value: give a text, or a list: '{where}=[a dog,a cat]'.")
+    if any(isinstance(text, dict | list) for text in texts):
+        raise ConfigError(f"{where} must be texts; put odd ones in quotes: {where}=[\"a {{}}\",'a [dog]'].")
+    written = [str(text).lower() if isinstance(text, bool) else "null" if text is None else str(text) for text in texts]
+    if not all(text.strip() for text in written):
+        raise ConfigError(f"{where} has an empty text.")
+    return written
+
+
+def as_text_list(value: Any, where: str) -> list[str]:
+    """See `as_texts`; a single text is refused, since it was meant to be several.
+
+    Raises:
+        ConfigError: see `as_texts`.
+    """
+    if isinstance(value, str):
+        hint = f"labels={value}" if Path(value).expanduser().is_file() else f"'{where}=[a dog,a cat]'"
+        raise ConfigError(f"{where}={value} must be a list of texts: {hint}.")
+    return as_texts(value, where)
+
+
+def read_labels(value: Any) -> list[str]:
+    """Class names: a list, a file, or `imagenet`.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if value == "imagenet":
+        return [name for _, name in imagenet_classes()]
+    if isinstance(value, list):
+        return as_texts(value, "labels")
+    return read_lines(value, "labels", "imagenet, a list, or a file of names (a line each, or a list as YAML or JSON)")
+
+
+class Problems:
+    """Collects what is wrong, so that all of it is told at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[ClipExpError] = []
+
+    def add(self, *messages: str) -> None:
+        """Problems of the configuration."""
+        self.errors += [ConfigError(message) for message in messages]
+
+    def __enter__(self) -> "Problems":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
+        """An expected error is kept, and what follows the block goes on."""
+        if isinstance(error, ClipExpError):
+            self.errors.append(error)
+            return True
+        return False
+
+    def tell(self) -> None:
+        """Raises:
+        ClipExpError: of the class of the gravest problem, with a line for every problem, if there are any.
+        """
+        if self.errors:
+            gravest = min(self.errors, key=lambda error: error.exit_code)
+            raise type(gravest)("\n".join(str(error) for error in self.errors))
+
+
+def _expand(entry: str, where: str) -> list[str]:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        files = sorted(_below(path))
+        if not files:
+            raise DataError(f"{where}={entry} holds no pictures or videos.")
+        return files
+    if os.path.lexists(path):
+        return [str(path)]
+    if not glob.has_magic(entry):
+        raise ConfigError(f"{where}={entry}: no such file or folder (seen from {Path.cwd()}).")
+    matches = sorted(glob.glob(str(path), recursive=True))
+    files = [file for match in matches for file in _media_of(Path(match))]
+    if not files:
+        raise ConfigError(f"{where}={entry} matches no picture or video (seen from {Path.cwd()}).")
+    return files
+
+
+def _media_of(match: Path) -> list[str]:
+    if match.is_dir():
+        return sorted(_below(match))
+    return [str(match)] if match.suffix.lower() in MEDIA_SUFFIXES else []
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """Pictures and videos in a folder and the folders in it, through links, each folder once."""
+    seen: set[tuple[int, int]] = set()
+
+    def tell(error: OSError) -> None:
+        log.warning("%s is passed over: %s.", error.filename, error.strerror)
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=tell):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES:
+                yield os.path.join(parent, name)

@@ -1,0 +1,92 @@
+"""Pictures and videos as a sequence of pictures to encode: a picture is one, a video is a few frames. No torch."""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".m2ts", ".3gp", ".ogv")
+)
+Picture = str | Path | Image.Image
+FRAMES = 8  # of a video
+
+
+def is_video(item: Picture) -> bool:
+    """Whether a path is a video's, by its ending."""
+    return not isinstance(item, Image.Image) and Path(item).suffix.lower() in VIDEO_SUFFIXES
+
+
+def can_decode_videos() -> bool:
+    """Whether PyAV is installed."""
+    return importlib.util.find_spec("av") is not None
+
+
+class Media:
+    """Pictures (paths or in memory) and videos (paths), laid out as the pictures to encode: `data.pictures.Pictures`.
+
+    Args:
+        items: what was given.
+        frames: of each video, spread evenly over it.
+
+    Attributes:
+        owner: int64 [E], which item each of the E pictures to encode belongs to; ascending.
+    """
+
+    def __init__(self, items: Sequence[Picture], frames: int = FRAMES) -> None:
+        self.in_memory = [item if isinstance(item, Image.Image) else None for item in items]
+        if not any(self.in_memory):
+            self.in_memory = []
+        self.paths = np.array([_name(position, item) for position, item in enumerate(items)])  # shared by workers
+        self.frames = frames
+        counts = np.array([frames if is_video(item) else 1 for item in items], dtype=np.int64)
+        self.owner = np.repeat(np.arange(len(items)), counts)
+        self._first = np.cumsum(counts) - counts
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def open(self, index: int, max_pixels: int) -> Image.Image:
+        """See `Pictures.open`."""
+        from clip_exp.data.images import open_image  # imports torch, which finding pictures does without
+
+        item = self.owner[index]
+        if self.in_memory and (picture := self.in_memory[item]) is not None:
+            return picture
+        path = str(self.paths[item])
+        if not is_video(path):
+            return open_image(path, max_pixels)
+        from clip_exp.inference.video import read_frame
+
+        return read_frame(path, index - int(self._first[item]), self.frames, max_pixels)
+
+    def name(self, index: int) -> str:
+        """The path of the picture or video."""
+        return str(self.paths[self.owner[index]])
+
+    def fingerprint(self) -> str:
+        """See `Pictures.fingerprint`."""
+        digest = hashlib.sha256(f"frames {self.frames}\n".encode())
+        for position, path in enumerate(self.paths):
+            if self.in_memory and (picture := self.in_memory[position]) is not None:
+                digest.update(f"{picture.mode} {picture.size}\n".encode() + picture.tobytes())
+            else:
+                digest.update(f"{os.path.abspath(path)}\t{stamp_of(path)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def stamp_of(path: str) -> tuple[int, int]:
+    """Size in bytes and time of change in ns of a file, (-1, -1) if it cannot be reached; a file that changes changes it."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _name(position: int, item: Picture) -> str:
+    return f"picture {position}" if isinstance(item, Image.Image) else str(item)

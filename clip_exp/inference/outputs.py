@@ -1,0 +1,105 @@
+"""Results for people and for programs: a table, JSON or CSV, on the terminal or in a file. No torch."""
+
+import csv
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clip_exp.config.use_schema import OutputFormat, UseConfig
+from clip_exp.errors import CheckpointError, ConfigError
+
+ENDINGS = {".json": OutputFormat.json, ".csv": OutputFormat.csv}
+WIDE = 100_000  # columns of a table that no terminal cuts
+
+
+@dataclass(frozen=True)
+class Report:
+    """A command's result."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]  # one fact each; those of the same first column belong together
+    document: dict[str, Any]  # the same as JSON, with what it was made with
+
+
+def check_output(config: UseConfig) -> None:
+    """Raises:
+    ConfigError: `output` cannot be a file.
+    """
+    if config.output is not None:
+        path = Path(config.output).expanduser()
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+            raise ConfigError(f"output={config.output} {what}.")
+
+
+def write(report: Report, config: UseConfig) -> None:
+    """Print a report, or write it whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = Path(config.output).expanduser() if config.output is not None else None
+    chosen = config.format or (ENDINGS.get(path.suffix.lower()) if path else None) or OutputFormat.table
+    if path is not None:
+        _write_file(path, _render(report, chosen, WIDE))
+        print(f"written: {path}")
+        return
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are no UTF-8
+    try:
+        print(_render(report, chosen, Console().width if sys.stdout.isatty() else WIDE), end="", flush=True)
+    except BrokenPipeError:  # `… | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def number(value: float) -> float:
+    """A float32 value without the digits that float64 adds."""
+    return float(f"{value:.7g}")
+
+
+def _write_file(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"output={path} cannot be written: {error.strerror}.") from error
+
+
+def _render(report: Report, chosen: OutputFormat, width: int) -> str:
+    if chosen is OutputFormat.json:
+        return json.dumps(report.document, indent=2, ensure_ascii=False) + "\n"
+    text = io.StringIO(newline="")
+    if chosen is OutputFormat.csv:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([report.columns, *report.rows])
+    else:
+        Console(file=text, width=width, color_system=None).print(_table(report))
+    return text.getvalue()
+
+
+def _table(report: Report) -> Table:
+    table = Table(*report.columns)
+    first = report.rows[0] if report.rows else ()
+    for column, value in zip(table.columns, first, strict=False):
+        column.overflow = "fold"
+        column.justify = "right" if isinstance(value, int | float) else "left"
+    before: Any = None
+    several = any(row[0] == after[0] for row, after in pairwise(report.rows))
+    for row in report.rows:
+        if several and before is not None and row[0] != before:
+            table.add_section()
+        shown = ["" if row[0] == before else row[0], *row[1:]]
+        table.add_row(*(Text(f"{cell:.4f}" if isinstance(cell, float) else str(cell)) for cell in shown))
+        before = row[0]
+    return table

@@ -1,0 +1,69 @@
+"""Where an evaluation's page comes from, as it says itself: the command, the model, the time."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+KINDS = {
+    "zero_shot": "Zero-shot classification",
+    "linear_probe": "Linear probe",
+    "knn": "Nearest neighbours",
+    "retrieval": "Retrieval",
+    "robustness": "Robustness",
+}
+
+
+def is_train_run(folder: Path) -> bool:
+    """Whether a run was trained in this folder; else it is an evaluation's."""
+    return (folder / "metrics.csv").is_file()
+
+
+def command_of(folder: Path) -> str | None:
+    """What was typed to make what the folder holds; None where it does not say."""
+    arguments = record_of(folder).get("argv")
+    if arguments is None:
+        return None
+    return shlex.join([python(), "train.py" if is_train_run(folder) else "evaluate.py", *arguments])
+
+
+def python() -> str:
+    """How to call this interpreter from here: `python` where that is it."""
+    interpreter = Path(sys.executable)
+    found = shutil.which("python")
+    if found is not None and Path(found) == interpreter:
+        return "python"
+    here = Path.cwd()
+    return str(interpreter.relative_to(here) if interpreter.is_relative_to(here) else interpreter)
+
+
+def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the template of every evaluation's page begins and ends with."""
+    kind = str(protocol.get("kind", ""))
+    weights = protocol.get("weights_sha256")
+    about = [
+        protocol.get("model"),
+        weights and f"weights {weights[:12]}",
+        f"step {protocol['step']:,}" if isinstance(protocol.get("step"), int) else None,
+        protocol.get("data"),
+    ]
+    record = record_of(folder)
+    made_by = [f"clip_exp {record['clip_exp']}" if "clip_exp" in record else None, record.get("start"), str(folder)]
+    return {
+        "title": name,
+        "kind": KINDS.get(kind, kind.replace("_", " ")),
+        "about": [str(part) for part in about if part],
+        "made_by": " · ".join(filter(None, made_by)),
+        "command": command_of(folder),
+    }
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The folder's `run.json`; empty where it has none that can be read."""
+    try:
+        values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}

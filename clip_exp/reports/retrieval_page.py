@@ -1,0 +1,105 @@
+"""The page of a retrieval: recall both ways, and some queries with what they found."""
+
+from typing import Any
+
+from clip_exp.evaluation.results import Query, Result, Retrieved
+from clip_exp.reports.page import counted, fact_rows, percent, render
+from clip_exp.reports.thumbnails import Thumbnails
+
+QUERIES = 12  # shown each way
+PICTURES = 6  # that a caption found
+CAPTIONS = 6  # that a picture found
+WAYS = {"i2t": "a picture finds captions", "t2i": "a caption finds pictures"}
+
+
+def retrieval_page(name: str, result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
+    """The HTML of a retrieval's page.
+
+    Args:
+        heading: `origin.heading`.
+    """
+    metrics, pictures, captions = result.metrics, result.protocol["pictures"], len(details.captions)
+    ks = sorted({int(key.removeprefix("recall@").partition("_")[0]) for key in metrics if key.startswith("recall@")})
+    thumbnails = Thumbnails(details.pictures)
+    return render(
+        "retrieval.html",
+        **heading,
+        tiles=_tiles(metrics),
+        lead=f"{counted(pictures, 'picture')} and {counted(captions, 'caption')}, each a candidate for all of the other kind. "
+        f"A guessed picture would be right for {percent(1 / pictures, 2)} of the captions.",
+        ks=ks,
+        recall=_recall(metrics, ks, pictures, captions),
+        text_queries=[_text_query(query, details, thumbnails) for query in _spread(details.text_to_image)],
+        image_queries=[_image_query(query, details, thumbnails) for query in _spread(details.image_to_text)],
+        protocol=fact_rows(result.protocol),
+    )
+
+
+def _tiles(metrics: dict[str, float]) -> list[dict[str, str]]:
+    meanings = {
+        "recall@1_i2t": ("Picture → caption, recall@1", "of the pictures: the first caption found is one of theirs"),
+        "recall@1_t2i": ("Caption → picture, recall@1", "of the captions: the first picture found is theirs"),
+    }
+    tiles = [
+        {"name": title, "value": percent(metrics[key]), "meaning": meaning}
+        for key, (title, meaning) in meanings.items()
+        if key in metrics
+    ]
+    places = [f"{metrics[key]:,.0f}" for key in ("median_rank_i2t", "median_rank_t2i") if key in metrics]
+    if places:
+        meaning = "place of the first right answer: picture → caption / caption → picture; 1 is best"
+        tiles.append({"name": "Median rank", "value": " / ".join(places), "meaning": meaning})
+    return tiles
+
+
+def _recall(metrics: dict[str, float], ks: list[int], pictures: int, captions: int) -> list[dict[str, Any]]:
+    sizes = {"i2t": (pictures, captions), "t2i": (captions, pictures)}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": what[0].upper() + what[1:],
+            "queries": f"{sizes[way][0]:,}",
+            "recall": [metrics.get(f"recall@{k}_{way}") for k in ks],
+            "median": metrics.get(f"median_rank_{way}"),
+            "candidates": f"{sizes[way][1]:,}",
+            "quiet": False,
+        }
+        for way, what in WAYS.items()
+    ]
+    guess = {
+        "name": "Guessing, a caption finds pictures",
+        "queries": "",
+        "recall": [min(1.0, k / pictures) for k in ks],
+        "median": (pictures + 1) // 2,
+        "candidates": f"{pictures:,}",
+        "quiet": True,
+    }
+    return [*rows, guess]
+
+
+def _text_query(query: Query, details: Retrieved, thumbnails: Thumbnails) -> dict[str, Any]:
+    found = zip(query.found[:PICTURES], query.scores[:PICTURES], query.right[:PICTURES], strict=True)
+    return {
+        "caption": details.captions[query.query],
+        "rank": query.rank,
+        "shown_right": any(query.right[:PICTURES]),
+        "found": [{"thumbnail": thumbnails[index], "score": score, "right": right} for index, score, right in found],
+    }
+
+
+def _image_query(query: Query, details: Retrieved, thumbnails: Thumbnails) -> dict[str, Any]:
+    found = zip(query.found[:CAPTIONS], query.scores[:CAPTIONS], query.right[:CAPTIONS], strict=True)
+    return {
+        "thumbnail": thumbnails[query.query],
+        "rank": query.rank,
+        "shown_right": any(query.right[:CAPTIONS]),
+        "found": [
+            {"caption": details.captions[index], "score": score, "right": right} for index, score, right in found
+        ],
+    }
+
+
+def _spread(queries: list[Query]) -> list[Query]:
+    """At most `QUERIES`, evenly from the first to the last."""
+    if len(queries) <= QUERIES:
+        return queries
+    return [queries[round(number * (len(queries) - 1) / (QUERIES - 1))] for number in range(QUERIES)]

@@ -1,0 +1,164 @@
+"""Evaluation tasks that a run is scored on while it trains, by the code and protocol of `evaluate.py`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from clip_exp.checkpoints.discovery import latest, step_of
+from clip_exp.config.schema import TrainConfig
+from clip_exp.evaluation.cache import Cache
+from clip_exp.evaluation.encode import EncodeOptions
+from clip_exp.evaluation.prepared import Task
+from clip_exp.evaluation.progress import silence
+from clip_exp.evaluation.results import Result
+from clip_exp.evaluation.run import about_weights
+from clip_exp.evaluation.scoring import score
+from clip_exp.evaluation.subject import Subject
+from clip_exp.inference.loading import load_model
+from clip_exp.inference.sources import source_of_checkpoint
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
+from clip_exp.ranks.group import from_main, is_main
+from clip_exp.reports.evaluation import write_result
+from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.training.metrics import log_metrics
+from clip_exp.training.progress import BarProgress, LineProgress
+from clip_exp.training.strategies import whole_weights
+
+CACHE_GB = 10.0
+
+
+class TaskScores(pl.Callback):
+    """Scores tasks at the end of every `every_n_steps` steps and of the run, all ranks together.
+
+    It acts before the step's validation and checkpoint, which find the values in `trainer.callback_metrics` as
+    `<task>/<metric>`. Nothing of training changes: the model that is scored is a module of its own.
+
+    Args:
+        tasks: prepared by `evaluation.tasks`.
+        config: the run's.
+        run_dir: the run's folder.
+        progress: of the run, which shows the values.
+    """
+
+    def __init__(
+        self, tasks: list[Task], config: TrainConfig, run_dir: Path, progress: BarProgress | LineProgress | None
+    ) -> None:
+        self.tasks = tasks
+        self.config = config
+        self.run_dir = run_dir
+        self.progress = progress
+        self.scored_step: int | None = None
+        self.values: dict[str, float] = {}  # of that step
+        self._results: dict[str, Result] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every, step = self.config.task_every_n_steps, trainer.global_step
+        if step >= pl_module.total_steps or (every is not None and step % every == 0):
+            self._score_step(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Score where `patience` ended the run."""
+        if self.scored_step != trainer.global_step:
+            self._score_step(trainer, pl_module)
+
+    def _score_step(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        device = trainer.strategy.root_device
+        if self.progress is not None:
+            self.progress.scoring([task.name for task in self.tasks])
+        with _apart(device):
+            self._results = self._score(plain_model(trainer, pl_module), device)
+        self.scored_step = trainer.global_step
+        self.values = {
+            f"{task}/{metric}": value
+            for task, result in self._results.items()
+            for metric, value in result.metrics.items()
+        }
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.values.items()})
+        log_metrics(trainer, self.values, trainer.global_step)
+        if self.progress is not None and is_main():
+            self.progress.show(self.values)
+
+    def _score(self, model: CLIP, device: torch.device) -> dict[str, Result]:
+        data = self.config.data
+        options = EncodeOptions(device, num_workers=data.num_workers, on_bad_image=data.on_bad_image)
+        tokenizer = Tokenizer(self.config.model.text.context_length)
+        # The cache is for what stays the same from one scoring to the next: the network that `robustness` compares with.
+        cache = Cache(Path(self.config.output_dir) / "cache", CACHE_GB)
+        subject = Subject(model, tokenizer, self.config.model, options, weights_sha256=None, cache=cache)
+        return {task.name: score(task, subject) for task in self.tasks}
+
+    def write(self, device: torch.device) -> None:
+        """After the run: `eval/<task>.json` and pages, of the last checkpoint's weights. All ranks call.
+
+        Where the run was killed between its last checkpoint and here, the checkpoint is scored.
+        """
+        checkpoint = from_main(lambda: latest(self.run_dir))
+        source = source_of_checkpoint(checkpoint)
+        if self.scored_step != step_of(checkpoint):
+            with _apart(device):
+                self._results = self._score(load_model(source, device), device)
+        if is_main():
+            for name, result in self._results.items():
+                result.protocol.update(about_weights(source, source.sha256(), device))
+                write_result(result, name, self.run_dir)
+
+
+class TaskPatience(EarlyStopping):
+    """Early stopping by a task's metric: it looks when tasks are scored, and only then."""
+
+    def __init__(self, scores: TaskScores, monitor: str, patience: int, mode: str) -> None:
+        super().__init__(monitor, patience=patience, mode=mode)
+        self.scores = scores
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.scores.scored_step == trainer.global_step:
+            self._run_early_stopping_check(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pass
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pass
+
+
+def plain_model(trainer: pl.Trainer, pl_module: Any) -> CLIP:
+    """The model as it is, in a module of its own: float32, in evaluation mode, without a strategy's hooks. All ranks call.
+
+    Ranks encode unequal shares, so a strategy that gathers weights in every forward pass would wait forever; here they are
+    gathered once. Where they are whole and float32 already they are shared, not copied.
+    """
+    trained, device = pl_module.model, trainer.strategy.root_device
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        weights = {
+            name: full.detach().to(device, torch.float32, copy=True) for name, full in whole_weights(trained)
+        } | dict(trained.named_buffers())
+    else:
+        weights = {name: _float32(value) for name, value in trained.state_dict().items()}
+    with torch.device("meta"):
+        model = build_model(pl_module.config.model, init_logit_bias=None if trained.logit_bias is None else 0.0)
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Inside, training's random numbers stay as they are, products of matrices are exact float32, and no bar is shown."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []), silence():
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,10 @@
+"""Train a CLIP on a table of pictures and captions: python examples/train.py pairs.csv epochs=10"""
+
+import sys
+
+import clip_exp
+
+if __name__ == "__main__":
+    table, *overrides = sys.argv[1:]
+    run = clip_exp.train("model=vit_tiny", "data=csv", f"data.train={table}", *overrides)
+    print(f"trained: {run}")

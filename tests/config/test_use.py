@@ -1,0 +1,46 @@
+"""The configurations of predict, rank and search."""
+
+import subprocess
+import sys
+
+import pytest
+
+from clip_exp.config.load import load_use
+from clip_exp.config.store import SCHEMAS
+from tests.compose import compose_config
+
+COMMANDS = ("predict", "rank", "search")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_file_and_the_dataclass_have_the_same_defaults(command: str) -> None:
+    assert load_use(compose_config(command=command), SCHEMAS[command]) == SCHEMAS[command]()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_how_to_begin_and_lists_the_keys(command: str) -> None:
+    arguments = [sys.executable, "-m", "clip_exp", command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"clip-exp {command} ")
+    for key in ("run", "ckpt", "pretrained", "images", "format", "output", "frames"):
+        assert f"\n{key}: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "image=a.jpg"], "did you mean 'images'"),
+        (["predict", "+foo=1"], "foo does not exist"),
+        (["rank", "format=xml"], "table, json, csv"),
+        (["search", "top=many"], "top"),
+        (["predict", "model=vit_b23"], "did you mean 'vit_b32'"),
+    ],
+)
+def test_a_typo_is_answered_with_code_2_and_what_is_valid(arguments: list[str], message: str, tmp_path) -> None:
+    command = [sys.executable, "-m", "clip_exp", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

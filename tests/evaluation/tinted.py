@@ -1,0 +1,38 @@
+"""Features and pictures with a little of their class in them, for classifiers that learn."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clip_exp.inference.clip import Clip
+
+CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
+
+
+def blobs(classes: int, each: int, noise: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors around a centre per class, in a mixed order."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, 16, generator=torch.Generator().manual_seed(7))
+    labels = torch.arange(classes).repeat(each)[torch.randperm(classes * each, generator=generator)]
+    features = centres[labels] + noise * torch.randn(len(labels), 16, generator=generator)
+    return torch.nn.functional.normalize(features, dim=1), labels
+
+
+def tinted(root: Path, each: int, first: int = 0, classes: tuple[str, ...] = CLASSES) -> Path:
+    """A folder per class with pictures of noise around a colour near the class's: near enough to be often right."""
+    for name in classes:
+        position = CLASSES.index(name)
+        colour = np.random.default_rng(1000 + position).integers(60, 196, 3)
+        for number in range(first, first + each):
+            draw = np.random.default_rng(100 * position + number)
+            pixels = colour + draw.normal(0, 35, 3) + draw.integers(-40, 40, (36, 40, 3))
+            (root / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{number}.png")
+    return root
+
+
+def direct(clip: Clip, root: Path) -> tuple[np.ndarray, np.ndarray]:
+    paths = sorted(root.glob("*/*.png"))
+    return clip.encode_image(paths).double().numpy(), np.array([path.parent.name for path in paths])

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+
+from clip_exp.config.schema import OnBadImage
+from clip_exp.errors import ConfigError, DataError
+from clip_exp.inference import inputs
+from clip_exp.inference.inputs import as_text_list, as_texts, check_videos, find_pictures, read_labels
+
+
+def names(paths: list[str]) -> list[str]:
+    return [Path(path).name for path in paths]
+
+
+def test_a_folder_is_searched_to_the_bottom_in_the_same_order_every_time(photos: Path):
+    assert names(find_pictures(photos)) == [f"{number}.png" for number in range(7)]
+
+
+def test_folders_files_and_globs_can_be_mixed_and_every_picture_counts_once(photos: Path):
+    wanted = [str(photos / "3.png"), f"{photos}/**/[56].png", f"{photos}/*", str(photos)]
+    assert names(find_pictures(wanted)) == ["3.png", "5.png", "6.png", "0.png", "1.png", "2.png", "4.png"]
+
+
+def test_a_file_that_is_named_is_taken_whatever_its_ending(photos: Path):
+    assert names(find_pictures(photos / "notes.txt")) == ["notes.txt"]
+
+
+def test_links_are_followed_and_a_circle_of_them_ends(photos: Path):
+    (photos / "more" / "again").symlink_to(photos, target_is_directory=True)
+    assert len(find_pictures(photos)) == 7
+
+
+def test_everything_that_is_missing_is_told_at_once(photos: Path):
+    with pytest.raises(ConfigError) as caught:
+        find_pictures([f"{photos}/no{number}.png" for number in range(7)] + [f"{photos}/*.jpg"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 6
+    assert "no0.png: no such file or folder" in lines[0]
+    assert "3 more" in lines[-1]
+    with pytest.raises(ConfigError, match="matches no picture or video"):
+        find_pictures(f"{photos}/*.jpg")
+    with pytest.raises(ConfigError, match="images has no value"):
+        find_pictures(None)
+
+
+def test_a_folder_without_pictures_is_told(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no pictures or videos"):
+        find_pictures(tmp_path / "empty")
+
+
+def test_texts_that_yaml_takes_for_something_else_are_texts():
+    assert as_texts([1, 2.5, True, None, "007"], "texts") == ["1", "2.5", "true", "null", "007"]
+    assert as_texts("a dog, running", "text") == ["a dog, running"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "texts has no value"),
+        ([], "texts has no value"),
+        (["a", " "], "empty text"),
+        ([{}], "put odd ones in quotes"),
+        ("a dog", r"'texts=\[a dog,a cat\]'"),
+        (__file__, "labels="),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused_with_what_is(value: object, message: str):
+    with pytest.raises(ConfigError, match=message):
+        as_text_list(value, "texts")
+
+
+def test_labels_come_from_lists_and_files_in_any_language(tmp_path: Path):
+    expected = ["a dog", "猫", "no"]
+    (tmp_path / "a.txt").write_text("a dog\n\n猫\nno\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text('["a dog", "猫", "no"]', encoding="utf-8")
+    (tmp_path / "a.yaml").write_text("- a dog\n- 猫\n- no\n", encoding="utf-8")
+    assert read_labels(expected) == expected
+    for path in tmp_path.iterdir():
+        assert read_labels(str(path)) == expected
+    assert len(read_labels("imagenet")) == 1000
+    with pytest.raises(ConfigError, match=r"labels=absent\.txt is no file"):
+        read_labels("absent.txt")
+
+
+def test_videos_without_a_decoder_are_told_with_the_command_that_installs_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inputs, "can_decode_videos", lambda: False)
+    with pytest.raises(ConfigError, match=r"1 of the 2 files are videos \(b\.MP4\).*pip install av"):
+        check_videos(["a.png", "b.MP4"], OnBadImage.error)
+    check_videos(["a.png", "b.MP4"], OnBadImage.replace)
+    check_videos(["a.png"], OnBadImage.error)

@@ -1,0 +1,129 @@
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from clip_exp.config.schema import OnBadImage
+from clip_exp.config.use_schema import OutputFormat, RankConfig
+from clip_exp.errors import ConfigError, DataError
+from clip_exp.inference.clip import Clip
+from clip_exp.inference.inputs import find_pictures
+from clip_exp.inference.rank import rank
+from clip_exp.inference.ranking import best
+
+
+def asked(run_dir: Path, images: object, text: object, **values: object) -> RankConfig:
+    given = {"format": OutputFormat.json, **values}
+    return RankConfig(run=str(run_dir), images=images, text=text, accelerator="cpu", num_workers=0, **given)
+
+
+def ranking(document: dict, number: int = 0) -> list[tuple[str, float]]:
+    return [(match["path"], match["score"]) for match in document["rankings"][number]["matches"]]
+
+
+def brute_force(clip: Clip, folder: Path, text: str) -> list[tuple[str, float]]:
+    paths = find_pictures(folder)
+    scores = (clip.encode_image(paths) @ clip.encode_text(text)[0]).tolist()
+    return sorted(zip(paths, scores, strict=True), key=lambda pair: -pair[1])
+
+
+def assert_same(found: list[tuple[str, float]], expected: list[tuple[str, float]]) -> None:
+    assert [path for path, _ in found] == [path for path, _ in expected]
+    torch.testing.assert_close([score for _, score in found], [score for _, score in expected], atol=1e-6, rtol=0)
+
+
+def test_a_ranking_is_every_cosine_sorted(run_dir: Path, photos: Path, clip: Clip, capsys):
+    assert rank(asked(run_dir, str(photos), "a dog, running", keep=None)) == 0
+    expected = brute_force(clip, photos, "a dog, running")
+    assert_same(ranking(json.loads(capsys.readouterr().out)), expected)
+    rank(asked(run_dir, str(photos), "a dog, running", keep=3))
+    assert_same(ranking(json.loads(capsys.readouterr().out)), expected[:3])
+
+
+def test_the_python_api_ranks_folders_paths_and_pictures_alike(photos: Path, clip: Clip):
+    expected = brute_force(clip, photos, "a cat")
+    found = clip.rank("a cat", photos)
+    assert_same([(match.path, match.score) for match in found], expected)
+    paths = find_pictures(photos)
+    assert [paths[match.position] for match in found] == [path for path, _ in expected]
+    kept = clip.rank("a cat", [Image.open(path) for path in paths], keep=2)
+    assert [match.position for match in kept] == [match.position for match in found[:2]]
+    with pytest.raises(ConfigError, match="one text"):
+        clip.rank(["a", "b"], photos)  # type: ignore[arg-type]
+
+
+def test_equal_pictures_stay_in_their_order(photos: Path, clip: Clip):
+    for number in range(7, 12):
+        shutil.copy(photos / "0.png", photos / f"{number:02d}.png")
+    paths = find_pictures(photos)
+    copies = [path for path in paths if Path(path).read_bytes() == (photos / "0.png").read_bytes()]
+    assert [match.path for match in clip.rank("a cat", paths) if match.path in copies] == copies
+
+
+def test_the_best_of_equal_scores_are_the_first():
+    scores = torch.tensor([0.5, 0.9, 0.5, 0.9, 0.5, 0.1])
+    assert best(scores, 4).tolist() == [1, 3, 0, 2]
+    assert best(scores).tolist() == [1, 3, 0, 2, 4, 5]
+    assert best(scores, 100).tolist() == best(scores).tolist()
+
+
+def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: Clip, capsys):
+    texts = ["a dog", "一只猫"]
+    rank(asked(run_dir, str(photos), [*texts, "a dog"]))
+    document = json.loads(capsys.readouterr().out)
+    assert [entry["text"] for entry in document["rankings"]] == texts
+    for number, text in enumerate(texts):
+        assert_same(ranking(document, number), brute_force(clip, photos, text))
+    rank(asked(run_dir, str(photos), texts, format=OutputFormat.csv, keep=2))
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["query"], row["rank"], row["picture"]) for row in rows] == [
+        (text, str(place + 1), ranking(document, number)[place][0])
+        for number, text in enumerate(texts)
+        for place in range(2)
+    ]
+
+
+def test_the_kept_pictures_are_copied_in_their_order(run_dir: Path, photos: Path, clip: Clip, tmp_path: Path, capsys):
+    rank(asked(run_dir, str(photos), "a dog", keep=3, copy_to=str(tmp_path / "best")))
+    expected = [path for path, _ in brute_force(clip, photos, "a dog")[:3]]
+    copies = sorted((tmp_path / "best").iterdir())
+    assert [path.name for path in copies] == [
+        f"{place:02d}_{Path(p).name}" for place, p in enumerate(expected, start=1)
+    ]
+    assert [path.read_bytes() for path in copies] == [Path(path).read_bytes() for path in expected]
+    with pytest.raises(ConfigError, match="exists already"):
+        rank(asked(run_dir, str(photos), "a dog", copy_to=str(tmp_path / "best")))
+    rank(asked(run_dir, str(photos), ["a dog!", "猫/狗"], keep=1, copy_to=str(tmp_path / "two")))
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["01_a_dog", "02_猫_狗"]
+
+
+def test_a_broken_picture_is_left_out_of_the_ranking_and_told(run_dir: Path, photos: Path, capsys, caplog):
+    (photos / "2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2\.png: empty file"):
+        rank(asked(run_dir, str(photos), "a dog"))
+    rank(asked(run_dir, str(photos), "a dog", on_bad_image=OnBadImage.replace))
+    document = json.loads(capsys.readouterr().out)
+    assert len(ranking(document)) == 6
+    assert document["left_out"] == [{"path": str(photos / "2.png"), "reason": "empty file"}]
+    assert "left out 1 of 7 pictures" in caplog.text
+
+
+def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photos: Path, clip: Clip):
+    done = clip_exp_command(
+        "rank", f"run={run_dir}", "images=photos", "text=a dog, running (fast)", "keep=2", "format=csv"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["picture"] for row in rows] == [
+        str(Path(path).relative_to(photos.parent)) for path, _ in brute_force(clip, photos, "a dog, running (fast)")[:2]
+    ]
+    refused = clip_exp_command("rank", "images=absent", "keep=-1")
+    assert refused.returncode == 2
+    for part in ("keep=-1", "which model?", "absent", "text has no value"):
+        assert part in refused.stderr

@@ -1,0 +1,360 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import clip_exp
+from clip_exp.config.schema import OnBadImage
+from clip_exp.config.use_schema import OutputFormat, SearchConfig
+from clip_exp.errors import CheckpointError, ConfigError, DataError
+from clip_exp.inference import clip as clip_module
+from clip_exp.inference import indexing
+from clip_exp.inference.clip import Clip
+from clip_exp.inference.features import Encoded
+from clip_exp.inference.index import held, read_entries, read_recipe
+from clip_exp.inference.inputs import find_pictures
+from clip_exp.inference.search import search
+from clip_exp.models.build import build_model
+from tests.small_runs import write_picture, write_run
+
+
+def asked(index: Path, **values: object) -> SearchConfig:
+    given = {"format": OutputFormat.json, **values}
+    return SearchConfig(index=str(index), accelerator="cpu", num_workers=0, **given)
+
+
+@pytest.fixture
+def index(tmp_path: Path, run_dir: Path, photos: Path, capsys) -> Path:
+    """Of the seven photos."""
+    path = tmp_path / "photos.index"
+    assert search(asked(path, run=str(run_dir), images=str(photos))) == 0
+    assert "7 pictures (7 new)" in capsys.readouterr().out
+    return path
+
+
+def matches(capsys, number: int = 0) -> list[tuple[str, float]]:
+    document = json.loads(capsys.readouterr().out)
+    return [(match["path"], match["score"]) for match in document["rankings"][number]["matches"]]
+
+
+def test_answers_equal_brute_force(index: Path, photos: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(photos.parent)
+    paths = find_pictures("photos")
+    features = clip.encode_image(paths)
+    for query, kind in (("two dogs", "text"), ("photos/3.png", "image")):
+        assert search(asked(index, **{kind: query}, top=4)) == 0
+        vector = clip.encode_text(query)[0] if kind == "text" else features[3]
+        expected = sorted(zip(paths, (features @ vector).tolist(), strict=True), key=lambda pair: -pair[1])[:4]
+        found = matches(capsys)
+        assert [path for path, _ in found] == [path for path, _ in expected]
+        torch.testing.assert_close([s for _, s in found], [s for _, s in expected], atol=1e-6, rtol=0)
+
+
+def test_scores_do_not_depend_on_the_tiles(index: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch):
+    whole = clip.index(path=index).search("two dogs", top=7)
+    monkeypatch.setattr("clip_exp.inference.ranking.ROWS", 2)
+    tiled = clip.index(path=index).search("two dogs", top=7)
+    assert [match.path for match in tiled] == [match.path for match in whole]
+    torch.testing.assert_close([m.score for m in tiled], [m.score for m in whole], atol=1e-6, rtol=0)
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """The same pictures, and features within what the place in a batch changes."""
+    first, second = read_entries(one), read_entries(other)
+    assert (first.paths, first.size.tolist(), first.mtime_ns.tolist()) == (
+        second.paths,
+        second.size.tolist(),
+        second.mtime_ns.tolist(),
+    )
+    torch.testing.assert_close(first.features, second.features, rtol=0, atol=1e-6)
+
+
+def test_an_index_that_was_extended_equals_one_that_was_made_at_once(index: Path, run_dir: Path, photos: Path, capsys):
+    for number in (10, 11, 12):
+        write_picture(photos / f"new{number}.png", number)
+    write_picture(photos / "2.png", 99)
+    (photos / "4.png").unlink()
+    (photos / "broken.png").write_bytes(b"broken")
+    assert search(asked(index, images=str(photos))) == 0
+    assert "9 pictures (3 new, 1 changed, 1 dropped, 1 left out)" in capsys.readouterr().out
+    at_once = index.with_name("at_once.index")
+    search(asked(at_once, run=str(run_dir), images=str(photos)))
+    assert_equal(at_once, index)
+
+
+def test_nothing_new_changes_nothing_and_encodes_nothing(index: Path, photos: Path, monkeypatch, capsys):
+    before = index.read_bytes(), index.stat().st_mtime_ns
+    monkeypatch.setattr(clip_module.Clip, "encode_each", lambda *_: pytest.fail("a picture was encoded"))
+    assert search(asked(index, images=[str(photos), f"{photos}/*.png"])) == 0
+    assert "7 pictures (nothing new)" in capsys.readouterr().out
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == before
+
+
+def test_pictures_outside_the_given_folders_stay(index: Path, photos: Path, tmp_path: Path, capsys):
+    write_picture(tmp_path / "other" / "a.png", 50)
+    shutil.rmtree(photos)  # as a disk that is not there today
+    search(asked(index, images=str(tmp_path / "other")))
+    assert "8 pictures (1 new)" in capsys.readouterr().out
+    photos.mkdir()
+    with pytest.raises(DataError, match="holds no pictures"):
+        search(asked(index, images=str(photos)))
+    assert len(read_entries(index).paths) == 8
+
+
+def test_a_table_fills_an_index_which_keeps_what_cannot_be_reached_today(
+    run_dir: Path, photos: Path, tmp_path: Path, capsys
+):
+    (tmp_path / "list.csv").write_text("path,title\nphotos/0.png,x\nphotos/1.png,y\nphotos/0.png,z\nabsent.png,a\n")
+    search(asked(tmp_path / "t.index", run=str(run_dir), table=str(tmp_path / "list.csv"), image_key="path"))
+    assert "2 pictures (2 new, 1 left out)" in capsys.readouterr().out
+    assert read_entries(tmp_path / "t.index").paths == ["photos/0.png", "photos/1.png"]
+    (photos / "1.png").unlink()
+    search(asked(tmp_path / "t.index", table=str(tmp_path / "list.csv"), image_key="path"))
+    assert "2 pictures (1 left out)" in capsys.readouterr().out
+    (photos / "0.png").write_bytes(b"broken")
+    search(asked(tmp_path / "t.index", table=str(tmp_path / "list.csv"), image_key="path"))
+    assert "1 pictures (1 dropped, 2 left out)" in capsys.readouterr().out
+
+
+def test_pictures_and_their_index_can_be_moved_together(index: Path, tmp_path: Path, run_dir: Path, capsys):
+    (tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "photos", tmp_path / "moved" / "photos")
+    moved = Path(shutil.move(index, tmp_path / "moved" / "photos.index"))
+    search(asked(moved, images=str(tmp_path / "moved" / "photos"), text="a dog"))
+    captured = capsys.readouterr()
+    assert "nothing new" in captured.err
+    document = json.loads(captured.out)
+    assert all(Path(match["path"]).is_file() for match in document["rankings"][0]["matches"])
+
+
+def test_an_index_of_other_weights_is_refused(index: Path, photos: Path, tmp_path: Path, run_dir: Path):
+    torch.manual_seed(1)
+    from clip_exp.inference.sources import named_model
+
+    other = write_run(tmp_path / "other", build_model(named_model("vit_nano")))
+    for values in ({"text": "a dog"}, {"images": str(photos)}):
+        with pytest.raises(
+            CheckpointError, match=r"was made by vit_nano with .*run/checkpoints.*not by .*other/checkp"
+        ):
+            search(asked(index, run=str(other), **values))
+    with pytest.raises(CheckpointError, match="cannot be compared"):
+        clip_exp.load(other, accelerator="cpu").index(path=index)
+    with pytest.raises(CheckpointError, match="whose settings are others"):
+        clip_exp.load(run_dir, accelerator="cpu", activation="quick_gelu").index(path=index)
+
+
+def test_an_index_finds_its_model_again_or_says_what_became_of_it(index: Path, run_dir: Path, tmp_path: Path, capsys):
+    weights = next(run_dir.glob("checkpoints/*/model.safetensors"))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(run_dir, elsewhere)
+    with pytest.raises(CheckpointError, match="which is gone: name the same weights"):
+        search(asked(index, text="a dog"))
+    assert search(asked(index, run=str(elsewhere), text="a dog", top=3)) == 0
+    assert len(matches(capsys)) == 3
+    weights.parent.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, weights)
+    with pytest.raises(CheckpointError, match="has changed since"):
+        search(asked(index, text="a dog"))
+
+
+def test_other_frames_or_another_precision_are_not_mixed_in(index: Path, photos: Path, capsys):
+    with pytest.raises(ConfigError, match=r"frames=4, but .* was made with frames=8"):
+        search(asked(index, images=str(photos), frames=4))
+    with pytest.raises(ConfigError, match=r"precision=bf16-mixed, but"):
+        search(asked(index, images=str(photos), precision="bf16-mixed"))
+
+
+def test_indexing_that_was_interrupted_goes_on_where_it_was(
+    index: Path, run_dir: Path, photos: Path, monkeypatch, capsys
+):
+    real, seen = Clip.encode_each, []
+
+    def interrupted(self, media, *rest) -> Iterator[Encoded]:
+        for number, encoded in enumerate(real(self, media, *rest)):
+            if number == 3 and len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append(str(media.paths[encoded.item]))
+            yield encoded
+
+    monkeypatch.setattr(clip_module.Clip, "encode_each", interrupted)
+    again = index.with_name("again.index")
+    with pytest.raises(KeyboardInterrupt):
+        search(asked(again, run=str(run_dir), images=str(photos)))
+    assert [Path(path).name for path in read_entries(again).paths] == sorted(Path(path).name for path in seen)
+    search(asked(again, images=str(photos)))
+    assert len(seen) == len(set(seen)) == 7
+    assert_equal(again, index)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_loses_only_what_it_had_not_saved(
+    index: Path, run_dir: Path, photos: Path, tmp_path: Path, number
+):
+    script = f"""
+import os, sys
+from clip_exp import cli
+from clip_exp.inference import indexing
+indexing.SAVE_EVERY_S, indexing.SAVE_SHARE = 0.0, 1e9
+write, saves = indexing.write_index, []
+def save(*arguments):
+    write(*arguments)
+    saves.append(1)
+    if len(saves) == 2:
+        os.kill(os.getpid(), {int(number)})
+indexing.write_index = save
+sys.exit(cli.run("search", sys.argv[1:]))
+"""
+    again = tmp_path / "again.index"
+    arguments = [
+        f"index={again}",
+        f"run={run_dir}",
+        f"images={photos}",
+        "accelerator=cpu",
+        "num_workers=0",
+        "batch_size=1",
+    ]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    if number is signal.SIGTERM:
+        assert done.returncode == 143
+        assert "The same command goes on" in done.stderr
+    else:
+        assert done.returncode == -number
+    kept = read_entries(again).paths
+    assert 0 < len(kept) < 7
+    search(asked(again, images=str(photos), batch_size=1))
+    single = tmp_path / "single.index"
+    search(asked(single, run=str(run_dir), images=str(photos), batch_size=1))
+    assert_equal(again, single)
+    assert [path.name for path in tmp_path.glob(".*.index*") if "lock" not in path.name] == []
+
+
+def test_two_processes_do_not_write_the_same_index(index: Path, photos: Path, capsys):
+    with held(index), pytest.raises(ConfigError, match=rf"being changed by process {os.getpid()} on"):
+        search(asked(index, images=str(photos)))
+    assert search(asked(index, images=str(photos))) == 0
+    assert not list(index.parent.glob(".*"))
+
+
+def test_threads_take_turns_and_none_is_lost(index: Path):
+    """The lock's file is removed by its holder: whoever opened it before must not take it for the next one's."""
+    inside, most, turns = [], [], []
+
+    def work() -> None:
+        while len(turns) < 50:
+            try:
+                with held(index):
+                    inside.append(1)
+                    most.append(len(inside))
+                    inside.pop()
+                    turns.append(1)
+            except ConfigError:
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+
+
+def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path, clip: Clip):
+    opened = clip.index(path=index)
+    before = opened.search("a dog", top=7)
+    for number in range(20, 25):
+        write_picture(photos / f"{number}.png", number)
+    assert len(clip.index(photos, index)) == 12
+    assert len(opened) == 7
+    assert opened.search("a dog", top=7) == before
+
+
+def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Clip, tmp_path: Path, caplog):
+    index = clip.index(photos, path=tmp_path / "api.index")
+    assert len(index) == 7
+    assert index.paths == [str(photos / Path(name).relative_to(photos)) for name in find_pictures(photos)]
+    best = index.search(image=photos / "3.png", top=1)[0]
+    assert (best.path, round(best.score, 5)) == (str(photos / "3.png"), 1.0)
+    assert [m.path for m in index.search("two dogs", top=3)] == [m.path for m in clip.rank("two dogs", photos, keep=3)]
+    (photos / "broken.png").write_bytes(b"broken")
+    assert len(clip.index([photos], path=tmp_path / "api.index")) == 7
+    assert "left out 1 of 8 pictures" in caplog.text
+    with pytest.raises(DataError, match=r"broken\.png"):
+        clip.index(photos, path=tmp_path / "api.index", on_bad_image="error")
+    with pytest.raises(ConfigError, match="no such file"):
+        clip.index(path=tmp_path / "absent.index")
+    with pytest.raises(ConfigError, match="a text or a picture"):
+        index.search()
+
+
+def test_an_index_without_a_readable_picture_is_not_written(run_dir: Path, tmp_path: Path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"none of the 1 pictures can be read.*a\.png: not a picture"):
+        search(asked(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad")))
+    with pytest.raises(DataError, match="on_bad_image=replace"):
+        search(
+            asked(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad"), on_bad_image=OnBadImage.error)
+        )
+    assert not (tmp_path / "x.index").exists()
+
+
+def test_a_file_that_is_no_index_is_refused(index: Path, tmp_path: Path, run_dir: Path):
+    whole = index.read_bytes()
+    index.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="no index, or damaged"):
+        search(asked(index, text="a dog"))
+    index.write_text("text")
+    with pytest.raises(CheckpointError, match="no index, or damaged"):
+        read_recipe(index)
+    with pytest.raises(CheckpointError, match="no index, or damaged"):
+        read_recipe(next(run_dir.glob("checkpoints/*/model.safetensors")))
+
+
+def test_names_that_are_not_utf8_survive(photos: Path, run_dir: Path, clip: Clip, tmp_path: Path):
+    odd = os.fsdecode(b"caf\xe9 \xff.png")
+    try:
+        shutil.copy(photos / "0.png", photos / odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    index = clip.index(photos, path=tmp_path / "odd.index")
+    assert str(photos / odd) in index.paths
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["search"], 2, "index has no value"),
+        (["search", "index=x.index"], 2, "nothing to do"),
+        (["search", "index=x.index", "text=a"], 2, "no such file. Make it"),
+        (["search", "index=photos", "text=a"], 2, "is a folder"),
+        (["search", "index=x.index", "images=photos"], 2, "which model?"),
+        (["search", "index=run/config.yaml", "text=a"], 4, "no index, or damaged"),
+        (["search", "index=x.index", "images=photos", "run=photos"], 4, "not a run folder"),
+    ],
+)
+def test_errors_are_one_message_with_their_exit_code(
+    clip_exp_command: Callable, run_dir: Path, photos: Path, arguments: list[str], code: int, message: str
+):
+    done = clip_exp_command(*arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_saves_are_not_more_than_a_tenth_of_the_time(index: Path, photos: Path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(indexing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(indexing, "write_index", lambda *_: now.__setitem__(0, now[0] + 30.0))
+    shelf = indexing._Shelf(index, read_recipe(index), [])
+    shelf.unsaved = True
+    shelf.save()
+    assert shelf.next_save == 30.0 + 300.0

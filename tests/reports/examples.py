@@ -1,0 +1,84 @@
+"""Results as scoring leaves them, with pictures of noise in files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clip_exp.data.pictures import PictureFiles
+from clip_exp.evaluation.metrics import accuracies
+from clip_exp.evaluation.results import Classified, Compared, Query, Result, Retrieved
+from tests.small_runs import write_picture
+
+ATTACK = "\"'><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7 * 7 }}"
+HEADING: dict[str, Any] = {
+    "title": "pets",
+    "kind": "Zero-shot classification",
+    "about": ["vit_nano"],
+    "made_by": "",
+    "command": None,
+}
+
+
+def noise_files(folder: Path, count: int, size: tuple[int, int] = (40, 36)) -> PictureFiles:
+    return PictureFiles([write_picture(folder / f"{number}.png", number, size) for number in range(count)])
+
+
+def classified(pictures: PictureFiles, classes: int, rows: int, seed: int = 0, right: float = 0.6) -> Classified:
+    """Rows whose first choice is right with a given chance, else the next class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, rows)
+    order = np.stack([rng.permutation(classes)[: min(5, classes)] for _ in range(rows)])
+    first = np.where(rng.random(rows) < right, labels, (labels + 1) % classes)
+    for row, choice in zip(order, first, strict=True):
+        row[np.flatnonzero(row == choice)] = row[0]
+        row[0] = choice
+    probabilities = -np.sort(-rng.dirichlet(np.ones(order.shape[1]), rows), axis=1).astype(np.float32)
+    names = [f"class {number}" for number in range(classes)]
+    return Classified(
+        pictures, rng.integers(0, len(pictures), rows), labels, order, probabilities, names, [f"k{n}" for n in names]
+    )
+
+
+def classification_result(details: Classified, **protocol: Any) -> Result:
+    labels, best = torch.from_numpy(details.labels), torch.from_numpy(details.best)
+    about = {
+        "kind": "zero_shot",
+        "data": "/data/pets",
+        "pictures": len(labels),
+        "bad_pictures": 0,
+        "classes": len(details.class_names),
+        "weights_sha256": "0123456789abcdef" * 4,
+        "preprocessing": {"resize": "shorter side 32", "mean": [0.5, 0.5, 0.5]},
+        **protocol,
+    }
+    return Result(accuracies(best, labels, len(details.class_names)), about, details)
+
+
+def retrieved(pictures: PictureFiles, captions: list[str]) -> Retrieved:
+    """Caption number i belongs to picture number i, and is found at place i + 1."""
+    count = len(pictures)
+
+    def query(number: int) -> Query:
+        others = [other for other in range(count) if other != number]
+        order = [*others[:number], number, *others[number:]][:8]
+        scores = [0.4 - 0.01 * place for place in range(len(order))]
+        return Query(number, order, scores, [other == number for other in order], number + 1)
+
+    queries = [query(number) for number in range(count)]
+    return Retrieved(pictures, captions, queries, queries)
+
+
+def retrieval_result(details: Retrieved) -> Result:
+    metrics = {f"recall@{k}_{way}": 0.1 * k for k in (1, 5, 10) for way in ("i2t", "t2i")}
+    medians = {"median_rank_i2t": 3.0, "median_rank_t2i": 4.0}
+    protocol = {"kind": "retrieval", "data": "pairs.csv", "pictures": len(details.pictures), "bad_pictures": 0}
+    return Result({**metrics, **medians}, protocol, details)
+
+
+def compared_result() -> Result:
+    sets = ["imagenet", "imagenet_v2", "imagenet_a"]
+    top1: dict[str, list[float | None]] = {"ours": [0.762, 0.701, 0.771], "resnet101": [0.762, 0.643, 0.027]}
+    protocol = {"kind": "robustness", "pictures": 30, "bad_pictures": 0, "mean_of": sets[1:]}
+    return Result({"imagenet/top1": 0.762}, protocol, Compared(sets, top1))

@@ -1,0 +1,153 @@
+"""What an evaluation leaves in its folder and in the run's, and what it prints."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from clip_exp.evaluation.results import Result, TensorFile
+from clip_exp.reports.evaluation import show, write_result
+from clip_exp.reports.run import renew_report
+from tests.reports.examples import (
+    classification_result,
+    classified,
+    compared_result,
+    noise_files,
+    retrieval_result,
+    retrieved,
+)
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Result:
+    return classification_result(classified(noise_files(tmp_path / "pictures", 8), 5, 60))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Result:
+    return retrieval_result(
+        retrieved(noise_files(tmp_path / "pictures", 10), [f"caption {number}" for number in range(10)])
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of an evaluation that has begun."""
+    path = tmp_path / "evaluate" / "vit_nano" / "now"
+    path.mkdir(parents=True)
+    record = {"argv": ["run=outputs/my run", "task=[pets,pairs]"], "start": "2026-01-02T03:04:05+00:00"}
+    (path / "run.json").write_text(json.dumps(record))
+    return path
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """The folder of a run that has finished."""
+    path = tmp_path / "train" / "now"
+    path.mkdir(parents=True)
+    summary = {
+        "name": "my run", "model": "vit_nano", "data": "csv", "steps": 20, "samples_seen": 320, "epochs": 1.5, "parameters": 12345,
+        "seconds": 61.5, "metrics": {"val/loss": 1.25, "val/median_rank_i2t": 7.0, "val/none": None},
+    }  # fmt: skip
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "run.json").write_text(json.dumps({"argv": ["model=vit_nano"], "rows": 1000}))
+    (path / "config.yaml").write_text("name: my run\n")
+    (path / "metrics.csv").write_text("step\n")
+    Image.new("RGB", (8, 8)).save(path / "report.png")
+    renew_report(path)
+    return path
+
+
+def results(**of: Result) -> dict:
+    return {name: {"metrics": result.metrics, "protocol": result.protocol} for name, result in of.items()}
+
+
+def test_a_classification_leaves_numbers_a_table_and_a_page_here_and_in_the_run(
+    pets: Result, folder: Path, trained: Path
+):
+    write_result(pets, "pets", folder, trained)
+    for place in (folder, trained):
+        assert json.loads((place / "eval" / "pets.json").read_text()) == results(pets=pets)["pets"]
+        assert len(list(csv.DictReader((place / "eval" / "pets.csv").read_text().splitlines()))) == 5
+    page = (folder / "eval" / "pets.html").read_text()
+    assert (trained / "eval" / "pets.html").read_text() == page
+    assert "evaluate.py &#39;run=outputs/my run&#39; &#39;task=[pets,pairs]&#39;" in page
+
+
+def test_a_run_scored_at_its_end_tells_the_command_that_trained_it(pets: Result, trained: Path):
+    write_result(pets, "pets", trained)
+    assert "train.py model=vit_nano" in (trained / "eval" / "pets.html").read_text()
+
+
+def test_the_runs_report_links_its_evaluations(pets: Result, pairs: Result, folder: Path, trained: Path):
+    assert "Evaluations" not in (trained / "report.html").read_text()
+    write_result(pets, "pets", folder, trained)
+    write_result(pairs, "pairs", folder, trained)
+    report = (trained / "report.html").read_text()
+    assert 'href="eval/pets.html"' in report
+    assert 'href="eval/pairs.html"' in report
+    assert "12,345 parameters" in report
+    assert ">1.2500<" in report
+    assert ">7<" in report
+    assert not (folder / "report.html").exists()
+
+
+def test_a_run_whose_files_are_damaged_keeps_its_report_and_gets_the_page(
+    pets: Result, folder: Path, trained: Path, caplog: pytest.LogCaptureFixture
+):
+    before = (trained / "report.html").read_text()
+    (trained / "summary.json").write_text("{")
+    write_result(pets, "pets", folder, trained)
+    assert (trained / "report.html").read_text() == before
+    assert (trained / "eval" / "pets.html").is_file()
+    assert "could not be renewed" in caplog.text
+
+
+def test_a_run_folder_that_cannot_be_written_costs_a_warning(
+    pets: Result, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "a file").touch()
+    write_result(pets, "pets", folder, tmp_path / "a file")
+    assert (folder / "eval" / "pets.html").is_file()
+    assert "cannot be written" in caplog.text
+
+
+def test_tensors_are_kept_beside_the_numbers(pets: Result, folder: Path):
+    weights = np.arange(6, dtype=np.float32).reshape(2, 3)
+    files = {"probe": TensorFile({"weight": weights}, {"classes": "2"})}
+    write_result(Result(pets.metrics, pets.protocol, pets.details, files), "pets", folder)
+    assert (load_file(folder / "eval" / "pets.probe.safetensors")["weight"] == weights).all()
+
+
+def test_one_task_ends_with_the_path_of_its_page(
+    pets: Result, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "40")  # a path is not broken
+    write_result(pets, "pets", folder)
+    show(results(pets=pets), folder)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["Open:", str(folder / "eval" / "pets.html")]
+    assert not (folder / "report.html").exists()
+
+
+def test_several_tasks_end_with_the_path_of_a_page_that_leads_to_theirs(
+    pets: Result, pairs: Result, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    tasks = {"pets": pets, "pairs": pairs, "robustness": compared_result()}
+    for name, result in tasks.items():
+        write_result(result, name, folder)
+    show(results(**tasks), folder)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["Open:", str(folder / "report.html")]
+    index = (folder / "report.html").read_text()
+    for name in tasks:
+        assert f'<a href="eval/{name}.html">{name}</a>' in index
+    assert f"{100 * pets.metrics['top1']:.1f}\u202f%" in index
+    assert "median_rank_t2i" in index
+
+
+def test_pages_are_whole_and_leave_nothing_else(pets: Result, folder: Path):
+    write_result(pets, "pets", folder)
+    assert sorted(path.name for path in (folder / "eval").iterdir()) == ["pets.csv", "pets.html", "pets.json"]

@@ -1,0 +1,82 @@
+"""The examples are short, and do what they say."""
+
+import ast
+import io
+import shutil
+import tokenize
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import clip_exp
+from tests.conftest import REPOSITORY
+from tests.small_runs import nano, run_dir, write_picture
+
+__all__ = ["nano", "run_dir"]
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that hold more than the docstring and comments."""
+    docstring = ast.parse(source).body[0]
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {line for t in tokens if t.type not in skipped for line in range(t.start[0], t.end[0] + 1)}
+    return len(lines - set(range(docstring.lineno, (docstring.end_lineno or 0) + 1)))
+
+
+def test_there_is_an_example_for_each_use() -> None:
+    assert [path.stem for path in EXAMPLES] == ["classify", "rank", "search", "train"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_has_at_most_ten_lines_and_begins_with_its_command(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert lines_of_code(source) <= 10
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    assert f"python examples/{path.name} " in docstring
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(3):
+        write_picture(tmp_path / "photos" / f"{number}.png", number)
+    return tmp_path / "photos"
+
+
+def test_classify_names_the_most_probable_text(command: Callable, run_dir: Path, photos: Path, tmp_path: Path) -> None:
+    done = command("examples/classify.py", str(run_dir), "photos/0.png", "photos/1.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    labels = ["a diagram", "a dog", "a cat"]
+    probabilities = clip_exp.load(run_dir, accelerator="cpu").classify([photos / "0.png", photos / "1.png"], labels)
+    assert done.stdout == "".join(
+        f"photos/{number}.png: {labels[row.argmax()]} ({row.max():.1%})\n" for number, row in enumerate(probabilities)
+    )
+
+
+def test_rank_and_search_find_the_same_pictures(command: Callable, run_dir: Path, photos: Path, tmp_path: Path) -> None:
+    ranked = command("examples/rank.py", str(run_dir), "two dogs", "photos", cwd=tmp_path)
+    searched = command("examples/search.py", str(run_dir), "photos", "two dogs", "a car", cwd=tmp_path)
+    assert ranked.returncode == 0, ranked.stderr
+    assert searched.returncode == 0, searched.stderr
+    expected = clip_exp.load(run_dir, accelerator="cpu").rank("two dogs", photos)
+    names = [Path(match.path).name for match in expected]
+    assert [Path(line.split()[-1]).name for line in ranked.stdout.splitlines()] == names
+    lines = searched.stdout.splitlines()
+    assert [Path(line.split()[-1]).name for line in lines if line.startswith("two dogs")] == names
+    assert len(lines) == 6
+    assert (tmp_path / "photos.index").is_file()
+
+
+@pytest.mark.slow
+def test_train_leaves_a_run_that_the_others_use(command: Callable, single, tmp_path: Path) -> None:
+    scenes = next((single.folder.parents[2] / "data").glob("shapes-*"))
+    shutil.copytree(scenes, tmp_path / "data")
+    done = command(
+        "examples/train.py", "data/train.csv", "max_steps=2", "global_batch_size=8", "data.num_workers=0",
+        "trainer.accelerator=cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = Path(done.stdout.splitlines()[-1].removeprefix("trained: "))
+    assert clip_exp.load(tmp_path / run, accelerator="cpu").encode_text("a dog").shape == (1, 192)
