@@ -78,7 +78,11 @@ def load_train(config: DictConfig) -> TrainConfig:
 
 def load_evaluate(config: DictConfig) -> EvaluateConfig:
     """The typed configuration of an evaluation; its tasks stay mappings, which `evaluation.tasks` types and finds complete."""
-    return strict_dataclass(EvaluateConfig, _resolve(config, throw_on_missing=False))
+    values = _resolve(config, throw_on_missing=False)
+    tasks = values.pop("task", {})
+    loaded = strict_dataclass(EvaluateConfig, values)
+    loaded.task = tasks or {}
+    return loaded
 
 
 def load_use(config: DictConfig, cls: type[T]) -> T:

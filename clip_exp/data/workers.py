@@ -19,7 +19,7 @@ def init_worker(_worker: int) -> None:
     Ctrl-C and a scheduler's signals reach the whole process group. SIGTERM from the parent still ends the worker: that is how
     a DataLoader stops one.
     """
-    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

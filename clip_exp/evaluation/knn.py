@@ -76,10 +76,11 @@ def _judge(task: KNNTask, frozen: Frozen, subject: Subject) -> Result:
     with progress(len(frozen.test_labels), f"{task.name}: neighbours") as advance:
         query, train = frozen.test.features.to(device), frozen.train.features.to(device)
         rows, cosines = nearest(query, train, k, advance)
-    best, shares = vote(frozen.train_labels[rows], cosines, classes, config.temperature)
+    ordered, shares = vote(frozen.train_labels[rows], cosines, classes, config.temperature)
+    best = ordered.where(shares > 0, -1)
     protocol = {"kind": "knn", **protocol_of(task, frozen), "k": k, "temperature": config.temperature}
     return Result(
-        accuracies(best.where(shares > 0, -1), frozen.test_labels, classes),
+        accuracies(best, frozen.test_labels, classes),
         protocol,
         classified(task.test, frozen.test, frozen.test_labels, best, shares),
     )

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DistributedError
+from clip_exp.evaluation.prepared import Task
 from clip_exp.evaluation.run import check, evaluate_in, open_folder
+from clip_exp.inference.sources import Source
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.launch import run_ranks
 from clip_exp.ranks.signals import Stopped
@@ -67,7 +69,6 @@ def _join(config: EvaluateConfig, arguments: list[str]) -> int:
     from clip_exp.ranks import group
 
     group.start(choose_device(config.accelerator).type, TIMEOUT_S)
-    quiet_unless_main(group.is_main())
 
     def open_new() -> Path:
         source, _ = check(config)
@@ -76,8 +77,10 @@ def _join(config: EvaluateConfig, arguments: list[str]) -> int:
     try:
         folder = group.from_main(open_new)
         try:
-            source, tasks = check(config)
+            source, tasks = check_again(config, group.is_main())
             evaluate_in(folder, config, source, tasks)
+        except DistributedError:
+            raise
         except ClipExpError as error:
             raise type(error)(f"rank {group.rank()}: {error}") from error
     except Stopped as stopped:
@@ -87,6 +90,10 @@ def _join(config: EvaluateConfig, arguments: list[str]) -> int:
     return 0
 
 
-def quiet_unless_main(main: bool) -> None:
-    """What every rank would say, rank 0 says."""
-    logging.getLogger().setLevel(logging.WARNING if main else logging.ERROR)
+def check_again(config: EvaluateConfig, main: bool) -> tuple[Source, list[Task]]:
+    """`check` in a rank, whose warnings were told where it was first done; from here on only rank 0 warns."""
+    root = logging.getLogger()
+    root.setLevel(logging.ERROR)
+    found = check(config)
+    root.setLevel(logging.WARNING if main else logging.ERROR)
+    return found

@@ -15,7 +15,7 @@ class Classified:
     pictures: Pictures
     kept: np.ndarray  # int64 [N], which of `pictures` the rows are
     labels: np.ndarray  # int64 [N], position in `class_names`
-    best: np.ndarray  # int64 [N, K], K = 5 or all classes if they are fewer; best first
+    best: np.ndarray  # int64 [N, K], best first; K = 5, or all classes if they are fewer; -1 where no class got a vote
     probabilities: np.ndarray  # float32 [N, K], of `best`, among all classes
     class_names: list[str]
     keys: list[str | None]  # folder or label of each class; None: the data lacks it

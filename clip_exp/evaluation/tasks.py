@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from clip_exp.config.evaluation_schema import (
     AutoTaskConfig,
     KNNTaskConfig,
@@ -103,7 +105,10 @@ def parse_task(name: str, values: Any) -> TaskConfig:
     kind = str(values["kind"])
     if kind not in CONFIGS:
         raise ConfigError(f"{where}.kind={kind} does not exist: {nearest(kind, TaskKind)}")
-    return strict_dataclass(CONFIGS[kind], values, where)
+    parsed = strict_dataclass(CONFIGS[kind], values, where)
+    if missing := [f"{where}.{key}" for key, value in values.items() if value == MISSING]:
+        raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing))
+    return parsed
 
 
 def _prepare(name: str, task: TaskConfig, output_dir: str, source: Source | None) -> Iterator[Task]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from clip_exp.config.load import read_evaluate_config
 from clip_exp.errors import PREEMPTED_EXIT_CODE
-from clip_exp.evaluation.launch import TIMEOUT_S, quiet_unless_main, tell_stopped
-from clip_exp.evaluation.run import check, evaluate_in
+from clip_exp.evaluation.launch import TIMEOUT_S, check_again, tell_stopped
+from clip_exp.evaluation.run import evaluate_in
 from clip_exp.ranks.signals import Stopped
 from clip_exp.ranks.worker import serve
 
@@ -17,11 +17,10 @@ def work(folder: Path) -> int:
     from clip_exp.ranks import group
 
     main = os.environ["RANK"] == "0"
-    quiet_unless_main(main)
     config = read_evaluate_config(folder)
     group.start(choose_device(config.accelerator).type, TIMEOUT_S)
     try:
-        source, tasks = check(config)
+        source, tasks = check_again(config, main)
         evaluate_in(folder, config, source, tasks)
     except Stopped as stopped:
         return tell_stopped(stopped, config) if main else PREEMPTED_EXIT_CODE

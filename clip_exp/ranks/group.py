@@ -1,5 +1,6 @@
 """The processes that do a piece of work together: one group for whatever strategy follows. One process alone needs no group."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ def start(device_type: str, timeout_s: int) -> None:
         added = slurm_environment() if outer_ranks() else rank_environment(0, 1, free_port())
         _set_here.update(added.keys() - os.environ.keys())
         os.environ.update(added)
+    # Imported later it would keep the group alive to the end of the process, where a thread of gloo's then may abort it.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -111,6 +114,9 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise DistributedError(
-            f"rank {dist.get_rank()} of {dist.get_world_size()} lost touch with another rank: {str(error).splitlines()[0]}"
-        ) from error
+        why = (
+            "waited too long for another rank"
+            if "imed out" in str(error)
+            else "lost touch with another rank that ended"
+        )
+        raise DistributedError(f"rank {dist.get_rank()} of {dist.get_world_size()} {why}.") from error

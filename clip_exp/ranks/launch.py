@@ -130,7 +130,8 @@ def _outcome(run_dir: Path, codes: list[int | None], asked: list[int]) -> int:
         message = _end_of_rank(killed[0], codes) if killed else _end_without_message(codes)
         RunRecord(run_dir).finish("failed", error=[message], exit_code=DistributedError.exit_code)
         raise DistributedError(message)
-    told = (*expected, *messages)[0]
+    causes = [rank for rank in messages if codes[rank] != DistributedError.exit_code]
+    told = (*expected, *causes, *messages)[0]
     RunRecord(run_dir).finish("failed", error=messages[told].splitlines()[-20:], exit_code=codes[told] or 1)
     print(messages[told], file=sys.stderr, flush=True)
     return codes[told] or 1

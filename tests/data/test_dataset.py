@@ -220,7 +220,7 @@ def test_signals_for_the_run_leave_the_workers_alone(pairs, build):
     batches = iter(build(pairs, total_steps=None, num_workers=1).train_dataloader())
     next(batches)
     (worker,) = {process.pid for process in multiprocessing.active_children()} - before
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         subprocess.run(["kill", f"-{number.value}", str(worker)], check=True)
     time.sleep(0.2)
     for _ in range(10):

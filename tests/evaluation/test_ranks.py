@@ -111,7 +111,8 @@ def test_a_bad_picture_of_one_rank_ends_all_with_its_message(
     strict = [argument for argument in arguments if not argument.startswith("on_bad_image")]
     done = command("evaluate.py", *strict, "devices=2", f"output_dir={tmp_path}", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    *_, line = done.stderr.strip().splitlines()
+    assert (done.stderr.count("error:"), done.stderr.count("Traceback")) == (1, 0)
     assert line.startswith("error: ")
     assert "052.png" in line
     assert line.endswith("on_bad_image=replace.")
