@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from clip_exp.config.schema import GenerateConfig, ModelConfig, OnBadImage
+from clip_exp.config.schema import GenerateConfig, ModelConfig, OnBadImage, OnBadRow
 
 
 class TaskKind(StrEnum):
@@ -53,6 +53,7 @@ class LabeledDataConfig:
     label_key: str = "label"
     separator: str = "auto"
     encoding: str = "auto"
+    on_bad_row: OnBadRow = OnBadRow.error  # of a table; `skip` leaves the row out and counts it
     classes: Any = "labels"  # labels (the data's own names), imagenet, imagenet_a, imagenet_r, objectnet, a list, a mapping, or a file
 
 
@@ -82,6 +83,7 @@ class RetrievalTaskConfig:
     caption_key: str = "title"
     separator: str = "auto"
     encoding: str = "auto"
+    on_bad_row: OnBadRow = OnBadRow.error  # of a table; `skip` leaves the row out and counts it
 
 
 @dataclass

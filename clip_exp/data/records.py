@@ -129,7 +129,7 @@ class RecordReader:
         fields = f"{len(record)} field{'s' * (len(record) != 1)} instead of {self.layout.width}"
         cause = f"broken quotes ({problem}) and {fields}" if problem else fields
         raise DataError(
-            f"{self.path}, line {line}: {cause}, separated by {describe(self.layout.separator)}. Quote a caption that holds "
+            f"{self.path}, line {line}: {cause}, separated by {describe(self.layout.separator)}. Quote a field that holds "
             f'the separator ("…"), set data.separator, or leave bad rows out with data.on_bad_row=skip.'
         )
 

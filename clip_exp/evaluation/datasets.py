@@ -36,7 +36,6 @@ def labeled_images(
     data: LabeledDataConfig,
     where: str,
     output_dir: str,
-    on_bad_row: OnBadRow = OnBadRow.error,
     split: str | None = None,
 ) -> LabeledImages:
     """The labelled pictures that a part of the configuration describes.
@@ -67,7 +66,7 @@ def labeled_images(
         image_root=data.image_root,
         separator=data.separator,
         encoding=data.encoding,
-        on_bad_row=on_bad_row,
+        on_bad_row=data.on_bad_row,
         classes=data.classes,
         where=where,
     )
@@ -111,7 +110,7 @@ def read_pairs(table: Any, where: str, **options: Any) -> PairTable:
     try:
         return read_table(table, **options)
     except (ConfigError, DataError) as error:
-        keys = "image_key|caption_key|label_key|image_root|separator|encoding"
+        keys = "image_key|caption_key|label_key|image_root|separator|encoding|on_bad_row"
         raise type(error)(re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))) from error
 
 
@@ -195,6 +194,7 @@ def from_table(
         matched.keys,
         unlabeled=unlabeled,
         imagenet=matched.imagenet,
+        about={"bad_rows": pairs.skipped} if pairs.skipped else {},
     )
 
 

@@ -80,7 +80,7 @@ def _match_set(labels: list[str], name: str, data: str) -> Matched:
         wnid = by_number or WNID.match(unknown[0])
         what = f"no class of {published.title}" if wnid else "no WordNet id such as n01440764"
         raise DataError(
-            f"{data}: {listing(unknown)} is {what}. Remove it, or score against the data's own names: classes=labels."
+            f"{data}: {listing(unknown)} {'is' if len(unknown) == 1 else 'are'} {what}. Remove it, or score against the data's own names: classes=labels."
         )
     return Matched(
         {label: position[key] for label, key in zip(labels, keys, strict=True)},

@@ -27,6 +27,7 @@ class RetrievalTask:
     captions: list[str]
     caption_image: list[int]  # position in `pictures` of each caption's picture
     where: str
+    bad_rows: int = 0  # of the table, that are left out
 
 
 @dataclass(frozen=True)

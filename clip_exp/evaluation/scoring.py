@@ -69,6 +69,7 @@ def score_retrieval(task: RetrievalTask, subject: Subject) -> Judge:
             "data": absolute(task.where),
             **counts(encoded),
             "captions": len(captions),
+            **({"bad_rows": task.bad_rows} if task.bad_rows else {}),
             "image_to_text": "a hit if any caption of the picture is among the first k",
         }
         details = examples(image_features, text_features, rows, encoded.kept, captions, task.pictures)

@@ -19,7 +19,7 @@ from clip_exp.config.evaluation_schema import (
 )
 from clip_exp.config.load import nearest, strict_dataclass
 from clip_exp.config.paths import options
-from clip_exp.config.schema import DataConfig, OnBadRow, TrainConfig
+from clip_exp.config.schema import DataConfig, TrainConfig
 from clip_exp.data import samples
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import ClipExpError, ConfigError, gravest
@@ -126,9 +126,7 @@ def _prepare(name: str, task: TaskConfig, output_dir: str, source: Source | None
         yield from _prepare_auto(name, output_dir, source.run)
 
 
-def prepare_classification(
-    name: str, task: ZeroShotTaskConfig, output_dir: str, on_bad_row: OnBadRow = OnBadRow.error
-) -> ClassificationTask:
+def prepare_classification(name: str, task: ZeroShotTaskConfig, output_dir: str) -> ClassificationTask:
     """Find the pictures, labels, names and templates of a zero-shot task.
 
     Raises:
@@ -136,11 +134,11 @@ def prepare_classification(
     """
     where = f"task.{name}"
     prompts = templates(task.templates, f"{where}.templates")
-    images = labeled_images(task, where, output_dir, on_bad_row)
+    images = labeled_images(task, where, output_dir)
     return ClassificationTask(name, images, prompts, task)
 
 
-def prepare_retrieval(name: str, task: RetrievalTaskConfig, on_bad_row: OnBadRow = OnBadRow.error) -> RetrievalTask:
+def prepare_retrieval(name: str, task: RetrievalTaskConfig) -> RetrievalTask:
     """Find the pictures and captions of a retrieval task; rows with the same path are captions of one picture.
 
     Raises:
@@ -155,13 +153,15 @@ def prepare_retrieval(name: str, task: RetrievalTaskConfig, on_bad_row: OnBadRow
         image_root=task.image_root,
         separator=task.separator,
         encoding=task.encoding,
-        on_bad_row=on_bad_row,
+        on_bad_row=task.on_bad_row,
     )
     assert pairs.captions is not None
     caption_image = pairs.image_index().tolist()
     first_row = {picture: row for row, picture in reversed(list(enumerate(caption_image)))}
     paths = [pairs.image_path(first_row[picture]) for picture in range(len(first_row))]
-    return RetrievalTask(name, PictureFiles(paths), pairs.captions.to_pylist(), caption_image, str(task.table))
+    return RetrievalTask(
+        name, PictureFiles(paths), pairs.captions.to_pylist(), caption_image, str(task.table), pairs.skipped
+    )
 
 
 def prepare_robustness(name: str, task: RobustnessTaskConfig, output_dir: str) -> RobustnessTask:
@@ -197,7 +197,7 @@ def _prepare_auto(name: str, output_dir: str, run: TrainConfig | None) -> Iterat
     """`val_retrieval`, and `val_zero_shot` where the validation data have labels."""
     if run is None:
         raise ConfigError(
-            f"task.{name} scores what a run validated on, but no run is given: choose from {options('task')}."
+            f"task.{name} scores what a run validated on, but no run is given: give run=DIR, or another task, as task=retrieval."
         )
     table = _validation_table(run.data, output_dir)
     if table is None:
@@ -211,13 +211,12 @@ def _prepare_auto(name: str, output_dir: str, run: TrainConfig | None) -> Iterat
         "image_key": data.image_key,
         "separator": data.separator,
         "encoding": data.encoding,
+        "on_bad_row": data.on_bad_row,
     }
-    yield prepare_retrieval(
-        "val_retrieval", RetrievalTaskConfig(**common, caption_key=data.caption_key), data.on_bad_row
-    )
+    yield prepare_retrieval("val_retrieval", RetrievalTaskConfig(**common, caption_key=data.caption_key))
     if data.label_key is not None:
         zero_shot = ZeroShotTaskConfig(**common, label_key=data.label_key, templates=data.templates)
-        yield prepare_classification("val_zero_shot", zero_shot, output_dir, data.on_bad_row)
+        yield prepare_classification("val_zero_shot", zero_shot, output_dir)
 
 
 def _validation_table(data: DataConfig, output_dir: str) -> Any:

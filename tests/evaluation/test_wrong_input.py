@@ -168,3 +168,22 @@ def test_cifar10_and_imagenet_v2_are_scored_by_the_command(tmp_path: Path, run_d
     assert (protocol["split"], protocol["files_of_other_checksum"]) == ("test", ["test_batch"])
     protocol = json.loads((run_dir / "eval" / "imagenet_v2.json").read_text())["protocol"]
     assert (protocol["pictures"], protocol["classes"], protocol["classes_without_pictures"]) == (3, 1000, 997)
+
+
+def test_a_bad_row_of_a_tasks_table_is_told_with_the_tasks_key_or_left_out_and_counted(
+    tmp_path: Path, run_dir: Path
+) -> None:
+    write_picture(tmp_path / "a.png", 0)
+    (tmp_path / "pairs.csv").write_text("filepath,title,label\na.png,a cat,cat\na.png,two, commas, here\n")
+    tables = {"table": str(tmp_path / "pairs.csv"), "separator": ","}
+    tasks = {"labels": {"kind": "zero_shot", **tables}, "pairs": {"kind": "retrieval", **tables}}
+    for name, values in tasks.items():
+        with pytest.raises(DataError, match=rf"line 3: .*task\.{name}\.on_bad_row=skip"):
+            check(EvaluateConfig(run=str(run_dir), task={name: values}))
+        kept = {"templates": "a {}."} if name == "labels" else {}
+        config = EvaluateConfig(
+            run=str(run_dir),
+            task={name: {**values, **kept, "on_bad_row": "skip"}},
+            output_dir=str(tmp_path / "outputs"),
+        )
+        assert evaluate(config)[name]["protocol"]["bad_rows"] == 1

@@ -1,0 +1,47 @@
+"""Progress is one line on the terminal of rank 0, about the work of all ranks."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from clip_exp.evaluation import progress as module
+from clip_exp.evaluation.progress import progress, silence
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    written = io.StringIO()
+    monkeypatch.setattr(module, "Console", lambda **_: Console(file=written, force_terminal=True, width=100))
+    return written
+
+
+def work() -> None:
+    with progress(4, "flowers: 8 pictures", total=8) as advance:
+        advance(1)
+        advance(3)
+
+
+def test_rank_0_shows_the_whole_set(terminal: io.StringIO) -> None:
+    work()
+    assert "flowers: 8 pictures" in terminal.getvalue()
+    assert "8/8" in terminal.getvalue()
+
+
+def test_other_ranks_show_nothing(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_main", lambda: False)
+    work()
+    assert terminal.getvalue() == ""
+
+
+def test_nothing_is_shown_where_another_line_is(terminal: io.StringIO) -> None:
+    with silence():
+        work()
+    assert terminal.getvalue() == ""
+    work()
+    assert terminal.getvalue() != ""
+
+
+def test_nothing_is_shown_without_a_terminal(capfd: pytest.CaptureFixture) -> None:
+    work()
+    assert capfd.readouterr() == ("", "")
