@@ -90,7 +90,7 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("room", FORBIDDEN)
 def test_a_room_knows_only_what_it_may(room: str, repository: Path) -> None:
-    for path in (repository / "clip_exp" / room).glob("*.py"):
+    for path in (repository / "clip_exp" / room).rglob("*.py"):
         wrong = [name for name in imports_of(path) if name.startswith(FORBIDDEN[room])]
         assert not wrong, f"{path.name} imports {wrong}"
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from clip_exp.evaluation.encode import TextModel, Tokenizes, encode_distinct_texts
 from clip_exp.evaluation.metrics import best_classes, require_finite
-from clip_exp.evaluation.prompts import class_prompts
+from clip_exp.evaluation.sets.prompts import class_prompts
 
 SCALE = 100.0  # the published factor of the cosines: the upper bound of the logit scale
 CHUNK = 8192  # pictures scored at a time: 33 MB of scores for 1,000 classes

@@ -9,7 +9,7 @@ from clip_exp.config.evaluation_schema import (
     ZeroShotTaskConfig,
 )
 from clip_exp.data.pictures import Pictures
-from clip_exp.evaluation.labeled import LabeledImages
+from clip_exp.evaluation.sets.labeled import LabeledImages
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from clip_exp.config.evaluation_schema import KNNTaskConfig, LabeledDataConfig, LinearProbeTaskConfig
 from clip_exp.config.load import plain
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.datasets import labeled_images
-from clip_exp.evaluation.labeled import LabeledImages, listing
 from clip_exp.evaluation.prepared import KNNTask, ProbeTask
+from clip_exp.evaluation.sets.datasets import labeled_images
+from clip_exp.evaluation.sets.labeled import LabeledImages, listing
 
 
 def prepare_probe(name: str, task: LinearProbeTaskConfig, output_dir: str) -> ProbeTask:

@@ -23,10 +23,10 @@ from clip_exp.config.schema import DataConfig, TrainConfig
 from clip_exp.data import samples
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import ClipExpError, ConfigError, gravest
-from clip_exp.evaluation.datasets import labeled_images, read_pairs, require_tables
-from clip_exp.evaluation.imagenet_sets import configure_sets, weights_file
 from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
-from clip_exp.evaluation.prompts import templates
+from clip_exp.evaluation.sets.datasets import labeled_images, read_pairs, require_tables
+from clip_exp.evaluation.sets.imagenet_sets import configure_sets, weights_file
+from clip_exp.evaluation.sets.prompts import templates
 from clip_exp.evaluation.splits import prepare_knn, prepare_probe
 from clip_exp.inference.sources import Source
 
@@ -130,7 +130,7 @@ def prepare_classification(name: str, task: ZeroShotTaskConfig, output_dir: str)
     """Find the pictures, labels, names and templates of a zero-shot task.
 
     Raises:
-        ConfigError, DataError: see `evaluation.datasets` and `evaluation.prompts`.
+        ConfigError, DataError: see `evaluation.sets.datasets` and `evaluation.sets.prompts`.
     """
     where = f"task.{name}"
     prompts = templates(task.templates, f"{where}.templates")
@@ -168,8 +168,8 @@ def prepare_robustness(name: str, task: RobustnessTaskConfig, output_dir: str) -
     """Find the ImageNet sets of a robustness task.
 
     Raises:
-        ConfigError: see `evaluation.imagenet_sets`; a set whose classes are not known to be ImageNet's, beside a baseline.
-        DataError: see `evaluation.datasets`. Several problems are told at once.
+        ConfigError: see `evaluation.sets.imagenet_sets`; a set whose classes are not known to be ImageNet's, beside a baseline.
+        DataError: see `evaluation.sets.datasets`. Several problems are told at once.
     """
     if task.baseline is not None:
         weights_file(task.baseline_weights, f"task.{name}")

@@ -15,7 +15,7 @@ from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_texts
 from clip_exp.evaluation.metrics import require_finite
-from clip_exp.evaluation.prompts import templates as read_templates
+from clip_exp.evaluation.sets.prompts import templates as read_templates
 from clip_exp.evaluation.subject import Subject
 from clip_exp.inference.features import Encoded, EncodedMedia, encode_each, encode_media, tell_left_out
 from clip_exp.inference.index import agree, read_recipe, recipe_of

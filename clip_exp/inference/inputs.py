@@ -9,9 +9,9 @@ from typing import Any
 
 from clip_exp.config.schema import OnBadImage
 from clip_exp.errors import ClipExpError, ConfigError, DataError
-from clip_exp.evaluation.labeled import IMAGE_SUFFIXES
-from clip_exp.evaluation.prompts import imagenet_classes
-from clip_exp.evaluation.texts import read_lines
+from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES
+from clip_exp.evaluation.sets.prompts import imagenet_classes
+from clip_exp.evaluation.sets.texts import read_lines
 from clip_exp.inference.media import VIDEO_SUFFIXES, can_decode_videos, is_video
 
 log = logging.getLogger(__name__)

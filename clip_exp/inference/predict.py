@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from clip_exp.config.use_schema import PredictConfig
-from clip_exp.evaluation.prompts import templates as read_templates
+from clip_exp.evaluation.sets.prompts import templates as read_templates
 from clip_exp.inference.command import about, check_common, open_clip
 from clip_exp.inference.inputs import Problems, as_text_list, check_videos, find_pictures, read_labels
 from clip_exp.inference.outputs import Report, number, write

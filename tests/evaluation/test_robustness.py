@@ -16,10 +16,10 @@ from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.data.transforms import normalize
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.evaluation import subject
-from clip_exp.evaluation.class_sets import class_set
 from clip_exp.evaluation.encode import EncodeOptions
-from clip_exp.evaluation.prompts import imagenet_classes
 from clip_exp.evaluation.run import check, evaluate
+from clip_exp.evaluation.sets.class_sets import class_set
+from clip_exp.evaluation.sets.prompts import imagenet_classes
 from clip_exp.evaluation.supervised import Preset, load_supervised, restrict
 from tests.small_runs import write_picture
 

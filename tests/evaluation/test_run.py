@@ -17,9 +17,9 @@ from clip_exp.errors import CheckpointError, ConfigError, DataError, NumericErro
 from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.features import encode_pictures
 from clip_exp.evaluation.metrics import retrieval
-from clip_exp.evaluation.prompts import class_prompts, imagenet_classes, templates
 from clip_exp.evaluation.run import check, evaluate
 from clip_exp.evaluation.scoring import Subject
+from clip_exp.evaluation.sets.prompts import class_prompts, imagenet_classes, templates
 from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from clip_exp.config.schema import OnBadImage
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.run import check, evaluate
 from tests.evaluation.cifar import write_cifar10
-from tests.evaluation.test_torchvision_sets import write_eurosat
+from tests.evaluation.sets.test_torchvision_sets import write_eurosat
 from tests.small_runs import write_picture
 
 

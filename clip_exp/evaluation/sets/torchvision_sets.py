@@ -16,9 +16,9 @@ from clip_exp.config.load import nearest
 from clip_exp.data.cifar import CifarPictures, read_cifar
 from clip_exp.data.torchvision_pictures import TorchvisionPictures
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.labeled import LabeledImages
-from clip_exp.evaluation.names import match
-from clip_exp.evaluation.prompts import package_folder
+from clip_exp.evaluation.sets.labeled import LabeledImages
+from clip_exp.evaluation.sets.names import match
+from clip_exp.evaluation.sets.prompts import package_folder
 
 log = logging.getLogger(__name__)
 

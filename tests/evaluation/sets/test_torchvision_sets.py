@@ -15,8 +15,8 @@ import torchvision.datasets
 from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.data.images import BadImage
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.datasets import labeled_images
-from clip_exp.evaluation.labeled import LabeledImages
+from clip_exp.evaluation.sets.datasets import labeled_images
+from clip_exp.evaluation.sets.labeled import LabeledImages
 from tests.evaluation.cifar import CLASSES, cifar10_pixels, write_cifar10
 from tests.small_runs import write_picture
 

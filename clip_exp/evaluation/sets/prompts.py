@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from clip_exp.errors import ConfigError
-from clip_exp.evaluation.texts import read_lines
+from clip_exp.evaluation.sets.texts import read_lines
 
 PLACEHOLDER = "{}"
 NAMED_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.class_sets import CLASS_SETS, class_set, imagenet_index
-from clip_exp.evaluation.labeled import are_numbers, listing
-from clip_exp.evaluation.texts import read_names
+from clip_exp.evaluation.sets.class_sets import CLASS_SETS, class_set, imagenet_index
+from clip_exp.evaluation.sets.labeled import are_numbers, listing
+from clip_exp.evaluation.sets.texts import read_names
 
 WNID = re.compile(r"n\d{8}$")
 ACCEPTED = (

@@ -10,12 +10,12 @@ from clip_exp.data import samples
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables import PairTable, read_table
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.class_sets import CLASS_SETS
-from clip_exp.evaluation.ground_truth import from_flat_folder
-from clip_exp.evaluation.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order
-from clip_exp.evaluation.names import match
-from clip_exp.evaluation.objectnet import from_objectnet
-from clip_exp.evaluation.torchvision_sets import from_torchvision
+from clip_exp.evaluation.sets.class_sets import CLASS_SETS
+from clip_exp.evaluation.sets.ground_truth import from_flat_folder
+from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order
+from clip_exp.evaluation.sets.names import match
+from clip_exp.evaluation.sets.objectnet import from_objectnet
+from clip_exp.evaluation.sets.torchvision_sets import from_torchvision
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -12,8 +12,8 @@ from scipy.io import savemat
 
 from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.datasets import labeled_images
-from clip_exp.evaluation.labeled import LabeledImages
+from clip_exp.evaluation.sets.datasets import labeled_images
+from clip_exp.evaluation.sets.labeled import LabeledImages
 from tests.small_runs import write_picture
 
 # Ids of the devkit are in another order than wnids: kit fox is 1 and tench is 449.

@@ -11,7 +11,7 @@ from typing import Any
 
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.labeled import LabeledImages, find_pictures, listing
+from clip_exp.evaluation.sets.labeled import LabeledImages, find_pictures, listing
 
 FRAME = 2  # pixels on each side
 FOLDERS, OVERLAP = "folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.class_sets import class_set, imagenet_index
-from clip_exp.evaluation.names import Matched, match
-from clip_exp.evaluation.prompts import imagenet_classes, package_folder
-from clip_exp.evaluation.texts import read_lines, read_names
+from clip_exp.evaluation.sets.class_sets import class_set, imagenet_index
+from clip_exp.evaluation.sets.names import Matched, match
+from clip_exp.evaluation.sets.prompts import imagenet_classes, package_folder
+from clip_exp.evaluation.sets.texts import read_lines, read_names
 
 
 def matched(labels: list[str], classes) -> Matched:

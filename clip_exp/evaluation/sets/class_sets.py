@@ -1,12 +1,12 @@
 """Published lists of classes: ImageNet-1k and the 200 classes each of ImageNet-A and -R. No torch.
 
-Wnids and subsets come from `timm`'s package data, names from `open_clip_torch` (see `evaluation.prompts`).
+Wnids and subsets come from `timm`'s package data, names from `open_clip_torch` (see `evaluation.sets.prompts`).
 """
 
 from dataclasses import dataclass
 from functools import cache
 
-from clip_exp.evaluation.prompts import imagenet_classes, package_folder
+from clip_exp.evaluation.sets.prompts import imagenet_classes, package_folder
 
 CLASS_SETS = {"imagenet": "ImageNet-1k", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
 

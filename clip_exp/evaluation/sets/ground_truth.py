@@ -10,8 +10,8 @@ from typing import IO, Any
 
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order, listing
-from clip_exp.evaluation.names import match
+from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order, listing
+from clip_exp.evaluation.sets.names import match
 
 DEVKIT_IDS, DEVKIT_CLASSES = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data")  # where a devkit's folder may hold them

@@ -7,7 +7,7 @@ from typing import Any
 from clip_exp.config.evaluation_schema import RobustnessTaskConfig, ZeroShotTaskConfig
 from clip_exp.config.load import nearest, strict_dataclass
 from clip_exp.errors import ClipExpError, ConfigError, gravest
-from clip_exp.evaluation.datasets import SOURCES
+from clip_exp.evaluation.sets.datasets import SOURCES
 
 UNSHIFTED = "imagenet"  # the set whose distribution ImageNet's training pictures have
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
