@@ -12,6 +12,7 @@ from clip_exp.evaluation.progress import progress, silence
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     written = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")  # rich draws nothing on a dumb one
     monkeypatch.setattr(module, "Console", lambda **_: Console(file=written, force_terminal=True, width=100))
     return written
 
