@@ -88,13 +88,12 @@ def compare(args: argparse.Namespace) -> None:
     rows: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
     for pair in range(args.pairs + 1):
         for name in sorted(sides, reverse=pair % 2 == 1):
-            row = sides[name].measure()
-            if pair > 0:
-                rows[name].append(row)
+            rows[name].append(sides[name].measure())
     for side in sides.values():
         side.end()
-    seconds = {name: statistics.median(row[0] for row in found) for name, found in rows.items()}
-    memory_mb = {name: max(row[1] for row in found) for name, found in rows.items()}
+    seconds = {name: statistics.median(row[0] for row in found[1:]) for name, found in rows.items()}
+    # The first call's: later ones use again what the process kept.
+    memory_mb = {name: found[0][1] for name, found in rows.items()}
     equal = all(ours[2:] == theirs[2:] for ours, theirs in zip(rows["ours"], rows["theirs"], strict=True))
     labels = {"ours": "clip_exp:", "theirs": "open_clip_torch:"}
     print(f"{args.count:,} pictures, {args.count:,} captions; recall@1, 5, 10 and median rank both ways")

@@ -94,15 +94,13 @@ def _tiles(image_ND: Tensor, text_MD: Tensor, owner_M: Tensor) -> Iterator[_Tile
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
-    return F.pad(rows, (0, 0, 0, size - len(rows)))
+    return rows if len(rows) == size else F.pad(rows, (0, 0, 0, size - len(rows)))
 
 
 def _right(scores: Tensor, tile: _Tile, owner_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each picture its best caption's score (infinity without captions: nothing beats it) and how many have it; of each caption its picture's."""
-    owner = owner_M[tile.texts]
-    rows = torch.arange(tile.images.start, tile.images.stop, device=owner.device)
-    right = owner[None, :] == rows[:, None]
-    best = F.pad(scores.masked_fill(~right, -torch.inf), (0, 1), value=-torch.inf).amax(dim=1)
-    tied = ((scores == best[:, None]) & right).sum(dim=1)
-    of_texts = scores[owner - tile.images.start, torch.arange(len(owner), device=owner.device)]
+    rows = owner_M[tile.texts] - tile.images.start
+    of_texts = scores[rows, torch.arange(len(rows), device=rows.device)]
+    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, of_texts, "amax")
+    tied = torch.zeros_like(best, dtype=torch.int64).scatter_add(0, rows, (of_texts == best[rows]).long())
     return best.masked_fill(best == -torch.inf, torch.inf), tied, of_texts
