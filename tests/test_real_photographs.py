@@ -32,7 +32,7 @@ def test_a_sharded_run_on_photographs_is_scored_in_one_process_without_deepspeed
         f"task.imagenet.root={real_data}/imagenet_val_sample", "task.imagenet.templates=simple", f"output_dir={tmp_path}", cwd=tmp_path,
     )  # fmt: skip
     assert scored.returncode == 0, scored.stdout + scored.stderr
-    results = {path.stem: json.loads(path.read_text()) for path in (run.folder / "eval").iterdir()}
+    results = {path.stem: json.loads(path.read_text()) for path in (run.folder / "eval").glob("*.json")}
     assert results.keys() == {"val_retrieval", "image_folder", "imagenet"}
     for name in ("recall@1_i2t", "recall@10_t2i", "median_rank_i2t"):
         assert results["val_retrieval"]["metrics"][name] == pytest.approx(
