@@ -13,6 +13,7 @@ from clip_exp.config.schema import ImageTowerConfig, OnBadImage
 from clip_exp.data.transforms import normalize
 from clip_exp.evaluation.progress import progress
 from clip_exp.inference.loading import autocast, choose_device, choose_precision
+from clip_exp.models.text import TreeLayout
 from clip_exp.ranks.group import gather_objects, rank, world_size
 from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack
 from clip_exp.text.tokenizer import pad_tokens
@@ -130,7 +131,8 @@ def _trees(
     at_once = max(1, batch_size * 5 // NODES)  # a prompt has about five nodes of its own
 
     def encode(packed: TokenTrees) -> Tensor:
-        return model.encode_text_trees([part.to(device) for part in packed])  # type: ignore[attr-defined]
+        tokens, *layout = (part.to(device) for part in packed)
+        return model.encode_text_trees(tokens, TreeLayout(*layout))  # type: ignore[attr-defined]
 
     groups = [trees[start : start + at_once] for start in range(0, len(trees), at_once)]
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.config.schema import OnBadImage
-from clip_exp.errors import ClipExpError, ConfigError, DataError
+from clip_exp.errors import ClipExpError, ConfigError, DataError, gravest
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES
 from clip_exp.evaluation.sets.prompts import imagenet_classes
 from clip_exp.evaluation.sets.texts import read_lines
@@ -132,8 +132,7 @@ class Problems:
         ClipExpError: of the class of the gravest problem, with a line for every problem, if there are any.
         """
         if self.errors:
-            gravest = min(self.errors, key=lambda error: error.exit_code)
-            raise type(gravest)("\n".join(str(error) for error in self.errors))
+            raise gravest(self.errors)
 
 
 def _expand(entry: str, where: str) -> list[str]:

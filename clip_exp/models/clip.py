@@ -1,6 +1,5 @@
 """A dual encoder: two towers into one space, and the temperature that they are compared with (Radford et al. 2021)."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,11 +68,11 @@ class CLIP(nn.Module):
     @property
     def shares_prefixes(self) -> bool:
         """Whether `encode_text_trees` can be used: the text tower is causal and pooled at the end of the text."""
-        return hasattr(self.text, "forward_trees")
+        return getattr(self.text, "shares_prefixes", False)
 
-    def encode_text_trees(self, trees: Sequence[Tensor]) -> Tensor:
-        """[E, D] float32 of unit norm, of texts packed by `clip_exp.text.prefixes.pack`."""
-        return unit_norm(self.text.forward_trees(*trees))  # type: ignore[operator]
+    def encode_text_trees(self, tokens_BN: Tensor, layout: tuple[Tensor, ...]) -> Tensor:
+        """[E, D] float32 of unit norm, of texts that share their beginnings. For the input see the text tower."""
+        return unit_norm(self.text(tokens_BN, layout))
 
     def forward(self, image_BCHW: Tensor, tokens_BL: Tensor, micro_batch_size: int | None = None) -> CLIPOutput:
         """Features of B pairs.

@@ -1,9 +1,23 @@
 """The text tower: a causal transformer pooled at the end-of-text token (Radford et al. 2021, section 2.4)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from clip_exp.models.layers import Block, Transformer
+
+
+class TreeLayout(NamedTuple):
+    """Texts that share their beginnings, as paths of trees (`clip_exp.text.prefixes`).
+
+    A token's state depends on what stands before it alone, so texts that begin alike are one path up to where they part.
+    """
+
+    position_BN: Tensor  # int64, tokens that stand before each node
+    seen_BNN: Tensor  # bool, whether a node sees the node of the last axis
+    tree_E: Tensor  # int64, where each text ends: in which tree,
+    node_E: Tensor  # int64, and at which node
 
 
 class TextTransformer(nn.Module):
@@ -11,7 +25,12 @@ class TextTransformer(nn.Module):
 
     A token sees only what stands before it, so nothing behind the end-of-text token matters: a batch may be cut to its
     longest text, and costs only that.
+
+    Attributes:
+        shares_prefixes: it takes trees of texts.
     """
+
+    shares_prefixes = True
 
     def __init__(
         self,
@@ -50,37 +69,24 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.proj.weight, std=residual_std)
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
+    def forward(self, tokens_BL: Tensor, trees: TreeLayout | None = None) -> Tensor:
         """Embeddings, not normalized.
 
+        Both kinds of input come this way in, because a strategy that splits the weights gathers them when a module is called.
+
         Args:
-            tokens_BL: int64, padded with zeros, at most `context_length` long. The end-of-text token has the highest id
-                of the vocabulary, which is how it is found.
+            tokens_BL: int64, padded with zeros. A text per row, at most `context_length` long: the end-of-text token has the
+                highest id of the vocabulary, which is how it is found. Under `trees` the nodes of a tree per row.
+            trees: how the tokens of each row hang together.
 
         Returns:
-            [B, embed_dim].
+            [B, embed_dim]; under `trees` a row per text, [E, embed_dim].
         """
         x_BLD = self.token_embedding(tokens_BL)
-        x_BLD = x_BLD + self.positional_embedding[: tokens_BL.shape[1]].to(x_BLD.dtype)
-        x_BD = self.transformer(x_BLD, tokens_BL.argmax(dim=-1))
-        return self.projection(self.ln_final(x_BD))
-
-    def forward_trees(
-        self, tokens_BN: Tensor, position_BN: Tensor, seen_BNN: Tensor, tree_E: Tensor, node_E: Tensor
-    ) -> Tensor:
-        """Embeddings of texts that share their beginnings (`clip_exp.text.prefixes.TokenTrees`), not normalized.
-
-        A token's state depends on what stands before it alone, so texts that begin alike are one path up to where they part.
-
-        Args:
-            tokens_BN: int64, the nodes of each tree.
-            position_BN: int64, tokens that stand before each node.
-            seen_BNN: bool, whether a node sees the node of the last axis.
-            tree_E, node_E: int64, where each text ends.
-
-        Returns:
-            [E, embed_dim].
-        """
-        x_BND = self.token_embedding(tokens_BN) + self.positional_embedding[position_BN]
-        x_BND = self.transformer.forward_all(x_BND, seen_BNN[:, None])
-        return self.projection(self.ln_final(x_BND[tree_E, node_E]))
+        position = slice(tokens_BL.shape[1]) if trees is None else trees.position_BN
+        x_BLD = x_BLD + self.positional_embedding[position].to(x_BLD.dtype)
+        if trees is None:
+            x_ED = self.transformer(x_BLD, tokens_BL.argmax(dim=-1))
+        else:
+            x_ED = self.transformer.forward_all(x_BLD, trees.seen_BNN[:, None])[trees.tree_E, trees.node_E]
+        return self.projection(self.ln_final(x_ED))

@@ -154,7 +154,7 @@ def test_a_classifier_is_kept_for_its_weights_names_and_templates(
     first = zero_shot_classifier(names, ["a {}."], subject(nano, cache))
     encoded: list[int] = []
     encode_trees = nano.encode_text_trees
-    monkeypatch.setattr(nano, "encode_text_trees", lambda trees: encoded.append(1) or encode_trees(trees))
+    monkeypatch.setattr(nano, "encode_text_trees", lambda *trees: encoded.append(1) or encode_trees(*trees))
     names = ["cat", "dog", "fox"] if change == "names" else names
     names = ["cat", "dog", "wolf\nbird"] if change == "a line break in a name" else names
     weights, templates = "b" if change == "weights" else "a", ["one {}." if change == "templates" else "a {}."]

@@ -46,6 +46,25 @@ def test_offloaded_adam_follows_the_single_process(stage: str, single: Finished,
 
 
 @pytest.mark.slow
+def test_zero_shot_validation_gathers_every_weight_that_zero_3_splits(train: Train) -> None:
+    """DeepSpeed leaves small weights whole unless it is told not to; a larger model's would be split."""
+    overrides = (
+        "model=vit_nano",
+        "data=digits",
+        "max_steps=2",
+        "global_batch_size=32",
+        "precision=32-true",
+        "trainer.accelerator=cpu",
+    )
+    split = "+strategy.config.zero_optimization.stage3_param_persistence_threshold=0"
+    one = train(*overrides, "resume=never")
+    two = train(*overrides, "resume=never", "strategy=deepspeed_stage_3", "trainer.devices=2", split)
+    ours, theirs = ({k: v for k, v in r.metrics[-1].items() if k.startswith("val/")} for r in (two, one))
+    assert "val/zeroshot_top1" in theirs
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_sigmoid_loss_is_the_same_on_one_and_two_ranks(train: Train) -> None:
     overrides = (*TINY, "loss=sigmoid", "max_steps=4", "log_every_n_steps=1")
     one = train(*overrides)
