@@ -102,9 +102,10 @@ def encode_distinct_texts(
     """
     row = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     tokens = tokenizer.encode_batch(list(row))
-    in_trees = getattr(model, "shares_prefixes", False)
-    make = _trees if in_trees else _batches
-    shares = make(model, tokens, tokenizer.context_length, batch_size, device)
+    if getattr(model, "shares_prefixes", False):
+        shares = _trees(model, tokens, batch_size, device)
+    else:
+        shares = _batches(model, tokens, tokenizer.context_length, batch_size, device)
     mine = shares[rank() :: world_size()] if shared else shares
     encoded = []
     with (
@@ -124,9 +125,7 @@ def encode_distinct_texts(
     return features_PD, torch.tensor([row[text] for text in texts], device=features_PD.device)
 
 
-def _trees(
-    model: TextModel, tokens: list[list[int]], context_length: int, batch_size: int, device: torch.device | str
-) -> list[_Share]:
+def _trees(model: TextModel, tokens: list[list[int]], batch_size: int, device: torch.device | str) -> list[_Share]:
     trees = grow(tokens)
     at_once = max(1, batch_size * 5 // NODES)  # a prompt has about five nodes of its own
 
