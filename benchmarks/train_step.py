@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
-from clip_exp.config.schema import ModelConfig
+from clip_exp.config.model_schema import ModelConfig
 from clip_exp.losses import SoftmaxLoss
 from clip_exp.models import CLIP, build_model
 from clip_exp.text.tokenizer import Tokenizer

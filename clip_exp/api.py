@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
+from clip_exp.config.model_schema import Activation
 from clip_exp.config.paths import options
-from clip_exp.config.schema import Activation
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.sources import (

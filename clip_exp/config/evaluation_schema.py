@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from clip_exp.config.schema import GenerateConfig, ModelConfig, OnBadImage, OnBadRow
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.schema import GenerateConfig, OnBadImage, OnBadRow
 
 
 class TaskKind(StrEnum):

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.config.preflight_measures import check_measures
+from clip_exp.config.preflight_model import check_model, check_vocabulary
 from clip_exp.config.schema import DataConfig, LossName, StrategyName, TrainConfig
 from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.secrets import leaks
 
-VOCABULARY = 49408  # of OpenAI's byte-pair encoding
 READ_TWICE_BYTES = 64 << 20
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
@@ -28,7 +28,8 @@ def check_train(config: TrainConfig) -> None:
     """
     problems = [
         *_check_run(config),
-        *_check_model(config),
+        *check_model(config.model),
+        *check_vocabulary(config.model.text),
         *_check_data(config.data),
         *_check_strategy(config),
         *_check_callbacks(config),
@@ -108,42 +109,6 @@ def _check_numbers(config: TrainConfig) -> Iterator[str]:
     betas = getattr(config.optimizer, "betas", [0.9, 0.99])
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optimizer.betas={betas} must be two numbers from 0 to below 1."
-
-
-def _check_model(config: TrainConfig) -> Iterator[str]:
-    model = config.model
-    sizes = {
-        f"model.{tower}.{name}": value
-        for tower, values in (("image", dataclasses.asdict(model.image)), ("text", dataclasses.asdict(model.text)))
-        for name, value in values.items()
-        if name not in ("mean", "std")
-    }
-    wrong = [
-        f"{key}={value} must be above 0."
-        for key, value in {"model.embed_dim": model.embed_dim, **sizes}.items()
-        if value <= 0
-    ]
-    if wrong:
-        yield from wrong
-        return
-    for tower, width, heads in (
-        ("image", model.image.width, model.image.heads),
-        ("text", model.text.width, model.text.heads),
-    ):
-        if width % heads:
-            yield f"model.{tower}.width={width} must be a multiple of model.{tower}.heads={heads}."
-    if model.image.image_size % model.image.patch_size:
-        yield f"model.image.image_size={model.image.image_size} must be a multiple of model.image.patch_size={model.image.patch_size}."
-    if len(model.image.mean) != 3 or len(model.image.std) != 3 or min(model.image.std) <= 0:
-        yield f"model.image.mean={model.image.mean} and std={model.image.std} must be three numbers each, std above 0."
-    if model.text.vocab_size < VOCABULARY:
-        yield f"model.text.vocab_size={model.text.vocab_size} must be at least {VOCABULARY}, the tokens there are."
-    if model.text.context_length < 3:
-        yield f"model.text.context_length={model.text.context_length} must hold a start, a word and an end: at least 3."
-    if not 0 <= model.dropout < 1:
-        yield f"model.dropout={model.dropout} must be at least 0 and below 1."
-    if config.pretrained is not None and not Path(config.pretrained).exists():
-        yield f"pretrained={config.pretrained} does not exist: give a file of weights."
 
 
 def _check_data(data: DataConfig) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """The types, units and documentation of every key in `conf/`.
 
 Hydra composes YAML against these dataclasses, so a wrong key or type is refused while composing; `config.load` then turns
-the result into instances of them, and nothing past it sees a DictConfig. Here is what training and models need; tasks are in
-`config.evaluation_schema`, the commands that use a model in `config.use_schema`. These modules import neither torch nor Hydra.
+the result into instances of them, and nothing past it sees a DictConfig. Here is what training needs; models are in
+`config.model_schema`, tasks in `config.evaluation_schema`, the commands that use a model in `config.use_schema`. These modules
+import neither torch nor Hydra.
 """
 
 from dataclasses import dataclass, field
@@ -11,12 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-
-class Activation(StrEnum):
-    """Nonlinearity of the towers' MLPs. OpenAI's weights need `quick_gelu`, x * sigmoid(1.702 x)."""
-
-    gelu = "gelu"
-    quick_gelu = "quick_gelu"
+from clip_exp.config.model_schema import ModelConfig
 
 
 class Captions(StrEnum):
@@ -68,45 +64,6 @@ class Precision(StrEnum):
     fp32 = "32-true"
     bf16_mixed = "bf16-mixed"
     fp16_mixed = "16-mixed"
-
-
-# ---------------------------------------------------------------------------------------------------------- model
-
-
-@dataclass
-class ImageTowerConfig:
-    """A Vision Transformer (Dosovitskiy et al. 2021) as CLIP uses it, and the pictures it expects."""
-
-    image_size: int = MISSING  # side of the square input, pixels
-    patch_size: int = MISSING  # side of a patch, pixels
-    width: int = MISSING  # channels of the residual stream
-    layers: int = MISSING
-    heads: int = MISSING
-    mlp_ratio: float = 4.0  # hidden channels of the MLP over width; rounded down to whole channels
-    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])  # RGB, of pixels in 0..1
-    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
-
-
-@dataclass
-class TextTowerConfig:
-    """A causal transformer over byte-pair tokens, pooled at the end-of-text token (Radford et al. 2021)."""
-
-    context_length: int = 77  # tokens, start and end included; longer captions are cut, the end token kept
-    vocab_size: int = 49408
-    width: int = MISSING
-    layers: int = MISSING
-    heads: int = MISSING
-    mlp_ratio: float = 4.0
-
-
-@dataclass
-class ModelConfig:
-    name: str = MISSING
-    embed_dim: int = MISSING  # channels of the shared space
-    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
-    text: TextTowerConfig = field(default_factory=TextTowerConfig)
-    activation: Activation = Activation.gelu
-    dropout: float = 0.0  # on the residual branches of both towers
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -168,6 +125,7 @@ class LossConfig:
     same_image: Match = Match.negative  # equal pictures in a batch
     init_logit_scale: float = 2.659260036932778  # ln(1 / 0.07); the scale is clamped to [0, ln 100] after each step
     init_logit_bias: float | None = None  # sigmoid only
+    chunk_size: int = 1024  # rows of similarities that are held at a time (sigmoid)
 
 
 # -------------------------------------------------------------------------------------------------- optimisation
@@ -237,6 +195,39 @@ class TrainerConfig:
     profiler: str | None = None  # null, simple, advanced, pytorch
 
 
+# ---------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@dataclass
+class TowerTuningConfig:
+    """How one tower is trained. Depth counts from the embeddings (0) over the blocks to what follows them."""
+
+    freeze: bool = False  # its weights and batch-norm statistics stay as they are (LiT; Zhai et al. 2022)
+    unfrozen_blocks: int = 0  # under `freeze`: the last blocks that are trained all the same, and what follows them
+    lr_factor: float = 1.0  # of `optimizer.lr`
+    layer_decay: float = 1.0  # a further factor for each step of depth towards the input
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank updates instead of the weights themselves (Hu et al. 2022), by the `peft` library."""
+
+    rank: int = 16
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0
+    image: bool = True  # whether the tower gets them; its other weights are frozen either way
+    text: bool = True
+    targets: list[str] = field(default_factory=list)  # ends of names of linear layers; empty: all of the blocks
+
+
+@dataclass
+class FineTuneConfig:
+    image: TowerTuningConfig = field(default_factory=TowerTuningConfig)
+    text: TowerTuningConfig = field(default_factory=TowerTuningConfig)
+    lora: LoRAConfig | None = None
+    linear_probe_steps: int = 0  # first steps in which only the projections and the scale learn (Kumar et al. 2022)
+
+
 # ------------------------------------------------------------------------------------------- callbacks and loggers
 
 
@@ -284,6 +275,7 @@ class TrainConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
@@ -291,7 +283,7 @@ class TrainConfig:
     seed: int = 0
     output_dir: str = "outputs"
     resume: str = "auto"  # auto, never, or a run folder or checkpoint
-    pretrained: str | None = None  # weights to start from
+    pretrained: str | None = None  # weights to start from: a tag, hf-hub:org/name, a file, a folder, or a run
     max_steps: int | None = None  # exactly one of max_steps and epochs; neither: 30 epochs
     epochs: float | None = None
     global_batch_size: int = 128  # pairs per optimizer step, over all devices

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_exp.text.tokenizer import pad_tokens
+from clip_exp.text.build import Tokenizes
 
 
 class BadPicture(NamedTuple):
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """
 
     image: Tensor  # uint8 [B, 3, S, S]
-    tokens: Tensor  # int64 [B, L], zero-padded, L as long as the longest caption needs
+    tokens: Tensor  # int64 [B, L], padded by the tokenizer
     caption_id: Tensor  # int64 [B]
     image_id: Tensor  # int64 [B]
     bad: tuple[BadPicture, ...] = ()  # pictures that were replaced on the way to this batch
@@ -72,15 +72,15 @@ class EvalSample:
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a `Batch`; captions are padded to a multiple of `multiple`, at most to `context_length`."""
+    """Samples to a `Batch`; captions are padded by the tokenizer, to a multiple of `multiple` where it may choose."""
 
-    context_length: int
+    tokenizer: Tokenizes
     multiple: int = 1
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         return Batch(
             image=torch.stack([sample.image for sample in samples]),
-            tokens=pad_tokens([sample.tokens for sample in samples], self.context_length, self.multiple),
+            tokens=self.tokenizer.pad([sample.tokens for sample in samples], self.multiple),
             caption_id=_int64(sample.caption_id for sample in samples),
             image_id=_int64(sample.image_id for sample in samples),
             bad=tuple(bad for sample in samples for bad in sample.bad),
@@ -92,7 +92,7 @@ class Collate:
 class EvalCollate:
     """Samples to an `EvalBatch`, pictures that were left out not counted; it may hold none at all."""
 
-    context_length: int
+    tokenizer: Tokenizes
     image_size: int
     multiple: int = 1
 
@@ -105,7 +105,7 @@ class EvalCollate:
             image=torch.stack(images)
             if images
             else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8),
-            tokens=pad_tokens(token_lists, self.context_length, self.multiple),
+            tokens=self.tokenizer.pad(token_lists, self.multiple),
             caption_image=_int64(sample.index for sample in good for _ in sample.token_lists),
             caption_index=_int64(index for sample in good for index in sample.caption_indices),
             caption_id=_int64(caption_id(tokens) for tokens in token_lists),

@@ -18,8 +18,10 @@ from clip_exp.data.order import StreamSampler
 from clip_exp.data.rows import build_rows
 from clip_exp.data.samples import generate
 from clip_exp.data.tables import PairTable, read_configured
+from clip_exp.data.transforms import Preprocessing
 from clip_exp.data.workers import count_workers, init_worker
 from clip_exp.errors import ConfigError
+from clip_exp.text.build import Tokenizes
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +74,8 @@ class PairsDataModule(LightningDataModule):
 
     Args:
         config: see `DataConfig`.
-        image_size: side of the pictures, pixels.
-        context_length: the most ids of a caption.
+        preprocessing: of the pictures.
+        tokenizer: of the captions.
         global_batch_size: samples per optimizer step over all ranks.
         total_steps: where the stream ends; None: never. May be set after `setup`, which tells `num_rows`.
         seed: of order, captions and crops.
@@ -92,8 +94,8 @@ class PairsDataModule(LightningDataModule):
         self,
         config: DataConfig,
         *,
-        image_size: int,
-        context_length: int,
+        preprocessing: Preprocessing,
+        tokenizer: Tokenizes,
         global_batch_size: int,
         total_steps: int | None = None,
         seed: int = 0,
@@ -103,7 +105,7 @@ class PairsDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
-        self.image_size, self.context_length, self.pad_multiple = image_size, context_length, pad_multiple
+        self.preprocessing, self.tokenizer, self.pad_multiple = preprocessing, tokenizer, pad_multiple
         self.global_batch_size, self.total_steps = global_batch_size, total_steps
         self.output_dir, self.run_dir = Path(output_dir), run_dir
         self.start_sample = 0
@@ -135,8 +137,8 @@ class PairsDataModule(LightningDataModule):
             self.val_table = self._read(val, label_key=config.label_key)
             self._eval_pairs = EvalPairs(
                 self.val_table,
-                image_size=self.image_size,
-                context_length=self.context_length,
+                preprocessing=self.preprocessing,
+                tokenizer=self.tokenizer,
                 on_bad_image=config.on_bad_image,
                 max_image_pixels=config.max_image_pixels,
             )
@@ -169,8 +171,8 @@ class PairsDataModule(LightningDataModule):
         dataset = TrainPairs(
             self.train_table,
             self._rows,
-            image_size=self.image_size,
-            context_length=self.context_length,
+            image_size=self.preprocessing.size,
+            tokenizer=self.tokenizer,
             seed=self.seed,
             augmentation=config.augmentation,
             on_bad_image=config.on_bad_image,
@@ -179,7 +181,7 @@ class PairsDataModule(LightningDataModule):
         rank, world_size = self._place()
         total = None if self.total_steps is None else self.total_steps * self.global_batch_size
         sampler = StreamSampler(self.global_batch_size, rank, world_size, self.start_sample, total)
-        loader = self._loader(dataset, sampler, Collate(self.context_length, self.pad_multiple), persistent=True)
+        loader = self._loader(dataset, sampler, Collate(self.tokenizer, self.pad_multiple), persistent=True)
         self._train_loader = TimedLoader(loader)
         return self._train_loader
 
@@ -195,7 +197,7 @@ class PairsDataModule(LightningDataModule):
         )
         rank, world_size = self._place()
         sampler = EvalSampler(len(dataset), EVAL_BATCH_SIZE, rank, world_size)
-        collate = EvalCollate(self.context_length, self.image_size, self.pad_multiple)
+        collate = EvalCollate(self.tokenizer, self.preprocessing.size, self.pad_multiple)
         return self._loader(dataset, sampler, collate, persistent=False)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -205,7 +207,9 @@ class PairsDataModule(LightningDataModule):
         """
         if isinstance(batch, Batch):
             if batch.truncated and not self.truncated:
-                log.warning("Captions longer than %d ids are cut (model.text.context_length).", self.context_length)
+                log.warning(
+                    "Captions longer than %d ids are cut (model.text.context_length).", self.tokenizer.context_length
+                )
             self.truncated += batch.truncated
             if batch.bad and self.bad_samples is not None:
                 self.bad_samples.add(batch.bad)

@@ -19,9 +19,9 @@ from clip_exp.data.pictures import Pictures
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.data.rows import Rows, group_by_picture
 from clip_exp.data.tables import PairTable
-from clip_exp.data.transforms import eval_transform, train_transform
+from clip_exp.data.transforms import Preprocessing, eval_transform, train_transform
 from clip_exp.errors import DataError
-from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.text.build import Tokenizes
 
 _CROP, _REPLACEMENT = 6, 7
 _MAX_REPLACEMENTS = 100
@@ -45,7 +45,7 @@ class TrainPairs(Dataset[Sample]):
         table: of pairs.
         rows: of the stream (`clip_exp.data.rows`).
         image_size: side of the pictures, pixels.
-        context_length: the most ids of a caption.
+        tokenizer: of the captions.
         seed: of order, captions, crops and replacements.
         augmentation: of the crops.
         on_bad_image: raise, or take another row that depends on the seed, the epoch and the bad row alone.
@@ -58,7 +58,7 @@ class TrainPairs(Dataset[Sample]):
         rows: Rows,
         *,
         image_size: int,
-        context_length: int,
+        tokenizer: Tokenizes,
         seed: int,
         augmentation: AugmentationConfig,
         on_bad_image: OnBadImage = OnBadImage.replace,
@@ -67,7 +67,7 @@ class TrainPairs(Dataset[Sample]):
         self.table, self.rows = table, rows
         self.image_size, self.seed, self.augmentation = image_size, seed, augmentation
         self.on_bad_image, self.max_image_pixels = on_bad_image, max_image_pixels
-        self.tokenizer = Tokenizer(context_length)
+        self.tokenizer = tokenizer
 
     def __getitem__(self, position: int) -> Sample:
         epoch, i = divmod(position, len(self.rows))
@@ -116,7 +116,8 @@ class EvalPairs(Dataset[EvalSample]):
 
     Args:
         table: of pairs, with labels or without.
-        image_size, context_length: see `TrainPairs`.
+        preprocessing: of the pictures.
+        tokenizer: of the captions.
         on_bad_image: raise, or leave the picture and its captions out.
         max_image_pixels: see `open_image`.
 
@@ -128,14 +129,14 @@ class EvalPairs(Dataset[EvalSample]):
         self,
         table: PairTable,
         *,
-        image_size: int,
-        context_length: int,
+        preprocessing: Preprocessing,
+        tokenizer: Tokenizes,
         on_bad_image: OnBadImage = OnBadImage.replace,
         max_image_pixels: int = 40_000_000,
     ) -> None:
-        self.table, self.image_size = table, image_size
+        self.table, self.preprocessing = table, preprocessing
         self.on_bad_image, self.max_image_pixels = on_bad_image, max_image_pixels
-        self.tokenizer = Tokenizer(context_length)
+        self.tokenizer = tokenizer
         self._order, self._offsets = group_by_picture(table.image_index())
         labels = set() if table.labels is None else set(table.labels.unique().to_pylist())
         self.class_names: list[str] = sorted(labels - {""})
@@ -162,7 +163,8 @@ class EvalPairs(Dataset[EvalSample]):
     def _image(self, row: int) -> tuple[Tensor | None, tuple[BadPicture, ...]]:
         try:
             picture = open_image(self.table.image_path(row), self.max_image_pixels)
-            return eval_transform(picture, self.image_size), ()
+            size, _, _, interpolation, resize_mode = self.preprocessing
+            return eval_transform(picture, size, interpolation, resize_mode), ()
         except BadImage as error:
             if self.on_bad_image is OnBadImage.error:
                 raise PictureError(unreadable(self.table, row, str(error), "data.on_bad_image=replace")) from error

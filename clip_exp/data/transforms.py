@@ -5,16 +5,41 @@ Pictures stay uint8 until they are on the device; `normalize` makes them float t
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from clip_exp.config.model_schema import ImageTowerConfig, Interpolation, ResizeMode
 from clip_exp.data.images import BadImage, pil_to_tensor
 from clip_exp.data.randomness import Draws
 
 MAX_ASPECT = 200
+OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+RESAMPLING = {Interpolation.bicubic: Image.Resampling.BICUBIC, Interpolation.bilinear: Image.Resampling.BILINEAR}
+
+
+class Preprocessing(NamedTuple):
+    """What an image tower expects of a picture."""
+
+    size: int  # side, pixels
+    mean: list[float]  # of RGB in 0..1
+    std: list[float]
+    interpolation: Interpolation
+    resize_mode: ResizeMode
+
+
+def preprocessing_of(tower: ImageTowerConfig) -> Preprocessing:
+    """The tower's, by OpenAI's values where it says nothing."""
+    return Preprocessing(
+        tower.image_size,
+        tower.mean or OPENAI_MEAN,
+        tower.std or OPENAI_STD,
+        tower.interpolation or Interpolation.bicubic,
+        tower.resize_mode or ResizeMode.shortest,
+    )
 
 
 def crop_box(
@@ -70,8 +95,15 @@ def train_transform(
     return resized.contiguous()
 
 
-def eval_transform(picture: Image.Image, size: int) -> Tensor:
+def eval_transform(
+    picture: Image.Image,
+    size: int,
+    interpolation: Interpolation = Interpolation.bicubic,
+    resize_mode: ResizeMode = ResizeMode.shortest,
+) -> Tensor:
     """The protocol of the published CLIP numbers: shorter side to `size` (Pillow, bicubic), center crop, then RGB.
+
+    Under `squash` both sides become `size`, as SigLIP's numbers were measured.
 
     Its order is kept, so palette pictures are resized by nearest neighbor and transparency is dropped, as there.
 
@@ -79,13 +111,15 @@ def eval_transform(picture: Image.Image, size: int) -> Tensor:
 
     Raises: BadImage for a strip whose resized long side would not fit in memory.
     """
+    if resize_mode is ResizeMode.squash:
+        return pil_to_tensor(picture.resize((size, size), RESAMPLING[interpolation]).convert("RGB")).contiguous()
     width, height = picture.size
     shorter = min(width, height)
     if max(width, height) > MAX_ASPECT * shorter:
         raise BadImage(f"{width} x {height} pixels, longer than {MAX_ASPECT} times its shorter side")
     target = (int(size * width / shorter), int(size * height / shorter))
     if picture.size != target:
-        picture = picture.resize(target, Image.Resampling.BICUBIC)
+        picture = picture.resize(target, RESAMPLING[interpolation])
     left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
     return pil_to_tensor(picture.crop((left, top, left + size, top + size)).convert("RGB")).contiguous()
 

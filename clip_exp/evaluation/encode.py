@@ -9,14 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from clip_exp.config.evaluation_schema import SubjectConfig
-from clip_exp.config.schema import ImageTowerConfig, OnBadImage
-from clip_exp.data.transforms import normalize
+from clip_exp.config.schema import OnBadImage
+from clip_exp.data.transforms import Preprocessing, normalize
 from clip_exp.evaluation.progress import progress
 from clip_exp.inference.loading import autocast, choose_device, choose_precision
 from clip_exp.models.text import TreeLayout
 from clip_exp.ranks.group import gather_objects, rank, world_size
+from clip_exp.text.build import Tokenizes
 from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack
-from clip_exp.text.tokenizer import pad_tokens
 
 
 class TextModel(Protocol):
@@ -25,12 +25,6 @@ class TextModel(Protocol):
 
 class ImageModel(Protocol):
     def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor: ...
-
-
-class Tokenizes(Protocol):
-    context_length: int
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ def encode_distinct_texts(
     if getattr(model, "shares_prefixes", False):
         shares = _trees(model, tokens, batch_size, device)
     else:
-        shares = _batches(model, tokens, tokenizer.context_length, batch_size, device)
+        shares = _batches(model, tokens, tokenizer, batch_size, device)
     mine = shares[rank() :: world_size()] if shared else shares
     encoded = []
     with (
@@ -141,13 +135,13 @@ def _trees(model: TextModel, tokens: list[list[int]], batch_size: int, device: t
 
 
 def _batches(
-    model: TextModel, tokens: list[list[int]], context_length: int, batch_size: int, device: torch.device | str
+    model: TextModel, tokens: list[list[int]], tokenizer: Tokenizes, batch_size: int, device: torch.device | str
 ) -> list[_Share]:
     order = sorted(range(len(tokens)), key=lambda position: len(tokens[position]))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def encode(group: list[int]) -> Tensor:
-        padded = pad_tokens([tokens[position] for position in group], context_length)
+        padded = tokenizer.pad([tokens[position] for position in group])
         return model.encode_text(padded.to(device, non_blocking=True), normalize=True)
 
     return [_Share(group, lambda group=group: encode(group)) for group in groups]  # type: ignore[misc]
@@ -168,9 +162,13 @@ def encode_texts(
 
 
 def encode_pixels(
-    model: ImageModel, pixels_BCHW: Tensor, tower: ImageTowerConfig, device: torch.device, precision: str = "32-true"
+    model: ImageModel,
+    pixels_BCHW: Tensor,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str = "32-true",
 ) -> Tensor:
     """[B, D] float32 of unit norm, of uint8 pictures that went through the evaluation transform."""
-    image_BCHW = normalize(pixels_BCHW.to(device, non_blocking=True), tower.mean, tower.std)
+    image_BCHW = normalize(pixels_BCHW.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
     with torch.no_grad(), autocast(precision, device):
         return model.encode_image(image_BCHW, normalize=True).float()

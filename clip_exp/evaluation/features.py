@@ -22,6 +22,7 @@ from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.progress import progress
 from clip_exp.ranks.group import from_main, gather_objects, local_world_size, rank, world_size
+from clip_exp.text.tokenizer import Tokenizer
 
 BLOCKS = 64  # of a set: the most ranks that share it evenly
 SMALLEST, LARGEST = 32, 1024  # pictures of a block
@@ -126,7 +127,7 @@ def load_batches(
         DataLoader(
             EvalImages(pictures, encoder.transform, options.max_image_pixels),
             batch_sampler=batches,
-            collate_fn=EvalCollate(context_length=1, image_size=encoder.image_size),
+            collate_fn=EvalCollate(Tokenizer(), encoder.image_size),
             num_workers=0 if few else count_workers(options.num_workers, local_world_size()),
             worker_init_fn=init_worker,
             pin_memory=options.device.type == "cuda",

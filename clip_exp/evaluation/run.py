@@ -141,14 +141,14 @@ def _load(config: EvaluateConfig, source: Source) -> tuple[Any, dict[str, Any]]:
     from clip_exp.evaluation.scoring import Subject
     from clip_exp.inference.loading import load_model
     from clip_exp.ranks.group import from_main
-    from clip_exp.text.tokenizer import Tokenizer
+    from clip_exp.text.build import build_tokenizer
 
     options = encode_options(config)
     sha256 = from_main(source.sha256)
     about = about_weights(source, sha256, options.device)
     cache = Cache(Path(config.output_dir) / "cache", config.cache_gb) if config.cache_gb else None
     model = load_model(source, options.device)
-    tokenizer = Tokenizer(source.model.text.context_length)
+    tokenizer = build_tokenizer(source.model.text)
     return Subject(model, tokenizer, source.model, options, sha256, cache), about
 
 

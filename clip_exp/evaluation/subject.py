@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from clip_exp.config.load import plain
-from clip_exp.config.schema import ModelConfig
+from clip_exp.config.model_schema import ModelConfig, ResizeMode
 from clip_exp.data.pictures import Pictures
-from clip_exp.data.transforms import eval_transform
+from clip_exp.data.transforms import eval_transform, preprocessing_of
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_pixels
@@ -21,7 +21,7 @@ from clip_exp.evaluation.features import EncodedImages, encode_pictures
 from clip_exp.evaluation.results import Result
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main
-from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.text.build import Tokenizes
 
 TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of a picture
 LISTED = 100  # names written into a protocol
@@ -34,7 +34,7 @@ class Subject:
     """What is evaluated, how its inputs are made, and where what it computed is kept."""
 
     model: CLIP
-    tokenizer: Tokenizer
+    tokenizer: Tokenizes
     config: ModelConfig
     options: EncodeOptions
     weights_sha256: str | None = None  # None: the weights change, and nothing is kept
@@ -46,22 +46,28 @@ class Subject:
         return None if self.weights_sha256 is None else {"weights": self.weights_sha256, "model": plain(self.config)}
 
     def image_encoder(self) -> ImageEncoder:
-        tower, options = self.config.image, self.options
+        wanted, options = preprocessing_of(self.config.image), self.options
         return ImageEncoder(
-            encode=lambda pixels: encode_pixels(self.model, pixels, tower, options.device, options.precision),
-            transform=partial(eval_transform, size=tower.image_size),
-            image_size=tower.image_size,
+            encode=lambda pixels: encode_pixels(self.model, pixels, wanted, options.device, options.precision),
+            transform=partial(
+                eval_transform,
+                size=wanted.size,
+                interpolation=wanted.interpolation,
+                resize_mode=wanted.resize_mode,
+            ),
+            image_size=wanted.size,
             identity=self.identity,
         )
 
     def preprocessing(self) -> dict[str, Any]:
         """For a protocol: what happens to a picture before the image tower."""
-        tower = self.config.image
+        size, mean, std, interpolation, resize_mode = preprocessing_of(self.config.image)
+        squash = resize_mode is ResizeMode.squash
         return {
-            "resize": f"shorter side {tower.image_size}, bicubic, Pillow",
-            "crop": f"center {tower.image_size}",
-            "mean": tower.mean,
-            "std": tower.std,
+            "resize": f"{'both sides' if squash else 'shorter side'} {size}, {interpolation}, Pillow",
+            "crop": "none" if squash else f"center {size}",
+            "mean": mean,
+            "std": std,
         }
 
     def kept_texts(self, texts: Sequence[str], compute: Callable[[], Tensor], **about: Any) -> Tensor:

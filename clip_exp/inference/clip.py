@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_exp.config.schema import ModelConfig, OnBadImage
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.schema import OnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_texts
@@ -26,7 +27,7 @@ from clip_exp.inference.picture_index import PictureIndex
 from clip_exp.inference.ranking import Match, best, cosines
 from clip_exp.inference.sources import Source
 from clip_exp.models.clip import CLIP
-from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.text.build import build_tokenizer
 
 log = logging.getLogger(__name__)
 Pictures = Picture | Iterable[Picture]
@@ -62,7 +63,7 @@ class Clip:
         self.config = config
         self.device = device
         self.source = source
-        self.tokenizer = Tokenizer(config.text.context_length)
+        self.tokenizer = build_tokenizer(config.text)
         self.options = options or EncodeOptions(device)
         self.batch_size = self.options.batch_size
         self.frames = FRAMES

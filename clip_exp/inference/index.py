@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from clip_exp.config.load import plain, strict_dataclass
-from clip_exp.config.schema import ModelConfig
+from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.inference.sources import Source
 

@@ -10,8 +10,9 @@ from clip_exp.checkpoints import discovery
 from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, WEIGHTS, sha256
 from clip_exp.config.evaluation_schema import SubjectConfig
 from clip_exp.config.load import nearest, read_run_config, strict_dataclass
+from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.paths import conf_dir, options
-from clip_exp.config.schema import ModelConfig, TrainConfig
+from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 
 CONFIG = "config.yaml"

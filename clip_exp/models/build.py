@@ -1,12 +1,18 @@
 """From a model's configuration to the model."""
 
 import math
+from typing import TypeVar
 
-from clip_exp.config.schema import ModelConfig
+from torch import nn
+
+from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, TextTower
+from clip_exp.config.preflight_model import check_model
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP
 from clip_exp.models.text import TextTransformer
 from clip_exp.models.vit import VisionTransformer
+
+T = TypeVar("T")
 
 
 def build_model(
@@ -20,43 +26,91 @@ def build_model(
         init_logit_bias: None for the softmax loss.
 
     Raises:
-        ConfigError: the numbers do not fit each other.
+        ConfigError: the numbers do not fit each other, or one is missing.
     """
-    _check(config)
-    image = VisionTransformer(
-        image_size=config.image.image_size,
-        patch_size=config.image.patch_size,
-        width=config.image.width,
-        layers=config.image.layers,
-        heads=config.image.heads,
-        mlp_ratio=config.image.mlp_ratio,
-        embed_dim=config.embed_dim,
-        activation=config.activation,
-        dropout=config.dropout,
-    )
-    text = TextTransformer(
-        context_length=config.text.context_length,
-        vocab_size=config.text.vocab_size,
-        width=config.text.width,
-        layers=config.text.layers,
-        heads=config.text.heads,
-        mlp_ratio=config.text.mlp_ratio,
-        embed_dim=config.embed_dim,
-        activation=config.activation,
-        dropout=config.dropout,
-    )
-    return CLIP(image, text, init_logit_scale=init_logit_scale, init_logit_bias=init_logit_bias)
-
-
-def _check(config: ModelConfig) -> None:
-    problems = []
-    image, text = config.image, config.text
-    if image.image_size % image.patch_size:
-        problems.append(f"model.image.image_size={image.image_size} is no multiple of patch_size={image.patch_size}")
-    problems += [
-        f"model.{tower}.width={width} is no multiple of heads={heads}"
-        for tower, width, heads in [("image", image.width, image.heads), ("text", text.width, text.heads)]
-        if width % heads
-    ]
-    if problems:
+    if problems := check_model(config):
         raise ConfigError("\n".join(problems))
+    return CLIP(
+        _image_tower(config), _text_tower(config), init_logit_scale=init_logit_scale, init_logit_bias=init_logit_bias
+    )
+
+
+def activation_of(config: ModelConfig) -> Activation:
+    """The towers' nonlinearity: gelu unless something says otherwise."""
+    return config.activation or Activation.gelu
+
+
+def required(value: T | None) -> T:
+    """A field that `check_model` has seen to be there."""
+    assert value is not None
+    return value
+
+
+def _image_tower(config: ModelConfig) -> nn.Module:
+    match config.image.kind:
+        case ImageTower.vit:
+            return _vit(config)
+        case ImageTower.resnet:
+            from clip_exp.models import resnet
+
+            return resnet.build_image_tower(config)
+        case ImageTower.siglip:
+            from clip_exp.models import siglip
+
+            return siglip.build_image_tower(config)
+        case ImageTower.timm:
+            from clip_exp.models import timm_tower
+
+            return timm_tower.build_image_tower(config)
+        case ImageTower.open_clip:
+            from clip_exp.models import open_clip_towers
+
+            return open_clip_towers.build_image_tower(config)
+
+
+def _text_tower(config: ModelConfig) -> nn.Module:
+    match config.text.kind:
+        case TextTower.clip:
+            return _text_transformer(config)
+        case TextTower.siglip:
+            from clip_exp.models import siglip
+
+            return siglip.build_text_tower(config)
+        case TextTower.huggingface:
+            from clip_exp.models import huggingface
+
+            return huggingface.build_text_tower(config)
+        case TextTower.open_clip:
+            from clip_exp.models import open_clip_towers
+
+            return open_clip_towers.build_text_tower(config)
+
+
+def _vit(config: ModelConfig) -> VisionTransformer:
+    image = config.image
+    return VisionTransformer(
+        image_size=image.image_size,
+        patch_size=required(image.patch_size),
+        width=required(image.width),
+        layers=required(image.layers),
+        heads=required(image.heads),
+        mlp_ratio=image.mlp_ratio,
+        embed_dim=config.embed_dim,
+        activation=activation_of(config),
+        dropout=config.dropout,
+    )
+
+
+def _text_transformer(config: ModelConfig) -> TextTransformer:
+    text = config.text
+    return TextTransformer(
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        width=required(text.width),
+        layers=required(text.layers),
+        heads=required(text.heads),
+        mlp_ratio=text.mlp_ratio,
+        embed_dim=config.embed_dim,
+        activation=activation_of(config),
+        dropout=config.dropout,
+    )

@@ -134,6 +134,10 @@ class Tokenizer:
         """Ids of each caption."""
         return [self.encode(text) for text in texts]
 
+    def pad(self, token_lists: Sequence[Sequence[int]], multiple: int = 1) -> Tensor:
+        """Zero-padded ids [N, L], int64; L is the longest list rounded up to `multiple`, at most `context_length`."""
+        return pad_tokens(token_lists, self.context_length, multiple)
+
     def __call__(self, texts: str | Iterable[str], *, trim: bool = True, multiple: int = 1) -> Tensor:
         """Zero-padded ids [N, L], int64.
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from clip_exp.checkpoints.state import name_optimizer_state, number_optimizer_state, random_state, set_random_state
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.batches import Batch, EvalBatch
-from clip_exp.data.transforms import normalize
+from clip_exp.data.transforms import normalize, preprocessing_of
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
 from clip_exp.models.clip import CLIP, CLIPOutput
 from clip_exp.ranks.group import gather_objects
-from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.text.build import build_tokenizer
 from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups
 from clip_exp.training.strategies import whole
 
@@ -46,7 +46,8 @@ class CLIPModule(pl.LightningModule):
         self.config = config
         self.total_steps = total_steps
         self.zero_shot = zero_shot
-        self.tokenizer = Tokenizer(config.model.text.context_length)
+        self.tokenizer = build_tokenizer(config.model.text)
+        self.preprocessing = preprocessing_of(config.model.image)
         # Read once: a strategy that splits the parameters changes their shapes, which the groups depend on.
         groups = named_groups(model).values()
         self.parameter_names = [name for members in groups for name, _ in members]
@@ -57,8 +58,7 @@ class CLIPModule(pl.LightningModule):
 
     def _pixels(self, image_BCHW: Tensor) -> Tensor:
         """uint8 pictures to what the image tower takes, in the precision that its weights have."""
-        image = self.config.model.image
-        return normalize(image_BCHW, image.mean, image.std).to(self.model.logit_scale.dtype)
+        return normalize(image_BCHW, self.preprocessing.mean, self.preprocessing.std).to(self.model.logit_scale.dtype)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.model(self._pixels(batch.image), batch.tokens, self.config.micro_batch_size)

@@ -13,6 +13,7 @@ from clip_exp.config.preflight import steps_of, world_size
 from clip_exp.config.preflight_measures import training_tasks
 from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
+from clip_exp.data.transforms import preprocessing_of
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, DataError
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
@@ -20,6 +21,7 @@ from clip_exp.models.clip import CLIP
 from clip_exp.ranks import group
 from clip_exp.ranks.group import is_main
 from clip_exp.runs import RunRecord
+from clip_exp.text.build import build_tokenizer
 from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.preemption import Preempted, Preemption
@@ -95,8 +97,8 @@ def _build_data(config: TrainConfig, run_dir: Path) -> PairsDataModule:
     """The data module after its setup, which tells how many rows there are."""
     datamodule = PairsDataModule(
         config.data,
-        image_size=config.model.image.image_size,
-        context_length=config.model.text.context_length,
+        preprocessing=preprocessing_of(config.model.image),
+        tokenizer=build_tokenizer(config.model.text),
         global_batch_size=config.global_batch_size,
         seed=config.seed,
         output_dir=Path(config.output_dir),

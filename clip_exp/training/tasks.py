@@ -27,7 +27,7 @@ from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main, is_main
 from clip_exp.reports.evaluation import write_result
-from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.text.build import build_tokenizer
 from clip_exp.training.metrics import log_metrics
 from clip_exp.training.progress import BarProgress, LineProgress
 from clip_exp.training.strategies import whole_weights
@@ -89,7 +89,7 @@ class TaskScores(pl.Callback):
     def _score(self, model: CLIP, device: torch.device) -> dict[str, Result]:
         data = self.config.data
         options = EncodeOptions(device, num_workers=data.num_workers, on_bad_image=data.on_bad_image)
-        tokenizer = Tokenizer(self.config.model.text.context_length)
+        tokenizer = build_tokenizer(self.config.model.text)
         # The cache is for what stays the same from one scoring to the next: the network that `robustness` compares with.
         cache = Cache(Path(self.config.output_dir) / "cache", CACHE_GB)
         subject = Subject(model, tokenizer, self.config.model, options, weights_sha256=None, cache=cache)

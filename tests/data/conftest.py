@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_exp.config.model_schema import ImageTowerConfig
 from clip_exp.config.schema import DataConfig
 from clip_exp.data.datamodule import PairsDataModule
+from clip_exp.data.transforms import preprocessing_of
+from clip_exp.text.tokenizer import Tokenizer
 
 
 def noise(seed: int, width: int = 48, height: int = 40) -> Image.Image:
@@ -60,8 +63,8 @@ def build(tmp_path: Path) -> Build:
         config = DataConfig(name="csv", train=train, **{"num_workers": 0, **values})  # type: ignore[arg-type]
         return PairsDataModule(
             config,
-            image_size=16,
-            context_length=77,
+            preprocessing=preprocessing_of(ImageTowerConfig(image_size=16)),
+            tokenizer=Tokenizer(77),
             global_batch_size=global_batch_size,
             total_steps=total_steps,
             seed=seed,

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from clip_exp.config.model_schema import ImageTowerConfig
 from clip_exp.data.batches import BadPicture, Batch
 from clip_exp.data.dataset import EvalImages, EvalPairs, PictureError
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables import read_table
-from clip_exp.data.transforms import eval_transform
+from clip_exp.data.transforms import eval_transform, preprocessing_of
 from clip_exp.errors import DataError
+from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
@@ -113,7 +115,7 @@ def test_equal_captions_have_equal_ids_and_tokens_are_trimmed(tmp_path, build):
 
 def test_truncated_captions_are_counted(pairs, build, caplog):
     module = build(pairs, global_batch_size=23, total_steps=2)
-    module.context_length = 5
+    module.tokenizer.context_length = 5
     for batch in read(module):
         assert batch.truncated == 23
         assert module.on_before_batch_transfer(batch, 0).truncated == 0
@@ -196,7 +198,7 @@ def test_an_error_keeps_its_message_through_a_workers_wrapping():
 
 def test_validation_pictures_come_with_all_their_captions(pairs):
     table = read_table(pairs)
-    dataset = EvalPairs(table, image_size=16, context_length=77)
+    dataset = EvalPairs(table, preprocessing=preprocessing_of(ImageTowerConfig(image_size=16)), tokenizer=Tokenizer(77))
     assert len(dataset) == 23
     sample = dataset[3]
     assert sample.caption_indices == [3, 4, 5]

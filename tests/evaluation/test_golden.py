@@ -11,7 +11,7 @@ import pytest
 
 import clip_exp
 from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.config.schema import Activation
+from clip_exp.config.model_schema import Activation
 from clip_exp.evaluation.run import evaluate
 from clip_exp.inference.sources import named_model
 

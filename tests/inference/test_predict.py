@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_exp.config.schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, PredictConfig
-from clip_exp.data.transforms import eval_transform, normalize
+from clip_exp.data.transforms import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference.clip import Clip
 from clip_exp.inference.predict import predict
@@ -37,8 +37,8 @@ def test_probabilities_are_the_softmax_of_logit_scale_times_cosine(run_dir: Path
     paths = [picture["path"] for picture in document["pictures"]]
     assert paths == sorted(paths)
     assert len(paths) == 7
-    size, tower = clip.config.image.image_size, clip.config.image
-    pixels = torch.stack([eval_transform(Image.open(path), size) for path in paths])
+    tower = preprocessing_of(clip.config.image)
+    pixels = torch.stack([eval_transform(Image.open(path), tower.size) for path in paths])
     with torch.no_grad():
         image = F.normalize(clip.model.encode_image(normalize(pixels, tower.mean, tower.std)), dim=-1)
         text = F.normalize(clip.model.encode_text(clip.tokenizer(TEXTS)), dim=-1)

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from clip_exp.config.schema import ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model_schema import ImageTowerConfig, ModelConfig, TextTowerConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models import CLIP, build_model
 from clip_exp.weights import to_open_clip

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_exp.config.schema import Activation
+from clip_exp.config.model_schema import Activation
 from clip_exp.losses import softmax_loss
 from clip_exp.models import CLIP, build_model
 from tests.models.small import CONTEXT_LENGTH, batch, open_clip_twin, small_config, trim
@@ -31,7 +31,7 @@ def model() -> CLIP:
     return build_model(small_config())
 
 
-@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("activation", [Activation.gelu, Activation.quick_gelu])
 def test_features_equal_open_clip(activation: Activation) -> None:
     torch.manual_seed(0)
     model = build_model(small_config(activation))

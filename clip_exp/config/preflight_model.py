@@ -1,0 +1,94 @@
+"""Checks of a model's configuration, before torch is imported."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
+
+VOCABULARY = 49408  # of OpenAI's byte-pair encoding
+TRANSFORMER = ("width", "layers", "heads")
+IMAGE_NEEDS: dict[ImageTower, tuple[str, ...]] = {
+    ImageTower.vit: ("patch_size", *TRANSFORMER),
+    ImageTower.siglip: ("patch_size", *TRANSFORMER),
+    ImageTower.resnet: ("stages", "width", "heads"),
+    ImageTower.timm: ("name",),
+    ImageTower.open_clip: (),
+}
+TEXT_NEEDS: dict[TextTower, tuple[str, ...]] = {
+    TextTower.clip: TRANSFORMER,
+    TextTower.siglip: (*TRANSFORMER, "tokenizer"),
+    TextTower.huggingface: ("name",),
+    TextTower.open_clip: (),
+}
+
+
+def check_model(model: ModelConfig) -> list[str]:
+    """What makes a model impossible, a line each."""
+    problems = [*_missing(model), *_not_positive(model)]
+    if problems:
+        return problems
+    return [*_check_image(model.image), *_check_text(model.text), *_check_pair(model)]
+
+
+def _missing(model: ModelConfig) -> Iterator[str]:
+    towers: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+        ("image", model.image, IMAGE_NEEDS[model.image.kind]),
+        ("text", model.text, TEXT_NEEDS[model.text.kind]),
+    )
+    for tower, values, needed in towers:
+        for name in needed:
+            if getattr(values, name) is None:
+                yield f"model.{tower}.{name} has no value, and {tower} towers of kind={values.kind} need it: set it."
+
+
+def _not_positive(model: ModelConfig) -> Iterator[str]:
+    names = ("image_size", "patch_size", "context_length", "vocab_size", "mlp_ratio", *TRANSFORMER)
+    values = {
+        f"model.{tower}.{name}": getattr(config, name, None)
+        for tower, config in (("image", model.image), ("text", model.text))
+        for name in names
+    }
+    for key, value in {"model.embed_dim": model.embed_dim, **values}.items():
+        if value is not None and value <= 0:
+            yield f"{key}={value} must be above 0."
+
+
+def _check_image(image: ImageTowerConfig) -> Iterator[str]:
+    if image.kind in (ImageTower.vit, ImageTower.siglip):
+        yield from _check_heads("image", image.width, image.heads)
+        if image.image_size % (image.patch_size or 1):
+            yield f"model.image.image_size={image.image_size} must be a multiple of model.image.patch_size={image.patch_size}."
+    if image.kind is ImageTower.resnet:
+        if image.image_size % 32:
+            yield f"model.image.image_size={image.image_size} must be a multiple of 32, which a resnet divides it by."
+        if len(image.stages or ()) != 4 or min(image.stages or [0]) < 1:
+            yield f"model.image.stages={image.stages} must be four numbers of blocks, each above 0."
+    if not 0 <= image.patch_dropout < 1:
+        yield f"model.image.patch_dropout={image.patch_dropout} must be at least 0 and below 1."
+    if any(len(values) != 3 for values in (image.mean, image.std) if values is not None) or min(image.std or [1]) <= 0:
+        yield f"model.image.mean={image.mean} and std={image.std} must be three numbers each, std above 0."
+
+
+def _check_text(text: TextTowerConfig) -> Iterator[str]:
+    if text.kind in (TextTower.clip, TextTower.siglip):
+        yield from _check_heads("text", text.width, text.heads)
+    if text.context_length < 3:
+        yield f"model.text.context_length={text.context_length} must hold a start, a word and an end: at least 3."
+
+
+def check_vocabulary(text: TextTowerConfig) -> Iterator[str]:
+    """Every id of OpenAI's tokenizer has an embedding."""
+    if text.kind is TextTower.clip and text.tokenizer is None and text.vocab_size < VOCABULARY:
+        yield f"model.text.vocab_size={text.vocab_size} must be at least {VOCABULARY}, the tokens there are."
+
+
+def _check_pair(model: ModelConfig) -> Iterator[str]:
+    if not 0 <= model.dropout < 1:
+        yield f"model.dropout={model.dropout} must be at least 0 and below 1."
+    if (model.image.kind is ImageTower.open_clip) != (model.text.kind is TextTower.open_clip):
+        yield "model.image.kind=open_clip and model.text.kind=open_clip go together: use model=open_clip model.name=…"
+
+
+def _check_heads(tower: str, width: int | None, heads: int | None) -> Iterator[str]:
+    if width and heads and width % heads:
+        yield f"model.{tower}.width={width} must be a multiple of model.{tower}.heads={heads}."
