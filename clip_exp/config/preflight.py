@@ -94,6 +94,7 @@ def _check_numbers(config: TrainConfig) -> Iterator[str]:
         "trainer.gradient_clip_val": (config.trainer.gradient_clip_val, tiny, 1e30),
         "loss.init_logit_scale": (config.loss.init_logit_scale, 0, 4.6052),
         "loss.init_logit_bias": (config.loss.init_logit_bias, -1e3, 1e3),
+        "loss.chunk_size": (config.loss.chunk_size, 1, infinity),
         "callbacks.ema_decay": (config.callbacks.ema_decay, tiny, 1 - 1e-12),
         "callbacks.ema_every_n_steps": (config.callbacks.ema_every_n_steps, 1, infinity),
         "data.max_rows": (config.data.max_rows, 1, infinity),

@@ -6,14 +6,13 @@ from clip_exp.config.schema import LossConfig, LossName, Match
 from clip_exp.losses.sigmoid import SigmoidLoss
 from clip_exp.losses.softmax import SoftmaxLoss
 
-LOSSES: dict[LossName, type[SoftmaxLoss] | type[SigmoidLoss]] = {
-    LossName.softmax: SoftmaxLoss,
-    LossName.sigmoid: SigmoidLoss,
-}
-
 
 def build_loss(config: LossConfig) -> nn.Module:
     """A module that takes (CLIPOutput, caption_id_B, image_id_B) and returns a scalar; see `SoftmaxLoss`, `SigmoidLoss`."""
-    return LOSSES[config.name](
-        same_caption=config.same_caption == Match.positive, same_image=config.same_image == Match.positive
-    )
+    repeated = {
+        "same_caption": config.same_caption == Match.positive,
+        "same_image": config.same_image == Match.positive,
+    }
+    if config.name == LossName.sigmoid:
+        return SigmoidLoss(**repeated, chunk_size=config.chunk_size)
+    return SoftmaxLoss(**repeated)

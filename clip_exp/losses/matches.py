@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from clip_exp.losses.collectives import gather
-from clip_exp.ranks.group import rank, world_size
+from clip_exp.ranks.group import rank
+
+ALL = slice(None)
 
 
 def own_columns(rows: int, device: torch.device) -> Tensor:
@@ -12,27 +14,31 @@ def own_columns(rows: int, device: torch.device) -> Tensor:
     return torch.arange(rows, device=device) + rank() * rows
 
 
+class Matches:
+    """This rank's rows against the columns of the global batch, told by equal ids.
+
+    Args:
+        ids: int64 [B] each, of this rank's pairs; a row matches a column where any of them is equal. All ranks construct.
+    """
+
+    def __init__(self, ids: list[Tensor]) -> None:
+        self._ids = [(ids_B, gather(ids_B)) for ids_B in ids]
+
+    def block(self, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        """bool [rows, columns], the own pair included."""
+        return torch.stack([row_B[rows, None] == column_G[None, columns] for row_B, column_G in self._ids]).any(dim=0)
+
+
 def repeated_matches(
     caption_id_B: Tensor, image_id_B: Tensor, *, same_caption: bool, same_image: bool
-) -> Tensor | None:
-    """This rank's rows against the columns of the global batch.
+) -> Matches | None:
+    """The matches of a batch, or None where only the own pair matches.
 
     Args:
         caption_id_B: int64, equal where captions are equal.
         image_id_B: int64, equal where pictures are equal.
         same_caption: pairs of equal captions match.
         same_image: pairs of equal pictures match.
-
-    Returns:
-        bool [B, W * B], the own pair included; None where only the own pair matches.
     """
     chosen = [ids_B for ids_B, use in [(caption_id_B, same_caption), (image_id_B, same_image)] if use]
-    if not chosen:
-        return None
-    return torch.stack([ids_B[:, None] == gather(ids_B)[None, :] for ids_B in chosen]).any(dim=0)
-
-
-def own_matches(rows: int, device: torch.device) -> Tensor:
-    """As `repeated_matches`, where only the own pair matches."""
-    columns_G = torch.arange(rows * world_size(), device=device)
-    return own_columns(rows, device)[:, None] == columns_G[None, :]
+    return Matches(chosen) if chosen else None

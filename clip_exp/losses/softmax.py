@@ -60,7 +60,6 @@ class SoftmaxLoss(nn.Module):
 
     def forward(self, output: CLIPOutput, caption_id_B: Tensor, image_id_B: Tensor) -> Tensor:
         """Scalar float32 from a model's output and the int64 ids of its captions and pictures."""
-        matches_BG = repeated_matches(
-            caption_id_B, image_id_B, same_caption=self.same_caption, same_image=self.same_image
-        )
+        matches = repeated_matches(caption_id_B, image_id_B, same_caption=self.same_caption, same_image=self.same_image)
+        matches_BG = None if matches is None else matches.block()
         return softmax_loss(output.image_features, output.text_features, output.logit_scale, matches_BG)

@@ -5,9 +5,11 @@ import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_exp.config.schema import LossConfig, LossName, Match
 from clip_exp.losses import build_loss, sigmoid_loss, softmax_loss
+from clip_exp.losses.matches import ALL, Matches
 from clip_exp.models import CLIPOutput
 
 B, D = 12, 16
@@ -24,6 +26,16 @@ def leaves(scale: float = 14.0, seed: int = 0) -> Leaves:
 def ids(*values: int) -> Tensor:
     """Ids of which the first are given and the rest occur once."""
     return torch.tensor([*values, *range(1000, 1000 + B - len(values))])
+
+
+class GivenMatches(Matches):
+    """A matrix that is known."""
+
+    def __init__(self, matches_BB: Tensor) -> None:
+        self.matches_BB = matches_BB
+
+    def block(self, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        return self.matches_BB[rows, columns]
 
 
 def assert_same_gradients(actual: Leaves, expected: Leaves) -> None:
@@ -71,11 +83,51 @@ def test_softmax_target_is_uniform_over_a_rows_matches() -> None:
 
 def test_sigmoid_label_of_a_match_is_positive() -> None:
     image_BD, text_BD, scale, bias = leaves()
-    matches_BB = torch.eye(B, dtype=torch.bool)
-    matches_BB[0, 5] = True
-    changed = sigmoid_loss(image_BD, text_BD, scale, bias, matches_BB) - sigmoid_loss(image_BD, text_BD, scale, bias)
-    logit = scale * image_BD[0] @ text_BD[5] + bias
-    torch.testing.assert_close(changed, ((F.softplus(-logit) - F.softplus(logit)) / B).squeeze(), rtol=1e-4, atol=1e-5)
+    repeated = sigmoid_loss(image_BD, text_BD, scale, bias, Matches([ids(7, 1, 2, 3, 4, 7)]))
+    changed = repeated - sigmoid_loss(image_BD, text_BD, scale, bias)
+    logits = torch.stack([scale * image_BD[i] @ text_BD[j] + bias for i, j in [(0, 5), (5, 0)]])
+    torch.testing.assert_close(changed, (F.softplus(-logits) - F.softplus(logits)).sum() / B, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 12, 100])
+def test_sigmoid_is_the_same_in_chunks_of_any_size(chunk_size: int) -> None:
+    whole, chunked = leaves(), leaves()
+    matches = Matches([ids(7, 1, 2, 3, 4, 7)])
+    expected, loss = sigmoid_loss(*whole, matches), sigmoid_loss(*chunked, matches, chunk_size)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    (2 * expected).backward()  # as a gradient scaler would
+    (2 * loss).backward()
+    for a, e in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(a.grad, e.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_sigmoid_without_gradient_has_the_same_value() -> None:
+    expected = sigmoid_loss(*leaves())
+    with torch.no_grad():
+        assert torch.equal(sigmoid_loss(*leaves()), expected)
+
+
+def test_sigmoid_holds_no_more_similarities_than_a_chunk() -> None:
+    """The largest tensor that is made, seen by the dispatcher, forward and backward."""
+    rows, chunk = 256, 16
+    draw = torch.Generator().manual_seed(0)
+    image_BD, text_BD = (F.normalize(torch.randn(rows, 4, generator=draw), dim=-1).requires_grad_() for _ in range(2))
+    scale, bias = torch.tensor([10.0], requires_grad=True), torch.tensor([-10.0], requires_grad=True)
+    with LargestTensor() as largest:
+        sigmoid_loss(image_BD, text_BD, scale, bias, Matches([torch.arange(rows)]), chunk).backward()
+    assert largest.elements == chunk * rows
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements of a tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
 
 
 @pytest.mark.parametrize("name", list(LossName))
@@ -101,7 +153,7 @@ def test_repeated_captions_and_pictures_match_as_configured(
     expected = (
         softmax_loss(image_BD, text_BD, scale, matches_BB)
         if name == LossName.softmax
-        else sigmoid_loss(image_BD, text_BD, scale, bias, matches_BB)
+        else sigmoid_loss(image_BD, text_BD, scale, bias, GivenMatches(matches_BB))
     )
     torch.testing.assert_close(actual, expected)
 

@@ -1,4 +1,4 @@
-"""Two processes with half of a batch each against one process with all of it."""
+"""Two and four processes with equal shares of a batch against one process with all of it."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,10 @@ from clip_exp.losses import build_loss
 from clip_exp.losses.collectives import gather, gather_with_grad
 from clip_exp.models import CLIPOutput
 
-WORLD_SIZE, GLOBAL_BATCH, D = 2, 8, 6
-CONFIGS = [LossConfig(name=name, same_caption=match, same_image=match) for name in LossName for match in Match]
+GLOBAL_BATCH, D = 8, 6
+CONFIGS = [
+    LossConfig(name=name, same_caption=match, same_image=match, chunk_size=3) for name in LossName for match in Match
+]
 
 
 def step(config: LossConfig, rows: slice) -> dict[str, Tensor]:
@@ -37,32 +39,32 @@ def step(config: LossConfig, rows: slice) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **grads}
 
 
-def run_rank(rank: int, folder: str) -> None:
+def run_rank(rank: int, folder: str, world_size: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-    local = GLOBAL_BATCH // WORLD_SIZE
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    local = GLOBAL_BATCH // world_size
     results = [step(config, slice(rank * local, (rank + 1) * local)) for config in CONFIGS]
     for result in results:
         for tensor in result.values():
             dist.all_reduce(tensor)
-            tensor /= WORLD_SIZE
+            tensor /= world_size
     own_BD = torch.full([2, 3], float(rank), requires_grad=True)
     all_GD = gather_with_grad(own_BD)
-    (all_GD * torch.arange(4.0)[:, None] * (rank + 1)).sum().backward()
+    (all_GD * torch.arange(2.0 * world_size)[:, None] * (rank + 1)).sum().backward()
     gathered = {"features": all_GD.detach(), "gradient": own_BD.grad, "ids": gather(torch.tensor([rank, rank + 10]))}
     torch.save({"losses": results, "gathered": gathered}, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+@pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(folder),), nprocs=WORLD_SIZE)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    mp.spawn(run_rank, args=(str(folder), request.param), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: f"{CONFIGS[i].name}-{CONFIGS[i].same_caption}")
-def test_averaged_over_two_ranks_loss_and_gradients_are_those_of_the_global_batch(
+def test_averaged_over_the_ranks_loss_and_gradients_are_those_of_the_global_batch(
     ranks: list[dict], index: int
 ) -> None:
     expected = step(CONFIGS[index], slice(None))
@@ -71,16 +73,18 @@ def test_averaged_over_two_ranks_loss_and_gradients_are_those_of_the_global_batc
         actual = rank["losses"][index]
         assert actual.keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(actual[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_gathering_keeps_the_order_of_the_ranks_and_sums_their_gradients(ranks: list[dict]) -> None:
+    numbers = list(range(len(ranks)))
+    factors = sum(number + 1 for number in numbers)
     for number, rank in enumerate(ranks):
         gathered = rank["gathered"]
-        assert gathered["features"][:, 0].tolist() == [0, 0, 1, 1]
-        assert gathered["ids"].tolist() == [0, 10, 1, 11]
-        # Row k of the gathered tensor has the factor k on rank 0 and 2 k on rank 1.
-        assert gathered["gradient"][:, 0].tolist() == [3 * (2 * number), 3 * (2 * number + 1)]
+        assert gathered["features"][:, 0].tolist() == [n for n in numbers for _ in range(2)]
+        assert gathered["ids"].tolist() == [i for n in numbers for i in (n, n + 10)]
+        # Row k of the gathered tensor has the factor k (r + 1) on rank r.
+        assert gathered["gradient"][:, 0].tolist() == [factors * (2 * number), factors * (2 * number + 1)]
 
 
 def test_one_process_gathers_what_it_has() -> None:
