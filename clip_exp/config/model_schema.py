@@ -112,6 +112,10 @@ class TextTowerConfig:
     projection: Projection = Projection.mlp  # (huggingface)
     tokenizer: str | None = None  # a name on the hub or a folder; null: the encoder's own, elsewhere OpenAI's
     cleaning: Cleaning = Cleaning.whitespace  # before a `tokenizer`; OpenAI's has its own
+    strip_sep_token: bool = False  # zeros in the place of the tokenizer's separators, as CLIPA's weights expect
+    trim: bool = (
+        True  # a batch is cut to its longest text; not where that would change features (siglip; others of open_clip)
+    )
 
 
 @dataclass

@@ -65,6 +65,8 @@ def _check_image(image: ImageTowerConfig) -> Iterator[str]:
             yield f"model.image.stages={image.stages} must be four numbers of blocks, each above 0."
     if not 0 <= image.patch_dropout < 1:
         yield f"model.image.patch_dropout={image.patch_dropout} must be at least 0 and below 1."
+    if image.patch_dropout and image.kind is ImageTower.resnet:
+        yield f"model.image.patch_dropout={image.patch_dropout}: a resnet has no patches to leave out. Set it to 0."
     if any(len(values) != 3 for values in (image.mean, image.std) if values is not None) or min(image.std or [1]) <= 0:
         yield f"model.image.mean={image.mean} and std={image.std} must be three numbers each, std above 0."
 
@@ -85,6 +87,11 @@ def check_vocabulary(text: TextTowerConfig) -> Iterator[str]:
 def _check_pair(model: ModelConfig) -> Iterator[str]:
     if not 0 <= model.dropout < 1:
         yield f"model.dropout={model.dropout} must be at least 0 and below 1."
+    if model.image.kind is ImageTower.siglip and model.image.width != model.embed_dim:
+        yield (
+            f"model.embed_dim={model.embed_dim} must be model.image.width={model.image.width}: a siglip image tower ends "
+            "without a projection."
+        )
     if (model.image.kind is ImageTower.open_clip) != (model.text.kind is TextTower.open_clip):
         yield "model.image.kind=open_clip and model.text.kind=open_clip go together: use model=open_clip model.name=…"
 

@@ -1,4 +1,4 @@
-"""Dual encoders in plain torch. Read in this order: layers, vit, text, clip, build.
+"""Dual encoders in plain torch. Read in this order: layers, vit, text, clip, build; then the other towers.
 
 Names of tensors end in their axes: B batch, C channels, H height, W width, N tokens of a picture or a text, L tokens of a
 text, D width of a tower or of the shared space, A attention heads, E width of a head.

@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 
 def build_model(
-    config: ModelConfig, *, init_logit_scale: float = math.log(1 / 0.07), init_logit_bias: float | None = None
+    config: ModelConfig,
+    *,
+    init_logit_scale: float = math.log(1 / 0.07),
+    init_logit_bias: float | None = None,
+    own_weights: bool = False,
 ) -> CLIP:
     """A model with fresh weights, drawn from torch's global generator.
 
@@ -24,14 +28,19 @@ def build_model(
         config: see `ModelConfig`.
         init_logit_scale: natural logarithm of the initial factor of the cosines.
         init_logit_bias: None for the softmax loss.
+        own_weights: towers of other libraries start from those libraries' weights where `config` says so (`pretrained`);
+            otherwise nothing is fetched, which is right where other weights will be loaded.
 
     Raises:
-        ConfigError: the numbers do not fit each other, or one is missing.
+        ConfigError: the numbers do not fit each other, or one is missing; or a backbone or its weights cannot be had.
     """
     if problems := check_model(config):
         raise ConfigError("\n".join(problems))
     return CLIP(
-        _image_tower(config), _text_tower(config), init_logit_scale=init_logit_scale, init_logit_bias=init_logit_bias
+        _image_tower(config, own_weights),
+        _text_tower(config, own_weights),
+        init_logit_scale=init_logit_scale,
+        init_logit_bias=init_logit_bias,
     )
 
 
@@ -46,7 +55,7 @@ def required(value: T | None) -> T:
     return value
 
 
-def _image_tower(config: ModelConfig) -> nn.Module:
+def _image_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
     match config.image.kind:
         case ImageTower.vit:
             return _vit(config)
@@ -61,14 +70,14 @@ def _image_tower(config: ModelConfig) -> nn.Module:
         case ImageTower.timm:
             from clip_exp.models import timm_tower
 
-            return timm_tower.build_image_tower(config)
+            return timm_tower.build_image_tower(config, own_weights)
         case ImageTower.open_clip:
             from clip_exp.models import open_clip_towers
 
-            return open_clip_towers.build_image_tower(config)
+            return open_clip_towers.build_image_tower(config, own_weights)
 
 
-def _text_tower(config: ModelConfig) -> nn.Module:
+def _text_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
     match config.text.kind:
         case TextTower.clip:
             return _text_transformer(config)
@@ -79,11 +88,11 @@ def _text_tower(config: ModelConfig) -> nn.Module:
         case TextTower.huggingface:
             from clip_exp.models import huggingface
 
-            return huggingface.build_text_tower(config)
+            return huggingface.build_text_tower(config, own_weights)
         case TextTower.open_clip:
             from clip_exp.models import open_clip_towers
 
-            return open_clip_towers.build_text_tower(config)
+            return open_clip_towers.build_text_tower(config, own_weights)
 
 
 def _vit(config: ModelConfig) -> VisionTransformer:
@@ -98,6 +107,7 @@ def _vit(config: ModelConfig) -> VisionTransformer:
         embed_dim=config.embed_dim,
         activation=activation_of(config),
         dropout=config.dropout,
+        patch_dropout=image.patch_dropout,
     )
 
 

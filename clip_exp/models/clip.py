@@ -1,10 +1,12 @@
 """A dual encoder: two towers into one space, and the temperature that they are compared with (Radford et al. 2021)."""
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
@@ -17,18 +19,42 @@ class CLIPOutput(NamedTuple):
     logit_bias: Tensor | None  # [1]: added after the factor
 
 
+class HeldStatistics(AbstractContextManager[None]):
+    """Inside, `tower` may run again over what it has seen without its running statistics counting that twice.
+
+    They are put back rather than switched off, because `checkpoint` insists on saving the same tensors both times.
+    """
+
+    def __init__(self, tower: nn.Module) -> None:
+        norms = (module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training)
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+
+    def __enter__(self) -> None:
+        self.before = [statistic.clone() for statistic in self.statistics]
+
+    def __exit__(self, *_: Any) -> None:
+        for statistic, before in zip(self.statistics, self.before, strict=True):
+            statistic.copy_(before)
+
+
 def encode(tower: nn.Module, x: Tensor, micro_batch_size: int | None) -> Tensor:
     """Run `tower` over the batch, `micro_batch_size` samples at a time where a backward pass will follow.
 
     A chunk keeps only its output and is computed again in the backward pass, so memory is that of one chunk while the
-    gradient is that of the whole batch, as in GradCache (Gao et al. 2021).
+    gradient is that of the whole batch, as in GradCache (Gao et al. 2021). Batch normalization takes its statistics from
+    the chunk, in both passes, and counts each chunk once in its running statistics.
 
     Returns:
         [B, D].
     """
     if micro_batch_size is None or len(x) <= micro_batch_size or not torch.is_grad_enabled():
         return tower(x)
-    return torch.cat([checkpoint(tower, chunk, use_reentrant=False) for chunk in x.split(micro_batch_size)])
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), HeldStatistics(tower)
+
+    chunks = x.split(micro_batch_size)
+    return torch.cat([checkpoint(tower, chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
 
 
 def unit_norm(features_BD: Tensor) -> Tensor:
@@ -52,8 +78,8 @@ class CLIP(nn.Module):
         self.image = image
         self.text = text
         # Of shape [1], not []: DeepSpeed cannot broadcast a parameter without an axis.
-        self.logit_scale = nn.Parameter(torch.full([1], init_logit_scale))
-        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full([1], init_logit_bias))
+        self.logit_scale = nn.Parameter(torch.full([1], float(init_logit_scale)))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full([1], float(init_logit_bias)))
 
     def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor:
         """[B, D]; `normalize` gives float32 of unit norm. For the input see the image tower."""

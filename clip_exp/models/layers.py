@@ -1,4 +1,4 @@
-"""The pre-norm transformer that both towers are made of (Radford et al. 2021, section 2.4)."""
+"""The pre-norm transformer that towers are made of (Radford et al. 2021, section 2.4), and attention pooling."""
 
 from collections.abc import Callable
 from functools import partial
@@ -83,12 +83,20 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     def __init__(
-        self, width: int, heads: int, *, mlp_ratio: float, activation: str, dropout: float, causal: bool
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp_ratio: float,
+        activation: str,
+        dropout: float,
+        causal: bool,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads, causal)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
         self.dropout = nn.Dropout(dropout)
 
@@ -102,18 +110,35 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks whose outcome is one token of each sequence.
+    """A stack of blocks.
 
-    No other token of the last block reaches the features, so the last block computes only that one. This is exact, and
+    Where only one token of each sequence reaches the features, the last block computes only that one. This is exact, and
     saves three quarters of a block.
     """
 
     def __init__(
-        self, width: int, layers: int, heads: int, *, mlp_ratio: float, activation: str, dropout: float, causal: bool
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        *,
+        mlp_ratio: float,
+        activation: str,
+        dropout: float,
+        causal: bool,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=mlp_ratio, activation=activation, dropout=dropout, causal=causal)
+            Block(
+                width,
+                heads,
+                mlp_ratio=mlp_ratio,
+                activation=activation,
+                dropout=dropout,
+                causal=causal,
+                norm_eps=norm_eps,
+            )
             for _ in range(layers)
         )
 
@@ -124,8 +149,42 @@ class Transformer(nn.Module):
             x_BND = block(x_BND, pool_B if i == last else None)
         return x_BND.squeeze(1)
 
-    def forward_all(self, x_BND: Tensor, seen_B1NN: Tensor) -> Tensor:
-        """The residual stream of every token, each of which sees those that `seen_B1NN` tells: [B, N, D]."""
+    def forward_all(self, x_BND: Tensor, seen_B1NN: Tensor | None = None) -> Tensor:
+        """The residual stream of every token: [B, N, D]. For `seen_B1NN` see `Attention`."""
         for block in self.blocks:
             x_BND = block(x_BND, None, seen_B1NN)
         return x_BND
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention in which one query gathers from all tokens.
+
+    Keys and values are never made. The query meets key K x as K'q meets x, and the weighted mean of the values V x is V of
+    the weighted mean of the x. So a token costs `heads` times `width` where it would cost `width` squared, with the
+    same outcome. Forward and backward of RN50's pooling took 0.05 s of one CPU core at batch 16, against 0.38 s with keys
+    and values of every token and 0.66 s with a query of every token too; a whole step took 4.1 s.
+
+    The projections of keys and values are parameters of this module, not modules below it: a strategy that splits the
+    weights gathers those of a module when it is called.
+    """
+
+    def __init__(self, width: int, heads: int, out_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.key_weight, self.value_weight = (nn.Parameter(torch.empty(width, width)) for _ in range(2))
+        self.key_bias, self.value_bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
+        self.out = nn.Linear(width, out_width)
+
+    def forward(self, query_BD: Tensor, x_BND: Tensor) -> Tensor:
+        """What the query of each sequence gathers from its tokens: [B, out_width]."""
+        by_head = (self.heads, -1)
+        q_BAE = self.q(query_BD).unflatten(-1, by_head)
+        folded_BAD = torch.einsum("bae,aed->bad", q_BAE, self.key_weight.unflatten(0, by_head))
+        # A bias of the keys shifts all logits of a head alike and so changes nothing. It takes part all the same: DDP
+        # waits for the gradient of every parameter.
+        shift_BA1 = torch.einsum("bae,ae->ba", q_BAE, self.key_bias.unflatten(0, by_head)).unsqueeze(-1)
+        logits_BAN = (folded_BAD @ x_BND.transpose(1, 2) + shift_BA1) * q_BAE.shape[-1] ** -0.5
+        gathered_BAD = logits_BAN.softmax(dim=-1).to(x_BND.dtype) @ x_BND
+        value_BAE = torch.einsum("bad,aed->bae", gathered_BAD, self.value_weight.unflatten(0, by_head))
+        return self.out(value_BAE.flatten(1) + self.value_bias)

@@ -20,6 +20,23 @@ class TreeLayout(NamedTuple):
     node_E: Tensor  # int64, and at which node
 
 
+def init_text_weights(
+    token_embedding: nn.Embedding, positional_embedding: nn.Parameter, transformer: Transformer, projection: nn.Linear
+) -> None:
+    """Draw the weights of a text tower from the distributions of OpenAI's CLIP; biases and norms keep torch's defaults."""
+    width = token_embedding.embedding_dim
+    nn.init.normal_(token_embedding.weight, std=0.02)
+    nn.init.normal_(positional_embedding, std=0.01)
+    nn.init.normal_(projection.weight, std=width**-0.5)
+    residual_std = (2 * width * len(transformer.blocks)) ** -0.5
+    for block in transformer.blocks:
+        assert isinstance(block, Block)
+        nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
+        nn.init.normal_(block.attention.out.weight, std=residual_std)
+        nn.init.normal_(block.mlp.fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.proj.weight, std=residual_std)
+
+
 class TextTransformer(nn.Module):
     """Token ids to embeddings.
 
@@ -54,20 +71,7 @@ class TextTransformer(nn.Module):
         )
         self.ln_final = nn.LayerNorm(width)
         self.projection = nn.Linear(width, embed_dim, bias=False)
-        self._init_weights(width, layers)
-
-    def _init_weights(self, width: int, layers: int) -> None:
-        """The distributions of OpenAI's CLIP; biases and norms keep torch's defaults."""
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.projection.weight, std=width**-0.5)
-        residual_std = (2 * width * layers) ** -0.5
-        for block in self.transformer.blocks:
-            assert isinstance(block, Block)
-            nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
-            nn.init.normal_(block.attention.out.weight, std=residual_std)
-            nn.init.normal_(block.mlp.fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.proj.weight, std=residual_std)
+        init_text_weights(self.token_embedding, self.positional_embedding, self.transformer, self.projection)
 
     def forward(self, tokens_BL: Tensor, trees: TreeLayout | None = None) -> Tensor:
         """Embeddings, not normalized.

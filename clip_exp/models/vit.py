@@ -13,6 +13,27 @@ def to_patches(image_BCHW: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
+class PatchDropout(nn.Module):
+    """A training step sees some of the patches of each picture, drawn anew, and costs that much less (Li et al. 2023, FLIP).
+
+    Args:
+        share: of the patches, left out; at least one patch stays.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, patch_BND: Tensor) -> Tensor:
+        """[B, N, D] to [B, K, D], positions already added, in no order; all of them outside of training."""
+        if not self.training or self.share == 0:
+            return patch_BND
+        B, N, _ = patch_BND.shape
+        kept = max(1, int(N * (1 - self.share)))
+        kept_BK = torch.randn(B, N, device=patch_BND.device).topk(kept, sorted=False).indices
+        return patch_BND.take_along_dim(kept_BK[..., None], dim=1)
+
+
 class VisionTransformer(nn.Module):
     """Pictures to embeddings.
 
@@ -32,6 +53,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
         dropout: float = 0.0,
+        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -39,6 +61,7 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Linear(3 * patch_size**2, width, bias=False)
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.positional_embedding = nn.Parameter(std * torch.randn((image_size // patch_size) ** 2 + 1, width))
+        self.patch_dropout = PatchDropout(patch_dropout)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(
             width, layers, heads, mlp_ratio=mlp_ratio, activation=activation, dropout=dropout, causal=False
@@ -57,8 +80,10 @@ class VisionTransformer(nn.Module):
             [B, embed_dim].
         """
         patch_BND = self.patch_embedding(to_patches(image_BCHW, self.patch_size))
-        class_B1D = self.class_embedding.to(patch_BND.dtype).expand(len(patch_BND), 1, -1)
-        x_BND = torch.cat([class_B1D, patch_BND], dim=1) + self.positional_embedding.to(patch_BND.dtype)
+        position_ND = self.positional_embedding.to(patch_BND.dtype)
+        class_D = self.class_embedding.to(patch_BND.dtype) + position_ND[0]
+        patch_BND = self.patch_dropout(patch_BND + position_ND[1:])
+        x_BND = torch.cat([class_D.expand(len(patch_BND), 1, -1), patch_BND], dim=1)
         class_position_B = torch.zeros(len(x_BND), dtype=torch.int64, device=x_BND.device)
         x_BD = self.transformer(self.ln_pre(x_BND), class_position_B)
         return self.projection(self.ln_post(x_BD))

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -106,6 +106,30 @@ def from_main(action: Callable[[], T]) -> T:
     if isinstance(answer[0], ClipExpError):
         raise answer[0]
     return answer[0]
+
+
+def share_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Give each tensor the values that it has on rank 0. All ranks call, with tensors of the same shapes in the same order.
+
+    Raises:
+        DistributedError: another rank ended.
+    """
+    if world_size() > 1:
+        with _together():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+
+def main_first(action: Callable[[], T]) -> T:
+    """What `action` returns on each rank; rank 0 runs it before the others, which find in a cache what it has fetched.
+
+    Raises:
+        ClipExpError: rank 0's, on every rank.
+        DistributedError: another rank ended.
+    """
+    mine: list[T] = []
+    from_main(lambda: mine.append(action()))
+    return mine[0] if mine else action()
 
 
 @contextmanager

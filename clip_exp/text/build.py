@@ -47,7 +47,7 @@ def build_tokenizer(config: TextTowerConfig) -> Tokenizes:
         ConfigError: one that is named cannot be had.
     """
     if config.tokenizer is None and config.kind in (TextTower.clip, TextTower.open_clip):
-        return Tokenizer(config.context_length)
+        return Tokenizer(config.context_length, trims=config.trim)
     from clip_exp.text.huggingface import HuggingFaceTokenizer
 
     return HuggingFaceTokenizer.of(config)

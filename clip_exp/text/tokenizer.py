@@ -5,13 +5,11 @@ on a miss from the `tokenizers` library, so that a caption costs about as much a
 """
 
 import gzip
-import html
 import importlib.util
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import ftfy
 import numpy as np
 import regex  # type: ignore[import-untyped]
 import torch
@@ -19,6 +17,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from clip_exp.errors import ConfigError
+from clip_exp.text.cleaning import lower as clean
 
 VOCAB_SIZE = 49408
 START, END = 49406, 49407  # the largest id ends a text: towers pool at the argmax of the ids
@@ -49,13 +48,6 @@ def vocabulary_file() -> Path:
     )
 
 
-def clean(text: str) -> str:
-    """Repaired, html-unescaped, single-spaced, lower-case text: open_clip's cleaning of a caption."""
-    if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy leaves printable ASCII as it is
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
 def _byte_alphabet() -> list[str]:
     """A printable character for each byte, printable Latin-1 standing for itself (GPT-2's reversible byte encoding)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -64,18 +56,27 @@ def _byte_alphabet() -> list[str]:
     return [alphabet[byte] for byte in range(256)]
 
 
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids of all symbols but the two special ones: bytes, bytes that end a word, merged pairs. And the merges, in order.
+
+    Raises:
+        ConfigError: the vocabulary's file is missing.
+    """
+    alphabet = _byte_alphabet()
+    lines = gzip.decompress(vocabulary_file().read_bytes()).decode("utf-8").split("\n")
+    pairs = (line.split() for line in lines[1 : VOCAB_SIZE - 2 * 256 - 2 + 1])
+    merges = [(left, right) for left, right in pairs]
+    printable_first = sorted(alphabet, key=lambda char: (ord(char) >= 256, ord(char)))
+    symbols = [*printable_first, *(char + "</w>" for char in printable_first), *map("".join, merges)]
+    return {symbol: i for i, symbol in enumerate(symbols)}, merges
+
+
 class _WordIds:
     """Ids of single words, remembered."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         self._alphabet = _byte_alphabet()
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        pairs = (line.split() for line in lines[1 : VOCAB_SIZE - 2 * 256 - 2 + 1])
-        merges = [(left, right) for left, right in pairs]
-        printable_first = sorted(self._alphabet, key=lambda char: (ord(char) >= 256, ord(char)))
-        symbols = [*printable_first, *(char + "</w>" for char in printable_first), *map("".join, merges)]
-        vocab = {symbol: i for i, symbol in enumerate(symbols)}
-        self._bpe = BPE(vocab, merges, end_of_word_suffix="</w>")
+        self._bpe = BPE(*vocabulary(), end_of_word_suffix="</w>")
         self._cache: dict[str, tuple[int, ...]] = {word: (i,) for word, i in _SPECIAL.items()}
 
     def __call__(self, word: str) -> tuple[int, ...]:
@@ -90,14 +91,16 @@ class _WordIds:
 
 @lru_cache(maxsize=1)
 def _word_ids() -> _WordIds:
-    return _WordIds(vocabulary_file())
+    return _WordIds()
 
 
-def pad_tokens(token_lists: Sequence[Sequence[int]], context_length: int, multiple: int = 1) -> Tensor:
-    """Zero-padded ids [N, L], int64; L is the longest list rounded up to `multiple`, at most `context_length`."""
+def pad_tokens(
+    token_lists: Sequence[Sequence[int]], context_length: int, multiple: int = 1, pad_id: int = PAD
+) -> Tensor:
+    """Ids [N, L], int64, filled up with `pad_id`; L is the longest list rounded up to `multiple`, at most `context_length`."""
     longest = max((len(tokens) for tokens in token_lists), default=1)
     length = min(-(-longest // multiple) * multiple, context_length)
-    padded = np.full((len(token_lists), length), PAD, dtype=np.int64)
+    padded = np.full((len(token_lists), length), pad_id, dtype=np.int64)
     for row, tokens in zip(padded, token_lists, strict=True):
         row[: len(tokens)] = tokens
     return torch.from_numpy(padded)
@@ -108,13 +111,15 @@ class Tokenizer:
 
     Args:
         context_length: the most ids of a caption, start and end included. Longer captions are cut; the end id stays.
+        trims: a batch may be as short as its longest caption: the text tower gives the same features then.
 
     Attributes:
         truncated: how many captions this object has cut.
     """
 
-    def __init__(self, context_length: int = 77) -> None:
+    def __init__(self, context_length: int = 77, *, trims: bool = True) -> None:
         self.context_length = context_length
+        self.trims = trims
         self.truncated = 0
 
     def encode(self, text: str) -> list[int]:
@@ -136,7 +141,7 @@ class Tokenizer:
 
     def pad(self, token_lists: Sequence[Sequence[int]], multiple: int = 1) -> Tensor:
         """Zero-padded ids [N, L], int64; L is the longest list rounded up to `multiple`, at most `context_length`."""
-        return pad_tokens(token_lists, self.context_length, multiple)
+        return pad_tokens(token_lists, self.context_length, multiple if self.trims else self.context_length)
 
     def __call__(self, texts: str | Iterable[str], *, trim: bool = True, multiple: int = 1) -> Tensor:
         """Zero-padded ids [N, L], int64.
@@ -148,4 +153,4 @@ class Tokenizer:
             multiple: what L is rounded up to, never above `context_length`.
         """
         tokens = self.encode_batch([texts] if isinstance(texts, str) else texts)
-        return pad_tokens(tokens, self.context_length, multiple if trim else self.context_length)
+        return self.pad(tokens, multiple if trim else self.context_length)

@@ -1,81 +1,231 @@
-"""Between our parameter names and those of `open_clip.CLIP` with a Vision Transformer.
+"""Between our parameter names and those of open_clip, whose classes are also the layout of OpenAI's checkpoints.
 
-The class is also the layout of OpenAI's checkpoints. Both ways give the same numbers; only names and shapes differ.
+Both ways give the same numbers; only names and shapes differ. A file of open_clip has its image tower below `visual.`. The text
+tower is below `text.` (CustomTextCLIP), or below nothing (CLIP).
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-# (ours, theirs): the first beginning that fits is replaced, then every part.
-BEGINNINGS = [
-    ("image.patch_embedding.", "visual.conv1."),
-    ("image.projection.weight", "visual.proj"),
-    ("image.", "visual."),
-    ("text.projection.weight", "text_projection"),
-    ("text.token_embedding.", "token_embedding."),
-    ("text.positional_embedding", "positional_embedding"),
-    ("text.transformer.", "transformer."),
-    ("text.ln_final.", "ln_final."),
-]
-PARTS = [
-    (".blocks.", ".resblocks."),
-    (".attention.qkv.", ".attn.in_proj_"),
-    (".attention.out.", ".attn.out_proj."),
-    (".mlp.fc.", ".mlp.c_fc."),
-    (".mlp.proj.", ".mlp.c_proj."),
-]
-# Stored in some files, but no weights: OpenAI's three numbers, and the causal mask of early open_clip.
-NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
+from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
+
+Reshape = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # from ours to theirs, from theirs to ours
 
 
-def _rename(key: str, source: int, target: int) -> str:
-    """Replace column `source` of the tables above by column `target`."""
-    for names in BEGINNINGS:
-        if key.startswith(names[source]):
-            key = names[target] + key.removeprefix(names[source])
-            break
-    for names in PARTS:
-        key = key.replace(names[source], names[target])
-    return key
+def _to_kernel(patches_DP: Tensor) -> Tensor:
+    side = math.isqrt(patches_DP.shape[1] // 3)
+    return patches_DP.unflatten(1, (3, side, side))
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    return matrix.T.contiguous()
+
+
+SAME: Reshape = (lambda x: x, lambda x: x)
+KERNEL: Reshape = (_to_kernel, lambda kernel: kernel.flatten(1))
+TRANSPOSED: Reshape = (_transposed, _transposed)
+BATCHED: Reshape = (lambda x: x.unsqueeze(0), lambda x: x.squeeze(0))
+TOKEN: Reshape = (lambda x_D: x_D[None, None], lambda x_11D: x_11D.flatten())
+SCALAR: Reshape = (lambda x: x.squeeze(0), lambda x: x.reshape(1))
+
+
+class Row(NamedTuple):
+    """A part of a name. One that begins with a dot is replaced anywhere; of the others, the first that a name begins with."""
+
+    ours: str
+    theirs: str
+    reshape: Reshape = SAME
+
+
+BLOCK = [
+    Row(".blocks.", ".resblocks."),
+    Row(".attention.qkv.", ".attn.in_proj_"),
+    Row(".attention.out.", ".attn.out_proj."),
+    Row(".mlp.fc.", ".mlp.c_fc."),
+    Row(".mlp.proj.", ".mlp.c_proj."),
+]
+TIMM_BLOCK = [
+    Row(".ln_1.", ".norm1."),
+    Row(".attention.qkv.", ".attn.qkv."),
+    Row(".attention.out.", ".attn.proj."),
+    Row(".ln_2.", ".norm2."),
+    Row(".mlp.fc.", ".mlp.fc1."),
+    Row(".mlp.proj.", ".mlp.fc2."),
+]
+IMAGE: dict[ImageTower, list[Row]] = {
+    ImageTower.vit: [
+        Row("patch_embedding.", "conv1.", KERNEL),
+        Row("projection.weight", "proj", TRANSPOSED),
+        *BLOCK,
+    ],
+    ImageTower.resnet: [
+        *(Row(f"stem.{kind}{i}.", f"{kind}{i}.") for kind in ("conv", "bn") for i in (1, 2, 3)),
+        *(Row(f"stages.{i}.", f"layer{i + 1}.") for i in range(4)),
+        Row("pool.positional_embedding", "attnpool.positional_embedding"),
+        Row("pool.attention.q.", "attnpool.q_proj."),
+        Row("pool.attention.key_", "attnpool.k_proj."),
+        Row("pool.attention.value_", "attnpool.v_proj."),
+        Row("pool.attention.out.", "attnpool.c_proj."),
+        Row(".shortcut.conv.", ".downsample.0."),
+        Row(".shortcut.bn.", ".downsample.1."),
+    ],
+    ImageTower.siglip: [
+        Row("patch_embedding.weight", "trunk.patch_embed.proj.weight", KERNEL),
+        Row("patch_embedding.bias", "trunk.patch_embed.proj.bias"),
+        Row("positional_embedding", "trunk.pos_embed", BATCHED),
+        Row("transformer.blocks.", "trunk.blocks."),
+        Row("ln_post.", "trunk.norm."),
+        Row("pool.latent", "trunk.attn_pool.latent", TOKEN),
+        Row("pool.attention.q.", "trunk.attn_pool.q."),
+        Row("pool.attention.key_", "trunk.attn_pool.k."),
+        Row("pool.attention.value_", "trunk.attn_pool.v."),
+        Row("pool.attention.out.", "trunk.attn_pool.proj."),
+        Row("pool.ln.", "trunk.attn_pool.norm."),
+        Row("pool.mlp.", "trunk.attn_pool.mlp."),
+        *TIMM_BLOCK,
+    ],
+    ImageTower.timm: [
+        Row("projection.weight", "head.proj.weight"),
+        Row("projection.0.", "head.mlp.fc1."),
+        Row("projection.2.", "head.mlp.fc2."),
+    ],
+    ImageTower.open_clip: [],
+}
+TEXT: dict[TextTower, list[Row]] = {
+    TextTower.clip: [Row("projection.weight", "text_projection", TRANSPOSED), *BLOCK],
+    TextTower.siglip: [Row("projection.", "text_projection."), *BLOCK],
+    TextTower.huggingface: [Row("encoder.", "transformer."), Row("projection.", "proj.")],
+    TextTower.open_clip: [],
+}
+TOP = [Row("logit_scale", "logit_scale", SCALAR), Row("logit_bias", "logit_bias", SCALAR)]
+# timm keeps the projections of keys and values as one.
+JOINED = "visual.trunk.attn_pool.kv."
+APART = ("visual.trunk.attn_pool.k.", "visual.trunk.attn_pool.v.")
+# Stored in some files, but no weights: OpenAI's three numbers, and constants of early versions of open_clip and transformers.
+NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
+DECODER = "text_decoder."  # CoCa's, which is in neither tower
 
 
 def is_open_clip(state: dict[str, Tensor]) -> bool:
-    """Whether the names are those of `open_clip.CLIP` with a Vision Transformer, `module.` before them or not."""
-    return bool({"visual.conv1.weight", "module.visual.conv1.weight"} & state.keys())
+    """Whether the names are those of a model of open_clip, `module.` before them or not."""
+    return any(name.removeprefix("module.").startswith("visual.") for name in state)
 
 
-def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict that `open_clip.CLIP` loads strictly, from ours. Tensors are shared where the shape allows."""
+def to_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
+    """A state dict that open_clip loads strictly, from ours. Tensors are shared where the shape allows.
+
+    Args:
+        config: of the model; without one, the names tell whether its towers are `vit`, `resnet`, `siglip` or `clip`.
+
+    Returns:
+        CLIP's names where the text tower is CLIP's, else CustomTextCLIP's.
+    """
+    image = config.image.kind if config else _our_image_tower(state)
+    text = config.text.kind if config else _our_text_tower(state)
+    text_prefix = "" if text is TextTower.clip else "text."
     theirs = {}
-    for key, tensor in state.items():
-        if key == "image.patch_embedding.weight":
-            side = math.isqrt(tensor.shape[1] // 3)
-            tensor = tensor.unflatten(1, (3, side, side))
-        elif key in ("image.projection.weight", "text.projection.weight"):
-            tensor = tensor.T.contiguous()
-        elif key in ("logit_scale", "logit_bias"):
-            tensor = tensor.squeeze(0)
-        theirs[_rename(key, 0, 1)] = tensor
-    return theirs
+    for name, tensor in state.items():
+        if name.startswith("image."):
+            prefix, own, rows = "visual.", name.removeprefix("image."), IMAGE[image]
+        elif name.startswith("text."):
+            prefix, own, rows = text_prefix, name.removeprefix("text."), TEXT[text]
+        else:
+            prefix, own, rows = "", name, TOP
+        own, tensor = _rename(own, tensor, rows, to_theirs=True)
+        theirs[prefix + own] = tensor
+    return _join(theirs)
 
 
-def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from that of `open_clip.CLIP`; names that it does not know pass through.
+def from_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
+    """Our state dict from that of a model of open_clip; names that it does not know pass through.
 
     Args:
         state: names may begin with `module.`, as DistributedDataParallel leaves them.
+        config: of our model; without one, the names tell which of our towers have these weights.
     """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    image = config.image.kind if config else _their_image_tower(state)
+    text = config.text.kind if config else _their_text_tower(state)
+    if image is ImageTower.siglip:
+        state = _split(state)
     ours = {}
-    for key, tensor in state.items():
-        key = key.removeprefix("module.")
-        if key in NOT_WEIGHTS:
+    for name, tensor in state.items():
+        if name.rpartition(".")[2] in NOT_WEIGHTS or name.startswith(DECODER):
             continue
-        if key == "visual.conv1.weight":
-            tensor = tensor.flatten(1)
-        elif key in ("visual.proj", "text_projection"):
-            tensor = tensor.T.contiguous()
-        elif key in ("logit_scale", "logit_bias"):
-            tensor = tensor.reshape(1)
-        ours[_rename(key, 1, 0)] = tensor
+        if name.startswith("visual."):
+            prefix, own, rows = "image.", name.removeprefix("visual."), IMAGE[image]
+        elif name in ("logit_scale", "logit_bias"):
+            prefix, own, rows = "", name, TOP
+        else:
+            prefix, own, rows = "text.", name.removeprefix("text."), TEXT[text]
+        own, tensor = _rename(own, tensor, rows, to_theirs=False)
+        ours[prefix + own] = tensor
     return ours
+
+
+def _rename(name: str, tensor: Tensor, rows: list[Row], to_theirs: bool) -> tuple[str, Tensor]:
+    """The name below its tower, and the tensor, from one side of a table to the other."""
+    sides = [
+        (row.ours, row.theirs, row.reshape[0]) if to_theirs else (row.theirs, row.ours, row.reshape[1]) for row in rows
+    ]
+    for old, new, reshape in sides:
+        if not old.startswith(".") and name.startswith(old):
+            name, tensor = new + name.removeprefix(old), reshape(tensor)
+            break
+    for old, new, _ in sides:
+        if old.startswith("."):
+            name = name.replace(old, new)
+    return name, tensor
+
+
+def _our_image_tower(state: dict[str, Tensor]) -> ImageTower:
+    if _any_below(state, "image.stem."):
+        return ImageTower.resnet
+    return ImageTower.siglip if "image.pool.latent" in state else ImageTower.vit
+
+
+def _our_text_tower(state: dict[str, Tensor]) -> TextTower:
+    return TextTower.siglip if "text.projection.bias" in state else TextTower.clip
+
+
+def _their_image_tower(state: dict[str, Tensor]) -> ImageTower:
+    if _any_below(state, "visual.layer1."):
+        return ImageTower.resnet
+    if "visual.trunk.attn_pool.latent" in state:
+        return ImageTower.siglip
+    return ImageTower.timm if _any_below(state, "visual.trunk.") else ImageTower.vit
+
+
+def _their_text_tower(state: dict[str, Tensor]) -> TextTower:
+    if "text.text_projection.bias" in state:
+        return TextTower.siglip
+    own = "text.token_embedding.weight" in state or "token_embedding.weight" in state
+    return TextTower.clip if own else TextTower.huggingface
+
+
+def _any_below(state: dict[str, Tensor], beginning: str) -> bool:
+    return any(name.startswith(beginning) for name in state)
+
+
+def _join(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    for kind in ("weight", "bias"):
+        names = [f"{part}{kind}" for part in APART]
+        if names[0] in theirs:
+            theirs[f"{JOINED}{kind}"] = torch.cat([theirs.pop(name) for name in names])
+    return theirs
+
+
+def _split(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    apart: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        if name.startswith(JOINED):
+            kind = name.removeprefix(JOINED)
+            # copies, because files do not take tensors that share memory
+            apart |= {f"{part}{kind}": half.clone() for part, half in zip(APART, tensor.chunk(2), strict=True)}
+        else:
+            apart[name] = tensor
+    return apart

@@ -1,59 +1,48 @@
 import math
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
-from clip_exp.config.model_schema import ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models import CLIP, build_model
 from clip_exp.weights import to_open_clip
+from tests.models.twins import FOLDER, inputs, load_config, names, names_with_twin, shallow_timm, twin_of
 
-FILES = sorted((Path(__file__).parents[2] / "conf" / "model").glob("vit_*.yaml"))
-OPEN_CLIP_NAMES = {
-    "vit_s32": "ViT-S-32",
-    "vit_s16": "ViT-S-16",
-    "vit_b32": "ViT-B-32",
-    "vit_b16": "ViT-B-16",
-    "vit_l14": "ViT-L-14",
-    "vit_l14_336": "ViT-L-14-336",
-    "vit_h14": "ViT-H-14",
-    "vit_g14": "ViT-g-14",
-    "vit_bigg14": "ViT-bigG-14",
-}
+# Their configurations in open_clip, each of which has a file here.
+ARCHITECTURES = {
+    "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-S-32", "ViT-S-16", "ViT-M-32", "ViT-M-16", "ViT-B-32",
+    "ViT-B-32-256", "ViT-B-16", "ViT-B-16-plus-240", "ViT-L-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-H-14-378",
+    "ViT-g-14", "ViT-bigG-14", "ViT-B-16-SigLIP", "ViT-L-16-SigLIP-256", "ViT-SO400M-14-SigLIP",
+}  # fmt: skip
 
 
-def load_config(file: Path) -> ModelConfig:
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file)))
-    assert isinstance(config, ModelConfig)
-    return config
+def test_every_architecture_of_open_clip_has_a_file() -> None:
+    assert {load_config(name).open_clip_name for name in names_with_twin()} == ARCHITECTURES
 
 
-def test_every_open_clip_twin_has_a_file() -> None:
-    assert OPEN_CLIP_NAMES.keys() <= {file.stem for file in FILES}
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_model_has_the_parameters_of_its_open_clip_twin(file: Path) -> None:
-    config = load_config(file)
-    assert config.name == file.stem
+@pytest.mark.parametrize("name", names_with_twin())
+def test_model_has_the_weights_of_its_open_clip_twin_and_the_size_that_its_file_tells(name: str) -> None:
+    config = load_config(name)
+    assert config.name == name
     with torch.device("meta"):
-        model = build_model(config)
-        if file.stem not in OPEN_CLIP_NAMES:
-            assert model.image.projection.weight.shape[0] == model.text.projection.weight.shape[0] == config.embed_dim
-            return
-        twin = open_clip.CLIP(**open_clip.get_model_config(OPEN_CLIP_NAMES[file.stem]))
-    ours = {name: list(tensor.shape) for name, tensor in to_open_clip(model.state_dict()).items()}
-    assert ours == {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
+        twin = twin_of(name, whole=True)
+        model = build_model(config, init_logit_bias=None if twin.logit_bias is None else 0.0)
+    ours = {key: list(tensor.shape) for key, tensor in to_open_clip(model.state_dict()).items()}
+    assert ours == {key: list(tensor.shape) for key, tensor in twin.state_dict().items()}
+    header = (FOLDER / f"{name}.yaml").read_text().splitlines()[0]
+    assert header.endswith(f": {sum(p.numel() for p in model.parameters()):,} parameters.")
 
 
-def test_vit_b32_has_151_277_313_parameters() -> None:
-    with torch.device("meta"):
-        model = build_model(load_config(next(file for file in FILES if file.stem == "vit_b32")))
-    assert sum(p.numel() for p in model.parameters()) == 151_277_313
+@pytest.mark.parametrize("name", sorted(set(names()) - set(names_with_twin())))
+def test_model_without_a_twin_ends_in_the_shared_space(name: str) -> None:
+    config = load_config(name)
+    assert config.name == name
+    model = build_model(config)
+    image_BCHW, tokens_BL = inputs(config)
+    assert model.encode_image(image_BCHW).shape == model.encode_text(tokens_BL).shape == (2, config.embed_dim)
 
 
 def medium_config() -> ModelConfig:
@@ -74,10 +63,37 @@ def medium_twin() -> nn.Module:
     )
 
 
-def test_initial_weights_have_the_distributions_of_open_clip() -> None:
+def medium_resnet() -> tuple[CLIP, nn.Module]:
+    config = medium_config()
+    config.image = ImageTowerConfig(kind=ImageTower.resnet, image_size=64, stages=[2, 1, 1, 1], width=16, heads=8)
+    text = {"vocab_size": 2000, "width": 256, "layers": 2, "heads": 4, "mlp_ratio": 2.0}
+    return build_model(config), open_clip.CLIP(128, {"image_size": 64, "layers": [2, 1, 1, 1], "width": 16}, text)
+
+
+def medium_siglip() -> tuple[CLIP, nn.Module]:
+    config = load_config("siglip_b16")
+    config.embed_dim = 192
+    config.image.image_size, config.image.width, config.image.layers, config.image.heads = 96, 192, 3, 3
+    config.text.width, config.text.layers, config.text.heads = 192, 2, 3
+    settings = open_clip.get_model_config("ViT-B-16-SigLIP")
+    settings["text_cfg"] |= {"width": 192, "layers": 2, "heads": 3}
+    with shallow_timm(depth=3, embed_dim=192, num_heads=3, img_size=96):
+        twin = open_clip.model.CustomTextCLIP(192, settings["vision_cfg"], settings["text_cfg"], init_logit_bias=-10.0)
+    return build_model(config, init_logit_bias=-10.0), twin
+
+
+FAMILIES = {
+    "vit": lambda: (build_model(medium_config()), medium_twin()),
+    "resnet": medium_resnet,
+    "siglip": medium_siglip,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initial_weights_have_the_distributions_of_open_clip(family: str) -> None:
     torch.manual_seed(0)
-    ours = to_open_clip(build_model(medium_config()).state_dict())
-    theirs = medium_twin().state_dict()
+    model, twin = FAMILIES[family]()
+    ours, theirs = to_open_clip(model.state_dict()), twin.state_dict()
     for name, tensor in theirs.items():
         if tensor.unique().numel() == 1:
             assert torch.equal(ours[name], tensor), name
@@ -116,3 +132,12 @@ def test_numbers_that_do_not_fit_are_told_at_once() -> None:
     config.image.patch_size, config.text.heads = 20, 5
     with pytest.raises(ConfigError, match=r"(?s)image_size=96.*patch_size=20.*text\.width=256.*heads=5"):
         build_model(config)
+
+
+def test_towers_that_cannot_meet_or_lack_patches_are_refused() -> None:
+    siglip, resnet = load_config("siglip_b16"), load_config("rn50")
+    siglip.embed_dim, resnet.image.patch_dropout = 512, 0.5
+    with pytest.raises(ConfigError, match=r"embed_dim=512 must be model\.image\.width=768"):
+        build_model(siglip)
+    with pytest.raises(ConfigError, match=r"patch_dropout=0\.5: a resnet has no patches"):
+        build_model(resnet)

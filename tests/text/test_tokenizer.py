@@ -125,6 +125,13 @@ def test_batch_is_as_long_as_its_longest_caption_rounded_up():
     assert pad_tokens([], 77).shape == (0, 1)
 
 
+def test_a_tokenizer_of_a_tower_that_sees_the_padding_does_not_trim():
+    tokenizer = Tokenizer(20, trims=False)
+    assert tokenizer(["a", "a b c"]).shape == (2, 20)
+    assert tokenizer.pad(tokenizer.encode_batch(["a"]), 8).shape == (1, 20)
+    assert torch.equal(tokenizer(["a b c"]), Tokenizer(20)(["a b c"], trim=False))
+
+
 def encode_in_child(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode("a photo of a naïve café & a dog's 3 toys")
 

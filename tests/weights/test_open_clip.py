@@ -1,8 +1,70 @@
-import torch
+from pathlib import Path
 
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from clip_exp.config.model_schema import (
+    ImageTower,
+    ImageTowerConfig,
+    ModelConfig,
+    Projection,
+    TextTower,
+    TextTowerConfig,
+)
 from clip_exp.models import build_model
 from clip_exp.weights import from_open_clip, to_open_clip
+from tests.encoders import write_encoder
 from tests.models.small import open_clip_twin, small_config
+from tests.models.twins import cut, inputs, load_config, names_with_twin, randomize, twin_of, with_weights_of
+
+WHOLE = ("rn50", "vit_b32", "vit_b16", "siglip_b16")
+
+
+def assert_equal_both_ways(config: ModelConfig, twin: nn.Module, names_tell: bool = True) -> None:
+    twin.eval()
+    model = with_weights_of(twin, config).eval()
+    image_BCHW, tokens_BL = inputs(config)
+    with torch.no_grad():
+        for ours, theirs in [
+            (model.encode_image(image_BCHW), twin.encode_image(image_BCHW)),
+            (model.encode_text(tokens_BL), twin.encode_text(tokens_BL)),
+        ]:
+            assert theirs.std() > 1e-2  # or any two would be close
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    back, before = to_open_clip(model.state_dict(), config), twin.state_dict()
+    assert back.keys() == before.keys()
+    assert all(back[name].shape == value.shape and torch.equal(back[name], value) for name, value in before.items())
+    if names_tell:  # which towers they are of, without a configuration
+        assert all(torch.equal(value, back[name]) for name, value in to_open_clip(model.state_dict()).items())
+    twin.load_state_dict(back, strict=True)
+
+
+@pytest.mark.parametrize("name", names_with_twin())
+def test_open_clip_weights_give_the_same_features_here_and_go_back_unchanged(name: str) -> None:
+    torch.manual_seed(0)
+    assert_equal_both_ways(cut(load_config(name)), randomize(twin_of(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+def test_open_clip_weights_of_a_whole_model_give_the_same_features_here_and_go_back_unchanged(name: str) -> None:
+    torch.manual_seed(0)
+    assert_equal_both_ways(load_config(name), randomize(twin_of(name, whole=True), std=0.01))
+
+
+@pytest.mark.parametrize("name", [name for name in names_with_twin() if name.startswith("siglip")])
+def test_siglip_pictures_and_texts_are_prepared_as_its_weights_need(name: str) -> None:
+    config = load_config(name)
+    published = open_clip.get_pretrained_cfg(config.open_clip_name, "webli")
+    assert {key: getattr(config.image, key) for key in ("interpolation", "resize_mode")} == {
+        key: published[key] for key in ("interpolation", "resize_mode")
+    }
+    assert (config.image.mean, config.image.std) == (list(published["mean"]), list(published["std"]))
+    text = open_clip.get_model_config(config.open_clip_name)["text_cfg"]
+    assert config.text.tokenizer == text["hf_tokenizer_name"]
+    assert config.text.cleaning == text["tokenizer_kwargs"]["clean"]
 
 
 def test_weights_go_to_open_clip_and_back_unchanged() -> None:
@@ -15,6 +77,46 @@ def test_weights_go_to_open_clip_and_back_unchanged() -> None:
     assert all(
         torch.equal(again[name], tensor) and again[name].shape == tensor.shape for name, tensor in theirs.items()
     )
+
+
+def test_a_text_tower_below_text_is_read_like_one_below_nothing() -> None:
+    state = build_model(small_config()).state_dict()
+    flat = to_open_clip(state)
+    nested = {
+        name if name.startswith(("visual.", "logit_")) else f"text.{name}": tensor for name, tensor in flat.items()
+    }
+    open_clip.model.CustomTextCLIP(
+        40,
+        {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 16},
+        {"context_length": 77, "vocab_size": 500, "width": 48, "layers": 2, "heads": 3},
+    ).load_state_dict(nested, strict=True)
+    ours = from_open_clip(nested)
+    assert ours.keys() == state.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("projection", [Projection.linear, Projection.mlp])
+def test_towers_of_timm_and_hugging_face_give_the_same_features_here_and_go_back_unchanged(
+    projection: Projection, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    folder, settings = str(write_encoder(tmp_path, "xlm-roberta")), {"hf_model_pretrained": False}
+    config = ModelConfig(
+        name="foreign",
+        embed_dim=24,
+        image=ImageTowerConfig(kind=ImageTower.timm, name="resnet10t", image_size=64, projection=projection),
+        text=TextTowerConfig(
+            kind=TextTower.huggingface, name=folder, context_length=30, vocab_size=500, projection=projection
+        ),
+    )
+    twin = open_clip.model.CustomTextCLIP(
+        24,
+        {"timm_model_name": "resnet10t", "timm_pool": "", "timm_proj": projection.value, "image_size": 64},
+        {"hf_model_name": folder, "hf_proj_type": projection.value, "hf_pooler_type": "mean_pooler", **settings},
+    )
+    assert_equal_both_ways(config, randomize(twin), names_tell=False)
+    old = {**twin.state_dict(), "text.transformer.embeddings.position_ids": torch.arange(40)}
+    assert from_open_clip(old).keys() == from_open_clip(twin.state_dict()).keys()
 
 
 def test_bias_of_the_sigmoid_loss_has_no_axis_there_and_one_here() -> None:

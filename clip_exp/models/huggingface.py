@@ -1,0 +1,217 @@
+"""Any text encoder of Hugging Face's transformers as text tower, pooled and projected as open_clip's `HFTextEncoder` does it."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_exp.config.model_schema import ModelConfig, Pooler, Projection, TextTowerConfig
+from clip_exp.config.paths import folder_or_hub_name
+from clip_exp.errors import ConfigError
+
+KEY = "model.text.name"
+
+
+class HuggingFaceText(nn.Module):
+    """Token ids to embeddings.
+
+    Padding is masked in the encoder and left out of the mean, so a batch may be cut to its longest text.
+
+    Args:
+        encoder: of transformers; from `input_ids` and `attention_mask` to `last_hidden_state`.
+        embed_dim: of the shared space.
+        pooler: how tokens become one vector.
+        projection: linear, or an MLP half as wide as both its ends together, without biases.
+    """
+
+    def __init__(self, encoder: nn.Module, embed_dim: int, pooler: Pooler, projection: Projection) -> None:
+        super().__init__()
+        config: Any = encoder.config
+        self.pad_id, self.pooler = config.pad_token_id, pooler
+        self.encoder = encoder
+        width = config.hidden_size
+        self.projection: nn.Module
+        match projection:
+            case Projection.linear:
+                self.projection = nn.Linear(width, embed_dim, bias=False)
+            case Projection.mlp:
+                hidden = (width + embed_dim) // 2
+                self.projection = nn.Sequential(
+                    nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)
+                )
+            case Projection.none:
+                self.projection = nn.Identity()
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Embeddings, not normalized.
+
+        Args:
+            tokens_BL: int64, of the encoder's own tokenizer, padded with its padding id.
+
+        Returns:
+            [B, embed_dim].
+        """
+        seen_BL = (tokens_BL != self.pad_id).long()
+        output = self.encoder(input_ids=tokens_BL, attention_mask=seen_BL)
+        match self.pooler:
+            case Pooler.mean:
+                seen_BL1 = seen_BL.unsqueeze(-1)
+                pooled_BD = (output.last_hidden_state * seen_BL1).sum(dim=1) / seen_BL1.sum(dim=1)
+            case Pooler.cls:
+                pooled_BD = output.last_hidden_state[:, 0]
+            case Pooler.own:
+                pooled_BD = output.pooler_output
+        return self.projection(pooled_BD)
+
+
+def build_text_tower(config: ModelConfig, own_weights: bool = False) -> HuggingFaceText:
+    """The tower that `config.text` describes.
+
+    Args:
+        own_weights: fetch the encoder's weights where `config.text.pretrained` asks for them; otherwise nothing is fetched
+            where `config.text.architecture` is noted.
+
+    Raises:
+        ConfigError: the encoder cannot be had, or does not fit the configuration.
+    """
+    text = config.text
+    architecture = encoder_config(text, config.dropout)
+    if text.projection is Projection.none and architecture.hidden_size != config.embed_dim:
+        raise ConfigError(
+            f"model.text.projection=none needs as many channels as the shared space: {text.name} has "
+            f"{architecture.hidden_size}, and model.embed_dim={config.embed_dim}. Set model.embed_dim={architecture.hidden_size}, "
+            "or a projection."
+        )
+    with_pooler = text.pooler is Pooler.own
+    name = text.name if own_weights and text.pretrained else None
+    encoder = build_encoder(architecture, with_pooler, weights_of=name)
+    if with_pooler and getattr(encoder, "pooler", None) is None:
+        raise ConfigError(f"model.text.pooler=own: {text.name} has no pooler of its own. Use mean or cls.")
+    return HuggingFaceText(encoder, config.embed_dim, text.pooler, text.projection)
+
+
+def note_architecture(text: TextTowerConfig) -> dict[str, Any]:
+    """The encoder's own configuration, as plain values that YAML and JSON keep.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    name = text.name or ""
+    try:
+        config = AutoConfig.from_pretrained(folder_or_hub_name(name), trust_remote_code=False)
+    except Exception as error:  # the hub's client and each architecture fail in ways of their own
+        raise ConfigError(_cannot_be_had(name, error)) from error
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def encoder_config(text: TextTowerConfig, dropout: float = 0.0) -> Any:
+    """The encoder's `PretrainedConfig`, with the model's dropout in the place of its own.
+
+    Raises:
+        ConfigError: it cannot be had, has no padding, or cannot hold `context_length` tokens.
+    """
+    from transformers import AutoConfig
+
+    values = {**(text.architecture or note_architecture(text))}
+    try:
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"model.text.architecture is of no encoder that transformers knows ({error}).") from error
+    for key, value in config.to_dict().items():
+        if "dropout" in key and isinstance(value, int | float):
+            setattr(config, key, dropout)
+        elif "layerdrop" in key:
+            setattr(config, key, 0.0)
+    if config.pad_token_id is None:
+        raise ConfigError(
+            f"{KEY}={text.name} has no pad_token_id in its configuration, which tells padding from words."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa and its kin count positions from the padding id on.
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    if positions is not None and text.context_length > positions - offset:
+        raise ConfigError(
+            f"model.text.context_length={text.context_length} is more than the {positions - offset} tokens that {text.name} "
+            "has positions for."
+        )
+    return config
+
+
+def build_encoder(config: Any, with_pooler: bool, weights_of: str | None = None) -> nn.Module:
+    """An encoder of transformers in float32; of an encoder and decoder, the encoder.
+
+    Args:
+        config: `PretrainedConfig`.
+        with_pooler: keep the encoder's own pooler, where it has one.
+        weights_of: a folder, or a name on the hub, whose safetensors to start from; None: fresh ones.
+
+    Raises:
+        ConfigError: the weights cannot be had, or do not cover the encoder.
+    """
+    from transformers import MODEL_MAPPING, AutoModel
+
+    if type(config) not in MODEL_MAPPING:
+        raise ConfigError(f"{KEY}: transformers has no plain model of type {config.model_type}. Name a text encoder.")
+    model_class: Any = MODEL_MAPPING[type(config)]
+    takes_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
+    options = {"add_pooling_layer": with_pooler} if takes_pooler else {}
+    if weights_of is None:
+        model = AutoModel.from_config(config, dtype=torch.float32, **options)
+    else:
+        model = _fetch(weights_of, config, options)
+    return model.get_encoder() if config.is_encoder_decoder else model
+
+
+def _fetch(name: str, config: Any, options: dict[str, Any]) -> Any:
+    """The encoder with its weights. Only safetensors are read: no file of a repository can run code."""
+    from transformers import AutoModel
+
+    try:
+        with _quietly():
+            model, told = AutoModel.from_pretrained(
+                folder_or_hub_name(name),
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:  # the hub's client and the file's reader fail in ways of their own
+        raise ConfigError(
+            f"{_cannot_be_had(name, error)} Weights are read from safetensors only; model.text.pretrained=false starts without them."
+        ) from error
+    if missing := [*told["missing_keys"], *told.get("mismatched_keys", [])]:
+        raise ConfigError(
+            f"{KEY}={name}: its weights do not cover the encoder: {', '.join(sorted(map(str, missing))[:5])}. Use another "
+            "model.text.pooler or encoder, or model.text.pretrained=false."
+        )
+    return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' report of what was loaded: what is missing is an error here, what is left over has no use."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _cannot_be_had(name: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return (
+        f"{KEY}={name} cannot be had ({type(error).__name__}: {lines[0].rstrip('.')}). Give a folder that holds an encoder's "
+        "config.json and model.safetensors, or a name on the hub while it can be reached."
+    )

@@ -1,0 +1,129 @@
+"""The towers of any of open_clip's configurations (Ilharco et al. 2021), built by open_clip itself and used as they are.
+
+Their weights keep open_clip's names below `image.` and `text.`. Of CoCa there are the two contrastive towers, without the
+decoder.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_exp.config.model_schema import Activation, ModelConfig
+from clip_exp.config.open_clip import open_clip_values
+from clip_exp.errors import ConfigError
+
+
+def build_image_tower(config: ModelConfig, own_weights: bool = False) -> nn.Module:
+    """open_clip's `visual` for `config.open_clip_name`, of `config.image.image_size`.
+
+    Args:
+        own_weights: fetch the weights of a timm backbone where `config.image.pretrained` asks for them.
+
+    Raises:
+        ConfigError: no such configuration, or something is asked of it that it does not have.
+    """
+    from open_clip.model import _build_vision_tower
+
+    values = open_clip_values(config.open_clip_name)
+    _check(config, values)
+    image, vision = config.image, {**values["vision_cfg"], "output_tokens": False}
+    resized = image.image_size != vision["image_size"]
+    vision["image_size"] = image.image_size
+    if image.patch_dropout:
+        vision["patch_dropout"] = image.patch_dropout
+    if config.activation is Activation.gelu_tanh:
+        vision["act_kwargs"] = {"approximate": "tanh"}
+    if "timm_model_name" in vision:
+        return _timm_tower(config, vision, resized, own_weights and image.pretrained)
+    return _build_vision_tower(config.embed_dim, vision, _quick_gelu(config, values))
+
+
+def _timm_tower(config: ModelConfig, vision: dict[str, Any], resized: bool, pretrained: bool) -> nn.Module:
+    from open_clip.model import _build_vision_tower
+
+    image, size = config.image, config.image.image_size
+
+    def build(pretrained: bool) -> nn.Module:
+        visual = _build_vision_tower(config.embed_dim, {**vision, "timm_model_pretrained": pretrained})
+        if resized:
+            visual.set_input_size(size)
+        return visual
+
+    try:
+        with torch.device("meta"), torch.no_grad():  # whether it takes such pictures, without computing anything
+            build(False).eval()(torch.zeros(1, 3, size, size))
+        return build(pretrained)
+    except Exception as error:  # timm's backbones, and the hub where their weights are, fail in ways of their own
+        why = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(
+            f"model.name={config.open_clip_name}: its backbone {vision['timm_model_name']} cannot be built with model.image."
+            f"image_size={size}, patch_dropout={image.patch_dropout:g}, pretrained={str(image.pretrained).lower()} ({why})."
+        ) from error
+
+
+def build_text_tower(config: ModelConfig, own_weights: bool = False) -> nn.Module:
+    """open_clip's `text` for `config.open_clip_name`, which takes tokens [B, L] of any L up to `context_length`.
+
+    Args:
+        own_weights: fetch the weights of a Hugging Face encoder where `config.text.pretrained` asks for them.
+
+    Raises:
+        ConfigError: no such configuration, or an encoder that cannot be had.
+    """
+    from open_clip.model import _build_text_tower
+
+    values = open_clip_values(config.open_clip_name)
+    text = {
+        **values["text_cfg"],
+        "context_length": config.text.context_length,
+        "vocab_size": config.text.vocab_size,
+        "output_tokens": False,
+    }
+    if "hf_model_name" in text:
+        return _huggingface_tower(config, text, own_weights)
+    if config.activation is Activation.gelu_tanh:
+        text["act_kwargs"] = {"approximate": "tanh"}
+    tower = _build_text_tower(config.embed_dim, text, _quick_gelu(config, values))
+    if getattr(tower, "attn_mask", None) is not None:
+        tower.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
+    return tower
+
+
+def _huggingface_tower(config: ModelConfig, text: dict[str, Any], own_weights: bool) -> nn.Module:
+    """From the encoder's configuration in a folder of its own, so that open_clip does not ask the hub."""
+    from open_clip.model import _build_text_tower
+
+    from clip_exp.models.huggingface import build_encoder, encoder_config
+
+    architecture = encoder_config(config.text, config.dropout)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(architecture.to_dict(), default=str), encoding="utf-8")
+        tower = _build_text_tower(config.embed_dim, {**text, "hf_model_name": folder, "hf_model_pretrained": False})
+    if own_weights and config.text.pretrained:
+        with_pooler = text.get("hf_pooler_type") == "cls_pooler"
+        tower.transformer = build_encoder(architecture, with_pooler, weights_of=config.text.name)
+    return tower
+
+
+def _cut_mask(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The causal mask of as many tokens as there are: open_clip's own towers take whole contexts only."""
+    length, mask = arguments[0].shape[1], options["attn_mask"]
+    return arguments, {**options, "attn_mask": None if mask is None else mask[..., :length, :length]}
+
+
+def _quick_gelu(config: ModelConfig, values: dict[str, Any]) -> bool:
+    if config.activation is None:
+        return values.get("quick_gelu", False)
+    return config.activation is Activation.quick_gelu
+
+
+def _check(config: ModelConfig, values: dict[str, Any]) -> None:
+    name = config.open_clip_name
+    if config.dropout and "hf_model_name" not in values["text_cfg"]:
+        raise ConfigError(f"model.name={name}: open_clip's towers have no dropout: set model.dropout=0.")
+    if config.image.patch_dropout and isinstance(values["vision_cfg"].get("layers"), list):
+        raise ConfigError(f"model.name={name}: a ResNet has no patches: set model.image.patch_dropout=0.")

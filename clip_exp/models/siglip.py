@@ -1,0 +1,181 @@
+"""SigLIP's towers (Zhai et al. 2023): a Vision Transformer pooled by attention, and a text tower that reads both ways.
+
+All layer norms have eps 1e-6, as in big_vision, where the published weights come from.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.models.build import activation_of, required
+from clip_exp.models.layers import MLP, AttentionPool, Transformer
+from clip_exp.models.text import init_text_weights
+from clip_exp.models.vit import PatchDropout, to_patches
+
+NORM_EPS = 1e-6
+
+
+def build_image_tower(config: ModelConfig) -> nn.Module:
+    """See `SigLIPImage`."""
+    image = config.image
+    return SigLIPImage(
+        image_size=image.image_size,
+        patch_size=required(image.patch_size),
+        width=required(image.width),
+        layers=required(image.layers),
+        heads=required(image.heads),
+        mlp_ratio=image.mlp_ratio,
+        activation=activation_of(config),
+        dropout=config.dropout,
+        patch_dropout=image.patch_dropout,
+    )
+
+
+def build_text_tower(config: ModelConfig) -> nn.Module:
+    """See `SigLIPText`."""
+    text = config.text
+    return SigLIPText(
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        width=required(text.width),
+        layers=required(text.layers),
+        heads=required(text.heads),
+        embed_dim=config.embed_dim,
+        mlp_ratio=text.mlp_ratio,
+        activation=activation_of(config),
+        dropout=config.dropout,
+    )
+
+
+class LatentPool(nn.Module):
+    """What one learned query gathers from the tokens, and an MLP on top: [B, N, D] to [B, D] (Lee et al. 2019)."""
+
+    def __init__(self, width: int, heads: int, *, mlp_ratio: float, activation: str) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(torch.empty(width))
+        self.attention = AttentionPool(width, heads, width)
+        self.ln = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = MLP(width, int(width * mlp_ratio), activation)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BD = self.attention(self.latent.to(x_BND.dtype).expand(len(x_BND), -1), x_BND)
+        return x_BD + self.mlp(self.ln(x_BD))
+
+
+class SigLIPImage(nn.Module):
+    """Pictures to embeddings of `width` channels: there is no projection, so `embed_dim` is `width`.
+
+    Initial weights are those of timm, which open_clip takes this tower from: N(0, 0.02²) for matrices and positions, zero
+    biases, torch's defaults for the patches, and a normal of deviation width**-0.5 cut at two deviations for the query.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        patch_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.patch_embedding = nn.Linear(3 * patch_size**2, width)
+        self.positional_embedding = nn.Parameter(torch.empty((image_size // patch_size) ** 2, width))
+        self.patch_dropout = PatchDropout(patch_dropout)
+        self.transformer = Transformer(
+            width,
+            layers,
+            heads,
+            mlp_ratio=mlp_ratio,
+            activation=activation,
+            dropout=dropout,
+            causal=False,
+            norm_eps=NORM_EPS,
+        )
+        self.ln_post = nn.LayerNorm(width, eps=NORM_EPS)
+        self.pool = LatentPool(width, heads, mlp_ratio=mlp_ratio, activation=activation)
+        self._init_weights(width)
+
+    def _init_weights(self, width: int) -> None:
+        nn.init.normal_(self.positional_embedding, std=0.02)
+        nn.init.trunc_normal_(self.pool.latent)
+        with torch.no_grad():
+            self.pool.latent.mul_(width**-0.5)
+        for part in (self.transformer, self.pool):
+            for name, parameter in part.named_parameters():
+                if parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=0.02)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Embeddings, not normalized.
+
+        Args:
+            image_BCHW: float, less the mean and over the standard deviation of its channels, `image_size` on a side.
+
+        Returns:
+            [B, width].
+        """
+        patch_BND = self.patch_embedding(to_patches(image_BCHW, self.patch_size))
+        patch_BND = self.patch_dropout(patch_BND + self.positional_embedding.to(patch_BND.dtype))
+        return self.pool(self.ln_post(self.transformer.forward_all(patch_BND)))
+
+
+class SigLIPText(nn.Module):
+    """Token ids to embeddings.
+
+    Every token sees every other one, padding included, and the last one is pooled. So texts are always padded to
+    `context_length`: a shorter batch would have other features. Initial weights are those of CLIP's text tower, as in open_clip.
+    """
+
+    def __init__(
+        self,
+        *,
+        context_length: int,
+        vocab_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        embed_dim: int,
+        mlp_ratio: float = 4.0,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.context_length = context_length
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.transformer = Transformer(
+            width,
+            layers,
+            heads,
+            mlp_ratio=mlp_ratio,
+            activation=activation,
+            dropout=dropout,
+            causal=False,
+            norm_eps=NORM_EPS,
+        )
+        self.ln_final = nn.LayerNorm(width, eps=NORM_EPS)
+        self.projection = nn.Linear(width, embed_dim)
+        init_text_weights(self.token_embedding, self.positional_embedding, self.transformer, self.projection)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Embeddings, not normalized.
+
+        Args:
+            tokens_BL: int64, padded to `context_length`.
+
+        Returns:
+            [B, embed_dim].
+        """
+        x_BLD = self.token_embedding(tokens_BL)
+        x_BLD = x_BLD + self.positional_embedding[: tokens_BL.shape[1]].to(x_BLD.dtype)
+        last_B = torch.full([len(tokens_BL)], tokens_BL.shape[1] - 1, device=tokens_BL.device)
+        return self.projection(self.ln_final(self.transformer(x_BLD, last_B)))

@@ -1,0 +1,168 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip.hf_model import HFTextEncoder
+from torch import Tensor, nn
+
+from clip_exp.config.load import plain
+from clip_exp.config.model_schema import ImageTowerConfig, ModelConfig, Pooler, Projection, TextTower, TextTowerConfig
+from clip_exp.errors import ConfigError
+from clip_exp.models import build_model
+from clip_exp.models.huggingface import HuggingFaceText, build_text_tower, note_architecture
+from clip_exp.text.build import build_tokenizer
+from clip_exp.weights.own import has_own_weights
+from clip_exp.weights.own import note_architecture as noted
+from tests.encoders import CAPTIONS, small_encoder, write_encoder
+
+POOLERS = {Pooler.mean: "mean_pooler", Pooler.cls: "cls_last_hidden_state_pooler", Pooler.own: "cls_pooler"}
+
+
+def small(name: Path, **text: object) -> ModelConfig:
+    return ModelConfig(
+        name="small",
+        embed_dim=24,
+        image=ImageTowerConfig(image_size=16, patch_size=8, width=32, layers=1, heads=2),
+        text=TextTowerConfig(kind=TextTower.huggingface, name=str(name), context_length=30, **text),  # type: ignore[arg-type]
+    )
+
+
+def load_twin(twin: HFTextEncoder, tower: HuggingFaceText) -> None:
+    theirs = {name.replace("encoder.", "transformer.", 1): value for name, value in tower.state_dict().items()}
+    twin.load_state_dict({name.replace("projection.", "proj.", 1): value for name, value in theirs.items()})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        kind: write_encoder(tmp_path_factory.mktemp(kind), kind) for kind in ("bert", "roberta", "xlm-roberta", "mt5")
+    }
+
+
+def tokens(config: ModelConfig) -> Tensor:
+    return build_tokenizer(config.text)(CAPTIONS)
+
+
+@pytest.mark.parametrize("projection", [Projection.linear, Projection.mlp])
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_features_equal_open_clip(folders, kind: str, pooler: Pooler, projection: Projection) -> None:
+    config = small(folders[kind], pooler=pooler, projection=projection)
+    tower = build_text_tower(config, own_weights=True).eval()
+    twin = HFTextEncoder(str(folders[kind]), 24, pooler_type=POOLERS[pooler], proj_type=projection.value).eval()
+    own = {name: value.clone() for name, value in twin.transformer.state_dict().items()}
+    load_twin(twin, tower)
+    assert all(torch.equal(value, own[name]) for name, value in twin.transformer.state_dict().items()), "own weights"
+    tokens_BL = tokens(config)
+    torch.testing.assert_close(tower(tokens_BL), twin(tokens_BL), rtol=0, atol=1e-5)
+
+
+def test_of_an_encoder_and_decoder_the_encoder_is_used_as_by_open_clip(folders) -> None:
+    config = small(folders["mt5"])
+    tower = build_text_tower(config, own_weights=True).eval()
+    twin = HFTextEncoder(str(folders["mt5"]), 24, pooler_type="mean_pooler", proj_type="mlp").eval()
+    load_twin(twin, tower)
+    torch.testing.assert_close(tower(tokens(config)), twin(tokens(config)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "mt5"])
+def test_a_batch_that_is_cut_to_its_longest_text_has_the_same_features(folders, kind: str) -> None:
+    config = small(folders[kind])
+    tower = build_text_tower(config, own_weights=True).eval()
+    cut_BL = tokens(config)
+    whole_BL = build_tokenizer(replace(config.text, trim=False))(CAPTIONS)
+    assert cut_BL.shape[1] < whole_BL.shape[1] == 30
+    torch.testing.assert_close(tower(cut_BL), tower(whole_BL), rtol=0, atol=1e-5)
+    single = torch.cat([tower(build_tokenizer(config.text)(text)) for text in CAPTIONS])
+    torch.testing.assert_close(single, tower(cut_BL), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooler", [Pooler.mean, Pooler.cls])
+def test_every_weight_gets_a_gradient(folders, pooler: Pooler) -> None:
+    """Distributed training waits for every one of them."""
+    config = small(folders["bert"], pooler=pooler)
+    tower = build_text_tower(config)
+    tower(tokens(config)).square().sum().backward()
+    assert [name for name, p in tower.named_parameters() if p.grad is None] == []
+
+
+def test_a_noted_architecture_builds_the_encoder_without_its_folder(tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path / "encoder", "roberta")
+    config = noted(small(folder))
+    assert json.loads(json.dumps(plain(config.text.architecture))) == config.text.architecture
+    before = build_text_tower(config, own_weights=True).eval()
+    tokens_BL = tokens(config)
+    folder.rename(tmp_path / "gone")
+    tower = build_text_tower(config).eval()
+    tower.load_state_dict(before.state_dict())
+    torch.testing.assert_close(tower(tokens_BL), before(tokens_BL))
+    with pytest.raises(ConfigError, match="cannot be had"):
+        build_text_tower(config, own_weights=True)
+    with pytest.raises(ConfigError, match="cannot be had"):
+        note_architecture(replace(config.text, architecture={}))
+
+
+def test_own_weights_are_asked_for_by_the_configuration(folders) -> None:
+    assert has_own_weights(small(folders["bert"]))
+    assert not has_own_weights(small(folders["bert"], pretrained=False))
+
+
+def test_dropout_is_the_models(folders) -> None:
+    def rates(dropout: float) -> set[float]:
+        config = replace(small(folders["bert"]), dropout=dropout)
+        return {module.p for module in build_text_tower(config).modules() if isinstance(module, nn.Dropout)}
+
+    assert small_encoder("bert").hidden_dropout_prob == 0.1
+    assert rates(0.0) == {0.0}
+    assert rates(0.25) == {0.25}
+
+
+def test_the_whole_model_is_built_and_also_without_memory(folders) -> None:
+    config = small(folders["bert"])
+    names = set(build_model(config).state_dict())
+    assert {"text.encoder.embeddings.word_embeddings.weight", "text.projection.0.weight"} <= names
+    with torch.device("meta"):
+        assert set(build_model(config).state_dict()) == names
+
+
+REFUSED = {
+    "too long a context": ({"context_length": 39}, "model.text.context_length=39 is more than the 38 tokens"),
+    "no projection to another width": ({"projection": Projection.none}, "Set model.embed_dim=32, or a projection"),
+    "no encoder": ({"architecture": {"model_type": "nonsense"}}, "no encoder that transformers knows"),
+    "no such folder": ({"name": "/nowhere/encoder"}, "model.text.name=/nowhere/encoder cannot be had"),
+}
+
+
+@pytest.mark.parametrize(("values", "expected"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_does_not_fit_is_refused(folders, values, expected: str) -> None:
+    config = small(folders["roberta"])
+    with pytest.raises(ConfigError) as caught:
+        build_text_tower(replace(config, text=replace(config.text, **values)))
+    assert expected in str(caught.value)
+
+
+def test_an_encoder_without_a_pooler_has_none_of_its_own(folders) -> None:
+    with pytest.raises(ConfigError, match="has no pooler of its own"):
+        build_text_tower(small(folders["mt5"], pooler=Pooler.own))
+
+
+def test_weights_come_from_safetensors_only(tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path, "bert")
+    weights = build_text_tower(small(folder), own_weights=True).encoder.state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="safetensors only"):
+        build_text_tower(small(folder), own_weights=True)
+
+
+def test_weights_that_do_not_cover_the_encoder_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_encoder(tmp_path, "bert")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("encoder.layer.1.attention.self.query.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"do not cover the encoder: encoder.layer.1.attention.self.query.weight"):
+        build_text_tower(small(folder), own_weights=True)

@@ -1,0 +1,105 @@
+"""Models of conf/model beside open_clip's of the same name: whole, or cut short where depth proves nothing new."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import open_clip
+import timm
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from clip_exp.config.model_schema import ImageTower, ModelConfig
+from clip_exp.models import CLIP, build_model
+from clip_exp.weights import from_open_clip
+
+FOLDER = Path(__file__).parents[2] / "conf" / "model"
+OURS = (ImageTower.vit, ImageTower.resnet, ImageTower.siglip)
+CUT_LAYERS, CUT_VOCABULARY = 2, 1000
+
+
+def load_config(name: str) -> ModelConfig:
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(FOLDER / f"{name}.yaml"))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+def names() -> list[str]:
+    """The files of conf/model whose towers are ours."""
+    files = {file.stem: OmegaConf.load(file) for file in sorted(FOLDER.glob("*.yaml"))}
+    kinds = {name: OmegaConf.select(content, "image.kind", default=ImageTower.vit) for name, content in files.items()}
+    return [name for name, kind in kinds.items() if kind in OURS and not OmegaConf.is_missing(files[name], "name")]
+
+
+def names_with_twin() -> list[str]:
+    return [name for name in names() if load_config(name).open_clip_name]
+
+
+def cut(config: ModelConfig) -> ModelConfig:
+    """With two layers, or one block in each stage, and few words."""
+    config.text.layers, config.text.vocab_size = CUT_LAYERS, CUT_VOCABULARY
+    if config.image.kind is ImageTower.resnet:
+        config.image.stages = [1, 1, 1, 1]
+    else:
+        config.image.layers = CUT_LAYERS
+    return config
+
+
+def twin_of(name: str, *, whole: bool = False) -> nn.Module:
+    """open_clip's model of the same name, cut as `cut` does, as open_clip's factory would build it."""
+    settings: dict[str, Any] = open_clip.get_model_config(load_config(name).open_clip_name)
+    custom = settings.pop("custom_text", False)
+    if not whole:
+        stages = isinstance(settings["vision_cfg"].get("layers"), list)
+        settings["vision_cfg"]["layers"] = [1, 1, 1, 1] if stages else CUT_LAYERS
+        settings["text_cfg"] |= {"layers": CUT_LAYERS, "vocab_size": CUT_VOCABULARY}
+    with nullcontext() if whole else shallow_timm(depth=CUT_LAYERS):
+        return (open_clip.model.CustomTextCLIP if custom else open_clip.CLIP)(**settings)
+
+
+def shallow_timm(**changes: Any) -> Any:
+    """Inside, timm builds its models with these arguments, which open_clip has no way to pass on."""
+    create = timm.create_model
+    return mock.patch.object(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, **changes))
+
+
+def randomize(model: nn.Module, std: float = 0.02) -> nn.Module:
+    """Move every weight off its initial value, and running statistics away from 0 and 1: zeros would hide a wrong place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bn3.weight"):  # zero at first, where a block would be its shortcut
+                parameter.uniform_(0.5, 1.0)
+        for name, statistic in model.named_buffers():
+            if name.endswith("running_mean"):
+                statistic.normal_(std=0.1)
+            elif name.endswith("running_var"):
+                statistic.uniform_(0.5, 1.5)
+            elif name.endswith("num_batches_tracked"):
+                statistic.fill_(7)
+    return model
+
+
+def with_weights_of(twin: nn.Module, config: ModelConfig) -> CLIP:
+    """Our model with the weights of open_clip's."""
+    # Weights of our own towers would be drawn in vain; other libraries' have buffers that are not among the weights.
+    with torch.device("meta") if config.image.kind in OURS else nullcontext():
+        model = build_model(config, init_logit_bias=None if twin.logit_bias is None else 0.0)
+    model.load_state_dict({key: value.clone() for key, value in from_open_clip(twin.state_dict()).items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    return model
+
+
+def inputs(config: ModelConfig, size: int = 2) -> tuple[Tensor, Tensor]:
+    """Pictures, and texts of different lengths that fill the context with padding."""
+    image_BCHW = torch.randn(size, 3, config.image.image_size, config.image.image_size)
+    tokens_BL = torch.randint(2, config.text.vocab_size - 1, (size, config.text.context_length))
+    for row_L, length in zip(tokens_BL, range(5, 5 + size), strict=True):
+        row_L[length - 1] = config.text.vocab_size - 1
+        row_L[length:] = 0
+    return image_BCHW, tokens_BL
