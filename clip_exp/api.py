@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_exp.checkpoints.discovery import STEP
+from clip_exp.config import aliases
 from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
-from clip_exp.config.paths import options
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.sources import (
@@ -22,6 +23,8 @@ from clip_exp.inference.sources import (
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.signals import Stopped
 from clip_exp.runs import RunRecord
+from clip_exp.weights import registry
+from clip_exp.weights.hub import is_hub_name
 
 if TYPE_CHECKING:
     from clip_exp.inference.clip import Clip
@@ -39,20 +42,22 @@ def load(
     """A model that is ready to use.
 
     Args:
-        source: with `pretrained`, a model's name (`conf/model/`). Alone, a run folder (its best checkpoint if it has a
-            `monitor`, else its last), a checkpoint folder, or a weights file in either or beside its `config.yaml`.
-        pretrained: a file of weights, in our format or open_clip's (`.safetensors`, `.pt`, `.bin`).
+        source: with `pretrained`, a model's name: one of `conf/model/`, or OpenAI's (`ViT-B/32`), open_clip's, FlagAI's. Alone,
+            what tells its model: a run folder (its best checkpoint if it has a `monitor`, else its last), a checkpoint folder,
+            a weights file in either or beside its `config.yaml`, a folder as Hugging Face's or open_clip's
+            `save_pretrained` write, or `hf-hub:org/name`.
+        pretrained: a tag of open_clip's registry (`openai`; `clip-exp models` lists them), `hf-hub:org/name`, or a file or
+            folder of weights: ours, open_clip's, OpenAI's, FlagAI's or Hugging Face's.
         accelerator: `auto` (a GPU where there is one), `cpu` or `gpu`.
-        activation: `gelu` or `quick_gelu` in place of the model's own; OpenAI's weights need `quick_gelu`.
+        activation: `gelu`, `quick_gelu` or `gelu_tanh`, for weights that do not tell which they were trained with.
     Raises:
-        ConfigError: no such model, file or folder.
-        CheckpointError: the weights cannot be read, or are another model's.
+        ConfigError: no such model, tag, file or folder; the weights were trained with another activation.
+        CheckpointError: the weights cannot be fetched or read, or are another model's.
     """
-    found = _source(source, pretrained)  # what is wrong is told before torch is imported
-    if activation is not None:
-        if activation not in list(Activation):
-            raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
-        found = replace(found, model=replace(found.model, activation=Activation(activation)))
+    if activation is not None and activation not in list(Activation):
+        raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
+    # What is wrong is told before torch is imported.
+    found = _source(str(source), pretrained, Activation(activation) if activation else None)
     from clip_exp.inference.clip import Clip
     from clip_exp.inference.loading import choose_device, load_model
 
@@ -112,25 +117,38 @@ def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
         raise KeyboardInterrupt(str(stopped)) from stopped
 
 
-def _source(source: str | Path, pretrained: str | Path | None) -> Source:
+def _source(source: str, pretrained: str | Path | None, activation: Activation | None) -> Source:
     path = Path(source).expanduser()
     if pretrained is not None:
-        if path.exists() and str(source) not in options("model"):
+        if path.exists() and aliases.resolve(source) is None:
             raise ConfigError(
                 f"{source} has its own weights: leave out pretrained={pretrained}, or give a model's name."
             )
-        return source_of_file(named_model(str(source)), pretrained)
+        return source_of_file(named_model(source), pretrained, activation)
     if path.is_file():
-        return source_of_weights(path)
-    if (path / CONFIG).is_file():
-        return source_of_run(path)
-    if path.is_dir():
-        return source_of_checkpoint(path)
-    if str(source) in options("model"):
-        raise ConfigError(
-            f'{source} needs weights: load("{source}", pretrained=FILE), with a .safetensors or .pt file.'
+        found = source_of_weights(path, activation)
+    elif (path / CONFIG).is_file():
+        found = source_of_run(path)
+    elif path.is_dir() and STEP.search(path.resolve().name):
+        found = source_of_checkpoint(path)
+    elif path.is_dir() or is_hub_name(source):
+        found = source_of_file(None, source, activation)
+    else:
+        raise ConfigError(_needs_weights(source))
+    return found if activation is None else replace(found, model=replace(found.model, activation=activation))
+
+
+def _needs_weights(name: str) -> str:
+    """What to say of a name that is no place of weights."""
+    if aliases.resolve(name) is None:
+        return (
+            f"there is no run folder, checkpoint or weights file '{name}', nor a model of that name: "
+            f"{nearest(name, aliases.names())}"
         )
-    raise ConfigError(
-        f"there is no run folder, checkpoint or weights file '{source}', nor a model of that name: "
-        f"{nearest(str(source), options('model'))}"
+    tags = registry.tags(named_model(name).open_clip_name)
+    if not tags:
+        return f'{name} needs weights: load("{name}", pretrained=FILE), with a .safetensors or .pt file.'
+    return (
+        f'{name} needs weights: load("{name}", pretrained=TAG or FILE), with a file or folder of weights, or one of the tags '
+        f"{', '.join(tags)}."
     )

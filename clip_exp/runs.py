@@ -16,6 +16,7 @@ from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.provenance import provenance
 from clip_exp.secrets import redact
+from clip_exp.weights.settle import as_settled
 
 # What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
@@ -119,8 +120,8 @@ def find_run(config: TrainConfig) -> Path | None:
     return None
 
 
-def choose_train_folder(config: TrainConfig, suffix: str = "") -> tuple[Path, bool]:
-    """The folder that the run works in, and whether it has finished there already. Nothing is written into an old one.
+def run_to_go_on_in(config: TrainConfig) -> tuple[Path, bool] | None:
+    """The folder of an earlier run that this one goes on in, and whether it has finished; None: it begins anew.
 
     `resume=auto` goes on in the newest unfinished folder of the same name and identity that has a checkpoint.
 
@@ -128,18 +129,26 @@ def choose_train_folder(config: TrainConfig, suffix: str = "") -> tuple[Path, bo
         ConfigError: `resume` names nothing, or a run that computes something else.
     """
     if config.resume == "never":
-        return create_run_folder(config.output_dir, "train", config.name, suffix), False
+        return None
     folder = find_run(config) if config.resume == "auto" else _named_run(config)
     if folder is None:
-        return create_run_folder(config.output_dir, "train", config.name, suffix), False
-    finished = RunRecord(folder).values.get("status") == "finished"
-    return folder, finished and fingerprint(config) == fingerprint(read_run_config(folder))
+        return None
+    values = RunRecord(folder).values
+    return folder, values.get("status") == "finished" and fingerprint(config) == values.get("fingerprint")
 
 
-def begin(folder: Path, config: TrainConfig, arguments: list[str]) -> None:
-    """Write `config.yaml` and the beginning of `run.json` into a folder that this process holds."""
+def begin(
+    folder: Path, config: TrainConfig, arguments: list[str], asked: TrainConfig | None = None, **facts: Any
+) -> None:
+    """Write `config.yaml` and the beginning of `run.json` into a folder that this process holds.
+
+    Args:
+        config: by which the run trains.
+        asked: what the user gave, by which the same command finds the run again; it may leave to the weights what `config` has.
+        facts: further values of `run.json`.
+    """
     write_text(folder / "config.yaml", to_yaml(config))
-    RunRecord(folder).start(arguments, fingerprint=fingerprint(config), seed=config.seed)
+    RunRecord(folder).start(arguments, fingerprint=fingerprint(asked or config), seed=config.seed, **facts)
 
 
 def _named_run(config: TrainConfig) -> Path:
@@ -147,7 +156,8 @@ def _named_run(config: TrainConfig) -> Path:
     folder = next((p for p in (path, *path.parents[:2]) if (p / "run.json").is_file()), None)
     if folder is None:
         raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
-    before, now = identity(read_run_config(folder)), identity(config)
+    run = read_run_config(folder)
+    before, now = identity(run), identity(dataclasses.replace(config, model=as_settled(config.model, run.model)))
     other = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in LENGTH)
     if other:
         raise ConfigError(

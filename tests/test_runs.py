@@ -2,13 +2,22 @@
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
 from clip_exp import runs
+from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.training.opening import open_run
 from tests.checkpoints.test_writer import write
 from tests.compose import train_config
+
+
+def choose(config: TrainConfig) -> tuple[Path, bool]:
+    """The folder that a run works in, and whether it has finished there."""
+    opening = open_run(config)
+    return opening.folder, opening.finished
 
 
 def test_folders_made_at_once_differ(tmp_path) -> None:
@@ -33,7 +42,7 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path) -> None:
 def test_secrets_do_not_reach_a_run_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "abcdef0123456789")
     config = train_config(f"output_dir={tmp_path}")
-    folder, _ = runs.choose_train_folder(config)
+    folder, _ = choose(config)
     runs.begin(folder, config, ["data.train=https://user:hunter2@host/x.csv", "x=abcdef0123456789"])
     text = "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
     assert "abcdef0123456789" not in text
@@ -65,29 +74,29 @@ def test_what_does_not_change_the_result_does_not_change_the_fingerprint() -> No
 
 def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}")
-    folder, _ = runs.choose_train_folder(config)
+    folder, _ = choose(config)
     runs.begin(folder, config, [])
-    assert runs.choose_train_folder(config)[0] != folder, "there is nothing to go on from yet"
+    assert choose(config)[0] != folder, "there is nothing to go on from yet"
     write(folder, 10)
-    assert runs.choose_train_folder(config) == (folder, False)
+    assert choose(config) == (folder, False)
     runs.begin(folder, config, [])
     assert len(json.loads((folder / "run.json").read_text())["resumed"]) == 1
     runs.RunRecord(folder).finish("finished")
-    assert runs.choose_train_folder(config) == (folder, True)
-    assert runs.choose_train_folder(train_config(f"output_dir={tmp_path}", "seed=4"))[0] != folder
-    assert runs.choose_train_folder(train_config(f"output_dir={tmp_path}", "resume=never"))[0] != folder
+    assert choose(config) == (folder, True)
+    assert choose(train_config(f"output_dir={tmp_path}", "seed=4"))[0] != folder
+    assert choose(train_config(f"output_dir={tmp_path}", "resume=never"))[0] != folder
 
 
 def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}", "max_steps=6")
-    folder, _ = runs.choose_train_folder(config)
+    folder, _ = choose(config)
     runs.begin(folder, config, [])
     runs.RunRecord(folder).finish("finished")
     before = (folder / "config.yaml").read_text()
-    assert runs.choose_train_folder(train_config("max_steps=9", f"resume={folder}")) == (folder, False)
-    assert runs.choose_train_folder(train_config("max_steps=6", f"resume={folder}")) == (folder, True)
+    assert choose(train_config("max_steps=9", f"resume={folder}")) == (folder, False)
+    assert choose(train_config("max_steps=6", f"resume={folder}")) == (folder, True)
     with pytest.raises(ConfigError, match=r"another .*model\.name.*optimizer\.lr"):
-        runs.choose_train_folder(
+        choose(
             train_config(
                 "max_steps=9", f"resume={folder}", "model=vit_tiny", "optimizer.lr=1e-2", "name=vit_nano_digits"
             )
@@ -97,7 +106,7 @@ def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
 
 def test_a_resume_that_names_nothing_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="resume"):
-        runs.choose_train_folder(train_config(f"output_dir={tmp_path}", f"resume={tmp_path}/none"))
+        choose(train_config(f"output_dir={tmp_path}", f"resume={tmp_path}/none"))
 
 
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path) -> None:

@@ -4,6 +4,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
+from clip_exp.config.aliases import translate
 from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, explain, quote
 from clip_exp.config.paths import conf_dir
 from clip_exp.config.store import register
@@ -21,6 +22,7 @@ def compose(command: str, overrides: list[str]) -> DictConfig:
         what = "a sweep is for the command line" if MULTIRUN_FLAGS & set(flags) else "flags are for the command line"
         raise ConfigError(f"{flags[0]}: {what}; give key=value.")
     register()
+    overrides = translate(overrides)
     check_groups(overrides)
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -112,7 +112,7 @@ def explain(error: BaseException) -> str | None:
     ):
         return (
             "a key is set below a node that is empty here: choose the option that has it first "
-            "(logger=wandb before logger.wandb.project, data=digits or data=shapes before data.generate.rows)."
+            "(logger=wandb before logger.wandb.project, data=digits or data=shapes before data.generate.rows, finetune=lora before finetune.lora.rank)."
         )
     for cause in chain:
         if isinstance(cause, HydraException):
@@ -127,9 +127,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    file = error.missing_cfg_file or ""
     if not error.options:
         return " ".join(str(error).split())
+    if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
+        from clip_exp.config.aliases import names
+
+        name = file.removeprefix("model/")  # which may have a slash: ViT-B/32
+        return f"model={name} does not exist: {nearest(name, {*error.options, *names()})}"
+    group, _, name = file.rpartition("/")
     return f"{group}={name} does not exist: {nearest(name, error.options)}"
 
 

@@ -1,5 +1,6 @@
 """A CLIP to use: pictures, videos and texts in, features, probabilities and rankings out."""
 
+import copy
 import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.schema import OnBadImage
+from clip_exp.config.use_schema import ExportFormat
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_texts
@@ -150,6 +152,24 @@ class Clip:
             update = update_index(path, recipe, files, folders_of(images), lambda: self, OnBadImage(on_bad_image), what)
             tell_left_out(update.left_out, len(files))
         return PictureIndex(path, self)
+
+    def export(self, output: str | Path, format: str = "open_clip", overwrite: bool = False) -> Path:
+        """Write the model as a folder that another library loads, with preprocessing, tokenizer and model card.
+
+        Args:
+            output: a new folder, which appears when all is in it and gives the same features.
+            format: `open_clip`, `huggingface`, `safetensors` (ours) or `onnx`.
+            overwrite: replace an older export.
+        Raises:
+            ConfigError: the format cannot hold the model, or the folder has something in it.
+            CheckpointError: the folder cannot be written.
+        """
+        from clip_exp.export.write import write_export
+
+        if format not in list(ExportFormat):
+            raise ConfigError(f"format={format} must be one of {', '.join(ExportFormat)}.")
+        model = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).cpu()
+        return write_export(model, self.config, self.source, output, ExportFormat(format), overwrite).folder
 
     def encode_labels(
         self, labels: Sequence[str], templates: str | Sequence[str] | None = None, what: str | None = None

@@ -21,6 +21,7 @@ from clip_exp.config.load import plain, strict_dataclass
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.inference.sources import Source
+from clip_exp.inference.wise_ft import Mix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +39,13 @@ class Recipe:
     precision: str
     frames: int  # of a video
     version: int = VERSION
+    mix: dict[str, Any] | None = None  # with what the weights were mixed
 
     @property
     def source(self) -> Source:
         """The model that made the index."""
-        return Source(strict_dataclass(ModelConfig, self.model, "model"), Path(self.weights))
+        model = strict_dataclass(ModelConfig, self.model, "model")
+        return Source(model, Path(self.weights), mix=Mix(**self.mix) if self.mix else None)
 
 
 class Entries(NamedTuple):
@@ -56,7 +59,8 @@ class Entries(NamedTuple):
 
 def recipe_of(source: Source, precision: str, frames: int) -> Recipe:
     """What an index of a model is made with; may read the weights for their hash."""
-    return Recipe(source.sha256(), str(source.weights.resolve()), plain(source.model), precision, frames)
+    mix = asdict(source.mix) if source.mix else None
+    return Recipe(source.sha256(), str(source.weights.resolve()), plain(source.model), precision, frames, mix=mix)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clip_exp.config.use_schema import OutputFormat, UseConfig
+from clip_exp.config.use_schema import OutputConfig, OutputFormat
 from clip_exp.errors import CheckpointError, ConfigError
 
 ENDINGS = {".json": OutputFormat.json, ".csv": OutputFormat.csv}
@@ -30,7 +30,7 @@ class Report:
     document: dict[str, Any]  # the same as JSON, with what it was made with
 
 
-def check_output(config: UseConfig) -> None:
+def check_output(config: OutputConfig) -> None:
     """Raises:
     ConfigError: `output` cannot be a file.
     """
@@ -41,7 +41,7 @@ def check_output(config: UseConfig) -> None:
             raise ConfigError(f"output={config.output} {what}.")
 
 
-def write(report: Report, config: UseConfig) -> None:
+def write(report: Report, config: OutputConfig) -> None:
     """Print a report, or write it whole or not at all.
 
     Raises:

@@ -7,7 +7,7 @@ from clip_exp.evaluation.sets.prompts import templates as read_templates
 from clip_exp.inference.command import about, check_common, open_clip
 from clip_exp.inference.inputs import Problems, as_text_list, check_videos, find_pictures, read_labels
 from clip_exp.inference.outputs import Report, number, write
-from clip_exp.inference.sources import Source, find_source
+from clip_exp.inference.sources import Source, check_source, find_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def check(config: PredictConfig) -> Question:
     problems = Problems()
     check_common(config, problems, k=config.k)
     with problems:
-        source = find_source(config)
+        source = check_source(config)
     with problems:
         pictures = find_pictures(config.images)
         check_videos(pictures, config.on_bad_image)
@@ -68,7 +68,7 @@ def check(config: PredictConfig) -> Question:
     with problems:
         templates = None if config.templates is None else read_templates(config.templates)
     problems.tell()
-    return Question(source, pictures, texts, templates)
+    return Question(source or find_source(config), pictures, texts, templates)
 
 
 def _texts(config: PredictConfig, problems: Problems) -> list[str]:

@@ -10,7 +10,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.inference.command import about, check_common, open_clip
 from clip_exp.inference.inputs import Problems, as_texts, check_videos, find_pictures
 from clip_exp.inference.outputs import Report, number, write
-from clip_exp.inference.sources import Source, find_source
+from clip_exp.inference.sources import Source, check_source, find_source
 
 
 class Question(NamedTuple):
@@ -65,7 +65,7 @@ def check(config: RankConfig) -> Question:
     problems = Problems()
     check_common(config, problems, keep=config.keep)
     with problems:
-        source = find_source(config)
+        source = check_source(config)
     with problems:
         pictures = find_pictures(config.images)
         check_videos(pictures, config.on_bad_image)
@@ -74,7 +74,7 @@ def check(config: RankConfig) -> Question:
     with problems:
         _check_copies(config.copy_to)
     problems.tell()
-    return Question(source, pictures, texts)
+    return Question(source or find_source(config), pictures, texts)
 
 
 def ranking_report(

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_exp.checkpoints.writer import sha256
 from clip_exp.config.use_schema import SearchConfig
 from clip_exp.data.tables import read_table
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError
@@ -15,8 +14,9 @@ from clip_exp.inference.inputs import Problems, as_texts, check_videos, find_pic
 from clip_exp.inference.media import FRAMES
 from clip_exp.inference.outputs import number, write
 from clip_exp.inference.rank import ranking_report
-from clip_exp.inference.sources import Source, find_source
+from clip_exp.inference.sources import Source, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
+from clip_exp.weights.find import hash_weights
 
 
 class Question(NamedTuple):
@@ -101,10 +101,14 @@ def check(config: SearchConfig) -> Question:
         images = find_pictures(config.image, "image") if config.image is not None else []
         check_videos(images, config.on_bad_image)
         queries += [("image", image) for image in images]
+    found = None
     with problems:
-        if config.index is not None:
-            source, recipe = _model(config, path, filling)
+        if config.pretrained is not None:
+            check_source(config)  # it is fetched when nothing else is wrong
+        elif config.index is not None:
+            found = _model(config, path, filling)
     problems.tell()
+    source, recipe = found or _model(config, path, filling)
     return Question(path, source, recipe, files, folders, queries)
 
 
@@ -160,12 +164,16 @@ def _model(config: SearchConfig, path: Path, filling: bool) -> tuple[Source, Rec
 
 def _check_weights(path: Path, recipe: Recipe) -> None:
     weights = Path(recipe.weights)
-    if not weights.is_file():
+    if not weights.exists():
         raise CheckpointError(
             f"index={path} was made by {recipe.model['name']} with {weights}, which is gone: "
             "name the same weights where they are now (run=DIR, ckpt=PATH, or model=NAME pretrained=FILE)."
         )
-    if sha256(weights) != recipe.weights_sha256:
+    now, mix = hash_weights(weights), recipe.source.mix
+    if mix is not None:
+        mix.check()
+        now = mix.sha256(now)
+    if now != recipe.weights_sha256:
         raise CheckpointError(
             f"index={path} was made by {weights}, which has changed since: name the weights that made it, or make it anew."
         )

@@ -1,63 +1,90 @@
 """Which model: found and checked from paths and names, before torch is imported and weights are read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from clip_exp.checkpoints import discovery
-from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, WEIGHTS, sha256
-from clip_exp.config.evaluation_schema import SubjectConfig
+from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, WEIGHTS
+from clip_exp.config import aliases
+from clip_exp.config.evaluation_schema import ModelChoice
 from clip_exp.config.load import nearest, read_run_config, strict_dataclass
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.paths import conf_dir, options
+from clip_exp.config.model_schema import Activation, ModelConfig
+from clip_exp.config.open_clip import register_open_clip
+from clip_exp.config.paths import conf_dir
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.inference.wise_ft import Mix, mix_of
+from clip_exp.text.saved import with_saved_tokenizer
+from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
+from clip_exp.weights.own import note_architecture
+from clip_exp.weights.settle import settle
 
 CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's configuration and the file of its weights."""
+    """A model's configuration and its weights."""
 
     model: ModelConfig
-    weights: Path
+    weights: Path  # a file, or a folder that `read_weights` reads
     run: TrainConfig | None = None  # the configuration of the run that trained it
     run_dir: Path | None = None
     step: int | None = None  # completed optimizer steps, where the folder of the weights tells
+    told: str | None = None  # what `pretrained` was found to be
+    mix: Mix | None = None  # with what the weights are mixed
 
     def sha256(self) -> str:
-        """Hash of the weights file; of a checkpoint, the one in its manifest, which `find_source` has verified."""
+        """Hash of the weights; of a checkpoint, the one in its manifest, which `find_source` has verified.
+
+        Of a mixture, a hash of both hashes and the share.
+        """
         folder = self.weights.parent
         recorded = discovery.manifest(folder)["files"] if (folder / MANIFEST).is_file() else {}
-        return recorded[self.weights.name]["sha256"] if self.weights.name in recorded else sha256(self.weights)
+        own: str = (
+            recorded[self.weights.name]["sha256"] if self.weights.name in recorded else hash_weights(self.weights)
+        )
+        return own if self.mix is None else self.mix.sha256(own)
 
 
-def find_source(config: SubjectConfig) -> Source:
-    """The model that an evaluation names by `run`, by `ckpt`, or by `model` with `pretrained`.
+def find_source(config: ModelChoice) -> Source:
+    """The model that a command names by `run`, by `ckpt`, or by `pretrained` with its `model` where the weights do not tell it.
+
+    Weights that are named by a tag or on the hub are fetched: what else may be wrong is better told before, see `check_source`.
 
     Raises:
-        ConfigError: none of the three or several; a path that does not exist.
-        CheckpointError: a run without a usable checkpoint, or a damaged one.
+        ConfigError: none of the three or several; a path or a tag that does not exist; a model that the weights contradict.
+        CheckpointError: a run without a usable checkpoint, damaged weights, or weights that cannot be fetched.
     """
+    return check_source(config) or source_of_file(config.model, str(config.pretrained))
+
+
+def check_source(config: ModelChoice) -> Source | None:
+    """As `find_source`, but of `pretrained` only what can be seen without fetching or reading it is checked: None."""
     model = config.model.name if config.model else None
     values = {"run": config.run, "ckpt": config.ckpt, "model": model, "pretrained": config.pretrained}
     given = {key: value for key, value in values.items() if value is not None}
     if set(given) == {"run"}:
-        return source_of_run(Path(given["run"]), config.ema)
+        return _mixed(source_of_run(Path(given["run"]), config.ema), config.wise_ft)
     if set(given) == {"ckpt"}:
-        return source_of_checkpoint(Path(given["ckpt"]), config.ema)
-    if set(given) == {"model", "pretrained"}:
-        if config.ema:
-            raise ConfigError(
-                "ema=true needs run=DIR or ckpt=PATH: a file given by pretrained holds one set of weights."
-            )
-        assert config.model is not None
-        return source_of_file(config.model, given["pretrained"])
-    listed = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"
-    raise ConfigError(f"which model? Give run=DIR, or ckpt=PATH, or model=NAME with pretrained=FILE; given: {listed}.")
+        return _mixed(source_of_checkpoint(Path(given["ckpt"]), config.ema), config.wise_ft)
+    if set(given) not in ({"model", "pretrained"}, {"pretrained"}):
+        listed = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"
+        raise ConfigError(
+            f"which model? Give run=DIR, or ckpt=PATH, or model=NAME with pretrained=TAG or FILE; given: {listed}."
+        )
+    if config.ema:
+        raise ConfigError("ema=true needs run=DIR or ckpt=PATH: what pretrained names holds one set of weights.")
+    if config.wise_ft is not None:
+        raise ConfigError(
+            "wise_ft needs run=DIR or ckpt=PATH: what pretrained names does not tell what it started from."
+        )
+    if problems := check_pretrained(given["pretrained"], config.model):
+        raise ConfigError("\n".join(problems))
+    return None
 
 
 def source_of_run(run_dir: Path, ema: bool = False) -> Source:
@@ -101,49 +128,63 @@ def source_of_checkpoint(path: Path, ema: bool = False) -> Source:
     return _of_checkpoint_folder(folder, read_run_config(run_dir), run_dir, ema or path.name == EMA_WEIGHTS)
 
 
-def source_of_file(model: ModelConfig, pretrained: str | Path) -> Source:
-    """A file of weights for a model that is known by its configuration.
+def source_of_file(model: ModelConfig | None, pretrained: str | Path, activation: Activation | None = None) -> Source:
+    """Weights by a file, a folder, a tag or a name on the hub; the model's configuration settled by them.
 
+    Args:
+        model: None where the weights tell it: a folder of Hugging Face's or open_clip's, an export of clip_exp's, a run.
+        activation: in place of the configuration's.
     Raises:
-        ConfigError: no such file.
+        ConfigError: see `find_weights` and `settle`; or nothing tells which model the weights are of.
+        CheckpointError: the weights cannot be fetched, or are damaged.
     """
-    path = Path(pretrained).expanduser()
-    if not path.is_file():
+    found = find_weights(str(pretrained), model)
+    model = model or found.about.model
+    if model is None:
         raise ConfigError(
-            f"pretrained={pretrained} is no file: give a .safetensors or .pt file of weights for model={model.name}."
+            f"{found.told}: nothing tells which model these weights are of: no configuration is in it, beside it, or in a run "
+            f'folder around it. Name the model: model=vit_b32 pretrained={pretrained}, or load("vit_b32", pretrained="{pretrained}").'
         )
-    return Source(model, path)
+    model = replace(model, activation=activation or model.activation)
+    model = note_architecture(settle(model, found), str(pretrained))
+    return Source(model, found.path, told=found.told)
 
 
-def source_of_weights(path: Path) -> Source:
-    """A weights file that lies in a run folder's checkpoint, or beside the `config.yaml` of its run.
+def source_of_weights(path: Path, activation: Activation | None = None) -> Source:
+    """A weights file that lies in a run folder's checkpoint, beside the `config.yaml` of its run, or that tells its model.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: none of these.
     """
     folder = path.resolve().parent
     if (folder / CONFIG).is_file():
         run = read_run_config(folder)
-        return Source(run.model, path, run)
+        return Source(with_saved_tokenizer(run.model, folder), path, run)
     if path.name in (WEIGHTS, EMA_WEIGHTS) and (folder.parents[1] / CONFIG).is_file():
         return source_of_checkpoint(path)
-    raise ConfigError(
-        f"{path}: nothing tells which model these weights are of: it is in no run folder and no {CONFIG} is beside it. "
-        f'Name the model: load("vit_b32", pretrained="{path}").'
-    )
+    return source_of_file(None, path, activation)
 
 
 def named_model(name: str) -> ModelConfig:
-    """The configuration of a model of `conf/model/`.
+    """The configuration of a model of `conf/model/`, by its name there or elsewhere (see `config.aliases`).
 
     Raises:
         ConfigError: there is none of that name.
     """
-    path = conf_dir() / "model" / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"there is no model '{name}': {nearest(name, options('model'))}")
-    values: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return strict_dataclass(ModelConfig, values, "model")
+    named = aliases.resolve(name)
+    if named is None:
+        raise ConfigError(f"there is no model '{name}': {nearest(name, aliases.names())}")
+    register_open_clip()
+    values = OmegaConf.load(conf_dir() / "model" / f"{named.option}.yaml")
+    resolved: Any = OmegaConf.to_container(OmegaConf.merge(values, named.keys), resolve=True)
+    return strict_dataclass(ModelConfig, resolved, "model")
+
+
+def _mixed(source: Source, share: float | None) -> Source:
+    if share is None:
+        return source
+    assert source.run_dir is not None
+    return replace(source, mix=mix_of(source.run_dir, share))
 
 
 def _of_checkpoint_folder(folder: Path, run: TrainConfig, run_dir: Path, ema: bool) -> Source:
@@ -152,4 +193,4 @@ def _of_checkpoint_folder(folder: Path, run: TrainConfig, run_dir: Path, ema: bo
         fix = "it was trained without callbacks=ema; leave out ema=true" if ema else "give another checkpoint"
         raise CheckpointError(f"{folder} has no {weights.name}: {fix}.")
     step = discovery.step_of(folder) if discovery.STEP.search(folder.name) else None
-    return Source(run.model, weights, run, run_dir, step)
+    return Source(with_saved_tokenizer(run.model, run_dir), weights, run, run_dir, step)

@@ -8,7 +8,8 @@ from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.launch import run_ranks
-from clip_exp.runs import begin, choose_train_folder, lock
+from clip_exp.runs import lock
+from clip_exp.training.opening import open_run
 
 
 def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
@@ -33,11 +34,12 @@ def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> t
     Args:
         suffix: of the name of a new folder.
     """
-    run_dir, finished = choose_train_folder(config, suffix)
-    if finished:
+    opening = open_run(config, suffix)
+    run_dir = opening.folder
+    if opening.finished:
         return run_dir, _already(run_dir)
     with lock(run_dir):
-        begin(run_dir, config, arguments)
+        opening.begin(arguments)
         ranks = _ranks(config)
         print(f"run folder: {run_dir}", flush=True)
         if ranks > 1 or isinstance(config.trainer.devices, list):
@@ -81,11 +83,11 @@ def _join(config: TrainConfig, arguments: list[str]) -> int:
     with contextlib.ExitStack() as held:
 
         def open_folder() -> tuple[Path, bool]:
-            run_dir, finished = choose_train_folder(config)
-            if not finished:
-                held.enter_context(lock(run_dir))
-                begin(run_dir, config, arguments)
-            return run_dir, finished
+            opening = open_run(config)
+            if not opening.finished:
+                held.enter_context(lock(opening.folder))
+                opening.begin(arguments)
+            return opening.folder, opening.finished
 
         run_dir, finished = group.from_main(open_folder)
         if finished:

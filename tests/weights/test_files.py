@@ -1,16 +1,19 @@
-import pickle
+import json
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_exp.config.model_schema import ImageTower
 from clip_exp.errors import CheckpointError
 from clip_exp.models import CLIP, build_model
 from clip_exp.weights import load_weights, read_weights, to_open_clip
 from tests.models.small import small_config
+from tests.weights.published import inputs, logits, openai_model, our_config, write_openai_archive
 
 
 @pytest.fixture
@@ -33,84 +36,143 @@ def test_our_safetensors_are_read_back(model: CLIP, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)
     assert_same(read_weights(path), model.state_dict())
+    assert_same(read_weights(tmp_path), model.state_dict())  # as a checkpoint's folder
     other = fresh()
     load_weights(other, path)
     assert_same(other.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "plain", "trainer", "ours"])
-def test_other_layouts_load_into_the_same_model(model: CLIP, tmp_path: Path, layout: str) -> None:
-    theirs = to_open_clip(model.state_dict())
-    path = tmp_path / ("weights.safetensors" if layout == "safetensors" else "weights.pt")
-    if layout == "safetensors":
-        save_file(theirs, path)
-    elif layout == "plain":
-        torch.save(theirs, path)
-    elif layout == "trainer":
-        torch.save({"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in theirs.items()}}, path)
-    else:
-        torch.save(model.state_dict(), path)
-    other = fresh()
-    load_weights(other, path)
-    assert_same(other.state_dict(), model.state_dict())
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def test_half_precision_files_load_into_float32(model: CLIP, tmp_path: Path) -> None:
-    path = tmp_path / "half.pt"
-    torch.save({name: tensor.half() for name, tensor in to_open_clip(model.state_dict()).items()}, path)
-    other = fresh()
-    load_weights(other, path)
-    assert other.image.class_embedding.dtype == torch.float32
-    assert torch.equal(other.image.class_embedding, model.image.class_embedding.half().float())
+TRAINERS = {
+    "plain": lambda state: state,
+    "open_clip": lambda state: {
+        "epoch": 3,
+        "name": "run",
+        "state_dict": state,
+        "optimizer": {"state": {0: torch.ones(1)}},
+    },
+    "distributed": lambda state: {"epoch": 3, "state_dict": prefixed(state, "module.")},
+    "compiled": lambda state: {"state_dict": prefixed(state, "module._orig_mod.")},
+    "averaged": lambda state: {"state_dict": state, "state_dict_ema": {name: 2 * x for name, x in state.items()}},
+    "FlagAI or DeepSpeed": lambda state: {"module": state, "iteration": 5, "lr_scheduler": {"last_epoch": 1}},
+    "model": lambda state: {"model": state, "args": {"lr": 1e-3}},
+    "Lightning": lambda state: {"state_dict": prefixed(state, "model."), "global_step": 4, "hparams_name": "kwargs"},
+    "twice": lambda state: {"model": {"state_dict": state}, "step": 1},
+}
 
 
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(model: CLIP, tmp_path: Path) -> None:
-    state = model.state_dict()
-    del state["text.ln_final.bias"]
-    state["image.extra"] = torch.zeros(1)
-    state["image.positional_embedding"] = torch.zeros(50, 64)
-    path = tmp_path / "model.safetensors"
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_weights_are_found_in_a_trainers_file(model: CLIP, tmp_path: Path, trainer: str, legacy: bool) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(TRAINERS[trainer](to_open_clip(model.state_dict())), path, _use_new_zipfile_serialization=not legacy)
+    assert_same(read_weights(path), model.state_dict())
+
+
+@pytest.mark.parametrize("layout", ["ours", "open_clip"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ""])
+def test_the_format_is_told_by_the_content(model: CLIP, tmp_path: Path, layout: str, suffix: str) -> None:
+    state = model.state_dict() if layout == "ours" else to_open_clip(model.state_dict())
+    path = tmp_path / f"weights{suffix}"
     save_file(state, path)
-    other = fresh()
-    with pytest.raises(CheckpointError) as caught:
-        load_weights(other, path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "missing in the file: text.ln_final.bias" in message
-    assert "not in the model: image.extra" in message
-    assert "image.positional_embedding [50, 64] instead of [17, 64]" in message
-    assert_same(other.state_dict(), fresh().state_dict())
+    assert_same(read_weights(path), model.state_dict())
 
 
-class Touch:
-    """What an attacker would pickle."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
+PUBLISHED = ["TorchScript", "state dict", "FlagAI", "FlagAI's trainer", "open_clip.pt", "open_clip.safetensors"]
 
 
+@pytest.mark.parametrize("image", [ImageTower.vit, ImageTower.resnet])
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_logits_are_those_of_the_model_that_was_published(image: ImageTower, published: str, tmp_path: Path) -> None:
+    theirs = openai_model(image)
+    state = theirs.state_dict()
+    path = tmp_path / ("model.safetensors" if published.endswith("safetensors") else "pytorch_model.bin")
+    match published:
+        case "TorchScript":
+            write_openai_archive(theirs, path)
+        case "state dict":
+            halves = {name: parameter.half() for name, parameter in theirs.named_parameters()}
+            torch.save(state | halves | {"input_resolution": torch.tensor(32)}, path)
+        case "FlagAI":
+            torch.save(state, path)
+        case "FlagAI's trainer":
+            torch.save({"module": state, "iteration": 1000}, path)
+        case "open_clip.pt":
+            torch.save({"epoch": 1, "state_dict": prefixed(state, "module.")}, path)
+        case "open_clip.safetensors":
+            save_file(state, path)
+    ours = build_model(our_config(image)).eval()
+    assert load_weights(ours, path) == []
+    batch = inputs(image_size=64 if image is ImageTower.resnet else 32)
+    torch.testing.assert_close(logits(ours, *batch), logits(theirs, *batch), rtol=0, atol=1e-5)
+
+
+def test_a_model_with_a_text_tower_of_its_own_name_is_read(tmp_path: Path) -> None:
+    theirs = openai_model()
+    custom = open_clip.CustomTextCLIP(
+        40, {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2}, {"context_length": 16, "vocab_size": 500, "width": 64, "layers": 2, "heads": 1}, quick_gelu=True
+    ).eval()  # fmt: skip
+    custom.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(theirs.state_dict()))
+    torch.save(custom.state_dict(), tmp_path / "custom.pt")
+    ours = build_model(our_config()).eval()
+    load_weights(ours, tmp_path / "custom.pt")
+    torch.testing.assert_close(logits(ours, *inputs()), logits(theirs, *inputs()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_model_in_parts_is_read_through_its_index(model: CLIP, tmp_path: Path, ending: str) -> None:
+    state = model.state_dict()
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    names, weight_map = sorted(state), {}
+    for i, part in enumerate((names[:10], names[10:]), start=1):
+        file = f"{stem}-0000{i}-of-00002.{ending}"
+        values = {name: state[name] for name in part}
+        save_file(values, tmp_path / file) if ending == "safetensors" else torch.save(values, tmp_path / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = tmp_path / f"{stem}.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_same(read_weights(tmp_path), state)
+    assert_same(read_weights(index), state)
+    (tmp_path / file).unlink()
+    with pytest.raises(CheckpointError, match=rf"1 of 2 parts are missing: {file}"):
+        read_weights(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="has no `weight_map`"):
+        read_weights(tmp_path)
+
+
+def test_of_a_folder_open_clips_own_file_is_read_first(model: CLIP, tmp_path: Path) -> None:
+    torch.save(to_open_clip(model.state_dict()), tmp_path / "open_clip_pytorch_model.bin")
+    save_file({"patch_embed.proj.weight": torch.ones(1)}, tmp_path / "model.safetensors")  # as timm puts a tower beside
+    assert_same(read_weights(tmp_path), model.state_dict())
+
+
+def test_a_folder_without_weights_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"no weights in this folder\. It needs one of open_clip_model\.safetensors"
+    ):
+        read_weights(tmp_path)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605157884\n"
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.bin"])
 @pytest.mark.parametrize(
-    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))]
-)
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, save: Any) -> None:
-    path, trace = tmp_path / "weights.pt", tmp_path / "trace"
-    save({"logit_scale": Touch(trace)}, path)
-    with pytest.raises(CheckpointError, match=r"weights\.pt: refused"):
-        read_weights(path)
-    assert not trace.exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
+    ("content", "reason"),
     [
-        ("a.safetensors", None, "no such file"),
-        ("a.safetensors", b"not weights", "not a readable safetensors file"),
-        ("a.pt", b"", "not a readable torch file"),
-        ("a.pt", b"<html>not found</html>", "refused"),
-        ("a.pt", b"PK\x03\x04 cut short", "not a readable torch file"),
+        (None, "no such file of weights"),
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>not found</html>", "a web page instead of weights"),
+        (b"\xef\xbb\xbf\n <?xml version='1.0'?><Error/>", "a web page instead of weights"),
+        (LFS, "a Git-LFS pointer instead of the file"),
+        (b"PK\x03\x04 cut short", "cut short"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{not json......}", "not a readable safetensors file"),
+        (b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "holds no weights"),
+        (b"\xff" * 7 + b"\x7f{", "not a readable safetensors file"),
     ],
 )
 def test_missing_and_damaged_files_are_named(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
@@ -121,9 +183,69 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, name: str, content:
         read_weights(path)
 
 
-def test_a_file_without_weights_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "a.pt"
-    for content, reason in [([1, 2], "no dictionary of weights"), ({"epoch": 3}, "not weights: epoch")]:
-        torch.save(content, path)
-        with pytest.raises(CheckpointError, match=reason):
+@pytest.mark.parametrize(
+    "content", [b"\x89HDF\r\n\x1a\n", b"\x1f\x8b\x08gzip", b"text: 1", b"cos\nsystem\n(S'ls'\ntR."]
+)
+def test_other_files_are_no_weights(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pt: not weights: it begins with"):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_a_zip_of_something_else_is_no_weights(tmp_path: Path) -> None:
+    import numpy as np
+
+    np.savez(tmp_path / "a.npz", x=np.ones(3))
+    with pytest.raises(CheckpointError, match=r"a\.npz: a zip archive without weights of torch"):
+        read_weights(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy", "TorchScript"])
+def test_a_file_cut_short_anywhere_is_refused_in_a_line(model: CLIP, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "weights.bin"
+    if kind == "safetensors":
+        save_file(model.state_dict(), path)
+    elif kind == "TorchScript":
+        write_openai_archive(openai_model(), path)
+    else:
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
+    content = path.read_bytes()
+    for part in range(1, 32):
+        path.write_bytes(content[: len(content) * part // 32 - part % 2])
+        with pytest.raises(CheckpointError) as caught:
             read_weights(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_safetensors_tells_how_much_is_there(model: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=f"cut short: {size - 1000:,} of {size:,} bytes"):
+        read_weights(path)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([1, 2], "no dictionary of weights, nor one under state_dict, module, model"),
+        (torch.ones(2), "no dictionary of weights"),
+        ({}, "no dictionary of weights"),
+        ({"epoch": 3}, "not weights: epoch"),
+        ({"state_dict": {"a": torch.ones(1), "b": [1], "c": "text"}}, "not weights: b, c"),
+        ({1: torch.ones(1)}, "not weights: 1"),
+        ({"a": torch.ones(2).to_sparse()}, "sparse or quantized tensors, which no model here takes: a"),
+        (
+            {"visual.conv1.weight": torch.ones(2), "logit_scale": torch.ones(2)},
+            "of shapes that their names do not have",
+        ),
+    ],
+)
+def test_a_file_without_weights_is_told(tmp_path: Path, content: Any, reason: str) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=reason):
+        read_weights(path)

@@ -1,0 +1,101 @@
+"""Names that models have elsewhere: FlagAI's, OpenAI's and open_clip's, wherever a model of `conf/model/` is named."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from clip_exp.config.paths import conf_dir, options
+from clip_exp.errors import ConfigError
+
+ALIASES = {
+    "clip-base-p32-224": "vit_b32",  # FlagAI's
+    "clip-base-p16-224": "vit_b16",
+    "clip-large-p14-224": "vit_l14",
+    "clip-large-p14-336": "vit_l14_336",
+    "ViT-B/32": "vit_b32",  # OpenAI's
+    "ViT-B/16": "vit_b16",
+    "ViT-L/14": "vit_l14",
+    "ViT-L/14@336px": "vit_l14_336",
+    "RN50": "rn50",
+    "RN101": "rn101",
+    "RN50x4": "rn50x4",
+    "RN50x16": "rn50x16",
+    "RN50x64": "rn50x64",
+}
+QUICK_GELU = "-quickgelu"  # with which open_clip's names end where the nonlinearity is OpenAI's
+ADAPTER = "open_clip"  # the option for open_clip's other architectures
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model by our words: an option of the group `model`, and keys of it that are set."""
+
+    option: str
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def resolve(name: str) -> Named | None:
+    """What a name means; None where it is no model's."""
+    if name in options("model"):
+        return Named(name)
+    if name in ALIASES:
+        return Named(ALIASES[name])
+    ours = _by_open_clip_name()
+    if name in ours:
+        return Named(ours[name])
+    base = name.removesuffix(QUICK_GELU)
+    if base != name and base in ours:
+        return Named(ours[base], {"activation": "quick_gelu"})
+    from clip_exp.weights.registry import configurations
+
+    return Named(ADAPTER, {"name": name}) if name in configurations() else None
+
+
+def names() -> list[str]:
+    """Every name of our models, for the nearest one to a typo."""
+    return [*options("model"), *ALIASES, *_by_open_clip_name()]
+
+
+def translate(arguments: list[str]) -> list[str]:
+    """Overrides with `model=` of another's name in our words: `model=ViT-B/32` is `model=vit_b32`.
+
+    Raises:
+        ConfigError: a sweep over a name that stands for several overrides.
+    """
+    return [word for argument in arguments for word in _translated(argument)]
+
+
+def _translated(argument: str) -> list[str]:
+    group, _, value = argument.partition("=")
+    choices = value.split(",") if group == "model" else []
+    # What has no meaning here is the user's own option, or a typo that Hydra answers.
+    found = {choice: named for choice in choices if choice not in options("model") and (named := resolve(choice))}
+    if not found:
+        return [argument]
+    if len(choices) == 1:
+        return [f"model={found[value].option}", *_overrides(found[value])]
+    for choice, named in found.items():
+        if named.keys:
+            raise ConfigError(
+                f"model={choice} stands for model={named.option} {' '.join(_overrides(named))}, which cannot be one choice of "
+                "several: give it alone."
+            )
+    return ["model=" + ",".join(found[choice].option if choice in found else choice for choice in choices)]
+
+
+def _overrides(named: Named) -> list[str]:
+    return [f"model.{key}={value}" for key, value in named.keys.items()]
+
+
+@cache
+def _by_open_clip_name() -> dict[str, str]:
+    """open_clip's name of each of our architectures to ours."""
+    found = {}
+    for option in (option for option in options("model") if option != ADAPTER):
+        values: Any = OmegaConf.load(conf_dir() / "model" / f"{option}.yaml")
+        name = values.get("open_clip_name")
+        if name is not None:
+            found[str(name)] = option
+    return found

@@ -1,0 +1,134 @@
+"""`clip-exp models`: the models there are, with their sizes and the weights that are published for them."""
+
+from functools import cache
+from typing import Any
+
+from clip_exp.config.aliases import ADAPTER, QUICK_GELU
+from clip_exp.config.model_schema import ModelConfig, TextTower
+from clip_exp.config.paths import options
+from clip_exp.config.use_schema import ModelsConfig
+from clip_exp.inference.outputs import Report, check_output, write
+from clip_exp.inference.sources import named_model
+from clip_exp.weights import registry
+from clip_exp.weights.activation import of_entry
+
+OVERVIEW = ("model", "open_clip", "image tower", "pixels", "parameters (M)", "tags")
+ONE = ("tag", "activation", "pictures", "mean", "std", "hub", "address")
+
+
+def models(config: ModelsConfig) -> int:
+    """Print or write the list, or what is known of one model; return the exit code.
+
+    Raises:
+        ConfigError: no model of that name; `output` cannot be a file.
+        CheckpointError: the file cannot be written.
+    """
+    check_output(config)
+    write(_overview(config.all) if config.name is None else _one(config.name), config)
+    return 0
+
+
+def _overview(everything: bool) -> Report:
+    documents = [_described(named_model(name)) for name in options("model") if name != ADAPTER]
+    if everything:
+        documents += [_of_open_clip(name) for name in registry.configurations() if _is_another(name, documents)]
+    rows = [
+        (
+            document["name"],
+            document["open_clip_name"] or "",
+            document["image_tower"],
+            document["image_size"],
+            "" if document["parameters"] is None else document["parameters"] / 1e6,
+            ", ".join(document["tags"]),
+        )
+        for document in documents
+    ]
+    return Report(OVERVIEW, rows, {"models": documents})
+
+
+def _one(name: str) -> Report:
+    model = named_model(name)
+    found = [registry.entry(model.open_clip_name, tag) for tag in registry.tags(model.open_clip_name)]
+    weights = [_published(entry, model) for entry in found if entry is not None]
+    rows = [
+        (
+            one["tag"],
+            one["activation"],
+            f"{one['resize_mode']}, {one['interpolation']}",
+            _numbers(one["mean"]),
+            _numbers(one["std"]),
+            one["hub"] or "",
+            one["url"] or "",
+        )
+        for one in weights
+    ]
+    document = _of_open_clip(model.name) if model.image.kind == ADAPTER else _described(model)
+    return Report(ONE, rows, {**document, "weights": weights})
+
+
+def _described(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "open_clip_name": model.open_clip_name,
+        "image_tower": str(model.image.kind),
+        "text_tower": str(model.text.kind),
+        "image_size": model.image.image_size,
+        "embed_dim": model.embed_dim,
+        "parameters": _count(model.name),
+        "tags": registry.tags(model.open_clip_name),
+    }
+
+
+def _of_open_clip(name: str) -> dict[str, Any]:
+    """One of open_clip's configurations; how many parameters it has is known when open_clip has built it."""
+    values = registry.configuration(name)
+    return {
+        "name": name,
+        "open_clip_name": name,
+        "image_tower": ADAPTER,
+        "text_tower": ADAPTER,
+        "image_size": values["vision_cfg"].get("image_size"),
+        "embed_dim": values.get("embed_dim"),
+        "parameters": None,
+        "tags": registry.tags(name),
+    }
+
+
+def _is_another(open_clip_name: str, ours: list[dict[str, Any]]) -> bool:
+    """Whether a configuration is of pictures and texts, and none that clip_exp builds itself."""
+    known = {document["open_clip_name"] for document in ours}
+    return open_clip_name.removesuffix(QUICK_GELU) not in known and "vision_cfg" in registry.configuration(
+        open_clip_name
+    )
+
+
+def _published(entry: registry.Entry, model: ModelConfig) -> dict[str, Any]:
+    return {
+        "tag": entry.tag,
+        "activation": str(of_entry(entry, model) or model.activation or "its own"),
+        "mean": entry.mean,
+        "std": entry.std,
+        "interpolation": str(entry.interpolation),
+        "resize_mode": str(entry.resize_mode),
+        "hub": None if entry.hub is None else "/".join(filter(None, (entry.hub, entry.hub_file))),
+        "url": entry.url,
+        "sha256": entry.sha256,
+    }
+
+
+@cache
+def _count(name: str) -> int:
+    """Parameters of one of our models, without the memory for them."""
+    import torch
+
+    from clip_exp.models.build import build_model
+
+    model = named_model(name)
+    has_bias = model.text.kind is TextTower.siglip
+    with torch.device("meta"):
+        built = build_model(model, init_logit_bias=0.0 if has_bias else None)
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)

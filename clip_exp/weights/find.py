@@ -1,0 +1,159 @@
+"""From what `pretrained` says to weights on this disk: a file, a folder, a run, a name on the hub, or a tag of open_clip's."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clip_exp.checkpoints import discovery
+from clip_exp.checkpoints.writer import MANIFEST, WEIGHTS
+from clip_exp.checkpoints.writer import sha256 as hash_of
+from clip_exp.config.load import nearest, read_run_config
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.weights import activation, registry
+from clip_exp.weights.describe import About, describe
+from clip_exp.weights.download import cache_folder, fetch
+from clip_exp.weights.formats import weight_files
+from clip_exp.weights.hub import HUB, fetch_repository, is_hub_name
+
+log = logging.getLogger(__name__)
+CONFIG = "config.yaml"
+FILE_ENDINGS = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
+
+LookUp = Callable[[str | None, str], registry.Entry | None]  # (open_clip's name of the architecture, tag)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Weights on this disk."""
+
+    path: Path  # a file, or a folder that `read_weights` reads
+    about: About
+    told: str  # what they are, for people and for `run.json`
+
+
+def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = registry.entry) -> Found:
+    """The weights that `pretrained` names, downloaded where they are not on this disk.
+
+    Tried in this order: a path that exists (a file; a run folder, of which the best checkpoint if it has a `monitor`, else the
+    last; a checkpoint; a folder as Hugging Face's or open_clip's `save_pretrained` write), `hf-hub:org/name[@revision]`, a
+    tag that open_clip's registry has for `model.open_clip_name`.
+
+    Args:
+        model: whose tags count; None where the weights must tell it themselves.
+        look_up: the registry.
+    Raises:
+        ConfigError: none of these; the nearest tag is named.
+        CheckpointError: the weights cannot be fetched, or are damaged.
+    """
+    path = Path(pretrained).expanduser()
+    listed = look_up(model.open_clip_name, pretrained) if model is not None else None
+    if path.is_file() or (path.is_dir() and (listed is None or _holds_weights(path))):
+        chosen = _in_folder(path) if path.is_dir() else path
+        return Found(chosen, describe(chosen), str(chosen))
+    if is_hub_name(pretrained):
+        folder = fetch_repository(pretrained.removeprefix(HUB))
+        return Found(folder, describe(folder), pretrained)
+    if listed is not None:
+        assert model is not None
+        return _published(listed, model)
+    raise ConfigError(_problem(pretrained, model))
+
+
+def check_pretrained(pretrained: str, model: ModelConfig | None, look_up: LookUp = registry.entry) -> list[str]:
+    """What can be seen to be wrong with `pretrained` before anything is fetched or read."""
+    if Path(pretrained).expanduser().exists() or is_hub_name(pretrained):
+        return []
+    listed = look_up(model.open_clip_name, pretrained) if model is not None else None
+    if model is None or listed is None:
+        return [_problem(pretrained, model)]
+    problem = activation.contradiction(model, activation.of_entry(listed, model), _told(listed))
+    return [problem] if problem else []
+
+
+def hash_weights(path: Path) -> str:
+    """SHA-256 of a file of weights; of weights in several files, that of the list of their hashes and names."""
+    files = weight_files(path)
+    if len(files) == 1:
+        return hash_of(files[0])
+    lines = "".join(f"{hash_of(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return bool(weight_files(_in_folder(folder)))
+    except CheckpointError:
+        return False
+
+
+def _in_folder(folder: Path) -> Path:
+    """The weights in a run folder or a checkpoint; any other folder is read as it is.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    if (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
+        run = read_run_config(folder)
+        return (discovery.best(folder) if run.monitor else discovery.latest(folder)) / WEIGHTS
+    if (folder / MANIFEST).is_file() and (folder / WEIGHTS).is_file():
+        if problem := discovery.damage(folder):
+            raise CheckpointError(f"{folder} is damaged: {problem}. Give an earlier checkpoint of the run.")
+        return folder / WEIGHTS
+    weight_files(folder)  # says what is missing
+    return folder
+
+
+def _published(listed: registry.Entry, model: ModelConfig) -> Found:
+    """Weights of the registry. What it says about them holds, since a file alone may not tell."""
+    path = _fetch(listed)
+    about = replace(
+        describe(path),
+        activation=activation.of_entry(listed, model),
+        mean=listed.mean,
+        std=listed.std,
+        interpolation=listed.interpolation,
+        resize_mode=listed.resize_mode,
+    )
+    return Found(path, about, _told(listed))
+
+
+def _fetch(listed: registry.Entry) -> Path:
+    """From the hub, where weights are safetensors mostly; from the address of old where the hub has them not."""
+    address = listed.url
+    if listed.hub is None or (address and (cache_folder() / Path(address).name).is_file()):
+        assert address is not None
+        return fetch(address, listed.sha256)
+    try:
+        return fetch_repository(listed.hub, listed.hub_file, kept_is_enough=True)
+    except CheckpointError as error:
+        if address is None:
+            raise
+        try:
+            return fetch(address, listed.sha256)
+        except CheckpointError as second:
+            raise CheckpointError(f"{error}\n{second}") from second
+
+
+def _told(listed: registry.Entry) -> str:
+    return f"{listed.tag} of open_clip's {listed.model}"
+
+
+def _problem(pretrained: str, model: ModelConfig | None) -> str:
+    looks_like_a_path = "/" in pretrained or Path(pretrained).suffix.lower() in FILE_ENDINGS
+    others = "a file, a folder (a run, a checkpoint, Hugging Face's or open_clip's), or hf-hub:org/name"
+    if pretrained.startswith(HUB):
+        return f"pretrained={pretrained} cannot be read: write hf-hub:org/name, or hf-hub:org/name@revision."
+    if looks_like_a_path or model is None:
+        return f"pretrained={pretrained} does not exist (looked in {Path.cwd()}). Give {others}."
+    tags = registry.tags(model.open_clip_name)
+    if not tags:
+        return (
+            f"pretrained={pretrained} does not exist, and model={model.name} has no published weights: give {others}."
+        )
+    return (
+        f"pretrained={pretrained} does not exist, and is no tag of model={model.name}: {nearest(registry.clean(pretrained), tags)} "
+        f"Or give {others}."
+    )

@@ -1,0 +1,65 @@
+"""What a model's configuration leaves to timm and to Hugging Face, written out: a run folder is then opened without asking them."""
+
+from dataclasses import replace
+
+from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, Interpolation, ModelConfig, TextTower
+
+
+def note_architecture(model: ModelConfig, pretrained: str | None = None) -> ModelConfig:
+    """A configuration that says by itself what its towers of other libraries are.
+
+    `text.architecture` is that of the Hugging Face encoder; mean, standard deviation and interpolation of pictures are those
+    of a timm backbone's own weights where these are used. Imports transformers or timm only where they are asked.
+
+    Args:
+        pretrained: weights of the whole model, in whose place the backbone's own are not used.
+
+    Raises:
+        ConfigError: the encoder's configuration cannot be had, or there is no such backbone.
+    """
+    text, image = model.text, model.image
+    if _has_encoder(model) and not text.architecture:
+        from clip_exp.models.huggingface import note_architecture as architecture_of
+
+        text = replace(text, architecture=architecture_of(text))
+    if pretrained is None and image.pretrained and (backbone := _backbone(model)):
+        image = _as_trained(image, backbone)
+    return replace(model, image=image, text=text)
+
+
+def has_own_weights(model: ModelConfig) -> bool:
+    """Whether the configuration asks for the weights of a tower's own library."""
+    image = model.image.pretrained and _backbone(model) is not None
+    return image or (model.text.pretrained and _has_encoder(model))
+
+
+def _has_encoder(model: ModelConfig) -> bool:
+    """Whether the text tower is an encoder of Hugging Face's."""
+    return model.text.kind in (TextTower.huggingface, TextTower.open_clip) and model.text.name is not None
+
+
+def _backbone(model: ModelConfig) -> str | None:
+    """The name of the image tower's backbone in timm."""
+    if model.image.kind is ImageTower.timm:
+        return model.image.name
+    if model.image.kind is ImageTower.open_clip:
+        from clip_exp.config.open_clip import open_clip_values
+
+        return open_clip_values(model.open_clip_name)["vision_cfg"].get("timm_model_name")
+    return None
+
+
+def _as_trained(image: ImageTowerConfig, backbone: str) -> ImageTowerConfig:
+    """With timm's preprocessing of the backbone where the configuration has none of its own."""
+    import timm
+
+    from clip_exp.models.timm_tower import known_backbone
+
+    trained = timm.get_pretrained_cfg(known_backbone(backbone))
+    interpolation = trained.interpolation if trained.interpolation in list(Interpolation) else Interpolation.bicubic
+    return replace(
+        image,
+        mean=image.mean or list(trained.mean),
+        std=image.std or list(trained.std),
+        interpolation=image.interpolation or Interpolation(interpolation),
+    )

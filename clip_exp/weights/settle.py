@@ -1,0 +1,81 @@
+"""What weights decide about their model: the nonlinearity that they were trained with, and what happened to the pictures before."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig
+from clip_exp.errors import ConfigError
+from clip_exp.weights.activation import contradiction, is_ours_to_choose, matters
+from clip_exp.weights.describe import About
+from clip_exp.weights.find import Found
+
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+
+
+def settle(model: ModelConfig, found: Found) -> ModelConfig:
+    """The configuration with what it leaves open filled in from the weights; what was decided is printed.
+
+    What pictures go through may be set to something else than in training; the nonlinearity may not.
+
+    Raises:
+        ConfigError: the configuration contradicts the weights in what their shapes do not tell.
+    """
+    if problems := list(_contradictions(model, found)):
+        raise ConfigError("\n".join(problems))
+    settled = replace(model, image=_filled(model.image, found.about))
+    if model.activation is not None:
+        return settled
+    trained = _activation_of(model, found)
+    if trained is not None and matters(model):
+        _tell(f"activation {trained}, as the weights {found.told}")
+        return replace(settled, activation=trained)
+    if is_ours_to_choose(model):
+        _tell(
+            f"activation gelu: {found.told} does not say which its training used. If that was quick_gelu, as in OpenAI's models "
+            "and their descendants, set model.activation=quick_gelu."
+        )
+        return replace(settled, activation=Activation.gelu)
+    return settled
+
+
+def as_settled(model: ModelConfig, earlier: ModelConfig) -> ModelConfig:
+    """The configuration with what it leaves open filled in as `earlier`, which was settled, has it."""
+    filled = {name: getattr(earlier.image, name) for name in PREPROCESSING if getattr(model.image, name) is None}
+    return replace(
+        model,
+        activation=model.activation or earlier.activation,
+        image=replace(model.image, **filled),
+        text=replace(model.text, architecture=model.text.architecture or earlier.text.architecture),
+    )
+
+
+def _contradictions(model: ModelConfig, found: Found) -> Iterator[str]:
+    if problem := contradiction(model, _activation_of(model, found), found.told):
+        yield problem
+    if found.about.model is None:
+        return
+    for tower in ("image", "text"):
+        ours, theirs = getattr(model, tower), getattr(found.about.model, tower)
+        if ours.kind == theirs.kind and None not in (ours.heads, theirs.heads) and ours.heads != theirs.heads:
+            yield f"model.{tower}.heads={ours.heads}, but {found.told} was trained with {theirs.heads}: choose the `model` that it is of."
+
+
+def _activation_of(model: ModelConfig, found: Found) -> Activation | None:
+    """What the weights say; a model whose configuration lies beside them has gelu unless that names another.
+
+    Of open_clip's configurations each has its own, which holds where nothing is said.
+    """
+    about = found.about
+    if about.activation or about.model is None or model.image.kind is ImageTower.open_clip:
+        return about.activation
+    return about.model.activation or Activation.gelu
+
+
+def _filled(image: ImageTowerConfig, about: About) -> ImageTowerConfig:
+    open_fields = [name for name in PREPROCESSING if getattr(image, name) is None]
+    return replace(image, **{name: getattr(about, name) for name in open_fields})
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

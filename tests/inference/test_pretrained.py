@@ -1,0 +1,157 @@
+"""A model by somebody's weights: in Python and by every command, settled by what the weights tell."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub.constants
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+import clip_exp
+from clip_exp.config.load import plain, read_evaluate_config
+from clip_exp.config.model_schema import Activation
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.inference.index import read_recipe
+from clip_exp.inference.sources import named_model
+from clip_exp.models.clip import CLIP
+from clip_exp.weights.find import hash_weights
+from tests.small_runs import write_picture
+from tests.weights.server import Served, serving
+from tests.weights.test_hub import publish
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP in a folder as transformers writes it, with quick_gelu and a mean of its own."""
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**text, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(
+        text_config={**text, "hidden_act": "quick_gelu", "eos_token_id": 49407},
+        vision_config={**vision, "hidden_act": "quick_gelu"},
+        projection_dim=24,
+    )
+    folder = tmp_path_factory.mktemp("theirs")
+    CLIPModel(config).eval().save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def picture() -> Image.Image:
+    """Of the size that the tower takes: libraries resize differently."""
+    return Image.effect_noise((32, 32), 80).convert("RGB")
+
+
+def test_a_folder_of_transformers_gives_the_features_that_transformers_gives(theirs: Path) -> None:
+    clip = clip_exp.load(theirs, accelerator="cpu")
+    model = CLIPModel.from_pretrained(theirs)
+    shown = picture()
+    pixels = CLIPImageProcessor.from_pretrained(theirs)(shown, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        image = model.get_image_features(pixels)
+        image = getattr(image, "pooler_output", image)
+    expected = torch.nn.functional.normalize(image, dim=1)
+    torch.testing.assert_close(clip.encode_image(shown), expected, atol=1e-5, rtol=0)
+
+
+def test_a_name_on_the_hub_is_a_model(theirs: Path, tmp_path: Path, monkeypatch) -> None:
+    with serving() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        server.files["/"] = Served(b"")
+        publish(server, {path.name: path.read_bytes() for path in theirs.iterdir()}, large=("model.safetensors",))
+        fetched, local = (clip_exp.load(name, accelerator="cpu") for name in ("hf-hub:org/clip", theirs))
+    shown = picture()
+    assert torch.equal(fetched.encode_image(shown), local.encode_image(shown))
+
+
+@pytest.mark.slow
+def test_openais_name_and_tag_are_openais_model(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Random weights lie where open_clip's registry says that OpenAI's are."""
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    state = {name: value.half() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    save_file(state, tmp_path / "made.safetensors")
+    with serving() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        server.files["/"] = Served(b"")
+        content = (tmp_path / "made.safetensors").read_bytes()
+        name = "timm/vit_base_patch32_clip_224.openai"
+        publish(server, {"open_clip_model.safetensors": content}, large=("open_clip_model.safetensors",), name=name)
+        clip = clip_exp.load("ViT-B/32", pretrained="openai", accelerator="cpu")
+    assert "activation quick_gelu, as the weights openai of open_clip's ViT-B-32" in capsys.readouterr().err
+    texts = ["a dog", "a very typical bus station"]
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.tokenize(texts), normalize=True)
+    torch.testing.assert_close(clip.encode_text(texts), expected, atol=1e-5, rtol=0)
+
+
+def test_a_file_that_names_its_model_needs_no_other_name(nano: CLIP, tmp_path: Path) -> None:
+    model = named_model("vit_nano")
+    path = tmp_path / "exported.safetensors"
+    save_file(nano.state_dict(), path, {"clip_exp.model": json.dumps(plain(model))})
+    clip = clip_exp.load(path, accelerator="cpu")
+    assert torch.equal(
+        clip.encode_text("a dog"), clip_exp.load("vit_nano", path, accelerator="cpu").encode_text("a dog")
+    )
+
+
+def test_the_activation_of_the_weights_cannot_be_overruled(theirs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.activation=gelu, but .* was trained with quick_gelu: leave it out"):
+        clip_exp.load(theirs, activation="gelu")
+    assert clip_exp.load(theirs, activation="quick_gelu", accelerator="cpu").config.activation is Activation.quick_gelu
+
+
+def test_what_does_not_load_gives_no_model(nano: CLIP, tmp_path: Path) -> None:
+    state = nano.state_dict()
+    del state["text.ln_final.bias"]
+    save_file(state, tmp_path / "cut.safetensors")
+    with pytest.raises(CheckpointError, match=r"text\.ln_final\.bias"):
+        clip_exp.load("vit_nano", tmp_path / "cut.safetensors", accelerator="cpu")
+    with pytest.raises(ConfigError, match="nothing tells which model"):
+        clip_exp.load(tmp_path / "cut.safetensors")
+
+
+def test_every_command_takes_a_folder_and_records_its_hash(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
+    for number in range(4):
+        write_picture(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
+    model = f"pretrained={theirs}"
+    probable = clip_exp_command("predict", model, "images=classes", "texts=[a dog,a cat]", "format=json")
+    assert probable.returncode == 0, probable.stderr
+    assert len(json.loads(probable.stdout)["pictures"]) == 4
+    assert "activation" not in probable.stderr, "nothing was left to decide"
+    made = clip_exp_command("search", model, "images=classes", "index=photos.index")
+    assert made.returncode == 0, made.stderr
+    assert read_recipe(tmp_path / "photos.index").weights_sha256 == hash_weights(theirs)
+    asked = clip_exp_command("search", "index=photos.index", "text=a dog", "format=json")
+    assert asked.returncode == 0, asked.stderr
+
+
+def test_an_evaluation_by_several_ranks_settles_the_model_once(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
+    for number in range(4):
+        write_picture(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
+    done = clip_exp_command(
+        "evaluate", f"pretrained={theirs}", "task=image_folder", "task.image_folder.root=classes", "devices=2"
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "outputs" / "evaluate").glob("*/*")
+    config = read_evaluate_config(folder)
+    assert config.model is not None
+    assert (config.model.activation, config.model.image.mean) == (Activation.quick_gelu, [0.5] * 3)
+    protocol = json.loads((folder / "eval" / "image_folder.json").read_text())["protocol"]
+    assert protocol["weights_sha256"] == hash_weights(theirs)
+    assert protocol["pretrained"] == str(theirs)
+
+
+def test_the_weights_are_looked_for_when_all_else_is_right(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
+    done = clip_exp_command("predict", "model=vit_b32", "pretrained=opnai", "images=absent", "texts=[a,b]")
+    assert done.returncode == 2
+    assert "did you mean 'openai'" in done.stderr
+    assert "absent" in done.stderr

@@ -1,0 +1,106 @@
+"""Weights between a fine-tuned run and its start: exact at both ends, and never taken for those of either."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clip_exp.api import evaluate
+from clip_exp.config.evaluation_schema import SubjectConfig
+from clip_exp.config.use_schema import ExportConfig
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.inference.index import Entries, read_recipe, recipe_of, write_index
+from clip_exp.inference.loading import load_model
+from clip_exp.inference.sources import find_source, named_model
+from clip_exp.models import CLIP, build_model
+from clip_exp.weights.find import hash_weights
+from tests.small_runs import write_run
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path / "start.safetensors"
+    save_file(build_model(named_model("vit_nano")).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, nano: CLIP, start: Path) -> Path:
+    """A run that started from `start`."""
+    folder = write_run(tmp_path / "tuned", nano)
+    record = {"pretrained": {"path": str(start), "sha256": hash_weights(start)}}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def mixture(run: Path, share: float) -> dict[str, torch.Tensor]:
+    return load_model(find_source(SubjectConfig(run=str(run), wise_ft=share))).state_dict()
+
+
+def test_nothing_of_the_run_is_its_start_and_all_of_it_the_run_to_the_bit(tuned: Path, start: Path, nano: CLIP) -> None:
+    for share, expected in ((0.0, load_file(start)), (1.0, nano.state_dict())):
+        found = mixture(tuned, share)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_half_of_the_run_is_the_mean_and_a_quarter_lies_between(tuned: Path, start: Path, nano: CLIP) -> None:
+    before, after = load_file(start), nano.state_dict()
+    half, quarter = mixture(tuned, 0.5), mixture(tuned, 0.25)
+    for name in after:
+        assert torch.equal(half[name], (before[name] + after[name]) / 2)
+        torch.testing.assert_close(quarter[name], torch.lerp(before[name], after[name], 0.25))
+
+
+def test_every_command_that_chooses_a_model_has_it(tuned: Path) -> None:
+    checkpoint = tuned / "checkpoints" / "step-000001"
+    mix = find_source(SubjectConfig(ckpt=str(checkpoint), wise_ft=0.5)).mix
+    assert mix is not None
+    assert mix == find_source(ExportConfig(run=str(tuned), wise_ft=0.5)).mix
+
+
+def test_features_of_different_shares_are_never_taken_for_each_other(tuned: Path, tmp_path: Path) -> None:
+    sources = [find_source(SubjectConfig(run=str(tuned), wise_ft=share)) for share in (None, 0.0, 0.5, 1.0)]
+    assert len({source.sha256() for source in sources}) == 4
+    # An index remembers its mixture, and opens with it.
+    recipe = recipe_of(sources[2], "32-true", 8)
+    one = torch.ones(1, dtype=torch.int64)
+    write_index(tmp_path / "some.index", recipe, Entries(["a.png"], one, one.clone(), torch.ones(1, 64)))
+    assert read_recipe(tmp_path / "some.index").source.mix == sources[2].mix
+    assert read_recipe(tmp_path / "some.index").source.sha256() == sources[2].sha256()
+
+
+def test_an_evaluation_says_what_was_mixed_and_leaves_the_run_its_own_scores(tuned: Path, tmp_path: Path) -> None:
+    common = (f"run={tuned}", "task=digits", f"output_dir={tmp_path}", "accelerator=cpu", "num_workers=0")
+    scores = [evaluate(*common, f"wise_ft={share}")["digits"] for share in (0.0, 0.5)]
+    assert [score["protocol"]["wise_ft"]["share"] for score in scores] == [0.0, 0.5]
+    assert scores[0]["metrics"] != scores[1]["metrics"]  # the cache kept both apart
+    assert not (tuned / "eval").exists()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_outside_0_to_1_is_refused(tuned: Path, share: float) -> None:
+    with pytest.raises(ConfigError, match=r"from 0 to 1"):
+        find_source(SubjectConfig(run=str(tuned), wise_ft=share))
+
+
+def test_a_run_from_random_weights_has_no_start(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"started from none"):
+        find_source(SubjectConfig(run=str(run_dir), wise_ft=0.5))
+
+
+def test_weights_that_are_no_run_have_no_start(start: Path) -> None:
+    with pytest.raises(ConfigError, match=r"wise_ft needs run=DIR"):
+        find_source(SubjectConfig(model=named_model("vit_nano"), pretrained=str(start), wise_ft=0.5))
+
+
+def test_a_start_that_is_gone_or_changed_is_refused(tuned: Path, start: Path, nano: CLIP) -> None:
+    save_file(nano.state_dict(), start)
+    with pytest.raises(CheckpointError, match=r"holds other weights now"):
+        find_source(SubjectConfig(run=str(tuned), wise_ft=0.5))
+    start.unlink()
+    with pytest.raises(CheckpointError, match=r"no longer there"):
+        find_source(SubjectConfig(run=str(tuned), wise_ft=0.5))

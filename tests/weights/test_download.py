@@ -1,0 +1,237 @@
+"""Downloads end with the right file under its name, or with nothing there and a message; against a local server."""
+
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.weights.download import PIECE, fetch
+from tests.conftest import REPOSITORY
+from tests.weights.server import Served, Server, serving
+
+CONTENT = bytes(range(256)) * 4000  # 1,024,000 bytes
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+OTHER = CONTENT[::-1]
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+
+
+def get(server: Server, folder: Path, sha256: str | None = SHA256, **options) -> Path:
+    return fetch(f"{server.url}/w.pt", sha256, folder, pause_s=0.01, **options)
+
+
+def test_a_file_is_fetched_once_and_checked_again_from_the_disk(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT)
+    path = get(server, tmp_path / "new")
+    assert path == tmp_path / "new" / "w.pt"
+    assert path.read_bytes() == CONTENT
+    assert get(server, tmp_path / "new", SHA256[:8]) == path
+    assert len(server.requests) == 1
+    path.write_bytes(OTHER)
+    with pytest.raises(CheckpointError, match=f"has sha256 {hashlib.sha256(OTHER).hexdigest()} instead of {SHA256}"):
+        get(server, tmp_path / "new")
+
+
+def test_only_the_rest_is_fetched_after_a_broken_connection(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT, cut=[4 * PIECE, 7 * PIECE + 9])
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.gets("/w.pt") == [None, f"bytes={4 * PIECE}-", f"bytes={11 * PIECE}-"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["w.pt"]
+
+
+def test_a_later_process_goes_on_from_what_an_earlier_one_left(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT, cut=[4 * PIECE], statuses=[])
+    script = (
+        "import sys; from pathlib import Path; import clip_exp.weights.download as d\n"
+        "d.ATTEMPTS = 0\n"  # the first broken connection ends it, as a kill would
+        f"d.fetch({server.url + '/w.pt'!r}, {SHA256!r}, Path({str(tmp_path)!r}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert "CheckpointError" in ended.stderr
+    assert not (tmp_path / "w.pt").exists()
+    assert (tmp_path / "w.pt.part").stat().st_size == 4 * PIECE
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.gets("/w.pt") == [None, f"bytes={4 * PIECE}-"]
+
+
+def test_a_part_that_was_whole_already_is_not_fetched_again(server, tmp_path) -> None:
+    (tmp_path / "w.pt.part").write_bytes(CONTENT)
+    (tmp_path / "w.pt.part.version").write_text('"1"')
+    server.files["/w.pt"] = Served(CONTENT)
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.gets("/w.pt") == [f"bytes={len(CONTENT)}-"]
+
+
+@pytest.mark.parametrize(
+    "served", [Served(CONTENT, etag='"2"'), Served(CONTENT, ranges=False)], ids=["changed", "no ranges"]
+)
+def test_a_part_of_another_version_and_a_server_without_ranges_start_over(server, tmp_path, served) -> None:
+    (tmp_path / "w.pt.part").write_bytes(OTHER[:300_000])
+    (tmp_path / "w.pt.part.version").write_text('"1"')
+    server.files["/w.pt"] = served
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.gets("/w.pt") == ["bytes=300000-"]
+
+
+def test_a_weak_tag_is_no_version_but_a_date_is(server, tmp_path) -> None:
+    served = Served(CONTENT, etag='W/"1"', cut=[4 * PIECE], headers={"Last-Modified": "Tue, 01 Nov 2022 10:00:00 GMT"})
+    server.files["/w.pt"] = served
+    assert get(server, tmp_path).read_bytes() == CONTENT  # the server compares tags alone, so it sends all of it
+    assert server.gets("/w.pt") == [None, f"bytes={4 * PIECE}-"]
+    served.cut, served.headers = [4 * PIECE], {}
+    (tmp_path / "w.pt").unlink()
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.gets("/w.pt")[2:] == [None, None], "what tells no version is not gone on from"
+
+
+@pytest.mark.parametrize("known", [SHA256, SHA256[:8]], ids=["whole", "first digits"])
+def test_damaged_bytes_are_refused_with_both_sums_and_nothing_is_left(server, tmp_path, known) -> None:
+    server.files["/w.pt"] = Served(OTHER)
+    with pytest.raises(CheckpointError) as caught:
+        get(server, tmp_path, known)
+    assert hashlib.sha256(OTHER).hexdigest() in str(caught.value)
+    assert known in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    server.files["/w.pt"] = Served(CONTENT)
+    assert get(server, tmp_path, known).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("variable", ["CLIP_EXP_OFFLINE", "HF_HUB_OFFLINE"])
+def test_offline_only_what_is_on_disk_is_used(server, tmp_path, monkeypatch, variable) -> None:
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("CLIP_EXP_CACHE", str(tmp_path))
+    server.files["/w.pt"] = Served(CONTENT)
+    with pytest.raises(CheckpointError) as caught:
+        fetch(f"{server.url}/w.pt", SHA256)
+    assert f"{tmp_path}/w.pt is not there" in str(caught.value)
+    assert "by hand" in str(caught.value)
+    (tmp_path / "w.pt").write_bytes(CONTENT)
+    assert fetch(f"{server.url}/w.pt", SHA256) == tmp_path / "w.pt"
+    assert server.requests == []
+
+
+def test_a_server_that_is_gone_or_has_no_such_file_is_told_at_the_end(server, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"the server answered 404 Not Found.*pretrained=FILE"):
+        get(server, tmp_path)
+    assert len(server.requests) == 1, "asking again would not help"
+    with serving() as other:
+        gone = other.url
+    with pytest.raises(CheckpointError, match=r"connection refused, 5 times in a row.*by hand"):
+        fetch(f"{gone}/w.pt", SHA256, tmp_path, pause_s=0.01)
+
+
+def test_a_busy_server_is_asked_again(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT, statuses=[503, 429])
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    server.files["/w.pt"] = Served(CONTENT, statuses=[503] * 9)
+    (tmp_path / "w.pt").unlink()
+    with pytest.raises(CheckpointError, match="the server answered 503"):
+        get(server, tmp_path)
+
+
+def test_a_connection_that_always_breaks_goes_on_while_it_brings_something(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT, cut=[PIECE] * 10)
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert len(server.requests) == 11
+
+
+def test_a_full_disk_is_told_and_what_came_is_kept(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"w\.pt cannot be written: .* Make room there, or set CLIP_EXP_CACHE"
+        ):
+            get(server, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "w.pt").exists()
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.gets("/w.pt")[1] is not None
+
+
+def test_a_folder_that_cannot_be_made_is_told(server, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        get(server, tmp_path / "file" / "folder")
+
+
+def test_without_a_checksum_only_https_is_fetched_from(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT)
+    with pytest.raises(ConfigError, match="without a checksum only https is safe"):
+        get(server, tmp_path, None)
+    assert server.requests == []
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from clip_exp.weights.download import PIECE, fetch
+print(fetch(sys.argv[1], sys.argv[2], Path(sys.argv[3]), wait_s=float(sys.argv[4])))
+"""
+
+
+def start(server: Server, folder: Path, wait_s: float = 30) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", FETCH, f"{server.url}/w.pt", SHA256, str(folder), str(wait_s)]
+    return subprocess.Popen(
+        arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+
+
+def until(condition, timeout_s: float = 30) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_of_two_processes_one_downloads_and_the_other_waits(server, tmp_path) -> None:
+    hold = threading.Event()
+    server.files["/w.pt"] = Served(CONTENT, hold=hold)
+    one = start(server, tmp_path)
+    until(lambda: server.requests)
+    two = start(server, tmp_path)
+    assert two.stderr is not None
+    assert "waiting for another process that downloads" in two.stderr.readline()
+    hold.set()
+    for process in (one, two):
+        out, _ = process.communicate(timeout=60)
+        assert out.strip() == str(tmp_path / "w.pt")
+    assert server.gets("/w.pt") == [None]
+
+
+def test_waiting_ends_after_its_limit_and_names_the_file(server, tmp_path) -> None:
+    hold = threading.Event()
+    server.files["/w.pt"] = Served(CONTENT, hold=hold)
+    one = start(server, tmp_path)
+    until(lambda: server.requests)
+    with pytest.raises(CheckpointError, match=r"waited 0\.2 s for another process that downloads .*w\.pt"):
+        get(server, tmp_path, wait_s=0.2)
+    hold.set()
+    assert one.communicate(timeout=60)[0].strip() == str(tmp_path / "w.pt")
+
+
+def test_a_killed_process_leaves_no_lock_and_its_part_is_gone_on_from(server, tmp_path) -> None:
+    hold = threading.Event()
+    server.files["/w.pt"] = Served(CONTENT, hold=hold)
+    one = start(server, tmp_path)
+    part = tmp_path / "w.pt.part"
+    until(lambda: server.requests)
+    one.kill()
+    one.communicate(timeout=60)
+    hold.set()
+    server.files["/w.pt"] = Served(CONTENT)
+    assert get(server, tmp_path, wait_s=5).read_bytes() == CONTENT
+    assert not part.exists()

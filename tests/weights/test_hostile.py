@@ -1,0 +1,175 @@
+"""No file of weights runs code: every pickle that would is refused with one message, in whatever file it comes."""
+
+import argparse
+import builtins
+import contextlib
+import functools
+import importlib
+import json
+import os
+import pickle
+import runpy
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+import torch
+
+from clip_exp.errors import CheckpointError
+from clip_exp.weights import read_weights
+from clip_exp.weights.describe import describe
+from tests.weights.published import pickled, write_archive
+
+CANARY = Path("canary")  # in the test's own folder
+
+
+class Call:
+    """Pickled as a call of `function`."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+class Sets:
+    """Runs code when its state is set."""
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"a": 1}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        CANARY.touch()
+
+
+class Makes(dict):  # type: ignore[type-arg]
+    """Runs code when an entry is set."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        CANARY.touch()
+
+
+class Tensorlike(torch.Tensor):
+    """Runs code when it is rebuilt."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return CANARY.touch, ()
+
+
+TOUCH, PYTHON = "touch canary", "open('canary', 'w').close()"
+INNER = pickle.dumps(Call(os.system, TOUCH))
+
+HOSTILE: dict[str, Callable[[], Any]] = {
+    "os.system": lambda: Call(os.system, TOUCH),
+    "builtins.eval": lambda: Call(builtins.eval, PYTHON),
+    "builtins.exec": lambda: Call(builtins.exec, PYTHON),
+    "builtins.__import__": lambda: Call(builtins.__import__, "this"),
+    "builtins.getattr": lambda: Call(builtins.getattr, Call(importlib.import_module, "os"), "system"),
+    "subprocess": lambda: Call(subprocess.check_call, ["touch", "canary"]),
+    "runpy": lambda: Call(runpy.run_path, "program.py"),
+    "pathlib": lambda: Call(Path.touch, CANARY),
+    "functools.partial": lambda: Call(functools.partial(os.system, TOUCH)),
+    "functools.reduce": lambda: Call(functools.reduce, os.system, [TOUCH, TOUCH]),
+    "a pickle in torch's storage": lambda: Call(torch.storage._load_from_bytes, INNER),
+    "a pickle in a pickle": lambda: Call(pickle.loads, INNER),
+    "torch.load": lambda: Call(functools.partial(torch.load, weights_only=False), "inner.pt"),
+    "torch.hub": lambda: Call(torch.hub.load, ".", "model", "local"),
+    "numpy.load": lambda: Call(functools.partial(np.load, allow_pickle=True), "inner.npy"),
+    "an array of objects": lambda: np.array([Call(os.system, TOUCH)], dtype=object),
+    "nested": lambda: {"state_dict": {"module.visual.conv1.weight": [torch.ones(1), {"a": (Call(os.system, TOUCH),)}]}},
+    "beside weights": lambda: {"state_dict": {"logit_scale": torch.ones(1)}, "optimizer": Call(os.system, TOUCH)},
+    "__setstate__": Sets,
+    "a dictionary of its own": lambda: Makes(a=torch.ones(1)),
+    "a tensor of its own": lambda: torch.ones(2).as_subclass(Tensorlike),
+    "a module": lambda: torch.nn.Linear(2, 2),
+    "a namespace": lambda: {"args": argparse.Namespace(lr=1), "state_dict": {"logit_scale": torch.ones(1)}},
+}  # fmt: skip
+
+
+def as_zip(content: Any, path: Path) -> None:
+    torch.save(content, path)
+
+
+def as_legacy(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def as_pickle(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=4))
+
+
+def as_joblib(content: Any, path: Path) -> None:
+    joblib.dump(content, path)
+
+
+def as_torchscript(content: Any, path: Path) -> None:
+    write_archive(path, pickled(content), {"code/__torch__.py": b"import os\nos.system('touch canary')\n"})
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.py").write_text(PYTHON)
+    (tmp_path / "hubconf.py").write_text(PYTHON)
+    (tmp_path / "inner.pt").write_bytes(INNER)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:.*pickle:UserWarning")
+@pytest.mark.parametrize("save", [as_zip, as_legacy, as_pickle, as_joblib, as_torchscript])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_pickle_with_code_is_refused_and_not_run(name: str, save: Callable[[Any, Path], None], folder: Path) -> None:
+    path = folder / "pytorch_model.bin"
+    save(HOSTILE[name](), path)
+    CANARY.unlink(missing_ok=True)
+    with pytest.raises(CheckpointError) as caught:
+        read_weights(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    describe(path)
+    assert not CANARY.exists()
+
+
+def test_the_corpus_would_run_code(folder: Path) -> None:
+    """Without the refusal most of it does, so the test above tests something."""
+    ran = []
+    for name, make in HOSTILE.items():
+        as_pickle(make(), folder / "a.pkl")
+        CANARY.unlink(missing_ok=True)
+        with contextlib.suppress(Exception):  # whatever the code leads to
+            pickle.loads((folder / "a.pkl").read_bytes())
+        ran += [name] * CANARY.exists()
+    assert len(ran) >= 13, ran
+
+
+@pytest.mark.parametrize("save", [as_zip, as_legacy, as_torchscript])
+def test_the_refused_name_is_told(save: Callable[[Any, Path], None], folder: Path) -> None:
+    path = folder / "model.pt"
+    save({"a": Call(runpy.run_path, "program.py")}, path)
+    with pytest.raises(CheckpointError, match=r"model\.pt: refused, because its pickle asks for runpy\.run_path"):
+        read_weights(path)
+
+
+def test_a_pickle_that_is_called_safetensors_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    as_zip(Call(os.system, TOUCH), path)
+    with pytest.raises(CheckpointError, match="refused"):
+        read_weights(path)
+    as_pickle(Call(os.system, TOUCH), path)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        read_weights(path)
+    assert not CANARY.exists()
+
+
+def test_parts_of_a_model_are_read_in_its_folder_only(folder: Path) -> None:
+    index = folder / "model" / "pytorch_model.bin.index.json"
+    index.parent.mkdir()
+    for outside in ("../inner.pt", str(folder / "inner.pt"), ".."):
+        index.write_text(json.dumps({"weight_map": {"logit_scale": outside}}))
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            read_weights(index.parent)

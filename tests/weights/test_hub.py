@@ -1,0 +1,141 @@
+"""The hub, as a local server that speaks the few words of it that are needed."""
+
+import hashlib
+import json
+
+import huggingface_hub.constants
+import pytest
+
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.weights.hub import fetch_repository, is_hub_name
+from tests.weights.server import Served, Server, serving
+
+COMMIT = "a" * 40
+NAME = "org/clip"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with serving() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        server.files["/"] = Served(b"")
+        yield server
+
+
+def publish(hub: Server, files: dict[str, bytes], large: tuple[str, ...] = (), name: str = NAME) -> None:
+    """Put a repository on the hub.
+
+    Args:
+        large: files that lie in its large storage, under their hash.
+    """
+    listed = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+    for path in (f"/api/models/{name}", f"/api/models/{name}/revision/main", f"/api/models/{name}/revision/v2"):
+        hub.files[path] = Served(json.dumps(listed).encode(), headers={"Content-Type": "application/json"})
+    for file, content in files.items():
+        hash_of = hashlib.sha256 if file in large else hashlib.sha1
+        about = {"X-Repo-Commit": COMMIT}
+        for revision in ("main", "v2", COMMIT):
+            hub.files[f"/{name}/resolve/{revision}/{file}"] = Served(
+                content, etag=f'"{hash_of(content).hexdigest()}"', headers=about
+            )
+
+
+def fetched(hub: Server) -> list[str]:
+    """The files that were downloaded, in their order."""
+    return [
+        request.path.rpartition("/")[2]
+        for request in hub.requests
+        if request.method == "GET" and "/resolve/" in request.path
+    ]
+
+
+def test_safetensors_are_preferred_and_the_configuration_lies_beside_them(hub) -> None:
+    files = {name: name.encode() for name in ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "README.md")}  # fmt: skip
+    publish(hub, files, large=("open_clip_model.safetensors",))
+    folder = fetch_repository(NAME)
+    assert sorted(path.name for path in folder.iterdir()) == ["open_clip_config.json", "open_clip_model.safetensors"]
+    assert (folder / "open_clip_model.safetensors").read_bytes() == b"open_clip_model.safetensors"
+    assert fetch_repository(NAME) == folder
+    assert len(fetched(hub)) == 2, "what is kept is not fetched again"
+
+
+def test_a_repository_of_transformers_in_parts_comes_with_all_of_them(hub) -> None:
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
+    files = {"config.json": b"{}", "preprocessor_config.json": b"{}", "model.safetensors.index.json": index}
+    publish(hub, files | {"model-1.safetensors": b"1", "model-2.safetensors": b"2", "pytorch_model.bin": b"old"})
+    folder = fetch_repository(f"{NAME}@v2")
+    assert {path.name for path in folder.iterdir()} == {*files, "model-1.safetensors", "model-2.safetensors"}
+
+
+def test_a_named_file_is_taken_as_safetensors_where_there_are_any(hub) -> None:
+    publish(hub, {"pytorch_model.bin": b"old", "pytorch_model.safetensors": b"new"})
+    assert fetch_repository(NAME, "pytorch_model.bin").read_bytes() == b"new"
+    publish(hub, {"pytorch_model.bin": b"old"}, name="org/other")
+    assert fetch_repository("org/other", "pytorch_model.bin").read_bytes() == b"old"
+
+
+def test_offline_or_when_the_hub_is_gone_what_is_on_disk_is_used(hub, monkeypatch, caplog) -> None:
+    publish(hub, {"model.safetensors": b"1", "config.json": b"{}"})
+    with monkeypatch.context() as patch:
+        patch.setenv("CLIP_EXP_OFFLINE", "1")
+        with pytest.raises(CheckpointError, match=r"hf-hub:org/clip is not on this disk.*pretrained=DIR"):
+            fetch_repository(NAME)
+        assert hub.requests == []
+    folder = fetch_repository(NAME)
+    count = len(hub.requests)
+    with monkeypatch.context() as patch:
+        patch.setenv("CLIP_EXP_OFFLINE", "1")
+        assert fetch_repository(NAME) == folder
+    assert fetch_repository(NAME, kept_is_enough=True) == folder
+    assert len(hub.requests) == count
+    with serving() as other:
+        gone = other.url
+    monkeypatch.setenv("HF_ENDPOINT", gone)
+    assert fetch_repository(NAME) == folder
+    assert "is not reached" in caplog.text
+    with pytest.raises(CheckpointError, match="is not reached"):
+        fetch_repository("org/never-seen")
+
+
+def test_damaged_large_files_are_refused_with_both_sums_and_removed(hub) -> None:
+    publish(hub, {"model.safetensors": b"good", "config.json": b"{}"}, large=("model.safetensors",))
+    for revision in ("main", COMMIT):
+        hub.files[f"/{NAME}/resolve/{revision}/model.safetensors"].content = b"evil"
+    with pytest.raises(CheckpointError) as caught:
+        fetch_repository(NAME)
+    for content in (b"good", b"evil"):
+        assert hashlib.sha256(content).hexdigest() in str(caught.value)
+    publish(hub, {"model.safetensors": b"good", "config.json": b"{}"}, large=("model.safetensors",))
+    assert (fetch_repository(NAME) / "model.safetensors").read_bytes() == b"good"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        ("RepoNotFound", 401, "no such repository, or it is private"),
+        ("GatedRepo", 403, "only to those who have accepted its conditions"),
+        ("RevisionNotFound", 404, "no such revision"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(hub, code: str, status: int, message: str) -> None:
+    publish(hub, {"model.safetensors": b"1"})
+    hub.files[f"/api/models/{NAME}"] = Served(b"", statuses=[status] * 9, headers={"X-Error-Code": code})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        fetch_repository(NAME)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_repository_without_weights_says_what_it_has(hub) -> None:
+    publish(hub, {"README.md": b"", "flax_model.msgpack": b""})
+    with pytest.raises(
+        CheckpointError, match=r"needs one of open_clip_model\.safetensors.* has README\.md, flax_model\.msgpack"
+    ):
+        fetch_repository(NAME)
+
+
+def test_names_are_org_and_name() -> None:
+    assert all(map(is_hub_name, ("hf-hub:laion/CLIP-ViT-B-32", "hf-hub:a/b@v1.0", "hf-hub:a/b@refs/pr/1")))
+    assert not any(map(is_hub_name, ("laion/CLIP", "hf-hub:laion", "hf-hub:a/b/c", "hf-hub:../b")))
+    with pytest.raises(ConfigError, match="write hf-hub:org/name"):
+        fetch_repository("laion")

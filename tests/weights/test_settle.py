@@ -1,0 +1,100 @@
+"""What weights say about their model is filled in where the user left it open, and refused where the user says otherwise."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clip_exp.config.model_schema import Activation, Interpolation, ModelConfig, ResizeMode
+from clip_exp.errors import ConfigError
+from clip_exp.inference.sources import named_model
+from clip_exp.weights import registry
+from clip_exp.weights.activation import of_entry
+from clip_exp.weights.describe import About
+from clip_exp.weights.find import Found
+from clip_exp.weights.settle import as_settled, settle
+
+
+def found(**about) -> Found:
+    return Found(Path("w.pt"), About("file", **about), "w.pt")
+
+
+MODEL = named_model("vit_nano")
+
+
+@pytest.mark.parametrize("trained", list(Activation))
+def test_the_activation_is_that_of_the_weights(trained: Activation, capsys) -> None:
+    assert settle(MODEL, found(activation=trained)).activation is trained
+    assert f"activation {trained}, as the weights w.pt" in capsys.readouterr().err
+    assert settle(replace(MODEL, activation=trained), found(activation=trained)).activation is trained
+    assert capsys.readouterr().err == "", "nothing was decided"
+
+
+def test_a_setting_that_the_weights_contradict_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ConfigError) as caught:
+        settle(replace(MODEL, activation=Activation.gelu), found(activation=Activation.quick_gelu))
+    assert "model.activation=gelu, but w.pt was trained with quick_gelu: leave it out" in str(caught.value)
+
+
+def test_weights_that_do_not_tell_are_taken_for_gelu_and_that_is_said(capsys) -> None:
+    assert settle(MODEL, found()).activation is Activation.gelu
+    said = capsys.readouterr().err
+    assert "w.pt does not say" in said
+    assert "set model.activation=quick_gelu" in said
+    assert settle(replace(MODEL, activation=Activation.quick_gelu), found()).activation is Activation.quick_gelu
+    assert capsys.readouterr().err == ""
+
+
+def test_a_configuration_beside_the_weights_means_gelu_where_it_names_no_other(capsys) -> None:
+    assert settle(MODEL, found(model=MODEL)).activation is Activation.gelu
+    assert "as the weights" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="was trained with gelu"):
+        settle(replace(MODEL, activation=Activation.quick_gelu), found(model=MODEL))
+
+
+def test_pictures_go_through_what_they_did_in_training_unless_the_user_says_otherwise() -> None:
+    about = {
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": Interpolation.bilinear,
+        "resize_mode": ResizeMode.squash,
+    }
+    weights = found(activation=Activation.gelu, **about)
+    settled = settle(MODEL, weights).image
+    assert {name: getattr(settled, name) for name in about} == about
+    own = replace(MODEL, image=replace(MODEL.image, mean=[0.1] * 3, resize_mode=ResizeMode.shortest))
+    settled = settle(own, weights).image
+    assert (settled.mean, settled.resize_mode) == ([0.1] * 3, ResizeMode.shortest)
+    assert (settled.std, settled.interpolation) == ([0.25] * 3, Interpolation.bilinear)
+
+
+def test_heads_that_shapes_do_not_tell_are_compared() -> None:
+    theirs = replace(MODEL, image=replace(MODEL.image, heads=1))
+    with pytest.raises(ConfigError, match=r"model\.image\.heads=2, but w\.pt was trained with 1"):
+        settle(MODEL, found(model=theirs, activation=Activation.gelu))
+
+
+def test_open_clips_architectures_have_their_own_activation_unless_the_weights_have_another(capsys) -> None:
+    model = named_model("coca_ViT-B-32")
+    assert settle(model, found()).activation is None
+    assert settle(model, found(model=model)).activation is None
+    assert capsys.readouterr().err == ""
+    assert settle(model, found(activation=Activation.quick_gelu)).activation is Activation.quick_gelu
+
+
+def test_a_mark_of_the_registry_is_quick_gelu_and_none_is_gelu_but_for_other_architectures() -> None:
+    marked, plain = (registry.entry("ViT-B-32", tag) for tag in ("openai", "laion2b_s34b_b79k"))
+    assert marked is not None
+    assert plain is not None
+    assert (of_entry(marked, MODEL), of_entry(plain, MODEL)) == (Activation.quick_gelu, Activation.gelu)
+    assert of_entry(plain, replace(MODEL, activation=Activation.gelu_tanh)) is None
+    other = named_model("coca_ViT-B-32")
+    assert (of_entry(marked, other), of_entry(plain, other)) == (Activation.quick_gelu, None)
+    assert of_entry(plain, replace(other, activation=Activation.quick_gelu)) is Activation.gelu, "which contradicts it"
+
+
+def test_a_run_that_goes_on_takes_up_what_was_settled_and_keeps_what_is_set() -> None:
+    earlier: ModelConfig = settle(MODEL, found(activation=Activation.quick_gelu, mean=[0.5] * 3))
+    assert as_settled(MODEL, earlier) == earlier
+    own = replace(MODEL, activation=Activation.gelu)
+    assert as_settled(own, earlier).activation is Activation.gelu
