@@ -35,7 +35,7 @@ def atomic_folder(target: Path, metadata: dict[str, Any]) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         _seal(temporary, metadata)
-        _replace(temporary, target)
+        put_in_place(temporary, target)
     except OSError as error:
         raise CheckpointError(
             f"cannot write the checkpoint {target}: {error.strerror or error}. Earlier checkpoints are untouched; make room and run again."
@@ -46,6 +46,7 @@ def atomic_folder(target: Path, metadata: dict[str, Any]) -> Iterator[Path]:
 
 def _seal(folder: Path, metadata: dict[str, Any]) -> None:
     files = {}
+    let_others_read(folder)
     for path in sorted(folder.iterdir()):
         _sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -55,7 +56,15 @@ def _seal(folder: Path, metadata: dict[str, Any]) -> None:
     _sync(folder)
 
 
-def _replace(temporary: Path, target: Path) -> None:
+def let_others_read(folder: Path) -> None:
+    """Give the files of a folder the permissions that new ones have here: safetensors keeps its own for their owner."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Make a finished folder be `target`, in the place of one that is there."""
     if target.exists():
         old = target.with_name(f"{TEMPORARY}old-{target.name}-{os.getpid()}")
         target.rename(old)

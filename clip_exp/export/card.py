@@ -1,0 +1,106 @@
+"""The model card: what a model is, what it was made from, how it scored, and how to load it."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from clip_exp import __version__
+from clip_exp.config.model_schema import Activation, ModelConfig, ResizeMode
+from clip_exp.config.use_schema import ExportFormat
+from clip_exp.data.transforms import preprocessing_of
+from clip_exp.export.folder import CARD
+from clip_exp.export.history import history_of
+from clip_exp.export.onnx import any_length
+from clip_exp.export.tokenizer_files import uses_openai
+from clip_exp.inference.sources import Source
+from clip_exp.models.clip import CLIP
+from clip_exp.reports.page import number
+from clip_exp.runs import write_text
+
+LIBRARIES = {  # that load a format, by their names on the hub
+    ExportFormat.open_clip: "open_clip",
+    ExportFormat.huggingface: "transformers",
+    ExportFormat.safetensors: "clip_exp",
+    ExportFormat.onnx: "onnx",
+}
+
+
+def write_card(
+    folder: Path, name: str, chosen: ExportFormat, model: CLIP, config: ModelConfig, source: Source | None
+) -> None:
+    """Write `README.md`.
+
+    Args:
+        name: of the folder when it is finished, which the commands on the card name.
+        source: None: nothing is known of the weights' origin.
+    """
+    length = config.text.context_length
+    text = _environment().get_template("card.md").render(
+        format=chosen.value,
+        library=LIBRARIES[chosen],
+        folder=name,
+        title=source.run.name if source and source.run else config.name,
+        family="Siglip" if config.image.kind == "siglip" else "CLIP",
+        version=__version__,
+        model=config,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        facts=_facts(model, config),
+        bias=None if model.logit_bias is None else model.logit_bias.item(),
+        size=config.image.image_size,
+        resize_mode=preprocessing_of(config.image).resize_mode.value,
+        text_length=f"up to {length}" if any_length(model, config) else length,
+        history=history_of(source),
+    )  # fmt: skip
+    write_text(folder / CARD, text)
+
+
+def _facts(model: CLIP, config: ModelConfig) -> dict[str, Any]:
+    """What the model takes in and gives."""
+    size, mean, std, interpolation, resize_mode = preprocessing_of(config.image)
+    squash = resize_mode is ResizeMode.squash
+    tokenizer = "OpenAI's byte-pair encoding" if uses_openai(config.text) else "in this folder"
+    return {
+        "image tower": _tower(config.image),
+        "text tower": _tower(config.text),
+        "shared space": f"{config.embed_dim} channels; features are compared with unit norm",
+        "activation": (config.activation or Activation.gelu).value,
+        "pictures": f"RGB, {'both sides' if squash else 'shorter side'} resized to {size} ({interpolation})"
+        + ("" if squash else f", center crop of {size} x {size}"),
+        "mean of pixels in 0..1": ", ".join(map(str, mean)),
+        "standard deviation": ", ".join(map(str, std)),
+        "texts": f"at most {config.text.context_length} tokens; tokenizer: {tokenizer}",
+        "logit scale": number(round(model.logit_scale.exp().item(), 4)),
+        **({} if model.logit_bias is None else {"logit bias": number(round(model.logit_bias.item(), 4))}),
+    }
+
+
+def _tower(tower: Any) -> str:
+    parts = [str(tower.kind), Path(tower.name).name if tower.name else None]
+    numbers = ("patch_size", "width", "layers", "stages", "heads")
+    values = [(name, getattr(tower, name, None)) for name in numbers]
+    parts += [f"{name} {value}" for name, value in values if value is not None]
+    return ", ".join(part for part in parts if part)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("clip_exp.export"),
+        autoescape=False,  # Markdown; what is filled in passes `plain`
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(plain=plain, number=number)
+    return environment
+
+
+def plain(value: Any) -> str:
+    """Text that Markdown and HTML take as it is, also in a table."""
+    text = " ".join(str(value).split())
+    for character in "\\`*[]<>|":
+        text = text.replace(character, {"<": "&lt;", ">": "&gt;"}.get(character, f"\\{character}"))
+    return text

@@ -1,0 +1,53 @@
+"""`clip-exp export`: a folder that another library loads the model from."""
+
+import sys
+from pathlib import Path
+
+from clip_exp.config.use_schema import ExportConfig
+from clip_exp.errors import PREEMPTED_EXIT_CODE
+from clip_exp.export.folder import check_target
+from clip_exp.export.formats import problems_of
+from clip_exp.inference.inputs import Problems
+from clip_exp.inference.sources import Source, check_source, find_source
+
+
+def export(config: ExportConfig) -> int:
+    """Write the folder; return the exit code.
+
+    Raises:
+        ClipExpError: everything that is wrong with paths and names, before the model is loaded; later weights that do
+            not fit, or a folder that cannot be written.
+    """
+    source = check(config)
+    assert config.output is not None
+    from clip_exp.export.write import write_export
+    from clip_exp.inference.loading import load_model
+    from clip_exp.ranks.signals import Stopped, stop_on_signals
+
+    try:
+        with stop_on_signals():
+            model = load_model(source)
+            done = write_export(model, source.model, source, config.output, config.format, config.overwrite)
+    except Stopped as stopped:
+        print(f"{stopped} Nothing was written.", file=sys.stderr, flush=True)
+        return PREEMPTED_EXIT_CODE
+    print(f"written: {Path(config.output)} ({config.format}, {done.size / 1e6:,.1f} MB)")
+    print(f"checked: read back, its features of unit norm differ from the model's by at most {done.difference:.1e}")
+    return 0
+
+
+def check(config: ExportConfig) -> Source:
+    """Find the model and see that it can be written, without torch.
+
+    Raises:
+        ClipExpError: of the class of the gravest problem, with a line for every problem.
+    """
+    problems, source = Problems(), None
+    with problems:
+        check_target(config.output, config.overwrite)
+    with problems:
+        source = check_source(config)
+        model = source.model if source else config.model
+        problems.add(*(problems_of(config.format, model) if model else []))
+    problems.tell()
+    return source or find_source(config)

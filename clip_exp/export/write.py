@@ -1,0 +1,51 @@
+"""Writing an export: weights and what belongs to them, checked, with a model card, all of it or nothing."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.use_schema import ExportFormat
+from clip_exp.errors import ConfigError
+from clip_exp.export.card import write_card
+from clip_exp.export.compare import TOLERANCE, TOLERANCE_ONNX, require_same
+from clip_exp.export.folder import check_target, whole_folder
+from clip_exp.export.formats import FORMATS, problems_of
+from clip_exp.inference.sources import Source
+from clip_exp.models.clip import CLIP
+
+
+class Written(NamedTuple):
+    folder: Path
+    size: int  # bytes
+    difference: float  # the largest of a feature of unit norm, between the model and what was read back
+
+
+def write_export(
+    model: CLIP,
+    config: ModelConfig,
+    source: Source | None,
+    output: str | Path,
+    chosen: ExportFormat = ExportFormat.open_clip,
+    overwrite: bool = False,
+) -> Written:
+    """Write a model's folder; it appears when all is in it and gives the model's features.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        source: where the weights are from, for the card.
+        output: the folder.
+
+    Raises:
+        ConfigError: the format cannot hold the model, or the folder has something in it.
+        CheckpointError: the folder cannot be written, or what was written differs.
+    """
+    if problems := problems_of(chosen, config):
+        raise ConfigError("\n".join(problems))
+    target = check_target(output, overwrite)
+    writer = FORMATS[chosen]
+    tolerance = TOLERANCE_ONNX if chosen is ExportFormat.onnx else TOLERANCE
+    with whole_folder(target) as folder:
+        writer.write(folder, model, config)
+        found = require_same(model, writer.read(folder, config), config, tolerance)
+        write_card(folder, target.name, chosen, model, config, source)
+    return Written(target, sum(path.stat().st_size for path in target.rglob("*") if path.is_file()), found)

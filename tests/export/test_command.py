@@ -1,0 +1,148 @@
+"""`clip-exp export` as a user runs it, and the folder that it writes whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clip_exp
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.export import open_clip as open_clip_format
+from clip_exp.export import write as writing
+from clip_exp.export.folder import whole_folder
+from clip_exp.inference.clip import Clip
+from clip_exp.models.clip import CLIP
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "clip_exp", "export", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_is_exported_and_says_that_it_was_checked(run_dir: Path, nano: CLIP, tmp_path: Path) -> None:
+    done = run(f"run={run_dir}", "format=safetensors", "output=exports/nano", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "written: exports/nano (safetensors, 14.0 MB)" in done.stdout
+    assert "differ from the model's by at most 0.0e+00" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "exports" / "nano").iterdir()) == ["README.md", "model.safetensors"]
+    assert [path.name for path in (tmp_path / "exports").iterdir()] == ["nano"]
+    clip = clip_exp.load(tmp_path / "exports" / "nano", accelerator="cpu")
+    assert all(torch.equal(clip.model.state_dict()[name], value) for name, value in nano.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "messages"),
+    [
+        (["output=out"], 2, ["which model?"]),
+        (["run={run}"], 2, ["output has no value: name the folder to write (output=DIR)"]),
+        (["run={run}", "output=out", "format=gguf"], 2, ["open_clip", "huggingface", "safetensors", "onnx"]),
+        (["run={run}", "outptu=out"], 2, ["did you mean 'output'"]),
+        (["run=nowhere", "output=full"], 2, ["run=nowhere: no such folder", "output=full is not empty"]),
+        (["run={run}", "output=full", "overwrite=true"], 2, ["was not written by clip-exp export", "stays"]),
+        (["run={run}", "output=full/file"], 2, ["output=full/file is a file"]),
+        (["run={run}", "output=full/file/below"], 4, ["full/file/below cannot be written"]),
+        (["model=rn50", "pretrained=openai", "output=o", "format=huggingface"], 2, ["kind=resnet", "Formats that can"]),
+    ],
+)
+def test_errors_are_one_message_and_nothing_is_written(
+    arguments: list[str], code: int, messages: list[str], run_dir: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    (work / "full").mkdir(parents=True)
+    (work / "full" / "file").write_text("mine")
+    done = run(*(argument.format(run=run_dir) for argument in arguments), cwd=work)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert all(message in done.stderr for message in messages), done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in work.rglob("*")) == ["file", "full"]
+    assert (work / "full" / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def clip(run_dir: Path) -> Clip:
+    return clip_exp.load(run_dir, accelerator="cpu")
+
+
+def test_an_older_export_is_replaced_only_when_asked(clip: Clip, tmp_path: Path) -> None:
+    target = clip.export(tmp_path / "exported", "safetensors")
+    with pytest.raises(
+        ConfigError, match="is not empty: name a new folder, or replace an older export with overwrite=true"
+    ):
+        clip.export(target)
+    assert (target / "model.safetensors").is_file()
+    clip.export(target, overwrite=True)
+    assert (target / "open_clip_config.json").is_file()
+    assert not (target / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_empty_folder_is_taken(clip: Clip, tmp_path: Path) -> None:
+    (tmp_path / "exported").mkdir()
+    assert clip.export(tmp_path / "exported", "safetensors") == tmp_path / "exported"
+
+
+def test_a_format_that_there_is_not_is_told_by_the_python_function(clip: Clip, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="format=gguf must be one of open_clip, huggingface, safetensors, onnx"):
+        clip.export(tmp_path / "exported", "gguf")
+
+
+def test_files_that_give_other_features_never_appear(
+    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a broken disk, or a format that cannot hold the model after all: here the nonlinearity gets lost."""
+    right = open_clip_format.model_cfg
+    monkeypatch.setattr(open_clip_format, "model_cfg", lambda *of: {**right(*of), "quick_gelu": True})
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="give other features than the model"):
+        clip.export(tmp_path / "exported")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_interrupted_export_leaves_nothing_and_what_was_there(
+    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip.export(tmp_path / "exported", "safetensors")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "write_card", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clip.export(tmp_path / "exported", "huggingface", overwrite=True)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_terminated_command_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
+    """SIGTERM while it writes: `write_card` of this process sends it to itself."""
+    code = (
+        "import os, signal\n"
+        "from clip_exp.export import write\n"
+        f"write.write_card = lambda *of: os.kill(os.getpid(), {int(signal.SIGTERM)})\n"
+        "from clip_exp.cli import run\n"
+        f"raise SystemExit(run('export', ['run={run_dir}', 'output=exported', 'format=safetensors']))"
+    )
+    work = tmp_path / "work"
+    work.mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143, done.stderr
+    assert "stopped by SIGTERM. Nothing was written." in done.stderr
+    assert list(work.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_the_folder_stays_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    target.mkdir()
+
+    def fill() -> None:
+        with whole_folder(target) as folder:
+            (folder / "weights").write_text("half")
+            raise OSError(28, os.strerror(28))
+
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+        fill()
+    assert list(tmp_path.rglob("*")) == [target]

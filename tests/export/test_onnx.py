@@ -1,0 +1,123 @@
+"""What onnxruntime makes of an export, with other batches and lengths than it was traced with."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
+from clip_exp.config.use_schema import ExportFormat
+from clip_exp.export import formats
+from clip_exp.export import onnx as onnx_format
+from clip_exp.export.write import write_export
+from clip_exp.inference.sources import named_model
+from clip_exp.models.clip import CLIP
+from clip_exp.text.build import build_tokenizer
+from tests.encoders import write_encoder
+from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
+
+Export = Callable[..., Path]
+
+
+def run(folder: Path, tower: str, value: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(folder / f"{tower}.onnx")
+    (found,) = session.run([f"{tower}_features"], {"image" if tower == "image" else "tokens": value.numpy()})
+    return torch.from_numpy(found)
+
+
+def assert_same_towers(folder: Path, model: CLIP, config: ModelConfig, lengths: list[int]) -> None:
+    for count in (1, 3, 7):
+        image = pictures(config, count)
+        torch.testing.assert_close(run(folder, "image", image), model.encode_image(image, True), atol=1e-4, rtol=0)
+        for length in lengths:
+            tokens = torch.randint(3, 200, (count, length), generator=torch.Generator().manual_seed(length))
+            if config.text.kind is TextTower.clip:
+                tokens[:, -1] = config.text.vocab_size - 1
+            torch.testing.assert_close(run(folder, "text", tokens), model.encode_text(tokens, True), atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def vit_model() -> CLIP:
+    return build(vit())
+
+
+@pytest.fixture(scope="module")
+def vit_folder(vit_model: CLIP, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("vit") / "exported"
+    return write_export(vit_model, vit(), None, target, ExportFormat.onnx).folder
+
+
+def test_a_vit_and_texts_of_any_length(vit_model: CLIP, vit_folder: Path) -> None:
+    assert_same_towers(vit_folder, vit_model, vit(), lengths=[2, 9, 76, 77])
+
+
+def test_a_resnet(export: Export) -> None:
+    config = resnet()
+    model = build(config)
+    assert_same_towers(export(model, config, "onnx"), model, config, lengths=[5])
+
+
+def test_siglip_towers_and_texts_as_long_as_the_context(export: Export, tmp_path: Path) -> None:
+    config = siglip(tmp_path / "tokenizer")
+    model = build(config, bias=-10.0)
+    folder = export(model, config, "onnx")
+    assert_same_towers(folder, model, config, lengths=[16])
+    about = json.loads((folder / "clip_config.json").read_text())
+    assert about["text_length"] == "context_length"
+    assert about["logit_bias"] == -10.0
+    cleaned = ["a photo of a cat", "the digit 7"]
+    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(cleaned)
+    assert [text.ids for text in encoded] == build_tokenizer(config.text)(cleaned).tolist()
+
+
+def test_towers_of_other_libraries(export: Export, tmp_path: Path) -> None:
+    config = vit()
+    config.image.kind, config.image.name, config.image.image_size = ImageTower.timm, "test_convnext", 64
+    config.text.kind, config.text.name = TextTower.huggingface, str(write_encoder(tmp_path / "encoder", "bert"))
+    config.text.context_length = 20
+    model = build(config)
+    assert_same_towers(export(model, config, "onnx"), model, config, lengths=[20])
+
+
+@pytest.mark.slow
+def test_towers_of_open_clip(export: Export) -> None:
+    config = named_model("ViT-S-32-alt")
+    model = build(config)
+    assert_same_towers(export(model, config, "onnx"), model, config, lengths=[77])
+
+
+def test_the_axes_have_names_and_the_files_no_path_of_this_machine(vit_folder: Path, repository: Path) -> None:
+    for name, axes in (("image", ["batch", 3, 32, 32]), ("text", ["batch", "length"])):
+        model = onnx.load(vit_folder / f"{name}.onnx")
+        onnx.checker.check_model(model)
+        shape = model.graph.input[0].type.tensor_type.shape.dim
+        assert [axis.dim_param or axis.dim_value for axis in shape] == axes
+        content = (vit_folder / f"{name}.onnx").read_bytes()
+        assert str(repository).encode() not in content
+        assert b"clip_exp/" not in content
+    assert not list(vit_folder.glob("*.data"))
+
+
+def test_the_tokenizer_gives_the_input_as_it_is(vit_folder: Path) -> None:
+    texts = [*TEXTS, "word " * 100]
+    encoded = Tokenizer.from_file(str(vit_folder / "tokenizer.json")).encode_batch(texts)
+    assert np.array_equal([text.ids for text in encoded], build_tokenizer(vit().text)(texts).numpy())
+
+
+def test_the_scale_that_turns_cosines_into_logits_is_noted(vit_model: CLIP, vit_folder: Path) -> None:
+    about = json.loads((vit_folder / "clip_config.json").read_text())
+    assert about["logit_scale"] == pytest.approx(vit_model.logit_scale.exp().item())
+    assert about["logit_bias"] is None
+    assert (about["context_length"], about["text_length"]) == (77, "any")
+
+
+def test_what_is_not_installed_is_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_format, "NEEDS", ("onnxscript", "onnxruntime_that_is_not_there"))
+    (problem,) = formats.problems_of(ExportFormat.onnx, vit())
+    assert "format=onnx needs onnxruntime_that_is_not_there: pip install 'clip_exp[onnx]'" in problem
