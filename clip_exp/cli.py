@@ -42,6 +42,7 @@ def run(command: str, arguments: list[str]) -> int:
     """
     import hydra
 
+    from clip_exp.config.aliases import translate
     from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, quote
     from clip_exp.config.paths import conf_dir
     from clip_exp.config.store import register
@@ -59,8 +60,12 @@ def run(command: str, arguments: list[str]) -> int:
 
     # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and the door below prints.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [f"{command}.py", *quote(arguments)]
-    if code := _guarded(lambda: check_groups(arguments)):
+
+    def to_hydra() -> None:
+        check_groups(arguments)
+        sys.argv = [f"{command}.py", *quote(translate(arguments))]
+
+    if code := _guarded(to_hydra):
         return code
     code = _guarded(lambda: hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)())
     return next((c for c in codes if c), 0) or code
@@ -137,6 +142,26 @@ def _search(config: DictConfig, arguments: list[str]) -> int:
     return search(loaded)
 
 
+def _export(config: DictConfig, arguments: list[str]) -> int:
+    from clip_exp.config.load import load_use
+    from clip_exp.config.use_schema import ExportConfig
+
+    loaded = load_use(config, ExportConfig)
+    from clip_exp.export.command import export
+
+    return export(loaded)
+
+
+def _models(config: DictConfig, arguments: list[str]) -> int:
+    from clip_exp.config.load import load_use
+    from clip_exp.config.use_schema import ModelsConfig
+
+    loaded = load_use(config, ModelsConfig)
+    from clip_exp.inference.models import models
+
+    return models(loaded)
+
+
 Command = Callable[[DictConfig, list[str]], int]
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (_train, "train a CLIP on image-text pairs"),
@@ -144,6 +169,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "predict": (_predict, "how probable each text is for pictures or videos"),
     "rank": (_rank, "the pictures that fit a text best"),
     "search": (_search, "index pictures once, then look for them by text or by picture"),
+    "models": (_models, "the models there are, and the weights published for them"),
+    "export": (_export, "a folder that open_clip, Hugging Face, ONNX or clip_exp loads"),
 }
 
 

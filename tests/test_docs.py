@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from clip_exp.cli import COMMANDS as CLI_COMMANDS
+from clip_exp.config.aliases import translate
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.load import load_evaluate, load_train, load_use
 from clip_exp.config.overrides import quote
@@ -46,7 +47,7 @@ def test_every_documented_command_composes(page: str, command: str) -> None:
     # A sweep's choices are one value here: the first.
     sweeping = "-m" in command.split()
     overrides = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
-    config = compose_config(*quote(overrides), command=name)
+    config = compose_config(*quote(translate(overrides)), command=name)
     loaders = {"train": load_train, "evaluate": load_evaluate}
     assert loaders[name](config) if name in loaders else load_use(config, SCHEMAS[name])
 

@@ -29,6 +29,7 @@ def test_the_wheel_carries_conf_and_its_console_script_composes(repository: Path
     names = zipfile.ZipFile(wheel).namelist()
     assert "clip_exp/conf/model/vit_b32.yaml" in names
     assert "clip_exp/reports/templates/page.css" in names
+    assert "clip_exp/export/templates/card.md" in names
     assert not any(name.startswith(("tests/", "conf/")) for name in names)
     install = [
         sys.executable,
@@ -84,6 +85,15 @@ FORBIDDEN = {
     "text": ("pytorch_lightning", "hydra", "clip_exp.models", "clip_exp.training", "clip_exp.data"),
     "evaluation": ("pytorch_lightning", "hydra", "clip_exp.training"),
     "reports": ("pytorch_lightning", "hydra", "clip_exp.models", "clip_exp.losses"),
+    "export": ("pytorch_lightning", "hydra", "clip_exp.training", "clip_exp.losses"),
+    "weights": (
+        "pytorch_lightning",
+        "hydra",
+        "clip_exp.data",
+        "clip_exp.training",
+        "clip_exp.evaluation",
+        "clip_exp.inference",
+    ),
     "checkpoints": ("hydra", "clip_exp.training", "clip_exp.models", "clip_exp.data"),
 }
 

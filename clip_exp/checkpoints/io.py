@@ -70,14 +70,15 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's own weights, float32 on the CPU, under its own names."""
-    return {
-        key.removeprefix(MODEL_PREFIX): value.detach()
-        .to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
-        .contiguous()
-        for key, value in state_dict.items()
-        if key.startswith(MODEL_PREFIX)
-    }
+    """The model's own weights, float32 on the CPU, under its own names; those of two names twice, as safetensors need them."""
+    plain: dict[str, torch.Tensor] = {}
+    for key, value in state_dict.items():
+        if key.startswith(MODEL_PREFIX):
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
+            value = value.detach().to("cpu", dtype).contiguous()
+            shared = any(value.data_ptr() == other.data_ptr() for other in plain.values())
+            plain[key.removeprefix(MODEL_PREFIX)] = value.clone() if shared else value
+    return plain
 
 
 def _require_finite(weights: dict[str, torch.Tensor], path: Path) -> None:

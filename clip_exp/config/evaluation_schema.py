@@ -20,14 +20,22 @@ class TaskKind(StrEnum):
 
 
 @dataclass
-class SubjectConfig:
-    """Which model, and how it sees pictures: what every command that uses a model has."""
+class ModelChoice:
+    """Which model."""
 
     run: str | None = None  # a run folder; exactly one of run, ckpt, and model with pretrained
     ckpt: str | None = None  # a checkpoint folder, or its model.safetensors
     model: ModelConfig | None = None
-    pretrained: str | None = None  # a file of weights for `model`
+    # Weights for `model`: a tag, hf-hub:org/name, a file or a folder; without `model` where they tell it themselves.
+    pretrained: str | None = None
     ema: bool = False  # the averaged weights of the checkpoint instead of the raw ones
+    wise_ft: float | None = None  # share of the run's weights, the rest from its start (Wortsman et al. 2022)
+
+
+@dataclass
+class SubjectConfig(ModelChoice):
+    """Which model, and how it sees pictures: what every command has that runs one."""
+
     accelerator: str = "auto"  # auto, cpu, gpu
     precision: str = "32-true"
     batch_size: int = 64  # pictures per forward pass

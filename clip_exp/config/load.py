@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.schema import (
@@ -86,7 +86,7 @@ def load_evaluate(config: DictConfig) -> EvaluateConfig:
 
 
 def load_use(config: DictConfig, cls: type[T]) -> T:
-    """The typed configuration of predict, rank or search."""
+    """The typed configuration of predict, rank, search or export."""
     return strict_dataclass(cls, _resolve(config))
 
 
@@ -129,11 +129,28 @@ def plain(value: Any) -> Any:
 def _resolve(config: DictConfig, throw_on_missing: bool = True) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=throw_on_missing, enum_to_str=True)  # type: ignore[return-value]
-    except MissingMandatoryValue:
-        missing = sorted(OmegaConf.missing_keys(config))
-        raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing)) from None
-    except (InterpolationResolutionError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
+        if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+            missing = sorted(_missing_keys(OmegaConf.to_container(config)))
+            raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing)) from None
+        if (told := _from_resolver(error)) is not None:
+            raise told from None
         raise ConfigError(f"{error.full_key or error.key}: {str(error).splitlines()[0]}") from None
+
+
+def _from_resolver(error: BaseException | None) -> ConfigError | None:
+    """The sentence of a resolver of ours (`config.open_clip`), which OmegaConf wraps."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _missing_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _missing_keys(value, f"{prefix}{key}.")
+        elif value == MISSING:
+            yield f"{prefix}{key}"
 
 
 def _unknown_keys(values: dict[str, Any], cls: type, prefix: str) -> Iterator[str]:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clip_exp.config.preflight_finetune import check_finetune, probe_problems
 from clip_exp.config.preflight_measures import check_measures
 from clip_exp.config.preflight_model import check_model, check_vocabulary
 from clip_exp.config.schema import DataConfig, LossName, StrategyName, TrainConfig
 from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.secrets import leaks
+from clip_exp.weights.find import check_pretrained
 
 READ_TWICE_BYTES = 64 << 20
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
@@ -30,9 +32,11 @@ def check_train(config: TrainConfig) -> None:
         *_check_run(config),
         *check_model(config.model),
         *check_vocabulary(config.model.text),
+        *(check_pretrained(config.pretrained, config.model) if config.pretrained is not None else ()),
         *_check_data(config.data),
         *_check_strategy(config),
         *_check_callbacks(config),
+        *check_finetune(config),
         *leaks(dataclasses.asdict(config)),
     ]
     errors = [*map(ConfigError, problems), *check_measures(config)]
@@ -191,10 +195,12 @@ def _check_rows(config: TrainConfig) -> Iterator[str]:
         return
     if rows < config.global_batch_size:
         yield f"global_batch_size={config.global_batch_size} is more than the {rows:,} training rows: lower it or add data."
-    elif config.epochs is not None and config.scheduler.warmup_steps is not None:
+    elif config.epochs is not None:
         steps = steps_of(config, rows)
-        if config.scheduler.warmup_steps > steps:
+        if (config.scheduler.warmup_steps or 0) > steps:
             yield _warmup_problem(config.scheduler.warmup_steps, steps)
+        else:
+            yield from probe_problems(config, steps)
 
 
 def _count_rows(config: TrainConfig) -> int | None:
@@ -222,7 +228,7 @@ def steps_of(config: TrainConfig, rows: int) -> int:
     return max(1, int(config.epochs * rows) // config.global_batch_size)
 
 
-def _warmup_problem(warmup: int, steps: int) -> str:
+def _warmup_problem(warmup: int | None, steps: int) -> str:
     return (
         f"scheduler.warmup_steps={warmup} is longer than the run of {steps} steps: the learning rate would never peak."
     )

@@ -200,22 +200,27 @@ class TrainerConfig:
 
 @dataclass
 class TowerTuningConfig:
-    """How one tower is trained. Depth counts from the embeddings (0) over the blocks to what follows them."""
+    """How one tower is trained. Depth counts from the embeddings (0) over the L blocks to what follows them (L + 1)."""
 
     freeze: bool = False  # its weights and batch-norm statistics stay as they are (LiT; Zhai et al. 2022)
-    unfrozen_blocks: int = 0  # under `freeze`: the last blocks that are trained all the same, and what follows them
+    unfrozen_blocks: int | None = None  # under `freeze`: the last k blocks and what follows them are trained after all
     lr_factor: float = 1.0  # of `optimizer.lr`
-    layer_decay: float = 1.0  # a further factor for each step of depth towards the input
+    layer_decay: float = (
+        1.0  # a further factor for each step of depth towards the input: layer_decay ** (L + 1 - depth)
+    )
 
 
 @dataclass
 class LoRAConfig:
-    """Low-rank updates instead of the weights themselves (Hu et al. 2022), by the `peft` library."""
+    """Low-rank updates B A of linear layers instead of the weights themselves (Hu et al. 2022), by the `peft` library.
+
+    All other weights of both towers stay as they are. Checkpoints hold the sum of both.
+    """
 
     rank: int = 16
     alpha: float = 32.0  # the update is scaled by alpha / rank
-    dropout: float = 0.0
-    image: bool = True  # whether the tower gets them; its other weights are frozen either way
+    dropout: float = 0.0  # of what goes into A
+    image: bool = True  # whether the tower gets them
     text: bool = True
     targets: list[str] = field(default_factory=list)  # ends of names of linear layers; empty: all of the blocks
 

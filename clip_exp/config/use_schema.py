@@ -1,10 +1,10 @@
-"""The types and documentation of the commands that put a model to work: predict, rank, search."""
+"""The types and documentation of the commands that put a model to work: predict, rank, search, export; and of models."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from clip_exp.config.evaluation_schema import SubjectConfig
+from clip_exp.config.evaluation_schema import ModelChoice, SubjectConfig
 from clip_exp.config.schema import OnBadImage
 
 
@@ -14,12 +14,27 @@ class OutputFormat(StrEnum):
     csv = "csv"
 
 
+class ExportFormat(StrEnum):
+    """Whose files an export writes."""
+
+    open_clip = "open_clip"
+    huggingface = "huggingface"
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
 @dataclass
-class UseConfig(SubjectConfig):
-    """What the three share; a picture is a file, or a video by frames spread evenly over it."""
+class OutputConfig:
+    """Where a result goes."""
 
     format: OutputFormat | None = None  # null: by the ending of `output`, else a table
     output: str | None = None  # a file, replaced if it exists; null: the terminal
+
+
+@dataclass
+class UseConfig(SubjectConfig, OutputConfig):
+    """What predict, rank and search share; a picture is a file, or a video by frames spread evenly over it."""
+
     frames: int | None = 8  # of a video; their features are averaged
 
 
@@ -60,3 +75,20 @@ class SearchConfig(UseConfig):
     top: int = 10  # answers
     frames: int | None = None  # null: as the index has it; 8 for a new one
     on_bad_image: OnBadImage = OnBadImage.replace
+
+
+@dataclass
+class ExportConfig(ModelChoice):
+    """A folder that another library loads the model from."""
+
+    format: ExportFormat = ExportFormat.open_clip
+    output: str | None = None  # the folder; a new or empty one
+    overwrite: bool = False  # replace what is there
+
+
+@dataclass
+class ModelsConfig(OutputConfig):
+    """The models that there are, and the weights that are published for them."""
+
+    name: str | None = None  # one of them, with all that is known of its weights; null: all of clip_exp's
+    all: bool = False  # open_clip's other configurations too

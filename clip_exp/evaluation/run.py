@@ -2,15 +2,17 @@
 
 import os
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from clip_exp import __version__
 from clip_exp.config.evaluation_schema import EvaluateConfig, SubjectConfig
+from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.schema import Precision
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.tasks import Task, prepare_tasks
-from clip_exp.inference.sources import Source, find_source
+from clip_exp.inference.sources import Source, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
 from clip_exp.runs import RunRecord, evaluation_folder
 
@@ -35,7 +37,7 @@ def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict
 
 
 def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
-    """Find the model and the data of an evaluation, without torch.
+    """Find the model and the data of an evaluation, without torch. Weights are fetched last, when all else is right.
 
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
@@ -45,17 +47,18 @@ def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
         errors.append(ConfigError(f"cache_gb={config.cache_gb} must not be negative; 0 keeps nothing."))
     if problem := _devices_problem(config):
         errors.append(ConfigError(problem))
-    source = None
+    known, source = None, None
     try:
-        source = find_source(config)
+        source = check_source(config)
+        # Tasks ask for the model's run alone, which weights that are yet to be fetched do not have.
+        known = source or Source(config.model or ModelConfig(), Path(str(config.pretrained)))
     except ClipExpError as error:
         errors.append(error)
-    tasks, task_errors = prepare_tasks(config.task, config.output_dir, source)
+    tasks, task_errors = prepare_tasks(config.task, config.output_dir, known)
     errors += task_errors
     if errors:
         raise gravest(errors)
-    assert source is not None
-    return source, tasks
+    return source or find_source(config), tasks
 
 
 def _devices_problem(config: EvaluateConfig) -> str | None:
@@ -83,9 +86,12 @@ def problems_of(config: SubjectConfig) -> list[str]:
 
 
 def open_folder(config: EvaluateConfig, source: Source, arguments: list[str]) -> Path:
-    """A new folder that says what is about to be evaluated."""
+    """A new folder that says what is about to be evaluated: its `config.yaml` has the settled model and weights on this disk."""
+    if source.told is not None:
+        config = replace(config, model=source.model, pretrained=str(source.weights.absolute()))
     folder = evaluation_folder(config, config.name or (source.run.name if source.run else source.model.name))
-    RunRecord(folder).start(arguments, weights=str(source.weights.resolve()))
+    told = {} if source.told is None else {"pretrained": source.told}
+    RunRecord(folder).start(arguments, weights=str(source.weights.resolve()), **told)
     return folder
 
 
@@ -129,7 +135,8 @@ def _score_tasks(
         result = score(task, subject)
         result.protocol.update(about)
         if is_main():
-            write_result(result, task.name, folder, source.run_dir)
+            # A mixture's scores are not the run's.
+            write_result(result, task.name, folder, None if source.mix else source.run_dir)
         results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
     if subject.cache is not None and is_main():
         subject.cache.prune()
@@ -158,6 +165,8 @@ def about_weights(source: Source, sha256: str, device: Any) -> dict[str, Any]:
         "model": source.model.name,
         "weights": str(source.weights.resolve()),
         "weights_sha256": sha256,
+        **({} if source.told is None else {"pretrained": source.told}),
+        **({} if source.mix is None else {"wise_ft": asdict(source.mix)}),
         "step": source.step,
         "device": device.type,
         "clip_exp": __version__,

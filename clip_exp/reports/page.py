@@ -29,6 +29,7 @@ FACT_NAMES = {
     "names": "name of each label",
     "truncated_texts": "texts cut to the context length",
     "weights_sha256": "weights, sha256",
+    "wise_ft": "mixed with what it started from",
     "step": "training step",
 }
 LAST = ("names", "bad")  # the long ones

@@ -120,7 +120,9 @@ class StepMetrics(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._started_s = time.perf_counter()
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+        # The scale learns at the base rate, whatever the rates of the towers.
+        groups = trainer.optimizers[0].param_groups
+        self._lr = next((group["lr"] for group in groups if group.get("name") == "logit_scale"), groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._steps += 1

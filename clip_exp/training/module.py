@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from clip_exp.checkpoints.io import EMA_KEY
 from clip_exp.checkpoints.state import name_optimizer_state, number_optimizer_state, random_state, set_random_state
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.batches import Batch, EvalBatch
@@ -13,10 +14,14 @@ from clip_exp.data.transforms import normalize, preprocessing_of
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
 from clip_exp.models.clip import CLIP, CLIPOutput
-from clip_exp.ranks.group import gather_objects
+from clip_exp.ranks.group import gather_objects, share_from_main
 from clip_exp.text.build import build_tokenizer
+from clip_exp.training.finetune import quiet
+from clip_exp.training.lora import adapted_part, merge, unmerge
 from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups
 from clip_exp.training.strategies import whole
+
+WEIGHTS = {"state_dict", EMA_KEY}  # of the model, in a checkpoint
 
 
 class ZeroShot(NamedTuple):
@@ -49,12 +54,28 @@ class CLIPModule(pl.LightningModule):
         self.tokenizer = build_tokenizer(config.model.text)
         self.preprocessing = preprocessing_of(config.model.image)
         # Read once: a strategy that splits the parameters changes their shapes, which the groups depend on.
-        groups = named_groups(model).values()
-        self.parameter_names = [name for members in groups for name, _ in members]
-        self.group_sizes = [len(members) for members in groups]
+        groups = named_groups(model, config.finetune)
+        self.parameter_names = [name for members in groups.values() for name, _ in members]
+        self.group_sizes = [len(members) for members in groups.values()]
+        self.group_starts = [config.finetune.linear_probe_steps if group.late else 0 for group in groups]
+        self.probing = config.finetune.linear_probe_steps > 0
         self.step_metrics: dict[str, Tensor] = {}
         self._validation: list[list[Tensor]] = []
         self._random_states: list[dict[str, Tensor]] = []
+        self.train()
+
+    def train(self, mode: bool = True) -> "CLIPModule":
+        """As usual, but what does not learn stays in evaluation mode."""
+        super().train(mode)
+        for module in quiet(self.model, probing=self.probing):
+            module.eval()
+        return self
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        probing = self.trainer.global_step < self.config.finetune.linear_probe_steps
+        if probing != self.probing:
+            self.probing = probing
+            self.train()
 
     def _pixels(self, image_BCHW: Tensor) -> Tensor:
         """uint8 pictures to what the image tower takes, in the precision that its weights have."""
@@ -77,24 +98,33 @@ class CLIPModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         offload = self.config.strategy.offload
         scaled = self.trainer.precision == "16-mixed"
-        optimizer = build_optimizer(self.model, self.config.optimizer, cpu_offload=offload, scaled_gradients=scaled)
-        scheduler = build_scheduler(optimizer, self.config.scheduler, self.total_steps)
+        optimizer = build_optimizer(
+            self.model, self.config.optimizer, self.config.finetune, cpu_offload=offload, scaled_gradients=scaled
+        )
+        scheduler = build_scheduler(optimizer, self.config.scheduler, self.total_steps, self.group_starts)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizer's state by parameter, and add the random state of every rank."""
+        """Name the optimizer's state by parameter, add the random state of every rank, and merge adapters into the weights."""
         checkpoint["optimizer_states"] = [
             name_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
         checkpoint["random_states"] = gather_objects(random_state())
+        if self.config.finetune.lora is not None:
+            for key in WEIGHTS & checkpoint.keys():
+                checkpoint[f"adapted_{key}"] = adapted_part(checkpoint[key])
+                checkpoint[key] = merge(checkpoint[key], self.config.finetune.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizer_states"] = [
             number_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
         self._random_states = checkpoint["random_states"]
+        if self.config.finetune.lora is not None:
+            for key in WEIGHTS & checkpoint.keys():
+                checkpoint[key] = unmerge(checkpoint[key], checkpoint.pop(f"adapted_{key}"))
 
     def on_train_start(self) -> None:
         """Take up the random state of this rank where the run goes on with as many ranks as before."""
@@ -105,6 +135,8 @@ class CLIPModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._validation = []
+        # Running statistics of batch normalization: each rank has those of its own share, checkpoints have rank 0's.
+        share_from_main(self.model.buffers())
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         columns = [

@@ -2,47 +2,67 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_exp.config.schema import OptimizerConfig, SchedulerConfig
+from clip_exp.config.schema import FineTuneConfig, OptimizerConfig, SchedulerConfig
 from clip_exp.config.targets import build, locate
 from clip_exp.errors import ConfigError
+from clip_exp.training.finetune import factors, late_names
 from clip_exp.training.schedule import factor
 
 MAX_LOGIT_SCALE = math.log(100)
 POSITIONS = "positional_embedding"
+KINDS = ("decay", "no_decay", "logit_scale")
 
 
-def named_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Trainable parameters by treatment: `decay` (matrices), `no_decay` (biases, norms, positions), `logit_scale`.
+class Group(NamedTuple):
+    """Parameters that are treated alike."""
+
+    kind: str  # `decay` (matrices), `no_decay` (biases, norms, positions), `logit_scale`
+    factor: float  # of the learning rate
+    late: bool  # whether they start to learn after the linear probe
+
+
+def named_groups(model: nn.Module, finetune: FineTuneConfig) -> dict[Group, list[tuple[str, nn.Parameter]]]:
+    """Trained parameters by treatment, with their names; first all matrices, then the others, last the logit scale.
 
     The logit scale has a group of its own, so that it can be clamped where a strategy flattens each group's parameters.
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": [], "logit_scale": []}
+    factor_of = factors(model, finetune)
+    late = late_names(model) if finetune.linear_probe_steps else set()
+    groups: dict[Group, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.endswith("logit_scale"):
-            groups["logit_scale"].append((name, parameter))
-        elif parameter.ndim < 2 or name.endswith(POSITIONS):
-            groups["no_decay"].append((name, parameter))
-        else:
-            groups["decay"].append((name, parameter))
-    return {kind: members for kind, members in groups.items() if members}
+        if parameter.requires_grad:
+            group = Group(_kind(name, parameter), factor_of.get(name, 1.0), name in late)
+            groups.setdefault(group, []).append((name, parameter))
+    return dict(sorted(groups.items(), key=lambda item: KINDS.index(item[0].kind)))
+
+
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    if name.endswith("logit_scale"):
+        return "logit_scale"
+    return "no_decay" if parameter.ndim < 2 or name.endswith(POSITIONS) else "decay"
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, *, cpu_offload: bool = False, scaled_gradients: bool = False
+    model: nn.Module,
+    config: OptimizerConfig,
+    finetune: FineTuneConfig | None = None,
+    *,
+    cpu_offload: bool = False,
+    scaled_gradients: bool = False,
 ) -> Optimizer:
     """The configured optimizer, clamping the logit scale to [0, ln 100] after each of its steps (Radford et al. 2021, §2.5).
 
     Args:
+        finetune: which parameters have other rates; None: none.
         cpu_offload: the strategy keeps the optimizer's state in host memory: Adam becomes DeepSpeed's CPU Adam.
         scaled_gradients: float16 training: a fused step would unscale the gradient itself, too late for clipping its norm.
 
@@ -51,11 +71,12 @@ def build_optimizer(
     """
     groups = [
         {
-            "name": kind,
-            "params": [p for _, p in members],
-            "weight_decay": config.weight_decay if kind == "decay" else 0.0,
+            "name": group.kind,
+            "params": [parameter for _, parameter in members],
+            "weight_decay": config.weight_decay if group.kind == "decay" else 0.0,
+            **({"lr": config.lr * group.factor} if group.factor != 1 else {}),
         }
-        for kind, members in named_groups(model).items()
+        for group, members in named_groups(model, finetune or FineTuneConfig()).items()
     ]
     target, arguments = config._target_, _arguments(config)
     if scaled_gradients and "fused" in arguments:
@@ -91,8 +112,13 @@ def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
     return total_steps // 10 if config.warmup_steps is None else config.warmup_steps
 
 
-def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: int) -> LambdaLR:
+def build_scheduler(
+    optimizer: Optimizer, config: SchedulerConfig, total_steps: int, starts: Sequence[int] | None = None
+) -> LambdaLR:
     """The schedule, stepped once per optimizer step.
+
+    Args:
+        starts: the step at which each of the optimizer's groups begins to learn; None: all at 0.
 
     Raises:
         ConfigError: `_target_` is not a function from the share of the decay that is done to a factor.
@@ -106,11 +132,15 @@ def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: 
         ) from error
     return LambdaLR(
         optimizer,
-        partial(
-            factor,
-            warmup_steps=warmup_steps(config, total_steps),
-            total_steps=total_steps,
-            decay=partial(decay, **config.kwargs),
-            final_factor=config.final_factor,
-        ),
+        [
+            partial(
+                factor,
+                start=start,
+                warmup_steps=warmup_steps(config, total_steps - start),
+                total_steps=total_steps,
+                decay=partial(decay, **config.kwargs),
+                final_factor=config.final_factor,
+            )
+            for start in starts or [0] * len(optimizer.param_groups)
+        ],
     )

@@ -1,6 +1,8 @@
 """One training run in one process (a rank of several, or the only one): build everything, fit, and tell what came out."""
 
+import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch
 from clip_exp.checkpoints.discovery import STEP, checkpoints, clean, damage, latest, step_of
 from clip_exp.config.load import read_run_config
 from clip_exp.config.preflight import steps_of, world_size
+from clip_exp.config.preflight_finetune import probe_problems
 from clip_exp.config.preflight_measures import training_tasks
 from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.transforms import preprocessing_of
-from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, DataError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, DataError
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
@@ -22,13 +25,19 @@ from clip_exp.ranks import group
 from clip_exp.ranks.group import is_main
 from clip_exp.runs import RunRecord
 from clip_exp.text.build import build_tokenizer
+from clip_exp.text.saved import with_saved_tokenizer
+from clip_exp.training.finetune import prepare
 from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule, ZeroShot
+from clip_exp.training.opening import start_weights
 from clip_exp.training.preemption import Preempted, Preemption
 from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskScores
 from clip_exp.training.trainer import build_trainer, resolve_device
-from clip_exp.weights.files import load_weights
+from clip_exp.weights.fit import load_weights
+from clip_exp.weights.own import has_own_weights
+
+log = logging.getLogger(__name__)
 
 
 def train(run_dir: Path) -> int:
@@ -38,6 +47,7 @@ def train(run_dir: Path) -> int:
         ClipExpError: an expected failure, already noted in `run.json`.
     """
     config = read_run_config(run_dir)
+    config.model = with_saved_tokenizer(config.model, run_dir)
     record = RunRecord(run_dir)
     with Preemption() as preemption:
         try:
@@ -65,10 +75,12 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
     pl.seed_everything(config.seed, verbose=False)
     datamodule = _build_data(config, run_dir)
     steps = steps_of(config, datamodule.num_rows)
+    if problems := list(probe_problems(config, steps)):
+        raise ConfigError("\n".join(problems))
     datamodule.total_steps = steps
     tasks = training_tasks(config)
     zero_shot = ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
-    module = CLIPModule(_build_model(config), build_loss(config.loss), config, steps, zero_shot)
+    module = CLIPModule(_build_model(config, run_dir), build_loss(config.loss), config, steps, zero_shot)
     # The weights are the same on every rank; what is drawn while training (dropout) is not.
     torch.manual_seed(config.seed + 1 + (torch.distributed.get_rank() if ranks > 1 else 0))
     trainer = build_trainer(
@@ -112,15 +124,36 @@ def _build_data(config: TrainConfig, run_dir: Path) -> PairsDataModule:
     return datamodule
 
 
-def _build_model(config: TrainConfig) -> CLIP:
+def _build_model(config: TrainConfig, run_dir: Path) -> CLIP:
     loss = config.loss
-    model = build_model(config.model, init_logit_scale=loss.init_logit_scale, init_logit_bias=loss.init_logit_bias)
-    if config.pretrained is not None:
-        load_weights(model, Path(config.pretrained))
+    # Weights of timm and Hugging Face are for a run that begins, and from nothing else.
+    begins = config.pretrained is None and not _has_checkpoint(config, run_dir)
+    build = partial(
+        build_model,
+        config.model,
+        init_logit_scale=loss.init_logit_scale,
+        init_logit_bias=loss.init_logit_bias,
+        own_weights=begins,
+    )
+    model = group.main_first(build) if begins and has_own_weights(config.model) else build()
+    if config.pretrained is not None and not _has_checkpoint(config, run_dir):
+        for note in load_weights(model, start_weights(config, RunRecord(run_dir).values), config.model):
+            _tell(note)
+    prepare(model, config.finetune, config.model)
     if config.compile:
         model.image.compile()
         model.text.compile()
     return model
+
+
+def _tell(note: str) -> None:
+    if is_main():
+        log.warning(note)
+        print(note)
+
+
+def _has_checkpoint(config: TrainConfig, run_dir: Path) -> bool:
+    return bool(checkpoints(run_dir)) or STEP.search(Path(config.resume).name) is not None
 
 
 def _checkpoint_to_go_on_from(config: TrainConfig, run_dir: Path) -> Path | None:
@@ -163,6 +196,7 @@ def _facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule)
         "strategy": type(trainer.strategy).__name__,
         "precision": trainer.precision,
         "parameters": sum(p.numel() for p in module.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
         "rows": datamodule.num_rows,
         "steps": module.total_steps,
     }

@@ -50,6 +50,10 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
     shards. Here weights and optimizer state are gathered parameter by parameter, and saved and restored as without DeepSpeed.
     """
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.unchanged: dict[str, Tensor] = {}  # float32 weights and buffers that DeepSpeed keeps in low precision only
+
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)
 
@@ -63,6 +67,8 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         """As Lightning's, with the local rank as the device's index: a CPU device has none."""
         import deepspeed
 
+        if self.precision_plugin.precision != "32-true":
+            self.unchanged = dict(_not_trained(model))
         engine, wrapped, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank),
             config=self.config,
@@ -96,12 +102,27 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole weights in float32, gathered one parameter at a time; empty on all ranks but the first."""
-        assert self.lightning_module is not None
         weights = {}
-        for name, full in whole_weights(self.lightning_module):
+        for name, full in self.whole_state():
             if self.is_global_zero:
                 weights[name] = full.detach().cpu().clone()
-        return weights | (dict(self.lightning_module.named_buffers()) if self.is_global_zero else {})
+        return weights
+
+    def whole_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The module's state dict, whole and in float32 on every rank (which must all ask), one at a time."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        module = self.lightning_module
+        assert module is not None
+        kept = module.state_dict().keys()  # a module may have buffers that are not
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name in self.unchanged:
+                yield name, self.unchanged[name]
+            else:
+                yield name, safe_get_full_fp32_param(parameter) if parameter.requires_grad else whole(parameter)
+        for name, buffer in module.named_buffers(remove_duplicate=False):
+            if name in kept:
+                yield name, self.unchanged.get(name, buffer.float() if buffer.is_floating_point() else buffer)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole state in the form of `torch.optim.Optimizer.state_dict()`; without tensors on all ranks but the first."""
@@ -193,12 +214,15 @@ def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def whole_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of each parameter of a module that DeepSpeed trains: float32, whole on every rank (which must all ask)."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    for name, parameter in module.named_parameters():
-        yield name, safe_get_full_fp32_param(parameter) if parameter.requires_grad else whole(parameter)
+def _not_trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Copies of the weights that do not learn, and of the buffers of modules in which none does."""
+    for name, part in module.named_modules():
+        weights = list(part.parameters())
+        frozen = bool(weights) and not any(weight.requires_grad for weight in weights)
+        own = [(key, weight) for key, weight in part.named_parameters(recurse=False) if not weight.requires_grad]
+        own += part.named_buffers(recurse=False) if frozen else []
+        for key, value in own:
+            yield f"{name}.{key}".lstrip("."), value.detach().cpu().clone()
 
 
 def whole(parameter: nn.Parameter) -> Tensor:

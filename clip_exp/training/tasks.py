@@ -8,10 +8,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from clip_exp.checkpoints.discovery import latest, step_of
+from clip_exp.checkpoints.io import MODEL_PREFIX
 from clip_exp.config.schema import TrainConfig
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions
@@ -25,12 +25,13 @@ from clip_exp.inference.loading import load_model
 from clip_exp.inference.sources import source_of_checkpoint
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.ranks.group import from_main, is_main
+from clip_exp.ranks.group import from_main, is_main, share_from_main
 from clip_exp.reports.evaluation import write_result
 from clip_exp.text.build import build_tokenizer
+from clip_exp.training.lora import merge
 from clip_exp.training.metrics import log_metrics
 from clip_exp.training.progress import BarProgress, LineProgress
-from clip_exp.training.strategies import whole_weights
+from clip_exp.training.strategies import PortableDeepSpeedStrategy
 
 CACHE_GB = 10.0
 
@@ -136,16 +137,29 @@ def plain_model(trainer: pl.Trainer, pl_module: Any) -> CLIP:
     gathered once. Where they are whole and float32 already they are shared, not copied.
     """
     trained, device = pl_module.model, trainer.strategy.root_device
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    if isinstance(trainer.strategy, PortableDeepSpeedStrategy):
         weights = {
-            name: full.detach().to(device, torch.float32, copy=True) for name, full in whole_weights(trained)
-        } | dict(trained.named_buffers())
+            name.removeprefix(MODEL_PREFIX): full.detach().to(device, full.dtype, copy=True)
+            for name, full in trainer.strategy.whole_state()
+            if name.startswith(MODEL_PREFIX)
+        }
     else:
         weights = {name: _float32(value) for name, value in trained.state_dict().items()}
     with torch.device("meta"):
         model = build_model(pl_module.config.model, init_logit_bias=None if trained.logit_bias is None else 0.0)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(merge(weights, pl_module.config.finetune.lora), assign=True)
+    _share_buffers(model, trained)
+    share_from_main(model.buffers())  # running statistics, which each rank has of its own share of the batches
     return model.eval().requires_grad_(False)
+
+
+def _share_buffers(model: CLIP, trained: CLIP) -> None:
+    """Give `model` the buffers that no state dict holds, such as the numbers of positions."""
+    theirs = dict(trained.named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, _float32(theirs[name]))
 
 
 def _float32(value: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import nn
 from clip_exp.config.load import load_evaluate, load_train
 from clip_exp.config.paths import conf_dir, options
 from clip_exp.config.preflight import check_train
+from clip_exp.config.preflight_model import check_model
 from clip_exp.config.schema import StrategyName
+from clip_exp.errors import ConfigError
 from clip_exp.evaluation.tasks import parse_task
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
@@ -20,7 +22,7 @@ from clip_exp.training.optim import build_optimizer, build_scheduler
 from clip_exp.training.strategies import build_strategy
 from tests.compose import compose_config, train_config
 
-GROUPS = ("data", "loss", "scheduler", "trainer", "callbacks", "debug", "experiment")
+GROUPS = ("data", "loss", "scheduler", "trainer", "finetune", "callbacks", "debug", "experiment")
 
 
 def overrides_of(group: str, option: str) -> list[str]:
@@ -35,12 +37,31 @@ def test_every_option_composes_into_the_schema(group: str, option: str) -> None:
 
 @pytest.mark.parametrize("option", options("model"))
 def test_every_model_is_built_as_its_file_says(option: str) -> None:
-    config = train_config(f"model={option}").model
+    named = {"open_clip": "ViT-M-32"}  # an option for many architectures
+    config = train_config(f"model={option}", *(f"model.name={named[o]}" for o in named if o == option)).model
     with torch.device("meta"):
         model = build_model(config)
-    assert config.name == option
+    assert config.name == named.get(option, option)
     assert model.logit_scale.shape == (1,)
     assert model.encode_text(torch.zeros(2, 5, dtype=torch.long, device="meta")).shape == (2, config.embed_dim)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "rank", "search", "export"])
+def test_towers_of_other_libraries_leave_nothing_of_those_in_whose_place_they_stand(command: str) -> None:
+    overrides = ["model=vit_tiny", "model/image=timm", "model.image.name=resnet18", "model/text=huggingface"]
+    model = compose_config(*overrides, "model.text.name=xlm-roberta-base", command=command).model
+    assert (model.image.kind, model.image.name, model.image.image_size) == ("timm", "resnet18", 96)
+    assert (model.text.kind, model.text.name) == ("huggingface", "xlm-roberta-base")
+    for tower in (model.image, model.text):
+        assert (tower.width, tower.layers, tower.heads) == (None, None, None)
+    assert check_model(OmegaConf.to_object(model)) == []
+
+
+@pytest.mark.parametrize("group", ["model/image", "model/text"])
+def test_a_tower_of_another_library_must_be_named(group: str) -> None:
+    for option in options(group):
+        with pytest.raises(ConfigError, match=r"model\.(image|text)\.name has no value"):
+            check_train(train_config("model=vit_tiny", f"{group}={option}"))
 
 
 @pytest.mark.parametrize("option", options("optimizer"))

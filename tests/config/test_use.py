@@ -1,4 +1,4 @@
-"""The configurations of predict, rank and search."""
+"""The configurations of predict, rank, search and export."""
 
 import subprocess
 import sys
@@ -7,12 +7,13 @@ import pytest
 
 from clip_exp.config.load import load_use
 from clip_exp.config.store import SCHEMAS
+from clip_exp.config.use_schema import ExportFormat
 from tests.compose import compose_config
 
 COMMANDS = ("predict", "rank", "search")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "export", "models"])
 def test_the_file_and_the_dataclass_have_the_same_defaults(command: str) -> None:
     assert load_use(compose_config(command=command), SCHEMAS[command]) == SCHEMAS[command]()
 
@@ -25,6 +26,17 @@ def test_help_says_how_to_begin_and_lists_the_keys(command: str) -> None:
     assert done.stdout.startswith(f"clip-exp {command} ")
     for key in ("run", "ckpt", "pretrained", "images", "format", "output", "frames"):
         assert f"\n{key}: " in done.stdout
+
+
+def test_help_of_export_says_what_loads_each_format() -> None:
+    arguments = [sys.executable, "-m", "clip_exp", "export", "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("clip-exp export run=DIR format=open_clip output=DIR")
+    for key in ("run", "ckpt", "pretrained", "ema", "format", "output", "overwrite"):
+        assert f"\n{key}: " in done.stdout
+    for chosen in ExportFormat:
+        assert f"\n  {chosen} " in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torchvision import transforms
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.schema import DataConfig, OnBadImage
 from clip_exp.data.pictures import PictureFiles
-from clip_exp.errors import CheckpointError, ConfigError, DataError, NumericError
+from clip_exp.data.transforms import preprocessing_of
+from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.features import encode_pictures
 from clip_exp.evaluation.metrics import retrieval
@@ -31,14 +32,14 @@ def config(tmp_path: Path, task: dict, **values) -> EvaluateConfig:
 
 
 def direct_image_features(model: CLIP, paths: list[Path]) -> torch.Tensor:
-    image = named_model("vit_nano").image
+    wanted = preprocessing_of(named_model("vit_nano").image)
     published = transforms.Compose(
         [
-            transforms.Resize(image.image_size, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(image.image_size),
+            transforms.Resize(wanted.size, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(wanted.size),
             lambda picture: picture.convert("RGB"),
             transforms.ToTensor(),
-            transforms.Normalize(image.mean, image.std),
+            transforms.Normalize(wanted.mean, wanted.std),
         ]
     )
     with torch.no_grad():
@@ -229,8 +230,10 @@ def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_
     [
         ({}, ConfigError, "given: nothing"),
         ({"run": "a", "ckpt": "b"}, ConfigError, "given: run=a, ckpt=b"),
-        ({"pretrained": "w.pt"}, ConfigError, "given: pretrained=w.pt"),
-        ({"model": named_model("vit_nano"), "pretrained": "absent.pt"}, ConfigError, "absent.pt is no file"),
+        ({"model": named_model("vit_nano")}, ConfigError, "given: model=vit_nano"),
+        ({"run": "a", "pretrained": "w.pt"}, ConfigError, "given: run=a, pretrained=w.pt"),
+        ({"pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
+        ({"model": named_model("vit_nano"), "pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
         ({"run": "absent"}, ConfigError, "run=absent: no such folder"),
         ({"run": "."}, CheckpointError, "not a run folder"),
         ({"ckpt": "absent"}, ConfigError, "ckpt=absent: no such"),
@@ -263,7 +266,7 @@ def test_broken_weights_end_in_a_failed_record_without_results(
     model = torch.nn.Module()
     model.state_dict = lambda: broken  # type: ignore[method-assign]
     write_checkpoint(run_dir, model, 2)
-    with pytest.raises(NumericError):
+    with pytest.raises(CheckpointError, match="values that are not finite"):
         evaluate(config(tmp_path, {"pets": {"kind": "zero_shot", "root": str(class_folders)}}, run=str(run_dir)))
     (record,) = tmp_path.rglob("outputs/evaluate/*/*/run.json")
     assert json.loads(record.read_text())["status"] == "failed"

@@ -6,7 +6,8 @@ Wnids and subsets come from `timm`'s package data, names from `open_clip_torch` 
 from dataclasses import dataclass
 from functools import cache
 
-from clip_exp.evaluation.sets.prompts import imagenet_classes, package_folder
+from clip_exp.config.paths import package_folder
+from clip_exp.evaluation.sets.prompts import imagenet_classes
 
 CLASS_SETS = {"imagenet": "ImageNet-1k", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
 

@@ -6,10 +6,9 @@ found and read without importing those packages, which would take seconds. This 
 
 import importlib.util
 from functools import cache
-from importlib.machinery import PathFinder
-from pathlib import Path
 from types import ModuleType
 
+from clip_exp.config.paths import package_folder
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.sets.texts import read_lines
 
@@ -66,15 +65,3 @@ def _open_clip_metadata() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def package_folder(package: str) -> Path:
-    """Where an installed package lies, without importing it.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    spec = PathFinder.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"{package} is not installed beside clip_exp; run: pip install clip_exp")
-    return Path(spec.origin).parent

@@ -1,0 +1,102 @@
+"""What is trained of a model: frozen towers and blocks, adapters, and a linear probe before the rest."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.schema import FineTuneConfig, TowerTuningConfig
+from clip_exp.errors import ConfigError
+from clip_exp.models.clip import CLIP
+from clip_exp.models.depth import depths, projection_names
+
+TOWERS = ("image", "text")
+
+
+def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> None:
+    """Freeze what the configuration keeps, and put adapters in. The logit scale and bias always learn.
+
+    Args:
+        model: with the weights that it starts from.
+        architecture: of the model.
+
+    Raises:
+        ConfigError: more unfrozen blocks than there are; no layers for adapters.
+    """
+    for name in TOWERS:
+        tower: nn.Module = getattr(model, name)
+        if config.lora is None:
+            freeze(tower, getattr(config, name), f"finetune.{name}")
+            continue
+        tower.requires_grad_(False)
+        if getattr(config.lora, name):
+            from clip_exp.training.lora import adapt
+
+            adapt(tower, config.lora, _example(name, architecture), name)
+
+
+def freeze(tower: nn.Module, config: TowerTuningConfig, key: str) -> None:
+    """Keep a tower's weights as they are, but for its last `unfrozen_blocks` and what follows them.
+
+    Args:
+        key: of the tower's node, for messages.
+
+    Raises:
+        ConfigError: it has fewer blocks.
+    """
+    if not config.freeze:
+        return
+    deep, blocks = depths(tower)
+    kept = blocks + 1 if config.unfrozen_blocks is None else blocks - config.unfrozen_blocks
+    if kept < 0:
+        raise ConfigError(f"{key}.unfrozen_blocks={config.unfrozen_blocks} is more than the {blocks} blocks there are.")
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(deep[name] > kept)
+
+
+def _example(tower: str, architecture: ModelConfig) -> Tensor:
+    if tower == "image":
+        side = architecture.image.image_size
+        return torch.zeros(1, 3, side, side)
+    # No token that a tokenizer of any library pads with.
+    return torch.full((1, architecture.text.context_length), 5)
+
+
+def quiet(model: nn.Module, *, probing: bool) -> Iterator[nn.Module]:
+    """The modules that stay in evaluation mode while the rest trains: those with weights, none of which learns.
+
+    There batch norms keep their statistics, and nothing is dropped out.
+
+    Args:
+        probing: only the projections learn.
+    """
+    late = late_names(model) if probing else set()
+    learns = {id(weight) for name, weight in model.named_parameters() if weight.requires_grad and name not in late}
+    for module in model.modules():
+        weights = list(module.parameters())
+        if weights and not any(id(weight) in learns for weight in weights):
+            yield module
+
+
+def late_names(model: nn.Module) -> set[str]:
+    """The parameters that do not learn during the linear probe: the towers' without their projections."""
+    names: set[str] = set()
+    for tower in TOWERS:
+        module: nn.Module = getattr(model, tower)
+        below = {name for name, _ in module.named_parameters()} - projection_names(module)
+        names |= {f"{tower}.{name}" for name in below}
+    return names
+
+
+def factors(model: nn.Module, config: FineTuneConfig) -> dict[str, float]:
+    """The learning rate of each parameter of the towers over the base rate: lr_factor * layer_decay ** (L + 1 - depth)."""
+    found = {}
+    for tower in TOWERS:
+        tuning: TowerTuningConfig = getattr(config, tower)
+        if tuning.lr_factor == tuning.layer_decay == 1:
+            continue
+        deep, blocks = depths(getattr(model, tower))
+        for name, depth in deep.items():
+            found[f"{tower}.{name}"] = tuning.lr_factor * tuning.layer_decay ** (blocks + 1 - depth)
+    return found

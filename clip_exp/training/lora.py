@@ -1,0 +1,124 @@
+"""Low-rank adapters (Hu et al. 2022): put into towers by `peft`, and merged into plain weights wherever weights are kept.
+
+In a state dict an adapted layer `x` is `x.base_layer.weight`, `x.lora_A.default.weight` (A, rank x in) and
+`x.lora_B.default.weight` (B, out x rank); merged it is `x.weight` = W + alpha / rank * B A.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from clip_exp.config.schema import LoRAConfig
+from clip_exp.errors import ConfigError
+from clip_exp.models.depth import block_names
+
+log = logging.getLogger(__name__)
+BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def adapt(tower: nn.Module, config: LoRAConfig, example: Tensor, key: str) -> None:
+    """Give the linear layers of a tower's blocks adapters that change nothing yet (B is zero). Its own weights no longer learn.
+
+    Args:
+        example: an input of the tower.
+        key: of the tower in `finetune.lora`, for messages.
+
+    Raises:
+        ConfigError: `targets` names no linear layer, or one whose weights the tower reads without calling it; or there is none.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    called = _called(tower, example)
+    layers = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
+    if config.targets:
+        chosen = [name for name in layers if any(f".{name}".endswith(f".{end}") for end in config.targets)]
+        _check_targets(config.targets, layers, called, chosen, key)
+    else:
+        blocks = tuple(f"{name}." for name in block_names(tower))
+        inside = [name for name in layers if name.startswith(blocks)]
+        chosen = [name for name in inside if name in called]
+        if silent := [name for name in inside if name not in called]:
+            log.warning(
+                f"finetune.lora: the {key} tower has {len(silent)} linear layers without adapters, {silent[0]} first: "
+                "the modules around them read their weights without calling them."
+            )
+    if not chosen:
+        raise ConfigError(
+            f"finetune.lora: the {key} tower has no linear layers in its blocks. Set finetune.lora.{key}=false."
+        )
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type] # peft divides it by the rank; it need not be whole
+        lora_dropout=config.dropout,
+        target_modules="|".join(map(re.escape, chosen)),
+    )
+    inject_adapter_in_model(settings, tower)
+
+
+def _called(tower: nn.Module, example: Tensor) -> set[str]:
+    """The linear layers that a forward pass calls: adapters act there, and nowhere where a module reads another's weights.
+
+    `nn.MultiheadAttention` does, and peft's way around it changes the frozen weights by rounding.
+    """
+    called: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    training = {module: module.training for module in tower.modules()}
+    with torch.no_grad():
+        tower.eval()(example)
+    for module, mode in training.items():
+        module.training = mode
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+def _check_targets(targets: list[str], layers: list[str], called: set[str], chosen: list[str], key: str) -> None:
+    unknown = [end for end in targets if not any(f".{name}".endswith(f".{end}") for name in layers)]
+    if unknown:
+        ends = sorted({name.rpartition(".")[2] for name in layers})
+        raise ConfigError(
+            f"finetune.lora.targets={unknown}: the {key} tower has no linear layers of that name. It has: {', '.join(ends)}."
+        )
+    if silent := [name for name in chosen if name not in called]:
+        raise ConfigError(
+            f"finetune.lora.targets: {silent[0]} of the {key} tower is not called in a forward pass (another module reads its "
+            "weights), so an adapter would do nothing. Leave it out."
+        )
+
+
+def merge(state: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, Tensor]:
+    """The same model without adapters, the adapted weights in float32; the other tensors are shared.
+
+    Args:
+        state: of an adapted model, or of any part that holds whole layers.
+        config: None where there are no adapters.
+    """
+    if config is None:
+        return dict(state)
+    plain = {name.replace(BASE, "."): value for name, value in state.items() if not name.endswith((A, B))}
+    for name, factor in state.items():
+        if name.endswith(A):
+            layer = name.removesuffix(A)
+            # In double precision: a product of float32 may be rounded to TF32 while training.
+            update = state[f"{layer}{B}"].double() @ factor.double() * (config.alpha / config.rank)
+            plain[f"{layer}.weight"] = (state[f"{layer}{BASE}weight"].double() + update).float()
+    return plain
+
+
+def adapted_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `merge` changes: the adapted weights as they were, and their factors."""
+    return {name: value for name, value in state.items() if name.endswith((A, B, f"{BASE}weight"))}
+
+
+def unmerge(plain: Mapping[str, Tensor], adapted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `merge`: the state dict that `adapted_part` was taken from, bit by bit."""
+    layers = [name.removesuffix(f"{BASE}weight") for name in adapted if name.endswith(f"{BASE}weight")]
+    inside = {f"{layer}.{kind}": f"{layer}{BASE}{kind}" for layer in layers for kind in ("weight", "bias")}
+    return {inside.get(name, name): value for name, value in plain.items()} | dict(adapted)

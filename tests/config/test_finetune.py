@@ -1,0 +1,71 @@
+"""What contradicts itself in a fine-tuning is told before anything is loaded."""
+
+import pytest
+
+from clip_exp.config.preflight import check_train
+from clip_exp.errors import ConfigError
+from tests.compose import train_config
+
+REFUSED = {
+    "blocks without freezing": (["finetune.text.unfrozen_blocks=2"], "finetune.text.unfrozen_blocks=2 has no effect"),
+    "negative blocks": (["finetune=lit", "finetune.image.unfrozen_blocks=-1"], "must not be negative"),
+    "a rate of a frozen tower": (
+        ["finetune=lit", "finetune.image.lr_factor=0.1"],
+        "no effect under finetune.image.freeze",
+    ),
+    "no rate": (["finetune.image.lr_factor=0"], "finetune.image.lr_factor=0.0 must be above 0"),
+    "rising rates": (["finetune.text.layer_decay=1.1"], "finetune.text.layer_decay=1.1 must be above 0 and at most 1"),
+    "nothing to train": (["finetune=lit", "finetune.text.freeze=true"], "nothing but the logit scale"),
+    "frozen random weights": (["finetune=lit", "pretrained=null"], "random weights in the image tower"),
+    "adapters on random weights": (["finetune=lora", "pretrained=null"], "random weights in the text tower"),
+    "a probe of random weights": (["finetune=linear_probe", "pretrained=null"], "towers of random weights"),
+    "no rank": (["finetune=lora", "finetune.lora.rank=0"], "finetune.lora.rank=0 must be above 0"),
+    "no alpha": (["finetune=lora", "finetune.lora.alpha=0"], "finetune.lora.alpha=0.0 must be above 0"),
+    "all dropped": (["finetune=lora", "finetune.lora.dropout=1"], "finetune.lora.dropout=1.0"),
+    "adapters nowhere": (["finetune=lora", "finetune.lora.image=false", "finetune.lora.text=false"], "one tower"),
+    "adapters in a frozen tower": (["finetune=lora", "finetune.image.freeze=true"], "exclude each other"),
+    "a rate of a tower without adapters": (
+        ["finetune=lora", "finetune.lora.text=false", "finetune.text.lr_factor=2"],
+        "finetune.text has no effect",
+    ),
+    "a probe of frozen projections": (
+        ["finetune=lora", "finetune.linear_probe_steps=3"],
+        "lora freezes the projections",
+    ),
+    "a negative probe": (["finetune.linear_probe_steps=-1"], "must not be negative"),
+    "a probe as long as the run": (["finetune.linear_probe_steps=10", "max_steps=10"], "less than the 10 steps"),
+    "a probe as long as the epochs": (["finetune.linear_probe_steps=11", "epochs=1"], "less than the 11 steps"),
+    "a warm-up that does not fit after the probe": (
+        ["finetune.linear_probe_steps=10", "max_steps=15", "scheduler.warmup_steps=6"],
+        "scheduler.warmup_steps=6 after finetune.linear_probe_steps=10",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "expected"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_contradiction_is_refused_with_its_key(overrides: list[str], expected: str, tmp_path) -> None:
+    weights = tmp_path / "start.safetensors"
+    weights.touch()
+    with pytest.raises(ConfigError) as caught:
+        check_train(train_config(f"pretrained={weights}", *overrides))
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["lit", "lora", "layer_decay", "linear_probe"])
+@pytest.mark.parametrize(
+    "strategy", ["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3"]
+)
+def test_every_way_of_fine_tuning_goes_with_every_strategy(option: str, strategy: str, tmp_path) -> None:
+    weights = tmp_path / "start.safetensors"
+    weights.touch()
+    check_train(
+        train_config(f"finetune={option}", f"strategy={strategy}", f"pretrained={weights}", "trainer.accelerator=cpu")
+    )
+
+
+def test_a_backbone_with_weights_of_its_own_can_be_locked() -> None:
+    check_train(
+        train_config(
+            "model/image=timm", "model.image.name=vit_tiny_patch16_224", "model.image.pretrained=true", "finetune=lit"
+        )
+    )

@@ -1,0 +1,181 @@
+"""A run that starts from somebody's weights: found once, settled into its configuration, and needed no more when it goes on."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import clip_exp
+from clip_exp.checkpoints.discovery import checkpoints
+from clip_exp.config.load import plain, read_run_config
+from clip_exp.config.model_schema import Activation
+from clip_exp.config.schema import TrainConfig
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.inference.sources import named_model
+from clip_exp.models.build import build_model
+from clip_exp.runs import RunRecord
+from clip_exp.training.opening import Opening, open_run
+from tests.checkpoints.test_writer import write
+from tests.compose import train_config
+from tests.conftest import REPOSITORY
+from tests.runs import TINY, Finished, Train, run_folders
+from tests.weights.server import Served, serving
+from tests.weights.test_hub import fetched, publish
+
+SETTLED = {"activation": Activation.quick_gelu, "mean": [0.5, 0.4, 0.3]}
+
+
+def write_weights(path: Path, name: str = "vit_tiny") -> Path:
+    """Random weights that say that they were trained with quick_gelu and a mean of their own."""
+    torch.manual_seed(3)
+    model = named_model(name)
+    weights = build_model(model).state_dict()
+    told = replace(model, activation=SETTLED["activation"], image=replace(model.image, mean=SETTLED["mean"]))
+    save_file(weights, path, {"clip_exp.model": json.dumps(plain(told))})
+    return path
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return write_weights(tmp_path / "start.safetensors")
+
+
+def opened(config: TrainConfig) -> Opening:
+    opening = open_run(config)
+    opening.begin([])
+    return opening
+
+
+def test_the_weights_settle_the_configuration_and_are_noted(tmp_path: Path, weights: Path, capsys) -> None:
+    opening = opened(train_config("model=vit_tiny", f"pretrained={weights}", f"output_dir={tmp_path}/out"))
+    model = read_run_config(opening.folder).model
+    assert (model.activation, model.image.mean) == (SETTLED["activation"], SETTLED["mean"])
+    assert RunRecord(opening.folder).values["pretrained"] == {
+        "told": str(weights),
+        "path": str(weights),
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "format": "clip_exp's safetensors",
+    }
+    assert "activation quick_gelu, as the weights" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, weights: Path) -> None:
+    config = train_config("model=vit_tiny", f"pretrained={weights}", f"output_dir={tmp_path}/out")
+    first = opened(config)
+    write(first.folder, 10)
+    weights.unlink()
+    again = open_run(config)
+    assert (again.folder, again.finished) == (first.folder, False)
+    assert again.settled == first.settled
+    again.begin([])
+    assert "pretrained" in RunRecord(first.folder).values, "the first beginning is kept"
+    named = replace(config, resume=str(first.folder), max_steps=99, epochs=None)
+    assert open_run(named).settled.model == first.settled.model
+    other = train_config("model=vit_tiny", f"pretrained={weights}", f"output_dir={tmp_path}/out", "seed=1")
+    with pytest.raises(ConfigError, match="does not exist"):
+        open_run(other)
+
+
+def test_another_activation_than_that_of_training_is_refused_and_leaves_no_folder(tmp_path, weights, command) -> None:
+    arguments = [*TINY, f"pretrained={weights}", "model.activation=gelu", f"output_dir={tmp_path}/out"]
+    result = command("train.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "model.activation=gelu, but" in result.stderr
+    assert "was trained with quick_gelu: leave it out" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_end_the_run_before_its_first_step(tmp_path: Path, command) -> None:
+    """What does not load leaves no model of random weights behind."""
+    weights = tmp_path / "nano.safetensors"
+    save_file(build_model(named_model("vit_nano")).state_dict(), weights)
+    for devices in ("trainer.devices=1", "trainer.devices=2"):
+        result = command(
+            "train.py",
+            *TINY,
+            f"pretrained={weights}",
+            "max_steps=2",
+            devices,
+            f"output_dir={tmp_path}/out",
+            cwd=tmp_path,
+        )
+        assert result.returncode == CheckpointError.exit_code, result.stdout + result.stderr
+        assert "nano.safetensors: does not fit the model" in result.stderr
+        folder = run_folders(tmp_path / "out")[-1]
+        assert RunRecord(folder).values["status"] == "failed"
+        assert not checkpoints(folder)
+
+
+START = (*TINY, "max_steps=4", "log_every_n_steps=1", "checkpoint_every_n_steps=2", "scheduler.warmup_steps=1")
+
+
+@pytest.mark.slow
+def test_every_strategy_starts_from_the_weights_and_goes_on_without_them(tmp_path: Path, weights, train: Train) -> None:
+    auto = [f"pretrained={weights}", *(word for word in START if not word.startswith("resume"))]
+    still = train(*TINY, f"pretrained={weights}", "max_steps=1", "optimizer.lr=1e-60", "scheduler.warmup_steps=0")
+    start = load_file(weights)
+    assert all(torch.equal(still.weights[name], value) for name, value in start.items() if name != "logit_scale")
+    one = train(*START, f"pretrained={weights}")
+    two = train(*START, f"pretrained={weights}", "strategy=deepspeed_stage_3", "trainer.devices=2")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    folder = tmp_path / "train" / one.folder.parent.name / one.folder.name
+    shutil.copytree(one.folder, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    # What lies in the place of the weights now is not looked at.
+    weights.write_bytes(b"something else")
+    on = train(*auto, output_dir=tmp_path)
+    assert on.folder == folder
+    assert on.losses == one.losses
+    assert all(torch.equal(on.weights[name], value) for name, value in one.weights.items())
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_sharded_run_is_a_start_and_a_model_like_any_other(train: Train) -> None:
+    split = "+strategy.config.zero_optimization.stage3_param_persistence_threshold=0"
+    one = train(*TINY, "max_steps=3", "log_every_n_steps=1")
+    run = train(*TINY, "max_steps=3", "log_every_n_steps=1", "strategy=deepspeed_stage_3", "trainer.devices=2", split)
+    alone, sharded = (clip_exp.load(folder, accelerator="cpu") for folder in (one.folder, run.folder))
+    torch.testing.assert_close(
+        sharded.encode_text(["a red circle", "x"]), alone.encode_text(["a red circle", "x"]), atol=1e-4, rtol=0
+    )
+    by_name = clip_exp.load("vit_tiny", pretrained=run.folder, accelerator="cpu")
+    assert all(torch.equal(value, run.weights[name]) for name, value in by_name.model.state_dict().items())
+    still = train(*TINY, f"pretrained={run.folder}", "max_steps=1", "optimizer.lr=1e-60", "scheduler.warmup_steps=0")
+    assert all(torch.equal(still.weights[name], value) for name, value in run.weights.items())
+
+
+@pytest.mark.slow
+def test_of_ranks_that_torchrun_starts_one_downloads(tmp_path: Path, weights: Path) -> None:
+    with serving() as server:
+        server.files["/"] = Served(b"")
+        publish(server, {"model.safetensors": weights.read_bytes()}, large=("model.safetensors",))
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "OMP_NUM_THREADS": "1",
+        }
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+        arguments = [*TINY, "pretrained=hf-hub:org/clip", "max_steps=2", "log_every_n_steps=1", "strategy=ddp"]
+        result = subprocess.run(
+            [*torchrun, str(REPOSITORY / "train.py"), *arguments, "trainer.devices=2", f"output_dir={tmp_path}/out"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert fetched(server) == ["model.safetensors"]
+        assert sum(request.path.startswith("/api/models") for request in server.requests) == 1
+    (folder,) = run_folders(tmp_path / "out")
+    assert Finished(folder, "").record["pretrained"]["told"] == "hf-hub:org/clip"
+    assert read_run_config(folder).model.activation is SETTLED["activation"]
