@@ -14,6 +14,7 @@ from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.sources import (
     CONFIG,
     Source,
+    mixed,
     named_model,
     source_of_checkpoint,
     source_of_file,
@@ -38,6 +39,7 @@ def load(
     *,
     accelerator: str = "auto",
     activation: str | None = None,
+    wise_ft: float | None = None,
 ) -> "Clip":
     """A model that is ready to use.
 
@@ -50,6 +52,7 @@ def load(
             folder of weights: ours, open_clip's, OpenAI's, FlagAI's or Hugging Face's.
         accelerator: `auto` (a GPU where there is one), `cpu` or `gpu`.
         activation: `gelu`, `quick_gelu` or `gelu_tanh`, for weights that do not tell which they were trained with.
+        wise_ft: share of a fine-tuned run's weights, 0 to 1; the rest is from what it started from (docs/finetuning.md).
     Raises:
         ConfigError: no such model, tag, file or folder; the weights were trained with another activation.
         CheckpointError: the weights cannot be fetched or read, or are another model's.
@@ -57,7 +60,7 @@ def load(
     if activation is not None and activation not in list(Activation):
         raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
     # What is wrong is told before torch is imported.
-    found = _source(str(source), pretrained, Activation(activation) if activation else None)
+    found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
     from clip_exp.inference.clip import Clip
     from clip_exp.inference.loading import choose_device, load_model
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from clip_exp.config.preflight_finetune import check_finetune, probe_problems
 from clip_exp.config.preflight_measures import check_measures
-from clip_exp.config.preflight_model import check_model, check_vocabulary
+from clip_exp.config.preflight_model import check_idle, check_model, check_vocabulary
 from clip_exp.config.schema import DataConfig, LossName, StrategyName, TrainConfig
 from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import outer_ranks
@@ -31,6 +31,7 @@ def check_train(config: TrainConfig) -> None:
     problems = [
         *_check_run(config),
         *check_model(config.model),
+        *check_idle(config.model),
         *check_vocabulary(config.model.text),
         *(check_pretrained(config.pretrained, config.model) if config.pretrained is not None else ()),
         *_check_data(config.data),

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
 from clip_exp.config.schema import FineTuneConfig, LoRAConfig, TowerTuningConfig, TrainConfig
+from clip_exp.weights.own import own_towers
 
 
 def check_finetune(config: TrainConfig) -> Iterator[str]:
@@ -60,22 +60,14 @@ def _check_lora(tuning: FineTuneConfig, lora: LoRAConfig) -> Iterator[str]:
 
 def _check_start(config: TrainConfig) -> Iterator[str]:
     """What stays as it is must come from somewhere."""
-    tuning = config.finetune
-    for tower in ("image", "text"):
-        if config.pretrained is not None or _starts_pretrained(tower, config.model):
-            continue
-        if getattr(tuning, tower).freeze or tuning.lora is not None:
+    tuning, towers = config.finetune, ("image", "text")
+    begun = set(towers) if config.pretrained is not None else own_towers(config.model)
+    for tower in towers:
+        if tower not in begun and (getattr(tuning, tower).freeze or tuning.lora is not None):
             key = f"finetune.{tower}.freeze" if tuning.lora is None else "finetune.lora"
             yield f"{key} would keep random weights in the {tower} tower: set pretrained=…"
-    some = config.pretrained is not None or any(_starts_pretrained(tower, config.model) for tower in ("image", "text"))
-    if tuning.linear_probe_steps and not some:
+    if tuning.linear_probe_steps and not begun:
         yield "finetune.linear_probe_steps would fit projections to towers of random weights: set pretrained=…"
-
-
-def _starts_pretrained(tower: str, model: ModelConfig) -> bool:
-    if tower == "image":
-        return model.image.kind is ImageTower.timm and model.image.pretrained
-    return model.text.kind is TextTower.huggingface and model.text.pretrained
 
 
 def _check_probe(config: TrainConfig) -> Iterator[str]:

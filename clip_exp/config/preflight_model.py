@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
+from clip_exp.weights.own import own_towers
 
 VOCABULARY = 49408  # of OpenAI's byte-pair encoding
 TRANSFORMER = ("width", "layers", "heads")
@@ -20,6 +21,9 @@ TEXT_NEEDS: dict[TextTower, tuple[str, ...]] = {
     TextTower.huggingface: ("name",),
     TextTower.open_clip: (),
 }
+# What may be set at all; the others of these fields are null.
+IMAGE_SHAPE = ("patch_size", "stages", *TRANSFORMER, "name")
+TEXT_SHAPE = (*TRANSFORMER, "name")
 
 
 def check_model(model: ModelConfig) -> list[str]:
@@ -61,6 +65,11 @@ def _check_image(image: ImageTowerConfig) -> Iterator[str]:
     if image.kind is ImageTower.resnet:
         if image.image_size % 32:
             yield f"model.image.image_size={image.image_size} must be a multiple of 32, which a resnet divides it by."
+        if image.width and image.heads and 32 * image.width % image.heads:
+            yield (
+                f"model.image.heads={image.heads} must divide {32 * image.width}, the channels that a resnet of "
+                f"model.image.width={image.width} pools."
+            )
         if len(image.stages or ()) != 4 or min(image.stages or [0]) < 1:
             yield f"model.image.stages={image.stages} must be four numbers of blocks, each above 0."
     if not 0 <= image.patch_dropout < 1:
@@ -76,6 +85,26 @@ def _check_text(text: TextTowerConfig) -> Iterator[str]:
         yield from _check_heads("text", text.width, text.heads)
     if text.context_length < 3:
         yield f"model.text.context_length={text.context_length} must hold a start, a word and an end: at least 3."
+
+
+def check_idle(model: ModelConfig) -> Iterator[str]:
+    """What is set of a tower and would be ignored, because towers of its kind have no such thing."""
+    optional = ("name",) if model.text.kind is TextTower.open_clip else ()
+    towers: tuple[tuple[str, Any, tuple[str, ...], tuple[str, ...]], ...] = (
+        ("image", model.image, IMAGE_SHAPE, IMAGE_NEEDS[model.image.kind]),
+        ("text", model.text, TEXT_SHAPE, (*TEXT_NEEDS[model.text.kind], *optional)),
+    )
+    for tower, values, names, used in towers:
+        for name in names:
+            if name not in used and getattr(values, name) is not None:
+                yield (
+                    f"model.{tower}.{name}={getattr(values, name)} has no effect on {tower} towers of kind={values.kind}: "
+                    "leave it out."
+                )
+    if model.image.pretrained and "image" not in own_towers(model):
+        yield (
+            "model.image.pretrained=true is for backbones of timm (model/image=timm): weights of a whole model are pretrained=…"
+        )
 
 
 def check_vocabulary(text: TextTowerConfig) -> Iterator[str]:

@@ -68,9 +68,9 @@ def check_source(config: ModelChoice) -> Source | None:
     values = {"run": config.run, "ckpt": config.ckpt, "model": model, "pretrained": config.pretrained}
     given = {key: value for key, value in values.items() if value is not None}
     if set(given) == {"run"}:
-        return _mixed(source_of_run(Path(given["run"]), config.ema), config.wise_ft)
+        return mixed(source_of_run(Path(given["run"]), config.ema), config.wise_ft)
     if set(given) == {"ckpt"}:
-        return _mixed(source_of_checkpoint(Path(given["ckpt"]), config.ema), config.wise_ft)
+        return mixed(source_of_checkpoint(Path(given["ckpt"]), config.ema), config.wise_ft)
     if set(given) not in ({"model", "pretrained"}, {"pretrained"}):
         listed = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"
         raise ConfigError(
@@ -180,10 +180,17 @@ def named_model(name: str) -> ModelConfig:
     return strict_dataclass(ModelConfig, resolved, "model")
 
 
-def _mixed(source: Source, share: float | None) -> Source:
+def mixed(source: Source, share: float | None) -> Source:
+    """A run's weights, of which `share` is taken and the rest from what the run started from; None: the run's own.
+
+    Raises:
+        ConfigError: the source is no run, or one that did not start from weights.
+        CheckpointError: those weights are no longer there, or others.
+    """
     if share is None:
         return source
-    assert source.run_dir is not None
+    if source.run_dir is None:
+        raise ConfigError("wise_ft needs a run or its checkpoint: other weights do not tell what they started from.")
     return replace(source, mix=mix_of(source.run_dir, share))
 
 

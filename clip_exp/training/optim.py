@@ -18,7 +18,14 @@ from clip_exp.training.finetune import factors, late_names
 from clip_exp.training.schedule import factor
 
 MAX_LOGIT_SCALE = math.log(100)
-POSITIONS = "positional_embedding"
+# What the families call their embeddings of positions: ours and open_clip's, timm's, Hugging Face's.
+POSITIONS = {
+    "positional_embedding",
+    "pos_embed",
+    "position_embeddings",
+    "position_embedding",
+    "relative_position_bias_table",
+}
 KINDS = ("decay", "no_decay", "logit_scale")
 
 
@@ -48,7 +55,10 @@ def named_groups(model: nn.Module, finetune: FineTuneConfig) -> dict[Group, list
 def _kind(name: str, parameter: nn.Parameter) -> str:
     if name.endswith("logit_scale"):
         return "logit_scale"
-    return "no_decay" if parameter.ndim < 2 or name.endswith(POSITIONS) else "decay"
+    vector = parameter.ndim < 2 or (
+        parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
+    )  # timm's class token
+    return "no_decay" if vector or POSITIONS & set(name.split(".")) else "decay"
 
 
 def build_optimizer(

@@ -35,7 +35,7 @@ from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskScores
 from clip_exp.training.trainer import build_trainer, resolve_device
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.own import has_own_weights
+from clip_exp.weights.own import own_towers
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _build_model(config: TrainConfig, run_dir: Path) -> CLIP:
         init_logit_bias=loss.init_logit_bias,
         own_weights=begins,
     )
-    model = group.main_first(build) if begins and has_own_weights(config.model) else build()
+    model = group.main_first(build) if begins and own_towers(config.model) else build()
     if config.pretrained is not None and not _has_checkpoint(config, run_dir):
         for note in load_weights(model, start_weights(config, RunRecord(run_dir).values), config.model):
             _tell(note)

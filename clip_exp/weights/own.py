@@ -27,10 +27,11 @@ def note_architecture(model: ModelConfig, pretrained: str | None = None) -> Mode
     return replace(model, image=image, text=text)
 
 
-def has_own_weights(model: ModelConfig) -> bool:
-    """Whether the configuration asks for the weights of a tower's own library."""
+def own_towers(model: ModelConfig) -> set[str]:
+    """Which of the towers, `image` and `text`, the configuration starts from the weights of their own library."""
     image = model.image.pretrained and _backbone(model) is not None
-    return image or (model.text.pretrained and _has_encoder(model))
+    text = model.text.pretrained and _has_encoder(model)
+    return {tower for tower, own in (("image", image), ("text", text)) if own}
 
 
 def _has_encoder(model: ModelConfig) -> bool:

@@ -69,3 +69,10 @@ def test_a_backbone_with_weights_of_its_own_can_be_locked() -> None:
             "model/image=timm", "model.image.name=vit_tiny_patch16_224", "model.image.pretrained=true", "finetune=lit"
         )
     )
+
+
+def test_a_backbone_of_an_open_clip_configuration_can_be_locked_too() -> None:
+    model = ("model=open_clip", "model.name=convnext_base", "model.image.pretrained=true")
+    check_train(train_config(*model, "finetune=lit"))
+    with pytest.raises(ConfigError, match="random weights in the image tower"):
+        check_train(train_config(*model[:2], "finetune=lit"))

@@ -65,17 +65,15 @@ def test_a_resnet_is_loaded_from_the_folder(export: Export, tmp_path: Path) -> N
 
 
 def test_the_file_is_loaded_strictly_as_an_architecture_of_that_name(
-    export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`open_clip.create_model("ViT-B-32", pretrained=file)` in small: open_clip knows vit_nano's numbers by a name."""
     config = vit(Activation.quick_gelu)
     model = build(config)
     folder = export(model, config, "open_clip")
     numbers = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    known = tmp_path / "configs"
-    known.mkdir()
-    (known / "ViT-nano.json").write_text(json.dumps(numbers))
-    open_clip.add_model_config(known)
+    # As `open_clip.add_model_config` would, for this test alone.
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-nano": numbers})
     theirs = open_clip.create_model("ViT-nano", pretrained=str(folder / "open_clip_model.safetensors"))
     assert_same_features(theirs.eval(), model, config)
 

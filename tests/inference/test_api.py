@@ -56,7 +56,12 @@ def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(ru
     [
         ("vit_nanno", None, ConfigError, "did you mean 'vit_nano'"),
         ("vit_nano", None, ConfigError, r'load\("vit_nano", pretrained=FILE\)'),
-        ("vit_nano", "openai", ConfigError, "pretrained=openai does not exist, and model=vit_nano has no published weights"),
+        (
+            "vit_nano",
+            "openai",
+            ConfigError,
+            "pretrained=openai does not exist, and model=vit_nano has no published weights",
+        ),
         ("vit_b32", "opnai", ConfigError, "is no tag of model=vit_b32: did you mean 'openai'"),
         ("vit_b32", None, ConfigError, "one of the tags openai, laion400m_e31"),
         ("vit_nanno", "w.pt", ConfigError, "no model 'vit_nanno': did you mean 'vit_nano'"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clip_exp.api import evaluate
+from clip_exp.api import evaluate, load
 from clip_exp.config.evaluation_schema import SubjectConfig
 from clip_exp.config.use_schema import ExportConfig
 from clip_exp.errors import CheckpointError, ConfigError
@@ -104,3 +104,10 @@ def test_a_start_that_is_gone_or_changed_is_refused(tuned: Path, start: Path, na
     start.unlink()
     with pytest.raises(CheckpointError, match=r"no longer there"):
         find_source(SubjectConfig(run=str(tuned), wise_ft=0.5))
+
+
+def test_python_has_it_too(tuned: Path, start: Path) -> None:
+    found = load(tuned, wise_ft=0.5).model.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in mixture(tuned, 0.5).items())
+    with pytest.raises(ConfigError, match="wise_ft needs a run"):
+        load("vit_nano", pretrained=start, wise_ft=0.5)

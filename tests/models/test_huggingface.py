@@ -13,7 +13,7 @@ from clip_exp.errors import ConfigError
 from clip_exp.models import build_model
 from clip_exp.models.huggingface import HuggingFaceText, build_text_tower, note_architecture
 from clip_exp.text.build import build_tokenizer
-from clip_exp.weights.own import has_own_weights
+from clip_exp.weights.own import own_towers
 from clip_exp.weights.own import note_architecture as noted
 from tests.encoders import CAPTIONS, small_encoder, write_encoder
 
@@ -105,8 +105,8 @@ def test_a_noted_architecture_builds_the_encoder_without_its_folder(tmp_path: Pa
 
 
 def test_own_weights_are_asked_for_by_the_configuration(folders) -> None:
-    assert has_own_weights(small(folders["bert"]))
-    assert not has_own_weights(small(folders["bert"], pretrained=False))
+    assert own_towers(small(folders["bert"])) == {"text"}
+    assert not own_towers(small(folders["bert"], pretrained=False))
 
 
 def test_dropout_is_the_models(folders) -> None:

@@ -18,7 +18,7 @@ from clip_exp.data.transforms import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models import build_model
 from clip_exp.models.timm_tower import TimmTower, build_image_tower
-from clip_exp.weights.own import has_own_weights, note_architecture
+from clip_exp.weights.own import own_towers, note_architecture
 
 BACKBONES = ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
 
@@ -159,5 +159,5 @@ def test_null_preprocessing_is_that_of_the_backbones_weights_where_they_are_used
     assert preprocessing_of(note_architecture(small("test_vit")).image).mean == OPENAI_MEAN
     mine = small("test_vit", pretrained=True, mean=[0.1] * 3)
     assert note_architecture(mine).image.mean == [0.1] * 3
-    assert has_own_weights(config)
-    assert not has_own_weights(small("test_vit"))
+    assert own_towers(config) == {"image"}
+    assert not own_towers(small("test_vit"))

@@ -152,7 +152,10 @@ def test_after_the_probe_the_towers_warm_up_from_there() -> None:
 
 # ------------------------------------------------------------------------------------------------------- whole runs
 
-RESNET = ("model.image.kind=resnet", "model.image.stages=[1,1,1,1]", "model.image.width=8", "model.image.heads=4")
+RESNET = (
+    "model.image.kind=resnet", "model.image.stages=[1,1,1,1]", "model.image.width=8", "model.image.heads=4",
+    "model.image.patch_size=null", "model.image.layers=null",
+)  # fmt: skip
 RUN = (
     "model=vit_nano", *RESNET, "data=digits", "data.generate.rows=96", "data.generate.val_rows=24", "global_batch_size=16",
     "precision=32-true", "trainer.accelerator=cpu", "resume=never", "max_steps=8", "log_every_n_steps=1",
