@@ -13,6 +13,7 @@ from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.sources import (
     CONFIG,
+    NO_START,
     Source,
     mixed,
     named_model,
@@ -25,7 +26,7 @@ from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.signals import Stopped
 from clip_exp.runs import RunRecord
 from clip_exp.weights import registry
-from clip_exp.weights.hub import is_hub_name
+from clip_exp.weights.hub import HUB, is_hub_name
 
 if TYPE_CHECKING:
     from clip_exp.inference.clip import Clip
@@ -60,6 +61,8 @@ def load(
     if activation is not None and activation not in list(Activation):
         raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
     # What is wrong is told before torch is imported.
+    if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
+        raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
     from clip_exp.inference.clip import Clip
     from clip_exp.inference.loading import choose_device, load_model
@@ -134,7 +137,7 @@ def _source(source: str, pretrained: str | Path | None, activation: Activation |
         found = source_of_run(path)
     elif path.is_dir() and STEP.search(path.resolve().name):
         found = source_of_checkpoint(path)
-    elif path.is_dir() or is_hub_name(source):
+    elif path.is_dir() or source.startswith(HUB):
         found = source_of_file(None, source, activation)
     else:
         raise ConfigError(_needs_weights(source))
@@ -143,6 +146,8 @@ def _source(source: str, pretrained: str | Path | None, activation: Activation |
 
 def _needs_weights(name: str) -> str:
     """What to say of a name that is no place of weights."""
+    if is_hub_name(HUB + name) and aliases.resolve(name) is None:
+        return f"there is no file or folder '{name}'. If it is on the Hugging Face hub: load(\"{HUB}{name}\")."
     if aliases.resolve(name) is None:
         return (
             f"there is no run folder, checkpoint or weights file '{name}', nor a model of that name: "

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run_forked
 from tests.runs import TINY, Finished, Train, run_folders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTEST_CURRENT_TEST")
 
 
 @pytest.fixture(scope="session")
@@ -33,15 +35,19 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def command() -> Run:
     """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr."""
+    started_with = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
 
     def run(
         script: str, *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        clean = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
+        child = {**clean, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment}
+        if not environment and clean == started_with:
+            return run_forked(REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s)
         return subprocess.run(
             [sys.executable, str(REPOSITORY / script), *arguments],
             cwd=cwd,
-            env={**clean, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
+            env=child,
             capture_output=True,
             text=True,
             timeout=timeout_s,

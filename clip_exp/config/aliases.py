@@ -14,15 +14,10 @@ ALIASES = {
     "clip-base-p16-224": "vit_b16",
     "clip-large-p14-224": "vit_l14",
     "clip-large-p14-336": "vit_l14_336",
-    "ViT-B/32": "vit_b32",  # OpenAI's
+    "ViT-B/32": "vit_b32",  # OpenAI's, whose ResNets have the names that they have in open_clip
     "ViT-B/16": "vit_b16",
     "ViT-L/14": "vit_l14",
     "ViT-L/14@336px": "vit_l14_336",
-    "RN50": "rn50",
-    "RN101": "rn101",
-    "RN50x4": "rn50x4",
-    "RN50x16": "rn50x16",
-    "RN50x64": "rn50x64",
 }
 QUICK_GELU = "-quickgelu"  # with which open_clip's names end where the nonlinearity is OpenAI's
 ADAPTER = "open_clip"  # the option for open_clip's other architectures

@@ -94,7 +94,7 @@ def read_run_config(run_dir: Path | str) -> TrainConfig:
     """The configuration that a run folder was made with.
 
     Raises:
-        CheckpointError: the folder or its `config.yaml` is missing.
+        CheckpointError: the folder or its `config.yaml` is missing, or refers to values of this machine.
         ConfigError: the file has keys or values that this version does not know.
     """
     path = Path(run_dir) / "config.yaml"
@@ -102,7 +102,23 @@ def read_run_config(run_dir: Path | str) -> TrainConfig:
         raise CheckpointError(
             f"{run_dir} is not a run folder: it has no config.yaml. Give the folder that training printed."
         )
-    return load_train(OmegaConf.load(path))  # type: ignore[arg-type]
+    config = OmegaConf.load(path)
+    require_literal(OmegaConf.to_container(config), str(path))
+    return load_train(config)  # type: ignore[arg-type]
+
+
+def require_literal(values: Any, where: str) -> None:
+    """Refuse `${…}` in what a file of somebody's says: it may ask for a secret of this machine (`${oc.env:…}`).
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if isinstance(values, str) and "${" in values:
+        raise CheckpointError(
+            f"{where}: refused, because it asks for a value of this machine: {values}. Write the value."
+        )
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        require_literal(value, where)
 
 
 def read_evaluate_config(folder: Path) -> EvaluateConfig:

@@ -56,6 +56,11 @@ def can_be_trimmed(text: Values) -> bool:
     return pooled_inside and not text.get("no_causal_mask", False)
 
 
+def has_text_below(values: Values) -> bool:
+    """Whether open_clip's model has its text tower's weights below `text.` (CustomTextCLIP), or below nothing (CLIP)."""
+    return values.get("custom_text", False) or "hf_model_name" in values["text_cfg"]
+
+
 FIELDS: dict[str, Callable[[Values], Any]] = {
     "embed_dim": lambda values: values["embed_dim"],
     "image_size": lambda values: values["vision_cfg"]["image_size"],

@@ -97,7 +97,12 @@ def _in_quotes(text: str) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-    """One sentence for an error of Hydra or OmegaConf: what, where, how to fix; None for any other error."""
+    """One sentence for an error of Hydra or OmegaConf, or for a path that is closed to the user: what, where, how to fix.
+
+    None for any other error.
+    """
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{error.filename} may not be read or written by you: change its permissions, or name another."
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, OverrideParseException):

@@ -81,7 +81,7 @@ def model_cfg(config: ModelConfig, bias: float | None) -> dict[str, Any]:
         values["text_cfg"]["context_length"] = config.text.context_length
     else:
         values = {"embed_dim": config.embed_dim, "vision_cfg": _vision_cfg(config), "text_cfg": _text_cfg(config)}
-    if config.text.kind is not TextTower.clip:
+    if config.text.kind is TextTower.siglip:
         values["custom_text"] = True  # the text tower's weights below `text.`
     if config.activation is not None or config.image.kind is not ImageTower.open_clip:
         values["quick_gelu"] = config.activation is Activation.quick_gelu

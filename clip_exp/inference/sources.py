@@ -23,6 +23,7 @@ from clip_exp.weights.own import note_architecture
 from clip_exp.weights.settle import settle
 
 CONFIG = "config.yaml"
+NO_START = "wise_ft needs a run or its checkpoint: other weights do not tell what they started from."
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def source_of_file(model: ModelConfig | None, pretrained: str | Path, activation
         ConfigError: see `find_weights` and `settle`; or nothing tells which model the weights are of.
         CheckpointError: the weights cannot be fetched, or are damaged.
     """
+    if model is not None:
+        model = replace(model, activation=activation or model.activation)
     found = find_weights(str(pretrained), model)
     model = model or found.about.model
     if model is None:
@@ -174,6 +177,8 @@ def named_model(name: str) -> ModelConfig:
     named = aliases.resolve(name)
     if named is None:
         raise ConfigError(f"there is no model '{name}': {nearest(name, aliases.names())}")
+    if named == aliases.Named(aliases.ADAPTER):
+        raise ConfigError(f"{name} stands for all architectures of open_clip: name one, such as convnext_base.")
     register_open_clip()
     values = OmegaConf.load(conf_dir() / "model" / f"{named.option}.yaml")
     resolved: Any = OmegaConf.to_container(OmegaConf.merge(values, named.keys), resolve=True)
@@ -190,7 +195,7 @@ def mixed(source: Source, share: float | None) -> Source:
     if share is None:
         return source
     if source.run_dir is None:
-        raise ConfigError("wise_ft needs a run or its checkpoint: other weights do not tell what they started from.")
+        raise ConfigError(NO_START)
     return replace(source, mix=mix_of(source.run_dir, share))
 
 

@@ -1,7 +1,7 @@
 """A binary decision for each pair of a picture and a text (SigLIP; Zhai et al. 2023, algorithm 1 and section 3.3).
 
-The texts go round the ring of ranks, and each rank scores its pictures against what it holds, a chunk of rows at a time: no
-rank holds more than a chunk of similarities, or more features than twice its own, however many ranks there are.
+The texts go round the ring of ranks, and each rank scores its pictures against what it holds, a chunk of rows at a time: however
+many ranks there are, one holds a chunk of similarities, and beside its own features those of the rank that it scores and the next.
 """
 
 from typing import Any, NamedTuple

@@ -55,10 +55,9 @@ def named_groups(model: nn.Module, finetune: FineTuneConfig) -> dict[Group, list
 def _kind(name: str, parameter: nn.Parameter) -> str:
     if name.endswith("logit_scale"):
         return "logit_scale"
-    vector = parameter.ndim < 2 or (
-        parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
-    )  # timm's class token
-    return "no_decay" if vector or POSITIONS & set(name.split(".")) else "decay"
+    # A class token of timm has two axes of length 1 before its channels.
+    token = parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
+    return "no_decay" if parameter.ndim < 2 or token or POSITIONS & set(name.split(".")) else "decay"
 
 
 def build_optimizer(

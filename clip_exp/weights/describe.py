@@ -13,9 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS
-from clip_exp.config.load import read_run_config, strict_dataclass
+from clip_exp.config.load import plain, read_run_config, require_literal, strict_dataclass
 from clip_exp.config.model_schema import Activation, ImageTower, Interpolation, ModelConfig, ResizeMode
-from clip_exp.errors import CheckpointError
+from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.text.saved import with_saved_tokenizer
 from clip_exp.weights.formats import (
     INDEX,
@@ -64,6 +64,33 @@ def describe(path: str | Path) -> About:
         CheckpointError: no weights, a damaged file, or a configuration that no model here can follow.
     """
     path = Path(path).expanduser()
+    try:
+        about = _describe(path)
+        return about if about.model is None else replace(about, model=_checked(plain(about.model), path))
+    except (ClipExpError, PermissionError):
+        raise
+    except Exception as error:  # a damaged configuration can break its reader in any way
+        raise CheckpointError(
+            f"{path}: what is said about the model, in the file or beside it, cannot be read ({_first_line(error)}). Fetch it "
+            "again, or give the file of weights alone, in a folder of its own, with its model."
+        ) from error
+
+
+def _checked(values: dict[str, Any], path: Path) -> ModelConfig:
+    """The configuration of a model that somebody else wrote, with the types that ours has.
+
+    Raises:
+        CheckpointError: other keys, values of other types, or references.
+    """
+    require_literal(values, str(path))
+    try:
+        return strict_dataclass(ModelConfig, values, "model")
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        raise CheckpointError("\n".join(f"{path}: the configuration of its model: {line}" for line in lines)) from error
+
+
+def _describe(path: Path) -> About:
     if path.is_dir() and (run := _run_config(path)) is not None:
         return _of_model("run folder", run)
     file = weight_files(path)[0]
@@ -98,7 +125,7 @@ def _exported_model(file: Path) -> ModelConfig | None:
         values = json.loads(metadata[OUR_METADATA])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: its metadata {OUR_METADATA} is not JSON. Export it again.") from error
-    model = strict_dataclass(ModelConfig, values, "model")
+    model = _checked(values, file)
     if model.text.tokenizer == HERE:
         model.text.tokenizer = str(file.parent)
     return model
@@ -225,3 +252,7 @@ def _numbers(values: Any) -> list[float] | None:
 
 def _optional(cls: Any, value: Any) -> Any:
     return None if value is None else cls(value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

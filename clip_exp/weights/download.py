@@ -49,8 +49,8 @@ def fetch(
         ConfigError: an address that is not fetched from.
         CheckpointError: offline, not to be had, another checksum, or no room; what came so far is kept and gone on from.
     """
-    folder = folder or cache_folder()
-    target = folder / unquote(Path(urlsplit(url).path).name)
+    target = kept_at(url, folder)
+    folder = target.parent
     if target.is_file():
         verify(target, sha256)
         return target
@@ -81,6 +81,11 @@ def fetch(
 def cache_folder() -> Path:
     """Where downloads are kept: CLIP_EXP_CACHE, else `~/.cache/clip_exp/weights`."""
     return Path(os.environ.get("CLIP_EXP_CACHE") or "~/.cache/clip_exp/weights").expanduser()
+
+
+def kept_at(url: str, folder: Path | None = None) -> Path:
+    """Where the file behind an address is kept, by its own name."""
+    return (folder or cache_folder()) / Path(unquote(urlsplit(url).path)).name
 
 
 def offline() -> bool:
@@ -169,9 +174,10 @@ def _attempt(session: requests.Session, url: str, part: Path, report: Report, se
                 _forget(part)
                 raise _TryAgain("the part that was kept does not fit the file")
             _require_file(response, url, secure)
-            goes_on = (
-                response.headers.get("Content-Range", "").startswith(f"bytes {have}-") and response.status_code == 206
-            )
+            goes_on = response.status_code == 206
+            if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                _forget(part)
+                raise _TryAgain("the server sent another part than was asked for")
             _receive(response, part, have if goes_on else 0, report)
     except requests.RequestException as error:
         raise _TryAgain(_reason(error)) from error

@@ -14,7 +14,7 @@ from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.weights import activation, registry
 from clip_exp.weights.describe import About, describe
-from clip_exp.weights.download import cache_folder, fetch
+from clip_exp.weights.download import fetch, kept_at
 from clip_exp.weights.formats import weight_files
 from clip_exp.weights.hub import HUB, fetch_repository, is_hub_name
 
@@ -45,9 +45,11 @@ def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = r
         model: whose tags count; None where the weights must tell it themselves.
         look_up: the registry.
     Raises:
-        ConfigError: none of these; the nearest tag is named.
+        ConfigError: none of these, the nearest tag is named; or a tag that contradicts the model.
         CheckpointError: the weights cannot be fetched, or are damaged.
     """
+    if problems := check_pretrained(pretrained, model, look_up):
+        raise ConfigError("\n".join(problems))
     path = Path(pretrained).expanduser()
     listed = look_up(model.open_clip_name, pretrained) if model is not None else None
     if path.is_file() or (path.is_dir() and (listed is None or _holds_weights(path))):
@@ -56,15 +58,17 @@ def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = r
     if is_hub_name(pretrained):
         folder = fetch_repository(pretrained.removeprefix(HUB))
         return Found(folder, describe(folder), pretrained)
-    if listed is not None:
-        assert model is not None
-        return _published(listed, model)
-    raise ConfigError(_problem(pretrained, model))
+    assert listed is not None
+    assert model is not None
+    return _published(listed, model)
 
 
 def check_pretrained(pretrained: str, model: ModelConfig | None, look_up: LookUp = registry.entry) -> list[str]:
     """What can be seen to be wrong with `pretrained` before anything is fetched or read."""
-    if Path(pretrained).expanduser().exists() or is_hub_name(pretrained):
+    if not pretrained.strip():
+        return ["pretrained has no value: give a tag, a file, a folder, or hf-hub:org/name."]
+    path = Path(pretrained).expanduser()
+    if path.is_file() or path.is_dir() or is_hub_name(pretrained):
         return []
     listed = look_up(model.open_clip_name, pretrained) if model is not None else None
     if model is None or listed is None:
@@ -123,7 +127,7 @@ def _published(listed: registry.Entry, model: ModelConfig) -> Found:
 def _fetch(listed: registry.Entry) -> Path:
     """From the hub, where weights are safetensors mostly; from the address of old where the hub has them not."""
     address = listed.url
-    if listed.hub is None or (address and (cache_folder() / Path(address).name).is_file()):
+    if listed.hub is None or (address and kept_at(address).is_file()):
         assert address is not None
         return fetch(address, listed.sha256)
     try:
@@ -146,8 +150,11 @@ def _problem(pretrained: str, model: ModelConfig | None) -> str:
     others = "a file, a folder (a run, a checkpoint, Hugging Face's or open_clip's), or hf-hub:org/name"
     if pretrained.startswith(HUB):
         return f"pretrained={pretrained} cannot be read: write hf-hub:org/name, or hf-hub:org/name@revision."
+    if is_hub_name(HUB + pretrained) and Path(pretrained).suffix.lower() not in FILE_ENDINGS:
+        others = f"{HUB}{pretrained} if it is on the Hugging Face hub, or a file, or a folder"
     if looks_like_a_path or model is None:
-        return f"pretrained={pretrained} does not exist (looked in {Path.cwd()}). Give {others}."
+        tag = " A tag needs its model=NAME." if not looks_like_a_path else ""
+        return f"pretrained={pretrained} does not exist (looked in {Path.cwd()}). Give {others}.{tag}"
     tags = registry.tags(model.open_clip_name)
     if not tags:
         return (

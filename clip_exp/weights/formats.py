@@ -132,8 +132,10 @@ def read_safetensors_header(path: Path, size: int) -> dict[str, Any]:
         text = file.read(length) if length <= MAX_HEADER else b""
     try:
         header = json.loads(text)
-        end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        end = max(
+            (int(value["data_offsets"][1]) for name, value in header.items() if name != "__metadata__"), default=0
+        )
+    except Exception as error:  # a damaged header can break its reader in any way
         raise CheckpointError(f"{path}: not a readable safetensors file. Fetch or write it again.") from error
     if size < 8 + length + end:
         raise CheckpointError(f"{path}: cut short: {size:,} of {8 + length + end:,} bytes. Fetch it again.")
@@ -148,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}). Fetch it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object. Fetch it again.")

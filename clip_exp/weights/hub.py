@@ -18,7 +18,9 @@ from clip_exp.weights.formats import IN_FOLDER, INDEX, weight_files
 log = logging.getLogger(__name__)
 HUB = "hf-hub:"
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
-ABOUT = ("open_clip_config.json", "config.json", "preprocessor_config.json")  # how the weights were made
+# How the weights were made, and what their texts are made into tokens with.
+ABOUT = ("open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 TIMEOUT_S = 10.0
 
 
@@ -35,7 +37,7 @@ def fetch_repository(name: str, file: str | None = None, *, kept_is_enough: bool
         file: of the weights in it, of which a `.safetensors` of the same name is preferred; None: the first of `formats.IN_FOLDER`.
         kept_is_enough: take what is on disk without asking whether the hub has something newer.
     Returns:
-        the file, if one was named, else the folder that holds weights and configuration.
+        the file, if one was named, else the folder that holds weights, configuration and tokenizer.
     Raises:
         ConfigError: `name` is not written so.
         CheckpointError: offline, not reached, no such repository, access not granted, no weights in it, or damaged ones.
@@ -78,7 +80,7 @@ def _download(name: str, file: str | None) -> Path:
         def get(part: str) -> Path:
             return Path(hf_hub_download(repository, part, revision=revision, endpoint=_endpoint()))
 
-        for about in ABOUT:
+        for about in ABOUT if file else ABOUT + TOKENIZER:
             if about in there:
                 get(about)
         path = get(wanted)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
+from clip_exp.config.open_clip import has_text_below, open_clip_values
 
 Reshape = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # from ours to theirs, from theirs to ours
 
@@ -122,11 +123,15 @@ def to_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) ->
         config: of the model; without one, the names tell whether its towers are `vit`, `resnet`, `siglip` or `clip`.
 
     Returns:
-        CLIP's names where the text tower is CLIP's, else CustomTextCLIP's.
+        CLIP's names where the text tower is CLIP's, or the architecture is one of open_clip's that has them; else
+        CustomTextCLIP's.
     """
     image = config.image.kind if config else _our_image_tower(state)
     text = config.text.kind if config else _our_text_tower(state)
-    text_prefix = "" if text is TextTower.clip else "text."
+    flat = text is TextTower.clip
+    if config is not None and text is TextTower.open_clip:
+        flat = not has_text_below(open_clip_values(config.open_clip_name))
+    text_prefix = "" if flat else "text."
     theirs = {}
     for name, tensor in state.items():
         if name.startswith("image."):

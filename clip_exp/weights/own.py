@@ -22,6 +22,10 @@ def note_architecture(model: ModelConfig, pretrained: str | None = None) -> Mode
         from clip_exp.models.huggingface import note_architecture as architecture_of
 
         text = replace(text, architecture=architecture_of(text))
+    if image.kind is ImageTower.timm:
+        from clip_exp.models.timm_tower import known_backbone
+
+        known_backbone(image.name)
     if pretrained is None and image.pretrained and (backbone := _backbone(model)):
         image = _as_trained(image, backbone)
     return replace(model, image=image, text=text)
@@ -54,9 +58,7 @@ def _as_trained(image: ImageTowerConfig, backbone: str) -> ImageTowerConfig:
     """With timm's preprocessing of the backbone where the configuration has none of its own."""
     import timm
 
-    from clip_exp.models.timm_tower import known_backbone
-
-    trained = timm.get_pretrained_cfg(known_backbone(backbone))
+    trained = timm.get_pretrained_cfg(backbone)
     interpolation = trained.interpolation if trained.interpolation in list(Interpolation) else Interpolation.bicubic
     return replace(
         image,

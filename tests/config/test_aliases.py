@@ -3,7 +3,7 @@
 import open_clip
 import pytest
 
-from clip_exp.config.aliases import resolve, translate
+from clip_exp.config.aliases import names, resolve, translate
 from clip_exp.config.model_schema import Activation, ImageTower
 from clip_exp.config.paths import options
 from clip_exp.errors import ConfigError
@@ -37,6 +37,12 @@ def test_every_other_configuration_of_open_clip_goes_through_the_adapter() -> No
     assert translate(["model=coca_ViT-B-32"]) == ["model=open_clip", "model.name=coca_ViT-B-32"]
     assert named_model("coca_ViT-B-32").image.kind is ImageTower.open_clip
     assert [name for name in open_clip.list_models() if resolve(name) is None] == []
+
+
+def test_each_name_is_told_once_and_the_adapter_is_no_model_by_itself() -> None:
+    assert len(names()) == len(set(names()))
+    with pytest.raises(ConfigError, match="open_clip stands for all architectures of open_clip: name one"):
+        named_model("open_clip")
 
 
 def test_our_own_names_the_users_and_typos_are_left_to_hydra() -> None:

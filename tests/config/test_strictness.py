@@ -82,6 +82,27 @@ CROSS_FIELD = {
     "offload without Adam": (["strategy=deepspeed_stage_2_offload", "optimizer=sgd"], "CPU Adam"),
     "half precision on a CPU": (["precision=16-mixed", "trainer.accelerator=cpu"], "16-mixed"),
     "heads that do not divide": (["model.image.heads=3"], "multiple of model.image.heads"),
+    "heads of a resnet that do not divide": (
+        ["model=rn50", "model.image.heads=30"],
+        "heads=30 must divide 2048, the channels",
+    ),
+    "layers of a resnet": (
+        ["model=rn50", "model.image.layers=3"],
+        "layers=3 has no effect on image towers of kind=resnet",
+    ),
+    "a backbone's name of a tower of ours": (
+        ["model.image.name=resnet18"],
+        "name=resnet18 has no effect on image towers of kind=vit",
+    ),
+    "layers of an encoder": (
+        ["model/text=huggingface", "model.text.name=x", "model.text.layers=2"],
+        "layers=2 has no effect on text towers of kind=huggingface",
+    ),
+    "width of open_clip's": (
+        ["model=open_clip", "model.name=ViT-B-32", "model.image.width=8"],
+        "width=8 has no effect",
+    ),
+    "a backbone's weights of a tower of ours": (["model.image.pretrained=true"], "for backbones of timm"),
     "odd name": (["name=a/b"], "plain folder name"),
     "bad weights": (["pretrained=none.pt"], "none.pt does not exist"),
     "template without a place": (["data.templates=[photo]"], "needs a {}"),

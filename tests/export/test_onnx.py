@@ -19,7 +19,7 @@ from clip_exp.export.write import write_export
 from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
-from tests.encoders import write_encoder
+from tests.encoders import write_encoder, write_siglip_tokenizer
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
 
 Export = Callable[..., Path]
@@ -83,6 +83,16 @@ def test_towers_of_other_libraries(export: Export, tmp_path: Path) -> None:
     config.text.context_length = 20
     model = build(config)
     assert_same_towers(export(model, config, "onnx"), model, config, lengths=[20])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rn50", "vit_b32", "vit_b16", "siglip_b16"])
+def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_path: Path) -> None:
+    config = named_model(name)
+    if config.text.tokenizer is not None:  # the published one is on the hub
+        config.text.tokenizer = str(write_siglip_tokenizer(tmp_path / "tokenizer"))
+    model = build(config)
+    assert_same_towers(export(model, config, "onnx"), model, config, lengths=[config.text.context_length])
 
 
 @pytest.mark.slow

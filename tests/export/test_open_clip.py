@@ -151,11 +151,16 @@ def test_a_timm_backbone_is_loaded(projection: Projection, export: Export) -> No
 
 @pytest.mark.slow
 def test_a_model_of_open_clip_goes_back(export: Export) -> None:
+    """By its folder, and by its name and the file, whose names are those of the class that open_clip builds for it."""
     config = named_model("ViT-S-32-alt")
     assert config.image.kind is ImageTower.open_clip
     model = build(config)
-    theirs = open_clip.create_model(f"local-dir:{export(model, config, 'open_clip')}").eval()
-    assert_same_features(theirs, model, config)
+    folder = export(model, config, "open_clip")
+    assert_same_features(open_clip.create_model(f"local-dir:{folder}").eval(), model, config)
+    file = str(folder / "open_clip_model.safetensors")
+    assert_same_features(open_clip.create_model("ViT-S-32-alt", pretrained=file).eval(), model, config)
+    back = clip_exp.load("ViT-S-32-alt", pretrained=file, accelerator="cpu").model.state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_clip_exp_reads_its_export_back_as_the_same_model(export: Export) -> None:

@@ -12,13 +12,18 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import clip_exp
+from clip_exp.cli import _guarded
 from clip_exp.config.load import plain, read_evaluate_config
 from clip_exp.config.model_schema import Activation
+from clip_exp.config.use_schema import ExportFormat
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.export.write import write_export
 from clip_exp.inference.index import read_recipe
 from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
+from clip_exp.text.build import build_tokenizer
 from clip_exp.weights.find import hash_weights
+from tests.export.small import build, siglip
 from tests.small_runs import write_picture
 from tests.weights.server import Served, serving
 from tests.weights.test_hub import publish
@@ -107,6 +112,42 @@ def test_the_activation_of_the_weights_cannot_be_overruled(theirs: Path) -> None
     with pytest.raises(ConfigError, match=r"model\.activation=gelu, but .* was trained with quick_gelu: leave it out"):
         clip_exp.load(theirs, activation="gelu")
     assert clip_exp.load(theirs, activation="quick_gelu", accelerator="cpu").config.activation is Activation.quick_gelu
+
+
+def test_what_contradicts_a_tag_is_told_before_anything_is_fetched(monkeypatch) -> None:
+    with serving() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(
+            ConfigError, match=r"model\.activation=gelu, but openai of open_clip's ViT-B-32 was trained"
+        ):
+            clip_exp.load("vit_b32", pretrained="openai", activation="gelu")
+        with pytest.raises(ConfigError, match="wise_ft needs a run"):
+            clip_exp.load("vit_b32", pretrained="openai", wise_ft=0.5)
+        assert server.requests == []
+
+
+def test_a_siglip_model_on_the_hub_comes_with_its_tokenizer(tmp_path: Path, monkeypatch) -> None:
+    config = siglip(tmp_path / "tokenizer")
+    model = build(config, bias=-10.0)
+    tokens = build_tokenizer(config.text)("a cat")
+    for chosen in (ExportFormat.huggingface, ExportFormat.safetensors):
+        folder = write_export(model, config, None, tmp_path / chosen, chosen).folder
+        with serving() as server, monkeypatch.context() as patch:
+            patch.setenv("HF_ENDPOINT", server.url)
+            patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / f"hub {chosen}"))
+            server.files["/"] = Served(b"")
+            publish(server, {path.name: path.read_bytes() for path in folder.iterdir()})
+            clip = clip_exp.load("hf-hub:org/clip", accelerator="cpu")
+        assert torch.equal(clip.tokenizer("a cat"), tokens)
+        assert torch.equal(clip.model.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_a_path_that_is_closed_to_the_user_is_one_message(capsys) -> None:
+    def command() -> int:  # what the tests' user may read is not known
+        raise PermissionError(13, "Permission denied", "hidden/model.safetensors")
+
+    assert _guarded(command) == 2
+    assert capsys.readouterr().err.startswith("error: hidden/model.safetensors may not be read or written by you")
 
 
 def test_what_does_not_load_gives_no_model(nano: CLIP, tmp_path: Path) -> None:

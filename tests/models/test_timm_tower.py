@@ -18,7 +18,7 @@ from clip_exp.data.transforms import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models import build_model
 from clip_exp.models.timm_tower import TimmTower, build_image_tower
-from clip_exp.weights.own import own_towers, note_architecture
+from clip_exp.weights.own import note_architecture, own_towers
 
 BACKBONES = ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
 

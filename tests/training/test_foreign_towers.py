@@ -10,7 +10,7 @@ import torch
 import clip_exp
 from clip_exp.checkpoints.discovery import latest
 from tests.encoders import write_encoder
-from tests.runs import Train
+from tests.runs import Finished, Train
 
 SHORT = (
     "model=vit_nano", "data=digits", "task=digits", "max_steps=3", "global_batch_size=16", "log_every_n_steps=1",
@@ -19,20 +19,10 @@ SHORT = (
 TIMM = ("model/image=timm", "model.image.name=test_vit", "model.image.image_size=64")
 
 
-def evaluated(command, source: str, output_dir: Path) -> dict[str, float]:
-    """`digits/top1` and the like of a finished run, by `evaluate.py`."""
-    result = command(
-        "evaluate.py",
-        source,
-        "task=digits",
-        "accelerator=cpu",
-        "num_workers=0",
-        f"output_dir={output_dir}",
-        cwd=output_dir,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    folder = max(output_dir.glob("evaluate/*/*"))
-    return json.loads((folder / "eval" / "digits.json").read_text())["metrics"]
+def evaluated(folder: Path, output_dir: Path) -> dict[str, float]:
+    """`digits/top1` and the like of a finished run, by an evaluation of its own."""
+    settings = (f"run={folder}", "task=digits", "accelerator=cpu", "num_workers=0", f"output_dir={output_dir}")
+    return clip_exp.evaluate(*settings)["digits"]["metrics"]
 
 
 def scored(folder: Path) -> dict[str, float]:
@@ -40,57 +30,80 @@ def scored(folder: Path) -> dict[str, float]:
     return json.loads((folder / "eval" / "digits.json").read_text())["metrics"]
 
 
-@pytest.mark.slow
-def test_a_backbone_of_timm_trains_and_scores_the_same_afterwards(train: Train, command, tmp_path: Path) -> None:
-    run = train(*SHORT, *TIMM)
-    assert run.losses[-1] < run.losses[0]
-    assert "image.trunk.blocks.0.attn.qkv.weight" in run.weights
-    assert evaluated(command, f"run={run.folder}", tmp_path) == pytest.approx(scored(run.folder))
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder"), "xlm-roberta")
+
+
+@pytest.fixture(scope="module")
+def overrides(encoder: Path) -> tuple[str, ...]:
+    return (*SHORT, *TIMM, "model/text=huggingface", f"model.text.name={encoder}", "model.text.context_length=20")
+
+
+@pytest.fixture(scope="module")
+def both(overrides: tuple[str, ...], train: Train) -> Finished:
+    """A backbone of timm and an encoder of Hugging Face, trained in one process."""
+    return train(*overrides)
 
 
 @pytest.mark.slow
-def test_a_run_with_an_encoder_of_hugging_face_needs_neither_its_folder_nor_its_place(
-    train: Train, command, tmp_path: Path
+def test_a_run_trains_both_towers_and_scores_the_same_afterwards(both: Finished, tmp_path: Path) -> None:
+    assert both.losses[-1] < both.losses[0]
+    assert both.weights.keys() > {"image.trunk.blocks.0.attn.qkv.weight", "text.encoder.embeddings.LayerNorm.bias"}
+    assert evaluated(both.folder, tmp_path) == pytest.approx(scored(both.folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+def test_every_strategy_trains_towers_of_other_libraries_alike(
+    strategy: str, overrides: tuple[str, ...], both: Finished, train: Train
 ) -> None:
-    encoder = write_encoder(tmp_path / "encoder", "bert")
-    run = train(*SHORT, "model/text=huggingface", f"model.text.name={encoder}", "model.text.context_length=20")
-    own = clip_exp.load(run.folder, accelerator="cpu")
+    run = train(*overrides, f"strategy={strategy}", "trainer.devices=2")
+    assert run.losses == pytest.approx(both.losses, rel=1e-5)
+    assert scored(run.folder) == pytest.approx(scored(both.folder), abs=5e-3)
+
+
+@pytest.mark.slow
+def test_a_run_with_an_encoder_needs_neither_the_encoders_folder_nor_its_own_place(
+    both: Finished, encoder: Path, tmp_path: Path
+) -> None:
     texts = ["一只猫坐在垫子上", "the digit 3"]
-    expected = own.encode_text(texts)
+    expected = clip_exp.load(both.folder, accelerator="cpu").encode_text(texts)
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)
-    shutil.rmtree(encoder)
-    moved = run.folder.rename(tmp_path / "moved")
-    assert evaluated(command, f"run={moved}", tmp_path) == pytest.approx(scored(moved))
-    assert torch.equal(clip_exp.load(moved, accelerator="cpu").encode_text(texts), expected)
-    weights = latest(moved) / "model.safetensors"
-    assert torch.equal(clip_exp.load(weights, accelerator="cpu").encode_text(texts), expected)
+    moved = Path(shutil.copytree(both.folder, tmp_path / "moved"))
+    away = encoder.rename(encoder.with_name("away"))
+    original = both.folder.rename(both.folder.with_name("original"))
+    try:
+        for source in (moved, latest(moved) / "model.safetensors"):
+            assert torch.equal(clip_exp.load(source, accelerator="cpu").encode_text(texts), expected)
+        assert evaluated(moved, tmp_path) == pytest.approx(scored(moved))
+    finally:
+        away.rename(encoder)
+        original.rename(both.folder)
 
 
 @pytest.mark.slow
-def test_a_configuration_of_open_clip_trains_and_scores_the_same_afterwards(
-    train: Train, command, tmp_path: Path
-) -> None:
-    run = train(*SHORT[1:], "model=open_clip", "model.name=ViT-S-32-alt", "model.image.image_size=64")
+def test_a_configuration_of_open_clip_trains_and_scores_the_same_afterwards(train: Train, tmp_path: Path) -> None:
+    run = train(*SHORT[1:], "model=open_clip", "model.name=ViT-S-32-alt", "model.image.image_size=64", "optimizer=sgd")
     assert "image.transformer.resblocks.0.attn.in_proj_weight" in run.weights
-    assert evaluated(command, f"run={run.folder}", tmp_path) == pytest.approx(scored(run.folder))
+    assert evaluated(run.folder, tmp_path) == pytest.approx(scored(run.folder))
 
 
-@pytest.mark.slow
-def test_every_strategy_trains_towers_of_other_libraries_alike(train: Train, tmp_path: Path) -> None:
-    encoder = write_encoder(tmp_path / "encoder", "xlm-roberta")
-    overrides = (*SHORT, *TIMM, "model/text=huggingface", f"model.text.name={encoder}", "model.text.context_length=20")
-    single = train(*overrides)
-    for strategy in ("ddp", "deepspeed_stage_3"):
-        run = train(*overrides, f"strategy={strategy}", "trainer.devices=2")
-        assert run.losses == pytest.approx(single.losses, rel=1e-5), strategy
-        assert scored(run.folder) == pytest.approx(scored(single.folder), abs=5e-3)
-
-
-def test_an_encoder_that_is_not_there_ends_with_code_2_and_leaves_no_folder(command, tmp_path: Path) -> None:
-    result = command(
-        "train.py", *SHORT[3:], "model=vit_nano", "model/text=huggingface", f"model.text.name={tmp_path}/none", cwd=tmp_path
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["model/text=huggingface", "model.text.name=./none"],
+            "model.text.name=./none cannot be had (FileNotFoundError",
+        ),
+        (["model/image=timm", "model.image.name=resnt18"], "timm has no such model: did you mean resnet18"),
+    ],
+)
+def test_a_tower_that_is_not_there_ends_with_code_2_and_leaves_no_folder(
+    overrides: list[str], expected: str, command, tmp_path: Path
+) -> None:
+    result = command("train.py", *SHORT[3:], "model=vit_nano", *overrides, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
-    assert f"model.text.name={tmp_path}/none cannot be had (FileNotFoundError" in result.stderr
+    assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []

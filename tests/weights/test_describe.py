@@ -222,6 +222,45 @@ def test_damaged_configurations_are_named(tmp_path: Path) -> None:
             describe(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", {"model_type": ["clip"]}),
+        ("config.json", {"model_type": "clip", "text_config": [1]}),
+        ("config.json", {"model_type": "clip", "vision_config": {"hidden_size": 0}}),
+        ("config.json", DESCRIPTION | {"embed_dim": "wide"}),
+        ("config.json", DESCRIPTION | {"vision_cfg": {"width": 64, "head_width": 0}}),
+        ("open_clip_config.json", {"model_cfg": DESCRIPTION | {"vision_cfg": {"image_size": [32, 40]}}}),
+        ("open_clip_config.json", {"model_cfg": DESCRIPTION, "preprocess_cfg": [1]}),
+        ("preprocessor_config.json", {"image_mean": 0.5}),
+        ("preprocessor_config.json", {"resample": [3]}),
+    ],
+)
+def test_a_configuration_of_nonsense_is_refused_in_a_line(name: str, content: Any, tmp_path: Path) -> None:
+    weights(tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", {"model_type": "clip"})
+    write_json(tmp_path / name, content)
+    with pytest.raises(CheckpointError) as caught:
+        describe(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_cannot_ask_for_secrets_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", "secret")
+    config = plain(small_config()) | {"name": "x-${oc.env:TOKEN}"}
+    save_file({"logit_scale": torch.ones(1)}, tmp_path / "a.safetensors", {"clip_exp.model": json.dumps(config)})
+    run_dir = write_run(tmp_path / "run", build_model(named_model("vit_nano")))
+    values = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(values.replace("name: vit_nano", "name: x-${oc.env:TOKEN}"))
+    for path in (tmp_path / "a.safetensors", run_dir):
+        with pytest.raises(CheckpointError, match=r"refused, because it asks for a value of this machine") as caught:
+            describe(path)
+        assert "secret" not in str(caught.value)
+
+
 def test_describing_imports_no_torch(tmp_path: Path) -> None:
     write_openai_archive(openai_model(), tmp_path / "a.pt")
     weights(tmp_path / "model.safetensors")

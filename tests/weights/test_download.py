@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.weights.download import PIECE, fetch
+from clip_exp.weights.download import PIECE, fetch, kept_at
 from tests.conftest import REPOSITORY
 from tests.weights.server import Served, Server, serving
 
@@ -82,6 +82,19 @@ def test_a_part_of_another_version_and_a_server_without_ranges_start_over(server
     server.files["/w.pt"] = served
     assert get(server, tmp_path).read_bytes() == CONTENT
     assert server.gets("/w.pt") == ["bytes=300000-"]
+
+
+def test_another_part_than_was_asked_for_is_not_taken(server, tmp_path) -> None:
+    (tmp_path / "w.pt.part").write_bytes(CONTENT[:300_000])
+    (tmp_path / "w.pt.part.version").write_text('"1"')
+    server.files["/w.pt"] = Served(CONTENT, statuses=[206], headers={"Content-Range": "bytes 5-9/10"})
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.gets("/w.pt") == ["bytes=300000-", None]
+
+
+def test_a_file_is_kept_in_the_folder_whatever_its_address(tmp_path) -> None:
+    for name in ("w%20x.pt", "..%2Fw%20x.pt", "%2Ftmp%2Fw%20x.pt?a=/b"):
+        assert kept_at(f"https://example.com/a/{name}", tmp_path) == tmp_path / "w x.pt"
 
 
 def test_a_weak_tag_is_no_version_but_a_date_is(server, tmp_path) -> None:

@@ -173,6 +173,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605157884
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{not json......}", "not a readable safetensors file"),
         (b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "holds no weights"),
         (b"\xff" * 7 + b"\x7f{", "not a readable safetensors file"),
+        (b'\x50\xc3\x00\x00\x00\x00\x00\x00{"a":' + b"[" * 49_995, "not a readable safetensors file"),
     ],
 )
 def test_missing_and_damaged_files_are_named(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:

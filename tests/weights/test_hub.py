@@ -68,6 +68,12 @@ def test_a_repository_of_transformers_in_parts_comes_with_all_of_them(hub) -> No
     assert {path.name for path in folder.iterdir()} == {*files, "model-1.safetensors", "model-2.safetensors"}
 
 
+def test_the_tokenizer_and_the_processor_come_along(hub) -> None:
+    names = ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+    publish(hub, dict.fromkeys([*names, "modeling.py", "tokenizer.py"], b"{}"))
+    assert sorted(path.name for path in fetch_repository(NAME).iterdir()) == sorted(names)
+
+
 def test_a_named_file_is_taken_as_safetensors_where_there_are_any(hub) -> None:
     publish(hub, {"pytorch_model.bin": b"old", "pytorch_model.safetensors": b"new"})
     assert fetch_repository(NAME, "pytorch_model.bin").read_bytes() == b"new"

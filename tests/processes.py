@@ -1,0 +1,50 @@
+"""A script in a process of its own that has imported torch and Lightning already: importing is most of a small run's time.
+
+The processes are forked from one that does nothing but import. What a script does from there on is what `python <script>` does.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_IMPORTED = multiprocessing.get_context("forkserver")
+_IMPORTED.set_forkserver_preload(["clip_exp.training.run", "clip_exp.evaluation.run", "hydra.main"])
+
+
+def run_forked(
+    script: Path, arguments: tuple[str, ...], *, cwd: Path, environment: dict[str, str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Like `subprocess.run` of the script with its output captured as text.
+
+    Args:
+        environment: what is read where a library is imported must be that of this process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = _IMPORTED.Process(target=_run, args=(script, arguments, cwd, environment, outputs))
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([str(script), *arguments], timeout_s)
+        told = [path.read_text(encoding="utf-8") for path in outputs]
+        return subprocess.CompletedProcess([str(script), *arguments], process.exitcode, *told)
+
+
+def _run(script: Path, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], outputs: list[Path]) -> None:
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [str(script), *arguments]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
