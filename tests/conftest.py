@@ -12,7 +12,7 @@ from tests.processes import run_forked
 from tests.runs import TINY, Finished, Train, run_folders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTEST_CURRENT_TEST")
+NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @pytest.fixture(scope="session")
@@ -29,20 +29,26 @@ def real_data() -> Path:
     return Path(folder)
 
 
+def read_by_imports() -> dict[str, str]:
+    """The environment that libraries look at when they are imported, and not again."""
+    prefixes = ("HF_", "TRANSFORMERS_", "TORCH", "PYTHON", "OMP_", "CUDA_")
+    return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
 def command() -> Run:
     """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr."""
-    started_with = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
+    started_with = read_by_imports()
 
     def run(
         script: str, *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
         child = {**clean, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment}
-        if not environment and clean == started_with:
+        if not environment and read_by_imports() == started_with:
             return run_forked(REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s)
         return subprocess.run(
             [sys.executable, str(REPOSITORY / script), *arguments],

@@ -1,6 +1,7 @@
 """The model card: what a model is, what it was made from, how it scored, and how to load it."""
 
-from functools import cache
+import json
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(plain=plain, number=number)
+    environment.filters.update(plain=plain, number=number, quoted=partial(json.dumps, ensure_ascii=False))
     return environment
 
 

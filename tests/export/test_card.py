@@ -1,5 +1,6 @@
 """The model card says what is known, loads what it says, and tells nothing about this machine."""
 
+import ast
 import json
 import re
 import runpy
@@ -205,3 +206,11 @@ def test_a_checkpoint_s_card_tells_its_step(trained: Path, nano: CLIP, tmp_path:
     _, body = read_card(folder)
     assert rows_of(body)["steps"] == "2 of 128 pairs each (the run has 1)"
     assert "| validation | loss | 9.0000 |" in body
+
+
+def test_its_snippet_names_a_folder_of_any_name(tmp_path: Path) -> None:
+    config = vit()
+    folder = write_export(build(config), config, None, tmp_path / 'a "quoted" \\ 一', ExportFormat.safetensors).folder
+    (snippet,) = re.findall(r"```python\n(.*?)```", read_card(folder)[1], re.DOTALL)
+    texts = [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
+    assert folder.name in texts
