@@ -1,5 +1,6 @@
 """The Python API: `clip_exp.load`, and the commands train and evaluate as functions."""
 
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,9 +147,10 @@ def _source(source: str, pretrained: str | Path | None, activation: Activation |
 
 def _needs_weights(name: str) -> str:
     """What to say of a name that is no place of weights."""
-    if is_hub_name(HUB + name) and aliases.resolve(name) is None:
+    known = aliases.resolve(name) is not None
+    if not known and is_hub_name(HUB + name) and not difflib.get_close_matches(name, aliases.names(), n=1, cutoff=0.85):
         return f"there is no file or folder '{name}'. If it is on the Hugging Face hub: load(\"{HUB}{name}\")."
-    if aliases.resolve(name) is None:
+    if not known:
         return (
             f"there is no run folder, checkpoint or weights file '{name}', nor a model of that name: "
             f"{nearest(name, aliases.names())}"

@@ -175,8 +175,11 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 
 
 def _report(message: str, code: int) -> int:
-    lines = message.strip().splitlines()
-    text = f"error: {lines[0]}" if len(lines) == 1 else "\n".join(["error:", *(f"  - {line}" for line in lines)])
+    first, *rest = message.strip().splitlines() or [""]
+    # An indented line goes on with the problem above it.
+    problems = [f"    {line.strip()}" if line.startswith(" ") else f"  - {line}" for line in rest]
+    several = any(not line.startswith(" ") for line in rest)
+    text = "\n".join(["error:", f"  - {first}", *problems] if several else [f"error: {first}", *problems])
     if os.environ.get("RANK", "0") == "0" or message.startswith("rank "):
         print(text, file=sys.stderr, flush=True)
     return code

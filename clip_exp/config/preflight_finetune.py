@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from clip_exp.config.model_schema import Projection
 from clip_exp.config.schema import FineTuneConfig, LoRAConfig, TowerTuningConfig, TrainConfig
 from clip_exp.weights.own import own_towers
 
@@ -66,8 +67,24 @@ def _check_start(config: TrainConfig) -> Iterator[str]:
         if tower not in begun and (getattr(tuning, tower).freeze or tuning.lora is not None):
             key = f"finetune.{tower}.freeze" if tuning.lora is None else "finetune.lora"
             yield f"{key} would keep random weights in the {tower} tower: set pretrained=…"
+        elif config.pretrained is None and getattr(config.model, tower).projection is not Projection.none:
+            yield from _check_projection(tower, tuning)
     if tuning.linear_probe_steps and not begun:
         yield "finetune.linear_probe_steps would fit projections to towers of random weights: set pretrained=…"
+
+
+def _check_projection(tower: str, tuning: FineTuneConfig) -> Iterator[str]:
+    """A tower with its own library's weights has a projection that nobody trained."""
+    if tuning.lora is not None:
+        yield (
+            f"finetune.lora would keep the random projection of the {tower} tower: train that first "
+            f"(finetune.{tower}.freeze=true finetune.{tower}.unfrozen_blocks=0), and start the adapters from that run."
+        )
+    elif getattr(tuning, tower).freeze and getattr(tuning, tower).unfrozen_blocks is None:
+        yield (
+            f"finetune.{tower}.freeze would keep the random projection of the {tower} tower: set "
+            f"finetune.{tower}.unfrozen_blocks=0, which trains it."
+        )
 
 
 def _check_probe(config: TrainConfig) -> Iterator[str]:

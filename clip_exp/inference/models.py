@@ -13,7 +13,8 @@ from clip_exp.weights import registry
 from clip_exp.weights.activation import of_entry
 
 OVERVIEW = ("model", "open_clip", "image tower", "pixels", "parameters (M)", "tags")
-ONE = ("tag", "activation", "pictures", "mean", "std", "hub", "address")
+ONE = ("tag", "activation", "pictures", "mean", "std", "from")
+SHOWN_TAGS = 3
 
 
 def models(config: ModelsConfig) -> int:
@@ -39,11 +40,17 @@ def _overview(everything: bool) -> Report:
             document["image_tower"],
             document["image_size"],
             "" if document["parameters"] is None else document["parameters"] / 1e6,
-            ", ".join(document["tags"]),
+            _first(document["tags"]),
         )
         for document in documents
     ]
     return Report(OVERVIEW, rows, {"models": documents})
+
+
+def _first(tags: list[str]) -> str:
+    """What a table has room for; `name=` shows all, as do the other formats."""
+    more = f" and {len(tags) - SHOWN_TAGS} more" if len(tags) > SHOWN_TAGS else ""
+    return ", ".join(tags[:SHOWN_TAGS]) + more
 
 
 def _one(name: str) -> Report:
@@ -57,8 +64,7 @@ def _one(name: str) -> Report:
             f"{one['resize_mode']}, {one['interpolation']}",
             _numbers(one["mean"]),
             _numbers(one["std"]),
-            one["hub"] or "",
-            one["url"] or "",
+            one["hub"] or one["url"],
         )
         for one in weights
     ]

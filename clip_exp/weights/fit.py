@@ -98,7 +98,7 @@ def _hints(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
         hints.append(f"  by its shapes the file has {numbers}.")
     only_context = differing.keys() == {"text.context_length"}
     if not only_context and (differing or theirs.keys() != ours.keys()) and (known := known_model(theirs)) is not None:
-        hints.append(f"  model={known} has these shapes: choose it.")
+        hints.append(f"  model={known}, as it comes, has these shapes: choose it.")
     if only_context:
         hints.append(
             f"  {TEXT}: no position was trained beyond the file's {theirs['text.context_length']}, and a text tower that is "

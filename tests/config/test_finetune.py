@@ -63,16 +63,21 @@ def test_every_way_of_fine_tuning_goes_with_every_strategy(option: str, strategy
     )
 
 
-def test_a_backbone_with_weights_of_its_own_can_be_locked() -> None:
-    check_train(
-        train_config(
-            "model/image=timm", "model.image.name=vit_tiny_patch16_224", "model.image.pretrained=true", "finetune=lit"
-        )
-    )
+OF_TIMM = ("model/image=timm", "model.image.name=vit_tiny_patch16_224", "model.image.pretrained=true")
+OF_OPEN_CLIP = ("model=open_clip", "model.name=convnext_base", "model.image.pretrained=true")
 
 
-def test_a_backbone_of_an_open_clip_configuration_can_be_locked_too() -> None:
-    model = ("model=open_clip", "model.name=convnext_base", "model.image.pretrained=true")
-    check_train(train_config(*model, "finetune=lit"))
+@pytest.mark.parametrize("model", [OF_TIMM, OF_OPEN_CLIP], ids=["timm", "open_clip"])
+def test_a_backbone_with_weights_of_its_own_can_be_locked_but_not_its_new_projection(model: tuple[str, ...]) -> None:
+    check_train(train_config(*model, "finetune=lit", "finetune.image.unfrozen_blocks=0"))
+    with pytest.raises(
+        ConfigError, match=r"random projection of the image tower: set finetune\.image\.unfrozen_blocks=0"
+    ):
+        check_train(train_config(*model, "finetune=lit"))
+    with pytest.raises(ConfigError, match="would keep the random projection of the image tower: train that first"):
+        check_train(train_config(*model, "finetune=lora"))
+
+
+def test_a_backbone_of_an_open_clip_configuration_is_random_unless_its_weights_are_asked_for() -> None:
     with pytest.raises(ConfigError, match="random weights in the image tower"):
-        check_train(train_config(*model[:2], "finetune=lit"))
+        check_train(train_config(*OF_OPEN_CLIP[:2], "finetune=lit"))

@@ -62,6 +62,7 @@ def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(ru
             ConfigError,
             "pretrained=openai does not exist, and model=vit_nano has no published weights",
         ),
+        ("ViT-B/33", None, ConfigError, "did you mean .ViT-B/32"),
         ("vit_b32", "opnai", ConfigError, "is no tag of model=vit_b32: did you mean 'openai'"),
         ("open_clip", "openai", ConfigError, "open_clip stands for all architectures"),
         ("openai/clip", None, ConfigError, r'on the Hugging Face hub: load\("hf-hub:openai/clip"\)'),

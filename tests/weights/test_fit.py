@@ -113,12 +113,12 @@ def test_weights_of_another_known_model_are_recognized(file: str, model: str, nu
     state = meta_state(file)
     if file == "vit_l14_336":  # whose positions alone would fit
         state["image.ln_post.bias"] = torch.empty(7, device="meta")
-        numbers = f"model={file} has these shapes"
+        numbers = f"model={file}, as it comes, has these shapes"
     with pytest.raises(CheckpointError) as caught:
         fit_weights(chosen, state, "file.pt")
     message = str(caught.value)
     assert numbers in message
-    assert f"model={file} has these shapes: choose it." in message
+    assert f"model={file}, as it comes, has these shapes: choose it." in message
     assert len(message.splitlines()) < 9
     assert len(message) < 2000
 
