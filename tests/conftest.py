@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_forked
+from tests.processes import THREADS, run_forked
 from tests.runs import TINY, Finished, Train, run_folders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def command() -> Run:
         script: str, *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
-        child = {**clean, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment}
+        child = {**clean, "COLUMNS": "200", **THREADS, **environment}
         if not environment and read_by_imports() == started_with:
             return run_forked(REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s)
         return subprocess.run(

@@ -10,8 +10,12 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+
+THREADS = {"OMP_NUM_THREADS": "1"}  # of every script; torch and BLAS read it when they are imported
 _IMPORTED = multiprocessing.get_context("forkserver")
 _IMPORTED.set_forkserver_preload(["clip_exp.training.run", "clip_exp.evaluation.run", "hydra.main"])
 
@@ -26,6 +30,10 @@ def run_forked(
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in THREADS.items():
+                patch.setenv(name, value)
+            forkserver.ensure_running()
         process = _IMPORTED.Process(target=_run, args=(script, arguments, cwd, environment, outputs))
         process.start()
         process.join(timeout_s)

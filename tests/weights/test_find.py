@@ -149,7 +149,7 @@ PROBLEMS = {
     "a typo of a tag": ("opnai", "vit_b32", "is no tag of model=vit_b32: did you mean 'openai'?"),
     "no weights published": ("openai", "vit_nano", "model=vit_nano has no published weights"),
     "a file that is missing": ("absent.pt", "vit_b32", "absent.pt does not exist (looked in "),
-    "a folder that is missing": ("outputs/train", "vit_b32", "outputs/train does not exist"),
+    "a folder that is missing": ("absent/train", "vit_b32", "absent/train does not exist"),
     "half a name on the hub": ("hf-hub:laion", "vit_b32", "write hf-hub:org/name"),
 }
 
