@@ -72,12 +72,13 @@ class SafeCheckpointIO(CheckpointIO):
 def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's own weights, float32 on the CPU, under its own names; those of two names twice, as safetensors need them."""
     plain: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()  # addresses
     for key, value in state_dict.items():
         if key.startswith(MODEL_PREFIX):
             dtype = torch.float32 if value.is_floating_point() else value.dtype
             value = value.detach().to("cpu", dtype).contiguous()
-            shared = any(value.data_ptr() == other.data_ptr() for other in plain.values())
-            plain[key.removeprefix(MODEL_PREFIX)] = value.clone() if shared else value
+            plain[key.removeprefix(MODEL_PREFIX)] = value.clone() if value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
     return plain
 
 

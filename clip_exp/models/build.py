@@ -1,11 +1,18 @@
 """From a model's configuration to the model."""
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, TextTower
+from clip_exp.config.model_schema import (
+    Activation,
+    ImageTower,
+    ImageTowerConfig,
+    ModelConfig,
+    TextTower,
+    TextTowerConfig,
+)
 from clip_exp.config.preflight_model import check_model
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP
@@ -58,7 +65,7 @@ def required(value: T | None) -> T:
 def _image_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
     match config.image.kind:
         case ImageTower.vit:
-            return _vit(config)
+            return VisionTransformer(embed_dim=config.embed_dim, **patch_transformer(config))
         case ImageTower.resnet:
             from clip_exp.models import resnet
 
@@ -80,7 +87,7 @@ def _image_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
 def _text_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
     match config.text.kind:
         case TextTower.clip:
-            return _text_transformer(config)
+            return TextTransformer(**token_transformer(config))
         case TextTower.siglip:
             from clip_exp.models import siglip
 
@@ -95,32 +102,34 @@ def _text_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
             return open_clip_towers.build_text_tower(config, own_weights)
 
 
-def _vit(config: ModelConfig) -> VisionTransformer:
+def patch_transformer(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of an image tower that is a transformer over patches."""
     image = config.image
-    return VisionTransformer(
-        image_size=image.image_size,
-        patch_size=required(image.patch_size),
-        width=required(image.width),
-        layers=required(image.layers),
-        heads=required(image.heads),
-        mlp_ratio=image.mlp_ratio,
-        embed_dim=config.embed_dim,
-        activation=activation_of(config),
-        dropout=config.dropout,
-        patch_dropout=image.patch_dropout,
-    )
+    return {
+        "image_size": image.image_size,
+        "patch_size": required(image.patch_size),
+        "patch_dropout": image.patch_dropout,
+        **_transformer(config, image),
+    }
 
 
-def _text_transformer(config: ModelConfig) -> TextTransformer:
+def token_transformer(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of a text tower that is a transformer over tokens."""
     text = config.text
-    return TextTransformer(
-        context_length=text.context_length,
-        vocab_size=text.vocab_size,
-        width=required(text.width),
-        layers=required(text.layers),
-        heads=required(text.heads),
-        mlp_ratio=text.mlp_ratio,
-        embed_dim=config.embed_dim,
-        activation=activation_of(config),
-        dropout=config.dropout,
-    )
+    return {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "embed_dim": config.embed_dim,
+        **_transformer(config, text),
+    }
+
+
+def _transformer(config: ModelConfig, tower: ImageTowerConfig | TextTowerConfig) -> dict[str, Any]:
+    return {
+        "width": required(tower.width),
+        "layers": required(tower.layers),
+        "heads": required(tower.heads),
+        "mlp_ratio": tower.mlp_ratio,
+        "activation": activation_of(config),
+        "dropout": config.dropout,
+    }

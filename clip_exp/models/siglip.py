@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.models.build import activation_of, required
+from clip_exp.models.build import patch_transformer, token_transformer
 from clip_exp.models.layers import MLP, AttentionPool, Transformer
 from clip_exp.models.text import init_text_weights
 from clip_exp.models.vit import PatchDropout, to_patches
@@ -17,34 +17,12 @@ NORM_EPS = 1e-6
 
 def build_image_tower(config: ModelConfig) -> nn.Module:
     """See `SigLIPImage`."""
-    image = config.image
-    return SigLIPImage(
-        image_size=image.image_size,
-        patch_size=required(image.patch_size),
-        width=required(image.width),
-        layers=required(image.layers),
-        heads=required(image.heads),
-        mlp_ratio=image.mlp_ratio,
-        activation=activation_of(config),
-        dropout=config.dropout,
-        patch_dropout=image.patch_dropout,
-    )
+    return SigLIPImage(**patch_transformer(config))
 
 
 def build_text_tower(config: ModelConfig) -> nn.Module:
     """See `SigLIPText`."""
-    text = config.text
-    return SigLIPText(
-        context_length=text.context_length,
-        vocab_size=text.vocab_size,
-        width=required(text.width),
-        layers=required(text.layers),
-        heads=required(text.heads),
-        embed_dim=config.embed_dim,
-        mlp_ratio=text.mlp_ratio,
-        activation=activation_of(config),
-        dropout=config.dropout,
-    )
+    return SigLIPText(**token_transformer(config))
 
 
 class LatentPool(nn.Module):

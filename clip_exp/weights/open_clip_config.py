@@ -3,12 +3,11 @@
 FlagAI's `config.json` is written in the same words.
 """
 
-import json
 from typing import Any
 
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
-from clip_exp.config.paths import package_folder
 from clip_exp.weights.known import known_models
+from clip_exp.weights.registry import configuration, configurations
 
 # What a description leaves out. `image_size` and `patch_size` are those of open_clip's own code, not of a model.
 VISION = {
@@ -68,8 +67,8 @@ def _our_kind(name: str, embed_dim: int, vision: dict[str, Any], text: dict[str,
 def _of_option(values: dict[str, Any]) -> ModelConfig | None:
     """The option of `conf/model/` whose architecture open_clip describes so."""
     for model in known_models():
-        described = package_folder("open_clip") / "model_configs" / f"{model.open_clip_name}.json"
-        if described.is_file() and _architecture(json.loads(described.read_text())) == _architecture(values):
+        name = model.open_clip_name
+        if name in configurations() and _architecture(configuration(name)) == _architecture(values):
             return model
     return None
 
