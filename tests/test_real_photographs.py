@@ -14,7 +14,8 @@ import sys
 sys.modules["deepspeed"] = None  # importing it fails
 from clip_exp.cli import run
 
-sys.exit(run("evaluate", sys.argv[1:]))
+if __name__ == "__main__":  # loader workers import this file
+    sys.exit(run("evaluate", sys.argv[1:]))
 """
 
 
