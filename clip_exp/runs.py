@@ -21,7 +21,8 @@ from clip_exp.weights.settle import as_settled
 # What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
     "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
-    "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction", "callbacks.progress",
+    "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
+    "data.allow_changed", "callbacks.progress",
 )  # fmt: skip
 IN_IDENTITY = ("trainer.gradient_clip_val",)
 LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may be given anew

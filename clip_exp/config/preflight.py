@@ -208,7 +208,7 @@ def _count_rows(config: TrainConfig) -> int | None:
     """Rows of the training stream; None where the tables are too big to be read twice (the data module will count)."""
     from clip_exp.data.rows import build_rows
     from clip_exp.data.samples import count_rows
-    from clip_exp.data.tables import read_configured
+    from clip_exp.data.tables.open import open_configured
 
     data = config.data
     if data.generate is not None:
@@ -217,7 +217,7 @@ def _count_rows(config: TrainConfig) -> int | None:
     tables = paths(data.train)
     if sum(Path(table).stat().st_size for table in tables) > READ_TWICE_BYTES:
         return None
-    table = read_configured(data, tables, max_rows=data.max_rows)
+    table = open_configured(data, tables, max_rows=data.max_rows)
     return len(build_rows(table, data.captions))
 
 

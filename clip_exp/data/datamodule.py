@@ -14,10 +14,12 @@ from clip_exp.config.schema import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import Batch, Collate, EvalBatch, EvalCollate
 from clip_exp.data.dataset import EvalPairs, TrainPairs
+from clip_exp.data.files import ImageLimits
 from clip_exp.data.order import StreamSampler
 from clip_exp.data.rows import build_rows
 from clip_exp.data.samples import generate
-from clip_exp.data.tables import PairTable, read_configured
+from clip_exp.data.tables.open import open_configured
+from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing
 from clip_exp.data.workers import count_workers, init_worker
 from clip_exp.errors import ConfigError
@@ -140,7 +142,7 @@ class PairsDataModule(LightningDataModule):
                 preprocessing=self.preprocessing,
                 tokenizer=self.tokenizer,
                 on_bad_image=config.on_bad_image,
-                max_image_pixels=config.max_image_pixels,
+                limits=ImageLimits.of(config),
             )
             self.class_names = self._eval_pairs.class_names
 
@@ -176,7 +178,7 @@ class PairsDataModule(LightningDataModule):
             seed=self.seed,
             augmentation=config.augmentation,
             on_bad_image=config.on_bad_image,
-            max_image_pixels=config.max_image_pixels,
+            limits=ImageLimits.of(config),
         )
         rank, world_size = self._place()
         total = None if self.total_steps is None else self.total_steps * self.global_batch_size
@@ -233,7 +235,7 @@ class PairsDataModule(LightningDataModule):
         config = self.config
         if config.generate is not None:
             config = replace(config, image_key="filepath", caption_key="title", image_root=None)
-        return read_configured(config, tables, label_key=label_key, max_rows=max_rows)
+        return open_configured(config, tables, label_key=label_key, max_rows=max_rows)
 
     def _place(self) -> tuple[int, int]:
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -13,18 +13,20 @@ from torch.utils.data import Dataset
 
 from clip_exp.config.schema import AugmentationConfig, OnBadImage
 from clip_exp.data.batches import BadPicture, EvalSample, Sample, caption_id
-from clip_exp.data.images import BadImage, open_image, read_image
+from clip_exp.data.files import BadImage, ImageLimits
+from clip_exp.data.images import decode, decode_rgb
 from clip_exp.data.order import Permutation
 from clip_exp.data.pictures import Pictures
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.data.rows import Rows, group_by_picture
-from clip_exp.data.tables import PairTable
+from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing, eval_transform, train_transform
 from clip_exp.errors import DataError
 from clip_exp.text.build import Tokenizes
 
 _CROP, _REPLACEMENT = 6, 7
 _MAX_REPLACEMENTS = 100
+DEFAULT_LIMITS = ImageLimits()
 
 
 class PictureError(DataError):
@@ -49,7 +51,7 @@ class TrainPairs(Dataset[Sample]):
         seed: of order, captions, crops and replacements.
         augmentation: of the crops.
         on_bad_image: raise, or take another row that depends on the seed, the epoch and the bad row alone.
-        max_image_pixels: see `read_image`.
+        limits: of the pictures.
     """
 
     def __init__(
@@ -62,11 +64,11 @@ class TrainPairs(Dataset[Sample]):
         seed: int,
         augmentation: AugmentationConfig,
         on_bad_image: OnBadImage = OnBadImage.replace,
-        max_image_pixels: int = 40_000_000,
+        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         self.table, self.rows = table, rows
         self.image_size, self.seed, self.augmentation = image_size, seed, augmentation
-        self.on_bad_image, self.max_image_pixels = on_bad_image, max_image_pixels
+        self.on_bad_image, self.limits = on_bad_image, limits
         self.tokenizer = tokenizer
 
     def __getitem__(self, position: int) -> Sample:
@@ -85,15 +87,8 @@ class TrainPairs(Dataset[Sample]):
                 return self._sample(image, table_row, row, tuple(bad))
 
     def _image(self, table_row: int, epoch: int, row: int) -> Tensor:
-        augmentation = self.augmentation
-        return train_transform(
-            read_image(self.table.image_path(table_row), self.max_image_pixels),
-            self.image_size,
-            Draws(_CROP, self.seed, epoch, row),
-            scale=augmentation.scale,
-            ratio=augmentation.ratio,
-            horizontal_flip=augmentation.horizontal_flip,
-        )
+        image = decode_rgb(self.table.read_picture(table_row, self.limits), self.limits)
+        return train_transform(image, self.image_size, Draws(_CROP, self.seed, epoch, row), self.augmentation)
 
     def _sample(self, image: Tensor, table_row: int, row: int, bad: tuple[BadPicture, ...]) -> Sample:
         truncated_before = self.tokenizer.truncated
@@ -119,7 +114,7 @@ class EvalPairs(Dataset[EvalSample]):
         preprocessing: of the pictures.
         tokenizer: of the captions.
         on_bad_image: raise, or leave the picture and its captions out.
-        max_image_pixels: see `open_image`.
+        limits: of the pictures.
 
     Attributes:
         class_names: distinct labels, sorted; a row with an empty label belongs to none. Empty without labels.
@@ -132,10 +127,10 @@ class EvalPairs(Dataset[EvalSample]):
         preprocessing: Preprocessing,
         tokenizer: Tokenizes,
         on_bad_image: OnBadImage = OnBadImage.replace,
-        max_image_pixels: int = 40_000_000,
+        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         self.table, self.preprocessing = table, preprocessing
-        self.on_bad_image, self.max_image_pixels = on_bad_image, max_image_pixels
+        self.on_bad_image, self.limits = on_bad_image, limits
         self.tokenizer = tokenizer
         self._order, self._offsets = group_by_picture(table.image_index())
         labels = set() if table.labels is None else set(table.labels.unique().to_pylist())
@@ -162,7 +157,7 @@ class EvalPairs(Dataset[EvalSample]):
 
     def _image(self, row: int) -> tuple[Tensor | None, tuple[BadPicture, ...]]:
         try:
-            picture = open_image(self.table.image_path(row), self.max_image_pixels)
+            picture = decode(self.table.read_picture(row, self.limits), self.limits)
             size, _, _, interpolation, resize_mode = self.preprocessing
             return eval_transform(picture, size, interpolation, resize_mode), ()
         except BadImage as error:

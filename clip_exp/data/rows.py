@@ -6,7 +6,7 @@ import numpy as np
 
 from clip_exp.config.schema import Captions
 from clip_exp.data.randomness import hash64
-from clip_exp.data.tables import PairTable
+from clip_exp.data.tables.table import PairTable
 
 _CAPTION = 3
 

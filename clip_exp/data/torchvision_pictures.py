@@ -27,7 +27,7 @@ class TorchvisionPictures:
         return len(self.dataset)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        from clip_exp.data.images import BadImage  # imports torch
+        from clip_exp.data.files import BadImage
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

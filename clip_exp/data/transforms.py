@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from clip_exp.config.model_schema import ImageTowerConfig, Interpolation, ResizeMode
-from clip_exp.data.images import BadImage, pil_to_tensor
+from clip_exp.config.schema import AugmentationConfig
+from clip_exp.data.files import BadImage
+from clip_exp.data.images import pil_to_tensor
 from clip_exp.data.randomness import Draws
 
 MAX_ASPECT = 200
@@ -71,10 +73,7 @@ def train_transform(
     image_CHW: Tensor,
     size: int,
     draws: Draws,
-    *,
-    scale: Sequence[float] = (0.9, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    horizontal_flip: float = 0.0,
+    augmentation: AugmentationConfig,
 ) -> Tensor:
     """A random crop of a picture, resized (bicubic, antialiased, within 2 levels of Pillow) and perhaps mirrored.
 
@@ -82,15 +81,16 @@ def train_transform(
         image_CHW: uint8 [3, H, W].
         size: side of the result, pixels.
         draws: where the random numbers come from; the same draws give the same pixels.
-        scale, ratio: see `crop_box`.
-        horizontal_flip: probability of mirroring.
+        augmentation: what is drawn.
 
     Returns: uint8 [3, size, size], contiguous.
     """
-    top, left, height, width = crop_box(image_CHW.shape[1], image_CHW.shape[2], draws, scale, ratio)
+    top, left, height, width = crop_box(
+        image_CHW.shape[1], image_CHW.shape[2], draws, augmentation.scale, augmentation.ratio
+    )
     crop = image_CHW[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
     resized = interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False)[0]
-    if horizontal_flip > 0 and draws.uniform() < horizontal_flip:
+    if augmentation.horizontal_flip > 0 and draws.uniform() < augmentation.horizontal_flip:
         resized = resized.flip(-1)
     return resized.contiguous()
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from clip_exp.config.evaluation_schema import SubjectConfig
 from clip_exp.config.schema import OnBadImage
 from clip_exp.data.transforms import Preprocessing, normalize
-from clip_exp.evaluation.progress import progress
 from clip_exp.inference.loading import autocast, choose_device, choose_precision
 from clip_exp.models.text import TreeLayout
+from clip_exp.progress import progress
 from clip_exp.ranks.group import gather_objects, rank, world_size
 from clip_exp.text.build import Tokenizes
 from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack

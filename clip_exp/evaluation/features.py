@@ -20,7 +20,7 @@ from clip_exp.data.workers import count_workers, init_worker
 from clip_exp.errors import DataError
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
-from clip_exp.evaluation.progress import progress
+from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main, gather_objects, local_world_size, rank, world_size
 from clip_exp.text.tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ from clip_exp.errors import DataError
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.features import encode_pictures, load_batches
 from clip_exp.evaluation.metrics import require_finite
-from clip_exp.evaluation.progress import progress
 from clip_exp.inference.media import Media
+from clip_exp.progress import progress
 
 log = logging.getLogger(__name__)
 LISTED = 20  # of the pictures that were left out

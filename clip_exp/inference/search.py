@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clip_exp.config.use_schema import SearchConfig
-from clip_exp.data.tables import read_table
+from clip_exp.data.tables.open import read_table
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError
 from clip_exp.inference.command import check_common, open_clip
 from clip_exp.inference.index import Recipe, agree, read_recipe, recipe_of

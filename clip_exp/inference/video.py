@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from clip_exp.data.images import BadImage
+from clip_exp.data.files import BadImage
 
 BACK_S = (0.0, 2.0, 10.0, 60.0, 1e6)  # how far before a frame decoding may have to begin
 

@@ -6,7 +6,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from clip_exp.data.images import BadImage
+from clip_exp.data.files import BadImage
 from clip_exp.data.pictures import Pictures
 
 SIDE = 200  # pixels of the longest side

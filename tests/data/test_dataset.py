@@ -14,7 +14,7 @@ from clip_exp.config.model_schema import ImageTowerConfig
 from clip_exp.data.batches import BadPicture, Batch
 from clip_exp.data.dataset import EvalImages, EvalPairs, PictureError
 from clip_exp.data.pictures import PictureFiles
-from clip_exp.data.tables import read_table
+from clip_exp.data.tables.open import read_table
 from clip_exp.data.transforms import eval_transform, preprocessing_of
 from clip_exp.errors import DataError
 from clip_exp.text.tokenizer import Tokenizer

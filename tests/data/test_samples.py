@@ -10,7 +10,7 @@ import yaml
 from clip_exp.config.schema import GenerateConfig, Generator
 from clip_exp.data import digits
 from clip_exp.data.samples import count_rows, generate
-from clip_exp.data.tables import read_table
+from clip_exp.data.tables.open import read_table
 from clip_exp.errors import CheckpointError, ConfigError
 from tests.data.conftest import load
 

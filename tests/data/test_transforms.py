@@ -8,7 +8,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 
-from clip_exp.data.images import BadImage, open_image, pil_to_tensor
+from clip_exp.data.files import BadImage
+from clip_exp.data.images import open_image, pil_to_tensor
 from clip_exp.data.randomness import Draws
 from clip_exp.data.transforms import crop_box, eval_transform, normalize, train_transform
 from tests.data.conftest import load, noise
@@ -56,14 +57,16 @@ def test_training_crop_is_within_two_levels_of_pillow():
         top, left, height, width = crop_box(240, 320, Draws(k), (0.2, 1.0), (0.75, 4 / 3))
         box = (left, top, left + width, top + height)
         pillow = pil_to_tensor(picture.crop(box).resize((64, 64), Image.Resampling.BICUBIC)).int()
-        ours = train_transform(image, 64, Draws(k), scale=(0.2, 1.0)).int()
+        ours = train_transform(image, 64, Draws(k), AugmentationConfig(scale=[0.2, 1.0])).int()
         assert (ours - pillow).abs().max() <= 2
 
 
 def test_training_transform_of_the_whole_picture_is_torchvisions():
     image = pil_to_tensor(noise(10, 90, 90))
     whole = RandomResizedCrop(32, (1.0, 1.0), (1.0, 1.0), InterpolationMode.BICUBIC, antialias=True)(image)
-    assert torch.equal(train_transform(image, 32, Draws(0), scale=(1.0, 1.0), ratio=(1.0, 1.0)), whole)
+    assert torch.equal(
+        train_transform(image, 32, Draws(0), AugmentationConfig(scale=[1.0, 1.0], ratio=[1.0, 1.0])), whole
+    )
 
 
 def test_crops_are_distributed_as_torchvisions():
@@ -88,12 +91,16 @@ def test_crops_of_tiny_and_elongated_pictures_lie_inside(height, width):
         top, left, crop_height, crop_width = crop_box(height, width, Draws(k), (0.9, 1.0), (0.75, 4 / 3))
         assert 0 <= top < top + crop_height <= height
         assert 0 <= left < left + crop_width <= width
-    assert train_transform(torch.zeros(3, height, width, dtype=torch.uint8), 16, Draws(0)).shape == (3, 16, 16)
+    assert train_transform(
+        torch.zeros(3, height, width, dtype=torch.uint8), 16, Draws(0), AugmentationConfig()
+    ).shape == (3, 16, 16)
 
 
 def test_the_same_draws_give_the_same_pixels_and_others_do_not():
     image = pil_to_tensor(noise(11, 100, 80))
-    one, same, other = (train_transform(image, 32, Draws(*key)) for key in ((0, 1, 2), (0, 1, 2), (0, 2, 2)))
+    one, same, other = (
+        train_transform(image, 32, Draws(*key), AugmentationConfig()) for key in ((0, 1, 2), (0, 1, 2), (0, 2, 2))
+    )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert one.is_contiguous()
@@ -101,8 +108,8 @@ def test_the_same_draws_give_the_same_pixels_and_others_do_not():
 
 def test_flip_mirrors_and_its_probability_holds():
     image = pil_to_tensor(noise(12, 50, 50))
-    plain = [train_transform(image, 16, Draws(k)) for k in range(200)]
-    always = [train_transform(image, 16, Draws(k), horizontal_flip=1.0) for k in range(200)]
+    plain = [train_transform(image, 16, Draws(k), AugmentationConfig()) for k in range(200)]
+    always = [train_transform(image, 16, Draws(k), AugmentationConfig(horizontal_flip=1.0)) for k in range(200)]
     assert all(torch.equal(a.flip(-1), b) for a, b in zip(plain, always, strict=True))
-    half = [train_transform(image, 16, Draws(k), horizontal_flip=0.5) for k in range(200)]
+    half = [train_transform(image, 16, Draws(k), AugmentationConfig(horizontal_flip=0.5)) for k in range(200)]
     assert 70 < sum(torch.equal(a, b) for a, b in zip(half, always, strict=True)) < 130

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_exp.config.schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, PredictConfig, SearchConfig
-from clip_exp.data.images import BadImage
+from clip_exp.data.files import BadImage
 from clip_exp.errors import DataError
 from clip_exp.inference.clip import Clip
 from clip_exp.inference.index import read_entries

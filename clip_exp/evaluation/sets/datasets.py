@@ -8,7 +8,8 @@ from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.config.schema import OnBadRow
 from clip_exp.data import samples
 from clip_exp.data.pictures import PictureFiles
-from clip_exp.data.tables import PairTable, read_table
+from clip_exp.data.tables.open import read_table
+from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_sets import CLASS_SETS
 from clip_exp.evaluation.sets.ground_truth import from_flat_folder

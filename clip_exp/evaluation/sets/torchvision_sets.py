@@ -210,7 +210,7 @@ def _labels(dataset: Any, title: str, where: str) -> list[int]:
         labels = np.asarray(kept)
         if labels.shape == (len(dataset),) and labels.dtype.kind in "iu":
             return labels.tolist()
-    from clip_exp.evaluation.progress import progress
+    from clip_exp.progress import progress
 
     labels_read: list[int] = []
     with progress(len(dataset), f"{title}: labels") as advance:

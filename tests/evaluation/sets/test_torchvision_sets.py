@@ -13,7 +13,7 @@ import pytest
 import torchvision.datasets
 
 from clip_exp.config.evaluation_schema import LabeledDataConfig
-from clip_exp.data.images import BadImage
+from clip_exp.data.files import BadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from clip_exp.evaluation import progress as module
-from clip_exp.evaluation.progress import progress, silence
+from clip_exp import progress as module
+from clip_exp.progress import progress, silence
 
 
 @pytest.fixture

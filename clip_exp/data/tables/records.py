@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-from clip_exp.data.layouts import Layout, describe
-from clip_exp.errors import DataError
+from clip_exp.data.tables.layouts import Layout, describe
+from clip_exp.data.tables.reader import BadRows
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,13 @@ class RecordReader:
     Attributes:
         path: for messages.
         layout: of the file.
-        skip_bad: leave bad rows out instead of raising.
-        skipped: bad rows that were left out.
+        bad: where bad rows are noted.
         taken_literally: rows with broken quotes that were taken as they are written.
     """
 
     path: Path
     layout: Layout
-    skip_bad: bool
-    skipped: int = 0
+    bad: BadRows
     taken_literally: int = 0
 
     def blocks(self, file: TextIO) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
@@ -123,19 +121,14 @@ class RecordReader:
         if len(record) == self.layout.width:
             self.taken_literally += bool(problem)
             return [(line, record)]
-        if self.skip_bad:
-            self.skipped += 1
-            return []
         fields = f"{len(record)} field{'s' * (len(record) != 1)} instead of {self.layout.width}"
         cause = f"broken quotes ({problem}) and {fields}" if problem else fields
-        raise DataError(
-            f"{self.path}, line {line}: {cause}, separated by {describe(self.layout.separator)}. Quote a field that holds "
-            f'the separator ("…"), set data.separator, or leave bad rows out with data.on_bad_row=skip.'
-        )
+        detail = f"{cause}, separated by {describe(self.layout.separator)}"
+        fix = 'Quote a field that holds the separator ("…"), set data.separator'
+        self.bad.add(line, "broken quotes" if problem else "wrong number of fields", detail, fix)
+        return []
 
     def _report(self) -> None:
-        if self.skipped:
-            log.warning("%s: %d bad rows were left out (data.on_bad_row=skip).", self.path, self.skipped)
         if self.taken_literally:
             log.warning(
                 "%s: %d rows with broken quotes were read as they are written.", self.path, self.taken_literally
