@@ -65,7 +65,7 @@ def open_table(
             left_out = f" ({sum(bad.values())} bad ones were left out)" if bad else ""
             raise DataError(f"{file} has no rows{left_out}: it needs a row per image-text pair below its header.")
         root = Path(image_root) if image_root is not None else file.parent
-        parts.append(Part(file, root, start, rows, bad, reader.bad.unit))
+        parts.append(Part(file, root, start, rows, bad, tuple(reader.bad.examples), reader.bad.unit))
         start += rows
     table = pa.Table.from_batches(blocks).combine_chunks()
     arrays = {name: table[name].combine_chunks() for name in table.column_names}

@@ -22,6 +22,7 @@ class Part:
     start: int
     rows: int
     bad: dict[str, int] = field(default_factory=dict)  # bad rows that were left out, by reason
+    bad_examples: tuple[tuple[int, str], ...] = ()  # the first of them: line and reason
     unit: str = "line"  # what numbers the rows: line, row, sample
 
 
