@@ -52,7 +52,7 @@ class LabeledDataConfig:
     ground_truth: str | None = (
         None  # labels of flat pictures: ImageNet's devkit (folder or archive), or a file with a label per line
     )
-    table: Any = None  # a CSV with `image_key` and `label_key`, or a list of them
+    table: Any = None  # a table with `image_key` and `label_key`, shards, a pattern, or a list of them
     generate: GenerateConfig | None = None  # a data set that clip_exp makes
     torchvision: str | None = None  # a class of torchvision.datasets, such as CIFAR10; `root` is where it lies
     split: str | None = None  # of `generate` and `torchvision`; null: the held-out one
@@ -63,6 +63,7 @@ class LabeledDataConfig:
     separator: str = "auto"
     encoding: str = "auto"
     on_bad_row: OnBadRow = OnBadRow.error  # of a table; `skip` leaves the row out and counts it
+    filter: str | None = None  # which rows of a table are used, by their columns
     classes: Any = "labels"  # labels (the data's own names), imagenet, imagenet_a, imagenet_r, objectnet, a list, a mapping, or a file
 
 
@@ -86,13 +87,14 @@ class RetrievalTaskConfig:
     """Recall@k between pictures and their captions, both ways; any of a picture's captions is a hit."""
 
     kind: TaskKind = TaskKind.retrieval
-    table: Any = MISSING
+    table: Any = MISSING  # a table with `image_key` and `caption_key`, shards, a pattern, or a list of them
     image_root: str | None = None
     image_key: str = "filepath"
     caption_key: str = "title"
     separator: str = "auto"
     encoding: str = "auto"
     on_bad_row: OnBadRow = OnBadRow.error  # of a table; `skip` leaves the row out and counts it
+    filter: str | None = None  # which rows of a table are used, by their columns
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Pictures to evaluate on, by position: files, or what a library keeps in a form of its own. No torch."""
+"""Pictures to evaluate on, by position: files, rows of a table, or what a library keeps in a form of its own. No torch."""
 
 import hashlib
 import os
@@ -8,6 +8,9 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image
+
+from clip_exp.data.files import ImageLimits
+from clip_exp.data.tables.table import PairTable
 
 
 class Pictures(Protocol):
@@ -62,9 +65,48 @@ class PictureFiles:
         """Of names, sizes and times of change: reading the files would take as long as encoding them."""
         digest = hashlib.sha256(f"border {self.border}\n".encode())
         for path in self.paths:
-            try:
-                status = os.stat(path)
-                digest.update(f"{os.path.abspath(path)}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
-            except OSError:
-                digest.update(f"{os.path.abspath(path)}\tmissing\n".encode())
+            digest.update(_stamp(path))
         return digest.hexdigest()
+
+
+class TablePictures:
+    """Pictures of a table's rows, in files anywhere or in shards.
+
+    Args:
+        table: of pictures.
+        rows: one for each picture.
+    """
+
+    def __init__(self, table: PairTable, rows: Sequence[int]) -> None:
+        self.table, self.rows = table, np.array(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def open(self, index: int, max_pixels: int) -> Image.Image:
+        from clip_exp.data.images import (  # imports torch, which finding pictures does without
+            MAX_EVALUATED_BYTES,
+            decode,
+        )
+
+        limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES, outside_root=True)
+        return decode(self.table.read_picture(int(self.rows[index]), limits), limits)
+
+    def name(self, index: int) -> str:
+        return self.table.image_path(int(self.rows[index]))
+
+    def fingerprint(self) -> str:
+        """Of files, as `PictureFiles` has it; of shards, of their names, sizes and times and of the pictures' places in them."""
+        if self.table.members is None:
+            return PictureFiles([self.name(index) for index in range(len(self))]).fingerprint()
+        digest = hashlib.sha256(b"".join(_stamp(part.file) for part in self.table.parts))
+        digest.update(self.rows.tobytes() + self.table.members[self.rows].tobytes())
+        return digest.hexdigest()
+
+
+def _stamp(path: str | Path) -> bytes:
+    try:
+        status = os.stat(path)
+        return f"{os.path.abspath(path)}\t{status.st_size}\t{status.st_mtime_ns}\n".encode()
+    except OSError:
+        return f"{os.path.abspath(path)}\tmissing\n".encode()

@@ -2,8 +2,6 @@
 
 from typing import Protocol
 
-import numpy as np
-
 from clip_exp.config.schema import Captions
 from clip_exp.data.randomness import hash64
 from clip_exp.data.tables.table import PairTable
@@ -31,32 +29,36 @@ class PairRows:
     """Every pair of the table is a row."""
 
     def __init__(self, table: PairTable) -> None:
-        self._image_index = table.image_index()
-        self.pictures = int(self._image_index.max()) + 1
+        self._table = table
+        self.pictures = _count_pictures(table)
 
     def __len__(self) -> int:
-        return len(self._image_index)
+        return len(self._table)
 
     def table_row(self, row: int, seed: int, epoch: int) -> int:
         return row
 
     def picture(self, row: int) -> int:
-        return int(self._image_index[row])
+        groups = self._table.groups
+        return row if groups is None else int(groups.image_index[row])
 
 
 class PictureRows:
     """Every distinct picture is a row; which of its captions it comes with is drawn anew in each epoch."""
 
     def __init__(self, table: PairTable) -> None:
-        self.order, self.offsets = group_by_picture(table.image_index())
-        self.pictures = len(self.offsets) - 1
+        self._table = table  # not its arrays: a table in an index is pickled as the folder's name
+        self.pictures = _count_pictures(table)
 
     def __len__(self) -> int:
         return self.pictures
 
     def table_row(self, row: int, seed: int, epoch: int) -> int:
-        first, end = int(self.offsets[row]), int(self.offsets[row + 1])
-        return int(self.order[first + hash64(_CAPTION, seed, epoch, row) % (end - first)])
+        groups = self._table.groups
+        if groups is None:
+            return row
+        first, end = int(groups.offsets[row]), int(groups.offsets[row + 1])
+        return int(groups.order[first + hash64(_CAPTION, seed, epoch, row) % (end - first)])
 
     def picture(self, row: int) -> int:
         return row
@@ -67,7 +69,5 @@ def build_rows(table: PairTable, captions: Captions) -> Rows:
     return PictureRows(table) if captions is Captions.random else PairRows(table)
 
 
-def group_by_picture(image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Table rows sorted by picture, int32 [rows], and where each picture's begin, int64 [pictures + 1]."""
-    order = np.argsort(image_index, kind="stable").astype(np.int32)
-    return order, np.concatenate([[0], np.cumsum(np.bincount(image_index))])
+def _count_pictures(table: PairTable) -> int:
+    return len(table) if table.groups is None else len(table.groups.offsets) - 1

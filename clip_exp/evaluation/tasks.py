@@ -21,7 +21,7 @@ from clip_exp.config.load import nearest, strict_dataclass
 from clip_exp.config.paths import options
 from clip_exp.config.schema import DataConfig, TrainConfig
 from clip_exp.data import samples
-from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.pictures import TablePictures
 from clip_exp.errors import ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
 from clip_exp.evaluation.sets.datasets import labeled_images, read_pairs, require_tables
@@ -154,14 +154,13 @@ def prepare_retrieval(name: str, task: RetrievalTaskConfig) -> RetrievalTask:
         separator=task.separator,
         encoding=task.encoding,
         on_bad_row=task.on_bad_row,
+        filter=task.filter,
     )
     assert pairs.captions is not None
     caption_image = pairs.image_index().tolist()
     first_row = {picture: row for row, picture in reversed(list(enumerate(caption_image)))}
-    paths = [pairs.image_path(first_row[picture]) for picture in range(len(first_row))]
-    return RetrievalTask(
-        name, PictureFiles(paths), pairs.captions.to_pylist(), caption_image, str(task.table), pairs.skipped
-    )
+    pictures = TablePictures(pairs, [first_row[picture] for picture in range(len(first_row))])
+    return RetrievalTask(name, pictures, pairs.captions.to_pylist(), caption_image, str(task.table), pairs.skipped)
 
 
 def prepare_robustness(name: str, task: RobustnessTaskConfig, output_dir: str) -> RobustnessTask:
@@ -212,6 +211,7 @@ def _prepare_auto(name: str, output_dir: str, run: TrainConfig | None) -> Iterat
         "separator": data.separator,
         "encoding": data.encoding,
         "on_bad_row": data.on_bad_row,
+        "filter": data.filter,
     }
     yield prepare_retrieval("val_retrieval", RetrievalTaskConfig(**common, caption_key=data.caption_key))
     if data.label_key is not None:

@@ -137,6 +137,10 @@ def _files(config: SearchConfig) -> tuple[list[str], list[str]]:
             separator=config.separator,
             encoding=config.encoding,
         )
+        if table.members is not None:
+            raise ConfigError(
+                f"table={config.table}: an index refers to picture files, and those in shards are none: unpack them (tar -xf)."
+            )
         files += [table.image_path(row) for row in range(len(table))]
     return list(dict.fromkeys(files)), folders_of(config.images)
 

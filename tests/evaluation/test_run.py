@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +26,7 @@ from clip_exp.evaluation.sets.prompts import class_prompts, imagenet_classes, te
 from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
+from tests.data.tables.shard_files import write_shard
 from tests.small_runs import write_checkpoint, write_picture, write_run
 
 
@@ -144,6 +147,30 @@ def test_retrieval_on_a_table_equals_a_direct_computation_from_a_weights_file(
     assert (result["protocol"]["pictures"], result["protocol"]["captions"]) == (14, len(captions))
 
 
+def test_shards_parquet_and_json_lines_score_as_the_same_pairs_in_a_csv(tmp_path: Path, run_dir: Path):
+    rows = [{"filepath": f"{i}.png", "title": f"a picture of {i}", "label": ("cat", "dog")[i % 2]} for i in range(6)]
+    members: dict = {}
+    for i, row in enumerate(rows):
+        picture = Path(write_picture(tmp_path / f"{i}.png", i))
+        members |= {f"{i}.png": picture.read_bytes(), f"{i}.txt": row["title"], f"{i}.json": {"label": row["label"]}}
+    for half in range(2):
+        write_shard(tmp_path / f"s-{half}.tar", list(members.items())[9 * half : 9 * half + 9])
+    (tmp_path / "t.csv").write_text("\n".join(map(",".join, [rows[0], *(row.values() for row in rows)])) + "\n")
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    results = {}
+    for name in ("t.csv", "t.jsonl", "t.parquet", "s-{0..1}.tar"):
+        given = {"table": str(tmp_path / name), "filter": "label != 'dog' or '5' in filepath"}
+        tasks = {
+            "pairs": {"kind": "retrieval", **given, "filter": "'3' not in title"},
+            "pets": {"kind": "zero_shot", **given, "templates": "a {}."},
+        }
+        scored = evaluate(config(tmp_path, tasks, run=str(run_dir)))
+        assert [scored[task]["protocol"]["pictures"] for task in tasks] == [5, 4]
+        results[name] = [scored[task]["metrics"] for task in tasks]
+    assert all(result == results["t.csv"] for result in results.values())
+
+
 def test_a_broken_picture_stops_by_name_or_is_left_out_and_counted(tmp_path: Path, nano: CLIP, run_dir: Path):
     table, captions, pictures = pairs_csv(tmp_path)
     (tmp_path / "5.png").write_bytes(b"not a picture")
@@ -218,7 +245,7 @@ def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_
         f"task.one.root={tmp_path / 'absent'}: no such folder",
         "task.two.tabel does not exist: did you mean 'table'?",
         "task.three.kind=zeroshot does not exist: did you mean 'zero_shot'?",
-        f"task.four.table={tmp_path / 'absent.csv'}: no such file",
+        f"task.four.table: The table {tmp_path / 'absent.csv'} does not exist",
         "task.auto: the run has no validation data",
     ):
         assert part in message

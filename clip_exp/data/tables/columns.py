@@ -14,6 +14,19 @@ def string_array(values: Sequence[str]) -> pa.LargeStringArray:
     return pa.LargeStringArray.from_buffers(len(encoded), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
 
 
+def string_buffers(array: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each string begins and the last ends, int64 [rows + 1], in the UTF-8 of all, uint8; both share the array's memory."""
+    _, offsets, data = array.buffers()
+    ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    return ends, np.frombuffer(b"" if data is None else data, dtype=np.uint8)
+
+
+def bool_array(values: np.ndarray) -> pa.BooleanArray:
+    """Truth values without nulls, from bool [rows]."""
+    bits = np.packbits(values, bitorder="little")
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
+
+
 def int32_array(values: Sequence[int]) -> pa.Int32Array:
     """Integers without nulls."""
     data = np.asarray(values, dtype=np.int32)
@@ -23,11 +36,3 @@ def int32_array(values: Sequence[int]) -> pa.Int32Array:
 def int32_numpy(array: pa.Int32Array) -> np.ndarray:
     """The values of an array without nulls, int32, sharing its memory."""
     return np.frombuffer(array.buffers()[1], dtype=np.int32)[array.offset : array.offset + len(array)]
-
-
-def number_by_appearance(keys: np.ndarray) -> np.ndarray:
-    """int32: equal keys get equal numbers, 0 for the first key that appears, and so on."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int32)
-    rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
-    return rank[inverse]

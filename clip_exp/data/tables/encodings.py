@@ -8,6 +8,8 @@ from clip_exp.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
+UTF_8 = ("utf-8", "utf-8-sig")
+
 _BLOCK = 1 << 20
 _SAMPLE = 1 << 16
 _MARKS = {
@@ -24,14 +26,16 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
 
     Args:
         path: an existing file.
-        encoding: `auto` (byte-order marks, then UTF-8, then a guess that is logged as a warning), or a codec's name.
+        encoding: `auto` (byte-order marks, then UTF-8 if most lines beyond ASCII are, then a guess that is logged as a warning),
+            or a codec's name.
 
     Raises: ConfigError for an unknown codec, DataError where nothing fits.
     """
     if encoding != "auto":
         try:
+            "".encode(encoding)  # refuses those that are not of text, such as base64
             return codecs.lookup(encoding).name
-        except LookupError as error:
+        except (LookupError, UnicodeError, ValueError) as error:
             raise ConfigError(
                 f"data.encoding={encoding} is not an encoding that Python knows; leave it at auto."
             ) from error
@@ -44,7 +48,10 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
         return guess
     if _is_utf8(path):
         return "utf-8"
-    return _guess(path)
+    lines = _lines_beyond_ascii(path)
+    if _share_of_utf8(lines) > 0.5:
+        return "utf-8"  # with bad rows: another encoding's lines are hardly ever UTF-8 by chance
+    return _guess(path, b"".join(lines))
 
 
 def _unmarked_utf16(head: bytes) -> str | None:
@@ -67,10 +74,22 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _guess(path: Path) -> str:
+def _share_of_utf8(lines: list[bytes]) -> float:
+    return sum(_decodes(line) for line in lines) / max(1, len(lines))
+
+
+def _decodes(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _guess(path: Path, sample: bytes) -> str:
     from charset_normalizer import from_bytes
 
-    matches = from_bytes(_lines_beyond_ascii(path))
+    matches = from_bytes(sample)
     best = matches.best()
     if best is None:
         raise DataError(
@@ -85,13 +104,13 @@ def _guess(path: Path) -> str:
     return encoding
 
 
-def _lines_beyond_ascii(path: Path) -> bytes:
+def _lines_beyond_ascii(path: Path) -> list[bytes]:
     """The first lines that tell encodings apart."""
-    sample = bytearray()
+    lines: list[bytes] = []
+    size = 0
     with open(path, "rb") as file:
-        for line in file:
+        while size < _SAMPLE and (line := file.readline(_SAMPLE)):
             if not line.isascii():
-                sample += line
-            if len(sample) > _SAMPLE:
-                break
-    return bytes(sample)
+                lines.append(line)
+                size += len(line)
+    return lines

@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
-import difflib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from clip_exp.data.tables import filters
+from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.tables.values import no_column
 from clip_exp.errors import ConfigError, DataError
 
 SEPARATORS = {"\t": "TAB", ",": "comma", ";": "semicolon", "|": "bar"}
@@ -16,17 +18,19 @@ _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that are wanted, by the names that the configuration gives them."""
+    """The columns that are wanted.
 
-    image_key: str
-    caption_key: str | None
-    label_key: str | None
+    Attributes:
+        settings: key of the configuration (`image_key`, …) to the name of the column.
+        filtered: names that `data.filter` uses.
+    """
 
-    @property
-    def settings(self) -> dict[str, str]:
-        """Key of the configuration to the name of the column."""
-        wanted = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
-        return {setting: name for setting, name in wanted.items() if name is not None}
+    settings: dict[str, str]
+    filtered: frozenset[str]
+
+    @classmethod
+    def of(cls, options: TableOptions) -> "Columns":
+        return cls(options.wanted, filters.parse(options.filter).names if options.filter else frozenset())
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,21 @@ class Layout:
         header: whether the first record names the columns.
         width: fields in every record.
         indices: key of the configuration to the index of its field.
+        extra: name that the filter uses to the index of its field.
+        names: of the wanted columns, by key of the configuration.
     """
 
     separator: str
     header: bool
     width: int
     indices: dict[str, int]
+    names: dict[str, str]
+    extra: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> list[int]:
+        """Indices of all fields that are read, ascending."""
+        return sorted({*self.indices.values(), *self.extra.values()})
 
 
 def parse_separator(separator: str) -> str | None:
@@ -54,7 +67,7 @@ def parse_separator(separator: str) -> str | None:
     if separator == "auto":
         return None
     character = {"\\t": "\t", "tab": "\t", "TAB": "\t"}.get(separator, separator)
-    if len(character) != 1 or character in '"\r\n':
+    if len(character) != 1 or character in '"\r\n\0':
         raise ConfigError(f"data.separator={separator!r} must be auto or one character (TAB is written \\t).")
     return character
 
@@ -84,7 +97,9 @@ def find_layout(path: Path, first_lines: Sequence[str], columns: Columns, separa
         return layout
     names = _names(samples[best])
     _check_names(path, names, columns, best)
-    return Layout(best, True, len(names), {setting: names.index(name) for setting, name in wanted.items()})
+    indices = {setting: names.index(name) for setting, name in wanted.items()}
+    extra = {name: names.index(name) for name in sorted(columns.filtered)}
+    return Layout(best, True, len(names), indices, wanted, extra)
 
 
 def _records(lines: Sequence[str], separator: str) -> list[list[str]]:
@@ -105,7 +120,7 @@ def _regularity(records: list[list[str]]) -> float:
 
 
 def _without_header(separator: str, records: list[list[str]], columns: Columns) -> Layout | None:
-    if columns.caption_key is None or columns.label_key is not None or len(records[0]) != 2:
+    if set(columns.settings) != {"image_key", "caption_key"} or columns.filtered or len(records[0]) != 2:
         return None
     pairs = [record for record in records if len(record) == 2]
     counts = [sum(record[i].strip().lower().endswith(_PICTURE_SUFFIXES) for record in pairs) for i in (0, 1)]
@@ -113,26 +128,26 @@ def _without_header(separator: str, records: list[list[str]], columns: Columns) 
     enough = counts[image] >= 0.9 * len(pairs) and counts[1 - image] < 0.5 * len(pairs)
     if not enough or not records[0][image].strip().lower().endswith(_PICTURE_SUFFIXES):
         return None
-    return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image})
+    return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image}, columns.settings)
 
 
 def _check_names(path: Path, names: list[str], columns: Columns, separator: str) -> None:
-    for setting, name in columns.settings.items():
-        if names.count(name) == 1:
-            continue
-        if name in names:
-            raise DataError(
-                f"{path} has {names.count(name)} columns called {name!r}: rename one, or set data.{setting}."
-            )
-        listed = ", ".join(map(repr, names[:20]))
-        message = f"{path} has no column {name!r} (data.{setting}). Its columns, separated by {describe(separator)}: {listed}."
-        near = difflib.get_close_matches(name.lower(), [other.lower() for other in names], n=1)
-        nearest = next((other for other in names if near and other.lower() == near[0]), "<one of them>")
-        hint = f" Set data.{setting}={nearest}" if len(names) > 1 else ""
-        elsewhere = next((s for s in SEPARATORS if s != separator and len(names) == 1 and s in names[0]), None)
-        if elsewhere:
-            hint = f" The table looks separated by {describe(elsewhere)}: set data.separator=auto"
-        raise DataError(message + (f"{hint}." if hint else ""))
+    for setting, name in [*columns.settings.items(), *(("filter", name) for name in sorted(columns.filtered))]:
+        if names.count(name) > 1:
+            repair = "rename one" if setting == "filter" else f"rename one, or set data.{setting}"
+            raise DataError(f"{path} has {names.count(name)} columns called {name!r}: {repair}.")
+        if name not in names:
+            raise DataError(f"{path} {_missing(name, setting, names, separator)}")
+
+
+def _missing(name: str, setting: str, names: list[str], separator: str) -> str:
+    message = no_column(name, setting, names)
+    if len(names) > 1:
+        return message.replace("Its columns:", f"Its columns, separated by {describe(separator)}:")
+    other = next((other for other in SEPARATORS if other != separator and other in names[0]), None)
+    if other is None:
+        return message
+    return f"{message} The table looks separated by {describe(other)}: set data.separator=auto."
 
 
 def describe(separator: str) -> str:

@@ -1,21 +1,24 @@
 """From what the configuration names to one table: files found, their formats told apart, their rows put together."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from clip_exp.config.schema import DataConfig, OnBadRow
-from clip_exp.data.tables.delimited import DelimitedReader
+from clip_exp.data.tables.formats import check_one_kind
+from clip_exp.data.tables.index import open_index
+from clip_exp.data.tables.index_writer import Source, progress_of, root_per_row
 from clip_exp.data.tables.options import TableOptions
-from clip_exp.data.tables.reader import Reader
-from clip_exp.data.tables.table import PairTable, Part
-from clip_exp.errors import ConfigError, DataError
+from clip_exp.data.tables.paths import expand
+from clip_exp.data.tables.scan import Scan, ScannedFile
+from clip_exp.data.tables.table import PairTable, Part, RowsInMemory, StoredRows
+from clip_exp.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+_MEMORY_BYTES = 64 << 20  # of files that may be held in memory where an index was wanted but cannot be written
 
 
 def open_table(
@@ -37,50 +40,23 @@ def open_table(
     Raises:
         ConfigError: a file does not exist, or an argument makes no sense.
         DataError: a column is missing, a row is bad, or there are no rows.
+        CheckpointError: the index of a large table cannot be written.
     """
-    files = [tables] if isinstance(tables, str | Path) else list(tables)
-    if not files:
-        raise ConfigError("No table was given: set data.train to a CSV file or a list of them.")
-    blocks: list[pa.RecordBatch] = []
-    lines: list[np.ndarray] = []
+    files = expand(tables)
+    check_one_kind(files)
+    roots = [Path(image_root) if image_root is not None else file.parent for file in files]
+    absolute = [os.path.abspath(root) for root in roots]
+    numbers = {root: number for number, root in enumerate(dict.fromkeys(absolute))}
+    source = Source(files, [numbers[root] for root in absolute], options)
+    rows, read = _in_memory(source) if index_dir is None else _in_index(source, index_dir)
     parts: list[Part] = []
-    start = 0
-    for file in map(_existing, files):
-        if start == options.max_rows:
-            break
-        reader = open_reader(file, options)
-        rows = 0
-        for block in reader.blocks():
-            room = len(block) if options.max_rows is None else min(len(block), options.max_rows - start - rows)
-            columns = {setting: array.slice(0, room) for setting, array in block.columns.items()}
-            blocks.append(pa.RecordBatch.from_arrays(list(columns.values()), list(columns)))
-            lines.append(block.lines[:room])
-            rows += room
-            if start + rows == options.max_rows:
-                break
-        bad = dict(reader.bad.counts)
-        if bad:
-            log.warning("%s: %d bad rows were left out (data.on_bad_row=skip).", file, sum(bad.values()))
-        if not rows:
-            left_out = f" ({sum(bad.values())} bad ones were left out)" if bad else ""
-            raise DataError(f"{file} has no rows{left_out}: it needs a row per image-text pair below its header.")
-        root = Path(image_root) if image_root is not None else file.parent
-        parts.append(Part(file, root, start, rows, bad, tuple(reader.bad.examples), reader.bad.unit))
-        start += rows
-    table = pa.Table.from_batches(blocks).combine_chunks()
-    arrays = {name: table[name].combine_chunks() for name in table.column_names}
-    return PairTable(
-        arrays["image_key"],
-        arrays.get("caption_key"),
-        arrays.get("label_key"),
-        np.concatenate(lines),
-        tuple(parts),
-    )
-
-
-def open_reader(file: Path, options: TableOptions) -> Reader:
-    """The reader of a file's format, by its name: .jsonl, .parquet, .tar; anything else is delimited text."""
-    return DelimitedReader(file, options)
+    for file, root, found in zip(files, roots, read, strict=False):  # max_rows may have ended the reading early
+        if found.bad:
+            bad = sum(found.bad.values())
+            log.warning("%s: %d bad rows were left out (data.on_bad_row=skip).", file, bad)
+        start = parts[-1].start + parts[-1].rows if parts else 0
+        parts.append(_part(file, root, start, found))
+    return PairTable(rows, tuple(parts))
 
 
 def read_table(
@@ -105,13 +81,33 @@ def open_configured(
     return open_table(tables, options, image_root=config.image_root, index_dir=index_dir)
 
 
-def _existing(table: str | Path) -> Path:
-    path = Path(table)
-    if "://" in str(table):
-        raise ConfigError(f"{table} is an address: tables are read from files; download it first.")
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"The table {path} {what} (seen from {Path.cwd()}): set data.train or data.val to a CSV file."
-        )
-    return path
+def _in_memory(source: Source) -> tuple[StoredRows, list[ScannedFile]]:
+    with progress_of(source.files) as advance:
+        scan = Scan(source.files, source.options, advance)
+        batches = list(scan.batches())
+    return RowsInMemory(batches, root_per_row([file.rows for file in scan.read], source.roots)), scan.read
+
+
+def _in_index(source: Source, index_dir: Path) -> tuple[StoredRows, list[ScannedFile]]:
+    try:
+        return open_index(source, index_dir)
+    except OSError as error:
+        message = f"The index of {source.files[0]} cannot be written to {index_dir}: {error.strerror or error}"
+        if sum(file.stat().st_size for file in source.files) >= _MEMORY_BYTES:
+            raise CheckpointError(f"{message}. Set output_dir to a folder that can be written to.") from error
+        log.warning("%s; its rows are held in memory.", message)
+        return _in_memory(source)
+
+
+def _part(file: Path, root: Path, start: int, found: ScannedFile) -> Part:
+    return Part(
+        file,
+        root,
+        start,
+        found.rows,
+        found.bad,
+        found.bad_examples,
+        found.unit,
+        found.stamp.bytes,
+        found.digest,
+    )

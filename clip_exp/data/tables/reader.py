@@ -67,6 +67,7 @@ class Reader(Protocol):
     """Reads one file. `bad` is complete when the blocks are."""
 
     bad: BadRows
+    bytes_read: int  # of the file, so far; for the bar of progress
 
     def blocks(self) -> Iterator[RowBlock]:
         """The good rows.

@@ -1,47 +1,29 @@
-"""The rows of a delimited file, read strictly and fast.
+"""The rows of a delimited file, read strictly, record by record where need be.
 
 Quoting is RFC 4180's: a quote that is never closed must not swallow the rows after it. A record whose quoting is broken is
-taken as it is written where its first line alone has the right number of fields, and is a bad row elsewhere. Blocks of lines
-that hold one good record each, which is nearly all of a usual file, are parsed at once; the others record by record.
+taken as it is written where its first line alone has the right number of fields, and is a bad row elsewhere.
 """
 
 import csv
 import logging
-from collections import deque
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 from clip_exp.data.tables.layouts import Layout, describe
-from clip_exp.data.tables.reader import BadRows
+from clip_exp.data.tables.lines import Lines
+from clip_exp.data.tables.reader import MAX_CAPTION, BadRows
+from clip_exp.data.tables.values import BadValue, text_of
 
 log = logging.getLogger(__name__)
 
+MAX_FIELD = (
+    131_072  # characters, as the csv module has it: a longer one is a quote that never closes more often than a field
+)
 _BLOCK_LINES = 1 << 9  # few enough that the garbage collector does not notice them
 _MAX_RECORD_LINES = 10_000  # a broken quote is not searched for its end beyond this
-
-
-class Lines:
-    """The lines of a file with their numbers; they can be put back."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._put_back: deque[str] = deque()
-        self.number = 0  # lines that were taken
-
-    def take(self, count: int) -> list[str]:
-        """The next `count` lines, or as many as there are."""
-        lines = [self._put_back.popleft() for _ in range(min(count, len(self._put_back)))]
-        lines += islice(self._file, count - len(lines))
-        self.number += len(lines)
-        return lines
-
-    def put_back(self, lines: Sequence[str]) -> None:
-        """Give back the lines that were taken last."""
-        self._put_back.extendleft(reversed(lines))
-        self.number -= len(lines)
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass
@@ -60,18 +42,22 @@ class RecordReader:
     bad: BadRows
     taken_literally: int = 0
 
-    def blocks(self, file: TextIO) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
+    def skip_header(self, lines: Lines) -> None:
+        """Take the record that names the columns, and blank lines before it."""
+        while (read := self._read_record(lines)) and _is_blank(read[1]):
+            pass
+
+    def blocks(self, lines: Lines, size: int) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
         """Line numbers (from 1) and fields of the rows, a block at a time.
 
         Args:
-            file: opened with newline="", at its start.
+            lines: at the start of a record; taken from, up to the end of one.
+            size: lines to read at least, if there are so many.
 
         Raises: DataError at the first bad row, unless they are left out.
         """
-        lines = Lines(file)
-        if self.layout.header:
-            self._skip_header(lines)
-        while block := lines.take(_BLOCK_LINES):
+        stop = lines.number + size
+        while (left := stop - lines.number) > 0 and (block := lines.take(min(left, _BLOCK_LINES))):
             end = lines.number
             if records := self._parse_block(block):
                 yield range(end - len(block) + 1, end + 1), records
@@ -82,19 +68,27 @@ class RecordReader:
                 rows += self._checked(*read)
             if rows:
                 yield [line for line, _ in rows], [record for _, record in rows]
-        self._report()
 
-    def _skip_header(self, lines: Lines) -> None:
-        while (read := self._read_record(lines)) and _is_blank(read[1]):
-            pass
+    def report(self) -> None:
+        """Say in the log what was read in spite of a fault."""
+        if self.taken_literally:
+            log.warning(
+                "%s: %d rows with broken quotes were read as they are written.", self.path, self.taken_literally
+            )
 
     def _parse_block(self, block: list[str]) -> list[list[str]] | None:
-        """The records of the lines, where each line is one good record."""
+        """The records of the lines, where each line is plainly one good record."""
+        text = "".join(block)
+        if "\0" in text or max(map(len, block)) > MAX_CAPTION or (not text.isascii() and _NOT_UTF8.search(text)):
+            return None
         try:
             records = list(csv.reader(block, delimiter=self.layout.separator, strict=True))
         except csv.Error:
             return None
-        return records if len(records) == len(block) and set(map(len, records)) == {self.layout.width} else None
+        if len(records) != len(block) or set(map(len, records)) != {self.layout.width}:
+            return None
+        image = self.layout.indices["image_key"]
+        return records if all(record[image].strip() for record in records) else None
 
     def _read_record(self, lines: Lines) -> tuple[int, list[str], str] | None:
         """Line, fields and what is wrong with the quotes of the next record; None at the end."""
@@ -118,9 +112,15 @@ class RecordReader:
         """The row, or nothing for a blank line and for a bad row that is left out."""
         if _is_blank(record):
             return []
+        if fault := self._fault(record):
+            self.bad.add(line, *fault)
+            return []
         if len(record) == self.layout.width:
             self.taken_literally += bool(problem)
             return [(line, record)]
+        if problem and sum(map(len, record)) > MAX_FIELD:
+            self.bad.add(line, "field too long", f"a field has more than {MAX_FIELD:,} characters")
+            return []
         fields = f"{len(record)} field{'s' * (len(record) != 1)} instead of {self.layout.width}"
         cause = f"broken quotes ({problem}) and {fields}" if problem else fields
         detail = f"{cause}, separated by {describe(self.layout.separator)}"
@@ -128,11 +128,21 @@ class RecordReader:
         self.bad.add(line, "broken quotes" if problem else "wrong number of fields", detail, fix)
         return []
 
-    def _report(self) -> None:
-        if self.taken_literally:
-            log.warning(
-                "%s: %d rows with broken quotes were read as they are written.", self.path, self.taken_literally
-            )
+    def _fault(self, record: list[str]) -> tuple[str, str, str] | None:
+        """Reason, detail and repair where the characters or a value make the row a bad one."""
+        text = "".join(record)
+        if "\0" in text:
+            return "NUL character", "the row holds a NUL character", ""
+        if not text.isascii() and (found := _NOT_UTF8.search(text)):
+            byte = ord(found[0]) - 0xDC00
+            return "not UTF-8", f"the row is not utf-8: it holds the byte {byte:#04x}", "Set data.encoding"
+        if len(record) == self.layout.width:
+            try:
+                for setting, index in self.layout.indices.items():
+                    text_of(setting, self.layout.names[setting], record[index])
+            except BadValue as error:
+                return error.reason, error.detail, ""
+        return None
 
 
 def _is_blank(record: list[str]) -> bool:

@@ -1,16 +1,22 @@
-"""Rows of pictures with captions, kept as Arrow arrays that worker processes share. Made by `tables.open`.
+"""Rows of pictures with captions, kept as Arrow batches that worker processes share. Made by `tables.open`.
 
 Captions stay as they are in the file: `null`, `NA`, `007` and the empty caption are text.
 """
 
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from clip_exp.data.files import ImageLimits, read_file, read_member
-from clip_exp.data.tables.columns import int32_numpy, number_by_appearance
+from clip_exp.data.tables.grouping import PictureGroups, group_pictures
+from clip_exp.data.tables.scan import BATCH_ROWS, RowBatch
 
 
 @dataclass(frozen=True)
@@ -24,28 +30,84 @@ class Part:
     bad: dict[str, int] = field(default_factory=dict)  # bad rows that were left out, by reason
     bad_examples: tuple[tuple[int, str], ...] = ()  # the first of them: line and reason
     unit: str = "line"  # what numbers the rows: line, row, sample
+    bytes: int = 0  # size of the file
+    digest: str = ""  # of the rows: equal where paths, captions, labels and places in a shard are
 
 
-@dataclass(frozen=True)
+class StoredRows(Protocol):
+    """Where a table's rows are kept. It pickles as little as it can."""
+
+    @property
+    def batches(self) -> Sequence[pa.RecordBatch]:
+        """Batches of `BATCH_ROWS` rows, but for the last, with a column of strings per key of the configuration."""
+        ...
+
+    @property
+    def lines(self) -> np.ndarray:
+        """int64 [rows]: where each row starts in its file, counted from 1."""
+        ...
+
+    @property
+    def members(self) -> np.ndarray | None:
+        """int64 [rows, 2]: offset and size of each picture in its shard; None where pictures are files."""
+        ...
+
+    @property
+    def groups(self) -> PictureGroups | None:
+        """Rows by picture; None where every row has a picture of its own."""
+        ...
+
+
+class RowsInMemory:
+    """`StoredRows` without files.
+
+    Args:
+        batches: as `tables.scan` gives them.
+        roots: int [rows]: see `group_pictures`.
+    """
+
+    def __init__(self, batches: Sequence[RowBatch], roots: np.ndarray | None) -> None:
+        self.batches = [batch.columns for batch in batches]
+        self.lines = np.concatenate([batch.lines for batch in batches])
+        members = [batch.members for batch in batches if batch.members is not None]
+        self.members = np.concatenate(members) if members else None
+        self._roots = roots
+
+    @cached_property
+    def groups(self) -> PictureGroups | None:
+        if self.members is not None:
+            return None
+        return group_pictures(pa.chunked_array([batch.column("image_key") for batch in self.batches]), self._roots)
+
+
 class PairTable:
     """Rows of pictures with captions, labels or both.
+
+    Args:
+        rows: where they are kept.
+        parts: the files, in order.
 
     Attributes:
         paths, captions, labels: Arrow strings, a value per row; captions and labels only where they were asked for.
         lines: int64 [rows]: where each row starts in its file, counted from 1.
-        parts: the files, in order.
         members: int64 [rows, 2]: offset and size of each picture in its shard; None where pictures are files.
     """
 
-    paths: pa.LargeStringArray
-    captions: pa.LargeStringArray | None
-    labels: pa.LargeStringArray | None
-    lines: np.ndarray
-    parts: tuple[Part, ...]
-    members: np.ndarray | None = None
+    def __init__(self, rows: StoredRows, parts: tuple[Part, ...]) -> None:
+        self._rows, self.parts = rows, parts
+        self.lines, self.members = rows.lines, rows.members
+        names = rows.batches[0].schema.names
+        self._columns = {name: [batch.column(name) for batch in rows.batches] for name in names}
+        self.paths: pa.ChunkedArray = pa.chunked_array(self._columns["image_key"])
+        self.captions: pa.ChunkedArray | None = self._column("caption_key")
+        self.labels: pa.ChunkedArray | None = self._column("label_key")
+        self._ends = [part.start + part.rows for part in parts]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PairTable, (self._rows, self.parts)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.lines)
 
     @property
     def root(self) -> Path:
@@ -57,13 +119,29 @@ class PairTable:
         """Bad rows that were left out."""
         return sum(sum(part.bad.values()) for part in self.parts)
 
+    @property
+    def groups(self) -> PictureGroups | None:
+        """Rows by picture; None where every row has a picture of its own."""
+        return self._rows.groups
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Name of each file to its `rows`, `bytes` and `digest`. Equal tables have equal ones wherever their files lie."""
+        found: dict[str, dict[str, Any]] = {}
+        times = Counter[str]()
+        for part in self.parts:
+            name = part.file.name
+            times[name] += 1
+            key = name if times[name] == 1 else f"{name} ({times[name]})"
+            found[key] = {"rows": part.rows, "bytes": part.bytes, "digest": part.digest}
+        return found
+
     def part(self, row: int) -> Part:
         """The file that a row comes from."""
-        return next(part for part in self.parts if row < part.start + part.rows)
+        return self.parts[bisect_right(self._ends, row)]
 
     def path(self, row: int) -> str:
         """The picture's path as it is written in the table."""
-        return self.paths[row].as_py()
+        return self._value("image_key", row)
 
     def image_path(self, row: int) -> str:
         """The picture's path, below the table's image root where it is relative; in a shard, `<shard>/<member>`."""
@@ -83,13 +161,13 @@ class PairTable:
         """The caption, verbatim."""
         if self.captions is None:
             raise ValueError("this table was read without captions")
-        return self.captions[row].as_py()
+        return self._value("caption_key", row)
 
     def label(self, row: int) -> str:
         """The class name, verbatim."""
         if self.labels is None:
             raise ValueError("this table was read without labels")
-        return self.labels[row].as_py()
+        return self._value("label_key", row)
 
     def where(self, row: int) -> str:
         """File and line of a row, for messages."""
@@ -98,9 +176,11 @@ class PairTable:
 
     def image_index(self) -> np.ndarray:
         """int32 [rows]: which picture a row shows, numbered by first appearance. Equal paths are the same picture."""
-        paths = int32_numpy(self.paths.dictionary_encode().indices)
-        if len({part.root for part in self.parts}) == 1:
-            return paths
-        roots = list(dict.fromkeys(part.root for part in self.parts))
-        root = np.repeat([roots.index(part.root) for part in self.parts], [part.rows for part in self.parts])
-        return number_by_appearance(root * len(self) + paths)
+        return np.arange(len(self), dtype=np.int32) if self.groups is None else self.groups.image_index
+
+    def _value(self, key: str, row: int) -> str:
+        batch, index = divmod(int(row), BATCH_ROWS)
+        return self._columns[key][batch][index].as_py()
+
+    def _column(self, key: str) -> pa.ChunkedArray | None:
+        return pa.chunked_array(self._columns[key]) if key in self._columns else None

@@ -7,8 +7,9 @@ from typing import Any
 from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.config.schema import OnBadRow
 from clip_exp.data import samples
-from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.pictures import PictureFiles, TablePictures
 from clip_exp.data.tables.open import read_table
+from clip_exp.data.tables.paths import expand
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_sets import CLASS_SETS
@@ -68,6 +69,7 @@ def labeled_images(
         separator=data.separator,
         encoding=data.encoding,
         on_bad_row=data.on_bad_row,
+        filter=data.filter,
         classes=data.classes,
         where=where,
     )
@@ -97,13 +99,14 @@ def _generated(data: LabeledDataConfig, where: str, output_dir: str, split: str 
 
 
 def require_tables(tables: Any, where: str) -> None:
-    """Raises ConfigError if a table is no file; `where` is the task."""
+    """Raises ConfigError if a table or a pattern names no file; `where` is the task."""
     given = [tables] if isinstance(tables, str) else tables
     if not isinstance(given, list) or not given or not all(isinstance(table, str) for table in given):
-        raise ConfigError(f"{where}.table={tables} must be a file, or a list of files.")
-    for table in given:
-        if not Path(table).is_file():
-            raise ConfigError(f"{where}.table={table}: no such file (seen from {Path.cwd()}).")
+        raise ConfigError(f"{where}.table={tables} must be a file, a pattern, or a list of those.")
+    try:
+        expand(given)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.table: {error}") from error
 
 
 def read_pairs(table: Any, where: str, **options: Any) -> PairTable:
@@ -111,7 +114,7 @@ def read_pairs(table: Any, where: str, **options: Any) -> PairTable:
     try:
         return read_table(table, **options)
     except (ConfigError, DataError) as error:
-        keys = "image_key|caption_key|label_key|image_root|separator|encoding|on_bad_row"
+        keys = "image_key|caption_key|label_key|image_root|separator|encoding|on_bad_row|filter"
         raise type(error)(re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))) from error
 
 
@@ -159,6 +162,7 @@ def from_table(
     separator: str = "auto",
     encoding: str = "auto",
     on_bad_row: OnBadRow = OnBadRow.error,
+    filter: str | None = None,
     classes: Any = "labels",
     where: str = "task",
 ) -> LabeledImages:
@@ -181,6 +185,7 @@ def from_table(
         separator=separator,
         encoding=encoding,
         on_bad_row=on_bad_row,
+        filter=filter,
     )
     rows, labels, unlabeled = _labeled_rows(pairs)
     if not rows:
@@ -188,7 +193,7 @@ def from_table(
     present = in_order(labels)
     matched = match(present, present, classes, str(table), where)
     return LabeledImages(
-        PictureFiles([pairs.image_path(row) for row in rows]),
+        TablePictures(pairs, rows),
         [matched.position[label] for label in labels],
         matched.names,
         str(table),

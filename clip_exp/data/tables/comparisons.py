@@ -1,0 +1,136 @@
+"""Comparisons of Arrow columns with numbers, text and each other; what cannot be compared is null."""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value that is written in the filter."""
+
+    value: str | float | bool
+
+
+@dataclass(frozen=True)
+class Length:
+    """Characters of a text, or entries of a list."""
+
+    column: pa.Array
+
+
+Operand: TypeAlias = pa.Array | Constant | Length
+
+
+def compare(operator: str, left: Operand, right: Operand) -> pa.BooleanArray:
+    """`left operator right`, null where a side is missing or is not of the kind that is compared.
+
+    With a truth value, truth values are compared; with a string, text; with a number or a length, numbers. Two columns are
+    compared as numbers where one of them holds numbers or their order is asked, else as text.
+
+    Args:
+        operator: a comparison of `pyarrow.compute`: equal, less, …
+        left, right: at least one column or length.
+    """
+    constant = next((side.value for side in (left, right) if isinstance(side, Constant)), None)
+    if isinstance(constant, bool):
+        convert = truths
+    elif isinstance(constant, str):
+        convert = texts
+    elif constant is not None or _are_numbers(operator, left, right):
+        convert = numbers
+    else:
+        convert = texts
+    return getattr(pc, operator)(*(_converted(side, convert) for side in (left, right)))
+
+
+def contains(column: pa.Array, constant: Operand) -> pa.BooleanArray:
+    """Whether a text has a part that reads so, or a list an entry that equals it."""
+    assert isinstance(constant, Constant)
+    column = _plain(column)
+    if not _is_list(column.type):
+        needle = constant.value if isinstance(constant.value, str) else f"{constant.value}"
+        return pc.match_substring(texts(column), needle)
+    entries = compare("equal", pc.list_flatten(column), constant).fill_null(False)
+    parents = pc.filter(pc.list_parent_indices(column), entries)
+    found = np.zeros(len(column), dtype=np.uint8)
+    found[np.frombuffer(parents.buffers()[1], dtype=np.int64)[parents.offset :][: len(parents)]] = 1
+    hits = pa.Array.from_buffers(pa.uint8(), len(column), [None, pa.py_buffer(found)])
+    return pc.if_else(pc.is_valid(column), pc.cast(hits, pa.bool_()), pa.scalar(None, pa.bool_()))
+
+
+def numbers(column: pa.Array) -> pa.Array:
+    """int64 or float64; null for what is no number."""
+    column = _plain(column)
+    kind = column.type
+    if pa.types.is_signed_integer(kind):
+        return pc.cast(column, pa.int64())
+    if pa.types.is_unsigned_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        values = pc.cast(column, pa.float64(), safe=False)
+        return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
+    if not pa.types.is_large_string(kind):
+        return pa.nulls(len(column), pa.float64())
+    written = pc.if_else(pc.match_substring_regex(column, _NUMBER), column, pa.scalar(None, kind))
+    return pc.cast(pc.utf8_ltrim(pc.utf8_trim_whitespace(written), "+"), pa.float64())
+
+
+def texts(column: pa.Array) -> pa.Array:
+    """Large strings: numbers, truth values and times as they are written; null for the rest."""
+    column = _plain(column)
+    if _is_list(column.type) or pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        return pa.nulls(len(column), pa.large_string())
+    return pc.cast(column, pa.large_string())
+
+
+def truths(column: pa.Array) -> pa.Array:
+    """Truth values; of text, true, false, 1 and 0 in any case are some."""
+    column = _plain(column)
+    if pa.types.is_boolean(column.type):
+        return column
+    written = pc.utf8_lower(texts(column))
+    is_true, is_false = (
+        pc.or_kleene(pc.equal(written, word), pc.equal(written, digit))
+        for word, digit in (("true", "1"), ("false", "0"))
+    )
+    return pc.if_else(pc.or_kleene(is_true, is_false), is_true, pa.scalar(None, pa.bool_()))
+
+
+def _converted(side: Operand, convert: Any) -> Any:
+    if isinstance(side, Constant):
+        return pa.scalar(side.value)
+    if not isinstance(side, Length):
+        return convert(side)
+    column = _plain(side.column)
+    if _is_list(column.type):
+        return convert(pc.cast(pc.list_value_length(column), pa.int64()))
+    return convert(pc.cast(pc.utf8_length(texts(column)), pa.int64()))
+
+
+def _are_numbers(operator: str, left: Operand, right: Operand) -> bool:
+    if "equal" != operator != "not_equal":
+        return True
+    return any(_is_number(side) for side in (left, right))
+
+
+def _is_number(side: Operand) -> bool:
+    if isinstance(side, Constant | Length):
+        return isinstance(side, Length)
+    return pa.types.is_integer(side.type) or pa.types.is_floating(side.type)
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Without a dictionary, and text of one kind."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_string_view(column.type) or pa.types.is_null(column.type):
+        return pc.cast(column, pa.large_string())
+    return column
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

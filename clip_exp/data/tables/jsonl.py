@@ -1,0 +1,146 @@
+"""JSON Lines as blocks of rows: an object per line, in UTF-8."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from clip_exp.config.schema import OnBadRow
+from clip_exp.data.tables.columns import string_array
+from clip_exp.data.tables.native import NativeColumns
+from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.tables.reader import BadRows, RowBlock
+from clip_exp.data.tables.values import BadValue, absent, no_column, text_of
+from clip_exp.errors import ConfigError, DataError
+
+_BLOCK_ROWS = 1 << 12
+_MAX_LINE = 16 << 20  # bytes; a longer line is a file of another kind more often than a row
+_HEAD = 4096  # bytes that tell other kinds of files
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class JsonLinesReader:
+    """A `tables.reader.Reader` of JSON Lines.
+
+    Captions and paths are strings, as `values.text_of` says; further keys are left alone, but no key may be there twice.
+    Blank lines are passed over. `NaN`, which Python writes though JSON has none, is a number that nothing matches.
+
+    Args:
+        path: an existing file.
+        options: what to read.
+    """
+
+    def __init__(self, path: Path, options: TableOptions) -> None:
+        self.path, self.wanted = path, options.wanted
+        self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip)
+        self.bytes_read = 0
+        self._extra = NativeColumns.of(options)
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """See `tables.reader.Reader`."""
+        try:
+            with open(self.path, "rb") as file:
+                self._check_kind(file)
+                yield from self._blocks(file)
+        except OSError as error:
+            raise ConfigError(f"The table {self.path} cannot be read: {error.strerror or error}.") from error
+        if missing := self._extra.never_seen():
+            raise DataError(f"{self.path} {no_column(missing, 'filter', self._extra.seen)}")
+
+    def _check_kind(self, file: BinaryIO) -> None:
+        head = file.read(_HEAD)
+        if not head:
+            raise DataError(f"{self.path} is empty: it needs an object per image-text pair, each on its own line.")
+        if head.startswith(_UTF16):
+            raise DataError(f"{self.path} is UTF-16, but JSON Lines are UTF-8: convert it (iconv -f utf-16 -t utf-8).")
+        if head.lstrip().startswith(b"["):
+            raise DataError(
+                f"{self.path} is one JSON array, not an object per line: convert it (jq -c '.[]' {self.path.name} > pairs.jsonl)."
+            )
+        if head.lstrip().partition(b"\n")[0].strip() == b"{":
+            raise DataError(
+                f"{self.path} has an object over several lines: put each on a line of its own (jq -c . {self.path.name} > pairs.jsonl)."
+            )
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+
+    def _blocks(self, file: BinaryIO) -> Iterator[RowBlock]:
+        values: list[list[str]] = []
+        records: list[dict[str, Any]] = []
+        lines: list[int] = []
+        for line, record in self._records(file):
+            try:
+                row = [self._text(setting, name, record) for setting, name in self.wanted.items()]
+            except BadValue as bad:
+                self.bad.add(line, bad.reason, bad.detail)
+                continue
+            values.append(row)
+            records.append(record)
+            lines.append(line)
+            if len(lines) == _BLOCK_ROWS:
+                self.bytes_read = file.tell()
+                yield self._block(values, records, lines)
+                values, records, lines = [], [], []
+        if lines:
+            yield self._block(values, records, lines)
+
+    def _block(self, values: list[list[str]], records: list[dict[str, Any]], lines: list[int]) -> RowBlock:
+        columns = dict(zip(self.wanted, map(string_array, zip(*values, strict=True)), strict=True))
+        return RowBlock(columns, np.array(lines, dtype=np.int64), None, self._extra.arrays(records))
+
+    def _records(self, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Line number and object of each line that holds one."""
+        for line, text in enumerate(_lines(file), 1):
+            if text.isspace():
+                continue
+            try:
+                yield line, parse_object(text)
+            except BadValue as bad:
+                self.bad.add(line, bad.reason, bad.detail)
+
+    def _text(self, setting: str, name: str, record: dict[str, Any]) -> str:
+        if name in record:
+            return text_of(setting, name, record[name])
+        raise BadValue(absent(setting, name)[0], no_column(name, setting, record).replace("column", "key").rstrip("."))
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines; of one that is too long, its start."""
+    while line := file.readline(_MAX_LINE + 1):
+        yield line
+        while len(line) > _MAX_LINE and not line.endswith(b"\n"):
+            line = file.readline(_MAX_LINE + 1) or b"\n"
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The object that a text holds.
+
+    Raises: BadValue.
+    """
+    if len(text) > _MAX_LINE:
+        raise BadValue("line too long", f"the line has more than {_MAX_LINE >> 20} MB")
+    try:
+        value = _DECODER.decode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadValue("not UTF-8", f"byte {error.start} of the line is not UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        raise BadValue("not JSON", "it is nested too deeply to be read") from error
+    except ValueError as error:
+        raise BadValue("not JSON", f"it is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadValue("not an object", f'it is not an object, {{"key": "value"}}, but {text[:40]!r}')
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadValue("key twice", f"the key {twice!r} is there {names.count(twice)} times")
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)

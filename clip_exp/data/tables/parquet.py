@@ -1,0 +1,153 @@
+"""Parquet as blocks of rows; only the columns that are wanted are read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clip_exp.config.schema import OnBadRow
+from clip_exp.data.tables import filters
+from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.tables.reader import MAX_CAPTION, BadRows, RowBlock
+from clip_exp.data.tables.values import BadValue, no_column, text_of
+from clip_exp.errors import ConfigError, DataError
+
+_BLOCK_ROWS = 1 << 14
+
+
+class ParquetReader:
+    """A `tables.reader.Reader` of Parquet.
+
+    Paths and captions are strings, plain or with a dictionary; labels may be whole numbers. A null is a bad row, but for a
+    label, whose null is the empty label.
+
+    Args:
+        path: an existing file.
+        options: what to read.
+    """
+
+    def __init__(self, path: Path, options: TableOptions) -> None:
+        self.path, self.wanted = path, options.wanted
+        self.filtered = sorted(filters.parse(options.filter).names) if options.filter else []
+        self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="row")
+        self.bytes_read = 0
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """See `tables.reader.Reader`."""
+        import pyarrow.parquet as pq  # 0.1 s, which tables of text do without
+
+        rows = 0
+        try:
+            with pq.ParquetFile(self.path, pre_buffer=False) as file:
+                self._check_columns(file.schema_arrow)
+                names = list(dict.fromkeys([*self.wanted.values(), *self.filtered]))
+                for batch in file.iter_batches(_BLOCK_ROWS, columns=names):
+                    yield self._block(batch, rows)
+                    rows += len(batch)
+                    self.bytes_read = self.path.stat().st_size * rows // file.metadata.num_rows
+        except PermissionError as error:
+            raise ConfigError(f"The table {self.path} cannot be read: {error.strerror or error}.") from error
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
+            raise DataError(
+                f"{self.path} cannot be read as Parquet after row {rows}: {reason}. Was it copied or written to its end?"
+            ) from error
+
+    def _check_columns(self, schema: pa.Schema) -> None:
+        wanted = [*self.wanted.items(), *(("filter", name) for name in self.filtered)]
+        for setting, name in wanted:
+            count = schema.names.count(name)
+            if count > 1:
+                raise DataError(f"{self.path} has {count} columns called {name!r} (data.{setting}): rename one.")
+            if not count:
+                raise DataError(f"{self.path} {no_column(name, setting, schema.names)}")
+            kind = schema.field(name).type
+            if not _fits(setting, kind):
+                raise DataError(
+                    f"{self.path}: its column {name!r} (data.{setting}) is {kind}, {_wanted_kind(setting)}."
+                )
+
+    def _block(self, batch: pa.RecordBatch, before: int) -> RowBlock:
+        lines = np.arange(before + 1, before + 1 + len(batch), dtype=np.int64)
+        columns = {setting: _as_text(setting, batch.column(name)) for setting, name in self.wanted.items()}
+        good = np.ones(len(batch), dtype=bool)
+        suspicious = np.zeros(len(batch), dtype=bool)
+        for setting, column in columns.items():
+            suspicious |= _suspicious(setting, column)
+        for row in np.flatnonzero(suspicious).tolist():
+            good[row] = self._is_good(columns, row, int(lines[row]))
+        extra = {name: batch.column(name) for name in self.filtered}
+        if not good.all():
+            keep = pa.Array.from_buffers(pa.int64(), int(good.sum()), [None, pa.py_buffer(np.flatnonzero(good))])
+            columns = {setting: column.take(keep) for setting, column in columns.items()}
+            extra = {name: column.take(keep) for name, column in extra.items()}
+        return RowBlock(columns, lines[good], None, extra if self.filtered else None)
+
+    def _is_good(self, columns: dict[str, pa.Array], row: int, line: int) -> bool:
+        try:
+            for setting, column in columns.items():
+                text_of(setting, self.wanted[setting], _value(column, row))
+        except BadValue as bad:
+            self.bad.add(line, bad.reason, bad.detail)
+            return False
+        return True
+
+
+def _fits(setting: str, kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if setting == "filter" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        kind = kind.value_type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if text or setting in ("image_key", "caption_key"):
+        return text
+    if setting == "label_key":
+        return pa.types.is_integer(kind)
+    return pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+
+
+def _wanted_kind(setting: str) -> str:
+    if setting == "filter":
+        return "which no filter can compare"
+    if setting == "label_key":
+        return "but labels are strings or whole numbers"
+    if setting == "image_key":
+        return "but it must hold the paths of picture files, as strings; put pictures themselves into WebDataset shards"
+    return "but captions are strings"
+
+
+def _as_text(setting: str, column: pa.Array) -> pa.LargeStringArray:
+    """The column as large strings; of labels, nulls are empty."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    column = pc.cast(column, pa.large_string())
+    return pc.fill_null(column, "") if setting == "label_key" else column
+
+
+def _suspicious(setting: str, column: pa.LargeStringArray) -> np.ndarray:
+    """bool [rows]: where a value may be a bad one; `text_of` decides. UTF-8 is not checked by readers of Parquet."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return np.ones(len(column), dtype=bool)
+    sizes = pc.binary_length(column)
+    found = [pc.is_null(column), pc.greater(sizes, MAX_CAPTION), pc.match_substring(column, "\0")]
+    if setting == "image_key":
+        found.append(pc.equal(sizes, 0))
+    return np.logical_or.reduce([_numpy(mask) for mask in found])
+
+
+def _numpy(mask: pa.BooleanArray) -> np.ndarray:
+    """bool [rows]; null is True."""
+    values = pc.cast(pc.fill_null(mask, True), pa.uint8())
+    return np.frombuffer(values.buffers()[1], dtype=np.uint8)[: len(values)].astype(bool)
+
+
+def _value(column: pa.LargeStringArray, row: int) -> Any:
+    try:
+        return column[row].as_py()
+    except UnicodeDecodeError as error:
+        raise BadValue("not UTF-8", f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error

@@ -1,0 +1,177 @@
+"""WebDataset shards as blocks of rows: a sample is the members of a tar that stand side by side and share their key."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from clip_exp.config.schema import OnBadRow
+from clip_exp.data.tables.columns import string_array
+from clip_exp.data.tables.jsonl import parse_object
+from clip_exp.data.tables.native import NativeColumns
+from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.tables.reader import MAX_CAPTION, BadRows, RowBlock
+from clip_exp.data.tables.tars import Damaged, Member, members
+from clip_exp.data.tables.values import BadValue, absent, no_column, text_of
+from clip_exp.errors import ConfigError, DataError
+
+PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first of them that a sample has, as in open_clip
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's key and extension
+_BLOCK_ROWS = 1 << 12
+_MAX_TEXT = 4 * MAX_CAPTION  # bytes
+_MAX_JSON = 1 << 20  # bytes
+
+
+@dataclass
+class _Row:
+    values: list[str]  # picture's name, caption, label: what is wanted of them
+    picture: Member
+    record: dict[str, Any]  # of the sample's JSON
+
+
+class ShardReader:
+    """A `tables.reader.Reader` of a WebDataset tar.
+
+    The key of a member is its name up to the first dot after the last slash; names without a key, and hidden files, are left
+    alone as webdataset does. Of a sample the reader takes
+    - the picture: the member whose extension is `image_key`, else the first of `PICTURES`;
+    - caption and label: the member whose extension is `caption_key` (`label_key`), else that key of the sample's .json, else
+      for the caption the .txt;
+    - for the filter: the keys of the .json, the members by their extensions, and what was taken as above.
+    Links, devices, sparse files, absolute names and names with `..` make their sample a bad one.
+
+    Args:
+        path: an existing file.
+        options: what to read.
+    """
+
+    def __init__(self, path: Path, options: TableOptions) -> None:
+        self.path, self.options, self.wanted = path, options, options.wanted
+        self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="sample")
+        self.bytes_read = 0
+        self._extra = NativeColumns.of(options)
+        self.filtered = self._extra.names
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """See `tables.reader.Reader`. `members` has the offset and the size of each picture."""
+        rows: list[_Row] = []
+        samples: list[int] = []
+        try:
+            with open(self.path, "rb") as file:
+                for sample, row in self._rows(file):
+                    rows.append(row)
+                    samples.append(sample)
+                    if len(rows) == _BLOCK_ROWS:
+                        self.bytes_read = row.picture.offset
+                        yield self._block(rows, samples)
+                        rows, samples = [], []
+        except OSError as error:
+            raise ConfigError(f"The shard {self.path} cannot be read: {error.strerror or error}.") from error
+        if rows:
+            yield self._block(rows, samples)
+        if missing := self._extra.never_seen():
+            raise DataError(f"{self.path} {no_column(missing, 'filter', self._extra.seen)}")
+
+    def _block(self, rows: list[_Row], samples: list[int]) -> RowBlock:
+        columns = dict(
+            zip(self.wanted, map(string_array, zip(*(row.values for row in rows), strict=True)), strict=True)
+        )
+        places = np.array([(row.picture.offset, row.picture.size) for row in rows], dtype=np.int64)
+        extra = self._extra.arrays([row.record for row in rows])
+        return RowBlock(columns, np.array(samples, dtype=np.int64), places, extra)
+
+    def _rows(self, file: BinaryIO) -> Iterator[tuple[int, _Row]]:
+        """Number and row of each good sample. What stands before the place where a shard breaks off is good."""
+        keys: set[str] = set()
+        number = 0
+        try:
+            for number, (key, group) in enumerate(groupby(_keyed(members(file)), key=lambda found: found[0]), 1):
+                found = [(extension, member) for _, extension, member in group]  # all, before one of them is refused
+                try:
+                    yield number, self._row(file, _sample(key, found, keys))
+                except BadValue as bad:
+                    self.bad.add(number, bad.reason, f"{bad.detail} (sample {key!r})")
+        except Damaged as error:
+            if not number:
+                raise DataError(f"{self.path} is no tar that can be read: {error}.") from error
+            self.bad.add(number, "the shard breaks off", f"the shard breaks off here: {error}", "Fetch it again")
+
+    def _row(self, file: BinaryIO, sample: dict[str, Member]) -> _Row:
+        picture = next((sample[each] for each in (self.options.image_key.lower(), *PICTURES) if each in sample), None)
+        if picture is None:
+            raise BadValue("no picture", f"there is no picture among {', '.join(sample)}")
+        texts = {setting: name for setting, name in self.wanted.items() if setting != "image_key"}
+        in_members = all(name.lower() in sample for name in texts.values())
+        record = _json(file, sample) if self.filtered or not in_members else {}
+        values = [picture.name, *(_value(file, sample, record, setting, name) for setting, name in texts.items())]
+        if not self.filtered:
+            return _Row(values, picture, {})
+        members = {name: sample[name.lower()] for name in self.filtered if name.lower() in sample}
+        read = {name: _text(file, member, "caption_key", name) for name, member in members.items()}
+        return _Row(values, picture, {**dict(zip(self.wanted.values(), values, strict=True)), **read, **record})
+
+
+def _keyed(found: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:
+    """Key, extension and member, of members that have a key."""
+    for member in found:
+        if match := _NAME.fullmatch(member.name):
+            yield match[1], match[2].lower(), member
+
+
+def _sample(key: str, found: list[tuple[str, Member]], keys: set[str]) -> dict[str, Member]:
+    """Members by extension; the key is added to `keys`.
+
+    Raises: BadValue.
+    """
+    extensions = [extension for extension, _ in found]
+    if key in keys or len(set(extensions)) < len(extensions):
+        detail = "its key is there twice; the members of a sample must stand side by side (tar --sort=name)"
+        raise BadValue("key twice", detail)
+    keys.add(key)
+    for _, member in found:
+        if member.fault:
+            raise BadValue("no regular file", f"its member {member.name!r} is {member.fault}")
+    if not key.isprintable() and any("\udc80" <= character <= "\udcff" for character in key):
+        raise BadValue("not UTF-8", "its name is not UTF-8")
+    if key.startswith("/") or ".." in PurePosixPath(key).parts:
+        raise BadValue("unsafe name", "its name is absolute or has a '..'")
+    return dict(found)
+
+
+def _json(file: BinaryIO, sample: dict[str, Member]) -> dict[str, Any]:
+    return parse_object(_read(file, sample["json"], _MAX_JSON, "JSON")) if "json" in sample else {}
+
+
+def _value(file: BinaryIO, sample: dict[str, Member], record: dict[str, Any], setting: str, name: str) -> str:
+    """A caption or a label: a member, or a value of the sample's JSON, or instead of a caption the .txt."""
+    if name.lower() in sample:
+        return _text(file, sample[name.lower()], setting, name)
+    if record.get(name) is None and setting == "caption_key" and "txt" in sample:
+        return _text(file, sample["txt"], setting, "txt")
+    if name not in record:
+        reason, _ = absent(setting, name)
+        listed = f", and its .json has only {', '.join(map(repr, record))}" if record else ""
+        raise BadValue(reason, f"{reason}: there is no member .{name}{listed}; data.{setting} may name another")
+    return text_of(setting, name, record[name])
+
+
+def _text(file: BinaryIO, member: Member, setting: str, name: str) -> str:
+    """The text of a member: a caption verbatim, a label without the spaces around it."""
+    try:
+        text = _read(file, member, _MAX_TEXT, "caption" if setting == "caption_key" else "label").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadValue(
+            "not UTF-8", f"its {member.name!r} is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
+    return text_of(setting, name, text.strip() if setting == "label_key" else text)
+
+
+def _read(file: BinaryIO, member: Member, limit: int, what: str) -> bytes:
+    if member.size > limit:
+        raise BadValue(f"{what} too long", f"its {member.name!r} has {member.size:,} bytes, more than {limit:,}")
+    file.seek(member.offset)
+    return file.read(member.size)

@@ -1,0 +1,55 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_exp.data.files import BadImage
+from clip_exp.data.pictures import PictureFiles, TablePictures
+from clip_exp.data.tables.open import read_table
+from tests.data.tables.shard_files import jpeg, write_shard
+
+LIMIT = 1_000_000
+
+
+@pytest.fixture
+def shard(tmp_path):
+    contents = {}
+    for i in range(4):
+        contents |= {f"{i}.jpg": jpeg(i), f"{i}.txt": f"caption {i}"}
+    return write_shard(tmp_path / "s.tar", contents)
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_pictures_of_a_shard_are_those_of_its_files(tmp_path, shard):
+    pictures = pickle.loads(pickle.dumps(TablePictures(read_table(shard), [2, 0])))
+    assert [pictures.name(index) for index in range(len(pictures))] == [f"{shard}/2.jpg", f"{shard}/0.jpg"]
+    (tmp_path / "2.jpg").write_bytes(jpeg(2))
+    assert same(pictures.open(0, LIMIT), PictureFiles([tmp_path / "2.jpg"]).open(0, LIMIT))
+    with pytest.raises(BadImage, match="too many pixels"):
+        pictures.open(0, 100)
+
+
+def test_pictures_of_a_table_may_lie_anywhere_and_are_known_as_before(pairs, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    table = tmp_path / "elsewhere" / "t.csv"
+    table.write_text("filepath,title\n../00.png,x\n../01.jpg,y\n")
+    pictures, files = (
+        TablePictures(read_table(table), [1, 0]),
+        PictureFiles([tmp_path / "elsewhere/../01.jpg", tmp_path / "elsewhere/../00.png"]),
+    )
+    assert same(pictures.open(1, LIMIT), files.open(1, LIMIT))
+    assert pictures.fingerprint() == files.fingerprint()
+
+
+def test_the_fingerprint_changes_with_the_shard_and_with_the_choice(shard):
+    table = read_table(shard)
+    before = TablePictures(table, [0, 1]).fingerprint()
+    assert TablePictures(read_table(shard), [0, 1]).fingerprint() == before
+    assert TablePictures(table, [1, 0]).fingerprint() != before
+    os.utime(shard, ns=(1, 1))
+    assert TablePictures(table, [0, 1]).fingerprint() != before
