@@ -45,7 +45,7 @@ def run(command: str, arguments: list[str]) -> int:
     from clip_exp.config.aliases import translate
     from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, quote
     from clip_exp.config.paths import conf_dir
-    from clip_exp.config.store import register
+    from clip_exp.config.store import config_name, register
 
     register()
     codes: list[int] = []
@@ -67,7 +67,9 @@ def run(command: str, arguments: list[str]) -> int:
 
     if code := _guarded(to_hydra):
         return code
-    code = _guarded(lambda: hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)())
+    code = _guarded(
+        lambda: hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name(command))(job)()
+    )
     return next((c for c in codes if c), 0) or code
 
 
@@ -162,6 +164,16 @@ def _models(config: DictConfig, arguments: list[str]) -> int:
     return models(loaded)
 
 
+def _check_data(config: DictConfig, arguments: list[str]) -> int:
+    from clip_exp.config.check_schema import CheckDataConfig
+    from clip_exp.config.load import load_use
+
+    loaded = load_use(config, CheckDataConfig)
+    from clip_exp.checks.command import check_data
+
+    return check_data(loaded, arguments)
+
+
 Command = Callable[[DictConfig, list[str]], int]
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (_train, "train a CLIP on image-text pairs"),
@@ -171,6 +183,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "search": (_search, "index pictures once, then look for them by text or by picture"),
     "models": (_models, "the models there are, and the weights published for them"),
     "export": (_export, "a folder that open_clip, Hugging Face, ONNX or clip_exp loads"),
+    "check-data": (_check_data, "what is wrong with a data set, before training on it"),
 }
 
 

@@ -6,13 +6,13 @@ from omegaconf import DictConfig
 from clip_exp.config.load import load_train
 from clip_exp.config.paths import conf_dir
 from clip_exp.config.schema import TrainConfig
-from clip_exp.config.store import register
+from clip_exp.config.store import config_name, register
 
 
 def compose_config(*overrides: str, command: str = "train") -> DictConfig:
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(command, overrides=list(overrides))
+        return compose(config_name(command), overrides=list(overrides))
 
 
 def train_config(*overrides: str) -> TrainConfig:

@@ -94,6 +94,7 @@ FORBIDDEN = {
         "clip_exp.evaluation",
         "clip_exp.inference",
     ),
+    "checks": ("pytorch_lightning", "hydra", "clip_exp.models", "clip_exp.losses", "clip_exp.training"),
     "checkpoints": ("hydra", "clip_exp.training", "clip_exp.models", "clip_exp.data"),
 }
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from clip_exp.config.aliases import translate
 from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, explain, quote
 from clip_exp.config.paths import conf_dir
-from clip_exp.config.store import register
+from clip_exp.config.store import config_name, register
 from clip_exp.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def compose(command: str, overrides: list[str]) -> DictConfig:
     check_groups(overrides)
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra_compose(command, overrides=quote(overrides))
+            return hydra_compose(config_name(command), overrides=quote(overrides))
     except Exception as error:
         message = explain(error)
         if message is None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.schema import (
     AdamConfig,
@@ -126,7 +127,7 @@ def read_evaluate_config(folder: Path) -> EvaluateConfig:
     return load_evaluate(OmegaConf.load(folder / "config.yaml"))  # type: ignore[arg-type]
 
 
-def to_yaml(config: TrainConfig | EvaluateConfig) -> str:
+def to_yaml(config: TrainConfig | EvaluateConfig | CheckDataConfig) -> str:
     """The complete configuration as YAML that `read_run_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 

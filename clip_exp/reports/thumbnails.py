@@ -53,10 +53,15 @@ class Thumbnails:
             picture = self._pictures.open(index, NO_LIMIT).convert("RGB")
         except BadImage as error:
             return Thumbnail(None, SIDE, SIDE, path, str(error))
-        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        bare = Image.new("RGB", picture.size)
-        bare.paste(picture)
-        buffer = BytesIO()
-        bare.save(buffer, "JPEG", quality=QUALITY, optimize=True)
-        encoded = base64.b64encode(buffer.getvalue()).decode()
-        return Thumbnail(f"data:image/jpeg;base64,{encoded}", *picture.size, path)
+        return shrunk(picture, path)
+
+
+def shrunk(picture: Image.Image, path: str) -> Thumbnail:
+    """A thumbnail of an RGB picture, which is made small in place."""
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    bare = Image.new("RGB", picture.size)
+    bare.paste(picture)
+    buffer = BytesIO()
+    bare.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return Thumbnail(f"data:image/jpeg;base64,{encoded}", *picture.size, path)

@@ -28,6 +28,16 @@ def test_help_says_how_to_begin_and_lists_the_keys(command: str) -> None:
         assert f"\n{key}: " in done.stdout
 
 
+def test_help_of_check_data_lists_its_keys_and_what_it_writes() -> None:
+    arguments = [sys.executable, "-m", "clip_exp", "check-data", "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("clip-exp check-data ")
+    for key in ("max_pictures", "max_leakage", "decode", "global_batch_size", "format", "data", "model"):
+        assert f"\n{key}:" in done.stdout
+    assert "bad_samples.csv" in done.stdout
+
+
 def test_help_of_export_says_what_loads_each_format() -> None:
     arguments = [sys.executable, "-m", "clip_exp", "export", "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)

@@ -1,0 +1,91 @@
+"""`clip-exp check-data`: what one must know of a data set before spending days of computing on it."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from clip_exp.checks.splits import open_splits
+from clip_exp.config import preflight_data
+from clip_exp.config.check_schema import CheckDataConfig, CheckFormat
+from clip_exp.config.load import to_yaml
+from clip_exp.config.preflight_model import check_model
+from clip_exp.errors import ConfigError, DataError
+from clip_exp.runs import RunRecord, create_run_folder, write_text
+
+ONLY_HERE = ("name", "output_dir", "decode", "max_pictures", "max_leakage", "num_workers", "format")  # keys
+
+
+def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
+    """Scan the data, leave the findings in a new folder, and print them; return 0.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        ConfigError: keys that make no sense, tables that do not exist.
+        DataError: a table that cannot be read; or, when all is written and printed, more of the data is bad than
+            `data.max_bad_fraction`, or more of it leaks than `max_leakage`.
+    """
+    problems = [*_problems(config), *check_model(config.model), *preflight_data.check_data(config.data)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    splits = open_splits(config.data, Path(config.output_dir))
+    folder = create_run_folder(config.output_dir, "check_data", config.name)
+    write_text(folder / "config.yaml", to_yaml(config))
+    record = RunRecord(folder)
+    record.start(arguments)
+    # Torch takes seconds to import: only once the tables are known to be there.
+    from clip_exp.checks.run import run
+    from clip_exp.checks.terminal import show
+
+    workers = _cores() if config.num_workers is None else config.num_workers
+    try:
+        report, verdicts = run(splits, config, workers, folder, shlex.join(["clip-exp", "check-data", *arguments]))
+    except BaseException as error:
+        record.finish("failed", error=str(error).splitlines()[:20])
+        raise
+    record.finish("finished", exit_code=report["exit_code"])
+    if config.format is CheckFormat.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        show(report, verdicts, folder, _next_command(report, arguments))
+    if grave := [verdict for verdict in verdicts if verdict.level == "error"]:
+        raise DataError("\n".join(f"{verdict.split}: {verdict.text}. {verdict.fix}." for verdict in grave))
+    return 0
+
+
+def _problems(config: CheckDataConfig) -> list[str]:
+    problems = []
+    for key, low in (("global_batch_size", 2), ("max_pictures", 1), ("num_workers", 0)):
+        value = getattr(config, key)
+        if value is not None and value < low:
+            problems.append(f"{key}={value} must be {low} or more.")
+    for key, fraction in (("max_leakage", config.max_leakage), ("data.max_bad_fraction", config.data.max_bad_fraction)):
+        if fraction is not None and not 0 <= fraction <= 1:
+            problems.append(f"{key}={fraction} must be between 0 and 1.")
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        problems.append(f"name={config.name!r} must be a plain folder name.")
+    return problems
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _next_command(report: dict[str, Any], arguments: list[str]) -> str:
+    """Training with the same data and model, and with what the findings ask for."""
+    from clip_exp.reports.origin import python
+
+    kept = [text for text in arguments if text.partition("=")[0] not in ONLY_HERE and not text.startswith("-")]
+    given = {text.partition("=")[0] for text in kept}
+    subjects = {verdict["subject"] for verdict in report["verdicts"]}
+    advice = {
+        "data": "data=csv",  # as conf/check_data.yaml chooses
+        "model": f"model={report['model']['name']}",
+        "data.on_bad_row": "data.on_bad_row=skip" if "bad_rows" in subjects else None,
+        "loss.same_caption": "loss.same_caption=positive" if "equal_captions" in subjects else None,
+    }
+    kept += [text for key, text in advice.items() if text is not None and key not in given]
+    return shlex.join([*python().split(), "train.py", *kept])

@@ -1,0 +1,92 @@
+"""The same picture, and the same pair, more than once: within a split, and in both of them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from clip_exp.checks.distributions import share
+
+
+class Leak(NamedTuple):
+    """A validation picture that training sees too."""
+
+    val_picture: int
+    train_picture: int
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """Pictures of one split that are in another.
+
+    Attributes:
+        same_bytes, same_path: by number of the validation picture, in order.
+        pictures: distinct validation pictures in either.
+        share: of the validation pictures.
+        pairs: validation rows whose picture and caption both are in one row of training.
+    """
+
+    same_bytes: list[Leak]
+    same_path: list[Leak]
+    pictures: int
+    share: float
+    pairs: np.ndarray  # int64, rows
+
+
+def number_contents(digests: list[np.ndarray], numbers: list[np.ndarray], pictures: list[int]) -> list[np.ndarray]:
+    """int64 [pictures], of each split: equal bytes have equal numbers over all splits.
+
+    Args:
+        digests: uint64 [N, 2], of the pictures of each split that were read.
+        numbers: which ones these are, int64 [N].
+        pictures: how many each split has; those that were not read are taken to be unlike any other.
+    """
+    inverse = np.unique(np.concatenate(digests), axis=0, return_inverse=True)[1].reshape(-1)
+    fresh = len(inverse)
+    contents = []
+    for count, read, same in zip(
+        pictures, numbers, np.split(inverse, np.cumsum([len(n) for n in numbers])[:-1]), strict=True
+    ):
+        of_split = np.arange(fresh, fresh + count)
+        of_split[read] = same
+        contents.append(of_split)
+        fresh += count
+    return contents
+
+
+def equal_groups(numbers: np.ndarray) -> list[np.ndarray]:
+    """Positions of equal numbers, a group for each that appears more than once, the largest first."""
+    order = np.argsort(numbers, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(numbers[order]) != 0])
+    sizes = np.diff(np.r_[starts, len(numbers)])
+    several = np.flatnonzero(sizes > 1)
+    several = several[np.argsort(-sizes[several], kind="stable")]
+    return [order[starts[at] : starts[at] + sizes[at]] for at in several]
+
+
+def number_pairs(contents: np.ndarray, captions: np.ndarray, all_captions: int) -> np.ndarray:
+    """int64 [rows]: equal for rows that have the same picture and the same caption."""
+    return contents * all_captions + captions
+
+
+def find_leakage(
+    contents: tuple[np.ndarray, np.ndarray], paths: tuple[np.ndarray, np.ndarray], pairs: tuple[np.ndarray, np.ndarray]
+) -> Leakage:
+    """What validation shares with training; each argument is that of training, then that of validation.
+
+    Args:
+        contents: `number_contents`.
+        paths: a hash of each picture's path.
+        pairs: `number_pairs`.
+    """
+    by_bytes, by_path = _common(*contents), _common(*paths)
+    distinct = len({leak.val_picture for leak in (*by_bytes, *by_path)})
+    leaked_rows = np.flatnonzero(np.isin(pairs[1], pairs[0]))
+    return Leakage(by_bytes, by_path, distinct, share(distinct, len(contents[1])), leaked_rows)
+
+
+def _common(train: np.ndarray, val: np.ndarray) -> list[Leak]:
+    order = np.argsort(train, kind="stable")
+    places = np.minimum(np.searchsorted(train[order], val), len(train) - 1)
+    found = train[order[places]] == val
+    return [Leak(at, int(order[places[at]])) for at in np.flatnonzero(found).tolist()]

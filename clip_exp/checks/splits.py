@@ -1,0 +1,109 @@
+"""What is checked: the tables that training would train and validate on, each row under one number. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from clip_exp.config.schema import DataConfig, OnBadRow
+from clip_exp.data.files import ImageLimits
+from clip_exp.data.samples import generate
+from clip_exp.data.sources import INDEX, open_sources
+from clip_exp.data.tables.open import open_configured
+from clip_exp.data.tables.table import PairTable, Part
+
+TRAIN, VAL = "train", "val"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of `data.train` or of `data.val`, from one table or from several that are mixed.
+
+    Attributes:
+        name: `train` or `val`.
+        tables: their rows are numbered one after the other.
+    """
+
+    name: str
+    tables: tuple[PairTable, ...]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.tables)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """The files."""
+        return (part for table in self.tables for part in table.parts)
+
+    @cached_property
+    def picture_of_row(self) -> np.ndarray:
+        """int64 [rows]: which distinct picture a row shows, numbered by first appearance. Equal paths are the same picture."""
+        numbers, pictures = [], 0
+        for table in self.tables:
+            numbers.append(table.image_index().astype(np.int64) + pictures)
+            pictures = int(numbers[-1].max()) + 1
+        return np.concatenate(numbers)
+
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """int64 [pictures]: the first row that shows each distinct picture."""
+        return np.unique(self.picture_of_row, return_index=True)[1]
+
+    def path(self, row: int) -> str:
+        """The picture's path as it is written in the table."""
+        table, local = self._locate(row)
+        return table.path(local)
+
+    def image_path(self, row: int) -> str:
+        """The picture's path on the disk; in a shard, `<shard>/<member>`."""
+        table, local = self._locate(row)
+        return table.image_path(local)
+
+    def caption(self, row: int) -> str:
+        """The caption, verbatim."""
+        table, local = self._locate(row)
+        return table.caption(local)
+
+    def where(self, row: int) -> str:
+        """File and line of a row, for messages."""
+        table, local = self._locate(row)
+        return table.where(local)
+
+    def read_picture(self, row: int, limits: ImageLimits) -> bytearray:
+        """The bytes of the picture's file.
+
+        Raises: BadImage with the reason.
+        """
+        table, local = self._locate(row)
+        return table.read_picture(local, limits)
+
+    def _locate(self, row: int) -> tuple[PairTable, int]:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.tables[number], row - int(self._starts[number])
+
+
+def open_splits(config: DataConfig, output_dir: Path) -> list[Split]:
+    """The training table, and the validation table where there is one. Bad rows are left out and counted.
+
+    Raises:
+        ConfigError: a file does not exist.
+        DataError: a column is missing, or there are no good rows.
+    """
+    config = replace(config, on_bad_row=OnBadRow.skip)
+    if config.generate is not None:
+        made = generate(config.generate, output_dir)
+        config = replace(
+            config, train=str(made.train), val=str(made.val), image_key="filepath", caption_key="title", image_root=None
+        )
+    index_dir = output_dir / INDEX
+    splits = [Split(TRAIN, tuple(source.table for source in open_sources(config, index_dir)))]
+    if config.val:
+        val = open_configured(config, config.val, label_key=config.label_key, index_dir=index_dir)
+        splits.append(Split(VAL, (val,)))
+    return splits

@@ -1,0 +1,176 @@
+"""What of it is a problem, and how to repair it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from clip_exp.checks.splits import TRAIN, VAL
+from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.schema import Match
+from clip_exp.data.files import NO_SUCH_FILE, NOT_ALLOWED, OUTSIDE_ROOT, TOO_MANY_BYTES, TOO_MANY_PIXELS
+from clip_exp.reports.page import counted, probability
+
+WORTH_TELLING = 0.01  # share of pictures or captions
+MUCH_LARGER = 4  # times the model's input, from where decoding is most of the loader's work
+REMEDIES = {  # where most bad pictures are of one kind
+    NO_SUCH_FILE: "Set data.image_root to the folder that relative paths start from",
+    OUTSIDE_ROOT: "Set data.image_root to a folder that holds them, or data.allow_outside_root=true",
+    TOO_MANY_BYTES: "Raise data.max_image_bytes",
+    TOO_MANY_PIXELS: "Raise data.max_image_pixels",
+    NOT_ALLOWED: "Add their formats to data.image_formats",
+}
+
+
+class Level(StrEnum):
+    error = "error"  # above a threshold: exit code 3
+    warning = "warning"
+    note = "note"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A problem.
+
+    Attributes:
+        subject: a stable name of it.
+        text: what was found.
+        fix: what to do.
+    """
+
+    level: Level
+    split: str
+    subject: str
+    text: str
+    fix: str
+
+
+def judge(report: dict[str, Any], config: CheckDataConfig) -> list[Verdict]:
+    """The problems that a report tells of, the gravest first."""
+    verdicts: list[Verdict] = []
+    for name, split in report["splits"].items():
+        verdicts += [
+            *_bad_rows(name, split, config),
+            *_bad_pictures(name, split, config),
+            *_duplicates(name, split),
+            *_captions(name, split, config),
+            *_scripts(name, split),
+            *_sizes(name, split),
+        ]
+    if report["leakage"] is not None:
+        verdicts += _leakage(report["leakage"], config)
+    return sorted(verdicts, key=lambda verdict: list(Level).index(verdict.level))
+
+
+def _bad_rows(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
+    bad = split["bad_rows"]
+    if bad["count"]:
+        over = bad["share"] > config.data.max_bad_fraction
+        text = f"{counted(bad['count'], 'bad row')} ({probability(bad['share'])}): {_listed(bad['by_reason'])}"
+        fix = "Repair them (bad_rows.csv), or leave them out: data.on_bad_row=skip"
+        yield Verdict(Level.error if over else Level.warning, name, "bad_rows", text, fix)
+
+
+def _bad_pictures(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
+    bad = split["bad_pictures"]
+    if bad["count"]:
+        over = bad["share"] > config.data.max_bad_fraction
+        text = f"{counted(bad['count'], 'bad picture')} ({probability(bad['share'])}): {_listed(bad['by_kind'])}"
+        yield Verdict(Level.error if over else Level.warning, name, "bad_pictures", text, _picture_fix(bad, over))
+
+
+def _picture_fix(bad: dict[str, Any], over: bool) -> str:
+    kind = max(bad["by_kind"], key=bad["by_kind"].get)
+    if over and kind in REMEDIES and bad["by_kind"][kind] > bad["count"] / 2:
+        return f"{REMEDIES[kind]}; bad_samples.csv lists them all"
+    if over:
+        return "Repair or remove them (bad_samples.csv): above data.max_bad_fraction training stops"
+    return "Training puts others in their place; repair or remove them (bad_samples.csv)"
+
+
+def _duplicates(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
+    pictures, pairs = split["duplicates"]["pictures"], split["duplicates"]["pairs"]
+    if pictures["copies"]:
+        text = f"{counted(pictures['copies'], 'copy', 'copies')} of {counted(pictures['groups'], 'picture')}: the same bytes under another path"
+        fix = "Give each picture one path (duplicates.csv): in a batch a copy counts as a wrong answer"
+        yield Verdict(Level.warning, name, "duplicate_pictures", text, fix)
+    if pairs["copies"]:
+        text = f"{counted(pairs['copies'], 'repeated row')}: the same picture with the same caption again"
+        yield Verdict(Level.warning, name, "duplicate_pairs", text, "Remove the repeated rows (duplicates.csv)")
+
+
+def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
+    captions = split["captions"]
+    cut, empty, pairs = captions["truncated"], captions["empty"], captions["equal_in_batch"]["pairs"]
+    if cut["count"]:
+        text = (
+            f"{counted(cut['count'], 'caption')} ({probability(cut['share'])}) longer than {captions['context_length']} tokens: "
+            f"the end is cut off; the longest has {captions['tokens']['max']:,.0f}"
+        )
+        fix = "Shorten them, or raise model.text.context_length"
+        yield Verdict(_by_share(cut["share"]), name, "truncated_captions", text, fix)
+    if empty["count"]:
+        text = f"{counted(empty['count'], 'empty caption')} ({probability(empty['share'])})"
+        fix = "Remove these rows: they say nothing of their pictures, and all are equal"
+        yield Verdict(Level.warning, name, "empty_captions", text, fix)
+    if name == TRAIN and pairs >= 1 and config.data.same_caption is Match.negative:
+        text = (
+            f"{counted(round(pairs), 'pair')} of equal captions expected in a batch of {config.global_batch_size:,}, "
+            "each taken for a wrong answer"
+        )
+        yield Verdict(Level.warning, name, "equal_captions", text, "Train with loss.same_caption=positive")
+
+
+def _scripts(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
+    badly = {script: found for script, found in split["captions"]["scripts"].items() if found["split_badly"]}
+    if badly:
+        told = [
+            f"{script} ({counted(found['captions'], 'caption')}, {probability(found['share'])}) at "
+            f"{found['tokens_per_character']:.1f} tokens per character, {found['times_english']:.1f} times English"
+            for script, found in badly.items()
+        ]
+        level = _by_share(sum(found["share"] for found in badly.values()))
+        text = f"the tokenizer takes apart the writing of {'; '.join(told)}"
+        fix = "Use a text tower made for these languages: model/text=huggingface model.text.name=xlm-roberta-base"
+        yield Verdict(level, name, "badly_split_scripts", text, fix)
+
+
+def _sizes(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
+    small, shorter = split["smaller_than_input"], split["shorter_side"]
+    if small["share"] >= WORTH_TELLING:
+        text = f"{counted(small['count'], 'picture')} ({probability(small['share'])}) smaller than the model's {small['image_size']} pixels"
+        fix = "They are enlarged: leave them out, or choose a model with a smaller input"
+        yield Verdict(Level.note, name, "small_pictures", text, fix)
+    if shorter is not None and shorter["p50"] >= MUCH_LARGER * small["image_size"]:
+        text = f"half of the pictures have a shorter side of {shorter['p50']:,.0f} pixels or more, the model's has {small['image_size']}"
+        fix = f"Decoding is most of the loader's work: keep copies of about {2 * small['image_size']} pixels"
+        yield Verdict(Level.note, name, "large_pictures", text, fix)
+    if split["exif_rotated"]["share"] >= WORTH_TELLING:
+        text = f"{counted(split['exif_rotated']['count'], 'picture')} ({probability(split['exif_rotated']['share'])}) turned by EXIF"
+        fix = "Training turns them upright; the published evaluation protocols do not: store them upright"
+        yield Verdict(Level.note, name, "exif_rotated", text, fix)
+    if split["animated"]["count"]:
+        text = counted(split["animated"]["count"], "animated picture")
+        yield Verdict(Level.note, name, "animated", text, "Only the first frame is used")
+
+
+def _leakage(leakage: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
+    if leakage["pictures"]:
+        over = config.max_leakage is not None and leakage["share"] > config.max_leakage
+        sampled = " at least, since not all were checked" if leakage["sampled"] else ""
+        pairs = leakage["same_picture_and_caption"]["count"]
+        text = (
+            f"{counted(leakage['pictures'], 'picture')} ({probability(leakage['share'])}) shared with training{sampled}; "
+            f"in {counted(pairs, 'row')} the caption is the same too"
+        )
+        fix = "Take them out of data.val or of data.train (leakage.csv): validation would look better than it is"
+        yield Verdict(Level.error if over else Level.warning, VAL, "leakage", text, fix)
+
+
+def _by_share(share: float) -> Level:
+    return Level.warning if share >= WORTH_TELLING else Level.note
+
+
+def _listed(counts: dict[str, int], most: int = 6) -> str:
+    shown = [f"{reason} {count:,}" for reason, count in list(counts.items())[:most]]
+    return ", ".join(shown) + (f", {counted(len(counts) - most, 'other reason')}" if len(counts) > most else "")

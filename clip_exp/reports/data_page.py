@@ -1,0 +1,203 @@
+"""The page of a data check: what was found, the data in figures, and some of its pictures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_exp.reports.histograms import Histogram, of_octaves, of_whole_numbers
+from clip_exp.reports.page import counted, fact_rows, probability, render
+from clip_exp.reports.thumbnails import Thumbnail
+
+SHOWN_FREQUENT = 12
+QUANTILES = ("min", "p1", "p5", "p50", "p95", "p99", "max")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with some of its captions."""
+
+    thumbnail: Thumbnail
+    captions: list[str]
+    more: int  # captions that are not shown
+
+
+@dataclass(frozen=True)
+class Equal:
+    """A picture that there is more than once, shown once."""
+
+    thumbnail: Thumbnail
+    paths: list[tuple[str, str]]  # split and path of each
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures for the page."""
+
+    samples: dict[str, list[Sample]]  # by split
+    copies: list[Equal]
+    leaks: list[Equal]
+
+
+def data_page(report: dict[str, Any], gallery: Gallery, folder: Path, command: str) -> str:
+    """The HTML of a check's page.
+
+    Args:
+        report: as in `report.json`.
+        folder: where it lies.
+        command: that made it.
+    """
+    return render(
+        "data.html",
+        title=report["name"],
+        kind="Data check",
+        about=_about(report),
+        made_by=str(folder),
+        tiles=_tiles(report),
+        verdicts=report["verdicts"],
+        overview=_overview(report),
+        names=list(report["splits"]),
+        splits=[_split(name, split) for name, split in report["splits"].items()],
+        leakage=report["leakage"],
+        gallery=gallery,
+        facts=fact_rows(_facts(report)),
+        command=command,
+    )
+
+
+def _about(report: dict[str, Any]) -> list[str]:
+    model = report["model"]
+    files = [Path(file["file"]).name for split in report["splits"].values() for file in split["files"]]
+    shown = ", ".join(files[:3]) + (f" and {counted(len(files) - 3, 'more file')}" if len(files) > 3 else "")
+    return [shown, f"for {model['name']}: {model['image_size']} pixels, {model['context_length']} tokens"]
+
+
+def _tiles(report: dict[str, Any]) -> list[dict[str, str]]:
+    splits, speed = report["splits"], report["speed"]
+    train, val = splits["train"], splits.get("val")
+
+    def tile(name: str, value: Callable[[dict[str, Any]], str], meaning: str) -> dict[str, str]:
+        return {"name": name, "value": value(train), "meaning": meaning + (f"; {value(val)} in val" if val else "")}
+
+    tiles = [
+        tile("Pairs", lambda split: f"{split['rows']:,}", f"of {counted(train['pictures'], 'picture')}"),
+        tile("Bad pictures", lambda split: _share(split["bad_pictures"]), "cannot be used"),
+        tile(
+            "Captions cut",
+            lambda split: _share(split["captions"]["truncated"]),
+            "longer than the context",
+        ),
+    ]
+    if speed["samples_per_s"] is not None:
+        meaning = (
+            f"the most that {counted(speed['loader_workers'], 'loader process', 'loader processes')} can give here"
+        )
+        tiles.append({"name": "Pairs per second", "value": f"{speed['samples_per_s']:,.0f}", "meaning": meaning})
+    return tiles
+
+
+def _overview(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "files": lambda split: f"{len(split['files']):,}",
+        "rows": lambda split: f"{split['rows']:,}",
+        "bad rows": lambda split: _count(split["bad_rows"]),
+        "distinct pictures": lambda split: f"{split['pictures']:,}",
+        "of them checked": lambda split: f"{split['pictures_checked']:,}",
+        "bad pictures": lambda split: _count(split["bad_pictures"]),
+        "copies of pictures": lambda split: f"{split['duplicates']['pictures']['copies']:,}",
+        "repeated pairs": lambda split: f"{split['duplicates']['pairs']['copies']:,}",
+        "smaller than the input": lambda split: _count(split["smaller_than_input"]),
+        "turned by EXIF": lambda split: _count(split["exif_rotated"]),
+        "animated": lambda split: _count(split["animated"]),
+        "distinct captions": lambda split: f"{split['captions']['distinct']:,}",
+        "captions cut": lambda split: _count(split["captions"]["truncated"]),
+        "empty captions": lambda split: _count(split["captions"]["empty"]),
+        "equal pairs in a batch": lambda split: f"{split['captions']['equal_in_batch']['pairs']:,.1f}",
+    }
+    return [(name, [value(split) for split in report["splits"].values()]) for name, value in rows.items()]
+
+
+def _share(part: dict[str, Any]) -> str:
+    return probability(part["share"]) if part["count"] else "none"
+
+
+def _count(part: dict[str, Any]) -> str:
+    return f"{part['count']:,} ({probability(part['share'])})" if part["count"] else "0"
+
+
+def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
+    captions = split["captions"]
+    room = captions["context_length"]
+    return {
+        "name": name,
+        "bad_pictures": split["bad_pictures"],
+        "bad_rows": split["bad_rows"],
+        "repeated": split["duplicates"]["pairs"],
+        "histograms": _size_histograms(split),
+        "quantiles": _size_quantiles(split),
+        "quantile_names": QUANTILES,
+        "formats": [*split["formats"].items()],
+        "modes": [*split["modes"].items()],
+        "lengths": of_whole_numbers("tokens, start and end included", captions["histogram"], room + 1),
+        "captions": captions,
+        "frequent": captions["most_frequent"][:SHOWN_FREQUENT],
+        "scripts": [
+            {"name": script, "fit": (room - 2) / max(found["tokens_per_character"], 1e-9), **found}
+            for script, found in captions["scripts"].items()
+        ],
+    }
+
+
+def _size_histograms(split: dict[str, Any]) -> list[Histogram]:
+    if split["sizes"]["width"] is None:
+        return []
+    input_size = split["smaller_than_input"]["image_size"]
+    return [
+        of_octaves("width, pixels", split["histograms"]["width"], _whole, input_size),
+        of_octaves("height, pixels", split["histograms"]["height"], _whole, input_size),
+        of_octaves("megapixels", split["histograms"]["megapixels"], _short),
+        of_octaves("size of the file", split["histograms"]["bytes"], _file_size),
+    ]
+
+
+def _size_quantiles(split: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    named = {"width": _whole, "height": _whole, "megapixels": _short, "bytes": _file_size}
+    titles = {"bytes": "file"}
+    return [
+        (titles.get(name, name), [named[name](found[quantile]) for quantile in QUANTILES])
+        for name, found in split["sizes"].items()
+        if found is not None
+    ]
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}" if value >= 0.1 else f"{value:.1g}"
+
+
+def _file_size(value: float) -> str:
+    for unit, size in (("MB", 1 << 20), ("KB", 1 << 10)):
+        if value >= size:
+            return f"{_short(value / size)} {unit}"
+    return f"{value:.0f} B"
+
+
+def _facts(report: dict[str, Any]) -> dict[str, Any]:
+    model, settings, speed = report["model"], report["settings"], report["speed"]
+    return {
+        "model": f"{model['name']}: pictures of {model['image_size']} pixels, {model['context_length']} tokens",
+        "pictures decoded": "yes" if settings["decode"] else "no: read, and their headers looked at (decode=false)",
+        "pictures checked": "all"
+        if settings["max_pictures"] is None
+        else f"a random sample of at most {settings['max_pictures']:,} of each split (max_pictures)",
+        "pictures per second": speed["pictures_per_s_per_core"]
+        and f"{speed['pictures_per_s_per_core']:,.0f} read and decoded by one core",
+        "cropped too": speed["samples_per_s_per_core"] and f"{speed['samples_per_s_per_core']:,.0f} by one core",
+        "files": {
+            name: {"tables": [f"{file['file']}: {file['rows']:,} rows" for file in split["files"]]}
+            for name, split in report["splits"].items()
+        },
+    }

@@ -1,0 +1,194 @@
+"""`clip-exp check-data` as a user meets it: what it prints, its exit codes, and how it ends when it is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clip_exp.checks.command import check_data
+from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.load import load_use
+from tests.checks.planted import plant
+from tests.checks.test_planted import folder_of
+from tests.compose import compose_config
+from tests.conftest import Run
+from tests.small_runs import write_picture
+
+DOOR = "clip_exp/__main__.py"
+
+
+def test_the_table_names_problems_page_and_next_command(command: Run, tmp_path: Path) -> None:
+    planted = plant(tmp_path)
+    done = command(
+        DOOR, "check-data", f"data.train={planted.train}", f"data.val={planted.val}", "model=vit_tiny", "num_workers=2", cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert "error: train: 7 bad pictures (18.9" in done.stderr
+    assert "Traceback" not in done.stderr
+    opened, following = done.stdout.splitlines()[-2:]
+    assert (tmp_path / opened.removeprefix("Open:").strip()).is_file()
+    assert "train.py data.train=" in following
+    assert following.endswith("data=csv data.on_bad_row=skip loss.same_caption=positive")
+    assert "model=vit_tiny" in following
+    assert "num_workers" not in following
+
+
+def test_json_is_all_that_is_printed_and_equals_the_file(command: Run, tmp_path: Path) -> None:
+    done = command(DOOR, "check-data", "data=digits", "model=vit_nano", "format=json", cwd=tmp_path)
+    assert done.returncode == 0
+    report = json.loads(done.stdout)
+    folder = next((tmp_path / "outputs" / "check_data" / "digits").iterdir())
+    assert report == json.loads((folder / "report.json").read_text())
+    assert report["splits"]["train"]["rows"] == 1442
+    assert report["splits"]["train"]["captions"]["distinct"] == 30  # ten digits in three sentences
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "data.train has no value"),
+        (["data.train=missing.csv"], 2, "missing.csv does not exist"),
+        (["data.train=pairs.csv", "max_pictures=0"], 2, "max_pictures=0"),
+        (["data.train=pairs.csv", "max_leakage=2"], 2, "max_leakage=2"),
+        (["data.train=pairs.csv", "name=a/b"], 2, "plain folder name"),
+        (["data.train=pairs.csv", "data.caption_key=caption"], 3, "caption"),
+        (["data.train=pairs.csv", "maxpictures=3"], 2, "did you mean 'max_pictures'"),
+    ],
+)
+def test_errors_are_told_with_their_code_and_leave_no_folder(
+    command: Run, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\n")
+    done = command(DOOR, "check-data", *arguments, cwd=tmp_path)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+    assert not (tmp_path / "outputs" / "check_data").exists()
+
+
+def test_a_table_of_missing_pictures_is_a_report_and_not_a_failure(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\nb.jpg,a cat\n")
+    done = command(DOOR, "check-data", "data.train=pairs.csv", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "data.image_root" in done.stderr
+    assert "report.html" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar", "sources"])
+def test_other_forms_of_the_same_pairs_are_found_alike(tmp_path: Path, kind: str) -> None:
+    pairs = [(write_picture(tmp_path / f"pictures/{number}.png", number), f"picture {number}") for number in range(4)]
+    pairs[3] = (str((tmp_path / "pictures/3.png").rename(tmp_path / "pictures/odd.png")), "picture 3")
+    (tmp_path / "pictures/odd.png").write_bytes((tmp_path / "pictures/0.png").read_bytes())
+    config = load_use(
+        compose_config(f"data.train={_written(tmp_path, kind, pairs)}", f"output_dir={tmp_path}/outputs", "num_workers=2", command="check-data"),
+        CheckDataConfig,
+    )  # fmt: skip
+    check_data(config, [])
+    split = json.loads((folder_of(config) / "report.json").read_text())["splits"]["train"]
+    assert (split["rows"], split["pictures"], split["bad_pictures"]["count"]) == (4, 4, 0)
+    assert split["duplicates"]["pictures"]["copies"] == 1
+    assert split["captions"]["distinct"] == 4
+
+
+def _written(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> str:
+    path = folder / f"pairs.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"filepath": [pair[0] for pair in pairs], "title": [pair[1] for pair in pairs]}), path)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"filepath": pair[0], "title": pair[1]}) + "\n" for pair in pairs))
+    elif kind == "tar":
+        with tarfile.open(path, "w") as shard:
+            for number, (picture, caption) in enumerate(pairs):
+                (folder / "caption.txt").write_text(caption)
+                shard.add(picture, f"{number:03}.png")
+                shard.add(folder / "caption.txt", f"{number:03}.txt")
+    else:
+        for name, part in (("a", pairs[:2]), ("b", pairs[2:])):
+            (folder / f"{name}.csv").write_text("filepath,title\n" + "".join(f"{p},{c}\n" for p, c in part))
+        return f"[{{path: {folder}/a.csv, weight: 3}},{{path: {folder}/b.csv, weight: 1}}]"
+    return str(path)
+
+
+def test_flickr8k_is_what_its_readme_says(real_data: Path, tmp_path: Path) -> None:
+    flickr = real_data / "flickr8k"
+    overrides = (f"data.train={flickr}/train.csv", f"data.val={flickr}/dev.csv", f"output_dir={tmp_path}")
+    config = load_use(compose_config(*overrides, command="check-data"), CheckDataConfig)
+    assert check_data(config, []) == 0
+    report = json.loads((folder_of(config) / "report.json").read_text())
+    for name, pictures in (("train", 2000), ("val", 400)):
+        split = report["splits"][name]
+        assert (split["rows"], split["pictures"], split["bad_rows"]["count"]) == (5 * pictures, pictures, 0)
+        assert split["bad_pictures"]["count"] == split["captions"]["truncated"]["count"] == 0
+        assert split["formats"] == {"JPEG": pictures}
+        assert split["sizes"]["width"]["min"] == split["sizes"]["height"]["max"] == 224
+        assert list(split["captions"]["scripts"]) == ["Latin"]
+    assert report["leakage"]["pictures"] == 0
+
+
+@contextmanager
+def scanning(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command in a session of its own, once its two workers read pictures."""
+    original = write_picture(folder / "original.png", 0, (1200, 1200))
+    for number in range(3000):
+        os.link(original, folder / f"{number}.png")
+    (folder / "pairs.csv").write_text("filepath,title\n" + "".join(f"{n}.png,number {n}\n" for n in range(3000)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clip_exp", "check-data", "data.train=pairs.csv", "num_workers=2"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(_of_session(process.pid)) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        assert process.poll() is None, process.communicate()
+        yield process
+        assert _of_session(process.pid) == []
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_at_once_with_130_and_leaves_no_process(tmp_path: Path) -> None:
+    with scanning(tmp_path) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        asked = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - asked < 15
+        assert (process.returncode, errors.splitlines()[-1]) == (130, "error: interrupted.")
+        assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_it_with_a_word(tmp_path: Path) -> None:
+    with scanning(tmp_path) as process:
+        os.kill(max(_of_session(process.pid)), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 3
+        assert "was ended from outside" in errors
+        assert "Traceback" not in errors
+
+
+def _of_session(session: int) -> list[int]:
+    """Processes that are alive in a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                state, _, _, of = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(of) == session and state != "Z":
+                found.append(int(entry.name))
+    return found

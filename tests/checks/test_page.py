@@ -1,0 +1,52 @@
+"""The page of a check in a real Chromium without a network, and at its emptiest."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from clip_exp.checks.command import check_data
+from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.load import load_use
+from tests.checks.planted import plant
+from tests.checks.test_planted import config_of, folder_of
+from tests.compose import compose_config
+from tests.reports.examples import ATTACK
+from tests.reports.test_pages_in_browser import Browse, browse
+from tests.small_runs import write_picture
+
+__all__ = ["browse"]
+
+
+@pytest.mark.slow
+def test_the_page_opens_without_a_word_on_the_console(browse: Browse, tmp_path: Path) -> None:
+    config = config_of(plant(tmp_path), "num_workers=0", "data.max_bad_fraction=1")
+    check_data(config, [])
+    opened = browse(folder_of(config) / "report.html")
+    assert opened.console == []
+    assert not re.search(r"(?:src|href)=[\"']?https?:", opened.dom)
+    assert opened.dom.count('<figure class="histogram">') == 2 * (4 + 1)
+    for text in ("bad/truncated.jpg", "copy1.jpg", "val/leak2.jpg", "一只狗嘴里叼着球在海滩上奔跑", "18.9"):
+        assert text in opened.dom
+
+
+@pytest.mark.slow
+def test_an_attackers_caption_and_path_do_nothing(browse: Browse, tmp_path: Path) -> None:
+    picture = write_picture(tmp_path / "it's <b>bold<b>.png", 0)
+    quoted = ATTACK.replace('"', '""')
+    (tmp_path / "pairs.csv").write_text(f'filepath,title\n"{picture}","{quoted}"\n"{quoted}.png","{quoted}"\n')
+    arguments = (f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1")
+    config = load_use(compose_config(*arguments, command="check-data"), CheckDataConfig)
+    check_data(config, [ATTACK])
+    opened = browse(folder_of(config) / "report.html")
+    assert opened.console == []
+    assert "<title>owned" not in opened.dom
+    assert "<title>csv" in opened.dom
+
+
+def test_a_check_of_nothing_but_bad_pictures_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\n")
+    arguments = (f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1")
+    config = load_use(compose_config(*arguments, command="check-data"), CheckDataConfig)
+    check_data(config, [])
+    assert "There is no picture that can be used." in (folder_of(config) / "report.html").read_text(encoding="utf-8")
