@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# As many at a time as there are cores; a file's tests share what they have prepared.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-quick lint format clean
@@ -21,10 +23,10 @@ train: install ## train a CLIP on handwritten digits, in minutes on a CPU
 	$(BIN)/python train.py experiment=digits resume=never
 
 test: install ## run every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: install ## run the tests that take less than about ten seconds
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: install ## check style and types
 	$(BIN)/ruff check .

@@ -10,8 +10,11 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,10 +33,7 @@ def run_forked(
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in THREADS.items():
-                patch.setenv(name, value)
-            forkserver.ensure_running()
+        _start_server()
         process = _IMPORTED.Process(target=_run, args=(script, arguments, cwd, environment, outputs))
         process.start()
         process.join(timeout_s)
@@ -43,6 +43,22 @@ def run_forked(
             raise subprocess.TimeoutExpired([str(script), *arguments], timeout_s)
         told = [path.read_text(encoding="utf-8") for path in outputs]
         return subprocess.CompletedProcess([str(script), *arguments], process.exitcode, *told)
+
+
+def start_apart(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+    """Call a function of a module in a process of its own, which holds nothing of what other tests have left in this one."""
+    _start_server()
+    pool = ProcessPoolExecutor(1, mp_context=_IMPORTED)
+    result = pool.submit(function, *arguments)
+    pool.shutdown(wait=False)
+    return result
+
+
+def _start_server() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in THREADS.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
 
 
 def _run(script: Path, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], outputs: list[Path]) -> None:

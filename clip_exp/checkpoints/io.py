@@ -69,6 +69,18 @@ class SafeCheckpointIO(CheckpointIO):
         raise NotImplementedError("clip_exp.training.callbacks.Checkpointer removes checkpoints")
 
 
+def read_state(checkpoint: Path, key: str) -> dict[str, Any]:
+    """A part of a checkpoint's state that has no tensors; empty where there is none.
+
+    Raises:
+        CheckpointError: the state cannot be read.
+    """
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get(key, {})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
+
+
 def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's own weights, float32 on the CPU, under its own names; those of two names twice, as safetensors need them."""
     plain: dict[str, torch.Tensor] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.errors import CheckpointError
+from clip_exp.storage import sync
 
 MANIFEST = "manifest.json"
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
@@ -48,12 +49,12 @@ def _seal(folder: Path, metadata: dict[str, Any]) -> None:
     files = {}
     let_others_read(folder)
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**metadata, "files": files}, indent=2) + "\n", encoding="utf-8")
-    _sync(manifest)
-    _sync(folder)
+    sync(manifest)
+    sync(folder)
 
 
 def let_others_read(folder: Path) -> None:
@@ -72,18 +73,10 @@ def put_in_place(temporary: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from clip_exp.config import preflight_data
 from clip_exp.config.check_schema import CheckDataConfig, CheckFormat
 from clip_exp.config.load import to_yaml
 from clip_exp.config.preflight_model import check_model
+from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.runs import RunRecord, create_run_folder, write_text
 
@@ -47,27 +49,26 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
         record.finish("failed", error=str(error).splitlines()[:20])
         raise
     record.finish("finished", exit_code=report["exit_code"])
+    grave = [verdict for verdict in verdicts if verdict.level == "error"]
     if config.format is CheckFormat.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        show(report, verdicts, folder, _next_command(report, arguments))
-    if grave := [verdict for verdict in verdicts if verdict.level == "error"]:
+        show(report, verdicts, folder, None if grave else _next_command(report, arguments))
+    if grave:
         raise DataError("\n".join(f"{verdict.split}: {verdict.text}. {verdict.fix}." for verdict in grave))
     return 0
 
 
-def _problems(config: CheckDataConfig) -> list[str]:
-    problems = []
-    for key, low in (("global_batch_size", 2), ("max_pictures", 1), ("num_workers", 0)):
-        value = getattr(config, key)
-        if value is not None and value < low:
-            problems.append(f"{key}={value} must be {low} or more.")
-    for key, fraction in (("max_leakage", config.max_leakage), ("data.max_bad_fraction", config.data.max_bad_fraction)):
-        if fraction is not None and not 0 <= fraction <= 1:
-            problems.append(f"{key}={fraction} must be between 0 and 1.")
+def _problems(config: CheckDataConfig) -> Iterator[str]:
+    ranges = {
+        "global_batch_size": (config.global_batch_size, 2, INFINITY),
+        "max_pictures": (config.max_pictures, 1, INFINITY),
+        "max_leakage": (config.max_leakage, 0, 1),
+        "num_workers": (config.num_workers, 0, 4096),
+    }
+    yield from range_problems(ranges)
     if not config.name or "/" in config.name or config.name.startswith("."):
-        problems.append(f"name={config.name!r} must be a plain folder name.")
-    return problems
+        yield f"name={config.name!r} must be a plain folder name."
 
 
 def _cores() -> int:

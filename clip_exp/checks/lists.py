@@ -11,7 +11,7 @@ from clip_exp.checks.scanned import Scanned
 
 
 def write_lists(folder: Path, scanned: list[Scanned], equal: Equalities) -> None:
-    """Write `bad_rows.csv`, `duplicates.csv` and `leakage.csv`; of each table's bad rows the first (`MAX_EXAMPLES`)."""
+    """Write `bad_rows.csv`, `duplicates.csv` and `leakage.csv`; of each file's bad rows the first (`MAX_EXAMPLES`)."""
     _write(folder / "bad_rows.csv", ["file", "line", "reason", "split"], _bad_rows(scanned))
     _write(folder / "duplicates.csv", ["split", "what", "group", "path", "where"], _duplicates(scanned, equal))
     if equal.leakage is not None:

@@ -1,4 +1,4 @@
-"""What worker processes say of pictures and captions: a record each, in arrays that a million of them fill with 80 MB."""
+"""What worker processes say of pictures and captions: a record each, in arrays: 66 MB for a million pictures, 25 MB for a million rows."""
 
 import os
 import time
@@ -163,13 +163,14 @@ def scan(dataset: Dataset[T], workers: int, what: str, total: int, at_once: int)
     """The chunks of a data set in their order, with a progress bar.
 
     Args:
-        workers: processes; 0: this one.
+        workers: processes, no more than there are chunks; 0: this one.
         what: shown before the bar.
         total: things in all the chunks; `at_once` in each but the last.
 
     Raises:
         DataError: one of the processes was killed.
     """
+    workers = min(workers, -(-total // at_once))
     loader: DataLoader[T] = DataLoader(
         dataset, batch_size=None, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=init_worker
     )

@@ -14,9 +14,8 @@ SCRIPTS = (
     "Kannada", "Malayalam", "Sinhala", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Mongolian", "Ethiopic", "Cherokee", "other",
 )  # fmt: skip
 NO_LETTERS, LATIN, OTHER = 0, 1, len(SCRIPTS) - 1
-SPLIT_BADLY = (
-    3.0  # times the tokens per character of English. OpenAI's BPE: Han 11, Arabic 4; XLM-R: Han 2.6, Arabic 1.2
-)
+# Times the tokens per character of English. OpenAI's BPE: Han 11, Arabic 4; XLM-R: Han 2.6, Arabic 1.2.
+SPLIT_BADLY = 3.0
 ENGLISH = (
     "a photo of a dog running on the beach with a ball in its mouth",
     "Two children in red jackets play in the snow.",

@@ -8,17 +8,22 @@ from rich.table import Table
 from rich.text import Text
 
 from clip_exp.checks.verdicts import Level, Verdict
-from clip_exp.reports.page import counted
+from clip_exp.reports.data_page import loaders
 
 MARKS = {Level.error: ("✗", "bold red"), Level.warning: ("!", "yellow"), Level.note: ("·", "dim")}
 
 
-def show(report: dict[str, Any], verdicts: list[Verdict], folder: Path, next_command: str) -> None:
-    """Print what there is, what is wrong with it, and where to look next."""
+def show(report: dict[str, Any], verdicts: list[Verdict], folder: Path, next_command: str | None) -> None:
+    """Print what there is, what is wrong with it, and where to look next.
+
+    Args:
+        next_command: None where the data is to be repaired first.
+    """
     console = Console()
     console.print(_overview(report))
     console.print(_problems(verdicts) if verdicts else Text("Nothing is wrong with it.", "green"))
-    for name, value in {"Lists": folder, "Open": folder / "report.html", "Next": next_command}.items():
+    following = {"Lists": folder, "Open": folder / "report.html"} | ({"Next": next_command} if next_command else {})
+    for name, value in following.items():
         console.print(f"{name + ':':7}{value}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -41,8 +46,7 @@ def _overview(report: dict[str, Any]) -> Table:
         table.add_row(name, *(value(split) for split in splits.values()))
     speed = report["speed"]
     if speed["samples_per_s"] is not None:
-        processes = counted(speed["loader_workers"], "loader process", "loader processes")
-        table.add_row(f"pairs/s, {processes}", f"{speed['samples_per_s']:,.0f}")
+        table.add_row(f"pairs/s, {loaders(speed['loader_workers'])}", f"{speed['samples_per_s']:,.0f}")
     return table
 
 

@@ -24,9 +24,9 @@ class CheckDataConfig:
     output_dir: str = "outputs"
     global_batch_size: int = 1024  # of the training that is planned: how many equal captions meet in a batch
     decode: bool = True  # false: pictures are read and their headers looked at, no pixel is decoded
-    max_pictures: int | None = None  # of each table: check a random sample of that many, the same each time; null: all
-    max_leakage: float | None = (
-        None  # share of `data.val`'s pictures that training may have seen; null: any, it is only told
+    max_pictures: int | None = (
+        None  # of each split: a random sample of that many is checked, the same each time; null: all
     )
+    max_leakage: float | None = None  # share of `data.val`'s pictures that training may have seen; null: any
     num_workers: int | None = None  # processes that scan; null: all cores. `data.num_workers` is training's.
     format: CheckFormat = CheckFormat.table  # of what is printed

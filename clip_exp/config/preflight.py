@@ -1,23 +1,22 @@
 """Checks across fields, before anything is loaded: every problem of a configuration is told at once.
 
-The checks that need torch (devices) come last, and only where nothing else is wrong.
+The checks that need torch (devices) and the tables come last, and only where nothing else is wrong.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
+from clip_exp.config.preflight_data import check_data, check_tables
 from clip_exp.config.preflight_finetune import check_finetune, probe_problems
 from clip_exp.config.preflight_measures import check_measures
 from clip_exp.config.preflight_model import check_idle, check_model, check_vocabulary
-from clip_exp.config.schema import DataConfig, LossName, StrategyName, TrainConfig
+from clip_exp.config.ranges import INFINITY, TINY, range_problems
+from clip_exp.config.schema import LossName, StrategyName, TrainConfig
 from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.secrets import leaks
 from clip_exp.weights.find import check_pretrained
 
-READ_TWICE_BYTES = 64 << 20
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -26,7 +25,7 @@ def check_train(config: TrainConfig) -> None:
 
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
-        DataError: the training table exists but cannot be read.
+        DataError: a table cannot be read, or none of its pictures can.
     """
     problems = [
         *_check_run(config),
@@ -34,15 +33,16 @@ def check_train(config: TrainConfig) -> None:
         *check_idle(config.model),
         *check_vocabulary(config.model.text),
         *(check_pretrained(config.pretrained, config.model) if config.pretrained is not None else ()),
-        *_check_data(config.data),
+        *check_data(config.data),
         *_check_strategy(config),
         *_check_callbacks(config),
         *check_finetune(config),
         *leaks(dataclasses.asdict(config)),
     ]
     errors = [*map(ConfigError, problems), *check_measures(config)]
-    if not errors:
-        errors = [ConfigError(problem) for problem in (*_check_rows(config), *_check_devices(config))]
+    # Tables come last: reading a big one takes minutes, and leaves its index.
+    for check in (_check_devices, _check_rows):
+        errors = errors or [ConfigError(problem) for problem in check(config)]
     if errors:
         raise gravest(errors)
 
@@ -76,74 +76,34 @@ def _check_run(config: TrainConfig) -> Iterator[str]:
 
 
 def _check_numbers(config: TrainConfig) -> Iterator[str]:
-    """Ranges, bounds included; a value that is null is its own default."""
-    infinity = float("inf")
-    tiny = 5e-324  # above zero
-    ranges: dict[str, tuple[Any, float, float]] = {
+    ranges = {
         "seed": (config.seed, 0, 2**32 - 1),
-        "max_steps": (config.max_steps, 1, infinity),
-        "epochs": (config.epochs, tiny, 1e9),
-        "global_batch_size": (config.global_batch_size, 1, infinity),
-        "micro_batch_size": (config.micro_batch_size, 1, infinity),
-        "log_every_n_steps": (config.log_every_n_steps, 1, infinity),
-        "val_every_n_steps": (config.val_every_n_steps, 1, infinity),
-        "checkpoint_every_n_steps": (config.checkpoint_every_n_steps, 1, infinity),
-        "task_every_n_steps": (config.task_every_n_steps, 1, infinity),
-        "patience": (config.patience, 1, infinity),
-        "optimizer.lr": (config.optimizer.lr, tiny, 1e9),
+        "max_steps": (config.max_steps, 1, INFINITY),
+        "epochs": (config.epochs, TINY, 1e9),
+        "global_batch_size": (config.global_batch_size, 1, INFINITY),
+        "micro_batch_size": (config.micro_batch_size, 1, INFINITY),
+        "log_every_n_steps": (config.log_every_n_steps, 1, INFINITY),
+        "val_every_n_steps": (config.val_every_n_steps, 1, INFINITY),
+        "checkpoint_every_n_steps": (config.checkpoint_every_n_steps, 1, INFINITY),
+        "task_every_n_steps": (config.task_every_n_steps, 1, INFINITY),
+        "patience": (config.patience, 1, INFINITY),
+        "optimizer.lr": (config.optimizer.lr, TINY, 1e9),
         "optimizer.weight_decay": (config.optimizer.weight_decay, 0, 1e9),
-        "scheduler.warmup_steps": (config.scheduler.warmup_steps, 0, infinity),
+        "scheduler.warmup_steps": (config.scheduler.warmup_steps, 0, INFINITY),
         "scheduler.final_factor": (config.scheduler.final_factor, 0, 1e9),
         "strategy.timeout_s": (config.strategy.timeout_s, 1, 10**7),
-        "trainer.num_nodes": (config.trainer.num_nodes, 1, infinity),
-        "trainer.gradient_clip_val": (config.trainer.gradient_clip_val, tiny, 1e30),
+        "trainer.num_nodes": (config.trainer.num_nodes, 1, INFINITY),
+        "trainer.gradient_clip_val": (config.trainer.gradient_clip_val, TINY, 1e30),
         "loss.init_logit_scale": (config.loss.init_logit_scale, 0, 4.6052),
         "loss.init_logit_bias": (config.loss.init_logit_bias, -1e3, 1e3),
-        "loss.chunk_size": (config.loss.chunk_size, 1, infinity),
-        "callbacks.ema_decay": (config.callbacks.ema_decay, tiny, 1 - 1e-12),
-        "callbacks.ema_every_n_steps": (config.callbacks.ema_every_n_steps, 1, infinity),
-        "data.max_rows": (config.data.max_rows, 1, infinity),
-        "data.num_workers": (config.data.num_workers, 0, 4096),
-        "data.max_bad_fraction": (config.data.max_bad_fraction, 0, 1),
-        "data.max_image_pixels": (config.data.max_image_pixels, 1, infinity),
-        "data.augmentation.horizontal_flip": (config.data.augmentation.horizontal_flip, 0, 1),
+        "loss.chunk_size": (config.loss.chunk_size, 1, INFINITY),
+        "callbacks.ema_decay": (config.callbacks.ema_decay, TINY, 1 - 1e-12),
+        "callbacks.ema_every_n_steps": (config.callbacks.ema_every_n_steps, 1, INFINITY),
     }
-    for key, (value, low, high) in ranges.items():
-        if value is not None and not low <= value <= high:
-            bound = "be above 0" if low in (tiny, 1) and not value >= low else f"be between {low:g} and {high:g}"
-            yield f"{key}={value} must {bound}."
+    yield from range_problems(ranges)
     betas = getattr(config.optimizer, "betas", [0.9, 0.99])
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optimizer.betas={betas} must be two numbers from 0 to below 1."
-
-
-def _check_data(data: DataConfig) -> Iterator[str]:
-    if data.generate is None and not data.train:
-        yield "data.train has no value: give a table of image-text pairs (data.train=pairs.csv)."
-    if data.generate is not None and (data.train or data.val):
-        yield "data.generate and data.train exclude each other: use data=csv for your own tables."
-    for key, tables in (("data.train", data.train), ("data.val", data.val)):
-        for table in paths(tables):
-            if "://" in table:
-                yield f"{key} is an address: download it and give the file."
-            elif Path(table).is_dir() or "*" in table:
-                yield f"{key}={table} must name a file: a table of image-text pairs, or a list of them."
-            elif not Path(table).is_file():
-                yield f"{key}={table} does not exist (looked in {Path.cwd()})."
-    if data.image_root is not None and not Path(data.image_root).is_dir():
-        yield f"data.image_root={data.image_root} is not a folder."
-    for key, bounds in (("scale", data.augmentation.scale), ("ratio", data.augmentation.ratio)):
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < float("inf") or (key == "scale" and bounds[1] > 1):
-            yield f"data.augmentation.{key}={bounds} must be two positive numbers, the smaller first{', at most 1' * (key == 'scale')}."
-    if not data.templates or any("{}" not in template for template in data.templates):
-        yield f"data.templates={data.templates}: there must be one, and every one needs a {{}} for the class name."
-
-
-def paths(tables: Any) -> list[str]:
-    """`data.train` or `data.val` as a list of paths."""
-    if not tables:
-        return []
-    return [str(table) for table in tables] if isinstance(tables, list) else [str(tables)]
 
 
 def _check_strategy(config: TrainConfig) -> Iterator[str]:
@@ -191,9 +151,7 @@ def _check_callbacks(config: TrainConfig) -> Iterator[str]:
 
 
 def _check_rows(config: TrainConfig) -> Iterator[str]:
-    rows = _count_rows(config)
-    if rows is None:
-        return
+    rows = check_tables(config)
     if rows < config.global_batch_size:
         yield f"global_batch_size={config.global_batch_size} is more than the {rows:,} training rows: lower it or add data."
     elif config.epochs is not None:
@@ -202,23 +160,6 @@ def _check_rows(config: TrainConfig) -> Iterator[str]:
             yield _warmup_problem(config.scheduler.warmup_steps, steps)
         else:
             yield from probe_problems(config, steps)
-
-
-def _count_rows(config: TrainConfig) -> int | None:
-    """Rows of the training stream; None where the tables are too big to be read twice (the data module will count)."""
-    from clip_exp.data.rows import build_rows
-    from clip_exp.data.samples import count_rows
-    from clip_exp.data.tables.open import open_configured
-
-    data = config.data
-    if data.generate is not None:
-        rows = count_rows(data.generate)
-        return min(rows, data.max_rows or rows)
-    tables = paths(data.train)
-    if sum(Path(table).stat().st_size for table in tables) > READ_TWICE_BYTES:
-        return None
-    table = open_configured(data, tables, max_rows=data.max_rows)
-    return len(build_rows(table, data.captions))
 
 
 def steps_of(config: TrainConfig, rows: int) -> int:

@@ -80,7 +80,7 @@ class Precision(StrEnum):
 class AugmentationConfig:
     """What happens to training pictures. Drawn from a generator seeded by (seed, epoch, row), whatever the worker or rank.
 
-    Numbers mean what they do in `torchvision.transforms.v2`, whose functions are applied.
+    Numbers mean what they do in `torchvision.transforms.v2`, whose functions change colors and sharpness.
     """
 
     scale: list[float] = field(default_factory=lambda: [0.9, 1.0])  # area of the crop over the picture's
@@ -122,8 +122,8 @@ class DataConfig:
     encoding: str = "auto"
     captions: Captions = Captions.random
     shuffle: Shuffle | None = None  # null: block for shards, full for tables
-    shuffle_block: int = 256  # neighboring rows that stay together (shuffle=block)
-    shuffle_window: int = 64  # blocks whose rows are mixed with each other (shuffle=block)
+    shuffle_block: int = 64  # neighboring rows that stay together (shuffle=block)
+    shuffle_window: int = 256  # blocks whose rows are mixed with each other (shuffle=block)
     same_caption: Match = Match.negative  # what `loss.same_caption` is unless set: positive where captions name classes
     num_workers: int | None = (
         None  # processes that decode pictures, per rank; null: the machine's cores over ranks, at most 8

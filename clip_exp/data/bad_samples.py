@@ -5,27 +5,35 @@ import fcntl
 import io
 import logging
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from clip_exp.data.batches import BadPicture
+from clip_exp.data.files import kind_of
 from clip_exp.errors import DataError
 
 log = logging.getLogger(__name__)
 
 HEADER = ("path", "reason")
 VALIDATION = "validation: "
+TOLD_SINGLY = 10  # bad pictures; after those the log has a line at 100, 1,000, …
 
 
 class BadSamples:
-    """Distinct bad pictures of one table, appended to a CSV file that all ranks and restarts of a run share.
+    """Distinct bad pictures, appended to a CSV file that all ranks and restarts of a run share.
 
     Args:
-        pictures: distinct pictures of the table.
+        pictures: distinct pictures that there are.
         max_fraction: of them that may be bad.
         what: for messages, such as `training`.
         mark: what the reasons in the file begin with; it tells the tables of a run apart.
         file: `bad_samples.csv` of the run, or None.
+
+    Attributes:
+        reasons: name of each bad picture to why it is one.
     """
 
     def __init__(
@@ -35,44 +43,74 @@ class BadSamples:
         self._pictures, self._max_fraction = pictures, max_fraction
         self._what, self._mark, self._file = what, mark, file
         self._read_bytes = 0
+        if file is not None and file.is_file():
+            with self._shared(), open(file, "rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH)
+                self._take_over(stream)
 
     def __len__(self) -> int:
         return len(self.reasons)
+
+    def kinds(self) -> Counter[str]:
+        """How many there are by the kind of their reason."""
+        return Counter(map(kind_of, self.reasons.values()))
 
     def add(self, bad: Iterable[BadPicture]) -> None:
         """Record pictures that were not known to be bad.
 
         Raises: DataError above the permitted fraction.
         """
-        new = {picture.path: picture.reason for picture in bad if picture.path not in self.reasons}
+        named = {_writable(picture.path): picture.reason for picture in bad}
+        new = {path: reason for path, reason in named.items() if path not in self.reasons}
         if not new:
             return
-        for path, reason in new.items():
-            log.warning("The %s picture %s cannot be read: %s.", self._what, path, reason)
-        if self._file is not None:
-            try:
-                self._append(self._file, new)
-            except OSError as error:
-                log.warning("%s cannot be written: %s.", self._file, error)
+        with self._shared():
+            self._append(new)
+        before = len(self.reasons)
         self.reasons |= new
+        self._tell(new, before)
         self._check()
 
-    def _append(self, file: Path, new: dict[str, str]) -> None:
-        with open(file, "a+b") as stream:
+    def _tell(self, new: dict[str, str], before: int) -> None:
+        for path, reason in list(new.items())[: max(0, TOLD_SINGLY - before)]:
+            log.warning("The %s picture %r cannot be read: %s.", self._what, path, reason)
+        if before < TOLD_SINGLY <= len(self):
+            log.warning("Further bad pictures are counted%s.", f" and listed in {self._file}" if self._file else "")
+        reached = 10 ** (len(str(len(self))) - 1)
+        if before < reached <= len(self) and reached > TOLD_SINGLY:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds().most_common())
+            log.warning("%s %s pictures cannot be read so far: %s.", f"{len(self):,}", self._what, kinds)
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        """Where the file cannot be used, the record goes on without it: training does not end for the sake of a list."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("Bad pictures are not listed: %s cannot be used (%s).", self._file, error.strerror or error)
+            self._file = None
+
+    def _append(self, new: dict[str, str]) -> None:
+        if self._file is None:
+            return
+        with open(self._file, "a+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            stream.seek(self._read_bytes)
-            text = stream.read().decode("utf-8", errors="replace")
-            self._take_over(text)
-            rows: list[tuple[str, str]] = [] if self._read_bytes or text else [HEADER]
+            self._take_over(stream)
+            rows: list[tuple[str, str]] = [] if self._read_bytes else [HEADER]
             rows += [(path, self._mark + reason) for path, reason in new.items() if path not in self.reasons]
             buffer = io.StringIO()
             csv.writer(buffer, lineterminator="\n").writerows(rows)
-            stream.write(buffer.getvalue().encode("utf-8", errors="replace"))
+            if _is_cut(stream, self._read_bytes):
+                stream.write(b"\n")
+            stream.write(buffer.getvalue().encode("utf-8", errors="backslashreplace"))
             stream.flush()
             self._read_bytes = stream.seek(0, os.SEEK_END)
 
-    def _take_over(self, text: str) -> None:
-        """Records of other ranks and of the run before its restart."""
+    def _take_over(self, stream: BinaryIO) -> None:
+        """Records that were added since the last time: of other ranks, and of the run before its restart."""
+        stream.seek(self._read_bytes)
+        text = stream.read().decode("utf-8", errors="replace")
+        self._read_bytes = stream.tell()
         for record in csv.reader(io.StringIO(text, newline="")):
             if len(record) == 2 and tuple(record) != HEADER and record[1].startswith(VALIDATION) == bool(self._mark):
                 self.reasons.setdefault(record[0], record[1].removeprefix(self._mark))
@@ -81,8 +119,22 @@ class BadSamples:
         if len(self.reasons) <= self._max_fraction * self._pictures:
             return
         path, reason = next(iter(self.reasons.items()))
+        listed = f" All of them are in {self._file}; remove it when they are repaired." if self._file else ""
         raise DataError(
             f"{len(self.reasons)} of {self._pictures} {self._what} pictures cannot be read, more than "
             f"data.max_bad_fraction={self._max_fraction:g}; the first is {path} ({reason}). Repair the data (image_root?), or "
-            f"allow more of it to be bad." + (f" All of them: {self._file}." if self._file else "")
+            f"allow more of it to be bad.{listed}"
         )
+
+
+def _writable(path: str) -> str:
+    """A name that the file gives back: no half of a surrogate pair, no carriage return, which Python's CSV writer does not quote."""
+    return path.encode("utf-8", errors="backslashreplace").decode().replace("\r", "\\r")
+
+
+def _is_cut(stream: BinaryIO, size: int) -> bool:
+    """Whether a process was killed while it wrote the last line."""
+    if not size:
+        return False
+    stream.seek(size - 1)
+    return stream.read(1) != b"\n"

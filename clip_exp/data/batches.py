@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     Equal captions have equal `caption_id`, equal pictures equal `image_id`, on every rank.
     """
 
-    image: Tensor  # uint8 [B, 3, S, S]
+    image: Tensor  # uint8 [B, 3, S, S], in memory [B, S, S, 3]
     tokens: Tensor  # int64 [B, L], padded by the tokenizer
     caption_id: Tensor  # int64 [B]
     image_id: Tensor  # int64 [B]
@@ -48,7 +48,7 @@ class EvalBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sample; `image` uint8 [3, S, S]."""
+    """A training sample; `image` uint8 [3, S, S], in memory [S, S, 3]."""
 
     image: Tensor
     tokens: list[int]
@@ -79,7 +79,7 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         return Batch(
-            image=torch.stack([sample.image for sample in samples]),
+            image=torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
             tokens=self.tokenizer.pad([sample.tokens for sample in samples], self.multiple),
             caption_id=_int64(sample.caption_id for sample in samples),
             image_id=_int64(sample.image_id for sample in samples),

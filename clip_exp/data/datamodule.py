@@ -15,38 +15,21 @@ from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import Batch, Collate, EvalBatch, EvalCollate
 from clip_exp.data.dataset import EvalPairs, TrainPairs
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.order import StreamSampler
-from clip_exp.data.rows import build_rows
+from clip_exp.data.fingerprint import changes, fingerprint
+from clip_exp.data.order import EvalSampler, StreamSampler
 from clip_exp.data.samples import generate
+from clip_exp.data.sources import INDEX, open_sources
+from clip_exp.data.stream import Stream
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing
 from clip_exp.data.workers import count_workers, init_worker
-from clip_exp.errors import ConfigError
+from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.text.build import Tokenizes
 
 log = logging.getLogger(__name__)
 
 EVAL_BATCH_SIZE = 64  # pictures
-
-
-class EvalSampler(Sampler[list[int]]):
-    """Indices of this rank's validation batches: as many on every rank, the last ones wrapped round where they do not come out.
-
-    Whoever reads the results drops the repeated indices.
-    """
-
-    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.count, self.batch_size, self.rank, self.world_size = count, batch_size, rank, world_size
-        self._per_rank = -(-count // world_size)
-
-    def __len__(self) -> int:
-        return -(-self._per_rank // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, self._per_rank, self.batch_size):
-            steps = range(start, min(start + self.batch_size, self._per_rank))
-            yield [(step * self.world_size + self.rank) % self.count for step in steps]
 
 
 class TimedLoader:
@@ -70,7 +53,7 @@ class TimedLoader:
 
 
 class PairsDataModule(LightningDataModule):
-    """The data of a training run. Its whole state is the number of samples of the stream that were seen.
+    """The data of a training run. Its whole state is the number of samples of the stream that were seen, and what the stream is of.
 
     Rank, world size and device come from the Trainer; without one there is one process on the CPU.
 
@@ -81,12 +64,12 @@ class PairsDataModule(LightningDataModule):
         global_batch_size: samples per optimizer step over all ranks.
         total_steps: where the stream ends; None: never. May be set after `setup`, which tells `num_rows`.
         seed: of order, captions and crops.
-        output_dir: generated data is written below it.
+        output_dir: indexes of the tables and generated data are written below it.
         pad_multiple: captions of a batch are padded to a multiple of this.
         run_dir: folder of the run, for `bad_samples.csv`; may be set later, before the loaders are asked for.
 
     Attributes:
-        train_table, val_table: after `setup`.
+        stream, val_table: after `setup`.
         class_names: labels of the validation table, in the order of `EvalBatch.label`; empty without `data.label_key`.
         bad_samples, bad_val_samples: distinct pictures that could not be used, with their reasons.
         truncated: captions that were cut, counted over the samples seen.
@@ -112,7 +95,7 @@ class PairsDataModule(LightningDataModule):
         self.output_dir, self.run_dir = Path(output_dir), run_dir
         self.start_sample = 0
         self.truncated = 0
-        self.train_table: PairTable | None = None
+        self.stream: Stream | None = None
         self.val_table: PairTable | None = None
         self.bad_samples: BadSamples | None = None
         self.bad_val_samples: BadSamples | None = None
@@ -120,23 +103,21 @@ class PairsDataModule(LightningDataModule):
         self._train_loader: TimedLoader | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the tables, or make them. Does nothing the second time.
+        """Open the tables, or make them. Does nothing the second time.
 
-        Raises: ConfigError, DataError; see `read_table`.
+        Raises: ConfigError, DataError; see `open_sources`.
         """
-        if self.train_table is not None:
+        if self.stream is not None:
             return
-        config = self.config
-        train, val = config.train, config.val
-        if config.generate is not None:
-            generated = generate(config.generate, self.output_dir)
-            train, val = generated.train, generated.val
-        if train is None:
+        config = readable(self.config, self.output_dir)
+        if not config.train:
             raise ConfigError("No training data: set data.train to a CSV file of image-text pairs, or data.generate.")
-        self.train_table = self._read(train, max_rows=config.max_rows)
-        self._rows = build_rows(self.train_table, config.captions)
-        if val is not None:
-            self.val_table = self._read(val, label_key=config.label_key)
+        index_dir = self.output_dir / INDEX
+        sources = open_sources(config, index_dir)
+        self.stream = Stream(sources, config, self.seed)
+        self._fingerprint = fingerprint(sources, config)
+        if config.val is not None:
+            self.val_table = open_configured(config, config.val, label_key=config.label_key, index_dir=index_dir)
             self._eval_pairs = EvalPairs(
                 self.val_table,
                 preprocessing=self.preprocessing,
@@ -148,9 +129,14 @@ class PairsDataModule(LightningDataModule):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the stream: samples of an epoch."""
+        """Samples of an epoch: the rows of the stream, of all sources whatever their weights."""
+        return len(self._stream)
+
+    @property
+    def _stream(self) -> Stream:
         self.setup()
-        return len(self._rows)
+        assert self.stream is not None
+        return self.stream
 
     @property
     def has_validation(self) -> bool:
@@ -165,17 +151,13 @@ class PairsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TimedLoader:
         """Batches of this rank from `start_sample` on, to `total_steps` or without end."""
-        self.setup()
-        assert self.train_table is not None
-        config = self.config
+        stream, config = self._stream, self.config
         file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
-        self.bad_samples = BadSamples(self._rows.pictures, config.max_bad_fraction, what="training", file=file)
+        self.bad_samples = BadSamples(stream.pictures, config.max_bad_fraction, what="training", file=file)
         dataset = TrainPairs(
-            self.train_table,
-            self._rows,
+            stream,
             image_size=self.preprocessing.size,
             tokenizer=self.tokenizer,
-            seed=self.seed,
             augmentation=config.augmentation,
             on_bad_image=config.on_bad_image,
             limits=ImageLimits.of(config),
@@ -223,19 +205,32 @@ class PairsDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """`samples_seen`: samples of the stream that optimizer steps have used, over all ranks."""
+        """`samples_seen`: samples of the stream that optimizer steps have used, over all ranks. `data`: what it is of."""
+        self.setup()
         steps = 0 if self.trainer is None else self.trainer.global_step
-        return {"samples_seen": steps * self.global_batch_size}
+        return {"samples_seen": steps * self.global_batch_size, "data": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the samples that were seen; before `train_dataloader` is asked for."""
+        """Go on after the samples that were seen; before `train_dataloader` is asked for.
+
+        Raises: CheckpointError where the data is no longer what it was, unless `data.allow_changed`; then it warns.
+        """
+        if (problem := self.changed_since(state_dict)) is not None:
+            if not self.config.allow_changed:
+                raise CheckpointError(problem)
+            log.warning("%s The run goes on in the new data (data.allow_changed).", problem.partition("\n")[0])
         self.start_sample = int(state_dict["samples_seen"])
 
-    def _read(self, tables: Any, *, label_key: str | None = None, max_rows: int | None = None) -> PairTable:
-        config = self.config
-        if config.generate is not None:
-            config = replace(config, image_key="filepath", caption_key="title", image_root=None)
-        return open_configured(config, tables, label_key=label_key, max_rows=max_rows)
+    def changed_since(self, state_dict: dict[str, Any]) -> str | None:
+        """How the data differs from what a state was saved with, and what to do; None where it does not, or nobody knows."""
+        self.setup()
+        found = changes(state_dict["data"], self._fingerprint) if state_dict.get("data") else []
+        if not found:
+            return None
+        return (
+            f"The training data has changed since the checkpoint: {'; '.join(found)}.\n  Samples seen would be seen again and "
+            "others left out: restore it, start anew (resume=never), or go on all the same (data.allow_changed=true)."
+        )
 
     def _place(self) -> tuple[int, int]:
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -260,3 +255,14 @@ class PairsDataModule(LightningDataModule):
             persistent_workers=persistent and workers > 0,
             worker_init_fn=init_worker,
         )
+
+
+def readable(config: DataConfig, output_dir: Path) -> DataConfig:
+    """The configuration with the tables of generated data, which are made if need be, in the place of `generate`."""
+    if config.generate is None:
+        return config
+    made = generate(config.generate, output_dir)
+    return replace(
+        config, generate=None, train=str(made.train), val=str(made.val),
+        image_key="filepath", caption_key="title", image_root=None,
+    )  # fmt: skip

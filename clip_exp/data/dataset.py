@@ -5,7 +5,6 @@ restart it is made.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 from PIL import Image
 from torch import Tensor
@@ -15,10 +14,9 @@ from clip_exp.config.schema import AugmentationConfig, OnBadImage
 from clip_exp.data.batches import BadPicture, EvalSample, Sample, caption_id
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import decode, decode_rgb
-from clip_exp.data.order import Permutation
 from clip_exp.data.pictures import Pictures
 from clip_exp.data.randomness import Draws, hash64
-from clip_exp.data.rows import Rows, group_by_picture
+from clip_exp.data.stream import Stream, StreamSource, needs_full_paths
 from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing, eval_transform, train_transform
 from clip_exp.errors import DataError
@@ -41,68 +39,67 @@ class PictureError(DataError):
 
 
 class TrainPairs(Dataset[Sample]):
-    """Training samples by position in the stream (`clip_exp.data.order`), without end.
+    """Training samples by position in the stream, without end.
 
     Args:
-        table: of pairs.
-        rows: of the stream (`clip_exp.data.rows`).
+        stream: which rows they are.
         image_size: side of the pictures, pixels.
         tokenizer: of the captions.
-        seed: of order, captions, crops and replacements.
-        augmentation: of the crops.
-        on_bad_image: raise, or take another row that depends on the seed, the epoch and the bad row alone.
+        augmentation: of the pictures.
+        on_bad_image: raise, or take another row of the same source that depends on the seed, the epoch and the bad row alone.
         limits: of the pictures.
     """
 
     def __init__(
         self,
-        table: PairTable,
-        rows: Rows,
+        stream: Stream,
         *,
         image_size: int,
         tokenizer: Tokenizes,
-        seed: int,
         augmentation: AugmentationConfig,
         on_bad_image: OnBadImage = OnBadImage.replace,
         limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
-        self.table, self.rows = table, rows
-        self.image_size, self.seed, self.augmentation = image_size, seed, augmentation
+        self.stream = stream
+        self.image_size, self.augmentation = image_size, augmentation
         self.on_bad_image, self.limits = on_bad_image, limits
         self.tokenizer = tokenizer
 
     def __getitem__(self, position: int) -> Sample:
-        epoch, i = divmod(position, len(self.rows))
-        wanted = row = _permutation(len(self.rows), self.seed, epoch)[i]
+        source, epoch, wanted = self.stream[position]
+        row = wanted
         bad: list[BadPicture] = []
         while True:
-            table_row = self.rows.table_row(row, self.seed, epoch)
+            table_row = source.rows.table_row(row, source.seed, epoch)
             try:
-                image = self._image(table_row, epoch, row)
+                image = self._image(source, table_row, epoch, row)
             except BadImage as error:
-                bad.append(BadPicture(self.table.path(table_row), str(error)))
-                self._check(bad, table_row)
-                row = hash64(_REPLACEMENT, self.seed, epoch, wanted, len(bad)) % len(self.rows)
+                bad.append(BadPicture(source.picture_name(table_row), str(error)))
+                self._check(bad, source.table, table_row)
+                row = hash64(_REPLACEMENT, source.seed, epoch, wanted, len(bad)) % len(source.rows)
             else:
-                return self._sample(image, table_row, row, tuple(bad))
+                return self._sample(image, source, table_row, row, tuple(bad))
 
-    def _image(self, table_row: int, epoch: int, row: int) -> Tensor:
-        image = decode_rgb(self.table.read_picture(table_row, self.limits), self.limits)
-        return train_transform(image, self.image_size, Draws(_CROP, self.seed, epoch, row), self.augmentation)
+    def _image(self, source: StreamSource, table_row: int, epoch: int, row: int) -> Tensor:
+        image = decode_rgb(source.table.read_picture(table_row, self.limits), self.limits)
+        return train_transform(image, self.image_size, Draws(_CROP, source.seed, epoch, row), self.augmentation)
 
-    def _sample(self, image: Tensor, table_row: int, row: int, bad: tuple[BadPicture, ...]) -> Sample:
+    def _sample(
+        self, image: Tensor, source: StreamSource, table_row: int, row: int, bad: tuple[BadPicture, ...]
+    ) -> Sample:
         truncated_before = self.tokenizer.truncated
-        tokens = self.tokenizer.encode(self.table.caption(table_row))
+        tokens = self.tokenizer.encode(source.table.caption(table_row))
         truncated = self.tokenizer.truncated > truncated_before
-        return Sample(image, tokens, caption_id(tokens), self.rows.picture(row), bad, truncated)
+        image_id = source.first_picture + source.rows.picture(row)
+        return Sample(image, tokens, caption_id(tokens), image_id, bad, truncated)
 
-    def _check(self, bad: list[BadPicture], table_row: int) -> None:
+    def _check(self, bad: list[BadPicture], table: PairTable, table_row: int) -> None:
         if self.on_bad_image is OnBadImage.error:
-            raise PictureError(unreadable(self.table, table_row, bad[-1].reason, "data.on_bad_image=replace"))
+            raise PictureError(unreadable(table, table_row, bad[-1].reason, "data.on_bad_image=replace"))
         if len(bad) >= _MAX_REPLACEMENTS:
             raise PictureError(
                 f"{len(bad)} pictures drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}): "
-                f"look at the table {self.table.parts[0].file} and at data.image_root, now {self.table.root}."
+                f"look at the table {table.parts[0].file} and at data.image_root, now {table.root}."
             )
 
 
@@ -132,15 +129,14 @@ class EvalPairs(Dataset[EvalSample]):
         self.table, self.preprocessing = table, preprocessing
         self.on_bad_image, self.limits = on_bad_image, limits
         self.tokenizer = tokenizer
-        self._order, self._offsets = group_by_picture(table.image_index())
         labels = set() if table.labels is None else set(table.labels.unique().to_pylist())
         self.class_names: list[str] = sorted(labels - {""})
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self.table.pictures
 
     def __getitem__(self, index: int) -> EvalSample:
-        rows: list[int] = self._order[self._offsets[index] : self._offsets[index + 1]].tolist()
+        rows: list[int] = self.table.rows_of(index).tolist()
         label = self.table.label(rows[0]) if self.table.labels is not None else ""
         token_lists = (
             [] if self.table.captions is None else [self.tokenizer.encode(self.table.caption(r)) for r in rows]
@@ -163,7 +159,8 @@ class EvalPairs(Dataset[EvalSample]):
         except BadImage as error:
             if self.on_bad_image is OnBadImage.error:
                 raise PictureError(unreadable(self.table, row, str(error), "data.on_bad_image=replace")) from error
-            return None, (BadPicture(self.table.path(row), str(error)),)
+            name = self.table.image_path(row) if needs_full_paths(self.table) else self.table.path(row)
+            return None, (BadPicture(name, str(error)),)
 
 
 class EvalImages(Dataset[EvalSample]):
@@ -197,8 +194,3 @@ def unreadable(table: PairTable, row: int, reason: str, forgiving: str) -> str:
         f"The picture {table.path(row)!r} ({table.where(row)}) cannot be read: {reason}. Relative paths start from "
         f"{table.part(row).root} (data.image_root). Repair it, or go on without such pictures: {forgiving}."
     )
-
-
-@lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> Permutation:
-    return Permutation(n, seed, epoch)

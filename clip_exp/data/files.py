@@ -1,13 +1,45 @@
-"""The bytes of a picture, from a file or a member of a shard: only what may be read, and each refusal has a reason. No torch."""
+"""The bytes of a picture, from a file or a member of a shard: only what may be read, and each refusal has a reason. No torch.
 
+A reason is one of the kinds below, and mostly a colon and what is known beyond that: `too many bytes: 70000000, more than
+max_image_bytes=67108864`. Bad pictures are counted by kind (`kind_of`).
+"""
+
+import errno
 import os
 import stat
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from clip_exp.config.schema import DataConfig
 
+NO_SUCH_FILE = "no such file"  # a link that leads nowhere included
+NOT_A_FILE = "not a regular file"  # a folder, a pipe, a device, a socket
+CANNOT_OPEN = "cannot be opened"  # permissions, a name that no file can have, an error of the disk
+OUTSIDE_ROOT = "outside the data root"
+EMPTY_FILE = "empty file"
+TOO_MANY_BYTES = "too many bytes"
+TOO_MANY_PIXELS = "too many pixels"
+TOO_LONG = "too long a strip"  # for evaluation, whose resizing would make it longer still
+NOT_A_PICTURE = "not a picture"
+NOT_ALLOWED = "format not allowed"
+TRUNCATED = "truncated"
+DAMAGED = "damaged"
+OUT_OF_MEMORY = "out of memory"
+KINDS = (
+    NO_SUCH_FILE, NOT_A_FILE, CANNOT_OPEN, OUTSIDE_ROOT, EMPTY_FILE, TOO_MANY_BYTES,
+    TOO_MANY_PIXELS, TOO_LONG, NOT_A_PICTURE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY,
+)  # fmt: skip
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_MISSING = (errno.ENOENT, errno.ENOTDIR)
+_UNLIKE_FILES = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class BadImage(Exception):
@@ -46,21 +78,21 @@ def read_file(path: str | Path, limits: ImageLimits, root: Path | None = None) -
     Raises: BadImage with the reason.
     """
     try:
-        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage("not a regular file")
-            if not 0 < status.st_size <= limits.max_bytes:
-                raise BadImage(f"{status.st_size} bytes" if status.st_size else "empty file")
-            data = bytearray(status.st_size)
-            view, filled = memoryview(data), 0
-            while filled < len(data) and (count := file.readinto(view[filled:])):
-                filled += count
-            return data
-    except FileNotFoundError as error:
-        raise BadImage("no such file") from error
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadImage(reason_of(error)) from error
+        raise BadImage(_unopened(error)) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage(f"{NOT_A_FILE}: {_UNLIKE_FILES.get(stat.S_IFMT(status.st_mode), 'something else')}")
+        if root is not None and not limits.outside_root:
+            _check_inside(descriptor, path, root)
+        _check_size(status.st_size, limits)
+        return _read(descriptor, status.st_size)
+    except OSError as error:
+        raise BadImage(_unopened(error)) from error
+    finally:
+        os.close(descriptor)
 
 
 def read_member(shard: Path, offset: int, size: int, limits: ImageLimits) -> bytearray:
@@ -68,18 +100,69 @@ def read_member(shard: Path, offset: int, size: int, limits: ImageLimits) -> byt
 
     Raises: BadImage with the reason.
     """
-    if not 0 < size <= limits.max_bytes:
-        raise BadImage(f"{size} bytes" if size else "empty file")
+    _check_size(size, limits)
     try:
         with open(shard, "rb", buffering=0) as file:
-            data = bytearray(os.pread(file.fileno(), size, offset))
+            file.seek(offset)
+            return _read(file.fileno(), size)
     except OSError as error:
-        raise BadImage(reason_of(error)) from error
-    if len(data) < size:
-        raise BadImage("the shard ends inside it")
-    return data
+        raise BadImage(_unopened(error)) from error
+
+
+def kind_of(reason: str) -> str:
+    """The kind of fault that a reason begins with: `truncated` of `truncated: 12 of 90 bytes`."""
+    return reason.partition(":")[0]
 
 
 def reason_of(error: Exception) -> str:
     """What an exception says, on one line."""
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+def _unopened(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number in _MISSING:
+        return NO_SUCH_FILE
+    if number == errno.ENXIO:
+        return f"{NOT_A_FILE}: {_UNLIKE_FILES[stat.S_IFSOCK]}"
+    return f"{CANNOT_OPEN}: {reason_of(error)}"
+
+
+def _check_inside(descriptor: int, path: str | Path, root: Path) -> None:
+    """Judges what was opened, so that a link which changes meanwhile gains nothing."""
+    place = _place(descriptor, path)
+    if not place.startswith(_real_root(os.path.abspath(root))):
+        raise BadImage(
+            f"{OUTSIDE_ROOT}: it is {place}; set data.image_root to a folder that holds it, or data.allow_outside_root=true"
+        )
+
+
+def _place(descriptor: int, path: str | Path) -> str:
+    """The path of an open file, free of links."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:  # only Linux has it
+        return os.path.realpath(path)
+
+
+@lru_cache(maxsize=1024)
+def _real_root(root: str) -> str:
+    """Ends with a separator: `/data/pictures2` is not below `/data/pictures`."""
+    return os.path.join(os.path.realpath(root), "")
+
+
+def _check_size(size: int, limits: ImageLimits) -> None:
+    if size <= 0:
+        raise BadImage(EMPTY_FILE)
+    if size > limits.max_bytes:
+        raise BadImage(f"{TOO_MANY_BYTES}: {size}, more than max_image_bytes={limits.max_bytes}")
+
+
+def _read(descriptor: int, size: int) -> bytearray:
+    data = bytearray(size)
+    view, filled = memoryview(data), 0
+    while filled < size and (count := os.readv(descriptor, [view[filled:]])):
+        filled += count
+    if filled < size:
+        raise BadImage(f"{TRUNCATED}: the file ends after {filled} of {size} bytes")
+    return data

@@ -1,17 +1,34 @@
 """The order in which a run sees its rows: an endless stream that every rank and worker can compute from a position.
 
-Sample k of the stream belongs to epoch k // N and is row `Permutation(N, seed, epoch)[k % N]`. The global batch of step s is
-samples [s * G, (s + 1) * G), whatever the number of ranks, so the only state of training's data is how many were seen.
+Sample k of the stream of N rows belongs to epoch k // N and is row `epoch_order(N, seed, epoch)[k % N]`. The global batch of step
+s is samples [s * G, (s + 1) * G), whatever the number of ranks, so the only state of training's data is how many were seen.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 from torch.utils.data import Sampler
 
-from clip_exp.data.randomness import hash64, mix64
+from clip_exp.data.randomness import Draws, hash64, mix64
 
 _ROUNDS = 8
-_PERMUTATION, _FEISTEL_ROUND = 1, 2
+_PERMUTATION, _FEISTEL_ROUND, _ROTATION, _BLOCKS, _WINDOW = 1, 2, 8, 9, 10
+
+
+class Order(Protocol):
+    """A permutation of 0 .. len-1."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> int: ...
+
+
+class Blocks(NamedTuple):
+    """What stays together in a block shuffle."""
+
+    rows: int  # neighboring rows of a block
+    window: int  # blocks whose rows are mixed with each other
 
 
 class Permutation:
@@ -51,6 +68,54 @@ class Permutation:
         return (left << self._right_bits) | right
 
 
+class BlockShuffle:
+    """A random permutation of 0 .. n-1 that reads a part of the table at a time, in constant memory, keyed by (seed, epoch).
+
+    The table is cut into blocks of neighboring rows, the blocks are permuted, and the rows of each `window` of permuted blocks
+    are permuted among each other. Where the first block begins is drawn for each epoch, so that other rows are neighbors at its
+    borders and other rows are left over as the last, short block, which goes with the last window. So does what is left of the
+    blocks when the windows are full: the last one holds up to twice as many, and fewer than two windows are one full shuffle.
+
+    Two rows of a batch of one window share a block with probability (rows - 1) / (rows * window - 1), instead of
+    (rows - 1) / (n - 1): `benchmarks/shuffle.py` measures what that and the reads amount to.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int, blocks: Blocks) -> None:
+        self.n, self._rows = n, blocks.rows
+        self._start = Draws(_ROTATION, seed, epoch).integer(n) if n else 0
+        self._whole = n // blocks.rows  # blocks without the short one
+        self._order = Permutation(self._whole, hash64(_BLOCKS, seed), epoch)
+        self._window_rows = blocks.rows * blocks.window
+        self._windows = max(1, self._whole // blocks.window)
+        self._key = hash64(_WINDOW, seed, epoch)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> int:
+        if not 0 <= i < self.n:
+            raise IndexError(f"{i} is not a row of {self.n}")
+        window = min(i // self._window_rows, self._windows - 1)
+        first = window * self._window_rows
+        size = self._window_rows if window < self._windows - 1 else self.n - first
+        block, place = divmod(first + _permutation(size, self._key, window)[i - first], self._rows)
+        moved = self._order[block] if block < self._whole else block
+        return (moved * self._rows + place + self._start) % self.n
+
+
+@lru_cache(maxsize=256)
+def epoch_order(n: int, seed: int, epoch: int, blocks: Blocks | None = None) -> Order:
+    """The order of an epoch: a block shuffle, or a full one where `blocks` is None or the rows are fewer than two windows."""
+    if blocks is None or n < 2 * blocks.rows * blocks.window:
+        return Permutation(n, seed, epoch)
+    return BlockShuffle(n, seed, epoch, blocks)
+
+
+@lru_cache(maxsize=256)
+def _permutation(n: int, seed: int, epoch: int) -> Permutation:
+    return Permutation(n, seed, epoch)
+
+
 class StreamSampler(Sampler[list[int]]):
     """Positions of the stream in each of this rank's batches: a contiguous slice of every global batch.
 
@@ -85,3 +150,22 @@ class StreamSampler(Sampler[list[int]]):
             first = step_start + self.rank * self.local_batch_size
             yield list(range(first, first + self.local_batch_size))
             step_start += self.global_batch_size
+
+
+class EvalSampler(Sampler[list[int]]):
+    """Indices of this rank's validation batches: as many on every rank, the last ones wrapped round where they do not come out.
+
+    Whoever reads the results drops the repeated indices.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.count, self.batch_size, self.rank, self.world_size = count, batch_size, rank, world_size
+        self._per_rank = -(-count // world_size)
+
+    def __len__(self) -> int:
+        return -(-self._per_rank // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, self._per_rank, self.batch_size):
+            steps = range(start, min(start + self.batch_size, self._per_rank))
+            yield [(step * self.world_size + self.rank) % self.count for step in steps]

@@ -30,7 +30,7 @@ class PairRows:
 
     def __init__(self, table: PairTable) -> None:
         self._table = table
-        self.pictures = _count_pictures(table)
+        self.pictures = table.pictures
 
     def __len__(self) -> int:
         return len(self._table)
@@ -39,8 +39,7 @@ class PairRows:
         return row
 
     def picture(self, row: int) -> int:
-        groups = self._table.groups
-        return row if groups is None else int(groups.image_index[row])
+        return self._table.picture(row)
 
 
 class PictureRows:
@@ -48,17 +47,14 @@ class PictureRows:
 
     def __init__(self, table: PairTable) -> None:
         self._table = table  # not its arrays: a table in an index is pickled as the folder's name
-        self.pictures = _count_pictures(table)
+        self.pictures = table.pictures
 
     def __len__(self) -> int:
         return self.pictures
 
     def table_row(self, row: int, seed: int, epoch: int) -> int:
-        groups = self._table.groups
-        if groups is None:
-            return row
-        first, end = int(groups.offsets[row]), int(groups.offsets[row + 1])
-        return int(groups.order[first + hash64(_CAPTION, seed, epoch, row) % (end - first)])
+        rows = self._table.rows_of(row)
+        return int(rows[hash64(_CAPTION, seed, epoch, row) % len(rows)])
 
     def picture(self, row: int) -> int:
         return row
@@ -67,7 +63,3 @@ class PictureRows:
 def build_rows(table: PairTable, captions: Captions) -> Rows:
     """The rows of the stream for `data.captions`."""
     return PictureRows(table) if captions is Captions.random else PairRows(table)
-
-
-def _count_pictures(table: PairTable) -> int:
-    return len(table) if table.groups is None else len(table.groups.offsets) - 1

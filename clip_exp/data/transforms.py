@@ -14,7 +14,8 @@ from torch.nn.functional import interpolate
 
 from clip_exp.config.model_schema import ImageTowerConfig, Interpolation, ResizeMode
 from clip_exp.config.schema import AugmentationConfig
-from clip_exp.data.files import BadImage
+from clip_exp.data.colors import change_colors, happens
+from clip_exp.data.files import TOO_LONG, BadImage
 from clip_exp.data.images import pil_to_tensor
 from clip_exp.data.randomness import Draws
 
@@ -75,7 +76,10 @@ def train_transform(
     draws: Draws,
     augmentation: AugmentationConfig,
 ) -> Tensor:
-    """A random crop of a picture, resized (bicubic, antialiased, within 2 levels of Pillow) and perhaps mirrored.
+    """A random crop of a picture, resized (bicubic, antialiased, within 2 levels of Pillow), and what else is drawn.
+
+    Crop, flip, color jitter, grey and blur are drawn and applied in this order, each only where it is switched on: crops do not
+    change with what comes after them. All but the crop see the resized picture.
 
     Args:
         image_CHW: uint8 [3, H, W].
@@ -83,16 +87,16 @@ def train_transform(
         draws: where the random numbers come from; the same draws give the same pixels.
         augmentation: what is drawn.
 
-    Returns: uint8 [3, size, size], contiguous.
+    Returns: uint8 [3, size, size], in memory [size, size, 3]: putting the colors apart is left to the device (`normalize`).
     """
     top, left, height, width = crop_box(
         image_CHW.shape[1], image_CHW.shape[2], draws, augmentation.scale, augmentation.ratio
     )
     crop = image_CHW[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
     resized = interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False)[0]
-    if augmentation.horizontal_flip > 0 and draws.uniform() < augmentation.horizontal_flip:
+    if happens(augmentation.horizontal_flip, draws):
         resized = resized.flip(-1)
-    return resized.contiguous()
+    return change_colors(resized, draws, augmentation)
 
 
 def eval_transform(
@@ -116,7 +120,7 @@ def eval_transform(
     width, height = picture.size
     shorter = min(width, height)
     if max(width, height) > MAX_ASPECT * shorter:
-        raise BadImage(f"{width} x {height} pixels, longer than {MAX_ASPECT} times its shorter side")
+        raise BadImage(f"{TOO_LONG}: {width} x {height} pixels, more than {MAX_ASPECT} times its shorter side")
     target = (int(size * width / shorter), int(size * height / shorter))
     if picture.size != target:
         picture = picture.resize(target, RESAMPLING[interpolation])
@@ -125,12 +129,13 @@ def eval_transform(
 
 
 def normalize(image_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """float32 [B, 3, H, W] of uint8 pixels: bit-equal to torchvision's ToTensor and Normalize.
+    """float32 [B, 3, H, W], contiguous, of uint8 pixels: bit-equal to torchvision's ToTensor and Normalize.
 
     Args:
-        image_BCHW: uint8, on any device.
+        image_BCHW: uint8, on any device, however it lies in memory.
         mean, std: of RGB values in 0..1.
     """
     mean_C11 = torch.tensor(mean, dtype=torch.float32, device=image_BCHW.device).view(-1, 1, 1)
     std_C11 = torch.tensor(std, dtype=torch.float32, device=image_BCHW.device).view(-1, 1, 1)
-    return image_BCHW.float().div_(255).sub_(mean_C11).div_(std_C11)
+    image_BCHW = image_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
+    return image_BCHW.div_(255).sub_(mean_C11).div_(std_C11)

@@ -7,10 +7,13 @@ import threading
 
 def count_workers(requested: int | None, local_world_size: int) -> int:
     """Worker processes per rank: as requested, or the machine's cores shared by its ranks, one kept for training, at most 8."""
-    if requested is not None:
-        return requested
+    return max(1, min(8, cores_per_rank(local_world_size) - 1)) if requested is None else requested
+
+
+def cores_per_rank(local_world_size: int) -> int:
+    """Cores of this machine that the process may use, shared equally by the machine's ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // max(local_world_size, 1) - 1))
+    return max(1, cores // max(local_world_size, 1))
 
 
 def init_worker(_worker: int) -> None:

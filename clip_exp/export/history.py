@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS
 from clip_exp.config.load import plain
 from clip_exp.config.schema import DataConfig, FineTuneConfig, TrainConfig
+from clip_exp.data.sources import parse
 from clip_exp.inference.sources import Source
 from clip_exp.reports.index import readable
 from clip_exp.reports.origin import record_of
@@ -88,7 +89,7 @@ def _data(data: DataConfig, record: dict[str, Any]) -> dict[str, str]:
 
 
 def _tables(tables: Any) -> str:
-    return ", ".join(name_of(table) for table in (tables if isinstance(tables, list) else [tables]))
+    return ", ".join(name_of(path) for source in parse(tables) for path in source.paths)
 
 
 def _generated(data: DataConfig) -> str:

@@ -82,18 +82,17 @@ def _tiles(report: dict[str, Any]) -> list[dict[str, str]]:
     tiles = [
         tile("Pairs", lambda split: f"{split['rows']:,}", f"of {counted(train['pictures'], 'picture')}"),
         tile("Bad pictures", lambda split: _share(split["bad_pictures"]), "cannot be used"),
-        tile(
-            "Captions cut",
-            lambda split: _share(split["captions"]["truncated"]),
-            "longer than the context",
-        ),
+        tile("Captions cut", lambda split: _share(split["captions"]["truncated"]), "longer than the context"),
     ]
     if speed["samples_per_s"] is not None:
-        meaning = (
-            f"the most that {counted(speed['loader_workers'], 'loader process', 'loader processes')} can give here"
-        )
+        meaning = f"the most that {loaders(speed['loader_workers'])} can give here"
         tiles.append({"name": "Pairs per second", "value": f"{speed['samples_per_s']:,.0f}", "meaning": meaning})
     return tiles
+
+
+def loaders(workers: int) -> str:
+    """Who loads training's pictures, where `data.num_workers` is `workers`."""
+    return counted(workers, "loader process", "loader processes") if workers else "training's own process"
 
 
 def _overview(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -194,8 +193,7 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
         if settings["max_pictures"] is None
         else f"a random sample of at most {settings['max_pictures']:,} of each split (max_pictures)",
         "pictures per second": speed["pictures_per_s_per_core"]
-        and f"{speed['pictures_per_s_per_core']:,.0f} read and decoded by one core",
-        "cropped too": speed["samples_per_s_per_core"] and f"{speed['samples_per_s_per_core']:,.0f} by one core",
+        and f"{speed['pictures_per_s_per_core']:,.0f} read and decoded by one core, {speed['samples_per_s_per_core']:,.0f} cropped too",
         "files": {
             name: {"tables": [f"{file['file']}: {file['rows']:,} rows" for file in split["files"]]}
             for name, split in report["splits"].items()

@@ -10,9 +10,11 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+LABELS = {"data_wait_s": "waiting for data", "compute_s": "computing"}
+
 
 def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, metrics of validation and of tasks, learning rate and speed over the steps of a run.
+    """Loss, metrics of validation and of tasks, learning rate, speed and where the time goes over the steps of a run.
 
     Args:
         rows: of `metrics.csv` (`training.metrics.read_metrics`).
@@ -27,6 +29,7 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
         "learning rate": ["lr"],
         "logit scale and gradient norm": ["logit_scale", "grad_norm"],
         "samples per second": ["samples_per_s"],
+        "seconds per step": ["data_wait_s", "compute_s"],
     }
     present = {title: series for title, series in panels.items() if any(name in row for row in rows for name in series)}
     columns = 2
@@ -58,7 +61,7 @@ def _draw(axis: Axes, title: str, series: list[str], rows: list[dict[str, Any]])
             axis.plot(
                 steps,
                 values,
-                label=name,
+                label=LABELS.get(name, name),
                 marker="o" if len(points) < 30 else None,
                 markersize=3,
                 linewidth=1.3,

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from clip_exp.reports.data_facts import data_facts
 from clip_exp.reports.index import evaluations
 from clip_exp.reports.origin import python, record_of
 from clip_exp.reports.page import counted, fact_rows, number, render
@@ -71,6 +72,7 @@ def _facts(summary: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         "data": f"{summary['data']}, {counted(record.get('rows', 0), 'row')}",
         "length": f"{counted(summary['steps'], 'step')}, {counted(summary['samples_seen'], 'pair')}"
         + (f", {epochs:.1f} epochs" if epochs is not None else ""),
+        **data_facts(summary),
         "time": f"{summary['seconds']:,.0f} s",
         "device": f"{record.get('ranks')} × {record.get('device_name')}, {record.get('strategy')}, {record.get('precision')}",
         "started": record.get("start"),

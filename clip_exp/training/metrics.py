@@ -1,7 +1,7 @@
 """What a run logs: a row per logged step in `metrics.csv`, and the callback that measures it for every logger."""
 
 import csv
-import time
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,13 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from clip_exp.data.workers import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
 from clip_exp.training.callbacks import last_validation
+from clip_exp.training.diagnosis import LoaderWatch, Loading
+from clip_exp.training.timing import StepTimes, step_clock
+
+log = logging.getLogger(__name__)
 
 WHOLE = ("step", "samples_seen")
 FIRST_COLUMNS = [
@@ -24,6 +29,7 @@ FIRST_COLUMNS = [
     "logit_scale",
     "samples_per_s",
     "data_wait_s",
+    "compute_s",
 ]
 
 
@@ -111,31 +117,41 @@ class StepMetrics(pl.Callback):
         self.global_batch_size = global_batch_size
         self.epoch_rows = epoch_rows
         self.latest: dict[str, float] = {}
-        self._steps, self._computing_s, self._waited_s, self._started_s, self._lr = 0, 0.0, 0.0, 0.0, 0.0
+        self._lr = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._waited_s = trainer.datamodule.data_wait_s  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._clock = step_clock(trainer.strategy.root_device, data.data_wait_s)
+        workers = count_workers(data.config.num_workers, trainer.num_devices)
+        cores, on_cpu = cores_per_rank(trainer.num_devices), trainer.strategy.root_device.type == "cpu"
+        self._watch = LoaderWatch(Loading(workers, cores, data.preprocessing.size, shares_cores=on_cpu))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._started_s = time.perf_counter()
+        self._clock.begin(trainer.datamodule.data_wait_s)  # type: ignore[attr-defined]
         # The scale learns at the base rate, whatever the rates of the towers.
         groups = trainer.optimizers[0].param_groups
         self._lr = next((group["lr"] for group in groups if group.get("name") == "logit_scale"), groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._steps += 1
-        self._computing_s += time.perf_counter() - self._started_s
+        self._clock.end()
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step in (1, pl_module.total_steps):
-            self.latest = self._collect(trainer, pl_module)
+            means = self._means(trainer, pl_module)
+            times = of_slowest_loader(self._clock.take(), trainer)
+            self.latest = self._collect(trainer, means, times)
             log_metrics(trainer, self.latest, step)
+            advice = self._watch.add(times)
+            if advice is not None and trainer.is_global_zero:
+                log.warning(advice)
+                print(advice)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log_metrics(trainer, last_validation(trainer), trainer.global_step)
 
-    def _collect(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
+    def _means(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
+        """What the step measured, over all ranks."""
         names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
         own = torch.stack([pl_module.step_metrics[name].float().reshape(()) for name in names])
         means = dict(zip(names, trainer.strategy.reduce(own, reduce_op="mean").tolist(), strict=True))
@@ -143,20 +159,29 @@ class StepMetrics(pl.Callback):
         if engine is not None:
             means["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
         _require_finite(means["train/loss"], trainer.global_step)
-        waited = trainer.datamodule.data_wait_s - self._waited_s  # type: ignore[attr-defined]
+        return means
+
+    def _collect(self, trainer: pl.Trainer, means: dict[str, float], times: StepTimes) -> dict[str, float]:
         seen = trainer.global_step * self.global_batch_size
         metrics = {
             "samples_seen": seen,
             "epoch": seen / self.epoch_rows,
             **means,
             "lr": self._lr,  # that the step was taken with
-            "samples_per_s": self.global_batch_size * self._steps / (self._computing_s + waited),
-            "data_wait_s": waited / self._steps,
+            "samples_per_s": self.global_batch_size * times.steps / times.total_s,
+            "data_wait_s": times.wait_s,
+            "compute_s": times.compute_s,
         }
-        if torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda":
+        if trainer.strategy.root_device.type == "cuda":
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self._steps, self._computing_s, self._waited_s = 0, 0.0, self._waited_s + waited
         return metrics
+
+
+def of_slowest_loader(times: StepTimes, trainer: pl.Trainer) -> StepTimes:
+    """The times of the rank that waited longest for its data: the others compute as long as it does, or wait for it there."""
+    own = torch.tensor([times.waited_s, times.total_s], device=trainer.strategy.root_device, dtype=torch.float64)
+    waited_s, total_s = trainer.strategy.reduce(own, reduce_op="max").tolist()
+    return StepTimes(times.steps, waited_s, total_s - waited_s)
 
 
 def _require_finite(loss: float, step: int) -> None:

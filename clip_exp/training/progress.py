@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from clip_exp.training.callbacks import last_validation
+from clip_exp.training.diagnosis import seconds
 from clip_exp.training.metrics import StepMetrics
 
 
@@ -29,7 +30,10 @@ def build_progress(kind: str, metrics: StepMetrics) -> "BarProgress | LineProgre
 
 
 def _describe(latest: dict[str, float]) -> str:
-    return f"loss {latest['train/loss']:.4f}  {latest['samples_per_s']:,.0f} samples/s" if latest else ""
+    if not latest:
+        return ""
+    times = f"{seconds(latest['data_wait_s'])} waiting for data + {seconds(latest['compute_s'])} computing"
+    return f"loss {latest['train/loss']:.4f}  {latest['samples_per_s']:,.0f} samples/s  {times}"
 
 
 def _listed(values: dict[str, float]) -> str:

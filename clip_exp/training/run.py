@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from clip_exp.checkpoints.discovery import STEP, checkpoints, clean, damage, latest, step_of
+from clip_exp.checkpoints.io import read_state
 from clip_exp.config.load import read_run_config
 from clip_exp.config.preflight import steps_of, world_size
 from clip_exp.config.preflight_finetune import probe_problems
@@ -74,6 +75,8 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)
     datamodule = _build_data(config, run_dir)
+    checkpoint = group.from_main(lambda: _checkpoint_to_go_on_from(config, run_dir))
+    _require_same_data(datamodule, checkpoint)
     steps = steps_of(config, datamodule.num_rows)
     if problems := list(probe_problems(config, steps)):
         raise ConfigError("\n".join(problems))
@@ -93,7 +96,8 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
         preemption=preemption,
         tasks=tasks,
     )
-    checkpoint = group.from_main(lambda: _go_on_from(config, run_dir, trainer))
+    if checkpoint is not None:
+        group.from_main(lambda: _go_on_from(checkpoint, run_dir, trainer))
     if is_main():
         record.update(**_facts(trainer, module, datamodule))
     started_s = time.perf_counter()
@@ -173,18 +177,28 @@ def _checkpoint_to_go_on_from(config: TrainConfig, run_dir: Path) -> Path | None
     return latest(run_dir) if checkpoints(run_dir) else None
 
 
-def _go_on_from(config: TrainConfig, run_dir: Path, trainer: pl.Trainer) -> Path | None:
-    """The checkpoint to go on from; what the run wrote after it is taken back."""
-    checkpoint = _checkpoint_to_go_on_from(config, run_dir)
-    if checkpoint is None:
-        return None
+def _go_on_from(checkpoint: Path, run_dir: Path, trainer: pl.Trainer) -> None:
+    """What the run wrote after its checkpoint is taken back."""
     step = step_of(checkpoint)
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.continue_from(step)
     clean(run_dir, after=step)
     print(f"going on from {checkpoint} (step {step:,})")
-    return checkpoint
+
+
+def _require_same_data(datamodule: PairsDataModule, checkpoint: Path | None) -> None:
+    """On every rank, before Lightning takes over: what one rank finds ends all of them with the same code.
+
+    Raises:
+        CheckpointError: the data of a rank is not what the checkpoint was trained on.
+    """
+    if checkpoint is None or datamodule.config.allow_changed:
+        return
+    state = read_state(checkpoint, type(datamodule).__qualname__)
+    for problem in group.gather_objects(datamodule.changed_since(state)):
+        if problem is not None:
+            raise CheckpointError(problem)
 
 
 def _facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from rich.table import Table
 
 from clip_exp.checkpoints.discovery import best, latest
 from clip_exp.config.schema import TrainConfig
+from clip_exp.reports.data_facts import data_facts
 from clip_exp.reports.run import next_command, write_report
 from clip_exp.runs import RunRecord, write_json
+from clip_exp.training.data_summary import summarize_data
+from clip_exp.training.diagnosis import waiting_share
 from clip_exp.training.metrics import read_metrics
 from clip_exp.training.module import CLIPModule
 
@@ -47,6 +50,8 @@ def summarize(
         "ranks": trainer.world_size,
         "seconds": round(seconds, 2),
         "samples_per_s": round(median(speeds), 2) if speeds else None,
+        "data_wait_share": waiting_share(rows),
+        **summarize_data(trainer.datamodule, run_dir, trainer.global_step, trainer.world_size),  # type: ignore[attr-defined]
         "metrics": {name: value for name, value in last.items() if "/" in name},
         "last_checkpoint": str(latest(run_dir)),
         "best_checkpoint": str(best(run_dir)),
@@ -65,6 +70,8 @@ def _print(run_dir: Path, summary: dict[str, Any], report: Path) -> None:
         table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
+    for name, text in data_facts(summary).items():
+        console.print(f"{name}: {text}", markup=False)
     console.print(f"run folder:  {run_dir}\nreport:      {report}")
     if (run_dir / "eval").is_dir():
         console.print(f"tasks:       {run_dir / 'eval'}")

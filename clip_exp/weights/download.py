@@ -19,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from clip_exp.checkpoints.writer import sha256 as hash_of
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.storage import sync
 
 WAIT_S = 3600.0  # for another process that downloads the same file
 TIMEOUT_S = (10.0, 60.0)  # to connect; between two pieces
@@ -221,15 +222,10 @@ def _version_of(response: requests.Response) -> str | None:
 
 
 def _put_in_place(part: Path, target: Path) -> None:
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(part)
     part.replace(target)
     _forget(part)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def _forget(part: Path) -> None:

@@ -124,9 +124,14 @@ CROSS_FIELD = {
     "labels that are not there": (["data=shapes", "monitor=val/zeroshot_top1"], "data.label_key"),
     "bias of a softmax": (["loss.init_logit_bias=1"], "loss=sigmoid"),
     "crop larger than the picture": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
-    "flip more often than always": (["data.augmentation.horizontal_flip=2"], "between 0 and 1"),
-    "folder as a table": (["data=csv", "data.train=/tmp"], "must name a file"),
-    "glob as a table": (["data=csv", "data.train=*.csv"], "must name a file"),
+    "flip more often than always": (["data.augmentation.horizontal_flip=2"], "from 0 to 1"),
+    "folder as a table": (["data=csv", "data.train=/tmp"], "data.train: The table /tmp is not a file: it is a folder"),
+    "pattern that finds nothing": (["data=csv", "data.train=*.none"], "data.train: The table *.none finds no file"),
+    "no blocks": (["data.shuffle_block=0"], "data.shuffle_block=0 must be above 0"),
+    "no window": (["data.shuffle_window=0"], "data.shuffle_window=0 must be above 0"),
+    "format that nobody reads": (["data.image_formats=[JPG]"], "data.image_formats: "),
+    "no bytes": (["data.max_image_bytes=0"], "data.max_image_bytes=0 must be above 0"),
+    "filter that is no condition": (["data.filter='width >'"], "data.filter='width >' is no condition"),
     "no time": (["strategy.timeout_s=0"], "strategy.timeout_s=0"),
 }
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,27 +50,29 @@ Build = Callable[..., PairsDataModule]
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
+    """A data module (`data_module`) whose output folder is the test's."""
+    return partial(data_module, tmp_path / "outputs")
+
+
+def data_module(
+    output_dir: Path,
+    train: object,
+    *,
+    seed: int = 0,
+    global_batch_size: int = 4,
+    total_steps: int | None = 3,
+    run_dir: Path | None = None,
+    **values: object,
+) -> PairsDataModule:
     """A data module of pictures of 16 pixels in batches of 4; keywords are `DataConfig`'s, but for those named here."""
-
-    def make(
-        train: object,
-        *,
-        seed: int = 0,
-        global_batch_size: int = 4,
-        total_steps: int | None = 3,
-        run_dir: Path | None = None,
-        **values: object,
-    ) -> PairsDataModule:
-        config = DataConfig(name="csv", train=train, **{"num_workers": 0, **values})  # type: ignore[arg-type]
-        return PairsDataModule(
-            config,
-            preprocessing=preprocessing_of(ImageTowerConfig(image_size=16)),
-            tokenizer=Tokenizer(77),
-            global_batch_size=global_batch_size,
-            total_steps=total_steps,
-            seed=seed,
-            output_dir=tmp_path / "outputs",
-            run_dir=run_dir,
-        )
-
-    return make
+    config = DataConfig(name="csv", train=train, **{"num_workers": 0, **values})  # type: ignore[arg-type]
+    return PairsDataModule(
+        config,
+        preprocessing=preprocessing_of(ImageTowerConfig(image_size=16)),
+        tokenizer=Tokenizer(77),
+        global_batch_size=global_batch_size,
+        total_steps=total_steps,
+        seed=seed,
+        output_dir=output_dir,
+        run_dir=run_dir,
+    )

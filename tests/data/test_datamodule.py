@@ -9,7 +9,7 @@ import torch
 from clip_exp.config.schema import Captions, GenerateConfig, Generator
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import BadPicture
-from clip_exp.data.datamodule import EvalSampler
+from clip_exp.data.order import EvalSampler
 from clip_exp.data.workers import count_workers
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import noise, write_table

@@ -3,7 +3,7 @@ from itertools import chain, islice, pairwise
 
 import pytest
 
-from clip_exp.data.order import Permutation, StreamSampler
+from clip_exp.data.order import Blocks, BlockShuffle, Permutation, StreamSampler, epoch_order
 from clip_exp.data.randomness import Draws, hash64
 
 
@@ -48,6 +48,75 @@ def test_a_billion_rows_take_no_memory():
     assert len({permutation[i] for i in range(1000)}) == 1000
     with pytest.raises(IndexError):
         permutation[10**9]
+
+
+@pytest.mark.parametrize(
+    "blocks", [Blocks(1, 1), Blocks(1, 7), Blocks(5, 1), Blocks(3, 4), Blocks(16, 2), Blocks(500, 3)]
+)
+@pytest.mark.parametrize("n", [1, 2, 7, 24, 25, 96, 97, 1000])
+def test_every_row_comes_once_per_epoch_of_a_block_shuffle(n, blocks):
+    for epoch in range(3):
+        shuffle = BlockShuffle(n, 3, epoch, blocks)
+        assert sorted(shuffle[i] for i in range(n)) == list(range(n))
+    with pytest.raises(IndexError):
+        shuffle[n]
+
+
+def test_the_order_of_a_block_shuffle_is_fixed_for_good():
+    shuffle = BlockShuffle(1000, 0, 0, Blocks(10, 4))
+    assert [shuffle[i] for i in range(8)] == [100, 97, 305, 94, 98, 311, 629, 382]
+    assert BlockShuffle(1000, 0, 1, Blocks(10, 4))[0] != shuffle[0] != BlockShuffle(1000, 1, 0, Blocks(10, 4))[0]
+
+
+def test_a_window_of_a_block_shuffle_reads_its_blocks_alone():
+    n, blocks = 10_007, Blocks(20, 10)
+    shuffle = BlockShuffle(n, 0, 0, blocks)
+    for start in range(0, 9_800, 200):
+        rows = sorted(shuffle[i] for i in range(start, start + 200))
+        runs = 1 + sum(after - before > 1 for before, after in pairwise(rows))
+        assert runs <= 10 + 1  # a block may go round the table's end
+
+
+def test_a_block_shuffle_has_other_borders_in_each_epoch():
+    """Neighbors in the table are in one window in most epochs, and none of them in all."""
+    n, epochs = 400, 80
+    orders = (BlockShuffle(n, 0, epoch, Blocks(10, 2)) for epoch in range(epochs))
+    windows = [{order[i]: i // 20 for i in range(n)} for order in orders]
+    for row in range(100, 110):
+        assert 0.8 * epochs < sum(window[row] == window[row + 1] for window in windows) < epochs
+
+
+def test_every_row_is_as_likely_at_every_place_of_a_block_shuffle():
+    n, epochs = 37, 3000
+    orders = (BlockShuffle(n, 5, epoch, Blocks(3, 2)) for epoch in range(epochs))
+    counts = Counter((i, order[i]) for order in orders for i in range(n))
+    expected, freedom = epochs / n, (n - 1) ** 2
+    chi_square = sum((counts[i, row] - expected) ** 2 / expected for i in range(n) for row in range(n))
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_rows_of_a_block_share_a_batch_as_often_as_the_docstring_says():
+    n, blocks, batch = 64_000, Blocks(8, 16), 32
+    shuffle = BlockShuffle(n, 0, 0, blocks)
+    pairs = 0
+    for first in range(0, n, batch):
+        of_block = Counter((shuffle[i] - shuffle._start) % n // 8 for i in range(first, first + batch))
+        pairs += sum(count * (count - 1) // 2 for count in of_block.values())
+    expected = batch * (batch - 1) / 2 * 7 / 127
+    assert pairs / (n / batch) == pytest.approx(expected, rel=0.03)
+
+
+def test_few_rows_are_shuffled_fully():
+    n, blocks = 63, Blocks(8, 4)
+    assert [epoch_order(n, 1, 2, blocks)[i] for i in range(n)] == [Permutation(n, 1, 2)[i] for i in range(n)]
+    assert isinstance(epoch_order(64, 1, 2, blocks), BlockShuffle)
+
+
+def test_a_billion_rows_take_no_memory_in_blocks():
+    shuffle = BlockShuffle(10**9, 0, 0, Blocks(256, 64))
+    rows = [shuffle[i] for i in range(16_384)]
+    assert len({*rows}) == 16_384
+    assert len({row // 256 for row in rows}) <= 128
 
 
 def test_ranks_slice_the_same_global_batches():

@@ -104,7 +104,7 @@ def test_the_same_draws_give_the_same_pixels_and_others_do_not():
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    assert one.is_contiguous()
+    assert one.permute(1, 2, 0).is_contiguous()
 
 
 def test_flip_mirrors_and_its_probability_holds():
@@ -114,3 +114,12 @@ def test_flip_mirrors_and_its_probability_holds():
     assert all(torch.equal(a.flip(-1), b) for a, b in zip(plain, always, strict=True))
     half = [train_transform(image, 16, Draws(k), AugmentationConfig(horizontal_flip=0.5)) for k in range(200)]
     assert 70 < sum(torch.equal(a, b) for a, b in zip(half, always, strict=True)) < 130
+
+
+def test_normalizing_puts_colors_apart_and_leaves_the_pixels_alone():
+    image = torch.stack([pil_to_tensor(noise(13, 20, 20)).permute(1, 2, 0)]).permute(0, 3, 1, 2)
+    before = image.clone()
+    result = normalize(image, MEAN, STD)
+    assert result.is_contiguous()
+    assert torch.equal(result, normalize(image.contiguous(), MEAN, STD))
+    assert torch.equal(image, before)

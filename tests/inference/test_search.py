@@ -24,6 +24,7 @@ from clip_exp.inference.index import held, read_entries, read_recipe
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.search import search
 from clip_exp.models.build import build_model
+from tests.data.tables.shard_files import jpeg, write_shard
 from tests.small_runs import write_picture, write_run
 
 
@@ -293,6 +294,12 @@ def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Clip
         clip.index(path=tmp_path / "absent.index")
     with pytest.raises(ConfigError, match="a text or a picture"):
         index.search()
+
+
+def test_pictures_in_shards_are_refused_since_an_index_refers_to_files(run_dir: Path, tmp_path: Path):
+    shard = write_shard(tmp_path / "s.tar", {"1.jpg": jpeg(1), "1.txt": "x"})
+    with pytest.raises(ConfigError, match=r"s\.tar: an index refers to picture files.*unpack them"):
+        search(asked(tmp_path / "x.index", table=str(shard), run=str(run_dir)))
 
 
 def test_an_index_without_a_readable_picture_is_not_written(run_dir: Path, tmp_path: Path):

@@ -104,6 +104,28 @@ def test_every_single_character_of_the_basic_plane_cleans_as_open_clip_does():
         assert clean(text) == reference_clean(text), hex(code)
 
 
+def test_text_that_is_passed_by_ftfy_is_what_ftfy_makes_of_it():
+    from open_clip.tokenizer import get_clean_fn
+
+    reference_clean, draw = get_clean_fn("lower"), random.Random(0)
+    scripts = [
+        range(0x20, 0x250),
+        range(0x370, 0x530),
+        range(0x600, 0x780),
+        range(0x3040, 0x30FF),
+        range(0x1F300, 0x1F650),
+    ]
+    texts = [
+        "".join(chr(draw.choice(draw.choice(scripts[:2]))) for _ in range(draw.randrange(12))) for _ in range(2000)
+    ]
+    texts += ["".join(chr(draw.choice(draw.choice(scripts))) for _ in range(draw.randrange(30))) for _ in range(2000)]
+    mistaken = ["café naïve über", "мир", "“quoted” — 5 €", "日本語", "e\u0301", "Ångström"]
+    for codec in ("latin-1", "cp1252", "cp1251", "cp437", "mac-roman"):
+        texts += [text.encode("utf-8").decode(codec, "ignore") for text in mistaken]
+    for text in texts:
+        assert clean(text) == reference_clean(text), ascii(text)
+
+
 def test_truncation_keeps_the_end_and_is_counted():
     tokenizer = Tokenizer(8)
     exact, cut = tokenizer.encode_batch(["a b c d e f", "a b c d e f g"])

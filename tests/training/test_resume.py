@@ -43,7 +43,7 @@ def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train
     assert run.losses == single.losses
     for name, weight in single.weights.items():
         assert torch.equal(run.weights[name], weight), name
-    timing = ("samples_per_s", "data_wait_s")
+    timing = ("samples_per_s", "data_wait_s", "compute_s")
     assert [{k: v for k, v in row.items() if k not in timing} for row in run.metrics] == [
         {k: v for k, v in row.items() if k not in timing} for row in single.metrics
     ]

@@ -18,7 +18,7 @@ from tests.compose import train_config
 from tests.runs import TINY, Finished, Train
 from tests.small_runs import write_picture
 
-TIMING = ("samples_per_s", "data_wait_s")
+TIMING = ("samples_per_s", "data_wait_s", "compute_s")
 STEPS = ("max_steps=12", "log_every_n_steps=1", "val_every_n_steps=6", "checkpoint_every_n_steps=6")
 RUN = (*(o for o in TINY if not o.startswith("resume")), *STEPS, "model.dropout=0.1")
 

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from clip_exp.checkpoints.discovery import best, checkpoints, latest, manifest
+from clip_exp.data.files import kind_of
 from tests.runs import TINY, Finished, Train, run_folders
 
 
 @pytest.mark.slow
-def test_digits_reach_95_percent_zero_shot(train: Train) -> None:
-    run = train("experiment=digits", "resume=never")
-    assert run.summary["metrics"]["val/zeroshot_top1"] >= 0.95
-    assert run.summary["seconds"] < 300
+def test_digits_reach_95_percent_zero_shot(digits: Finished) -> None:
+    assert digits.summary["metrics"]["val/zeroshot_top1"] >= 0.95
+    assert digits.summary["seconds"] < 300
 
 
 def test_a_run_folder_holds_what_the_readme_says(single: Finished) -> None:
@@ -37,7 +37,7 @@ def test_a_run_folder_holds_what_the_readme_says(single: Finished) -> None:
     assert single.record["steps"] == 20
     with (single.folder / "metrics.csv").open() as handle:
         header = next(csv.reader(handle))
-    assert header[:9] == [
+    assert header[:10] == [
         "step",
         "samples_seen",
         "epoch",
@@ -47,6 +47,7 @@ def test_a_run_folder_holds_what_the_readme_says(single: Finished) -> None:
         "logit_scale",
         "samples_per_s",
         "data_wait_s",
+        "compute_s",
     ]
     assert [row["step"] for row in single.metrics] == list(range(1, 21))
     assert single.metrics[-1]["samples_seen"] == 20 * 16
@@ -186,14 +187,28 @@ def write_pairs(folder: Path, source: Finished, rows: int = 32) -> Path:
 CSV = ("model=vit_nano", "data=csv", "global_batch_size=8", "max_steps=2", "data.num_workers=0", "log_every_n_steps=1")
 
 
-def test_an_unreadable_picture_is_replaced_counted_and_listed(single: Finished, train: Train, tmp_path) -> None:
+def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Finished, train: Train, tmp_path) -> None:
     pairs = write_pairs(tmp_path, single)
     (tmp_path / "train" / "000003.png").write_bytes(b"<html>not found</html>")
-    run = train(*CSV, "max_steps=8", f"data.train={pairs}")
+    (tmp_path / "train" / "000005.png").unlink()
+    with pairs.open("a") as table:
+        table.write("a.png,one,field too many\n" + f"train/000006.png,{'a long caption ' * 40}\n")
+    run = train(*CSV, "max_steps=12", f"data.train={pairs}", "data.on_bad_row=skip")
     with (run.folder / "bad_samples.csv").open() as handle:
-        rows = list(csv.DictReader(handle))
-    assert [row["path"] for row in rows] == ["train/000003.png"]
-    assert rows[0]["reason"]
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(handle)}
+    assert sorted(reasons) == ["train/000003.png", "train/000005.png"]
+    kinds = {kind_of(reason): 1 for reason in reasons.values()}
+    assert run.summary["bad_pictures"] == {"training": kinds}
+    assert "no such file" in kinds
+    assert list(run.summary["bad_rows"]["training"].values()) == [1]
+    assert 0 < run.summary["truncated_share"] < 0.2
+    report = (run.folder / "report.html").read_text()
+    for told in (run.output, report):
+        assert "2 of training" in told
+        assert "1 no such file" in told
+        assert "listed in bad_samples.csv" in told
+        assert "1 of training" in told, "the bad row"
+        assert "of those trained on" in told, "the captions that were cut"
 
 
 def test_an_unreadable_picture_under_error_ends_with_code_3(single: Finished, command, tmp_path) -> None:

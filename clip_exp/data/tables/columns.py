@@ -27,12 +27,6 @@ def bool_array(values: np.ndarray) -> pa.BooleanArray:
     return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
 
 
-def int32_array(values: Sequence[int]) -> pa.Int32Array:
-    """Integers without nulls."""
-    data = np.asarray(values, dtype=np.int32)
-    return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
-
-
 def int32_numpy(array: pa.Int32Array) -> np.ndarray:
     """The values of an array without nulls, int32, sharing its memory."""
     return np.frombuffer(array.buffers()[1], dtype=np.int32)[array.offset : array.offset + len(array)]

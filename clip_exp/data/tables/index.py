@@ -13,7 +13,6 @@ It appears complete or not at all. Nothing in it is unpickled.
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,7 @@ def open_index(source: Source, index_dir: Path) -> tuple[MappedRows, list[Scanne
         OSError: the folder cannot be written.
         DataError, ConfigError: see `tables.open`.
     """
-    index_dir = Path(os.path.abspath(index_dir))  # worker processes open it by its name
-    folder = index_dir / source.name
+    folder = index_dir.absolute() / source.name  # worker processes open it by its name
     if found := _load(folder, source):
         return found
     if not index_dir.exists():  # a table that is none leaves nothing behind
@@ -105,7 +103,7 @@ def _locked(path: Path, source: Source) -> AcquireReturnProxy:
     try:
         return lock.acquire(timeout=1)
     except Timeout:
-        log.info("Waiting for another process that reads %s.", source.files[0])
+        log.warning("Waiting for another process that reads %s.", source.files[0])
         return lock.acquire()
 
 
@@ -113,7 +111,7 @@ def _load(folder: Path, source: Source) -> tuple[MappedRows, list[ScannedFile]] 
     """The index, unless something about it does not fit."""
     try:
         record = _read_record(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError):
         record = {}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -22,6 +21,7 @@ from clip_exp.data.tables.grouping import group_pictures
 from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.scan import RowBatch, Scan
 from clip_exp.data.tables.stamps import Stamp
+from clip_exp.storage import sync
 
 _VERSION = 1  # of what the readers make of a file, and of the folder: a change makes new folders
 _BAR_FROM = 64 << 20  # bytes; smaller tables are read before a bar is seen
@@ -44,7 +44,7 @@ class Source:
     @property
     def identity(self) -> dict[str, Any]:
         """Equal for equal tables, whether the files have changed or not."""
-        files = [os.path.abspath(file) for file in self.files]
+        files = [str(file.absolute()) for file in self.files]
         return {"version": _VERSION, "files": files, "roots": list(self.roots), "options": self.options.as_json()}
 
     @property
@@ -92,7 +92,7 @@ def _write(partial: Path, source: Source) -> None:
     if not (partial / "members.npy").exists():
         _write_groups(partial, scan, source.roots)
     names = sorted(file.name for file in partial.iterdir())
-    files = [{**asdict(file), "path": os.path.abspath(file.path)} for file in scan.read]
+    files = [{**asdict(file), "path": str(file.path.absolute())} for file in scan.read]
     record = {
         "identity": source.identity,
         "rows": rows,
@@ -103,8 +103,8 @@ def _write(partial: Path, source: Source) -> None:
     content = {"sha256": checksum(record), "record": record}
     (partial / "index.json").write_text(json.dumps(content), encoding="utf-8")
     for name in [*names, "index.json"]:
-        _sync(partial / name)
-    _sync(partial)
+        sync(partial / name)
+    sync(partial)
 
 
 def _write_rows(partial: Path, batches: Iterator[RowBatch]) -> int:
@@ -180,7 +180,7 @@ def _publish(partial: Path, folder: Path) -> None:
         shutil.rmtree(before, ignore_errors=True)  # who has mapped its files keeps them
     else:
         partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _beside(folder: Path) -> Path:
@@ -190,11 +190,3 @@ def _beside(folder: Path) -> Path:
 def _stored(file: Path) -> list[Any]:
     stamp = Stamp.of(file)
     return [stamp.bytes, stamp.sample]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

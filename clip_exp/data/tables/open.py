@@ -1,7 +1,6 @@
 """From what the configuration names to one table: files found, their formats told apart, their rows put together."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,10 @@ def open_table(
     """
     files = expand(tables)
     check_one_kind(files)
-    roots = [Path(image_root) if image_root is not None else file.parent for file in files]
-    absolute = [os.path.abspath(root) for root in roots]
-    numbers = {root: number for number, root in enumerate(dict.fromkeys(absolute))}
-    source = Source(files, [numbers[root] for root in absolute], options)
+    # Absolute: a process that changes its working directory reads the same pictures.
+    roots = [(Path(image_root) if image_root is not None else file.parent).absolute() for file in files]
+    numbers = {root: number for number, root in enumerate(dict.fromkeys(roots))}
+    source = Source(files, [numbers[root] for root in roots], options)
     rows, read = _in_memory(source) if index_dir is None else _in_index(source, index_dir)
     parts: list[Part] = []
     for file, root, found in zip(files, roots, read, strict=False):  # max_rows may have ended the reading early
@@ -101,13 +100,6 @@ def _in_index(source: Source, index_dir: Path) -> tuple[StoredRows, list[Scanned
 
 def _part(file: Path, root: Path, start: int, found: ScannedFile) -> Part:
     return Part(
-        file,
-        root,
-        start,
-        found.rows,
-        found.bad,
-        found.bad_examples,
-        found.unit,
-        found.stamp.bytes,
-        found.digest,
-    )
+        file.absolute(), root, start, found.rows, found.bad, found.bad_examples, found.unit,
+        bytes=found.stamp.bytes, digest=found.digest,
+    )  # fmt: skip

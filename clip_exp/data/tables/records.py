@@ -18,9 +18,7 @@ from clip_exp.data.tables.values import BadValue, text_of
 
 log = logging.getLogger(__name__)
 
-MAX_FIELD = (
-    131_072  # characters, as the csv module has it: a longer one is a quote that never closes more often than a field
-)
+MAX_FIELD = 131_072  # characters, the csv module's own limit: a longer one is most likely a quote that never closes
 _BLOCK_LINES = 1 << 9  # few enough that the garbage collector does not notice them
 _MAX_RECORD_LINES = 10_000  # a broken quote is not searched for its end beyond this
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")

@@ -8,11 +8,8 @@ from typing import NamedTuple
 from clip_exp.errors import ConfigError
 
 _BLOCK = 1 << 14  # bytes
-_MOST_BLOCKS, _FEWEST_BLOCKS, _ALL_BLOCKS = (
-    256,
-    2,
-    4096,
-)  # of a file, and together of a table's files where they are many
+_MOST_BLOCKS, _FEWEST_BLOCKS = 256, 2  # of a file
+_ALL_BLOCKS = 4096  # of a table's files together, where they are many
 
 
 class Stamp(NamedTuple):

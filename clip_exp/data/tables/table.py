@@ -23,8 +23,8 @@ from clip_exp.data.tables.scan import BATCH_ROWS, RowBatch
 class Part:
     """One file of a table: its rows are `start` and the `rows - 1` after it."""
 
-    file: Path
-    root: Path  # where its relative image paths start from
+    file: Path  # absolute
+    root: Path  # where its relative image paths start from; absolute
     start: int
     rows: int
     bad: dict[str, int] = field(default_factory=dict)  # bad rows that were left out, by reason
@@ -120,9 +120,22 @@ class PairTable:
         return sum(sum(part.bad.values()) for part in self.parts)
 
     @property
-    def groups(self) -> PictureGroups | None:
-        """Rows by picture; None where every row has a picture of its own."""
-        return self._rows.groups
+    def pictures(self) -> int:
+        """Distinct pictures."""
+        groups = self._rows.groups
+        return len(self) if groups is None else len(groups.offsets) - 1
+
+    def rows_of(self, picture: int) -> np.ndarray:
+        """int32 [n]: the rows that show a picture, which is counted by first appearance."""
+        groups = self._rows.groups
+        if groups is None:
+            return np.array([picture], dtype=np.int32)
+        return groups.order[groups.offsets[picture] : groups.offsets[picture + 1]]
+
+    def picture(self, row: int) -> int:
+        """The number of the picture that a row shows, counted by first appearance."""
+        groups = self._rows.groups
+        return row if groups is None else int(groups.image_index[row])
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Name of each file to its `rows`, `bytes` and `digest`. Equal tables have equal ones wherever their files lie."""
@@ -176,7 +189,8 @@ class PairTable:
 
     def image_index(self) -> np.ndarray:
         """int32 [rows]: which picture a row shows, numbered by first appearance. Equal paths are the same picture."""
-        return np.arange(len(self), dtype=np.int32) if self.groups is None else self.groups.image_index
+        groups = self._rows.groups
+        return np.arange(len(self), dtype=np.int32) if groups is None else groups.image_index
 
     def _value(self, key: str, row: int) -> str:
         batch, index = divmod(int(row), BATCH_ROWS)

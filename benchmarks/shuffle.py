@@ -1,0 +1,68 @@
+"""What a block shuffle gives up and what it saves: how mixed its batches are, and how far apart its reads lie.
+
+python benchmarks/shuffle.py [rows] [batch] [shuffle_block] [shuffle_window]
+"""
+
+import sys
+from math import comb
+from statistics import mean
+
+from clip_exp.data.order import Blocks, Order, epoch_order
+
+PICTURE_KB = 50
+REGION_MB = 4  # what a disk or a file system reads at once
+
+
+def same_block_pairs(order: Order, batch: int, block: int, batches: int = 200) -> float:
+    """Pairs of a batch whose rows are fewer than `block` apart in the table, on average."""
+    found = []
+    for b in range(batches):
+        start = b * (len(order) // batches) // batch * batch
+        rows = sorted(order[i] for i in range(start, start + batch))
+        found.append(
+            sum(other - row < block for i, row in enumerate(rows) for other in rows[i + 1 : i + 1 + 4 * block])
+        )
+    return mean(found)
+
+
+def regions(order: Order, reads: int, start: int = 0) -> int:
+    """Regions of the shards that so many reads in a row touch."""
+    rows_per_region = REGION_MB * 1000 // PICTURE_KB
+    return len({order[i] // rows_per_region for i in range(start, start + reads)})
+
+
+def reused(order: Order, batch: int, cache: int, batches: int = 400) -> float:
+    """Share of reads whose region is among the last `cache` regions that were read."""
+    rows_per_region = REGION_MB * 1000 // PICTURE_KB
+    recent: dict[int, None] = {}
+    hits = 0
+    for i in range(batch * batches):
+        region = order[i] // rows_per_region
+        hits += region in recent
+        recent.pop(region, None)
+        recent[region] = None
+        if len(recent) > cache:
+            del recent[next(iter(recent))]
+    return hits / (batch * batches)
+
+
+def main() -> None:
+    rows, batch, block, window = [*map(int, sys.argv[1:]), *(1_000_000, 256, 256, 64)[len(sys.argv) - 1 :]]
+    blocks = Blocks(block, window)
+    held = 2 * block * window * PICTURE_KB // 1000  # MB
+    print(
+        f"{rows:,} rows of {PICTURE_KB} kB ({rows * PICTURE_KB / 1e6:.0f} GB), batches of {batch}, {window} blocks of {block} rows"
+    )
+    print(f"of {comb(batch, 2):,} pairs of a batch, those of rows fewer than {block} apart;")
+    print(
+        f"regions of {REGION_MB} MB that a batch and {block * window:,} reads in a row touch; reads found in a cache of {held:,} MB"
+    )
+    for name, order in (("full", epoch_order(rows, 0, 0)), ("block", epoch_order(rows, 0, 0, blocks))):
+        pairs = same_block_pairs(order, batch, block)
+        touched = regions(order, batch), regions(order, block * window)
+        share = reused(order, batch, held // REGION_MB)
+        print(f"{name:6} {pairs:8.1f} pairs {touched[0]:6} {touched[1]:8} regions {100 * share:6.1f} %")
+
+
+if __name__ == "__main__":
+    main()

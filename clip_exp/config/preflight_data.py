@@ -1,0 +1,140 @@
+"""The data of a run before anything is trained: its keys, its tables, and whether their pictures are where they are looked for. No torch."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_exp.config.preflight_augmentation import augmentation_problems
+from clip_exp.config.ranges import INFINITY, range_problems
+from clip_exp.config.schema import DataConfig, TrainConfig
+from clip_exp.data.files import NO_SUCH_FILE, OUTSIDE_ROOT, TOO_MANY_BYTES, BadImage, ImageLimits, kind_of
+from clip_exp.data.headers import check_formats
+from clip_exp.data.samples import count_rows
+from clip_exp.data.sources import INDEX, SourceSpec, open_sources, parse
+from clip_exp.data.tables.filters import parse as parse_filter
+from clip_exp.data.tables.open import open_configured
+from clip_exp.data.tables.paths import expand
+from clip_exp.data.tables.table import PairTable
+from clip_exp.errors import ConfigError, DataError
+
+TRIED = 20  # pictures of a table
+
+
+def check_data(data: DataConfig) -> Iterator[str]:
+    """What is wrong with the keys of `data`, and with the files that they name; nothing is opened."""
+    if data.generate is None and not data.train:
+        yield "data.train has no value: give a table of image-text pairs (data.train=pairs.csv)."
+    if data.generate is not None and (data.train or data.val):
+        yield "data.generate and data.train exclude each other: use data=csv for your own tables."
+    try:
+        specs = parse(data.train)
+    except ConfigError as error:
+        specs = []
+        yield from str(error).splitlines()
+    for spec in specs:
+        yield from _check_source(spec, data)
+    yield from _check_val(data.val)
+    if data.image_root is not None and not Path(data.image_root).is_dir():
+        yield f"data.image_root={data.image_root} is not a folder."
+    if data.filter is not None:
+        yield from _check_filter(data.filter)
+    yield from _check_numbers(data)
+    yield from augmentation_problems(data.augmentation)
+    yield from check_formats(data.image_formats)
+    if not data.templates or any("{}" not in template for template in data.templates):
+        yield f"data.templates={data.templates}: there must be one, and every one needs a {{}} for the class name."
+
+
+def check_tables(config: TrainConfig) -> int:
+    """Open the tables of a run, whose indexes are built where they are not; the samples of an epoch.
+
+    Raises:
+        DataError: a table cannot be read, or none of its pictures can.
+        ConfigError: see `open_sources`.
+    """
+    data = config.data
+    if data.generate is not None:
+        rows = count_rows(data.generate)
+        return min(rows, data.max_rows or rows)
+    index_dir = Path(config.output_dir) / INDEX
+    sources = open_sources(data, index_dir)
+    tables = [("data.train", source.table) for source in sources]
+    if data.val is not None:
+        tables.append(("data.val", open_configured(data, data.val, label_key=data.label_key, index_dir=index_dir)))
+    if problems := [problem for key, table in tables for problem in _check_pictures(key, table, ImageLimits.of(data))]:
+        raise DataError("\n".join(problems))
+    return sum(len(source.rows) for source in sources)
+
+
+def _check_numbers(data: DataConfig) -> Iterator[str]:
+    ranges = {
+        "data.max_rows": (data.max_rows, 1, INFINITY),
+        "data.num_workers": (data.num_workers, 0, 4096),
+        "data.max_bad_fraction": (data.max_bad_fraction, 0, 1),
+        "data.max_image_pixels": (data.max_image_pixels, 1, INFINITY),
+        "data.max_image_bytes": (data.max_image_bytes, 1, INFINITY),
+        "data.shuffle_block": (data.shuffle_block, 1, INFINITY),
+        "data.shuffle_window": (data.shuffle_window, 1, INFINITY),
+    }
+    yield from range_problems(ranges)
+
+
+def _check_source(spec: SourceSpec, data: DataConfig) -> Iterator[str]:
+    yield from _check_files("data.train", list(spec.paths))
+    root, condition = spec.reading.get("image_root"), spec.reading.get("filter")
+    if root is not None and not Path(root).is_dir():
+        yield f"data.train: image_root={root} of {spec.paths[0]} is not a folder."
+    if condition is not None:
+        yield from _check_filter(condition)
+
+
+def _check_val(val: Any) -> Iterator[str]:
+    paths = val if isinstance(val, list) else [val] if val is not None else []
+    if any(not isinstance(path, str | Path) for path in paths):
+        yield f"data.val={val} must be a table or a list of tables: only data.train is mixed from sources."
+    elif paths:
+        yield from _check_files("data.val", paths)
+
+
+def _check_files(key: str, paths: list[Any]) -> Iterator[str]:
+    try:
+        expand(paths)
+    except ConfigError as error:
+        yield from (f"{key}: {problem}" for problem in str(error).splitlines())
+
+
+def _check_filter(condition: str) -> Iterator[str]:
+    try:
+        parse_filter(condition)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _check_pictures(key: str, table: PairTable, limits: ImageLimits) -> Iterator[str]:
+    """A wrong image root, told at the start. A table of which only some pictures are missing trains without them."""
+    rows = np.unique(np.linspace(0, len(table) - 1, TRIED).astype(int)).tolist()
+    reasons: list[str] = []
+    for row in rows:
+        try:
+            table.read_picture(row, limits)
+            return
+        except BadImage as error:
+            reasons.append(str(error))
+    ((kind, _),) = Counter(map(kind_of, reasons)).most_common(1)
+    yield (
+        f"{key}: none of {len(rows)} pictures from all over {table.parts[0].file} can be read; the first is "
+        f"{table.image_path(rows[0])} ({table.where(rows[0])}): {reasons[0]}. {_remedy(kind, table)}"
+    )
+
+
+def _remedy(kind: str, table: PairTable) -> str:
+    if kind == OUTSIDE_ROOT:
+        return f"The root is now {table.root}."
+    if kind == NO_SUCH_FILE and table.members is None:
+        return f"Relative paths start from {table.root}: set data.image_root."
+    if kind == TOO_MANY_BYTES:
+        return "Raise data.max_image_bytes, or make them smaller."
+    return "Make the shards anew." if table.members is not None else "Repair them."

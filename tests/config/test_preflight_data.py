@@ -1,0 +1,124 @@
+"""What is wrong with the data of a run is told before it has a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clip_exp.config.preflight import check_train
+from clip_exp.config.schema import TrainConfig
+from clip_exp.errors import ClipExpError, ConfigError, DataError
+from tests.compose import train_config
+from tests.data.conftest import noise, write_table
+
+
+def config_of(folder: Path, train: Any, **values: Any) -> TrainConfig:
+    config = train_config(
+        "data=csv", "model=vit_nano", "global_batch_size=2", "max_steps=2", f"output_dir={folder}/o", "data.train=x"
+    )
+    config.data.train = train
+    for key, value in values.items():
+        setattr(config.data, key, value)
+    return config
+
+
+def refusal(folder: Path, train: Any, error: type[ClipExpError] = ConfigError, **values: Any) -> str:
+    with pytest.raises(ClipExpError) as caught:
+        check_train(config_of(folder, train, **values))
+    assert type(caught.value) is error, caught.value
+    return str(caught.value)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    for i in range(4):
+        noise(i).save(tmp_path / f"{i}.png")
+    return write_table(tmp_path / "pairs.csv", [["filepath", "title"], *([f"{i}.png", "a picture"] for i in range(4))])
+
+
+def test_patterns_lists_and_sources_pass(tmp_path, table):
+    for i in range(2):
+        (tmp_path / f"part-{i}.csv").write_bytes(table.read_bytes())
+    for train in (
+        str(table),
+        f"{tmp_path}/part-*.csv",
+        f"{tmp_path}/part-{{0..1}}.csv",
+        [str(table), f"{tmp_path}/part-*.csv"],
+        [{"path": str(table), "weight": 3}, {"path": f"{tmp_path}/part-*.csv", "weight": 1}],
+    ):
+        check_train(config_of(tmp_path, train, val=f"{tmp_path}/part-*.csv"))
+
+
+def test_what_is_wrong_with_each_source_is_told(tmp_path, table):
+    train = [
+        {"path": "none.csv", "weight": 1},
+        {"path": str(table), "weight": 1, "image_root": "nowhere", "filter": "width >"},
+    ]
+    told = refusal(tmp_path, train)
+    assert "data.train: The table none.csv does not exist" in told
+    assert f"image_root=nowhere of {table} is not a folder" in told
+    assert "data.filter='width >' is no condition" in told
+    assert "did you mean 'weight'" in refusal(tmp_path, [{"path": str(table), "wait": 1}])
+
+
+def test_validation_is_one_table(tmp_path, table):
+    assert "only data.train is mixed from sources" in refusal(
+        tmp_path, str(table), val=[{"path": str(table), "weight": 1}]
+    )
+    assert "data.val: The table none.csv does not exist" in refusal(tmp_path, str(table), val="none.csv")
+
+
+def test_a_wrong_image_root_is_told_at_the_start(tmp_path, table):
+    (tmp_path / "empty").mkdir()
+    told = refusal(tmp_path, str(table), DataError, image_root=str(tmp_path / "empty"))
+    assert f"data.train: none of 4 pictures from all over {table} can be read" in told
+    assert f"{tmp_path}/empty/0.png ({table}, line 2): no such file" in told
+    assert f"Relative paths start from {tmp_path}/empty: set data.image_root." in told
+
+
+def test_the_way_out_fits_the_fault_of_the_pictures(tmp_path, table):
+    told = refusal(tmp_path, str(table), DataError, max_image_bytes=10)
+    assert told.endswith("Raise data.max_image_bytes, or make them smaller.")
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    told = refusal(tmp_path, str(table), DataError)
+    assert "empty file" in told
+    assert "image_root" not in told
+
+
+def test_the_validation_table_is_looked_at_too(tmp_path, table):
+    val = write_table(tmp_path / "val.csv", [["filepath", "title"], ["img/0.png", "a picture"]])
+    assert "data.val: none of 1 pictures" in refusal(tmp_path, str(table), DataError, val=str(val))
+
+
+def test_pictures_outside_the_root_are_told_at_the_start_with_both_ways_out(tmp_path, table):
+    elsewhere = tmp_path / "tables"
+    elsewhere.mkdir()
+    rows = [["filepath", "title"], *([str(tmp_path / f"{i}.png"), "a picture"] for i in range(4))]
+    moved = write_table(elsewhere / "pairs.csv", rows)
+    told = refusal(tmp_path, str(moved), DataError)
+    assert "data.image_root" in told
+    assert "data.allow_outside_root=true" in told
+    check_train(config_of(tmp_path, str(moved), allow_outside_root=True))
+    check_train(config_of(tmp_path, str(moved), image_root=str(tmp_path)))
+
+
+def test_a_table_of_which_some_pictures_are_missing_passes(tmp_path, table):
+    for i in range(3):
+        (tmp_path / f"{i}.png").unlink()
+    check_train(config_of(tmp_path, str(table), captions="all"))
+
+
+def test_an_empty_path_is_a_bad_row(tmp_path, table):
+    write_table(table, [["filepath", "title"], ["", "a picture"], *([f"{i}.png", "a picture"] for i in range(4))])
+    assert f"{table}, line 2:" in refusal(tmp_path, str(table), DataError)
+
+
+def test_the_rows_of_all_sources_count(tmp_path, table):
+    train = [{"path": str(table), "weight": 1}, {"path": str(table), "weight": 1}]
+    config = config_of(tmp_path, train)
+    config.global_batch_size = 8
+    check_train(config)
+    config.global_batch_size = 9
+    with pytest.raises(ConfigError, match="global_batch_size=9 is more than the 8 training rows"):
+        check_train(config)

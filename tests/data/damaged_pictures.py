@@ -1,0 +1,283 @@
+"""Odd and damaged pictures by the thousand, from a seed: what a loader must survive.
+
+Every way in which a file can be wrong is a function below; `damaged_pictures` goes through all of them in turn.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from clip_exp.data import files
+from tests.data.encoded import ORIENTATION, SUFFIXES, Draw, any_format, bomb, chunk, encoded, picture, png
+
+Maker = Callable[[Path, Draw], str | None]
+
+
+class Made(NamedTuple):
+    """A file of the corpus; there need not be one at its name."""
+
+    name: str
+    way: str  # the function that made it
+    expected: str | None  # good; or bad, by the kind of its reason; None: not known
+
+
+def damaged_pictures(folder: Path, count: int, seed: int) -> list[Made]:
+    """Write `count` files of a few kB into `folder`, which is their data root; some link to what is beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outside = folder.parent / f"outside-{folder.name}.jpg"
+    outside.write_bytes(encoded(picture(np.random.default_rng(0)), "JPEG"))
+    draw = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        maker = MAKERS[i % len(MAKERS)]
+        name = f"{i:05d}.{draw.choice(list(SUFFIXES.values()))}"
+        made.append(Made(name, maker.__name__, maker(folder / name, draw)))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------- odd but good
+
+
+def plain(file: Path, draw: Draw) -> str | None:
+    file.write_bytes(any_format(draw))  # mostly not what its suffix says
+    return "good"
+
+
+def odd_mode(file: Path, draw: Draw) -> str | None:
+    mode = str(draw.choice(["1", "L", "LA", "P", "RGBA", "I;16"]))
+    image = picture(draw, "L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    file.write_bytes(encoded(image, "PNG"))
+    return "good"
+
+
+def cmyk(file: Path, draw: Draw) -> str | None:
+    file.write_bytes(encoded(picture(draw, "CMYK"), "JPEG", progressive=bool(draw.integers(2))))
+    return "good"
+
+
+def palette_with_alpha(file: Path, draw: Draw) -> str | None:
+    image = picture(draw).quantize(16)
+    file.write_bytes(encoded(image, "PNG", transparency=draw.bytes(16)))
+    return "good"
+
+
+def animated(file: Path, draw: Draw) -> str | None:
+    frames = [picture(draw).resize((20, 20)) for _ in range(4)]
+    kind = str(draw.choice(["GIF", "WEBP", "PNG"]))
+    file.write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+    return "good"
+
+
+def two_in_one(file: Path, draw: Draw) -> str | None:
+    file.write_bytes(encoded(picture(draw), "MPO", save_all=True, append_images=[picture(draw)]))
+    return "good"
+
+
+def turned(file: Path, draw: Draw) -> str | None:
+    image = picture(draw)
+    exif = image.getexif()
+    exif[ORIENTATION] = int(draw.integers(0, 12))
+    file.write_bytes(encoded(image, str(draw.choice(["JPEG", "PNG", "WEBP"])), exif=exif))
+    return "good"
+
+
+def garbage_in_exif(file: Path, draw: Draw) -> str | None:
+    kind = str(draw.choice(["JPEG", "PNG", "WEBP"]))
+    file.write_bytes(encoded(picture(draw), kind, exif=b"Exif\0\0" + draw.bytes(200)))
+    return "good"
+
+
+def garbage_behind(file: Path, draw: Draw) -> str | None:
+    file.write_bytes(encoded(picture(draw), str(draw.choice(["JPEG", "PNG"]))) + draw.bytes(300))
+    return "good"
+
+
+def tiny_or_long(file: Path, draw: Draw) -> str | None:
+    sizes = [(1, 1), (1, 3000), (3000, 1), (2, 1)]
+    image = picture(draw).resize(sizes[draw.integers(len(sizes))])
+    file.write_bytes(encoded(image, str(draw.choice(list(SUFFIXES)))))
+    return "good"
+
+
+def link_inside(file: Path, draw: Draw) -> str | None:
+    target = file.with_suffix(".target")
+    target.write_bytes(any_format(draw))
+    file.symlink_to(target.name)
+    return "good"
+
+
+# ------------------------------------------------------------------------------------------------------- no pictures
+
+
+def missing(file: Path, draw: Draw) -> str | None:
+    return files.NO_SUCH_FILE
+
+
+def dangling_link(file: Path, draw: Draw) -> str | None:
+    file.symlink_to("nothing")
+    return files.NO_SUCH_FILE
+
+
+def link_outside(file: Path, draw: Draw) -> str | None:
+    file.symlink_to(file.parent.parent / f"outside-{file.parent.name}.jpg")
+    return files.OUTSIDE_ROOT
+
+
+def link_to_itself(file: Path, draw: Draw) -> str | None:
+    file.symlink_to(file.name)
+    return files.CANNOT_OPEN
+
+
+def device(file: Path, draw: Draw) -> str | None:
+    file.symlink_to("/dev/zero")
+    return files.NOT_A_FILE
+
+
+def pipe(file: Path, draw: Draw) -> str | None:
+    os.mkfifo(file)
+    return files.NOT_A_FILE
+
+
+def folder(file: Path, draw: Draw) -> str | None:
+    file.mkdir()
+    return files.NOT_A_FILE
+
+
+def empty(file: Path, draw: Draw) -> str | None:
+    file.touch()
+    return files.EMPTY_FILE
+
+
+def too_large(file: Path, draw: Draw) -> str | None:
+    file.touch()
+    os.truncate(file, (1 << 30) + int(draw.integers(1 << 30)))  # holes take no room
+    return files.TOO_MANY_BYTES
+
+
+def html(file: Path, draw: Draw) -> str | None:
+    file.write_text(f"<!DOCTYPE html><html><body>{draw.integers(1000)}: Not Found</body></html>")
+    return files.NOT_A_PICTURE
+
+
+def zeros(file: Path, draw: Draw) -> str | None:
+    file.write_bytes(bytes(int(draw.integers(1, 4000))))
+    return files.NOT_A_PICTURE
+
+
+def noise(file: Path, draw: Draw) -> str | None:
+    file.write_bytes(draw.bytes(int(draw.integers(1, 4000))))
+    return None  # may look like one of Pillow's many formats
+
+
+def other_format(file: Path, draw: Draw) -> str | None:
+    file.write_bytes(encoded(picture(draw), str(draw.choice(["TIFF", "ICO", "PPM", "PCX"]))))
+    return files.NOT_ALLOWED
+
+
+# -------------------------------------------------------------------------------------------------- damaged pictures
+
+
+def cut(file: Path, draw: Draw) -> str | None:
+    kind = str(draw.choice(["JPEG", "PNG"]))
+    data = encoded(picture(draw), kind)
+    file.write_bytes(data[: int(draw.integers(len(data) // 2, len(data)))])
+    return None if kind == "JPEG" else files.TRUNCATED  # half a small JPEG may be all header
+
+
+def cut_anywhere(file: Path, draw: Draw) -> str | None:
+    data = any_format(draw)
+    file.write_bytes(data[: int(draw.integers(1, len(data)))])
+    return None  # a GIF without its last byte is whole
+
+
+def filled_with_zeros(file: Path, draw: Draw) -> str | None:
+    """As a download that stopped into a file of its final size."""
+    data = encoded(picture(draw), "JPEG")
+    kept = int(draw.integers(len(data) - 8, len(data) - 2))
+    file.write_bytes(data[:kept].ljust(len(data), b"\0"))
+    return files.TRUNCATED
+
+
+def hole(file: Path, draw: Draw) -> str | None:
+    data = bytearray(any_format(draw))
+    start = int(draw.integers(len(data)))
+    data[start : start + 40] = bytes(len(data[start : start + 40]))
+    file.write_bytes(data)
+    return None
+
+
+def flipped_bits(file: Path, draw: Draw) -> str | None:
+    data = bytearray(any_format(draw))
+    for position in draw.integers(0, len(data), int(draw.integers(1, 30))):
+        data[position] ^= 1 << int(draw.integers(8))
+    file.write_bytes(data)
+    return None
+
+
+def flipped_header(file: Path, draw: Draw) -> str | None:
+    data = bytearray(any_format(draw))
+    for position in draw.integers(0, min(len(data), 64), 3):
+        data[position] = int(draw.integers(256))
+    file.write_bytes(data)
+    return None
+
+
+def checksum_wrong(file: Path, draw: Draw) -> str | None:
+    data = bytearray(encoded(picture(draw), "PNG"))
+    data[29 + int(draw.integers(4))] ^= 0xFF  # of the header
+    file.write_bytes(data)
+    return files.DAMAGED
+
+
+def huge_png(file: Path, draw: Draw) -> str | None:
+    side = int(draw.integers(6_400, 2**31))
+    file.write_bytes(png(side, side, zlib.compress(bytes(1000))))
+    return files.TOO_MANY_PIXELS
+
+
+def huge_jpeg(file: Path, draw: Draw) -> str | None:
+    data = bytearray(encoded(picture(draw), "JPEG"))
+    size = data.index(b"\xff\xc0") + 5
+    data[size : size + 4] = struct.pack(">HH", *draw.integers(6_400, 65_500, 2).tolist())
+    file.write_bytes(data)
+    return files.TOO_MANY_PIXELS
+
+
+def large_without_pixels(file: Path, draw: Draw) -> str | None:
+    file.write_bytes(png(6_000, 6_000, zlib.compress(bytes(1000))))
+    return files.TRUNCATED
+
+
+def text_bomb(file: Path, draw: Draw) -> str | None:
+    text = chunk(b"zTXt", b"comment\0\0" + bomb())
+    file.write_bytes(png(2, 1, zlib.compress(bytes(7)), extra=text))
+    return files.DAMAGED
+
+
+def profile_bomb(file: Path, draw: Draw) -> str | None:
+    profile = chunk(b"iCCP", b"profile\0\0" + bomb())
+    file.write_bytes(png(2, 1, zlib.compress(bytes(7)), extra=profile))
+    return files.DAMAGED
+
+
+def scans_without_end(file: Path, draw: Draw) -> str | None:
+    data = encoded(picture(draw), "JPEG", progressive=True)
+    scan = data.rindex(b"\xff\xda")
+    file.write_bytes(data[:scan] + data[scan:-2] * 200 + data[-2:])
+    return files.DAMAGED
+
+
+MAKERS: tuple[Maker, ...] = (
+    plain, odd_mode, cmyk, palette_with_alpha, animated, two_in_one, turned, garbage_in_exif, garbage_behind, tiny_or_long,
+    link_inside, missing, dangling_link, link_outside, link_to_itself, device, pipe, folder, empty, too_large, html, zeros,
+    noise, other_format, cut, cut_anywhere, filled_with_zeros, hole, flipped_bits, flipped_header, checksum_wrong, huge_png,
+    huge_jpeg, large_without_pixels, text_bomb, profile_bomb, scans_without_end,
+)  # fmt: skip

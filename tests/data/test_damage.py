@@ -1,0 +1,219 @@
+"""The corpus of damaged inputs: 3,000 pictures and 2,000 tables, each of which is read or refused with a reason, soon and small."""
+
+import csv
+import logging
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from clip_exp.config.model_schema import ImageTowerConfig
+from clip_exp.config.schema import DataConfig, OnBadRow
+from clip_exp.data.datamodule import PairsDataModule
+from clip_exp.data.files import KINDS, BadImage, ImageLimits, kind_of
+from clip_exp.data.images import decode, decode_rgb
+from clip_exp.data.tables.open import open_table, read_table
+from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.transforms import preprocessing_of
+from clip_exp.errors import ClipExpError
+from clip_exp.text.tokenizer import Tokenizer
+from tests.data.conftest import noise, write_table
+from tests.data.damaged_pictures import damaged_pictures
+from tests.data.damaged_tables import damaged_tables
+from tests.data.test_dataset import Place
+from tests.processes import start_apart
+from tests.runs import Train
+
+SEED = 20_261_124
+PICTURES, TABLES = 3000, 2000
+LONGEST_S, MOST_MB = 5.0, 600
+BATCH = 50
+OPTIONS = TableOptions(on_bad_row=OnBadRow.skip)
+
+
+def write_pairs(folder: Path, count: int) -> Path:
+    """A table of `count` damaged pictures, each followed by a sound one."""
+    rows = [["filepath", "title"]]
+    for i, made in enumerate(damaged_pictures(folder, count, SEED)):
+        noise(i).save(folder / f"sound-{i}.jpg")
+        rows += [[made.name, f"damaged {i}"], [f"sound-{i}.jpg", f"sound {i}"]]
+    return write_table(folder / "pairs.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("damage") / "pictures", PICTURES)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return damaged_tables(tmp_path_factory.mktemp("tables"), TABLES, SEED)
+
+
+class Read(NamedTuple):
+    """What came of an input, and how long it took."""
+
+    what: Any
+    seconds: float
+
+
+def timed(read: Callable[..., Any], *arguments: Any) -> Read:
+    start = time.perf_counter()
+    return Read(read(*arguments), time.perf_counter() - start)
+
+
+def memory_mb(what: str, process: int | str = "self") -> float:
+    """`RssAnon`: memory that is not of a file, which a forked process shares with its parent; `VmHWM`: the most it ever held."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return int(status[what].split()[0]) / 1024
+
+
+# Pictures
+
+
+def reason(read: Callable[..., Any], *arguments: Any) -> str | None:
+    try:
+        read(*arguments)
+    except BadImage as error:
+        return str(error)
+    return None
+
+
+def read_each(pairs: Path) -> tuple[dict[str, tuple[Read, Read]], float]:
+    """Every picture as training and as evaluation read it: why it was refused, if it was. And the memory that this took."""
+    before_mb = memory_mb("RssAnon")
+    table, limits = read_table(pairs), ImageLimits()
+    found = {
+        table.path(row): (
+            timed(reason, lambda row=row: decode_rgb(table.read_picture(row, limits), limits)),
+            timed(reason, lambda row=row: decode(table.read_picture(row, limits), limits)),
+        )
+        for row in range(len(table))
+    }
+    return found, memory_mb("VmHWM") - before_mb
+
+
+def read_epoch(pairs: Path, run_dir: Path, workers: int, ranks: int) -> tuple[Counter[str], list[float]]:
+    """Bad pictures by kind as a run's data module counts them in an epoch, and the memory that each worker took."""
+    before_mb = memory_mb("RssAnon")
+    total = (len(read_table(pairs)) - 1) // BATCH + 1
+    for rank in range(ranks):
+        module = PairsDataModule(
+            DataConfig(name="csv", train=str(pairs), num_workers=workers, max_bad_fraction=1.0),
+            preprocessing=preprocessing_of(ImageTowerConfig(image_size=16)),
+            tokenizer=Tokenizer(),
+            global_batch_size=BATCH,
+            total_steps=total,
+            output_dir=run_dir,
+            run_dir=run_dir,
+        )
+        module.trainer = Place(rank, ranks)
+        for batch in module.train_dataloader():
+            module.on_before_batch_transfer(batch, 0)
+    assert module.bad_samples is not None
+    peaks_mb = [memory_mb("VmHWM", process.pid) - before_mb for process in multiprocessing.active_children()]
+    return module.bad_samples.kinds(), peaks_mb
+
+
+@pytest.fixture(scope="module")
+def each(pairs: Path) -> tuple[dict[str, tuple[Read, Read]], float]:
+    """Every picture, read in a process of its own."""
+    return start_apart(read_each, pairs).result()
+
+
+def test_each_picture_is_read_or_refused_with_a_reason_in_time(each) -> None:
+    found, peak_mb = each
+    assert 0 < peak_mb < MOST_MB
+    assert len(found) == 2 * PICTURES
+    for path, (training, evaluation) in found.items():
+        assert max(training.seconds, evaluation.seconds) < LONGEST_S, path
+        for refused in (training.what, evaluation.what):
+            assert refused is None or kind_of(refused) in KINDS, (path, refused)
+        assert (training.what is None) == (evaluation.what is None), (path, training.what, evaluation.what)
+
+
+@pytest.mark.slow
+def test_the_counts_by_kind_are_the_same_for_any_workers_and_ranks(pairs: Path, each, tmp_path: Path) -> None:
+    found, _ = each
+    expected = Counter(kind_of(read.what) for read, _ in found.values() if read.what is not None)
+    assert len(expected) >= 6
+    for workers, ranks in ((0, 1), (2, 1), (1, 2)):
+        run_dir = tmp_path / f"{workers} workers, {ranks} ranks"
+        run_dir.mkdir()
+        kinds, peaks_mb = start_apart(read_epoch, pairs, run_dir, workers, ranks).result()
+        assert kinds == expected, (workers, ranks)
+        assert len(peaks_mb) == workers
+        assert all(0 < peak_mb < MOST_MB for peak_mb in peaks_mb)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_run_list_the_bad_pictures_that_one_lists(train: Train, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pictures", 100)
+    listed = []
+    for ranks in (1, 2):
+        run = train(
+            "model=vit_nano", "data=csv", f"data.train={pairs}", "data.max_bad_fraction=1", "data.num_workers=1",
+            "global_batch_size=20", "max_steps=10", "trainer.accelerator=cpu", f"trainer.devices={ranks}", "resume=never",
+        )  # fmt: skip
+        with (run.folder / "bad_samples.csv").open(newline="", encoding="utf-8") as stream:
+            listed.append(sorted(csv.reader(stream)))
+        assert sum(run.summary["bad_pictures"]["training"].values()) == len(listed[-1]) - 1
+    assert listed[0] == listed[1]
+    assert len(listed[0]) > 50
+
+
+# Tables
+
+
+def read_rows(file: Path, options: TableOptions, index_dir: Path | None) -> Any:
+    """Everything that a run may ask of a table: its rows and the bad ones by reason, or the message that refuses it."""
+    limits = ImageLimits()
+    try:
+        table = open_table(file, options, index_dir=index_dir)
+    except ClipExpError as error:
+        return str(error)
+    refused = [reason(table.read_picture, row, limits) for row in range(len(table))]
+    rows = [(table.path(row), table.caption(row), table.where(row)) for row in range(len(table))]
+    return rows, refused, table.image_index().tolist(), [part.bad for part in table.parts]
+
+
+def read_tables(files: Sequence[Path], options: TableOptions, index_dir: Path | None) -> tuple[list[Read], float]:
+    """All of them, and the memory that this took."""
+    logging.disable()
+    before_mb = memory_mb("RssAnon")
+    found = [timed(read_rows, file, options, index_dir) for file in files]
+    return found, memory_mb("VmHWM") - before_mb
+
+
+def test_each_table_is_read_or_refused_with_a_reason_in_time(tables: list[Path]) -> None:
+    reasons = set()
+    for policy in OnBadRow:
+        found, peak_mb = start_apart(read_tables, tables, TableOptions(on_bad_row=policy), None).result()
+        assert 0 < peak_mb < MOST_MB
+        for file, read in zip(tables, found, strict=True):
+            assert read.seconds < LONGEST_S, file.name
+            if isinstance(read.what, str):
+                assert str(file) in read.what, (file.name, read.what)
+                assert len(read.what) < 1500, (file.name, read.what[:1500])
+            else:
+                reasons |= {kind for bad in read.what[3] for kind in bad}
+                assert all(refused is None or kind_of(refused) in KINDS for refused in read.what[1]), file.name
+        refused = sum(isinstance(read.what, str) for read in found)
+        assert TABLES / 4 < refused < TABLES * 9 / 10, "the corpus is neither harmless nor hopeless"
+    assert 6 <= len(reasons) < 30, f"reasons are kinds, not messages: {reasons}"
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_an_index_read_what_one_process_reads(tables: list[Path], tmp_path: Path) -> None:
+    some = tables[::4]  # an index is written through to the disk, which takes its time
+    expected, _ = start_apart(read_tables, some, OPTIONS, None).result()
+    ranks = [start_apart(read_tables, some, OPTIONS, tmp_path / "index") for _ in range(2)]
+    for rank in ranks:
+        found, peak_mb = rank.result()
+        assert 0 < peak_mb < MOST_MB
+        for file, mine, whole in zip(some, found, expected, strict=True):
+            assert mine.what == whole.what, file.name

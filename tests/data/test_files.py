@@ -1,0 +1,160 @@
+"""Which files are read as pictures, and the reasons for the others."""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from clip_exp.config.schema import DataConfig
+from clip_exp.data import files
+from clip_exp.data.files import BadImage, ImageLimits, kind_of, read_file, read_member
+
+LIMITS = ImageLimits(max_bytes=1000)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A data root with one file, and another file outside."""
+    (tmp_path / "root" / "sub").mkdir(parents=True)
+    (tmp_path / "root" / "sub" / "a.jpg").write_bytes(b"inside")
+    (tmp_path / "root-2").mkdir()
+    (tmp_path / "root-2" / "b.jpg").write_bytes(b"outside")
+    return tmp_path / "root"
+
+
+def reason(path: str | Path, root: Path | None = None, limits: ImageLimits = LIMITS) -> str:
+    start = time.perf_counter()
+    with pytest.raises(BadImage) as caught:
+        read_file(path, limits, root)
+    assert time.perf_counter() - start < 0.5
+    assert kind_of(str(caught.value)) in files.KINDS
+    return str(caught.value)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "empty").touch()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        assert reason(tmp_path / "socket") == "not a regular file: a socket"
+    assert reason(tmp_path / "pipe") == "not a regular file: a pipe"
+    assert reason(tmp_path) == "not a regular file: a folder"
+    assert reason("/dev/zero") == "not a regular file: a device"
+    assert reason(tmp_path / "dangling") == reason(tmp_path / "missing") == reason("") == "no such file"
+    assert reason(tmp_path / "empty" / "below.jpg") == "no such file"
+    assert reason(tmp_path / "empty") == "empty file"
+    assert reason(tmp_path / "circle") == "cannot be opened: Too many levels of symbolic links"
+    assert reason(tmp_path / ("x" * 300)) == "cannot be opened: File name too long"
+    assert reason(f"{tmp_path}/nul\0.jpg") == "cannot be opened: embedded null byte"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (tmp_path / "secret.jpg").chmod(0)
+    assert reason(tmp_path / "secret.jpg") == "cannot be opened: Permission denied"
+
+
+def test_large_files_are_refused_unread(tmp_path):
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)
+    assert reason(tmp_path / "large") == f"too many bytes: {1 << 40}, more than max_image_bytes=1000"
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_truncated(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(100))
+    real, pieces = os.readv, [60, 0]
+    monkeypatch.setattr(os, "readv", lambda fd, views: real(fd, [views[0][: pieces.pop(0)]]))
+    assert reason(tmp_path / "a") == "truncated: the file ends after 60 of 100 bytes"
+
+
+def test_files_that_leave_the_root_are_refused_however_they_do(root, tmp_path):
+    (root / "link.jpg").symlink_to(tmp_path / "root-2" / "b.jpg")
+    (root / "folder").symlink_to(tmp_path / "root-2")
+    outside = tmp_path / "root-2" / "b.jpg"
+    for path in (outside, root / ".." / "root-2" / "b.jpg", root / "link.jpg", root / "folder" / "b.jpg"):
+        assert reason(path, root) == (
+            f"outside the data root: it is {outside.resolve()}; set data.image_root to a folder that holds it, or "
+            "data.allow_outside_root=true"
+        )
+        assert read_file(path, LIMITS) == b"outside"
+        assert read_file(path, ImageLimits(outside_root=True), root) == b"outside"
+
+
+def test_files_that_stay_inside_are_read_however_they_are_named(root, tmp_path, monkeypatch):
+    (root / "link.jpg").symlink_to(root / "sub" / "a.jpg")
+    (tmp_path / "alias").symlink_to("root")
+    monkeypatch.chdir(tmp_path)
+    for path, below in [
+        (root / "sub" / "a.jpg", root),
+        (root / "sub" / ".." / "sub" / "a.jpg", root),
+        (root / "link.jpg", root),
+        (root / "sub" / "a.jpg", tmp_path / "alias"),
+        (tmp_path / "alias" / "sub" / "a.jpg", tmp_path / "alias"),
+        (Path("root/sub/a.jpg"), Path("root")),
+        (Path("root/sub/a.jpg"), Path(".")),
+        (root / "sub" / "a.jpg", Path("/")),
+    ]:
+        assert read_file(path, LIMITS, below) == b"inside"
+
+
+def test_a_relative_root_is_looked_for_in_the_current_folder(root, tmp_path, monkeypatch):
+    for place in ("one", "two"):
+        (tmp_path / place / "img").mkdir(parents=True)
+        (tmp_path / place / "img" / "a").write_bytes(place.encode())
+        monkeypatch.chdir(tmp_path / place)
+        assert read_file("img/a", LIMITS, Path("img")) == place.encode()
+
+
+def test_the_file_that_was_opened_is_judged_not_its_name(root, tmp_path, monkeypatch):
+    """A link that is turned between the check and the reading would otherwise let files out."""
+    link = root / "link.jpg"
+    link.symlink_to(tmp_path / "root-2" / "b.jpg")
+    real = os.fstat
+
+    def turn(descriptor: int) -> os.stat_result:
+        link.unlink(missing_ok=True)
+        link.symlink_to(root / "sub" / "a.jpg")
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fstat", turn)
+    assert reason(link, root).startswith("outside the data root: ")
+
+
+def test_members_of_a_shard_are_read_within_the_limits(tmp_path):
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(b"0123456789")
+    assert read_member(shard, 2, 3, LIMITS) == b"234"
+    for offset, size, expected in [
+        (0, 0, "empty file"),
+        (0, 1001, "too many bytes: 1001, more than max_image_bytes=1000"),
+        (8, 5, "truncated: the file ends after 2 of 5 bytes"),
+        (90, 5, "truncated: the file ends after 0 of 5 bytes"),
+    ]:
+        with pytest.raises(BadImage, match=expected):
+            read_member(shard, offset, size, LIMITS)
+    with pytest.raises(BadImage, match="no such file"):
+        read_member(tmp_path / "b.tar", 0, 5, LIMITS)
+
+
+def test_no_descriptor_stays_open(root):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        for path in (root / "sub" / "a.jpg", root, root / "missing"):
+            try:
+                read_file(path, LIMITS, root)
+            except BadImage:
+                continue
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_limits_are_the_configurations():
+    config = DataConfig(
+        max_image_pixels=1, max_image_bytes=2, image_formats=["PNG", "TIFF"], allow_outside_root=True, name="csv"
+    )
+    assert ImageLimits.of(config) == ImageLimits(1, 2, ("PNG", "TIFF"), outside_root=True)
+    assert ImageLimits.of(DataConfig(name="csv")) == ImageLimits()

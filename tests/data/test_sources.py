@@ -1,0 +1,180 @@
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from clip_exp.config.schema import Captions, DataConfig
+from clip_exp.data.sources import SLOTS, SourceSpec, open_sources, parse, quotas
+from clip_exp.data.stream import Stream
+from clip_exp.errors import ConfigError, DataError
+from tests.data.conftest import Build, noise, write_table
+from tests.data.test_dataset import digest, read
+
+
+def test_paths_alone_are_one_source():
+    assert parse(None) == parse([]) == []
+    assert parse("a.csv") == [SourceSpec(("a.csv",))]
+    assert parse(["a.csv", Path("b.csv")]) == [SourceSpec(("a.csv", "b.csv"))]
+
+
+def test_mappings_are_sources_with_ways_of_their_own():
+    both = parse(
+        [
+            {"path": ["a.csv", "b.csv"], "weight": 3, "caption_key": "text", "filter": "width > 9"},
+            {"path": "c.tar", "weight": 0.5},
+        ]
+    )
+    assert both == [
+        SourceSpec(("a.csv", "b.csv"), 3, {"caption_key": "text", "filter": "width > 9"}),
+        SourceSpec(("c.tar",), 0.5),
+    ]
+    config = both[0].configured(DataConfig(name="csv", caption_key="title", image_key="file"))
+    assert (config.caption_key, config.image_key, config.filter) == ("text", "file", "width > 9")
+    assert parse({"path": "a.csv", "image_root": "img"}) == [SourceSpec(("a.csv",), None, {"image_root": "img"})]
+
+
+WRONG = {
+    "unknown key": ([{"path": "a.csv", "wieght": 1}], "data.train[0].wieght does not exist: did you mean 'weight'?"),
+    "no path": ([{"weight": 1}], "data.train[0].path=None must be a file"),
+    "no weight at all": ([{"path": "a.csv", "weight": 0}], "data.train[0].weight=0 must be a number above 0"),
+    "negative": ([{"path": "a.csv", "weight": -1}], "weight=-1 must"),
+    "infinite": ([{"path": "a.csv", "weight": math.inf}], "weight=inf must"),
+    "not a number": ([{"path": "a.csv", "weight": math.nan}], "weight=nan must"),
+    "text": ([{"path": "a.csv", "weight": "3"}], "weight=3 must"),
+    "truth": ([{"path": "a.csv", "weight": True}], "weight=True must"),
+    "number for a path": ([3], "data.train[0]=3 must be a path"),
+    "number for a column": ({"path": "a.csv", "caption_key": 3}, "data.train.caption_key=3 must be a text"),
+    "weights for some": ([{"path": "a.csv", "weight": 1}, "b.csv"], "give every source a weight, or none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "expected"), WRONG.values(), ids=WRONG.keys())
+def test_sources_that_make_no_sense_are_refused_by_name(value, expected):
+    with pytest.raises(ConfigError) as caught:
+        parse(value)
+    assert expected in str(caught.value)
+
+
+def test_all_problems_of_all_sources_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse([{"path": "a.csv", "weight": 0, "sep": ","}, {"weight": 1}])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def table(folder: Path, name: str, rows: int) -> str:
+    """Pictures that are not there, which an order does not need."""
+    return str(
+        write_table(folder / f"{name}.csv", [["filepath", "title"], *([f"{name}{i}.png", name] for i in range(rows))])
+    )
+
+
+def mixture(folder: Path, sizes: list[int], weights: list[float] | None, **values: object) -> Stream:
+    train = [{"path": table(folder, f"t{i}", rows)} for i, rows in enumerate(sizes)]
+    for entry, weight in zip(train, weights or [], strict=False):
+        entry["weight"] = weight  # type: ignore[assignment]
+    config = DataConfig(name="csv", train=train, **values)  # type: ignore[arg-type]
+    return Stream(open_sources(config), config, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [([3, 1], [3072, 1024]), ([1, 1, 1], [1366, 1365, 1365]), ([0.5, 1e-3], [4088, 8])]
+)
+def test_sources_share_every_round_exactly_by_their_weights(tmp_path, weights, expected):
+    stream = mixture(tmp_path, [5] * len(weights), weights)
+    for start in (0, SLOTS, 7 * SLOTS):
+        drawn = Counter(stream.sources.index(stream[start + i].source) for i in range(SLOTS))
+        assert [drawn[i] for i in range(len(weights))] == expected
+
+
+def test_the_share_of_a_batch_is_near_the_weights_and_differs_from_round_to_round(tmp_path):
+    stream = mixture(tmp_path, [50, 50], [1, 1])
+    orders = [[stream[start + i].source is stream.sources[0] for i in range(256)] for start in (0, SLOTS)]
+    assert all(90 < sum(order) < 166 for order in orders)
+    assert orders[0] != orders[1]
+
+
+def test_each_source_goes_through_all_its_rows_before_it_begins_again(tmp_path):
+    stream = mixture(tmp_path, [700, 30], [1, 1])
+    assert len(stream) == 730
+    samples = [stream[i] for i in range(2 * SLOTS)]
+    for source, rows in zip(stream.sources, (700, 30), strict=True):
+        of_source = Counter((sample.epoch, sample.row) for sample in samples if sample.source is source)
+        assert set(of_source.values()) == {1}
+        epochs = Counter(epoch for epoch, _ in of_source)
+        assert all(epochs[epoch] == rows for epoch in range(SLOTS // rows))
+
+
+def test_sources_without_weights_are_drawn_as_often_as_they_have_rows(tmp_path):
+    stream = mixture(tmp_path, [3000, 1000], None)
+    drawn = Counter(stream.sources.index(stream[i].source) for i in range(SLOTS))
+    assert drawn == {0: 3072, 1: 1024}
+
+
+def test_a_source_that_would_never_be_drawn_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"t1\.csv would never be drawn: its share \(weight=1e-05\)"):
+        mixture(tmp_path, [5, 5], [1, 1e-5])
+    with pytest.raises(ConfigError, match=r"t0\.csv would never be drawn: its share \(1 rows\)"):
+        mixture(tmp_path, [1, 9000], None)
+
+
+def test_weights_of_any_size_have_their_shares(tmp_path):
+    config = DataConfig(name="csv", train=[{"path": table(tmp_path, f"t{i}", 2), "weight": 1e308} for i in range(3)])
+    assert quotas(open_sources(config)) == [1366, 1365, 1365]
+
+
+def test_the_rows_of_each_source_can_be_limited(tmp_path):
+    assert [len(source.rows) for source in mixture(tmp_path, [30, 4], None, max_rows=10).sources] == [10, 4]
+
+
+def pictures(folder: Path, color: int, bad: int | None = None) -> Path:
+    """A table of six pictures, named alike in every folder."""
+    folder.mkdir()
+    for i in range(6):
+        if i != bad:
+            noise(100 * color + i).save(folder / f"{i}.png")
+    return write_table(
+        folder / "pairs.csv", [["image", "title"], *([f"{i}.png", f"{folder.name} {i}"] for i in range(6))]
+    )
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[dict[str, object]]:
+    one, other = pictures(tmp_path / "one", 1, bad=2), pictures(tmp_path / "other", 2, bad=2)
+    return [{"path": str(one), "weight": 2}, {"path": str(other), "weight": 1}]
+
+
+def test_equal_paths_of_two_sources_are_different_pictures(two, build: Build, tmp_path):
+    module = build(two, image_key="image", global_batch_size=32, run_dir=tmp_path, max_bad_fraction=0.5)
+    batches = read(module)
+    for batch in batches:
+        module.on_before_batch_transfer(batch, 0)
+    assert {i for batch in batches for i in batch.image_id.tolist()} == {*range(12)} - {2, 8}
+    assert module.bad_samples is not None
+    assert module.bad_samples.reasons == {str(tmp_path / name / "2.png"): "no such file" for name in ("one", "other")}
+    assert dict(module.bad_samples.kinds()) == {"no such file": 2}
+
+
+def test_a_bad_picture_is_replaced_from_its_own_source(two, build: Build):
+    shares = Counter[bool]()
+    module = build(two, image_key="image", global_batch_size=SLOTS // 8, total_steps=8)
+    stream = module._stream
+    for position in range(SLOTS):
+        shares[stream[position].source is stream.sources[0]] += 1
+    got = Counter(i < 6 for batch in read(module) for i in batch.image_id.tolist())
+    assert got == shares == {True: 2731, False: 1365}
+
+
+def test_the_share_of_bad_pictures_is_that_of_all_sources(two, build: Build):
+    module = build(two, image_key="image", global_batch_size=64, max_bad_fraction=2 / 12)
+    list(map(module.on_before_batch_transfer, read(module), range(3)))
+    module = build(two, image_key="image", global_batch_size=64, max_bad_fraction=0.1)
+    with pytest.raises(DataError, match="2 of 12 training pictures"):
+        list(map(module.on_before_batch_transfer, read(module), range(3)))
+
+
+def test_a_source_alone_gives_the_stream_of_its_table(pairs, build: Build):
+    plain = digest(read(build(str(pairs), total_steps=8)))
+    assert digest(read(build({"path": str(pairs)}, total_steps=8))) == plain
+    assert digest(read(build([{"path": str(pairs), "weight": 5}], total_steps=8))) == plain
+    assert build([str(pairs)], captions=Captions.all).num_rows == 25
