@@ -22,7 +22,7 @@ from clip_exp.data.headers import JPEGS, open_picture
 from clip_exp.data.images import decode_rgb
 from clip_exp.data.randomness import Draws
 from clip_exp.data.transforms import train_transform
-from clip_exp.data.workers import init_worker
+from clip_exp.data.workers import WorkerLoader
 from clip_exp.errors import DataError
 from clip_exp.progress import progress
 from clip_exp.text.build import Tokenizes
@@ -171,9 +171,7 @@ def scan(dataset: Dataset[T], workers: int, what: str, total: int, at_once: int)
         DataError: one of the processes was killed.
     """
     workers = min(workers, -(-total // at_once))
-    loader: DataLoader[T] = DataLoader(
-        dataset, batch_size=None, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=init_worker
-    )
+    loader: DataLoader[T] = WorkerLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
     with progress(total, what) as advance:
         try:
             for number, chunk in enumerate(loader):

@@ -23,7 +23,7 @@ from clip_exp.data.stream import Stream
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing
-from clip_exp.data.workers import count_workers, init_worker
+from clip_exp.data.workers import WorkerLoader, count_workers
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.text.build import Tokenizes
 
@@ -246,14 +246,13 @@ class PairsDataModule(LightningDataModule):
     ) -> "DataLoader[Any]":
         trainer = self.trainer
         workers = count_workers(self.config.num_workers, 1 if trainer is None else trainer.num_devices)
-        return DataLoader(
+        return WorkerLoader(
             dataset,
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
             persistent_workers=persistent and workers > 0,
-            worker_init_fn=init_worker,
         )
 
 

@@ -3,6 +3,12 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 def count_workers(requested: int | None, local_world_size: int) -> int:
@@ -14,6 +20,26 @@ def cores_per_rank(local_world_size: int) -> int:
     """Cores of this machine that the process may use, shared equally by the machine's ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // max(local_world_size, 1))
+
+
+class WorkerLoader(DataLoader[T_co]):
+    """A DataLoader whose workers leave the run's signals alone (`init_worker`).
+
+    Args:
+        options: of the DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
+        super().__init__(dataset, worker_init_fn=init_worker, **options)
+
+    def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]  # torch names the class of its own iterator
+        # torch may start threads in a worker before it calls `init_worker`. They inherit what is blocked here; one that did not
+        # block SIGTERM would take it, and end the worker.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def init_worker(_worker: int) -> None:

@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from clip_exp.config.schema import OnBadImage
 from clip_exp.data.batches import EvalBatch, EvalCollate
 from clip_exp.data.dataset import EvalImages
 from clip_exp.data.pictures import Pictures
-from clip_exp.data.workers import count_workers, init_worker
+from clip_exp.data.workers import WorkerLoader, count_workers
 from clip_exp.errors import DataError
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
@@ -124,12 +123,11 @@ def load_batches(
     """Pictures read and transformed by worker processes, in the given batches of positions; bad ones are passed on."""
     few = len(batches) == 1  # starting processes would take longer than the work
     return iter(
-        DataLoader(
+        WorkerLoader(
             EvalImages(pictures, encoder.transform, options.max_image_pixels),
             batch_sampler=batches,
             collate_fn=EvalCollate(Tokenizer(), encoder.image_size),
             num_workers=0 if few else count_workers(options.num_workers, local_world_size()),
-            worker_init_fn=init_worker,
             pin_memory=options.device.type == "cuda",
             generator=torch.Generator(),  # the global one may be a training run's
         )

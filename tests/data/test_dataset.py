@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -216,8 +217,14 @@ def test_pictures_are_read_without_captions_and_bad_ones_are_passed_on_with_thei
     assert (bad.image, bad.bad) == (None, (BadPicture(str(pairs.parent / "missing.png"), "no such file"),))
 
 
-def test_signals_for_the_run_leave_the_workers_alone(pairs, build):
+def test_signals_for_the_run_leave_the_workers_alone(pairs, build, monkeypatch):
     """A scheduler's SIGTERM or Ctrl-C goes to the whole group; the step that is being saved still needs its batch."""
+
+    def start_a_thread(_: int) -> None:
+        """In the worker, early, as torch's own function may."""
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+    monkeypatch.setattr(torch, "set_num_threads", start_a_thread)
     before = {process.pid for process in multiprocessing.active_children()}
     batches = iter(build(pairs, total_steps=None, num_workers=1).train_dataloader())
     next(batches)
