@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +38,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def name_problems(name: str) -> Iterator[str]:
+    """What is wrong with the name of a run, which is one of a folder."""
+    if not name or "/" in name or name.startswith("."):
+        yield f"name={name!r} must be a plain folder name."
 
 
 def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: str = "") -> Path:

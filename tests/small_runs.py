@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_exp.checkpoints.writer import atomic_folder
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import to_yaml
 from clip_exp.config.schema import (
     AdamConfig,
-    DataConfig,
     LossConfig,
     LossName,
     SchedulerConfig,

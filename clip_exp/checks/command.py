@@ -1,7 +1,6 @@
 """`clip-exp check-data`: what one must know of a data set before spending days of computing on it."""
 
 import json
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from clip_exp.config.load import to_yaml
 from clip_exp.config.preflight_model import check_model
 from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.runs import RunRecord, create_run_folder, write_text
+from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 
 ONLY_HERE = ("name", "output_dir", "decode", "max_pictures", "max_leakage", "num_workers", "format")  # keys
 
@@ -41,8 +40,9 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
     # Torch takes seconds to import: only once the tables are known to be there.
     from clip_exp.checks.run import run
     from clip_exp.checks.terminal import show
+    from clip_exp.data.workers import cores_per_rank
 
-    workers = _cores() if config.num_workers is None else config.num_workers
+    workers = cores_per_rank(1) if config.num_workers is None else config.num_workers
     try:
         report, verdicts = run(splits, config, workers, folder, shlex.join(["clip-exp", "check-data", *arguments]))
     except BaseException as error:
@@ -67,12 +67,7 @@ def _problems(config: CheckDataConfig) -> Iterator[str]:
         "num_workers": (config.num_workers, 0, 4096),
     }
     yield from range_problems(ranges)
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        yield f"name={config.name!r} must be a plain folder name."
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield from name_problems(config.name)
 
 
 def _next_command(report: dict[str, Any], arguments: list[str]) -> str:

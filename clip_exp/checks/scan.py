@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip_exp.checks.scripts import script_of
 from clip_exp.checks.splits import Split
-from clip_exp.config.schema import AugmentationConfig
+from clip_exp.config.data_schema import AugmentationConfig
 from clip_exp.data.batches import caption_id
 from clip_exp.data.files import BadImage, ImageLimits
-from clip_exp.data.headers import JPEGS, open_picture
+from clip_exp.data.headers import JPEGS, ON_THEIR_SIDE, open_picture, orientation_of
 from clip_exp.data.images import decode_rgb
 from clip_exp.data.randomness import Draws
 from clip_exp.data.transforms import train_transform
@@ -31,8 +31,6 @@ T = TypeVar("T")
 
 PICTURES_AT_ONCE, ROWS_AT_ONCE = 32, 2048
 CROPPED = 16  # every so many pictures are cropped too, to measure what that takes
-ORIENTATION = 0x0112  # of EXIF; 1 is upright
-ON_THEIR_SIDE = (5, 6, 7, 8)
 
 # A good picture. `seconds`: reading and decoding; `crop_seconds`: NaN where it was not measured.
 PICTURE = np.dtype(
@@ -114,11 +112,11 @@ def describe_header(picture: Image.Image) -> tuple[int, int, bytes, bytes, bool,
     """Width and height of the upright picture, format, mode, whether EXIF turns it, whether it is animated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        orientation = orientation_of(picture)
         try:
-            orientation = picture.getexif().get(ORIENTATION, 1)
             animated = picture.format not in JPEGS and bool(getattr(picture, "is_animated", False))
-        except Exception:  # a damaged block says nothing about the pixels
-            orientation, animated = 1, False
+        except Exception:  # of a damaged animation the first frame is all that training looks at
+            animated = False
     width, height = picture.size
     if orientation in ON_THEIR_SIDE:
         width, height = height, width

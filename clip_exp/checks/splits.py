@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_exp.config.schema import DataConfig, OnBadRow
+from clip_exp.config.data_schema import DataConfig, OnBadRow
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.samples import generate
+from clip_exp.data.samples import readable
 from clip_exp.data.sources import INDEX, open_sources
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable, Part
@@ -95,12 +95,7 @@ def open_splits(config: DataConfig, output_dir: Path) -> list[Split]:
         ConfigError: a file does not exist.
         DataError: a column is missing, or there are no good rows.
     """
-    config = replace(config, on_bad_row=OnBadRow.skip)
-    if config.generate is not None:
-        made = generate(config.generate, output_dir)
-        config = replace(
-            config, train=str(made.train), val=str(made.val), image_key="filepath", caption_key="title", image_root=None
-        )
+    config = replace(readable(config, output_dir), on_bad_row=OnBadRow.skip)
     index_dir = output_dir / INDEX
     splits = [Split(TRAIN, tuple(source.table for source in open_sources(config, index_dir)))]
     if config.val:

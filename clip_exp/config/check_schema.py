@@ -5,8 +5,8 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.schema import DataConfig
 
 
 class CheckFormat(StrEnum):

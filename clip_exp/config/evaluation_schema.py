@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from clip_exp.config.data_schema import GenerateConfig, OnBadImage, OnBadRow
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.schema import GenerateConfig, OnBadImage, OnBadRow
 
 
 class TaskKind(StrEnum):

@@ -14,6 +14,7 @@ from clip_exp.config.ranges import INFINITY, TINY, range_problems
 from clip_exp.config.schema import LossName, StrategyName, TrainConfig
 from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import outer_ranks
+from clip_exp.runs import name_problems
 from clip_exp.secrets import leaks
 from clip_exp.weights.find import check_pretrained
 
@@ -71,8 +72,7 @@ def _check_run(config: TrainConfig) -> Iterator[str]:
         yield f"precision={config.precision} must be one of {', '.join(PRECISIONS)}."
     if config.precision == "16-mixed" and config.trainer.accelerator == "cpu":
         yield "precision=16-mixed does not train on a CPU: use precision=auto."
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        yield f"name={config.name!r} must be a plain folder name."
+    yield from name_problems(config.name)
 
 
 def _check_numbers(config: TrainConfig) -> Iterator[str]:

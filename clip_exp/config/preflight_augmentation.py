@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from clip_exp.config.schema import AugmentationConfig
+from clip_exp.config.data_schema import AugmentationConfig
 
 KEY = "data.augmentation"
 

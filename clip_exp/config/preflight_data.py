@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.preflight_augmentation import augmentation_problems
 from clip_exp.config.ranges import INFINITY, range_problems
-from clip_exp.config.schema import DataConfig, TrainConfig
+from clip_exp.config.schema import TrainConfig
 from clip_exp.data.files import NO_SUCH_FILE, OUTSIDE_ROOT, TOO_MANY_BYTES, BadImage, ImageLimits, kind_of
 from clip_exp.data.headers import check_formats
 from clip_exp.data.samples import count_rows

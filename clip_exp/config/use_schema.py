@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.evaluation_schema import ModelChoice, SubjectConfig
-from clip_exp.config.schema import OnBadImage
 
 
 class OutputFormat(StrEnum):

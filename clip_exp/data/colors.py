@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from clip_exp.config.schema import AugmentationConfig
+from clip_exp.config.data_schema import AugmentationConfig
 from clip_exp.data.randomness import Draws
 
 

@@ -3,21 +3,20 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from clip_exp.config.schema import DataConfig
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import Batch, Collate, EvalBatch, EvalCollate
 from clip_exp.data.dataset import EvalPairs, TrainPairs
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.fingerprint import changes, fingerprint
 from clip_exp.data.order import EvalSampler, StreamSampler
-from clip_exp.data.samples import generate
+from clip_exp.data.samples import readable
 from clip_exp.data.sources import INDEX, open_sources
 from clip_exp.data.stream import Stream
 from clip_exp.data.tables.open import open_configured
@@ -254,14 +253,3 @@ class PairsDataModule(LightningDataModule):
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
             persistent_workers=persistent and workers > 0,
         )
-
-
-def readable(config: DataConfig, output_dir: Path) -> DataConfig:
-    """The configuration with the tables of generated data, which are made if need be, in the place of `generate`."""
-    if config.generate is None:
-        return config
-    made = generate(config.generate, output_dir)
-    return replace(
-        config, generate=None, train=str(made.train), val=str(made.val),
-        image_key="filepath", caption_key="title", image_root=None,
-    )  # fmt: skip

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clip_exp.config.schema import AugmentationConfig, OnBadImage
+from clip_exp.config.data_schema import AugmentationConfig, OnBadImage
 from clip_exp.data.batches import BadPicture, EvalSample, Sample, caption_id
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import decode, decode_rgb

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from clip_exp.config.schema import DataConfig
+from clip_exp.config.data_schema import DataConfig
 
 NO_SUCH_FILE = "no such file"  # a link that leads nowhere included
 NOT_A_FILE = "not a regular file"  # a folder, a pipe, a device, a socket

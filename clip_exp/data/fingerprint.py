@@ -7,7 +7,7 @@ written, where it gives the same rows.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clip_exp.config.schema import DataConfig
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.data.sources import OpenSource
 from clip_exp.data.stream import blocks_of
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
 
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from clip_exp.data.files import (
     DAMAGED,
@@ -22,6 +22,7 @@ from clip_exp.data.files import (
 )
 
 JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind it
+ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 RUNS_PROGRAMS = ("EPS",)
 _SCAN = re.compile(b"\xff\xda")
 _MAX_SCANS = 100
@@ -62,6 +63,14 @@ def open_picture(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
     elif picture.format == "PNG" and not 0 <= data.rfind(b"IEND") <= len(data) - 8:
         raise BadImage(f"{TRUNCATED}: a PNG without its end")
     return picture
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """How EXIF says that a picture lies in its file: 1 is upright, 2 to 8 are turned or mirrored."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
 
 
 def bad_image(error: Exception) -> BadImage:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from clip_exp.data.files import DAMAGED, BadImage, ImageLimits, read_file
-from clip_exp.data.headers import JPEGS, bad_image, open_picture
+from clip_exp.data.headers import JPEGS, ON_THEIR_SIDE, bad_image, open_picture, orientation_of
 
 MAX_EVALUATED_BYTES = 256 << 20
 _WHITE = (255, 255, 255, 255)
@@ -35,7 +35,6 @@ _AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
     8: lambda upright: np.rot90(upright, -1),
 }
-_ON_THEIR_SIDE = (5, 6, 7, 8)
 
 
 def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
@@ -60,9 +59,9 @@ def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
                     raise BadImage(f"{DAMAGED}: its header contradicts itself")
                 return image
             if picture.format == "WEBP" and (image := _decode_webp(data)) is not None:
-                return _upright_rgb(_strips_of_tensor(image), picture.size, _orientation(picture))
+                return _upright_rgb(_strips_of_tensor(image), picture.size, orientation_of(picture))
             picture.load()
-            return _upright_rgb(_strips(picture), picture.size, _orientation(picture))
+            return _upright_rgb(_strips(picture), picture.size, orientation_of(picture))
         except Exception as error:
             raise bad_image(error) from error
 
@@ -150,13 +149,6 @@ def _decode_webp(data: bytearray) -> Tensor | None:
         return None
 
 
-def _orientation(picture: Image.Image) -> int:
-    try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF block says nothing about the pixels
-        return 1
-
-
 Strips = Iterator[tuple[int, Image.Image]]  # first row of each, in order
 
 
@@ -176,7 +168,7 @@ def _strips_of_tensor(image_CHW: Tensor) -> Strips:
 
 def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Tensor:
     """uint8 [3, H, W], in memory [H, W, 3], of a picture whose stored width and height are `size`."""
-    width, height = size if orientation in _ON_THEIR_SIDE else size[::-1]
+    width, height = size if orientation in ON_THEIR_SIDE else size[::-1]
     upright = np.empty((width, height, 3), dtype=np.uint8)
     stored = _AS_STORED[orientation](upright) if orientation in _AS_STORED else upright
     for top, strip in strips:

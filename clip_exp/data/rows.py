@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from clip_exp.config.schema import Captions
+from clip_exp.config.data_schema import Captions
 from clip_exp.data.randomness import hash64
 from clip_exp.data.tables.table import PairTable
 

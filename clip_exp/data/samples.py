@@ -5,12 +5,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from clip_exp.config.schema import GenerateConfig, Generator
+from clip_exp.config.data_schema import DataConfig, GenerateConfig, Generator
 from clip_exp.errors import CheckpointError, ConfigError
 
 DIGITS_ROWS = 1442  # of the 1,797 pictures; the others are held out
@@ -60,6 +60,17 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return data
+
+
+def readable(config: DataConfig, output_dir: Path) -> DataConfig:
+    """The configuration with the tables of generated data, which are made if need be, in the place of `generate`."""
+    if config.generate is None:
+        return config
+    made = generate(config.generate, output_dir)
+    return replace(
+        config, generate=None, train=str(made.train), val=str(made.val),
+        image_key="filepath", caption_key="title", image_root=None,
+    )  # fmt: skip
 
 
 def count_rows(config: GenerateConfig) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import nearest
-from clip_exp.config.schema import DataConfig
 from clip_exp.data.rows import Rows, build_rows
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from clip_exp.config.schema import DataConfig, Shuffle
+from clip_exp.config.data_schema import DataConfig, Shuffle
 from clip_exp.data.order import Blocks, epoch_order
 from clip_exp.data.randomness import hash64
 from clip_exp.data.rows import Rows

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from clip_exp.config.data_schema import AugmentationConfig
 from clip_exp.config.model_schema import ImageTowerConfig, Interpolation, ResizeMode
-from clip_exp.config.schema import AugmentationConfig
 from clip_exp.data.colors import change_colors, happens
 from clip_exp.data.files import TOO_LONG, BadImage
 from clip_exp.data.images import pil_to_tensor

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.evaluation_schema import SubjectConfig
-from clip_exp.config.schema import OnBadImage
 from clip_exp.data.transforms import Preprocessing, normalize
 from clip_exp.inference.loading import autocast, choose_device, choose_precision
 from clip_exp.models.text import TreeLayout

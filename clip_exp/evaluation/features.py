@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_exp.config.schema import OnBadImage
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.data.batches import EvalBatch, EvalCollate
 from clip_exp.data.dataset import EvalImages
 from clip_exp.data.pictures import Pictures

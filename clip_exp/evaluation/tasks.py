@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.evaluation_schema import (
     AutoTaskConfig,
     KNNTaskConfig,
@@ -19,7 +20,7 @@ from clip_exp.config.evaluation_schema import (
 )
 from clip_exp.config.load import nearest, strict_dataclass
 from clip_exp.config.paths import options
-from clip_exp.config.schema import DataConfig, TrainConfig
+from clip_exp.config.schema import TrainConfig
 from clip_exp.data import samples
 from clip_exp.data.pictures import TablePictures
 from clip_exp.errors import ClipExpError, ConfigError, gravest

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import plain
-from clip_exp.config.schema import DataConfig, FineTuneConfig, TrainConfig
+from clip_exp.config.schema import FineTuneConfig, TrainConfig
 from clip_exp.data.sources import parse
 from clip_exp.inference.sources import Source
 from clip_exp.reports.index import readable

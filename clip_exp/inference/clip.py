@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.schema import OnBadImage
 from clip_exp.config.use_schema import ExportFormat
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clip_exp.config.schema import OnBadImage
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.errors import DataError
 from clip_exp.inference.features import Encoded, LeftOut
 from clip_exp.inference.index import Entries, Recipe, full_path, held, read_entries, stored_path, write_index

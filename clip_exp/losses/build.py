@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from clip_exp.config.schema import LossConfig, LossName, Match
+from clip_exp.config.data_schema import Match
+from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses.sigmoid import SigmoidLoss
 from clip_exp.losses.softmax import SoftmaxLoss
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.model_schema import ImageTowerConfig
-from clip_exp.config.schema import DataConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.transforms import preprocessing_of
 from clip_exp.text.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from clip_exp.config.schema import AugmentationConfig
+from clip_exp.config.data_schema import AugmentationConfig
 from clip_exp.data.colors import blur_kernel, change_colors, jitter
 from clip_exp.data.images import pil_to_tensor
 from clip_exp.data.randomness import Draws

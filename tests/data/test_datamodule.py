@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from clip_exp.config.schema import Captions, GenerateConfig, Generator
+from clip_exp.config.data_schema import Captions, GenerateConfig, Generator
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import BadPicture
 from clip_exp.data.order import EvalSampler

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_exp.config.schema import AugmentationConfig, Captions
+from clip_exp.config.data_schema import AugmentationConfig, Captions
 from clip_exp.data.batches import Batch
 from clip_exp.data.datamodule import PairsDataModule
 from tests.data.conftest import data_module, noise, write_table

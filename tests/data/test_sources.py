@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.schema import Captions, DataConfig
+from clip_exp.config.data_schema import Captions, DataConfig
 from clip_exp.data.sources import SLOTS, SourceSpec, open_sources, parse, quotas
 from clip_exp.data.stream import Stream
 from clip_exp.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 
-from clip_exp.config.schema import AugmentationConfig
+from clip_exp.config.data_schema import AugmentationConfig
 from clip_exp.data.files import BadImage
 from clip_exp.data.images import open_image, pil_to_tensor
 from clip_exp.data.randomness import Draws

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from clip_exp.config.schema import OnBadImage
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import DataError
 from clip_exp.evaluation.cache import Cache

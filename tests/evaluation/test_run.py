@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from clip_exp.config.data_schema import DataConfig, OnBadImage
 from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.config.schema import DataConfig, OnBadImage
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.transforms import preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError

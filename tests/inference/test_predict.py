@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clip_exp.config.schema import OnBadImage
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, PredictConfig
 from clip_exp.data.transforms import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_exp.config.schema import OnBadImage
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, RankConfig
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference.clip import Clip

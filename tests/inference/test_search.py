@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import clip_exp
-from clip_exp.config.schema import OnBadImage
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, SearchConfig
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference import clip as clip_module

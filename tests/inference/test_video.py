@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clip_exp.config.schema import OnBadImage
+from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, PredictConfig, SearchConfig
 from clip_exp.data.files import BadImage
 from clip_exp.errors import DataError

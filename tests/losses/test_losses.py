@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_exp.config.schema import LossConfig, LossName, Match
+from clip_exp.config.data_schema import Match
+from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses import build_loss, sigmoid_loss, softmax_loss
 from clip_exp.losses.matches import ALL, Matches
 from clip_exp.models import CLIPOutput

@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.config.schema import LossConfig, LossName, Match
+from clip_exp.config.data_schema import Match
+from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses import build_loss
 from clip_exp.losses.collectives import gather, gather_with_grad
 from clip_exp.models import CLIPOutput

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from clip_exp.config.schema import OnBadRow
+from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables.columns import string_array
 from clip_exp.data.tables.encodings import find_encoding
 from clip_exp.data.tables.fast import parse_block

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from clip_exp.config.schema import OnBadRow
+from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables.columns import string_array
 from clip_exp.data.tables.native import NativeColumns
 from clip_exp.data.tables.options import TableOptions

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.schema import DataConfig, OnBadRow
+from clip_exp.config.data_schema import DataConfig, OnBadRow
 from clip_exp.data.tables.formats import check_one_kind
 from clip_exp.data.tables.index import open_index
 from clip_exp.data.tables.index_writer import Source, progress_of, root_per_row
@@ -51,8 +51,8 @@ def open_table(
     parts: list[Part] = []
     for file, root, found in zip(files, roots, read, strict=False):  # max_rows may have ended the reading early
         if found.bad:
-            bad = sum(found.bad.values())
-            log.warning("%s: %d bad rows were left out (data.on_bad_row=skip).", file, bad)
+            kinds = ", ".join(f"{count:,} {reason}" for reason, count in found.bad.items())
+            log.warning("%s: %d bad rows were left out: %s.", file, sum(found.bad.values()), kinds)
         start = parts[-1].start + parts[-1].rows if parts else 0
         parts.append(_part(file, root, start, found))
     return PairTable(rows, tuple(parts))

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from clip_exp.config.schema import DataConfig, OnBadRow
+from clip_exp.config.data_schema import DataConfig, OnBadRow
 
 
 @dataclass(frozen=True)

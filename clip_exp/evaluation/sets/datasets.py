@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from clip_exp.config.data_schema import OnBadRow
 from clip_exp.config.evaluation_schema import LabeledDataConfig
-from clip_exp.config.schema import OnBadRow
 from clip_exp.data import samples
 from clip_exp.data.pictures import PictureFiles, TablePictures
 from clip_exp.data.tables.open import read_table

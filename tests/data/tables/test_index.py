@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_exp.config.schema import Captions, OnBadRow
+from clip_exp.config.data_schema import Captions, OnBadRow
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.rows import build_rows
 from clip_exp.data.tables import index, index_writer, open, scan
