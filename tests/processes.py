@@ -64,6 +64,7 @@ def _start_server() -> None:
 def _run(script: Path, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], outputs: list[Path]) -> None:
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # its own processes are started as any script's are
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

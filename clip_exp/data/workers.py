@@ -1,5 +1,6 @@
 """Processes that decode pictures."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -50,12 +51,13 @@ def init_worker(_worker: int) -> None:
     """
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    parent = multiprocessing.parent_process()  # os.getppid() may be a fork server
+    if parent is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with(parent: int) -> None:
     while True:
         if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
             os._exit(0)

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -87,7 +88,7 @@ def test_every_picture_comes_once_per_epoch_with_one_of_its_captions(pairs, buil
 
 
 def test_every_pair_comes_once_per_epoch_where_all_captions_are_asked_for(pairs, build):
-    from clip_exp.config.schema import Captions
+    from clip_exp.config.data_schema import Captions
 
     module = build(pairs, global_batch_size=25, total_steps=2, captions=Captions.all)
     assert module.num_rows == 25
@@ -163,7 +164,7 @@ def test_too_many_bad_pictures_end_the_run(pairs, build):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_error_policy_names_file_line_reason_and_the_way_out(pairs, build, workers):
-    from clip_exp.config.schema import OnBadImage
+    from clip_exp.config.data_schema import OnBadImage
 
     spoil(pairs)
     (pairs.parent / "07.jpg").write_bytes((pairs.parent / "05.jpg").read_bytes())
@@ -241,3 +242,25 @@ def test_signals_for_the_run_leave_the_workers_alone(pairs, build, monkeypatch):
         time.sleep(0.05)
     else:
         pytest.fail("the worker outlived its parent's SIGTERM")
+
+
+ENDS = """
+import multiprocessing, sys
+from multiprocessing import resource_tracker
+from torch.utils.data import TensorDataset
+import torch
+from clip_exp.data.workers import WorkerLoader
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    resource_tracker.ensure_running()  # as anything that shares memory does; starting it sets SIGTERM free again
+    batches = iter(WorkerLoader(TensorDataset(torch.zeros(8, 1)), num_workers=1, persistent_workers=True))
+    next(batches)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_a_process_ends_though_its_workers_still_wait_for_work(tmp_path, method):
+    """At exit Python terminates what is left and then waits for it, without end."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    subprocess.run([sys.executable, "ends.py", method], cwd=tmp_path, check=True, timeout=60)

@@ -8,14 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_exp.config.schema import OnBadRow
+from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.reader import MAX_CAPTION, BadRows, RowBlock
-from clip_exp.data.tables.values import BadValue, no_column, text_of
+from clip_exp.data.tables.values import BadValue, longer_than, no_column, text_of
 from clip_exp.errors import ConfigError, DataError
 
-_BLOCK_ROWS = 1 << 14
+_BLOCK_ROWS = 1 << 12
+_MAX_BYTES = 4 * MAX_CAPTION  # of a text; a longer one has too many characters whatever they are
 
 
 class ParquetReader:
@@ -41,9 +42,12 @@ class ParquetReader:
 
         rows = 0
         try:
-            with pq.ParquetFile(self.path, pre_buffer=False) as file:
+            with pq.ParquetFile(self.path) as file:
                 self._check_columns(file.schema_arrow)
-                names = list(dict.fromkeys([*self.wanted.values(), *self.filtered]))
+                texts = [name for name in self.wanted.values() if _is_text(file.schema_arrow.field(name).type)]
+            names = list(dict.fromkeys([*self.wanted.values(), *self.filtered]))
+            # As dictionaries, since a file of some bytes may say a text of a megabyte any number of times.
+            with pq.ParquetFile(self.path, pre_buffer=False, read_dictionary=texts) as file:
                 for batch in file.iter_batches(_BLOCK_ROWS, columns=names):
                     yield self._block(batch, rows)
                     rows += len(batch)
@@ -72,13 +76,17 @@ class ParquetReader:
 
     def _block(self, batch: pa.RecordBatch, before: int) -> RowBlock:
         lines = np.arange(before + 1, before + 1 + len(batch), dtype=np.int64)
-        columns = {setting: _as_text(setting, batch.column(name)) for setting, name in self.wanted.items()}
+        columns, too_long = {}, {}
+        for setting, name in self.wanted.items():
+            column, too_long[setting] = _without_long(batch.column(name))
+            columns[setting] = _as_text(setting, column)
         good = np.ones(len(batch), dtype=bool)
-        suspicious = np.zeros(len(batch), dtype=bool)
+        suspicious = np.logical_or.reduce(list(too_long.values()))
         for setting, column in columns.items():
             suspicious |= _suspicious(setting, column)
         for row in np.flatnonzero(suspicious).tolist():
-            good[row] = self._is_good(columns, row, int(lines[row]))
+            long = next((setting for setting, rows in too_long.items() if rows[row]), None)
+            good[row] = self._is_good(columns, row, int(lines[row]), long)
         extra = {name: batch.column(name) for name in self.filtered}
         if not good.all():
             keep = pa.Array.from_buffers(pa.int64(), int(good.sum()), [None, pa.py_buffer(np.flatnonzero(good))])
@@ -86,8 +94,10 @@ class ParquetReader:
             extra = {name: column.take(keep) for name, column in extra.items()}
         return RowBlock(columns, lines[good], None, extra if self.filtered else None)
 
-    def _is_good(self, columns: dict[str, pa.Array], row: int, line: int) -> bool:
+    def _is_good(self, columns: dict[str, pa.Array], row: int, line: int, too_long: str | None) -> bool:
         try:
+            if too_long is not None:
+                raise BadValue(*longer_than(too_long, self.wanted[too_long], f"more than {_MAX_BYTES:,} bytes"))
             for setting, column in columns.items():
                 text_of(setting, self.wanted[setting], _value(column, row))
         except BadValue as bad:
@@ -101,12 +111,26 @@ def _fits(setting: str, kind: pa.DataType) -> bool:
         kind = kind.value_type
     if setting == "filter" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         kind = kind.value_type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if text or setting in ("image_key", "caption_key"):
+    if (text := _is_text(kind)) or setting in ("image_key", "caption_key"):
         return text
     if setting == "label_key":
         return pa.types.is_integer(kind)
     return pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _without_long(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """A column whose texts above `_MAX_BYTES` are empty, and bool [rows]: which these are. Others than dictionaries are left alone."""
+    if not pa.types.is_dictionary(column.type):
+        return column, np.zeros(len(column), dtype=bool)
+    values = column.dictionary
+    long = pc.fill_null(pc.greater(pc.binary_length(values), _MAX_BYTES), False)
+    rows = _numpy(pc.fill_null(long.take(column.indices), False))
+    short = pc.if_else(long, pa.scalar("", values.type), values)
+    return pa.DictionaryArray.from_arrays(column.indices, short), rows
 
 
 def _wanted_kind(setting: str) -> str:

@@ -40,12 +40,15 @@ def text_of(setting: str, name: str, value: object) -> str:
     if "\0" in value:
         raise BadValue("NUL character", f"the {what} {name!r} holds a NUL character")
     if len(value) > MAX_CAPTION:
-        raise BadValue(
-            f"{what} too long", f"the {what} {name!r} has {len(value):,} characters, more than {MAX_CAPTION:,}"
-        )
+        raise BadValue(*longer_than(setting, name, f"{len(value):,} characters, more than {MAX_CAPTION:,}"))
     if not value.isascii():
         _check_unicode(what, name, value)
     return value
+
+
+def longer_than(setting: str, name: str, measure: str) -> tuple[str, str]:
+    """Reason and detail for a text of too many characters or bytes."""
+    return f"{_WHAT[setting]} too long", f"the {_WHAT[setting]} {name!r} has {measure}"
 
 
 def absent(setting: str, name: str) -> tuple[str, str]:

@@ -139,3 +139,22 @@ def test_damage_anywhere_is_an_error_with_a_message_or_changes_nothing_but_text(
             refused.append(str(error))
     assert len(refused) > 3
     assert not any("\n" in message for message in refused)
+
+
+def test_a_small_file_of_huge_captions_does_not_fill_the_memory(tmp_path):
+    """A thousand times the same megabyte is a file of less than a kilobyte."""
+    columns = {"filepath": ["a.jpg"] * 1000 + ["b.jpg"], "title": pa.array([*["x" * 1_000_000] * 1000, "a dog"])}
+    file = write(tmp_path / "t.parquet", columns, compression="zstd")
+    del columns
+    assert file.stat().st_size < 2000
+    before, pool = pa.default_memory_pool(), pa.system_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        table = read_table(file, on_bad_row="skip")
+    finally:
+        pa.set_memory_pool(before)
+    assert captions(table) == ["a dog"]
+    assert table.parts[0].bad == {"caption too long": 1000}
+    assert pool.max_memory() < 100_000_000
+    with pytest.raises(DataError, match=r"row 1: the caption 'title' has more than 131,072 bytes"):
+        read_table(file)
