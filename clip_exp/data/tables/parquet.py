@@ -124,13 +124,15 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _without_long(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """A column whose texts above `_MAX_BYTES` are empty, and bool [rows]: which these are. Others than dictionaries are left alone."""
+    none = np.zeros(len(column), dtype=bool)
     if not pa.types.is_dictionary(column.type):
-        return column, np.zeros(len(column), dtype=bool)
+        return column, none
     values = column.dictionary
     long = pc.fill_null(pc.greater(pc.binary_length(values), _MAX_BYTES), False)
+    if not _numpy(long).any():
+        return column, none
     rows = _numpy(pc.fill_null(long.take(column.indices), False))
-    short = pc.if_else(long, pa.scalar("", values.type), values)
-    return pa.DictionaryArray.from_arrays(column.indices, short), rows
+    return pa.DictionaryArray.from_arrays(column.indices, pc.if_else(long, pa.scalar("", values.type), values)), rows
 
 
 def _wanted_kind(setting: str) -> str:
