@@ -12,9 +12,9 @@ from torch import Tensor
 from clip_exp.checkpoints.discovery import latest
 from clip_exp.training.metrics import read_metrics
 
-# vit_tiny on drawn scenes: small, but every part that a photograph's run has.
+# vit_nano on drawn scenes: small, but every part that a photograph's run has.
 TINY = (
-    "model=vit_tiny", "data=shapes", "data.generate.rows=96", "data.generate.val_rows=24", "global_batch_size=16",
+    "model=vit_nano", "data=shapes", "data.generate.rows=96", "data.generate.val_rows=24", "global_batch_size=16",
     "data.num_workers=0", "precision=32-true", "trainer.accelerator=cpu", "optimizer.lr=1e-3", "resume=never",
 )  # fmt: skip
 

@@ -33,7 +33,7 @@ from tests.weights.test_hub import fetched, publish
 SETTLED = {"activation": Activation.quick_gelu, "mean": [0.5, 0.4, 0.3]}
 
 
-def write_weights(path: Path, name: str = "vit_tiny") -> Path:
+def write_weights(path: Path, name: str = "vit_nano") -> Path:
     """Random weights that say that they were trained with quick_gelu and a mean of their own."""
     torch.manual_seed(3)
     model = named_model(name)
@@ -55,7 +55,7 @@ def opened(config: TrainConfig) -> Opening:
 
 
 def test_the_weights_settle_the_configuration_and_are_noted(tmp_path: Path, weights: Path, capsys) -> None:
-    opening = opened(train_config("model=vit_tiny", f"pretrained={weights}", f"output_dir={tmp_path}/out"))
+    opening = opened(train_config("model=vit_nano", f"pretrained={weights}", f"output_dir={tmp_path}/out"))
     model = read_run_config(opening.folder).model
     assert (model.activation, model.image.mean) == (SETTLED["activation"], SETTLED["mean"])
     assert RunRecord(opening.folder).values["pretrained"] == {
@@ -68,7 +68,7 @@ def test_the_weights_settle_the_configuration_and_are_noted(tmp_path: Path, weig
 
 
 def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, weights: Path) -> None:
-    config = train_config("model=vit_tiny", f"pretrained={weights}", f"output_dir={tmp_path}/out")
+    config = train_config("model=vit_nano", f"pretrained={weights}", f"output_dir={tmp_path}/out")
     first = opened(config)
     write(first.folder, 10)
     weights.unlink()
@@ -79,7 +79,7 @@ def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, weights: Pat
     assert "pretrained" in RunRecord(first.folder).values, "the first beginning is kept"
     named = replace(config, resume=str(first.folder), max_steps=99, epochs=None)
     assert open_run(named).settled.model == first.settled.model
-    other = train_config("model=vit_tiny", f"pretrained={weights}", f"output_dir={tmp_path}/out", "seed=1")
+    other = train_config("model=vit_nano", f"pretrained={weights}", f"output_dir={tmp_path}/out", "seed=1")
     with pytest.raises(ConfigError, match="does not exist"):
         open_run(other)
 
@@ -96,8 +96,8 @@ def test_another_activation_than_that_of_training_is_refused_and_leaves_no_folde
 @pytest.mark.slow
 def test_weights_that_do_not_fit_end_the_run_before_its_first_step(tmp_path: Path, command) -> None:
     """What does not load leaves no model of random weights behind."""
-    weights = tmp_path / "nano.safetensors"
-    save_file(build_model(named_model("vit_nano")).state_dict(), weights)
+    weights = tmp_path / "tiny.safetensors"
+    save_file(build_model(named_model("vit_tiny")).state_dict(), weights)
     for devices in ("trainer.devices=1", "trainer.devices=2"):
         result = command(
             "train.py",
@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit_end_the_run_before_its_first_step(tmp_path: Pat
             cwd=tmp_path,
         )
         assert result.returncode == CheckpointError.exit_code, result.stdout + result.stderr
-        assert "nano.safetensors: does not fit the model" in result.stderr
+        assert "tiny.safetensors: does not fit the model" in result.stderr
         folder = run_folders(tmp_path / "out")[-1]
         assert RunRecord(folder).values["status"] == "failed"
         assert not checkpoints(folder)
@@ -150,7 +150,7 @@ def test_the_folder_of_a_sharded_run_is_a_start_and_a_model_like_any_other(train
     torch.testing.assert_close(
         sharded.encode_text(["a red circle", "x"]), alone.encode_text(["a red circle", "x"]), atol=1e-4, rtol=0
     )
-    by_name = clip_exp.load("vit_tiny", pretrained=run.folder, accelerator="cpu")
+    by_name = clip_exp.load("vit_nano", pretrained=run.folder, accelerator="cpu")
     assert all(torch.equal(value, run.weights[name]) for name, value in by_name.model.state_dict().items())
     still = train(*TINY, f"pretrained={run.folder}", "max_steps=1", "optimizer.lr=1e-60", "scheduler.warmup_steps=0")
     assert all(torch.equal(still.weights[name], value) for name, value in run.weights.items())
