@@ -145,8 +145,8 @@ def source_of_file(model: ModelConfig | None, pretrained: str | Path, activation
     model = model or found.about.model
     if model is None:
         raise ConfigError(
-            f"{found.told}: nothing tells which model these weights are of: no configuration is in it, beside it, or in a run "
-            f'folder around it. Name the model: model=vit_b32 pretrained={pretrained}, or load("vit_b32", pretrained="{pretrained}").'
+            f"{found.told} ({found.about.format}): nothing tells which model these weights are of: no configuration that clip_exp "
+            f'reads is in it, beside it, or in a run folder around it. Name the model: model=vit_b32 pretrained={pretrained}, or load("vit_b32", pretrained="{pretrained}").'
         )
     model = replace(model, activation=activation or model.activation)
     model = note_architecture(settle(model, found), str(pretrained))

@@ -22,6 +22,7 @@ from clip_exp.weights.formats import (
     PICKLED,
     Format,
     format_of,
+    is_plain_yaml,
     read_json,
     read_safetensors_header,
     weight_files,
@@ -134,7 +135,7 @@ def _exported_model(file: Path) -> ModelConfig | None:
 def _run_config(folder: Path) -> ModelConfig | None:
     """The model of the run whose `config.yaml` lies in `folder`; None for a `config.yaml` of something else."""
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not path.is_file() or not is_plain_yaml(path):
         return None
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
@@ -196,7 +197,8 @@ def _of_config_json(path: Path) -> About | None:
     if is_open_clip_description(config):  # FlagAI's published weights are OpenAI's; its configuration may not say so
         return replace(_of_description(config, path.parent.name, default=Activation.quick_gelu), format="FlagAI folder")
     if not is_huggingface_config(config):
-        return None
+        kind = config.get("model_type")
+        return About(f"file of weights beside a config.json of model_type={kind}") if isinstance(kind, str) else None
     model = replace(model_config_of(config), name=path.parent.name)
     if model.image.kind is ImageTower.siglip:
         model.text.tokenizer = str(path.parent)
@@ -232,8 +234,10 @@ def _activation_in_program(archive: Path) -> Activation:
     """OpenAI's, unless the archive's program calls gelu. Its text is searched, not run."""
     members = zip_members(archive)
     program = [info for name, info in members.items() if name.startswith("code/") and name.endswith(".py")]
+    if sum(info.file_size for info in program) > MAX_TEXT:
+        raise CheckpointError(f"{archive}: the program in it is larger than any model's. Fetch it from its publisher.")
     with zipfile.ZipFile(archive) as opened:
-        calls_gelu = any(b"torch.gelu(" in opened.read(info) for info in program if info.file_size < MAX_TEXT)
+        calls_gelu = any(b"torch.gelu(" in opened.read(info) for info in program)
     return Activation.gelu if calls_gelu else Activation.quick_gelu
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from clip_exp.config.model_schema import ImageTower
 from clip_exp.weights.known import known_models
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
 INPUT_SIZES = {"image.image_size", "text.context_length"}  # a model may have been made for several
 IMAGE_POSITIONS = ("image.positional_embedding", "image.pool.positional_embedding")  # a ResNet has them in its pooling
 RESNET_STRIDE = 32  # pixels a side of what one position of a ResNet's last feature map stands for
@@ -62,7 +62,17 @@ def _with_count(label: str, count: int) -> str:
 
 
 def numbers_of(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of a model with towers of ours tell about it, by the keys of `ModelConfig`; less for other towers."""
+    """What the shapes of a model with towers of ours tell about it, by the keys of `ModelConfig`; less for other towers.
+
+    Nothing where they cannot be a model's.
+    """
+    try:
+        return _numbers_of_text(state) | _numbers_of_image(state)
+    except (IndexError, ValueError, ZeroDivisionError):
+        return {}
+
+
+def _numbers_of_text(state: dict[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tower in ("image", "text"):
         blocks = {
@@ -76,7 +86,7 @@ def numbers_of(state: dict[str, Tensor]) -> dict[str, Any]:
         found["text.context_length"] = positions.shape[-2]
     if (projection := state.get("text.projection.weight")) is not None:
         found["embed_dim"] = projection.shape[0]
-    return found | _numbers_of_image(state)
+    return found
 
 
 def _numbers_of_image(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -99,9 +109,11 @@ def _numbers_of_image(state: dict[str, Tensor]) -> dict[str, Any]:
 
 def known_model(numbers: dict[str, Any]) -> str | None:
     """The model of `conf/model/` with these numbers, or with all but the sizes of its inputs."""
+    if not {"image.kind", "text.width"} <= numbers.keys():
+        return None
     fits: dict[int, str] = {}
     for config in known_models():
         wrong = {key for key, value in numbers.items() if attrgetter(key)(config) != value}
         if wrong <= INPUT_SIZES:
             fits.setdefault(len(wrong), config.name)
-    return fits[min(fits)] if fits and {"image.kind", "text.width"} <= numbers.keys() else None
+    return fits[min(fits)] if fits else None

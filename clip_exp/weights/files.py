@@ -58,7 +58,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"{path}: holds no weights. Fetch or write it again.")
     if wrong := [name for name, tensor in state.items() if not _dense(tensor)]:
-        raise CheckpointError(f"{path}: holds sparse or quantized tensors, which no model here takes: {listing(wrong)}")
+        raise CheckpointError(
+            f"{path}: holds sparse, nested or quantized tensors, which no model here takes: {listing(wrong)}"
+        )
     return state
 
 
@@ -98,7 +100,9 @@ def _read_torch(path: Path) -> Any:
             f"{path}: refused, because torch finds no weights in this pickle. Fetch or write the file again."
         ) from error
     except Exception as error:  # a damaged file can break the unpickler in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (
+            (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+        )  # the rest is advice, also bad one
         raise CheckpointError(f"{path}: not a readable torch file ({reason}). Fetch or write it again.") from error
 
 
@@ -118,11 +122,12 @@ def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    plain = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return plain and tensor.device.type == "cpu"
 
 
 def listing(names: Iterable[str], limit: int = 10) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
+    """The first names, and how many more there are. A file can name its weights anything, and a terminal obeys some of it."""
+    names = [name if name.isprintable() and len(name) <= 200 else f"{name[:100]!r}…" for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

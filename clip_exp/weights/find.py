@@ -15,8 +15,9 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.weights import activation, registry
 from clip_exp.weights.describe import About, describe
 from clip_exp.weights.download import fetch, kept_at
-from clip_exp.weights.formats import weight_files
+from clip_exp.weights.formats import format_of, weight_files
 from clip_exp.weights.hub import HUB, fetch_repository, is_hub_name
+from clip_exp.weights.known import known_models
 
 log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
@@ -50,9 +51,9 @@ def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = r
     """
     if problems := check_pretrained(pretrained, model, look_up):
         raise ConfigError("\n".join(problems))
-    path = Path(pretrained).expanduser()
+    path = _place(pretrained)
     listed = look_up(model.open_clip_name, pretrained) if model is not None else None
-    if path.is_file() or (path.is_dir() and (listed is None or _holds_weights(path))):
+    if path is not None and (path.is_file() or listed is None or _holds_weights(path)):
         chosen = _in_folder(path) if path.is_dir() else path
         return Found(chosen, describe(chosen), str(chosen))
     if is_hub_name(pretrained):
@@ -67,8 +68,7 @@ def check_pretrained(pretrained: str, model: ModelConfig | None, look_up: LookUp
     """What can be seen to be wrong with `pretrained` before anything is fetched or read."""
     if not pretrained.strip():
         return ["pretrained has no value: give a tag, a file, a folder, or hf-hub:org/name."]
-    path = Path(pretrained).expanduser()
-    if path.is_file() or path.is_dir() or is_hub_name(pretrained):
+    if _place(pretrained) is not None or is_hub_name(pretrained):
         return []
     listed = look_up(model.open_clip_name, pretrained) if model is not None else None
     if model is None or listed is None:
@@ -84,6 +84,17 @@ def hash_weights(path: Path) -> str:
         return hash_of(files[0])
     lines = "".join(f"{hash_of(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _place(pretrained: str) -> Path | None:
+    """The file or folder of that name; None where there is none, or none could be."""
+    try:
+        path = Path(pretrained).expanduser()
+        return path if path.is_file() or path.is_dir() else None
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError):  # too long for a name; in the home of a user who does not exist
+        return None
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -129,16 +140,26 @@ def _fetch(listed: registry.Entry) -> Path:
     address = listed.url
     if listed.hub is None or (address and kept_at(address).is_file()):
         assert address is not None
-        return fetch(address, listed.sha256)
+        return _from_address(address, listed.sha256)
     try:
         return fetch_repository(listed.hub, listed.hub_file, kept_is_enough=True)
     except CheckpointError as error:
         if address is None:
             raise
         try:
-            return fetch(address, listed.sha256)
+            return _from_address(address, listed.sha256)
         except CheckpointError as second:
             raise CheckpointError(f"{error}\n{second}") from second
+
+
+def _from_address(address: str, sha256: str | None) -> Path:
+    path = fetch(address, sha256)
+    if sha256 is None:
+        try:
+            format_of(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Delete what lies there first: it is taken for whole.") from error
+    return path
 
 
 def _told(listed: registry.Entry) -> str:
@@ -150,6 +171,10 @@ def _problem(pretrained: str, model: ModelConfig | None) -> str:
     others = "a file, a folder (a run, a checkpoint, Hugging Face's or open_clip's), or hf-hub:org/name"
     if pretrained.startswith(HUB):
         return f"pretrained={pretrained} cannot be read: write hf-hub:org/name, or hf-hub:org/name@revision."
+    if "://" in pretrained:
+        page = pretrained.partition("://huggingface.co/")[2].strip("/")
+        hint = f" (pretrained={HUB}{page})" if is_hub_name(HUB + page) else ""
+        return f"pretrained={pretrained}: addresses are not fetched. Give {HUB}org/name{hint}, or download the file and give it."
     if is_hub_name(HUB + pretrained) and Path(pretrained).suffix.lower() not in FILE_ENDINGS:
         others = f"{HUB}{pretrained} if it is on the Hugging Face hub, or a file, or a folder"
     if looks_like_a_path or model is None:
@@ -160,7 +185,10 @@ def _problem(pretrained: str, model: ModelConfig | None) -> str:
         return (
             f"pretrained={pretrained} does not exist, and model={model.name} has no published weights: give {others}."
         )
-    return (
-        f"pretrained={pretrained} does not exist, and is no tag of model={model.name}: {nearest(registry.clean(pretrained), tags)} "
-        f"Or give {others}."
+    having = [other.name for other in known_models() if registry.entry(other.open_clip_name, pretrained) is not None]
+    meant = (
+        f"model={' or model='.join(having)} has that tag; of model={model.name} they are {', '.join(tags)}."
+        if having
+        else nearest(registry.clean(pretrained), tags)
     )
+    return f"pretrained={pretrained} does not exist, and is no tag of model={model.name}: {meant} Or give {others}."

@@ -12,6 +12,12 @@ from clip_exp.weights.files import listing, read_weights
 from clip_exp.weights.positions import TEXT, fit_positions
 
 BIAS = "logit_bias"
+NUMBERS = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+)  # narrower ones go with a scale that is elsewhere
 
 
 def load_weights(model: nn.Module, path: str | Path, config: ModelConfig | None = None) -> list[str]:
@@ -51,7 +57,7 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> list
     if problems := list(_problems(fitted, own)):
         hints = _hints(state, own)
         raise CheckpointError("\n".join([f"{source}: does not fit the model.", *problems, *hints]))
-    if wild := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+    if wild := [name for name, tensor in fitted.items() if not torch.isfinite(tensor.to(own[name].dtype)).all()]:
         raise CheckpointError(
             f"{source}: has values that are not finite (NaN or infinite) in {listing(wild)}. The file is damaged or its "
             "training failed: use an earlier checkpoint."
@@ -77,7 +83,7 @@ def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:
             shapes.append((f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}", 1))
-        elif own[name].is_floating_point() and not state[name].is_floating_point():
+        elif own[name].is_floating_point() and state[name].dtype not in NUMBERS:
             kinds.append((f"{name} {state[name].dtype} instead of {own[name].dtype}", 1))
     told = {
         "missing in the file": grouped(own.keys() - state.keys(), own.keys()),

@@ -3,9 +3,12 @@
 import json
 import struct
 import zipfile
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from clip_exp.errors import CheckpointError
 
@@ -22,7 +25,8 @@ INDEX = ".index.json"
 LFS_POINTER = b"version https://git-lfs"
 PICKLE = b"\x80"
 TORCHSCRIPT, PICKLED = "constants.pkl", "data.pkl"
-MAX_HEADER = 100_000_000  # bytes, of a safetensors file; the library's own limit
+MAX_YAML = 1_000_000  # bytes of a run's configuration, which has ten thousand
+MAX_JSON = 100_000_000  # bytes, of a safetensors file's header, which is the library's own limit, and of files of JSON
 
 
 class Format(StrEnum):
@@ -52,13 +56,25 @@ def weight_files(path: Path) -> list[Path]:
     return _parts(path) if path.name.endswith(INDEX) else [path]
 
 
-def _parts(index: Path) -> list[Path]:
+def part_names(index: Path) -> list[str]:
+    """The files of a model in parts, all in the folder of its index.
+
+    Raises:
+        CheckpointError: the index names none, or others.
+    """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: has no `weight_map` from weights to files. Fetch it again.")
-    parts = [index.parent / name for name in sorted(set(names.values()))]
-    if outside := [part.name for part in parts if part.parent != index.parent or part.name == ".."]:
-        raise CheckpointError(f"{index}: names files outside its folder ({outside[0]}). Fetch it from its publisher.")
+    parts = sorted(set(names.values()))
+    if outside := [
+        part for part in parts if part in ("", "..") or Path(part).name != part or "\0" in part or len(part) > 255
+    ]:
+        raise CheckpointError(f"{index}: names files outside its folder ({outside[0]!r}). Fetch it from its publisher.")
+    return parts
+
+
+def _parts(index: Path) -> list[Path]:
+    parts = [index.parent / name for name in part_names(index)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise CheckpointError(
             f"{index.parent}: {len(missing)} of {len(parts)} parts are missing: {', '.join(missing[:5])}. Fetch them."
@@ -79,13 +95,14 @@ def format_of(path: Path) -> Format:
         raise CheckpointError(f"{path}: an empty file. Fetch it again.")
     if start.startswith(LFS_POINTER):
         raise CheckpointError(f"{path}: a Git-LFS pointer instead of the file itself. Run `git lfs pull` there.")
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+    header = start[8:9] == b"{"  # of a safetensors file, whose first bytes are a number, and may be any letters
+    if not header and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         raise CheckpointError(
             f"{path}: a web page instead of weights. Fetch the file itself, logged in where it is asked."
         )
     if start.startswith(b"PK"):
         return _format_of_zip(path)
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
+    if header or path.suffix == ".safetensors":
         read_safetensors_header(path, size)
         return Format.safetensors
     if start.startswith(PICKLE):
@@ -101,6 +118,12 @@ def _format_of_zip(path: Path) -> Format:
     names = zip_members(path)
     if PICKLED not in names:
         raise CheckpointError(f"{path}: a zip archive without weights of torch. Give a .safetensors, .pt or .bin file.")
+    told = sum(info.file_size for name, info in names.items() if name == PICKLED or name.startswith("data/"))
+    if told > (size := path.stat().st_size):
+        raise CheckpointError(
+            f"{path}: its records would be {told:,} bytes, out of a file of {size:,}: packed, as torch never writes them. Fetch "
+            "it again, or write it with torch.save."
+        )
     return Format.torchscript if TORCHSCRIPT in names else Format.torch
 
 
@@ -108,13 +131,16 @@ def zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
     """The members of torch's zip files by their names below the one top folder.
 
     Raises:
-        CheckpointError: the archive is damaged.
+        CheckpointError: the archive is damaged, or has two members of a name, of which readers take one or the other.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            members = [(info.filename.partition("/")[2], info) for info in archive.infolist()]
     except Exception as error:  # a damaged directory can break the reader in any way
         raise CheckpointError(f"{path}: a damaged archive ({error}). Fetch it again.") from error
+    if twice := [name for name, count in Counter(name for name, _ in members).items() if name and count > 1]:
+        raise CheckpointError(f"{path}: a damaged archive (its record {twice[0]} is there twice). Fetch it again.")
+    return dict(members)
 
 
 def read_safetensors_header(path: Path, size: int) -> dict[str, Any]:
@@ -128,8 +154,8 @@ def read_safetensors_header(path: Path, size: int) -> dict[str, Any]:
     """
     with path.open("rb") as file:
         start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER + 1
-        text = file.read(length) if length <= MAX_HEADER else b""
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_JSON + 1
+        text = file.read(length) if length <= MAX_JSON else b""
     try:
         header = json.loads(text)
         end = max(
@@ -142,12 +168,24 @@ def read_safetensors_header(path: Path, size: int) -> dict[str, Any]:
     return header
 
 
+def is_plain_yaml(path: Path) -> bool:
+    """Whether a file of YAML is as large as it looks: with aliases a few lines stand for gigabytes."""
+    if path.stat().st_size > MAX_YAML:
+        return False
+    try:
+        return not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: not JSON, or something other than an object.
+        CheckpointError: not JSON, something other than an object, or more than any model needs.
     """
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise CheckpointError(f"{path}: {size:,} bytes of JSON, where a model needs thousands. Fetch it again.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,6 +1,9 @@
-"""Weights from the Hugging Face hub, through its own library: its cache, its resumption, its locks; our errors and checksums."""
+"""Weights from the Hugging Face hub, in its own library's cache; its large files come by our own download.
 
-import json
+The library neither goes on with a download that another process began, nor compares checksums, and waits for other processes
+without a limit.
+"""
+
 import logging
 import os
 import re
@@ -12,12 +15,14 @@ import requests
 
 from clip_exp.checkpoints.writer import sha256 as hash_of
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.weights.download import offline
-from clip_exp.weights.formats import IN_FOLDER, INDEX, weight_files
+from clip_exp.weights.download import fetch, offline
+from clip_exp.weights.formats import IN_FOLDER, INDEX, part_names, weight_files
+from clip_exp.weights.transfer import PASSING
 
 log = logging.getLogger(__name__)
 HUB = "hf-hub:"
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
+SHA256 = re.compile(r"[0-9a-f]{64}")  # the tag of a large file
 # How the weights were made, and what their texts are made into tokens with.
 ABOUT = ("open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
@@ -63,11 +68,11 @@ class HubUnreachable(CheckpointError):
 
 def _download(name: str, file: str | None) -> Path:
     _require_reachable(name)
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
 
     repository, revision = _split(name)
     with _translated(name):
-        info = HfApi(endpoint=_endpoint()).model_info(repository, revision=revision)
+        info = HfApi(endpoint=_endpoint()).model_info(repository, revision=revision, timeout=TIMEOUT_S)
         there = {sibling.rfilename for sibling in info.siblings or ()}
     wanted = next((choice for choice in _choices(file) if choice in there), None)
     if wanted is None:
@@ -76,18 +81,27 @@ def _download(name: str, file: str | None) -> Path:
             f"{', '.join(sorted(there)[:10]) or 'no files'}."
         )
     with _translated(name):
-
-        def get(part: str) -> Path:
-            return Path(hf_hub_download(repository, part, revision=revision, endpoint=_endpoint()))
-
         for about in ABOUT if file else ABOUT + TOKENIZER:
             if about in there:
-                get(about)
-        path = get(wanted)
-        if wanted.endswith(INDEX):
-            for part in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
-                get(part)
+                _get(repository, about, revision)
+        path = _get(repository, wanted, revision)
+        for part in part_names(path) if wanted.endswith(INDEX) else ():
+            _get(repository, part, revision)
     return path if file else path.parent
+
+
+def _get(repository: str, file: str, revision: str | None) -> Path:
+    """A file of a repository in the library's cache. A large one is put where the library finds it, and only links to it."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(repository, file, revision=revision, endpoint=_endpoint())
+    tag = get_hf_file_metadata(url, timeout=TIMEOUT_S, endpoint=_endpoint()).etag or ""
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    if SHA256.fullmatch(tag) and not (blobs / tag).is_file():
+        fetch(url, tag, blobs, name=tag, headers=build_hf_headers())
+    return Path(hf_hub_download(repository, file, revision=revision, endpoint=_endpoint()))
 
 
 def _choices(file: str | None) -> tuple[str, ...]:
@@ -143,6 +157,8 @@ def _translated(name: str) -> Iterator[None]:
 
     try:
         yield
+    except CheckpointError:
+        raise
     except GatedRepoError as error:
         raise CheckpointError(
             f"{HUB}{name} is given only to those who have accepted its conditions: accept them at "
@@ -159,13 +175,17 @@ def _translated(name: str) -> Iterator[None]:
     except (
         Exception
     ) as error:  # the library's transport, and with it the errors of connections, differ between versions
-        raise CheckpointError(
-            f"{HUB}{name} cannot be fetched: {_first_line(error)} Run again later to go on."
-        ) from error
+        if isinstance(error, OSError) and error.filename is not None:  # of this disk
+            raise CheckpointError(
+                f"{HUB}{name}: {error.filename} cannot be written: {error.strerror}. Make room there, or set HF_HOME to another folder."
+            ) from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        kind = HubUnreachable if status is None or status in PASSING else CheckpointError
+        raise kind(f"{HUB}{name} cannot be fetched: {_first_line(error)}. Run again later to go on.") from error
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _verify(path: Path, name: str) -> None:
@@ -175,7 +195,7 @@ def _verify(path: Path, name: str) -> None:
         CheckpointError: another hash; the file is removed.
     """
     kept = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", kept.name) and (found := hash_of(kept)) != kept.name:
+    if SHA256.fullmatch(kept.name) and (found := hash_of(kept)) != kept.name:
         path.unlink()
         kept.unlink(missing_ok=True)
         raise CheckpointError(

@@ -1,8 +1,11 @@
 """What a model's configuration leaves to timm and to Hugging Face, written out: a run folder is then opened without asking them."""
 
+import sys
 from dataclasses import replace
 
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, Interpolation, ModelConfig, TextTower
+
+QUICK = "_clip_quickgelu_"  # in timm's names of backbones that compute what OpenAI's and its descendants' weights need
 
 
 def note_architecture(model: ModelConfig, pretrained: str | None = None) -> ModelConfig:
@@ -59,6 +62,13 @@ def _as_trained(image: ImageTowerConfig, backbone: str) -> ImageTowerConfig:
     import timm
 
     trained = timm.get_pretrained_cfg(backbone)
+    twin = backbone.replace("_clip_", QUICK)
+    if QUICK not in backbone and any("quickgelu" in note for note in trained.notes or ()) and timm.is_model(twin):
+        print(
+            f"{backbone} computes gelu, but its weights were trained with quick_gelu: model.image.name={twin} computes that.",
+            file=sys.stderr,
+            flush=True,
+        )
     interpolation = trained.interpolation if trained.interpolation in list(Interpolation) else Interpolation.bicubic
     return replace(
         image,

@@ -30,8 +30,9 @@ def fit_positions(
         if (
             not name.endswith(ENDINGS)
             or old.shape == new.shape
-            or old.shape[-1] != new.shape[-1]
             or old.ndim != new.ndim
+            or old.shape[-1] != new.shape[-1]
+            or not old.is_floating_point()
         ):
             continue
         before, after = old.shape[-2], new.shape[-2]

@@ -3,14 +3,23 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 
-from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig
+from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig, TextTower
 from clip_exp.errors import ConfigError
 from clip_exp.weights.activation import contradiction, is_ours_to_choose, matters
 from clip_exp.weights.describe import About
 from clip_exp.weights.find import Found
+from clip_exp.weights.known import known_models
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+# The sizes of the inputs are left out: positions are made to fit.
+ARCHITECTURE = (
+    "embed_dim",
+    *(f"image.{name}" for name in ("kind", "patch_size", "width", "layers", "stages", "heads")),
+    *(f"text.{name}" for name in ("kind", "vocab_size", "width", "layers", "heads")),
+)
+OUR_TOWERS = {ImageTower.vit, ImageTower.resnet, ImageTower.siglip, TextTower.clip, TextTower.siglip}
 
 
 def settle(model: ModelConfig, found: Found) -> ModelConfig:
@@ -53,12 +62,23 @@ def as_settled(model: ModelConfig, earlier: ModelConfig) -> ModelConfig:
 def _contradictions(model: ModelConfig, found: Found) -> Iterator[str]:
     if problem := contradiction(model, _activation_of(model, found), found.told):
         yield problem
-    if found.about.model is None:
+    theirs = found.about.model
+    if theirs is None or not (differing := list(_differing(model, theirs))):
         return
-    for tower in ("image", "text"):
-        ours, theirs = getattr(model, tower), getattr(found.about.model, tower)
-        if ours.kind == theirs.kind and None not in (ours.heads, theirs.heads) and ours.heads != theirs.heads:
-            yield f"model.{tower}.heads={ours.heads}, but {found.told} was trained with {theirs.heads}: choose the `model` that it is of."
+    known = [each for each in known_models() if not list(_differing(each, theirs))]
+    known.sort(key=lambda each: each.image.image_size != theirs.image.image_size)
+    way_out = f"Choose model={known[0].name}." if known else "Set these, or choose the `model` that it is of."
+    yield f"{found.told} is of another model than model={model.name}: {', '.join(differing)}. {way_out}"
+
+
+def _differing(ours: ModelConfig, theirs: ModelConfig) -> Iterator[str]:
+    """What makes other weights, or other numbers out of the same ones, in towers of ours."""
+    for key in ARCHITECTURE:
+        tower = key.partition(".")[0]
+        kinds = {getattr(model, tower).kind for model in (ours, theirs)} if tower != key else set()
+        here, there = attrgetter(key)(ours), attrgetter(key)(theirs)
+        if kinds <= OUR_TOWERS and None not in (here, there) and here != there:
+            yield f"model.{key}={there} instead of {here}"
 
 
 def _activation_of(model: ModelConfig, found: Found) -> Activation | None:

@@ -96,9 +96,10 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
     """Modules as records, tensors as where they are stored.
 
+    Python's own form of the unpickler: in the faster one a pickle of ten bytes can ask for a table of gigabytes.
     Each name gets a class or function object of its own, since a pickle may set attributes of what it has been given.
     """
 

@@ -1,6 +1,7 @@
 """A model by somebody's weights: in Python and by every command, settled by what the weights tell."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -19,7 +20,8 @@ from clip_exp.config.use_schema import ExportFormat
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.export.write import write_export
 from clip_exp.inference.index import read_recipe
-from clip_exp.inference.sources import named_model
+from clip_exp.inference.loading import load_model
+from clip_exp.inference.sources import Source, named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 from clip_exp.weights.find import hash_weights
@@ -158,6 +160,15 @@ def test_what_does_not_load_gives_no_model(nano: CLIP, tmp_path: Path) -> None:
         clip_exp.load("vit_nano", tmp_path / "cut.safetensors", accelerator="cpu")
     with pytest.raises(ConfigError, match="nothing tells which model"):
         clip_exp.load(tmp_path / "cut.safetensors")
+
+
+def test_positions_that_are_made_to_fit_are_told(nano: CLIP, tmp_path: Path, caplog) -> None:
+    save_file(nano.state_dict(), tmp_path / "nano.safetensors")
+    model = named_model("vit_nano")
+    larger = replace(model, image=replace(model.image, image_size=64), text=replace(model.text, context_length=32))
+    load_model(Source(larger, tmp_path / "nano.safetensors"))
+    assert "4x4 patches is interpolated to 8x8 (bicubic)" in caplog.text
+    assert "the first 32 of the file's 77 positions" in caplog.text
 
 
 def test_every_command_takes_a_folder_and_records_its_hash(theirs: Path, tmp_path: Path, clip_exp_command) -> None:

@@ -16,6 +16,7 @@ class Served:
     content: bytes
     etag: str | None = '"1"'
     ranges: bool = True  # whether a part of the file can be asked for
+    most: int | None = None  # bytes of a part that it gives at a time
     cut: list[int] = field(default_factory=list)  # bytes after which an answer breaks off
     statuses: list[int] = field(default_factory=list)  # answers before the file is given
     headers: dict[str, str] = field(default_factory=dict)
@@ -27,6 +28,7 @@ class Request:
     method: str
     path: str
     range: str | None
+    authorization: str | None
 
 
 class Server:
@@ -76,7 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0]
-        self.state.requests.append(Request(self.command, path, self.headers.get("Range")))
+        self.state.requests.append(
+            Request(self.command, path, self.headers.get("Range"), self.headers.get("Authorization"))
+        )
         served = self.state.files.get(path)
         if served is None or served.statuses:
             status, about = (404, {}) if served is None else (served.statuses.pop(0), served.headers)
@@ -90,11 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._headers(416, 0, {"Content-Range": f"bytes */{len(served.content)}"})
             return
         about = dict(served.headers) | ({"ETag": served.etag} if served.etag else {})
+        given = served.content[start:][: served.most if start else None]
         if start:
-            about["Content-Range"] = f"bytes {start}-{len(served.content) - 1}/{len(served.content)}"
-        self._headers(206 if start else 200, len(served.content) - start, about)
+            about["Content-Range"] = f"bytes {start}-{start + len(given) - 1}/{len(served.content)}"
+        self._headers(206 if start else 200, len(given), about)
         if with_body:
-            self._body(served, served.content[start:])
+            self._body(served, given)
 
     def _headers(self, status: int, length: int, about: dict[str, str]) -> None:
         self.send_response(status)

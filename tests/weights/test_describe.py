@@ -208,6 +208,10 @@ def test_a_config_json_counts_for_files_of_a_published_name_only(tmp_path: Path)
     assert describe(weights(tmp_path / "downloaded.safetensors")) == About("safetensors file")
     assert describe(weights(tmp_path / "model.safetensors")).model is not None
     write_json(tmp_path / "config.json", {"model_type": "bert"})
+    assert describe(tmp_path / "model.safetensors") == About(
+        "file of weights beside a config.json of model_type=bert", **NOTHING_KNOWN
+    )
+    write_json(tmp_path / "config.json", {"architecture": "vit_base_patch16_224"})
     assert describe(tmp_path / "model.safetensors") == About("safetensors file")
 
 
@@ -273,7 +277,15 @@ def test_describing_imports_no_torch(tmp_path: Path) -> None:
 
 
 def test_a_config_yaml_of_something_else_is_passed_over(tmp_path: Path) -> None:
-    for content in ("model: {name: x}", "a: [1", "- 1", "model: big"):
+    aliases = "a: &a [1]\nmodel: {embed_dim: 1, a: *a}"  # ten lines of them can take all memory
+    for content in (
+        "model: {name: x}",
+        "a: [1",
+        "- 1",
+        "model: big",
+        aliases,
+        "model: {embed_dim: 1}" + " " * 1_000_000,
+    ):
         weights(tmp_path / "model.safetensors")
         (tmp_path / "config.yaml").write_text(content)
         assert describe(tmp_path / "model.safetensors") == About("safetensors file")

@@ -1,6 +1,8 @@
 """Downloads end with the right file under its name, or with nothing there and a message; against a local server."""
 
+import gzip
 import hashlib
+import io
 import os
 import resource
 import subprocess
@@ -8,11 +10,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.weights.download import PIECE, fetch, kept_at
+from clip_exp.weights import download, transfer
+from clip_exp.weights.download import fetch, kept_at
+from clip_exp.weights.transfer import PIECE
 from tests.conftest import REPOSITORY
 from tests.weights.server import Served, Server, serving
 
@@ -90,6 +97,67 @@ def test_another_part_than_was_asked_for_is_not_taken(server, tmp_path) -> None:
     server.files["/w.pt"] = Served(CONTENT, statuses=[206], headers={"Content-Range": "bytes 5-9/10"})
     assert get(server, tmp_path).read_bytes() == CONTENT
     assert server.gets("/w.pt") == ["bytes=300000-", None]
+
+
+def test_a_server_that_gives_little_at_a_time_is_asked_until_there_is_all(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT, cut=[4 * PIECE], most=300_000)
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    starts = [4 * PIECE, 4 * PIECE + 300_000, 4 * PIECE + 600_000]
+    assert server.gets("/w.pt") == [None, *(f"bytes={start}-" for start in starts)]
+
+
+def test_what_a_server_packs_is_unpacked_and_never_gone_on_from(server, tmp_path) -> None:
+    """A part of the unpacked file does not tell where in the packed one it ended."""
+    packed = gzip.compress(os.urandom(300_000))
+    content = gzip.decompress(packed)
+    served = Served(packed, headers={"Content-Encoding": "gzip"}, cut=[200_000])
+    server.files["/w.pt"] = served
+    assert get(server, tmp_path, hashlib.sha256(content).hexdigest()).read_bytes() == content
+    assert server.gets("/w.pt") == [None, None]
+
+
+def test_a_server_that_cannot_go_on_and_breaks_off_anywhere_is_left_in_the_end(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(CONTENT, ranges=False, cut=[2 * PIECE, 3 * PIECE] * 20)
+    with pytest.raises(CheckpointError, match="5 times in a row"):
+        get(server, tmp_path)
+    assert len(server.requests) <= 8
+
+
+def test_who_asks_is_not_told_to_another_server(server, tmp_path) -> None:
+    with serving() as other:
+        other.files["/w.pt"] = Served(CONTENT)
+        server.files["/w.pt"] = Served(b"", statuses=[302], headers={"Location": f"{other.url}/w.pt"})
+        path = get(server, tmp_path, name="mine", headers={"authorization": "Bearer secret"})
+    assert (path.name, path.read_bytes()) == ("mine", CONTENT)
+    assert [request.authorization for request in server.requests] == ["Bearer secret"]
+    assert [request.authorization for request in other.requests] == [None]
+
+
+def test_a_circle_of_addresses_is_told_at_once(server, tmp_path) -> None:
+    server.files["/w.pt"] = Served(b"", statuses=[302] * 99, headers={"Location": "/w.pt"})
+    with pytest.raises(CheckpointError, match=r"/w\.pt cannot be fetched: it leads in a circle\. .*pretrained=FILE"):
+        get(server, tmp_path)
+    assert len(server.requests) < 40
+
+
+def test_a_server_that_falls_silent_is_told(server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(transfer, "TIMEOUT_S", (1, 0.05))
+    server.files["/w.pt"] = Served(CONTENT, hold=(hold := threading.Event()))
+    with pytest.raises(CheckpointError, match="the server fell silent, 5 times in a row"):
+        get(server, tmp_path)
+    hold.set()
+
+
+def test_a_terminal_gets_a_bar_and_anything_else_a_line(server, tmp_path, monkeypatch, capsys) -> None:
+    server.files["/w.pt"] = Served(CONTENT)
+    get(server, tmp_path / "a")
+    assert capsys.readouterr().err == f"downloading {server.url}/w.pt to {tmp_path / 'a'}\n"
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(download, "Console", lambda stderr: screen)
+    get(server, tmp_path / "b")
+    assert "downloading w.pt" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "1.0/1.0 MB" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_is_kept_in_the_folder_whatever_its_address(tmp_path) -> None:
@@ -186,12 +254,16 @@ def test_without_a_checksum_only_https_is_fetched_from(server, tmp_path) -> None
     with pytest.raises(ConfigError, match="without a checksum only https is safe"):
         get(server, tmp_path, None)
     assert server.requests == []
+    way = [SimpleNamespace(url="https://a/w.pt"), SimpleNamespace(url="http://b/w.pt")]
+    answer: Any = SimpleNamespace(ok=True, status_code=200, url="https://c/w.pt", history=way)
+    with pytest.raises(CheckpointError, match=r"leads to http://b/w\.pt: without a checksum only https is safe"):
+        transfer._require_file(answer, "https://a/w.pt", secure=True)
 
 
 FETCH = """
 import sys
 from pathlib import Path
-from clip_exp.weights.download import PIECE, fetch
+from clip_exp.weights.download import fetch
 print(fetch(sys.argv[1], sys.argv[2], Path(sys.argv[3]), wait_s=float(sys.argv[4])))
 """
 
@@ -236,15 +308,21 @@ def test_waiting_ends_after_its_limit_and_names_the_file(server, tmp_path) -> No
     assert one.communicate(timeout=60)[0].strip() == str(tmp_path / "w.pt")
 
 
-def test_a_killed_process_leaves_no_lock_and_its_part_is_gone_on_from(server, tmp_path) -> None:
+def test_who_waits_for_a_process_that_is_killed_goes_on_from_its_part(server, tmp_path) -> None:
     hold = threading.Event()
     server.files["/w.pt"] = Served(CONTENT, hold=hold)
     one = start(server, tmp_path)
     part = tmp_path / "w.pt.part"
-    until(lambda: server.requests)
+    until(lambda: part.exists() and part.stat().st_size)
+    two = start(server, tmp_path)
+    assert two.stderr is not None
+    assert "waiting for another process that downloads" in two.stderr.readline()
+    server.files["/w.pt"] = Served(CONTENT)
+    have = part.stat().st_size
     one.kill()
     one.communicate(timeout=60)
+    out, _ = two.communicate(timeout=60)
     hold.set()
-    server.files["/w.pt"] = Served(CONTENT)
-    assert get(server, tmp_path, wait_s=5).read_bytes() == CONTENT
+    assert out.strip() == str(tmp_path / "w.pt")
+    assert server.gets("/w.pt") == [None, f"bytes={have}-"]
     assert not part.exists()

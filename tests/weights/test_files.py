@@ -1,4 +1,5 @@
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,17 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, name: str, content:
         read_weights(path)
 
 
+def test_a_header_may_have_any_length(tmp_path: Path) -> None:
+    """Its length comes first, and may be the letters that a web page begins with."""
+    path = tmp_path / "model.safetensors"
+    save_file({"logit_scale": torch.ones(1)}, path)
+    content = path.read_bytes()
+    header = content[8:-4].ljust(0x3C20)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[-4:])
+    assert path.read_bytes().lstrip().startswith(b"<")
+    assert read_weights(path).keys() == {"logit_scale"}
+
+
 @pytest.mark.parametrize(
     "content", [b"\x89HDF\r\n\x1a\n", b"\x1f\x8b\x08gzip", b"text: 1", b"cos\nsystem\n(S'ls'\ntR."]
 )
@@ -238,7 +250,7 @@ def test_a_truncated_safetensors_tells_how_much_is_there(model: CLIP, tmp_path: 
         ({"epoch": 3}, "not weights: epoch"),
         ({"state_dict": {"a": torch.ones(1), "b": [1], "c": "text"}}, "not weights: b, c"),
         ({1: torch.ones(1)}, "not weights: 1"),
-        ({"a": torch.ones(2).to_sparse()}, "sparse or quantized tensors, which no model here takes: a"),
+        ({"a": torch.ones(2).to_sparse()}, "sparse, nested or quantized tensors, which no model here takes: a"),
         (
             {"visual.conv1.weight": torch.ones(2), "logit_scale": torch.ones(2)},
             "of shapes that their names do not have",
@@ -250,3 +262,18 @@ def test_a_file_without_weights_is_told(tmp_path: Path, content: Any, reason: st
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=reason):
         read_weights(path)
+
+
+def test_a_tar_of_old_is_refused_without_the_advice_to_trust_it(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.pt", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as opened:
+        opened.addfile(tarfile.TarInfo("\x80storages"))
+    with pytest.raises(CheckpointError, match=r"not a readable torch file \([^()]*tar format\)\. Fetch") as caught:
+        read_weights(tmp_path / "a.pt")
+    assert "False" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_tensors_without_one_shape_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="sparse, nested or quantized tensors, which no model here takes: a"):
+        read_weights(tmp_path / "a.pt")

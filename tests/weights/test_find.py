@@ -150,6 +150,15 @@ PROBLEMS = {
     "no weights published": ("openai", "vit_nano", "model=vit_nano has no published weights"),
     "a file that is missing": ("absent.pt", "vit_b32", "absent.pt does not exist (looked in "),
     "a folder that is missing": ("absent/train", "vit_b32", "absent/train does not exist"),
+    "a tag of another model": (
+        "dfn2b_s39b",
+        "vit_b32",
+        "model=vit_l14 has that tag; of model=vit_b32 they are openai, ",
+    ),
+    "an address": ("https://a.org/w.pt", "vit_b32", "addresses are not fetched. Give hf-hub:org/name, or download"),
+    "a page of the hub": ("https://huggingface.co/org/clip", "vit_b32", "(pretrained=hf-hub:org/clip)"),
+    "a name that no file can have": ("a" * 300 + ".pt", "vit_b32", "does not exist"),
+    "a user's who does not exist": ("~nobody-here/w.pt", "vit_b32", "~nobody-here/w.pt does not exist"),
     "half a name on the hub": ("hf-hub:laion", "vit_b32", "write hf-hub:org/name"),
 }
 
@@ -177,6 +186,14 @@ def test_a_wrong_activation_is_told_before_a_tag_is_fetched() -> None:
 def test_what_can_be_found_is_no_problem(run_dir: Path) -> None:
     model = named_model("vit_b32")
     assert not [p for p in ("openai", "hf-hub:org/name", str(run_dir)) if check_pretrained(p, model)]
+
+
+def test_a_file_that_was_cut_short_before_its_checksum_is_known_must_be_deleted(model, tmp_path, monkeypatch) -> None:
+    """A tag without a checksum: what lies in its place is not fetched again."""
+    monkeypatch.setenv("CLIP_EXP_CACHE", str(tmp_path))
+    (tmp_path / "w.pt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(CheckpointError, match=r"w\.pt: cut short.* Delete what lies there first"):
+        find_weights("tiny", model, look_up(replace(LISTED, url="https://localhost/w.pt")))
 
 
 def test_the_hash_of_a_folder_is_that_of_its_weights_and_changes_with_any_part(tmp_path) -> None:

@@ -142,6 +142,37 @@ def test_weights_that_are_not_finite_are_named(model: CLIP, value: float) -> Non
     assert "not finite (NaN or infinite) in text.ln_final.weight." in refusal(fresh(), state)
 
 
+def test_numbers_of_other_widths_become_float32_or_are_named(model: CLIP) -> None:
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    other = fresh()
+    assert fit_weights(other, state, "file.pt") == []
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
+    state["text.ln_final.weight"][3] = 1e300  # no float32
+    assert "not finite (NaN or infinite) in text.ln_final.weight." in refusal(fresh(), state)
+    state["text.ln_final.weight"] = torch.ones(48, dtype=torch.float8_e5m2)
+    assert "of another kind: text.ln_final.weight torch.float8_e5m2 instead of torch.float32" in refusal(other, state)
+
+
+NINES = "9" * 5000  # a number that Python does not read
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ({"image.patch_embedding.weight": torch.ones(())}, "image.patch_embedding.weight [] instead of"),
+        ({"text.token_embedding.weight": torch.ones(4)}, "text.token_embedding.weight [4] instead of"),
+        ({"text.positional_embedding": torch.ones(())}, "text.positional_embedding [] instead of"),
+        ({"text.projection.weight": torch.ones(())}, "text.projection.weight [] instead of"),
+        ({"image.stem.conv1.weight": torch.ones(()), f"image.stages.{NINES}.{NINES}.x": torch.ones(1)}, "not in the"),
+        ({"\x1b]0;hostile\x07\n": torch.ones(1)}, r"not in the model: '\x1b]0;hostile\x07\n'…"),
+    ],
+)
+def test_what_no_model_has_is_named_too(model: CLIP, weights: dict[str, Tensor], told: str) -> None:
+    message = refusal(fresh(), model.state_dict() | weights)
+    assert told in message
+    assert message.replace("\n", "").isprintable()
+
+
 def with_image(config: ModelConfig, **values: int) -> ModelConfig:
     return replace(config, image=replace(config.image, **values))
 

@@ -10,6 +10,8 @@ import os
 import pickle
 import runpy
 import subprocess
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clip_exp.errors import CheckpointError
 from clip_exp.weights import read_weights
-from clip_exp.weights.describe import describe
-from tests.weights.published import pickled, write_archive
+from clip_exp.weights.describe import MAX_TEXT, describe
+from clip_exp.weights.formats import MAX_JSON
+from tests.weights.published import Storage, Stored, pickled, write_archive
 
 CANARY = Path("canary")  # in the test's own folder
 
@@ -166,10 +170,53 @@ def test_a_pickle_that_is_called_safetensors_is_refused(folder: Path) -> None:
     assert not CANARY.exists()
 
 
+def archive(path: Path, *members: tuple[str, bytes], **options: Any) -> Path:
+    """A file as torch writes it, of records made by hand."""
+    with zipfile.ZipFile(path, "w", **options) as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for name, content in (("a/version", b"3\n"), *members):
+            opened.writestr(name, content)
+    return path
+
+
+def test_an_archive_that_is_more_than_it_looks_is_refused_unread(folder: Path) -> None:
+    """Zeros packed to a thousandth would take all memory; of two records of a name readers take one or the other."""
+    root = pickled({"a": Stored(Storage("0", 500_000), (500_000,), (1,))})
+    small = pickled({"a": Stored(Storage("0", 2), (2,), (1,))})
+    zeros, record = ("a/data/0", bytes(2_000_000)), ("a/data/0", bytes(8))
+    assert read_weights(archive(folder / "a.pt", ("a/data.pkl", root), zeros))["a"].shape == (500_000,)
+    for scripted in ((), (("a/constants.pkl", b"\x80\x02)."),)):
+        packed = archive(folder / "a.pt", ("a/data.pkl", root), zeros, *scripted, compression=zipfile.ZIP_DEFLATED)
+        with pytest.raises(
+            CheckpointError, match=r"its records would be 2,000,\d+ bytes, out of a file of 2,\d+: packed"
+        ):
+            read_weights(packed)
+        for name in ("a/data.pkl", "b/data.pkl"):
+            twice = archive(folder / "a.pt", ("a/data.pkl", small), (name, small), record, *scripted)
+            with pytest.raises(CheckpointError, match=r"record data\.pkl is there twice"):
+                read_weights(twice)
+
+
+def test_a_program_without_end_is_not_searched(folder: Path) -> None:
+    code = [(f"a/code/{i}.py", bytes(MAX_TEXT // 2 + 1)) for i in range(2)]
+    members = [("a/data.pkl", pickled({})), ("a/constants.pkl", b""), *code]
+    path = archive(folder / "a.pt", *members, compression=zipfile.ZIP_DEFLATED, compresslevel=1)
+    with pytest.raises(CheckpointError, match="the program in it is larger than any model's"):
+        describe(path)
+
+
+def test_a_configuration_without_end_is_not_read(folder: Path) -> None:
+    save_file({"logit_scale": torch.ones(1)}, folder / "model.safetensors")
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(MAX_JSON + 1)  # takes no room
+    with pytest.raises(CheckpointError, match=r"config\.json: 100,000,001 bytes of JSON"):
+        describe(folder)
+
+
 def test_parts_of_a_model_are_read_in_its_folder_only(folder: Path) -> None:
     index = folder / "model" / "pytorch_model.bin.index.json"
     index.parent.mkdir()
-    for outside in ("../inner.pt", str(folder / "inner.pt"), ".."):
+    for outside in ("../inner.pt", str(folder / "inner.pt"), "..", ".", "", "a/../b", "a\0b", "a" * 300):
         index.write_text(json.dumps({"weight_map": {"logit_scale": outside}}))
         with pytest.raises(CheckpointError, match="outside its folder"):
             read_weights(index.parent)

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import threading
 
 import huggingface_hub.constants
 import pytest
 
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.weights import download
+from clip_exp.weights import hub as hub_module
 from clip_exp.weights.hub import fetch_repository, is_hub_name
+from clip_exp.weights.transfer import PIECE
 from tests.weights.server import Served, Server, serving
 
 COMMIT = "a" * 40
@@ -104,6 +108,46 @@ def test_offline_or_when_the_hub_is_gone_what_is_on_disk_is_used(hub, monkeypatc
         fetch_repository("org/never-seen")
 
 
+def test_a_large_file_goes_on_where_an_earlier_process_stopped(hub, monkeypatch) -> None:
+    content = bytes(range(256)) * 2000
+    publish(hub, {"model.safetensors": content, "config.json": b"{}"}, large=("model.safetensors",))
+    hub.files[f"/{NAME}/resolve/main/model.safetensors"].cut = [4 * PIECE]
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "ATTEMPTS", 0)  # the first broken connection ends it
+        with pytest.raises(CheckpointError, match="the connection broke"):
+            fetch_repository(NAME)
+    assert (fetch_repository(NAME) / "model.safetensors").read_bytes() == content
+    assert hub.gets(f"/{NAME}/resolve/main/model.safetensors") == [None, f"bytes={4 * PIECE}-"]
+
+
+def test_a_hub_that_is_down_or_silent_does_not_take_away_what_is_on_disk(hub, monkeypatch, caplog) -> None:
+    publish(hub, {"model.safetensors": b"1", "config.json": b"{}"})
+    folder = fetch_repository(NAME)
+    api = f"/api/models/{NAME}"
+    for answer in (Served(b"", statuses=[503] * 9), Served(b"", statuses=[429] * 9)):
+        hub.files[api] = answer
+        assert fetch_repository(NAME) == folder
+    monkeypatch.setattr(hub_module, "TIMEOUT_S", 0.1)
+    hub.files[api] = Served(b"{}", hold=(hold := threading.Event()))
+    assert fetch_repository(NAME) == folder
+    hold.set()
+    assert caplog.text.count("What is on this disk is used") == 3
+    hub.files[api] = Served(b"", statuses=[404] * 9, headers={"X-Error-Code": "RepoNotFound"})
+    with pytest.raises(CheckpointError, match="no such repository"):
+        fetch_repository(NAME)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"), [("../../x", "outside its folder"), (["x"], "has no `weight_map`"), ("a/b", "outside")]
+)
+def test_an_index_cannot_lead_out_of_its_repository(hub, parts, message) -> None:
+    index = json.dumps({"weight_map": {"a": parts}}).encode()
+    publish(hub, {"model.safetensors.index.json": index, "x": b"1"})
+    with pytest.raises(CheckpointError, match=message):
+        fetch_repository(NAME)
+    assert fetched(hub) == ["model.safetensors.index.json"]
+
+
 def test_damaged_large_files_are_refused_with_both_sums_and_removed(hub) -> None:
     publish(hub, {"model.safetensors": b"good", "config.json": b"{}"}, large=("model.safetensors",))
     for revision in ("main", COMMIT):
@@ -130,6 +174,15 @@ def test_what_the_hub_refuses_is_one_sentence(hub, code: str, status: int, messa
     with pytest.raises(CheckpointError, match=message) as caught:
         fetch_repository(NAME)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    for large in ((), ("model.safetensors",)):
+        publish(hub, {"model.safetensors": b"1"}, large=large)
+        with pytest.raises(CheckpointError, match=r"/file/hub.* cannot be written: .* HF_HOME\)? to another folder"):
+            fetch_repository(NAME)
 
 
 def test_a_repository_without_weights_says_what_it_has(hub) -> None:

@@ -94,13 +94,16 @@ def test_weights_go_back_unchanged_into_the_model_that_our_configuration_describ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_b32", "siglip_b16"])
-def test_full_size_models_have_the_features_of_transformers(name: str) -> None:
+@pytest.mark.parametrize("name", ["vit_b32", "vit_b16", "siglip_b16"])
+def test_full_size_models_have_the_features_of_transformers_and_their_weights_go_back(name: str) -> None:
     config = huggingface_config(named_model(name))
     theirs = built(config)
     model, again = ours(theirs, config)
     assert (again.image.width, again.text.layers, again.embed_dim) == (768, 12, named_model(name).embed_dim)
     assert_same_features(theirs, model, config, again.text.vocab_size - 1)
+    back = to_huggingface(model.state_dict(), again)
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize(

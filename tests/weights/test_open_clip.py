@@ -13,16 +13,29 @@ from clip_exp.config.model_schema import (
     TextTower,
     TextTowerConfig,
 )
-from clip_exp.models import build_model
+from clip_exp.export import open_clip as open_clip_format
+from clip_exp.models import CLIP, build_model
 from clip_exp.weights import from_open_clip, to_open_clip
-from tests.encoders import write_encoder
+from tests.encoders import write_encoder, write_siglip_tokenizer
 from tests.models.small import open_clip_twin, small_config
-from tests.models.twins import cut, inputs, load_config, names_with_twin, randomize, twin_of, with_weights_of
+from tests.models.twins import (
+    CUT_LAYERS,
+    cut,
+    inputs,
+    load_config,
+    names_with_twin,
+    randomize,
+    settings_of,
+    shallow_timm,
+    twin_of,
+    with_weights_of,
+)
 
 WHOLE = ("rn50", "vit_b32", "vit_b16", "siglip_b16")
 
 
-def assert_equal_both_ways(config: ModelConfig, twin: nn.Module, names_tell: bool = True) -> None:
+def assert_equal_both_ways(config: ModelConfig, twin: nn.Module, names_tell: bool = True) -> CLIP:
+    """Our model with the weights of `twin`."""
     twin.eval()
     model = with_weights_of(twin, config).eval()
     image_BCHW, tokens_BL = inputs(config)
@@ -39,12 +52,26 @@ def assert_equal_both_ways(config: ModelConfig, twin: nn.Module, names_tell: boo
     if names_tell:  # which towers they are of, without a configuration
         assert all(torch.equal(value, back[name]) for name, value in to_open_clip(model.state_dict()).items())
     twin.load_state_dict(back, strict=True)
+    return model
 
 
 @pytest.mark.parametrize("name", names_with_twin())
-def test_open_clip_weights_give_the_same_features_here_and_go_back_unchanged(name: str) -> None:
+def test_open_clip_weights_give_the_same_features_here_and_go_back_as_a_file_that_it_loads_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    assert_equal_both_ways(cut(load_config(name)), randomize(twin_of(name)))
+    config, twin = cut(load_config(name)), randomize(twin_of(name))
+    model = assert_equal_both_ways(config, twin)
+    if config.text.tokenizer is not None:  # the published one is on the hub
+        config.text.tokenizer = str(write_siglip_tokenizer(tmp_path / "tokenizer"))
+    open_clip_format.write(tmp_path, model, config)
+    theirs = str(config.open_clip_name)
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {theirs: settings_of(name)})
+    with shallow_timm(depth=CUT_LAYERS):
+        again = open_clip.create_model(theirs, pretrained=str(tmp_path / open_clip_format.WEIGHTS))
+    assert str(again.visual) == str(twin.visual), "of the same parts: the same weights are the same features"
+    assert again.state_dict().keys() == twin.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in twin.state_dict().items())
 
 
 @pytest.mark.slow

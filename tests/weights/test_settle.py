@@ -70,8 +70,24 @@ def test_pictures_go_through_what_they_did_in_training_unless_the_user_says_othe
 
 def test_heads_that_shapes_do_not_tell_are_compared() -> None:
     theirs = replace(MODEL, image=replace(MODEL.image, heads=1))
-    with pytest.raises(ConfigError, match=r"model\.image\.heads=2, but w\.pt was trained with 1"):
+    with pytest.raises(ConfigError, match=r"model=vit_nano: model\.image\.heads=1 instead of 2\. Set these, or choose"):
         settle(MODEL, found(model=theirs, activation=Activation.gelu))
+
+
+@pytest.mark.parametrize("name", ["vit_l14_336", "rn50", "siglip_b16"])
+def test_weights_that_tell_another_model_are_refused_with_its_name_before_they_are_read(name: str) -> None:
+    theirs = replace(named_model(name), name="downloads")
+    with pytest.raises(
+        ConfigError, match=rf"w\.pt is of another model than model=vit_nano: .*\. Choose model={name}\."
+    ):
+        settle(MODEL, found(model=theirs, activation=Activation.gelu))
+    larger = replace(theirs, image=replace(theirs.image, image_size=512))
+    settle(named_model(name), found(model=larger))  # positions are made to fit
+
+
+def test_towers_of_other_libraries_are_compared_by_their_weights_alone() -> None:
+    model = named_model("convnext_base")
+    assert settle(model, found(model=named_model("vit_b32"))).image == model.image
 
 
 def test_open_clips_architectures_have_their_own_activation_unless_the_weights_have_another(capsys) -> None:

@@ -1,6 +1,7 @@
 """Weights come out of TorchScript archives as torch reads them, and the archive's program never runs."""
 
 import sys
+import tracemalloc
 import types
 import warnings
 import zipfile
@@ -188,6 +189,17 @@ def test_modules_without_end_are_refused(module: type, tmp_path: Path) -> None:
         write_archive(tmp_path / "hand.pt", pickled(root), {})
         with pytest.raises(CheckpointError, match="nested without end"):
             read_torchscript(tmp_path / "hand.pt")
+
+
+def test_a_few_bytes_cannot_ask_for_a_large_table(tmp_path: Path) -> None:
+    write_archive(tmp_path / "hand.pt", b"\x80\x02Nr" + (1 << 23).to_bytes(4, "little") + b".", {})  # 64 MB and more
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="it holds no module"):
+            read_torchscript(tmp_path / "hand.pt")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"weight": 1}, None])
