@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
+from clip_exp.config.open_clip import can_be_trimmed, open_clip_values
 from clip_exp.weights.own import own_towers
 
 VOCABULARY = 49408  # of OpenAI's byte-pair encoding
@@ -101,9 +102,25 @@ def check_idle(model: ModelConfig) -> Iterator[str]:
                     f"model.{tower}.{name}={getattr(values, name)} has no effect on {tower} towers of kind={values.kind}: "
                     "leave it out."
                 )
+    if model.text.kind is TextTower.open_clip:
+        yield from _check_open_clip_text(model)
     if model.image.pretrained and "image" not in own_towers(model):
         yield (
             "model.image.pretrained=true is for backbones of timm (model/image=timm): weights of a whole model are pretrained=…"
+        )
+
+
+def _check_open_clip_text(model: ModelConfig) -> Iterator[str]:
+    values = open_clip_values(model.open_clip_name)["text_cfg"]
+    if model.text.name is not None and "hf_model_name" not in values:
+        yield (
+            f"model.text.name={model.text.name} has no effect: the text tower of model.name={model.open_clip_name} is "
+            "open_clip's own. Leave it out."
+        )
+    if model.text.trim and not can_be_trimmed(values):
+        yield (
+            f"model.text.trim=true would change the features of model.name={model.open_clip_name}, whose texts need the whole "
+            "context: leave it out."
         )
 
 

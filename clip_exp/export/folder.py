@@ -14,14 +14,14 @@ MARK = "- clip_exp"  # a line of every card: what has none was not written here
 
 
 def check_target(output: str | Path | None, overwrite: bool) -> Path:
-    """The folder that `output` names, which may be written.
+    """The folder that `output` names, itself or by a link, and which may be written.
 
     Raises:
         ConfigError: none is named, it is a file, or something is in it that may not be replaced.
     """
     if output is None or not str(output).strip():
         raise ConfigError("output has no value: name the folder to write (output=DIR).")
-    target = Path(output).expanduser().absolute()
+    target = Path(os.path.realpath(Path(output).expanduser()))
     if target.exists() and not target.is_dir():
         raise ConfigError(f"output={output} is a file: name a folder.")
     if not target.is_dir() or not any(target.iterdir()):

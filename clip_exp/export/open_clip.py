@@ -76,9 +76,11 @@ def model_cfg(config: ModelConfig, bias: float | None) -> dict[str, Any]:
         bias: of the logits; None: the model has none.
     """
     if config.image.kind is ImageTower.open_clip:
+        # Of CoCa there is no decoder, for which alone its towers return their tokens too.
         values = {key: value for key, value in _published(config).items() if key != "multimodal_cfg"}
-        values["vision_cfg"]["image_size"] = config.image.image_size
-        values["text_cfg"]["context_length"] = config.text.context_length
+        common = {"output_tokens": False, **_act(config)}
+        values["vision_cfg"] |= {"image_size": config.image.image_size, **common}
+        values["text_cfg"] |= {"context_length": config.text.context_length, **common}
     else:
         values = {"embed_dim": config.embed_dim, "vision_cfg": _vision_cfg(config), "text_cfg": _text_cfg(config)}
     if config.text.kind is TextTower.siglip:

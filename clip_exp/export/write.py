@@ -47,5 +47,5 @@ def write_export(
     with whole_folder(target) as folder:
         writer.write(folder, model, config)
         found = require_same(model, writer.read(folder, config), config, tolerance)
-        write_card(folder, target.name, chosen, model, config, source)
+        write_card(folder, Path(output).expanduser().absolute().name, chosen, model, config, source)
     return Written(target, sum(path.stat().st_size for path in target.rglob("*") if path.is_file()), found)

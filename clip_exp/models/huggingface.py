@@ -14,6 +14,10 @@ from clip_exp.config.paths import folder_or_hub_name
 from clip_exp.errors import ConfigError
 
 KEY = "model.text.name"
+INPUTS = ("input_ids", "attention_mask")
+# Whose attention or convolution takes padding in despite the mask: the features depend on how much of it there is.
+SEE_PADDING = ("convbert", "nystromformer", "yoso")
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class HuggingFaceText(nn.Module):
@@ -91,6 +95,9 @@ def build_text_tower(config: ModelConfig, own_weights: bool = False) -> HuggingF
     encoder = build_encoder(architecture, with_pooler, weights_of=name)
     if with_pooler and getattr(encoder, "pooler", None) is None:
         raise ConfigError(f"model.text.pooler=own: {text.name} has no pooler of its own. Use mean or cls.")
+    check_encoder(encoder, text)
+    if not with_pooler and getattr(encoder, "pooler", None) is not None:
+        encoder.pooler.requires_grad_(False)  # some have one that cannot be left out, and DDP waits for every gradient
     return HuggingFaceText(encoder, config.embed_dim, text.pooler, text.projection)
 
 
@@ -115,7 +122,7 @@ def encoder_config(text: TextTowerConfig, dropout: float = 0.0) -> Any:
     """The encoder's `PretrainedConfig`, with the model's dropout in the place of its own.
 
     Raises:
-        ConfigError: it cannot be had, has no padding, or cannot hold `context_length` tokens.
+        ConfigError: it cannot be had, or has no padding.
     """
     from transformers import AutoConfig
 
@@ -125,23 +132,55 @@ def encoder_config(text: TextTowerConfig, dropout: float = 0.0) -> Any:
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(f"model.text.architecture is of no encoder that transformers knows ({error}).") from error
     for key, value in config.to_dict().items():
-        if "dropout" in key and isinstance(value, int | float):
+        if "dropout" in key and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, key, dropout)
         elif "layerdrop" in key:
             setattr(config, key, 0.0)
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:
         raise ConfigError(
             f"{KEY}={text.name} has no pad_token_id in its configuration, which tells padding from words."
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    # RoBERTa and its kin count positions from the padding id on.
-    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-    if positions is not None and text.context_length > positions - offset:
-        raise ConfigError(
-            f"model.text.context_length={text.context_length} is more than the {positions - offset} tokens that {text.name} "
-            "has positions for."
-        )
     return config
+
+
+def check_encoder(encoder: Any, text: TextTowerConfig) -> None:
+    """See that an encoder takes texts of `context_length` tokens, and nothing else, and how much padding it is given.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    taken = inspect.signature(encoder.forward).parameters
+    if missing := [name for name in INPUTS if name not in taken]:
+        raise ConfigError(
+            f"{KEY}={text.name} takes no {' and no '.join(missing)}: it is no text encoder that can be told what is padding. Name another."
+        )
+    if needed := [
+        name for name, of in taken.items() if of.default is of.empty and of.kind not in VARIABLE and name not in INPUTS
+    ]:
+        raise ConfigError(
+            f"{KEY}={text.name} needs {' and '.join(needed)} beside a text's tokens. Name a text encoder."
+        )
+    positions = _positions(encoder)
+    if positions is not None and text.context_length > positions:
+        raise ConfigError(
+            f"model.text.context_length={text.context_length} is more than the {positions} tokens that {text.name} has "
+            "positions for."
+        )
+    if text.trim and encoder.config.model_type in SEE_PADDING:
+        raise ConfigError(
+            f"model.text.trim=true would change the features of {text.name}, which depend on the padding: set model.text.trim=false."
+        )
+
+
+def _positions(encoder: Any) -> int | None:
+    """The most tokens of a text; None: any number."""
+    for name, module in encoder.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and hasattr(module, "weight"):
+            # RoBERTa and its kin count positions from the padding id on, and only their tables have one.
+            padding = getattr(module, "padding_idx", None)
+            return len(module.weight) - (0 if padding is None else padding + 1)
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None  # XLNet says -1
 
 
 def build_encoder(config: Any, with_pooler: bool, weights_of: str | None = None) -> nn.Module:
@@ -157,9 +196,9 @@ def build_encoder(config: Any, with_pooler: bool, weights_of: str | None = None)
     """
     from transformers import MODEL_MAPPING, AutoModel
 
-    if type(config) not in MODEL_MAPPING:
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
+    if not isinstance(model_class, type):
         raise ConfigError(f"{KEY}: transformers has no plain model of type {config.model_type}. Name a text encoder.")
-    model_class: Any = MODEL_MAPPING[type(config)]
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     options = {"add_pooling_layer": with_pooler} if takes_pooler else {}
     if weights_of is None:

@@ -30,13 +30,11 @@ def build_image_tower(config: ModelConfig, own_weights: bool = False) -> nn.Modu
 
     values = open_clip_values(config.open_clip_name)
     _check(config, values)
-    image, vision = config.image, {**values["vision_cfg"], "output_tokens": False}
+    image, vision = config.image, {**values["vision_cfg"], **_act(config), "output_tokens": False}
     resized = image.image_size != vision["image_size"]
     vision["image_size"] = image.image_size
     if image.patch_dropout:
         vision["patch_dropout"] = image.patch_dropout
-    if config.activation is Activation.gelu_tanh:
-        vision["act_kwargs"] = {"approximate": "tanh"}
     if "timm_model_name" in vision:
         return _timm_tower(config, vision, resized, own_weights and image.pretrained)
     return _build_vision_tower(config.embed_dim, vision, _quick_gelu(config, values))
@@ -79,14 +77,13 @@ def build_text_tower(config: ModelConfig, own_weights: bool = False) -> nn.Modul
     values = open_clip_values(config.open_clip_name)
     text = {
         **values["text_cfg"],
+        **_act(config),
         "context_length": config.text.context_length,
         "vocab_size": config.text.vocab_size,
         "output_tokens": False,
     }
     if "hf_model_name" in text:
         return _huggingface_tower(config, text, own_weights)
-    if config.activation is Activation.gelu_tanh:
-        text["act_kwargs"] = {"approximate": "tanh"}
     tower = _build_text_tower(config.embed_dim, text, _quick_gelu(config, values))
     if getattr(tower, "attn_mask", None) is not None:
         tower.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
@@ -97,12 +94,13 @@ def _huggingface_tower(config: ModelConfig, text: dict[str, Any], own_weights: b
     """From the encoder's configuration in a folder of its own, so that open_clip does not ask the hub."""
     from open_clip.model import _build_text_tower
 
-    from clip_exp.models.huggingface import build_encoder, encoder_config
+    from clip_exp.models.huggingface import build_encoder, check_encoder, encoder_config
 
     architecture = encoder_config(config.text, config.dropout)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(architecture.to_dict(), default=str), encoding="utf-8")
         tower = _build_text_tower(config.embed_dim, {**text, "hf_model_name": folder, "hf_model_pretrained": False})
+    check_encoder(tower.transformer, config.text)
     if own_weights and config.text.pretrained:
         with_pooler = text.get("hf_pooler_type") == "cls_pooler"
         tower.transformer = build_encoder(architecture, with_pooler, weights_of=config.text.name)
@@ -119,6 +117,16 @@ def _quick_gelu(config: ModelConfig, values: dict[str, Any]) -> bool:
     if config.activation is None:
         return values.get("quick_gelu", False)
     return config.activation is Activation.quick_gelu
+
+
+def _act(config: ModelConfig) -> dict[str, Any]:
+    """What an activation that is asked for changes in open_clip's words; its `quick_gelu` takes no arguments."""
+    match config.activation:
+        case Activation.gelu_tanh:
+            return {"act_kwargs": {"approximate": "tanh"}}
+        case Activation.quick_gelu:
+            return {"act_kwargs": None}
+    return {}
 
 
 def _check(config: ModelConfig, values: dict[str, Any]) -> None:

@@ -154,14 +154,15 @@ def check_fit(config: TextTowerConfig, tokenizer: Any) -> None:
     """
     where = f"{KEY}={config.tokenizer or config.name}"
     # A Hugging Face encoder has its own numbers; until they are noted nothing is known.
-    embedded = config.architecture.get("vocab_size") if config.kind is TextTower.huggingface else config.vocab_size
+    encoded = config.kind is TextTower.huggingface or config.name is not None  # open_clip has such encoders too
+    embedded = config.architecture.get("vocab_size") if encoded else config.vocab_size
     highest = max(tokenizer.get_vocab().values())
     if embedded is not None and highest >= embedded:
         raise ConfigError(
             f"{where} has ids up to {highest}, and the text tower embeds {embedded}: give its own tokenizer."
         )
     expected = config.architecture.get("pad_token_id")
-    if config.kind is TextTower.huggingface and expected is not None and tokenizer.pad_token_id != expected:
+    if encoded and expected is not None and tokenizer.pad_token_id != expected:
         raise ConfigError(
             f"{where} pads with {tokenizer.pad_token_id}, and the encoder takes {expected} for padding: give its own tokenizer."
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.schema import FineTuneConfig, TowerTuningConfig
+from clip_exp.config.schema import FineTuneConfig, LoRAConfig, TowerTuningConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP
 from clip_exp.models.depth import depths, projection_names
@@ -24,16 +24,36 @@ def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> N
     Raises:
         ConfigError: more unfrozen blocks than there are; no layers for adapters.
     """
-    for name in TOWERS:
-        tower: nn.Module = getattr(model, name)
-        if config.lora is None:
+    towers = _towers(model)
+    if config.lora is None:
+        for name, tower in towers.items():
             freeze(tower, getattr(config, name), f"finetune.{name}")
-            continue
+        return
+    from clip_exp.training.lora import adapt
+
+    check_adapted(model, config.lora)
+    for name, tower in towers.items():
         tower.requires_grad_(False)
         if getattr(config.lora, name):
-            from clip_exp.training.lora import adapt
-
             adapt(tower, config.lora, _example(name, architecture), name)
+
+
+def check_adapted(model: CLIP, config: LoRAConfig) -> None:
+    """See that the towers have the layers that are to be adapted, without running them.
+
+    Raises:
+        ConfigError: a target is in no tower, or a tower has none of them.
+    """
+    from clip_exp.training.lora import check_targets, layers_to_adapt
+
+    adapted = {name: tower for name, tower in _towers(model).items() if getattr(config, name)}
+    check_targets(config.targets, adapted)
+    for name, tower in adapted.items():
+        layers_to_adapt(tower, config, name)
+
+
+def _towers(model: CLIP) -> dict[str, nn.Module]:
+    return {name: getattr(model, name) for name in TOWERS}
 
 
 def freeze(tower: nn.Module, config: TowerTuningConfig, key: str) -> None:

@@ -27,28 +27,17 @@ def adapt(tower: nn.Module, config: LoRAConfig, example: Tensor, key: str) -> No
         key: of the tower in `finetune.lora`, for messages.
 
     Raises:
-        ConfigError: `targets` names no linear layer, or one whose weights the tower reads without calling it; or there is none.
+        ConfigError: `targets` names a layer whose weights the tower reads without calling it; or there is none to adapt.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    inside = layers_to_adapt(tower, config, key)
     called = _called(tower, example)
-    layers = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
-    if config.targets:
-        chosen = [name for name in layers if any(f".{name}".endswith(f".{end}") for end in config.targets)]
-        _check_targets(config.targets, layers, called, chosen, key)
-    else:
-        blocks = tuple(f"{name}." for name in block_names(tower))
-        inside = [name for name in layers if name.startswith(blocks)]
-        chosen = [name for name in inside if name in called]
-        if silent := [name for name in inside if name not in called]:
-            log.warning(
-                f"finetune.lora: the {key} tower has {len(silent)} linear layers without adapters, {silent[0]} first: "
-                "the modules around them read their weights without calling them."
-            )
+    chosen = [name for name in inside if name in called]
+    if silent := [name for name in inside if name not in called]:
+        _tell_silent(silent, key, named=bool(config.targets))
     if not chosen:
-        raise ConfigError(
-            f"finetune.lora: the {key} tower has no linear layers in its blocks. Set finetune.lora.{key}=false."
-        )
+        raise _nothing(key, "that a forward pass calls")
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type] # peft divides it by the rank; it need not be whole
@@ -56,6 +45,66 @@ def adapt(tower: nn.Module, config: LoRAConfig, example: Tensor, key: str) -> No
         target_modules="|".join(map(re.escape, chosen)),
     )
     inject_adapter_in_model(settings, tower)
+
+
+def check_targets(targets: list[str], towers: dict[str, nn.Module]) -> None:
+    """See that each target is the end of a linear layer's name in one of the towers that get adapters.
+
+    Raises:
+        ConfigError: one is in none of them; the message has the ends that there are.
+    """
+    unknown = [end for end in targets if not any(named_layers(tower, [end]) for tower in towers.values())]
+    if unknown:
+        found = [
+            f"the {key} tower has {', '.join(sorted({name.rpartition('.')[2] for name in _linear(tower)}))}"
+            for key, tower in towers.items()
+        ]
+        raise ConfigError(
+            f"finetune.lora.targets={unknown}: there are no linear layers of that name; {'; '.join(found)}."
+        )
+
+
+def layers_to_adapt(tower: nn.Module, config: LoRAConfig, key: str) -> list[str]:
+    """The linear layers that `targets` names, or all of the blocks.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    inside = named_layers(tower, config.targets) if config.targets else _layers_of_blocks(tower)
+    if not inside:
+        raise _nothing(key, f"that end in {', '.join(config.targets)}" if config.targets else "in its blocks")
+    return inside
+
+
+def _nothing(key: str, which: str) -> ConfigError:
+    return ConfigError(f"finetune.lora: the {key} tower has no linear layers {which}. Set finetune.lora.{key}=false.")
+
+
+def named_layers(tower: nn.Module, ends: list[str]) -> list[str]:
+    """The linear layers of a tower whose names end in one of `ends`, whole parts of names compared."""
+    return [name for name in _linear(tower) if any(f".{name}".endswith(f".{end}") for end in ends)]
+
+
+def _layers_of_blocks(tower: nn.Module) -> list[str]:
+    blocks = tuple(f"{name}." for name in block_names(tower))
+    return [name for name in _linear(tower) if name.startswith(blocks)]
+
+
+def _linear(tower: nn.Module) -> list[str]:
+    return [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _tell_silent(silent: list[str], key: str, named: bool) -> None:
+    """What gets no adapters: an error where it was asked for by name."""
+    if named:
+        raise ConfigError(
+            f"finetune.lora.targets: {silent[0]} of the {key} tower is not called in a forward pass (another module reads its "
+            "weights), so an adapter would do nothing. Leave it out."
+        )
+    log.warning(
+        f"finetune.lora: the {key} tower has {len(silent)} linear layers without adapters, {silent[0]} first: "
+        "the modules around them read their weights without calling them."
+    )
 
 
 def _called(tower: nn.Module, example: Tensor) -> set[str]:
@@ -77,20 +126,6 @@ def _called(tower: nn.Module, example: Tensor) -> set[str]:
     for handle in handles:
         handle.remove()
     return called
-
-
-def _check_targets(targets: list[str], layers: list[str], called: set[str], chosen: list[str], key: str) -> None:
-    unknown = [end for end in targets if not any(f".{name}".endswith(f".{end}") for name in layers)]
-    if unknown:
-        ends = sorted({name.rpartition(".")[2] for name in layers})
-        raise ConfigError(
-            f"finetune.lora.targets={unknown}: the {key} tower has no linear layers of that name. It has: {', '.join(ends)}."
-        )
-    if silent := [name for name in chosen if name not in called]:
-        raise ConfigError(
-            f"finetune.lora.targets: {silent[0]} of the {key} tower is not called in a forward pass (another module reads its "
-            "weights), so an adapter would do nothing. Leave it out."
-        )
 
 
 def merge(state: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, Tensor]:

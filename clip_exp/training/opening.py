@@ -9,6 +9,7 @@ from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.runs import begin, create_run_folder, run_to_go_on_in
 from clip_exp.text.saved import check_tokenizer, save_tokenizer
+from clip_exp.training.finetune_check import rehearse
 from clip_exp.weights.find import find_weights, hash_weights
 from clip_exp.weights.own import note_architecture
 from clip_exp.weights.settle import as_settled, settle
@@ -61,6 +62,7 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
         }
     settled = replace(config, model=note_architecture(model, config.pretrained))
     check_tokenizer(settled.model)
+    rehearse(settled)
     return Opening(create_run_folder(config.output_dir, "train", config.name, suffix), False, config, settled, facts)
 
 

@@ -85,6 +85,18 @@ def test_an_empty_folder_is_taken(clip: Clip, tmp_path: Path) -> None:
     assert clip.export(tmp_path / "exported", "safetensors") == tmp_path / "exported"
 
 
+def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_written(clip: Clip, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name, aim in (("link", "real"), ("to nothing yet", "new")):
+        (tmp_path / name).symlink_to(aim)
+        for overwrite in (False, True):
+            clip.export(tmp_path / name, "safetensors", overwrite)
+            assert (tmp_path / name).is_symlink()
+            assert (tmp_path / aim / "model.safetensors").is_file()
+        assert f'clip_exp.load("{name}")' in (tmp_path / aim / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "new", "real", "run", "to nothing yet"]
+
+
 def test_a_format_that_there_is_not_is_told_by_the_python_function(clip: Clip, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format=gguf must be one of open_clip, huggingface, safetensors, onnx"):
         clip.export(tmp_path / "exported", "gguf")

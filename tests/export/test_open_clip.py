@@ -8,18 +8,21 @@ import open_clip
 import pytest
 import timm
 import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from torch import nn
 
 import clip_exp
 from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, Projection
 from clip_exp.data.transforms import eval_transform, normalize, preprocessing_of
+from clip_exp.export.open_clip import model_cfg
 from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 from clip_exp.weights import registry
 from tests.encoders import write_siglip_tokenizer
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
+from tests.models.twins import names_with_twin
 from tests.small_runs import write_picture
 
 Export = Callable[..., Path]
@@ -76,6 +79,17 @@ def test_the_file_is_loaded_strictly_as_an_architecture_of_that_name(
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-nano": numbers})
     theirs = open_clip.create_model("ViT-nano", pretrained=str(folder / "open_clip_model.safetensors"))
     assert_same_features(theirs.eval(), model, config)
+
+
+@pytest.mark.parametrize("name", names_with_twin())
+def test_the_configuration_of_an_architecture_is_open_clips_own(name: str) -> None:
+    config = named_model(name)
+    bias = -10.0 if config.image.kind is ImageTower.siglip else None
+    ours, theirs = model_cfg(config, bias), open_clip.get_model_config(config.open_clip_name)
+    for part, fields in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        assert fields(**ours.pop(part)) == fields(**theirs.pop(part))
+    assert ours.pop("quick_gelu") is theirs.pop("quick_gelu", False)
+    assert ours == theirs
 
 
 FULL_SIZE = {"vit_b32": "ViT-B-32", "vit_b16": "ViT-B-16", "rn50": "RN50", "siglip_b16": "ViT-B-16-SigLIP"}

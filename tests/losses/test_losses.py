@@ -5,13 +5,13 @@ import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_exp.config.data_schema import Match
 from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses import build_loss, sigmoid_loss, softmax_loss
 from clip_exp.losses.matches import ALL, Matches
 from clip_exp.models import CLIPOutput
+from tests.losses.largest import LargestTensor
 
 B, D = 12, 16
 Leaves = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -117,18 +117,6 @@ def test_sigmoid_holds_no_more_similarities_than_a_chunk() -> None:
     with LargestTensor() as largest:
         sigmoid_loss(image_BD, text_BD, scale, bias, Matches([torch.arange(rows)]), chunk).backward()
     assert largest.elements == chunk * rows
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements of a tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 @pytest.mark.parametrize("name", list(LossName))

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from clip_exp.config.data_schema import Match
 from clip_exp.config.schema import LossConfig, LossName
-from clip_exp.losses import build_loss
+from clip_exp.losses import build_loss, sigmoid_loss
 from clip_exp.losses.collectives import gather, gather_with_grad
 from clip_exp.models import CLIPOutput
+from tests.losses.largest import LargestTensor
 
 GLOBAL_BATCH, D = 8, 6
+ROWS, CHUNK = 64, 8  # of one rank, where memory is measured
 CONFIGS = [
     LossConfig(name=name, same_caption=match, same_image=match, chunk_size=3) for name in LossName for match in Match
 ]
@@ -40,6 +42,15 @@ def step(config: LossConfig, rows: slice) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **grads}
 
 
+def largest_in_chunks() -> int:
+    """The most elements of a tensor while this rank scores its rows in chunks, forward and backward."""
+    image_BD, text_BD = (F.normalize(torch.randn(ROWS, 4), dim=-1).requires_grad_() for _ in range(2))
+    scale, bias = torch.tensor([10.0], requires_grad=True), torch.tensor([-10.0], requires_grad=True)
+    with LargestTensor() as largest:
+        sigmoid_loss(image_BD, text_BD, scale, bias, chunk_size=CHUNK).backward()
+    return largest.elements
+
+
 def run_rank(rank: int, folder: str, world_size: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
@@ -53,7 +64,9 @@ def run_rank(rank: int, folder: str, world_size: int) -> None:
     all_GD = gather_with_grad(own_BD)
     (all_GD * torch.arange(2.0 * world_size)[:, None] * (rank + 1)).sum().backward()
     gathered = {"features": all_GD.detach(), "gradient": own_BD.grad, "ids": gather(torch.tensor([rank, rank + 10]))}
-    torch.save({"losses": results, "gathered": gathered}, os.path.join(folder, f"{rank}.pt"))
+    torch.save(
+        {"losses": results, "gathered": gathered, "largest": largest_in_chunks()}, os.path.join(folder, f"{rank}.pt")
+    )
     dist.destroy_process_group()
 
 
@@ -75,6 +88,10 @@ def test_averaged_over_the_ranks_loss_and_gradients_are_those_of_the_global_batc
         assert actual.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(actual[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_no_rank_holds_more_similarities_than_a_chunk_of_its_rows_has_with_the_texts_of_one(ranks: list[dict]) -> None:
+    assert [rank["largest"] for rank in ranks] == [CHUNK * ROWS] * len(ranks)
 
 
 def test_gathering_keeps_the_order_of_the_ranks_and_sums_their_gradients(ranks: list[dict]) -> None:

@@ -15,7 +15,7 @@ from clip_exp.models.huggingface import HuggingFaceText, build_text_tower, note_
 from clip_exp.text.build import build_tokenizer
 from clip_exp.weights.own import note_architecture as noted
 from clip_exp.weights.own import own_towers
-from tests.encoders import CAPTIONS, small_encoder, write_encoder
+from tests.encoders import CAPTIONS, SMALL, small_encoder, write_encoder
 
 POOLERS = {Pooler.mean: "mean_pooler", Pooler.cls: "cls_last_hidden_state_pooler", Pooler.own: "cls_pooler"}
 
@@ -125,6 +125,67 @@ def test_the_whole_model_is_built_and_also_without_memory(folders) -> None:
     assert {"text.encoder.embeddings.word_embeddings.weight", "text.projection.0.weight"} <= names
     with torch.device("meta"):
         assert set(build_model(config).state_dict()) == names
+
+
+def described(kind: str, length: int, trim: bool = True, **numbers: int | None) -> ModelConfig:
+    """With an encoder of a kind, as a run notes it."""
+    architecture = {"model_type": kind, "vocab_size": 300, "max_position_embeddings": 40, **SMALL, **numbers}
+    architecture = {key: value for key, value in architecture.items() if value is not None}
+    text = TextTowerConfig(
+        kind=TextTower.huggingface,
+        name=kind,
+        context_length=length,
+        architecture=architecture,
+        pretrained=False,
+        trim=trim,
+    )
+    return replace(small(Path(kind)), text=text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"),
+    [("bert", 40), ("roberta", 38), ("xlm-roberta", 38), ("camembert", 38), ("mpnet", 38), ("ibert", 38)],
+)
+def test_a_context_has_a_position_for_each_token_or_is_refused(kind: str, positions: int) -> None:
+    """Some kinds count from behind the padding id."""
+    tower = build_text_tower(described(kind, positions))
+    assert tower(torch.full((1, positions), 7)).isfinite().all()
+    with pytest.raises(ConfigError, match=f"context_length={positions + 1} is more than the {positions} tokens"):
+        build_text_tower(described(kind, positions + 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "expected"),
+    [
+        ("fnet", {"pad_token_id": 0}, "model.text.name=fnet takes no attention_mask"),
+        ("blip_2_qformer", {"pad_token_id": 0}, "model.text.name=blip_2_qformer takes no input_ids"),
+        ("funnel", {"pad_token_id": 0, "num_hidden_layers": None}, "transformers has no plain model of type funnel"),
+        ("beit", {}, "model.text.name=beit has no pad_token_id"),
+    ],
+)
+def test_what_is_no_text_encoder_with_masked_padding_is_refused(kind: str, numbers, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_text_tower(described(kind, 20, **numbers))
+    assert expected in str(caught.value)
+
+
+def test_an_encoder_whose_features_depend_on_the_padding_is_given_whole_contexts() -> None:
+    tower = build_text_tower(described("convbert", 20, trim=False, embedding_size=32)).eval()
+    whole_BL = torch.full((1, 20), tower.pad_id)
+    whole_BL[0, :5] = torch.arange(5, 10)
+    assert not torch.allclose(tower(whole_BL), tower(whole_BL[:, :5]), rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"set model\.text\.trim=false"):
+        build_text_tower(described("convbert", 20, embedding_size=32))
+
+
+def test_a_pooler_that_an_encoder_cannot_do_without_and_nobody_reads_does_not_learn() -> None:
+    """Distributed training would wait for its gradient."""
+    tower = build_text_tower(described("squeezebert", 20, embedding_size=32))
+    tower(torch.full((1, 5), 7)).square().sum().backward()
+    assert [name for name, p in tower.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert {name for name, p in tower.named_parameters() if not p.requires_grad} == {
+        f"encoder.pooler.dense.{kind}" for kind in ("weight", "bias")
+    }
 
 
 REFUSED = {

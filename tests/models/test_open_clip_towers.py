@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from clip_exp.config.model_schema import Activation, ModelConfig
 from clip_exp.errors import ConfigError
+from clip_exp.export.write import write_export
 from clip_exp.models import build_model
 from clip_exp.text.build import build_tokenizer
 from clip_exp.weights import registry
@@ -47,7 +49,10 @@ def descriptions(folder: Path) -> dict[str, dict[str, Any]]:
         },
         "small-both-ways": {"text_cfg": {**TEXT, "no_causal_mask": True}, "custom_text": True},
         "small-siglip": {
-            "text_cfg": {**TEXT, **SIGLIP, "hf_tokenizer_name": tokenizer, "tokenizer_kwargs": {"clean": "canonicalize"}},
+            "text_cfg": {
+                **TEXT, **SIGLIP, "hf_tokenizer_name": tokenizer, "tokenizer_kwargs": {"clean": "canonicalize"},
+                "act_kwargs": {"approximate": "tanh"},
+            },
             "custom_text": True,
             "init_logit_bias": -10,
         },
@@ -154,6 +159,7 @@ def test_the_activation_is_the_configurations_unless_it_is_set(small) -> None:
     assert kinds(configured("small-vit")) == {"GELU"}
     assert kinds(configured("small-vit-quickgelu")) == {"QuickGELU"}
     assert kinds(configured("small-vit", "model.activation=quick_gelu")) == {"QuickGELU"}
+    assert kinds(configured("small-siglip", "model.activation=quick_gelu")) == {"QuickGELU"}, "in the place of its tanh"
     tanh = build_model(configured("small-vit", f"model.activation={Activation.gelu_tanh}"))
     assert {module.approximate for module in tanh.modules() if isinstance(module, nn.GELU)} == {"tanh"}
 
@@ -193,6 +199,15 @@ def test_a_noted_encoder_is_built_where_its_folder_is_gone(small, tmp_path: Path
     torch.testing.assert_close(model.text(tokens_BL), own(tokens_BL))
 
 
+def test_a_tokenizer_is_compared_with_the_encoder_whatever_the_configuration_embeds(small) -> None:
+    """Of open_clip's configurations with an encoder none tells a vocabulary: OpenAI's is its default."""
+    config = configured("small-roberta", "model.text.vocab_size=100")
+    assert build_tokenizer(config.text)(SHORT).max() >= 100
+    config.text.architecture["vocab_size"] = 100
+    with pytest.raises(ConfigError, match="and the text tower embeds 100"):
+        build_tokenizer(config.text)
+
+
 @pytest.mark.parametrize("name", ["small-vit", "small-rn", "small-timm-vit", "small-coca", "small-roberta"])
 def test_files_of_open_clip_are_read(small, name: str, tmp_path: Path) -> None:
     config, twin = configured(name), twin_of(name)
@@ -202,6 +217,31 @@ def test_files_of_open_clip_are_read(small, name: str, tmp_path: Path) -> None:
     tokens_BL = open_clip.get_tokenizer(name, context_length=20)(SHORT)
     expected = twin.encode_text(tokens_BL, normalize=False)
     torch.testing.assert_close(model.encode_text(tokens_BL), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("small-coca", ()), ("small-vit", ("model.activation=gelu_tanh",)), ("small-siglip", ()), ("small-eos", ())],
+)
+def test_an_export_is_a_model_that_open_clip_builds_by_itself(
+    small, name: str, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    """CoCa's without its decoder, as two towers."""
+    config = configured(name, *overrides)
+    torch.manual_seed(0)
+    model = build_model(config).eval().requires_grad_(False)
+    folder = write_export(model, config, None, tmp_path / "exported").folder
+    twin = open_clip.create_model(f"local-dir:{folder}").eval()
+    images, tokens_BL = pictures(config.image.image_size), build_tokenizer(config.text)(SHORT)
+    whole_BL = build_tokenizer(replace(config.text, trim=False))(SHORT)
+    torch.testing.assert_close(twin.encode_image(images), model.encode_image(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(twin.encode_text(whole_BL), model.encode_text(tokens_BL), rtol=0, atol=1e-5)
+    # In towers this small the approximation by tanh is closer than that.
+    assert activations(twin) == activations(model)
+
+
+def activations(model: nn.Module) -> set[str]:
+    return {str(module) for module in model.modules() if isinstance(module, nn.GELU)}
 
 
 REFUSED = {

@@ -48,14 +48,20 @@ def cut(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def twin_of(name: str, *, whole: bool = False) -> nn.Module:
-    """open_clip's model of the same name, cut as `cut` does, as open_clip's factory would build it."""
+def settings_of(name: str, *, whole: bool = False) -> dict[str, Any]:
+    """open_clip's configuration of the same name, cut as `cut` does."""
     settings: dict[str, Any] = open_clip.get_model_config(load_config(name).open_clip_name)
-    custom = settings.pop("custom_text", False)
     if not whole:
         stages = isinstance(settings["vision_cfg"].get("layers"), list)
         settings["vision_cfg"]["layers"] = [1, 1, 1, 1] if stages else CUT_LAYERS
         settings["text_cfg"] |= {"layers": CUT_LAYERS, "vocab_size": CUT_VOCABULARY}
+    return settings
+
+
+def twin_of(name: str, *, whole: bool = False) -> nn.Module:
+    """open_clip's model of the same name, cut as `cut` does, as open_clip's factory would build it."""
+    settings = settings_of(name, whole=whole)
+    custom = settings.pop("custom_text", False)
     with nullcontext() if whole else shallow_timm(depth=CUT_LAYERS):
         return (open_clip.model.CustomTextCLIP if custom else open_clip.CLIP)(**settings)
 

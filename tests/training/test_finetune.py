@@ -181,6 +181,30 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ("finetune=lit", "finetune.image.unfrozen_blocks=5"),
+            "finetune.image.unfrozen_blocks=5 is more than the 4 blocks",
+        ),
+        (
+            ("finetune=lora", "finetune.lora.image=false", "finetune.lora.targets=[query]"),
+            "the text tower has fc, out,",
+        ),
+    ],
+)
+def test_what_a_tower_does_not_have_is_told_before_the_run_has_a_folder(
+    overrides: tuple[str, ...], expected: str, start: Path, command, tmp_path: Path
+) -> None:
+    result = command(
+        "train.py", *RUN, f"pretrained={start}", *overrides, f"output_dir={tmp_path / 'outputs'}", cwd=tmp_path
+    )
+    assert result.returncode == 2, result.stderr
+    assert expected in result.stderr
+    assert not (tmp_path / "outputs" / "train").exists()
+
+
 @pytest.fixture(scope="module")
 def locked(start: Path, train: Train) -> Finished:
     return train(*RUN, *LIT, f"pretrained={start}")

@@ -97,9 +97,10 @@ def test_a_configuration_of_open_clip_trains_and_scores_the_same_afterwards(trai
             "model.text.name=./none cannot be had (FileNotFoundError",
         ),
         (["model/image=timm", "model.image.name=resnt18"], "timm has no such model: did you mean resnet18"),
+        ([*TIMM, "model.image.image_size=65"], "model.image.image_size=65 does not fit test_vit"),
     ],
 )
-def test_a_tower_that_is_not_there_ends_with_code_2_and_leaves_no_folder(
+def test_a_tower_that_cannot_be_had_ends_with_code_2_and_leaves_no_folder(
     overrides: list[str], expected: str, command, tmp_path: Path
 ) -> None:
     result = command("train.py", *SHORT[3:], "model=vit_nano", *overrides, cwd=tmp_path)

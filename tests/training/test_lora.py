@@ -11,10 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip_exp.checkpoints.discovery import latest
-from clip_exp.config.schema import LoRAConfig
+from clip_exp.config.schema import FineTuneConfig, LoRAConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models import CLIP, build_model
+from clip_exp.training.finetune import prepare
+from clip_exp.training.finetune_check import rehearse
 from clip_exp.training.lora import adapt, adapted_part, merge, unmerge
+from tests.compose import train_config
+from tests.encoders import small_encoder
 from tests.models.small import batch, small_config
 from tests.runs import Finished, Train
 
@@ -83,9 +87,49 @@ def test_named_targets_are_the_ends_of_names() -> None:
     assert found == {f"image.transformer.blocks.{i}.attention.qkv" for i in (0, 1)} | {"image.projection"}
 
 
-def test_an_unknown_target_is_told_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"\['query'\].*fc, out, patch_embedding, proj, projection, qkv"):
-        small_adapted(targets=["query"])
+def adapted_layers(*targets: str, **settings) -> set[str]:
+    """Of a model whose text tower calls its layers otherwise than the image tower does."""
+    model = build_model(small_config())
+    model.text.transformer.blocks = nn.ModuleList(nn.Sequential(nn.Linear(48, 48)) for _ in range(2))
+    model.text.transformer.forward = lambda x_BND, pool_B: nn.Sequential(*model.text.transformer.blocks)(x_BND)[:, 0]
+    prepare(model, FineTuneConfig(lora=LoRAConfig(rank=2, targets=list(targets), **settings)), small_config())
+    return {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+
+
+def test_a_target_may_be_of_one_tower_only() -> None:
+    found = adapted_layers("attention.qkv", "0")
+    assert found == {
+        f"{tower}.transformer.blocks.{i}.{x}"
+        for tower, x in (("image", "attention.qkv"), ("text", "0"))
+        for i in (0, 1)
+    }
+
+
+def test_an_unknown_target_is_told_with_those_there_are_in_every_tower() -> None:
+    with pytest.raises(
+        ConfigError, match=r"\['query'\]: .* image tower has fc, out, .*, qkv; the text tower has 0, projection"
+    ):
+        adapted_layers("attention.qkv", "query", "0")
+    with pytest.raises(ConfigError, match=r"\['qkv'\]: .* name; the text tower has 0, projection"):
+        adapted_layers("qkv", "0", image=False)
+
+
+def test_a_tower_that_has_none_of_the_targets_is_told() -> None:
+    with pytest.raises(
+        ConfigError, match=r"the text tower has no linear layers that end in qkv. Set finetune.lora.text=false"
+    ):
+        adapted_layers("qkv")
+
+
+def test_looking_for_layers_beforehand_runs_no_encoder() -> None:
+    """Those of transformers do not run without memory."""
+    names = ("model=vit_nano", "model/text=huggingface", "model.text.name=bert", "model.text.context_length=20")
+    config = train_config(*names, "finetune=lora", "pretrained=start.safetensors")
+    config.model.text.architecture = small_encoder("bert").to_dict()
+    rehearse(config)
+    config.finetune.lora.targets = ["query"]
+    with pytest.raises(ConfigError, match="the image tower has no linear layers that end in query"):
+        rehearse(config)
 
 
 class ReadsWeights(nn.Module):

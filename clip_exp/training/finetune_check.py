@@ -1,0 +1,38 @@
+"""What only a tower's modules tell, looked at before a run has a folder. Imports torch where there is such a thing."""
+
+from clip_exp.config.model_schema import ImageTower, TextTower
+from clip_exp.config.schema import TrainConfig
+
+
+def rehearse(config: TrainConfig) -> None:
+    """Build the model without memory, and look for the layers that `finetune` counts or names, where either may not fit.
+
+    Args:
+        config: settled: nothing is fetched.
+
+    Raises:
+        ConfigError: see `build_model`, `freeze` and `check_adapted`.
+    """
+    if not (_has_foreign_tower(config) or _counts_layers(config)):
+        return
+    import torch
+
+    from clip_exp.models.build import build_model
+    from clip_exp.training.finetune import check_adapted, prepare
+
+    with torch.device("meta"):
+        model = build_model(config.model)
+    if config.finetune.lora is None:
+        prepare(model, config.finetune, config.model)
+    else:  # encoders of transformers do not run without memory
+        check_adapted(model, config.finetune.lora)
+
+
+def _has_foreign_tower(config: TrainConfig) -> bool:
+    foreign = (ImageTower.timm, ImageTower.open_clip, TextTower.huggingface, TextTower.open_clip)
+    return config.model.image.kind in foreign or config.model.text.kind in foreign
+
+
+def _counts_layers(config: TrainConfig) -> bool:
+    tuning = config.finetune
+    return tuning.lora is not None or any(tower.unfrozen_blocks is not None for tower in (tuning.image, tuning.text))
