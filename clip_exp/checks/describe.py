@@ -17,6 +17,7 @@ from clip_exp.checks.pictures import describe_pictures
 from clip_exp.checks.scanned import Scanned, Vocabulary
 from clip_exp.checks.scripts import describe_scripts, english_tokens_per_character
 from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.data.tables.table import bad_rows
 
 EXAMPLES = 20
 CUT_EXAMPLES = 5
@@ -96,11 +97,8 @@ def describe_leakage(scanned: list[Scanned], leakage: Leakage) -> dict[str, Any]
 
 def _describe_rows(scanned: Scanned) -> dict[str, Any]:
     parts = list(scanned.split.parts)
-    by_reason: dict[str, int] = {}
-    for part in parts:
-        for reason, count in part.bad.items():
-            by_reason[reason] = by_reason.get(reason, 0) + count
-    bad = sum(by_reason.values())
+    by_reason = bad_rows(parts)
+    bad = by_reason.total()
     examples = [
         {"file": str(part.file), "number": line, "unit": part.unit, "reason": reason}
         for part in parts
@@ -113,7 +111,7 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
         "pictures_checked": scanned.checked,
         "bad_rows": {
             "count": bad,
-            "share": share(bad, bad + len(scanned.split)),
+            "share": share(bad, sum(part.seen for part in parts)),
             "by_reason": dict(sorted(by_reason.items(), key=lambda item: (-item[1], item[0]))),
             "examples": examples[:BAD_ROW_EXAMPLES],
         },

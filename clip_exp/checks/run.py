@@ -14,7 +14,7 @@ from clip_exp.checks.verdicts import Level, Verdict, judge
 from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.config.load import plain
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.workers import count_workers
+from clip_exp.data.workers import count_workers, killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.reports.data_page import data_page
 from clip_exp.runs import write_json, write_text
@@ -35,9 +35,10 @@ def run(
 
     Raises:
         ConfigError: a tokenizer that cannot be had.
+        DataError: one of the processes was killed.
     """
     vocabulary = Vocabulary.of(build_tokenizer(config.model.text))
-    with bad_samples_file(folder / "bad_samples.csv") as bad_samples:
+    with bad_samples_file(folder / "bad_samples.csv") as bad_samples, killed_workers_are_told("num_workers"):
         scanned = [scan_split(split, config, vocabulary, workers, bad_samples) for split in splits]
     equal = Equalities(scanned)
     report = _report(scanned, equal, config, vocabulary)

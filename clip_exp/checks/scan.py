@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from clip_exp.checks.scripts import script_of
 from clip_exp.checks.splits import Split
 from clip_exp.config.data_schema import AugmentationConfig
+from clip_exp.config.model_schema import ResizeMode
 from clip_exp.data.batches import caption_id
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.headers import JPEGS, ON_THEIR_SIDE, open_picture, orientation_of
 from clip_exp.data.images import decode_rgb
 from clip_exp.data.randomness import Draws
-from clip_exp.data.transforms import train_transform
+from clip_exp.data.transforms import check_strip, train_transform
 from clip_exp.data.workers import WorkerLoader
-from clip_exp.errors import DataError
 from clip_exp.progress import progress
 from clip_exp.text.build import Tokenizes
 
@@ -74,6 +74,7 @@ class PictureScan(Dataset[PictureRecords]):
         pictures: numbers of distinct pictures (`Split.picture_of_row`).
         decode: whether pixels are decoded, or only headers looked at.
         image_size: side of the crop that is measured, pixels.
+        validated: how validation resizes the pictures, which refuses what it cannot; None: they are trained on.
     """
 
     split: Split
@@ -82,6 +83,7 @@ class PictureScan(Dataset[PictureRecords]):
     decode: bool
     image_size: int
     augmentation: AugmentationConfig
+    validated: ResizeMode | None = None
 
     def __len__(self) -> int:
         return -(-len(self.pictures) // PICTURES_AT_ONCE)
@@ -100,12 +102,15 @@ class PictureScan(Dataset[PictureRecords]):
         data = self.split.read_picture(int(self.split.first_rows[picture]), self.limits)
         image = decode_rgb(data, self.limits) if self.decode else None
         seconds, crop_seconds = time.perf_counter() - started_s, np.nan
+        header = describe_header(open_picture(data, self.limits))
+        if self.validated is not None:
+            check_strip(header[0], header[1], self.validated)
         if image is not None and picture % CROPPED == 0:
             started_s = time.perf_counter()
             train_transform(image, self.image_size, Draws(picture), self.augmentation)
             crop_seconds = time.perf_counter() - started_s
         digest = np.frombuffer(blake2b(data, digest_size=16).digest(), "u8")
-        return (picture, digest, len(data), *describe_header(open_picture(data, self.limits)), seconds, crop_seconds)
+        return (picture, digest, len(data), *header, seconds, crop_seconds)
 
 
 def describe_header(picture: Image.Image) -> tuple[int, int, bytes, bytes, bool, bool]:
@@ -164,24 +169,13 @@ def scan(dataset: Dataset[T], workers: int, what: str, total: int, at_once: int)
         workers: processes, no more than there are chunks; 0: this one.
         what: shown before the bar.
         total: things in all the chunks; `at_once` in each but the last.
-
-    Raises:
-        DataError: one of the processes was killed.
     """
     workers = min(workers, -(-total // at_once))
     loader: DataLoader[T] = WorkerLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
     with progress(total, what) as advance:
-        try:
-            for number, chunk in enumerate(loader):
-                yield chunk
-                advance(min(at_once, total - number * at_once))
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise DataError(
-                f"One of the {workers} processes that scan was ended from outside, mostly for lack of memory: "
-                "give fewer (num_workers=2), or lower data.max_image_pixels."
-            ) from error
+        for number, chunk in enumerate(loader):
+            yield chunk
+            advance(min(at_once, total - number * at_once))
 
 
 def joined(records: Sequence[np.ndarray], dtype: np.dtype[Any]) -> np.ndarray:

@@ -22,9 +22,10 @@ from clip_exp.checks.scan import (
     joined,
     scan,
 )
-from clip_exp.checks.splits import Split
+from clip_exp.checks.splits import VAL, Split
 from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.data.files import ImageLimits, kind_of
+from clip_exp.data.transforms import preprocessing_of
 from clip_exp.text.build import Tokenizes
 
 UNCUT = 1 << 20  # tokens; more than the longest caption that a table may have
@@ -116,6 +117,7 @@ def scan_split(
         config.decode,
         config.model.image.image_size,
         config.data.augmentation,
+        preprocessing_of(config.model.image).resize_mode if split.name == VAL else None,
     )
     good, bad = [], BadPictures(split, bad_samples)
     for records in scan(picture_scan, workers, f"{split.name}: pictures", len(chosen), PICTURES_AT_ONCE):

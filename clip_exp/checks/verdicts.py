@@ -76,16 +76,17 @@ def _bad_pictures(name: str, split: dict[str, Any], config: CheckDataConfig) -> 
     if bad["count"]:
         over = bad["share"] > config.data.max_bad_fraction
         text = f"{counted(bad['count'], 'bad picture')} ({probability(bad['share'])}): {_listed(bad['by_kind'])}"
-        yield Verdict(Level.error if over else Level.warning, name, "bad_pictures", text, _picture_fix(bad, over))
+        yield Verdict(Level.error if over else Level.warning, name, "bad_pictures", text, _picture_fix(name, bad, over))
 
 
-def _picture_fix(bad: dict[str, Any], over: bool) -> str:
+def _picture_fix(name: str, bad: dict[str, Any], over: bool) -> str:
     kind = max(bad["by_kind"], key=bad["by_kind"].get)
     if over and kind in REMEDIES and bad["by_kind"][kind] > bad["count"] / 2:
         return f"{REMEDIES[kind]}; bad_samples.csv lists them all"
     if over:
         return "Repair or remove them (bad_samples.csv): above data.max_bad_fraction training stops"
-    return "Training puts others in their place; repair or remove them (bad_samples.csv)"
+    use = "Training puts others in their place" if name == TRAIN else "Validation leaves them out"
+    return f"{use}; repair or remove them (bad_samples.csv)"
 
 
 def _duplicates(name: str, split: dict[str, Any]) -> Iterator[Verdict]:

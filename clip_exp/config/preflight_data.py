@@ -18,7 +18,7 @@ from clip_exp.data.sources import INDEX, SourceSpec, open_sources, parse
 from clip_exp.data.tables.filters import parse as parse_filter
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.paths import expand
-from clip_exp.data.tables.table import PairTable
+from clip_exp.data.tables.table import PairTable, bad_rows
 from clip_exp.errors import ConfigError, DataError
 
 TRIED = 20  # pictures of a table
@@ -53,7 +53,7 @@ def check_tables(config: TrainConfig) -> int:
     """Open the tables of a run, whose indexes are built where they are not; the samples of an epoch.
 
     Raises:
-        DataError: a table cannot be read, or none of its pictures can.
+        DataError: a table cannot be read, more of its rows are bad than `data.max_bad_fraction`, or none of its pictures can be read.
         ConfigError: see `open_sources`.
     """
     data = config.data
@@ -65,7 +65,12 @@ def check_tables(config: TrainConfig) -> int:
     tables = [("data.train", source.table) for source in sources]
     if data.val is not None:
         tables.append(("data.val", open_configured(data, data.val, label_key=data.label_key, index_dir=index_dir)))
-    if problems := [problem for key, table in tables for problem in _check_pictures(key, table, ImageLimits.of(data))]:
+    problems = [
+        problem
+        for key, table in tables
+        for problem in (*_check_bad_rows(key, table, data), *_check_pictures(key, table, ImageLimits.of(data)))
+    ]
+    if problems:
         raise DataError("\n".join(problems))
     return sum(len(source.rows) for source in sources)
 
@@ -114,6 +119,17 @@ def _check_filter(condition: str) -> Iterator[str]:
         yield str(error)
 
 
+def _check_bad_rows(key: str, table: PairTable, data: DataConfig) -> Iterator[str]:
+    """Mostly a wrong separator, encoding or column, where most rows are bad."""
+    seen = sum(part.seen for part in table.parts)
+    if table.skipped > data.max_bad_fraction * seen:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in bad_rows(table.parts).most_common(3))
+        yield (
+            f"{key}: {table.skipped:,} of {seen:,} rows of {table.parts[0].file} are bad ({listed}), more than "
+            f"data.max_bad_fraction={data.max_bad_fraction:g}. Repair them (clip-exp check-data lists them), or allow more to be bad."
+        )
+
+
 def _check_pictures(key: str, table: PairTable, limits: ImageLimits) -> Iterator[str]:
     """A wrong image root, told at the start. A table of which only some pictures are missing trains without them."""
     rows = np.unique(np.linspace(0, len(table) - 1, TRIED).astype(int)).tolist()
@@ -127,13 +143,17 @@ def _check_pictures(key: str, table: PairTable, limits: ImageLimits) -> Iterator
     ((kind, _),) = Counter(map(kind_of, reasons)).most_common(1)
     yield (
         f"{key}: none of {len(rows)} pictures from all over {table.parts[0].file} can be read; the first is "
-        f"{table.image_path(rows[0])} ({table.where(rows[0])}): {reasons[0]}. {_remedy(kind, table)}"
+        f"{table.image_path(rows[0])} ({table.where(rows[0])}): {reasons[0]}. {_remedy(kind, table, table.path(rows[0]))}"
     )
 
 
-def _remedy(kind: str, table: PairTable) -> str:
+def _remedy(kind: str, table: PairTable, path: str) -> str:
     if kind == OUTSIDE_ROOT:
         return f"The root is now {table.root}."
+    if kind == NO_SUCH_FILE and "://" in path:
+        return "Pictures are read from files, not from addresses: fetch them first (img2dataset makes shards of such a table)."
+    if kind == NO_SUCH_FILE and "\\" in path:
+        return "Paths are written with slashes, not with backslashes."
     if kind == NO_SUCH_FILE and table.members is None:
         return f"Relative paths start from {table.root}: set data.image_root."
     if kind == TOO_MANY_BYTES:

@@ -1,8 +1,11 @@
 """Tables, order and pictures put together as what Lightning's Trainer asks for."""
 
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing
 from clip_exp.data.workers import WorkerLoader, count_workers
-from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.text.build import Tokenizes
 
 log = logging.getLogger(__name__)
@@ -32,7 +35,7 @@ EVAL_BATCH_SIZE = 64  # pictures
 
 
 class TimedLoader:
-    """A loader that measures how long its reader waited for it."""
+    """A loader that measures how long its reader waited for it; not for the first batch, which workers must start for."""
 
     def __init__(self, loader: "DataLoader[Batch]") -> None:
         self.loader = loader
@@ -40,6 +43,7 @@ class TimedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
+        yield from islice(batches, 1)
         while True:
             started_s = time.perf_counter()
             try:
@@ -151,8 +155,7 @@ class PairsDataModule(LightningDataModule):
     def train_dataloader(self) -> TimedLoader:
         """Batches of this rank from `start_sample` on, to `total_steps` or without end."""
         stream, config = self._stream, self.config
-        file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
-        self.bad_samples = BadSamples(stream.pictures, config.max_bad_fraction, what="training", file=file)
+        self.bad_samples = self._record_of_bad(stream.pictures, "training")
         dataset = TrainPairs(
             stream,
             image_size=self.preprocessing.size,
@@ -173,15 +176,16 @@ class PairsDataModule(LightningDataModule):
         self.setup()
         if self.val_table is None:
             return []
-        dataset, config = self._eval_pairs, self.config
-        file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
-        self.bad_val_samples = BadSamples(
-            len(dataset), config.max_bad_fraction, what="validation", mark=VALIDATION, file=file
-        )
+        dataset = self._eval_pairs
+        self.bad_val_samples = self._record_of_bad(len(dataset), "validation", VALIDATION)
         rank, world_size = self._place()
         sampler = EvalSampler(len(dataset), EVAL_BATCH_SIZE, rank, world_size)
         collate = EvalCollate(self.tokenizer, self.preprocessing.size, self.pad_multiple)
         return self._loader(dataset, sampler, collate, persistent=False)
+
+    def _record_of_bad(self, pictures: int, what: str, mark: str = "") -> BadSamples:
+        file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
+        return BadSamples(pictures, self.config.max_bad_fraction, what=what, mark=mark, file=file)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Record what happened in the workers on the way to this batch.
@@ -219,6 +223,25 @@ class PairsDataModule(LightningDataModule):
                 raise CheckpointError(problem)
             log.warning("%s The run goes on in the new data (data.allow_changed).", problem.partition("\n")[0])
         self.start_sample = int(state_dict["samples_seen"])
+
+    def require_same_tables(self, gather: Callable[[dict[str, str]], list[dict[str, str]]]) -> None:
+        """Make sure that all ranks read the same rows; they would train on other samples, and wait for each other without end.
+
+        Args:
+            gather: every rank's value of what each gives.
+
+        Raises: DataError on every rank.
+        """
+        self.setup()
+        tables = {"data.train": self._fingerprint, "data.val": self.val_table and self.val_table.fingerprint()}
+        own = {key: hashlib.sha256(json.dumps(read).encode()).hexdigest() for key, read in tables.items()}
+        found = gather(own)
+        for key in own:
+            if len({of_rank[key] for of_rank in found}) > 1:
+                raise DataError(
+                    f"{key} has not the same rows on all ranks: a table was replaced while they started, or nodes have different "
+                    "copies. Start again when it is the same everywhere."
+                )
 
     def changed_since(self, state_dict: dict[str, Any]) -> str | None:
         """How the data differs from what a state was saved with, and what to do; None where it does not, or nobody knows."""

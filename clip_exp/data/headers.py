@@ -14,6 +14,7 @@ from clip_exp.data.files import (
     NOT_A_PICTURE,
     NOT_ALLOWED,
     OUT_OF_MEMORY,
+    TOO_LONG,
     TOO_MANY_PIXELS,
     TRUNCATED,
     BadImage,
@@ -24,6 +25,7 @@ from clip_exp.data.files import (
 JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind it
 ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 RUNS_PROGRAMS = ("EPS",)
+MAX_SIDE = 65_535  # pixels, the most that JPEG and GIF can say; millions of rows of a pixel would take more memory than the pixels
 _SCAN = re.compile(b"\xff\xda")
 _MAX_SCANS = 100
 _MAX_READS = 1_000_000
@@ -103,6 +105,8 @@ def _check_pixels(picture: Image.Image, max_pixels: int) -> None:
     if width * height > (max_pixels // 2 if animated_webp else max_pixels):
         half = "half of " * animated_webp  # its decoder holds four copies
         raise BadImage(f"{TOO_MANY_PIXELS}: {width} x {height} pixels, more than {half}max_image_pixels={max_pixels}")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{TOO_LONG}: {width} x {height} pixels, a side of more than {MAX_SIDE:,}")
     if not width * height:
         raise BadImage(f"{DAMAGED}: {width} x {height} pixels")
 

@@ -99,6 +99,15 @@ def train_transform(
     return change_colors(resized, draws, augmentation)
 
 
+def check_strip(width: int, height: int, resize_mode: ResizeMode) -> None:
+    """What `eval_transform` asks of a picture's size, pixels.
+
+    Raises: BadImage for a strip whose resized long side would not fit in memory.
+    """
+    if resize_mode is ResizeMode.shortest and max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"{TOO_LONG}: {width} x {height} pixels, more than {MAX_ASPECT} times its shorter side")
+
+
 def eval_transform(
     picture: Image.Image,
     size: int,
@@ -119,8 +128,7 @@ def eval_transform(
         return pil_to_tensor(picture.resize((size, size), RESAMPLING[interpolation]).convert("RGB")).contiguous()
     width, height = picture.size
     shorter = min(width, height)
-    if max(width, height) > MAX_ASPECT * shorter:
-        raise BadImage(f"{TOO_LONG}: {width} x {height} pixels, more than {MAX_ASPECT} times its shorter side")
+    check_strip(width, height, resize_mode)
     target = (int(size * width / shorter), int(size * height / shorter))
     if picture.size != target:
         picture = picture.resize(target, RESAMPLING[interpolation])

@@ -5,9 +5,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
+
+from clip_exp.errors import DataError
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -41,6 +44,26 @@ class WorkerLoader(DataLoader[T_co]):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def killed_workers_are_told(key: str) -> Iterator[None]:
+    """Around all that is done while a `WorkerLoader` has workers: torch tells of a killed one by an error in the midst of it.
+
+    Args:
+        key: of the configuration, for how many there are.
+
+    Raises: DataError where a worker was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            "A process that reads pictures was ended from outside, mostly for lack of memory: give fewer of them "
+            f"({key}), or lower data.max_image_pixels."
+        ) from error
 
 
 def init_worker(_worker: int) -> None:

@@ -18,6 +18,7 @@ from clip_exp.config.preflight_measures import training_tasks
 from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.transforms import preprocessing_of
+from clip_exp.data.workers import killed_workers_are_told
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, DataError
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
@@ -75,6 +76,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)
     datamodule = _build_data(config, run_dir)
+    datamodule.require_same_tables(group.gather_objects)
     checkpoint = group.from_main(lambda: _checkpoint_to_go_on_from(config, run_dir))
     _require_same_data(datamodule, checkpoint)
     steps = steps_of(config, datamodule.num_rows)
@@ -101,7 +103,8 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
     if is_main():
         record.update(**_facts(trainer, module, datamodule))
     started_s = time.perf_counter()
-    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    with killed_workers_are_told("data.num_workers"):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, TaskScores):
             callback.write(torch.device(device_type))

@@ -49,13 +49,14 @@ def plant(root: Path) -> Planted:
 
 
 def _leaking(folder: Path, good: list[str]) -> list[tuple[str, str]]:
-    """Eight good rows, two copies of training pictures, of which one keeps its caption, and one training picture itself."""
+    """Eight good rows, two copies of training pictures, of which one keeps its caption, one training picture itself, and a strip."""
     rows = [
         (_noise(folder / f"val/{number}.jpg", 100 + number, (300, 300)), f"held out {number}") for number in range(8)
     ]
     for number in (2, 3):
         shutil.copy(folder / good[number], folder / f"val/leak{number}.jpg")
     rows += [("val/leak2.jpg", f"{CAPTIONS[2]}, number 2"), ("val/leak3.jpg", "another caption")]
+    rows += [(_noise(folder / "val/strip.png", 120, (3000, 2)), "a strip")]  # which could be trained on
     return [*rows, (good[4], "a third caption")]
 
 

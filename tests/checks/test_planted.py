@@ -65,8 +65,10 @@ def test_bad_rows_are_counted_by_reason_and_listed(train: dict[str, Any], checke
 
 
 def test_bad_pictures_are_counted_by_kind_and_listed(train: dict[str, Any], checked: Checked) -> None:
+    """Those that training or, for the strip, validation would not use."""
     kinds = {"no such file": 2, "empty file": 1, "not a picture": 1, "outside the data root": 1, "too many pixels": 1}
     assert train["bad_pictures"]["by_kind"] == {**kinds, "truncated": 1}
+    assert checked.report["splits"]["val"]["bad_pictures"]["by_kind"] == {"too long a strip": 1}
     listed = {row["path"]: row["reason"].partition(":")[0] for row in rows_of(checked.folder / "bad_samples.csv")}
     assert listed == {
         "bad/missing1.jpg": "no such file",
@@ -76,6 +78,7 @@ def test_bad_pictures_are_counted_by_kind_and_listed(train: dict[str, Any], chec
         "bad/empty.jpg": "empty file",
         "bad/huge.png": "too many pixels",
         "../outside.jpg": "outside the data root",
+        "val/strip.png": "too long a strip",
     }
 
 
@@ -124,7 +127,7 @@ def test_copies_and_repeated_pairs_are_found(train: dict[str, Any], checked: Che
 
 def test_leakage_is_found_by_bytes_path_and_pair(checked: Checked) -> None:
     leakage = checked.report["leakage"]
-    assert (leakage["pictures"], leakage["share"]) == (3, pytest.approx(3 / 11))
+    assert (leakage["pictures"], leakage["share"]) == (3, pytest.approx(3 / 12))
     assert leakage["same_bytes"]["count"] == 3
     assert leakage["same_path"]["examples"] == [{"val": "good/04.jpg", "train": "good/04.jpg"}]
     assert leakage["same_picture_and_caption"]["examples"] == [
@@ -138,9 +141,12 @@ def test_each_problem_has_a_verdict_with_a_fix(checked: Checked) -> None:
         *(("train", subject) for subject in ("bad_rows", "bad_pictures", "duplicate_pictures", "duplicate_pairs")),
         *(("train", subject) for subject in ("truncated_captions", "empty_captions", "equal_captions")),
         *(("train", subject) for subject in ("badly_split_scripts", "small_pictures", "exif_rotated", "animated")),
-        ("val", "leakage"),
+        *(("val", subject) for subject in ("leakage", "bad_pictures")),
     }
-    assert all(verdict["fix"] for verdict in checked.report["verdicts"])
+    fixes = {(verdict["split"], verdict["subject"]): verdict["fix"] for verdict in checked.report["verdicts"]}
+    assert all(fixes.values())
+    assert "Training puts others in their place" in fixes["train", "bad_pictures"]
+    assert "Validation leaves them out" in fixes["val", "bad_pictures"]
     assert checked.report["exit_code"] == 0
 
 

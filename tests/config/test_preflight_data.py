@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from clip_exp.config.data_schema import OnBadRow
 from clip_exp.config.preflight import check_train
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
@@ -76,6 +77,21 @@ def test_a_wrong_image_root_is_told_at_the_start(tmp_path, table):
     assert f"Relative paths start from {tmp_path}/empty: set data.image_root." in told
 
 
+def test_more_bad_rows_than_may_be_bad_end_the_start_as_they_end_a_check(tmp_path, table):
+    """A filter that leaves few rows does not make the bad ones many."""
+    with table.open("a") as file:
+        file.write("one field\n,no path\n" + "0.png,more\n" * 6)
+    told = refusal(tmp_path, str(table), DataError, on_bad_row=OnBadRow.skip)
+    assert (
+        f"data.train: 2 of 12 rows of {table} are bad (1 wrong number of fields, 1 no picture path), more than" in told
+    )
+    assert "data.max_bad_fraction=0.1" in told
+    check_train(config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17))
+    check_train(
+        config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17, filter="title == 'a picture'")
+    )
+
+
 def test_the_way_out_fits_the_fault_of_the_pictures(tmp_path, table):
     told = refusal(tmp_path, str(table), DataError, max_image_bytes=10)
     assert told.endswith("Raise data.max_image_bytes, or make them smaller.")
@@ -84,6 +100,15 @@ def test_the_way_out_fits_the_fault_of_the_pictures(tmp_path, table):
     told = refusal(tmp_path, str(table), DataError)
     assert "empty file" in told
     assert "image_root" not in told
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [("https://somewhere/a.jpg", r"not from addresses: fetch them first"), ("img\\a.jpg", "not with backslashes")],
+)
+def test_paths_of_another_kind_are_told(tmp_path, table, path, remedy):
+    write_table(table, [["filepath", "title"], *[[path, "a picture"]] * 4])
+    assert remedy in refusal(tmp_path, str(table), DataError)
 
 
 def test_the_validation_table_is_looked_at_too(tmp_path, table):

@@ -1,5 +1,6 @@
 import csv
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from clip_exp.config.data_schema import Captions, GenerateConfig, Generator
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import BadPicture
+from clip_exp.data.datamodule import TimedLoader
 from clip_exp.data.order import EvalSampler
 from clip_exp.data.workers import count_workers
 from clip_exp.errors import ConfigError, DataError
@@ -91,6 +93,32 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(pairs, build):
         module.train_dataloader()
     with pytest.raises(ConfigError, match=r"set data\.train"):
         build(None).setup()
+
+
+def test_the_start_of_the_workers_is_not_waited_for_data():
+    class Loader:
+        def __iter__(self):
+            for batch, seconds in enumerate((0.3, 0.02, 0.03)):
+                time.sleep(seconds)
+                yield batch
+
+    loader = TimedLoader(Loader())
+    assert list(loader) == [0, 1, 2]
+    assert 0.05 <= loader.waited_s < 0.3
+
+
+def test_ranks_that_read_different_tables_are_refused_on_all_of_them(pairs, build):
+    """As where one is replaced between the starts of two ranks."""
+    module = build(str(pairs), val=str(pairs))
+    tables = []
+    module.require_same_tables(lambda own: tables.append(own) or [own, own])
+    pairs.write_text(pairs.read_text().replace("caption 0 of picture 7", "another caption"))
+    module = build(str(pairs), val=str(pairs))
+    with pytest.raises(DataError, match=r"data\.train has not the same rows on all ranks"):
+        module.require_same_tables(lambda own: [*tables, own])
+    module = build(str(pairs))
+    with pytest.raises(DataError, match=r"data\.val has not the same rows on all ranks"):
+        module.require_same_tables(lambda own: [{**own, "data.val": "x"}, own])
 
 
 def test_workers_leave_a_core_for_training_and_are_eight_at_most(monkeypatch):

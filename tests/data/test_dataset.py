@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from clip_exp.config.model_schema import ImageTowerConfig
 from clip_exp.data.batches import BadPicture, Batch
@@ -18,6 +19,7 @@ from clip_exp.data.dataset import EvalImages, EvalPairs, PictureError
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.transforms import eval_transform, preprocessing_of
+from clip_exp.data.workers import WorkerLoader, killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table
@@ -264,3 +266,22 @@ def test_a_process_ends_though_its_workers_still_wait_for_work(tmp_path, method)
     """At exit Python terminates what is left and then waits for it, without end."""
     (tmp_path / "ends.py").write_text(ENDS)
     subprocess.run([sys.executable, "ends.py", method], cwd=tmp_path, check=True, timeout=60)
+
+
+class Killed(Dataset[int]):
+    """Its second item is one too many."""
+
+    def __getitem__(self, index: int) -> int:
+        if index:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_killed_worker_is_an_error_with_a_remedy_whatever_the_process_is_doing():
+    told = r"ended from outside, mostly for lack of memory: give fewer of them \(data\.num_workers\)"
+    for use in (list, lambda batches: (next(batches), time.sleep(5))):
+        batches = iter(WorkerLoader(Killed(), sampler=[0, 1], num_workers=1))
+        with pytest.raises(DataError, match=told), killed_workers_are_told("data.num_workers"):
+            use(batches)
+    with pytest.raises(RuntimeError, match="of another kind"), killed_workers_are_told("data.num_workers"):
+        raise RuntimeError("of another kind")

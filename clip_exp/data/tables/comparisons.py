@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+_WHOLE = r"^[ \t]*[+-]?[0-9]{1,18}[ \t]*$"
 _NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
 
 
@@ -46,7 +47,10 @@ def compare(operator: str, left: Operand, right: Operand) -> pa.BooleanArray:
         convert = numbers
     else:
         convert = texts
-    return getattr(pc, operator)(*(_converted(side, convert) for side in (left, right)))
+    sides = [_converted(side, convert) for side in (left, right)]
+    if pa.float64() in (sides[0].type, sides[1].type):  # Arrow itself refuses whole numbers that float64 rounds
+        sides = [pc.cast(side, pa.float64(), safe=False) for side in sides]
+    return getattr(pc, operator)(*sides)
 
 
 def contains(column: pa.Array, constant: Operand) -> pa.BooleanArray:
@@ -65,10 +69,10 @@ def contains(column: pa.Array, constant: Operand) -> pa.BooleanArray:
 
 
 def numbers(column: pa.Array) -> pa.Array:
-    """int64 or float64; null for what is no number."""
+    """int64 where all numbers are whole and fit, so that identifiers are told apart, else float64; null for what is no number."""
     column = _plain(column)
     kind = column.type
-    if pa.types.is_signed_integer(kind):
+    if pa.types.is_signed_integer(kind) or (pa.types.is_unsigned_integer(kind) and _fits_int64(column)):
         return pc.cast(column, pa.int64())
     if pa.types.is_unsigned_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         values = pc.cast(column, pa.float64(), safe=False)
@@ -76,7 +80,8 @@ def numbers(column: pa.Array) -> pa.Array:
     if not pa.types.is_large_string(kind):
         return pa.nulls(len(column), pa.float64())
     written = pc.if_else(pc.match_substring_regex(column, _NUMBER), column, pa.scalar(None, kind))
-    return pc.cast(pc.utf8_ltrim(pc.utf8_trim_whitespace(written), "+"), pa.float64())
+    whole = pc.all(pc.match_substring_regex(written, _WHOLE)).as_py()  # nulls do not count
+    return pc.cast(pc.utf8_ltrim(pc.utf8_trim_whitespace(written), "+"), pa.int64() if whole else pa.float64())
 
 
 def texts(column: pa.Array) -> pa.Array:
@@ -115,6 +120,11 @@ def _are_numbers(operator: str, left: Operand, right: Operand) -> bool:
     if "equal" != operator != "not_equal":
         return True
     return any(_is_number(side) for side in (left, right))
+
+
+def _fits_int64(column: pa.Array) -> bool:
+    largest = pc.max(column).as_py()
+    return largest is None or largest < 1 << 63
 
 
 def _is_number(side: Operand) -> bool:

@@ -93,7 +93,7 @@ def _guess(path: Path, sample: bytes) -> str:
     best = matches.best()
     if best is None:
         raise DataError(
-            f"{path} is not UTF-8 and its encoding could not be found out: set data.encoding (cp1252, gb18030, …)."
+            f"{path} is not UTF-8 and its encoding could not be found out: set data.encoding (cp1252, gb18030, utf-16-le, …)."
         )
     as_good = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
     western = any(

@@ -178,6 +178,11 @@ def _is_column(node: ast.expr) -> bool:
     return isinstance(node, ast.Name)
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether it is free of halves of surrogate pairs, which no column holds."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _constant(node: ast.expr) -> str | float | bool:
     """The number, string or truth value that is written.
 
@@ -190,7 +195,7 @@ def _constant(node: ast.expr) -> str | float | bool:
     if not isinstance(value, ast.Constant) or not isinstance(value.value, str | int | float):
         raise _NotUnderstood(node)
     if isinstance(value.value, str | bool):
-        if value is not node:
+        if value is not node or not _is_unicode(str(value.value)):
             raise _NotUnderstood(node)
         return value.value
     number = sign * value.value

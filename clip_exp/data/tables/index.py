@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables.formats import open_reader
 from clip_exp.data.tables.grouping import PictureGroups
 from clip_exp.data.tables.index_writer import Source, checksum, write_index
@@ -130,6 +131,8 @@ def _load(folder: Path, source: Source) -> tuple[MappedRows, list[ScannedFile]] 
     if any(Stamp.of_table(file.path, len(source.files)) != file.stamp for file in read):
         log.info("%s has changed: its index is made anew.", source.files[0])
         return None
+    if source.options.on_bad_row is OnBadRow.error and any(file.bad for file in read):
+        return None  # reading tells what is wrong with the first of them
     return rows, read
 
 

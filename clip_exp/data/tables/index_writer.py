@@ -23,7 +23,7 @@ from clip_exp.data.tables.scan import RowBatch, Scan
 from clip_exp.data.tables.stamps import Stamp
 from clip_exp.storage import sync
 
-_VERSION = 1  # of what the readers make of a file, and of the folder: a change makes new folders
+_VERSION = 2  # of what the readers make of a file, and of the folder: a change makes new folders
 _BAR_FROM = 64 << 20  # bytes; smaller tables are read before a bar is seen
 
 

@@ -17,6 +17,7 @@ from clip_exp.data.tables.values import BadValue, absent, no_column, text_of
 from clip_exp.errors import ConfigError, DataError
 
 _BLOCK_ROWS = 1 << 12
+_BLOCK_BYTES = 64 << 20  # of lines; a filter may look at texts of megabytes
 _MAX_LINE = 16 << 20  # bytes; a longer line is a file of another kind more often than a row
 _HEAD = 4096  # bytes that tell other kinds of files
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -52,10 +53,14 @@ class JsonLinesReader:
 
     def _check_kind(self, file: BinaryIO) -> None:
         head = file.read(_HEAD)
+        start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
         if not head:
             raise DataError(f"{self.path} is empty: it needs an object per image-text pair, each on its own line.")
-        if head.startswith(_UTF16):
-            raise DataError(f"{self.path} is UTF-16, but JSON Lines are UTF-8: convert it (iconv -f utf-16 -t utf-8).")
+        if head.startswith(_UTF16) or b"\0" in head[:4]:  # JSON begins with two characters of ASCII
+            raise DataError(
+                f"{self.path} is UTF-16 or UTF-32, but JSON Lines are UTF-8: convert it (iconv -f utf-16 -t utf-8)."
+            )
+        head = head[start:]
         if head.lstrip().startswith(b"["):
             raise DataError(
                 f"{self.path} is one JSON array, not an object per line: convert it (jq -c '.[]' {self.path.name} > pairs.jsonl)."
@@ -64,12 +69,13 @@ class JsonLinesReader:
             raise DataError(
                 f"{self.path} has an object over several lines: put each on a line of its own (jq -c . {self.path.name} > pairs.jsonl)."
             )
-        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        file.seek(start)
 
     def _blocks(self, file: BinaryIO) -> Iterator[RowBlock]:
         values: list[list[str]] = []
         records: list[dict[str, Any]] = []
         lines: list[int] = []
+        before = self.bytes_read
         for line, record in self._records(file):
             try:
                 row = [self._text(setting, name, record) for setting, name in self.wanted.items()]
@@ -77,12 +83,12 @@ class JsonLinesReader:
                 self.bad.add(line, bad.reason, bad.detail)
                 continue
             values.append(row)
-            records.append(record)
+            records.append(self._extra.of_record(record))
             lines.append(line)
-            if len(lines) == _BLOCK_ROWS:
-                self.bytes_read = file.tell()
+            if len(lines) == _BLOCK_ROWS or self.bytes_read - before >= _BLOCK_BYTES:
                 yield self._block(values, records, lines)
                 values, records, lines = [], [], []
+                before = self.bytes_read
         if lines:
             yield self._block(values, records, lines)
 
@@ -93,6 +99,7 @@ class JsonLinesReader:
     def _records(self, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
         """Line number and object of each line that holds one."""
         for line, text in enumerate(_lines(file), 1):
+            self.bytes_read += len(text)
             if text.isspace():
                 continue
             try:

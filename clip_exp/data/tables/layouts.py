@@ -146,7 +146,8 @@ def _missing(name: str, setting: str, names: list[str], separator: str) -> str:
         return message.replace("Its columns:", f"Its columns, separated by {describe(separator)}:")
     other = next((other for other in SEPARATORS if other != separator and other in names[0]), None)
     if other is None:
-        return message
+        between = " If that is more than one column, set data.separator to the character between them."
+        return message + between * (name in names[0])
     return f"{message} The table looks separated by {describe(other)}: set data.separator=auto."
 
 

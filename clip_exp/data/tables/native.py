@@ -20,21 +20,25 @@ class NativeColumns:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = sorted(names)
-        self.seen: dict[str, None] = {}  # keys of the first record, and every one that is wanted
+        self.seen: dict[str, None] = {}  # keys of the first record
         self._missing = set(self.names)
 
     @classmethod
     def of(cls, options: TableOptions) -> "NativeColumns":
         return cls(filters.parse(options.filter).names if options.filter else ())
 
-    def arrays(self, records: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array] | None:
-        """A column per name, of the records' values; a key that is missing is null. None without names."""
+    def of_record(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What the filter looks at of a record; the rest, an embedding maybe, need not be kept."""
         if not self.names:
-            return None
+            return {}
         if not self.seen:
-            self.seen = dict.fromkeys(records[0])
-        self._missing -= {name for name in self._missing if any(name in record for record in records)}
-        return {name: typed_array([record.get(name) for record in records]) for name in self.names}
+            self.seen = dict.fromkeys(record)
+        self._missing -= record.keys()
+        return {name: record[name] for name in self.names if name in record}
+
+    def arrays(self, records: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array] | None:
+        """A column per name, of what `of_record` gave; a key that is missing is null. None without names."""
+        return {name: typed_array([record.get(name) for record in records]) for name in self.names} or None
 
     def never_seen(self) -> str | None:
         """A name that no record had."""

@@ -101,5 +101,5 @@ def _in_index(source: Source, index_dir: Path) -> tuple[StoredRows, list[Scanned
 def _part(file: Path, root: Path, start: int, found: ScannedFile) -> Part:
     return Part(
         file.absolute(), root, start, found.rows, found.bad, found.bad_examples, found.unit,
-        bytes=found.stamp.bytes, digest=found.digest,
+        seen=found.seen, bytes=found.stamp.bytes, digest=found.digest,
     )  # fmt: skip

@@ -48,5 +48,5 @@ class TableOptions:
         return {setting: name for setting, name in wanted.items() if name is not None}
 
     def as_json(self) -> dict[str, Any]:
-        """For the identity of an index."""
-        return {**asdict(self), "on_bad_row": self.on_bad_row.value}
+        """For the identity of an index. What happens to bad rows is not part of it: where there are none, the rows are the same."""
+        return {name: value for name, value in asdict(self).items() if name != "on_bad_row"}

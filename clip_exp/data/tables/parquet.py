@@ -1,8 +1,9 @@
 """Parquet as blocks of rows; only the columns that are wanted are read."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,15 @@ from clip_exp.data.tables.reader import MAX_CAPTION, BadRows, RowBlock
 from clip_exp.data.tables.values import BadValue, longer_than, no_column, text_of
 from clip_exp.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
 _BLOCK_ROWS = 1 << 12
+_BLOCK_BYTES = 64 << 20  # of texts
+_BUFFER_BYTES = (
+    1 << 20
+)  # of a column's pages that are read ahead; without it Arrow reads all of a row group, and slowly
+_SMALL_BYTES = 16 << 20  # of a row group's column, up to which reading it as a dictionary costs little
 _MAX_BYTES = 4 * MAX_CAPTION  # of a text; a longer one has too many characters whatever they are
 
 
@@ -38,27 +47,35 @@ class ParquetReader:
 
     def blocks(self) -> Iterator[RowBlock]:
         """See `tables.reader.Reader`."""
-        import pyarrow.parquet as pq  # 0.1 s, which tables of text do without
-
         rows = 0
         try:
-            with pq.ParquetFile(self.path) as file:
-                self._check_columns(file.schema_arrow)
-                texts = [name for name in self.wanted.values() if _is_text(file.schema_arrow.field(name).type)]
-            names = list(dict.fromkeys([*self.wanted.values(), *self.filtered]))
-            # As dictionaries, since a file of some bytes may say a text of a megabyte any number of times.
-            with pq.ParquetFile(self.path, pre_buffer=False, read_dictionary=texts) as file:
-                for batch in file.iter_batches(_BLOCK_ROWS, columns=names):
-                    yield self._block(batch, rows)
-                    rows += len(batch)
-                    self.bytes_read = self.path.stat().st_size * rows // file.metadata.num_rows
+            size = self.path.stat().st_size
+            for batch, of_all in self._batches():
+                yield self._block(batch, rows)
+                rows += len(batch)
+                self.bytes_read = size * rows // of_all
         except PermissionError as error:
             raise ConfigError(f"The table {self.path} cannot be read: {error.strerror or error}.") from error
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
-            raise DataError(
-                f"{self.path} cannot be read as Parquet after row {rows}: {reason}. Was it copied or written to its end?"
-            ) from error
+            fix = "Decrypt it" if "crypt" in reason.lower() else "Was it copied or written to its end?"
+            raise DataError(f"{self.path} cannot be read as Parquet after row {rows}: {reason}. {fix}") from error
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """Rows of the wanted columns, and how many rows the file has."""
+        import pyarrow.parquet as pq  # 0.1 s, which tables of text do without
+
+        open_file = partial(pq.ParquetFile, self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        with open_file() as file:
+            self._check_columns(file.schema_arrow)
+            wanted = list(dict.fromkeys(self.wanted.values()))
+            names = list(dict.fromkeys([*wanted, *self.filtered]))
+            texts = [name for name in wanted if _is_text(file.schema_arrow.field(name).type)]
+            with open_file(read_dictionary=texts) as coded:
+                for group in range(file.num_row_groups):
+                    rows, repeats = _way_to_read(coded, group, wanted)
+                    batches = (coded if repeats else file).iter_batches(rows, row_groups=[group], columns=names)
+                    yield from ((batch, file.metadata.num_rows) for batch in batches)
 
     def _check_columns(self, schema: pa.Schema) -> None:
         wanted = [*self.wanted.items(), *(("filter", name) for name in self.filtered)]
@@ -104,6 +121,32 @@ class ParquetReader:
             self.bad.add(line, bad.reason, bad.detail)
             return False
         return True
+
+
+def _way_to_read(coded: "ParquetFile", group: int, names: list[str]) -> tuple[int, bool]:
+    """How many rows of a row group to read at a time, and whether as dictionaries.
+
+    A file of some bytes may say a text of a megabyte any number of times; a dictionary holds it once. But where most texts are
+    different ones, Arrow makes the dictionary anew for every batch.
+
+    Args:
+        coded: the file, whose texts are read as dictionaries.
+    """
+    chunks = [coded.metadata.row_group(group).column(i) for i in range(coded.metadata.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema in names and chunk.num_values]
+    # The first row brings the dictionary with it, and so all that is said more than once.
+    first = next(coded.iter_batches(1, row_groups=[group], columns=names), None)
+    longest = 0 if first is None else max(_longest(first.column(name)) for name in names)
+    small = all(chunk.total_uncompressed_size <= _SMALL_BYTES for chunk in chunks)
+    if longest > _MAX_BYTES and small:
+        return _BLOCK_ROWS, True
+    usual = max((chunk.total_uncompressed_size // chunk.num_values for chunk in chunks), default=0)
+    return min(_BLOCK_ROWS, max(1, _BLOCK_BYTES // max(1, longest, usual))), False
+
+
+def _longest(column: pa.Array) -> int:
+    """Bytes of the longest text of a dictionary; 0 for other columns."""
+    return (pa.types.is_dictionary(column.type) and pc.max(pc.binary_length(column.dictionary)).as_py()) or 0
 
 
 def _fits(setting: str, kind: pa.DataType) -> bool:

@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -68,7 +68,36 @@ def _files(pattern: str) -> list[Path]:
         return [Path(pattern)]
     if not glob.has_magic(pattern):
         return []
-    return sorted(Path(name) for name in glob.iglob(pattern, recursive=True) if os.path.isfile(name))
+    return sorted(Path(name) for name in _glob(pattern) if os.path.isfile(name))
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """As `glob.iglob`, which goes through two links that lead back to their folder without end."""
+    if pattern.endswith(f"{os.sep}**"):
+        pattern = os.path.join(pattern, "*")
+    head, found, rest = pattern.partition(f"**{os.sep}")
+    if not found or not (head.endswith(os.sep) or not head):
+        yield from glob.iglob(pattern)
+        return
+    seen: set[tuple[int, int]] = set()
+    for top in sorted(glob.iglob(head)) if head else [os.curdir]:
+        for folder in _folders(top, seen):
+            yield from _glob(os.path.join(glob.escape(folder), rest))
+
+
+def _folders(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """A folder and those below it but for hidden ones, each once, whatever links lead to it."""
+    for folder, names, _ in os.walk(top, followlinks=True):
+        try:
+            status = os.stat(folder)
+        except OSError:  # removed meanwhile
+            continue
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            names.clear()
+            continue
+        seen.add(place)
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield folder
 
 
 def _missing(pattern: str) -> str:

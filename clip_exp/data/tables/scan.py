@@ -1,6 +1,7 @@
 """The rows of several files in batches of a constant number of rows, and an account of each file."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.reader import Reader, RowBlock
 from clip_exp.data.tables.stamps import Stamp
 from clip_exp.errors import DataError
+
+log = logging.getLogger(__name__)
 
 BATCH_ROWS = 1 << 16
 
@@ -35,6 +38,7 @@ class ScannedFile:
     path: Path
     stamp: Stamp
     rows: int
+    seen: int  # bad rows and those that the filter leaves out included
     digest: str
     bad: dict[str, int]
     bad_examples: tuple[tuple[int, str], ...]
@@ -66,8 +70,11 @@ class Scan:
         """
         yield from map(_as_batch, _rebatch(self._blocks()))
         if not self._rows:
+            which = f"{self.files[0]}{' and the others' * (len(self.files) > 1)}"
             raise DataError(
-                f"{self.files[0]}{' and the others' * (len(self.files) > 1)}: no row passes data.filter={self.options.filter}."
+                f"{which}: no row passes data.filter={self.options.filter}."
+                if any(file.seen for file in self.read)
+                else f"{which}: there are no rows. It takes a row per image-text pair."
             )
 
     def _blocks(self) -> Iterator[RowBlock]:
@@ -90,13 +97,17 @@ class Scan:
             if self._rows == self.options.max_rows:
                 break
         bad = reader.bad
-        if not found:
-            left_out = f" ({sum(bad.counts.values())} bad ones were left out)" if bad.counts else ""
+        if not found and (bad.counts or len(self.files) == 1):
+            left_out = f" ({bad.counts.total()} bad ones were left out)" if bad.counts else ""
             raise DataError(f"{file} has no rows{left_out}: it needs a row per image-text pair.")
+        if not found:  # Spark and its like write such parts
+            log.warning("%s has no rows.", file)
         if Stamp.of_table(file, len(self.files)) != stamp:
             raise DataError(f"{file} has changed while it was read: start again when it is complete.")
-        rows = self._rows - before
-        self.read.append(ScannedFile(file, stamp, rows, digest.hex(), dict(bad.counts), tuple(bad.examples), bad.unit))
+        rows, seen = self._rows - before, found + bad.counts.total()
+        self.read.append(
+            ScannedFile(file, stamp, rows, seen, digest.hex(), dict(bad.counts), tuple(bad.examples), bad.unit)
+        )
 
     def _advancing(self, reader: Reader, size: int) -> Iterator[RowBlock]:
         told = 0

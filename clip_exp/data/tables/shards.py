@@ -22,6 +22,7 @@ from clip_exp.errors import ConfigError, DataError
 PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first of them that a sample has, as in open_clip
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's key and extension
 _BLOCK_ROWS = 1 << 12
+_BLOCK_BYTES = 64 << 20  # of a shard; a filter may look at long lists in the JSON
 _MAX_TEXT = 4 * MAX_CAPTION  # bytes
 _MAX_JSON = 1 << 20  # bytes
 
@@ -30,7 +31,7 @@ _MAX_JSON = 1 << 20  # bytes
 class _Row:
     values: list[str]  # picture's name, caption, label: what is wanted of them
     picture: Member
-    record: dict[str, Any]  # of the sample's JSON
+    record: dict[str, Any]  # what the filter looks at
 
 
 class ShardReader:
@@ -65,7 +66,7 @@ class ShardReader:
                 for sample, row in self._rows(file):
                     rows.append(row)
                     samples.append(sample)
-                    if len(rows) == _BLOCK_ROWS:
+                    if len(rows) == _BLOCK_ROWS or row.picture.offset - self.bytes_read >= _BLOCK_BYTES:
                         self.bytes_read = row.picture.offset
                         yield self._block(rows, samples)
                         rows, samples = [], []
@@ -112,7 +113,8 @@ class ShardReader:
             return _Row(values, picture, {})
         members = {name: sample[name.lower()] for name in self.filtered if name.lower() in sample}
         read = {name: _text(file, member, "caption_key", name) for name, member in members.items()}
-        return _Row(values, picture, {**dict(zip(self.wanted.values(), values, strict=True)), **read, **record})
+        columns = {**dict(zip(self.wanted.values(), values, strict=True)), **read, **record}
+        return _Row(values, picture, self._extra.of_record(columns))
 
 
 def _keyed(found: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:

@@ -5,7 +5,7 @@ Captions stay as they are in the file: `null`, `NA`, `007` and the empty caption
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +30,17 @@ class Part:
     bad: dict[str, int] = field(default_factory=dict)  # bad rows that were left out, by reason
     bad_examples: tuple[tuple[int, str], ...] = ()  # the first of them: line and reason
     unit: str = "line"  # what numbers the rows: line, row, sample
+    seen: int = 0  # rows that were read: `rows`, bad ones, and those that the filter left out
     bytes: int = 0  # size of the file
     digest: str = ""  # of the rows: equal where paths, captions, labels and places in a shard are
+
+
+def bad_rows(parts: Iterable[Part]) -> Counter[str]:
+    """Bad rows that were left out, by reason."""
+    counts = Counter[str]()
+    for part in parts:
+        counts.update(part.bad)
+    return counts
 
 
 class StoredRows(Protocol):
@@ -117,7 +126,7 @@ class PairTable:
     @property
     def skipped(self) -> int:
         """Bad rows that were left out."""
-        return sum(sum(part.bad.values()) for part in self.parts)
+        return bad_rows(self.parts).total()
 
     @property
     def pictures(self) -> int:

@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 _BLOCK = 512
 _MAX_HEADER_DATA = 1 << 20  # bytes of a long name or of pax records
+_CHUNK = 1 << 20
 _PLAIN = b"0\x007"  # types of regular files
 _PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
 _FAULTS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file"}
@@ -67,10 +68,23 @@ def members(file: BinaryIO) -> Iterator[Member]:
         position = member.offset + _padded(member.size)
     if not found:
         raise Damaged("it holds nothing")
+    _check_end(file, position)
     if position > end:
         raise Damaged(f"it ends at byte {end}, where its last member has not ended")
     if position == end:
         log.warning("%s has no end mark, as if its writing was cut off.", file.name)
+
+
+def _check_end(file: BinaryIO, position: int) -> None:
+    """An end mark is the end: a header in a hole looks like one, as after a download that left pieces out."""
+    file.seek(position)
+    while chunk := file.read(_CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            more = file.tell() - len(rest)
+            raise Damaged(
+                f"byte {position} should begin a member, but is empty, and at byte {more} there is more (several tars in one file "
+                "are joined with tar -A)"
+            )
 
 
 def _header(file: BinaryIO, position: int, end: int) -> _Header | None:

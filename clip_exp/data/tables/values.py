@@ -61,7 +61,7 @@ def no_column(name: str, setting: str, names: Iterable[str]) -> str:
     """The end of a message that began with the file: which column is missing, and which may be meant."""
     listed = list(names)
     close = difflib.get_close_matches(name.lower(), [other.lower() for other in listed], n=1)
-    nearest = next((other for other in listed if close and other.lower() == close[0]), None)
+    nearest = next((other for other in listed if close and other.lower() == close[0] and other.isprintable()), None)
     shown = ", ".join(repr(other if len(other) <= 40 else other[:40] + "…") for other in listed[:20]) or "none"
     if setting == "filter":
         return f"has no column {name!r} (data.filter). Its columns: {shown}." + (

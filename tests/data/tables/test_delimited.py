@@ -237,6 +237,19 @@ def test_a_file_whose_rows_all_fall_to_the_filter_may_stand_beside_others(tmp_pa
     assert [table.part(row).file.name for row in range(2)] == ["b.csv", "b.csv"]
 
 
+def test_a_part_without_rows_may_stand_beside_others(tmp_path, caplog):
+    """Spark writes such ones. A part whose rows are all bad is no such one."""
+    files = [write(tmp_path / "a.csv", "filepath,title,score\n"), write(tmp_path / "b.csv", SCORED)]
+    table = read_table(files)
+    assert [part.rows for part in table.parts] == [0, 4]
+    assert table.where(0) == f"{files[1]}, line 2"
+    assert "a.csv has no rows" in caplog.text
+    with pytest.raises(DataError, match=r"a\.csv and the others: there are no rows"):
+        read_table([files[0], write(tmp_path / "c.csv", "filepath,title\n")])
+    with pytest.raises(DataError, match=r"c\.csv has no rows \(1 bad ones were left out\)"):
+        read_table([files[1], write(tmp_path / "c.csv", "filepath,title\nx\n")], on_bad_row="skip")
+
+
 def test_rows_taken_as_they_are_written_are_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         table = read_table(write(tmp_path / "t.csv", 'filepath,title\na.jpg,"Hi" he said\n'))

@@ -17,6 +17,9 @@ COLUMNS = {
     "is safe": pa.array([True, False, None] * 3),
     "kind": pa.array(["a", "b", None] * 3).dictionary_encode(),
     "empty": pa.nulls(9),
+    "id": pa.array([2**53, 2**53 + 1, 2**63 - 1, *range(6)], pa.uint64()),
+    "word": pa.array([str(2**53), f" +{2**53 + 1}", "many", None, *"12345"]),
+    "half": pa.array([str(2**53), str(2**53 + 1), "0.5", *"123456"]),
 }
 MATCHES = {
     # numbers; a text is one where it is written like one
@@ -24,6 +27,9 @@ MATCHES = {
     "n in [1, 9, 'x']": "1 9", "n not in (1, 2, 4)": "5 6 7 8 9", "n == 4 or n == 6": "4 6", "n > -1e999": "1 2 4 5 6 7 8 9",
     "n < 99999999999999999999": "1 2 4 5 6 7 8 9", "score != 3": "1 4 5 6 7 8 9", "score >= n": "1 4 5 6 7 8 9",
     "width >= 3": "1 2 3 9", "width == 1": "8", "width < 0": "7", "width == '1.'": "8", "n == '4'": "4",
+    # identifiers, which float64 would mix up
+    "id == 9007199254740993": "2", "id > 9007199254740992": "2 3", "word == 9007199254740993": "2", "score < 9007199254740993": "1 3 4 5 6 7 8 9",
+    "half == 9007199254740993": "1 2", "word > id": "", "id in [9007199254740993, 0.5]": "2",
     # what is missing or no number matches nothing, nor does its negation
     "not width >= 3": "7 8", "not score > 3": "1 3", "empty > 1 or n == 1": "1", "not (empty > 1 or n == 1)": "", "not empty == 'x'": "",
     # text
@@ -62,7 +68,7 @@ NOT_UNDERSTOOD = {
     "x[0] == 1": r"x\[0\]", "x.y == 1": r"x\.y", "`a b` + 1 > 2": r"`a b` \+ 1", "-'x' == y": "not understood", "f'{x}' == y": "not understood",
     "x == b'y'": "not understood", "": "is no condition", "lambda: 1": "not understood", "x == 1j": "1j", "(x := 3) > 1": "not understood",
     "x > 1\0": "is no condition", "`a": "is no condition", "(" * 500 + "x>1" + ")" * 500: "is no condition", "not " * 5000 + "x>1": "is no condition",
-    "x > 1; import os": "is no condition", "x if y > 1 else z": "not understood", "[x for x in y]": "not understood",
+    "x == '\\ud800'": "not understood", "x > 1; import os": "is no condition", "x if y > 1 else z": "not understood", "[x for x in y]": "not understood",
 }  # fmt: skip
 
 

@@ -162,6 +162,22 @@ def test_pictures_are_found_from_another_working_directory(tmp_path, monkeypatch
         assert table.read_picture(0, ImageLimits()) == b"a picture"
 
 
+def test_a_policy_for_bad_rows_finds_the_index_that_another_one_made(tmp_path, builds):
+    """So that a data set that was checked trains at once."""
+    file = write_rows(tmp_path / "pairs.csv", 100)
+    open_indexed(file, on_bad_row=OnBadRow.skip)
+    open_indexed(file, on_bad_row=OnBadRow.error)
+    assert len(builds) == 1
+    with file.open("a") as stream:
+        stream.write("bad.jpg\n")
+    open_indexed(file, on_bad_row=OnBadRow.skip)
+    for _ in range(2):
+        with pytest.raises(DataError, match="line 102: 1 field instead of 2"):
+            open_indexed(file, on_bad_row=OnBadRow.error)
+    assert open_indexed(file, on_bad_row=OnBadRow.skip).skipped == 1
+    assert len(builds) == 4  # of which those that found the bad row came to nothing
+
+
 def test_other_options_are_another_index(tmp_path, builds):
     file = write_rows(tmp_path / "pairs.csv", 100)
     assert [len(open_indexed(file, max_rows=rows)) for rows in (None, 7, None, 7)] == [100, 7, 100, 7]

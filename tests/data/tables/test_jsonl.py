@@ -1,10 +1,13 @@
 import codecs
 import json
 import time
+import tracemalloc
 
 import pytest
 
+from clip_exp.data.tables import jsonl
 from clip_exp.data.tables.open import read_table
+from clip_exp.data.tables.options import TableOptions
 from clip_exp.errors import ConfigError, DataError
 
 
@@ -97,7 +100,11 @@ def test_labels_may_be_whole_numbers_and_none(tmp_path):
         (b"\n\n", "no rows"),
         (b'[{"filepath": "a.jpg"}]', r"one JSON array.*jq -c '\.\[\]'"),
         (b'{\n "filepath": "a.jpg"\n}', "an object over several lines"),
-        ('{"filepath": "a.jpg"}'.encode("utf-16"), "UTF-16, but JSON Lines are UTF-8"),
+        (codecs.BOM_UTF8 + b'[\n{"filepath": "a.jpg"}]', "one JSON array"),
+        *(
+            ('{"filepath": "a.jpg"}'.encode(encoding), "UTF-16 or UTF-32, but JSON Lines are UTF-8")
+            for encoding in ("utf-16", "utf-16-be", "utf-32", "utf-32-le")
+        ),
     ],
 )
 def test_files_of_another_kind_are_refused(tmp_path, content, told):
@@ -140,3 +147,23 @@ def test_two_hundred_thousand_rows_take_about_a_second(tmp_path):
     started_s = time.process_time()
     assert len(read_table(file)) == 200_000
     assert time.process_time() - started_s < 5
+
+
+def test_what_nobody_asks_for_takes_no_memory(tmp_path):
+    """An embedding beside each caption, of which a filter looks at another key."""
+    rows = [{**GOOD, "width": i, "embedding": list(range(1_000, 6_000))} for i in range(200)]
+    file = write(tmp_path / "t.jsonl", *rows)
+    tracemalloc.start()
+    try:
+        assert len(read_table(file, filter="width >= 100")) == 100
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_values_of_a_filter_come_in_smaller_blocks(tmp_path, monkeypatch):
+    file = write(tmp_path / "t.jsonl", *({**GOOD, "text": "x" * 1_000} for _ in range(20)))
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 5_000)
+    reader = jsonl.JsonLinesReader(file, TableOptions(filter="len(text) > 3"))
+    assert [len(block) for block in reader.blocks()] == [5, 5, 5, 5]
+    assert reader.bytes_read == file.stat().st_size

@@ -4,7 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clip_exp.config.data_schema import OnBadRow
+from clip_exp.data.tables import parquet
 from clip_exp.data.tables.open import read_table
+from clip_exp.data.tables.options import TableOptions
 from clip_exp.errors import DataError
 
 
@@ -82,6 +85,14 @@ def test_columns_that_cannot_be_used_are_told(tmp_path, columns, told):
         read_table(write(tmp_path / "t.parquet", columns))
 
 
+def test_names_with_dots_are_names(tmp_path):
+    """Arrow takes them for paths into structures too."""
+    columns = {"a.b": ["a.jpg"], "meta": [{"title": "inner"}], "meta.title": ["outer"], "meta.width": [3]}
+    options = {"image_key": "a.b", "caption_key": "meta.title"}
+    file = write(tmp_path / "t.parquet", columns)
+    assert captions(read_table(file, **options, filter="`meta.width` == 3")) == ["outer"]
+
+
 def test_labels_may_be_whole_numbers_and_none(tmp_path):
     for labels, read in ((["cat", None, ""], ["cat", "", ""]), ([7, None, -1], ["7", "", "-1"])):
         file = write(tmp_path / "t.parquet", {"filepath": ["a", "b", "c"], "label": labels})
@@ -141,11 +152,40 @@ def test_damage_anywhere_is_an_error_with_a_message_or_changes_nothing_but_text(
     assert not any("\n" in message for message in refused)
 
 
+def most_memory(reader: parquet.ParquetReader) -> int:
+    """Bytes that Arrow holds at most where a block is given."""
+    before = pa.total_allocated_bytes()
+    return max(pa.total_allocated_bytes() - before for _ in reader.blocks())
+
+
+def test_a_large_row_group_is_read_piece_by_piece(tmp_path, monkeypatch):
+    """Different captions, which as a dictionary would be gathered anew for every batch; one of them is a page of text."""
+    texts = pa.array([f"a caption that is like no other one, number {i}" for i in range(200_000)])
+    texts = pa.concat_arrays([pa.array(["x" * 150_000]), texts[1:]])
+    file = write(tmp_path / "t.parquet", {"filepath": ["a.jpg"] * 200_000, "title": texts}, compression="none")
+    del texts
+    monkeypatch.setattr(parquet, "_SMALL_BYTES", 1 << 20)
+    reader = parquet.ParquetReader(file, TableOptions(on_bad_row=OnBadRow.skip))
+    assert most_memory(reader) < 8 << 20
+    assert reader.bad.counts == {"caption too long": 1}
+    assert reader.bytes_read == file.stat().st_size
+
+
+def test_huge_texts_come_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "_BLOCK_BYTES", 1_000_000)
+    columns = {"filepath": ["a.jpg"] * 500, "title": ["x" * 100_000] * 500}
+    for coded in (True, False):
+        file = write(tmp_path / "t.parquet", columns, compression="zstd", use_dictionary=coded, write_batch_size=10)
+        reader = parquet.ParquetReader(file, TableOptions(on_bad_row=OnBadRow.skip))
+        assert most_memory(reader) < 8 << 20
+        assert reader.bad.counts == {"caption too long": 500}
+
+
 def test_a_small_file_of_huge_captions_does_not_fill_the_memory(tmp_path):
     """A thousand times the same megabyte is a file of less than a kilobyte."""
-    columns = {"filepath": ["a.jpg"] * 1000 + ["b.jpg"], "title": pa.array([*["x" * 1_000_000] * 1000, "a dog"])}
-    file = write(tmp_path / "t.parquet", columns, compression="zstd")
-    del columns
+    said = pa.DictionaryArray.from_arrays(pa.array([0] * 1000 + [1]), ["x" * 1_000_000, "a dog"])
+    columns = {"filepath": ["a.jpg"] * 1000 + ["b.jpg"], "title": said}
+    file = write(tmp_path / "t.parquet", columns, compression="zstd", store_schema=False)
     assert file.stat().st_size < 2000
     before, pool = pa.default_memory_pool(), pa.system_memory_pool()
     pa.set_memory_pool(pool)

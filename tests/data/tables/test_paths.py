@@ -21,6 +21,9 @@ def shards(tmp_path):
         (["b.csv", "a.csv"], ["b.csv", "a.csv"]),
         ("*.csv", ["a.csv", "b.csv"]),
         ("**/*.csv", ["a.csv", "b.csv", "deep/er/c.csv"]),
+        ("d*/**/*.csv", ["deep/er/c.csv"]),
+        ("deep/**", ["deep/er/c.csv"]),
+        ("a**.csv", ["a.csv"]),
         ("s-{0008..0010}.tar", ["s-0008.tar", "s-0009.tar", "s-0010.tar"]),
         ("s-{0010..0008}.tar", ["s-0010.tar", "s-0009.tar", "s-0008.tar"]),
         ("{b,a}.csv", ["b.csv", "a.csv"]),
@@ -32,10 +35,17 @@ def test_patterns_name_files_in_a_fixed_order(shards, tables, names):
     assert expand(given) == [shards / name for name in names]
 
 
+def test_folders_that_links_lead_back_to_are_looked_into_once(shards):
+    for name in ("one", "two", "deep/three"):  # two of them had no end
+        (shards / name).symlink_to(shards)
+    assert expand(f"{shards}/**/*.csv") == [shards / name for name in ("a.csv", "b.csv", "deep/er/c.csv")]
+
+
 def test_paths_are_seen_from_the_working_folder_and_from_home(shards, monkeypatch):
     monkeypatch.chdir(shards)
     monkeypatch.setenv("HOME", str(shards))
     assert [str(path) for path in expand("*.csv")] == ["a.csv", "b.csv"]
+    assert [str(path) for path in expand("**/*.csv")] == ["a.csv", "b.csv", "deep/er/c.csv"]
     assert expand("~/a.csv") == [shards / "a.csv"]
 
 

@@ -6,7 +6,9 @@ import tarfile
 import pytest
 
 from clip_exp.data.files import BadImage, ImageLimits
+from clip_exp.data.tables import shards
 from clip_exp.data.tables.open import read_table
+from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.tars import members
 from clip_exp.errors import DataError
 from tests.data.tables.shard_files import jpeg, write_shard
@@ -23,14 +25,13 @@ def read(tmp_path, contents, **options):
     return read_table(write_shard(tmp_path / "s.tar", contents), **options)
 
 
-def test_a_real_shard_reads_as_webdataset_reads_it(real_data):
-    tars = pytest.importorskip("webdataset.tariterators")
+def test_a_real_shard_has_the_samples_that_tarfile_finds(real_data):
     file = real_data / "webdataset" / "cc12m-train-0000.tar"
-    with open(file, "rb") as stream:
-        contents = ({**member, "__url__": str(file)} for member in tars.tar_file_iterator(stream))
-        samples = list(tars.group_by_keys(contents))
+    with tarfile.open(file) as tar:
+        found = {member.name: tar.extractfile(member).read() for member in tar}
+    keys = dict.fromkeys(name.partition(".")[0] for name in found)
+    expected = [(f"{key}.jpg", found[f"{key}.txt"].decode(), found[f"{key}.jpg"]) for key in keys]
     table = read_table(file)
-    expected = [(f"{each['__key__']}.jpg", each["txt"].decode(), each["jpg"]) for each in samples]
     assert (rows(table), len(table)) == (expected, 32)
     assert table.where(31) == f"{file}, sample 32"
     assert table.image_path(0) == f"{file}/{table.path(0)}"
@@ -208,6 +209,35 @@ def test_headers_that_claim_too_much_take_no_memory(tmp_path, field):
     (tmp_path / "s.tar").write_bytes(bytes(header) + bytes(1024))
     with pytest.raises(DataError, match="no tar that can be read"):
         read_table(tmp_path / "s.tar")
+
+
+def test_a_hole_that_looks_like_the_end_is_told_and_so_are_joined_tars(tmp_path):
+    """As of a download that left pieces out; `tarfile` and `tar` stop there without a word."""
+    file = tmp_path / "s.tar"
+    whole = whole_shard(file)
+    hole = int(read_table(file).members[3][0]) - 512
+    for damaged, samples, told in (
+        (whole[:hole] + bytes(512) + whole[hole + 512 :], 3, hole),
+        (whole + whole_shard(file, 2), 6, len(whole.rstrip(b"\0")) // 512 * 512 + 512),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            DataError, match=rf"sample {samples}: the shard breaks off here: byte {told} .*more .*tar -A"
+        ):
+            read_table(file)
+        table = read_table(file, on_bad_row="skip")
+        assert (len(table), table.parts[0].bad) == (samples - 1, {"the shard breaks off": 1})
+
+
+def test_long_lists_of_a_filter_come_in_smaller_blocks(tmp_path, monkeypatch):
+    contents = {}
+    for i in range(6):
+        contents |= {f"{i}.jpg": b"x" * 2_000, f"{i}.txt": "x", f"{i}.json": {"boxes": [1, 2], "more": "x"}}
+    file = write_shard(tmp_path / "s.tar", contents)
+    monkeypatch.setattr(shards, "_BLOCK_BYTES", 10_000)
+    blocks = list(shards.ShardReader(file, TableOptions(filter="len(boxes) > 1")).blocks())
+    assert [len(block) for block in blocks] == [4, 2]
+    assert all(set(block.extra) == {"boxes"} for block in blocks)
 
 
 def test_broken_pax_records_are_told(tmp_path):

@@ -152,6 +152,10 @@ def test_a_wrong_separator_is_told(tmp_path):
         read_table(file, separator="\\t")
     with pytest.raises(ConfigError, match=r"data\.separator"):
         read_table(file, separator="::")
+    file.write_text("filepath:title\na.jpg:x\n")
+    with pytest.raises(DataError, match=r"set data\.separator to the character between"):
+        read_table(file)
+    assert read_table(file, separator=":").caption(0) == "x"
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
