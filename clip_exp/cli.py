@@ -4,6 +4,7 @@ No torch at module level: `--help`, composing and a configuration error answer a
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from clip_exp import __version__
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # of a name in somebody's file, at which a terminal would act
 STOPPED = {PREEMPTED_EXIT_CODE, 130}  # after which a sweep starts no further job
 
 
@@ -188,7 +190,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 
 
 def _report(message: str, code: int) -> int:
-    first, *rest = message.strip().splitlines() or [""]
+    shown = CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message.strip())
+    first, *rest = shown.splitlines() or [""]
     # An indented line goes on with the problem above it.
     problems = [f"    {line.strip()}" if line.startswith(" ") else f"  - {line}" for line in rest]
     several = any(not line.startswith(" ") for line in rest)

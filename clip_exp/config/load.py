@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -26,6 +27,7 @@ from clip_exp.config.schema import (
 from clip_exp.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
+MAX_YAML = 1_000_000  # bytes of a run's configuration, which has ten thousand
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "torch.optim.AdamW": AdamConfig,
@@ -103,9 +105,29 @@ def read_run_config(run_dir: Path | str) -> TrainConfig:
         raise CheckpointError(
             f"{run_dir} is not a run folder: it has no config.yaml. Give the folder that training printed."
         )
-    config = OmegaConf.load(path)
+    config = read_yaml(path)
     require_literal(OmegaConf.to_container(config), str(path))
-    return load_train(config)  # type: ignore[arg-type]
+    return load_train(config)
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Somebody's file of YAML, where it is as large as it looks: with aliases a few lines stand for gigabytes.
+
+    Raises:
+        CheckpointError: it is larger than any configuration, is no mapping, or is not YAML.
+    """
+    problem = "it is no mapping of keys"
+    try:
+        text = path.read_bytes()
+        if len(text) > MAX_YAML:
+            problem = f"it has {len(text):,} bytes, where a configuration has thousands"
+        elif any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            problem = "it has aliases (*name), which no configuration of ours needs"
+        elif isinstance(config := OmegaConf.load(path), DictConfig):
+            return config
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+    raise CheckpointError(f"{path}: refused, because {problem}. Give the folder as it was written.")
 
 
 def require_literal(values: Any, where: str) -> None:
@@ -124,7 +146,7 @@ def require_literal(values: Any, where: str) -> None:
 
 def read_evaluate_config(folder: Path) -> EvaluateConfig:
     """The configuration that an evaluation's folder was made with."""
-    return load_evaluate(OmegaConf.load(folder / "config.yaml"))  # type: ignore[arg-type]
+    return load_evaluate(read_yaml(folder / "config.yaml"))
 
 
 def to_yaml(config: TrainConfig | EvaluateConfig | CheckDataConfig) -> str:

@@ -89,8 +89,11 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-class _Restricted(pickle.Unpickler):
-    """Makes arrays, texts, numbers and collections; refuses every other function and class."""
+class _Restricted(pickle._Unpickler):
+    """Makes arrays, texts, numbers and collections; refuses every other function and class.
+
+    Python's own, since in the one written in C ten bytes can ask for a table of gigabytes.
+    """
 
     def __init__(self, file: IO[bytes], *, encoding: str) -> None:
         super().__init__(file, encoding=encoding)

@@ -15,7 +15,7 @@ from clip_exp.config.data_schema import OnBadImage
 from clip_exp.data.batches import EvalBatch, EvalCollate
 from clip_exp.data.dataset import EvalImages
 from clip_exp.data.pictures import Pictures
-from clip_exp.data.workers import WorkerLoader, count_workers
+from clip_exp.data.workers import WorkerLoader, count_workers, killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
@@ -63,7 +63,8 @@ def encode_pictures(
     for block in found.values():
         _check(block.bad, options)
     missing = {number: blocks[number] for number in mine if number not in found}
-    with progress(sum(len(blocks[number]) for number in mine), what, len(pictures)) as advance:
+    total = sum(len(blocks[number]) for number in mine)
+    with killed_workers_are_told("num_workers"), progress(total, what, len(pictures)) as advance:
         advance(sum(len(blocks[number]) for number in found))
         for number, block in _encode_blocks(encoder, pictures, options, missing, advance):
             store.write(number, block)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.config.data_schema import OnBadImage
+from clip_exp.data.workers import killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.features import encode_pictures, load_batches
@@ -94,7 +95,7 @@ def encode_each(
     batches = [list(entries[start : start + options.batch_size]) for start in entries[:: options.batch_size]]
     frames = np.bincount(media.owner)
     waiting: list[tuple[Tensor | None, str]] = []  # frames of the item that is not complete
-    with progress(len(media), what) as advance:
+    with killed_workers_are_told("num_workers"), progress(len(media), what) as advance:
         for batch_entries, batch in zip(batches, load_batches(encoder, media, options, batches), strict=True):
             vectors = encoder.encode(batch.image).cpu() if len(batch.index) else torch.empty(0)
             require_finite(vectors, "image features")

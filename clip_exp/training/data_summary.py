@@ -1,13 +1,12 @@
 """What was found wrong with a run's data, counted when it ends."""
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import PairsDataModule
-from clip_exp.data.tables.table import PairTable
+from clip_exp.data.tables.table import bad_rows
 
 
 def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks: int) -> dict[str, Any]:
@@ -33,7 +32,9 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
     return {
         "bad_pictures": {which: dict(kinds.most_common()) for which, kinds in pictures.items() if kinds},
         "bad_rows": {
-            which: dict(kinds.most_common()) for which, found in tables.items() if (kinds := _bad_rows(found))
+            which: dict(kinds.most_common())
+            for which, found in tables.items()
+            if (kinds := bad_rows(part for table in found for part in table.parts))
         },
         "truncated_share": min(1.0, datamodule.truncated / captions) if captions > 0 else None,
     }
@@ -45,11 +46,3 @@ def _kinds(own: BadSamples | None, run_dir: Path, mark: str = "") -> Counter[str
     if file.is_file():
         return BadSamples(0, 1.0, what="", mark=mark, file=file).kinds()
     return Counter() if own is None else own.kinds()
-
-
-def _bad_rows(tables: Iterable[PairTable]) -> Counter[str]:
-    counts = Counter[str]()
-    for table in tables:
-        for part in table.parts:
-            counts.update(part.bad)
-    return counts

@@ -88,7 +88,7 @@ def advice(times: StepTimes, loading: Loading) -> str:
 
 
 def waiting_share(rows: list[dict[str, Any]]) -> float | None:
-    """Share of a run's time that went into waiting for data; its first step, which waits for the workers to start, is left out.
+    """Share of a run's time that went into waiting for data; what the first row tells of, while everything starts, is left out.
 
     Args:
         rows: of `metrics.csv`, with means over the steps since the row before.

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS
-from clip_exp.config.load import plain, read_run_config, require_literal, strict_dataclass
+from clip_exp.config.load import plain, read_run_config, read_yaml, require_literal, strict_dataclass
 from clip_exp.config.model_schema import Activation, ImageTower, Interpolation, ModelConfig, ResizeMode
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.text.saved import with_saved_tokenizer
@@ -22,7 +22,6 @@ from clip_exp.weights.formats import (
     PICKLED,
     Format,
     format_of,
-    is_plain_yaml,
     read_json,
     read_safetensors_header,
     weight_files,
@@ -135,10 +134,10 @@ def _exported_model(file: Path) -> ModelConfig | None:
 def _run_config(folder: Path) -> ModelConfig | None:
     """The model of the run whose `config.yaml` lies in `folder`; None for a `config.yaml` of something else."""
     path = folder / "config.yaml"
-    if not path.is_file() or not is_plain_yaml(path):
+    if not path.is_file():
         return None
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        values: Any = OmegaConf.to_container(read_yaml(path))
     except Exception:  # any YAML may be called so
         return None
     model = values.get("model") if isinstance(values, dict) else None

@@ -8,8 +8,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clip_exp.errors import CheckpointError
 
 # In a folder the first that exists is read. A folder of open_clip may also hold the image tower alone as `model.safetensors`.
@@ -25,7 +23,6 @@ INDEX = ".index.json"
 LFS_POINTER = b"version https://git-lfs"
 PICKLE = b"\x80"
 TORCHSCRIPT, PICKLED = "constants.pkl", "data.pkl"
-MAX_YAML = 1_000_000  # bytes of a run's configuration, which has ten thousand
 MAX_JSON = 100_000_000  # bytes, of a safetensors file's header, which is the library's own limit, and of files of JSON
 
 
@@ -166,16 +163,6 @@ def read_safetensors_header(path: Path, size: int) -> dict[str, Any]:
     if size < 8 + length + end:
         raise CheckpointError(f"{path}: cut short: {size:,} of {8 + length + end:,} bytes. Fetch it again.")
     return header
-
-
-def is_plain_yaml(path: Path) -> bool:
-    """Whether a file of YAML is as large as it looks: with aliases a few lines stand for gigabytes."""
-    if path.stat().st_size > MAX_YAML:
-        return False
-    try:
-        return not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:

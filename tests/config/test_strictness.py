@@ -4,10 +4,11 @@ import sys
 
 import pytest
 
+from clip_exp.cli import run
 from clip_exp.config.load import load_train, read_run_config, to_yaml
 from clip_exp.config.overrides import quote
 from clip_exp.config.preflight import check_train
-from clip_exp.errors import ConfigError
+from clip_exp.errors import CheckpointError, ConfigError
 from tests.compose import compose_config, train_config
 
 REFUSED = {
@@ -158,6 +159,29 @@ def test_a_configuration_survives_its_yaml(tmp_path) -> None:
     config = train_config("optimizer=lion", "max_steps=7", "callbacks=ema", "logger=tensorboard", "data=shapes")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert read_run_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("a: &a [1]\nb: &b [*a, *a]\nmodel: [*b, *b]", "it has aliases"),
+        ("name: x\n" + "# \n" * 400_000, "it has 1,200,008 bytes"),
+        ("- a", "it is no mapping"),
+        ("model: [", "while parsing"),
+        ("[" * 5000 + "]" * 5000, "recursion"),
+    ],
+)
+def test_a_run_folder_with_a_configuration_of_another_kind_is_refused(tmp_path, content: str, problem: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=f"config.yaml: refused, because .*{problem}"):
+        read_run_config(tmp_path)
+
+
+def test_a_message_has_no_characters_that_a_terminal_acts_on(capsys) -> None:
+    assert run("models", ["+\x1b[2J=1"]) == 2
+    told = capsys.readouterr().err
+    assert "\\x1b[2J" in told
+    assert told.replace("\n", "").isprintable()
 
 
 def test_every_default_is_written_out() -> None:
