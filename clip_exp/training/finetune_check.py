@@ -1,4 +1,4 @@
-"""What only a tower's modules tell, looked at before a run has a folder. Imports torch where there is such a thing."""
+"""What only a tower's modules tell, looked at before weights are fetched. Imports torch where there is such a thing."""
 
 from clip_exp.config.model_schema import ImageTower, TextTower
 from clip_exp.config.schema import TrainConfig
@@ -8,7 +8,7 @@ def rehearse(config: TrainConfig) -> None:
     """Build the model without memory, and look for the layers that `finetune` counts or names, where either may not fit.
 
     Args:
-        config: settled: nothing is fetched.
+        config: with the architectures of its encoders noted: nothing is fetched.
 
     Raises:
         ConfigError: see `build_model`, `freeze` and `check_adapted`.

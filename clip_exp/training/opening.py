@@ -49,7 +49,8 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
         folder, finished = earlier
         settled = replace(config, model=as_settled(config.model, read_run_config(folder).model))
         return Opening(folder, finished, config, settled, {})
-    model, facts = config.model, {}
+    model, facts = note_architecture(config.model, config.pretrained), {}
+    rehearse(replace(config, model=model))
     if config.pretrained is not None:
         found = find_weights(config.pretrained, model)
         model = settle(model, found)
@@ -60,9 +61,8 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
             "sha256": hash_weights(path),
             "format": found.about.format,
         }
-    settled = replace(config, model=note_architecture(model, config.pretrained))
-    check_tokenizer(settled.model)
-    rehearse(settled)
+    check_tokenizer(model)
+    settled = replace(config, model=model)
     return Opening(create_run_folder(config.output_dir, "train", config.name, suffix), False, config, settled, facts)
 
 
