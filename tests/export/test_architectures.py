@@ -17,8 +17,8 @@ from tests.encoders import write_siglip_tokenizer
 from tests.export.small import build
 from tests.models.twins import cut, inputs, load_config, names_with_twin
 
-# Whose numbers are unlike those of the four at full size (test_onnx.py): resolution, width of a head, of the MLP, context.
-UNUSUAL = ["rn50x4", "vit_h14", "vit_g14", "siglip_so400m"]
+AT_FULL_SIZE = {"rn50", "vit_b32", "vit_b16", "siglip_b16"}  # in test_onnx.py
+OTHERS = [name for name in names_with_twin() if name not in AT_FULL_SIZE]
 IN_TRANSFORMERS = [name for name in names_with_twin() if load_config(name).image.kind is not ImageTower.resnet]
 
 
@@ -64,7 +64,7 @@ def test_transformers_loads_the_folder_and_its_weights_come_back(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", UNUSUAL, indirect=True)
+@pytest.mark.parametrize("config", OTHERS, indirect=True)
 def test_onnxruntime_gives_its_features_for_another_batch(config: ModelConfig, model: CLIP, tmp_path: Path) -> None:
     onnx_format.write(tmp_path, model, config)
     given = inputs(config, size=3)

@@ -152,6 +152,7 @@ def test_a_terminal_gets_a_bar_and_anything_else_a_line(server, tmp_path, monkey
     server.files["/w.pt"] = Served(CONTENT)
     get(server, tmp_path / "a")
     assert capsys.readouterr().err == f"downloading {server.url}/w.pt to {tmp_path / 'a'}\n"
+    monkeypatch.setenv("TERM", "xterm")  # rich draws nothing on a dumb one
     screen = Console(file=io.StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr(download, "Console", lambda stderr: screen)
     get(server, tmp_path / "b")
