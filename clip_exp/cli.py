@@ -4,7 +4,6 @@ No torch at module level: `--help`, composing and a configuration error answer a
 """
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,9 +12,8 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from clip_exp import __version__
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, printable
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # of a name in somebody's file, at which a terminal would act
 STOPPED = {PREEMPTED_EXIT_CODE, 130}  # after which a sweep starts no further job
 
 
@@ -190,8 +188,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 
 
 def _report(message: str, code: int) -> int:
-    shown = CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message.strip())
-    first, *rest = shown.splitlines() or [""]
+    first, *rest = printable(message).strip().splitlines() or [""]
     # An indented line goes on with the problem above it.
     problems = [f"    {line.strip()}" if line.startswith(" ") else f"  - {line}" for line in rest]
     several = any(not line.startswith(" ") for line in rest)

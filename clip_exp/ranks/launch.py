@@ -16,6 +16,7 @@ from clip_exp.errors import (
     DataError,
     DistributedError,
     NumericError,
+    printable,
 )
 from clip_exp.ranks.environment import ERROR_FILE, STOP_SIGNALS, free_port, rank_environment
 from clip_exp.runs import RunRecord
@@ -133,7 +134,7 @@ def _outcome(run_dir: Path, codes: list[int | None], asked: list[int]) -> int:
     causes = [rank for rank in messages if codes[rank] != DistributedError.exit_code]
     told = (*expected, *causes, *messages)[0]
     RunRecord(run_dir).finish("failed", error=messages[told].splitlines()[-20:], exit_code=codes[told] or 1)
-    print(messages[told], file=sys.stderr, flush=True)
+    print(printable(messages[told]), file=sys.stderr, flush=True)
     return codes[told] or 1
 
 

@@ -14,6 +14,8 @@ def work(folder: Path) -> int:
     plan = json.loads((folder / "plan.json").read_text())[int(os.environ["RANK"])]
     if plan == "bad data":
         raise DataError("picture 7 cannot be read.")
+    if plan == "bad name":
+        raise DataError("picture \x1b[2J.jpg cannot be read.")
     if plan == "lost touch":
         raise DistributedError("lost touch with another rank that ended.")
     if plan == "bug":

@@ -29,6 +29,7 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("lost touch", "bad data"), 3, "error: picture 7 cannot be read."),
         (("lost touch", "lost touch", "bad data"), 3, "error: picture 7 cannot be read."),
+        (("bad name", "lost touch"), 3, r"error: picture \x1b[2J.jpg cannot be read."),
         (("bug", "bad data"), 3, "error: picture 7 cannot be read."),
         (("lost touch", "bug"), 1, "ValueError: a bug"),
         (("wait", "bad data"), 3, "error: picture 7 cannot be read."),
