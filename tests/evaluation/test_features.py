@@ -1,5 +1,8 @@
 """Features of a whole set: each picture once, the same on any number of ranks, and read where they are kept."""
 
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,3 +206,17 @@ def test_features_are_the_same_bits_on_1_2_and_3_ranks(tmp_path: Path) -> None:
             assert all(torch.equal(found[way], expected) for way in ("alone", "kept", "rest"))
         assert sorted(number for _, _, opened in of_ranks for number in opened) == list(range(32, 101))
         assert all(opened for _, _, opened in of_ranks)
+
+
+class Deadly(PictureFiles):
+    """The worker that opens the last of them is killed."""
+
+    def open(self, index: int, max_pixels: int) -> Image.Image:
+        if index == len(self) - 1 and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open(index, max_pixels)
+
+
+def test_a_worker_that_is_killed_is_told_with_a_remedy(paths: list[str], nano: CLIP) -> None:
+    with pytest.raises(DataError, match=r"give fewer of them \(num_workers\)"):
+        encode_pictures(encoder(model=nano), Deadly(paths), replace(OPTIONS, num_workers=1))

@@ -68,7 +68,8 @@ def _files(pattern: str) -> list[Path]:
         return [Path(pattern)]
     if not glob.has_magic(pattern):
         return []
-    return sorted(Path(name) for name in _glob(pattern) if os.path.isfile(name))
+    # With two `**` several ways lead to one file.
+    return sorted({Path(name) for name in _glob(pattern) if os.path.isfile(name)})
 
 
 def _glob(pattern: str) -> Iterator[str]:

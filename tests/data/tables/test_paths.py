@@ -23,6 +23,7 @@ def shards(tmp_path):
         ("**/*.csv", ["a.csv", "b.csv", "deep/er/c.csv"]),
         ("d*/**/*.csv", ["deep/er/c.csv"]),
         ("deep/**", ["deep/er/c.csv"]),
+        ("**/deep/**/**/*.csv", ["deep/er/c.csv"]),
         ("a**.csv", ["a.csv"]),
         ("s-{0008..0010}.tar", ["s-0008.tar", "s-0009.tar", "s-0010.tar"]),
         ("s-{0010..0008}.tar", ["s-0010.tar", "s-0009.tar", "s-0008.tar"]),
