@@ -24,6 +24,11 @@ class ImageTower(StrEnum):
     timm = "timm"
     open_clip = "open_clip"
 
+    @property
+    def foreign(self) -> bool:
+        """Whether its modules are another library's."""
+        return self in (ImageTower.timm, ImageTower.open_clip)
+
 
 class TextTower(StrEnum):
     """What a text tower is: CLIP's causal transformer, SigLIP's, or one from another library."""
@@ -32,6 +37,11 @@ class TextTower(StrEnum):
     siglip = "siglip"
     huggingface = "huggingface"
     open_clip = "open_clip"
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its modules are another library's."""
+        return self in (TextTower.huggingface, TextTower.open_clip)
 
 
 class Projection(StrEnum):
@@ -127,3 +137,7 @@ class ModelConfig:
     activation: Activation | None = None  # null: the one that the weights were trained with, else gelu
     dropout: float = 0.0  # on the residual branches of both towers
     open_clip_name: str | None = None  # of the same architecture there: `pretrained` knows its tags
+
+    @property
+    def has_foreign_tower(self) -> bool:
+        return self.image.kind.foreign or self.text.kind.foreign

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_exp.config.load import plain
-from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
+from clip_exp.config.model_schema import ModelConfig
 from clip_exp.export.preprocessor import write_preprocessor
 from clip_exp.export.tokenizer_files import write_ready
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 IMAGE, TEXT, CONFIG = "image.onnx", "text.onnx", "clip_config.json"
 OPSET = 20  # the first with GELU; onnxruntime 1.17 and later
-OURS = {ImageTower.vit, ImageTower.resnet, ImageTower.siglip, TextTower.clip, TextTower.siglip}
 NEEDS = ("onnxscript", "onnxruntime")
 
 
@@ -51,8 +50,8 @@ def write(folder: Path, model: "CLIP", config: ModelConfig) -> None:
     text_axes = {0: batch, 1: torch.export.Dim("length", max=length)} if trims else {0: batch}
     # Not 1 long: the exporter takes an axis of length 1 for one that is always so.
     image, tokens = torch.zeros(2, 3, size, size), torch.zeros(2, length, dtype=torch.int64)
-    _write_graph(_tower(model, "image"), image, {0: batch}, folder / IMAGE, config.image.kind in OURS)
-    _write_graph(_tower(model, "text"), tokens, text_axes, folder / TEXT, config.text.kind in OURS)
+    _write_graph(_tower(model, "image"), image, {0: batch}, folder / IMAGE, not config.image.kind.foreign)
+    _write_graph(_tower(model, "text"), tokens, text_axes, folder / TEXT, not config.text.kind.foreign)
     (folder / CONFIG).write_text(json.dumps(_about(model, config, trims), indent=2) + "\n", encoding="utf-8")
     write_preprocessor(folder, config.image)
     write_ready(folder, config.text, trims)

@@ -1,6 +1,5 @@
 """What only a tower's modules tell, looked at before weights are fetched. Imports torch where there is such a thing."""
 
-from clip_exp.config.model_schema import ImageTower, TextTower
 from clip_exp.config.schema import TrainConfig
 
 
@@ -13,7 +12,7 @@ def rehearse(config: TrainConfig) -> None:
     Raises:
         ConfigError: see `build_model`, `freeze` and `check_adapted`.
     """
-    if not (_has_foreign_tower(config) or _counts_layers(config)):
+    if not (config.model.has_foreign_tower or _counts_layers(config)):
         return
     import torch
 
@@ -26,11 +25,6 @@ def rehearse(config: TrainConfig) -> None:
         prepare(model, config.finetune, config.model)
     else:  # encoders of transformers do not run without memory
         check_adapted(model, config.finetune.lora)
-
-
-def _has_foreign_tower(config: TrainConfig) -> bool:
-    foreign = (ImageTower.timm, ImageTower.open_clip, TextTower.huggingface, TextTower.open_clip)
-    return config.model.image.kind in foreign or config.model.text.kind in foreign
 
 
 def _counts_layers(config: TrainConfig) -> bool:

@@ -67,12 +67,12 @@ def numbers_of(state: dict[str, Tensor]) -> dict[str, Any]:
     Nothing where they cannot be a model's.
     """
     try:
-        return _numbers_of_text(state) | _numbers_of_image(state)
+        return _numbers_of_both(state) | _numbers_of_image(state)
     except (IndexError, ValueError, ZeroDivisionError):
         return {}
 
 
-def _numbers_of_text(state: dict[str, Tensor]) -> dict[str, Any]:
+def _numbers_of_both(state: dict[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tower in ("image", "text"):
         blocks = {

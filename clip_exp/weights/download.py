@@ -135,9 +135,8 @@ def _download(url: str, sha256: str | None, target: Path, headers: dict[str, str
         session.headers.update(headers)
         failures, most = 0, 0
         while True:
-            most = max(
-                most, size_of(part)
-            )  # a server that cannot go on begins anew each time, and may break off anywhere
+            # A server that cannot go on begins anew each time, and may break off anywhere.
+            most = max(most, size_of(part))
             try:
                 attempt(session, url, part, report, secure=sha256 is None)
                 break

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
+from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.weights.formats import Format, format_of, weight_files
 from clip_exp.weights.huggingface import from_huggingface, is_huggingface
@@ -68,15 +68,8 @@ def _under_our_names(state: dict[str, Tensor], config: ModelConfig | None) -> di
     while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     if is_open_clip(state):
-        return from_open_clip(state, config if config is not None and _has_foreign_tower(config) else None)
+        return from_open_clip(state, config if config is not None and config.has_foreign_tower else None)
     return from_huggingface(state) if is_huggingface(state) else state
-
-
-def _has_foreign_tower(config: ModelConfig) -> bool:
-    return config.image.kind in (ImageTower.timm, ImageTower.open_clip) or config.text.kind in (
-        TextTower.huggingface,
-        TextTower.open_clip,
-    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -100,9 +93,8 @@ def _read_torch(path: Path) -> Any:
             f"{path}: refused, because torch finds no weights in this pickle. Fetch or write the file again."
         ) from error
     except Exception as error:  # a damaged file can break the unpickler in any way
-        reason = (
-            (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
-        )  # the rest is advice, also bad one
+        # Behind the first sentence is advice, also bad one.
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise CheckpointError(f"{path}: not a readable torch file ({reason}). Fetch or write it again.") from error
 
 

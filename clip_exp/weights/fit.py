@@ -12,12 +12,8 @@ from clip_exp.weights.files import listing, read_weights
 from clip_exp.weights.positions import TEXT, fit_positions
 
 BIAS = "logit_bias"
-NUMBERS = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float64,
-)  # narrower ones go with a scale that is elsewhere
+# Narrower ones go with a scale that is elsewhere.
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_weights(model: nn.Module, path: str | Path, config: ModelConfig | None = None) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 
-from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig, TextTower
+from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig
 from clip_exp.errors import ConfigError
 from clip_exp.weights.activation import contradiction, is_ours_to_choose, matters
 from clip_exp.weights.describe import About
@@ -19,7 +19,6 @@ ARCHITECTURE = (
     *(f"image.{name}" for name in ("kind", "patch_size", "width", "layers", "stages", "heads")),
     *(f"text.{name}" for name in ("kind", "vocab_size", "width", "layers", "heads")),
 )
-OUR_TOWERS = {ImageTower.vit, ImageTower.resnet, ImageTower.siglip, TextTower.clip, TextTower.siglip}
 
 
 def settle(model: ModelConfig, found: Found) -> ModelConfig:
@@ -77,7 +76,7 @@ def _differing(ours: ModelConfig, theirs: ModelConfig) -> Iterator[str]:
         tower = key.partition(".")[0]
         kinds = {getattr(model, tower).kind for model in (ours, theirs)} if tower != key else set()
         here, there = attrgetter(key)(ours), attrgetter(key)(theirs)
-        if kinds <= OUR_TOWERS and None not in (here, there) and here != there:
+        if not any(kind.foreign for kind in kinds) and None not in (here, there) and here != there:
             yield f"model.{key}={there} instead of {here}"
 
 

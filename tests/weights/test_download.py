@@ -141,7 +141,7 @@ def test_a_circle_of_addresses_is_told_at_once(server, tmp_path) -> None:
 
 
 def test_a_server_that_falls_silent_is_told(server, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(transfer, "TIMEOUT_S", (1, 0.05))
+    monkeypatch.setattr(transfer, "TIMEOUT_S", (5, 0.4))
     server.files["/w.pt"] = Served(CONTENT, hold=(hold := threading.Event()))
     with pytest.raises(CheckpointError, match="the server fell silent, 5 times in a row"):
         get(server, tmp_path)

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 _BLOCK_ROWS = 1 << 12
 _BLOCK_BYTES = 64 << 20  # of texts
-_BUFFER_BYTES = (
-    1 << 20
-)  # of a column's pages that are read ahead; without it Arrow reads all of a row group, and slowly
+# Of a column's pages that are read ahead; without it Arrow reads all of a row group, and slowly.
+_BUFFER_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 20  # of a row group's column, up to which reading it as a dictionary costs little
 _MAX_BYTES = 4 * MAX_CAPTION  # of a text; a longer one has too many characters whatever they are
 
