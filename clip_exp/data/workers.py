@@ -1,9 +1,11 @@
 """Processes that decode pictures."""
 
+import inspect
 import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from clip_exp.errors import DataError
 
 T_co = TypeVar("T_co", covariant=True)
+_LOADER = inspect.getfile(DataLoader)
 
 
 def count_workers(requested: int | None, local_world_size: int) -> int:
@@ -57,13 +60,20 @@ def killed_workers_are_told(key: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not _tells_of_killed_worker(error):
             raise
         raise DataError(
             "A process that reads pictures was ended from outside, mostly for lack of memory: give fewer of them "
             f"({key}), or lower data.max_image_pixels."
         ) from error
+
+
+def _tells_of_killed_worker(error: Exception) -> bool:
+    """By torch's words, or by a connection that broke under its loader before the worker was seen to be dead."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    return any(frame.f_code.co_filename == _LOADER for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def init_worker(_worker: int) -> None:

@@ -277,11 +277,21 @@ class Killed(Dataset[int]):
         return index
 
 
-def test_a_killed_worker_is_an_error_with_a_remedy_whatever_the_process_is_doing():
+def reset(*_: object, **__: object) -> None:
+    raise ConnectionResetError
+
+
+def test_a_killed_worker_is_an_error_with_a_remedy_whatever_the_process_is_doing(monkeypatch):
     told = r"ended from outside, mostly for lack of memory: give fewer of them \(data\.num_workers\)"
     for use in (list, lambda batches: (next(batches), time.sleep(5))):
         batches = iter(WorkerLoader(Killed(), sampler=[0, 1], num_workers=1))
         with pytest.raises(DataError, match=told), killed_workers_are_told("data.num_workers"):
             use(batches)
+    broken = iter(WorkerLoader(Killed(), sampler=[0], num_workers=1))
+    monkeypatch.setattr(broken._data_queue, "get", reset)
+    with pytest.raises(DataError, match=told), killed_workers_are_told("data.num_workers"):
+        next(broken)
+    with pytest.raises(ConnectionResetError), killed_workers_are_told("data.num_workers"):
+        reset()
     with pytest.raises(RuntimeError, match="of another kind"), killed_workers_are_told("data.num_workers"):
         raise RuntimeError("of another kind")
