@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_exp.training.metrics import read_metrics
+from clip_exp.runs import read_metrics
 
 STEPS, BATCH, WORKERS, SKIPPED = 20, 32, 2, 5
 REPOSITORY = Path(__file__).resolve().parents[1]

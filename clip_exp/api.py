@@ -5,19 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_exp import open_clip_files
 from clip_exp.checkpoints.discovery import STEP
-from clip_exp.config import aliases
 from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
+from clip_exp.config.models import named_model, names, resolve
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.inference.inputs import find_pictures
-from clip_exp.inference.sources import (
+from clip_exp.loading.source import (
     CONFIG,
     NO_START,
     Source,
     mixed,
-    named_model,
     source_of_checkpoint,
     source_of_file,
     source_of_run,
@@ -26,7 +26,6 @@ from clip_exp.inference.sources import (
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.signals import Stopped
 from clip_exp.runs import RunRecord
-from clip_exp.weights import registry
 from clip_exp.weights.hub import HUB, is_hub_name
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def load(
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
     from clip_exp.inference.clip import Clip
-    from clip_exp.inference.loading import choose_device, load_model
+    from clip_exp.loading.model import choose_device, load_model
 
     device = choose_device(accelerator)
     return Clip(load_model(found, device), found.model, device, source=found)
@@ -84,7 +83,7 @@ def train(*overrides: str) -> Path:
         ClipExpError: the run failed; the class tells why, as the exit code does on the command line.
         KeyboardInterrupt: a signal stopped it; the same call goes on.
     """
-    from clip_exp.config.preflight import check_train
+    from clip_exp.training.preflight import check_train
 
     config = load_train(compose("train", list(overrides)))
     check_train(config)
@@ -127,7 +126,7 @@ def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
 def _source(source: str, pretrained: str | Path | None, activation: Activation | None) -> Source:
     path = Path(source).expanduser()
     if pretrained is not None:
-        if path.exists() and aliases.resolve(source) is None:
+        if path.exists() and resolve(source) is None:
             raise ConfigError(
                 f"{source} has its own weights: leave out pretrained={pretrained}, or give a model's name."
             )
@@ -147,15 +146,15 @@ def _source(source: str, pretrained: str | Path | None, activation: Activation |
 
 def _needs_weights(name: str) -> str:
     """What to say of a name that is no place of weights."""
-    known = aliases.resolve(name) is not None
-    if not known and is_hub_name(HUB + name) and not difflib.get_close_matches(name, aliases.names(), n=1, cutoff=0.85):
+    known = resolve(name) is not None
+    if not known and is_hub_name(HUB + name) and not difflib.get_close_matches(name, names(), n=1, cutoff=0.85):
         return f"there is no file or folder '{name}'. If it is on the Hugging Face hub: load(\"{HUB}{name}\")."
     if not known:
         return (
             f"there is no run folder, checkpoint or weights file '{name}', nor a model of that name: "
-            f"{nearest(name, aliases.names())}"
+            f"{nearest(name, names())}"
         )
-    tags = registry.tags(named_model(name).open_clip_name)
+    tags = open_clip_files.tags(named_model(name).open_clip_name)
     if not tags:
         return f'{name} needs weights: load("{name}", pretrained=FILE), with a .safetensors or .pt file.'
     return (

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from omegaconf import DictConfig
 
-from clip_exp import __version__
+from clip_exp._version import __version__
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, printable
 
 STOPPED = {PREEMPTED_EXIT_CODE, 130}  # after which a sweep starts no further job
@@ -42,7 +42,7 @@ def run(command: str, arguments: list[str]) -> int:
     """
     import hydra
 
-    from clip_exp.config.aliases import translate
+    from clip_exp.config.models import translate
     from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, quote
     from clip_exp.config.paths import conf_dir
     from clip_exp.config.store import config_name, register
@@ -95,8 +95,8 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
 
 def _train(config: DictConfig, arguments: list[str]) -> int:
     from clip_exp.config.load import load_train
-    from clip_exp.config.preflight import check_train
     from clip_exp.config.sweep import job_number
+    from clip_exp.training.preflight import check_train
 
     loaded = load_train(config)
     check_train(loaded)

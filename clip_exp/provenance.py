@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from clip_exp import __version__
+from clip_exp._version import __version__
 
 PACKAGES = (
     "torch",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip_exp.checkpoints.discovery import latest
-from clip_exp.training.metrics import read_metrics
+from clip_exp.runs import read_metrics
 
 # vit_nano on drawn scenes: small, but every part that a photograph's run has.
 TINY = (

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from clip_exp.checkpoints.writer import atomic_folder
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import to_yaml
+from clip_exp.config.models import named_model
 from clip_exp.config.schema import (
     AdamConfig,
     LossConfig,
@@ -20,7 +21,6 @@ from clip_exp.config.schema import (
     StrategyName,
     TrainConfig,
 )
-from clip_exp.inference.sources import named_model
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 

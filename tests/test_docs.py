@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from clip_exp.cli import COMMANDS as CLI_COMMANDS
-from clip_exp.config.aliases import translate
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.load import load_evaluate, load_train, load_use
+from clip_exp.config.models import translate
 from clip_exp.config.overrides import quote
 from clip_exp.config.store import SCHEMAS
 from tests.compose import compose_config

@@ -9,6 +9,7 @@ import pytest
 from clip_exp import runs
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.training import opening
 from clip_exp.training.opening import open_run
 from tests.checkpoints.test_writer import write
 from tests.compose import train_config
@@ -16,8 +17,8 @@ from tests.compose import train_config
 
 def choose(config: TrainConfig) -> tuple[Path, bool]:
     """The folder that a run works in, and whether it has finished there."""
-    opening = open_run(config)
-    return opening.folder, opening.finished
+    found = open_run(config)
+    return found.folder, found.finished
 
 
 def test_folders_made_at_once_differ(tmp_path) -> None:
@@ -43,7 +44,7 @@ def test_secrets_do_not_reach_a_run_folder(tmp_path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_API_KEY", "abcdef0123456789")
     config = train_config(f"output_dir={tmp_path}")
     folder, _ = choose(config)
-    runs.begin(folder, config, ["data.train=https://user:hunter2@host/x.csv", "x=abcdef0123456789"])
+    opening.begin(folder, config, ["data.train=https://user:hunter2@host/x.csv", "x=abcdef0123456789"])
     text = "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
     assert "abcdef0123456789" not in text
     assert "hunter2" not in text
@@ -51,7 +52,7 @@ def test_secrets_do_not_reach_a_run_folder(tmp_path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_does_not_change_the_result_does_not_change_the_fingerprint() -> None:
-    one = runs.fingerprint(train_config())
+    one = opening.fingerprint(train_config())
     same = (
         "strategy=ddp",
         "trainer.devices=2",
@@ -60,7 +61,7 @@ def test_what_does_not_change_the_result_does_not_change_the_fingerprint() -> No
         "resume=never",
         "micro_batch_size=8",
     )
-    assert all(runs.fingerprint(train_config(override)) == one for override in same)
+    assert all(opening.fingerprint(train_config(override)) == one for override in same)
     other = (
         "seed=1",
         "optimizer.lr=1e-3",
@@ -69,17 +70,17 @@ def test_what_does_not_change_the_result_does_not_change_the_fingerprint() -> No
         "trainer.gradient_clip_val=2",
         "max_steps=3",
     )
-    assert len({runs.fingerprint(train_config(override)) for override in other} | {one}) == len(other) + 1
+    assert len({opening.fingerprint(train_config(override)) for override in other} | {one}) == len(other) + 1
 
 
 def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}")
     folder, _ = choose(config)
-    runs.begin(folder, config, [])
+    opening.begin(folder, config, [])
     assert choose(config)[0] != folder, "there is nothing to go on from yet"
     write(folder, 10)
     assert choose(config) == (folder, False)
-    runs.begin(folder, config, [])
+    opening.begin(folder, config, [])
     assert len(json.loads((folder / "run.json").read_text())["resumed"]) == 1
     runs.RunRecord(folder).finish("finished")
     assert choose(config) == (folder, True)
@@ -90,7 +91,7 @@ def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_pa
 def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}", "max_steps=6")
     folder, _ = choose(config)
-    runs.begin(folder, config, [])
+    opening.begin(folder, config, [])
     runs.RunRecord(folder).finish("finished")
     before = (folder / "config.yaml").read_text()
     assert choose(train_config("max_steps=9", f"resume={folder}")) == (folder, False)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.checks.splits import open_splits
-from clip_exp.config import preflight_data
 from clip_exp.config.check_schema import CheckDataConfig, CheckFormat
 from clip_exp.config.load import to_yaml
-from clip_exp.config.preflight_model import check_model
+from clip_exp.config.model_rules import check_model
 from clip_exp.config.ranges import INFINITY, range_problems
+from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 
@@ -29,7 +29,7 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
         DataError: a table that cannot be read; or, when all is written and printed, more of the data is bad than
             `data.max_bad_fraction`, or more of it leaks than `max_leakage`.
     """
-    problems = [*_problems(config), *check_model(config.model), *preflight_data.check_data(config.data)]
+    problems = [*_problems(config), *check_model(config.model), *preflight.check_data(config.data)]
     if problems:
         raise ConfigError("\n".join(problems))
     splits = open_splits(config.data, Path(config.output_dir))

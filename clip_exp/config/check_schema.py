@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from omegaconf import MISSING
-
 from clip_exp.config.data_schema import DataConfig
+from clip_exp.config.missing import MISSING
 from clip_exp.config.model_schema import ModelConfig
 
 

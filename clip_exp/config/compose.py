@@ -4,7 +4,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
-from clip_exp.config.aliases import translate
+from clip_exp.config.models import translate
 from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, explain, quote
 from clip_exp.config.paths import conf_dir
 from clip_exp.config.store import config_name, register

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from omegaconf import MISSING
+from clip_exp.config.missing import MISSING
 
 
 class Captions(StrEnum):

@@ -136,7 +136,7 @@ def _missing_option(error: MissingConfigException) -> str:
     if not error.options:
         return " ".join(str(error).split())
     if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
-        from clip_exp.config.aliases import names
+        from clip_exp.config.models import names
 
         name = file.removeprefix("model/")  # which may have a slash: ViT-B/32
         return f"model={name} does not exist: {nearest(name, {*error.options, *names()})}"

@@ -1,6 +1,5 @@
-"""Where the YAML files are, and the files of installed packages."""
+"""Where the YAML files are."""
 
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 from clip_exp.errors import ConfigError
@@ -20,18 +19,6 @@ def conf_dir() -> Path:
 def options(group: str) -> list[str]:
     """The names of a configuration group's options, sorted: `options("model")` -> ["vit_b16", ...]."""
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-
-
-def package_folder(package: str) -> Path:
-    """Where an installed package lies, without importing it.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    spec = PathFinder.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"{package} is not installed beside clip_exp; run: pip install clip_exp")
-    return Path(spec.origin).parent
 
 
 def folder_or_hub_name(name: str) -> str:

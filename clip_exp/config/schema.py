@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from omegaconf import MISSING
-
 from clip_exp.config.data_schema import DataConfig, Match
+from clip_exp.config.missing import MISSING
 from clip_exp.config.model_schema import ModelConfig
 
 

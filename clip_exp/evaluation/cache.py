@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_exp import __version__
+from clip_exp._version import __version__
 
 log = logging.getLogger(__name__)
 IN_USE_S = 3600.0  # an entry that was used this recently may be another process's

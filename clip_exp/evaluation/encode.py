@@ -11,7 +11,7 @@ from torch import Tensor
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.evaluation_schema import SubjectConfig
 from clip_exp.data.transforms import Preprocessing, normalize
-from clip_exp.inference.loading import autocast, choose_device, choose_precision
+from clip_exp.loading.model import autocast, choose_device, choose_precision
 from clip_exp.models.text import TreeLayout
 from clip_exp.progress import progress
 from clip_exp.ranks.group import gather_objects, rank, world_size

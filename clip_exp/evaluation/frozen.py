@@ -9,9 +9,9 @@ from clip_exp.errors import DataError
 from clip_exp.evaluation.features import EncodedImages
 from clip_exp.evaluation.metrics import require_finite
 from clip_exp.evaluation.prepared import KNNTask, ProbeTask
-from clip_exp.evaluation.results import Classified
 from clip_exp.evaluation.sets.labeled import LabeledImages
 from clip_exp.evaluation.subject import LISTED, Subject, absolute, counts, encode_set, hash_of, source_of
+from clip_exp.reports.results import Classified
 
 FEATURES = "of unit norm, as encode_image returns them"
 

@@ -8,7 +8,7 @@ from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DistributedError
 from clip_exp.evaluation.prepared import Task
 from clip_exp.evaluation.run import check, evaluate_in, open_folder
-from clip_exp.inference.sources import Source
+from clip_exp.loading.source import Source
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.launch import run_ranks
 from clip_exp.ranks.signals import Stopped
@@ -65,7 +65,7 @@ def _ranks(config: EvaluateConfig) -> int:
 
 def _join(config: EvaluateConfig, arguments: list[str]) -> int:
     """As one rank that torchrun or srun started: agree on the folder that rank 0 opens."""
-    from clip_exp.inference.loading import choose_device
+    from clip_exp.loading.model import choose_device
     from clip_exp.ranks import group
 
     group.start(choose_device(config.accelerator).type, TIMEOUT_S)

@@ -22,11 +22,11 @@ from clip_exp.evaluation.classification import CHUNK
 from clip_exp.evaluation.frozen import Frozen, classified, encode_halves, protocol_of
 from clip_exp.evaluation.metrics import accuracies, best_classes
 from clip_exp.evaluation.prepared import ProbeTask
-from clip_exp.evaluation.results import Result, TensorFile
 from clip_exp.evaluation.splits import require_division
 from clip_exp.evaluation.subject import Judge, Subject
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main
+from clip_exp.reports.results import Result, TensorFile
 
 # The paper's search, in powers of ten: its ends, its first step, and the last one.
 FARTHEST, FIRST_STEP, LAST_STEP = 6.0, 2.0, 1 / 8

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.data.pictures import Pictures
-from clip_exp.evaluation.results import Query, Retrieved
+from clip_exp.reports.results import Query, Retrieved
 
 SHOWN = 24  # queries each way
 FOUND = 8  # results of a query

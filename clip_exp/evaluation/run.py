@@ -6,15 +6,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from clip_exp import __version__
+from clip_exp._version import __version__
 from clip_exp.config.evaluation_schema import EvaluateConfig, SubjectConfig
+from clip_exp.config.load import to_yaml
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.schema import Precision
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.tasks import Task, prepare_tasks
-from clip_exp.inference.sources import Source, check_source, find_source
+from clip_exp.loading.source import Source, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
-from clip_exp.runs import RunRecord, evaluation_folder
+from clip_exp.runs import RunRecord, create_run_folder, write_text
 
 
 def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -89,7 +90,9 @@ def open_folder(config: EvaluateConfig, source: Source, arguments: list[str]) ->
     """A new folder that says what is about to be evaluated: its `config.yaml` has the settled model and weights on this disk."""
     if source.told is not None:
         config = replace(config, model=source.model, pretrained=str(source.weights.absolute()))
-    folder = evaluation_folder(config, config.name or (source.run.name if source.run else source.model.name))
+    name = config.name or (source.run.name if source.run else source.model.name)
+    folder = create_run_folder(config.output_dir, "evaluate", name)
+    write_text(folder / "config.yaml", to_yaml(config))
     told = {} if source.told is None else {"pretrained": source.told}
     RunRecord(folder).start(arguments, weights=str(source.weights.resolve()), **told)
     return folder
@@ -146,7 +149,7 @@ def _load(config: EvaluateConfig, source: Source) -> tuple[Any, dict[str, Any]]:
     from clip_exp.evaluation.cache import Cache
     from clip_exp.evaluation.encode import encode_options
     from clip_exp.evaluation.scoring import Subject
-    from clip_exp.inference.loading import load_model
+    from clip_exp.loading.model import load_model
     from clip_exp.ranks.group import from_main
     from clip_exp.text.build import build_tokenizer
 

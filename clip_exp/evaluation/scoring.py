@@ -12,12 +12,12 @@ from clip_exp.evaluation.knn import score_knn
 from clip_exp.evaluation.metrics import retrieval
 from clip_exp.evaluation.prepared import ClassificationTask, KNNTask, ProbeTask, RetrievalTask, RobustnessTask, Task
 from clip_exp.evaluation.probe import score_probe
-from clip_exp.evaluation.results import Result
 from clip_exp.evaluation.retrieval import examples
 from clip_exp.evaluation.robustness import score_robustness
 from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, counts, encode_set
 from clip_exp.evaluation.zero_shot import score_classification
 from clip_exp.ranks.group import from_main
+from clip_exp.reports.results import Result
 
 __all__ = ["SCORERS", "Subject", "score"]
 

@@ -18,9 +18,9 @@ from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_pixels
 from clip_exp.evaluation.features import EncodedImages, encode_pictures
-from clip_exp.evaluation.results import Result
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main
+from clip_exp.reports.results import Result
 from clip_exp.text.build import Tokenizes
 
 TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of a picture

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.evaluation_schema import (
     AutoTaskConfig,
@@ -19,6 +17,7 @@ from clip_exp.config.evaluation_schema import (
     ZeroShotTaskConfig,
 )
 from clip_exp.config.load import nearest, strict_dataclass
+from clip_exp.config.missing import MISSING
 from clip_exp.config.paths import options
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data import samples
@@ -29,7 +28,7 @@ from clip_exp.evaluation.sets.datasets import labeled_images, read_pairs, requir
 from clip_exp.evaluation.sets.imagenet_sets import configure_sets, weights_file
 from clip_exp.evaluation.sets.prompts import templates
 from clip_exp.evaluation.splits import prepare_knn, prepare_probe
-from clip_exp.inference.sources import Source
+from clip_exp.loading.source import Source
 
 TaskConfig = (
     AutoTaskConfig

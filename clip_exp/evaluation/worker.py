@@ -13,7 +13,7 @@ from clip_exp.ranks.worker import serve
 
 def work(folder: Path) -> int:
     """Evaluate what the folder's `config.yaml` describes, as one rank."""
-    from clip_exp.inference.loading import choose_device
+    from clip_exp.loading.model import choose_device
     from clip_exp.ranks import group
 
     main = os.environ["RANK"] == "0"

@@ -9,7 +9,6 @@ from clip_exp.evaluation.classification import classify
 from clip_exp.evaluation.features import EncodedImages
 from clip_exp.evaluation.metrics import accuracies
 from clip_exp.evaluation.prepared import ClassificationTask
-from clip_exp.evaluation.results import Classified, Result
 from clip_exp.evaluation.subject import (
     LISTED,
     Judge,
@@ -21,6 +20,7 @@ from clip_exp.evaluation.subject import (
     source_of,
     zero_shot_classifier,
 )
+from clip_exp.reports.results import Classified, Result
 
 
 def score_classification(task: ClassificationTask, subject: Subject) -> Judge:

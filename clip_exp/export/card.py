@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from clip_exp import __version__
+from clip_exp._version import __version__
 from clip_exp.config.model_schema import Activation, ModelConfig, ResizeMode
 from clip_exp.config.use_schema import ExportFormat
 from clip_exp.data.transforms import preprocessing_of
@@ -15,7 +15,7 @@ from clip_exp.export.folder import CARD
 from clip_exp.export.history import history_of
 from clip_exp.export.onnx import any_length
 from clip_exp.export.tokenizer_files import uses_openai
-from clip_exp.inference.sources import Source
+from clip_exp.loading.source import Source
 from clip_exp.models.clip import CLIP
 from clip_exp.reports.page import number
 from clip_exp.runs import write_text

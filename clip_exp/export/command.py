@@ -8,7 +8,7 @@ from clip_exp.errors import PREEMPTED_EXIT_CODE
 from clip_exp.export.folder import check_target
 from clip_exp.export.formats import problems_of
 from clip_exp.inference.inputs import Problems
-from clip_exp.inference.sources import Source, check_source, find_source
+from clip_exp.loading.source import Source, check_source, find_source
 
 
 def export(config: ExportConfig) -> int:
@@ -21,7 +21,7 @@ def export(config: ExportConfig) -> int:
     source = check(config)
     assert config.output is not None
     from clip_exp.export.write import write_export
-    from clip_exp.inference.loading import load_model
+    from clip_exp.loading.model import load_model
     from clip_exp.ranks.signals import Stopped, stop_on_signals
 
     try:

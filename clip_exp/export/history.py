@@ -11,7 +11,7 @@ from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import plain
 from clip_exp.config.schema import FineTuneConfig, TrainConfig
 from clip_exp.data.sources import parse
-from clip_exp.inference.sources import Source
+from clip_exp.loading.source import Source
 from clip_exp.reports.index import readable
 from clip_exp.reports.origin import record_of
 from clip_exp.reports.page import counted

@@ -109,10 +109,12 @@ def preprocess_cfg(config: ModelConfig) -> dict[str, Any]:
 
 def _published(config: ModelConfig) -> dict[str, Any]:
     """open_clip's own configuration of the architecture; empty where it has none."""
-    from clip_exp.weights import registry
+    from clip_exp import open_clip_files
 
     name = config.open_clip_name
-    return json.loads(json.dumps(registry.configuration(name))) if name in registry.configurations() else {}
+    return (
+        json.loads(json.dumps(open_clip_files.configuration(name))) if name in open_clip_files.configurations() else {}
+    )
 
 
 def _vision_cfg(config: ModelConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from clip_exp.export.card import write_card
 from clip_exp.export.compare import TOLERANCE, TOLERANCE_ONNX, require_same
 from clip_exp.export.folder import check_target, whole_folder
 from clip_exp.export.formats import FORMATS, problems_of
-from clip_exp.inference.sources import Source
+from clip_exp.loading.source import Source
 from clip_exp.models.clip import CLIP
 
 

@@ -27,7 +27,7 @@ from clip_exp.inference.inputs import find_pictures, folders_of
 from clip_exp.inference.media import FRAMES, Media, Picture
 from clip_exp.inference.picture_index import PictureIndex
 from clip_exp.inference.ranking import Match, best, cosines
-from clip_exp.inference.sources import Source
+from clip_exp.loading.source import Source
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 

@@ -6,7 +6,7 @@ from clip_exp.config.use_schema import UseConfig
 from clip_exp.evaluation.run import problems_of
 from clip_exp.inference.inputs import Problems
 from clip_exp.inference.outputs import check_output
-from clip_exp.inference.sources import Source
+from clip_exp.loading.source import Source
 
 if TYPE_CHECKING:
     from clip_exp.inference.clip import Clip
@@ -35,7 +35,7 @@ def open_clip(config: UseConfig, source: Source) -> "Clip":
     """
     from clip_exp.evaluation.encode import encode_options
     from clip_exp.inference.clip import Clip
-    from clip_exp.inference.loading import load_model
+    from clip_exp.loading.model import load_model
 
     options = encode_options(config)
     clip = Clip(load_model(source, options.device), source.model, options.device, options, source)

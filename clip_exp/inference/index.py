@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from clip_exp.config.load import plain, strict_dataclass
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.inference.sources import Source
-from clip_exp.inference.wise_ft import Mix
+from clip_exp.loading.source import Source
+from clip_exp.loading.wise_ft import Mix
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,13 +3,12 @@
 from functools import cache
 from typing import Any
 
-from clip_exp.config.aliases import ADAPTER, QUICK_GELU
+from clip_exp import open_clip_files
 from clip_exp.config.model_schema import ModelConfig, TextTower
+from clip_exp.config.models import ADAPTER, QUICK_GELU, named_model
 from clip_exp.config.paths import options
 from clip_exp.config.use_schema import ModelsConfig
 from clip_exp.inference.outputs import Report, check_output, write
-from clip_exp.inference.sources import named_model
-from clip_exp.weights import registry
 from clip_exp.weights.activation import of_entry
 
 OVERVIEW = ("model", "open_clip", "image tower", "pixels", "parameters (M)", "tags")
@@ -32,7 +31,7 @@ def models(config: ModelsConfig) -> int:
 def _overview(everything: bool) -> Report:
     documents = [_described(named_model(name)) for name in options("model") if name != ADAPTER]
     if everything:
-        documents += [_of_open_clip(name) for name in registry.configurations() if _is_another(name, documents)]
+        documents += [_of_open_clip(name) for name in open_clip_files.configurations() if _is_another(name, documents)]
     rows = [
         (
             document["name"],
@@ -55,7 +54,7 @@ def _first(tags: list[str]) -> str:
 
 def _one(name: str) -> Report:
     model = named_model(name)
-    found = [registry.entry(model.open_clip_name, tag) for tag in registry.tags(model.open_clip_name)]
+    found = [open_clip_files.entry(model.open_clip_name, tag) for tag in open_clip_files.tags(model.open_clip_name)]
     weights = [_published(entry, model) for entry in found if entry is not None]
     rows = [
         (
@@ -81,13 +80,13 @@ def _described(model: ModelConfig) -> dict[str, Any]:
         "image_size": model.image.image_size,
         "embed_dim": model.embed_dim,
         "parameters": _count(model.name),
-        "tags": registry.tags(model.open_clip_name),
+        "tags": open_clip_files.tags(model.open_clip_name),
     }
 
 
 def _of_open_clip(name: str) -> dict[str, Any]:
     """One of open_clip's configurations; how many parameters it has is known when open_clip has built it."""
-    values = registry.configuration(name)
+    values = open_clip_files.configuration(name)
     return {
         "name": name,
         "open_clip_name": name,
@@ -96,19 +95,19 @@ def _of_open_clip(name: str) -> dict[str, Any]:
         "image_size": values["vision_cfg"].get("image_size"),
         "embed_dim": values.get("embed_dim"),
         "parameters": None,
-        "tags": registry.tags(name),
+        "tags": open_clip_files.tags(name),
     }
 
 
 def _is_another(open_clip_name: str, ours: list[dict[str, Any]]) -> bool:
     """Whether a configuration is of pictures and texts, and none that clip_exp builds itself."""
     known = {document["open_clip_name"] for document in ours}
-    return open_clip_name.removesuffix(QUICK_GELU) not in known and "vision_cfg" in registry.configuration(
+    return open_clip_name.removesuffix(QUICK_GELU) not in known and "vision_cfg" in open_clip_files.configuration(
         open_clip_name
     )
 
 
-def _published(entry: registry.Entry, model: ModelConfig) -> dict[str, Any]:
+def _published(entry: open_clip_files.Entry, model: ModelConfig) -> dict[str, Any]:
     return {
         "tag": entry.tag,
         "activation": str(of_entry(entry, model) or model.activation or "its own"),

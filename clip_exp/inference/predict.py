@@ -7,7 +7,7 @@ from clip_exp.evaluation.sets.prompts import templates as read_templates
 from clip_exp.inference.command import about, check_common, open_clip
 from clip_exp.inference.inputs import Problems, as_text_list, check_videos, find_pictures, read_labels
 from clip_exp.inference.outputs import Report, number, write
-from clip_exp.inference.sources import Source, check_source, find_source
+from clip_exp.loading.source import Source, check_source, find_source
 
 if TYPE_CHECKING:
     from torch import Tensor

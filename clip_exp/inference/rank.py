@@ -10,7 +10,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.inference.command import about, check_common, open_clip
 from clip_exp.inference.inputs import Problems, as_texts, check_videos, find_pictures
 from clip_exp.inference.outputs import Report, number, write
-from clip_exp.inference.sources import Source, check_source, find_source
+from clip_exp.loading.source import Source, check_source, find_source
 
 
 class Question(NamedTuple):

@@ -14,7 +14,7 @@ from clip_exp.inference.inputs import Problems, as_texts, check_videos, find_pic
 from clip_exp.inference.media import FRAMES
 from clip_exp.inference.outputs import number, write
 from clip_exp.inference.rank import ranking_report
-from clip_exp.inference.sources import Source, check_source, find_source
+from clip_exp.loading.source import Source, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
 from clip_exp.weights.find import hash_weights
 

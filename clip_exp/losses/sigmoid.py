@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clip_exp.losses.matches import Matches, repeated_matches
-from clip_exp.models.clip import CLIPOutput
+from clip_exp.losses.outputs import CLIPOutput
 from clip_exp.ranks.group import rank, world_size
 
 CHUNK_SIZE = 1024

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from clip_exp.losses.collectives import gather_with_grad
 from clip_exp.losses.matches import own_columns, repeated_matches
-from clip_exp.models.clip import CLIPOutput
+from clip_exp.losses.outputs import CLIPOutput
 from clip_exp.ranks.group import world_size
 
 

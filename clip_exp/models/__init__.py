@@ -5,8 +5,8 @@ text, D width of a tower or of the shared space, A attention heads, E width of a
 """
 
 from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP, CLIPOutput
+from clip_exp.models.clip import CLIP
 from clip_exp.models.text import TextTransformer
 from clip_exp.models.vit import VisionTransformer
 
-__all__ = ["CLIP", "CLIPOutput", "TextTransformer", "VisionTransformer", "build_model"]
+__all__ = ["CLIP", "TextTransformer", "VisionTransformer", "build_model"]

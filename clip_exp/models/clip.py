@@ -1,7 +1,7 @@
 """A dual encoder: two towers into one space, and the temperature that they are compared with (Radford et al. 2021)."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-
-class CLIPOutput(NamedTuple):
-    """What a loss needs. Features are float32 of unit norm, also under autocast."""
-
-    image_features: Tensor  # [B, D]
-    text_features: Tensor  # [B, D]
-    logit_scale: Tensor  # [1]: factor of the cosines, 1 / temperature
-    logit_bias: Tensor | None  # [1]: added after the factor
+from clip_exp.losses.outputs import CLIPOutput
 
 
 class HeldStatistics(AbstractContextManager[None]):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_exp.config.model_schema import Activation, ModelConfig
-from clip_exp.config.open_clip import open_clip_values
 from clip_exp.errors import ConfigError
+from clip_exp.models.huggingface import build_encoder, check_encoder, encoder_config
+from clip_exp.open_clip_files import open_clip_values
 
 
 def build_image_tower(config: ModelConfig, own_weights: bool = False) -> nn.Module:
@@ -93,8 +94,6 @@ def build_text_tower(config: ModelConfig, own_weights: bool = False) -> nn.Modul
 def _huggingface_tower(config: ModelConfig, text: dict[str, Any], own_weights: bool) -> nn.Module:
     """From the encoder's configuration in a folder of its own, so that open_clip does not ask the hub."""
     from open_clip.model import _build_text_tower
-
-    from clip_exp.models.huggingface import build_encoder, check_encoder, encoder_config
 
     architecture = encoder_config(config.text, config.dropout)
     with tempfile.TemporaryDirectory() as folder:

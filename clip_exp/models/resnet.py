@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.models.build import required
+from clip_exp.models.arguments import required
 from clip_exp.models.layers import AttentionPool
 
 EXPANSION = 4  # channels of a block's output over those of its 3 x 3 convolution

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.evaluation.results import Classified, Result
 from clip_exp.reports.confusion import IN_A_MATRIX, cluster, groups, involved, map_data, matrix, similarity
 from clip_exp.reports.page import counted, fact_rows, percent, render
 from clip_exp.reports.per_class import Mistakes, PerClass, distinct_names, mistakes, per_class
+from clip_exp.reports.results import Classified, Result
 from clip_exp.reports.thumbnails import Thumbnails
 
 WRONG_SHOWN = 16

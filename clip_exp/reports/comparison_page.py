@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from clip_exp.evaluation.results import Compared, Result
 from clip_exp.reports.page import counted, fact_rows, listing, percent, render
+from clip_exp.reports.results import Compared, Result
 
 MINUS = "\u2212"
 

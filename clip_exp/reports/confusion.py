@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.evaluation.results import Classified
 from clip_exp.reports.per_class import Mistakes, PerClass
+from clip_exp.reports.results import Classified
 
 IN_A_MATRIX = 40  # classes whose whole matrix can be read
 ON_A_MAP = 1000  # classes; of more, those with the most mistakes

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from clip_exp.evaluation.results import Classified, Compared, Result, Retrieved
 from clip_exp.reports.classification_page import classification_page
 from clip_exp.reports.comparison_page import comparison_page
 from clip_exp.reports.index import write_index
 from clip_exp.reports.origin import heading, is_train_run
 from clip_exp.reports.per_class import as_csv
+from clip_exp.reports.results import Classified, Compared, Result, Retrieved
 from clip_exp.reports.retrieval_page import retrieval_page
 from clip_exp.reports.run import renew_report
 from clip_exp.runs import write_json, write_text

@@ -17,7 +17,7 @@ from io import StringIO
 
 import numpy as np
 
-from clip_exp.evaluation.results import Classified
+from clip_exp.reports.results import Classified
 
 COLUMNS = ("key", "name", "pictures", "top1", "top5", "most_often_taken_for", "share", "predicted")
 

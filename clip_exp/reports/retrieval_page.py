@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from clip_exp.evaluation.results import Query, Result, Retrieved
 from clip_exp.reports.page import counted, fact_rows, percent, render
+from clip_exp.reports.results import Query, Result, Retrieved
 from clip_exp.reports.thumbnails import Thumbnails
 
 QUERIES = 12  # shown each way

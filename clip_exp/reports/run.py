@@ -10,14 +10,13 @@ from clip_exp.reports.data_facts import data_facts
 from clip_exp.reports.index import evaluations
 from clip_exp.reports.origin import python, record_of
 from clip_exp.reports.page import counted, fact_rows, number, render
-from clip_exp.runs import write_text
+from clip_exp.runs import read_metrics, write_text
 
 
 def write_report(run_dir: Path) -> Path:
     """Draw `report.png` and write `report.html` from the run's own files; return the latter."""
-    # Both take a second or more to import, and an evaluation that renews the report needs neither.
+    # matplotlib takes a second to import, and an evaluation that renews the report does not need it.
     from clip_exp.reports.plots import plot_run
-    from clip_exp.training.metrics import read_metrics
 
     plot_run(read_metrics(run_dir / "metrics.csv"), run_dir / "report.png")
     return renew_report(run_dir)

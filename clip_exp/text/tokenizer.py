@@ -5,10 +5,8 @@ on a miss from the `tokenizers` library, so that a caption costs about as much a
 """
 
 import gzip
-import importlib.util
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import regex  # type: ignore[import-untyped]
@@ -16,7 +14,7 @@ import torch
 from tokenizers.models import BPE
 from torch import Tensor
 
-from clip_exp.errors import ConfigError
+from clip_exp.open_clip_files import vocabulary_file
 from clip_exp.text.cleaning import lower as clean
 
 VOCAB_SIZE = 49408
@@ -29,23 +27,6 @@ _WORD = regex.compile(
 )
 _CACHED_WORDS = 1 << 16
 _CACHED_WORD_LENGTH = 64  # characters
-
-
-def vocabulary_file() -> Path:
-    """The merges that open_clip_torch ships, found without importing it (that takes seconds).
-
-    Raises: ConfigError where the package or the file is missing.
-    """
-    spec = importlib.util.find_spec("open_clip")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
-        if path.is_file():
-            return path
-    raise ConfigError(
-        "The tokenizer's vocabulary bpe_simple_vocab_16e6.txt.gz was not found: it comes with the package open_clip_torch. "
-        "Install it: pip install 'open_clip_torch>=3.3,<4'."
-    )
 
 
 def _byte_alphabet() -> list[str]:

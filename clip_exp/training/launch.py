@@ -3,13 +3,13 @@
 import contextlib
 from pathlib import Path
 
-from clip_exp.config.preflight import requested_devices
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.launch import run_ranks
 from clip_exp.runs import lock
 from clip_exp.training.opening import open_run
+from clip_exp.training.preflight import requested_devices
 
 
 def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:

@@ -12,13 +12,13 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.data.workers import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
+from clip_exp.runs import read_metrics
 from clip_exp.training.callbacks import last_validation
 from clip_exp.training.diagnosis import LoaderWatch, Loading
 from clip_exp.training.timing import StepTimes, step_clock
 
 log = logging.getLogger(__name__)
 
-WHOLE = ("step", "samples_seen")
 FIRST_COLUMNS = [
     "step",
     "samples_seen",
@@ -89,18 +89,6 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self.rows.items()))
         temporary.replace(self.path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.csv`, by step; numbers as numbers, empty cells left out. A row that a kill cut short is left out."""
-    rows = []
-    with path.open(newline="", encoding="utf-8") as handle:
-        for row in csv.DictReader(handle):
-            try:
-                rows.append({key: (int if key in WHOLE else float)(value) for key, value in row.items() if value})
-            except (TypeError, ValueError):
-                continue
-    return [row for row in rows if "step" in row]
 
 
 class StepMetrics(pl.Callback):

@@ -13,7 +13,8 @@ from clip_exp.data.batches import Batch, EvalBatch
 from clip_exp.data.transforms import normalize, preprocessing_of
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
-from clip_exp.models.clip import CLIP, CLIPOutput
+from clip_exp.losses.outputs import CLIPOutput
+from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import gather_objects, share_from_main
 from clip_exp.text.build import build_tokenizer
 from clip_exp.training.finetune import quiet

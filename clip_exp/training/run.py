@@ -12,9 +12,7 @@ import torch
 from clip_exp.checkpoints.discovery import STEP, checkpoints, clean, damage, latest, step_of
 from clip_exp.checkpoints.io import read_state
 from clip_exp.config.load import read_run_config
-from clip_exp.config.preflight import steps_of, world_size
-from clip_exp.config.preflight_finetune import probe_problems
-from clip_exp.config.preflight_measures import training_tasks
+from clip_exp.config.model_rules import own_towers
 from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.transforms import preprocessing_of
@@ -29,15 +27,17 @@ from clip_exp.runs import RunRecord
 from clip_exp.text.build import build_tokenizer
 from clip_exp.text.saved import with_saved_tokenizer
 from clip_exp.training.finetune import prepare
+from clip_exp.training.measures import training_tasks
 from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import start_weights
 from clip_exp.training.preemption import Preempted, Preemption
+from clip_exp.training.preflight import steps_of, world_size
+from clip_exp.training.preflight_finetune import probe_problems
 from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskScores
 from clip_exp.training.trainer import build_trainer, resolve_device
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.own import own_towers
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,9 @@ from clip_exp.checkpoints.discovery import best, latest
 from clip_exp.config.schema import TrainConfig
 from clip_exp.reports.data_facts import data_facts
 from clip_exp.reports.run import next_command, write_report
-from clip_exp.runs import RunRecord, write_json
+from clip_exp.runs import RunRecord, read_metrics, write_json
 from clip_exp.training.data_summary import summarize_data
 from clip_exp.training.diagnosis import waiting_share
-from clip_exp.training.metrics import read_metrics
 from clip_exp.training.module import CLIPModule
 
 

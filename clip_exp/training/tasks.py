@@ -16,17 +16,17 @@ from clip_exp.config.schema import TrainConfig
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.prepared import Task
-from clip_exp.evaluation.results import Result
 from clip_exp.evaluation.run import about_weights
 from clip_exp.evaluation.scoring import score
 from clip_exp.evaluation.subject import Subject
-from clip_exp.inference.loading import load_model
-from clip_exp.inference.sources import source_of_checkpoint
+from clip_exp.loading.model import load_model
+from clip_exp.loading.source import source_of_checkpoint
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.progress import silence
 from clip_exp.ranks.group import from_main, is_main, share_from_main
 from clip_exp.reports.evaluation import write_result
+from clip_exp.reports.results import Result
 from clip_exp.text.build import build_tokenizer
 from clip_exp.training.lora import merge
 from clip_exp.training.metrics import log_metrics

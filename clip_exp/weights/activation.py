@@ -1,7 +1,7 @@
 """Which nonlinearity weights were trained with. Shapes do not tell it: weights of `quick_gelu` load into a model of `gelu` and score worse."""
 
 from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, TextTower
-from clip_exp.weights.registry import Entry
+from clip_exp.open_clip_files import Entry
 
 
 def is_ours_to_choose(model: ModelConfig) -> bool:

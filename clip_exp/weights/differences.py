@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from clip_exp.config.model_schema import ImageTower
-from clip_exp.weights.known import known_models
+from clip_exp.config.models import known_models
 
 NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
 INPUT_SIZES = {"image.image_size", "text.context_length"}  # a model may have been made for several

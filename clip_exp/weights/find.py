@@ -6,24 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clip_exp import open_clip_files
 from clip_exp.checkpoints import discovery
 from clip_exp.checkpoints.writer import MANIFEST, WEIGHTS
 from clip_exp.checkpoints.writer import sha256 as hash_of
 from clip_exp.config.load import nearest, read_run_config
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model_schema import Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.models import known_models
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.weights import activation, registry
+from clip_exp.weights import activation
 from clip_exp.weights.describe import About, describe
 from clip_exp.weights.download import fetch, kept_at
 from clip_exp.weights.formats import format_of, weight_files
 from clip_exp.weights.hub import HUB, fetch_repository, is_hub_name
-from clip_exp.weights.known import known_models
 
 log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 FILE_ENDINGS = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
 
-LookUp = Callable[[str | None, str], registry.Entry | None]  # (open_clip's name of the architecture, tag)
+LookUp = Callable[[str | None, str], open_clip_files.Entry | None]  # (open_clip's name of the architecture, tag)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Found:
     told: str  # what they are, for people and for `run.json`
 
 
-def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = registry.entry) -> Found:
+def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = open_clip_files.entry) -> Found:
     """The weights that `pretrained` names, downloaded where they are not on this disk.
 
     Tried in this order: a path that exists (a file; a run folder, of which the best checkpoint if it has a `monitor`, else the
@@ -64,7 +65,7 @@ def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = r
     return _published(listed, model)
 
 
-def check_pretrained(pretrained: str, model: ModelConfig | None, look_up: LookUp = registry.entry) -> list[str]:
+def check_pretrained(pretrained: str, model: ModelConfig | None, look_up: LookUp = open_clip_files.entry) -> list[str]:
     """What can be seen to be wrong with `pretrained` before anything is fetched or read."""
     if not pretrained.strip():
         return ["pretrained has no value: give a tag, a file, a folder, or hf-hub:org/name."]
@@ -121,7 +122,7 @@ def _in_folder(folder: Path) -> Path:
     return folder
 
 
-def _published(listed: registry.Entry, model: ModelConfig) -> Found:
+def _published(listed: open_clip_files.Entry, model: ModelConfig) -> Found:
     """Weights of the registry. What it says about them holds, since a file alone may not tell."""
     path = _fetch(listed)
     about = replace(
@@ -129,13 +130,13 @@ def _published(listed: registry.Entry, model: ModelConfig) -> Found:
         activation=activation.of_entry(listed, model),
         mean=listed.mean,
         std=listed.std,
-        interpolation=listed.interpolation,
-        resize_mode=listed.resize_mode,
+        interpolation=Interpolation(listed.interpolation),
+        resize_mode=ResizeMode(listed.resize_mode),
     )
     return Found(path, about, _told(listed))
 
 
-def _fetch(listed: registry.Entry) -> Path:
+def _fetch(listed: open_clip_files.Entry) -> Path:
     """From the hub, where weights are safetensors mostly; from the address of old where the hub has them not."""
     address = listed.url
     if listed.hub is None or (address and kept_at(address).is_file()):
@@ -162,7 +163,7 @@ def _from_address(address: str, sha256: str | None) -> Path:
     return path
 
 
-def _told(listed: registry.Entry) -> str:
+def _told(listed: open_clip_files.Entry) -> str:
     return f"{listed.tag} of open_clip's {listed.model}"
 
 
@@ -180,15 +181,17 @@ def _problem(pretrained: str, model: ModelConfig | None) -> str:
     if looks_like_a_path or model is None:
         tag = " A tag needs its model=NAME." if not looks_like_a_path else ""
         return f"pretrained={pretrained} does not exist (looked in {Path.cwd()}). Give {others}.{tag}"
-    tags = registry.tags(model.open_clip_name)
+    tags = open_clip_files.tags(model.open_clip_name)
     if not tags:
         return (
             f"pretrained={pretrained} does not exist, and model={model.name} has no published weights: give {others}."
         )
-    having = [other.name for other in known_models() if registry.entry(other.open_clip_name, pretrained) is not None]
+    having = [
+        other.name for other in known_models() if open_clip_files.entry(other.open_clip_name, pretrained) is not None
+    ]
     meant = (
         f"model={' or model='.join(having)} has that tag; of model={model.name} they are {', '.join(tags)}."
         if having
-        else nearest(registry.clean(pretrained), tags)
+        else nearest(open_clip_files.clean(pretrained), tags)
     )
     return f"pretrained={pretrained} does not exist, and is no tag of model={model.name}: {meant} Or give {others}."

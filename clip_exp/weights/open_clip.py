@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
-from clip_exp.config.open_clip import has_text_below, open_clip_values
+from clip_exp.open_clip_files import has_text_below, open_clip_values
 
 Reshape = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # from ours to theirs, from theirs to ours
 

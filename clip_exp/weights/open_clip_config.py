@@ -6,8 +6,8 @@ FlagAI's `config.json` is written in the same words.
 from typing import Any
 
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
-from clip_exp.weights.known import known_models
-from clip_exp.weights.registry import configuration, configurations
+from clip_exp.config.models import known_models
+from clip_exp.open_clip_files import configuration, configurations
 
 # What a description leaves out. `image_size` and `patch_size` are those of open_clip's own code, not of a model.
 VISION = {

@@ -3,7 +3,8 @@
 import sys
 from dataclasses import replace
 
-from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, Interpolation, ModelConfig, TextTower
+from clip_exp.config.model_rules import backbone_of, has_encoder
+from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, Interpolation, ModelConfig
 
 QUICK = "_clip_quickgelu_"  # in timm's names of backbones that compute what OpenAI's and its descendants' weights need
 
@@ -21,7 +22,7 @@ def note_architecture(model: ModelConfig, pretrained: str | None = None) -> Mode
         ConfigError: the encoder's configuration cannot be had, or there is no such backbone.
     """
     text, image = model.text, model.image
-    if _has_encoder(model) and not text.architecture:
+    if has_encoder(model) and not text.architecture:
         from clip_exp.models.huggingface import note_architecture as architecture_of
 
         text = replace(text, architecture=architecture_of(text))
@@ -29,32 +30,9 @@ def note_architecture(model: ModelConfig, pretrained: str | None = None) -> Mode
         from clip_exp.models.timm_tower import known_backbone
 
         known_backbone(image.name)
-    if pretrained is None and image.pretrained and (backbone := _backbone(model)):
+    if pretrained is None and image.pretrained and (backbone := backbone_of(model)):
         image = _as_trained(image, backbone)
     return replace(model, image=image, text=text)
-
-
-def own_towers(model: ModelConfig) -> set[str]:
-    """Which of the towers, `image` and `text`, the configuration starts from the weights of their own library."""
-    image = model.image.pretrained and _backbone(model) is not None
-    text = model.text.pretrained and _has_encoder(model)
-    return {tower for tower, own in (("image", image), ("text", text)) if own}
-
-
-def _has_encoder(model: ModelConfig) -> bool:
-    """Whether the text tower is an encoder of Hugging Face's."""
-    return model.text.kind in (TextTower.huggingface, TextTower.open_clip) and model.text.name is not None
-
-
-def _backbone(model: ModelConfig) -> str | None:
-    """The name of the image tower's backbone in timm."""
-    if model.image.kind is ImageTower.timm:
-        return model.image.name
-    if model.image.kind is ImageTower.open_clip:
-        from clip_exp.config.open_clip import open_clip_values
-
-        return open_clip_values(model.open_clip_name)["vision_cfg"].get("timm_model_name")
-    return None
 
 
 def _as_trained(image: ImageTowerConfig, backbone: str) -> ImageTowerConfig:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from operator import attrgetter
 
 from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig
+from clip_exp.config.models import known_models
 from clip_exp.errors import ConfigError
 from clip_exp.weights.activation import contradiction, is_ours_to_choose, matters
 from clip_exp.weights.describe import About
 from clip_exp.weights.find import Found
-from clip_exp.weights.known import known_models
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # The sizes of the inputs are left out: positions are made to fit.

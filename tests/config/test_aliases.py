@@ -3,11 +3,10 @@
 import open_clip
 import pytest
 
-from clip_exp.config.aliases import names, resolve, translate
 from clip_exp.config.model_schema import Activation, ImageTower
+from clip_exp.config.models import named_model, names, resolve, translate
 from clip_exp.config.paths import options
 from clip_exp.errors import ConfigError
-from clip_exp.inference.sources import named_model
 
 ELSEWHERE = {
     "ViT-B/32": "vit_b32",

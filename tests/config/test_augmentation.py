@@ -4,7 +4,7 @@ import pytest
 
 from clip_exp.config.data_schema import AugmentationConfig
 from clip_exp.config.paths import options
-from clip_exp.config.preflight_augmentation import augmentation_problems
+from clip_exp.data.preflight import augmentation_problems
 from tests.compose import train_config
 
 CSV = ("data=csv", "data.train=pairs.csv")

@@ -9,9 +9,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from clip_exp.config.load import load_evaluate, load_train
+from clip_exp.config.model_rules import check_model
 from clip_exp.config.paths import conf_dir, options
-from clip_exp.config.preflight import check_train
-from clip_exp.config.preflight_model import check_model
 from clip_exp.config.schema import StrategyName
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.tasks import parse_task
@@ -19,6 +18,7 @@ from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.training.loggers import build_loggers
 from clip_exp.training.optim import build_optimizer, build_scheduler
+from clip_exp.training.preflight import check_train
 from clip_exp.training.strategies import build_strategy
 from tests.compose import compose_config, train_config
 

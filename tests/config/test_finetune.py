@@ -2,8 +2,8 @@
 
 import pytest
 
-from clip_exp.config.preflight import check_train
 from clip_exp.errors import ConfigError
+from clip_exp.training.preflight import check_train
 from tests.compose import train_config
 
 REFUSED = {

@@ -7,8 +7,8 @@ import pytest
 from clip_exp.cli import run
 from clip_exp.config.load import load_train, read_run_config, to_yaml
 from clip_exp.config.overrides import quote
-from clip_exp.config.preflight import check_train
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.training.preflight import check_train
 from tests.compose import compose_config, train_config
 
 REFUSED = {
@@ -255,7 +255,7 @@ def test_an_argument_that_a_target_lacks_is_refused_by_name() -> None:
 
 
 def test_leftovers_of_a_launcher_in_the_shell_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from clip_exp.config.preflight import world_size
+    from clip_exp.training.preflight import world_size
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("SLURM_NTASKS", "4")

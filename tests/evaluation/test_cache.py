@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from clip_exp.config.models import named_model
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.subject import Subject, zero_shot_classifier
-from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 

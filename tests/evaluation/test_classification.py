@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clip_exp.config.models import named_model
 from clip_exp.errors import NumericError
 from clip_exp.evaluation.classification import build_classifier, class_scores, classify
 from clip_exp.evaluation.metrics import accuracies
 from clip_exp.evaluation.sets.prompts import class_prompts, imagenet_classes, templates
-from clip_exp.inference.sources import named_model
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer

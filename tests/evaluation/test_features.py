@@ -13,13 +13,13 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from clip_exp.config.data_schema import OnBadImage
+from clip_exp.config.models import named_model
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import DataError
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.features import encode_pictures
 from clip_exp.evaluation.subject import Subject
-from clip_exp.inference.sources import named_model
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer

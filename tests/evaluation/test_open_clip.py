@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.models import named_model
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.evaluation.classification import build_classifier, class_scores
 from clip_exp.evaluation.encode import EncodeOptions
@@ -18,8 +19,8 @@ from clip_exp.evaluation.features import encode_pictures
 from clip_exp.evaluation.run import evaluate
 from clip_exp.evaluation.scoring import Subject
 from clip_exp.evaluation.sets.prompts import imagenet_classes, templates
-from clip_exp.inference.loading import load_model
-from clip_exp.inference.sources import named_model, source_of_file
+from clip_exp.loading.model import load_model
+from clip_exp.loading.source import source_of_file
 from clip_exp.text.tokenizer import Tokenizer
 
 

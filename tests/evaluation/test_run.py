@@ -14,6 +14,7 @@ from torchvision import transforms
 
 from clip_exp.config.data_schema import DataConfig, OnBadImage
 from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.models import named_model
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.transforms import preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
@@ -23,7 +24,6 @@ from clip_exp.evaluation.metrics import retrieval
 from clip_exp.evaluation.run import check, evaluate
 from clip_exp.evaluation.scoring import Subject
 from clip_exp.evaluation.sets.prompts import class_prompts, imagenet_classes, templates
-from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.tables.shard_files import write_shard

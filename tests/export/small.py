@@ -15,7 +15,7 @@ from clip_exp.config.model_schema import (
     TextTower,
     TextTowerConfig,
 )
-from clip_exp.inference.sources import named_model
+from clip_exp.config.models import named_model
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from tests.encoders import write_siglip_tokenizer

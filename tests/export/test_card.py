@@ -21,8 +21,8 @@ from clip_exp.config.schema import FineTuneConfig, TowerTuningConfig
 from clip_exp.config.use_schema import ExportConfig, ExportFormat
 from clip_exp.export.history import _recipe
 from clip_exp.export.write import write_export
-from clip_exp.inference.loading import load_model
-from clip_exp.inference.sources import find_source, source_of_run
+from clip_exp.loading.model import load_model
+from clip_exp.loading.source import find_source, source_of_run
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.find import hash_weights
 from tests.export.small import build, resnet, siglip, vit

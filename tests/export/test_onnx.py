@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer
 
 from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
+from clip_exp.config.models import named_model
 from clip_exp.config.use_schema import ExportFormat
 from clip_exp.export import formats
 from clip_exp.export import onnx as onnx_format
 from clip_exp.export.write import write_export
-from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 from tests.encoders import write_encoder, write_siglip_tokenizer

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import nn
 
 import clip_exp
+from clip_exp import open_clip_files
 from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, Projection
+from clip_exp.config.models import named_model
 from clip_exp.data.transforms import eval_transform, normalize, preprocessing_of
 from clip_exp.export.open_clip import model_cfg
-from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
-from clip_exp.weights import registry
 from tests.encoders import write_siglip_tokenizer
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
 from tests.models.twins import names_with_twin
@@ -132,8 +132,8 @@ def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> str:
         "vision_cfg": {"image_size": 32, "timm_model_name": "vit_nano_siglip", "timm_pool": "map", "timm_proj": "none"},
         "text_cfg": {"context_length": 16, "vocab_size": 300, "width": 64, "heads": 4, "layers": 2},
     }
-    monkeypatch.setattr(registry, "configurations", lambda: ["ViT-nano-SigLIP"])
-    monkeypatch.setattr(registry, "configuration", lambda name: configuration)
+    monkeypatch.setattr(open_clip_files, "configurations", lambda: ["ViT-nano-SigLIP"])
+    monkeypatch.setattr(open_clip_files, "configuration", lambda name: configuration)
     return "ViT-nano-SigLIP"
 
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from clip_exp.config.models import named_model
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.inference.clip import Clip
-from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 from tests.small_runs import write_picture

@@ -16,12 +16,13 @@ import clip_exp
 from clip_exp.cli import _guarded
 from clip_exp.config.load import plain, read_evaluate_config
 from clip_exp.config.model_schema import Activation
+from clip_exp.config.models import named_model
 from clip_exp.config.use_schema import ExportFormat
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.export.write import write_export
 from clip_exp.inference.index import read_recipe
-from clip_exp.inference.loading import load_model
-from clip_exp.inference.sources import Source, named_model
+from clip_exp.loading.model import load_model
+from clip_exp.loading.source import Source
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 from clip_exp.weights.find import hash_weights

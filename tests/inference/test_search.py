@@ -139,7 +139,7 @@ def test_pictures_and_their_index_can_be_moved_together(index: Path, tmp_path: P
 
 def test_an_index_of_other_weights_is_refused(index: Path, photos: Path, tmp_path: Path, run_dir: Path):
     torch.manual_seed(1)
-    from clip_exp.inference.sources import named_model
+    from clip_exp.config.models import named_model
 
     other = write_run(tmp_path / "other", build_model(named_model("vit_nano")))
     for values in ({"text": "a dog"}, {"images": str(photos)}):

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from clip_exp.api import evaluate, load
 from clip_exp.config.evaluation_schema import SubjectConfig
+from clip_exp.config.models import named_model
 from clip_exp.config.use_schema import ExportConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.inference.index import Entries, read_recipe, recipe_of, write_index
-from clip_exp.inference.loading import load_model
-from clip_exp.inference.sources import find_source, named_model
+from clip_exp.loading.model import load_model
+from clip_exp.loading.source import find_source
 from clip_exp.models import CLIP, build_model
 from clip_exp.weights.find import hash_weights
 from tests.small_runs import write_run

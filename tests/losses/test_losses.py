@@ -10,7 +10,7 @@ from clip_exp.config.data_schema import Match
 from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses import build_loss, sigmoid_loss, softmax_loss
 from clip_exp.losses.matches import ALL, Matches
-from clip_exp.models import CLIPOutput
+from clip_exp.losses.outputs import CLIPOutput
 from tests.losses.largest import LargestTensor
 
 B, D = 12, 16

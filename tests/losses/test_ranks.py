@@ -14,7 +14,7 @@ from clip_exp.config.data_schema import Match
 from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses import build_loss, sigmoid_loss
 from clip_exp.losses.collectives import gather, gather_with_grad
-from clip_exp.models import CLIPOutput
+from clip_exp.losses.outputs import CLIPOutput
 from tests.losses.largest import LargestTensor
 
 GLOBAL_BATCH, D = 8, 6

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from clip_exp import open_clip_files
 from clip_exp.config.model_schema import Activation, ModelConfig
 from clip_exp.errors import ConfigError
 from clip_exp.export.write import write_export
 from clip_exp.models import build_model
 from clip_exp.text.build import build_tokenizer
-from clip_exp.weights import registry
 from clip_exp.weights.describe import About
 from clip_exp.weights.find import Found
 from clip_exp.weights.fit import load_weights
@@ -72,8 +72,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[s
         (folder / f"{name}.json").write_text(json.dumps(description))
     open_clip.add_model_config(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "configurations", lambda: sorted(values))
-        patch.setattr(registry, "configuration", values.__getitem__)
+        patch.setattr(open_clip_files, "configurations", lambda: sorted(values))
+        patch.setattr(open_clip_files, "configuration", values.__getitem__)
         yield values
     open_clip.factory._MODEL_CONFIG_PATHS.remove(folder)
     for name in values:

@@ -6,6 +6,7 @@ import torch
 from open_clip.timm_model import TimmModel
 from torch import nn
 
+from clip_exp.config.model_rules import own_towers
 from clip_exp.config.model_schema import (
     ImageTower,
     ImageTowerConfig,
@@ -18,7 +19,7 @@ from clip_exp.data.transforms import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models import build_model
 from clip_exp.models.timm_tower import TimmTower, build_image_tower
-from clip_exp.weights.own import note_architecture, own_towers
+from clip_exp.weights.own import note_architecture
 
 BACKBONES = ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
 

@@ -8,7 +8,7 @@ import torch
 
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.evaluation.metrics import accuracies
-from clip_exp.evaluation.results import Classified, Compared, Query, Result, Retrieved
+from clip_exp.reports.results import Classified, Compared, Query, Result, Retrieved
 from tests.small_runs import write_picture
 
 ATTACK = "\"'><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7 * 7 }}"

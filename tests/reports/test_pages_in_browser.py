@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from clip_exp.evaluation.results import Result
 from clip_exp.reports.evaluation import show, write_result
+from clip_exp.reports.results import Result
 from tests.reports.examples import (
     ATTACK,
     classification_result,

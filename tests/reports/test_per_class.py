@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, recall_score
 
-from clip_exp.evaluation.results import Classified
 from clip_exp.reports import confusion
 from clip_exp.reports.per_class import as_csv, distinct_names, mistakes, per_class
+from clip_exp.reports.results import Classified
 from tests.reports.examples import classified, noise_files
 
 

@@ -15,8 +15,8 @@ from clip_exp.config.schema import FineTuneConfig, LoRAConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models import CLIP, build_model
 from clip_exp.training.finetune import prepare
-from clip_exp.training.finetune_check import rehearse
 from clip_exp.training.lora import adapt, adapted_part, merge, unmerge
+from clip_exp.training.preflight_finetune import rehearse
 from tests.compose import train_config
 from tests.encoders import small_encoder
 from tests.models.small import batch, small_config
@@ -169,7 +169,7 @@ def test_a_tower_without_linear_layers_is_refused() -> None:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights to start from."""
-    from clip_exp.inference.sources import named_model
+    from clip_exp.config.models import named_model
 
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("start") / "start.safetensors"

@@ -17,9 +17,9 @@ import clip_exp
 from clip_exp.checkpoints.discovery import checkpoints
 from clip_exp.config.load import plain, read_run_config
 from clip_exp.config.model_schema import Activation
+from clip_exp.config.models import named_model
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.inference.sources import named_model
 from clip_exp.models.build import build_model
 from clip_exp.runs import RunRecord
 from clip_exp.training.opening import Opening, open_run

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from clip_exp.config.load import plain
 from clip_exp.config.model_schema import Activation, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.models import named_model
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
+from clip_exp.open_clip_files import Entry
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
 from clip_exp.weights.open_clip import to_open_clip
-from clip_exp.weights.registry import Entry
 from clip_exp.weights.settle import settle
 from tests.small_runs import write_checkpoint, write_run
 from tests.weights.server import Served, serving

@@ -11,8 +11,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower
+from clip_exp.config.models import named_model
 from clip_exp.errors import CheckpointError
-from clip_exp.inference.sources import named_model
 from clip_exp.models import CLIP, build_model
 from clip_exp.weights import fit_weights, load_weights, to_open_clip
 from clip_exp.weights.differences import grouped

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from clip_exp.config.model_schema import Activation, ModelConfig, TextTower
+from clip_exp.config.models import named_model
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.inference.sources import named_model
 from clip_exp.models import CLIP, build_model
 from clip_exp.weights import load_weights
 from clip_exp.weights.describe import describe

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from clip_exp import open_clip_files
 from clip_exp.config.model_schema import Activation, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.models import named_model
 from clip_exp.errors import ConfigError
-from clip_exp.inference.sources import named_model
-from clip_exp.weights import registry
 from clip_exp.weights.activation import of_entry
 from clip_exp.weights.describe import About
 from clip_exp.weights.find import Found
@@ -99,7 +99,7 @@ def test_open_clips_architectures_have_their_own_activation_unless_the_weights_h
 
 
 def test_a_mark_of_the_registry_is_quick_gelu_and_none_is_gelu_but_for_other_architectures() -> None:
-    marked, plain = (registry.entry("ViT-B-32", tag) for tag in ("openai", "laion2b_s34b_b79k"))
+    marked, plain = (open_clip_files.entry("ViT-B-32", tag) for tag in ("openai", "laion2b_s34b_b79k"))
     assert marked is not None
     assert plain is not None
     assert (of_entry(marked, MODEL), of_entry(plain, MODEL)) == (Activation.quick_gelu, Activation.gelu)

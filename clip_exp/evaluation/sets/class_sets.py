@@ -6,8 +6,8 @@ Wnids and subsets come from `timm`'s package data, names from `open_clip_torch` 
 from dataclasses import dataclass
 from functools import cache
 
-from clip_exp.config.paths import package_folder
 from clip_exp.evaluation.sets.prompts import imagenet_classes
+from clip_exp.open_clip_files import package_folder
 
 CLASS_SETS = {"imagenet": "ImageNet-1k", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
 

@@ -4,13 +4,11 @@ The published lists come from the installed `open_clip_torch` (names, templates)
 found and read without importing those packages, which would take seconds. This module imports no torch.
 """
 
-import importlib.util
 from functools import cache
-from types import ModuleType
 
-from clip_exp.config.paths import package_folder
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.sets.texts import read_lines
+from clip_exp.open_clip_files import package_folder, zero_shot_metadata
 
 PLACEHOLDER = "{}"
 NAMED_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
@@ -27,7 +25,7 @@ def templates(source: str | list[str], where: str = "templates") -> list[str]:
         ConfigError: no such file, no templates, or one without `{}`.
     """
     if isinstance(source, str) and source in NAMED_TEMPLATES:
-        return [template(PLACEHOLDER) for template in getattr(_open_clip_metadata(), NAMED_TEMPLATES[source])]
+        return [template(PLACEHOLDER) for template in getattr(zero_shot_metadata(), NAMED_TEMPLATES[source])]
     if isinstance(source, str) and PLACEHOLDER in source:
         source = [source]
     found = read_lines(
@@ -53,15 +51,4 @@ def imagenet_classes() -> list[tuple[str, str]]:
     1,000 entries: `missile` and `sunglasses` are each the name of two classes.
     """
     wnids = (package_folder("timm") / "data/_info/imagenet_synsets.txt").read_text(encoding="utf-8").split()
-    return list(zip(wnids, _open_clip_metadata().IMAGENET_CLASSNAMES, strict=True))
-
-
-@cache
-def _open_clip_metadata() -> ModuleType:
-    path = package_folder("open_clip") / "zero_shot_metadata.py"
-    spec = importlib.util.spec_from_file_location("clip_exp._open_clip_zero_shot_metadata", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return list(zip(wnids, zero_shot_metadata().IMAGENET_CLASSNAMES, strict=True))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.paths import package_folder
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_sets import class_set, imagenet_index
 from clip_exp.evaluation.sets.names import Matched, match
 from clip_exp.evaluation.sets.prompts import imagenet_classes
 from clip_exp.evaluation.sets.texts import read_lines, read_names
+from clip_exp.open_clip_files import package_folder
 
 
 def matched(labels: list[str], classes) -> Matched:

@@ -1,11 +1,10 @@
-"""Checks of a model's configuration, before torch is imported."""
+"""What a model's configuration implies: why it cannot be built, and which towers start from their own library's weights."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
-from clip_exp.config.open_clip import can_be_trimmed, open_clip_values
-from clip_exp.weights.own import own_towers
+from clip_exp.open_clip_files import can_be_trimmed, open_clip_values
 
 VOCABULARY = 49408  # of OpenAI's byte-pair encoding
 TRANSFORMER = ("width", "layers", "heads")
@@ -108,6 +107,27 @@ def check_idle(model: ModelConfig) -> Iterator[str]:
         yield (
             "model.image.pretrained=true is for backbones of timm (model/image=timm): weights of a whole model are pretrained=…"
         )
+
+
+def own_towers(model: ModelConfig) -> set[str]:
+    """Return which of the towers, `image` and `text`, the configuration starts from the weights of their own library."""
+    image = model.image.pretrained and backbone_of(model) is not None
+    text = model.text.pretrained and has_encoder(model)
+    return {tower for tower, own in (("image", image), ("text", text)) if own}
+
+
+def has_encoder(model: ModelConfig) -> bool:
+    """Return whether the text tower is an encoder of Hugging Face's."""
+    return model.text.kind in (TextTower.huggingface, TextTower.open_clip) and model.text.name is not None
+
+
+def backbone_of(model: ModelConfig) -> str | None:
+    """Return the name of the image tower's backbone in timm."""
+    if model.image.kind is ImageTower.timm:
+        return model.image.name
+    if model.image.kind is ImageTower.open_clip:
+        return open_clip_values(model.open_clip_name)["vision_cfg"].get("timm_model_name")
+    return None
 
 
 def _check_open_clip_text(model: ModelConfig) -> Iterator[str]:

@@ -1,10 +1,10 @@
-"""Checks of what is trained, and how fast."""
+"""Checks of what is trained, and how fast, before weights are fetched. Torch is imported only where modules are counted."""
 
 from collections.abc import Iterator
 
+from clip_exp.config.model_rules import own_towers
 from clip_exp.config.model_schema import Projection
 from clip_exp.config.schema import FineTuneConfig, LoRAConfig, TowerTuningConfig, TrainConfig
-from clip_exp.weights.own import own_towers
 
 
 def check_finetune(config: TrainConfig) -> Iterator[str]:
@@ -106,3 +106,32 @@ def probe_problems(config: TrainConfig, total_steps: int) -> Iterator[str]:
             f"scheduler.warmup_steps={warmup} after finetune.linear_probe_steps={probe} is longer than the run of {total_steps} steps: "
             "the towers' learning rate would never peak."
         )
+
+
+def rehearse(config: TrainConfig) -> None:
+    """Build the model without memory, and look for the layers that `finetune` counts or names, where either may not fit.
+
+    Args:
+        config: with the architectures of its encoders noted: nothing is fetched.
+
+    Raises:
+        ConfigError: see `build_model`, `freeze` and `check_adapted`.
+    """
+    if not (config.model.has_foreign_tower or _counts_layers(config)):
+        return
+    import torch
+
+    from clip_exp.models.build import build_model
+    from clip_exp.training.finetune import check_adapted, prepare
+
+    with torch.device("meta"):
+        model = build_model(config.model)
+    if config.finetune.lora is None:
+        prepare(model, config.finetune, config.model)
+    else:  # encoders of transformers do not run without memory
+        check_adapted(model, config.finetune.lora)
+
+
+def _counts_layers(config: TrainConfig) -> bool:
+    tuning = config.finetune
+    return tuning.lora is not None or any(tower.unfrozen_blocks is not None for tower in (tuning.image, tuning.text))

@@ -5,8 +5,8 @@ import logging
 import torch
 
 from clip_exp.errors import ConfigError
-from clip_exp.inference.sources import Source
-from clip_exp.inference.wise_ft import interpolate
+from clip_exp.loading.source import Source
+from clip_exp.loading.wise_ft import interpolate
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.files import read_weights

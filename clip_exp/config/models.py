@@ -1,13 +1,19 @@
-"""Names that models have elsewhere: FlagAI's, OpenAI's and open_clip's, wherever a model of `conf/model/` is named."""
+"""The models of `conf/model/`, by their names here and elsewhere: FlagAI's, OpenAI's and open_clip's."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from clip_exp.config.load import nearest, strict_dataclass
+from clip_exp.config.missing import MISSING
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.open_clip import register_open_clip
 from clip_exp.config.paths import conf_dir, options
 from clip_exp.errors import ConfigError
+from clip_exp.open_clip_files import configurations
 
 ALIASES = {
     "clip-base-p32-224": "vit_b32",  # FlagAI's
@@ -43,14 +49,37 @@ def resolve(name: str) -> Named | None:
     base = name.removesuffix(QUICK_GELU)
     if base != name and base in ours:
         return Named(ours[base], {"activation": "quick_gelu"})
-    from clip_exp.weights.registry import configurations
-
     return Named(ADAPTER, {"name": name}) if name in configurations() else None
 
 
 def names() -> list[str]:
     """Every name of our models, for the nearest one to a typo."""
     return [*options("model"), *ALIASES, *_by_open_clip_name()]
+
+
+def named_model(name: str) -> ModelConfig:
+    """Return the configuration of a model by its name in `conf/model/` or elsewhere.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    named = resolve(name)
+    if named is None:
+        raise ConfigError(f"there is no model '{name}': {nearest(name, names())}")
+    if named == Named(ADAPTER):
+        raise ConfigError(f"{name} stands for all architectures of open_clip: name one, such as convnext_base.")
+    register_open_clip()
+    values = OmegaConf.load(conf_dir() / "model" / f"{named.option}.yaml")
+    resolved: Any = OmegaConf.to_container(OmegaConf.merge(values, named.keys), resolve=True)
+    return strict_dataclass(ModelConfig, resolved, "model")
+
+
+def known_models() -> Iterator[ModelConfig]:
+    """Yield the complete models of `conf/model/`: not the options that take the name of an architecture."""
+    for option in options("model"):
+        values: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "model" / f"{option}.yaml"))
+        if values["name"] != MISSING:
+            yield strict_dataclass(ModelConfig, values, "model")
 
 
 def translate(arguments: list[str]) -> list[str]:

@@ -6,16 +6,16 @@ The checks that need torch (devices) and the tables come last, and only where no
 import dataclasses
 from collections.abc import Iterator
 
-from clip_exp.config.preflight_data import check_data, check_tables
-from clip_exp.config.preflight_finetune import check_finetune, probe_problems
-from clip_exp.config.preflight_measures import check_measures
-from clip_exp.config.preflight_model import check_idle, check_model, check_vocabulary
+from clip_exp.config.model_rules import check_idle, check_model, check_vocabulary
 from clip_exp.config.ranges import INFINITY, TINY, range_problems
 from clip_exp.config.schema import LossName, StrategyName, TrainConfig
+from clip_exp.data.preflight import check_data, check_tables
 from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.runs import name_problems
 from clip_exp.secrets import leaks
+from clip_exp.training.measures import check_measures
+from clip_exp.training.preflight_finetune import check_finetune, probe_problems
 from clip_exp.weights.find import check_pretrained
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")

@@ -2,21 +2,15 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from clip_exp.checkpoints import discovery
 from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, WEIGHTS
-from clip_exp.config import aliases
 from clip_exp.config.evaluation_schema import ModelChoice
-from clip_exp.config.load import nearest, read_run_config, strict_dataclass
+from clip_exp.config.load import read_run_config
 from clip_exp.config.model_schema import Activation, ModelConfig
-from clip_exp.config.open_clip import register_open_clip
-from clip_exp.config.paths import conf_dir
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.inference.wise_ft import Mix, mix_of
+from clip_exp.loading.wise_ft import Mix, mix_of
 from clip_exp.text.saved import with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
 from clip_exp.weights.own import note_architecture
@@ -166,23 +160,6 @@ def source_of_weights(path: Path, activation: Activation | None = None) -> Sourc
     if path.name in (WEIGHTS, EMA_WEIGHTS) and (folder.parents[1] / CONFIG).is_file():
         return source_of_checkpoint(path)
     return source_of_file(None, path, activation)
-
-
-def named_model(name: str) -> ModelConfig:
-    """The configuration of a model of `conf/model/`, by its name there or elsewhere (see `config.aliases`).
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    named = aliases.resolve(name)
-    if named is None:
-        raise ConfigError(f"there is no model '{name}': {nearest(name, aliases.names())}")
-    if named == aliases.Named(aliases.ADAPTER):
-        raise ConfigError(f"{name} stands for all architectures of open_clip: name one, such as convnext_base.")
-    register_open_clip()
-    values = OmegaConf.load(conf_dir() / "model" / f"{named.option}.yaml")
-    resolved: Any = OmegaConf.to_container(OmegaConf.merge(values, named.keys), resolve=True)
-    return strict_dataclass(ModelConfig, resolved, "model")
 
 
 def mixed(source: Source, share: float | None) -> Source:

@@ -1,5 +1,6 @@
 """The data of a run before anything is trained: its keys, its tables, and whether their pictures are where they are looked for. No torch."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.config.data_schema import DataConfig
-from clip_exp.config.preflight_augmentation import augmentation_problems
+from clip_exp.config.data_schema import AugmentationConfig, DataConfig
 from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.files import NO_SUCH_FILE, OUTSIDE_ROOT, TOO_MANY_BYTES, BadImage, ImageLimits, kind_of
@@ -86,6 +86,31 @@ def _check_numbers(data: DataConfig) -> Iterator[str]:
         "data.shuffle_window": (data.shuffle_window, 1, INFINITY),
     }
     yield from range_problems(ranges)
+
+
+def augmentation_problems(augmentation: AugmentationConfig) -> Iterator[str]:
+    """What makes an augmentation impossible, a line each."""
+    for key in ("horizontal_flip", "color_jitter_prob", "gray_scale_prob", "gaussian_blur_prob"):
+        probability = getattr(augmentation, key)
+        if not 0 <= probability <= 1:
+            yield f"data.augmentation.{key}={probability} must be a probability, from 0 to 1."
+    yield from _augmentation_bounds("scale", augmentation.scale, 1.0)
+    yield from _augmentation_bounds("ratio", augmentation.ratio, math.inf)
+    yield from _augmentation_bounds("gaussian_blur_sigma", augmentation.gaussian_blur_sigma, math.inf)
+    jitter = augmentation.color_jitter
+    if jitter is not None and not (
+        len(jitter) == 4 and all(0 <= strength < math.inf for strength in jitter) and jitter[3] <= 0.5
+    ):
+        yield (
+            f"data.augmentation.color_jitter={jitter} must be four strengths from 0, of brightness, contrast, saturation and hue, the last "
+            "at most 0.5; or null."
+        )
+
+
+def _augmentation_bounds(key: str, bounds: list[float], most: float) -> Iterator[str]:
+    if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf or bounds[1] > most:
+        at_most = f", at most {most:g}" if most < math.inf else ""
+        yield f"data.augmentation.{key}={bounds} must be two positive numbers, the smaller first{at_most}."
 
 
 def _check_source(spec: SourceSpec, data: DataConfig) -> Iterator[str]:
