@@ -12,11 +12,12 @@ from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
 from clip_exp.config.models import named_model, names, resolve
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
+from clip_exp.evaluation.evaluate import evaluate as evaluate_here
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.loading.source import (
     CONFIG,
     NO_START,
-    Source,
+    ModelSource,
     mixed,
     source_of_checkpoint,
     source_of_file,
@@ -26,10 +27,11 @@ from clip_exp.loading.source import (
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.signals import Stopped
 from clip_exp.runs import RunRecord
+from clip_exp.training.preflight import check_train
 from clip_exp.weights.hub import HUB, is_hub_name
 
 if TYPE_CHECKING:
-    from clip_exp.inference.clip import Clip
+    from clip_exp.inference.pipeline import Pipeline
 
 __all__ = ["evaluate", "find_pictures", "load", "train"]
 
@@ -41,7 +43,7 @@ def load(
     accelerator: str = "auto",
     activation: str | None = None,
     wise_ft: float | None = None,
-) -> "Clip":
+) -> "Pipeline":
     """A model that is ready to use.
 
     Args:
@@ -64,11 +66,11 @@ def load(
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
-    from clip_exp.inference.clip import Clip
+    from clip_exp.inference.pipeline import Pipeline
     from clip_exp.loading.model import choose_device, load_model
 
     device = choose_device(accelerator)
-    return Clip(load_model(found, device), found.model, device, source=found)
+    return Pipeline(load_model(found, device), found.model, device, source=found)
 
 
 def train(*overrides: str) -> Path:
@@ -83,8 +85,6 @@ def train(*overrides: str) -> Path:
         ClipExpError: the run failed; the class tells why, as the exit code does on the command line.
         KeyboardInterrupt: a signal stopped it; the same call goes on.
     """
-    from clip_exp.training.preflight import check_train
-
     config = load_train(compose("train", list(overrides)))
     check_train(config)
     if outer_ranks():
@@ -112,18 +112,16 @@ def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
         ClipExpError: the configuration, the data or the model cannot be used.
         KeyboardInterrupt: a signal stopped it; the same call goes on from the features that are kept.
     """
-    from clip_exp.evaluation import run
-
     config = load_evaluate(compose("evaluate", list(overrides)))
     if str(config.devices) not in ("auto", "1"):
         raise ConfigError(f"devices={config.devices}: several processes are for the command line (clip-exp evaluate).")
     try:
-        return run.evaluate(config, list(overrides))
+        return evaluate_here(config, list(overrides))
     except Stopped as stopped:
         raise KeyboardInterrupt(str(stopped)) from stopped
 
 
-def _source(source: str, pretrained: str | Path | None, activation: Activation | None) -> Source:
+def _source(source: str, pretrained: str | Path | None, activation: Activation | None) -> ModelSource:
     path = Path(source).expanduser()
     if pretrained is not None:
         if path.exists() and resolve(source) is None:

@@ -4,6 +4,7 @@ A message says what is wrong, where, and how to fix it. It is printed once, at t
 """
 
 import re
+from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # line ends and tabs are left
 
@@ -11,6 +12,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # line ends and tabs ar
 def printable(message: str) -> str:
     """A message without the characters at which a terminal would act: names in somebody's file may hold any."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message)
+
+
+PREEMPTED_EXIT_CODE = 143
 
 
 class ClipExpError(Exception):
@@ -54,4 +58,29 @@ def gravest(errors: list[ClipExpError]) -> ClipExpError:
     return type(min(errors, key=lambda error: error.exit_code))("\n".join(str(error) for error in errors))
 
 
-PREEMPTED_EXIT_CODE = 143
+class Problems:
+    """A collection of what is wrong, so that all of it is reported at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[ClipExpError] = []
+
+    def add(self, *messages: str) -> None:
+        """Problems of the configuration."""
+        self.errors += [ConfigError(message) for message in messages]
+
+    def __enter__(self) -> "Problems":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
+        """An expected error is kept, and what follows the block goes on."""
+        if isinstance(error, ClipExpError):
+            self.errors.append(error)
+            return True
+        return False
+
+    def tell(self) -> None:
+        """Raises:
+        ClipExpError: of the class of the gravest problem, with a line for every problem, if there are any.
+        """
+        if self.errors:
+            raise gravest(self.errors)

@@ -1,5 +1,6 @@
 """One line of progress on a terminal, nothing elsewhere."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -7,8 +8,6 @@ from contextvars import ContextVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-
-from clip_exp.ranks.group import is_main
 
 _silent = ContextVar("silent", default=False)
 
@@ -30,7 +29,7 @@ def progress(share: int, what: str | None, total: int | None = None) -> Iterator
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    disable = what is None or _silent.get() or not console.is_terminal or not is_main()
+    disable = what is None or _silent.get() or not console.is_terminal or os.environ.get("RANK", "0") != "0"
     total = share if total is None else total
     with Progress(*columns, console=console, transient=True, disable=disable) as bar:
         task = bar.add_task(what or "", total=total)

@@ -38,7 +38,7 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
     record = RunRecord(folder)
     record.start(arguments)
     # Torch takes seconds to import: only once the tables are known to be there.
-    from clip_exp.checks.run import run
+    from clip_exp.checks.check import run
     from clip_exp.checks.terminal import show
     from clip_exp.data.workers import cores_per_rank
 

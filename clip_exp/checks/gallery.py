@@ -9,7 +9,7 @@ from clip_exp.checks.scanned import Scanned
 from clip_exp.checks.splits import TRAIN, VAL, Split
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import decode_rgb
-from clip_exp.reports.data_page import Equal, Gallery, Sample
+from clip_exp.reports.data_page import Equal, Gallery, ImageExample
 from clip_exp.reports.thumbnails import SIDE, Thumbnail, shrunk
 
 PICTURES = {TRAIN: 12, VAL: 8}
@@ -30,7 +30,7 @@ def collect(scanned: list[Scanned], equal: Equalities, limits: ImageLimits) -> G
     return Gallery(samples, copies, _leaks(scanned, equal, limits))
 
 
-def _samples(scanned: Scanned, limits: ImageLimits) -> list[Sample]:
+def _samples(scanned: Scanned, limits: ImageLimits) -> list[ImageExample]:
     """Random good pictures."""
     split, pictures = scanned.split, scanned.good["picture"]
     count = min(len(pictures), PICTURES[split.name])
@@ -38,7 +38,7 @@ def _samples(scanned: Scanned, limits: ImageLimits) -> list[Sample]:
     for picture in np.sort(np.random.default_rng(0).choice(pictures, count, replace=False)).tolist():
         rows = np.flatnonzero(split.picture_of_row == picture)
         captions = [split.caption(row) for row in rows[:CAPTIONS].tolist()]
-        samples.append(Sample(_thumbnail(split, int(rows[0]), limits), captions, len(rows) - len(captions)))
+        samples.append(ImageExample(_thumbnail(split, int(rows[0]), limits), captions, len(rows) - len(captions)))
     return samples
 
 

@@ -52,7 +52,7 @@ PICTURE = np.dtype(
 ROW = np.dtype([("caption", "i8"), ("path", "u8"), ("tokens", "u4"), ("characters", "u4"), ("script", "u1")])
 
 
-class BadPicture(NamedTuple):
+class UnreadableImage(NamedTuple):
     """A picture that training could not use."""
 
     picture: int  # its number in the split
@@ -63,7 +63,7 @@ class PictureRecords(NamedTuple):
     """What is known of some pictures of a split."""
 
     good: np.ndarray  # of PICTURE
-    bad: list[BadPicture]
+    bad: list[UnreadableImage]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PictureScan(Dataset[PictureRecords]):
             try:
                 good.append(self._look_at(picture))
             except BadImage as error:
-                bad.append(BadPicture(picture, str(error)))
+                bad.append(UnreadableImage(picture, str(error)))
         return PictureRecords(np.array(good, dtype=PICTURE), bad)
 
     def _look_at(self, picture: int) -> tuple[Any, ...]:

@@ -16,9 +16,9 @@ from clip_exp.checks.scan import (
     PICTURES_AT_ONCE,
     ROW,
     ROWS_AT_ONCE,
-    BadPicture,
     PictureScan,
     RowScan,
+    UnreadableImage,
     joined,
     scan,
 )
@@ -49,7 +49,7 @@ class BadPictures:
     kinds: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[BadExample]] = field(default_factory=dict)  # the first of each kind
 
-    def add(self, picture: BadPicture) -> None:
+    def add(self, picture: UnreadableImage) -> None:
         row, kind = int(self.split.first_rows[picture.picture]), kind_of(picture.reason)
         example = BadExample(self.split.path(row), picture.reason, self.split.where(row))
         self.writer.writerow([example.path, example.reason, self.split.name, example.where])

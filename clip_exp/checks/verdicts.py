@@ -7,7 +7,7 @@ from typing import Any
 
 from clip_exp.checks.splits import TRAIN, VAL
 from clip_exp.config.check_schema import CheckDataConfig
-from clip_exp.config.data_schema import Match
+from clip_exp.config.data_schema import PairLabel
 from clip_exp.data.files import NO_SUCH_FILE, NOT_ALLOWED, OUTSIDE_ROOT, TOO_MANY_BYTES, TOO_MANY_PIXELS
 from clip_exp.reports.page import counted, probability
 
@@ -114,7 +114,7 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
         text = f"{counted(empty['count'], 'empty caption')} ({probability(empty['share'])})"
         fix = "Remove these rows: they say nothing of their pictures, and all are equal"
         yield Verdict(Level.warning, name, "empty_captions", text, fix)
-    if name == TRAIN and pairs >= 1 and config.data.same_caption is Match.negative:
+    if name == TRAIN and pairs >= 1 and config.data.same_caption is PairLabel.negative:
         text = (
             f"{counted(round(pairs), 'pair')} of equal captions expected in a batch of {config.global_batch_size:,}, "
             "each taken for a wrong answer"

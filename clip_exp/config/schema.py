@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from clip_exp.config.data_schema import DataConfig, Match
+from clip_exp.config.data_schema import DataConfig, PairLabel
 from clip_exp.config.missing import MISSING
 from clip_exp.config.model_schema import ModelConfig
 
@@ -41,8 +41,8 @@ class Precision(StrEnum):
 @dataclass
 class LossConfig:
     name: LossName = MISSING
-    same_caption: Match = Match.negative  # equal captions in a batch
-    same_image: Match = Match.negative  # equal pictures in a batch
+    same_caption: PairLabel = PairLabel.negative  # equal captions in a batch
+    same_image: PairLabel = PairLabel.negative  # equal pictures in a batch
     init_logit_scale: float = 2.659260036932778  # ln(1 / 0.07); the scale is clamped to [0, ln 100] after each step
     init_logit_bias: float | None = None  # sigmoid only
     chunk_size: int = 1024  # rows of similarities that are held at a time (sigmoid)

@@ -18,8 +18,8 @@ from clip_exp.data.batches import Batch, Collate, EvalBatch, EvalCollate
 from clip_exp.data.dataset import EvalPairs, TrainPairs
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.fingerprint import changes, fingerprint
+from clip_exp.data.generated import readable
 from clip_exp.data.order import EvalSampler, StreamSampler
-from clip_exp.data.samples import readable
 from clip_exp.data.sources import INDEX, open_sources
 from clip_exp.data.stream import Stream
 from clip_exp.data.tables.open import open_configured

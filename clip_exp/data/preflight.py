@@ -12,8 +12,8 @@ from clip_exp.config.data_schema import AugmentationConfig, DataConfig
 from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.files import NO_SUCH_FILE, OUTSIDE_ROOT, TOO_MANY_BYTES, BadImage, ImageLimits, kind_of
+from clip_exp.data.generated import count_rows
 from clip_exp.data.headers import check_formats
-from clip_exp.data.samples import count_rows
 from clip_exp.data.sources import INDEX, SourceSpec, open_sources, parse
 from clip_exp.data.tables.filters import parse as parse_filter
 from clip_exp.data.tables.open import open_configured

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from clip_exp.data.files import BadImage
+
 
 class TorchvisionPictures:
     """The pictures of a data set of torchvision, or of anything whose items begin with a picture.
@@ -27,8 +29,6 @@ class TorchvisionPictures:
         return len(self.dataset)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        from clip_exp.data.files import BadImage
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:

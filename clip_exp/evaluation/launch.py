@@ -6,9 +6,9 @@ from pathlib import Path
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DistributedError
+from clip_exp.evaluation.evaluate import check, evaluate_in, open_folder
 from clip_exp.evaluation.prepared import Task
-from clip_exp.evaluation.run import check, evaluate_in, open_folder
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.launch import run_ranks
 from clip_exp.ranks.signals import Stopped
@@ -90,7 +90,7 @@ def _join(config: EvaluateConfig, arguments: list[str]) -> int:
     return 0
 
 
-def check_again(config: EvaluateConfig, main: bool) -> tuple[Source, list[Task]]:
+def check_again(config: EvaluateConfig, main: bool) -> tuple[ModelSource, list[Task]]:
     """`check` in a rank, whose warnings were told where it was first done; from here on only rank 0 warns."""
     root = logging.getLogger()
     root.setLevel(logging.ERROR)

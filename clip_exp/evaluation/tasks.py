@@ -20,7 +20,7 @@ from clip_exp.config.load import nearest, strict_dataclass
 from clip_exp.config.missing import MISSING
 from clip_exp.config.paths import options
 from clip_exp.config.schema import TrainConfig
-from clip_exp.data import samples
+from clip_exp.data.generated import generate
 from clip_exp.data.pictures import TablePictures
 from clip_exp.errors import ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
@@ -28,7 +28,7 @@ from clip_exp.evaluation.sets.datasets import labeled_images, read_pairs, requir
 from clip_exp.evaluation.sets.imagenet_sets import configure_sets, weights_file
 from clip_exp.evaluation.sets.prompts import templates
 from clip_exp.evaluation.splits import prepare_knn, prepare_probe
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 
 TaskConfig = (
     AutoTaskConfig
@@ -50,7 +50,7 @@ NAME = re.compile(r"[\w.@+-]+")  # becomes a file's name
 
 
 def prepare_tasks(
-    wanted: dict[str, Any], output_dir: str, source: Source | None
+    wanted: dict[str, Any], output_dir: str, source: ModelSource | None
 ) -> tuple[list[Task], list[ClipExpError]]:
     """Everything that `task` of a configuration asks for, and everything that is wrong with it.
 
@@ -111,7 +111,7 @@ def parse_task(name: str, values: Any) -> TaskConfig:
     return parsed
 
 
-def _prepare(name: str, task: TaskConfig, output_dir: str, source: Source | None) -> Iterator[Task]:
+def _prepare(name: str, task: TaskConfig, output_dir: str, source: ModelSource | None) -> Iterator[Task]:
     if isinstance(task, ZeroShotTaskConfig):
         yield prepare_classification(name, task, output_dir)
     elif isinstance(task, RetrievalTaskConfig):
@@ -220,4 +220,4 @@ def _prepare_auto(name: str, output_dir: str, run: TrainConfig | None) -> Iterat
 
 
 def _validation_table(data: DataConfig, output_dir: str) -> Any:
-    return data.val if data.generate is None else str(samples.generate(data.generate, Path(output_dir)).val)
+    return data.val if data.generate is None else str(generate(data.generate, Path(output_dir)).val)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from clip_exp.config.load import read_evaluate_config
 from clip_exp.errors import PREEMPTED_EXIT_CODE
+from clip_exp.evaluation.evaluate import evaluate_in
 from clip_exp.evaluation.launch import TIMEOUT_S, check_again, tell_stopped
-from clip_exp.evaluation.run import evaluate_in
 from clip_exp.ranks.signals import Stopped
 from clip_exp.ranks.worker import serve
 

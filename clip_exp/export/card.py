@@ -14,11 +14,11 @@ from clip_exp.data.transforms import preprocessing_of
 from clip_exp.export.folder import CARD
 from clip_exp.export.history import history_of
 from clip_exp.export.onnx import any_length
-from clip_exp.export.tokenizer_files import uses_openai
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
 from clip_exp.reports.page import number
 from clip_exp.runs import write_text
+from clip_exp.text.saved import uses_openai
 
 LIBRARIES = {  # that load a format, by their names on the hub
     ExportFormat.open_clip: "open_clip",
@@ -29,7 +29,7 @@ LIBRARIES = {  # that load a format, by their names on the hub
 
 
 def write_card(
-    folder: Path, name: str, chosen: ExportFormat, model: CLIP, config: ModelConfig, source: Source | None
+    folder: Path, name: str, chosen: ExportFormat, model: CLIP, config: ModelConfig, source: ModelSource | None
 ) -> None:
     """Write `README.md`.
 

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 from clip_exp.config.use_schema import ExportConfig
-from clip_exp.errors import PREEMPTED_EXIT_CODE
+from clip_exp.errors import PREEMPTED_EXIT_CODE, Problems
 from clip_exp.export.folder import check_target
 from clip_exp.export.formats import problems_of
-from clip_exp.inference.inputs import Problems
-from clip_exp.loading.source import Source, check_source, find_source
+from clip_exp.loading.source import ModelSource, check_source, find_source
+from clip_exp.ranks.signals import Stopped, stop_on_signals
 
 
 def export(config: ExportConfig) -> int:
@@ -22,7 +22,6 @@ def export(config: ExportConfig) -> int:
     assert config.output is not None
     from clip_exp.export.write import write_export
     from clip_exp.loading.model import load_model
-    from clip_exp.ranks.signals import Stopped, stop_on_signals
 
     try:
         with stop_on_signals():
@@ -36,7 +35,7 @@ def export(config: ExportConfig) -> int:
     return 0
 
 
-def check(config: ExportConfig) -> Source:
+def check(config: ExportConfig) -> ModelSource:
     """Find the model and see that it can be written, without torch.
 
     Raises:

@@ -11,7 +11,7 @@ from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import plain
 from clip_exp.config.schema import FineTuneConfig, TrainConfig
 from clip_exp.data.sources import parse
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 from clip_exp.reports.index import readable
 from clip_exp.reports.origin import record_of
 from clip_exp.reports.page import counted
@@ -34,7 +34,7 @@ class History(NamedTuple):
     provenance: dict[str, str]
 
 
-def history_of(source: Source | None) -> History:
+def history_of(source: ModelSource | None) -> History:
     """What is known; of weights that no run of ours trained that is little."""
     if source is None:
         return History("Nothing is known about where the weights come from.", {}, {}, [], [], {})
@@ -59,7 +59,7 @@ def history_of(source: Source | None) -> History:
     )
 
 
-def _which(source: Source) -> str:
+def _which(source: ModelSource) -> str:
     """Which of a run's weights they are."""
     step = "" if source.step is None else f", step {source.step:,}"
     averaged = ", averaged over the steps (EMA)" if source.weights.name == EMA_WEIGHTS else ""

@@ -3,47 +3,29 @@
 Graphs larger than 1.6 GB keep their weights beside them (`image.onnx.data`): a protocol buffer ends at 2 GB.
 """
 
-import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from clip_exp.config.load import plain
 from clip_exp.config.model_schema import ModelConfig
+from clip_exp.export.compare import Encoders
 from clip_exp.export.preprocessor import write_preprocessor
 from clip_exp.export.tokenizer_files import write_ready
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from clip_exp.export.compare import Encoders
-    from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP
 
 IMAGE, TEXT, CONFIG = "image.onnx", "text.onnx", "clip_config.json"
 OPSET = 20  # the first with GELU; onnxruntime 1.17 and later
-NEEDS = ("onnxscript", "onnxruntime")
 
 
-def holds(config: ModelConfig) -> bool:
-    """Every model: a graph knows no towers."""
-    return True
-
-
-def problems_of(config: ModelConfig) -> Iterator[str]:
-    """What keeps a model from this format, a line each."""
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        yield f"format=onnx needs {' and '.join(missing)}: pip install 'clip_exp[onnx]', or pip install {' '.join(missing)}."
-
-
-def write(folder: Path, model: "CLIP", config: ModelConfig) -> None:
+def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     """Write the two graphs, `clip_config.json`, `preprocessor_config.json` and the tokenizer's files.
 
     The batch is of any size. So is a text's length up to the context, see `any_length`.
     """
-    import torch
-
     size, length = config.image.image_size, config.text.context_length
     batch = torch.export.Dim("batch")
     trims = any_length(model, config)
@@ -57,17 +39,14 @@ def write(folder: Path, model: "CLIP", config: ModelConfig) -> None:
     write_ready(folder, config.text, trims)
 
 
-def any_length(model: "CLIP", config: ModelConfig) -> bool:
+def any_length(model: CLIP, config: ModelConfig) -> bool:
     """Whether a batch of texts may be cut to its longest: the tower is causal and pooled at the end of a text."""
     return model.shares_prefixes and config.text.trim
 
 
-def read(folder: Path, config: ModelConfig) -> "Encoders":
+def read(folder: Path, config: ModelConfig) -> Encoders:
     """The towers as onnxruntime runs them from what was written, on the CPU."""
-    import onnxruntime
-    import torch
-
-    from clip_exp.export.compare import Encoders
+    import onnxruntime  # an extra
 
     def runner(name: str) -> Any:
         session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
@@ -77,16 +56,15 @@ def read(folder: Path, config: ModelConfig) -> "Encoders":
     return Encoders(runner(IMAGE), runner(TEXT))
 
 
-def _tower(model: "CLIP", name: str) -> "nn.Module":
+def _tower(model: CLIP, name: str) -> nn.Module:
     """A module that takes what the tower takes, and returns its features with unit norm."""
-    from torch import nn
 
     class ImageEncoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, image: "Tensor") -> "Tensor":
+        def forward(self, image: Tensor) -> Tensor:
             return self.model.encode_image(image, normalize=True)
 
     class TextEncoder(nn.Module):
@@ -94,13 +72,13 @@ def _tower(model: "CLIP", name: str) -> "nn.Module":
             super().__init__()
             self.model = model
 
-        def forward(self, tokens: "Tensor") -> "Tensor":
+        def forward(self, tokens: Tensor) -> Tensor:
             return self.model.encode_text(tokens, normalize=True)
 
     return ImageEncoder() if name == "image" else TextEncoder()
 
 
-def _write_graph(tower: "nn.Module", example: "Tensor", axes: dict[int, Any], path: Path, ours: bool) -> None:
+def _write_graph(tower: nn.Module, example: Tensor, axes: dict[int, Any], path: Path, ours: bool) -> None:
     """Trace a tower and write its graph.
 
     Args:
@@ -108,8 +86,6 @@ def _write_graph(tower: "nn.Module", example: "Tensor", axes: dict[int, Any], pa
         ours: traced strictly, since only so `len(x)` is understood as an axis, and not as the number that it is for the
             example. Other libraries do things besides computing, which a strict trace refuses.
     """
-    import torch
-
     name = "image" if path.name == IMAGE else "tokens"
     shapes = {name: axes}
     program = torch.export.export(tower.eval(), (example,), dynamic_shapes=shapes, strict=ours)
@@ -138,7 +114,7 @@ def _forget_origins(graph: Any) -> None:
             value.metadata_props.clear()
 
 
-def _about(model: "CLIP", config: ModelConfig, trims: bool) -> dict[str, Any]:
+def _about(model: CLIP, config: ModelConfig, trims: bool) -> dict[str, Any]:
     """What a program needs to turn cosines into probabilities, and texts into tokens."""
     return {
         "model": config.name,

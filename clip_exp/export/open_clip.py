@@ -1,45 +1,27 @@
 """The folder that open_clip loads as `local-dir:DIR`; its weights fit a model of the same architecture there."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from clip_exp.config.model_schema import Activation, Cleaning, ImageTower, ModelConfig, Projection, TextTower
+from safetensors.torch import save_file
+
+from clip_exp.config.model_schema import Activation, Cleaning, ImageTower, ModelConfig, TextTower
+from clip_exp.data.transforms import preprocessing_of
 from clip_exp.errors import ConfigError
-from clip_exp.export.tokenizer_files import uses_openai, write_own
-
-if TYPE_CHECKING:
-    from clip_exp.export.compare import Encoders
-    from clip_exp.models.clip import CLIP
+from clip_exp.export.compare import Encoders
+from clip_exp.export.formats import published
+from clip_exp.export.tokenizer_files import write_own
+from clip_exp.models.clip import CLIP
+from clip_exp.text.saved import uses_openai
+from clip_exp.weights.open_clip import to_open_clip
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 HEAD_WIDTH, MLP_RATIO = 64, 4.0  # open_clip's, where its configuration says nothing
 
 
-def holds(config: ModelConfig) -> bool:
-    """Whether open_clip's configurations describe these towers; a Hugging Face encoder has to be on the hub for them."""
-    return config.text.kind is not TextTower.huggingface
-
-
-def problems_of(config: ModelConfig) -> Iterator[str]:
-    """What keeps a model of such towers from this format, a line each."""
-    if config.image.kind is ImageTower.timm and config.image.projection is Projection.none:
-        yield "format=open_clip has no timm backbone without a projection: use format=safetensors or onnx."
-    if config.image.kind is ImageTower.siglip and not _published(config):
-        yield (
-            "format=open_clip names SigLIP's image tower by its backbone in timm: set model.open_clip_name to open_clip's "
-            "name of an architecture with the same numbers, such as ViT-B-16-SigLIP, or use format=huggingface, "
-            "safetensors or onnx."
-        )
-
-
-def write(folder: Path, model: "CLIP", config: ModelConfig) -> None:
+def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     """Write `open_clip_config.json`, `open_clip_model.safetensors`, and the tokenizer's files unless it is OpenAI's."""
-    from safetensors.torch import save_file
-
-    from clip_exp.weights.open_clip import to_open_clip
-
     state = to_open_clip(model.state_dict(), config)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
     bias = None if model.logit_bias is None else model.logit_bias.item()
@@ -49,15 +31,13 @@ def write(folder: Path, model: "CLIP", config: ModelConfig) -> None:
         write_own(folder, config.text)
 
 
-def read(folder: Path, config: ModelConfig) -> "Encoders":
+def read(folder: Path, config: ModelConfig) -> Encoders:
     """The towers as open_clip itself loads them, strictly.
 
     Raises:
         ConfigError: open_clip has no such model.
     """
-    import open_clip
-
-    from clip_exp.export.compare import Encoders
+    import open_clip  # takes seconds
 
     try:
         theirs = open_clip.create_model(f"local-dir:{folder}").eval()
@@ -77,7 +57,7 @@ def model_cfg(config: ModelConfig, bias: float | None) -> dict[str, Any]:
     """
     if config.image.kind is ImageTower.open_clip:
         # Of CoCa there is no decoder, for which alone its towers return their tokens too.
-        values = {key: value for key, value in _published(config).items() if key != "multimodal_cfg"}
+        values = {key: value for key, value in published(config).items() if key != "multimodal_cfg"}
         common = {"output_tokens": False, **_act(config)}
         values["vision_cfg"] |= {"image_size": config.image.image_size, **common}
         values["text_cfg"] |= {"context_length": config.text.context_length, **common}
@@ -94,8 +74,6 @@ def model_cfg(config: ModelConfig, bias: float | None) -> dict[str, Any]:
 
 def preprocess_cfg(config: ModelConfig) -> dict[str, Any]:
     """What happens to a picture before the image tower."""
-    from clip_exp.data.transforms import preprocessing_of
-
     size, mean, std, interpolation, resize_mode = preprocessing_of(config.image)
     return {
         "size": [size, size],
@@ -105,16 +83,6 @@ def preprocess_cfg(config: ModelConfig) -> dict[str, Any]:
         "interpolation": interpolation.value,
         "resize_mode": resize_mode.value,
     }
-
-
-def _published(config: ModelConfig) -> dict[str, Any]:
-    """open_clip's own configuration of the architecture; empty where it has none."""
-    from clip_exp import open_clip_files
-
-    name = config.open_clip_name
-    return (
-        json.loads(json.dumps(open_clip_files.configuration(name))) if name in open_clip_files.configurations() else {}
-    )
 
 
 def _vision_cfg(config: ModelConfig) -> dict[str, Any]:
@@ -129,7 +97,7 @@ def _vision_cfg(config: ModelConfig) -> dict[str, Any]:
                 "timm_proj": image.projection.value,
             }
         case ImageTower.siglip:
-            return {**_published(config)["vision_cfg"], "image_size": image.image_size}
+            return {**published(config)["vision_cfg"], "image_size": image.image_size}
         case ImageTower.resnet:
             assert image.width is not None
             assert image.heads is not None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.config.model_schema import ImageTowerConfig, Interpolation, ResizeMode
+from clip_exp.data.transforms import preprocessing_of
 
 RESAMPLE = {Interpolation.bilinear: 2, Interpolation.bicubic: 3}  # Pillow's numbers
 
@@ -18,8 +19,6 @@ def write_preprocessor(folder: Path, tower: ImageTowerConfig, family: str = "CLI
 
 def preprocessor_of(tower: ImageTowerConfig) -> dict[str, Any]:
     """The steps of our evaluation transform: resize, crop, rescale to 0..1, normalize."""
-    from clip_exp.data.transforms import preprocessing_of
-
     size, mean, std, interpolation, resize_mode = preprocessing_of(tower)
     square = {"height": size, "width": size}
     squash = resize_mode is ResizeMode.squash

@@ -1,48 +1,35 @@
 """Our own format: one file of weights under our names that tells which model it is."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
 
 from clip_exp.checkpoints.writer import WEIGHTS
 from clip_exp.config.load import plain
 from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, TextTower
-from clip_exp.export.tokenizer_files import uses_openai, write_own
+from clip_exp.export.compare import Encoders
+from clip_exp.export.tokenizer_files import write_own
+from clip_exp.loading.model import load_model
+from clip_exp.loading.source import source_of_file
+from clip_exp.models.clip import CLIP
+from clip_exp.models.huggingface import note_architecture
+from clip_exp.text.saved import uses_openai
 from clip_exp.weights.describe import HERE, OUR_METADATA
 
-if TYPE_CHECKING:
-    from clip_exp.export.compare import Encoders
-    from clip_exp.models.clip import CLIP
 
-
-def holds(config: ModelConfig) -> bool:
-    """Every model."""
-    return True
-
-
-def problems_of(config: ModelConfig) -> Iterator[str]:
-    """Nothing keeps a model from this format."""
-    return iter(())
-
-
-def write(folder: Path, model: "CLIP", config: ModelConfig) -> None:
+def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     """Write `model.safetensors`, and the tokenizer's files where it is not OpenAI's."""
-    from safetensors.torch import save_file
-
     if not uses_openai(config.text):
         write_own(folder, config.text)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, {"format": "pt", OUR_METADATA: json.dumps(plain(portable(config)))})
 
 
-def read(folder: Path, config: ModelConfig) -> "Encoders":
-    """The towers of what was written, as `clip_exp.load` gives them."""
-    from clip_exp.api import load
-    from clip_exp.export.compare import Encoders
-
-    model = load(folder / WEIGHTS, accelerator="cpu").model
+def read(folder: Path, config: ModelConfig) -> Encoders:
+    """Return the towers of what was written, as `clip_exp.load` gives them."""
+    model = load_model(source_of_file(None, folder / WEIGHTS))
     return Encoders(model.encode_image, model.encode_text)
 
 
@@ -54,8 +41,6 @@ def portable(config: ModelConfig) -> ModelConfig:
     if text.name is not None:
         text = replace(text, name=Path(text.name).name if Path(text.name).expanduser().is_dir() else text.name)
     if config.text.kind is TextTower.huggingface and not text.architecture:
-        from clip_exp.models.huggingface import note_architecture
-
         text = replace(text, architecture=note_architecture(config.text))
     own = config.image.kind is not ImageTower.open_clip  # whose towers have an activation of their own
     return replace(config, text=text, activation=config.activation or (Activation.gelu if own else None))

@@ -2,35 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
 
 from clip_exp.config.model_schema import TextTowerConfig
-from clip_exp.text.saved import source_of
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from clip_exp.text import tokenizer as ours
+from clip_exp.text.huggingface import load, save
+from clip_exp.text.saved import source_of, uses_openai
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # Hugging Face's names for our ids START and END
 # As `clip_exp.text.tokenizer` splits a text; the tokenizers library has its own dialect of patterns.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def uses_openai(text: TextTowerConfig) -> bool:
-    """Whether the tower's tokenizer is OpenAI's, which every format knows."""
-    return source_of(text) is None
-
-
-def openai_tokenizer() -> "Tokenizer":
+def openai_tokenizer() -> Tokenizer:
     """OpenAI's tokenizer for the `tokenizers` library: start, words, end; neither cut nor padded.
 
     Ids are ours for every text that `clip_exp.text.tokenizer.clean` leaves as it is, but for case and spaces: the
     library repairs no broken characters, and reads no HTML entities.
     """
-    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-    from tokenizers.models import BPE
-
-    from clip_exp.text import tokenizer as ours
-
     vocabulary, merges = ours.vocabulary()
     tokenizer = Tokenizer(
         BPE({**vocabulary, START: ours.START, END: ours.END}, merges, end_of_word_suffix="</w>", unk_token=END)
@@ -69,14 +60,10 @@ def write_ready(folder: Path, text: TextTowerConfig, trims: bool) -> None:
     Args:
         trims: a batch is as long as its longest text; else as the context.
     """
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     if uses_openai(text):
         tokenizer, pad_id = openai_tokenizer(), 0
     else:
-        from clip_exp.text.huggingface import load
-
         write_own(folder, text)
         tokenizer, pad_id = Tokenizer.from_file(str(path)), load(str(folder)).pad_token_id
     tokenizer.enable_truncation(text.context_length)
@@ -87,8 +74,6 @@ def write_ready(folder: Path, text: TextTowerConfig, trims: bool) -> None:
 
 def write_own(folder: Path, text: TextTowerConfig) -> None:
     """Write the files of a tokenizer from the hub or from a folder, without a trace of where it lay."""
-    from clip_exp.text.huggingface import save
-
     source = source_of(text)
     assert source is not None
     save(source, folder)

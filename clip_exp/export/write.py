@@ -1,17 +1,38 @@
 """Writing an export: weights and what belongs to them, checked, with a model card, all of it or nothing."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.use_schema import ExportFormat
 from clip_exp.errors import ConfigError
+from clip_exp.export import huggingface, onnx, open_clip, safetensors
 from clip_exp.export.card import write_card
-from clip_exp.export.compare import TOLERANCE, TOLERANCE_ONNX, require_same
+from clip_exp.export.compare import TOLERANCE, TOLERANCE_ONNX, Encoders, require_same
 from clip_exp.export.folder import check_target, whole_folder
-from clip_exp.export.formats import FORMATS, problems_of
-from clip_exp.loading.source import Source
+from clip_exp.export.formats import problems_of
+from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
+
+
+class Writer(Protocol):
+    """The module of a format."""
+
+    def write(self, folder: Path, model: CLIP, config: ModelConfig) -> None:
+        """Write weights, preprocessing and tokenizer; the model is on the CPU in evaluation mode."""
+        ...
+
+    def read(self, folder: Path, config: ModelConfig) -> Encoders:
+        """Return the towers, from what `write` wrote."""
+        ...
+
+
+WRITERS: dict[ExportFormat, Writer] = {
+    ExportFormat.open_clip: cast(Writer, open_clip),
+    ExportFormat.huggingface: cast(Writer, huggingface),
+    ExportFormat.safetensors: cast(Writer, safetensors),
+    ExportFormat.onnx: cast(Writer, onnx),
+}
 
 
 class Written(NamedTuple):
@@ -23,7 +44,7 @@ class Written(NamedTuple):
 def write_export(
     model: CLIP,
     config: ModelConfig,
-    source: Source | None,
+    source: ModelSource | None,
     output: str | Path,
     chosen: ExportFormat = ExportFormat.open_clip,
     overwrite: bool = False,
@@ -42,7 +63,7 @@ def write_export(
     if problems := problems_of(chosen, config):
         raise ConfigError("\n".join(problems))
     target = check_target(output, overwrite)
-    writer = FORMATS[chosen]
+    writer = WRITERS[chosen]
     tolerance = TOLERANCE_ONNX if chosen is ExportFormat.onnx else TOLERANCE
     with whole_folder(target) as folder:
         writer.write(folder, model, config)

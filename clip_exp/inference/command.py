@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from clip_exp.config.use_schema import UseConfig
-from clip_exp.evaluation.run import problems_of
-from clip_exp.inference.inputs import Problems
+from clip_exp.errors import Problems
+from clip_exp.evaluation.evaluate import problems_of
 from clip_exp.inference.outputs import check_output
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 
 if TYPE_CHECKING:
-    from clip_exp.inference.clip import Clip
+    from clip_exp.inference.pipeline import Pipeline
 
 
 def check_common(config: UseConfig, problems: Problems, **counts: int | None) -> None:
@@ -26,7 +26,7 @@ def check_common(config: UseConfig, problems: Problems, **counts: int | None) ->
         check_output(config)
 
 
-def open_clip(config: UseConfig, source: Source) -> "Clip":
+def open_clip(config: UseConfig, source: ModelSource) -> "Pipeline":
     """The model, ready to use as the configuration says; imports torch.
 
     Raises:
@@ -34,15 +34,15 @@ def open_clip(config: UseConfig, source: Source) -> "Clip":
         CheckpointError: the weights cannot be read, or are another model's.
     """
     from clip_exp.evaluation.encode import encode_options
-    from clip_exp.inference.clip import Clip
+    from clip_exp.inference.pipeline import Pipeline
     from clip_exp.loading.model import load_model
 
     options = encode_options(config)
-    clip = Clip(load_model(source, options.device), source.model, options.device, options, source)
+    clip = Pipeline(load_model(source, options.device), source.model, options.device, options, source)
     clip.frames = config.frames or clip.frames
     return clip
 
 
-def about(source: Source) -> dict[str, Any]:
+def about(source: ModelSource) -> dict[str, Any]:
     """For JSON: the model."""
     return {"model": source.model.name, "weights": str(source.weights.resolve())}

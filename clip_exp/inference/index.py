@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from clip_exp.config.load import plain, strict_dataclass
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 from clip_exp.loading.wise_ft import Mix
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ class Recipe:
     mix: dict[str, Any] | None = None  # with what the weights were mixed
 
     @property
-    def source(self) -> Source:
+    def source(self) -> ModelSource:
         """The model that made the index."""
         model = strict_dataclass(ModelConfig, self.model, "model")
-        return Source(model, Path(self.weights), mix=Mix(**self.mix) if self.mix else None)
+        return ModelSource(model, Path(self.weights), mix=Mix(**self.mix) if self.mix else None)
 
 
 class Entries(NamedTuple):
@@ -57,7 +57,7 @@ class Entries(NamedTuple):
     features: "Tensor"  # float32 [N, D] of unit norm; mapped from the file, not read
 
 
-def recipe_of(source: Source, precision: str, frames: int) -> Recipe:
+def recipe_of(source: ModelSource, precision: str, frames: int) -> Recipe:
     """What an index of a model is made with; may read the weights for their hash."""
     mix = asdict(source.mix) if source.mix else None
     return Recipe(source.sha256(), str(source.weights.resolve()), plain(source.model), precision, frames, mix=mix)

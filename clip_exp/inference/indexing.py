@@ -17,7 +17,7 @@ from clip_exp.inference.index import Entries, Recipe, full_path, held, read_entr
 from clip_exp.inference.media import Media, stamp_of
 
 if TYPE_CHECKING:
-    from clip_exp.inference.clip import Clip
+    from clip_exp.inference.pipeline import Pipeline
 
 SAVE_EVERY_S = 60.0  # what a killed process loses, if saving is fast
 SAVE_SHARE = 0.1  # of the time that saving may take
@@ -44,7 +44,7 @@ def update_index(
     recipe: Recipe,
     files: Sequence[str],
     folders: Sequence[str],
-    make_clip: Callable[[], "Clip"],
+    make_clip: Callable[[], "Pipeline"],
     on_bad_image: OnBadImage = OnBadImage.replace,
     what: str | None = None,
 ) -> Update:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.config.data_schema import OnBadImage
-from clip_exp.errors import ClipExpError, ConfigError, DataError, gravest
+from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES
 from clip_exp.evaluation.sets.prompts import imagenet_classes
 from clip_exp.evaluation.sets.texts import read_lines
@@ -105,34 +105,6 @@ def read_labels(value: Any) -> list[str]:
     if isinstance(value, list):
         return as_texts(value, "labels")
     return read_lines(value, "labels", "imagenet, a list, or a file of names (a line each, or a list as YAML or JSON)")
-
-
-class Problems:
-    """Collects what is wrong, so that all of it is told at once."""
-
-    def __init__(self) -> None:
-        self.errors: list[ClipExpError] = []
-
-    def add(self, *messages: str) -> None:
-        """Problems of the configuration."""
-        self.errors += [ConfigError(message) for message in messages]
-
-    def __enter__(self) -> "Problems":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
-        """An expected error is kept, and what follows the block goes on."""
-        if isinstance(error, ClipExpError):
-            self.errors.append(error)
-            return True
-        return False
-
-    def tell(self) -> None:
-        """Raises:
-        ClipExpError: of the class of the gravest problem, with a line for every problem, if there are any.
-        """
-        if self.errors:
-            raise gravest(self.errors)
 
 
 def _expand(entry: str, where: str) -> list[str]:

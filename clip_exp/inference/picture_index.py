@@ -10,18 +10,18 @@ from clip_exp.inference.media import Picture
 from clip_exp.inference.ranking import Match, best, cosines
 
 if TYPE_CHECKING:
-    from clip_exp.inference.clip import Clip
+    from clip_exp.inference.pipeline import Pipeline
 
 
 class PictureIndex:
-    """Made by `Clip.index`, or `clip-exp search`. Its features stay in the file, which is mapped into memory.
+    """Made by `Pipeline.index`, or `clip-exp search`. Its features stay in the file, which is mapped into memory.
 
     Args:
         path: of the file.
         clip: the model that made it.
     """
 
-    def __init__(self, path: Path, clip: "Clip") -> None:
+    def __init__(self, path: Path, clip: "Pipeline") -> None:
         self.path, self.clip = path, clip
         self._entries = read_entries(path)
 

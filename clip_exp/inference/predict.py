@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from clip_exp.config.use_schema import PredictConfig
+from clip_exp.errors import Problems
 from clip_exp.evaluation.sets.prompts import templates as read_templates
 from clip_exp.inference.command import about, check_common, open_clip
-from clip_exp.inference.inputs import Problems, as_text_list, check_videos, find_pictures, read_labels
+from clip_exp.inference.inputs import as_text_list, check_videos, find_pictures, read_labels
 from clip_exp.inference.outputs import Report, number, write
-from clip_exp.loading.source import Source, check_source, find_source
+from clip_exp.loading.source import ModelSource, check_source, find_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 CHUNK = 8192  # pictures scored at a time: 33 MB of probabilities for 1,000 texts
 
 
-class Question(NamedTuple):
+class PredictRequest(NamedTuple):
     """What was asked, found and checked."""
 
-    source: Source
+    source: ModelSource
     pictures: list[str]
     texts: list[str]
     templates: list[str] | None
@@ -49,7 +50,7 @@ def predict(config: PredictConfig) -> int:
     return 0
 
 
-def check(config: PredictConfig) -> Question:
+def check(config: PredictConfig) -> PredictRequest:
     """Find the model, the pictures and the texts, without torch.
 
     Raises:
@@ -68,7 +69,7 @@ def check(config: PredictConfig) -> Question:
     with problems:
         templates = None if config.templates is None else read_templates(config.templates)
     problems.tell()
-    return Question(source or find_source(config), pictures, texts, templates)
+    return PredictRequest(source or find_source(config), pictures, texts, templates)
 
 
 def _texts(config: PredictConfig, problems: Problems) -> list[str]:
@@ -82,7 +83,7 @@ def _texts(config: PredictConfig, problems: Problems) -> list[str]:
 
 
 def _report(
-    source: Source,
+    source: ModelSource,
     pictures: list[str],
     texts: list[str],
     encoded: "EncodedMedia",

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clip_exp.config.use_schema import RankConfig
-from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.errors import CheckpointError, ConfigError, Problems
 from clip_exp.inference.command import about, check_common, open_clip
-from clip_exp.inference.inputs import Problems, as_texts, check_videos, find_pictures
+from clip_exp.inference.inputs import as_texts, check_videos, find_pictures
 from clip_exp.inference.outputs import Report, number, write
-from clip_exp.loading.source import Source, check_source, find_source
+from clip_exp.loading.source import ModelSource, check_source, find_source
 
 
-class Question(NamedTuple):
+class RankRequest(NamedTuple):
     """What was asked, found and checked."""
 
-    source: Source
+    source: ModelSource
     pictures: list[str]
     texts: list[str]
 
@@ -56,7 +56,7 @@ def rank(config: RankConfig) -> int:
     return 0
 
 
-def check(config: RankConfig) -> Question:
+def check(config: RankConfig) -> RankRequest:
     """Find the model, the pictures and the texts, without torch.
 
     Raises:
@@ -74,7 +74,7 @@ def check(config: RankConfig) -> Question:
     with problems:
         _check_copies(config.copy_to)
     problems.tell()
-    return Question(source or find_source(config), pictures, texts)
+    return RankRequest(source or find_source(config), pictures, texts)
 
 
 def ranking_report(

@@ -7,23 +7,23 @@ from typing import NamedTuple
 
 from clip_exp.config.use_schema import SearchConfig
 from clip_exp.data.tables.open import read_table
-from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, Problems
 from clip_exp.inference.command import check_common, open_clip
 from clip_exp.inference.index import Recipe, agree, read_recipe, recipe_of
-from clip_exp.inference.inputs import Problems, as_texts, check_videos, find_pictures, folders_of
+from clip_exp.inference.inputs import as_texts, check_videos, find_pictures, folders_of
 from clip_exp.inference.media import FRAMES
 from clip_exp.inference.outputs import number, write
 from clip_exp.inference.rank import ranking_report
-from clip_exp.loading.source import Source, check_source, find_source
+from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
 from clip_exp.weights.find import hash_weights
 
 
-class Question(NamedTuple):
+class SearchRequest(NamedTuple):
     """What was asked, found and checked."""
 
     path: Path
-    source: Source
+    source: ModelSource
     recipe: Recipe
     files: list[str]  # to put into the index
     folders: list[str]  # that were searched for them
@@ -73,7 +73,7 @@ def search(config: SearchConfig) -> int:
     return 0
 
 
-def check(config: SearchConfig) -> Question:
+def check(config: SearchConfig) -> SearchRequest:
     """Find the model, the index, the pictures and the queries, without torch.
 
     Raises:
@@ -109,7 +109,7 @@ def check(config: SearchConfig) -> Question:
             found = _model(config, path, filling)
     problems.tell()
     source, recipe = found or _model(config, path, filling)
-    return Question(path, source, recipe, files, folders, queries)
+    return SearchRequest(path, source, recipe, files, folders, queries)
 
 
 def _check_path(config: SearchConfig, path: Path, filling: bool, asking: bool) -> None:
@@ -145,7 +145,7 @@ def _files(config: SearchConfig) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(files)), folders_of(config.images)
 
 
-def _model(config: SearchConfig, path: Path, filling: bool) -> tuple[Source, Recipe]:
+def _model(config: SearchConfig, path: Path, filling: bool) -> tuple[ModelSource, Recipe]:
     """The model that is named, which must be the index's; or else the index's own."""
     before = read_recipe(path) if path.is_file() else None
     frames = config.frames or (before.frames if before else FRAMES)

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from clip_exp.errors import ConfigError
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 from clip_exp.loading.wise_ft import interpolate
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 LOW_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def load_model(source: Source, device: torch.device | str = "cpu") -> CLIP:
+def load_model(source: ModelSource, device: torch.device | str = "cpu") -> CLIP:
     """The model with its weights, in float32, in evaluation mode, without gradients.
 
     Raises:

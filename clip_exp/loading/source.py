@@ -21,7 +21,7 @@ NO_START = "wise_ft needs a run or its checkpoint: other weights do not tell wha
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model's configuration and its weights."""
 
     model: ModelConfig
@@ -45,7 +45,7 @@ class Source:
         return own if self.mix is None else self.mix.sha256(own)
 
 
-def find_source(config: ModelChoice) -> Source:
+def find_source(config: ModelChoice) -> ModelSource:
     """The model that a command names by `run`, by `ckpt`, or by `pretrained` with its `model` where the weights do not tell it.
 
     Weights that are named by a tag or on the hub are fetched: what else may be wrong is better told before, see `check_source`.
@@ -57,7 +57,7 @@ def find_source(config: ModelChoice) -> Source:
     return check_source(config) or source_of_file(config.model, str(config.pretrained))
 
 
-def check_source(config: ModelChoice) -> Source | None:
+def check_source(config: ModelChoice) -> ModelSource | None:
     """As `find_source`, but of `pretrained` only what can be seen without fetching or reading it is checked: None."""
     model = config.model.name if config.model else None
     values = {"run": config.run, "ckpt": config.ckpt, "model": model, "pretrained": config.pretrained}
@@ -82,7 +82,7 @@ def check_source(config: ModelChoice) -> Source | None:
     return None
 
 
-def source_of_run(run_dir: Path, ema: bool = False) -> Source:
+def source_of_run(run_dir: Path, ema: bool = False) -> ModelSource:
     """A run's best checkpoint if it has a `monitor`, else its last one.
 
     Raises:
@@ -98,7 +98,7 @@ def source_of_run(run_dir: Path, ema: bool = False) -> Source:
     return _of_checkpoint_folder(checkpoint, run, run_dir, ema)
 
 
-def source_of_checkpoint(path: Path, ema: bool = False) -> Source:
+def source_of_checkpoint(path: Path, ema: bool = False) -> ModelSource:
     """A checkpoint folder of a run, or the weights file in it.
 
     Raises:
@@ -123,7 +123,9 @@ def source_of_checkpoint(path: Path, ema: bool = False) -> Source:
     return _of_checkpoint_folder(folder, read_run_config(run_dir), run_dir, ema or path.name == EMA_WEIGHTS)
 
 
-def source_of_file(model: ModelConfig | None, pretrained: str | Path, activation: Activation | None = None) -> Source:
+def source_of_file(
+    model: ModelConfig | None, pretrained: str | Path, activation: Activation | None = None
+) -> ModelSource:
     """Weights by a file, a folder, a tag or a name on the hub; the model's configuration settled by them.
 
     Args:
@@ -144,10 +146,10 @@ def source_of_file(model: ModelConfig | None, pretrained: str | Path, activation
         )
     model = replace(model, activation=activation or model.activation)
     model = note_architecture(settle(model, found), str(pretrained))
-    return Source(model, found.path, told=found.told)
+    return ModelSource(model, found.path, told=found.told)
 
 
-def source_of_weights(path: Path, activation: Activation | None = None) -> Source:
+def source_of_weights(path: Path, activation: Activation | None = None) -> ModelSource:
     """A weights file that lies in a run folder's checkpoint, beside the `config.yaml` of its run, or that tells its model.
 
     Raises:
@@ -156,13 +158,13 @@ def source_of_weights(path: Path, activation: Activation | None = None) -> Sourc
     folder = path.resolve().parent
     if (folder / CONFIG).is_file():
         run = read_run_config(folder)
-        return Source(with_saved_tokenizer(run.model, folder), path, run)
+        return ModelSource(with_saved_tokenizer(run.model, folder), path, run)
     if path.name in (WEIGHTS, EMA_WEIGHTS) and (folder.parents[1] / CONFIG).is_file():
         return source_of_checkpoint(path)
     return source_of_file(None, path, activation)
 
 
-def mixed(source: Source, share: float | None) -> Source:
+def mixed(source: ModelSource, share: float | None) -> ModelSource:
     """A run's weights, of which `share` is taken and the rest from what the run started from; None: the run's own.
 
     Raises:
@@ -176,10 +178,10 @@ def mixed(source: Source, share: float | None) -> Source:
     return replace(source, mix=mix_of(source.run_dir, share))
 
 
-def _of_checkpoint_folder(folder: Path, run: TrainConfig, run_dir: Path, ema: bool) -> Source:
+def _of_checkpoint_folder(folder: Path, run: TrainConfig, run_dir: Path, ema: bool) -> ModelSource:
     weights = folder / (EMA_WEIGHTS if ema else WEIGHTS)
     if not weights.is_file():
         fix = "it was trained without callbacks=ema; leave out ema=true" if ema else "give another checkpoint"
         raise CheckpointError(f"{folder} has no {weights.name}: {fix}.")
     step = discovery.step_of(folder) if discovery.STEP.search(folder.name) else None
-    return Source(with_saved_tokenizer(run.model, run_dir), weights, run, run_dir, step)
+    return ModelSource(with_saved_tokenizer(run.model, run_dir), weights, run, run_dir, step)

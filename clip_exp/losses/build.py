@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from clip_exp.config.data_schema import Match
+from clip_exp.config.data_schema import PairLabel
 from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses.sigmoid import SigmoidLoss
 from clip_exp.losses.softmax import SoftmaxLoss
@@ -11,8 +11,8 @@ from clip_exp.losses.softmax import SoftmaxLoss
 def build_loss(config: LossConfig) -> nn.Module:
     """A module that takes (CLIPOutput, caption_id_B, image_id_B) and returns a scalar; see `SoftmaxLoss`, `SigmoidLoss`."""
     repeated = {
-        "same_caption": config.same_caption == Match.positive,
-        "same_image": config.same_image == Match.positive,
+        "same_caption": config.same_caption == PairLabel.positive,
+        "same_image": config.same_image == PairLabel.positive,
     }
     if config.name == LossName.sigmoid:
         return SigmoidLoss(**repeated, chunk_size=config.chunk_size)

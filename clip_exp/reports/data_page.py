@@ -14,7 +14,7 @@ QUANTILES = ("min", "p1", "p5", "p50", "p95", "p99", "max")
 
 
 @dataclass(frozen=True)
-class Sample:
+class ImageExample:
     """A picture with some of its captions."""
 
     thumbnail: Thumbnail
@@ -34,7 +34,7 @@ class Equal:
 class Gallery:
     """Pictures for the page."""
 
-    samples: dict[str, list[Sample]]  # by split
+    samples: dict[str, list[ImageExample]]  # by split
     copies: list[Equal]
     leaks: list[Equal]
 

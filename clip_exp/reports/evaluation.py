@@ -20,7 +20,7 @@ from clip_exp.reports.origin import heading, is_train_run
 from clip_exp.reports.per_class import as_csv
 from clip_exp.reports.results import Classified, Compared, Result, Retrieved
 from clip_exp.reports.retrieval_page import retrieval_page
-from clip_exp.reports.run import renew_report
+from clip_exp.reports.run_page import renew_report
 from clip_exp.runs import write_json, write_text
 
 log = logging.getLogger(__name__)

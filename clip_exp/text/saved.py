@@ -9,8 +9,13 @@ FOLDER = "tokenizer"  # in a run folder
 
 
 def source_of(text: TextTowerConfig) -> str | None:
-    """Where a tower's tokenizer comes from: a folder or a name on the hub; None for OpenAI's, which the package carries."""
+    """Return where a tower's tokenizer comes from: a folder or a name on the hub; None for OpenAI's, which the package carries."""
     return text.tokenizer or (text.name if text.kind is TextTower.huggingface else None)
+
+
+def uses_openai(text: TextTowerConfig) -> bool:
+    """Return whether the tower's tokenizer is OpenAI's, which every format knows."""
+    return source_of(text) is None
 
 
 def check_tokenizer(model: ModelConfig) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from clip_exp.checkpoints.discovery import best, latest
 from clip_exp.config.schema import TrainConfig
 from clip_exp.reports.data_facts import data_facts
-from clip_exp.reports.run import next_command, write_report
+from clip_exp.reports.run_page import next_command, write_report
 from clip_exp.runs import RunRecord, read_metrics, write_json
 from clip_exp.training.data_summary import summarize_data
 from clip_exp.training.diagnosis import waiting_share

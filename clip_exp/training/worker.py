@@ -12,7 +12,7 @@ def work(run_dir: Path) -> int:
     """Train in this process, logging to `train.log`."""
     handler = _log_to(run_dir)
     try:
-        from clip_exp.training.run import train
+        from clip_exp.training.fit import train
 
         return train(run_dir)
     finally:

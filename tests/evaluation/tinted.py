@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_exp.inference.clip import Clip
+from clip_exp.inference.pipeline import Pipeline
 
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
 
@@ -33,6 +33,6 @@ def tinted(root: Path, each: int, first: int = 0, classes: tuple[str, ...] = CLA
     return root
 
 
-def direct(clip: Clip, root: Path) -> tuple[np.ndarray, np.ndarray]:
+def direct(clip: Pipeline, root: Path) -> tuple[np.ndarray, np.ndarray]:
     paths = sorted(root.glob("*/*.png"))
     return clip.encode_image(paths).double().numpy(), np.array([path.parent.name for path in paths])

@@ -14,7 +14,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.export import open_clip as open_clip_format
 from clip_exp.export import write as writing
 from clip_exp.export.folder import whole_folder
-from clip_exp.inference.clip import Clip
+from clip_exp.inference.pipeline import Pipeline
 from clip_exp.models.clip import CLIP
 
 
@@ -63,11 +63,11 @@ def test_errors_are_one_message_and_nothing_is_written(
 
 
 @pytest.fixture
-def clip(run_dir: Path) -> Clip:
+def clip(run_dir: Path) -> Pipeline:
     return clip_exp.load(run_dir, accelerator="cpu")
 
 
-def test_an_older_export_is_replaced_only_when_asked(clip: Clip, tmp_path: Path) -> None:
+def test_an_older_export_is_replaced_only_when_asked(clip: Pipeline, tmp_path: Path) -> None:
     target = clip.export(tmp_path / "exported", "safetensors")
     with pytest.raises(
         ConfigError, match="is not empty: name a new folder, or replace an older export with overwrite=true"
@@ -80,12 +80,12 @@ def test_an_older_export_is_replaced_only_when_asked(clip: Clip, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_empty_folder_is_taken(clip: Clip, tmp_path: Path) -> None:
+def test_an_empty_folder_is_taken(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "exported").mkdir()
     assert clip.export(tmp_path / "exported", "safetensors") == tmp_path / "exported"
 
 
-def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_written(clip: Clip, tmp_path: Path) -> None:
+def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_written(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for name, aim in (("link", "real"), ("to nothing yet", "new")):
         (tmp_path / name).symlink_to(aim)
@@ -97,13 +97,13 @@ def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_written(clip: Clip,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "new", "real", "run", "to nothing yet"]
 
 
-def test_a_format_that_there_is_not_is_told_by_the_python_function(clip: Clip, tmp_path: Path) -> None:
+def test_a_format_that_there_is_not_is_told_by_the_python_function(clip: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format=gguf must be one of open_clip, huggingface, safetensors, onnx"):
         clip.export(tmp_path / "exported", "gguf")
 
 
 def test_files_that_give_other_features_never_appear(
-    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As from a broken disk, or a format that cannot hold the model after all: here the nonlinearity gets lost."""
     right = open_clip_format.model_cfg
@@ -115,7 +115,7 @@ def test_files_that_give_other_features_never_appear(
 
 
 def test_an_interrupted_export_leaves_nothing_and_what_was_there(
-    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip.export(tmp_path / "exported", "safetensors")
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 import clip_exp
-from clip_exp.inference.clip import Clip
+from clip_exp.inference.pipeline import Pipeline
 from tests.small_runs import nano, run_dir, write_picture
 
 __all__ = ["nano", "run_dir"]
 
 
 @pytest.fixture
-def clip(run_dir: Path) -> Clip:
+def clip(run_dir: Path) -> Pipeline:
     return clip_exp.load(run_dir, accelerator="cpu")
 
 

@@ -8,15 +8,15 @@ from PIL import Image
 from clip_exp.config.models import named_model
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
-from clip_exp.inference.clip import Clip
+from clip_exp.inference.pipeline import Pipeline
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 from tests.small_runs import write_picture
 
 
 @pytest.fixture
-def clip(nano: CLIP) -> Clip:
-    return Clip(nano, named_model("vit_nano"), torch.device("cpu"))
+def clip(nano: CLIP) -> Pipeline:
+    return Pipeline(nano, named_model("vit_nano"), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def pictures() -> list[Image.Image]:
     return [Image.new("RGB", (50, 40), color) for color in ("red", "green", "blue", "white", "black")]
 
 
-def test_features_are_float32_of_unit_norm_and_do_not_depend_on_batches(clip: Clip, pictures: list[Image.Image]):
+def test_features_are_float32_of_unit_norm_and_do_not_depend_on_batches(clip: Pipeline, pictures: list[Image.Image]):
     whole = clip.encode_image(pictures)
     assert (whole.dtype, tuple(whole.shape)) == (torch.float32, (5, 64))
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(5))
@@ -35,7 +35,7 @@ def test_features_are_float32_of_unit_norm_and_do_not_depend_on_batches(clip: Cl
     torch.testing.assert_close(clip.encode_text("a dog"), text[:1], atol=1e-6, rtol=0)
 
 
-def test_probabilities_are_a_softmax_of_the_scaled_cosines(clip: Clip, nano: CLIP, pictures: list[Image.Image]):
+def test_probabilities_are_a_softmax_of_the_scaled_cosines(clip: Pipeline, nano: CLIP, pictures: list[Image.Image]):
     labels = ["a red square", "a dog"]
     expected = (nano.logit_scale.exp() * clip.encode_image(pictures) @ clip.encode_text(labels).T).softmax(dim=1)
     found = clip.classify(pictures, labels)
@@ -44,7 +44,7 @@ def test_probabilities_are_a_softmax_of_the_scaled_cosines(clip: Clip, nano: CLI
     assert clip.classify(pictures[0], labels).shape == (1, 2)
 
 
-def test_templates_make_an_ensemble_for_each_label(clip: Clip, nano: CLIP, pictures: list[Image.Image]):
+def test_templates_make_an_ensemble_for_each_label(clip: Pipeline, nano: CLIP, pictures: list[Image.Image]):
     names, prompts = ["cat", "dog", "cow"], ["a photo of a {}.", "art of the {}."]
     classifier = build_classifier(nano, Tokenizer(77), names, prompts)
     expected = (nano.logit_scale.detach().exp() * clip.encode_image(pictures) @ classifier.T).softmax(dim=1)
@@ -52,18 +52,18 @@ def test_templates_make_an_ensemble_for_each_label(clip: Clip, nano: CLIP, pictu
     assert not torch.equal(clip.classify(pictures, names), expected)
 
 
-def test_the_module_takes_normalised_pictures_and_tokens(clip: Clip, pictures: list[Image.Image]):
+def test_the_module_takes_normalised_pictures_and_tokens(clip: Pipeline, pictures: list[Image.Image]):
     tokens = clip.tokenizer(["a dog"])
     torch.testing.assert_close(F.normalize(clip.model.encode_text(tokens), dim=-1).detach(), clip.encode_text("a dog"))
 
 
-def test_features_can_train_something_on_top(clip: Clip, pictures: list[Image.Image]):
+def test_features_can_train_something_on_top(clip: Pipeline, pictures: list[Image.Image]):
     probe = torch.nn.Linear(64, 1)
     probe(clip.encode_image(pictures)).sum().backward()
     assert probe.weight.grad is not None
 
 
-def test_input_that_cannot_be_used_is_told(clip: Clip, tmp_path: Path):
+def test_input_that_cannot_be_used_is_told(clip: Pipeline, tmp_path: Path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"broken\.jpg: not a picture"):
         clip.encode_image([write_picture(tmp_path / "a.png", 0), tmp_path / "broken.jpg"])

@@ -14,7 +14,7 @@ from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, PredictConfig
 from clip_exp.data.transforms import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
-from clip_exp.inference.clip import Clip
+from clip_exp.inference.pipeline import Pipeline
 from clip_exp.inference.predict import predict
 
 TEXTS = ["a diagram", "a dog, running", "一只猫"]
@@ -31,7 +31,7 @@ def probabilities(document: dict, texts: list[str] = TEXTS) -> torch.Tensor:
     return torch.tensor([[row[text] for text in texts] for row in rows])
 
 
-def test_probabilities_are_the_softmax_of_logit_scale_times_cosine(run_dir: Path, photos: Path, clip: Clip, capsys):
+def test_probabilities_are_the_softmax_of_logit_scale_times_cosine(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     assert predict(asked(run_dir, str(photos))) == 0
     document = json.loads(capsys.readouterr().out)
     paths = [picture["path"] for picture in document["pictures"]]
@@ -49,14 +49,14 @@ def test_probabilities_are_the_softmax_of_logit_scale_times_cosine(run_dir: Path
         assert shown == sorted(shown, reverse=True)
 
 
-def test_the_command_and_the_python_api_agree_to_the_last_digit(run_dir: Path, photos: Path, clip: Clip, capsys):
+def test_the_command_and_the_python_api_agree_to_the_last_digit(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     predict(asked(run_dir, str(photos)))
     document = json.loads(capsys.readouterr().out)
     expected = clip.classify([picture["path"] for picture in document["pictures"]], TEXTS)
     assert torch.equal(probabilities(document), torch.tensor([[float(f"{p:.7g}") for p in row] for row in expected]))
 
 
-def test_labels_of_a_file_go_into_templates(run_dir: Path, photos: Path, clip: Clip, tmp_path: Path, capsys):
+def test_labels_of_a_file_go_into_templates(run_dir: Path, photos: Path, clip: Pipeline, tmp_path: Path, capsys):
     (tmp_path / "names.txt").write_text("dog\ncat\n")
     templates = ["a photo of a {}.", "art of the {}."]
     values = {"texts": None, "labels": str(tmp_path / "names.txt"), "templates": templates}

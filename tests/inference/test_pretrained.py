@@ -22,7 +22,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.export.write import write_export
 from clip_exp.inference.index import read_recipe
 from clip_exp.loading.model import load_model
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 from clip_exp.weights.find import hash_weights
@@ -167,7 +167,7 @@ def test_positions_that_are_made_to_fit_are_told(nano: CLIP, tmp_path: Path, cap
     save_file(nano.state_dict(), tmp_path / "nano.safetensors")
     model = named_model("vit_nano")
     larger = replace(model, image=replace(model.image, image_size=64), text=replace(model.text, context_length=32))
-    load_model(Source(larger, tmp_path / "nano.safetensors"))
+    load_model(ModelSource(larger, tmp_path / "nano.safetensors"))
     assert "4x4 patches is interpolated to 8x8 (bicubic)" in caplog.text
     assert "the first 32 of the file's 77 positions" in caplog.text
 

@@ -12,8 +12,8 @@ from PIL import Image
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, RankConfig
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.inference.clip import Clip
 from clip_exp.inference.inputs import find_pictures
+from clip_exp.inference.pipeline import Pipeline
 from clip_exp.inference.rank import rank
 from clip_exp.inference.ranking import best
 
@@ -27,7 +27,7 @@ def ranking(document: dict, number: int = 0) -> list[tuple[str, float]]:
     return [(match["path"], match["score"]) for match in document["rankings"][number]["matches"]]
 
 
-def brute_force(clip: Clip, folder: Path, text: str) -> list[tuple[str, float]]:
+def brute_force(clip: Pipeline, folder: Path, text: str) -> list[tuple[str, float]]:
     paths = find_pictures(folder)
     scores = (clip.encode_image(paths) @ clip.encode_text(text)[0]).tolist()
     return sorted(zip(paths, scores, strict=True), key=lambda pair: -pair[1])
@@ -38,7 +38,7 @@ def assert_same(found: list[tuple[str, float]], expected: list[tuple[str, float]
     torch.testing.assert_close([score for _, score in found], [score for _, score in expected], atol=1e-6, rtol=0)
 
 
-def test_a_ranking_is_every_cosine_sorted(run_dir: Path, photos: Path, clip: Clip, capsys):
+def test_a_ranking_is_every_cosine_sorted(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     assert rank(asked(run_dir, str(photos), "a dog, running", keep=None)) == 0
     expected = brute_force(clip, photos, "a dog, running")
     assert_same(ranking(json.loads(capsys.readouterr().out)), expected)
@@ -46,7 +46,7 @@ def test_a_ranking_is_every_cosine_sorted(run_dir: Path, photos: Path, clip: Cli
     assert_same(ranking(json.loads(capsys.readouterr().out)), expected[:3])
 
 
-def test_the_python_api_ranks_folders_paths_and_pictures_alike(photos: Path, clip: Clip):
+def test_the_python_api_ranks_folders_paths_and_pictures_alike(photos: Path, clip: Pipeline):
     expected = brute_force(clip, photos, "a cat")
     found = clip.rank("a cat", photos)
     assert_same([(match.path, match.score) for match in found], expected)
@@ -58,7 +58,7 @@ def test_the_python_api_ranks_folders_paths_and_pictures_alike(photos: Path, cli
         clip.rank(["a", "b"], photos)  # type: ignore[arg-type]
 
 
-def test_equal_pictures_stay_in_their_order(photos: Path, clip: Clip):
+def test_equal_pictures_stay_in_their_order(photos: Path, clip: Pipeline):
     for number in range(7, 12):
         shutil.copy(photos / "0.png", photos / f"{number:02d}.png")
     paths = find_pictures(photos)
@@ -73,7 +73,7 @@ def test_the_best_of_equal_scores_are_the_first():
     assert best(scores, 100).tolist() == best(scores).tolist()
 
 
-def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: Clip, capsys):
+def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     texts = ["a dog", "一只猫"]
     rank(asked(run_dir, str(photos), [*texts, "a dog"]))
     document = json.loads(capsys.readouterr().out)
@@ -89,7 +89,9 @@ def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: 
     ]
 
 
-def test_the_kept_pictures_are_copied_in_their_order(run_dir: Path, photos: Path, clip: Clip, tmp_path: Path, capsys):
+def test_the_kept_pictures_are_copied_in_their_order(
+    run_dir: Path, photos: Path, clip: Pipeline, tmp_path: Path, capsys
+):
     rank(asked(run_dir, str(photos), "a dog", keep=3, copy_to=str(tmp_path / "best")))
     expected = [path for path, _ in brute_force(clip, photos, "a dog")[:3]]
     copies = sorted((tmp_path / "best").iterdir())
@@ -114,7 +116,7 @@ def test_a_broken_picture_is_left_out_of_the_ranking_and_told(run_dir: Path, pho
     assert "left out 1 of 7 pictures" in caplog.text
 
 
-def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photos: Path, clip: Clip):
+def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photos: Path, clip: Pipeline):
     done = clip_exp_command(
         "rank", f"run={run_dir}", "images=photos", "text=a dog, running (fast)", "keep=2", "format=csv"
     )

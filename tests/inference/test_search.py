@@ -16,12 +16,12 @@ import clip_exp
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, SearchConfig
 from clip_exp.errors import CheckpointError, ConfigError, DataError
-from clip_exp.inference import clip as clip_module
 from clip_exp.inference import indexing
-from clip_exp.inference.clip import Clip
+from clip_exp.inference import pipeline as pipeline
 from clip_exp.inference.features import Encoded
 from clip_exp.inference.index import held, read_entries, read_recipe
 from clip_exp.inference.inputs import find_pictures
+from clip_exp.inference.pipeline import Pipeline
 from clip_exp.inference.search import search
 from clip_exp.models.build import build_model
 from tests.data.tables.shard_files import jpeg, write_shard
@@ -47,7 +47,7 @@ def matches(capsys, number: int = 0) -> list[tuple[str, float]]:
     return [(match["path"], match["score"]) for match in document["rankings"][number]["matches"]]
 
 
-def test_answers_equal_brute_force(index: Path, photos: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_answers_equal_brute_force(index: Path, photos: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(photos.parent)
     paths = find_pictures("photos")
     features = clip.encode_image(paths)
@@ -60,7 +60,7 @@ def test_answers_equal_brute_force(index: Path, photos: Path, clip: Clip, monkey
         torch.testing.assert_close([s for _, s in found], [s for _, s in expected], atol=1e-6, rtol=0)
 
 
-def test_scores_do_not_depend_on_the_tiles(index: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch):
+def test_scores_do_not_depend_on_the_tiles(index: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch):
     whole = clip.index(path=index).search("two dogs", top=7)
     monkeypatch.setattr("clip_exp.inference.ranking.ROWS", 2)
     tiled = clip.index(path=index).search("two dogs", top=7)
@@ -94,7 +94,7 @@ def test_an_index_that_was_extended_equals_one_that_was_made_at_once(index: Path
 
 def test_nothing_new_changes_nothing_and_encodes_nothing(index: Path, photos: Path, monkeypatch, capsys):
     before = index.read_bytes(), index.stat().st_mtime_ns
-    monkeypatch.setattr(clip_module.Clip, "encode_each", lambda *_: pytest.fail("a picture was encoded"))
+    monkeypatch.setattr(pipeline.Pipeline, "encode_each", lambda *_: pytest.fail("a picture was encoded"))
     assert search(asked(index, images=[str(photos), f"{photos}/*.png"])) == 0
     assert "7 pictures (nothing new)" in capsys.readouterr().out
     assert (index.read_bytes(), index.stat().st_mtime_ns) == before
@@ -177,7 +177,7 @@ def test_other_frames_or_another_precision_are_not_mixed_in(index: Path, photos:
 def test_indexing_that_was_interrupted_goes_on_where_it_was(
     index: Path, run_dir: Path, photos: Path, monkeypatch, capsys
 ):
-    real, seen = Clip.encode_each, []
+    real, seen = Pipeline.encode_each, []
 
     def interrupted(self, media, *rest) -> Iterator[Encoded]:
         for number, encoded in enumerate(real(self, media, *rest)):
@@ -186,7 +186,7 @@ def test_indexing_that_was_interrupted_goes_on_where_it_was(
             seen.append(str(media.paths[encoded.item]))
             yield encoded
 
-    monkeypatch.setattr(clip_module.Clip, "encode_each", interrupted)
+    monkeypatch.setattr(pipeline.Pipeline, "encode_each", interrupted)
     again = index.with_name("again.index")
     with pytest.raises(KeyboardInterrupt):
         search(asked(again, run=str(run_dir), images=str(photos)))
@@ -268,7 +268,7 @@ def test_threads_take_turns_and_none_is_lost(index: Path):
     assert max(most) == 1
 
 
-def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path, clip: Clip):
+def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path, clip: Pipeline):
     opened = clip.index(path=index)
     before = opened.search("a dog", top=7)
     for number in range(20, 25):
@@ -278,7 +278,7 @@ def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path,
     assert opened.search("a dog", top=7) == before
 
 
-def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Clip, tmp_path: Path, caplog):
+def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Pipeline, tmp_path: Path, caplog):
     index = clip.index(photos, path=tmp_path / "api.index")
     assert len(index) == 7
     assert index.paths == [str(photos / Path(name).relative_to(photos)) for name in find_pictures(photos)]
@@ -326,7 +326,7 @@ def test_a_file_that_is_no_index_is_refused(index: Path, tmp_path: Path, run_dir
         read_recipe(next(run_dir.glob("checkpoints/*/model.safetensors")))
 
 
-def test_names_that_are_not_utf8_survive(photos: Path, run_dir: Path, clip: Clip, tmp_path: Path):
+def test_names_that_are_not_utf8_survive(photos: Path, run_dir: Path, clip: Pipeline, tmp_path: Path):
     odd = os.fsdecode(b"caf\xe9 \xff.png")
     try:
         shutil.copy(photos / "0.png", photos / odd)

@@ -13,8 +13,8 @@ from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.use_schema import OutputFormat, PredictConfig, SearchConfig
 from clip_exp.data.files import BadImage
 from clip_exp.errors import DataError
-from clip_exp.inference.clip import Clip
 from clip_exp.inference.index import read_entries
+from clip_exp.inference.pipeline import Pipeline
 from clip_exp.inference.predict import predict
 from clip_exp.inference.search import search
 from clip_exp.inference.video import read_frame
@@ -73,7 +73,7 @@ def test_a_stream_without_a_header_is_measured_by_its_packets(tmp_path: Path):
     assert [right_half(read_frame(path, number, 5, LIMIT)) for number in range(5)] == pytest.approx(GREYS, abs=12)
 
 
-def test_a_video_is_the_mean_of_its_frames(tmp_path: Path, clip: Clip):
+def test_a_video_is_the_mean_of_its_frames(tmp_path: Path, clip: Pipeline):
     path = write_video(tmp_path / "a.mp4")
     for frames in (1, 3, 8):
         clip.frames = frames
@@ -82,7 +82,7 @@ def test_a_video_is_the_mean_of_its_frames(tmp_path: Path, clip: Clip):
         torch.testing.assert_close(clip.encode_image(path), expected, atol=1e-6, rtol=0)
 
 
-def test_videos_and_pictures_mix_in_any_order(tmp_path: Path, clip: Clip, photos: Path):
+def test_videos_and_pictures_mix_in_any_order(tmp_path: Path, clip: Pipeline, photos: Path):
     videos = [write_video(tmp_path / f"{level}.mp4", (level,) * 2) for level in (0, 200)]
     items = [photos / "0.png", videos[0], Image.open(photos / "1.png"), videos[1]]
     expected = torch.cat([clip.encode_image(item) for item in items])
@@ -92,7 +92,7 @@ def test_videos_and_pictures_mix_in_any_order(tmp_path: Path, clip: Clip, photos
     )
 
 
-def test_worker_processes_read_videos_too(tmp_path: Path, clip: Clip, photos: Path):
+def test_worker_processes_read_videos_too(tmp_path: Path, clip: Pipeline, photos: Path):
     write_video(photos / "a.mp4")
     paths = [*sorted(photos.glob("[0-9].png")), photos / "a.mp4"] * 3
     alone = clip.encode_image(paths)
@@ -101,7 +101,7 @@ def test_worker_processes_read_videos_too(tmp_path: Path, clip: Clip, photos: Pa
     torch.testing.assert_close(clip.encode_image(paths), alone, atol=1e-6, rtol=0)
 
 
-def test_the_commands_take_videos_where_they_take_pictures(run_dir: Path, photos: Path, clip: Clip, capsys):
+def test_the_commands_take_videos_where_they_take_pictures(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     video = write_video(photos / "clip.MP4")
     predict(
         PredictConfig(
@@ -138,7 +138,7 @@ def test_an_index_of_videos_that_was_extended_equals_one_made_at_once(run_dir: P
     torch.testing.assert_close(extended.features, at_once.features, rtol=0, atol=1e-6)
 
 
-def test_a_video_that_ends_early_is_encoded_from_what_is_there(tmp_path: Path, clip: Clip):
+def test_a_video_that_ends_early_is_encoded_from_what_is_there(tmp_path: Path, clip: Pipeline):
     path = write_video(tmp_path / "a.mkv")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert clip.encode_image(path).shape == (1, 64)
@@ -189,7 +189,9 @@ def test_a_name_is_never_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_frame("http://127.0.0.1:9/a.mp4", 0, 1, LIMIT)
 
 
-def test_without_the_decoder_a_video_says_how_to_get_it(tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch):
+def test_without_the_decoder_a_video_says_how_to_get_it(
+    tmp_path: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
     path = write_video(tmp_path / "a.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DataError, match=r"a\.mp4: a video, which PyAV decodes: pip install av"):

@@ -6,7 +6,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.config.data_schema import Match
+from clip_exp.config.data_schema import PairLabel
 from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses import build_loss, sigmoid_loss, softmax_loss
 from clip_exp.losses.matches import ALL, Matches
@@ -123,14 +123,14 @@ def test_sigmoid_holds_no_more_similarities_than_a_chunk() -> None:
 @pytest.mark.parametrize(
     ("same_caption", "same_image", "pairs"),
     [
-        (Match.negative, Match.negative, []),
-        (Match.positive, Match.negative, [(0, 1)]),
-        (Match.negative, Match.positive, [(1, 2)]),
-        (Match.positive, Match.positive, [(0, 1), (1, 2)]),
+        (PairLabel.negative, PairLabel.negative, []),
+        (PairLabel.positive, PairLabel.negative, [(0, 1)]),
+        (PairLabel.negative, PairLabel.positive, [(1, 2)]),
+        (PairLabel.positive, PairLabel.positive, [(0, 1), (1, 2)]),
     ],
 )
 def test_repeated_captions_and_pictures_match_as_configured(
-    name: LossName, same_caption: Match, same_image: Match, pairs: list[tuple[int, int]]
+    name: LossName, same_caption: PairLabel, same_image: PairLabel, pairs: list[tuple[int, int]]
 ) -> None:
     """Pairs 0 and 1 share a caption, 1 and 2 a picture."""
     image_BD, text_BD, scale, bias = leaves()

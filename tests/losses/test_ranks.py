@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.config.data_schema import Match
+from clip_exp.config.data_schema import PairLabel
 from clip_exp.config.schema import LossConfig, LossName
 from clip_exp.losses import build_loss, sigmoid_loss
 from clip_exp.losses.collectives import gather, gather_with_grad
@@ -20,7 +20,9 @@ from tests.losses.largest import LargestTensor
 GLOBAL_BATCH, D = 8, 6
 ROWS, CHUNK = 64, 8  # of one rank, where memory is measured
 CONFIGS = [
-    LossConfig(name=name, same_caption=match, same_image=match, chunk_size=3) for name in LossName for match in Match
+    LossConfig(name=name, same_caption=match, same_image=match, chunk_size=3)
+    for name in LossName
+    for match in PairLabel
 ]
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from clip_exp.reports.evaluation import show, write_result
 from clip_exp.reports.results import Result, TensorFile
-from clip_exp.reports.run import renew_report
+from clip_exp.reports.run_page import renew_report
 from tests.reports.examples import (
     classification_result,
     classified,

@@ -10,9 +10,9 @@ import torch
 from clip_exp.checkpoints.discovery import checkpoints, manifest
 from clip_exp.config.data_schema import GenerateConfig, Generator
 from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.data.samples import generate
+from clip_exp.data.generated import generate
 from clip_exp.errors import ClipExpError, ConfigError, DataError
-from clip_exp.evaluation.run import evaluate
+from clip_exp.evaluation.evaluate import evaluate
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config
 from tests.runs import TINY, Finished, Train

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_exp.data.tables.delimited import DelimitedReader
+from clip_exp.data.tables.jsonl import JsonLinesReader
 from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.tables.parquet import ParquetReader
 from clip_exp.data.tables.reader import Reader
+from clip_exp.data.tables.shards import ShardReader
 from clip_exp.errors import ConfigError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -83,16 +86,10 @@ def open_reader(file: Path, options: TableOptions) -> Reader:
     check_format(file)
     suffix = file.suffix.lower()
     if suffix in JSON_LINES:
-        from clip_exp.data.tables.jsonl import JsonLinesReader
-
         return JsonLinesReader(file, options)
     if suffix in PARQUET:
-        from clip_exp.data.tables.parquet import ParquetReader
-
         return ParquetReader(file, options)
     if suffix in SHARD:
-        from clip_exp.data.tables.shards import ShardReader
-
         return ShardReader(file, options)
     return DelimitedReader(file, options)
 

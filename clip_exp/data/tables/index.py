@@ -24,7 +24,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables.formats import open_reader
 from clip_exp.data.tables.grouping import PictureGroups
-from clip_exp.data.tables.index_writer import Source, checksum, write_index
+from clip_exp.data.tables.index_writer import TableSource, checksum, write_index
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
 from clip_exp.data.tables.stamps import Stamp
 from clip_exp.errors import DataError
@@ -70,7 +70,7 @@ class MappedRows:
         self.groups = PictureGroups(*(mapped[name] for name in names)) if names[0] in mapped else None
 
 
-def open_index(source: Source, index_dir: Path) -> tuple[MappedRows, list[ScannedFile]]:
+def open_index(source: TableSource, index_dir: Path) -> tuple[MappedRows, list[ScannedFile]]:
     """The rows of a table from its index, which is made if there is none that fits. Any number of processes may do so at once.
 
     Args:
@@ -99,7 +99,7 @@ def open_index(source: Source, index_dir: Path) -> tuple[MappedRows, list[Scanne
     return found
 
 
-def _locked(path: Path, source: Source) -> AcquireReturnProxy:
+def _locked(path: Path, source: TableSource) -> AcquireReturnProxy:
     lock = FileLock(path)
     try:
         return lock.acquire(timeout=1)
@@ -108,7 +108,7 @@ def _locked(path: Path, source: Source) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def _load(folder: Path, source: Source) -> tuple[MappedRows, list[ScannedFile]] | None:
+def _load(folder: Path, source: TableSource) -> tuple[MappedRows, list[ScannedFile]] | None:
     """The index, unless something about it does not fit."""
     try:
         record = _read_record(folder)

@@ -21,6 +21,7 @@ from clip_exp.data.tables.grouping import group_pictures
 from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.scan import RowBatch, Scan
 from clip_exp.data.tables.stamps import Stamp
+from clip_exp.progress import progress
 from clip_exp.storage import sync
 
 _VERSION = 2  # of what the readers make of a file, and of the folder: a change makes new folders
@@ -28,7 +29,7 @@ _BAR_FROM = 64 << 20  # bytes; smaller tables are read before a bar is seen
 
 
 @dataclass(frozen=True)
-class Source:
+class TableSource:
     """What an index is of.
 
     Attributes:
@@ -54,7 +55,7 @@ class Source:
         return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.files[0].stem)[:40]}-{digest[:16]}"
 
 
-def write_index(folder: Path, source: Source) -> None:
+def write_index(folder: Path, source: TableSource) -> None:
     """Read the table and put its index in the place of the one that is there. Nobody else may do this at the same time.
 
     Raises:
@@ -80,12 +81,10 @@ def progress_of(files: Sequence[Path]) -> AbstractContextManager[Callable[[int],
     size = sum(file.stat().st_size for file in files)
     if size < _BAR_FROM or not sys.stderr.isatty():
         return nullcontext(lambda done: None)
-    from clip_exp.progress import progress  # imports torch
-
     return progress(size, f"bytes of {files[0].name}")
 
 
-def _write(partial: Path, source: Source) -> None:
+def _write(partial: Path, source: TableSource) -> None:
     with progress_of(source.files) as advance:
         scan = Scan(source.files, source.options, advance)
         rows = _write_rows(partial, scan.batches())

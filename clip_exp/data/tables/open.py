@@ -8,7 +8,7 @@ from typing import Any
 from clip_exp.config.data_schema import DataConfig, OnBadRow
 from clip_exp.data.tables.formats import check_one_kind
 from clip_exp.data.tables.index import open_index
-from clip_exp.data.tables.index_writer import Source, progress_of, root_per_row
+from clip_exp.data.tables.index_writer import TableSource, progress_of, root_per_row
 from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.paths import expand
 from clip_exp.data.tables.scan import Scan, ScannedFile
@@ -46,7 +46,7 @@ def open_table(
     # Absolute: a process that changes its working directory reads the same pictures.
     roots = [(Path(image_root) if image_root is not None else file.parent).absolute() for file in files]
     numbers = {root: number for number, root in enumerate(dict.fromkeys(roots))}
-    source = Source(files, [numbers[root] for root in roots], options)
+    source = TableSource(files, [numbers[root] for root in roots], options)
     rows, read = _in_memory(source) if index_dir is None else _in_index(source, index_dir)
     parts: list[Part] = []
     for file, root, found in zip(files, roots, read, strict=False):  # max_rows may have ended the reading early
@@ -80,14 +80,14 @@ def open_configured(
     return open_table(tables, options, image_root=config.image_root, index_dir=index_dir)
 
 
-def _in_memory(source: Source) -> tuple[StoredRows, list[ScannedFile]]:
+def _in_memory(source: TableSource) -> tuple[StoredRows, list[ScannedFile]]:
     with progress_of(source.files) as advance:
         scan = Scan(source.files, source.options, advance)
         batches = list(scan.batches())
     return RowsInMemory(batches, root_per_row([file.rows for file in scan.read], source.roots)), scan.read
 
 
-def _in_index(source: Source, index_dir: Path) -> tuple[StoredRows, list[ScannedFile]]:
+def _in_index(source: TableSource, index_dir: Path) -> tuple[StoredRows, list[ScannedFile]]:
     try:
         return open_index(source, index_dir)
     except OSError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 from clip_exp.config.data_schema import OnBadRow
 from clip_exp.config.evaluation_schema import LabeledDataConfig
-from clip_exp.data import samples
+from clip_exp.data.generated import generate
 from clip_exp.data.pictures import PictureFiles, TablePictures
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.paths import expand
@@ -95,7 +95,7 @@ def _generated(data: LabeledDataConfig, where: str, output_dir: str, split: str 
     part = data.split or split or "val"
     if part not in PARTS:
         raise ConfigError(f"{where}.split={part} must be one of {', '.join(PARTS)}.")
-    return str(getattr(samples.generate(data.generate, Path(output_dir)), part))
+    return str(getattr(generate(data.generate, Path(output_dir)), part))
 
 
 def require_tables(tables: Any, where: str) -> None:

@@ -19,6 +19,7 @@ from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import LabeledImages
 from clip_exp.evaluation.sets.names import match
 from clip_exp.open_clip_files import package_folder
+from clip_exp.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -210,8 +211,6 @@ def _labels(dataset: Any, title: str, where: str) -> list[int]:
         labels = np.asarray(kept)
         if labels.shape == (len(dataset),) and labels.dtype.kind in "iu":
             return labels.tolist()
-    from clip_exp.progress import progress
-
     labels_read: list[int] = []
     with progress(len(dataset), f"{title}: labels") as advance:
         for index in range(len(dataset)):

@@ -56,7 +56,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders of the indexes that are made."""
     made: list[Path] = []
 
-    def counted(folder: Path, source: index.Source) -> None:
+    def counted(folder: Path, source: index.TableSource) -> None:
         made.append(folder)
         write_index(folder, source)
 
@@ -313,7 +313,7 @@ def test_a_kill_between_the_two_renames_costs_only_time(tmp_path, builds):
 def open_and_note(file: Path, notes: Path) -> None:
     write_index = index.write_index
 
-    def noted(folder: Path, source: index.Source) -> None:
+    def noted(folder: Path, source: index.TableSource) -> None:
         (notes / str(os.getpid())).touch()
         write_index(folder, source)
 
@@ -337,7 +337,7 @@ def test_processes_that_open_a_table_at_once_make_one_index(tmp_path):
 def test_who_waits_for_another_process_says_so(tmp_path, caplog):
     file = write_rows(tmp_path / "pairs.csv", 100)
     (tmp_path / "index").mkdir()
-    source = index_writer.Source([file], [0], TableOptions())
+    source = index_writer.TableSource([file], [0], TableOptions())
     with (tmp_path / "index" / f".{source.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         threading.Timer(1.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()

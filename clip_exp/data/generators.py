@@ -1,13 +1,22 @@
-"""Drawn scenes of one or two colored shapes, with captions that only size, color, shape and place together tell apart."""
+"""What generated data sets hold: scikit-learn's handwritten digits, and drawn scenes of one or two colored shapes.
+
+The digits (Alpaydin and Kaynak 1998) are 1,797 gray images of 8 x 8. The captions of a scene take size, color, shape and place
+together to tell it apart.
+"""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_exp.data.randomness import Draws
-from clip_exp.data.samples import Sample
+from clip_exp.data.randomness import Draws, hash64
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = ("a photo of the number {}.", "the digit {}.", "a handwritten {}.")
+_HELD_OUT_EVERY = 5
+_TEMPLATE = 4
 
 COLORS = {
     "red": (214, 39, 40),
@@ -29,6 +38,36 @@ _PAIRS = 0.75  # share of scenes with two shapes
 
 
 @dataclass(frozen=True)
+class GeneratedSample:
+    """A picture and the other columns of its row."""
+
+    picture: Image.Image
+    columns: dict[str, str]
+
+
+def digits(seed: int) -> tuple[list[GeneratedSample], list[GeneratedSample]]:
+    """Training and held-out samples with columns `title` and `label`; every fifth picture of each class is held out.
+
+    Args:
+        seed: of the choice of each caption's template; pictures and split do not depend on it.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    seen = dict.fromkeys(range(len(WORDS)), 0)
+    train: list[GeneratedSample] = []
+    val: list[GeneratedSample] = []
+    for i, (pixels, target) in enumerate(zip(data.images, data.target, strict=True)):
+        word = WORDS[target]
+        template = TEMPLATES[hash64(_TEMPLATE, seed, i) % len(TEMPLATES)]
+        picture = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
+        held_out = seen[target] % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        (val if held_out else train).append(GeneratedSample(picture, {"title": template.format(word), "label": word}))
+        seen[target] += 1
+    return train, val
+
+
+@dataclass(frozen=True)
 class _Thing:
     size: str
     color: str
@@ -38,7 +77,7 @@ class _Thing:
         return f"a {self.size} {self.color} {self.shape}"
 
 
-def scenes(split: str, count: int, image_size: int, seed: int) -> Iterator[Sample]:
+def scenes(split: str, count: int, image_size: int, seed: int) -> Iterator[GeneratedSample]:
     """Samples with the column `title`, such as "a small red circle above a large blue square".
 
     Args:
@@ -51,7 +90,7 @@ def scenes(split: str, count: int, image_size: int, seed: int) -> Iterator[Sampl
         yield _scene(Draws(_SCENE, _SPLITS[split], seed, i), image_size)
 
 
-def _scene(draws: Draws, image_size: int) -> Sample:
+def _scene(draws: Draws, image_size: int) -> GeneratedSample:
     grey = 215 + draws.integer(40)
     side = image_size * _SUPERSAMPLING
     picture = Image.new("RGB", (side, side), (grey, grey, grey))
@@ -67,7 +106,7 @@ def _scene(draws: Draws, image_size: int) -> Sample:
             jitter_x, jitter_y = draws.uniform(-0.05, 0.05), draws.uniform(-0.05, 0.05)
             _draw(picture, thing, 0.5 + sign * 0.23 * x + jitter_x, 0.5 + sign * 0.23 * y + jitter_y)
         caption = f"{first} {relation} {second}"
-    return Sample(picture.reduce(_SUPERSAMPLING), {"title": caption})
+    return GeneratedSample(picture.reduce(_SUPERSAMPLING), {"title": caption})
 
 
 def _thing(draws: Draws) -> _Thing:

@@ -20,6 +20,7 @@ from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_texts
 from clip_exp.evaluation.metrics import require_finite
 from clip_exp.evaluation.sets.prompts import templates as read_templates
 from clip_exp.evaluation.subject import Subject
+from clip_exp.export.write import write_export
 from clip_exp.inference.features import Encoded, EncodedMedia, encode_each, encode_media, tell_left_out
 from clip_exp.inference.index import agree, read_recipe, recipe_of
 from clip_exp.inference.indexing import update_index
@@ -27,7 +28,7 @@ from clip_exp.inference.inputs import find_pictures, folders_of
 from clip_exp.inference.media import FRAMES, Media, Picture
 from clip_exp.inference.picture_index import PictureIndex
 from clip_exp.inference.ranking import Match, best, cosines
-from clip_exp.loading.source import Source
+from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 Pictures = Picture | Iterable[Picture]
 
 
-class Clip:
+class Pipeline:
     """A model with the tokenizer and the transform that belong to it; made by `clip_exp.load`.
 
     Wherever a picture is taken, a path may be a video's (`pip install av`): its vector is the mean of `frames` frames.
@@ -59,7 +60,7 @@ class Clip:
         config: ModelConfig,
         device: torch.device,
         options: EncodeOptions | None = None,
-        source: Source | None = None,
+        source: ModelSource | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -164,8 +165,6 @@ class Clip:
             ConfigError: the format cannot hold the model, or the folder has something in it.
             CheckpointError: the folder cannot be written.
         """
-        from clip_exp.export.write import write_export
-
         if format not in list(ExportFormat):
             raise ConfigError(f"format={format} must be one of {', '.join(ExportFormat)}.")
         model = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).cpu()

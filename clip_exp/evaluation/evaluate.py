@@ -13,7 +13,7 @@ from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.schema import Precision
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.tasks import Task, prepare_tasks
-from clip_exp.loading.source import Source, check_source, find_source
+from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
 from clip_exp.runs import RunRecord, create_run_folder, write_text
 
@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict
     return evaluate_in(folder, config, source, tasks)
 
 
-def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
+def check(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
     """Find the model and the data of an evaluation, without torch. Weights are fetched last, when all else is right.
 
     Raises:
@@ -52,7 +52,7 @@ def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
     try:
         source = check_source(config)
         # Tasks ask for the model's run alone, which weights that are yet to be fetched do not have.
-        known = source or Source(config.model or ModelConfig(), Path(str(config.pretrained)))
+        known = source or ModelSource(config.model or ModelConfig(), Path(str(config.pretrained)))
     except ClipExpError as error:
         errors.append(error)
     tasks, task_errors = prepare_tasks(config.task, config.output_dir, known)
@@ -86,7 +86,7 @@ def problems_of(config: SubjectConfig) -> list[str]:
     return problems
 
 
-def open_folder(config: EvaluateConfig, source: Source, arguments: list[str]) -> Path:
+def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str]) -> Path:
     """A new folder that says what is about to be evaluated: its `config.yaml` has the settled model and weights on this disk."""
     if source.told is not None:
         config = replace(config, model=source.model, pretrained=str(source.weights.absolute()))
@@ -98,7 +98,9 @@ def open_folder(config: EvaluateConfig, source: Source, arguments: list[str]) ->
     return folder
 
 
-def evaluate_in(folder: Path, config: EvaluateConfig, source: Source, tasks: list[Task]) -> dict[str, dict[str, Any]]:
+def evaluate_in(
+    folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task]
+) -> dict[str, dict[str, Any]]:
     """Score tasks together with the other ranks, if there are any; rank 0 writes and shows.
 
     Raises:
@@ -125,7 +127,7 @@ def evaluate_in(folder: Path, config: EvaluateConfig, source: Source, tasks: lis
 
 
 def _score_tasks(
-    folder: Path, config: EvaluateConfig, source: Source, tasks: list[Task], results: dict[str, dict[str, Any]]
+    folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task], results: dict[str, dict[str, Any]]
 ) -> None:
     """Score one task after the other into `results`; what one of them found is written before the next begins."""
     # Torch takes seconds to import: only once the configuration is known to be right.
@@ -145,7 +147,7 @@ def _score_tasks(
         subject.cache.prune()
 
 
-def _load(config: EvaluateConfig, source: Source) -> tuple[Any, dict[str, Any]]:
+def _load(config: EvaluateConfig, source: ModelSource) -> tuple[Any, dict[str, Any]]:
     from clip_exp.evaluation.cache import Cache
     from clip_exp.evaluation.encode import encode_options
     from clip_exp.evaluation.scoring import Subject
@@ -162,7 +164,7 @@ def _load(config: EvaluateConfig, source: Source) -> tuple[Any, dict[str, Any]]:
     return Subject(model, tokenizer, source.model, options, sha256, cache), about
 
 
-def about_weights(source: Source, sha256: str, device: Any) -> dict[str, Any]:
+def about_weights(source: ModelSource, sha256: str, device: Any) -> dict[str, Any]:
     """For a protocol: which weights were scored, on which kind of device."""
     return {
         "model": source.model.name,

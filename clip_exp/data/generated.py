@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from clip_exp.config.data_schema import DataConfig, GenerateConfig, Generator
+from clip_exp.data.generators import GeneratedSample, digits, scenes
 from clip_exp.errors import CheckpointError, ConfigError
 
 DIGITS_ROWS = 1442  # of the 1,797 pictures; the others are held out
@@ -24,14 +23,6 @@ class GeneratedData:
 
     train: Path
     val: Path
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture and the other columns of its row."""
-
-    picture: Image.Image
-    columns: dict[str, str]
 
 
 def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
@@ -97,19 +88,15 @@ def _name(config: GenerateConfig) -> str:
     return "-".join([*parts, f"seed{config.seed}"])
 
 
-def _splits(config: GenerateConfig) -> dict[str, Iterable[Sample]]:
+def _splits(config: GenerateConfig) -> dict[str, Iterable[GeneratedSample]]:
     if config.kind is Generator.digits:
-        from clip_exp.data.digits import digits
-
         train, val = digits(config.seed)
         return {"train": train[: config.rows], "val": val[: config.val_rows]}
-    from clip_exp.data.shapes import scenes
-
     rows = {"train": count_rows(config), "val": config.val_rows or 400}
     return {split: scenes(split, count, config.image_size, config.seed) for split, count in rows.items()}
 
 
-def _write(folder: Path, split: str, samples: Iterable[Sample]) -> None:
+def _write(folder: Path, split: str, samples: Iterable[GeneratedSample]) -> None:
     (folder / split).mkdir(parents=True)
     with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
