@@ -10,6 +10,7 @@ from clip_exp.config import aliases
 from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
+from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.sources import (
@@ -65,10 +66,12 @@ def load(
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
-    from clip_exp.inference.clip import Clip
-    from clip_exp.inference.loading import choose_device, load_model
+    import torch
 
-    device = choose_device(accelerator)
+    from clip_exp.inference.clip import Clip
+    from clip_exp.inference.loading import load_model
+
+    device = torch.device(resolve_accelerator(accelerator))
     return Clip(load_model(found, device), found.model, device, source=found)
 
 
@@ -98,7 +101,7 @@ def train(*overrides: str) -> Path:
     if code:
         told = "\n".join(RunRecord(run_dir).values.get("error", [])) or f"{run_dir} failed."
         classes = {cls.exit_code: cls for cls in ClipExpError.__subclasses__()}
-        raise classes.get(code, ClipExpError)(told.removeprefix("error: "))
+        raise classes.get(code, ClipExpError)(told)
     return run_dir
 
 

@@ -10,6 +10,7 @@ from clip_exp import __version__
 from clip_exp.config.evaluation_schema import EvaluateConfig, SubjectConfig
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.schema import Precision
+from clip_exp.devices import parse_devices
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.tasks import Task, prepare_tasks
 from clip_exp.inference.sources import Source, check_source, find_source
@@ -45,8 +46,10 @@ def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
     errors: list[ClipExpError] = [ConfigError(problem) for problem in problems_of(config)]
     if config.cache_gb < 0:
         errors.append(ConfigError(f"cache_gb={config.cache_gb} must not be negative; 0 keeps nothing."))
-    if problem := _devices_problem(config):
-        errors.append(ConfigError(problem))
+    try:
+        parse_devices(config.accelerator, config.devices)
+    except ConfigError as error:
+        errors.append(error)
     known, source = None, None
     try:
         source = check_source(config)
@@ -59,16 +62,6 @@ def check(config: EvaluateConfig) -> tuple[Source, list[Task]]:
     if errors:
         raise gravest(errors)
     return source or find_source(config), tasks
-
-
-def _devices_problem(config: EvaluateConfig) -> str | None:
-    devices = config.devices
-    listed = isinstance(devices, list) and devices and all(isinstance(index, int) and index >= 0 for index in devices)
-    if listed and len({*devices}) == len(devices):
-        return f"devices={devices} lists GPUs: on a CPU give a number." if config.accelerator == "cpu" else None
-    if str(devices) in ("auto", "-1") or (str(devices).isdecimal() and int(devices) > 0):
-        return None
-    return f"devices={devices} must be auto, a number above 0, or a list of distinct GPU indices."
 
 
 def problems_of(config: SubjectConfig) -> list[str]:

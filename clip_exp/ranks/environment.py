@@ -1,11 +1,7 @@
 """Who started this process, read from its environment; without torch, for the checks before it is imported."""
 
 import os
-import signal
 import socket
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to save and end
-ERROR_FILE = ".error-rank{rank}"  # in the run's folder: how a failing rank tells its launcher why
 
 
 def outer_ranks() -> int | None:
