@@ -11,8 +11,9 @@ from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
 from clip_exp.config.models import named_model, names, resolve
+from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
-from clip_exp.evaluation.evaluate import evaluate as evaluate_here
+from clip_exp.evaluation.launch import evaluate as evaluate_here
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.loading.source import (
     CONFIG,
@@ -66,10 +67,12 @@ def load(
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
-    from clip_exp.inference.pipeline import Pipeline
-    from clip_exp.loading.model import choose_device, load_model
+    import torch
 
-    device = choose_device(accelerator)
+    from clip_exp.inference.pipeline import Pipeline
+    from clip_exp.loading.model import load_model
+
+    device = torch.device(resolve_accelerator(accelerator))
     return Pipeline(load_model(found, device), found.model, device, source=found)
 
 
@@ -97,7 +100,7 @@ def train(*overrides: str) -> Path:
     if code:
         told = "\n".join(RunRecord(run_dir).values.get("error", [])) or f"{run_dir} failed."
         classes = {cls.exit_code: cls for cls in ClipExpError.__subclasses__()}
-        raise classes.get(code, ClipExpError)(told.removeprefix("error: "))
+        raise classes.get(code, ClipExpError)(told)
     return run_dir
 
 

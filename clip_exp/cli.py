@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from clip_exp._version import __version__
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, printable
+from clip_exp.ranks.environment import is_first_rank
 
 STOPPED = {PREEMPTED_EXIT_CODE, 130}  # after which a sweep starts no further job
 
@@ -193,7 +194,7 @@ def _report(message: str, code: int) -> int:
     problems = [f"    {line.strip()}" if line.startswith(" ") else f"  - {line}" for line in rest]
     several = any(not line.startswith(" ") for line in rest)
     text = "\n".join(["error:", f"  - {first}", *problems] if several else [f"error: {first}", *problems])
-    if os.environ.get("RANK", "0") == "0" or message.startswith("rank "):
+    if is_first_rank() or message.startswith("rank "):
         print(text, file=sys.stderr, flush=True)
     return code
 

@@ -1,6 +1,5 @@
 """One line of progress on a terminal, nothing elsewhere."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,6 +7,8 @@ from contextvars import ContextVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from clip_exp.ranks.environment import is_first_rank
 
 _silent = ContextVar("silent", default=False)
 
@@ -29,7 +30,7 @@ def progress(share: int, what: str | None, total: int | None = None) -> Iterator
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    disable = what is None or _silent.get() or not console.is_terminal or os.environ.get("RANK", "0") != "0"
+    disable = what is None or _silent.get() or not console.is_terminal or not is_first_rank()
     total = share if total is None else total
     with Progress(*columns, console=console, transient=True, disable=disable) as bar:
         task = bar.add_task(what or "", total=total)

@@ -11,8 +11,9 @@ from torch import Tensor
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.evaluation_schema import SubjectConfig
 from clip_exp.data.transforms import Preprocessing, normalize
-from clip_exp.loading.model import autocast, choose_device, choose_precision
+from clip_exp.devices import resolve_accelerator
 from clip_exp.models.text import TreeLayout
+from clip_exp.precision import autocast, inference_precision
 from clip_exp.progress import progress
 from clip_exp.ranks.group import gather_objects, rank, world_size
 from clip_exp.text.build import Tokenizes
@@ -45,10 +46,10 @@ def encode_options(config: SubjectConfig) -> EncodeOptions:
     Raises:
         ConfigError: no such accelerator here.
     """
-    device = choose_device(config.accelerator)
+    device = torch.device(resolve_accelerator(config.accelerator))
     return EncodeOptions(
         device,
-        choose_precision(config.precision, device),
+        inference_precision(config.precision, device.type),
         config.batch_size,
         config.num_workers,
         config.on_bad_image,

@@ -2,16 +2,22 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DistributedError
-from clip_exp.evaluation.evaluate import check, evaluate_in, open_folder
+from clip_exp.config.load import read_evaluate_config
+from clip_exp.devices import Devices, parse_devices, resolve_accelerator
+from clip_exp.errors import PREEMPTED_EXIT_CODE
+from clip_exp.evaluation.check import check, open_folder
 from clip_exp.evaluation.prepared import Task
 from clip_exp.loading.source import ModelSource
-from clip_exp.ranks.environment import outer_ranks
-from clip_exp.ranks.launch import run_ranks
-from clip_exp.ranks.signals import Stopped
+from clip_exp.ranks.environment import is_first_rank, outer_ranks
+from clip_exp.ranks.launch import Opened, Work, launch_work
+from clip_exp.ranks.signals import Stopped, stop_on_signals
+from clip_exp.runs import RunRecord
 
 TIMEOUT_S = 7200  # of a collective: a rank waits this long for the slowest
 
@@ -22,78 +28,119 @@ def launch(config: EvaluateConfig, arguments: list[str]) -> int:
     Args:
         arguments: of the command line, for `run.json`.
     """
-    if outer_ranks():
-        return _join(config, arguments)
+    return launch_work(Evaluation(config, arguments))[1]
+
+
+def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Score a model on tasks, in a new folder, in this process alone.
+
+    Everything that can be wrong with the paths and names is told before the model is loaded. Results are written as
+    soon as a task is done: `eval/<task>.json` and its pages in this evaluation's folder, and in the run's where there is one.
+
+    Args:
+        arguments: of the command line, for `run.json`.
+    Returns:
+        of each task `{"metrics": {name: value}, "protocol": {…}}`; shares are fractions.
+    Raises:
+        ConfigError, DataError, CheckpointError: the model, a task or its data cannot be used.
+        NumericError: the model's features are not finite.
+    """
     source, tasks = check(config)
-    ranks = _ranks(config)
-    folder = open_folder(config, source, arguments)
-    if ranks > 1 or isinstance(config.devices, list):
-        return run_ranks("clip_exp.evaluation.worker", folder, ranks, config.devices)
+    folder = open_folder(config, source, sys.argv[1:] if arguments is None else arguments)
+    return evaluate_in(folder, config, source, tasks)
+
+
+class Evaluation(Work):
+    """An evaluation, in a new folder."""
+
+    def __init__(self, config: EvaluateConfig, arguments: list[str]) -> None:
+        self.config = config
+        self.arguments = arguments
+        self.checked: tuple[ModelSource, list[Task]] | None = None  # of the process that opened the folder
+        self.rank = evaluate_rank
+        self.timeout_s = TIMEOUT_S
+
+    @contextmanager
+    def open(self) -> Iterator[Opened]:
+        """Find the model and the data, see that there are the devices, and make the folder."""
+        self.checked = source, _ = check(self.config)
+        if not outer_ranks():  # which choose the devices
+            self.devices().check_gpus()
+        yield Opened(open_folder(self.config, source, self.arguments))
+
+    def devices(self) -> Devices:
+        return parse_devices(self.config.accelerator, self.config.devices)
+
+    def device_type(self) -> str:
+        return resolve_accelerator(self.config.accelerator)
+
+    def run(self, folder: Path) -> int:
+        source, tasks = self.checked or _check_again(self.config)
+        return _evaluate(folder, self.config, source, tasks)
+
+    def note(self, folder: Path, status: str, **facts: Any) -> None:
+        RunRecord(folder).finish(status, **facts)
+
+
+def evaluate_rank(folder: Path) -> int:
+    """Evaluate what an evaluation folder's `config.yaml` describes, as one rank of several; return the exit code."""
+    from clip_exp.ranks import group  # imports torch
+
+    config = read_evaluate_config(folder)
+    group.start(resolve_accelerator(config.accelerator), TIMEOUT_S)
+    return _evaluate(folder, config, *_check_again(config))
+
+
+def _evaluate(folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task]) -> int:
+    """Evaluate, and say how to continue where a signal stopped it; return the exit code."""
     try:
         evaluate_in(folder, config, source, tasks)
     except Stopped as stopped:
-        return tell_stopped(stopped, config)
+        if is_first_rank():
+            how = (
+                "goes on from the features that are kept"
+                if config.cache_gb
+                else "starts over, since cache_gb=0 keeps nothing"
+            )
+            print(f"{stopped} The same command {how}.", file=sys.stderr, flush=True)
+        return PREEMPTED_EXIT_CODE
     return 0
 
 
-def tell_stopped(stopped: Stopped, config: EvaluateConfig) -> int:
-    """Say how to go on; return the exit code."""
-    how = (
-        "goes on from the features that are kept" if config.cache_gb else "starts over, since cache_gb=0 keeps nothing"
-    )
-    print(f"{stopped} The same command {how}.", file=sys.stderr, flush=True)
-    return PREEMPTED_EXIT_CODE
-
-
-def _ranks(config: EvaluateConfig) -> int:
-    """Processes that `devices` asks for.
+def evaluate_in(
+    folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task]
+) -> dict[str, dict[str, Any]]:
+    """Score tasks together with the other ranks, if there are any; rank 0 writes and shows.
 
     Raises:
-        ConfigError: more GPUs than there are.
+        Stopped: a signal asked for it; what was encoded is kept, and the same command goes on from there.
+        ClipExpError: see `evaluate`.
     """
-    devices = config.devices
-    asked = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else None
-    if config.accelerator == "cpu":
-        return asked or 1
-    import torch
-
-    found = torch.cuda.device_count()
-    if found and max(devices if isinstance(devices, list) else [(asked or 1) - 1]) >= found:
-        raise ConfigError(f"devices={devices}: this machine has {found} GPUs, numbered from 0.")
-    return asked or max(1, found)
-
-
-def _join(config: EvaluateConfig, arguments: list[str]) -> int:
-    """As one rank that torchrun or srun started: agree on the folder that rank 0 opens."""
-    from clip_exp.loading.model import choose_device
-    from clip_exp.ranks import group
-
-    group.start(choose_device(config.accelerator).type, TIMEOUT_S)
-
-    def open_new() -> Path:
-        source, _ = check(config)
-        return open_folder(config, source, arguments)
-
-    try:
-        folder = group.from_main(open_new)
+    record, main = RunRecord(folder), is_first_rank()
+    results: dict[str, dict[str, Any]] = {}
+    with stop_on_signals():
         try:
-            source, tasks = check_again(config, group.is_main())
-            evaluate_in(folder, config, source, tasks)
-        except DistributedError:
+            # Torch takes seconds to import: only once the configuration is known to be right.
+            from clip_exp.evaluation.scoring import score_tasks
+            from clip_exp.reports.evaluation import show
+
+            score_tasks(folder, config, source, tasks, results)
+        except BaseException as error:
+            if main:
+                code = PREEMPTED_EXIT_CODE if isinstance(error, Stopped) else getattr(error, "exit_code", 1)
+                status = "preempted" if isinstance(error, Stopped) else "failed"
+                record.finish(status, tasks=list(results), error=str(error).splitlines()[:20], exit_code=code)
             raise
-        except ClipExpError as error:
-            raise type(error)(f"rank {group.rank()}: {error}") from error
-    except Stopped as stopped:
-        return tell_stopped(stopped, config) if group.is_main() else PREEMPTED_EXIT_CODE
-    finally:
-        group.stop()
-    return 0
+        if main:
+            record.finish("finished", tasks=list(results))
+            show(results, folder)
+    return results
 
 
-def check_again(config: EvaluateConfig, main: bool) -> tuple[ModelSource, list[Task]]:
-    """`check` in a rank, whose warnings were told where it was first done; from here on only rank 0 warns."""
+def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
+    """Repeat `check` in a rank; its warnings were logged where it was first done, and from here on only rank 0 warns."""
     root = logging.getLogger()
     root.setLevel(logging.ERROR)
-    found = check(config)
-    root.setLevel(logging.WARNING if main else logging.ERROR)
-    return found
+    checked = check(config)
+    root.setLevel(logging.WARNING if is_first_rank() else logging.ERROR)
+    return checked

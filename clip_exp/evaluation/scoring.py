@@ -1,13 +1,17 @@
-"""From a prepared task and a model to a result. Every rank encodes a share; rank 0 scores the whole."""
+"""From prepared tasks and a model to results. Every rank encodes a share; rank 0 scores the whole."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clip_exp.evaluation.encode import encode_texts
+from clip_exp._version import __version__
+from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.evaluation.cache import Cache
+from clip_exp.evaluation.encode import encode_options, encode_texts
 from clip_exp.evaluation.knn import score_knn
 from clip_exp.evaluation.metrics import retrieval
 from clip_exp.evaluation.prepared import ClassificationTask, KNNTask, ProbeTask, RetrievalTask, RobustnessTask, Task
@@ -16,10 +20,55 @@ from clip_exp.evaluation.retrieval import examples
 from clip_exp.evaluation.robustness import score_robustness
 from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, counts, encode_set
 from clip_exp.evaluation.zero_shot import score_classification
+from clip_exp.loading.model import load_model
+from clip_exp.loading.source import ModelSource
+from clip_exp.ranks.environment import is_first_rank
 from clip_exp.ranks.group import from_main
+from clip_exp.reports.evaluation import write_result
 from clip_exp.reports.results import Result
+from clip_exp.text.build import build_tokenizer
 
-__all__ = ["SCORERS", "Subject", "score"]
+__all__ = ["SCORERS", "Subject", "about_weights", "score", "score_tasks"]
+
+
+def score_tasks(
+    folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task], results: dict[str, dict[str, Any]]
+) -> None:
+    """Score one task after the other into `results`; what one of them found is written before the next begins."""
+    subject, about = _load_subject(config, source)
+    for task in tasks:
+        result = score(task, subject)
+        result.protocol.update(about)
+        if is_first_rank():
+            # A mixture's scores are not the run's.
+            write_result(result, task.name, folder, None if source.mix else source.run_dir)
+        results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
+    if subject.cache is not None and is_first_rank():
+        subject.cache.prune()
+
+
+def _load_subject(config: EvaluateConfig, source: ModelSource) -> tuple[Any, dict[str, Any]]:
+    options = encode_options(config)
+    sha256 = from_main(source.sha256)
+    about = about_weights(source, sha256, options.device)
+    cache = Cache(Path(config.output_dir) / "cache", config.cache_gb) if config.cache_gb else None
+    model = load_model(source, options.device)
+    tokenizer = build_tokenizer(source.model.text)
+    return Subject(model, tokenizer, source.model, options, sha256, cache), about
+
+
+def about_weights(source: ModelSource, sha256: str, device: Any) -> dict[str, Any]:
+    """For a protocol: which weights were scored, on which kind of device."""
+    return {
+        "model": source.model.name,
+        "weights": str(source.weights.resolve()),
+        "weights_sha256": sha256,
+        **({} if source.told is None else {"pretrained": source.told}),
+        **({} if source.mix is None else {"wise_ft": asdict(source.mix)}),
+        "step": source.step,
+        "device": device.type,
+        "clip_exp": __version__,
+    }
 
 
 def score(task: Task, subject: Subject) -> Result:

@@ -17,7 +17,7 @@ from clip_exp.data.transforms import MAX_ASPECT, normalize
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.sets.imagenet_sets import weights_file
-from clip_exp.loading.model import autocast
+from clip_exp.precision import autocast
 from clip_exp.ranks.group import from_main
 from clip_exp.weights.files import read_weights
 

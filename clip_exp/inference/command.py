@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_exp.config.use_schema import UseConfig
 from clip_exp.errors import Problems
-from clip_exp.evaluation.evaluate import problems_of
+from clip_exp.evaluation.check import problems_of
 from clip_exp.inference.outputs import check_output
 from clip_exp.loading.source import ModelSource
 

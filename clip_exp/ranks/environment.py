@@ -1,11 +1,12 @@
 """Who started this process, read from its environment; without torch, for the checks before it is imported."""
 
 import os
-import signal
 import socket
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to save and end
-ERROR_FILE = ".error-rank{rank}"  # in the run's folder: how a failing rank tells its launcher why
+
+def is_first_rank() -> bool:
+    """Return whether this process writes files and messages: rank 0, or a process that is no rank."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def outer_ranks() -> int | None:

@@ -1,44 +1,83 @@
-"""Ending work that saves as it goes when a signal asks for it."""
+"""Stop signals: one handler for raising where the program is, for noting a request until a step ends, and for passing it on."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from clip_exp.ranks.environment import STOP_SIGNALS
-
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to save and end
 REPEAT_S = 5.0  # launchers and process groups deliver the same request twice
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. No Exception: nothing on the way should take it for a failure of its own."""
+    """A signal asked this process to end. Not an Exception: no caller should take it for a failure of its own."""
+
+
+class StopRequest:
+    """Whether a stop signal has come."""
+
+    def __init__(self) -> None:
+        self.received = False
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Inside, a stop signal raises `Stopped` where the program is; a later second one ends the process at once.
+def handle_signals(receive: Callable[[int], None]) -> Iterator[None]:
+    """Inside, every stop signal calls `receive` with its number; the handlers from before are restored on leaving.
 
-    Outside the main thread signals are left alone.
+    Outside the main thread, where Python sets no handlers, signals are left alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked_s: float | None = None
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked_s
-        if asked_s is None:
-            asked_s = time.monotonic()
-            raise Stopped(f"stopped by {signal.Signals(number).name}.")
-        if time.monotonic() - asked_s > REPEAT_S:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    def handler(number: int, frame: FrameType | None) -> None:
+        receive(number)
 
-    handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Inside, a stop signal raises `Stopped` where the program is; a later second one ends the process at once."""
+
+    def stop(number: int) -> None:
+        raise Stopped(f"stopped by {signal.Signals(number).name}.")
+
+    with handle_signals(_first(stop)):
+        yield
+
+
+@contextmanager
+def note_signals() -> Iterator[StopRequest]:
+    """Inside, a stop signal is noted in the request, for the program to act on; a later second one ends the process at once."""
+    request = StopRequest()
+
+    def note(number: int) -> None:
+        request.received = True
+
+    with handle_signals(_first(note)):
+        yield request
+
+
+def _first(action: Callable[[int], None]) -> Callable[[int], None]:
+    """Return a receiver that acts on the first signal, ignores repetitions of it, and ends the process on a later one."""
+    first_s: float | None = None
+
+    def receive(number: int) -> None:
+        nonlocal first_s
+        now_s = time.monotonic()
+        if first_s is None:
+            first_s = now_s
+            action(number)
+        elif now_s - first_s > REPEAT_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    return receive

@@ -1,44 +1,59 @@
-"""What the door of a rank does: `python -m <module> <folder>`, started by `ranks.launch`."""
+"""Entry point of a rank that `ranks.launch` started: `python -m clip_exp.ranks.worker <module>:<function> <folder>`."""
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from clip_exp.errors import ClipExpError
-from clip_exp.ranks.environment import ERROR_FILE
 from clip_exp.secrets import redact
 
 
-def serve(work: Callable[[Path], int]) -> None:
-    """Do `work` in the folder that the command line names, and end this process with its exit code."""
-    run_dir, rank = Path(sys.argv[1]), os.environ["RANK"]
+def command_line(work: Callable[[Path], int], folder: Path) -> list[str]:
+    """Return the command that calls a module's function with a folder in a process of its own, and ends it with the result."""
+    return [sys.executable, "-m", __name__, f"{work.__module__}:{work.__qualname__}", str(folder)]
+
+
+def error_file(folder: Path, rank: int | str) -> Path:
+    """Return where a failing rank leaves its message for the launcher."""
+    return folder / f".error-rank{rank}"
+
+
+def main() -> NoReturn:
+    module, function = sys.argv[1].split(":")
+    folder, rank = Path(sys.argv[2]), os.environ["RANK"]
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the work has its own way to stop: no traceback of imports
     try:
-        code = work(run_dir)
+        code = getattr(importlib.import_module(module), function)(folder)
     except ClipExpError as error:
         code = error.exit_code
-        _tell(run_dir, rank, f"error: {error}")
+        _leave(folder, rank, f"error: {error}")
     except Exception:
         code = 1
-        _tell(run_dir, rank, f"rank {rank}:\n{traceback.format_exc()}")
+        _leave(folder, rank, f"rank {rank}:\n{traceback.format_exc()}")
     # A collective that other ranks left half-way would keep an orderly exit waiting.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _tell(run_dir: Path, rank: str, message: str) -> None:
+def _leave(folder: Path, rank: str, message: str) -> None:
     """Leave the message to the launcher, which prints one of all the ranks' messages."""
-    (run_dir / ERROR_FILE.format(rank=rank)).write_text(redact(message), encoding="utf-8")
+    error_file(folder, rank).write_text(redact(message), encoding="utf-8")
 
 
 def _end_with_parent() -> None:
-    """Linux ends this process when the launcher dies, however it dies."""
+    """Make Linux end this process when the launcher dies, however it dies."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

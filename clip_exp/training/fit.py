@@ -17,12 +17,14 @@ from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.transforms import preprocessing_of
 from clip_exp.data.workers import killed_workers_are_told
+from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, DataError
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks import group
 from clip_exp.ranks.group import is_main
+from clip_exp.ranks.signals import StopRequest, note_signals
 from clip_exp.runs import RunRecord
 from clip_exp.text.build import build_tokenizer
 from clip_exp.text.saved import with_saved_tokenizer
@@ -36,7 +38,7 @@ from clip_exp.training.preflight import steps_of, world_size
 from clip_exp.training.preflight_finetune import probe_problems
 from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskScores
-from clip_exp.training.trainer import build_trainer, resolve_device
+from clip_exp.training.trainer import build_trainer
 from clip_exp.weights.fit import load_weights
 
 log = logging.getLogger(__name__)
@@ -51,9 +53,9 @@ def train(run_dir: Path) -> int:
     config = read_run_config(run_dir)
     config.model = with_saved_tokenizer(config.model, run_dir)
     record = RunRecord(run_dir)
-    with Preemption() as preemption:
+    with note_signals() as stop:
         try:
-            _fit(config, run_dir, record, preemption)
+            _fit(config, run_dir, record, stop)
             return 0
         except Preempted:
             if is_main():
@@ -69,8 +71,8 @@ def train(run_dir: Path) -> int:
             group.stop()
 
 
-def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Preemption) -> None:
-    device_type, ranks = resolve_device(config), world_size(config)
+def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopRequest) -> None:
+    device_type, ranks = resolve_accelerator(config.trainer.accelerator, "trainer."), world_size(config)
     if ranks > 1 or config.strategy.name != StrategyName.auto:
         group.start(device_type, config.strategy.timeout_s)
     torch.set_float32_matmul_precision("high")
@@ -95,7 +97,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, preemption: Pree
         ranks=ranks,
         steps=steps,
         datamodule=datamodule,
-        preemption=preemption,
+        preemption=Preemption(stop),
         tasks=tasks,
     )
     if checkpoint is not None:

@@ -1,13 +1,18 @@
 """From a training configuration to the folder of its run and the processes that train in it: none but this for one device."""
 
-import contextlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clip_exp.config.schema import TrainConfig
-from clip_exp.errors import ClipExpError, ConfigError
-from clip_exp.ranks.environment import outer_ranks
-from clip_exp.ranks.launch import run_ranks
-from clip_exp.runs import lock
+from clip_exp.devices import Devices, resolve_accelerator
+from clip_exp.errors import ConfigError
+from clip_exp.ranks.environment import is_first_rank, outer_ranks
+from clip_exp.ranks.launch import Opened, Work, launch_work
+from clip_exp.runs import RunRecord, lock
+from clip_exp.secrets import redact
 from clip_exp.training.opening import open_run
 from clip_exp.training.preflight import requested_devices
 
@@ -19,12 +24,10 @@ def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
         arguments: of the command line, for `run.json`.
         job: number of the job in a sweep, or None.
     """
-    if outer_ranks():
-        if job is not None:
-            raise ConfigError(
-                "a sweep (-m) starts its own processes: run it without torchrun or srun, with trainer.devices."
-            )
-        return _join(config, arguments)
+    if outer_ranks() and job is not None:
+        raise ConfigError(
+            "a sweep (-m) starts its own processes: run it without torchrun or srun, with trainer.devices."
+        )
     return train_here(config, arguments, "" if job is None else f"-{job}")[1]
 
 
@@ -34,65 +37,81 @@ def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> t
     Args:
         suffix: of the name of a new folder.
     """
-    opening = open_run(config, suffix)
-    run_dir = opening.folder
-    if opening.finished:
-        return run_dir, _already(run_dir)
-    with lock(run_dir):
-        opening.begin(arguments)
-        ranks = _ranks(config)
-        print(f"run folder: {run_dir}", flush=True)
-        if ranks > 1 or isinstance(config.trainer.devices, list):
-            return run_dir, run_ranks("clip_exp.training.worker", run_dir, ranks, config.trainer.devices)
-        from clip_exp.training.worker import work
-
-        return run_dir, work(run_dir)
-
-
-def _already(run_dir: Path) -> int:
-    print(f"{run_dir} has finished this run already; resume=never starts another.")
-    return 0
-
-
-def _ranks(config: TrainConfig) -> int:
-    asked = requested_devices(config)
-    if config.trainer.num_nodes > 1:
+    nodes = config.trainer.num_nodes
+    if nodes > 1 and not outer_ranks():
+        per_node = requested_devices(config).requested or "gpu"
         raise ConfigError(
-            f"trainer.num_nodes={config.trainer.num_nodes}: start the command on every node, for example "
-            f"torchrun --nnodes={config.trainer.num_nodes} --nproc-per-node={asked or 'gpu'} --rdzv-endpoint=<first node>:29500 train.py …"
+            f"trainer.num_nodes={nodes}: start the command on every node, for example "
+            f"torchrun --nnodes={nodes} --nproc-per-node={per_node} --rdzv-endpoint=<first node>:29500 train.py …"
         )
-    if asked is not None:
-        return asked
-    if config.trainer.accelerator == "cpu":
-        return 1
-    import torch
-
-    return max(1, torch.cuda.device_count())
+    return launch_work(Training(config, arguments, suffix))
 
 
-def _join(config: TrainConfig, arguments: list[str]) -> int:
-    """As one rank that torchrun or srun started: agree on the folder that rank 0 opens."""
-    import torch.distributed as dist
+class Training(Work):
+    """A run, in a folder of its own or one of an earlier run that it continues."""
 
-    from clip_exp.ranks import group
-    from clip_exp.training.trainer import resolve_device
-    from clip_exp.training.worker import work
+    def __init__(self, config: TrainConfig, arguments: list[str], suffix: str) -> None:
+        self.config = config
+        self.arguments = arguments
+        self.suffix = suffix
+        self.rank = train_in
+        self.timeout_s = config.strategy.timeout_s
 
-    group.start(resolve_device(config), config.strategy.timeout_s)
-    this_rank = dist.get_rank()
-    with contextlib.ExitStack() as held:
+    @contextmanager
+    def open(self) -> Iterator[Opened]:
+        """Find the folder to continue in, or make one; see `open_run`."""
+        opening = open_run(self.config, self.suffix)
+        folder = opening.folder
+        if opening.finished:
+            print(f"{folder} has finished this run already; resume=never starts another.")
+            yield Opened(folder, finished=True)
+            return
+        with lock(folder):
+            opening.begin(self.arguments)
+            print(f"run folder: {folder}", flush=True)
+            yield Opened(folder)
 
-        def open_folder() -> tuple[Path, bool]:
-            opening = open_run(config)
-            if not opening.finished:
-                held.enter_context(lock(opening.folder))
-                opening.begin(arguments)
-            return opening.folder, opening.finished
+    def devices(self) -> Devices:
+        return requested_devices(self.config)
 
-        run_dir, finished = group.from_main(open_folder)
-        if finished:
-            return _already(run_dir) if group.is_main() else 0
-        try:
-            return work(run_dir)
-        except ClipExpError as error:
-            raise type(error)(f"rank {this_rank}: {error}") from error
+    def device_type(self) -> str:
+        return resolve_accelerator(self.config.trainer.accelerator, "trainer.")
+
+    def run(self, folder: Path) -> int:
+        return train_in(folder)
+
+    def note(self, folder: Path, status: str, **facts: Any) -> None:
+        RunRecord(folder).finish(status, **facts)
+
+
+def train_in(folder: Path) -> int:
+    """Train what a run folder's `config.yaml` describes, as one rank, logging to `train.log`; return the exit code."""
+    handler = _log_to(folder)
+    try:
+        from clip_exp.training.fit import train  # imports torch
+
+        return train(folder)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _log_to(folder: Path) -> logging.Handler:
+    """Write everything to `train.log` on rank 0; warnings go to the terminal too."""
+    main = is_first_rank()
+    root = logging.getLogger()
+    root.setLevel(logging.INFO if main else logging.ERROR)
+    handler: logging.Handler = (
+        logging.FileHandler(folder / "train.log", encoding="utf-8") if main else logging.NullHandler()
+    )
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    return handler
+
+
+class RedactingFormatter(logging.Formatter):
+    """A formatter that keeps secrets of the environment and credentials of addresses out of the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))

@@ -1,17 +1,12 @@
 """Stopping a run between two steps, on all ranks at the same one, when a signal asks for it."""
 
-import signal
-import threading
-import time
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from clip_exp.ranks.environment import STOP_SIGNALS
-from clip_exp.ranks.signals import REPEAT_S
+from clip_exp.ranks.signals import StopRequest
 from clip_exp.training.callbacks import Checkpointer, validation_due
 
 
@@ -20,29 +15,20 @@ class Preempted(Exception):
 
 
 class Preemption(pl.Callback):
-    """Saves and ends the run at the end of the step in which a signal came; a later second signal acts at once.
+    """Saves and ends the run at the end of the step in which a signal came.
 
     Lightning's own handling lets each rank stop when its signal arrives, and ranks that stop at different steps wait for
     each other forever. Here the ranks agree at every step, through a CPU tensor, which does not wait for a GPU. A step that
     is to be validated is validated first, so that going on misses nothing.
 
-    Used as a context: signals are noted from entering to leaving it.
+    Args:
+        request: the signal, noted by `ranks.signals.note_signals`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
         self.checkpointer: Checkpointer | None = None
-        self.asked_s: float | None = None
         self._stopping = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Preemption":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def take_over(self, trainer: pl.Trainer, checkpointer: Checkpointer) -> None:
         """Act for `trainer`, in the place of Lightning's own signal handlers."""
@@ -64,17 +50,10 @@ class Preemption(pl.Callback):
             self.checkpointer.save(trainer)
         raise Preempted
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        now_s = time.monotonic()
-        if self.asked_s is not None and now_s - self.asked_s > REPEAT_S:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.asked_s = self.asked_s or now_s
-
     def _agreed(self) -> bool:
-        asked = self.asked_s is not None
+        requested = self.request.received
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return asked
-        flag = torch.tensor([asked], dtype=torch.int32)
+            return requested
+        flag = torch.tensor([requested], dtype=torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())

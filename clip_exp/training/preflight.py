@@ -10,6 +10,7 @@ from clip_exp.config.model_rules import check_idle, check_model, check_vocabular
 from clip_exp.config.ranges import INFINITY, TINY, range_problems
 from clip_exp.config.schema import LossName, StrategyName, TrainConfig
 from clip_exp.data.preflight import check_data, check_tables
+from clip_exp.devices import Devices, parse_devices
 from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.runs import name_problems
@@ -48,17 +49,18 @@ def check_train(config: TrainConfig) -> None:
         raise gravest(errors)
 
 
-def requested_devices(config: TrainConfig) -> int | None:
-    """Processes per node that `trainer.devices` names; None for `auto`."""
-    devices = config.trainer.devices
-    if isinstance(devices, list):
-        return len(devices)
-    return None if str(devices) in ("auto", "-1") else int(devices)
+def requested_devices(config: TrainConfig) -> Devices:
+    """Return the devices of a node that the configuration requests.
+
+    Raises:
+        ConfigError: see `parse_devices`.
+    """
+    return parse_devices(config.trainer.accelerator, config.trainer.devices, "trainer.")
 
 
 def world_size(config: TrainConfig) -> int:
     """Processes of the run: those that an outer launcher started, or those that the configuration asks for."""
-    return outer_ranks() or (requested_devices(config) or 1) * config.trainer.num_nodes
+    return outer_ranks() or (requested_devices(config).requested or 1) * config.trainer.num_nodes
 
 
 def _check_run(config: TrainConfig) -> Iterator[str]:
@@ -108,27 +110,19 @@ def _check_numbers(config: TrainConfig) -> Iterator[str]:
 
 def _check_strategy(config: TrainConfig) -> Iterator[str]:
     trainer, strategy = config.trainer, config.strategy
-    if trainer.accelerator not in ("auto", "cpu", "gpu"):
-        yield f"trainer.accelerator={trainer.accelerator} must be auto, cpu or gpu."
     if trainer.accumulate_grad_batches != 1:
         yield (
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: a contrastive loss would not see more negatives. "
             "Raise global_batch_size and set micro_batch_size: the same memory, the gradient of the whole batch."
         )
-    devices = trainer.devices
-    listed = (
-        isinstance(devices, list)
-        and all(isinstance(index, int) for index in devices)
-        and len({*devices}) == len(devices)
-    )
-    if not (str(devices) in ("auto", "-1") or listed or str(devices).isdecimal()) or devices in (0, "0", []):
-        yield f"trainer.devices={devices} must be auto, a number above 0, or a list of distinct GPU indices."
-        return
-    if listed and trainer.accelerator == "cpu":
-        yield f"trainer.devices={devices} lists GPUs: on a CPU give a number."
-    ranks = world_size(config)
-    if config.global_batch_size % ranks:
-        yield f"global_batch_size={config.global_batch_size} must be a multiple of the {ranks} processes (trainer.devices times trainer.num_nodes)."
+    try:
+        requested_devices(config)
+    except ConfigError as error:
+        yield str(error)
+    else:
+        ranks = world_size(config)
+        if config.global_batch_size % ranks:
+            yield f"global_batch_size={config.global_batch_size} must be a multiple of the {ranks} processes (trainer.devices times trainer.num_nodes)."
     if strategy.name == StrategyName.deepspeed:
         if strategy.stage not in (1, 2, 3):
             yield f"strategy.stage={strategy.stage} must be 1, 2 or 3."
@@ -177,16 +171,7 @@ def _warmup_problem(warmup: int | None, steps: int) -> str:
 
 
 def _check_devices(config: TrainConfig) -> Iterator[str]:
-    wants_gpu = config.trainer.accelerator == "gpu" or isinstance(config.trainer.devices, list)
-    if not wants_gpu or config.trainer.accelerator == "cpu":
-        return
-    import torch
-
-    found = torch.cuda.device_count()
-    asked = requested_devices(config)
-    if found == 0:
-        yield "trainer.accelerator=gpu, but torch finds no GPU: use trainer.accelerator=cpu, or install the driver and a CUDA build of torch."
-    elif isinstance(config.trainer.devices, list) and not all(0 <= index < found for index in config.trainer.devices):
-        yield f"trainer.devices={config.trainer.devices} must be indices from 0 to {found - 1}: this machine has {found} GPUs."
-    elif asked is not None and asked > found:
-        yield f"trainer.devices={config.trainer.devices} asks for {asked} GPUs, and this machine has {found}."
+    try:
+        requested_devices(config).check_gpus()
+    except ConfigError as error:
+        yield str(error)

@@ -15,9 +15,8 @@ from clip_exp.checkpoints.io import MODEL_PREFIX
 from clip_exp.config.schema import TrainConfig
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions
-from clip_exp.evaluation.evaluate import about_weights
 from clip_exp.evaluation.prepared import Task
-from clip_exp.evaluation.scoring import score
+from clip_exp.evaluation.scoring import about_weights, score
 from clip_exp.evaluation.subject import Subject
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import source_of_checkpoint

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.config.targets import build_extra
 from clip_exp.data.datamodule import PairsDataModule
-from clip_exp.errors import ConfigError
 from clip_exp.evaluation.prepared import Task
+from clip_exp.precision import training_precision
 from clip_exp.ranks.group import is_main
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer, StopAtEnd, is_of_task, monitor_mode
 from clip_exp.training.loggers import build_loggers
@@ -23,28 +22,6 @@ from clip_exp.training.preemption import Preemption
 from clip_exp.training.progress import build_progress
 from clip_exp.training.strategies import build_strategy
 from clip_exp.training.tasks import TaskPatience, TaskScores
-
-
-def resolve_device(config: TrainConfig) -> str:
-    """`cpu` or `cuda`."""
-    if config.trainer.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return "cuda" if config.trainer.accelerator == "gpu" else "cpu"
-
-
-def resolve_precision(config: TrainConfig, device_type: str) -> str:
-    """bf16 where a GPU has it; float32 on CPUs, where bf16 is slower unless the processor has AMX.
-
-    Raises:
-        ConfigError: float16 on a CPU.
-    """
-    if config.precision == "16-mixed" and device_type == "cpu":
-        raise ConfigError("precision=16-mixed does not train on a CPU: use precision=auto.")
-    if config.precision != "auto":
-        return config.precision
-    if device_type == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    return "bf16-mixed" if torch.backends.cpu.get_cpu_capability() == "AMX" else "32-true"
 
 
 def build_trainer(
@@ -76,7 +53,7 @@ def build_trainer(
         devices=max(1, ranks // config.trainer.num_nodes),
         num_nodes=config.trainer.num_nodes,
         strategy=build_strategy(config.strategy, device_type, ranks),
-        precision=resolve_precision(config, device_type),  # type: ignore[arg-type]
+        precision=training_precision(config.precision, device_type),  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=-1,
         min_epochs=0,

@@ -13,7 +13,7 @@ import clip_exp
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.model_schema import Activation
 from clip_exp.config.models import named_model
-from clip_exp.evaluation.evaluate import evaluate
+from clip_exp.evaluation.launch import evaluate
 
 HUB = Path(os.environ.get("HF_HUB_CACHE", Path.home() / ".cache" / "huggingface" / "hub"))
 IN_HUB = "models--timm--vit_base_patch32_clip_224.openai/snapshots/*/open_clip_model.safetensors"

@@ -13,8 +13,8 @@ import clip_exp
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation import knn
-from clip_exp.evaluation.evaluate import check, evaluate
 from clip_exp.evaluation.knn import nearest, vote
+from clip_exp.evaluation.launch import check, evaluate
 from tests.evaluation.tinted import CLASSES, blobs, direct, tinted
 
 

@@ -20,7 +20,7 @@ import clip_exp
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.evaluation_schema import EvaluateConfig, LinearProbeTaskConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
-from clip_exp.evaluation.evaluate import check, evaluate
+from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.probe import choose_c, fit_probe, predict, search
 from clip_exp.evaluation.splits import require_division
 from tests.evaluation.tinted import CLASSES, blobs, direct, tinted

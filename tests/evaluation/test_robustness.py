@@ -17,7 +17,7 @@ from clip_exp.data.transforms import normalize
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.evaluation import subject
 from clip_exp.evaluation.encode import EncodeOptions
-from clip_exp.evaluation.evaluate import check, evaluate
+from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.sets.class_sets import class_set
 from clip_exp.evaluation.sets.prompts import imagenet_classes
 from clip_exp.evaluation.supervised import Preset, load_supervised, restrict

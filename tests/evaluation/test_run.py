@@ -19,8 +19,8 @@ from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.transforms import preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.evaluation.encode import EncodeOptions
-from clip_exp.evaluation.evaluate import check, evaluate
 from clip_exp.evaluation.features import encode_pictures
+from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.metrics import retrieval
 from clip_exp.evaluation.scoring import Subject
 from clip_exp.evaluation.sets.prompts import class_prompts, imagenet_classes, templates

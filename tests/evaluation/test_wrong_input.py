@@ -11,7 +11,7 @@ import pytest
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
-from clip_exp.evaluation.evaluate import check, evaluate
+from clip_exp.evaluation.launch import check, evaluate
 from tests.evaluation.cifar import write_cifar10
 from tests.evaluation.sets.test_torchvision_sets import write_eurosat
 from tests.small_runs import write_picture

@@ -85,7 +85,7 @@ def test_what_cannot_be_loaded_is_told_with_what_can(
 
 
 def test_preparing_an_evaluation_imports_no_torch():
-    code = "import clip_exp.evaluation.evaluate, sys; print([m for m in ('torch', 'open_clip') if m in sys.modules])"
+    code = "import clip_exp.evaluation.launch, sys; print([m for m in ('torch', 'open_clip') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -2,21 +2,66 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from clip_exp.errors import DistributedError
+from clip_exp.devices import Devices, parse_devices
 from clip_exp.ranks import launch
-from clip_exp.runs import RunRecord
+from clip_exp.ranks.launch import Opened, Work, launch_work
+from tests.ranks.planned import work
 
 
-def run(folder: Path, *plan: str) -> int:
+class Planned(Work):
+    """Ranks that end as planned."""
+
+    def __init__(self, folder: Path, ranks: int, finished: bool = False) -> None:
+        self.folder = folder
+        self.ranks = ranks
+        self.finished = finished
+        self.rank = work
+        self.timeout_s = 60
+        self.held = False
+        self.records: list[dict[str, Any]] = []
+
+    @contextmanager
+    def open(self) -> Iterator[Opened]:
+        self.held = True
+        try:
+            yield Opened(self.folder, self.finished)
+        finally:
+            self.held = False
+
+    def devices(self) -> Devices:
+        return parse_devices("cpu", self.ranks)
+
+    def device_type(self) -> str:
+        return "cpu"
+
+    def run(self, folder: Path) -> int:
+        assert self.held
+        return 7
+
+    def note(self, folder: Path, status: str, **facts: Any) -> None:
+        assert self.held
+        self.records.append({"status": status, **facts})
+
+
+def run(folder: Path, *plan: str) -> tuple[int, dict[str, Any]]:
+    """The exit code of ranks that end as planned, and what was recorded of them."""
     (folder / "plan.json").write_text(json.dumps(plan))
-    return launch.run_ranks("tests.ranks.door", folder, len(plan), "auto")
+    planned = Planned(folder, len(plan))
+    code = launch_work(planned)[1]
+    assert [path.name for path in folder.iterdir()] == ["plan.json"]
+    assert len(planned.records) <= 1
+    return code, planned.records[0] if planned.records else {}
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +84,13 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...], code: int, message: str
 ) -> None:
-    assert run(tmp_path, *plan) == code
+    found, record = run(tmp_path, *plan)
+    assert found == code
     told = capsys.readouterr().err
     assert told.strip().splitlines()[-1] == message
     assert (told.count("error: "), told.count("Traceback")) == ((0, 1) if code == 1 else (1, 0))
-    record = RunRecord(tmp_path).values
     assert (record["status"], record["exit_code"]) == ("failed", code)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "run.json"]
+    assert record["error"][-1] == message.removeprefix("error: ").replace(r"\x1b", "\x1b")
 
 
 @pytest.mark.parametrize(
@@ -57,29 +102,41 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
         (("9", "wait"), "rank 0 of 2 ended with code 9 and no message"),
     ],
 )
-def test_a_rank_that_cannot_tell_is_told_of(tmp_path: Path, plan: tuple[str, ...], message: str) -> None:
-    with pytest.raises(DistributedError, match=message):
-        run(tmp_path, *plan)
-    record = RunRecord(tmp_path).values
-    assert (record["status"], record["exit_code"]) == ("failed", 6)
+def test_a_rank_that_cannot_tell_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...], message: str
+) -> None:
+    code, record = run(tmp_path, *plan)
+    assert (code, record["status"], record["exit_code"]) == (6, "failed", 6)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {message}", told)
+    assert record["error"] == [told.removeprefix("error: ")]
 
 
 @pytest.mark.parametrize("plan", [("143", "143"), ("143", "lost touch"), ("143", "wait")])
-def test_ranks_that_a_signal_stopped_end_all_as_preempted(tmp_path: Path, plan: tuple[str, ...]) -> None:
-    assert run(tmp_path, *plan) == 143
-    assert RunRecord(tmp_path).values["status"] == "preempted"
+def test_ranks_that_a_signal_stopped_end_all_as_preempted(
+    tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...]
+) -> None:
+    assert run(tmp_path, *plan) == (143, {"status": "preempted"})
+    assert capsys.readouterr().err == ""
 
 
 def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
     def ask() -> None:
         time.sleep(1.5)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=ask).start()
-    assert run(tmp_path, "wait", "wait") == 143
-    assert RunRecord(tmp_path).values["status"] == "preempted"
+    assert run(tmp_path, "wait", "wait") == (143, {"status": "preempted"})
     assert capsys.readouterr().err == "stopped by a signal; the same command goes on from what was saved.\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_all_well_is_zero(tmp_path: Path) -> None:
-    assert run(tmp_path, "0", "0", "0") == 0
+    assert run(tmp_path, "0", "0", "0") == (0, {})
+
+
+def test_one_device_is_this_process_and_a_finished_folder_needs_none(tmp_path: Path) -> None:
+    assert launch_work(Planned(tmp_path, 1)) == (tmp_path, 7)
+    assert launch_work(Planned(tmp_path, 2, finished=True)) == (tmp_path, 0)

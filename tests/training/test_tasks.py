@@ -12,7 +12,7 @@ from clip_exp.config.data_schema import GenerateConfig, Generator
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.data.generated import generate
 from clip_exp.errors import ClipExpError, ConfigError, DataError
-from clip_exp.evaluation.evaluate import evaluate
+from clip_exp.evaluation.launch import evaluate
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config
 from tests.runs import TINY, Finished, Train

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from clip_exp.errors import DataError, DistributedError
-from clip_exp.ranks.worker import serve
 
 
 def work(folder: Path) -> int:
@@ -25,7 +24,3 @@ def work(folder: Path) -> int:
     if plan == "wait":
         time.sleep(60)
     return int(plan)
-
-
-if __name__ == "__main__":
-    serve(work)

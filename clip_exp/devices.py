@@ -1,0 +1,125 @@
+"""What the keys `accelerator` and `devices` of a configuration mean, here: a type of device, a number of processes, GPUs.
+
+The text of the values is checked without torch, so that a typo is reported at once; the GPUs of the machine are counted with it.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from clip_exp.errors import ConfigError
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")  # cuda is gpu
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices that a configuration requests on each machine, one process per device; made by `parse_devices`."""
+
+    accelerator: str
+    requested: int | None  # processes; None: one per GPU of the machine, or one on a CPU
+    gpus: list[int] | None  # indices of the GPUs to use; None: the first `requested`
+    keys: str  # prefix of the keys in messages
+    value: str  # of `devices`, for messages
+
+    def check_gpus(self) -> None:
+        """Check that this machine has the GPUs. Imports torch only where GPUs are needed or may be too few.
+
+        Raises:
+            ConfigError: there are no GPUs, or fewer than requested.
+        """
+        named = self.accelerator in ("gpu", "cuda")
+        several = self.gpus is not None or (self.requested or 1) > 1
+        if self.accelerator == "cpu" or not (named or several):
+            return
+        import torch
+
+        found = torch.cuda.device_count()
+        if found == 0 and named:
+            raise ConfigError(_no_gpu(self.accelerator, self.keys))
+        if self.gpus is not None and found == 0:
+            raise ConfigError(f"{self.value} lists GPUs, but torch finds no GPU: on a CPU give a number.")
+        if self.gpus is not None and max(self.gpus) >= found:
+            raise ConfigError(f"{self.value} must be indices from 0 to {found - 1}: this machine has {found} GPUs.")
+        if 0 < found < (self.requested or 1):
+            raise ConfigError(f"{self.value} asks for {self.requested} GPUs, and this machine has {found}.")
+
+    def count(self) -> int:
+        """Return the number of processes on this machine; imports torch where its GPUs decide."""
+        if self.requested is not None:
+            return self.requested
+        if self.accelerator == "cpu":
+            return 1
+        import torch
+
+        return max(1, torch.cuda.device_count())
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables by which a process sees only the listed GPUs, of those that this process sees."""
+        if self.gpus is None:
+            return {}
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(visible[index] if visible else str(index) for index in self.gpus)}
+
+
+def parse_devices(accelerator: str, devices: Any, keys: str = "") -> Devices:
+    """Parse the values of `accelerator` and `devices`, without torch.
+
+    Args:
+        accelerator: auto (a GPU where there is one), cpu or gpu.
+        devices: auto or -1, a number of processes, or a list of distinct GPU indices.
+        keys: prefix of the two keys' names in messages, such as "trainer.".
+    Raises:
+        ConfigError: a line for every problem.
+    """
+    problems, requested, gpus = [], None, None
+    value = f"{keys}devices={devices}"
+    if accelerator not in ACCELERATORS:
+        problems.append(_unknown(accelerator, keys))
+    if isinstance(devices, list) and devices and all(map(_is_index, devices)) and len({*devices}) == len(devices):
+        requested, gpus = len(devices), devices
+        if accelerator == "cpu":
+            problems.append(f"{value} lists GPUs: on a CPU give a number.")
+    elif str(devices).isdecimal() and int(devices) > 0:
+        requested = int(devices)
+    elif str(devices) not in ("auto", "-1"):
+        problems.append(f"{value} must be auto, a number above 0, or a list of distinct GPU indices.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Devices(accelerator, requested, gpus, keys, value)
+
+
+def resolve_accelerator(accelerator: str, keys: str = "") -> str:
+    """Return the type of torch device that an accelerator is on this machine, `cpu` or `cuda`; imports torch.
+
+    Args:
+        keys: prefix of the key's name in messages, such as "trainer.".
+    Raises:
+        ConfigError: an unknown accelerator, or no GPU.
+    """
+    if accelerator not in ACCELERATORS:
+        raise ConfigError(_unknown(accelerator, keys))
+    if accelerator == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if accelerator == "auto":
+        return "cpu"
+    raise ConfigError(_no_gpu(accelerator, keys))
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _unknown(accelerator: str, keys: str) -> str:
+    return f"{keys}accelerator={accelerator} must be auto, cpu or gpu."
+
+
+def _no_gpu(accelerator: str, keys: str) -> str:
+    return (
+        f"{keys}accelerator={accelerator}, but torch finds no GPU: use {keys}accelerator=cpu, "
+        "or install the driver and a CUDA build of torch."
+    )

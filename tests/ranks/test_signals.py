@@ -1,0 +1,60 @@
+"""A stop signal raises or is noted, once; the same request delivered twice is one; a later one ends the process."""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from clip_exp.ranks import signals
+from clip_exp.ranks.signals import STOP_SIGNALS, Stopped, note_signals, stop_on_signals
+
+
+@pytest.fixture(autouse=True)
+def _handlers_are_restored() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_raises_where_the_program_is(number: signal.Signals) -> None:
+    with pytest.raises(Stopped, match=rf"stopped by {number.name}\."), stop_on_signals():
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_its_repetition_is_the_same_request(number: signal.Signals) -> None:
+    with note_signals() as request:
+        assert not request.received
+        signal.raise_signal(number)
+        assert request.received
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("context", ["stop_on_signals", "note_signals"])
+def test_a_later_signal_ends_the_process_at_once(context: str) -> None:
+    code = (
+        "import signal\nfrom clip_exp.ranks import signals\nsignals.REPEAT_S = 0.0\n"
+        f"with signals.{context}():\n"
+        "    for attempt in range(2):\n"
+        "        try:\n            signal.raise_signal(signal.SIGTERM)\n"
+        "        except signals.Stopped:\n            pass\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def use() -> None:
+        with signals.stop_on_signals(), note_signals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert seen == [before]
