@@ -11,7 +11,6 @@ from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
 from clip_exp.config.models import named_model, names, resolve
-from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.evaluation.launch import evaluate as evaluate_here
 from clip_exp.inference.inputs import find_pictures
@@ -28,7 +27,7 @@ from clip_exp.loading.source import (
 from clip_exp.ranks.environment import outer_ranks
 from clip_exp.ranks.signals import Stopped
 from clip_exp.runs import RunRecord
-from clip_exp.training.preflight import check_train
+from clip_exp.training.launch import train_here
 from clip_exp.weights.hub import HUB, is_hub_name
 
 if TYPE_CHECKING:
@@ -67,13 +66,9 @@ def load(
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
-    import torch
+    from clip_exp.inference.pipeline import load_pipeline
 
-    from clip_exp.inference.pipeline import Pipeline
-    from clip_exp.loading.model import load_model
-
-    device = torch.device(resolve_accelerator(accelerator))
-    return Pipeline(load_model(found, device), found.model, device, source=found)
+    return load_pipeline(found, accelerator)
 
 
 def train(*overrides: str) -> Path:
@@ -89,11 +84,8 @@ def train(*overrides: str) -> Path:
         KeyboardInterrupt: a signal stopped it; the same call goes on.
     """
     config = load_train(compose("train", list(overrides)))
-    check_train(config)
     if outer_ranks():
         raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
-    from clip_exp.training.launch import train_here
-
     run_dir, code = train_here(config, list(overrides))
     if code == PREEMPTED_EXIT_CODE:
         raise KeyboardInterrupt(f"stopped by a signal; the same call goes on in {run_dir}")

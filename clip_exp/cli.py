@@ -12,6 +12,14 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from clip_exp._version import __version__
+from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.load import load_evaluate, load_train, load_use, nearest
+from clip_exp.config.models import translate
+from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, explain, quote
+from clip_exp.config.paths import conf_dir
+from clip_exp.config.store import config_name, register
+from clip_exp.config.sweep import job_number
+from clip_exp.config.use_schema import ExportConfig, ModelsConfig, PredictConfig, RankConfig, SearchConfig
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, printable
 from clip_exp.ranks.environment import is_first_rank
 
@@ -30,8 +38,6 @@ def main(command: str | None = None) -> NoReturn:
             sys.exit(0)
         command, arguments = arguments[0], arguments[1:]
         if command not in COMMANDS:
-            from clip_exp.config.load import nearest
-
             _fail(f"{command} is no command of clip-exp: {nearest(command, COMMANDS)}")
     sys.exit(run(command, arguments))
 
@@ -42,11 +48,6 @@ def run(command: str, arguments: list[str]) -> int:
     A sweep (`-m`) goes on after a failed job and returns the first failure's code.
     """
     import hydra
-
-    from clip_exp.config.models import translate
-    from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, quote
-    from clip_exp.config.paths import conf_dir
-    from clip_exp.config.store import config_name, register
 
     register()
     codes: list[int] = []
@@ -83,8 +84,6 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
     except KeyboardInterrupt:
         return _report("interrupted.", 130)
     except Exception as error:
-        from clip_exp.config.overrides import explain
-
         message = explain(error)
         if message is None and sweeping:
             traceback.print_exc()
@@ -94,21 +93,17 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
         return _report(message, 2)
 
 
-def _train(config: DictConfig, arguments: list[str]) -> int:
-    from clip_exp.config.load import load_train
-    from clip_exp.config.sweep import job_number
-    from clip_exp.training.preflight import check_train
+# Each command imports its package when it runs: composing and `--help` need none of them.
 
+
+def _train(config: DictConfig, arguments: list[str]) -> int:
     loaded = load_train(config)
-    check_train(loaded)
     from clip_exp.training.launch import launch
 
     return launch(loaded, arguments, job_number())
 
 
 def _evaluate(config: DictConfig, arguments: list[str]) -> int:
-    from clip_exp.config.load import load_evaluate
-
     loaded = load_evaluate(config)
     from clip_exp.evaluation.launch import launch
 
@@ -116,9 +111,6 @@ def _evaluate(config: DictConfig, arguments: list[str]) -> int:
 
 
 def _predict(config: DictConfig, arguments: list[str]) -> int:
-    from clip_exp.config.load import load_use
-    from clip_exp.config.use_schema import PredictConfig
-
     loaded = load_use(config, PredictConfig)
     from clip_exp.inference.predict import predict
 
@@ -126,9 +118,6 @@ def _predict(config: DictConfig, arguments: list[str]) -> int:
 
 
 def _rank(config: DictConfig, arguments: list[str]) -> int:
-    from clip_exp.config.load import load_use
-    from clip_exp.config.use_schema import RankConfig
-
     loaded = load_use(config, RankConfig)
     from clip_exp.inference.rank import rank
 
@@ -136,9 +125,6 @@ def _rank(config: DictConfig, arguments: list[str]) -> int:
 
 
 def _search(config: DictConfig, arguments: list[str]) -> int:
-    from clip_exp.config.load import load_use
-    from clip_exp.config.use_schema import SearchConfig
-
     loaded = load_use(config, SearchConfig)
     from clip_exp.inference.search import search
 
@@ -146,9 +132,6 @@ def _search(config: DictConfig, arguments: list[str]) -> int:
 
 
 def _export(config: DictConfig, arguments: list[str]) -> int:
-    from clip_exp.config.load import load_use
-    from clip_exp.config.use_schema import ExportConfig
-
     loaded = load_use(config, ExportConfig)
     from clip_exp.export.command import export
 
@@ -156,9 +139,6 @@ def _export(config: DictConfig, arguments: list[str]) -> int:
 
 
 def _models(config: DictConfig, arguments: list[str]) -> int:
-    from clip_exp.config.load import load_use
-    from clip_exp.config.use_schema import ModelsConfig
-
     loaded = load_use(config, ModelsConfig)
     from clip_exp.inference.models import models
 
@@ -166,9 +146,6 @@ def _models(config: DictConfig, arguments: list[str]) -> int:
 
 
 def _check_data(config: DictConfig, arguments: list[str]) -> int:
-    from clip_exp.config.check_schema import CheckDataConfig
-    from clip_exp.config.load import load_use
-
     loaded = load_use(config, CheckDataConfig)
     from clip_exp.checks.command import check_data
 

@@ -14,7 +14,7 @@ from clip_exp.checks.verdicts import Level, Verdict, judge
 from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.config.load import plain
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.workers import count_workers, killed_workers_are_told
+from clip_exp.data.workers import cores_per_rank, count_workers, killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.reports.data_page import data_page
 from clip_exp.runs import write_json, write_text
@@ -25,18 +25,18 @@ SETTINGS = ("decode", "max_pictures", "max_leakage", "global_batch_size")
 
 
 def run(
-    splits: list[Split], config: CheckDataConfig, workers: int, folder: Path, command: str
+    splits: list[Split], config: CheckDataConfig, folder: Path, command: str
 ) -> tuple[dict[str, Any], list[Verdict]]:
     """Write `report.json`, `report.html` and the lists into `folder`; return the first, and its verdicts.
 
     Args:
-        workers: processes that scan.
         command: that was typed, for the page.
 
     Raises:
         ConfigError: a tokenizer that cannot be had.
         DataError: one of the processes was killed.
     """
+    workers = cores_per_rank(1) if config.num_workers is None else config.num_workers
     vocabulary = Vocabulary.of(build_tokenizer(config.model.text))
     with bad_samples_file(folder / "bad_samples.csv") as bad_samples, killed_workers_are_told("num_workers"):
         scanned = [scan_split(split, config, vocabulary, workers, bad_samples) for split in splits]

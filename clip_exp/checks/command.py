@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.checks.splits import open_splits
+from clip_exp.checks.terminal import show
 from clip_exp.config.check_schema import CheckDataConfig, CheckFormat
 from clip_exp.config.load import to_yaml
 from clip_exp.config.model_rules import check_model
 from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
+from clip_exp.reports.origin import python
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 
 ONLY_HERE = ("name", "output_dir", "decode", "max_pictures", "max_leakage", "num_workers", "format")  # keys
@@ -39,12 +41,9 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
     record.start(arguments)
     # Torch takes seconds to import: only once the tables are known to be there.
     from clip_exp.checks.check import run
-    from clip_exp.checks.terminal import show
-    from clip_exp.data.workers import cores_per_rank
 
-    workers = cores_per_rank(1) if config.num_workers is None else config.num_workers
     try:
-        report, verdicts = run(splits, config, workers, folder, shlex.join(["clip-exp", "check-data", *arguments]))
+        report, verdicts = run(splits, config, folder, shlex.join(["clip-exp", "check-data", *arguments]))
     except BaseException as error:
         record.finish("failed", error=str(error).splitlines()[:20])
         raise
@@ -72,8 +71,6 @@ def _problems(config: CheckDataConfig) -> Iterator[str]:
 
 def _next_command(report: dict[str, Any], arguments: list[str]) -> str:
     """Training with the same data and model, and with what the findings ask for."""
-    from clip_exp.reports.origin import python
-
     kept = [text for text in arguments if text.partition("=")[0] not in ONLY_HERE and not text.startswith("-")]
     given = {text.partition("=")[0] for text in kept}
     subjects = {verdict["subject"] for verdict in report["verdicts"]}

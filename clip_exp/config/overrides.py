@@ -10,6 +10,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from clip_exp.config.load import nearest
+from clip_exp.config.models import names
+from clip_exp.config.paths import conf_dir, options
 from clip_exp.errors import ConfigError
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
@@ -52,8 +54,6 @@ def check_groups(arguments: list[str]) -> None:
     Raises:
         ConfigError: a line for every group that is given no name of an option.
     """
-    from clip_exp.config.paths import options
-
     problems = []
     for argument in arguments:
         group, equals, value = argument.partition("=")
@@ -136,8 +136,6 @@ def _missing_option(error: MissingConfigException) -> str:
     if not error.options:
         return " ".join(str(error).split())
     if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
-        from clip_exp.config.models import names
-
         name = file.removeprefix("model/")  # which may have a slash: ViT-B/32
         return f"model={name} does not exist: {nearest(name, {*error.options, *names()})}"
     group, _, name = file.rpartition("/")
@@ -146,8 +144,6 @@ def _missing_option(error: MissingConfigException) -> str:
 
 def _missing_group(message: str) -> str | None:
     """`optimzer=sgd`: Hydra knows neither a group nor a key of that name."""
-    from clip_exp.config.paths import conf_dir
-
     match = re.search(r"Could not override '([^'@]+)'", message)
     if match is None:
         return None

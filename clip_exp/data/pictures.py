@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -51,9 +52,7 @@ class PictureFiles:
         return len(self.paths)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        from clip_exp.data.images import open_image  # imports torch, which finding pictures does without
-
-        picture = open_image(self.name(index), max_pixels)
+        picture = _images().open_image(self.name(index), max_pixels)
         if not self.border:
             return picture
         return picture.crop((self.border, self.border, picture.width - self.border, picture.height - self.border))
@@ -84,13 +83,9 @@ class TablePictures:
         return len(self.rows)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        from clip_exp.data.images import (  # imports torch, which finding pictures does without
-            MAX_EVALUATED_BYTES,
-            decode,
-        )
-
-        limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES, outside_root=True)
-        return decode(self.table.read_picture(int(self.rows[index]), limits), limits)
+        images = _images()
+        limits = ImageLimits(max_pixels, max_bytes=images.MAX_EVALUATED_BYTES, outside_root=True)
+        return images.decode(self.table.read_picture(int(self.rows[index]), limits), limits)
 
     def name(self, index: int) -> str:
         return self.table.image_path(int(self.rows[index]))
@@ -102,6 +97,13 @@ class TablePictures:
         digest = hashlib.sha256(b"".join(_stamp(part.file) for part in self.table.parts))
         digest.update(self.rows.tobytes() + self.table.members[self.rows].tobytes())
         return digest.hexdigest()
+
+
+def _images() -> ModuleType:
+    """Import torch only when an image is opened: finding images needs none."""
+    from clip_exp.data import images
+
+    return images
 
 
 def _stamp(path: str | Path) -> bytes:

@@ -17,6 +17,7 @@ from clip_exp.loading.source import ModelSource
 from clip_exp.ranks.environment import is_first_rank, outer_ranks
 from clip_exp.ranks.launch import Opened, Work, launch_work
 from clip_exp.ranks.signals import Stopped, stop_on_signals
+from clip_exp.reports.evaluation import show
 from clip_exp.runs import RunRecord
 
 TIMEOUT_S = 7200  # of a collective: a rank waits this long for the slowest
@@ -122,7 +123,6 @@ def evaluate_in(
         try:
             # Torch takes seconds to import: only once the configuration is known to be right.
             from clip_exp.evaluation.scoring import score_tasks
-            from clip_exp.reports.evaluation import show
 
             score_tasks(folder, config, source, tasks, results)
         except BaseException as error:

@@ -20,13 +20,11 @@ def export(config: ExportConfig) -> int:
     """
     source = check(config)
     assert config.output is not None
-    from clip_exp.export.write import write_export
-    from clip_exp.loading.model import load_model
+    from clip_exp.export.write import export_source
 
     try:
         with stop_on_signals():
-            model = load_model(source)
-            done = write_export(model, source.model, source, config.output, config.format, config.overwrite)
+            done = export_source(source, config.output, config.format, config.overwrite)
     except Stopped as stopped:
         print(f"{stopped} Nothing was written.", file=sys.stderr, flush=True)
         return PREEMPTED_EXIT_CODE

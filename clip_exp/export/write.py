@@ -11,6 +11,7 @@ from clip_exp.export.card import write_card
 from clip_exp.export.compare import TOLERANCE, TOLERANCE_ONNX, Encoders, require_same
 from clip_exp.export.folder import check_target, whole_folder
 from clip_exp.export.formats import problems_of
+from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
 
@@ -70,3 +71,12 @@ def write_export(
         found = require_same(model, writer.read(folder, config), config, tolerance)
         write_card(folder, Path(output).expanduser().absolute().name, chosen, model, config, source)
     return Written(target, sum(path.stat().st_size for path in target.rglob("*") if path.is_file()), found)
+
+
+def export_source(source: ModelSource, output: str | Path, chosen: ExportFormat, overwrite: bool) -> Written:
+    """Load a model and write its folder; see `write_export`.
+
+    Raises:
+        CheckpointError: likewise, or the weights cannot be read.
+    """
+    return write_export(load_model(source), source.model, source, output, chosen, overwrite)

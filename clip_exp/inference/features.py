@@ -1,6 +1,5 @@
 """Features of pictures and videos: one vector each, a video's from its frames."""
 
-import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,18 +14,9 @@ from clip_exp.errors import DataError
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.features import encode_pictures, load_batches
 from clip_exp.evaluation.metrics import require_finite
+from clip_exp.inference.inputs import LeftOut
 from clip_exp.inference.media import Media
 from clip_exp.progress import progress
-
-log = logging.getLogger(__name__)
-LISTED = 20  # of the pictures that were left out
-
-
-class LeftOut(NamedTuple):
-    """A picture or video that could not be read."""
-
-    path: str
-    reason: str
 
 
 class EncodedMedia(NamedTuple):
@@ -69,15 +59,6 @@ def encode_media(encoder: ImageEncoder, media: Media, options: EncodeOptions, wh
         LeftOut(str(media.paths[item]), reason) for item, reason in sorted(reasons.items()) if item not in whole
     ]
     return EncodedMedia(features, kept, left_out)
-
-
-def tell_left_out(left_out: list[LeftOut], given: int) -> None:
-    """One warning with the count and the reasons."""
-    if left_out:
-        lines = [f"  {path}: {reason}" for path, reason in left_out[:LISTED]]
-        more = [f"  and {len(left_out) - LISTED:,} more"] if len(left_out) > LISTED else []
-        count = f"left out {len(left_out):,} of {given:,} pictures, which cannot be read:"
-        log.warning("\n".join([count, *lines, *more]))
 
 
 def encode_each(

@@ -1,4 +1,4 @@
-"""Making an index and bringing it up to date: only pictures that are new or changed are encoded."""
+"""An index of images that is made, updated with what is new or changed, and searched."""
 
 import os
 import time
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from clip_exp.config.data_schema import OnBadImage
-from clip_exp.errors import DataError
-from clip_exp.inference.features import Encoded, LeftOut
+from clip_exp.errors import ConfigError, DataError
+from clip_exp.evaluation.metrics import require_finite
+from clip_exp.inference.features import Encoded
 from clip_exp.inference.index import Entries, Recipe, full_path, held, read_entries, stored_path, write_index
+from clip_exp.inference.inputs import LeftOut, Picture
 from clip_exp.inference.media import Media, stamp_of
+from clip_exp.inference.ranking import Match, best_matches
 
 if TYPE_CHECKING:
     from clip_exp.inference.pipeline import Pipeline
@@ -151,3 +154,41 @@ class _Shelf:
         order = sorted(range(len(names)), key=names.__getitem__)
         size, mtime_ns, vectors = (torch.cat([part[k] for part in parts])[order] for k in (1, 2, 3))  # type: ignore[misc]
         return Entries([names[position] for position in order], size, mtime_ns, vectors)
+
+
+class PictureIndex:
+    """Made by `Pipeline.index`, or `clip-exp search`. Its features stay in the file, which is mapped into memory.
+
+    Args:
+        path: of the file.
+        clip: the model that made it.
+    """
+
+    def __init__(self, path: Path, clip: "Pipeline") -> None:
+        self.path, self.clip = path, clip
+        self._entries = read_entries(path)
+
+    def __len__(self) -> int:
+        return len(self._entries.paths)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the pictures and videos, sorted; relative to the current folder where they are below it."""
+        return [self._shown(index) for index in range(len(self))]
+
+    def search(self, text: str | None = None, *, image: Picture | None = None, top: int = 10) -> list[Match]:
+        """The pictures that fit a text, or are most like a picture or video: by exact cosine, best first.
+
+        Raises:
+            ConfigError: not exactly one of text and image, or `top` is below 1.
+            DataError: the picture cannot be read.
+        """
+        if (text is None) == (image is None) or top < 1:
+            raise ConfigError('give a text or a picture, and a top above 0: search("two dogs"), search(image="a.jpg").')
+        query = self.clip.encode_text(text) if text is not None else self.clip.encode_image(image)  # type: ignore[arg-type]
+        require_finite(query, "features of the query")
+        ranked = best_matches(self._entries.features, query[0], top)
+        return [Match(self._shown(index), score, index) for index, score in ranked]
+
+    def _shown(self, index: int) -> str:
+        return stored_path(full_path(self._entries.paths[index], self.path.parent), Path.cwd())

@@ -1,22 +1,47 @@
 """What a command is given: pictures and videos by path, texts, class names. No torch."""
 
 import glob
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES
 from clip_exp.evaluation.sets.prompts import imagenet_classes
 from clip_exp.evaluation.sets.texts import read_lines
-from clip_exp.inference.media import VIDEO_SUFFIXES, can_decode_videos, is_video
 
 log = logging.getLogger(__name__)
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".m2ts", ".3gp", ".ogv")
+)
 MEDIA_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+Picture = str | Path | Image.Image
+FRAMES = 8  # of a video
+LISTED_LEFT_OUT = 20  # images that could not be read, named in one warning
 LISTED = 5  # problems of a kind that are told one by one
+
+
+class LeftOut(NamedTuple):
+    """A picture or video that could not be read."""
+
+    path: str
+    reason: str
+
+
+def is_video(item: Picture) -> bool:
+    """Whether a path is a video's, by its ending."""
+    return not isinstance(item, Image.Image) and Path(item).suffix.lower() in VIDEO_SUFFIXES
+
+
+def can_decode_videos() -> bool:
+    """Whether PyAV is installed."""
+    return importlib.util.find_spec("av") is not None
 
 
 def find_pictures(wanted: Any, where: str = "images") -> list[str]:
@@ -63,6 +88,15 @@ def check_videos(paths: list[str], on_bad_image: OnBadImage) -> None:
             f"{len(videos)} of the {len(paths)} files are videos ({videos[0]}), which PyAV decodes: pip install av. "
             "Or leave them out: on_bad_image=replace."
         )
+
+
+def tell_left_out(left_out: list[LeftOut], given: int) -> None:
+    """One warning with the count and the reasons."""
+    if left_out:
+        lines = [f"  {path}: {reason}" for path, reason in left_out[:LISTED_LEFT_OUT]]
+        more = [f"  and {len(left_out) - LISTED_LEFT_OUT:,} more"] if len(left_out) > LISTED_LEFT_OUT else []
+        count = f"left out {len(left_out):,} of {given:,} pictures, which cannot be read:"
+        log.warning("\n".join([count, *lines, *more]))
 
 
 def as_texts(value: Any, where: str) -> list[str]:

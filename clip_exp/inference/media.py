@@ -1,29 +1,15 @@
-"""Pictures and videos as a sequence of pictures to encode: a picture is one, a video is a few frames. No torch."""
+"""Pictures and videos as a sequence of pictures to encode: a picture is one, a video is a few frames."""
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-VIDEO_SUFFIXES = frozenset(
-    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".m2ts", ".3gp", ".ogv")
-)
-Picture = str | Path | Image.Image
-FRAMES = 8  # of a video
-
-
-def is_video(item: Picture) -> bool:
-    """Whether a path is a video's, by its ending."""
-    return not isinstance(item, Image.Image) and Path(item).suffix.lower() in VIDEO_SUFFIXES
-
-
-def can_decode_videos() -> bool:
-    """Whether PyAV is installed."""
-    return importlib.util.find_spec("av") is not None
+from clip_exp.data.images import open_image
+from clip_exp.inference.inputs import FRAMES, Picture, is_video
+from clip_exp.inference.video import read_frame
 
 
 class Media:
@@ -52,16 +38,12 @@ class Media:
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
         """See `Pictures.open`."""
-        from clip_exp.data.images import open_image  # imports torch, which finding pictures does without
-
         item = self.owner[index]
         if self.in_memory and (picture := self.in_memory[item]) is not None:
             return picture
         path = str(self.paths[item])
         if not is_video(path):
             return open_image(path, max_pixels)
-        from clip_exp.inference.video import read_frame
-
         return read_frame(path, index - int(self._first[item]), self.frames, max_pixels)
 
     def name(self, index: int) -> str:

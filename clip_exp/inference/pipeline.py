@@ -13,21 +13,22 @@ from torch import Tensor
 
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.use_schema import ExportFormat
+from clip_exp.config.use_schema import ExportFormat, UseConfig
+from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
-from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_texts
+from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_options, encode_texts
 from clip_exp.evaluation.metrics import require_finite
 from clip_exp.evaluation.sets.prompts import templates as read_templates
 from clip_exp.evaluation.subject import Subject
 from clip_exp.export.write import write_export
-from clip_exp.inference.features import Encoded, EncodedMedia, encode_each, encode_media, tell_left_out
+from clip_exp.inference.features import Encoded, EncodedMedia, encode_each, encode_media
 from clip_exp.inference.index import agree, read_recipe, recipe_of
-from clip_exp.inference.indexing import update_index
-from clip_exp.inference.inputs import find_pictures, folders_of
-from clip_exp.inference.media import FRAMES, Media, Picture
-from clip_exp.inference.picture_index import PictureIndex
-from clip_exp.inference.ranking import Match, best, cosines
+from clip_exp.inference.indexing import PictureIndex, update_index
+from clip_exp.inference.inputs import FRAMES, Picture, find_pictures, folders_of, tell_left_out
+from clip_exp.inference.media import Media
+from clip_exp.inference.ranking import Match, best_matches
+from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
@@ -77,7 +78,7 @@ class Pipeline:
         Raises:
             DataError: a picture cannot be read, or there are none.
         """
-        return self.encode_media(self._media(images)).features
+        return self.encode_media(images).features
 
     def encode_text(self, texts: str | Iterable[str]) -> Tensor:
         """Features [N, D] of one or many texts: float32, unit norm, on the CPU. Too long texts are cut, which is told."""
@@ -115,11 +116,10 @@ class Pipeline:
             raise ConfigError("text must be one text.")
         if isinstance(images, str | Path):
             images = find_pictures(images)
-        media = self._media(images)
-        scores = cosines(self.encode_media(media).features, self.encode_text(text)[0])
-        require_finite(scores, "scores")
-        chosen = best(scores, keep).tolist()
-        return [Match(str(media.paths[index]), scores[index].item(), index) for index in chosen]
+        items = self._items(images)
+        ranked = best_matches(self.encode_media(items).features, self.encode_text(text)[0], keep)
+        paths = Media(items).paths
+        return [Match(str(paths[index]), score, index) for index, score in ranked]
 
     def index(
         self,
@@ -200,7 +200,7 @@ class Pipeline:
         return (scale * image_features_ND @ label_features_CD.T).softmax(dim=-1)
 
     def encode_media(
-        self, media: Media, on_bad_image: OnBadImage = OnBadImage.error, what: str | None = None
+        self, images: Pictures, on_bad_image: OnBadImage = OnBadImage.error, what: str | None = None
     ) -> EncodedMedia:
         """Features of pictures and videos, with what was left out under `replace`.
 
@@ -209,6 +209,7 @@ class Pipeline:
         Raises:
             DataError: one cannot be read under `error`, none can be read, or there are none.
         """
+        media = Media(self._items(images), self.frames)
         if not len(media):
             raise DataError("no pictures: give one or many paths or PIL pictures.")
         encoder, options = self._encoder(media, on_bad_image)
@@ -226,13 +227,36 @@ class Pipeline:
             options = replace(options, num_workers=0)
         return Subject(self.model, self.tokenizer, self.config, options).image_encoder(), options
 
-    def _media(self, images: Pictures) -> Media:
+    def _items(self, images: Pictures) -> list[Picture]:
         if isinstance(images, str | Path) and Path(images).is_dir():
             raise ConfigError(f'{images} is a folder: list its pictures with clip_exp.find_pictures("{images}").')
-        items = [images] if isinstance(images, str | Path | Image.Image) else list(images)
-        return Media(items, self.frames)
+        return [images] if isinstance(images, str | Path | Image.Image) else list(images)
 
     def _tell_cut(self, before: int) -> None:
         if cut := self.tokenizer.truncated - before:
             length = self.config.text.context_length
             log.warning("%d of the texts are longer than the model's %d tokens: their ends are cut.", cut, length)
+
+
+def load_pipeline(source: ModelSource, accelerator: str = "auto") -> Pipeline:
+    """Load a model with the default options.
+
+    Raises:
+        ConfigError: no such accelerator here.
+        CheckpointError: the weights cannot be read, or are another model's.
+    """
+    device = torch.device(resolve_accelerator(accelerator))
+    return Pipeline(load_model(source, device), source.model, device, source=source)
+
+
+def open_pipeline(config: UseConfig, source: ModelSource) -> Pipeline:
+    """Load the model of a command, ready to use as its configuration says.
+
+    Raises:
+        ConfigError: no such accelerator here.
+        CheckpointError: the weights cannot be read, or are another model's.
+    """
+    options = encode_options(config)
+    pipeline = Pipeline(load_model(source, options.device), source.model, options.device, options, source)
+    pipeline.frames = config.frames or pipeline.frames
+    return pipeline

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from clip_exp.config.use_schema import PredictConfig
 from clip_exp.errors import Problems
 from clip_exp.evaluation.sets.prompts import templates as read_templates
-from clip_exp.inference.command import about, check_common, open_clip
-from clip_exp.inference.inputs import as_text_list, check_videos, find_pictures, read_labels
+from clip_exp.inference.command import about, check_common
+from clip_exp.inference.inputs import as_text_list, check_videos, find_pictures, read_labels, tell_left_out
 from clip_exp.inference.outputs import Report, number, write
 from clip_exp.loading.source import ModelSource, check_source, find_source
 
@@ -35,12 +35,11 @@ def predict(config: PredictConfig) -> int:
             be read under `on_bad_image=error`.
     """
     source, pictures, texts, templates = check(config)
-    clip = open_clip(config, source)
-    from clip_exp.inference.features import tell_left_out
-    from clip_exp.inference.media import Media
+    from clip_exp.inference.pipeline import open_pipeline  # imports torch
 
+    clip = open_pipeline(config, source)
     text_features = clip.encode_labels(texts, templates, f"{len(texts):,} labels")
-    encoded = clip.encode_media(Media(pictures, clip.frames), config.on_bad_image, f"{len(pictures):,} pictures")
+    encoded = clip.encode_media(pictures, config.on_bad_image, f"{len(pictures):,} pictures")
     tell_left_out(encoded.left_out, len(pictures))
     best: list[tuple[Tensor, Tensor]] = []
     for features in encoded.features.split(CHUNK):

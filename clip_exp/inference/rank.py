@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from clip_exp.config.use_schema import RankConfig
 from clip_exp.errors import CheckpointError, ConfigError, Problems
-from clip_exp.inference.command import about, check_common, open_clip
-from clip_exp.inference.inputs import as_texts, check_videos, find_pictures
+from clip_exp.inference.command import about, check_common
+from clip_exp.inference.inputs import as_texts, check_videos, find_pictures, tell_left_out
 from clip_exp.inference.outputs import Report, number, write
 from clip_exp.loading.source import ModelSource, check_source, find_source
 
@@ -31,23 +31,18 @@ def rank(config: RankConfig) -> int:
         ClipExpError: see `inference.predict.predict`.
     """
     source, pictures, texts = check(config)
-    clip = open_clip(config, source)
-    from clip_exp.evaluation.metrics import require_finite
-    from clip_exp.inference.features import tell_left_out
-    from clip_exp.inference.media import Media
-    from clip_exp.inference.ranking import best, cosines
+    # Torch takes seconds to import: only once the paths and names are known to be right.
+    from clip_exp.inference.pipeline import open_pipeline
+    from clip_exp.inference.ranking import best_matches
 
+    clip = open_pipeline(config, source)
     text_features = clip.encode_text(texts)
-    encoded = clip.encode_media(Media(pictures, clip.frames), config.on_bad_image, f"{len(pictures):,} pictures")
+    encoded = clip.encode_media(pictures, config.on_bad_image, f"{len(pictures):,} pictures")
     tell_left_out(encoded.left_out, len(pictures))
     rankings: list[Ranking] = []
     for query in text_features:
-        scores = cosines(encoded.features, query)
-        require_finite(scores, "scores")
-        chosen = best(scores, config.keep)
-        rankings.append(
-            [(pictures[encoded.kept[row]], number(scores[row].item())) for row in chosen.tolist()],
-        )
+        ranked = best_matches(encoded.features, query, config.keep)
+        rankings.append([(pictures[encoded.kept[row]], number(score)) for row, score in ranked])
     if config.copy_to is not None:
         copy_ranked(Path(config.copy_to).expanduser(), dict(zip(texts, rankings, strict=True)))
     left_out = [{"path": path, "reason": reason} for path, reason in encoded.left_out]

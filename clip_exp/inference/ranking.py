@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clip_exp.evaluation.metrics import require_finite
+
 ROWS = 1 << 16  # features scored at a time: 128 MB of 512 float32 values
 
 
@@ -28,3 +30,14 @@ def best(scores_N: Tensor, keep: int | None = None) -> Tensor:
     else:
         candidates = torch.arange(len(scores_N))
     return candidates[scores_N[candidates].argsort(descending=True, stable=True)][:keep]
+
+
+def best_matches(features_ND: Tensor, query_D: Tensor, keep: int | None = None) -> list[tuple[int, float]]:
+    """Return the rows whose features fit a query best and their cosines, best first; equal ones in their order.
+
+    Raises:
+        NumericError: a score is not finite.
+    """
+    scores_N = cosines(features_ND, query_D)
+    require_finite(scores_N, "scores")
+    return [(row, scores_N[row].item()) for row in best(scores_N, keep).tolist()]

@@ -8,10 +8,9 @@ from typing import NamedTuple
 from clip_exp.config.use_schema import SearchConfig
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, Problems
-from clip_exp.inference.command import check_common, open_clip
+from clip_exp.inference.command import check_common
 from clip_exp.inference.index import Recipe, agree, read_recipe, recipe_of
-from clip_exp.inference.inputs import as_texts, check_videos, find_pictures, folders_of
-from clip_exp.inference.media import FRAMES
+from clip_exp.inference.inputs import FRAMES, as_texts, check_videos, find_pictures, folders_of, tell_left_out
 from clip_exp.inference.outputs import number, write
 from clip_exp.inference.rank import ranking_report
 from clip_exp.loading.source import ModelSource, check_source, find_source
@@ -39,11 +38,12 @@ def search(config: SearchConfig) -> int:
     question = check(config)
     path, source, recipe = question.path, question.source, question.recipe
     settings = replace(config, precision=recipe.precision, frames=recipe.frames)
-    clip = open_clip(settings, source) if question.queries else None
-    if question.files:
-        from clip_exp.inference.features import tell_left_out
-        from clip_exp.inference.indexing import update_index
+    # Torch takes seconds to import: only once the paths and names are known to be right.
+    from clip_exp.inference.indexing import PictureIndex, update_index
+    from clip_exp.inference.pipeline import open_pipeline
 
+    clip = open_pipeline(settings, source) if question.queries else None
+    if question.files:
         try:
             with stop_on_signals():
                 update = update_index(
@@ -51,7 +51,7 @@ def search(config: SearchConfig) -> int:
                     recipe,
                     question.files,
                     question.folders,
-                    lambda: clip or open_clip(settings, source),
+                    lambda: clip or open_pipeline(settings, source),
                     config.on_bad_image,
                     f"{path.name}: pictures",
                 )
@@ -61,8 +61,6 @@ def search(config: SearchConfig) -> int:
         tell_left_out(update.left_out, len(question.files))
         print(f"{path}: {update}", file=sys.stderr if clip else sys.stdout, flush=True)
     if clip is not None:
-        from clip_exp.inference.picture_index import PictureIndex
-
         index = PictureIndex(path, clip)
         rankings = [
             [(match.path, number(match.score)) for match in index.search(**{kind: query}, top=config.top)]

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from clip_exp.config.model_schema import TextTower, TextTowerConfig
+from clip_exp.text.huggingface import HuggingFaceTokenizer
 from clip_exp.text.tokenizer import Tokenizer
 
 
@@ -48,6 +49,4 @@ def build_tokenizer(config: TextTowerConfig) -> Tokenizes:
     """
     if config.tokenizer is None and config.kind in (TextTower.clip, TextTower.open_clip):
         return Tokenizer(config.context_length, trims=config.trim)
-    from clip_exp.text.huggingface import HuggingFaceTokenizer
-
     return HuggingFaceTokenizer.of(config)

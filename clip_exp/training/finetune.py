@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.schema import FineTuneConfig, LoRAConfig, TowerTuningConfig
 from clip_exp.errors import ConfigError
+from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.models.depth import depths, projection_names
+from clip_exp.training.lora import adapt, check_targets, layers_to_adapt
 
 TOWERS = ("image", "text")
 
@@ -29,8 +31,6 @@ def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> N
         for name, tower in towers.items():
             freeze(tower, getattr(config, name), f"finetune.{name}")
         return
-    from clip_exp.training.lora import adapt
-
     check_adapted(model, config.lora)
     for name, tower in towers.items():
         tower.requires_grad_(False)
@@ -44,12 +44,24 @@ def check_adapted(model: CLIP, config: LoRAConfig) -> None:
     Raises:
         ConfigError: a target is in no tower, or a tower has none of them.
     """
-    from clip_exp.training.lora import check_targets, layers_to_adapt
-
     adapted = {name: tower for name, tower in _towers(model).items() if getattr(config, name)}
     check_targets(config.targets, adapted)
     for name, tower in adapted.items():
         layers_to_adapt(tower, config, name)
+
+
+def rehearse_layers(architecture: ModelConfig, config: FineTuneConfig) -> None:
+    """Build the model without memory, and look for the layers that `config` counts or names.
+
+    Raises:
+        ConfigError: see `build_model`, `freeze` and `check_adapted`.
+    """
+    with torch.device("meta"):
+        model = build_model(architecture)
+    if config.lora is None:
+        prepare(model, config, architecture)
+    else:  # encoders of transformers do not run without memory
+        check_adapted(model, config.lora)
 
 
 def _towers(model: CLIP) -> dict[str, nn.Module]:

@@ -14,11 +14,11 @@ from clip_exp.ranks.launch import Opened, Work, launch_work
 from clip_exp.runs import RunRecord, lock
 from clip_exp.secrets import redact
 from clip_exp.training.opening import open_run
-from clip_exp.training.preflight import requested_devices
+from clip_exp.training.preflight import check_train, requested_devices
 
 
 def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
-    """Open the run's folder and train in it; return the exit code.
+    """Check everything, open the run's folder and train in it; return the exit code.
 
     Args:
         arguments: of the command line, for `run.json`.
@@ -37,6 +37,7 @@ def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> t
     Args:
         suffix: of the name of a new folder.
     """
+    check_train(config)
     nodes = config.trainer.num_nodes
     if nodes > 1 and not outer_ranks():
         per_node = requested_devices(config).requested or "gpu"

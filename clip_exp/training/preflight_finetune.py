@@ -109,27 +109,19 @@ def probe_problems(config: TrainConfig, total_steps: int) -> Iterator[str]:
 
 
 def rehearse(config: TrainConfig) -> None:
-    """Build the model without memory, and look for the layers that `finetune` counts or names, where either may not fit.
+    """Look for the layers that `finetune` counts or names, in a model without memory, where they may be missing.
 
     Args:
         config: with the architectures of its encoders noted: nothing is fetched.
 
     Raises:
-        ConfigError: see `build_model`, `freeze` and `check_adapted`.
+        ConfigError: see `rehearse_layers`.
     """
     if not (config.model.has_foreign_tower or _counts_layers(config)):
         return
-    import torch
+    from clip_exp.training.finetune import rehearse_layers  # imports torch
 
-    from clip_exp.models.build import build_model
-    from clip_exp.training.finetune import check_adapted, prepare
-
-    with torch.device("meta"):
-        model = build_model(config.model)
-    if config.finetune.lora is None:
-        prepare(model, config.finetune, config.model)
-    else:  # encoders of transformers do not run without memory
-        check_adapted(model, config.finetune.lora)
+    rehearse_layers(config.model, config.finetune)
 
 
 def _counts_layers(config: TrainConfig) -> bool:
