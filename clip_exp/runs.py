@@ -1,16 +1,15 @@
 """Run folders: made exclusively, described by `run.json`, found again by name and configuration, free of secrets."""
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from clip_exp import storage
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.load import read_run_config, to_yaml
 from clip_exp.config.schema import TrainConfig
@@ -31,9 +30,8 @@ LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, without secrets."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(redact(text), encoding="utf-8")
-    temporary.replace(path)
+    with storage.atomic_file(path) as temporary:
+        temporary.write_text(redact(text), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -175,26 +173,26 @@ def _named_run(config: TrainConfig) -> Path:
     return folder
 
 
-def lock(folder: Path) -> IO[str]:
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock ends with the process, however it ends.
 
     Raises:
         ConfigError: another process holds it.
+        CheckpointError: the folder cannot be written, or its file system has no locks.
     """
-    handle = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        owner = handle.read().strip()
-        handle.close()
-        raise ConfigError(
-            f"{folder} is in use by {owner}: wait for it, or start another run with resume=never."
-        ) from None
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    handle.flush()
-    return handle
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(storage.lock(folder / ".lock"))
+        except storage.InUse as error:
+            raise ConfigError(
+                f"{folder} is in use by {error.owner}: wait for it, or start another run with resume=never."
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be locked: {error.strerror or error}. Set output_dir to a folder where files can be written and locked."
+            ) from error
+        yield
 
 
 def evaluation_folder(config: EvaluateConfig, name: str) -> Path:
