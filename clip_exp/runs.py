@@ -1,15 +1,14 @@
 """Run folders: made exclusively, described by `run.json` and `metrics.csv`, free of secrets."""
 
 import csv
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from clip_exp import storage
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.provenance import provenance
 from clip_exp.secrets import redact
@@ -19,9 +18,8 @@ COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole num
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, without secrets."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(redact(text), encoding="utf-8")
-    temporary.replace(path)
+    with storage.atomic_file(path) as temporary:
+        temporary.write_text(redact(text), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,26 +80,26 @@ class RunRecord:
         self.update(status=status, end=_now(), **values)
 
 
-def lock(folder: Path) -> IO[str]:
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock ends with the process, however it ends.
 
     Raises:
         ConfigError: another process holds it.
+        CheckpointError: the folder cannot be written, or its file system has no locks.
     """
-    handle = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        owner = handle.read().strip()
-        handle.close()
-        raise ConfigError(
-            f"{folder} is in use by {owner}: wait for it, or start another run with resume=never."
-        ) from None
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    handle.flush()
-    return handle
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(storage.lock(folder / ".lock"))
+        except storage.InUse as error:
+            raise ConfigError(
+                f"{folder} is in use by {error.owner}: wait for it, or start another run with resume=never."
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be locked: {error.strerror or error}. Set output_dir to a folder where files can be written and locked."
+            ) from error
+        yield
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

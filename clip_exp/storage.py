@@ -1,7 +1,40 @@
-"""What the disk has to be told."""
+"""Files and folders that appear complete or not at all, locks between processes, and hashes of files.
 
+What is being written has a temporary name next to its target: `.writing-<name>-<id>`. A folder that is being replaced has
+`.writing-<name>-<id>.old` until its successor is in place. A killed process leaves such names behind; whoever knows that nobody
+else writes the target (as it holds a lock) removes them. Errors are OSErrors: the callers know what to tell the user.
+"""
+
+import errno
+import glob
+import hashlib
+import math
 import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+TEMPORARY = ".writing-"  # first part of every temporary name
+REPLACED = ".old"  # last part of the name of a folder that is being replaced
+REPORT_AFTER_S = 1.0  # a shorter wait for a lock is not worth a message
+REOPEN_S = 0.2  # enough to open a lock's file again that its last holder removed in between
+
+
+class InUse(Exception):
+    """Another process holds a lock.
+
+    Attributes:
+        owner: who does, such as `process 123 on host`.
+    """
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(f"in use by {owner}")
+        self.owner = owner
 
 
 def sync(path: Path) -> None:
@@ -12,5 +45,196 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync folders; there is nothing more that could be done for the names.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(target: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Write a temporary file, which then becomes `target`, in place of what is there; after an exception nothing changes.
+
+    Args:
+        target: in a folder that exists.
+        durable: wait for the disk, so that a loss of power leaves the old or the new content. Not for what is easily made again.
+
+    Raises: OSError.
+    """
+    temporary = _temporary_name(target)
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        yield temporary
+        if temporary.stat().st_mode != mode:
+            # Some libraries write files for their owner alone (safetensors); the user's umask decides.
+            temporary.chmod(mode)
+        put_in_place(temporary, target, durable=durable)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def put_in_place(file: Path, target: Path, *, durable: bool = True) -> None:
+    """Rename a complete file to `target`, in place of what is there.
+
+    Raises: OSError.
+    """
+    if durable:
+        sync(file)
+    file.replace(target)
+    if durable:
+        sync(target.parent)
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = True, durable: bool = True) -> Iterator[Path]:
+    """Fill a temporary folder, which then becomes `target`; after an exception `target` is as it was, and nothing else is left.
+
+    Args:
+        target: its parents are created.
+        replace: an existing `target` is replaced; otherwise it stays, and what was written is dropped.
+        durable: wait for the disk. Not for many files that are easily made again.
+
+    Raises: OSError.
+    """
+    temporary = _temporary_name(target)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _complete(temporary, durable)
+        _put_folder_in_place(temporary, target, replace)
+        if durable:
+            sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that nobody ever finds a part of it under its name.
+
+    Raises: OSError.
+    """
+    doomed = _temporary_name(path)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of a file or folder left. Only where nobody else can be writing it now."""
+    stem = f"{TEMPORARY}{target.name}"
+    for path in target.parent.glob(f"{glob.escape(stem)}-*"):
+        if path.name.rpartition("-")[0] != stem:
+            continue  # of a longer name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(
+    path: Path, *, wait_s: float = 0.0, on_wait: Callable[[], None] | None = None, remove: bool = False
+) -> Iterator[None]:
+    """Hold the lock file `path`, against other processes and other threads of this one.
+
+    The lock ends with the process, however it ends. The file says who holds it, or who held it last.
+
+    Args:
+        path: in a folder that exists.
+        wait_s: seconds to wait for another holder; `math.inf` waits as long as it takes.
+        on_wait: called once when the wait is longer than a moment.
+        remove: remove the file at the end, for folders where users look.
+
+    Raises:
+        InUse: another process still holds it.
+        OSError: the file cannot be written, or its file system has no locks.
+    """
+    # A file whose mere existence is the lock, the library's way out on file systems without locks, would outlive a killed process.
+    held = FileLock(path, fallback_to_soft=False)
+    if not path.parent.is_dir():  # which the library would create
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    try:
+        _acquire(held, max(wait_s, REOPEN_S) if remove else wait_s, on_wait)
+    except Timeout:
+        raise InUse(_owner(path)) from None
+    try:
+        with suppress(OSError):  # a full disk is no reason not to work
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        if remove:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        held.release()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _temporary_name(target: Path) -> Path:
+    return target.with_name(f"{TEMPORARY}{target.name}-{secrets.token_hex(6)}")
+
+
+def _complete(folder: Path, durable: bool) -> None:
+    """Give files the permissions that new ones have here, and bring everything to the disk."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            continue  # leads to somebody else's file
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+        if durable:
+            sync(path)
+    if durable:
+        sync(folder)
+
+
+def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
+    if not replace:
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        return
+    if not target.exists():
+        temporary.rename(target)
+        return
+    # No portable call exchanges two folders. What a kill leaves between the two renames has all that is needed to finish or undo.
+    old = target.with_name(f"{temporary.name}{REPLACED}")
+    try:
+        target.rename(old)
+        temporary.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _acquire(held: FileLock, wait_s: float, on_wait: Callable[[], None] | None) -> None:
+    """Raises:
+    Timeout: another process still holds the lock after `wait_s` seconds.
+    """
+    silent_s = min(wait_s, REPORT_AFTER_S)
+    try:
+        held.acquire(timeout=silent_s)
+    except Timeout:
+        if wait_s <= silent_s:
+            raise
+        if on_wait is not None:
+            on_wait()
+        held.acquire(timeout=-1 if math.isinf(wait_s) else wait_s - silent_s)
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip() or "another process"
+    except (OSError, ValueError):
+        return "another process"

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clip_exp.checkpoints.writer import atomic_folder
+from clip_exp.checkpoints.writer import atomic_checkpoint
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import to_yaml
 from clip_exp.config.models import named_model
@@ -57,7 +57,7 @@ def write_run(folder: Path, model: CLIP, data: DataConfig | None = None, monitor
 
 def write_checkpoint(run_dir: Path, model: torch.nn.Module, step: int, **metadata: object) -> Path:
     target = run_dir / "checkpoints" / f"step-{step:06d}"
-    with atomic_folder(target, {"step": step, **metadata}) as folder:
+    with atomic_checkpoint(target, {"step": step, **metadata}) as folder:
         save_file(model.state_dict(), folder / "model.safetensors")
     return target
 

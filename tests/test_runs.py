@@ -111,8 +111,12 @@ def test_a_resume_that_names_nothing_is_refused(tmp_path) -> None:
 
 
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path) -> None:
-    held = runs.lock(tmp_path)
-    with pytest.raises(ConfigError, match="is in use by process"):
-        runs.lock(tmp_path)
-    held.close()
-    runs.lock(tmp_path).close()
+    with runs.lock(tmp_path), pytest.raises(ConfigError, match="is in use by process"), runs.lock(tmp_path):
+        raise AssertionError("locked twice")
+    with runs.lock(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone cannot be locked: .*output_dir"), runs.lock(tmp_path / "gone"):
+        pass

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clip_exp.checkpoints.writer import MANIFEST, TEMPORARY, sha256
+from clip_exp.checkpoints.writer import MANIFEST
 from clip_exp.errors import CheckpointError
+from clip_exp.storage import REPLACED, TEMPORARY, file_sha256
 
 log = logging.getLogger(__name__)
 STEP = re.compile(r"step-(\d+)$")
@@ -53,7 +54,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if sha256(path) != expected["sha256"]:
+        if file_sha256(path) != expected["sha256"]:
             return f"{name} was changed after it was written"
     return None
 
@@ -88,8 +89,8 @@ def clean(run_dir: Path | str, after: int | None = None) -> None:
         after: checkpoints of later steps are set aside too, as `superseded-…`: the run goes on from this one.
     """
     folder = Path(run_dir) / "checkpoints"
-    for old in folder.glob(f"{TEMPORARY}old-step-*"):
-        target = folder / old.name.removeprefix(f"{TEMPORARY}old-").rpartition("-")[0]
+    for old in folder.glob(f"{TEMPORARY}step-*{REPLACED}"):
+        target = folder / old.name.removeprefix(TEMPORARY).rpartition("-")[0]
         if not target.exists() and damage(old) is None:
             old.rename(target)
     for leftover in folder.glob(f"{TEMPORARY}*"):

@@ -12,7 +12,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 
 from clip_exp.checkpoints.state import join, split
-from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS, atomic_folder
+from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS, atomic_checkpoint
 from clip_exp.errors import CheckpointError, NumericError
 
 MODEL_PREFIX = "model."
@@ -38,7 +38,7 @@ class SafeCheckpointIO(CheckpointIO):
         _require_finite(weights, Path(path))
         averaged = state.pop(EMA_KEY, None)
         tree, tensors = split(state)
-        with atomic_folder(Path(path), {"step": checkpoint.get("global_step"), **self.metadata}) as folder:
+        with atomic_checkpoint(Path(path), {"step": checkpoint.get("global_step"), **self.metadata}) as folder:
             save_file(weights, folder / WEIGHTS)
             save_file(tensors, folder / TENSORS)
             if averaged is not None:

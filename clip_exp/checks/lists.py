@@ -8,6 +8,7 @@ from typing import Any
 from clip_exp.checks.describe import Equalities
 from clip_exp.checks.duplicates import equal_groups
 from clip_exp.checks.scanned import Scanned
+from clip_exp.storage import atomic_file
 
 
 def write_lists(folder: Path, scanned: list[Scanned], equal: Equalities) -> None:
@@ -51,7 +52,10 @@ def _leaks(scanned: list[Scanned], equal: Equalities) -> Iterable[list[Any]]:
 
 
 def _write(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        atomic_file(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

@@ -1,19 +1,20 @@
 """The record of pictures that could not be used: who they are, why, and when they are too many."""
 
 import csv
-import fcntl
 import io
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from clip_exp.data.batches import BadPicture
 from clip_exp.data.files import kind_of
 from clip_exp.errors import DataError
+from clip_exp.storage import lock
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ class BadSamples:
         self._what, self._mark, self._file = what, mark, file
         self._read_bytes = 0
         if file is not None and file.is_file():
-            with self._shared(), open(file, "rb") as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH)
+            with self._shared(), _alone(file), open(file, "rb") as stream:
                 self._take_over(stream)
 
     def __len__(self) -> int:
@@ -93,8 +93,7 @@ class BadSamples:
     def _append(self, new: dict[str, str]) -> None:
         if self._file is None:
             return
-        with open(self._file, "a+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with _alone(self._file), open(self._file, "a+b") as stream:
             self._take_over(stream)
             rows: list[tuple[str, str]] = [] if self._read_bytes else [HEADER]
             rows += [(path, self._mark + reason) for path, reason in new.items() if path not in self.reasons]
@@ -125,6 +124,11 @@ class BadSamples:
             f"data.max_bad_fraction={self._max_fraction:g}; the first is {path} ({reason}). Repair the data (image_root?), or "
             f"allow more of it to be bad.{listed}"
         )
+
+
+def _alone(file: Path) -> AbstractContextManager[None]:
+    """Let no other rank read or write the file, which takes them a moment."""
+    return lock(file.with_name(f".{file.name}.lock"), wait_s=math.inf, remove=True)
 
 
 def _writable(path: str) -> str:

@@ -1,9 +1,6 @@
 """Data sets that clip_exp makes itself, written once below the output folder as pictures and tables like anybody's."""
 
 import csv
-import os
-import shutil
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +8,7 @@ from pathlib import Path
 from clip_exp.config.data_schema import DataConfig, GenerateConfig, Generator
 from clip_exp.data.generators import GeneratedSample, digits, scenes
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.storage import atomic_folder, sync
 
 DIGITS_ROWS = 1442  # of the 1,797 pictures; the others are held out
 SHAPES_ROWS = 2000
@@ -41,15 +39,14 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
     data = GeneratedData(folder / "train.csv", folder / "val.csv")
     if folder.is_dir():
         return data
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        for split, samples in _splits(config).items():
-            _write(partial, split, samples)
-        _publish(partial, folder)
+        # Another process may be first, with the same bytes. Waiting for the disk at thousands of pictures would take long.
+        with atomic_folder(folder, replace=False, durable=False) as partial:
+            for split, samples in _splits(config).items():
+                _write(partial, split, samples)
+                sync(partial / f"{split}.csv")
     except OSError as error:
         raise CheckpointError(f"Generated data cannot be written to {folder}: {error}. Set output_dir.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return data
 
 
@@ -106,13 +103,3 @@ def _write(folder: Path, split: str, samples: Iterable[GeneratedSample]) -> None
             path = f"{split}/{i:06d}.png"
             sample.picture.save(folder / path, compress_level=1)
             table.writerow([path, *sample.columns.values()])
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was first, with the same bytes
-            raise

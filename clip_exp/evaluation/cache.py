@@ -14,13 +14,13 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_exp._version import __version__
+from clip_exp.storage import atomic_file
 
 log = logging.getLogger(__name__)
 IN_USE_S = 3600.0  # an entry that was used this recently may be another process's
@@ -75,15 +75,13 @@ class Cache:
         if self._refused:
             return
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        temporary = entry / f".{name}.{uuid4().hex}"
         try:
             entry.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {**(metadata or {}), CHECKSUM: _checksum(tensors)})
-            temporary.replace(entry / f"{name}{SUFFIX}")
+            # The checksum finds what a loss of power damaged.
+            with atomic_file(entry / f"{name}{SUFFIX}", durable=False) as temporary:
+                save_file(tensors, temporary, {**(metadata or {}), CHECKSUM: _checksum(tensors)})
         except (OSError, SafetensorError) as error:
             self._refused = True
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             log.warning(
                 "features cannot be kept in %s (%s): an interrupted evaluation would start over.", self.folder, error
             )

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clip_exp.checkpoints.writer import sha256
 from clip_exp.config.load import nearest
 from clip_exp.data.files import BadImage
 from clip_exp.data.images import pil_to_tensor
@@ -19,6 +18,7 @@ from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.sets.imagenet_sets import weights_file
 from clip_exp.precision import autocast
 from clip_exp.ranks.group import from_main
+from clip_exp.storage import file_sha256
 from clip_exp.weights.files import read_weights
 
 DEFAULT_WEIGHTS = "IMAGENET1K_V1"  # whose preprocessing a file of unknown origin gets
@@ -134,7 +134,7 @@ def _of_file(published: Any, file: Path) -> Any:
 def _read(name: str, chosen: Any, file: Path | None, where: str) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Weights, and what identifies them."""
     if file is not None:
-        return read_weights(file), {"weights": str(file.resolve()), "weights_sha256": sha256(file)}
+        return read_weights(file), {"weights": str(file.resolve()), "weights_sha256": file_sha256(file)}
     try:
         state = chosen.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, no disk, or a damaged file, which can break the unpickler in any way

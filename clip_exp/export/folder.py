@@ -1,13 +1,12 @@
 """A new folder that is there whole or not at all."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clip_exp.checkpoints.writer import TEMPORARY, let_others_read, put_in_place
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.storage import atomic_folder
 
 CARD = "README.md"
 MARK = "- clip_exp"  # a line of every card: what has none was not written here
@@ -47,17 +46,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
-    temporary = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        let_others_read(temporary)
-        put_in_place(temporary, target)
+        with atomic_folder(target) as folder:
+            yield folder
     except OSError as error:
         raise CheckpointError(
             f"output={target} cannot be written: {error.strerror or error}. Nothing was changed there; make room or name "
             "another folder."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

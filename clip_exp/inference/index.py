@@ -5,15 +5,13 @@ with a NUL between; rows are in the order of the paths. Metadata: `clip_exp.inde
 index's folder where the picture lies below it, so that both can be moved together.
 """
 
-import fcntl
 import json
 import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +20,7 @@ from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.source import ModelSource
 from clip_exp.loading.wise_ft import Mix
+from clip_exp.storage import InUse, atomic_file, lock, remove_leftovers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,21 +122,13 @@ def write_index(path: Path, recipe: Recipe, entries: Entries) -> None:
         "mtime_ns": entries.mtime_ns,
         "features": entries.features.contiguous(),
     }
-    temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask allows; the library's is for the owner alone
-        save_file(tensors, temporary, {KEY: json.dumps(asdict(recipe), sort_keys=True)})
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, {KEY: json.dumps(asdict(recipe), sort_keys=True)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"index={path} cannot be written: {getattr(error, 'strerror', None) or error}."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -148,36 +139,15 @@ def held(path: Path) -> Iterator[None]:
         ConfigError: another process holds it.
         CheckpointError: the folder cannot be written.
     """
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
+    with ExitStack() as stack:
         try:
-            handle = lock.open("a+", encoding="utf-8")
+            stack.enter_context(lock(path.with_name(f".{path.name}.lock"), remove=True))
+        except InUse as error:
+            raise ConfigError(f"index={path} is being changed by {error.owner}: wait for it.") from None
         except OSError as error:
             raise CheckpointError(f"index={path} cannot be written: {error.strerror}.") from error
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                handle.seek(0)
-                owner = handle.read().strip() or "another process"
-                raise ConfigError(f"index={path} is being changed by {owner}: wait for it.") from None
-            if not _is_file_of(handle, lock):
-                continue  # its last holder removed the file after it was opened here
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            handle.flush()
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_file_of(handle: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        remove_leftovers(path)
+        yield
 
 
 def stored_path(path: str | Path, folder: str | Path) -> str:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from clip_exp.config.use_schema import OutputConfig, OutputFormat
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.storage import atomic_file
 
 ENDINGS = {".json": OutputFormat.json, ".csv": OutputFormat.csv}
 WIDE = 100_000  # columns of a table that no terminal cuts
@@ -67,12 +68,10 @@ def number(value: float) -> float:
 
 
 def _write_file(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"output={path} cannot be written: {error.strerror}.") from error
 
 

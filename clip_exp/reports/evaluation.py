@@ -22,6 +22,7 @@ from clip_exp.reports.results import Classified, Compared, Result, Retrieved
 from clip_exp.reports.retrieval_page import retrieval_page
 from clip_exp.reports.run_page import renew_report
 from clip_exp.runs import write_json, write_text
+from clip_exp.storage import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ def _write(result: Result, name: str, pages: dict[str, str], target: Path) -> No
     write_json(place / f"{name}.json", {"metrics": result.metrics, "protocol": result.protocol})
     for of, file in result.files.items():
         tensors = {key: np.ascontiguousarray(tensor) for key, tensor in file.tensors.items()}  # or rows and columns mix
-        save_file(tensors, place / f"{name}.{of}.safetensors", file.metadata)
+        with atomic_file(place / f"{name}.{of}.safetensors") as temporary:
+            save_file(tensors, temporary, file.metadata)
     for suffix, text in pages.items():
         write_text(place / f"{name}{suffix}", text)
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
-from clip_exp.checkpoints.writer import MANIFEST, TEMPORARY
+from clip_exp.checkpoints.writer import MANIFEST
 from clip_exp.errors import ConfigError
+from clip_exp.storage import remove_folder
 
 if TYPE_CHECKING:
     from clip_exp.training.tasks import TaskScores
@@ -143,9 +143,7 @@ class Checkpointer(pl.Callback):
         needed = {*found[-KEEP_LAST:], *marked[-1:]}
         for path in found:
             if path not in needed and step_of(path) <= (self.saved_step or 0):
-                doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
-                path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                remove_folder(path)
 
 
 def last_validation(trainer: pl.Trainer) -> dict[str, float]:

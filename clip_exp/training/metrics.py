@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from clip_exp.data.workers import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
 from clip_exp.runs import read_metrics
+from clip_exp.storage import atomic_file, remove_leftovers
 from clip_exp.training.callbacks import last_validation
 from clip_exp.training.diagnosis import LoaderWatch, Loading
 from clip_exp.training.timing import StepTimes, step_clock
@@ -59,6 +60,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def continue_from(self, step: int) -> None:
         """Keep the rows up to `step` of the file that is there."""
+        remove_leftovers(self.path)
         if self.path.is_file():
             self.rows = {row["step"]: row for row in read_metrics(self.path) if row["step"] <= step}
             self.columns = dict.fromkeys(name for row in self.rows.values() for name in row)
@@ -83,12 +85,14 @@ class MetricsCSV(Logger):
         ]
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}")
-        with temporary.open("w", newline="", encoding="utf-8") as handle:
+        # Rows that are appended are not waited for either.
+        with (
+            atomic_file(self.path, durable=False) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as handle,
+        ):
             writer = csv.DictWriter(handle, self._header())
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self.rows.items()))
-        temporary.replace(self.path)
 
 
 class StepMetrics(pl.Callback):

@@ -8,18 +8,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import requests
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from clip_exp.checkpoints.writer import sha256 as hash_of
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.storage import sync
+from clip_exp.storage import InUse, file_sha256, lock, put_in_place
 from clip_exp.weights.transfer import Report, TryAgain, attempt, forget, size_of
 
 WAIT_S = 3600.0  # for another process that downloads the same file
@@ -101,7 +99,7 @@ def verify(path: Path, sha256: str | None) -> None:
     Raises:
         CheckpointError: it names both.
     """
-    if sha256 is not None and not (found := hash_of(path)).startswith(sha256):
+    if sha256 is not None and not (found := file_sha256(path)).startswith(sha256):
         raise CheckpointError(
             f"{path} has sha256 {found} instead of {sha256}{'…' * (len(sha256) < 64)}: it is damaged, or another file. "
             "Delete it, and it is fetched again."
@@ -111,21 +109,20 @@ def verify(path: Path, sha256: str | None) -> None:
 @contextmanager
 def _held(target: Path, wait_s: float) -> Iterator[None]:
     """Inside, no other process downloads `target`. The lock ends with its process, however that ends."""
-    lock = FileLock(target.with_name(f"{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _tell(f"waiting for another process that downloads {target}")
+    with ExitStack() as stack:
         try:
-            lock.acquire(timeout=wait_s)
-        except Timeout:
+            stack.enter_context(
+                lock(
+                    target.with_name(f"{target.name}.lock"),
+                    wait_s=wait_s,
+                    on_wait=lambda: _tell(f"waiting for another process that downloads {target}"),
+                )
+            )
+        except InUse:
             raise CheckpointError(
                 f"waited {wait_s:g} s for another process that downloads {target}: see whether it still works, and run again."
             ) from None
-    try:
         yield
-    finally:
-        lock.release()
 
 
 def _download(url: str, sha256: str | None, target: Path, headers: dict[str, str], pause_s: float) -> None:
@@ -148,20 +145,14 @@ def _download(url: str, sha256: str | None, target: Path, headers: dict[str, str
                         f"the file at {target} by hand."
                     ) from error
                 time.sleep(pause_s * 2 ** max(0, failures - 1))
-    if sha256 is not None and not (found := hash_of(part)).startswith(sha256):
+    if sha256 is not None and not (found := file_sha256(part)).startswith(sha256):
         forget(part)
         raise CheckpointError(
             f"{url}: what came has sha256 {found} instead of {sha256}{'…' * (len(sha256) < 64)}, so it was damaged or "
             "exchanged on the way, and is removed. Run again."
         )
-    _put_in_place(part, target)
-
-
-def _put_in_place(part: Path, target: Path) -> None:
-    sync(part)
-    part.replace(target)
+    put_in_place(part, target)
     forget(part)
-    sync(target.parent)
 
 
 @contextmanager

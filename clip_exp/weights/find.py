@@ -9,11 +9,11 @@ from pathlib import Path
 from clip_exp import open_clip_files
 from clip_exp.checkpoints import discovery
 from clip_exp.checkpoints.writer import MANIFEST, WEIGHTS
-from clip_exp.checkpoints.writer import sha256 as hash_of
 from clip_exp.config.load import nearest, read_run_config
 from clip_exp.config.model_schema import Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.models import known_models
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.storage import file_sha256
 from clip_exp.weights import activation
 from clip_exp.weights.describe import About, describe
 from clip_exp.weights.download import fetch, kept_at
@@ -82,8 +82,8 @@ def hash_weights(path: Path) -> str:
     """SHA-256 of a file of weights; of weights in several files, that of the list of their hashes and names."""
     files = weight_files(path)
     if len(files) == 1:
-        return hash_of(files[0])
-    lines = "".join(f"{hash_of(file)}  {file.name}\n" for file in files)
+        return file_sha256(files[0])
+    lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

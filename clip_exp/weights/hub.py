@@ -13,8 +13,8 @@ from pathlib import Path
 
 import requests
 
-from clip_exp.checkpoints.writer import sha256 as hash_of
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.storage import file_sha256
 from clip_exp.weights.download import fetch, offline
 from clip_exp.weights.formats import IN_FOLDER, INDEX, part_names, weight_files
 from clip_exp.weights.transfer import PASSING
@@ -195,7 +195,7 @@ def _verify(path: Path, name: str) -> None:
         CheckpointError: another hash; the file is removed.
     """
     kept = path.resolve()
-    if SHA256.fullmatch(kept.name) and (found := hash_of(kept)) != kept.name:
+    if SHA256.fullmatch(kept.name) and (found := file_sha256(kept)) != kept.name:
         path.unlink()
         kept.unlink(missing_ok=True)
         raise CheckpointError(

@@ -9,13 +9,13 @@ import torch
 from clip_exp.checkpoints import discovery
 from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.checkpoints.state import join, name_optimizer_state, number_optimizer_state, split
-from clip_exp.checkpoints.writer import atomic_folder
+from clip_exp.checkpoints.writer import atomic_checkpoint
 from clip_exp.errors import CheckpointError, NumericError
 
 
 def write(run_dir: Path, step: int, content: str = "weights", **metadata: object) -> Path:
     target = discovery.folder_of(run_dir, step)
-    with atomic_folder(target, {"step": step, **metadata}) as folder:
+    with atomic_checkpoint(target, {"step": step, **metadata}) as folder:
         (folder / "model.safetensors").write_text(content)
     return target
 
@@ -59,7 +59,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path) -> 
     write(tmp_path, 5, "old")
 
     def fail() -> None:
-        with atomic_folder(discovery.folder_of(tmp_path, 5), {}) as folder:
+        with atomic_checkpoint(discovery.folder_of(tmp_path, 5), {}) as folder:
             (folder / "model.safetensors").write_text("half")
             raise OSError(28, "No space left on device")
 
@@ -126,7 +126,7 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path)
 
 def test_a_replacement_that_was_killed_half_way_keeps_the_old_copy(tmp_path) -> None:
     checkpoint = write(tmp_path, 4, "old")
-    checkpoint.rename(checkpoint.with_name(".writing-old-step-000004-77"))
+    checkpoint.rename(checkpoint.with_name(".writing-step-000004-77.old"))
     discovery.clean(tmp_path)
     assert (discovery.latest(tmp_path) / "model.safetensors").read_text() == "old"
 

@@ -13,13 +13,12 @@ It appears complete or not at all. Nothing in it is unpickled.
 
 import json
 import logging
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables.formats import open_reader
@@ -28,6 +27,7 @@ from clip_exp.data.tables.index_writer import TableSource, checksum, write_index
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
 from clip_exp.data.tables.stamps import Stamp
 from clip_exp.errors import DataError
+from clip_exp.storage import lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -87,25 +87,19 @@ def open_index(source: TableSource, index_dir: Path) -> tuple[MappedRows, list[S
     if not index_dir.exists():  # a table that is none leaves nothing behind
         next(iter(open_reader(source.files[0], source.options).blocks()), None)
     index_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(index_dir / f".{source.name}.lock", source):
+
+    def report() -> None:
+        log.warning("Waiting for another process that reads %s.", source.files[0])
+
+    with lock(index_dir / f".{source.name}.lock", wait_s=math.inf, on_wait=report):
         if found := _load(folder, source):  # another process was first
             return found
-        for stale in index_dir.glob(f".{source.name}.*.tmp"):  # of builders that were killed: the lock is held here
-            shutil.rmtree(stale, ignore_errors=True)
+        remove_leftovers(folder)
         write_index(folder, source)
         found = _load(folder, source)
     if found is None:
         raise DataError(f"{source.files[0]} has changed while it was read: start again when it is complete.")
     return found
-
-
-def _locked(path: Path, source: TableSource) -> AcquireReturnProxy:
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=1)
-    except Timeout:
-        log.warning("Waiting for another process that reads %s.", source.files[0])
-        return lock.acquire()
 
 
 def _load(folder: Path, source: TableSource) -> tuple[MappedRows, list[ScannedFile]] | None:

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import re
-import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,7 +20,7 @@ from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.scan import RowBatch, Scan
 from clip_exp.data.tables.stamps import Stamp
 from clip_exp.progress import progress
-from clip_exp.storage import sync
+from clip_exp.storage import atomic_folder
 
 _VERSION = 2  # of what the readers make of a file, and of the folder: a change makes new folders
 _BAR_FROM = 64 << 20  # bytes; smaller tables are read before a bar is seen
@@ -62,13 +60,8 @@ def write_index(folder: Path, source: TableSource) -> None:
         OSError: it cannot be written.
         DataError, ConfigError: see `tables.open`.
     """
-    partial = _beside(folder)
-    partial.mkdir()
-    try:
+    with atomic_folder(folder) as partial:  # who has mapped files of the one that is replaced keeps them
         _write(partial, source)
-        _publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def checksum(record: dict[str, Any]) -> str:
@@ -101,9 +94,6 @@ def _write(partial: Path, source: TableSource) -> None:
     }
     content = {"sha256": checksum(record), "record": record}
     (partial / "index.json").write_text(json.dumps(content), encoding="utf-8")
-    for name in [*names, "index.json"]:
-        sync(partial / name)
-    sync(partial)
 
 
 def _write_rows(partial: Path, batches: Iterator[RowBatch]) -> int:
@@ -169,21 +159,6 @@ class _NpyFile:
     def _write_header(self) -> None:
         header = {"descr": "<i8", "fortran_order": False, "shape": (self.rows, *self._row_shape)}
         np.lib.format.write_array_header_1_0(self._file, header)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        before = _beside(folder)
-        folder.rename(before)
-        partial.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)  # who has mapped its files keeps them
-    else:
-        partial.rename(folder)
-    sync(folder.parent)
-
-
-def _beside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _stored(file: Path) -> list[Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_exp import storage
 from clip_exp.config.data_schema import Captions, OnBadRow
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.rows import build_rows
@@ -284,28 +285,32 @@ class Canary:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("stage", ["_write_groups", "checksum", "_publish", "sync"])
+@pytest.mark.parametrize(
+    "stage",
+    ["index_writer._write_groups", "index_writer.checksum", "storage._put_folder_in_place", "storage.sync"],
+)
 def test_a_killed_builder_leaves_nothing_that_hurts(tmp_path, builds, stage):
     file = write_rows(tmp_path / "pairs.csv", 100)
     open_indexed(file)
     change_size(file)
     code = (
-        "import os, sys; from pathlib import Path; from clip_exp.data.tables import index_writer, open; "
+        "import os, sys; from pathlib import Path; from clip_exp import storage; "
+        "from clip_exp.data.tables import index_writer, open; "
         "from clip_exp.data.tables.options import TableOptions; file = Path(sys.argv[1]); "
-        f"index_writer.{stage} = lambda *_: os.kill(os.getpid(), 9); "
+        f"{stage} = lambda *_: os.kill(os.getpid(), 9); "
         "open.open_table(file, TableOptions(), index_dir=file.parent / 'index')"
     )
     assert subprocess.run([sys.executable, "-c", code, str(file)], check=False).returncode == -9
-    assert any(each.name.endswith(".tmp") for each in (tmp_path / "index").iterdir())
+    assert any(each.name.startswith(storage.TEMPORARY) for each in (tmp_path / "index").iterdir())
     assert contents(open_indexed(file)) == contents(read_table(file))
-    assert not any(each.name.endswith(".tmp") for each in (tmp_path / "index").iterdir())
+    assert not any(each.name.startswith(storage.TEMPORARY) for each in (tmp_path / "index").iterdir())
 
 
 def test_a_kill_between_the_two_renames_costs_only_time(tmp_path, builds):
     file = write_rows(tmp_path / "pairs.csv", 100)
     open_indexed(file)
     folder = index_folder(file)
-    folder.rename(index_writer._beside(folder))
+    folder.rename(folder.with_name(f"{storage.TEMPORARY}{folder.name}-77{storage.REPLACED}"))
     assert contents(open_indexed(file)) == contents(read_table(file))
     assert len(list((tmp_path / "index").iterdir())) == 2
 
@@ -413,7 +418,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, caplog, monkeypatch):
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_writer, "sync", full)
+    monkeypatch.setattr(storage, "sync", full)
     assert len(open_indexed(file)) == 100
     assert "No space left on device" in caplog.text
     assert not [each for each in (tmp_path / "index").iterdir() if each.is_dir()]
@@ -426,7 +431,7 @@ def test_an_index_is_used_where_nothing_can_be_written(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("written to")
 
-    for name in ("_locked", "write_index"):
+    for name in ("lock", "write_index"):
         monkeypatch.setattr(index, name, refuse)
     assert len(open_indexed(file)) == 100
 
