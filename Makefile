@@ -28,10 +28,11 @@ test: install ## run every test
 test-quick: install ## run the tests that take less than about ten seconds
 	$(PYTEST) -m 'not slow'
 
-lint: install ## check style and types
+lint: install ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: install ## rewrite the code in the house's style
 	$(BIN)/ruff check --fix .

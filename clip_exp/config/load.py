@@ -36,6 +36,12 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "timm.optim.Lion": LionConfig,
 }
 DEFAULT_EPOCHS = 30.0
+EXPLAINED = {  # keys of other frameworks that have no counterpart of the same meaning
+    "accumulate_grad_batches": (
+        "a contrastive loss would not see more negatives. Raise global_batch_size and set micro_batch_size: the same memory, "
+        "the gradient of the whole batch."
+    ),
+}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -43,6 +49,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}."
+
+
+def unknown_key(key: str, valid: Iterable[str]) -> str:
+    """Return a sentence for a key that does not exist: what to use in its place, or the nearest valid one.
+
+    Args:
+        key: the full key.
+        valid: names next to it.
+    """
+    name = key.rpartition(".")[2]
+    return f"{key} does not exist: {EXPLAINED.get(name) or nearest(name, valid)}"
 
 
 def strict_dataclass(cls: type[T], values: dict[str, Any], where: str = "") -> T:
@@ -196,7 +213,7 @@ def _unknown_keys(values: dict[str, Any], cls: type, prefix: str) -> Iterator[st
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
-            yield f"{prefix}{key} does not exist: {nearest(key, fields)}"
+            yield unknown_key(f"{prefix}{key}", fields)
         elif isinstance(value, dict) and (nested := _dataclass_of(fields[key].type)):
             yield from _unknown_keys(value, nested, f"{prefix}{key}.")
 

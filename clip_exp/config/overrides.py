@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_exp.config.load import nearest
+from clip_exp.config.load import nearest, unknown_key
 from clip_exp.config.models import names
 from clip_exp.config.paths import conf_dir, options
 from clip_exp.errors import ConfigError
@@ -22,8 +22,6 @@ ALWAYS_CHOSEN = [
     "optimizer",
     "scheduler",
     "strategy",
-    "trainer",
-    "callbacks",
     "logger",
     "task",
 ]
@@ -161,5 +159,5 @@ def _bad_key(error: OmegaConfBaseException) -> str:
     valid = [str(key) for key in parent] if parent is not None and hasattr(parent, "keys") else []
     missing = str(error.key) not in valid
     if missing and valid and type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
-        return f"{full_key} does not exist: {nearest(str(error.key), valid)}"
+        return unknown_key(full_key, valid)
     return f"{full_key}: {str(error.msg if getattr(error, 'msg', None) else error).splitlines()[0]}"

@@ -110,7 +110,6 @@ class TrainerConfig:
     devices: Any = "auto"  # auto (1 on CPU, all GPUs), a number, or a list of GPU indices
     num_nodes: int = 1
     gradient_clip_val: float | None = 1.0  # norm of the whole gradient
-    accumulate_grad_batches: int = 1  # must stay 1: `micro_batch_size` is the way to big batches
     deterministic: bool = False
     profiler: str | None = None  # null, simple, advanced, pytorch
 
@@ -165,11 +164,6 @@ class CallbacksConfig:
 
 
 @dataclass
-class TensorBoardConfig:
-    log_graph: bool = False
-
-
-@dataclass
 class WandbConfig:
     project: str = "clip_exp"
     entity: str | None = None
@@ -183,7 +177,7 @@ class WandbConfig:
 class LoggerConfig:
     """`metrics.csv` is always written: a run's report is made from it. The others come on top."""
 
-    tensorboard: TensorBoardConfig | None = None
+    tensorboard: bool = False
     wandb: WandbConfig | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # name: {_target_: lightning logger, …}
 

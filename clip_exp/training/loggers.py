@@ -22,12 +22,10 @@ def build_loggers(config: LoggerConfig, run_dir: Path, name: str) -> list[Logger
         ConfigError: an `extra` logger is not allowed or refuses its arguments.
     """
     loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv")]
-    if config.tensorboard is not None:
+    if config.tensorboard:
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        loggers.append(
-            TensorBoardLogger(run_dir, name="", version="tensorboard", log_graph=config.tensorboard.log_graph)
-        )
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
     if config.wandb is not None and config.wandb.mode != "disabled":
         loggers.append(_wandb(config.wandb, run_dir, name))
     loggers += build_extra(config.extra, "logger.extra")

@@ -109,12 +109,7 @@ def _check_numbers(config: TrainConfig) -> Iterator[str]:
 
 
 def _check_strategy(config: TrainConfig) -> Iterator[str]:
-    trainer, strategy = config.trainer, config.strategy
-    if trainer.accumulate_grad_batches != 1:
-        yield (
-            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: a contrastive loss would not see more negatives. "
-            "Raise global_batch_size and set micro_batch_size: the same memory, the gradient of the whole batch."
-        )
+    strategy = config.strategy
     try:
         requested_devices(config)
     except ConfigError as error:
