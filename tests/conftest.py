@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,10 +29,10 @@ def real_data() -> Path:
     return Path(folder)
 
 
-def read_by_imports() -> dict[str, str]:
-    """The environment that libraries look at when they are imported, and not again."""
+def read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:
+    """What libraries look at in an environment when they are imported, and not again."""
     prefixes = ("HF_", "TRANSFORMERS_", "TORCH", "PYTHON", "OMP_", "CUDA_")
-    return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
+    return {key: value for key, value in environment.items() if key.startswith(prefixes)}
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -40,15 +40,18 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def command() -> Run:
-    """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr."""
-    started_with = read_by_imports()
+    """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr.
+
+    What a script imports is imported already, and its ranks are forked, unless it is to start `cold`.
+    """
+    started_with = read_by_imports({**os.environ, **THREADS})
 
     def run(
-        script: str, *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
+        script: str, *arguments: str, cwd: Path, timeout_s: float = 300, cold: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
         child = {**clean, "COLUMNS": "200", **THREADS, **environment}
-        if not environment and read_by_imports() == started_with:
+        if not cold and read_by_imports(child) == started_with:
             return run_forked(REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s)
         return subprocess.run(
             [sys.executable, str(REPOSITORY / script), *arguments],
