@@ -5,8 +5,8 @@ The ranks that it starts are forked likewise, before the script begins.
 """
 
 import atexit
-import multiprocessing
 import json
+import multiprocessing
 import os
 import re
 import runpy

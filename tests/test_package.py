@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
 def test_the_wheel_carries_conf_and_its_console_script_composes(repository: Path, tmp_path: Path) -> None:
     build = [
         sys.executable,

@@ -190,7 +190,6 @@ def on_ranks(rank: int, ranks: int, folder: str, paths: list[str]) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_features_are_the_same_bits_on_1_2_and_3_ranks(tmp_path: Path) -> None:
     paths = [write_picture(tmp_path / f"{number:03d}.png", number) for number in range(101)]
     results = {}

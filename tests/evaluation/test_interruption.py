@@ -101,7 +101,6 @@ def assert_goes_on(tmp_path: Path, run_dir: Path, command, arguments: list[str])
     assert result["protocol"]["pictures"] == PICTURES
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)]
 )
@@ -119,7 +118,6 @@ def test_a_signal_ends_it_as_preempted_and_the_same_command_goes_on(
     assert_goes_on(tmp_path, run_dir, command, arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_kill_leaves_nothing_half_written_and_the_same_command_goes_on(
     tmp_path: Path, run_dir: Path, arguments: list[str], command, devices: int
@@ -133,7 +131,6 @@ def test_a_kill_leaves_nothing_half_written_and_the_same_command_goes_on(
     assert_goes_on(tmp_path, run_dir, command, arguments)
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_ends_all_with_one_message(
     tmp_path: Path, run_dir: Path, arguments: list[str], command
 ) -> None:

@@ -76,7 +76,6 @@ def alone(arguments: list[str], command: Callable, tmp_path_factory: pytest.Temp
     return results(output_dir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 3])
 def test_every_rank_count_gives_the_same_files(
     arguments: list[str], alone: dict[str, str], command: Callable, tmp_path: Path, devices: int
@@ -88,7 +87,6 @@ def test_every_rank_count_gives_the_same_files(
     assert done.stderr.count("retrieval: texts longer than the model's context were cut: 1.") == 1
 
 
-@pytest.mark.slow
 def test_cut_texts_are_counted_once_on_any_rank_count_and_from_the_cache(
     arguments: list[str], alone: dict[str, str], command: Callable, tmp_path: Path
 ) -> None:
@@ -104,7 +102,6 @@ def test_cut_texts_are_counted_once_on_any_rank_count_and_from_the_cache(
         assert results(output_dir) == alone
 
 
-@pytest.mark.slow
 def test_a_bad_picture_of_one_rank_ends_all_with_its_message(
     arguments: list[str], command: Callable, tmp_path: Path
 ) -> None:
@@ -125,7 +122,6 @@ def test_a_bad_picture_of_one_rank_ends_all_with_its_message(
     ]
 
 
-@pytest.mark.slow
 def test_torchrun_gives_the_same_files(arguments: list[str], alone: dict[str, str], tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

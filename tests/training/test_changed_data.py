@@ -69,7 +69,6 @@ def test_a_checkpoint_of_an_older_version_goes_on(train: Train, table: Path) -> 
     assert train(*RUN, f"data.train={table}", named, output_dir=table.parent).summary["steps"] == 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
 def test_all_ranks_refuse_changed_data_with_one_message(strategy: str, train: Train, command: Run, table: Path) -> None:
     folder = unfinished(train, table)

@@ -16,7 +16,6 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("overrides", STRATEGIES.values(), ids=STRATEGIES.keys())
 def test_every_strategy_computes_what_the_single_process_does(
     overrides: list[str], single: Finished, train: Train
@@ -29,7 +28,6 @@ def test_every_strategy_computes_what_the_single_process_does(
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["2_offload", "3_offload"])
 def test_offloaded_adam_follows_the_single_process(stage: str, single: Finished, train: Train) -> None:
     """DeepSpeed's CPU Adam rounds differently, so the curves agree less closely than the fused kernel's."""
@@ -45,7 +43,6 @@ def test_offloaded_adam_follows_the_single_process(stage: str, single: Finished,
     assert run.losses == pytest.approx(reference.losses, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_zero_shot_validation_gathers_every_weight_that_zero_3_splits(train: Train) -> None:
     """DeepSpeed leaves small weights whole unless it is told not to; a larger model's would be split."""
     overrides = (
@@ -64,7 +61,6 @@ def test_zero_shot_validation_gathers_every_weight_that_zero_3_splits(train: Tra
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.slow
 def test_sigmoid_loss_is_the_same_on_one_and_two_ranks(train: Train) -> None:
     overrides = (*TINY, "loss=sigmoid", "max_steps=4", "log_every_n_steps=1")
     one = train(*overrides)
@@ -72,7 +68,6 @@ def test_sigmoid_loss_is_the_same_on_one_and_two_ranks(train: Train) -> None:
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_torchrun_starts_the_same_run(single: Finished, command, tmp_path) -> None:
     import os
     import subprocess

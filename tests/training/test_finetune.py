@@ -216,7 +216,6 @@ def changed(checkpoint: Path, start: Path) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.slow
 def test_a_locked_tower_keeps_its_weights_and_statistics_through_validations(locked: Finished, start: Path) -> None:
     assert any("running_mean" in name for name in load_file(start))
     assert {name for name in changed(latest(locked.folder), start) if not name.startswith("text.")} == {"logit_scale"}
@@ -224,7 +223,6 @@ def test_a_locked_tower_keeps_its_weights_and_statistics_through_validations(loc
     assert next(row["lr"] for row in locked.metrics if "lr" in row) == 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("overrides", STRATEGIES.values(), ids=STRATEGIES.keys())
 def test_locked_and_slowed_towers_learn_the_same_under_every_strategy(
     overrides: list[str], locked: Finished, start: Path, train: Train
@@ -236,7 +234,6 @@ def test_locked_and_slowed_towers_learn_the_same_under_every_strategy(
     torch.testing.assert_close(run.weights, locked.weights, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], STRATEGIES["ZeRO-2"]], ids=["alone", "ZeRO-2"])
 def test_while_probing_the_towers_stay_as_they_are(overrides: list[str], start: Path, train: Train) -> None:
     settings = ("finetune=linear_probe", "finetune.linear_probe_steps=3", "max_steps=4", f"pretrained={start}")
