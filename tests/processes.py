@@ -59,6 +59,11 @@ def start_apart(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
     return result
 
 
+def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """Call `function(rank, *arguments)` of a module in a process for each rank; return what each returned."""
+    return [rank.result() for rank in [start_apart(function, rank, *arguments) for rank in range(ranks)]]
+
+
 def _start_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in THREADS.items():
