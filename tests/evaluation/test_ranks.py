@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.evaluation.cifar import write_cifar10
+from tests.exhaustive import repeat_beyond
 from tests.small_runs import nano, write_picture, write_run
 
 __all__ = ["nano"]
@@ -76,7 +77,7 @@ def alone(arguments: list[str], command: Callable, tmp_path_factory: pytest.Temp
     return results(output_dir)
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", repeat_beyond((3,), (2, 3)))  # two are also those of the next test
 def test_every_rank_count_gives_the_same_files(
     arguments: list[str], alone: dict[str, str], command: Callable, tmp_path: Path, devices: int
 ) -> None:

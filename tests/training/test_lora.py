@@ -19,6 +19,7 @@ from clip_exp.training.finetune_check import rehearse
 from clip_exp.training.lora import adapt, adapted_part, merge, unmerge
 from tests.compose import train_config
 from tests.encoders import small_encoder
+from tests.exhaustive import repeat_beyond
 from tests.models.small import batch, small_config
 from tests.runs import Finished, Train
 
@@ -198,7 +199,7 @@ def test_only_the_factors_and_the_scale_learn_and_have_optimizer_state(alone: Fi
     assert alone.record["trained_parameters"] < 0.02 * alone.record["parameters"]
 
 
-@pytest.mark.parametrize("overrides", STRATEGIES.values(), ids=STRATEGIES.keys())
+@pytest.mark.parametrize("overrides", repeat_beyond([STRATEGIES["ddp"]], STRATEGIES.values()), ids=STRATEGIES)
 def test_adapters_learn_the_same_under_every_strategy(
     overrides: list[str], alone: Finished, start: Path, train: Train
 ) -> None:

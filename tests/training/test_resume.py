@@ -13,6 +13,7 @@ import torch
 
 from clip_exp.checkpoints.discovery import checkpoints
 from tests.conftest import REPOSITORY
+from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders
 
 RUN = (
@@ -48,7 +49,10 @@ def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train
     ]
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"])
+STRATEGIES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp")
+
+
+@pytest.mark.parametrize("strategy", repeat_beyond(("deepspeed_stage_2", "deepspeed_stage_3"), STRATEGIES))
 def test_a_run_goes_on_under_another_strategy(strategy: str, single: Finished, train: Train, tmp_path) -> None:
     interrupted(single, tmp_path)
     run = train(*RUN, f"strategy={strategy}", "trainer.devices=2", output_dir=tmp_path)
@@ -108,7 +112,7 @@ def test_going_on_from_a_named_earlier_checkpoint_gives_the_same_end(single: Fin
     assert [path.name for path in checkpoints(folder)] == ["step-000010", "step-000020"]
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", repeat_beyond((2,), (1, 2)))
 def test_a_signal_saves_the_step_and_ends_with_143(devices: int, tmp_path) -> None:
     arguments = [
         *TINY,

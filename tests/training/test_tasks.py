@@ -15,6 +15,7 @@ from clip_exp.data.samples import generate
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.run import evaluate
 from tests.compose import train_config
+from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train
 from tests.small_runs import write_picture
 
@@ -117,7 +118,9 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_still_leaves_its_scores
     assert run.summary["metrics"] == scored.summary["metrics"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize(
+    "strategy", repeat_beyond(("ddp", "deepspeed_stage_3"), ("ddp", "deepspeed_stage_2", "deepspeed_stage_3"))
+)
 def test_two_devices_have_the_scores_of_one(
     strategy: str, one_device: Finished, train: Train, tasks: tuple[str, ...]
 ) -> None:
