@@ -1,5 +1,7 @@
 """Configurations in tests, composed as the command line composes them."""
 
+from functools import cache
+
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -8,9 +10,11 @@ from clip_exp.config.paths import conf_dir
 from clip_exp.config.schema import TrainConfig
 from clip_exp.config.store import config_name, register
 
+register_once = cache(register)
+
 
 def compose_config(*overrides: str, command: str = "train") -> DictConfig:
-    register()
+    register_once()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose(config_name(command), overrides=list(overrides))
 

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.processes import THREADS, run_forked
 from tests.runs import TINY, Finished, Train, run_folders
@@ -29,26 +30,30 @@ def real_data() -> Path:
     return Path(folder)
 
 
-def read_by_imports() -> dict[str, str]:
-    """The environment that libraries look at when they are imported, and not again."""
+def read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:
+    """What libraries look at in an environment when they are imported, and not again."""
     prefixes = ("HF_", "TRANSFORMERS_", "TORCH", "PYTHON", "OMP_", "CUDA_")
-    return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
+    return {key: value for key, value in environment.items() if key.startswith(prefixes)}
 
 
+DOOR = "clip_exp/__main__.py"  # of `python -m clip_exp`
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
 def command() -> Run:
-    """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr."""
-    started_with = read_by_imports()
+    """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr.
+
+    What a script imports is imported already, and its ranks are forked, unless it is to start `cold`.
+    """
+    started_with = read_by_imports({**os.environ, **THREADS})
 
     def run(
-        script: str, *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
+        script: str, *arguments: str, cwd: Path, timeout_s: float = 300, cold: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
         child = {**clean, "COLUMNS": "200", **THREADS, **environment}
-        if not environment and read_by_imports() == started_with:
+        if not cold and read_by_imports(child) == started_with:
             return run_forked(REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s)
         return subprocess.run(
             [sys.executable, str(REPOSITORY / script), *arguments],
@@ -77,13 +82,26 @@ def train(command, tmp_path_factory: pytest.TempPathFactory) -> Train:
     return run
 
 
+def train_once(name: str, train: Train, tmp_path_factory: pytest.TempPathFactory, *overrides: str) -> Finished:
+    """Train for all workers of this test run: the first that asks trains, the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    output_dir = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    output = output_dir / "output.txt"
+    with FileLock(output_dir.with_suffix(".lock")):
+        if not output.exists():
+            output_dir.mkdir(exist_ok=True)
+            output.write_text(train(*overrides, output_dir=output_dir).output, encoding="utf-8")
+    return Finished(run_folders(output_dir)[-1], output.read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="session")
-def single(train: Train) -> Finished:
+def single(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Twenty steps in one process, which every other way of running them must reproduce."""
-    return train(*TINY, "max_steps=20", "log_every_n_steps=1", "checkpoint_every_n_steps=10", "val_every_n_steps=10")
+    intervals = ("log_every_n_steps=1", "checkpoint_every_n_steps=10", "val_every_n_steps=10")
+    return train_once("single", train, tmp_path_factory, *TINY, "max_steps=20", *intervals)
 
 
 @pytest.fixture(scope="session")
-def digits(train: Train) -> Finished:
+def digits(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The run that the README begins with: 20 s of training on handwritten digits."""
-    return train("experiment=digits", "resume=never")
+    return train_once("digits", train, tmp_path_factory, "experiment=digits", "resume=never")

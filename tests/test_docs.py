@@ -86,7 +86,6 @@ def test_make_help_lists_the_targets() -> None:
     assert {line.split()[0] for line in listed.splitlines()} >= {"install", "train", "test", "lint", "help"}
 
 
-@pytest.mark.slow
 def test_the_way_from_a_csv_to_a_scored_model(command, single, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's page, on drawn scenes in the place of photographs and cut to a few steps."""
     scenes = next((single.folder.parents[2] / "data").glob("shapes-*"))

@@ -69,7 +69,6 @@ def test_rank_and_search_find_the_same_pictures(command: Callable, run_dir: Path
     assert (tmp_path / "photos.index").is_file()
 
 
-@pytest.mark.slow
 def test_train_leaves_a_run_that_the_others_use(command: Callable, single, tmp_path: Path) -> None:
     scenes = next((single.folder.parents[2] / "data").glob("shapes-*"))
     shutil.copytree(scenes, tmp_path / "data")

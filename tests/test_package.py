@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
 def test_the_wheel_carries_conf_and_its_console_script_composes(repository: Path, tmp_path: Path) -> None:
     build = [
         sys.executable,
@@ -68,7 +67,15 @@ def test_an_unknown_command_is_answered_with_the_nearest(tmp_path: Path) -> None
 
 
 def test_building_a_model_loads_neither_configuration_files_nor_weights() -> None:
-    unwanted = ("omegaconf", "yaml", "hydra", "pytorch_lightning", "clip_exp.weights", "clip_exp.data", "clip_exp.training")
+    unwanted = (
+        "omegaconf",
+        "yaml",
+        "hydra",
+        "pytorch_lightning",
+        "clip_exp.weights",
+        "clip_exp.data",
+        "clip_exp.training",
+    )
     code = (
         "import sys; import clip_exp.losses, clip_exp.models, clip_exp.models.build\n"
         f"print([name for name in {unwanted} if name in sys.modules])"

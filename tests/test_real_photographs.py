@@ -19,7 +19,6 @@ if __name__ == "__main__":  # loader workers import this file
 """
 
 
-@pytest.mark.slow
 def test_a_sharded_run_on_photographs_is_scored_in_one_process_without_deepspeed(
     real_data: Path, train: Train, command: Run, tmp_path: Path
 ) -> None:
@@ -44,7 +43,6 @@ def test_a_sharded_run_on_photographs_is_scored_in_one_process_without_deepspeed
     assert (imagenet["pictures"], imagenet["classes"], imagenet["classes_without_pictures"]) == (150, 1000, 850)
 
 
-@pytest.mark.slow
 def test_flagai_tables_train_unchanged(real_data: Path, train: Train) -> None:
     folder = real_data / "flagai_layout"
     run = train(

@@ -1,6 +1,7 @@
 """Strategies: one process, DDP, and DeepSpeed's ZeRO on GPUs as well as on CPUs."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,9 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
+        # DeepSpeed would look for a compiler, and compile for a minute what only its inference engine calls.
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from clip_exp.checks.command import check_data
 from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.config.load import load_use
@@ -18,7 +16,6 @@ from tests.small_runs import write_picture
 __all__ = ["browse"]
 
 
-@pytest.mark.slow
 def test_the_page_opens_without_a_word_on_the_console(browse: Browse, tmp_path: Path) -> None:
     config = config_of(plant(tmp_path), "num_workers=0", "data.max_bad_fraction=1")
     check_data(config, [])
@@ -30,7 +27,6 @@ def test_the_page_opens_without_a_word_on_the_console(browse: Browse, tmp_path: 
         assert text in opened.dom
 
 
-@pytest.mark.slow
 def test_an_attackers_caption_and_path_do_nothing(browse: Browse, tmp_path: Path) -> None:
     picture = write_picture(tmp_path / "it's <b>bold<b>.png", 0)
     quoted = ATTACK.replace('"', '""')

@@ -50,7 +50,7 @@ def test_composing_and_checking_import_no_torch(command, tmp_path) -> None:
         "assert run('train', ['data.trian=1']) == 2 and run('train', ['global_batch_size=0']) == 2\n"
         "assert run('train', ['--cfg', 'job']) == 0\nassert 'torch' not in sys.modules, 'torch was imported'\n"
     )
-    result = command(str(script), cwd=tmp_path, PYTHONPATH=sys.path[0])
+    result = command(str(script), cwd=tmp_path, cold=True, PYTHONPATH=sys.path[0])
     assert result.returncode == 0, result.stderr
 
 

@@ -1,7 +1,6 @@
 """The configurations of predict, rank, search and export."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +8,7 @@ from clip_exp.config.load import load_use
 from clip_exp.config.store import SCHEMAS
 from clip_exp.config.use_schema import ExportFormat
 from tests.compose import compose_config
+from tests.conftest import DOOR, Run
 
 COMMANDS = ("predict", "rank", "search")
 
@@ -18,19 +18,17 @@ def test_the_file_and_the_dataclass_have_the_same_defaults(command: str) -> None
     assert load_use(compose_config(command=command), SCHEMAS[command]) == SCHEMAS[command]()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_how_to_begin_and_lists_the_keys(command: str) -> None:
-    arguments = [sys.executable, "-m", "clip_exp", command, "--help"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("use", COMMANDS)
+def test_help_says_how_to_begin_and_lists_the_keys(use: str, command: Run, tmp_path: Path) -> None:
+    done = command(DOOR, use, "--help", cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stdout.startswith(f"clip-exp {command} ")
+    assert done.stdout.startswith(f"clip-exp {use} ")
     for key in ("run", "ckpt", "pretrained", "images", "format", "output", "frames"):
         assert f"\n{key}: " in done.stdout
 
 
-def test_help_of_check_data_lists_its_keys_and_what_it_writes() -> None:
-    arguments = [sys.executable, "-m", "clip_exp", "check-data", "--help"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+def test_help_of_check_data_lists_its_keys_and_what_it_writes(command: Run, tmp_path: Path) -> None:
+    done = command(DOOR, "check-data", "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("clip-exp check-data ")
     for key in ("max_pictures", "max_leakage", "decode", "global_batch_size", "format", "data", "model"):
@@ -38,9 +36,8 @@ def test_help_of_check_data_lists_its_keys_and_what_it_writes() -> None:
     assert "bad_samples.csv" in done.stdout
 
 
-def test_help_of_export_says_what_loads_each_format() -> None:
-    arguments = [sys.executable, "-m", "clip_exp", "export", "--help"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+def test_help_of_export_says_what_loads_each_format(command: Run, tmp_path: Path) -> None:
+    done = command(DOOR, "export", "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("clip-exp export run=DIR format=open_clip output=DIR")
     for key in ("run", "ckpt", "pretrained", "ema", "format", "output", "overwrite"):
@@ -59,9 +56,10 @@ def test_help_of_export_says_what_loads_each_format() -> None:
         (["predict", "model=vit_b23"], "did you mean 'vit_b32'"),
     ],
 )
-def test_a_typo_is_answered_with_code_2_and_what_is_valid(arguments: list[str], message: str, tmp_path) -> None:
-    command = [sys.executable, "-m", "clip_exp", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+def test_a_typo_is_answered_with_code_2_and_what_is_valid(
+    arguments: list[str], message: str, command: Run, tmp_path: Path
+) -> None:
+    done = command(DOOR, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

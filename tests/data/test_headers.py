@@ -43,7 +43,7 @@ def jpeg_of(height: int, width: int) -> bytes:
 
 
 def test_too_many_pixels_cost_nothing():
-    start = time.perf_counter()
+    start = time.process_time()
     tracemalloc.start()
     limit = "pixels, more than max_image_pixels=40000000"
     assert reason(png(9_000, 9_000, zlib.compress(bytes(5000)))) == f"too many pixels: 9000 x 9000 {limit}"
@@ -53,7 +53,7 @@ def test_too_many_pixels_cost_nothing():
     assert reason(gif[:6] + struct.pack("<HH", 60_000, 60_000) + gif[10:]).startswith("too many pixels: ")
     assert tracemalloc.get_traced_memory()[1] < 2 << 20
     tracemalloc.stop()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_side_that_costs_more_than_the_pixels_is_refused():
@@ -119,14 +119,14 @@ def test_scans_without_end_are_refused():
 
 
 def test_pieces_without_end_are_refused_within_seconds():
-    start = time.perf_counter()
+    start = time.process_time()
     flood = chunk(b"teSt", b"") * 2_000_000
     with pytest.raises(BadImage, match="damaged: more than 1,000,000 pieces"):
         decode_rgb(bytearray(png(2, 1, zlib.compress(bytes(7)), extra=flood)), ImageLimits())
     comments = b"\xff\xfe\x00\x02" * 4_000_000
     with pytest.raises(BadImage, match="damaged: more than 1,000,000 pieces"):
         decode_rgb(bytearray(JPEG[:2] + comments + JPEG[2:]), ImageLimits())
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_names_of_formats_are_checked_against_pillows():

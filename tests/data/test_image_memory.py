@@ -71,7 +71,6 @@ def peak_mb(read: Callable[..., object], name: str) -> int:
     return status_mb("VmHWM") - before_mb
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are set back as Linux does it")
 @pytest.mark.parametrize("read", [decode_rgb, decode])
 def test_forty_million_pixels_of_any_kind_take_less_than_500_mb(read):

@@ -258,13 +258,13 @@ def test_a_corpus_of_damaged_pictures_gives_pixels_or_reasons(tmp_path):
     for file in made:
         answers = set()
         for read in (decode_rgb, decode):
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 read(read_file(folder / file.name, ImageLimits(), folder), ImageLimits())
                 answers.add("good")
             except BadImage as error:
                 answers.add(kind_of(str(error)))
-            assert time.perf_counter() - start < 5, file
+            assert time.process_time() - start < 5, file
         assert len(answers) == 1, (file, answers)
         (found[file],) = answers
         assert found[file] in ("good", *KINDS)

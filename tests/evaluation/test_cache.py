@@ -1,6 +1,5 @@
 """What is kept on disk: found by what it depends on, never half-written, never an obstacle."""
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.subject import Subject, zero_shot_classifier
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
+from tests.processes import start_apart
 
 TENSORS = {"features": torch.arange(6.0).view(2, 3), "kept": torch.tensor([0, 2])}
 DAY_S = 86400
@@ -52,26 +52,24 @@ def test_entries_are_told_apart_by_everything_about_them(cache: Cache) -> None:
     assert len({*entries}) == len(entries)
 
 
-def write_again_and_again(folder: Path, seconds: float) -> None:
-    cache, until = Cache(folder, 1), time.monotonic() + seconds
+def write_again_and_again(folder: Path, times: int) -> None:
+    cache = Cache(folder, 1)
     entry = cache.entry("features", weights="a")
-    while time.monotonic() < until:
+    for _ in range(times):
         cache.write(entry, "block-0000", {"features": torch.ones(200, 200)})
 
 
 def test_two_processes_that_write_the_same_never_show_half_a_file(
     cache: Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=write_again_and_again, args=(cache.folder, 1.0)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
+    cache.write(cache.entry("features", weights="a"), "block-0000", {"features": torch.ones(200, 200)})
+    writers = [start_apart(write_again_and_again, cache.folder, 200) for _ in range(2)]
     entry, reads = cache.entry("features", weights="a"), 0
-    while any(writer.is_alive() for writer in writers):
+    while not all(writer.done() for writer in writers):
         found = cache.read(entry, "block-0000")
         reads += found is not None
         assert found is None or bool((found[0]["features"] == 1).all())
-    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [writer.result() for writer in writers] == [None, None]
     assert reads > 0
     assert not caplog.records
     assert [path.name for path in entry.iterdir()] == ["block-0000.safetensors"]

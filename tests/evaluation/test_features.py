@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from clip_exp.config.data_schema import OnBadImage
@@ -23,6 +22,7 @@ from clip_exp.evaluation.subject import Subject
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
+from tests.processes import run_on_ranks
 from tests.small_runs import write_picture
 
 OPTIONS = EncodeOptions(torch.device("cpu"), batch_size=10, num_workers=0)
@@ -190,12 +190,11 @@ def on_ranks(rank: int, ranks: int, folder: str, paths: list[str]) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_features_are_the_same_bits_on_1_2_and_3_ranks(tmp_path: Path) -> None:
     paths = [write_picture(tmp_path / f"{number:03d}.png", number) for number in range(101)]
     results = {}
     for ranks in (1, 2, 3):
-        mp.spawn(on_ranks, args=(ranks, str(tmp_path), paths), nprocs=ranks)
+        run_on_ranks(on_ranks, ranks, ranks, str(tmp_path), paths)
         results[ranks] = [torch.load(tmp_path / f"{ranks}-{rank}.pt") for rank in range(ranks)]
     expected = results[1][0][0]["alone"]
     assert len(expected) == 101

@@ -42,7 +42,6 @@ def test_the_probabilities_of_openais_example(weights: Path) -> None:
     assert probabilities[0].tolist() == pytest.approx([0.9927937, 0.00421068, 0.00299572], abs=2e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_imagenet_v2_as_in_openais_notebook(weights: Path, tmp_path: Path) -> None:
     """Prompt_Engineering_for_ImageNet.ipynb prints top-1 55.93 and top-5 83.36, from float16 on a GPU."""

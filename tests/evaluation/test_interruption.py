@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.exhaustive import repeat_beyond
 from tests.small_runs import write_picture
 
 PICTURES = 1601
@@ -101,9 +102,14 @@ def assert_goes_on(tmp_path: Path, run_dir: Path, command, arguments: list[str])
     assert result["protocol"]["pictures"] == PICTURES
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("devices", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)]
+    ("devices", "number"),
+    [
+        (1, signal.SIGINT),
+        (2, signal.SIGTERM),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.exhaustive),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_signal_ends_it_as_preempted_and_the_same_command_goes_on(
     tmp_path: Path, run_dir: Path, arguments: list[str], command, devices: int, number: signal.Signals
@@ -119,8 +125,7 @@ def test_a_signal_ends_it_as_preempted_and_the_same_command_goes_on(
     assert_goes_on(tmp_path, run_dir, command, arguments)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", repeat_beyond((2,), (1, 2)))
 def test_a_kill_leaves_nothing_half_written_and_the_same_command_goes_on(
     tmp_path: Path, run_dir: Path, arguments: list[str], command, devices: int
 ) -> None:
@@ -133,7 +138,6 @@ def test_a_kill_leaves_nothing_half_written_and_the_same_command_goes_on(
     assert_goes_on(tmp_path, run_dir, command, arguments)
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_ends_all_with_one_message(
     tmp_path: Path, run_dir: Path, arguments: list[str], command
 ) -> None:

@@ -34,7 +34,6 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Pat
     return model, path
 
 
-@pytest.mark.slow
 def test_classifier_and_logits_equal_open_clips_on_imagenet_photographs(peer, real_data: Path) -> None:
     theirs, path = peer
     photographs = sorted((real_data / "imagenet_val_sample").glob("*/*"))[::10]
@@ -58,7 +57,6 @@ def test_classifier_and_logits_equal_open_clips_on_imagenet_photographs(peer, re
     torch.testing.assert_close(class_scores(features, classifier) / 100, their_features @ expected.T, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_counts_of_an_evaluation_equal_those_of_open_clips_trainer(
     peer, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

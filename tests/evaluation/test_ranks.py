@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.evaluation.cifar import write_cifar10
+from tests.exhaustive import repeat_beyond
 from tests.small_runs import nano, write_picture, write_run
 
 __all__ = ["nano"]
@@ -76,8 +77,7 @@ def alone(arguments: list[str], command: Callable, tmp_path_factory: pytest.Temp
     return results(output_dir)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", repeat_beyond((3,), (2, 3)))  # two are also those of the next test
 def test_every_rank_count_gives_the_same_files(
     arguments: list[str], alone: dict[str, str], command: Callable, tmp_path: Path, devices: int
 ) -> None:
@@ -88,7 +88,6 @@ def test_every_rank_count_gives_the_same_files(
     assert done.stderr.count("retrieval: texts longer than the model's context were cut: 1.") == 1
 
 
-@pytest.mark.slow
 def test_cut_texts_are_counted_once_on_any_rank_count_and_from_the_cache(
     arguments: list[str], alone: dict[str, str], command: Callable, tmp_path: Path
 ) -> None:
@@ -104,7 +103,6 @@ def test_cut_texts_are_counted_once_on_any_rank_count_and_from_the_cache(
         assert results(output_dir) == alone
 
 
-@pytest.mark.slow
 def test_a_bad_picture_of_one_rank_ends_all_with_its_message(
     arguments: list[str], command: Callable, tmp_path: Path
 ) -> None:
@@ -125,7 +123,6 @@ def test_a_bad_picture_of_one_rank_ends_all_with_its_message(
     ]
 
 
-@pytest.mark.slow
 def test_torchrun_gives_the_same_files(arguments: list[str], alone: dict[str, str], tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

@@ -109,7 +109,6 @@ def move_to_best(model: torch.nn.Module, folder: Path, classes: dict[str, list[i
     return right / len(paths)
 
 
-@pytest.mark.slow
 def test_sets_are_scored_beside_the_network_as_torchvision_scores_it(
     tmp_path: Path, run_dir: Path, root: Path, resnet: torch.nn.Module, weights: str
 ):

@@ -14,8 +14,9 @@ from clip_exp.export import onnx as onnx_format
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.huggingface import from_huggingface
 from tests.encoders import write_siglip_tokenizer
+from tests.exhaustive import repeat_beyond
 from tests.export.small import build
-from tests.models.twins import cut, inputs, load_config, names_with_twin
+from tests.models.twins import REPRESENTATIVES, cut, inputs, load_config, names_with_twin
 
 AT_FULL_SIZE = {"rn50", "vit_b32", "vit_b16", "siglip_b16"}  # in test_onnx.py
 OTHERS = [name for name in names_with_twin() if name not in AT_FULL_SIZE]
@@ -47,7 +48,7 @@ def assert_same(features: tuple[Tensor, Tensor], model: CLIP, given: tuple[Tenso
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", IN_TRANSFORMERS, indirect=True)
+@pytest.mark.parametrize("config", repeat_beyond(REPRESENTATIVES, IN_TRANSFORMERS), indirect=True)
 def test_transformers_loads_the_folder_and_its_weights_come_back(
     config: ModelConfig, model: CLIP, tmp_path: Path
 ) -> None:
@@ -63,8 +64,7 @@ def test_transformers_loads_the_folder_and_its_weights_come_back(
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", OTHERS, indirect=True)
+@pytest.mark.parametrize("config", repeat_beyond(("vit_g14",), OTHERS), indirect=True)
 def test_onnxruntime_gives_its_features_for_another_batch(config: ModelConfig, model: CLIP, tmp_path: Path) -> None:
     onnx_format.write(tmp_path, model, config)
     given = inputs(config, size=3)

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,17 @@ from clip_exp.export import write as writing
 from clip_exp.export.folder import whole_folder
 from clip_exp.inference.pipeline import Pipeline
 from clip_exp.models.clip import CLIP
+from tests.conftest import DOOR, Run
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "clip_exp", "export", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(command: Run) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return partial(command, DOOR, "export")
 
 
-def test_a_run_is_exported_and_says_that_it_was_checked(run_dir: Path, nano: CLIP, tmp_path: Path) -> None:
+def test_a_run_is_exported_and_says_that_it_was_checked(
+    run: Callable, run_dir: Path, nano: CLIP, tmp_path: Path
+) -> None:
     done = run(f"run={run_dir}", "format=safetensors", "output=exports/nano", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "written: exports/nano (safetensors, 14.0 MB)" in done.stdout
@@ -49,7 +54,7 @@ def test_a_run_is_exported_and_says_that_it_was_checked(run_dir: Path, nano: CLI
     ],
 )
 def test_errors_are_one_message_and_nothing_is_written(
-    arguments: list[str], code: int, messages: list[str], run_dir: Path, tmp_path: Path
+    run: Callable, arguments: list[str], code: int, messages: list[str], run_dir: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
     (work / "full").mkdir(parents=True)

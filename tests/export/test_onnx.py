@@ -20,6 +20,7 @@ from clip_exp.export.write import write_export
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 from tests.encoders import write_encoder, write_siglip_tokenizer
+from tests.exhaustive import repeat_beyond
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
 
 Export = Callable[..., Path]
@@ -88,8 +89,7 @@ def test_towers_of_other_libraries(export: Export, tmp_path: Path) -> None:
     assert_same_towers(export(model, config, "onnx"), model, config, lengths=[20])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["rn50", "vit_b32", "vit_b16", "siglip_b16"])
+@pytest.mark.parametrize("name", repeat_beyond(("rn50", "vit_b32"), ["rn50", "vit_b32", "vit_b16", "siglip_b16"]))
 def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_path: Path) -> None:
     config = named_model(name)
     if config.text.tokenizer is not None:  # the published one is on the hub
@@ -100,7 +100,6 @@ def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_pa
     )
 
 
-@pytest.mark.slow
 def test_towers_of_open_clip(export: Export) -> None:
     config = named_model("ViT-S-32-alt")
     model = build(config)

@@ -21,6 +21,7 @@ from clip_exp.export.open_clip import model_cfg
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
 from tests.encoders import write_siglip_tokenizer
+from tests.exhaustive import repeat_beyond
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
 from tests.models.twins import names_with_twin
 from tests.small_runs import write_picture
@@ -95,8 +96,7 @@ def test_the_configuration_of_an_architecture_is_open_clips_own(name: str) -> No
 FULL_SIZE = {"vit_b32": "ViT-B-32", "vit_b16": "ViT-B-16", "rn50": "RN50", "siglip_b16": "ViT-B-16-SigLIP"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("name", repeat_beyond(("rn50", "vit_b32"), FULL_SIZE))
 def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_path: Path) -> None:
     config = named_model(name)
     if config.text.tokenizer is not None:  # the published one is on the hub
@@ -163,7 +163,6 @@ def test_a_timm_backbone_is_loaded(projection: Projection, export: Export) -> No
     assert_same_features(theirs, model, config)
 
 
-@pytest.mark.slow
 def test_a_model_of_open_clip_goes_back(export: Export) -> None:
     """By its folder, and by its name and the file, whose names are those of the class that open_clip builds for it."""
     config = named_model("ViT-S-32-alt")

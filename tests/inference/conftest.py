@@ -1,5 +1,4 @@
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +6,7 @@ import pytest
 
 import clip_exp
 from clip_exp.inference.pipeline import Pipeline
+from tests.conftest import DOOR, Run
 from tests.small_runs import nano, run_dir, write_picture
 
 __all__ = ["nano", "run_dir"]
@@ -31,11 +31,10 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def clip_exp_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def clip_exp_command(tmp_path: Path, command: Run) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `clip-exp <arguments>` in `tmp_path`, on the CPU, with one process."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "clip_exp", *arguments, "num_workers=0", "accelerator=cpu"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return command(DOOR, *arguments, "num_workers=0", "accelerator=cpu", cwd=tmp_path)
 
     return run

@@ -138,7 +138,6 @@ def test_evaluate_gives_the_results_that_it_writes(run_dir: Path, tmp_path: Path
         clip_exp.evaluate("run=absent", "task=digits")
 
 
-@pytest.mark.slow
 def test_train_trains_as_the_command_line_and_leaves_the_process_as_it_was(tmp_path: Path, train: Train):
     before = sys.argv.copy(), signal.getsignal(signal.SIGTERM)
     arguments = [*(word for word in TINY if word != "resume=never"), "max_steps=2", "log_every_n_steps=1"]
@@ -149,7 +148,6 @@ def test_train_trains_as_the_command_line_and_leaves_the_process_as_it_was(tmp_p
     assert clip_exp.load(run, accelerator="cpu").encode_text("a dog").shape == (1, 64)
 
 
-@pytest.mark.slow
 def test_a_failed_run_raises_what_its_exit_code_means(tmp_path: Path):
     write_picture(tmp_path / "0.png", 0)
     (tmp_path / "pairs.csv").write_text("filepath,title\n0.png,a\nabsent.png,b\n")

@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 
 import open_clip
 import pytest
@@ -14,6 +12,7 @@ import torch
 from clip_exp.config.paths import conf_dir
 from clip_exp.config.use_schema import ModelsConfig, OutputFormat
 from clip_exp.inference.models import models
+from tests.conftest import DOOR, Run
 
 
 def listed(capsys, **values) -> dict:
@@ -67,8 +66,7 @@ def test_the_list_is_a_table_or_csv_too(capsys) -> None:
     assert "laion2b_s34b_b79k" in capsys.readouterr().out
 
 
-def test_a_typo_is_answered_with_the_nearest_name(tmp_path) -> None:
-    command = [sys.executable, "-m", "clip_exp", "models", "name=vit_b23"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def test_a_typo_is_answered_with_the_nearest_name(tmp_path, command: Run) -> None:
+    done = command(DOOR, "models", "name=vit_b23", cwd=tmp_path)
     assert done.returncode == 2
     assert "did you mean 'vit_b32'" in done.stderr

@@ -78,7 +78,6 @@ def test_a_name_on_the_hub_is_a_model(theirs: Path, tmp_path: Path, monkeypatch)
     assert torch.equal(fetched.encode_image(shown), local.encode_image(shown))
 
 
-@pytest.mark.slow
 def test_openais_name_and_tag_are_openais_model(tmp_path: Path, monkeypatch, capsys) -> None:
     """Random weights lie where open_clip's registry says that OpenAI's are."""
     torch.manual_seed(0)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from clip_exp.losses import build_loss, sigmoid_loss
 from clip_exp.losses.collectives import gather, gather_with_grad
 from clip_exp.losses.outputs import CLIPOutput
 from tests.losses.largest import LargestTensor
+from tests.processes import run_on_ranks
 
 GLOBAL_BATCH, D = 8, 6
 ROWS, CHUNK = 64, 8  # of one rank, where memory is measured
@@ -75,7 +75,7 @@ def run_rank(rank: int, folder: str, world_size: int) -> None:
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(folder), request.param), nprocs=request.param)
+    run_on_ranks(run_rank, request.param, str(folder), request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from clip_exp.data import files
 from clip_exp.data.files import kind_of
 from tests.runs import Train
@@ -35,7 +33,6 @@ BREAK: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.slow
 def test_a_run_over_flickr8k_finishes_and_lists_exactly_the_files_that_were_broken(
     real_data: Path, train: Train, tmp_path: Path
 ) -> None:

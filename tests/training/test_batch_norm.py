@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train
 
 RESNET = (
@@ -37,14 +38,12 @@ def ddp(train: Train) -> Finished:
     return train(*RESNET, "strategy=ddp")
 
 
-@pytest.mark.slow
 def test_micro_batches_count_once_in_the_running_statistics(ddp: Finished) -> None:
     # Shares of 8 in chunks of 3, 3 and 2.
     assert ddp.weights["image.stem.bn1.num_batches_tracked"] == 6 * 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", STRATEGIES.values(), ids=STRATEGIES.keys())
+@pytest.mark.parametrize("overrides", repeat_beyond([STRATEGIES["ZeRO-3"]], STRATEGIES.values()), ids=STRATEGIES)
 def test_every_strategy_of_two_ranks_has_the_losses_statistics_and_validation_of_ddp(
     overrides: list[str], ddp: Finished, train: Train
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 from clip_exp.checkpoints.io import STATE
 from tests.conftest import Run
 from tests.data.conftest import noise, write_table
+from tests.exhaustive import repeat_beyond
 from tests.runs import Train, run_folders
 
 RUN = (
@@ -69,8 +70,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(train: Train, table: Path) -> 
     assert train(*RUN, f"data.train={table}", named, output_dir=table.parent).summary["steps"] == 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+@pytest.mark.parametrize("strategy", repeat_beyond(("ddp",), ("ddp", "deepspeed_stage_2")))
 def test_all_ranks_refuse_changed_data_with_one_message(strategy: str, train: Train, command: Run, table: Path) -> None:
     folder = unfinished(train, table)
     arguments = (*RUN, f"data.train={table}", f"output_dir={table.parent}", f"strategy={strategy}", "trainer.devices=2")

@@ -17,6 +17,7 @@ from clip_exp.training.finetune import prepare
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups
 from tests.compose import train_config
+from tests.exhaustive import repeat_beyond
 from tests.models.small import batch, small_config
 from tests.runs import Finished, Train
 
@@ -216,7 +217,6 @@ def changed(checkpoint: Path, start: Path) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.slow
 def test_a_locked_tower_keeps_its_weights_and_statistics_through_validations(locked: Finished, start: Path) -> None:
     assert any("running_mean" in name for name in load_file(start))
     assert {name for name in changed(latest(locked.folder), start) if not name.startswith("text.")} == {"logit_scale"}
@@ -224,8 +224,7 @@ def test_a_locked_tower_keeps_its_weights_and_statistics_through_validations(loc
     assert next(row["lr"] for row in locked.metrics if "lr" in row) == 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", STRATEGIES.values(), ids=STRATEGIES.keys())
+@pytest.mark.parametrize("overrides", repeat_beyond([STRATEGIES["ZeRO-2"]], STRATEGIES.values()), ids=STRATEGIES)
 def test_locked_and_slowed_towers_learn_the_same_under_every_strategy(
     overrides: list[str], locked: Finished, start: Path, train: Train
 ) -> None:
@@ -236,7 +235,6 @@ def test_locked_and_slowed_towers_learn_the_same_under_every_strategy(
     torch.testing.assert_close(run.weights, locked.weights, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], STRATEGIES["ZeRO-2"]], ids=["alone", "ZeRO-2"])
 def test_while_probing_the_towers_stay_as_they_are(overrides: list[str], start: Path, train: Train) -> None:
     settings = ("finetune=linear_probe", "finetune.linear_probe_steps=3", "max_steps=4", f"pretrained={start}")

@@ -10,6 +10,7 @@ import torch
 import clip_exp
 from clip_exp.checkpoints.discovery import latest
 from tests.encoders import write_encoder
+from tests.exhaustive import repeat_beyond
 from tests.runs import Finished, Train
 
 SHORT = (
@@ -46,15 +47,13 @@ def both(overrides: tuple[str, ...], train: Train) -> Finished:
     return train(*overrides)
 
 
-@pytest.mark.slow
 def test_a_run_trains_both_towers_and_scores_the_same_afterwards(both: Finished, tmp_path: Path) -> None:
     assert both.losses[-1] < both.losses[0]
     assert both.weights.keys() > {"image.trunk.blocks.0.attn.qkv.weight", "text.encoder.embeddings.LayerNorm.bias"}
     assert evaluated(both.folder, tmp_path) == pytest.approx(scored(both.folder))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", repeat_beyond(("deepspeed_stage_3",), ("ddp", "deepspeed_stage_3")))
 def test_every_strategy_trains_towers_of_other_libraries_alike(
     strategy: str, overrides: tuple[str, ...], both: Finished, train: Train
 ) -> None:
@@ -63,7 +62,6 @@ def test_every_strategy_trains_towers_of_other_libraries_alike(
     assert scored(run.folder) == pytest.approx(scored(both.folder), abs=5e-3)
 
 
-@pytest.mark.slow
 def test_a_run_with_an_encoder_needs_neither_the_encoders_folder_nor_its_own_place(
     both: Finished, encoder: Path, tmp_path: Path
 ) -> None:
@@ -82,7 +80,6 @@ def test_a_run_with_an_encoder_needs_neither_the_encoders_folder_nor_its_own_pla
         original.rename(both.folder)
 
 
-@pytest.mark.slow
 def test_a_configuration_of_open_clip_trains_and_scores_the_same_afterwards(train: Train, tmp_path: Path) -> None:
     run = train(*SHORT[1:], "model=open_clip", "model.name=ViT-S-32-alt", "model.image.image_size=64", "optimizer=sgd")
     assert "image.transformer.resblocks.0.attn.in_proj_weight" in run.weights

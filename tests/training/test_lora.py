@@ -19,6 +19,7 @@ from clip_exp.training.lora import adapt, adapted_part, merge, unmerge
 from clip_exp.training.preflight_finetune import rehearse
 from tests.compose import train_config
 from tests.encoders import small_encoder
+from tests.exhaustive import repeat_beyond
 from tests.models.small import batch, small_config
 from tests.runs import Finished, Train
 
@@ -193,14 +194,12 @@ def check_weights(run: Finished, start: Path) -> None:
     assert all(".lora_" in name or name == "logit_scale" for name in state)
 
 
-@pytest.mark.slow
 def test_only_the_factors_and_the_scale_learn_and_have_optimizer_state(alone: Finished, start: Path) -> None:
     check_weights(alone, start)
     assert alone.record["trained_parameters"] < 0.02 * alone.record["parameters"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", STRATEGIES.values(), ids=STRATEGIES.keys())
+@pytest.mark.parametrize("overrides", repeat_beyond([STRATEGIES["ddp"]], STRATEGIES.values()), ids=STRATEGIES)
 def test_adapters_learn_the_same_under_every_strategy(
     overrides: list[str], alone: Finished, start: Path, train: Train
 ) -> None:
@@ -219,7 +218,6 @@ def interrupted(run: Finished, output_dir: Path) -> None:
     (folder / "run.json").write_text(json.dumps({**run.record, "status": "running"}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], STRATEGIES["ZeRO-2"]], ids=["alone", "on ZeRO-2"])
 def test_an_interrupted_run_goes_on_bitwise_and_under_another_strategy(
     overrides: list[str], alone: Finished, start: Path, train: Train, tmp_path: Path
@@ -232,7 +230,6 @@ def test_an_interrupted_run_goes_on_bitwise_and_under_another_strategy(
         assert all(torch.equal(run.weights[name], weight) for name, weight in alone.weights.items())
 
 
-@pytest.mark.slow
 def test_tasks_and_averages_see_merged_weights_and_dropout_goes_on_bitwise(
     start: Path, train: Train, tmp_path: Path
 ) -> None:
@@ -259,7 +256,6 @@ def test_tasks_and_averages_see_merged_weights_and_dropout_goes_on_bitwise(
     assert scored["metrics"] == pytest.approx(result["metrics"], abs=1e-9)
 
 
-@pytest.mark.slow
 def test_base_weights_stay_float32_where_a_strategy_trains_in_bf16(start: Path, train: Train) -> None:
     """DeepSpeed keeps float32 copies of what learns only."""
     run = train(*RUN, f"pretrained={start}", "precision=bf16-mixed", *STRATEGIES["ZeRO-2"])

@@ -106,7 +106,6 @@ def test_another_activation_than_that_of_training_is_refused_and_leaves_no_folde
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_weights_that_do_not_fit_end_the_run_before_its_first_step(tmp_path: Path, command) -> None:
     """What does not load leaves no model of random weights behind."""
     weights = tmp_path / "tiny.safetensors"
@@ -131,7 +130,6 @@ def test_weights_that_do_not_fit_end_the_run_before_its_first_step(tmp_path: Pat
 START = (*TINY, "max_steps=4", "log_every_n_steps=1", "checkpoint_every_n_steps=2", "scheduler.warmup_steps=1")
 
 
-@pytest.mark.slow
 def test_every_strategy_starts_from_the_weights_and_goes_on_without_them(tmp_path: Path, weights, train: Train) -> None:
     auto = [f"pretrained={weights}", *(word for word in START if not word.startswith("resume"))]
     still = train(*TINY, f"pretrained={weights}", "max_steps=1", "optimizer.lr=1e-60", "scheduler.warmup_steps=0")
@@ -154,7 +152,6 @@ def test_every_strategy_starts_from_the_weights_and_goes_on_without_them(tmp_pat
     assert all(torch.equal(on.weights[name], value) for name, value in one.weights.items())
 
 
-@pytest.mark.slow
 def test_the_folder_of_a_sharded_run_is_a_start_and_a_model_like_any_other(train: Train) -> None:
     split = "+strategy.config.zero_optimization.stage3_param_persistence_threshold=0"
     one = train(*TINY, "max_steps=3", "log_every_n_steps=1")
@@ -169,7 +166,6 @@ def test_the_folder_of_a_sharded_run_is_a_start_and_a_model_like_any_other(train
     assert all(torch.equal(still.weights[name], value) for name, value in run.weights.items())
 
 
-@pytest.mark.slow
 def test_of_ranks_that_torchrun_starts_one_downloads(tmp_path: Path, weights: Path) -> None:
     with serving() as server:
         server.files["/"] = Served(b"")

@@ -13,6 +13,7 @@ import torch
 
 from clip_exp.checkpoints.discovery import checkpoints
 from tests.conftest import REPOSITORY
+from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders
 
 RUN = (
@@ -34,7 +35,6 @@ def interrupted(single: Finished, output_dir: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train: Train, tmp_path) -> None:
     folder = interrupted(single, tmp_path)
     run = train(*RUN, output_dir=tmp_path)
@@ -49,8 +49,10 @@ def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"])
+STRATEGIES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp")
+
+
+@pytest.mark.parametrize("strategy", repeat_beyond(("deepspeed_stage_2", "deepspeed_stage_3"), STRATEGIES))
 def test_a_run_goes_on_under_another_strategy(strategy: str, single: Finished, train: Train, tmp_path) -> None:
     interrupted(single, tmp_path)
     run = train(*RUN, f"strategy={strategy}", "trainer.devices=2", output_dir=tmp_path)
@@ -58,7 +60,6 @@ def test_a_run_goes_on_under_another_strategy(strategy: str, single: Finished, t
     torch.testing.assert_close(run.weights, single.weights, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_a_sharded_run_goes_on_in_one_process(single: Finished, train: Train, tmp_path) -> None:
     sharded = train(*RUN, "strategy=deepspeed_stage_3", "trainer.devices=2")
     interrupted(sharded, tmp_path)
@@ -66,7 +67,6 @@ def test_a_sharded_run_goes_on_in_one_process(single: Finished, train: Train, tm
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, tmp_path) -> None:
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
@@ -91,7 +91,6 @@ sys.exit(run("train", sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
 def test_a_run_that_is_stopped_at_a_validated_step_misses_nothing(
     single: Finished, train: Train, command, tmp_path
 ) -> None:
@@ -103,7 +102,6 @@ def test_a_run_that_is_stopped_at_a_validated_step_misses_nothing(
     assert [row.get("val/loss") for row in run.metrics] == [row.get("val/loss") for row in single.metrics]
 
 
-@pytest.mark.slow
 def test_going_on_from_a_named_earlier_checkpoint_gives_the_same_end(single: Finished, train: Train, tmp_path) -> None:
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
@@ -114,8 +112,7 @@ def test_going_on_from_a_named_earlier_checkpoint_gives_the_same_end(single: Fin
     assert [path.name for path in checkpoints(folder)] == ["step-000010", "step-000020"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", repeat_beyond((2,), (1, 2)))
 def test_a_signal_saves_the_step_and_ends_with_143(devices: int, tmp_path) -> None:
     arguments = [
         *TINY,

@@ -12,7 +12,6 @@ OVERRIDES = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_real_shard_trains_and_validates(train: Train, real_data) -> None:
     shard = real_data / "webdataset" / "cc12m-train-0000.tar"
     run = train(
@@ -25,7 +24,6 @@ def test_a_real_shard_trains_and_validates(train: Train, real_data) -> None:
     assert not (run.folder / "bad_samples.csv").exists()
 
 
-@pytest.mark.slow
 def test_two_ranks_on_twenty_shards_compute_what_one_process_does(train: Train, tmp_path) -> None:
     for shard in range(20):
         contents = {}

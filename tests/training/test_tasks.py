@@ -15,6 +15,7 @@ from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import evaluate
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config
+from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train
 from tests.small_runs import write_picture
 
@@ -78,7 +79,6 @@ def test_the_scores_are_those_of_an_evaluation_of_the_checkpoint(scored: Finishe
     assert "digits/top1" in scored.output
 
 
-@pytest.mark.slow
 def test_training_is_bitwise_the_same_with_and_without_tasks(scored: Finished, train: Train) -> None:
     plain = train(*RUN)
     assert scored.losses == plain.losses
@@ -88,7 +88,6 @@ def test_training_is_bitwise_the_same_with_and_without_tasks(scored: Finished, t
     assert val[0] == val[1]
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_with_the_scores_of_an_uninterrupted_one(
     scored: Finished, train: Train, tasks: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -105,7 +104,6 @@ def test_a_killed_run_ends_with_the_scores_of_an_uninterrupted_one(
         assert ours["metrics"] == theirs["metrics"]
 
 
-@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_checkpoint_still_leaves_its_scores(
     scored: Finished, train: Train, tasks: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -120,8 +118,9 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_still_leaves_its_scores
     assert run.summary["metrics"] == scored.summary["metrics"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize(
+    "strategy", repeat_beyond(("ddp", "deepspeed_stage_3"), ("ddp", "deepspeed_stage_2", "deepspeed_stage_3"))
+)
 def test_two_devices_have_the_scores_of_one(
     strategy: str, one_device: Finished, train: Train, tasks: tuple[str, ...]
 ) -> None:
@@ -130,7 +129,6 @@ def test_two_devices_have_the_scores_of_one(
         assert scores(run)[step] == pytest.approx(scores(one_device)[step], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_a_monitor_of_a_task_keeps_its_best_checkpoint_without_validation_data(
     train: Train, pairs: Path, tasks: tuple[str, ...]
 ) -> None:
@@ -155,7 +153,6 @@ def test_a_monitor_of_a_task_keeps_its_best_checkpoint_without_validation_data(
     assert run.summary["best_checkpoint"].endswith(f"step-{best:06d}")
 
 
-@pytest.mark.slow
 def test_patience_counts_the_scorings_of_the_task_that_it_watches(train: Train, tmp_path: Path) -> None:
     write_picture(tmp_path / "only" / "class" / "picture.png", 0)  # top1 is 1 from the start
     run = train(

@@ -15,7 +15,6 @@ from clip_exp.data.files import kind_of
 from tests.runs import TINY, Finished, Train, run_folders
 
 
-@pytest.mark.slow
 def test_digits_reach_95_percent_zero_shot(digits: Finished) -> None:
     assert digits.summary["metrics"]["val/zeroshot_top1"] >= 0.95
     assert digits.summary["seconds"] < 300
@@ -65,7 +64,6 @@ def test_the_next_command_is_printed(single: Finished) -> None:
     assert "samples/s" in single.output
 
 
-@pytest.mark.slow
 def test_a_sweep_runs_each_job_in_its_own_folder(command, tmp_path) -> None:
     result = command(
         "train.py", "optimizer.lr=1e-3,3e-4", "max_steps=20", f"output_dir={tmp_path}", "-m", cwd=tmp_path
@@ -79,7 +77,6 @@ def test_a_sweep_runs_each_job_in_its_own_folder(command, tmp_path) -> None:
     assert summaries[0]["metrics"] != summaries[1]["metrics"]
 
 
-@pytest.mark.slow
 def test_a_strategy_on_one_device_leaves_the_next_job_of_a_sweep_alone(command, tmp_path) -> None:
     result = command(
         "train.py",
@@ -96,7 +93,6 @@ def test_a_strategy_on_one_device_leaves_the_next_job_of_a_sweep_alone(command, 
     assert [(record["status"], record["ranks"]) for record in records] == [("finished", 1)] * 2
 
 
-@pytest.mark.slow
 def test_each_job_of_a_sweep_over_two_devices_runs_once(command, tmp_path) -> None:
     result = command(
         "train.py", *TINY, "optimizer.lr=1e-3,3e-4", "max_steps=3", "strategy=ddp", "trainer.devices=2", f"output_dir={tmp_path}", "-m",
@@ -114,7 +110,6 @@ def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_its_code(command, tmp_
     assert [json.loads((folder / "run.json").read_text())["status"] for folder in run_folders(tmp_path)] == ["finished"]
 
 
-@pytest.mark.slow
 def test_monitor_keeps_the_best_checkpoint_and_patience_stops(train: Train) -> None:
     run = train(
         *TINY, "max_steps=40", "val_every_n_steps=2", "monitor=val/loss", "patience=2", "optimizer.lr=0.3", "scheduler=constant",
@@ -127,7 +122,6 @@ def test_monitor_keeps_the_best_checkpoint_and_patience_stops(train: Train) -> N
     assert run.summary["steps"] == best_step + 2 * 2 < 40
 
 
-@pytest.mark.slow
 def test_averaged_weights_follow_the_formula(train: Train, tmp_path) -> None:
     run = train(
         *TINY, "max_steps=3", "checkpoint_every_n_steps=1", "callbacks.ema_decay=0.5", "callbacks.progress=none"
@@ -138,7 +132,6 @@ def test_averaged_weights_follow_the_formula(train: Train, tmp_path) -> None:
     torch.testing.assert_close(load_file(third / "ema.safetensors"), expected)
 
 
-@pytest.mark.slow
 def test_an_unreachable_wandb_server_does_not_stop_a_run(train: Train) -> None:
     run = train(
         *TINY,
@@ -154,7 +147,6 @@ def test_an_unreachable_wandb_server_does_not_stop_a_run(train: Train) -> None:
     assert list(run.folder.glob("tensorboard/events*"))
 
 
-@pytest.mark.slow
 def test_bf16_and_compile_train_close_to_float32(single: Finished, train: Train) -> None:
     overrides = (
         *(o for o in TINY if not o.startswith("precision")),
@@ -168,7 +160,6 @@ def test_bf16_and_compile_train_close_to_float32(single: Finished, train: Train)
     assert compiled.losses == pytest.approx(single.losses, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another(single: Finished, train: Train) -> None:
     weights = latest(single.folder) / "model.safetensors"
     run = train(*TINY, "max_steps=1", "log_every_n_steps=1", f"pretrained={weights}")
@@ -230,7 +221,6 @@ def test_an_unreadable_picture_under_error_ends_with_code_3(single: Finished, co
     assert json.loads((run_folders(tmp_path / "o")[0] / "run.json").read_text())["exit_code"] == 3
 
 
-@pytest.mark.slow
 def test_ranks_agree_on_the_code_and_give_one_message(single: Finished, command, tmp_path) -> None:
     pairs = write_pairs(tmp_path, single)
     (tmp_path / "train" / "000003.png").unlink()
@@ -286,7 +276,6 @@ def test_a_configured_secret_is_refused_and_not_repeated(value: str, command, tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_no_secret_of_the_environment_reaches_the_run_folder(train: Train) -> None:
     secret = "s3cret-" + os.urandom(8).hex()
     run = train(
@@ -301,7 +290,6 @@ def test_no_secret_of_the_environment_reaches_the_run_folder(train: Train) -> No
     assert not any(secret.encode() in text for text in texts)
 
 
-@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path) -> None:
     import signal
     import subprocess

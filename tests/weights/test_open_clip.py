@@ -17,9 +17,11 @@ from clip_exp.export import open_clip as open_clip_format
 from clip_exp.models import CLIP, build_model
 from clip_exp.weights import from_open_clip, to_open_clip
 from tests.encoders import write_encoder, write_siglip_tokenizer
+from tests.exhaustive import repeat_beyond
 from tests.models.small import open_clip_twin, small_config
 from tests.models.twins import (
     CUT_LAYERS,
+    REPRESENTATIVES,
     cut,
     inputs,
     load_config,
@@ -55,7 +57,7 @@ def assert_equal_both_ways(config: ModelConfig, twin: nn.Module, names_tell: boo
     return model
 
 
-@pytest.mark.parametrize("name", names_with_twin())
+@pytest.mark.parametrize("name", repeat_beyond(REPRESENTATIVES, names_with_twin()))
 def test_open_clip_weights_give_the_same_features_here_and_go_back_as_a_file_that_it_loads_by_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,8 +76,7 @@ def test_open_clip_weights_give_the_same_features_here_and_go_back_as_a_file_tha
     assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in twin.state_dict().items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", repeat_beyond(("rn50", "vit_b32"), WHOLE))
 def test_open_clip_weights_of_a_whole_model_give_the_same_features_here_and_go_back_unchanged(name: str) -> None:
     torch.manual_seed(0)
     assert_equal_both_ways(load_config(name), randomize(twin_of(name, whole=True), std=0.01))
