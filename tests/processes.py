@@ -25,7 +25,7 @@ import pytest
 
 THREADS = {"OMP_NUM_THREADS": "1"}  # of every script; torch and BLAS read it when they are imported
 _IMPORTED = multiprocessing.get_context("forkserver")
-_IMPORTED.set_forkserver_preload(["clip_exp.training.fit", "clip_exp.evaluation.launch", "hydra.main"])
+_IMPORTED.set_forkserver_preload(["clip_exp.training.fit", "clip_exp.evaluation.scoring", "hydra.main"])
 
 
 def run_forked(
