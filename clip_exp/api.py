@@ -10,7 +10,7 @@ from clip_exp.config import aliases
 from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
-from clip_exp.devices import resolve_accelerator
+from clip_exp.devices import check_accelerator, resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.sources import (
@@ -63,6 +63,7 @@ def load(
     if activation is not None and activation not in list(Activation):
         raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
     # What is wrong is told before torch is imported.
+    check_accelerator(accelerator)
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
