@@ -11,6 +11,7 @@ from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
 from clip_exp.config.models import named_model, names, resolve
+from clip_exp.devices import check_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.evaluation.launch import evaluate as evaluate_here
 from clip_exp.inference.inputs import find_pictures
@@ -63,6 +64,7 @@ def load(
     if activation is not None and activation not in list(Activation):
         raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
     # What is wrong is told before torch is imported.
+    check_accelerator(accelerator)
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)

@@ -72,10 +72,13 @@ def parse_devices(accelerator: str, devices: Any, keys: str = "") -> Devices:
     Raises:
         ConfigError: a line for every problem.
     """
-    problems, requested, gpus = [], None, None
+    problems: list[str] = []
+    requested, gpus = None, None
     value = f"{keys}devices={devices}"
-    if accelerator not in ACCELERATORS:
-        problems.append(_unknown(accelerator, keys))
+    try:
+        check_accelerator(accelerator, keys)
+    except ConfigError as error:
+        problems.append(str(error))
     if isinstance(devices, list) and devices and all(map(_is_index, devices)) and len({*devices}) == len(devices):
         requested, gpus = len(devices), devices
         if accelerator == "cpu":
@@ -89,6 +92,16 @@ def parse_devices(accelerator: str, devices: Any, keys: str = "") -> Devices:
     return Devices(accelerator, requested, gpus, keys, value)
 
 
+def check_accelerator(accelerator: str, keys: str = "") -> None:
+    """Check the name of an accelerator, without torch.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    if accelerator not in ACCELERATORS:
+        raise ConfigError(f"{keys}accelerator={accelerator} must be auto, cpu or gpu.")
+
+
 def resolve_accelerator(accelerator: str, keys: str = "") -> str:
     """Return the type of torch device that an accelerator is on this machine, `cpu` or `cuda`; imports torch.
 
@@ -97,8 +110,7 @@ def resolve_accelerator(accelerator: str, keys: str = "") -> str:
     Raises:
         ConfigError: an unknown accelerator, or no GPU.
     """
-    if accelerator not in ACCELERATORS:
-        raise ConfigError(_unknown(accelerator, keys))
+    check_accelerator(accelerator, keys)
     if accelerator == "cpu":
         return "cpu"
     import torch
@@ -112,10 +124,6 @@ def resolve_accelerator(accelerator: str, keys: str = "") -> str:
 
 def _is_index(value: Any) -> bool:
     return isinstance(value, int) and value >= 0
-
-
-def _unknown(accelerator: str, keys: str) -> str:
-    return f"{keys}accelerator={accelerator} must be auto, cpu or gpu."
 
 
 def _no_gpu(accelerator: str, keys: str) -> str:

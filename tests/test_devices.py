@@ -108,6 +108,21 @@ def test_auto_is_a_gpu_where_there_is_one(gpus: Any) -> None:
         resolve_accelerator("tpu")
 
 
+def test_an_unknown_accelerator_is_reported_by_every_command_before_torch_is_imported() -> None:
+    code = (
+        "import sys, clip_exp\nfrom clip_exp.cli import run\nfrom clip_exp.errors import ConfigError\n"
+        "assert run('train', ['trainer.accelerator=tpu']) == 2\n"
+        "for command in ('evaluate', 'predict', 'rank', 'search'):\n"
+        "    assert run(command, ['accelerator=tpu']) == 2\n"
+        "try:\n    clip_exp.load('vit_nano', accelerator='tpu')\n"
+        "except ConfigError as error:\n    print(error, file=sys.stderr)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("accelerator=tpu must be auto, cpu or gpu.") == 6
+
+
 def test_checking_the_text_imports_no_torch() -> None:
     code = (
         "import sys\nfrom clip_exp.devices import parse_devices\n"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from clip_exp.config.use_schema import UseConfig
+from clip_exp.devices import check_accelerator
 from clip_exp.errors import Problems
 from clip_exp.evaluation.check import problems_of
 from clip_exp.inference.outputs import check_output
@@ -19,6 +20,8 @@ def check_common(config: UseConfig, problems: Problems, **counts: int | None) ->
     for key, value in {**counts, "frames": config.frames}.items():
         if value is not None and value < 1:
             problems.add(f"{key}={value} must be above 0.")
+    with problems:
+        check_accelerator(config.accelerator)
     with problems:
         check_output(config)
 

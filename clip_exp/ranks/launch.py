@@ -110,7 +110,7 @@ def launch_work(work: Work) -> tuple[Path, int]:
 
 
 def _join(work: Work) -> tuple[Path, int]:
-    """As one rank that torchrun or srun started: agree on the folder that rank 0 opens."""
+    """Work as one rank that torchrun or srun started, in the folder that rank 0 opens."""
     from clip_exp.ranks import group  # imports torch
 
     group.start(work.device_type(), work.timeout_s)
@@ -140,10 +140,10 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
     for rank in range(ranks):
         error_file(folder, rank).unlink(missing_ok=True)
     processes = _start(command_line(work, folder), ranks, environment)
-    asked: list[int] = []
+    forwarded: list[int] = []
 
     def forward(number: int) -> None:
-        asked.append(number)
+        forwarded.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -154,7 +154,7 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
             codes = _settle(processes)
         finally:
             _end(processes)
-    return _ended(codes, asked, _collect_messages(folder, ranks))
+    return _ended(codes, forwarded, _collect_messages(folder, ranks))
 
 
 def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
@@ -200,23 +200,23 @@ def _end(processes: Processes) -> None:
             time.sleep(0.05)
 
 
-def _ended(codes: list[int | None], asked: list[int], messages: dict[int, str]) -> Ended:
+def _ended(codes: list[int | None], forwarded: list[int], messages: dict[int, str]) -> Ended:
     """Return the end of all: that of the rank that failed first in cause, with its message; the others only lost touch with it.
 
     Args:
         codes: of the ranks; None: had to be ended.
-        asked: signals that the launcher passed on.
+        forwarded: signals that the launcher passed on.
         messages: of the ranks that left one.
     """
     if all(code == 0 for code in codes):
         return Ended(0, "finished")
-    harmless = (0, None, PREEMPTED_EXIT_CODE, DistributedError.exit_code, *(-number for number in asked))
-    if (asked or PREEMPTED_EXIT_CODE in codes) and all(code in harmless for code in codes):
+    harmless = (0, None, PREEMPTED_EXIT_CODE, DistributedError.exit_code, *(-number for number in forwarded))
+    if (forwarded or PREEMPTED_EXIT_CODE in codes) and all(code in harmless for code in codes):
         printed = PREEMPTED_EXIT_CODE in codes
         message = "" if printed else "stopped by a signal; the same command goes on from what was saved."
         return Ended(PREEMPTED_EXIT_CODE, "preempted", message)
     expected = [rank for rank in messages if codes[rank] in EXPECTED_CODES]
-    killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0 and -code not in asked]
+    killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0 and -code not in forwarded]
     if not expected and (killed or not messages):
         message = _end_of_rank(killed[0], codes) if killed else _end_without_message(codes)
         return Ended(DistributedError.exit_code, "failed", f"error: {message}")

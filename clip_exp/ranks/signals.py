@@ -16,7 +16,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Whether a stop signal has come."""
+    """Request to stop, by a signal that may have been received."""
 
     def __init__(self) -> None:
         self.received = False

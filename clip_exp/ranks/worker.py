@@ -25,6 +25,7 @@ def error_file(folder: Path, rank: int | str) -> Path:
 
 
 def main() -> NoReturn:
+    """Call the function that the command line names, and end this process with its exit code or that of its failure."""
     module, function = sys.argv[1].split(":")
     folder, rank = Path(sys.argv[2]), os.environ["RANK"]
     _end_with_parent()

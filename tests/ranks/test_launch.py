@@ -1,63 +1,27 @@
 """Several ranks end as one: with the message and the exit code of the one that failed."""
 
-import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clip_exp.devices import Devices, parse_devices
 from clip_exp.ranks import launch
-from clip_exp.ranks.launch import Opened, Work, launch_work
-from tests.ranks.planned import work
-
-
-class Planned(Work):
-    """Ranks that end as planned."""
-
-    def __init__(self, folder: Path, ranks: int, finished: bool = False) -> None:
-        self.folder = folder
-        self.ranks = ranks
-        self.finished = finished
-        self.rank = work
-        self.timeout_s = 60
-        self.held = False
-        self.records: list[dict[str, Any]] = []
-
-    @contextmanager
-    def open(self) -> Iterator[Opened]:
-        self.held = True
-        try:
-            yield Opened(self.folder, self.finished)
-        finally:
-            self.held = False
-
-    def devices(self) -> Devices:
-        return parse_devices("cpu", self.ranks)
-
-    def device_type(self) -> str:
-        return "cpu"
-
-    def run(self, folder: Path) -> int:
-        assert self.held
-        return 7
-
-    def note(self, folder: Path, status: str, **facts: Any) -> None:
-        assert self.held
-        self.records.append({"status": status, **facts})
+from clip_exp.ranks.environment import free_port, rank_environment
+from clip_exp.ranks.launch import launch_work
+from tests.conftest import REPOSITORY
+from tests.ranks.planned import Planned
 
 
 def run(folder: Path, *plan: str) -> tuple[int, dict[str, Any]]:
     """The exit code of ranks that end as planned, and what was recorded of them."""
-    (folder / "plan.json").write_text(json.dumps(plan))
-    planned = Planned(folder, len(plan))
+    planned = Planned(folder, *plan)
     code = launch_work(planned)[1]
     assert [path.name for path in folder.iterdir()] == ["plan.json"]
     assert len(planned.records) <= 1
@@ -138,5 +102,29 @@ def test_all_well_is_zero(tmp_path: Path) -> None:
 
 
 def test_one_device_is_this_process_and_a_finished_folder_needs_none(tmp_path: Path) -> None:
-    assert launch_work(Planned(tmp_path, 1)) == (tmp_path, 7)
-    assert launch_work(Planned(tmp_path, 2, finished=True)) == (tmp_path, 0)
+    assert launch_work(Planned(tmp_path, "7")) == (tmp_path, 7)
+    assert launch_work(Planned(tmp_path, "7", "7", finished=True)) == (tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (("7", "8"), ["{} 7", "{} 8"]),
+        (("0", "bad data"), ["{} 0", "rank 1: picture 7 cannot be read."]),
+        (("0", "lost touch"), ["{} 0", "lost touch with another rank that ended."]),
+        (("finished", "finished"), ["{} 0", "{} 0"]),
+    ],
+)
+def test_ranks_that_torchrun_starts_work_in_the_folder_of_the_first(
+    tmp_path: Path, plan: tuple[str, ...], expected: list[str]
+) -> None:
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks.planned", str(tmp_path), *plan], cwd=REPOSITORY,
+            env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    assert told == [line.format(tmp_path / "0") for line in expected]
