@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from clip_exp import cli
 from tests.processes import THREADS, run_forked
 from tests.runs import TINY, Finished, Train, run_folders
 
@@ -63,6 +64,22 @@ def command() -> Run:
             text=True,
             timeout=timeout_s,
         )
+
+    return run
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run like `command`, in this process: for what ends before any work begins."""
+
+    def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        name, *rest = arguments if script == DOOR else (Path(script).stem, *arguments)
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        capsys.readouterr()
+        code = cli.run(name, list(rest))
+        return subprocess.CompletedProcess([script, *arguments], code, *capsys.readouterr())
 
     return run
 

@@ -247,14 +247,13 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize(("overrides", "code", "expected"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
-def test_bad_input_gives_its_code_and_one_message(overrides, code, expected, command, tmp_path) -> None:
+def test_bad_input_gives_its_code_and_one_message(overrides, code, expected, refused, tmp_path) -> None:
     if "trainer.accelerator=gpu" in overrides and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     (tmp_path / "pairs.csv").write_text("filepath,title\n" + "a.png,a dog\n" * 20)
-    result = command("train.py", *CSV, "global_batch_size=1", *overrides, cwd=tmp_path)
+    result = refused("train.py", *CSV, "global_batch_size=1", *overrides, cwd=tmp_path)
     assert result.returncode == code, result.stderr
     assert expected in result.stderr
-    assert "Traceback" not in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv"]
 
 
