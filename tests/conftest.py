@@ -14,7 +14,20 @@ from tests.processes import THREADS, run_forked
 from tests.runs import TINY, Finished, Train, run_folders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# The files that take longest. They come first, so that no worker is left with one of them while the others have nothing to do.
+SLOWEST = (
+    "training/test_equivalence.py", "training/test_train_command.py", "evaluation/test_interruption.py",
+    "training/test_pretrained.py", "training/test_lora.py", "training/test_finetune.py", "training/test_tasks.py",
+    "training/test_resume.py", "evaluation/test_ranks.py", "export/test_onnx.py", "training/test_foreign_towers.py",
+    "test_real_photographs.py", "training/test_batch_norm.py", "training/test_changed_data.py", "export/test_open_clip.py",
+    "evaluation/test_probe.py", "evaluation/test_run.py", "checks/test_command.py", "weights/test_open_clip.py",
+)  # fmt: skip
 NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {REPOSITORY / "tests" / file: place for place, file in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +63,20 @@ def command() -> Run:
     started_with = read_by_imports({**os.environ, **THREADS})
 
     def run(
-        script: str, *arguments: str, cwd: Path, timeout_s: float = 300, cold: bool = False, **environment: str
+        script: str,
+        *arguments: str,
+        cwd: Path,
+        timeout_s: float = 300,
+        cold: bool = False,
+        draw: bool = True,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
         child = {**clean, "COLUMNS": "200", **THREADS, **environment}
         if not cold and read_by_imports(child) == started_with:
-            return run_forked(REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s)
+            return run_forked(
+                REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s, draw=draw
+            )
         return subprocess.run(
             [sys.executable, str(REPOSITORY / script), *arguments],
             cwd=cwd,
@@ -88,10 +109,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def train(command, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Train by the command line in an output folder of its own, which must end well."""
 
-    def run(*overrides: str, output_dir: Path | None = None, **environment: str) -> Finished:
+    def run(*overrides: str, output_dir: Path | None = None, draw: bool = False, **environment: str) -> Finished:
         output_dir = output_dir or tmp_path_factory.mktemp("outputs")
         result = command(
-            "train.py", *overrides, f"output_dir={output_dir}", cwd=output_dir, timeout_s=600, **environment
+            "train.py", *overrides, f"output_dir={output_dir}", cwd=output_dir, timeout_s=600, draw=draw, **environment
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return Finished(run_folders(output_dir)[-1], result.stdout)
@@ -107,7 +128,7 @@ def train_once(name: str, train: Train, tmp_path_factory: pytest.TempPathFactory
     with FileLock(output_dir.with_suffix(".lock")):
         if not output.exists():
             output_dir.mkdir(exist_ok=True)
-            output.write_text(train(*overrides, output_dir=output_dir).output, encoding="utf-8")
+            output.write_text(train(*overrides, output_dir=output_dir, draw=True).output, encoding="utf-8")
     return Finished(run_folders(output_dir)[-1], output.read_text(encoding="utf-8"))
 
 
