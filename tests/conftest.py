@@ -58,7 +58,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def command() -> Run:
     """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr.
 
-    What a script imports is imported already, and its ranks are forked, unless it is to start `cold`.
+    What a script imports is imported already, and its ranks are forked, unless it is to start `cold`. Figures are left blank
+    unless they are to be drawn.
     """
     started_with = read_by_imports({**os.environ, **THREADS})
 
@@ -68,7 +69,7 @@ def command() -> Run:
         cwd: Path,
         timeout_s: float = 300,
         cold: bool = False,
-        draw: bool = True,
+        draw: bool = False,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}

@@ -27,7 +27,9 @@ from PIL import Image
 
 THREADS = {"OMP_NUM_THREADS": "1"}  # of every script; torch and BLAS read it when they are imported
 _IMPORTED = multiprocessing.get_context("forkserver")
-_IMPORTED.set_forkserver_preload(["clip_exp.training.run", "clip_exp.evaluation.run", "hydra.main"])
+_IMPORTED.set_forkserver_preload(
+    ["clip_exp.training.run", "clip_exp.evaluation.run", "hydra.main", "torch._dynamo"]  # the last for DeepSpeed
+)
 
 
 def run_forked(
