@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from clip_exp.checkpoints.discovery import best, checkpoints, latest, manifest
 from clip_exp.data.files import kind_of
+from tests.conftest import Run
+from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders
 
 
@@ -153,12 +155,28 @@ def test_bf16_trains_close_to_float32(single: Finished, train: Train) -> None:
     assert mixed.losses[:5] == pytest.approx(single.losses[:5], rel=0.05)
 
 
-def test_compiled_towers_train_close_to_plain_ones(train: Train) -> None:
-    """Of one layer: compiling takes a minute for each further one."""
-    overrides = (*TINY, "model.image.layers=1", "model.text.layers=1", "max_steps=5", "log_every_n_steps=1")
-    plain, compiled = train(*overrides), train(*overrides, "compile=true")
-    assert len(plain.losses) == 5
-    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+WITH_BACKEND = """
+import sys
+from functools import partialmethod
+import torch
+
+torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="{backend}")
+from clip_exp.cli import run
+
+sys.exit(run("train", sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("backend", repeat_beyond(("aot_eager",), ("aot_eager", "inductor")))
+def test_compiled_towers_train_close_to_plain_ones(
+    backend: str, single: Finished, command: Run, tmp_path: Path
+) -> None:
+    """inductor, which is what torch takes by itself, generates code for a minute."""
+    (tmp_path / "compiled.py").write_text(WITH_BACKEND.format(backend=backend))
+    overrides = (*TINY, "max_steps=20", "log_every_n_steps=1", "val_every_n_steps=10", "compile=true")
+    result = command(str(tmp_path / "compiled.py"), *overrides, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert Finished(run_folders(tmp_path)[-1], result.stdout).losses == pytest.approx(single.losses, rel=1e-4)
 
 
 def test_a_run_starts_from_the_weights_of_another(single: Finished, train: Train) -> None:
