@@ -1,5 +1,6 @@
 """What onnxruntime makes of an export, with other batches and lengths than it was traced with."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from clip_exp.export.write import write_export
 from clip_exp.inference.sources import named_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
+from clip_exp.weights import registry
 from tests.encoders import write_encoder, write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
@@ -100,7 +102,12 @@ def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_pa
     )
 
 
-def test_towers_of_open_clip(export: Export) -> None:
+def test_towers_of_open_clip(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layers: tracing takes as long for each further one."""
+    settings = registry.configuration("ViT-S-32-alt")
+    for tower in ("vision_cfg", "text_cfg"):
+        settings[tower]["layers"] = 2
+    monkeypatch.setattr(registry, "configuration", lambda _: copy.deepcopy(settings))
     config = named_model("ViT-S-32-alt")
     model = build(config)
     assert_same_towers(export(model, config, "onnx"), model, config, lengths=[77])
