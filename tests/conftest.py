@@ -9,11 +9,25 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from clip_exp import cli
 from tests.processes import THREADS, run_forked
 from tests.runs import TINY, Finished, Train, run_folders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# The files that take longest. They come first, so that no worker is left with one of them while the others have nothing to do.
+SLOWEST = (
+    "training/test_equivalence.py", "training/test_train_command.py", "evaluation/test_interruption.py",
+    "training/test_pretrained.py", "training/test_lora.py", "training/test_finetune.py", "training/test_tasks.py",
+    "training/test_resume.py", "evaluation/test_ranks.py", "export/test_onnx.py", "training/test_foreign_towers.py",
+    "test_real_photographs.py", "training/test_batch_norm.py", "training/test_changed_data.py", "export/test_open_clip.py",
+    "evaluation/test_probe.py", "evaluation/test_launch.py", "checks/test_command.py", "weights/test_open_clip.py",
+)  # fmt: skip
 NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {REPOSITORY / "tests" / file: place for place, file in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -44,17 +58,26 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def command() -> Run:
     """Run `python <script> <arguments>` as a user does, from any folder; returns code, stdout and stderr.
 
-    What a script imports is imported already, and its ranks are forked, unless it is to start `cold`.
+    What a script imports is imported already, and its ranks are forked, unless it is to start `cold`. Figures are left blank
+    unless they are to be drawn.
     """
     started_with = read_by_imports({**os.environ, **THREADS})
 
     def run(
-        script: str, *arguments: str, cwd: Path, timeout_s: float = 300, cold: bool = False, **environment: str
+        script: str,
+        *arguments: str,
+        cwd: Path,
+        timeout_s: float = 300,
+        cold: bool = False,
+        draw: bool = False,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key not in NOT_HANDED_ON}
         child = {**clean, "COLUMNS": "200", **THREADS, **environment}
         if not cold and read_by_imports(child) == started_with:
-            return run_forked(REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s)
+            return run_forked(
+                REPOSITORY / script, arguments, cwd=cwd, environment=child, timeout_s=timeout_s, draw=draw
+            )
         return subprocess.run(
             [sys.executable, str(REPOSITORY / script), *arguments],
             cwd=cwd,
@@ -67,14 +90,30 @@ def command() -> Run:
     return run
 
 
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run like `command`, in this process: for what ends before any work begins."""
+
+    def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        name, *rest = arguments if script == DOOR else (Path(script).stem, *arguments)
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        capsys.readouterr()
+        code = cli.run(name, list(rest))
+        return subprocess.CompletedProcess([script, *arguments], code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def train(command, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Train by the command line in an output folder of its own, which must end well."""
 
-    def run(*overrides: str, output_dir: Path | None = None, **environment: str) -> Finished:
+    def run(*overrides: str, output_dir: Path | None = None, draw: bool = False, **environment: str) -> Finished:
         output_dir = output_dir or tmp_path_factory.mktemp("outputs")
         result = command(
-            "train.py", *overrides, f"output_dir={output_dir}", cwd=output_dir, timeout_s=600, **environment
+            "train.py", *overrides, f"output_dir={output_dir}", cwd=output_dir, timeout_s=600, draw=draw, **environment
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return Finished(run_folders(output_dir)[-1], result.stdout)
@@ -90,7 +129,7 @@ def train_once(name: str, train: Train, tmp_path_factory: pytest.TempPathFactory
     with FileLock(output_dir.with_suffix(".lock")):
         if not output.exists():
             output_dir.mkdir(exist_ok=True)
-            output.write_text(train(*overrides, output_dir=output_dir).output, encoding="utf-8")
+            output.write_text(train(*overrides, output_dir=output_dir, draw=True).output, encoding="utf-8")
     return Finished(run_folders(output_dir)[-1], output.read_text(encoding="utf-8"))
 
 

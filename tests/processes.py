@@ -22,24 +22,29 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 THREADS = {"OMP_NUM_THREADS": "1"}  # of every script; torch and BLAS read it when they are imported
 _IMPORTED = multiprocessing.get_context("forkserver")
-_IMPORTED.set_forkserver_preload(["clip_exp.training.fit", "clip_exp.evaluation.scoring", "hydra.main"])
+_IMPORTED.set_forkserver_preload(
+    ["clip_exp.training.fit", "clip_exp.evaluation.scoring", "hydra.main", "torch._dynamo"]  # the last for DeepSpeed
+)
 
 
 def run_forked(
-    script: Path, arguments: tuple[str, ...], *, cwd: Path, environment: dict[str, str], timeout_s: float
+    script: Path, arguments: tuple[str, ...], *, cwd: Path, environment: dict[str, str], timeout_s: float, draw: bool
 ) -> subprocess.CompletedProcess[str]:
     """Like `subprocess.run` of the script with its output captured as text.
 
     Args:
         environment: what is read where a library is imported must be that of this process.
+        draw: whether figures are drawn, which takes as long as a small run itself, or left blank.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         _start_server()
-        process = _IMPORTED.Process(target=_run, args=(script, arguments, cwd, environment, outputs))
+        process = _IMPORTED.Process(target=_run, args=(script, arguments, cwd, environment, outputs, draw))
         process.start()
         process.join(timeout_s)
         if process.exitcode is None:
@@ -71,12 +76,21 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
-def _run(script: Path, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], outputs: list[Path]) -> None:
+def _run(
+    script: Path,
+    arguments: tuple[str, ...],
+    cwd: Path,
+    environment: dict[str, str],
+    outputs: list[Path],
+    draw: bool,
+) -> None:
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     multiprocessing.set_start_method(None, force=True)  # its own processes are started as any script's are
     os.chdir(cwd)
     _replace_environment(environment)
+    if not draw:
+        Figure.savefig = lambda _, path, **__: Image.new("RGB", (1, 1)).save(path)  # type: ignore[method-assign]
     _PopenWithRanks.waiting = _WaitingRank.fork(_requested_ranks(arguments))
     subprocess.Popen = _PopenWithRanks  # type: ignore[misc]
     sys.argv = [str(script), *arguments]

@@ -83,7 +83,7 @@ def test_the_page_of_evaluation_names_every_setting() -> None:
 
 def test_make_help_lists_the_targets() -> None:
     listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert {line.split()[0] for line in listed.splitlines()} >= {"install", "train", "test", "lint", "help"}
+    assert {line.split()[0] for line in listed.splitlines()} >= {"install", "train", "test", "test-all", "lint", "help"}
 
 
 def test_the_way_from_a_csv_to_a_scored_model(command, single, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,10 +68,10 @@ def test_json_is_all_that_is_printed_and_equals_the_file(command: Run, tmp_path:
     ],
 )
 def test_errors_are_told_with_their_code_and_leave_no_folder(
-    command: Run, tmp_path: Path, arguments: list[str], code: int, message: str
+    refused: Run, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\n")
-    done = command(DOOR, "check-data", *arguments, cwd=tmp_path)
+    done = refused(DOOR, "check-data", *arguments, cwd=tmp_path)
     assert (done.returncode, message in done.stderr) == (code, True), done.stderr
     assert not (tmp_path / "outputs" / "check_data").exists()
 

@@ -34,11 +34,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "expected"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_wrong_override_ends_with_code_2_and_no_traceback(command, tmp_path, arguments, expected) -> None:
-    result = command("train.py", *arguments, cwd=tmp_path)
+def test_a_wrong_override_ends_with_code_2_and_one_message(refused, tmp_path, arguments, expected) -> None:
+    result = refused("train.py", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert expected in result.stderr
     assert result.stderr.startswith("error:")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_override_of_a_fresh_command_gives_no_traceback(command, tmp_path) -> None:
+    result = command("train.py", "model=vit_b23", cwd=tmp_path, cold=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error:")
+    assert "did you mean 'vit_b32'" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -170,7 +178,7 @@ def test_a_configuration_survives_its_yaml(tmp_path) -> None:
         ("name: x\n" + "# \n" * 400_000, "it has 1,200,008 bytes"),
         ("- a", "it is no mapping"),
         ("model: [", "while parsing"),
-        ("[" * 5000 + "]" * 5000, "recursion"),
+        ("[" * 1200 + "]" * 1200, "recursion"),
     ],
 )
 def test_a_run_folder_with_a_configuration_of_another_kind_is_refused(tmp_path, content: str, problem: str) -> None:

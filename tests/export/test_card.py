@@ -173,7 +173,7 @@ MODELS: dict[str, Callable[[Path], tuple[ModelConfig, float | None]]] = {
         ("open_clip", "vit"), ("open_clip", "vit with a bias"), ("open_clip", "resnet"),
         ("huggingface", "vit"), ("huggingface", "vit with a bias"), ("huggingface", "siglip"),
         ("safetensors", "resnet"), ("safetensors", "siglip"),
-        ("onnx", "vit"), ("onnx", "siglip"),
+        ("onnx", "vit"), pytest.param("onnx", "siglip", marks=pytest.mark.exhaustive),
     ],
 )  # fmt: skip
 def test_its_snippet_runs_and_gives_our_probabilities(

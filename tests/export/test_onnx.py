@@ -1,5 +1,6 @@
 """What onnxruntime makes of an export, with other batches and lengths than it was traced with."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from clip_exp import open_clip_files
 from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
 from clip_exp.config.models import named_model
 from clip_exp.config.use_schema import ExportFormat
@@ -89,7 +91,7 @@ def test_towers_of_other_libraries(export: Export, tmp_path: Path) -> None:
     assert_same_towers(export(model, config, "onnx"), model, config, lengths=[20])
 
 
-@pytest.mark.parametrize("name", repeat_beyond(("rn50", "vit_b32"), ["rn50", "vit_b32", "vit_b16", "siglip_b16"]))
+@pytest.mark.parametrize("name", repeat_beyond(("vit_b32",), ("rn50", "vit_b32", "vit_b16", "siglip_b16")))
 def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_path: Path) -> None:
     config = named_model(name)
     if config.text.tokenizer is not None:  # the published one is on the hub
@@ -100,7 +102,12 @@ def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_pa
     )
 
 
-def test_towers_of_open_clip(export: Export) -> None:
+def test_towers_of_open_clip(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layers: tracing takes as long for each further one."""
+    settings = open_clip_files.configuration("ViT-S-32-alt")
+    for tower in ("vision_cfg", "text_cfg"):
+        settings[tower]["layers"] = 2
+    monkeypatch.setattr(open_clip_files, "configuration", lambda _: copy.deepcopy(settings))
     config = named_model("ViT-S-32-alt")
     model = build(config)
     assert_same_towers(export(model, config, "onnx"), model, config, lengths=[77])

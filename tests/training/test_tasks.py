@@ -140,7 +140,7 @@ def test_a_monitor_of_a_task_keeps_its_best_checkpoint_without_validation_data(
         "optimizer.lr=1e-3",
     )
     run = train(
-        "model=vit_tiny", *data, "trainer.accelerator=cpu", "max_steps=12", "checkpoint_every_n_steps=100", *tasks,
+        "model=vit_nano", *data, "trainer.accelerator=cpu", "max_steps=12", "checkpoint_every_n_steps=100", *tasks,
         "task_every_n_steps=2", "monitor=retrieval/recall@10_t2i",
     )  # fmt: skip
     measured = {step: values["retrieval/recall@10_t2i"] for step, values in scores(run).items()}

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from clip_exp.checkpoints.discovery import best, checkpoints, latest, manifest
 from clip_exp.data.files import kind_of
+from tests.conftest import Run
+from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders
 
 
@@ -66,13 +68,13 @@ def test_the_next_command_is_printed(single: Finished) -> None:
 
 def test_a_sweep_runs_each_job_in_its_own_folder(command, tmp_path) -> None:
     result = command(
-        "train.py", "optimizer.lr=1e-3,3e-4", "max_steps=20", f"output_dir={tmp_path}", "-m", cwd=tmp_path
+        "train.py", "optimizer.lr=1e-3,3e-4", "max_steps=4", f"output_dir={tmp_path}", "-m", cwd=tmp_path
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     folders = run_folders(tmp_path)
     assert [folder.name[-2:] for folder in folders] == ["-0", "-1"]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    assert [summary["steps"] for summary in summaries] == [20, 20]
+    assert [summary["steps"] for summary in summaries] == [4, 4]
     assert summaries[0]["metrics"].keys() == summaries[1]["metrics"].keys()
     assert summaries[0]["metrics"] != summaries[1]["metrics"]
 
@@ -147,17 +149,34 @@ def test_an_unreachable_wandb_server_does_not_stop_a_run(train: Train) -> None:
     assert list(run.folder.glob("tensorboard/events*"))
 
 
-def test_bf16_and_compile_train_close_to_float32(single: Finished, train: Train) -> None:
-    overrides = (
-        *(o for o in TINY if not o.startswith("precision")),
-        "max_steps=20",
-        "log_every_n_steps=1",
-        "val_every_n_steps=10",
-    )
+def test_bf16_trains_close_to_float32(single: Finished, train: Train) -> None:
+    overrides = (*(o for o in TINY if not o.startswith("precision")), "max_steps=20", "log_every_n_steps=1")
     mixed = train(*overrides, "precision=bf16-mixed", "strategy=deepspeed_stage_2")
     assert mixed.losses[:5] == pytest.approx(single.losses[:5], rel=0.05)
-    compiled = train(*overrides, "precision=32-true", "compile=true")
-    assert compiled.losses == pytest.approx(single.losses, rel=1e-4)
+
+
+WITH_BACKEND = """
+import sys
+from functools import partialmethod
+import torch
+
+torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="{backend}")
+from clip_exp.cli import run
+
+sys.exit(run("train", sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("backend", repeat_beyond(("aot_eager",), ("aot_eager", "inductor")))
+def test_compiled_towers_train_close_to_plain_ones(
+    backend: str, single: Finished, command: Run, tmp_path: Path
+) -> None:
+    """inductor, which is what torch takes by itself, generates code for a minute."""
+    (tmp_path / "compiled.py").write_text(WITH_BACKEND.format(backend=backend))
+    overrides = (*TINY, "max_steps=20", "log_every_n_steps=1", "val_every_n_steps=10", "compile=true")
+    result = command(str(tmp_path / "compiled.py"), *overrides, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert Finished(run_folders(tmp_path)[-1], result.stdout).losses == pytest.approx(single.losses, rel=1e-4)
 
 
 def test_a_run_starts_from_the_weights_of_another(single: Finished, train: Train) -> None:
@@ -247,14 +266,13 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize(("overrides", "code", "expected"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
-def test_bad_input_gives_its_code_and_one_message(overrides, code, expected, command, tmp_path) -> None:
+def test_bad_input_gives_its_code_and_one_message(overrides, code, expected, refused, tmp_path) -> None:
     if "trainer.accelerator=gpu" in overrides and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     (tmp_path / "pairs.csv").write_text("filepath,title\n" + "a.png,a dog\n" * 20)
-    result = command("train.py", *CSV, "global_batch_size=1", *overrides, cwd=tmp_path)
+    result = refused("train.py", *CSV, "global_batch_size=1", *overrides, cwd=tmp_path)
     assert result.returncode == code, result.stderr
     assert expected in result.stderr
-    assert "Traceback" not in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv"]
 
 
