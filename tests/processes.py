@@ -59,9 +59,14 @@ def start_apart(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
     """Call a function of a module in a process of its own, which holds nothing of what other tests have left in this one."""
     _start_server()
     pool = ProcessPoolExecutor(1, mp_context=_IMPORTED)
-    result = pool.submit(function, *arguments)
+    result = pool.submit(_call, function, *arguments)
     pool.shutdown(wait=False)
     return result
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    multiprocessing.set_start_method(None, force=True)  # a fork server of its own would import everything again
+    return function(*arguments)
 
 
 def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from clip_exp.data.batches import Batch
 from clip_exp.data.datamodule import PairsDataModule
 from tests.data.conftest import data_module, noise, write_table
 from tests.data.test_dataset import Place
+from tests.exhaustive import repeat_beyond
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning"),
@@ -146,9 +147,12 @@ def test_the_stream_is_worth_comparing(reading: Reading) -> None:
     assert len({*flat} - {*bad}) >= STEPS * BATCH - len(bad)
 
 
-def test_every_number_of_workers_before_and_after_a_restart_at_every_step(reading: Reading) -> None:
-    for before in WORKERS:
-        for after in WORKERS:
+@pytest.mark.parametrize("workers", repeat_beyond([(0, 2)], [(0, 2), WORKERS]), ids=str)
+def test_every_number_of_workers_before_and_after_a_restart_at_every_step(
+    reading: Reading, workers: tuple[int, ...]
+) -> None:
+    for before in workers:
+        for after in workers:
             for step in range(STEPS):
                 went_on = reading.read(0, before)[:step] + reading.read(step, after)
                 assert went_on == reading.whole, (before, after, step)
