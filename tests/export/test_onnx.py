@@ -17,7 +17,6 @@ from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
 from clip_exp.config.models import named_model
 from clip_exp.config.use_schema import ExportFormat
 from clip_exp.export import formats
-from clip_exp.export import onnx as onnx_format
 from clip_exp.export.write import write_export
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer
@@ -139,6 +138,6 @@ def test_the_scale_that_turns_cosines_into_logits_is_noted(vit_model: CLIP, vit_
 
 
 def test_what_is_not_installed_is_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_format, "NEEDS", ("onnxscript", "onnxruntime_that_is_not_there"))
+    monkeypatch.setattr(formats, "ONNX_NEEDS", ("onnxscript", "onnxruntime_that_is_not_there"))
     (problem,) = formats.problems_of(ExportFormat.onnx, vit())
     assert "format=onnx needs onnxruntime_that_is_not_there: pip install 'clip_exp[onnx]'" in problem
