@@ -21,7 +21,7 @@ from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.sets.prompts import imagenet_classes, templates
 from clip_exp.models import build_model
 from clip_exp.text.tokenizer import Tokenizer
-from clip_exp.weights import to_open_clip
+from clip_exp.weights.open_clip import to_open_clip
 
 TARGET_RATIO = 7.0
 TARGET_DIFFERENCE = 1e-5

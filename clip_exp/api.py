@@ -68,7 +68,7 @@ def load(
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
-    from clip_exp.inference.pipeline import load_pipeline
+    from clip_exp.inference.pipeline import load_pipeline  # imports torch
 
     return load_pipeline(found, accelerator)
 

@@ -20,7 +20,7 @@ def export(config: ExportConfig) -> int:
     """
     source = check(config)
     assert config.output is not None
-    from clip_exp.export.write import export_source
+    from clip_exp.export.write import export_source  # imports torch
 
     try:
         with stop_on_signals():

@@ -124,6 +124,7 @@ def _published(entry: open_clip_files.Entry, model: ModelConfig) -> dict[str, An
 @cache
 def _count(name: str) -> int:
     """Parameters of one of our models, without the memory for them."""
+    # Torch takes seconds to import: a mistyped name is answered without it.
     import torch
 
     from clip_exp.models.build import build_model

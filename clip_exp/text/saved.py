@@ -25,7 +25,7 @@ def check_tokenizer(model: ModelConfig) -> None:
         ConfigError: so it is, or it does not fit the text tower.
     """
     if source_of(model.text) is not None:
-        from clip_exp.text.huggingface import HuggingFaceTokenizer
+        from clip_exp.text.huggingface import HuggingFaceTokenizer  # imports torch
 
         HuggingFaceTokenizer.of(model.text)
 
@@ -39,7 +39,7 @@ def save_tokenizer(model: ModelConfig, run_dir: Path) -> None:
     source, folder = source_of(model.text), run_dir / FOLDER
     if source is None or folder.is_dir():
         return
-    from clip_exp.text.huggingface import save
+    from clip_exp.text.huggingface import save  # imports torch
 
     save(source, folder)
 

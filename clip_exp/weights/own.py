@@ -23,11 +23,11 @@ def note_architecture(model: ModelConfig, pretrained: str | None = None) -> Mode
     """
     text, image = model.text, model.image
     if has_encoder(model) and not text.architecture:
-        from clip_exp.models.huggingface import note_architecture as architecture_of
+        from clip_exp.models.huggingface import note_architecture as architecture_of  # imports torch
 
         text = replace(text, architecture=architecture_of(text))
     if image.kind is ImageTower.timm:
-        from clip_exp.models.timm_tower import known_backbone
+        from clip_exp.models.timm_tower import known_backbone  # imports torch
 
         known_backbone(image.name)
     if pretrained is None and image.pretrained and (backbone := backbone_of(model)):

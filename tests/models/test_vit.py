@@ -9,7 +9,7 @@ from clip_exp.config.model_schema import ImageTower, ImageTowerConfig
 from clip_exp.models import CLIP, build_model
 from clip_exp.models.clip import encode
 from clip_exp.models.vit import PatchDropout
-from clip_exp.weights import to_open_clip
+from clip_exp.weights.open_clip import to_open_clip
 from tests.models.small import batch, small_config
 
 

@@ -17,8 +17,9 @@ from clip_exp.config.model_schema import Activation, Interpolation, ModelConfig,
 from clip_exp.config.models import known_models, named_model
 from clip_exp.errors import CheckpointError
 from clip_exp.models import build_model
-from clip_exp.weights import load_weights, to_open_clip
 from clip_exp.weights.describe import About, describe
+from clip_exp.weights.fit import load_weights
+from clip_exp.weights.open_clip import to_open_clip
 from clip_exp.weights.open_clip_config import model_of_description
 from tests.models.small import small_config
 from tests.small_runs import write_checkpoint, write_run

@@ -14,8 +14,9 @@ from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConf
 from clip_exp.config.models import named_model
 from clip_exp.errors import CheckpointError
 from clip_exp.models import CLIP, build_model
-from clip_exp.weights import fit_weights, load_weights, to_open_clip
 from clip_exp.weights.differences import grouped
+from clip_exp.weights.fit import fit_weights, load_weights
+from clip_exp.weights.open_clip import to_open_clip
 from clip_exp.weights.positions import resize_grid
 from tests.models.small import CONTEXT_LENGTH, batch, open_clip_twin, small_config, trim
 from tests.weights.published import our_config

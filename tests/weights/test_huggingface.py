@@ -13,8 +13,8 @@ from clip_exp.config.model_schema import Activation, ModelConfig, TextTower
 from clip_exp.config.models import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models import CLIP, build_model
-from clip_exp.weights import load_weights
 from clip_exp.weights.describe import describe
+from clip_exp.weights.fit import load_weights
 from clip_exp.weights.huggingface import from_huggingface, huggingface_config, model_config_of, to_huggingface
 from tests.exhaustive import repeat_beyond
 
