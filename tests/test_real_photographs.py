@@ -19,6 +19,7 @@ if __name__ == "__main__":  # loader workers import this file
 """
 
 
+@pytest.mark.exhaustive
 def test_a_sharded_run_on_photographs_is_scored_in_one_process_without_deepspeed(
     real_data: Path, train: Train, command: Run, tmp_path: Path
 ) -> None:

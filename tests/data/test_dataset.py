@@ -23,6 +23,7 @@ from clip_exp.data.workers import WorkerLoader, killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table
+from tests.exhaustive import repeat_beyond
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 
@@ -261,7 +262,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", repeat_beyond(("fork", "spawn"), ("fork", "forkserver", "spawn")))
 def test_a_process_ends_though_its_workers_still_wait_for_work(tmp_path, method):
     """At exit Python terminates what is left and then waits for it, without end."""
     (tmp_path / "ends.py").write_text(ENDS)

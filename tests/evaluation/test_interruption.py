@@ -106,7 +106,7 @@ def assert_goes_on(tmp_path: Path, run_dir: Path, command, arguments: list[str])
     ("devices", "number"),
     [
         (1, signal.SIGINT),
-        (2, signal.SIGTERM),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.exhaustive),
         pytest.param(1, signal.SIGTERM, marks=pytest.mark.exhaustive),
         pytest.param(2, signal.SIGINT, marks=pytest.mark.exhaustive),
     ],

@@ -57,6 +57,7 @@ def test_classifier_and_logits_equal_open_clips_on_imagenet_photographs(peer, re
     torch.testing.assert_close(class_scores(features, classifier) / 100, their_features @ expected.T, rtol=0, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_the_counts_of_an_evaluation_equal_those_of_open_clips_trainer(
     peer, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -272,6 +272,7 @@ def test_on_the_digits_run_both_reach_97_percent_and_the_probe_equals_scikit_lea
     assert probe["metrics"]["top1"] == expected.score(*halves[1])
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_give_the_numbers_of_one(tmp_path: Path, run_dir: Path, command: Callable):
     """All that learns, and the network beside CLIP: 31 and 11 pictures, so that no share is even."""
     train, test = tinted(tmp_path / "train", 5), tinted(tmp_path / "test", 2, first=50)

@@ -96,7 +96,7 @@ def test_the_configuration_of_an_architecture_is_open_clips_own(name: str) -> No
 FULL_SIZE = {"vit_b32": "ViT-B-32", "vit_b16": "ViT-B-16", "rn50": "RN50", "siglip_b16": "ViT-B-16-SigLIP"}
 
 
-@pytest.mark.parametrize("name", repeat_beyond(("rn50", "vit_b32"), FULL_SIZE))
+@pytest.mark.parametrize("name", repeat_beyond(("rn50",), FULL_SIZE))
 def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_path: Path) -> None:
     config = named_model(name)
     if config.text.tokenizer is not None:  # the published one is on the hub

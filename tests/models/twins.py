@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[2] / "conf" / "model"
 OURS = (ImageTower.vit, ImageTower.resnet, ImageTower.siglip)
 CUT_LAYERS, CUT_VOCABULARY = 2, 1000
 # One of each family, and those whose numbers are odd: layers of the MLP that are no multiple, patches of 14 pixels.
-REPRESENTATIVES = ("rn50", "vit_b32", "vit_g14", "siglip_b16", "siglip_so400m")
+REPRESENTATIVES = ("rn50", "vit_b32", "vit_g14", "siglip_b16")
 
 
 def load_config(name: str) -> ModelConfig:

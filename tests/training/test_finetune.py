@@ -235,7 +235,7 @@ def test_locked_and_slowed_towers_learn_the_same_under_every_strategy(
     torch.testing.assert_close(run.weights, locked.weights, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("overrides", [[], STRATEGIES["ZeRO-2"]], ids=["alone", "ZeRO-2"])
+@pytest.mark.parametrize("overrides", repeat_beyond(([],), ([], STRATEGIES["ZeRO-2"])), ids=["alone", "ZeRO-2"])
 def test_while_probing_the_towers_stay_as_they_are(overrides: list[str], start: Path, train: Train) -> None:
     settings = ("finetune=linear_probe", "finetune.linear_probe_steps=3", "max_steps=4", f"pretrained={start}")
     run = train(*RUN, *settings, *overrides)

@@ -166,6 +166,7 @@ def test_the_folder_of_a_sharded_run_is_a_start_and_a_model_like_any_other(train
     assert all(torch.equal(still.weights[name], value) for name, value in run.weights.items())
 
 
+@pytest.mark.exhaustive
 def test_of_ranks_that_torchrun_starts_one_downloads(tmp_path: Path, weights: Path) -> None:
     with serving() as server:
         server.files["/"] = Served(b"")
