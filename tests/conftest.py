@@ -25,6 +25,12 @@ SLOWEST = (
 NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers that `-n auto` means: one more than cores, since many tests wait for processes; 4 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores + 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {REPOSITORY / "tests" / file: place for place, file in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))

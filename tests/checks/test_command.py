@@ -171,6 +171,7 @@ def test_ctrl_c_ends_it_at_once_with_130_and_leaves_no_process(tmp_path: Path) -
         assert "Traceback" not in errors
 
 
+@pytest.mark.exhaustive
 def test_a_killed_worker_ends_it_with_a_word(tmp_path: Path) -> None:
     with scanning(tmp_path) as process:
         os.kill(max(_of_session(process.pid)), signal.SIGKILL)

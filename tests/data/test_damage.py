@@ -150,6 +150,7 @@ def test_the_counts_by_kind_are_the_same_for_any_workers_and_ranks(pairs: Path, 
         assert all(0 < peak_mb < MOST_MB for peak_mb in peaks_mb)
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_of_a_run_list_the_bad_pictures_that_one_lists(train: Train, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pictures", 100)
     listed = []

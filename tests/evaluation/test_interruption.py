@@ -138,6 +138,7 @@ def test_a_kill_leaves_nothing_half_written_and_the_same_command_goes_on(
     assert_goes_on(tmp_path, run_dir, command, arguments)
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_dies_ends_all_with_one_message(
     tmp_path: Path, run_dir: Path, arguments: list[str], command
 ) -> None:

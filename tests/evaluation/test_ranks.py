@@ -123,6 +123,7 @@ def test_a_bad_picture_of_one_rank_ends_all_with_its_message(
     ]
 
 
+@pytest.mark.exhaustive
 def test_torchrun_gives_the_same_files(arguments: list[str], alone: dict[str, str], tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

@@ -101,6 +101,7 @@ def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_pa
     )
 
 
+@pytest.mark.exhaustive
 def test_towers_of_open_clip(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two layers: tracing takes as long for each further one."""
     settings = open_clip_files.configuration("ViT-S-32-alt")

@@ -218,7 +218,7 @@ def interrupted(run: Finished, output_dir: Path) -> None:
     (folder / "run.json").write_text(json.dumps({**run.record, "status": "running"}))
 
 
-@pytest.mark.parametrize("overrides", [[], STRATEGIES["ZeRO-2"]], ids=["alone", "on ZeRO-2"])
+@pytest.mark.parametrize("overrides", repeat_beyond(([],), ([], STRATEGIES["ZeRO-2"])), ids=["alone", "on ZeRO-2"])
 def test_an_interrupted_run_goes_on_bitwise_and_under_another_strategy(
     overrides: list[str], alone: Finished, start: Path, train: Train, tmp_path: Path
 ) -> None:
