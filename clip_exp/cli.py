@@ -60,7 +60,7 @@ def run(command: str, arguments: list[str]) -> int:
                 )
             )
 
-    # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and the door below prints.
+    # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and `_guarded` prints.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     def to_hydra() -> None:

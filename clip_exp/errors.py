@@ -6,15 +6,13 @@ A message says what is wrong, where, and how to fix it. It is printed once, at t
 import re
 from typing import Any
 
+PREEMPTED_EXIT_CODE = 143
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # line ends and tabs are left
 
 
 def printable(message: str) -> str:
     """A message without the characters at which a terminal would act: names in somebody's file may hold any."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message)
-
-
-PREEMPTED_EXIT_CODE = 143
 
 
 class ClipExpError(Exception):

@@ -1,4 +1,4 @@
-"""Files that installed packages ship: open_clip's configurations, registry, class names, and vocabulary, read without importing it.
+"""Files that open_clip ships (configurations, registry, class names, vocabulary), read without importing it; and where packages lie.
 
 Importing `open_clip`, or the module of its registry alone, takes seconds and torch; all that is needed are plain values.
 """
@@ -47,7 +47,8 @@ def package_folder(package: str) -> Path:
     """
     spec = PathFinder.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"{package} is not installed beside clip_exp; run: pip install clip_exp")
+        distribution = {"open_clip": "open_clip_torch"}.get(package, package)
+        raise ConfigError(f"{distribution} is not installed beside clip_exp; run: pip install {distribution}")
     return Path(spec.origin).parent
 
 

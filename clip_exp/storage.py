@@ -2,7 +2,7 @@
 
 What is being written has a temporary name next to its target: `.writing-<name>-<id>`. A folder that is being replaced has
 `.writing-<name>-<id>.old` until its successor is in place. A killed process leaves such names behind; whoever knows that nobody
-else writes the target (as it holds a lock) removes them. Errors are OSErrors: the callers know what to tell the user.
+else writes the target (as it holds a lock) removes them. Errors are OSErrors, and `InUse`: the callers know what to tell the user.
 """
 
 import errno

@@ -93,9 +93,8 @@ class DataConfig:
     shuffle: Shuffle | None = None  # null: block for shards, full for tables
     shuffle_block: int = 64  # neighboring rows that stay together (shuffle=block)
     shuffle_window: int = 256  # blocks whose rows are mixed with each other (shuffle=block)
-    same_caption: PairLabel = (
-        PairLabel.negative
-    )  # what `loss.same_caption` is unless set: positive where captions name classes
+    # What `loss.same_caption` is unless set: positive where captions name classes.
+    same_caption: PairLabel = PairLabel.negative
     # Processes that decode pictures, per rank; null: the machine's cores over its ranks, one kept for training, at most 8.
     num_workers: int | None = None
     on_bad_row: OnBadRow = OnBadRow.error

@@ -124,7 +124,17 @@ def read_run_config(run_dir: Path | str) -> TrainConfig:
         )
     config = read_yaml(path)
     require_literal(OmegaConf.to_container(config), str(path))
-    return load_train(config)
+    return load_train(_without_retired(config))
+
+
+def _without_retired(config: DictConfig) -> DictConfig:
+    """Read keys of older runs as they were meant: their folders stay readable."""
+    trainer, logger = config.get("trainer"), config.get("logger")
+    if isinstance(trainer, DictConfig):
+        trainer.pop("accumulate_grad_batches", None)  # was always 1
+    if isinstance(logger, DictConfig) and not isinstance(logger.get("tensorboard"), bool):
+        logger["tensorboard"] = logger.get("tensorboard") is not None  # was a node of its own, or null
+    return config
 
 
 def read_yaml(path: Path) -> DictConfig:

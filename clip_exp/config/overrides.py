@@ -146,7 +146,7 @@ def _missing_group(message: str) -> str | None:
     if match is None:
         return None
     name = match.group(1)
-    groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    groups = ["trainer", *(path.name for path in conf_dir().iterdir() if path.is_dir())]
     close = difflib.get_close_matches(name, groups, n=1)
     return f"{name} does not exist" + (
         f": did you mean '{close[0]}'?" if close else ". See --help for the groups and keys."
@@ -160,4 +160,7 @@ def _bad_key(error: OmegaConfBaseException) -> str:
     missing = str(error.key) not in valid
     if missing and valid and type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
         return unknown_key(full_key, valid)
-    return f"{full_key}: {str(error.msg if getattr(error, 'msg', None) else error).splitlines()[0]}"
+    message = str(error.msg if getattr(error, "msg", None) else error).splitlines()[0]
+    if "is not a subclass of" in message:  # a node of keys is given one value, as a group is given an option
+        return f"{full_key} has no such option: set its keys ({full_key}.<key>=…)."
+    return f"{full_key}: {message}"

@@ -106,7 +106,7 @@ class StrategyConfig:
 class TrainerConfig:
     """What Lightning's Trainer needs to know; the names are Lightning's."""
 
-    accelerator: str = "auto"  # auto, cpu, gpu
+    accelerator: str = "auto"  # auto, cpu, gpu (or cuda)
     devices: Any = "auto"  # auto (1 on CPU, all GPUs), a number, or a list of GPU indices
     num_nodes: int = 1
     gradient_clip_val: float | None = 1.0  # norm of the whole gradient

@@ -22,13 +22,10 @@ from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, co
 from clip_exp.evaluation.zero_shot import score_classification
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
-from clip_exp.ranks.environment import is_first_rank
-from clip_exp.ranks.group import from_main
+from clip_exp.ranks.group import from_main, is_main
 from clip_exp.reports.evaluation import write_result
 from clip_exp.reports.results import Result
 from clip_exp.text.build import build_tokenizer
-
-__all__ = ["SCORERS", "Subject", "about_weights", "score", "score_tasks"]
 
 
 def score_tasks(
@@ -39,15 +36,15 @@ def score_tasks(
     for task in tasks:
         result = score(task, subject)
         result.protocol.update(about)
-        if is_first_rank():
+        if is_main():
             # A mixture's scores are not the run's.
             write_result(result, task.name, folder, None if source.mix else source.run_dir)
         results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
-    if subject.cache is not None and is_first_rank():
+    if subject.cache is not None and is_main():
         subject.cache.prune()
 
 
-def _load_subject(config: EvaluateConfig, source: ModelSource) -> tuple[Any, dict[str, Any]]:
+def _load_subject(config: EvaluateConfig, source: ModelSource) -> tuple[Subject, dict[str, Any]]:
     options = encode_options(config)
     sha256 = from_main(source.sha256)
     about = about_weights(source, sha256, options.device)
@@ -57,7 +54,7 @@ def _load_subject(config: EvaluateConfig, source: ModelSource) -> tuple[Any, dic
     return Subject(model, tokenizer, source.model, options, sha256, cache), about
 
 
-def about_weights(source: ModelSource, sha256: str, device: Any) -> dict[str, Any]:
+def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dict[str, Any]:
     """For a protocol: which weights were scored, on which kind of device."""
     return {
         "model": source.model.name,

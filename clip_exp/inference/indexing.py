@@ -182,6 +182,7 @@ class PictureIndex:
         Raises:
             ConfigError: not exactly one of text and image, or `top` is below 1.
             DataError: the picture cannot be read.
+            NumericError: features or scores are not finite.
         """
         if (text is None) == (image is None) or top < 1:
             raise ConfigError('give a text or a picture, and a top above 0: search("two dogs"), search(image="a.jpg").')

@@ -6,7 +6,10 @@ import socket
 
 def is_first_rank() -> bool:
     """Return whether this process writes files and messages: rank 0, or a process that is no rank."""
-    return os.environ.get("RANK", "0") == "0"
+    number = os.environ.get("RANK")
+    if number is None and outer_ranks():  # of srun, which sets no RANK
+        number = os.environ.get("SLURM_PROCID")
+    return (number or "0") == "0"
 
 
 def outer_ranks() -> int | None:

@@ -166,6 +166,8 @@ def _warmup_problem(warmup: int | None, steps: int) -> str:
 
 
 def _check_devices(config: TrainConfig) -> Iterator[str]:
+    if outer_ranks():  # which choose the devices
+        return
     try:
         requested_devices(config).check_gpus()
     except ConfigError as error:

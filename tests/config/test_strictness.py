@@ -1,8 +1,10 @@
 """A wrong configuration is refused with one message that names what is valid, before torch is imported, with exit code 2."""
 
 import sys
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from clip_exp.cli import run
 from clip_exp.config.load import load_train, read_run_config, to_yaml
@@ -18,6 +20,8 @@ REFUSED = {
     "Lightning's accumulation": (["trainer.accumulate_grad_batches=4"], "micro_batch_size"),
     "Lightning's accumulation at the top": (["accumulate_grad_batches=4"], "micro_batch_size"),
     "Lightning's accumulation with +": (["+trainer.accumulate_grad_batches=4"], "micro_batch_size"),
+    "a group without options": (["trainer=default"], "set its keys (trainer.<key>=…)"),
+    "a typo of a group without options": (["trainr=x"], "did you mean 'trainer'"),
     "unknown key with +": (["+data.trian=x"], "did you mean 'train'"),
     "unknown optimizer key": (["optimizer.momentum=0.9"], "optimizer.momentum does not exist"),
     "unknown optimizer key with +": (["+optimizer.lrr=1"], "did you mean 'lr'"),
@@ -315,3 +319,12 @@ def test_a_users_own_option_is_found_in_a_folder_of_theirs(command, tmp_path) ->
     )
     assert result.returncode == 0, result.stderr
     assert "name: mine" in result.stdout
+
+
+@pytest.mark.parametrize(("tensorboard", "kept"), [(None, False), ({"log_graph": False}, True), (True, True)])
+def test_the_folder_of_an_older_run_is_read(tensorboard: object, kept: bool, tmp_path: Path) -> None:
+    values = OmegaConf.create(to_yaml(train_config()))
+    values.trainer.accumulate_grad_batches = 1
+    values.logger.tensorboard = tensorboard
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values), encoding="utf-8")
+    assert read_run_config(tmp_path).logger.tensorboard is kept

@@ -22,8 +22,8 @@ from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.features import encode_pictures
 from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.metrics import retrieval
-from clip_exp.evaluation.scoring import Subject
 from clip_exp.evaluation.sets.prompts import class_prompts, imagenet_classes, templates
+from clip_exp.evaluation.subject import Subject
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.tables.shard_files import write_shard

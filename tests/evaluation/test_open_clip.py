@@ -17,8 +17,8 @@ from clip_exp.evaluation.classification import build_classifier, class_scores
 from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.features import encode_pictures
 from clip_exp.evaluation.launch import evaluate
-from clip_exp.evaluation.scoring import Subject
 from clip_exp.evaluation.sets.prompts import imagenet_classes, templates
+from clip_exp.evaluation.subject import Subject
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import source_of_file
 from clip_exp.text.tokenizer import Tokenizer
