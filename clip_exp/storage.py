@@ -186,7 +186,7 @@ def _complete(folder: Path, durable: bool) -> None:
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_symlink():
-            continue  # leads to somebody else's file
+            continue  # its target belongs to another folder
         if path.is_file() and path.stat().st_mode & 0o777 != mode:
             path.chmod(mode)
         if durable:
