@@ -25,7 +25,7 @@ from clip_exp.loading.source import (
     source_of_run,
     source_of_weights,
 )
-from clip_exp.ranks.environment import outer_ranks
+from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.signals import Stopped
 from clip_exp.runs import RunRecord
 from clip_exp.training.launch import train_here
@@ -86,7 +86,7 @@ def train(*overrides: str) -> Path:
         KeyboardInterrupt: a signal stopped it; the same call goes on.
     """
     config = load_train(compose("train", list(overrides)))
-    if outer_ranks():
+    if started_by_launcher():
         raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
     run_dir, code = train_here(config, list(overrides))
     if code == PREEMPTED_EXIT_CODE:

@@ -20,8 +20,10 @@ from clip_exp.config.paths import conf_dir
 from clip_exp.config.store import config_name, register
 from clip_exp.config.sweep import job_number
 from clip_exp.config.use_schema import ExportConfig, ModelsConfig, PredictConfig, RankConfig, SearchConfig
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, printable
-from clip_exp.ranks.environment import is_first_rank
+from clip_exp.devices import is_out_of_memory
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError, printable
+from clip_exp.ranks.environment import is_first_rank, started_by_launcher
+from clip_exp.ranks.failure import end_process
 
 STOPPED = {PREEMPTED_EXIT_CODE, 130}  # after which a sweep starts no further job
 
@@ -39,7 +41,7 @@ def main(command: str | None = None) -> NoReturn:
         command, arguments = arguments[0], arguments[1:]
         if command not in COMMANDS:
             _fail(f"{command} is no command of clip-exp: {nearest(command, COMMANDS)}")
-    sys.exit(run(command, arguments))
+    end_process(run(command, arguments))
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -76,7 +78,10 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
-    """Run `action`; print an expected error as one message and return its exit code. A sweep outlives a job's bug too."""
+    """Run `action`; print an expected error as one message and return its exit code. A sweep outlives a job's bug too.
+
+    A bug in a rank of several is printed as well, since the process must not wait for the other ranks when it ends.
+    """
     try:
         return action() or 0
     except ClipExpError as error:
@@ -84,8 +89,10 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
     except KeyboardInterrupt:
         return _report("interrupted.", 130)
     except Exception as error:
+        if is_out_of_memory(error):
+            return _report(f"out of memory: lower batch_size. {str(error).strip()}", DeviceMemoryError.exit_code)
         message = explain(error)
-        if message is None and sweeping:
+        if message is None and (sweeping or started_by_launcher()):
             traceback.print_exc()
             return 1
         if message is None:

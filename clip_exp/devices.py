@@ -9,6 +9,8 @@ from typing import Any
 
 from clip_exp.errors import ConfigError
 
+# In the words of CUDA and NCCL, of torch's CPU allocator, and of cuDNN and cuBLAS.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")  # cuda is gpu
 
 
@@ -120,6 +122,18 @@ def resolve_accelerator(accelerator: str, keys: str = "") -> str:
     if accelerator == "auto":
         return "cpu"
     raise ConfigError(_no_gpu(accelerator, keys))
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return os.cpu_count() or 1  # replaced by the `small` branch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, on a GPU or on the CPU; without torch, which has one class for GPUs only."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def _is_index(value: Any) -> bool:

@@ -51,6 +51,12 @@ class DistributedError(ClipExpError):
     exit_code = 6
 
 
+class DeviceMemoryError(ClipExpError):
+    """A device or the machine has too little memory for what was asked of it."""
+
+    exit_code = 7
+
+
 def gravest(errors: list[ClipExpError]) -> ClipExpError:
     """One error with a line for each of several, of the class whose exit code is the lowest."""
     return type(min(errors, key=lambda error: error.exit_code))("\n".join(str(error) for error in errors))

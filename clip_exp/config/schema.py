@@ -108,7 +108,7 @@ class TrainerConfig:
 
     accelerator: str = "auto"  # auto, cpu, gpu (or cuda)
     devices: Any = "auto"  # auto (1 on CPU, all GPUs), a number, or a list of GPU indices
-    num_nodes: int = 1
+    num_nodes: int | None = None  # machines; null: as many as torchrun or srun uses
     gradient_clip_val: float | None = 1.0  # norm of the whole gradient
     deterministic: bool = False
     profiler: str | None = None  # null, simple, advanced, pytorch

@@ -27,6 +27,7 @@ from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing
 from clip_exp.data.workers import WorkerLoader, count_workers
 from clip_exp.errors import CheckpointError, ConfigError, DataError
+from clip_exp.ranks import group
 from clip_exp.text.build import Tokenizes
 
 log = logging.getLogger(__name__)
@@ -255,7 +256,7 @@ class PairsDataModule(LightningDataModule):
         )
 
     def _place(self) -> tuple[int, int]:
-        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        rank, world_size = group.rank(), group.world_size()
         if self.global_batch_size % world_size:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} cannot be shared equally by {world_size} devices: "
@@ -267,7 +268,7 @@ class PairsDataModule(LightningDataModule):
         self, dataset: Any, sampler: Sampler[list[int]], collate: Any, *, persistent: bool
     ) -> "DataLoader[Any]":
         trainer = self.trainer
-        workers = count_workers(self.config.num_workers, 1 if trainer is None else trainer.num_devices)
+        workers = count_workers(self.config.num_workers, group.local_world_size())
         return WorkerLoader(
             dataset,
             batch_sampler=sampler,

@@ -9,12 +9,12 @@ from typing import Any
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.load import read_evaluate_config
-from clip_exp.devices import Devices, parse_devices, resolve_accelerator
-from clip_exp.errors import PREEMPTED_EXIT_CODE
+from clip_exp.devices import Devices, is_out_of_memory, parse_devices, resolve_accelerator
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ConfigError, DeviceMemoryError
 from clip_exp.evaluation.check import check, open_folder
 from clip_exp.evaluation.prepared import Task
 from clip_exp.loading.source import ModelSource
-from clip_exp.ranks.environment import is_first_rank, outer_ranks
+from clip_exp.ranks.environment import device_problems, is_first_rank
 from clip_exp.ranks.launch import Opened, Work, launch_work
 from clip_exp.ranks.signals import Stopped, stop_on_signals
 from clip_exp.reports.evaluation import show
@@ -65,8 +65,8 @@ class Evaluation(Work):
     def open(self) -> Iterator[Opened]:
         """Find the model and the data, see that there are the devices, and make the folder."""
         self.checked = source, _ = check(self.config)
-        if not outer_ranks():  # which choose the devices
-            self.devices().check_gpus()
+        if problems := list(device_problems(self.devices())):
+            raise ConfigError("\n".join(problems))
         yield Opened(open_folder(self.config, source, self.arguments))
 
     def devices(self) -> Devices:
@@ -88,6 +88,7 @@ def evaluate_rank(folder: Path) -> int:
     from clip_exp.ranks import group  # imports torch
 
     config = read_evaluate_config(folder)
+    # The launcher ends this process when the work is done: the group needs no orderly end.
     group.start(resolve_accelerator(config.accelerator), TIMEOUT_S)
     return _evaluate(folder, config, *_check_again(config))
 
@@ -125,16 +126,28 @@ def evaluate_in(
             from clip_exp.evaluation.scoring import score_tasks
 
             score_tasks(folder, config, source, tasks, results)
-        except BaseException as error:
+        except BaseException as failed:
+            error = _explain(failed, config)
             if main:
                 code = PREEMPTED_EXIT_CODE if isinstance(error, Stopped) else getattr(error, "exit_code", 1)
                 status = "preempted" if isinstance(error, Stopped) else "failed"
                 record.finish(status, tasks=list(results), error=str(error).splitlines()[:20], exit_code=code)
-            raise
+            if error is failed:
+                raise
+            raise error from failed
         if main:
             record.finish("finished", tasks=list(results))
             show(results, folder)
     return results
+
+
+def _explain(error: BaseException, config: EvaluateConfig) -> BaseException:
+    """Return what to report of an error: out of memory in words that say what to change."""
+    if not is_out_of_memory(error):
+        return error
+    return DeviceMemoryError(
+        f"out of memory while encoding with batch_size={config.batch_size}: lower batch_size. {str(error).splitlines()[0]}"
+    )
 
 
 def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:

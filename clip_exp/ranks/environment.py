@@ -1,27 +1,76 @@
-"""Who started this process, read from its environment; without torch, for the checks before it is imported."""
+"""Which rank this process is, as its environment says; without torch, for the checks before torch is imported."""
 
 import os
 import socket
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from clip_exp.devices import Devices
+from clip_exp.errors import ConfigError, DistributedError
+
+
+class Placement(NamedTuple):
+    """Place of a process among the ranks of a run.
+
+    Attributes:
+        launcher: what started the ranks, for messages.
+        local_rank: number of the rank on its machine.
+        local_world_size: ranks on that machine.
+        nodes: machines.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    nodes: int
+    node_rank: int
+    main_address: str
+    main_port: int
+
+    def variables(self) -> dict[str, str]:
+        """Return the placement as the environment variables that torch.distributed, DeepSpeed and Lightning read."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "NODE_RANK": str(self.node_rank),
+            "MASTER_ADDR": self.main_address,
+            "MASTER_PORT": str(self.main_port),
+        }
 
 
 def is_first_rank() -> bool:
-    """Return whether this process writes files and messages: rank 0, or a process that is no rank."""
-    number = os.environ.get("RANK")
-    if number is None and outer_ranks():  # of srun, which sets no RANK
-        number = os.environ.get("SLURM_PROCID")
-    return (number or "0") == "0"
+    """Return whether this process writes files and messages: rank 0, or a process that is no rank. Never raises."""
+    if _started_by_torchrun():
+        return os.environ["RANK"] == "0"
+    return not _started_by_srun() or os.environ.get("SLURM_PROCID", "0") == "0"
 
 
-def outer_ranks() -> int | None:
-    """Processes of the run that torchrun, srun or our own launcher started; None if this process was started alone.
+def started_by_launcher() -> bool:
+    """Return whether this process is a rank that torchrun, srun or our own launcher started. Never raises."""
+    return _started_by_torchrun() or _started_by_srun()
 
-    `WORLD_SIZE` or `SLURM_NTASKS` by themselves say nothing: they are left over in shells and in batch scripts.
+
+def outer_placement() -> Placement | None:
+    """Return the place that torchrun, srun or our own launcher gave this process; None if it was started alone.
+
+    `WORLD_SIZE` or `SLURM_NTASKS` alone means nothing: both are left over in shells and in batch scripts. Variables of LSF
+    and MPI are ignored, since neither is a launcher that we support.
+
+    Raises:
+        DistributedError: a variable that the launcher sets is missing or not a number.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    if os.environ.get("SLURM_STEP_ID", "").isdecimal() and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        return int(os.environ["SLURM_NTASKS"])
-    return None
+    if _started_by_torchrun():
+        return _torchrun_placement()
+    return _slurm_placement() if _started_by_srun() else None
+
+
+def local_placement(rank: int, ranks: int, port: int) -> Placement:
+    """Return the place of a rank of several on this machine."""
+    return Placement("clip_exp", rank, ranks, rank, ranks, 1, 0, "127.0.0.1", port)
 
 
 def free_port() -> int:
@@ -30,36 +79,123 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What a rank on this machine is told through its environment."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "NODE_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def device_problems(devices: Devices, num_nodes: int | None = None, keys: str = "") -> Iterator[str]:
+    """Yield what is wrong with the requested devices: this machine has too few, or the launcher of this process decided otherwise.
+
+    Args:
+        devices: as configured.
+        num_nodes: as configured; None is whatever the launcher uses.
+        keys: prefix of the keys in messages, such as "trainer.".
+    """
+    placement = outer_placement()
+    if placement is None:
+        try:
+            devices.check_gpus()
+        except ConfigError as error:
+            yield str(error)
+        return
+    launcher, here = placement.launcher, placement.local_world_size
+    if devices.gpus is not None:
+        yield (
+            f"{devices.value} lists GPUs, but {launcher} has started the processes: name the GPUs in CUDA_VISIBLE_DEVICES "
+            f"instead, and remove {keys}devices."
+        )
+    elif devices.requested not in (None, here):
+        yield (
+            f"{devices.value}, but {launcher} has started {here} processes on this machine: start {devices.requested}, "
+            f"or remove {keys}devices."
+        )
+    if num_nodes not in (None, placement.nodes):
+        yield (
+            f"{keys}num_nodes={num_nodes}, but {launcher} has started {placement.world_size} processes on {placement.nodes} "
+            f"machines: remove {keys}num_nodes, or start the command on {num_nodes}."
+        )
 
 
-def _slurm_tasks_here() -> str:
-    """Tasks on this machine, of `SLURM_STEP_TASKS_PER_NODE` as in "4(x2),3"; srun fills equal machines alike."""
-    listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ["SLURM_NTASKS"]
-    return listed.split("(")[0].split(",")[0]
+def _started_by_torchrun() -> bool:
+    """Return whether torchrun, our launcher or another one that sets the same variables started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def slurm_environment() -> dict[str, str]:
-    """The same from srun's variables."""
-    from pytorch_lightning.plugins.environments import SLURMEnvironment
+def _started_by_srun() -> bool:
+    """Return whether srun started this process as one of several: a batch script has no step, and an interactive step one task."""
+    return os.environ.get("SLURM_STEP_ID", "").isdecimal() and _slurm_tasks() not in ("0", "1")
 
-    slurm = SLURMEnvironment()
-    return {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "NODE_RANK": os.environ["SLURM_NODEID"],
-        "LOCAL_WORLD_SIZE": _slurm_tasks_here(),
-        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
-        "MASTER_ADDR": slurm.main_address,
-        "MASTER_PORT": str(slurm.main_port),
-    }
+
+def _torchrun_placement() -> Placement:
+    """Return the place that torchrun's variables describe, which our own launcher sets too."""
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "the launcher"
+    world_size = _number("WORLD_SIZE")
+    local_world_size = _number("LOCAL_WORLD_SIZE", world_size)
+    return Placement(
+        launcher,
+        rank=_number("RANK"),
+        world_size=world_size,
+        local_rank=_number("LOCAL_RANK", _number("RANK") % local_world_size),
+        local_world_size=local_world_size,
+        nodes=_number("GROUP_WORLD_SIZE", -(-world_size // local_world_size)),
+        node_rank=_number("GROUP_RANK", _number("NODE_RANK", 0)),
+        main_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        main_port=_number("MASTER_PORT"),
+    )
+
+
+def _slurm_placement() -> Placement:
+    """Return the place that srun's variables describe."""
+    tasks = _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
+    node = _number("SLURM_NODEID", 0)
+    nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+    step = os.environ["SLURM_STEP_ID"]
+    return Placement(
+        "srun",
+        rank=_number("SLURM_PROCID"),
+        world_size=tasks,
+        local_rank=_number("SLURM_LOCALID"),
+        local_world_size=_slurm_tasks_per_node(tasks, nodes)[node],
+        nodes=nodes,
+        node_rank=node,
+        main_address=os.environ.get("MASTER_ADDR") or _first_slurm_node(),
+        # Every rank must compute the same port, and two steps of a job on one machine different ones.
+        main_port=_number("MASTER_PORT", 15000 + (_number("SLURM_JOB_ID", 0) + int(step)) % 10000),
+    )
+
+
+def _slurm_tasks() -> str:
+    """Return the number of tasks of this step; outside a step the variables describe the whole job."""
+    return os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+
+
+def _slurm_tasks_per_node(tasks: int, nodes: int) -> list[int]:
+    """Return the step's tasks on each node, which SLURM abbreviates: "4(x2),3" is 4, 4 and 3."""
+    listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    per_node: list[int] = []
+    for part in filter(None, listed.split(",")):
+        count, _, repeated = part.rstrip(")").partition("(x")
+        if not count.isdecimal() or not (repeated or "1").isdecimal():
+            raise DistributedError(f"SLURM_STEP_TASKS_PER_NODE={listed} is not a list of numbers such as 4(x2),3.")
+        per_node += [int(count)] * int(repeated or 1)
+    return per_node if len(per_node) == nodes else [-(-tasks // nodes)] * nodes
+
+
+def _first_slurm_node() -> str:
+    from pytorch_lightning.plugins.environments import SLURMEnvironment  # which expands SLURM's lists of machines
+
+    listed = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
+    return SLURMEnvironment.resolve_root_node_address(listed)
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """Return a variable's value as a whole number.
+
+    Raises:
+        DistributedError: it is not a number, or is not set and has no default.
+    """
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise DistributedError(
+            f"{name}={'' if text is None else text} in the environment must be a number. Start the command with torchrun or srun, "
+            "or unset RANK and WORLD_SIZE to start it alone."
+        )
+    return int(text)

@@ -14,24 +14,17 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_exp.devices import Devices
-from clip_exp.errors import (
-    PREEMPTED_EXIT_CODE,
-    CheckpointError,
-    ClipExpError,
-    ConfigError,
-    DataError,
-    DistributedError,
-    NumericError,
-    printable,
-)
-from clip_exp.ranks.environment import free_port, outer_ranks, rank_environment
+from clip_exp.devices import Devices, usable_cores
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DistributedError, printable
+from clip_exp.ranks import failure
+from clip_exp.ranks.environment import free_port, local_placement, outer_placement
+from clip_exp.ranks.failure import Failure, Reporter
 from clip_exp.ranks.signals import handle_signals
-from clip_exp.ranks.worker import command_line, error_file
+from clip_exp.ranks.worker import command_line
 
-SETTLE_S = 8.0  # for the ranks that a failure reaches to end by themselves
-GRACE_S = 20.0  # between asking the other ranks to end and ending them
-EXPECTED_CODES = {error.exit_code for error in (ConfigError, DataError, CheckpointError, NumericError)}
+SETTLE_S = 5.0  # for the ranks that a failure reaches to end by themselves
+GRACE_S = 10.0  # between asking the other ranks to end and ending them
+UNEXPECTED = 1  # exit code of a rank that a bug ended
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
 
 Processes = list[subprocess.Popen[bytes]]
@@ -53,9 +46,7 @@ class Ended(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """Return what a record of the work says about the end, besides its status."""
-        if self.status != "failed":
-            return {}
-        return {"error": self.message.removeprefix("error: ").splitlines()[-20:], "exit_code": self.code}
+        return _facts(self.message, self.code) if self.status == "failed" else {}
 
 
 class Work(ABC):
@@ -83,7 +74,8 @@ class Work(ABC):
 
     @abstractmethod
     def note(self, folder: Path, status: str, **facts: Any) -> None:
-        """Record the end of the ranks that this process started, failed or preempted: a killed rank cannot do so itself."""
+        """Record the end of the ranks, failed or preempted: of those that this process started, as a killed rank cannot do so
+        itself; or, in a rank of torchrun or srun, the failure of this rank or of the one that caused it."""
 
 
 def launch_work(work: Work) -> tuple[Path, int]:
@@ -92,7 +84,7 @@ def launch_work(work: Work) -> tuple[Path, int]:
     Raises:
         ClipExpError: of this process; a failure of a rank that it started is printed.
     """
-    if outer_ranks():
+    if outer_placement():
         return _join(work)
     with work.open() as (folder, finished):
         if finished:
@@ -115,19 +107,32 @@ def _join(work: Work) -> tuple[Path, int]:
 
     group.start(work.device_type(), work.timeout_s)
     rank = group.rank()
-    try:
-        with ExitStack() as held:
-            folder, finished = group.from_main(lambda: held.enter_context(work.open()))
-            if finished:
-                return folder, 0
-            try:
-                return folder, work.run(folder)
-            except DistributedError:
+    with ExitStack() as held:
+        folder, finished = group.from_main(lambda: held.enter_context(work.open()))
+        code = 0
+        if not finished:
+            group.from_main(lambda: failure.remove_reports(folder))
+            code = _work_unwatched(work, folder, rank)
+        if code == 0:
+            group.stop()  # which waits for the others: only where all is well
+        return folder, code
+
+
+def _work_unwatched(work: Work, folder: Path, rank: int) -> int:
+    """Do a rank's part of the work where no launcher of ours watches the ranks: each reports to the others, and watches them."""
+
+    def note(failed: Failure) -> None:
+        work.note(folder, "failed", **_facts(failed.message, failed.code))
+
+    reporter = Reporter(folder, rank, note)
+    with failure.reporting_to(reporter), failure.ending_with_others(folder, rank):
+        try:
+            return work.run(folder)
+        except BaseException as error:
+            reporter.report(error)
+            if not isinstance(error, ClipExpError) or isinstance(error, DistributedError):
                 raise
-            except ClipExpError as error:
-                raise type(error)(f"rank {rank}: {error}") from error
-    finally:
-        group.stop()
+            raise type(error)(f"rank {rank}: {error}") from error
 
 
 def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment: dict[str, str]) -> Ended:
@@ -137,8 +142,7 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
         work: a function of a module, by whose name a rank imports it.
         environment: added to that of every rank.
     """
-    for rank in range(ranks):
-        error_file(folder, rank).unlink(missing_ok=True)
+    failure.remove_reports(folder)
     processes = _start(command_line(work, folder), ranks, environment)
     forwarded: list[int] = []
 
@@ -150,33 +154,39 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
 
     with handle_signals(forward):
         try:
-            _wait(processes)
+            _wait(processes, folder)
             codes = _settle(processes)
         finally:
             _end(processes)
-    return _ended(codes, forwarded, _collect_messages(folder, ranks))
+    ended = _ended(codes, forwarded, failure.read_failures(folder))
+    failure.remove_reports(folder)
+    return ended
 
 
 def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
     """Start the ranks, in a session of their own: a terminal's Ctrl-C reaches them through the launcher, once."""
     port = free_port()
     environment = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks)),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")])),
         **added,
     }
     return [
-        subprocess.Popen(command, env={**environment, **rank_environment(rank, ranks, port)}, start_new_session=True)
+        subprocess.Popen(
+            command, env={**environment, **local_placement(rank, ranks, port).variables()}, start_new_session=True
+        )
         for rank in range(ranks)
     ]
 
 
-def _wait(processes: Processes) -> None:
-    """Wait until all have ended well, or one has not."""
+def _wait(processes: Processes, folder: Path) -> None:
+    """Wait until all have ended well, or one has not, or says that it cannot."""
     while True:
         codes = [process.poll() for process in processes]
         if any(code not in (None, 0) for code in codes) or all(code == 0 for code in codes):
+            return
+        if failure.read_failures(folder):
             return
         time.sleep(0.1)
 
@@ -200,55 +210,54 @@ def _end(processes: Processes) -> None:
             time.sleep(0.05)
 
 
-def _ended(codes: list[int | None], forwarded: list[int], messages: dict[int, str]) -> Ended:
-    """Return the end of all: that of the rank that failed first in cause, with its message; the others only lost touch with it.
+def _ended(codes: list[int | None], forwarded: list[int], failures: list[Failure]) -> Ended:
+    """Return the end of all: that of the rank that failed first by itself; the others only lost touch with it.
 
     Args:
         codes: of the ranks; None: had to be ended.
         forwarded: signals that the launcher passed on.
-        messages: of the ranks that left one.
+        failures: that ranks have reported, the earliest first.
     """
-    if all(code == 0 for code in codes):
+    if all(code == 0 for code in codes) and not failures:
         return Ended(0, "finished")
     harmless = (0, None, PREEMPTED_EXIT_CODE, DistributedError.exit_code, *(-number for number in forwarded))
-    if (forwarded or PREEMPTED_EXIT_CODE in codes) and all(code in harmless for code in codes):
+    causes = [failed for failed in failures if failed.is_cause]
+    if (forwarded or PREEMPTED_EXIT_CODE in codes) and not causes and all(code in harmless for code in codes):
         printed = PREEMPTED_EXIT_CODE in codes
         message = "" if printed else "stopped by a signal; the same command goes on from what was saved."
         return Ended(PREEMPTED_EXIT_CODE, "preempted", message)
-    expected = [rank for rank in messages if codes[rank] in EXPECTED_CODES]
-    killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0 and -code not in forwarded]
-    if not expected and (killed or not messages):
-        message = _end_of_rank(killed[0], codes) if killed else _end_without_message(codes)
-        return Ended(DistributedError.exit_code, "failed", f"error: {message}")
-    causes = [rank for rank in messages if codes[rank] != DistributedError.exit_code]
-    cause = (*expected, *causes, *messages)[0]
-    return Ended(codes[cause] or 1, "failed", messages[cause])
-
-
-def _collect_messages(folder: Path, ranks: int) -> dict[int, str]:
-    """Take the messages that failing ranks left for the launcher, by rank."""
-    messages = {}
-    for rank in range(ranks):
-        path = error_file(folder, rank)
-        if path.is_file():
-            messages[rank] = path.read_text(encoding="utf-8")
-            path.unlink()
-    return messages
+    reported = {failed.rank for failed in failures}
+    # What a library aborts after a failure is no cause, where a rank has reported one.
+    silent = [
+        rank
+        for rank, code in enumerate(codes)
+        if code not in (0, None, PREEMPTED_EXIT_CODE) and -code not in forwarded and rank not in reported
+    ]
+    killed = [rank for rank in silent if (codes[rank] or 0) < 0 and codes[rank] != -signal.SIGABRT]
+    if causes and not (killed and causes[0].code == UNEXPECTED):
+        return Ended(causes[0].code, "failed", causes[0].message)
+    if silent:
+        return Ended(DistributedError.exit_code, "failed", f"error: {_end_of_rank((killed or silent)[0], codes)}")
+    return Ended(failures[0].code, "failed", failures[0].message)
 
 
 def _end_of_rank(rank: int, codes: list[int | None]) -> str:
-    number = signal.Signals(-int(codes[rank] or 0))
+    """Return how a rank ended that has reported nothing."""
+    who, code = f"rank {rank} of {len(codes)}", int(codes[rank] or 0)
+    if code >= 0:
+        return f"{who} ended with code {code} and no message; the others were stopped."
+    number = signal.Signals(-code)
     memory = (
         " The system does that where memory runs out: use fewer devices or workers, or smaller batches."
         if number == signal.SIGKILL
         else ""
     )
     return (
-        f"rank {rank} of {len(codes)} was ended by signal {number.value} ({number.name}); the others were stopped.{memory} "
+        f"{who} was ended by signal {number.value} ({number.name}); the others were stopped.{memory} "
         "The same command goes on from what was saved."
     )
 
 
-def _end_without_message(codes: list[int | None]) -> str:
-    rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-    return f"rank {rank} of {len(codes)} ended with code {code} and no message; the others were stopped."
+def _facts(message: str, code: int) -> dict[str, Any]:
+    """Return a failure for a record of the work."""
+    return {"error": message.removeprefix("error: ").splitlines()[-20:], "exit_code": code}

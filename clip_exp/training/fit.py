@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,20 @@ from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks import group
+from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.group import is_main
 from clip_exp.ranks.signals import StopRequest, note_signals
 from clip_exp.runs import RunRecord
 from clip_exp.text.build import build_tokenizer
 from clip_exp.text.saved import with_saved_tokenizer
+from clip_exp.training.failures import explained_failures
 from clip_exp.training.finetune import prepare
 from clip_exp.training.measures import training_tasks
 from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import start_weights
 from clip_exp.training.preemption import Preempted, Preemption
-from clip_exp.training.preflight import steps_of, world_size
+from clip_exp.training.preflight import steps_of
 from clip_exp.training.preflight_finetune import probe_problems
 from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskScores
@@ -53,28 +56,31 @@ def train(run_dir: Path) -> int:
     config = read_run_config(run_dir)
     config.model = with_saved_tokenizer(config.model, run_dir)
     record = RunRecord(run_dir)
+    device_type = resolve_accelerator(config.trainer.accelerator, "trainer.")
+    several = started_by_launcher() or config.strategy.name != StrategyName.auto
     with note_signals() as stop:
         try:
-            _fit(config, run_dir, record, stop)
-            return 0
-        except Preempted:
-            if is_main():
-                record.finish("preempted")
-                print(f"stopped by a signal; the same command goes on from {latest(run_dir)}")
-            return PREEMPTED_EXIT_CODE
+            with group.membership(device_type, config.strategy.timeout_s) if several else nullcontext():
+                return _fit_or_stop(config, run_dir, record, stop, device_type)
         except BaseException as error:
             if is_main():
                 code = error.exit_code if isinstance(error, ClipExpError) else 1
                 record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
             raise
-        finally:
-            group.stop()
 
 
-def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopRequest) -> None:
-    device_type, ranks = resolve_accelerator(config.trainer.accelerator, "trainer."), world_size(config)
-    if ranks > 1 or config.strategy.name != StrategyName.auto:
-        group.start(device_type, config.strategy.timeout_s)
+def _fit_or_stop(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str) -> int:
+    try:
+        _fit(config, run_dir, record, stop, device_type)
+        return 0
+    except Preempted:
+        if is_main():
+            record.finish("preempted")
+            print(f"stopped by a signal; the same command goes on from {latest(run_dir)}")
+        return PREEMPTED_EXIT_CODE
+
+
+def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str) -> None:
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)
     datamodule = _build_data(config, run_dir)
@@ -87,14 +93,14 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
     datamodule.total_steps = steps
     tasks = training_tasks(config)
     zero_shot = ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
-    module = CLIPModule(_build_model(config, run_dir), build_loss(config.loss), config, steps, zero_shot)
+    model = _build_model(config, run_dir, resumes=checkpoint is not None)
+    module = CLIPModule(model, build_loss(config.loss), config, steps, zero_shot)
     # The weights are the same on every rank; what is drawn while training (dropout) is not.
-    torch.manual_seed(config.seed + 1 + (torch.distributed.get_rank() if ranks > 1 else 0))
+    torch.manual_seed(config.seed + 1 + group.rank())
     trainer = build_trainer(
         config,
         run_dir,
-        device_type=device_type,
-        ranks=ranks,
+        device=group.device(device_type),
         steps=steps,
         datamodule=datamodule,
         preemption=Preemption(stop),
@@ -105,11 +111,11 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
     if is_main():
         record.update(**_facts(trainer, module, datamodule))
     started_s = time.perf_counter()
-    with killed_workers_are_told("data.num_workers"):
+    with explained_failures(trainer, config), killed_workers_are_told("data.num_workers"):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, TaskScores):
-            callback.write(torch.device(device_type))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TaskScores):
+                callback.write(trainer.strategy.root_device)
     if is_main():
         conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
 
@@ -133,10 +139,11 @@ def _build_data(config: TrainConfig, run_dir: Path) -> PairsDataModule:
     return datamodule
 
 
-def _build_model(config: TrainConfig, run_dir: Path) -> CLIP:
+def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
+    """Build the model with the weights that a new run starts from; those of a run that resumes come from its checkpoint."""
     loss = config.loss
     # Weights of timm and Hugging Face are for a run that begins, and from nothing else.
-    begins = config.pretrained is None and not _has_checkpoint(config, run_dir)
+    begins = config.pretrained is None and not resumes
     build = partial(
         build_model,
         config.model,
@@ -145,7 +152,7 @@ def _build_model(config: TrainConfig, run_dir: Path) -> CLIP:
         own_weights=begins,
     )
     model = group.main_first(build) if begins and own_towers(config.model) else build()
-    if config.pretrained is not None and not _has_checkpoint(config, run_dir):
+    if config.pretrained is not None and not resumes:
         for note in load_weights(model, start_weights(config, RunRecord(run_dir).values), config.model):
             _tell(note)
     prepare(model, config.finetune, config.model)
@@ -159,10 +166,6 @@ def _tell(note: str) -> None:
     if is_main():
         log.warning(note)
         print(note)
-
-
-def _has_checkpoint(config: TrainConfig, run_dir: Path) -> bool:
-    return bool(checkpoints(run_dir)) or STEP.search(Path(config.resume).name) is not None
 
 
 def _checkpoint_to_go_on_from(config: TrainConfig, run_dir: Path) -> Path | None:

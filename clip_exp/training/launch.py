@@ -9,7 +9,7 @@ from typing import Any
 from clip_exp.config.schema import TrainConfig
 from clip_exp.devices import Devices, resolve_accelerator
 from clip_exp.errors import ConfigError
-from clip_exp.ranks.environment import is_first_rank, outer_ranks
+from clip_exp.ranks.environment import is_first_rank, started_by_launcher
 from clip_exp.ranks.launch import Opened, Work, launch_work
 from clip_exp.runs import RunRecord, lock
 from clip_exp.secrets import redact
@@ -24,7 +24,7 @@ def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
         arguments: of the command line, for `run.json`.
         job: number of the job in a sweep, or None.
     """
-    if outer_ranks() and job is not None:
+    if started_by_launcher() and job is not None:
         raise ConfigError(
             "a sweep (-m) starts its own processes: run it without torchrun or srun, with trainer.devices."
         )
@@ -38,8 +38,8 @@ def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> t
         suffix: of the name of a new folder.
     """
     check_train(config)
-    nodes = config.trainer.num_nodes
-    if nodes > 1 and not outer_ranks():
+    nodes = config.trainer.num_nodes or 1
+    if nodes > 1 and not started_by_launcher():
         per_node = requested_devices(config).requested or "gpu"
         raise ConfigError(
             f"trainer.num_nodes={nodes}: start the command on every node, for example "

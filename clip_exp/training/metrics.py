@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.data.workers import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
+from clip_exp.ranks.group import local_world_size
 from clip_exp.runs import read_metrics
 from clip_exp.storage import atomic_file, remove_leftovers
 from clip_exp.training.callbacks import last_validation
@@ -114,8 +115,8 @@ class StepMetrics(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._clock = step_clock(trainer.strategy.root_device, data.data_wait_s)
-        workers = count_workers(data.config.num_workers, trainer.num_devices)
-        cores, on_cpu = cores_per_rank(trainer.num_devices), trainer.strategy.root_device.type == "cpu"
+        workers = count_workers(data.config.num_workers, local_world_size())
+        cores, on_cpu = cores_per_rank(local_world_size()), trainer.strategy.root_device.type == "cpu"
         self._watch = LoaderWatch(Loading(workers, cores, data.preprocessing.size, shares_cores=on_cpu))
 
     def on_train_batch_start(

@@ -12,7 +12,7 @@ from clip_exp.config.schema import LossName, StrategyName, TrainConfig
 from clip_exp.data.preflight import check_data, check_tables
 from clip_exp.devices import Devices, parse_devices
 from clip_exp.errors import ConfigError, gravest
-from clip_exp.ranks.environment import outer_ranks
+from clip_exp.ranks.environment import device_problems, outer_placement
 from clip_exp.runs import name_problems
 from clip_exp.secrets import leaks
 from clip_exp.training.measures import check_measures
@@ -58,9 +58,14 @@ def requested_devices(config: TrainConfig) -> Devices:
     return parse_devices(config.trainer.accelerator, config.trainer.devices, "trainer.")
 
 
-def world_size(config: TrainConfig) -> int:
-    """Processes of the run: those that an outer launcher started, or those that the configuration asks for."""
-    return outer_ranks() or (requested_devices(config).requested or 1) * config.trainer.num_nodes
+def _ranks(config: TrainConfig) -> int | None:
+    """Return the processes of the run: those of the launcher, or those that the configuration requests; None: GPUs decide."""
+    placement = outer_placement()
+    if placement is not None:
+        return placement.world_size
+    devices = requested_devices(config)
+    here = 1 if devices.accelerator == "cpu" and devices.requested is None else devices.requested
+    return None if here is None else here * (config.trainer.num_nodes or 1)
 
 
 def _check_run(config: TrainConfig) -> Iterator[str]:
@@ -115,9 +120,7 @@ def _check_strategy(config: TrainConfig) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
     else:
-        ranks = world_size(config)
-        if config.global_batch_size % ranks:
-            yield f"global_batch_size={config.global_batch_size} must be a multiple of the {ranks} processes (trainer.devices times trainer.num_nodes)."
+        yield from _check_batch(config, _ranks(config) or 1)
     if strategy.name == StrategyName.deepspeed:
         if strategy.stage not in (1, 2, 3):
             yield f"strategy.stage={strategy.stage} must be 1, 2 or 3."
@@ -125,6 +128,14 @@ def _check_strategy(config: TrainConfig) -> Iterator[str]:
             yield f"strategy.offload steps with DeepSpeed's CPU Adam: use optimizer=adamw or adam instead of {config.optimizer._target_}."
         if config.callbacks.ema_decay is not None:
             yield "callbacks.ema_decay needs whole weights in every process: use strategy=auto or ddp."
+
+
+def _check_batch(config: TrainConfig, ranks: int) -> Iterator[str]:
+    if config.global_batch_size % ranks:
+        yield (
+            f"global_batch_size={config.global_batch_size} must be a multiple of the {ranks} processes "
+            "(trainer.devices times trainer.num_nodes)."
+        )
 
 
 def _check_callbacks(config: TrainConfig) -> Iterator[str]:
@@ -166,9 +177,8 @@ def _warmup_problem(warmup: int | None, steps: int) -> str:
 
 
 def _check_devices(config: TrainConfig) -> Iterator[str]:
-    if outer_ranks():  # which choose the devices
-        return
-    try:
-        requested_devices(config).check_gpus()
-    except ConfigError as error:
-        yield str(error)
+    devices = requested_devices(config)
+    problems = list(device_problems(devices, config.trainer.num_nodes, "trainer."))
+    yield from problems
+    if not problems and _ranks(config) is None:
+        yield from _check_batch(config, devices.count() * (config.trainer.num_nodes or 1))

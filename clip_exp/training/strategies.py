@@ -10,17 +10,62 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clip_exp.config.schema import StrategyConfig, StrategyName
+from clip_exp.ranks.group import rank, world_size
 
 
-def build_strategy(config: StrategyConfig, device_type: str, ranks: int) -> Strategy | str:
+class GroupEnvironment(ClusterEnvironment):
+    """Lightning's view of the process group that `ranks.group` has joined, whatever a scheduler's variables say.
+
+    Left to itself, Lightning takes rank and number of ranks from the first scheduler whose variables it finds, and a batch
+    script has SLURM's for one task. Every process is a node with one device for Lightning, which numbers devices by local
+    rank otherwise and then wants to see those of the other ranks, too: under `srun --gpus-per-task=1` there are none.
+    """
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return os.environ["MASTER_ADDR"]
+
+    @property
+    def main_port(self) -> int:
+        return int(os.environ["MASTER_PORT"])
+
+    @staticmethod
+    def detect() -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return world_size()
+
+    def set_world_size(self, size: int) -> None:
+        """The group decides."""
+
+    def global_rank(self) -> int:
+        return rank()
+
+    def set_global_rank(self, rank: int) -> None:
+        """The group decides."""
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return rank()
+
+
+def build_strategy(config: StrategyConfig, device: torch.device) -> Strategy | str:
     """Lightning's strategy for the configured one; `auto` is DDP where there are several ranks."""
     if config.name == StrategyName.deepspeed:
-        prepare_deepspeed(device_type)
+        prepare_deepspeed(device.type)
         assert config.stage is not None
         strategy = PortableDeepSpeedStrategy(
             stage=config.stage,
@@ -31,9 +76,9 @@ def build_strategy(config: StrategyConfig, device_type: str, ranks: int) -> Stra
         merged: Any = OmegaConf.to_container(OmegaConf.merge(strategy.config, config.config))
         strategy.config = merged
         return strategy
-    if config.name == StrategyName.ddp or ranks > 1:
+    if config.name == StrategyName.ddp or world_size() > 1:
         return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return SingleDeviceStrategy("cuda:0" if device_type == "cuda" else "cpu")
+    return SingleDeviceStrategy(str(device))
 
 
 def prepare_deepspeed(device_type: str) -> None:
@@ -65,16 +110,20 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
+    def _set_node_environment_variables(self) -> None:
+        """`ranks.group` has set them. DeepSpeed takes LOCAL_RANK for the number of the device, not for that of the rank."""
+        os.environ["LOCAL_RANK"] = str(self.root_device.index or 0)
+
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
-        """As Lightning's, with the local rank as the device's index: a CPU device has none."""
+        """As Lightning's, with a number for the device on a CPU too, where it has none."""
         import deepspeed
 
         if self.precision_plugin.precision != "32-true":
             self.unchanged = dict(_not_trained(model))
         engine, wrapped, _, _ = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self.local_rank),
+            args=argparse.Namespace(device_rank=self.root_device.index or 0),
             config=self.config,
             model=model,
             model_parameters=[p for p in model.parameters() if p.requires_grad],

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.config.schema import StrategyName, TrainConfig
@@ -14,13 +16,15 @@ from clip_exp.config.targets import build_extra
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.evaluation.prepared import Task
 from clip_exp.precision import training_precision
+from clip_exp.ranks import group
 from clip_exp.ranks.group import is_main
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer, StopAtEnd, is_of_task, monitor_mode
+from clip_exp.training.failures import ReportFailure, SameRanks
 from clip_exp.training.loggers import build_loggers
 from clip_exp.training.metrics import StepMetrics
 from clip_exp.training.preemption import Preemption
 from clip_exp.training.progress import build_progress
-from clip_exp.training.strategies import build_strategy
+from clip_exp.training.strategies import GroupEnvironment, build_strategy
 from clip_exp.training.tasks import TaskPatience, TaskScores
 
 
@@ -28,8 +32,7 @@ def build_trainer(
     config: TrainConfig,
     run_dir: Path,
     *,
-    device_type: str,
-    ranks: int,
+    device: torch.device,
     steps: int,
     datamodule: PairsDataModule,
     preemption: Preemption,
@@ -38,22 +41,26 @@ def build_trainer(
     """The Trainer of this rank.
 
     Args:
+        device: of this rank.
         steps: of the run.
         datamodule: after its `setup`.
         preemption: ends the run when a signal asks for it.
         tasks: to score while training.
     """
     _quiet_lightning()
+    # Lightning takes it from whatever variables a scheduler has left in the environment.
+    rank_zero_only.rank = group.rank()  # type: ignore[attr-defined]
     io = SafeCheckpointIO()
     validate = datamodule.has_validation
     deepspeed = config.strategy.name == StrategyName.deepspeed
     callbacks = _build_callbacks(config, run_dir, io, steps, datamodule, tasks)
     trainer = pl.Trainer(
-        accelerator="gpu" if device_type == "cuda" else "cpu",
-        devices=max(1, ranks // config.trainer.num_nodes),
-        num_nodes=config.trainer.num_nodes,
-        strategy=build_strategy(config.strategy, device_type, ranks),
-        precision=training_precision(config.precision, device_type),  # type: ignore[arg-type]
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        # One device per process, on a node of its own: see `GroupEnvironment`.
+        devices=[device.index] if device.type == "cuda" else 1,
+        num_nodes=group.world_size(),
+        strategy=build_strategy(config.strategy, device),
+        precision=training_precision(config.precision, device.type),  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=-1,
         min_epochs=0,
@@ -67,7 +74,7 @@ def build_trainer(
         profiler=_profiler(config.trainer.profiler, run_dir),
         logger=build_loggers(config.logger, run_dir, config.name) if is_main() else False,
         callbacks=[*callbacks, preemption],
-        plugins=[io],
+        plugins=[io, GroupEnvironment()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -93,7 +100,13 @@ def _build_callbacks(
     """In the order in which they act at the end of a step: measure, show, average, score, stop, save."""
     metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows)
     progress = build_progress(config.callbacks.progress, metrics)
-    callbacks: list[pl.Callback] = [metrics, *([progress] if progress else []), StopAtEnd()]
+    callbacks: list[pl.Callback] = [
+        ReportFailure(config),
+        SameRanks(),
+        metrics,
+        *([progress] if progress else []),
+        StopAtEnd(),
+    ]
     if config.callbacks.ema_decay is not None:
         callbacks.append(AveragedWeights(config.callbacks.ema_decay, config.callbacks.ema_every_n_steps))
     scores = TaskScores(tasks, config, run_dir, progress) if tasks else None

@@ -12,6 +12,7 @@ from typing import Any
 
 from clip_exp.devices import Devices, parse_devices
 from clip_exp.errors import ClipExpError, DataError, DistributedError
+from clip_exp.ranks import failure
 from clip_exp.ranks.launch import Opened, Work, launch_work
 
 
@@ -25,6 +26,19 @@ def work(folder: Path) -> int:
         raise DistributedError("lost touch with another rank that ended.")
     if plan == "bug":
         raise ValueError("a bug")
+    if plan == "later bad data":
+        time.sleep(0.5)
+        raise DataError("picture 7 cannot be read.")
+    if plan == "blocked bug":  # in what tidies up: the failure is reported before
+        try:
+            raise ValueError("a bug")
+        except ValueError as error:
+            failure.report(error)
+            time.sleep(60)
+    if plan == "exits":
+        sys.exit(5)
+    if plan == "aborted":
+        os.abort()
     if plan == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if plan == "wait":
@@ -64,7 +78,7 @@ class Planned(Work):
         return work(folder)
 
     def note(self, folder: Path, status: str, **facts: Any) -> None:
-        assert self.held
+        assert self.held or "RANK" in os.environ
         self.records.append({"status": status, **facts})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from clip_exp.ranks import launch
-from clip_exp.ranks.environment import free_port, rank_environment
+from clip_exp.ranks.environment import free_port, local_placement
 from clip_exp.ranks.launch import launch_work
 from tests.conftest import REPOSITORY
 from tests.ranks.planned import Planned
@@ -31,6 +31,7 @@ def run(folder: Path, *plan: str) -> tuple[int, dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "SETTLE_S", 1.5)
+    monkeypatch.setattr(launch, "GRACE_S", 1.5)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,10 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
         (("lost touch", "bad data"), 3, "error: picture 7 cannot be read."),
         (("lost touch", "lost touch", "bad data"), 3, "error: picture 7 cannot be read."),
         (("bad name", "lost touch"), 3, r"error: picture \x1b[2J.jpg cannot be read."),
-        (("bug", "bad data"), 3, "error: picture 7 cannot be read."),
+        (("bug", "later bad data"), 1, "ValueError: a bug"),
+        (("blocked bug", "wait"), 1, "ValueError: a bug"),
+        (("aborted", "bug"), 1, "ValueError: a bug"),
+        (("wait", "exits"), 5, "SystemExit: 5"),
         (("lost touch", "bug"), 1, "ValueError: a bug"),
         (("wait", "bad data"), 3, "error: picture 7 cannot be read."),
         (("lost touch", "lost touch"), 6, "error: lost touch with another rank that ended."),
@@ -52,7 +56,7 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
     assert found == code
     told = capsys.readouterr().err
     assert told.strip().splitlines()[-1] == message
-    assert (told.count("error: "), told.count("Traceback")) == ((0, 1) if code == 1 else (1, 0))
+    assert (told.count("error: "), told.count("Traceback")) == ((0, 1) if code in (1, 5) else (1, 0))
     assert (record["status"], record["exit_code"]) == ("failed", code)
     assert record["error"][-1] == message.removeprefix("error: ").replace(r"\x1b", "\x1b")
 
@@ -63,6 +67,8 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
         (("lost touch", "killed"), r"rank 1 of 2 was ended by signal 9 \(SIGKILL\); the others were stopped\..*memory"),
         (("wait", "killed"), r"rank 1 of 2 was ended by signal 9 \(SIGKILL\)"),
         (("lost touch", "killed", "wait"), r"rank 1 of 3 was ended by signal 9 \(SIGKILL\)"),
+        (("bug", "killed"), r"rank 1 of 2 was ended by signal 9 \(SIGKILL\)"),
+        (("lost touch", "9"), "rank 1 of 2 ended with code 9 and no message"),
         (("9", "wait"), "rank 0 of 2 ended with code 9 and no message"),
     ],
 )
@@ -122,7 +128,7 @@ def test_ranks_that_torchrun_starts_work_in_the_folder_of_the_first(
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.ranks.planned", str(tmp_path), *plan], cwd=REPOSITORY,
-            env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **local_placement(rank, 2, port).variables()}, stdout=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip

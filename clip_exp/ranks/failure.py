@@ -1,0 +1,177 @@
+"""Failures of ranks: each reports its own before anything that can block, and a rank that cannot go on is ended in time.
+
+After an exception much may block: a GPU that waits for a collective which other ranks never join, the group's destruction, a
+logger's server. So a failing rank first writes its report into the folder of the work, where the launcher and the other ranks
+find it, and a timer then ends the process, wherever it may be stuck.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from clip_exp.errors import ClipExpError, DistributedError, printable
+from clip_exp.secrets import redact
+
+END_S = 10.0  # for a rank that has reported its failure, or another's, to end by itself
+POLL_S = 1.0  # between looks for the reports of others
+CAUSE_S = 3.0  # for the rank that failed first to report, where this one only lost touch with it
+PREFIX = ".error-rank"  # of the reports, one file per rank
+
+
+class Failure(NamedTuple):
+    """The failure of a rank.
+
+    Attributes:
+        time_ns: when it was reported.
+    """
+
+    rank: int
+    code: int
+    message: str
+    time_ns: int
+
+    @property
+    def is_cause(self) -> bool:
+        """Whether the rank failed by itself, and did not just lose touch with another one."""
+        return self.code != DistributedError.exit_code
+
+
+class Reporter:
+    """Reports the failure of this process, a rank of several; the first report counts.
+
+    Args:
+        folder: of the work, which all ranks share.
+        note: called with the failure to record, this rank's or the one that caused it.
+    """
+
+    def __init__(self, folder: Path, rank: int, note: Callable[[Failure], None] | None = None) -> None:
+        self.folder = folder
+        self.rank = rank
+        self.note = note
+        self.failure: Failure | None = None
+
+    def report(self, error: BaseException) -> Failure:
+        """Write the report of a failure, and see that this process ends soon."""
+        if self.failure is None:
+            self.failure = failure = describe(self.rank, error)
+            end_later(failure.code)
+            _write(self.folder, failure)
+            if self.note is not None:
+                with suppress(OSError):  # a full disk must not hide the failure
+                    self.note(failure if failure.is_cause else await_cause(self.folder) or failure)
+        return self.failure
+
+
+_reporter: Reporter | None = None  # of this process
+
+
+@contextmanager
+def reporting_to(reporter: Reporter) -> Iterator[None]:
+    """Inside, `report` goes to this reporter."""
+    global _reporter
+    _reporter = reporter
+    try:
+        yield
+    finally:
+        _reporter = None
+
+
+def report(error: BaseException) -> None:
+    """Report the failure of this process where it is a rank of several; for whoever sees it before something that can block."""
+    if _reporter is not None:
+        _reporter.report(error)
+
+
+def describe(rank: int, error: BaseException) -> Failure:
+    """Return a failure with its message: of an expected error the text, of any other the traceback."""
+    if isinstance(error, ClipExpError):
+        code, message = error.exit_code, f"error: {error}"
+    else:
+        ended = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code
+        code, message = ended or 1, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"
+    return Failure(rank, code, redact(message), time.time_ns())
+
+
+def read_failures(folder: Path) -> list[Failure]:
+    """Return the reports of ranks, the earliest first."""
+    found = []
+    for path in folder.glob(f"{PREFIX}*[0-9]"):
+        try:
+            found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue  # removed meanwhile, or not written by us
+    return sorted(found, key=lambda failure: failure.time_ns)
+
+
+def remove_reports(folder: Path) -> None:
+    for path in folder.glob(f"{PREFIX}*"):
+        path.unlink(missing_ok=True)
+
+
+def await_cause(folder: Path) -> Failure | None:
+    """Return the failure that others followed from, for which a moment is waited; None if no rank reports one."""
+    deadline = time.monotonic() + CAUSE_S
+    while True:
+        cause = next((failure for failure in read_failures(folder) if failure.is_cause), None)
+        if cause is not None or time.monotonic() > deadline:
+            return cause
+        time.sleep(0.1)
+
+
+@contextmanager
+def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
+    """Inside, this process, a rank of several that no launcher of ours watches, ends soon after another has reported a failure."""
+    left = threading.Event()
+
+    def watch() -> None:
+        while not (others := [failure for failure in read_failures(folder) if failure.rank != rank]):
+            if left.wait(POLL_S):
+                return
+        if not left.wait(END_S):
+            told = printable(others[0].message)
+            print(f"rank {rank} was ended, because rank {others[0].rank} failed:\n{told}", file=sys.stderr, flush=True)
+            os._exit(DistributedError.exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def end_later(code: int) -> None:
+    """End this process in `END_S` seconds with an exit code, if it still runs then."""
+
+    def end() -> None:
+        time.sleep(END_S)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process; at once where ranks have not left their group together, since an orderly exit may wait for the others."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _write(folder: Path, failure: Failure) -> None:
+    """Write a report whole: others look for it at any time."""
+    path = folder / f"{PREFIX}{failure.rank}"
+    temporary = path.with_name(f"{path.name}.new")
+    try:
+        temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:  # a full disk, say: the message is printed all the same
+        print(printable(failure.message), file=sys.stderr, flush=True)
