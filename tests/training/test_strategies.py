@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from clip_exp.training.strategies import PortableDeepSpeedStrategy, build_strategy
 from tests.compose import train_config
@@ -20,7 +21,7 @@ def test_offload_keeps_the_optimizer_in_host_memory_and_under_zero_3_the_weights
     option: str, stage: int, in_host_memory: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which building sets, and the test puts back
-    strategy = build_strategy(train_config(f"strategy={option}").strategy, "cpu", 2)
+    strategy = build_strategy(train_config(f"strategy={option}").strategy, torch.device("cpu"))
     assert isinstance(strategy, PortableDeepSpeedStrategy)
     config: dict[str, Any] = strategy.config
     zero = config["zero_optimization"]
