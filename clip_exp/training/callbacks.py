@@ -1,13 +1,15 @@
 """What happens around the steps: validation at the end, checkpoints, averaged weights."""
 
+import copy
 import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import EarlyStopping
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
 from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
@@ -174,23 +176,34 @@ class AveragedWeights(pl.Callback):
     def __init__(self, decay: float, every_n_steps: int = 1) -> None:
         self.decay = decay
         self.every_n_steps = every_n_steps
-        self.average: AveragedModel | None = None
+        self.average: nn.Module | None = None
         self._loaded: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.average = AveragedModel(pl_module.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-        self.average.n_averaged.fill_(1)  # it starts as the model, not as the first update
+        model = pl_module.model
+        self.average = copy.deepcopy(model).requires_grad_(False)
         if self._loaded is not None:
-            self.average.module.load_state_dict(self._loaded)
+            self.average.load_state_dict(self._loaded)
+        # Listed once: what walks over the modules in every step keeps the GPU waiting for the process.
+        self._parameters = list(self.average.parameters()), list(model.parameters())
+        self._buffers = list(self.average.buffers()), list(model.buffers())
 
+    @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the average. Nothing here may wait for the GPU: that would cost every step its run ahead."""
         if trainer.global_step % self.every_n_steps == 0:
-            assert self.average is not None
-            self.average.update_parameters(pl_module.model)
+            torch._foreach_lerp_(*self._parameters, 1 - self.decay)
+            if self._buffers[0]:
+                torch._foreach_copy_(*self._buffers)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self.average is not None:
-            checkpoint[EMA_KEY] = {key: value.detach().cpu() for key, value in self.average.module.state_dict().items()}
+        if self.average is not None and trainer.is_global_zero:  # which alone writes
+            checkpoint[EMA_KEY] = {key: value.cpu() for key, value in self.average.state_dict().items()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(EMA_KEY)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Let the average go, which would outlive the run on the GPU."""
+        self.average = None
+        self._parameters = self._buffers = [], []
