@@ -27,6 +27,7 @@ from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing
 from clip_exp.data.workers import WorkerLoader, count_workers
 from clip_exp.errors import CheckpointError, ConfigError, DataError
+from clip_exp.ranks.group import local_world_size
 from clip_exp.text.build import Tokenizes
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class PairsDataModule(LightningDataModule):
         class_names: labels of the validation table, in the order of `EvalBatch.label`; empty without `data.label_key`.
         bad_samples, bad_val_samples: distinct pictures that could not be used, with their reasons.
         truncated: captions that were cut, counted over the samples seen.
+        on_train_batch: called when a training batch is there, before it is copied to the device.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class PairsDataModule(LightningDataModule):
         self.output_dir, self.run_dir = Path(output_dir), run_dir
         self.start_sample = 0
         self.truncated = 0
+        self.on_train_batch: Callable[[], None] = lambda: None
         self.stream: Stream | None = None
         self.val_table: PairTable | None = None
         self.bad_samples: BadSamples | None = None
@@ -193,6 +196,7 @@ class PairsDataModule(LightningDataModule):
         Raises: DataError where too many pictures are bad.
         """
         if isinstance(batch, Batch):
+            self.on_train_batch()
             if batch.truncated and not self.truncated:
                 log.warning(
                     "Captions longer than %d ids are cut (model.text.context_length).", self.tokenizer.context_length
@@ -267,7 +271,7 @@ class PairsDataModule(LightningDataModule):
         self, dataset: Any, sampler: Sampler[list[int]], collate: Any, *, persistent: bool
     ) -> "DataLoader[Any]":
         trainer = self.trainer
-        workers = count_workers(self.config.num_workers, 1 if trainer is None else trainer.num_devices)
+        workers = count_workers(self.config.num_workers, local_world_size())
         return WorkerLoader(
             dataset,
             batch_sampler=sampler,

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, ste
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.checkpoints.writer import MANIFEST
 from clip_exp.errors import ConfigError
+from clip_exp.ranks.group import from_main
 from clip_exp.storage import remove_folder
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Checkpointer(pl.Callback):
         monitor: name of a metric of validation or of a task, or None.
         mode: whether `min` or `max` of `monitor` is best; `auto` guesses from its name.
         metadata: noted in every manifest.
+        pause: called before anything at the end of a step that is not training.
         scores: of the run's tasks, if it has any.
     """
 
@@ -74,6 +77,7 @@ class Checkpointer(pl.Callback):
         monitor: str | None,
         mode: str,
         metadata: dict[str, Any],
+        pause: Callable[[], None],
         scores: "TaskScores | None" = None,
     ) -> None:
         self.run_dir = run_dir
@@ -82,6 +86,7 @@ class Checkpointer(pl.Callback):
         self.monitor = monitor
         self.mode = monitor_mode(monitor, mode)
         self.metadata = metadata
+        self.pause = pause
         self.scores = scores
         self.best: float | None = None
         self.saved_step: int | None = None
@@ -97,10 +102,12 @@ class Checkpointer(pl.Callback):
             self.saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not validation_due(trainer, pl_module.total_steps):
-            better = self._scored_now(trainer) and is_of_task(self.monitor) and self._improves(trainer)
-            if better or trainer.global_step % self.every_n_steps == 0:
-                self.save(trainer, best=better)
+        if validation_due(trainer, pl_module.total_steps):
+            self.pause()  # here, not in `on_validation_start`: before that Lightning starts the loader's workers
+            return
+        better = self._scored_now(trainer) and is_of_task(self.monitor) and self._improves(trainer)
+        if better or trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer, best=better)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         better = (self._scored_now(trainer) or not is_of_task(self.monitor)) and self._improves(trainer)
@@ -113,13 +120,14 @@ class Checkpointer(pl.Callback):
 
     def save(self, trainer: pl.Trainer, best: bool = False, metrics: dict[str, float] | None = None) -> None:
         """Write the checkpoint of the present step on all ranks; rank 0 then removes what is no longer needed."""
+        self.pause()
         path = folder_of(self.run_dir, trainer.global_step)
         of_tasks = self.scores.values if self.scores is not None and self._scored_now(trainer) else {}
         self.io.metadata = {**self.metadata, "best": best, "metrics": {**(metrics or {}), **of_tasks}}
         trainer.save_checkpoint(path)
         self.saved_step = trainer.global_step
-        if trainer.is_global_zero:
-            self._prune()
+        # All ranks wait until it is done: in the next step they would, and it would count as computing.
+        from_main(self._prune)
 
     def _scored_now(self, trainer: pl.Trainer) -> bool:
         return self.scores is not None and self.scores.scored_step == trainer.global_step
