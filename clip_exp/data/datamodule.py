@@ -77,6 +77,7 @@ class PairsDataModule(LightningDataModule):
         class_names: labels of the validation table, in the order of `EvalBatch.label`; empty without `data.label_key`.
         bad_samples, bad_val_samples: distinct pictures that could not be used, with their reasons.
         truncated: captions that were cut, counted over the samples seen.
+        on_train_batch: called when a training batch is there, before it is copied to the device.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class PairsDataModule(LightningDataModule):
         self.output_dir, self.run_dir = Path(output_dir), run_dir
         self.start_sample = 0
         self.truncated = 0
+        self.on_train_batch: Callable[[], None] = lambda: None
         self.stream: Stream | None = None
         self.val_table: PairTable | None = None
         self.bad_samples: BadSamples | None = None
@@ -194,6 +196,7 @@ class PairsDataModule(LightningDataModule):
         Raises: DataError where too many pictures are bad.
         """
         if isinstance(batch, Batch):
+            self.on_train_batch()
             if batch.truncated and not self.truncated:
                 log.warning(
                     "Captions longer than %d ids are cut (model.text.context_length).", self.tokenizer.context_length

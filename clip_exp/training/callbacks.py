@@ -1,18 +1,22 @@
 """What happens around the steps: validation at the end, checkpoints, averaged weights."""
 
+import copy
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import EarlyStopping
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
 from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.checkpoints.writer import MANIFEST
 from clip_exp.errors import ConfigError
+from clip_exp.ranks.group import from_main
 from clip_exp.storage import remove_folder
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ class Checkpointer(pl.Callback):
         monitor: name of a metric of validation or of a task, or None.
         mode: whether `min` or `max` of `monitor` is best; `auto` guesses from its name.
         metadata: noted in every manifest.
+        pause: called before anything at the end of a step that is not training.
         scores: of the run's tasks, if it has any.
     """
 
@@ -72,6 +77,7 @@ class Checkpointer(pl.Callback):
         monitor: str | None,
         mode: str,
         metadata: dict[str, Any],
+        pause: Callable[[], None],
         scores: "TaskScores | None" = None,
     ) -> None:
         self.run_dir = run_dir
@@ -80,6 +86,7 @@ class Checkpointer(pl.Callback):
         self.monitor = monitor
         self.mode = monitor_mode(monitor, mode)
         self.metadata = metadata
+        self.pause = pause
         self.scores = scores
         self.best: float | None = None
         self.saved_step: int | None = None
@@ -95,10 +102,12 @@ class Checkpointer(pl.Callback):
             self.saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not validation_due(trainer, pl_module.total_steps):
-            better = self._scored_now(trainer) and is_of_task(self.monitor) and self._improves(trainer)
-            if better or trainer.global_step % self.every_n_steps == 0:
-                self.save(trainer, best=better)
+        if validation_due(trainer, pl_module.total_steps):
+            self.pause()  # here, not in `on_validation_start`: before that Lightning starts the loader's workers
+            return
+        better = self._scored_now(trainer) and is_of_task(self.monitor) and self._improves(trainer)
+        if better or trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer, best=better)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         better = (self._scored_now(trainer) or not is_of_task(self.monitor)) and self._improves(trainer)
@@ -111,13 +120,14 @@ class Checkpointer(pl.Callback):
 
     def save(self, trainer: pl.Trainer, best: bool = False, metrics: dict[str, float] | None = None) -> None:
         """Write the checkpoint of the present step on all ranks; rank 0 then removes what is no longer needed."""
+        self.pause()
         path = folder_of(self.run_dir, trainer.global_step)
         of_tasks = self.scores.values if self.scores is not None and self._scored_now(trainer) else {}
         self.io.metadata = {**self.metadata, "best": best, "metrics": {**(metrics or {}), **of_tasks}}
         trainer.save_checkpoint(path)
         self.saved_step = trainer.global_step
-        if trainer.is_global_zero:
-            self._prune()
+        # All ranks wait until it is done: in the next step they would, and it would count as computing.
+        from_main(self._prune)
 
     def _scored_now(self, trainer: pl.Trainer) -> bool:
         return self.scores is not None and self.scores.scored_step == trainer.global_step
@@ -174,23 +184,34 @@ class AveragedWeights(pl.Callback):
     def __init__(self, decay: float, every_n_steps: int = 1) -> None:
         self.decay = decay
         self.every_n_steps = every_n_steps
-        self.average: AveragedModel | None = None
+        self.average: nn.Module | None = None
         self._loaded: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.average = AveragedModel(pl_module.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-        self.average.n_averaged.fill_(1)  # it starts as the model, not as the first update
+        model = pl_module.model
+        self.average = copy.deepcopy(model).requires_grad_(False)
         if self._loaded is not None:
-            self.average.module.load_state_dict(self._loaded)
+            self.average.load_state_dict(self._loaded)
+        # Listed once: what walks over the modules in every step keeps the GPU waiting for the process.
+        self._parameters = list(self.average.parameters()), list(model.parameters())
+        self._buffers = list(self.average.buffers()), list(model.buffers())
 
+    @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the average. Nothing here may wait for the GPU: that would cost every step its run ahead."""
         if trainer.global_step % self.every_n_steps == 0:
-            assert self.average is not None
-            self.average.update_parameters(pl_module.model)
+            torch._foreach_lerp_(*self._parameters, 1 - self.decay)
+            if self._buffers[0]:
+                torch._foreach_copy_(*self._buffers)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self.average is not None:
-            checkpoint[EMA_KEY] = {key: value.detach().cpu() for key, value in self.average.module.state_dict().items()}
+        if self.average is not None and trainer.is_global_zero:  # which alone writes
+            checkpoint[EMA_KEY] = {key: value.cpu() for key, value in self.average.state_dict().items()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(EMA_KEY)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Let the average go, which would outlive the run on the GPU."""
+        self.average = None
+        self._parameters = self._buffers = [], []

@@ -50,7 +50,7 @@ class LoaderWatch:
         if self._window is None or not settled:
             return None
         window = self._window + times
-        enough = window.steps >= max(WINDOW_STEPS, 5 * self.loading.workers) and window.total_s >= WINDOW_S
+        enough = window.steps >= max(WINDOW_STEPS, 5 * self.loading.workers) and window.wall_s >= WINDOW_S
         held_up = enough and window.waiting > TOLERATED
         self._window = None if held_up else StepTimes() if enough else window
         return advice(window, self.loading) if held_up else None
@@ -62,8 +62,8 @@ def workers_needed(times: StepTimes, workers: int) -> int:
     While training waits, every worker works all the time: a batch costs one worker `workers` steps. Without workers it costs
     what training waits for it.
     """
-    batch_s = (times.wait_s + times.compute_s) * workers if workers else times.wait_s
-    return max(workers + 1, math.ceil(batch_s / max(times.compute_s, 1e-9)))
+    batch_s = times.step_s * workers if workers else times.wait_s
+    return max(workers + 1, math.ceil(batch_s / max(times.step_s - times.wait_s, 1e-9)))
 
 
 def advice(times: StepTimes, loading: Loading) -> str:
@@ -71,7 +71,7 @@ def advice(times: StepTimes, loading: Loading) -> str:
     needed, most = workers_needed(times, loading.workers), loading.most_workers
     lost = (
         f"The loader is the bottleneck: in the last {times.steps} steps training waited for data {100 * times.waiting:.0f} % of the time, "
-        f"{seconds(times.wait_s)} of {seconds(times.wait_s + times.compute_s)} per step."
+        f"{seconds(times.wait_s)} of {seconds(times.step_s)} per step."
     )
     now = f"data.num_workers is {loading.workers}, and there {'are' if loading.cores > 1 else 'is'} {_cores(loading.cores)} per rank"
     side = round(loading.image_size * 256 / 224)
@@ -88,16 +88,16 @@ def advice(times: StepTimes, loading: Loading) -> str:
 
 
 def waiting_share(rows: list[dict[str, Any]]) -> float | None:
-    """Share of a run's time that went into waiting for data; what the first row tells of, while everything starts, is left out.
+    """Return the fraction of a run's wall time that went into waiting for data, without what the first row measured: starting.
 
     Args:
         rows: of `metrics.csv`, with means over the steps since the row before.
     """
-    timed = [row for row in rows if "data_wait_s" in row and "compute_s" in row]
+    timed = [row for row in rows if "data_wait_s" in row and "samples_per_s" in row]
     times = StepTimes()
     for before, row in pairwise(timed):
-        steps = row["step"] - before["step"]
-        times += StepTimes(steps, steps * row["data_wait_s"], steps * row["compute_s"])
+        steps, samples = row["step"] - before["step"], row["samples_seen"] - before["samples_seen"]
+        times += StepTimes(steps, waited_s=steps * row["data_wait_s"], wall_s=samples / row["samples_per_s"])
     return times.waiting if times.steps else None
 
 

@@ -113,16 +113,18 @@ class StepMetrics(pl.Callback):
         self._lr = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self._clock = step_clock(trainer.strategy.root_device, data.data_wait_s)
+        data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
+        self._clock = step_clock(device, data.data_wait_s)
+        data.on_train_batch = lambda: self._clock.begin(data.data_wait_s)
         workers = count_workers(data.config.num_workers, local_world_size())
-        cores, on_cpu = cores_per_rank(local_world_size()), trainer.strategy.root_device.type == "cpu"
-        self._watch = LoaderWatch(Loading(workers, cores, data.preprocessing.size, shares_cores=on_cpu))
+        cores = cores_per_rank(local_world_size())
+        self._watch = LoaderWatch(Loading(workers, cores, data.preprocessing.size, shares_cores=device.type == "cpu"))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # a process may train several runs
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._clock.begin(trainer.datamodule.data_wait_s)  # type: ignore[attr-defined]
         # The scale learns at the base rate, whatever the rates of the towers.
         groups = trainer.optimizers[0].param_groups
         self._lr = next((group["lr"] for group in groups if group.get("name") == "logit_scale"), groups[0]["lr"])
@@ -143,6 +145,15 @@ class StepMetrics(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log_metrics(trainer, last_validation(trainer), trainer.global_step)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the GPU's memory back: model and optimizer have left it by now."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def pause(self) -> None:
+        """Leave what follows out of the times, until training asks for its next batch. All ranks call."""
+        self._clock.pause()
+
     def _means(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
         """What the step measured, over all ranks."""
         names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
@@ -161,7 +172,7 @@ class StepMetrics(pl.Callback):
             "epoch": seen / self.epoch_rows,
             **means,
             "lr": self._lr,  # that the step was taken with
-            "samples_per_s": self.global_batch_size * times.steps / times.total_s,
+            "samples_per_s": self.global_batch_size * times.steps / times.wall_s,
             "data_wait_s": times.wait_s,
             "compute_s": times.compute_s,
         }
@@ -171,10 +182,15 @@ class StepMetrics(pl.Callback):
 
 
 def of_slowest_loader(times: StepTimes, trainer: pl.Trainer) -> StepTimes:
-    """The times of the rank that waited longest for its data: the others compute as long as it does, or wait for it there."""
-    own = torch.tensor([times.waited_s, times.total_s], device=trainer.strategy.root_device, dtype=torch.float64)
-    waited_s, total_s = trainer.strategy.reduce(own, reduce_op="max").tolist()
-    return StepTimes(times.steps, waited_s, total_s - waited_s)
+    """Return the times of the rank that waited longest for its data; all ranks call.
+
+    The others wait for it in their collectives, which counts as computing there. Times of one rank belong together, and by the
+    wall clock all ranks take equally long.
+    """
+    own = torch.tensor(
+        [times.waited_s, times.computed_s, times.wall_s], device=trainer.strategy.root_device, dtype=torch.float64
+    )
+    return StepTimes(times.steps, *max(trainer.strategy.all_gather(own).reshape(-1, 3).tolist()))
 
 
 def _require_finite(loss: float, step: int) -> None:

@@ -1,6 +1,6 @@
 """Evaluation tasks that a run is scored on while it trains, by the code and protocol of `evaluate.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,22 @@ class TaskScores(pl.Callback):
         config: the run's.
         run_dir: the run's folder.
         progress: of the run, which shows the values.
+        pause: called before a scoring.
     """
 
     def __init__(
-        self, tasks: list[Task], config: TrainConfig, run_dir: Path, progress: BarProgress | LineProgress | None
+        self,
+        tasks: list[Task],
+        config: TrainConfig,
+        run_dir: Path,
+        progress: BarProgress | LineProgress | None,
+        pause: Callable[[], None],
     ) -> None:
         self.tasks = tasks
         self.config = config
         self.run_dir = run_dir
         self.progress = progress
+        self.pause = pause
         self.scored_step: int | None = None
         self.values: dict[str, float] = {}  # of that step
         self._results: dict[str, Result] = {}
@@ -70,6 +77,7 @@ class TaskScores(pl.Callback):
             self._score_step(trainer, pl_module)
 
     def _score_step(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.pause()
         device = trainer.strategy.root_device
         if self.progress is not None:
             self.progress.scoring([task.name for task in self.tasks])

@@ -1,4 +1,4 @@
-"""How long steps take, and what for: waiting for data, or computing."""
+"""How long steps take, and what for: waiting for data, computing, and what lies between."""
 
 import time
 from collections import deque
@@ -14,16 +14,19 @@ _timed_event = partial(torch.cuda.Event, enable_timing=True)
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What some steps took together, in seconds.
+    """Times of some steps together, in seconds.
 
     Attributes:
         waited_s: nothing was computed, because the next batch was not there.
-        computed_s: forward, backward and update.
+        computed_s: the batch's copy to the device, forward, backward and update.
+        wall_s: all of it by the wall clock, and what is neither: averaging of weights, logging, agreement of the ranks, a GPU
+            that idles because the process is slower than it.
     """
 
     steps: int = 0
     waited_s: float = 0.0
     computed_s: float = 0.0
+    wall_s: float = 0.0
 
     @property
     def wait_s(self) -> float:
@@ -36,52 +39,78 @@ class StepTimes:
         return self.computed_s / max(self.steps, 1)
 
     @property
-    def total_s(self) -> float:
-        return self.waited_s + self.computed_s
+    def step_s(self) -> float:
+        """Per step, by the wall clock."""
+        return self.wall_s / max(self.steps, 1)
 
     @property
     def waiting(self) -> float:
-        """Share of the time that went into waiting."""
-        return self.waited_s / self.total_s if self.total_s else 0.0
+        """Fraction of the wall time that went into waiting."""
+        return self.waited_s / self.wall_s if self.wall_s else 0.0
 
     def __add__(self, other: "StepTimes") -> "StepTimes":
-        return StepTimes(self.steps + other.steps, self.waited_s + other.waited_s, self.computed_s + other.computed_s)
+        return StepTimes(
+            self.steps + other.steps,
+            self.waited_s + other.waited_s,
+            self.computed_s + other.computed_s,
+            self.wall_s + other.wall_s,
+        )
 
 
 class StepClock:
-    """Adds up the time of this rank's steps. What lies between a step's end and the next one's begin counts only as far as it
-    was waiting for the next batch: validation, checkpoints and the scoring of tasks do not.
+    """Clock of this rank's steps. Wall time runs from the first batch on, except from `pause` to the next batch.
 
     Args:
         waited_s: seconds that the process had waited for batches before the first step to be measured.
+        now: the time, in seconds.
     """
 
-    def __init__(self, waited_s: float = 0.0) -> None:
+    def __init__(self, waited_s: float = 0.0, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
         self._waited_s = waited_s
-        self._started_s = 0.0
+        self._began_s = 0.0
+        self._counted_to_s: float | None = None  # wall time has been added up to here; None: paused
         self._times = StepTimes()
 
     def begin(self, waited_s: float) -> None:
-        """A step begins, its batch is there; `waited_s`: seconds that the process has waited for batches so far."""
-        self._times += StepTimes(waited_s=self._since_last(waited_s))
-        self._started_s = time.perf_counter()
+        """Begin a step, whose batch is there and not yet copied to the device.
+
+        Args:
+            waited_s: seconds that the process has waited for batches so far.
+        """
+        since_last_s, self._waited_s = waited_s - self._waited_s, waited_s
+        if self._counted_to_s is None:
+            self._counted_to_s = self._now() - since_last_s
+        self._begin(since_last_s)
 
     def end(self) -> None:
-        """The step has ended: everything of it has been computed, or, on a GPU, asked for."""
-        self._times += StepTimes(1, computed_s=time.perf_counter() - self._started_s)
+        """End the step: everything of it has been computed, or, on a GPU, requested."""
+        self._times += StepTimes(1, computed_s=self._now() - self._began_s)
+
+    def pause(self) -> None:
+        """Leave out what follows, until training asks for its next batch: validation, saving, the scoring of tasks."""
+        self._count_wall_time()
+        self._counted_to_s = None
 
     def take(self) -> StepTimes:
-        """Of the steps since the last call."""
+        """Return the times of the steps since the last call."""
+        self._count_wall_time()
         times, self._times = self._times, StepTimes()
         return times
 
-    def _since_last(self, waited_s: float) -> float:
-        waited_s, self._waited_s = waited_s - self._waited_s, waited_s
-        return waited_s
+    def _begin(self, waited_s: float) -> None:
+        self._times += StepTimes(waited_s=waited_s)
+        self._began_s = self._now()
+
+    def _count_wall_time(self) -> None:
+        if self._counted_to_s is not None:
+            now_s = self._now()
+            self._times += StepTimes(wall_s=now_s - self._counted_to_s)
+            self._counted_to_s = now_s
 
 
 class _Marks(NamedTuple):
-    """Of a step on a GPU: events before and after it, and how long the process waited for its batch."""
+    """Events before and after a step on a GPU, and how long the process waited for the step's batch."""
 
     begin: Any
     end: Any
@@ -93,19 +122,20 @@ class GPUClock(StepClock):
 
     The GPU notes when it comes to the begin and to the end of each step, and nobody waits for these notes. Computing is the time
     from begin to end; waiting is what the GPU stood idle between two steps, as far as the process waited for data meanwhile.
-    The process's own times would call waiting what the GPU has used well, and computing what is only asking.
+    The process's own times would call waiting what the GPU has used well, and computing what is only asking. Wall time is
+    read when the GPU has done all that it was asked for, in `take` and `pause`.
     """
 
-    def __init__(self, waited_s: float = 0.0, event: Callable[[], Any] = _timed_event) -> None:
-        super().__init__(waited_s)
+    def __init__(
+        self,
+        waited_s: float = 0.0,
+        now: Callable[[], float] = time.perf_counter,
+        event: Callable[[], Any] = _timed_event,
+    ) -> None:
+        super().__init__(waited_s, now)
         self._event = event
         self._pending: deque[_Marks] = deque()
         self._last_end: Any = None
-
-    def begin(self, waited_s: float) -> None:
-        """See `StepClock`."""
-        self._pending.append(_Marks(self._event(), self._event(), self._since_last(waited_s)))
-        self._pending[-1].begin.record()
 
     def end(self) -> None:
         """See `StepClock`."""
@@ -113,13 +143,17 @@ class GPUClock(StepClock):
         while self._pending and self._pending[0].end.query():
             self._count(self._pending.popleft())
 
-    def take(self) -> StepTimes:
-        """See `StepClock`; waits until the GPU has ended the last step."""
-        for marks in self._pending:
-            marks.end.synchronize()
-            self._count(marks)
-        self._pending.clear()
-        return super().take()
+    def _begin(self, waited_s: float) -> None:
+        self._pending.append(_Marks(self._event(), self._event(), waited_s))
+        self._pending[-1].begin.record()
+
+    def _count_wall_time(self) -> None:
+        last = self._event()
+        last.record()
+        last.synchronize()
+        while self._pending:
+            self._count(self._pending.popleft())
+        super()._count_wall_time()
 
     def _count(self, marks: _Marks) -> None:
         idle_s = marks.waited_s if self._last_end is None else self._last_end.elapsed_time(marks.begin) / 1000
@@ -128,5 +162,5 @@ class GPUClock(StepClock):
 
 
 def step_clock(device: torch.device, waited_s: float) -> StepClock:
-    """The clock for a device."""
+    """Return the clock for a device."""
     return GPUClock(waited_s) if device.type == "cuda" else StepClock(waited_s)

@@ -109,14 +109,16 @@ def _build_callbacks(
     ]
     if config.callbacks.ema_decay is not None:
         callbacks.append(AveragedWeights(config.callbacks.ema_decay, config.callbacks.ema_every_n_steps))
-    scores = TaskScores(tasks, config, run_dir, progress) if tasks else None
+    scores = TaskScores(tasks, config, run_dir, progress, metrics.pause) if tasks else None
     callbacks += [scores] if scores else []
     if config.patience is not None and config.monitor is not None:
         callbacks.append(_early_stopping(config.monitor, config.patience, config.monitor_mode, scores))
     callbacks += build_extra(config.callbacks.extra, "callbacks.extra")
     every = config.checkpoint_every_n_steps or default_interval(steps)
     metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
-    callbacks.append(Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata, scores))
+    callbacks.append(
+        Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata, metrics.pause, scores)
+    )
     return callbacks
 
 

@@ -61,6 +61,16 @@ def test_bad_validation_pictures_are_left_out_and_counted(pairs, build, tmp_path
     assert "v1.png,validation: no such file" in (tmp_path / "bad_samples.csv").read_text(encoding="utf-8")
 
 
+def test_batches_of_training_are_announced_before_their_copy_to_the_device_and_no_others(pairs, build, tmp_path):
+    module = build(pairs, val=labeled(tmp_path))
+    announced: list[None] = []
+    module.on_train_batch = lambda: announced.append(None)
+    module.on_before_batch_transfer(next(iter(module.val_dataloader())), 0)
+    assert len(announced) == 0
+    module.on_before_batch_transfer(next(iter(module.train_dataloader())), 0)
+    assert len(announced) == 1
+
+
 def test_a_validation_batch_of_bad_pictures_alone_is_empty(pairs, build, tmp_path):
     val = labeled(tmp_path)
     for i in range(5):

@@ -45,7 +45,7 @@ class Place:
     """What a data module asks of a Trainer."""
 
     def __init__(self, rank: int, world_size: int, global_step: int = 0) -> None:
-        self.global_rank, self.world_size, self.num_devices, self.global_step = rank, world_size, 2, global_step
+        self.global_rank, self.world_size, self.global_step = rank, world_size, global_step
         self.strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
 
 
