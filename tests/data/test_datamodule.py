@@ -151,6 +151,15 @@ def test_ranks_and_restarts_share_one_record_of_bad_pictures(tmp_path, caplog):
         restarted.add([BadPicture("c.jpg", "empty file")])
 
 
+def test_without_locks_ranks_still_share_one_record_of_bad_pictures(tmp_path, no_locks):
+    file = tmp_path / "bad_samples.csv"
+    one, two = (BadSamples(100, 0.5, what="training", file=file) for _ in range(2))
+    one.add([BadPicture("a.jpg", "no such file")])
+    two.add([BadPicture("b.jpg", "empty file")])
+    assert set(two.reasons) == {"a.jpg", "b.jpg"}
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
 class Recorder(pl.LightningModule):
     """Keeps what it is given, and has something to optimize."""
 
