@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -84,22 +85,36 @@ class RunRecord:
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock ends with the process, however it ends.
 
+    A file system without locks is reported, and the folder is used without one.
+
     Raises:
         ConfigError: another process holds it.
-        CheckpointError: the folder cannot be written, or its file system has no locks.
+        CheckpointError: the folder cannot be written.
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(storage.lock(folder / ".lock"))
+            stack.enter_context(storage.lock(folder / ".lock", on_no_locks=_warn_of_no_locks))
         except storage.InUse as error:
             raise ConfigError(
                 f"{folder} is in use by {error.owner}: wait for it, or start another run with resume=never."
             ) from None
         except OSError as error:
             raise CheckpointError(
-                f"{folder} cannot be locked: {error.strerror or error}. Set output_dir to a folder where files can be written and locked."
+                f"{folder} cannot be locked: {error.strerror or error}. Set output_dir to a folder where files can be written."
             ) from error
         yield
+
+
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    message = (
+        f"{folder} cannot be locked, since its file system has no locks ({reason}; Lustre has them with the mount option flock). "
+        "Do not train in it with two processes at once: nothing would stop the second one, and each would overwrite the "
+        "other's checkpoints."
+    )
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+    # Logging to this file starts later, and in a process of its own where there are several ranks.
+    with (folder / "train.log").open("a", encoding="utf-8") as file:
+        file.write(f"{_now()} WARNING {message}\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

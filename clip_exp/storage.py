@@ -8,6 +8,7 @@ else writes the target (as it holds a lock) removes them. Errors are OSErrors, a
 import errno
 import glob
 import hashlib
+import logging
 import math
 import os
 import secrets
@@ -15,14 +16,19 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
 
 TEMPORARY = ".writing-"  # first part of every temporary name
 REPLACED = ".old"  # last part of the name of a folder that is being replaced
 REPORT_AFTER_S = 1.0  # a shorter wait for a lock is not worth a message
 REOPEN_S = 0.2  # enough to open a lock's file again that its last holder removed in between
+# What locking a file reports on file systems without locks: Lustre mounted without `flock`, some NFS and FUSE mounts.
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 class InUse(Exception):
@@ -134,23 +140,40 @@ def remove_leftovers(target: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@cache  # once per folder
+def warn_of_no_locks(folder: Path, reason: str) -> None:
+    log.warning(
+        "%s is on a file system without locks (%s): start only one process that writes there at a time.", folder, reason
+    )
+
+
 @contextmanager
 def lock(
-    path: Path, *, wait_s: float = 0.0, on_wait: Callable[[], None] | None = None, remove: bool = False
-) -> Iterator[None]:
+    path: Path,
+    *,
+    wait_s: float = 0.0,
+    on_wait: Callable[[], None] | None = None,
+    on_no_locks: Callable[[Path, str], None] = warn_of_no_locks,
+    remove: bool = False,
+) -> Iterator[bool]:
     """Hold the lock file `path`, against other processes and other threads of this one.
 
-    The lock ends with the process, however it ends. The file says who holds it, or who held it last.
+    The lock ends with the process, however it ends. The file says who holds it, or who held it last. On a file system that
+    refuses locks the body runs without one.
 
     Args:
         path: in a folder that exists.
         wait_s: seconds to wait for another holder; `math.inf` waits as long as it takes.
         on_wait: called once when the wait is longer than a moment.
+        on_no_locks: called with the folder and the system's reason where the file system refuses locks.
         remove: remove the file at the end, for folders where users look.
+
+    Yields:
+        Whether the lock is held.
 
     Raises:
         InUse: another process still holds it.
-        OSError: the file cannot be written, or its file system has no locks.
+        OSError: the file cannot be written.
     """
     # A file whose mere existence is the lock, the library's way out on file systems without locks, would outlive a killed process.
     held = FileLock(path, fallback_to_soft=False)
@@ -160,10 +183,16 @@ def lock(
         _acquire(held, max(wait_s, REOPEN_S) if remove else wait_s, on_wait)
     except Timeout:
         raise InUse(_owner(path)) from None
+    except OSError as error:
+        # An error with a file's name is of opening the file, not of locking it.
+        if error.errno not in NO_LOCKS or error.filename is not None:
+            raise
+        on_no_locks(path.parent, str(error.strerror))
     try:
-        with suppress(OSError):  # a full disk is no reason not to work
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield
+        if held.is_locked:
+            with suppress(OSError):  # a full disk is no reason not to work
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield held.is_locked
     finally:
         if remove:
             with suppress(OSError):

@@ -1,5 +1,7 @@
 """What several rooms' tests need."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -48,6 +50,16 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("CLIP_EXP_DATA does not name a folder of real photographs")
     return Path(folder)
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks, such as Lustre mounted without `flock`."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
 
 
 def read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,5 +1,8 @@
 """`accelerator` and `devices` mean the same for training and for evaluation, and a typo in them needs no torch."""
 
+import builtins
+import io
+import os
 import subprocess
 import sys
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from clip_exp.devices import parse_devices, resolve_accelerator
+from clip_exp.devices import parse_devices, resolve_accelerator, usable_cores
 from clip_exp.errors import ConfigError
 
 
@@ -129,3 +132,32 @@ def test_checking_the_text_imports_no_torch() -> None:
         "parse_devices('auto', 'auto').check_gpus()\nparse_devices('cpu', 2).check_gpus()\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "variable", "usable"),
+    [
+        (64, "max 100000", None, 64),
+        (6, "max 100000", None, 6),
+        (64, "400000 100000", None, 4),
+        (64, "150000 100000", None, 2),
+        (2, "400000 100000", None, 2),
+        (64, "max 100000", "3", 3),
+    ],
+)
+def test_usable_cores_are_those_of_the_affinity_the_containers_quota_and_the_variable(
+    affinity: int, quota: str, variable: str | None, usable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable_cores()  # imports what reads other files
+    read, exists, name = builtins.open, os.path.exists, "/sys/fs/cgroup/cpu.max"
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
+    monkeypatch.setattr(os.path, "exists", lambda path: path == name or exists(path))
+    monkeypatch.setattr(
+        builtins,
+        "open",
+        lambda path, *more, **options: io.StringIO(quota) if path == name else read(path, *more, **options),
+    )
+    if variable:
+        monkeypatch.setenv("LOKY_MAX_CPU_COUNT", variable)
+    assert usable_cores() == usable

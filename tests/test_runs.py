@@ -1,6 +1,9 @@
 """Run folders are exclusive, found again by their configuration, and free of secrets."""
 
+import errno
+import fcntl
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -115,6 +118,29 @@ def test_a_folder_in_use_is_refused_with_its_owner(tmp_path) -> None:
         raise AssertionError("locked twice")
     with runs.lock(tmp_path):
         pass
+
+
+def test_a_run_is_opened_on_a_file_system_without_locks_and_both_terminal_and_log_warn(
+    tmp_path, no_locks, capsys
+) -> None:
+    config = train_config(f"output_dir={tmp_path}")
+    folder, _ = choose(config)
+    for _ in range(2):  # also where another process has it
+        with runs.lock(folder), runs.lock(folder):
+            opening.begin(folder, config, [])
+    expected = f"{folder} cannot be locked, since its file system has no locks (Function not implemented; "
+    for text in (capsys.readouterr().err, (folder / "train.log").read_text(encoding="utf-8")):
+        assert expected in text
+        assert "Do not train in it with two processes at once" in text
+
+
+def test_a_lock_that_another_process_holds_is_no_missing_lock(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match="is in use by another process"), runs.lock(tmp_path):
+        raise AssertionError("locked twice")
 
 
 def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path) -> None:

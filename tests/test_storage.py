@@ -1,6 +1,9 @@
 """What is written is there whole or not at all, and a lock is one process's until it ends, however it ends."""
 
+import errno
+import fcntl
 import hashlib
+import logging
 import math
 import os
 import signal
@@ -374,6 +377,56 @@ def test_a_lock_makes_no_folder_and_its_body_may_fail(tmp_path: Path) -> None:
         raise KeyError
     with lock(tmp_path / ".lock"):
         pass
+
+
+def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK", "EINVAL"])
+@pytest.mark.parametrize("remove", [False, True])
+def test_without_locks_in_the_file_system_the_body_runs_after_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, remove: bool
+) -> None:
+    refuse_locks(monkeypatch, getattr(errno, name))
+    with caplog.at_level(logging.WARNING):
+        for wait_s in (0.0, math.inf):
+            with (
+                lock(tmp_path / ".a.lock", wait_s=wait_s, remove=remove) as held,
+                lock(tmp_path / ".b.lock", wait_s=wait_s, remove=remove) as also_held,
+            ):
+                assert (held, also_held) == (False, False)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"{tmp_path} is on a file system without locks (")
+    assert os.strerror(getattr(errno, name)) in caplog.messages[0]
+    assert [path.name for path in tmp_path.iterdir() if remove] == []
+    monkeypatch.undo()
+    with lock(tmp_path / ".a.lock") as held:
+        assert held
+
+
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC", "EACCES", "EWOULDBLOCK"])
+def test_only_a_missing_lock_is_gone_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    number = getattr(errno, name)
+    refuse_locks(monkeypatch, number)
+    # Some file systems report a lock that is held as EACCES.
+    expected = InUse if name in ("EACCES", "EWOULDBLOCK") else OSError
+    with pytest.raises(expected), lock(tmp_path / ".lock"):
+        raise AssertionError("went on")
+
+
+def test_a_lock_file_that_cannot_be_opened_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system may report for names that it does not permit what it reports for locks that it does not have."""
+
+    def refuse(path: object, *arguments: object, **options: object) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError), lock(tmp_path / ".lock"):
+        raise AssertionError("went on")
 
 
 def test_a_files_hash_is_that_of_its_bytes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.config.load import plain
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.workers import cores_per_rank, count_workers, killed_workers_are_told
+from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import DataError
 from clip_exp.reports.data_page import data_page
 from clip_exp.runs import write_json, write_text
@@ -55,7 +56,7 @@ def run(
 def _report(
     scanned: list[Scanned], equal: Equalities, config: CheckDataConfig, vocabulary: Vocabulary
 ) -> dict[str, Any]:
-    loader_workers = count_workers(config.data.num_workers, 1)
+    loader_workers = count_workers(config.data.num_workers, 1, resolve_accelerator("auto"))
     return {
         "version": VERSION,
         "name": config.name,

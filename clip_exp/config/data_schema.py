@@ -95,7 +95,7 @@ class DataConfig:
     shuffle_window: int = 256  # blocks whose rows are mixed with each other (shuffle=block)
     # What `loss.same_caption` is unless set: positive where captions name classes.
     same_caption: PairLabel = PairLabel.negative
-    # Processes that decode pictures, per rank; null: the machine's cores over its ranks, one kept for training, at most 8.
+    # Processes that decode images, per rank; null: the usable cores over the machine's ranks, one kept for training; at most 8 on a CPU.
     num_workers: int | None = None
     on_bad_row: OnBadRow = OnBadRow.error
     on_bad_image: OnBadImage = OnBadImage.replace

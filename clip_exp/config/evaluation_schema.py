@@ -38,7 +38,7 @@ class SubjectConfig(ModelChoice):
     accelerator: str = "auto"  # auto, cpu, gpu
     precision: str = "32-true"
     batch_size: int = 64  # pictures per forward pass
-    num_workers: int | None = None  # processes that decode pictures; null: the machine's cores, at most 8
+    num_workers: int | None = None  # processes that decode images; null: as `data.num_workers` of a training
     on_bad_image: OnBadImage = OnBadImage.error  # `replace` leaves the picture out and counts it
     max_image_pixels: int = 200_000_000
 

@@ -126,8 +126,8 @@ class BadSamples:
         )
 
 
-def _alone(file: Path) -> AbstractContextManager[None]:
-    """Let no other rank read or write the file, which takes them a moment."""
+def _alone(file: Path) -> AbstractContextManager[bool]:
+    """Let no other rank read or write the file, which takes them a moment. Without locks some images may be listed twice."""
     return lock(file.with_name(f".{file.name}.lock"), wait_s=math.inf, remove=True)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from clip_exp.text.build import Tokenizes
 
@@ -79,7 +80,7 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         return Batch(
-            image=torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
+            image=stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
             tokens=self.tokenizer.pad([sample.tokens for sample in samples], self.multiple),
             caption_id=_int64(sample.caption_id for sample in samples),
             image_id=_int64(sample.image_id for sample in samples),
@@ -102,9 +103,7 @@ class EvalCollate:
         token_lists = [tokens for sample in good for tokens in sample.token_lists]
         return EvalBatch(
             index=_int64(sample.index for sample in good),
-            image=torch.stack(images)
-            if images
-            else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8),
+            image=stack(images) if images else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8),
             tokens=self.tokenizer.pad(token_lists, self.multiple),
             caption_image=_int64(sample.index for sample in good for _ in sample.token_lists),
             caption_index=_int64(index for sample in good for index in sample.caption_indices),
@@ -112,6 +111,11 @@ class EvalCollate:
             label=_int64(sample.label for sample in good),
             bad=tuple(bad for sample in samples for bad in sample.bad),
         )
+
+
+def stack(images: list[Tensor]) -> Tensor:
+    """Stack images; a worker process does so in the memory that it shares with training, which saves a copy of the batch."""
+    return default_collate(images)
 
 
 def caption_id(tokens: Sequence[int]) -> int:

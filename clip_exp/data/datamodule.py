@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
@@ -170,7 +171,11 @@ class PairsDataModule(LightningDataModule):
         rank, world_size = self._place()
         total = None if self.total_steps is None else self.total_steps * self.global_batch_size
         sampler = StreamSampler(self.global_batch_size, rank, world_size, self.start_sample, total)
-        loader = self._loader(dataset, sampler, Collate(self.tokenizer, self.pad_multiple), persistent=True)
+        collate = Collate(self.tokenizer, self.pad_multiple)
+        loader = self._loader(dataset, sampler, collate, sampler.local_batch_size)
+        if group.is_main() and (shortage := loader.shortage("data.num_workers")):
+            log.warning(shortage)
+            print(f"warning: {shortage}", file=sys.stderr, flush=True)
         self._train_loader = TimedLoader(loader)
         return self._train_loader
 
@@ -184,7 +189,7 @@ class PairsDataModule(LightningDataModule):
         rank, world_size = self._place()
         sampler = EvalSampler(len(dataset), EVAL_BATCH_SIZE, rank, world_size)
         collate = EvalCollate(self.tokenizer, self.preprocessing.size, self.pad_multiple)
-        return self._loader(dataset, sampler, collate, persistent=False)
+        return self._loader(dataset, sampler, collate, EVAL_BATCH_SIZE)
 
     def _record_of_bad(self, pictures: int, what: str, mark: str = "") -> BadSamples:
         file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
@@ -268,15 +273,18 @@ class PairsDataModule(LightningDataModule):
         return rank, world_size
 
     def _loader(
-        self, dataset: Any, sampler: Sampler[list[int]], collate: Any, *, persistent: bool
-    ) -> "DataLoader[Any]":
-        trainer = self.trainer
-        workers = count_workers(self.config.num_workers, group.local_world_size())
+        self, dataset: Any, sampler: StreamSampler | EvalSampler, collate: Any, batch_size: int
+    ) -> "WorkerLoader[Any]":
+        device_type = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
+        workers = count_workers(self.config.num_workers, group.local_world_size(), device_type)
+        if isinstance(sampler, EvalSampler):  # few batches, and their workers start again at each validation
+            workers = min(workers, len(sampler))
         return WorkerLoader(
             dataset,
+            batch_bytes=batch_size * 3 * self.preprocessing.size**2,
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
-            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
-            persistent_workers=persistent and workers > 0,
+            pin_memory=device_type == "cuda",
+            persistent_workers=isinstance(sampler, StreamSampler) and workers > 0,
         )

@@ -122,13 +122,15 @@ def load_batches(
     encoder: ImageEncoder, pictures: Pictures, options: EncodeOptions, batches: list[list[int]]
 ) -> Iterator[EvalBatch]:
     """Pictures read and transformed by worker processes, in the given batches of positions; bad ones are passed on."""
+    workers = count_workers(options.num_workers, local_world_size(), options.device.type)
     few = len(batches) == 1  # starting processes would take longer than the work
     return iter(
         WorkerLoader(
             EvalImages(pictures, encoder.transform, options.max_image_pixels),
+            batch_bytes=3 * encoder.image_size**2 * max(map(len, batches)),
             batch_sampler=batches,
             collate_fn=EvalCollate(Tokenizer(), encoder.image_size),
-            num_workers=0 if few else count_workers(options.num_workers, local_world_size()),
+            num_workers=0 if few else min(workers, len(batches)),
             pin_memory=options.device.type == "cuda",
             generator=torch.Generator(),  # the global one may be a training run's
         )

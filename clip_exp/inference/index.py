@@ -135,18 +135,21 @@ def write_index(path: Path, recipe: Recipe, entries: Entries) -> None:
 def held(path: Path) -> Iterator[None]:
     """Inside, no other process changes the index; reading needs no lock. The lock ends with the process, however it ends.
 
+    Without locks in the file system, of two changes at once the last one stays.
+
     Raises:
         ConfigError: another process holds it.
         CheckpointError: the folder cannot be written.
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(lock(path.with_name(f".{path.name}.lock"), remove=True))
+            alone = stack.enter_context(lock(path.with_name(f".{path.name}.lock"), remove=True))
         except InUse as error:
             raise ConfigError(f"index={path} is being changed by {error.owner}: wait for it.") from None
         except OSError as error:
             raise CheckpointError(f"index={path} cannot be written: {error.strerror}.") from error
-        remove_leftovers(path)
+        if alone:
+            remove_leftovers(path)
         yield
 
 

@@ -11,13 +11,17 @@ from torch import Tensor
 
 from clip_exp.ranks.group import world_size
 
+# The collectives of one tensor have other names since torch 2.13, where the former are deprecated. NCCL copies lists of tensors.
+_RENAMED = hasattr(dist, "all_gather_single")
+
 
 def gather(x_B: Tensor) -> Tensor:
     """All ranks' rows in the order of the ranks, without gradient: [W * B, ...]."""
     if world_size() == 1:
         return x_B
     all_G = x_B.new_empty(world_size() * x_B.shape[0], *x_B.shape[1:])
-    dist.all_gather(list(all_G.chunk(world_size())), x_B.contiguous())
+    all_gather = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
+    all_gather(all_G, x_B.contiguous())
     return all_G
 
 
@@ -30,9 +34,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_GD: Tensor) -> Tensor:
-        chunks = list(grad_GD.contiguous().chunk(world_size()))
-        grad_BD = torch.empty_like(chunks[0])
-        dist.reduce_scatter(grad_BD, chunks)
+        grad_BD = grad_GD.new_empty(grad_GD.shape[0] // world_size(), *grad_GD.shape[1:])
+        reduce_scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
+        reduce_scatter(grad_BD, grad_GD.contiguous())
         return grad_BD
 
 

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from clip_exp.config.schema import StrategyName, TrainConfig
+from clip_exp.data.workers import explain_worker_failure
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import DeviceMemoryError, DistributedError
 from clip_exp.ranks import failure, group
@@ -59,6 +60,9 @@ def check_same_ranks(expected: tuple[int, int, str], found: dict[str, tuple[int,
 
 def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> BaseException:
     """Return what to report of an error in training: one of ours where the cause is known, else the error."""
+    worker_failure = explain_worker_failure(error, "data.num_workers")
+    if worker_failure is not None:
+        return worker_failure
     if is_out_of_memory(error):
         return DeviceMemoryError(_out_of_memory(error, trainer, config))
     return group.lost_touch(error) if group.is_transport_error(error) else error

@@ -17,7 +17,6 @@ from clip_exp.config.model_rules import own_towers
 from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.transforms import preprocessing_of
-from clip_exp.data.workers import killed_workers_are_told
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, DataError
 from clip_exp.losses.build import build_loss
@@ -111,7 +110,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
     if is_main():
         record.update(**_facts(trainer, module, datamodule))
     started_s = time.perf_counter()
-    with explained_failures(trainer, config), killed_workers_are_told("data.num_workers"):
+    with explained_failures(trainer, config):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TaskScores):

@@ -116,7 +116,7 @@ class StepMetrics(pl.Callback):
         data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
         self._clock = step_clock(device, data.data_wait_s)
         data.on_train_batch = lambda: self._clock.begin(data.data_wait_s)
-        workers = count_workers(data.config.num_workers, local_world_size())
+        workers = count_workers(data.config.num_workers, local_world_size(), device.type)
         cores = cores_per_rank(local_world_size())
         self._watch = LoaderWatch(Loading(workers, cores, data.preprocessing.size, shares_cores=device.type == "cpu"))
         if device.type == "cuda":

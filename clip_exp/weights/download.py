@@ -5,6 +5,7 @@ server said about the version that it is a part of, and `<name>.lock`, which the
 """
 
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -64,11 +65,11 @@ def fetch(
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _held(target, wait_s):
+        with _part_of(target, wait_s) as part:
             if target.is_file():  # of the process that was waited for
                 verify(target, sha256)
             else:
-                _download(url, sha256, target, headers or {}, pause_s)
+                _download(url, sha256, target, part, headers or {}, pause_s)
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}. Make room there, or set CLIP_EXP_CACHE (for the hub's "
@@ -107,27 +108,36 @@ def verify(path: Path, sha256: str | None) -> None:
 
 
 @contextmanager
-def _held(target: Path, wait_s: float) -> Iterator[None]:
-    """Inside, no other process downloads `target`. The lock ends with its process, however that ends."""
+def _part_of(target: Path, wait_s: float) -> Iterator[Path]:
+    """The file that the download of `target` is collected in. Inside, no other process writes it.
+
+    The lock ends with its process, however that ends. On a file system without locks each process downloads to a part of its
+    own, which no other process can resume.
+    """
     with ExitStack() as stack:
         try:
-            stack.enter_context(
+            alone = stack.enter_context(
                 lock(
                     target.with_name(f"{target.name}.lock"),
                     wait_s=wait_s,
                     on_wait=lambda: _tell(f"waiting for another process that downloads {target}"),
+                    on_no_locks=lambda folder, reason: None,  # no harm is done here
                 )
             )
         except InUse:
             raise CheckpointError(
                 f"waited {wait_s:g} s for another process that downloads {target}: see whether it still works, and run again."
             ) from None
-        yield
+        if alone:
+            yield target.with_name(f"{target.name}.part")
+            return
+        part = target.with_name(f"{target.name}.{secrets.token_hex(6)}.part")
+        stack.callback(forget, part)
+        yield part
 
 
-def _download(url: str, sha256: str | None, target: Path, headers: dict[str, str], pause_s: float) -> None:
+def _download(url: str, sha256: str | None, target: Path, part: Path, headers: dict[str, str], pause_s: float) -> None:
     """All of the file, in as many attempts as it takes while each brings something."""
-    part = target.with_name(f"{target.name}.part")
     with _shown(url, target) as report, requests.Session() as session:
         session.headers.update(headers)
         failures, most = 0, 0

@@ -8,11 +8,11 @@ import pytorch_lightning as pl
 import torch
 
 from clip_exp.config.data_schema import Captions, GenerateConfig, Generator
+from clip_exp.data import workers
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import BadPicture
 from clip_exp.data.datamodule import TimedLoader
 from clip_exp.data.order import EvalSampler
-from clip_exp.data.workers import count_workers
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import noise, write_table
 from tests.data.test_dataset import Place
@@ -134,11 +134,31 @@ def test_ranks_that_read_different_tables_are_refused_on_all_of_them(pairs, buil
         module.require_same_tables(lambda own: [{**own, "data.val": "x"}, own])
 
 
-def test_workers_leave_a_core_for_training_and_are_eight_at_most(monkeypatch):
-    for cores, ranks, expected in ((2, 1, 1), (2, 2, 1), (16, 1, 8), (16, 4, 3), (64, 8, 7), (1, 1, 1)):
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        assert count_workers(None, ranks) == expected
-    assert count_workers(0, 1) == 0
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on fewer cores than the test pretends
+@pytest.mark.parametrize(("device_type", "count"), [("cpu", 8), ("cuda", 15)])
+def test_the_loaders_have_a_worker_per_core_on_a_gpu_and_none_without_a_batch(
+    pairs, build, monkeypatch, device_type, count
+):
+    monkeypatch.setattr("clip_exp.data.workers.usable_cores", lambda: 16)
+    module = build(pairs, val=str(pairs), num_workers=None)
+    module.trainer = Place(0, 1)
+    module.trainer.strategy.root_device = torch.device(device_type)
+    assert module.train_dataloader().loader.num_workers == count
+    assert len(module.val_dataloader()) == module.val_dataloader().num_workers == 1
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_training_warns_before_its_batches_are_more_than_the_shared_memory(pairs, build, monkeypatch, capsys, caplog):
+    """Four pictures of 16 x 16 in each of 2 x 3 batches."""
+    for free, warns in ((3 * 16 * 16 * 4 * 6, False), (3 * 16 * 16 * 4 * 6 - 1, True)):
+        monkeypatch.setattr(workers, "_shared_memory", lambda free=free: workers._SharedMemory(64 << 20, free))
+        build(pairs, num_workers=3).train_dataloader()
+        error = capsys.readouterr().err
+        assert ("warning: Training may run out of shared memory" in error) == warns
+        assert ("Training may run out of shared memory" in caplog.text) == warns
+    assert "(data.num_workers); data.num_workers=0 needs none" in error
+    build(pairs, num_workers=0).train_dataloader()
+    assert not capsys.readouterr().err
 
 
 def test_ranks_and_restarts_share_one_record_of_bad_pictures(tmp_path, caplog):
@@ -159,6 +179,15 @@ def test_ranks_and_restarts_share_one_record_of_bad_pictures(tmp_path, caplog):
     restarted = BadSamples(100, 0.03, what="training", file=file)
     with pytest.raises(DataError, match="4 of 100"):
         restarted.add([BadPicture("c.jpg", "empty file")])
+
+
+def test_without_locks_ranks_still_share_one_record_of_bad_pictures(tmp_path, no_locks):
+    file = tmp_path / "bad_samples.csv"
+    one, two = (BadSamples(100, 0.5, what="training", file=file) for _ in range(2))
+    one.add([BadPicture("a.jpg", "no such file")])
+    two.add([BadPicture("b.jpg", "empty file")])
+    assert set(two.reasons) == {"a.jpg", "b.jpg"}
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 class Recorder(pl.LightningModule):

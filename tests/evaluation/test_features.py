@@ -219,5 +219,5 @@ class Deadly(PictureFiles):
 # torch may tell a second time, while the loader is taken down.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_is_killed_is_told_with_a_remedy(paths: list[str], nano: CLIP) -> None:
-    with pytest.raises(DataError, match=r"give fewer of them \(num_workers\)"):
+    with pytest.raises(DataError, match=r"use fewer of them \(num_workers\)"):
         encode_pictures(encoder(model=nano), Deadly(paths), replace(OPTIONS, num_workers=1))

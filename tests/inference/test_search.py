@@ -246,6 +246,15 @@ def test_two_processes_do_not_write_the_same_index(index: Path, photos: Path, ca
     assert not list(index.parent.glob(".*"))
 
 
+def test_without_locks_an_index_is_extended_and_what_another_process_may_be_writing_stays(
+    index: Path, photos: Path, no_locks, capsys
+):
+    writing = index.with_name(f".writing-{index.name}-0123")
+    writing.touch()
+    assert search(asked(index, images=str(photos))) == 0
+    assert writing.exists()
+
+
 def test_threads_take_turns_and_none_is_lost(index: Path):
     """The lock's file is removed by its holder: whoever opened it before must not take it for the next one's."""
     inside, most, turns = [], [], []

@@ -1,6 +1,7 @@
 """Two and four processes with equal shares of a batch against one process with all of it."""
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def largest_in_chunks() -> int:
 
 
 def run_rank(rank: int, folder: str, world_size: int) -> None:
+    warnings.simplefilter("error")  # in a process of its own, pytest's filters do not hold
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     local = GLOBAL_BATCH // world_size

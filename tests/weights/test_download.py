@@ -298,6 +298,21 @@ def test_of_two_processes_one_downloads_and_the_other_waits(server, tmp_path) ->
     assert server.gets("/w.pt") == [None]
 
 
+def test_without_locks_two_downloads_at_once_do_not_mix_and_leave_one_file(server, tmp_path, no_locks) -> None:
+    hold = threading.Event()
+    server.files["/w.pt"] = Served(CONTENT, hold=hold)
+    found: list[bytes] = []
+    threads = [threading.Thread(target=lambda: found.append(get(server, tmp_path).read_bytes())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(server.requests) == 2)
+    hold.set()
+    for thread in threads:
+        thread.join(60)
+    assert found == [CONTENT, CONTENT]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pt", "w.pt.lock"]
+
+
 def test_waiting_ends_after_its_limit_and_names_the_file(server, tmp_path) -> None:
     hold = threading.Event()
     server.files["/w.pt"] = Served(CONTENT, hold=hold)

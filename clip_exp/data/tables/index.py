@@ -91,11 +91,18 @@ def open_index(source: TableSource, index_dir: Path) -> tuple[MappedRows, list[S
     def report() -> None:
         log.warning("Waiting for another process that reads %s.", source.files[0])
 
-    with lock(index_dir / f".{source.name}.lock", wait_s=math.inf, on_wait=report):
+    with lock(index_dir / f".{source.name}.lock", wait_s=math.inf, on_wait=report) as alone:
         if found := _load(folder, source):  # another process was first
             return found
-        remove_leftovers(folder)
-        write_index(folder, source)
+        if alone:
+            remove_leftovers(folder)
+        try:
+            write_index(folder, source)
+        except OSError:
+            # Without a lock another process may have put the same index in place at this moment.
+            if alone or (found := _load(folder, source)) is None:
+                raise
+            return found
         found = _load(folder, source)
     if found is None:
         raise DataError(f"{source.files[0]} has changed while it was read: start again when it is complete.")

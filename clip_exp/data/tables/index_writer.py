@@ -54,7 +54,7 @@ class TableSource:
 
 
 def write_index(folder: Path, source: TableSource) -> None:
-    """Read the table and put its index in the place of the one that is there. Nobody else may do this at the same time.
+    """Read the table and put its index in the place of the one that is there. Of two processes at the same time one may fail.
 
     Raises:
         OSError: it cannot be written.

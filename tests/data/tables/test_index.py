@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import io
 import json
@@ -337,6 +338,26 @@ def test_processes_that_open_a_table_at_once_make_one_index(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(list(notes.iterdir())) == 1
+
+
+def test_without_locks_a_table_that_is_opened_twice_at_once_has_its_index(tmp_path, monkeypatch, no_locks, caplog):
+    file = write_rows(tmp_path / "pairs.csv", 100)
+    put, others = storage._put_folder_in_place, []
+
+    def put_after_another(temporary: Path, target: Path, replace: bool) -> None:
+        if not others:
+            others.append("opened while the first one writes")
+            assert len(open_indexed(file)) == 100
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))  # as a rename to where another has put its own
+        put(temporary, target, replace)
+
+    monkeypatch.setattr(storage, "_put_folder_in_place", put_after_another)
+    assert contents(open_indexed(file)) == contents(read_table(file))
+    assert others
+    assert [path.name for path in (tmp_path / "index").iterdir() if not path.name.endswith(".lock")] == [
+        index_folder(file).name
+    ]
+    assert caplog.text.count("is on a file system without locks") == 1
 
 
 def test_who_waits_for_another_process_says_so(tmp_path, caplog):
