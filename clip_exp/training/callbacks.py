@@ -192,6 +192,7 @@ class AveragedWeights(pl.Callback):
         self.average = copy.deepcopy(model).requires_grad_(False)
         if self._loaded is not None:
             self.average.load_state_dict(self._loaded)
+            self._loaded = None
         # Listed once: what walks over the modules in every step keeps the GPU waiting for the process.
         self._parameters = list(self.average.parameters()), list(model.parameters())
         self._buffers = list(self.average.buffers()), list(model.buffers())
