@@ -264,7 +264,7 @@ class PairsDataModule(LightningDataModule):
         )
 
     def _place(self) -> tuple[int, int]:
-        rank, world_size = group.rank(), group.world_size()
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         if self.global_batch_size % world_size:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} cannot be shared equally by {world_size} devices: "
