@@ -5,6 +5,7 @@ Pictures stay uint8 until they are on the device; `normalize` makes them float t
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -143,7 +144,12 @@ def normalize(image_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -
         image_BCHW: uint8, on any device, however it lies in memory.
         mean, std: of RGB values in 0..1.
     """
-    mean_C11 = torch.tensor(mean, dtype=torch.float32, device=image_BCHW.device).view(-1, 1, 1)
-    std_C11 = torch.tensor(std, dtype=torch.float32, device=image_BCHW.device).view(-1, 1, 1)
+    mean_C11, std_C11 = per_channel(tuple(mean), image_BCHW.device), per_channel(tuple(std), image_BCHW.device)
     image_BCHW = image_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
     return image_BCHW.div_(255).sub_(mean_C11).div_(std_C11)
+
+
+@cache  # copying them to a GPU would make every batch wait for all that the GPU still has to do
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return float32 [C, 1, 1] on `device`; made once in a process."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)

@@ -13,7 +13,7 @@ from clip_exp.config.evaluation_schema import SubjectConfig
 from clip_exp.data.transforms import Preprocessing, normalize
 from clip_exp.devices import resolve_accelerator
 from clip_exp.models.text import TreeLayout
-from clip_exp.precision import autocast, inference_precision
+from clip_exp.precision import inference, inference_precision
 from clip_exp.progress import progress
 from clip_exp.ranks.group import gather_objects, rank, world_size
 from clip_exp.text.build import Tokenizes
@@ -104,20 +104,21 @@ def encode_distinct_texts(
     mine = shares[rank() :: world_size()] if shared else shares
     encoded = []
     with (
-        torch.no_grad(),
-        autocast("32-true", torch.device(device)),
+        inference("32-true", torch.device(device)),
         progress(sum(len(share.texts) for share in mine), what, len(tokens)) as advance,
     ):
         for share in mine:
-            encoded.append((share.texts, share.encode().float()))
+            encoded.append(share.encode().float())
             advance(len(share.texts))
+    positions = [position for share in mine for position in share.texts]
     if shared and world_size() > 1:
-        there = gather_objects([(texts, features.cpu()) for texts, features in encoded])
-        encoded = [(texts, features.to(device)) for of_rank in there for texts, features in of_rank]
-    features_PD = torch.empty(len(tokens), encoded[0][1].shape[1], device=device)
-    for positions, features in encoded:
-        features_PD[torch.tensor(positions, device=features_PD.device)] = features
-    return features_PD, torch.tensor([row[text] for text in texts], device=features_PD.device)
+        ranks = gather_objects((positions, [features.cpu() for features in encoded]))
+        positions = [position for of_rank, _ in ranks for position in of_rank]
+        encoded = [features.to(device) for _, of_rank in ranks for features in of_rank]
+    encoded_PD = torch.cat(encoded)
+    features_PD = torch.empty_like(encoded_PD)
+    features_PD[torch.tensor(positions, device=device)] = encoded_PD
+    return features_PD, torch.tensor([row[text] for text in texts], device=device)
 
 
 def _trees(model: TextModel, tokens: list[list[int]], batch_size: int, device: torch.device | str) -> list[_Share]:
@@ -125,7 +126,7 @@ def _trees(model: TextModel, tokens: list[list[int]], batch_size: int, device: t
     at_once = max(1, batch_size * 5 // NODES)  # a prompt has about five nodes of its own
 
     def encode(packed: TokenTrees) -> Tensor:
-        tokens, *layout = (part.to(device) for part in packed)
+        tokens, *layout = (_send(part, device) for part in packed)
         return model.encode_text_trees(tokens, TreeLayout(*layout))  # type: ignore[attr-defined]
 
     groups = [trees[start : start + at_once] for start in range(0, len(trees), at_once)]
@@ -143,9 +144,15 @@ def _batches(
 
     def encode(group: list[int]) -> Tensor:
         padded = tokenizer.pad([tokens[position] for position in group])
-        return model.encode_text(padded.to(device, non_blocking=True), normalize=True)
+        return model.encode_text(_send(padded, device), normalize=True)
 
     return [_Share(group, lambda group=group: encode(group)) for group in groups]  # type: ignore[misc]
+
+
+def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor of the CPU on `device`. Pinned memory lets a GPU fetch it while the process prepares the next batch."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def encode_texts(
@@ -171,5 +178,5 @@ def encode_pixels(
 ) -> Tensor:
     """[B, D] float32 of unit norm, of uint8 pictures that went through the evaluation transform."""
     image_BCHW = normalize(pixels_BCHW.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
-    with torch.no_grad(), autocast(precision, device):
+    with inference(precision, device):
         return model.encode_image(image_BCHW, normalize=True).float()

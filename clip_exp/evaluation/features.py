@@ -109,7 +109,7 @@ def _encode_blocks(
     for position, batch in enumerate(load_batches(encoder, pictures, options, [indices for _, indices in batches])):
         bad = [f"{picture.path}: {picture.reason}" for picture in batch.bad]
         _check(bad, options)
-        features = encoder.encode(batch.image).cpu() if len(batch.index) else torch.empty(0, 0)
+        features = encoder.encode(batch.image) if len(batch.index) else torch.empty(0, 0)
         waiting.append(_Block(features, batch.index, bad))
         advance(len(batch.index) + len(bad))
         number = batches[position][0]
@@ -138,9 +138,10 @@ def load_batches(
 
 
 def _join(parts: list[_Block]) -> _Block:
+    """Return batches as one block, its features on the CPU: here the process waits for a GPU, not after every batch."""
     features = [part.features for part in parts if len(part.kept)]
     return _Block(
-        torch.cat(features) if features else torch.empty(0, 0),
+        torch.cat(features).cpu() if features else torch.empty(0, 0),
         torch.cat([part.kept for part in parts]),
         [reason for part in parts for reason in part.bad],
     )

@@ -22,6 +22,7 @@ from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, co
 from clip_exp.evaluation.zero_shot import score_classification
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
+from clip_exp.precision import exact_float32
 from clip_exp.ranks.group import from_main, is_main
 from clip_exp.reports.evaluation import write_result
 from clip_exp.reports.results import Result
@@ -68,8 +69,9 @@ def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dic
     }
 
 
+@exact_float32()  # scores too: towers see to it themselves
 def score(task: Task, subject: Subject) -> Result:
-    """The result of one task. Every rank calls and gets it; only rank 0's has details and files.
+    """Return the result of one task. Every rank calls and gets it; only rank 0's has details and files.
 
     Raises:
         DataError: a picture cannot be read and `on_bad_image` is `error`, or none can be read.

@@ -16,7 +16,7 @@ from clip_exp.data.transforms import MAX_ASPECT, normalize
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.sets.imagenet_sets import weights_file
-from clip_exp.precision import autocast
+from clip_exp.precision import inference
 from clip_exp.ranks.group import from_main
 from clip_exp.storage import file_sha256
 from clip_exp.weights.files import read_weights
@@ -109,7 +109,7 @@ def _supervised(
 
     def encode(pixels_BCHW: Tensor) -> Tensor:
         image_BCHW = normalize(pixels_BCHW.to(options.device, non_blocking=True), preset.mean, preset.std)
-        with torch.no_grad(), autocast(options.precision, options.device):
+        with inference(options.precision, options.device):
             return model(image_BCHW).float()
 
     about = {

@@ -31,6 +31,7 @@ from clip_exp.inference.ranking import Match, best_matches
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
+from clip_exp.precision import exact_float32
 from clip_exp.text.build import build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ class Pipeline:
         self._tell_cut(cut_before)
         return features
 
+    @exact_float32()
     def probabilities(self, image_features_ND: Tensor, label_features_CD: Tensor) -> Tensor:
         """[N, C]: softmax over the labels of exp(logit_scale) times the cosine. Float32, on the CPU.
 
@@ -196,7 +198,7 @@ class Pipeline:
         """
         require_finite(image_features_ND, "image features")
         require_finite(label_features_CD, "label features")
-        scale = self.model.logit_scale.detach().exp().float().cpu()
+        scale = self.model.logit_scale.detach().float().exp().cpu()
         return (scale * image_features_ND @ label_features_CD.T).softmax(dim=-1)
 
     def encode_media(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.metrics import require_finite
+from clip_exp.precision import exact_float32
 
 ROWS = 1 << 16  # features scored at a time: 128 MB of 512 float32 values
 
@@ -18,6 +19,7 @@ class Match(NamedTuple):
     position: int  # among what was given, or in the index
 
 
+@exact_float32()
 def cosines(features_ND: Tensor, query_D: Tensor) -> Tensor:
     """Exact cosines [N], float32, of unit-norm features that may be mapped from a file: read in tiles."""
     return torch.cat([tile.float() @ query_D for tile in features_ND.split(ROWS)])

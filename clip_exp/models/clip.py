@@ -105,6 +105,6 @@ class CLIP(nn.Module):
         return CLIPOutput(
             unit_norm(encode(self.image, image_BCHW, micro_batch_size)),
             unit_norm(encode(self.text, tokens_BL, micro_batch_size)),
-            self.logit_scale.exp(),
+            self.logit_scale.float().exp(),  # in bf16 the scale near 100 would have steps of 0.5
             None if self.logit_bias is None else self.logit_bias.clone(),
         )

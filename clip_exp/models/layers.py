@@ -22,6 +22,16 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization with statistics in float32, whose output has the dtype of its input (as open_clip's).
+
+    Under autocast CUDA would return float32 where a CPU returns the input's dtype, and what follows would be another computation.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
 def take(x_BND: Tensor, position_B: Tensor) -> Tensor:
     """One token of each sequence, as a sequence of length one.
 
@@ -94,9 +104,9 @@ class Block(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
+        self.ln_1 = LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads, causal)
-        self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
+        self.ln_2 = LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
         self.dropout = nn.Dropout(dropout)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.models.arguments import patch_transformer, token_transformer
-from clip_exp.models.layers import MLP, AttentionPool, Transformer
+from clip_exp.models.layers import MLP, AttentionPool, LayerNorm, Transformer
 from clip_exp.models.text import init_text_weights
 from clip_exp.models.vit import PatchDropout, to_patches
 
@@ -32,7 +32,7 @@ class LatentPool(nn.Module):
         super().__init__()
         self.latent = nn.Parameter(torch.empty(width))
         self.attention = AttentionPool(width, heads, width)
-        self.ln = nn.LayerNorm(width, eps=NORM_EPS)
+        self.ln = LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class SigLIPImage(nn.Module):
             causal=False,
             norm_eps=NORM_EPS,
         )
-        self.ln_post = nn.LayerNorm(width, eps=NORM_EPS)
+        self.ln_post = LayerNorm(width, eps=NORM_EPS)
         self.pool = LatentPool(width, heads, mlp_ratio=mlp_ratio, activation=activation)
         self._init_weights(width)
 
@@ -139,7 +139,7 @@ class SigLIPText(nn.Module):
             causal=False,
             norm_eps=NORM_EPS,
         )
-        self.ln_final = nn.LayerNorm(width, eps=NORM_EPS)
+        self.ln_final = LayerNorm(width, eps=NORM_EPS)
         self.projection = nn.Linear(width, embed_dim)
         init_text_weights(self.token_embedding, self.positional_embedding, self.transformer, self.projection)
         nn.init.zeros_(self.projection.bias)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clip_exp.models.layers import Block, Transformer
+from clip_exp.models.layers import Block, LayerNorm, Transformer
 
 
 class TreeLayout(NamedTuple):
@@ -69,7 +69,7 @@ class TextTransformer(nn.Module):
         self.transformer = Transformer(
             width, layers, heads, mlp_ratio=mlp_ratio, activation=activation, dropout=dropout, causal=True
         )
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = LayerNorm(width)
         self.projection = nn.Linear(width, embed_dim, bias=False)
         init_text_weights(self.token_embedding, self.positional_embedding, self.transformer, self.projection)
 

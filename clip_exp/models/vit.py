@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from clip_exp.models.layers import Transformer
+from clip_exp.models.layers import LayerNorm, Transformer
 
 
 def to_patches(image_BCHW: Tensor, patch_size: int) -> Tensor:
@@ -62,11 +62,11 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.positional_embedding = nn.Parameter(std * torch.randn((image_size // patch_size) ** 2 + 1, width))
         self.patch_dropout = PatchDropout(patch_dropout)
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(
             width, layers, heads, mlp_ratio=mlp_ratio, activation=activation, dropout=dropout, causal=False
         )
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_post = LayerNorm(width)
         self.projection = nn.Linear(width, embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=std)
 

@@ -22,6 +22,7 @@ from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, 
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from clip_exp.precision import benchmarks_convolutions
 from clip_exp.ranks import group
 from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.group import is_main
@@ -93,6 +94,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
     tasks = training_tasks(config)
     zero_shot = ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
     model = _build_model(config, run_dir, resumes=checkpoint is not None)
+    torch.backends.cudnn.benchmark = benchmarks_convolutions(model.image, device_type, config.trainer.deterministic)
     module = CLIPModule(model, build_loss(config.loss), config, steps, zero_shot)
     # The weights are the same on every rank; what is drawn while training (dropout) is not.
     torch.manual_seed(config.seed + 1 + group.rank())

@@ -15,6 +15,7 @@ from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
 from clip_exp.losses.outputs import CLIPOutput
 from clip_exp.models.clip import CLIP
+from clip_exp.precision import exact_float32
 from clip_exp.ranks.group import gather_objects, share_from_main
 from clip_exp.text.build import build_tokenizer
 from clip_exp.training.finetune import quiet
@@ -140,6 +141,7 @@ class CLIPModule(pl.LightningModule):
         share_from_main(self.model.buffers())
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        """Keep the batch's features and ids on the device: reading them here would wait for the GPU in every batch."""
         columns = [
             batch.index,
             self.model.encode_image(self._pixels(batch.image), normalize=True).float(),
@@ -149,13 +151,15 @@ class CLIPModule(pl.LightningModule):
             batch.caption_image,
             batch.caption_id,
         ]
-        self._validation.append([column.cpu() for column in columns])
+        self._validation.append(columns)
 
+    @exact_float32()
     def on_validation_epoch_end(self) -> None:
-        """Score the whole set at once, every picture and caption counted once on any number of ranks."""
-        shares = gather_objects([torch.cat(column) for column in zip(*self._validation, strict=True)])
+        """Score the whole set at once, on the device; every image and caption counts once on any number of ranks."""
+        # Through the CPU, since ranks have unequal numbers of captions, and objects of any size are gathered there.
+        shares = gather_objects([torch.cat(column).cpu() for column in zip(*self._validation, strict=True)])
         self._validation = []
-        features = deduplicate(*(torch.cat(column) for column in zip(*shares, strict=True)))
+        features = deduplicate(*(torch.cat(column).to(self.device) for column in zip(*shares, strict=True)))
         metrics = self._validation_loss(features) | validation_metrics(features, self._class_embeddings())
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, logger=False, sync_dist=True)
 
@@ -163,7 +167,7 @@ class CLIPModule(pl.LightningModule):
         if self.zero_shot is None:
             return None
         names, templates = self.zero_shot
-        return build_classifier(self.model, self.tokenizer, names, templates, device=self.device).float().cpu()
+        return build_classifier(self.model, self.tokenizer, names, templates, device=self.device)
 
     def _validation_loss(self, features: ValidationFeatures) -> dict[str, float]:
         """Mean loss over batches of the training size, each picture with its first caption: comparable with `train/loss`.

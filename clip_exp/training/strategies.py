@@ -10,13 +10,24 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from clip_exp.config.schema import StrategyConfig, StrategyName
 from clip_exp.ranks.group import rank, world_size
+
+# What clip_exp wants of DeepSpeed unless `strategy.config` says otherwise.
+DEEPSPEED_DEFAULTS = {
+    "timers": {"throughput": {"enabled": False}},  # would wait for the device twice in every step
+    "communication_data_type": "fp32",  # gradients are averaged as DDP's are, whatever the precision
+}
+# Where Lightning keeps the loss scale of float16 in a checkpoint, in the form of `GradScaler.state_dict()`.
+LOSS_SCALE = MixedPrecision.__qualname__
+LOSS_SCALER_COUNTERS = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class GroupEnvironment(ClusterEnvironment):
@@ -71,9 +82,10 @@ def build_strategy(config: StrategyConfig, device: torch.device) -> Strategy | s
             stage=config.stage,
             offload_optimizer=config.offload,
             offload_parameters=config.offload and config.stage == 3,
+            pin_memory=device.type == "cuda",  # copies from and to pageable host memory are slow, and block
         )
         assert isinstance(strategy.config, dict)
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(strategy.config, config.config))
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(strategy.config, DEEPSPEED_DEFAULTS, config.config))
         strategy.config = merged
         return strategy
     if config.name == StrategyName.ddp or world_size() > 1:
@@ -145,7 +157,9 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         return True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        scaler = _loss_scaler(self.optimizers[0])
+        scale = {} if scaler is None else {LOSS_SCALE: loss_scale_state(scaler)}
+        Strategy.save_checkpoint(self, {**checkpoint, **scale}, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
@@ -195,9 +209,11 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         return {"state": state, "param_groups": self._numbered_groups(inner)}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take up a whole state. ZeRO makes its flat state only at its first step, so it is made and linked here first."""
+        """Load a whole state. ZeRO makes its flat state only at its first step, so it is made and linked here first."""
         saved = checkpoint["optimizer_states"][0]
         optimizer = self.optimizers[0]
+        if (scaler := _loss_scaler(optimizer)) is not None:
+            load_loss_scale(scaler, checkpoint.get(LOSS_SCALE, {}))
         inner: Optimizer = optimizer.optimizer  # type: ignore[attr-defined]
         for group, values in zip(inner.param_groups, saved["param_groups"], strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
@@ -212,7 +228,7 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         ]
         for flat in _flat_partitions(optimizer):
             shared = {
-                key: value.clone() if isinstance(value, Tensor) else value
+                key: _for_group(value, inner.param_groups[0], flat.device) if isinstance(value, Tensor) else value
                 for key, value in first.items()
                 if key not in keys
             }
@@ -239,6 +255,37 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
             }
             for group, size in zip(inner.param_groups, sizes, strict=True)
         ]
+
+
+def loss_scale_state(scaler: Any) -> dict[str, Any]:
+    """Return the state of DeepSpeed's dynamic loss scaler as that of a `GradScaler`, which DDP's precision plugin loads.
+
+    What a `GradScaler` does not have, and ignores, is under `deepspeed`.
+    """
+    counters = {name: getattr(scaler, name) for name in LOSS_SCALER_COUNTERS}
+    return {**GradScaler("cpu", init_scale=float(scaler.cur_scale)).state_dict(), "deepspeed": counters}
+
+
+def load_loss_scale(scaler: Any, state: Mapping[str, Any]) -> None:
+    """Give DeepSpeed's dynamic loss scaler a saved state; after a run under DDP it has the scale alone, in older checkpoints nothing."""
+    scaler.cur_scale = state.get("scale", scaler.cur_scale)
+    for name, value in state.get("deepspeed", {}).items():
+        setattr(scaler, name, value)
+
+
+def _loss_scaler(optimizer: Any) -> Any | None:
+    """Return the loss scaler of a ZeRO optimizer where the scale is dynamic: in float16, unless the user fixed it."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def _for_group(value: Tensor, group: dict[str, Any], device: torch.device) -> Tensor:
+    """Return a copy of what parameters share (`step`), on the device where torch's optimizers want it.
+
+    A fused or capturable step reads it in its kernel; others read it on the CPU (`Optimizer.load_state_dict` does likewise).
+    """
+    in_kernel = group.get("fused") or group.get("capturable")
+    return value.to(device if in_kernel else "cpu", copy=True)
 
 
 def _flat_partitions(optimizer: Any) -> list[Tensor]:
@@ -279,13 +326,13 @@ def _not_trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """A parameter's values in float32 on the CPU, under ZeRO-3 gathered from all ranks (which must all ask)."""
+    """Return a parameter's values in float32 on its device, under ZeRO-3 gathered from all ranks (which must all call)."""
     if not hasattr(parameter, "ds_id"):
-        return parameter.detach().float().cpu()
+        return parameter.detach().float()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().float().cpu().clone()
+        return parameter.detach().float().clone()
 
 
 def _set_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str, ranks: int, rank: int) -> None:

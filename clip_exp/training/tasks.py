@@ -175,11 +175,6 @@ def _float32(value: Tensor) -> Tensor:
 
 @contextmanager
 def _apart(device: torch.device) -> Iterator[None]:
-    """Inside, training's random numbers stay as they are, products of matrices are exact float32, and no bar is shown."""
-    precision = torch.get_float32_matmul_precision()
+    """Keep training's random numbers as they are, and show no bar."""
     with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []), silence():
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        yield

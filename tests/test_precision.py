@@ -1,0 +1,123 @@
+"""Torch's switches of precision: exact where exact float32 is promised, and afterwards as they were."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.data.transforms import preprocessing_of
+from clip_exp.evaluation import scoring
+from clip_exp.evaluation.encode import EncodeOptions, encode_pixels, encode_texts
+from clip_exp.evaluation.prepared import RetrievalTask
+from clip_exp.evaluation.subject import Subject
+from clip_exp.inference.pipeline import Pipeline
+from clip_exp.models import build_model
+from clip_exp.precision import benchmarks_convolutions, exact_float32
+from clip_exp.reports.results import Result
+from clip_exp.text.build import build_tokenizer
+from tests.compose import train_config
+
+Switches = tuple[str, bool]
+TRAINING, EXACT = ("high", True), ("highest", False)
+
+
+def switches() -> Switches:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture(autouse=True)
+def while_training() -> Iterator[None]:
+    """TF32 is allowed, as training leaves it for what follows in the process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    assert switches() == TRAINING
+    yield
+    assert switches() == TRAINING
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return train_config("model=vit_nano").model
+
+
+def noted(model: torch.nn.Module) -> list[Switches]:
+    """The switches at every call of a linear layer from now on."""
+    found: list[Switches] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *_: found.append(switches()))
+    return found
+
+
+def test_the_switches_are_restored_after_an_error() -> None:
+    @exact_float32()
+    def fail() -> None:
+        assert switches() == EXACT
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_towers_of_an_evaluation_compute_exact_float32_products(config: ModelConfig, precision: str) -> None:
+    model = build_model(config).eval()
+    found = noted(model)
+    pixels = torch.zeros(1, 3, config.image.image_size, config.image.image_size, dtype=torch.uint8)
+    encode_pixels(model, pixels, preprocessing_of(config.image), torch.device("cpu"), precision)
+    encode_texts(model, build_tokenizer(config.text), ["a dog"])
+    assert set(found) == {EXACT}
+
+
+def test_a_task_is_scored_with_exact_float32_products(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def score_retrieval(task: RetrievalTask, subject: Subject):
+        found.append(switches())
+
+        def judge() -> Result:
+            found.append(switches())
+            return Result({}, {}, None)
+
+        return judge
+
+    monkeypatch.setitem(scoring.SCORERS, RetrievalTask, score_retrieval)
+    task = RetrievalTask("retrieval", pictures=None, captions=[], caption_image=[], where="", bad_rows={})  # type: ignore[arg-type]
+    options = EncodeOptions(torch.device("cpu"))
+    scoring.score(task, Subject(build_model(config), build_tokenizer(config.text), config, options))
+    assert found == [EXACT, EXACT]
+
+
+def test_a_pipeline_predicts_with_exact_float32_products(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(build_model(config).eval(), config, torch.device("cpu"))
+    found = noted(pipeline.model)
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: (found.append(switches()), softmax(self, dim))[1])
+    features = pipeline.encode_text(["a dog", "a cat"])
+    assert set(found) == {EXACT}
+    found.clear()
+    pipeline.probabilities(features, features)
+    assert found == [EXACT]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "convolutional"),
+    [
+        (["model=rn50"], True),
+        (["model=vit_nano"], False),
+        (["model=siglip_b16"], False),
+        (["model=vit_nano", "model/image=timm", "model.image.name=test_convnext", "model.image.image_size=64"], True),
+        (["model=vit_nano", "model/image=timm", "model.image.name=test_vit", "model.image.image_size=160"], False),
+        (["model=open_clip", "model.name=RN50"], True),
+        (["model=open_clip", "model.name=ViT-B-32"], False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_cudnn_times_the_algorithms_of_convolutional_towers_alone(overrides: list[str], convolutional: bool) -> None:
+    with torch.device("meta"):
+        tower = build_model(train_config(*overrides).model).image
+    assert benchmarks_convolutions(tower, "cuda", deterministic=False) is convolutional
+    assert not benchmarks_convolutions(tower, "cuda", deterministic=True)
+    assert not benchmarks_convolutions(tower, "cpu", deterministic=False)
