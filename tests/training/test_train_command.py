@@ -61,7 +61,7 @@ def test_a_run_folder_holds_what_the_readme_says(single: Finished) -> None:
 
 
 def test_the_next_command_is_printed(single: Finished) -> None:
-    assert f"python evaluate.py run={single.folder}" in single.output
+    assert f"run={single.folder}" in single.output.split("next:")[-1]
     assert "step 20/20" in single.output
     assert "samples/s" in single.output
 
