@@ -11,6 +11,7 @@ from clip_exp.devices import Devices, resolve_accelerator
 from clip_exp.errors import ConfigError
 from clip_exp.ranks.environment import is_first_rank, started_by_launcher
 from clip_exp.ranks.launch import Opened, Work, launch_work
+from clip_exp.ranks.signals import exit_on_signals
 from clip_exp.runs import RunRecord, lock
 from clip_exp.secrets import redact
 from clip_exp.training.opening import open_run
@@ -28,7 +29,8 @@ def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
         raise ConfigError(
             "a sweep (-m) starts its own processes: run it without torchrun or srun, with trainer.devices."
         )
-    return train_here(config, arguments, "" if job is None else f"-{job}")[1]
+    with exit_on_signals():
+        return train_here(config, arguments, "" if job is None else f"-{job}")[1]
 
 
 def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> tuple[Path, int]:
