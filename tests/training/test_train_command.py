@@ -4,6 +4,10 @@ import csv
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from safetensors.torch import load_file
 
 from clip_exp.checkpoints.discovery import best, checkpoints, latest, manifest
 from clip_exp.data.files import kind_of
-from tests.conftest import Run
+from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders
 
@@ -308,14 +312,7 @@ def test_no_secret_of_the_environment_reaches_the_run_folder(train: Train) -> No
     assert not any(secret.encode() in text for text in texts)
 
 
-def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path) -> None:
-    import signal
-    import subprocess
-    import sys
-    import time
-
-    from tests.conftest import REPOSITORY
-
+def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *TINY, "max_steps=100000", "log_every_n_steps=1", "trainer.devices=2", f"output_dir={tmp_path}"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -333,3 +330,22 @@ def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path) 
     assert "was ended by signal 9 (SIGKILL)" in errors
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert json.loads((run_folders(tmp_path)[0] / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.exhaustive  # in `make test`, tests/ranks holds that ranks wait for those of an earlier start
+def test_a_run_whose_launcher_alone_is_killed_is_resumed_at_once(single: Finished, tmp_path: Path) -> None:
+    arguments = [
+        *(word for word in TINY if not word.startswith("resume")), "max_steps=20", "log_every_n_steps=1", "trainer.devices=2",
+        "checkpoint_every_n_steps=4", "val_every_n_steps=10", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    start = [sys.executable, str(REPOSITORY / "train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.DEVNULL, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("train/*/*/checkpoints/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (folder,) = run_folders(tmp_path)
+    assert Finished(folder, done.stdout).losses == pytest.approx(single.losses, rel=1e-5)
