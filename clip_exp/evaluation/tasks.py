@@ -159,7 +159,8 @@ def prepare_retrieval(name: str, task: RetrievalTaskConfig) -> RetrievalTask:
     assert pairs.captions is not None
     caption_image = pairs.image_index().tolist()
     first_row = {picture: row for row, picture in reversed(list(enumerate(caption_image)))}
-    pictures = TablePictures(pairs, [first_row[picture] for picture in range(len(first_row))])
+    rows = [first_row[picture] for picture in range(len(first_row))]
+    pictures = TablePictures(pairs, rows, task.allow_outside_root)
     return RetrievalTask(name, pictures, pairs.captions.to_pylist(), caption_image, str(task.table), pairs.skipped)
 
 
@@ -207,6 +208,7 @@ def _prepare_auto(name: str, output_dir: str, run: TrainConfig | None) -> Iterat
     common: dict[str, Any] = {
         "table": table,
         "image_root": data.image_root if data.generate is None else None,
+        "allow_outside_root": data.allow_outside_root,
         "image_key": data.image_key,
         "separator": data.separator,
         "encoding": data.encoding,
