@@ -2,10 +2,17 @@
 
 import csv
 import io
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from clip_exp.checks.scanned import bad_samples_file
+from clip_exp.config.use_schema import OutputConfig, OutputFormat
+from clip_exp.inference.outputs import Report, write
+from clip_exp.reports.per_class import as_csv
 from clip_exp.spreadsheets import TextWriter, original
+from tests.reports.examples import classified, noise_files
 
 FORMULAS = [
     '=HYPERLINK("http://x","y")',
@@ -40,3 +47,21 @@ def test_other_text_is_written_as_it_is(text: str) -> None:
     file.seek(0)
     assert next(csv.reader(file))[0] == text
     assert original(text) == text
+
+
+def test_every_csv_of_third_party_text_is_written_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(Report(("text", "cosine"), [("=1", -0.5)], {}), OutputConfig(format=OutputFormat.csv))
+    with bad_samples_file(tmp_path / "bad_samples.csv") as writer:
+        writer.writerow(["=1", "no such file", "train", "pairs.csv, line 2"])
+    details = replace(
+        classified(noise_files(tmp_path / "images", 8), 2, 8), class_names=["=1", "+2"], keys=["-1", "@2"]
+    )
+    cells = [
+        *list(csv.reader(io.StringIO(capsys.readouterr().out)))[1],
+        *list(csv.reader(io.StringIO((tmp_path / "bad_samples.csv").read_text())))[1],
+        *(cell for row in csv.reader(io.StringIO(as_csv(details))) for cell in row),
+    ]
+    formulas = [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+    assert formulas == ["-0.5"]  # a number
+    assert cells.count("'=1") >= 3
+    assert {"'-1", "'@2", "'+2"} <= set(cells)

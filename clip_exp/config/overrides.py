@@ -108,10 +108,10 @@ def explain(error: BaseException) -> str | None:
     """
     if isinstance(error, PermissionError) and error.filename is not None:
         return f"{error.filename} may not be read or written by you: change its permissions, or name another."
-    if (refused := from_resolver(error)) is not None:
-        return str(refused)
     chain = list(_causes(error))
     for cause in chain:
+        if isinstance(cause, OmegaConfBaseException) and (refused := from_resolver(cause)) is not None:
+            return str(refused)
         if isinstance(cause, OverrideParseException):
             return f"cannot read the override {cause.override}: write key=value, and quote odd values: \"key='value'\"."
         if isinstance(cause, MissingConfigException):

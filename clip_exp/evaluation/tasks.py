@@ -29,6 +29,7 @@ from clip_exp.evaluation.sets.imagenet_sets import configure_sets, weights_file
 from clip_exp.evaluation.sets.prompts import templates
 from clip_exp.evaluation.splits import prepare_knn, prepare_probe
 from clip_exp.loading.source import ModelSource
+from clip_exp.runs import MAX_NAME
 
 TaskConfig = (
     AutoTaskConfig
@@ -97,8 +98,10 @@ def parse_task(name: str, values: Any) -> TaskConfig:
         ConfigError: an unknown kind or key, a missing value, a wrong type.
     """
     where = f"task.{name}"
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"{where}: a task's name becomes a file's name; use letters, digits, '_', '-', '.'.")
+    if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
+        raise ConfigError(
+            f"{where}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
+        )
     if not isinstance(values, dict) or "kind" not in values:
         chosen = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
         raise ConfigError(f"{where} is not chosen: {chosen} A task of your own needs a kind: {', '.join(TaskKind)}.")

@@ -144,6 +144,8 @@ def test_an_evaluations_name_is_one_of_a_folder(tmp_path: Path, run_dir: Path, d
     for name, told in (("a/b", "plain folder name"), ("x" * 300, "has 300 bytes"), ("a\nb", "plain folder name")):
         with pytest.raises(ConfigError, match=told):
             check(replace(good, name=name))
+    with pytest.raises(ConfigError, match=r"a task's name becomes a file's name; .* 200 bytes at most"):
+        check(replace(good, task={"x" * 300: good.task["t"]}))
 
 
 def test_a_broken_picture_stops_or_is_counted_by_the_policy_of_training(
