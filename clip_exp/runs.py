@@ -2,9 +2,10 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.provenance import provenance
 from clip_exp.secrets import redact
 
+MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
 COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
 
 
@@ -28,9 +30,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def name_problems(name: str) -> Iterator[str]:
-    """What is wrong with the name of a run, which is one of a folder."""
-    if not name or "/" in name or name.startswith("."):
-        yield f"name={name!r} must be a plain folder name."
+    """Yield what is wrong with the name of a run, which is one of a folder."""
+    size = len(name.encode("utf-8", errors="replace"))
+    if size > MAX_NAME:
+        yield f"name={name[:20]!r}… has {size} bytes, and a folder's name may have {MAX_NAME}: give a shorter one (name=…)."
+    elif not name or "/" in name or name.startswith(".") or not name.isprintable():
+        yield f"name={name!r} must be a plain folder name, of printable characters and without slashes (name=…)."
 
 
 def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: str = "") -> Path:
@@ -55,6 +60,29 @@ def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: s
             f"cannot make a run folder in {parent}: {error.strerror}. Set output_dir to a folder you can write."
         ) from error
     raise CheckpointError(f"{parent} already has 999 folders of this second.")
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse to write into a run folder that holds a link: what is written there would go through it.
+
+    The folder itself may be one, as may its parents. wandb's own folder has links, which wandb replaces.
+
+    Raises:
+        CheckpointError: there is a link, or a pipe or a device, which would block whoever opens it.
+    """
+    folders = [str(folder)]
+    while folders:
+        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:  # another process may be removing files
+            for entry in entries:
+                if entry.is_symlink():
+                    raise CheckpointError(
+                        f"{entry.path} is a link, and nothing is written through links in a run folder: put the file or folder "
+                        "itself there, or remove the link."
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [entry.path] if entry.name != "wandb" else []
+                elif not entry.is_file(follow_symlinks=False):
+                    raise CheckpointError(f"{entry.path} is neither a file nor a folder: remove it.")
 
 
 class RunRecord:
@@ -89,10 +117,11 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process holds it.
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or has links (`refuse_links`).
     """
     with ExitStack() as stack:
         try:
+            refuse_links(folder)
             stack.enter_context(storage.lock(folder / ".lock", on_no_locks=_warn_of_no_locks))
         except storage.InUse as error:
             raise ConfigError(

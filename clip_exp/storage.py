@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that stands for one which Git LFS has not fetched
 TEMPORARY = ".writing-"  # first part of every temporary name
 REPLACED = ".old"  # last part of the name of a folder that is being replaced
 REPORT_AFTER_S = 1.0  # a shorter wait for a lock is not worth a message

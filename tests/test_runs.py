@@ -143,6 +143,42 @@ def test_a_lock_that_another_process_holds_is_no_missing_lock(tmp_path, monkeypa
         raise AssertionError("locked twice")
 
 
+WRITTEN = [
+    ".lock", "train.log", "metrics.csv", "run.json", "config.yaml", "summary.json", "report.html", "bad_samples.csv", "checkpoints",
+    "eval", "wandb", "tensorboard", "checkpoints/step-000010", "eval/auto.json", "tensorboard/version_0/hparams.yaml",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("target", ["file", "folder", "nothing"])
+def test_nothing_is_written_through_a_link_in_a_run_folder(written: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("theirs")
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "run" / written
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(CheckpointError, match=rf"{link} is a link, .* remove the link"), runs.lock(tmp_path / "run"):
+        raise AssertionError("locked")
+    assert (tmp_path / "file").read_text() == "theirs"
+    assert list((tmp_path / "folder").iterdir()) == []
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_pipe_in_a_run_folder_is_refused_before_it_blocks(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.log")
+    with pytest.raises(CheckpointError, match=r"train\.log is neither a file nor a folder"), runs.lock(tmp_path):
+        raise AssertionError("locked")
+
+
+def test_a_run_folder_may_be_a_link_and_so_may_its_parents_and_wandbs_own_links_stay(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "run" / "wandb" / "run-1").mkdir(parents=True)
+    (tmp_path / "disk" / "run" / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "outputs").symlink_to("disk")
+    (tmp_path / "disk" / "alias").symlink_to("run")
+    with runs.lock(tmp_path / "outputs" / "alias"):
+        assert (tmp_path / "disk" / "run" / ".lock").is_file()
+
+
 def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"gone cannot be locked: .*output_dir"), runs.lock(tmp_path / "gone"):
         pass

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.reports.origin import command_line
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
+from clip_exp.secrets import leaks
 
 ONLY_HERE = ("name", "output_dir", "decode", "max_pictures", "max_leakage", "num_workers", "format")  # keys
 
@@ -30,7 +32,12 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
         DataError: a table that cannot be read; or, when all is written and printed, more of the data is bad than
             `data.max_bad_fraction`, or more of it leaks than `max_leakage`.
     """
-    problems = [*_problems(config), *check_model(config.model), *preflight.check_data(config.data)]
+    problems = [
+        *_problems(config),
+        *check_model(config.model),
+        *preflight.check_data(config.data),
+        *leaks(asdict(config)),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     splits = open_splits(config.data, Path(config.output_dir))

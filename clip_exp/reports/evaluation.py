@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
+from clip_exp.errors import CheckpointError
 from clip_exp.reports.classification_page import classification_page
 from clip_exp.reports.comparison_page import comparison_page
 from clip_exp.reports.index import write_index
@@ -21,7 +22,7 @@ from clip_exp.reports.per_class import as_csv
 from clip_exp.reports.results import Classified, Compared, Result, Retrieved
 from clip_exp.reports.retrieval_page import retrieval_page
 from clip_exp.reports.run_page import renew_report
-from clip_exp.runs import write_json, write_text
+from clip_exp.runs import refuse_links, write_json, write_text
 from clip_exp.storage import atomic_file
 
 log = logging.getLogger(__name__)
@@ -36,16 +37,17 @@ def write_result(result: Result, name: str, folder: Path, run_dir: Path | None =
         OSError: `folder` cannot be written.
     """
     pages = _pages(result, name, folder)
-    for target in filter(None, (folder, run_dir)):
-        try:
-            _write(result, name, pages, target)
-            _renew_report(target)
-        except OSError as error:
-            if target is folder:
-                raise
-            log.warning(
-                "%s cannot be written (%s): the results are in %s only.", target / "eval", error.strerror, folder
-            )
+    _write(result, name, pages, folder)
+    _renew_report(folder)
+    if run_dir is None:
+        return
+    try:
+        refuse_links(run_dir)  # which this command did not create
+        _write(result, name, pages, run_dir)
+        _renew_report(run_dir)
+    except (OSError, CheckpointError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        log.warning("%s cannot be written (%s): the results are in %s only.", run_dir / "eval", reason, folder)
 
 
 def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
