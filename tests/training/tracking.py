@@ -9,7 +9,6 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from wandb.proto.wandb_internal_pb2 import Record
 
 HEADER, BLOCK = 7, 32768  # bytes of a .wandb file, a log of LevelDB
 FIRST_PARTS = (1, 2)  # a whole record, or the first part of one
@@ -26,6 +25,8 @@ def tensorboard_hparams(folder: Path) -> dict[str, Any]:
 
 def wandb_run(file: Path) -> tuple[dict[str, Any], list[str]]:
     """Return configuration and tags of an offline run."""
+    from wandb.proto.wandb_internal_pb2 import Record  # takes a second to import
+
     config: dict[str, Any] = {}
     tags: list[str] = []
     for record in map(Record.FromString, _records(file.read_bytes())):
