@@ -1,7 +1,9 @@
 """Run folders: made exclusively, described by `run.json` and `metrics.csv`, free of secrets."""
 
 import csv
+import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -16,13 +18,21 @@ from clip_exp.provenance import provenance
 from clip_exp.secrets import redact
 
 MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
+log = logging.getLogger(__name__)
 COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, without secrets."""
-    with storage.atomic_file(path) as temporary:
-        temporary.write_text(redact(text), encoding="utf-8")
+    """Write a file whole or not at all, without secrets.
+
+    Raises:
+        CheckpointError: the disk is full, or the file cannot be written.
+    """
+    try:
+        with storage.atomic_file(path) as temporary:
+            temporary.write_text(redact(text), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,15 +108,45 @@ class RunRecord:
             self.values.setdefault("resumed", []).append({"time": _now(), "argv": arguments, **values})
         else:
             self.values = {"argv": arguments, "start": _now(), **provenance(), **values}
-        self.update(status="running", end=None)
-
-    def update(self, **values: Any) -> None:
-        self.values.update(values)
+        self.values.update(status="running", end=None)
         write_json(self.path, self.values)
 
+    def update(self, **values: Any) -> None:
+        """Note facts. A full disk does not end the work for it: what cannot be written is written with the next facts."""
+        self.values.update(values)
+        try:
+            write_json(self.path, self.values)
+        except CheckpointError as error:
+            if not _overwrite(self.path, json.dumps(self.values, indent=2, default=str) + "\n", error.__cause__):
+                log.warning("%s", error)
+
     def finish(self, status: str, **values: Any) -> None:
-        """`status`: finished, failed or preempted."""
+        """Note the end; the error of an earlier one is dropped.
+
+        Args:
+            status: finished, failed or preempted.
+        """
+        self.values = {key: value for key, value in self.values.items() if key not in ("error", "exit_code")}
         self.update(status=status, end=_now(), **values)
+
+
+def _overwrite(path: Path, text: str, problem: BaseException | None) -> bool:
+    """Write a text into the blocks that a file has already, where the disk is full; return whether it could be done.
+
+    A loss of power meanwhile may damage the file, but a run that a full disk ends would be `running` forever.
+    """
+    if not isinstance(problem, OSError) or problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return False
+    data = redact(text).encode()
+    try:
+        with path.open("r+b", buffering=0) as file:
+            about = os.fstat(file.fileno())
+            if len(data) > about.st_blocks * 512:
+                return False
+            file.write(data.ljust(about.st_size, b"\n"))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -142,7 +182,7 @@ def _warn_of_no_locks(folder: Path, reason: str) -> None:
     )
     print(f"warning: {message}", file=sys.stderr, flush=True)
     # Logging to this file starts later, and in a process of its own where there are several ranks.
-    with (folder / "train.log").open("a", encoding="utf-8") as file:
+    with suppress(OSError), (folder / "train.log").open("a", encoding="utf-8") as file:
         file.write(f"{_now()} WARNING {message}\n")
 
 

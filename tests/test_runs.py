@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,57 @@ def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
 def test_a_resume_that_names_nothing_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="resume"):
         choose(train_config(f"output_dir={tmp_path}", f"resume={tmp_path}/none"))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let every file that is written anew fail with a number of the system's errors."""
+
+    def fail_with(number: int) -> None:
+        def write(path: Path, text: str, **options: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "write_text", write)
+
+    return fail_with
+
+
+def test_a_start_that_cannot_be_recorded_is_a_storage_error(tmp_path, full_disk) -> None:
+    full_disk(errno.ENOSPC)
+    with pytest.raises(CheckpointError, match=r"run\.json cannot be written: No space left on device"):
+        runs.RunRecord(tmp_path).start([])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_a_run_is_recorded_on_a_full_disk(tmp_path, full_disk) -> None:
+    record = runs.RunRecord(tmp_path)
+    record.start([])
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        full_disk(number)
+        record.finish("failed", error=[os.strerror(number)], exit_code=4)
+        noted = json.loads((tmp_path / "run.json").read_text())
+        assert (noted["status"], noted["error"], noted["exit_code"]) == ("failed", [os.strerror(number)], 4)
+    record.finish("finished")
+    assert "error" not in json.loads((tmp_path / "run.json").read_text()), "what is shorter is written whole, too"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_facts_that_cannot_be_recorded_cost_a_warning(number: int, tmp_path, full_disk, caplog) -> None:
+    record = runs.RunRecord(tmp_path)
+    record.start([])
+    before = (tmp_path / "run.json").read_text()
+    full_disk(number)
+    record.update(facts="x " * 10_000)  # more than the file's blocks hold
+    assert "run.json cannot be written" in caplog.text
+    assert (tmp_path / "run.json").read_text() == before
+
+
+def test_a_later_success_drops_the_error_of_before(tmp_path) -> None:
+    runs.RunRecord(tmp_path).start([])
+    runs.RunRecord(tmp_path).finish("failed", error=["no room"], exit_code=4)
+    runs.RunRecord(tmp_path).start([])
+    runs.RunRecord(tmp_path).finish("finished")
+    assert {"error", "exit_code"}.isdisjoint(runs.RunRecord(tmp_path).values)
 
 
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path) -> None:

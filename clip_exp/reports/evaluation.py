@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from clip_exp.errors import CheckpointError
@@ -34,20 +35,19 @@ def write_result(result: Result, name: str, folder: Path, run_dir: Path | None =
     A finished run's `report.html` comes to link the page.
 
     Raises:
-        OSError: `folder` cannot be written.
+        CheckpointError: `folder` cannot be written.
     """
     pages = _pages(result, name, folder)
-    _write(result, name, pages, folder)
-    _renew_report(folder)
-    if run_dir is None:
-        return
-    try:
-        refuse_links(run_dir)  # which this command did not create
-        _write(result, name, pages, run_dir)
-        _renew_report(run_dir)
-    except (OSError, CheckpointError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        log.warning("%s cannot be written (%s): the results are in %s only.", run_dir / "eval", reason, folder)
+    for target in filter(None, (folder, run_dir)):
+        try:
+            if target is run_dir:
+                refuse_links(run_dir)  # which this command did not create
+            _write(result, name, pages, target)
+            _renew_report(target)
+        except (OSError, SafetensorError, CheckpointError) as error:
+            if target is folder:
+                raise CheckpointError(f"{target / 'eval'} cannot be written: {error}") from error
+            log.warning("%s cannot be written (%s): the results are in %s only.", target / "eval", error, folder)
 
 
 def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -110,5 +110,5 @@ def _renew_report(folder: Path) -> None:
         return
     try:
         renew_report(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, CheckpointError) as error:
         log.warning("%s could not be renewed: %r", folder / "report.html", error)

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from clip_exp.checkpoints.discovery import best, checkpoints, latest, manifest
 from clip_exp.data.files import kind_of
+from clip_exp.training.opening import flatten
 from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders
+from tests.training.tracking import tensorboard_hparams, wandb_run
 
 
 def test_digits_reach_95_percent_zero_shot(digits: Finished) -> None:
@@ -138,19 +141,27 @@ def test_averaged_weights_follow_the_formula(train: Train, tmp_path) -> None:
     torch.testing.assert_close(load_file(third / "ema.safetensors"), expected)
 
 
-def test_an_unreachable_wandb_server_does_not_stop_a_run(train: Train) -> None:
+def test_an_unreachable_wandb_server_does_not_stop_a_run_and_loggers_get_its_configuration(train: Train) -> None:
     run = train(
         *TINY,
         "max_steps=2",
         "logger=[csv,tensorboard,wandb]",
+        "logger.wandb.tags=[red,blue]",
         WANDB_BASE_URL="http://127.0.0.1:9",
         WANDB_API_KEY="0" * 40,
         WANDB_SILENT="true",
     )
     assert run.record["status"] == "finished"
     assert "logging offline" in (run.folder / "train.log").read_text()
-    assert list(run.folder.glob("wandb/offline-run-*"))
-    assert list(run.folder.glob("tensorboard/events*"))
+    hparams = tensorboard_hparams(run.folder / "tensorboard")
+    config, tags = wandb_run(next(run.folder.glob("wandb/offline-run-*/*.wandb")))
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert {key: config[key] for key in written} == written
+    assert tags == ["red", "blue"]
+    assert config["git"] == run.record["git"]
+    assert hparams["optimizer.betas"] == "[0.9, 0.98]"
+    assert (hparams["max_steps"], hparams["strategy.stage"], hparams["model.name"]) == (2, "null", "vit_nano")
+    assert set(flatten({**written, "git": config["git"]})) <= set(hparams)
 
 
 def test_bf16_trains_close_to_float32(single: Finished, train: Train) -> None:
