@@ -1,7 +1,6 @@
 """What is measured around the steps of a run, by a clock of the test's own, and on pretended GPUs and ranks."""
 
 import json
-import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -116,7 +115,7 @@ def test_a_row_has_the_times_of_the_rank_that_waited_longest() -> None:
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(workers, "usable_cores", lambda: 16)
     monkeypatch.setattr(metrics, "local_world_size", lambda: 4)
     callback = StepMetrics(1, 16, 96)
     callback.on_train_start(a_trainer(), None)  # type: ignore[arg-type]
