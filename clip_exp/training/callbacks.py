@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
-from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, step_of
+from clip_exp.checkpoints.discovery import folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.checkpoints.writer import MANIFEST
 from clip_exp.errors import ConfigError
@@ -148,9 +148,9 @@ class Checkpointer(pl.Callback):
         return better
 
     def _prune(self) -> None:
-        found = checkpoints(self.run_dir)
-        marked = [path for path in found if manifest(path).get("best")]
-        needed = {*found[-KEEP_LAST:], *marked[-1:]}
+        found = manifests(self.run_dir)
+        marked = [path for path, manifest in found.items() if manifest.best]
+        needed = {*list(found)[-KEEP_LAST:], *marked[-1:]}
         for path in found:
             if path not in needed and step_of(path) <= (self.saved_step or 0):
                 remove_folder(path)

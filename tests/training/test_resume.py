@@ -14,7 +14,7 @@ import torch
 from clip_exp.checkpoints.discovery import checkpoints
 from tests.conftest import REPOSITORY
 from tests.exhaustive import repeat_beyond
-from tests.runs import TINY, Finished, Train, run_folders
+from tests.runs import TINY, Finished, Train, run_folders, unfinish
 
 RUN = (
     *(o for o in TINY if not o.startswith("resume")),
@@ -30,8 +30,7 @@ def interrupted(single: Finished, output_dir: Path) -> Path:
     folder = output_dir / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "step-000020")
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    unfinish(folder)
     return folder
 
 
@@ -39,7 +38,7 @@ def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train
     folder = interrupted(single, tmp_path)
     run = train(*RUN, output_dir=tmp_path)
     assert run.folder == folder
-    assert "going on from" in run.output
+    assert "resuming from" in run.output
     assert run.losses == single.losses
     for name, weight in single.weights.items():
         assert torch.equal(run.weights[name], weight), name
@@ -105,8 +104,7 @@ def test_a_run_that_is_stopped_at_a_validated_step_misses_nothing(
 def test_going_on_from_a_named_earlier_checkpoint_gives_the_same_end(single: Finished, train: Train, tmp_path) -> None:
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    unfinish(folder)
     run = train(*(o for o in RUN), f"resume={folder}/checkpoints/step-000010", output_dir=tmp_path)
     assert run.losses == single.losses
     assert [path.name for path in checkpoints(folder)] == ["step-000010", "step-000020"]
