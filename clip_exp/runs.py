@@ -92,24 +92,21 @@ def read_config(folder: Path) -> tuple[TrainConfig, str | None]:
         CheckpointError, ConfigError: see `read_run_config`; and no checkpoint has a copy.
     """
     path = folder / CONFIG
-    record, problem = _read_record(folder)
-    expected = None if problem else record.get("config_sha256")
-    config, error = None, None
-    try:
-        config = read_run_config(folder)
-    except (CheckpointError, ConfigError) as refused:
-        error = refused
-    if config is not None and expected in (None, storage.file_sha256(path)):
-        return config, None
-    reason = "was changed after it was written" if config else "is damaged" if path.is_file() else "is missing"
+    expected = read_record(folder).get("config_sha256")
+    if not path.is_file():
+        reason = "is missing"
+    elif expected not in (None, storage.file_sha256(path)):
+        reason = "was changed after it was written"
+    else:
+        try:
+            return read_run_config(folder), None
+        except (CheckpointError, ConfigError):
+            reason = "is damaged"
     for checkpoint, copy in _run_copies(folder):
         with suppress(CheckpointError, ConfigError):
             copied = parse_run_config(str(copy.get("config")), str(checkpoint / RUN_COPY))
             return copied, f"{path} {reason}: the copy in {checkpoint.name} is used instead."
-    if config is None:
-        assert error is not None
-        raise error
-    return config, f"{path} {reason}, and no checkpoint has a copy: it is used as it is."
+    return read_run_config(folder), f"{path} {reason}, and no checkpoint has a copy: it is used as it is."
 
 
 def run_config(folder: Path) -> TrainConfig:
@@ -143,6 +140,8 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 def _check_record(values: dict[str, Any]) -> None:
     """Raises: ValueError."""
+    if not TYPES.keys() & values.keys():
+        raise ValueError("it is not the record of a run")
     if storage.SEAL not in values and LAST_CHECKPOINT in values:
         raise ValueError("its hash is missing")
     for key, kind in TYPES.items():

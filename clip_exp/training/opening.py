@@ -79,7 +79,7 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
     earlier = run_to_resume(config, runs)
     if earlier is not None:
         run, finished = earlier
-        read, problem = read_config(run.folder)
+        read, problem = _config_to_resume(run.folder)
         settled = replace(config, model=as_settled(config.model, read.model))
         warnings = tuple(filter(None, (record_problem(run.folder), problem)))
         return Opening(run.folder, finished, config, settled, {}, warnings)
@@ -178,24 +178,22 @@ def earlier_runs(config: TrainConfig) -> list[EarlierRun]:
     """The runs of the same name and fingerprint.
 
     Raises:
-        CheckpointError: there is none, but one that can no longer be recognized.
+        CheckpointError: there is none, but one that has trained and can no longer be recognized.
     """
     wanted, found, unknown = fingerprint(config), [], []
     parent = Path(config.output_dir) / "train" / config.name
     for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
         run = EarlierRun(folder, read_record(folder))
-        if "fingerprint" in run.record:
-            same: bool | None = run.record["fingerprint"] == wanted
-        else:
-            same = _computes_the_same(folder, config)
-        if same:
+        if run.record.get("fingerprint", wanted) != wanted:
+            continue
+        if "fingerprint" in run.record or _computes_the_same(folder, config):
             found.append(run)
-        elif same is None and run.saved:
+        elif run.saved:
             unknown.append(folder)
     if unknown and not found:
         raise CheckpointError(
-            f"{unknown[0]} holds a run whose {RECORD} and {CONFIG} cannot be read, so it may be the one to resume. Restore one of "
-            "them, move the folder away, or start a new run with resume=never."
+            f"{unknown[0]} may be the run to resume, but cannot be recognized: {record_problem(unknown[0])} Restore it, move the "
+            "folder away, or start a new run with resume=never."
         )
     return found
 
@@ -236,6 +234,17 @@ def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointE
     )
 
 
+def _config_to_resume(folder: Path) -> tuple[TrainConfig, str | None]:
+    """As `read_config`; the error says what else can be done."""
+    try:
+        return read_config(folder)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be resumed, and no checkpoint has a copy of its {CONFIG}: {error} Restore the file, or start a new "
+            "run with resume=never."
+        ) from error
+
+
 def _is_run(folder: Path) -> bool:
     """Whether a folder is a run's, or what is left of one."""
     return (folder / RECORD).is_file() or was_saved(folder) or ((folder / CONFIG).is_file() and _has_trained(folder))
@@ -245,12 +254,12 @@ def _has_trained(folder: Path) -> bool:
     return (folder / METRICS).exists() or (folder / FOLDER).exists()
 
 
-def _computes_the_same(folder: Path, config: TrainConfig) -> bool | None:
-    """Whether the run in a folder has the identity of `config`, by its `config.yaml` alone; None where that cannot be read."""
+def _computes_the_same(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run in a folder has the identity of `config`, as far as its `config.yaml` can be read."""
     try:
         return not _differences(read_config(folder)[0], config)
     except (CheckpointError, ConfigError):
-        return None
+        return False
 
 
 def _differences(run: TrainConfig, config: TrainConfig) -> list[str]:

@@ -87,7 +87,7 @@ def report_damage(found: Candidates, run_dir: Path, record: RunRecord, used: Pat
         log.warning(_instead(found.damaged, used))
     last = record.values.get(LAST_CHECKPOINT)
     there = {step_of(path) for path in (*found.usable, *found.damaged)}
-    if last is not None and last > max(there):
+    if last is not None and last > step_of(used) and last not in there:
         log.warning(
             "%s had a checkpoint of step %s, which is gone: %s is used instead.", run_dir, f"{last:,}", used.name
         )
