@@ -34,24 +34,26 @@ def write_run(folder: Path, config: TrainConfig) -> None:
 
 
 Act = Callable[[Path, random.Random], str]
+Contents = dict[str, dict[str, object]]  # of files, by checkpoint or run file
 
 
-def damage(folder: Path, intact: Path, chance: random.Random) -> str:
-    """Damage one to three parts of a run, which is a copy of `intact`: files or whole checkpoints. Says what was done."""
+def damage(folder: Path, intact: Contents, chance: random.Random) -> str:
+    """Damage one to three parts of a run: files or whole checkpoints. Says what was done."""
     done: list[str] = []
     while not damaged_parts(folder, intact):
         done += [chance.choice(ACTS)(folder, chance) for _ in range(chance.choice((1, 1, 2, 3)))]
     return "; ".join(done)
 
 
-def damaged_parts(folder: Path, intact: Path) -> set[str]:
+def damaged_parts(folder: Path, intact: Contents) -> set[str]:
     """The checkpoints and run files that are not what they were, or are new."""
-    before, now = _contents(intact), _contents(folder)
-    return {name for name in before | now if before.get(name) != now.get(name)}
+    now = contents_of(folder)
+    return {name for name in intact | now if intact.get(name) != now.get(name)}
 
 
-def _contents(folder: Path) -> dict[str, dict[str, object]]:
-    contents: dict[str, dict[str, object]] = {path.name: {} for path in folder.glob("checkpoints/step-*")}
+def contents_of(folder: Path) -> Contents:
+    """What the files of a run's checkpoints, and its `run.json` and `config.yaml`, say."""
+    contents: Contents = {path.name: {} for path in folder.glob("checkpoints/step-*")}
     for file in _files(folder):
         part = file.parent.name if file.parent.name in contents else file.name
         contents.setdefault(part, {})[file.name] = _meaning(file.read_bytes())
