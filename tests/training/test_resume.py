@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clip_exp.checkpoints.discovery import checkpoints
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders, unfinish
 
@@ -46,6 +46,32 @@ def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train
     assert [{k: v for k, v in row.items() if k not in timing} for row in run.metrics] == [
         {k: v for k, v in row.items() if k not in timing} for row in single.metrics
     ]
+
+
+def test_a_damaged_run_is_repaired_and_ends_bitwise_equal_and_a_person_sees_it(
+    single: Finished, command: Run, tmp_path
+) -> None:
+    folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
+    shutil.copytree(single.folder, folder)
+    (folder / "run.json").write_bytes(b"")
+    with (folder / "checkpoints/step-000020/state.json").open("ab") as file:
+        file.write(b"x")
+    result = command("train.py", *RUN, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = (folder / "train.log").read_text()
+    for text in (result.stderr, log):
+        assert "run.json is damaged (it is not JSON from line 1 on): the copy in step-000020 is used instead" in text
+        assert "step-000010 is used:\n  step-000020: state.json has" in text
+    assert result.stderr.count("run.json is damaged") == result.stderr.count("step-000020: state.json has") == 1
+    run = Finished(folder, result.stdout)
+    assert run.losses == single.losses
+    assert run_folders(tmp_path) == [folder]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "damaged-step-000020", "step-000010", "step-000020",
+    ]  # fmt: skip
+    for name, weight in single.weights.items():
+        assert torch.equal(run.weights[name], weight), name
+    assert (run.record["status"], run.record["last_checkpoint_step"]) == ("finished", 20)
 
 
 STRATEGIES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp")
