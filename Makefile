@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint format clean
+.PHONY: help install train test test-all test-gpu lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ test: install ## run the tests that hold every promise once, in ten minutes on t
 
 test-all: install ## also run full-size models, more damaged inputs, and every pair of options
 	$(PYTEST)
+
+test-gpu: install ## run the tests that need a GPU; the others skip them without one
+	$(BIN)/python -m pytest -m gpu
 
 lint: install ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ def make_photographs(folder: Path, side: int, count: int, photographs: list[Path
 
 
 def our_module(table: Path, batch_size: int, steps: int, workers: int) -> PairsDataModule:
-    config = DataConfig(name="csv", train=str(table), num_workers=workers, allow_outside_root=True)
+    config = DataConfig(name="csv", train=str(table), num_workers=workers)
     return PairsDataModule(
         config,
         preprocessing=preprocessing_of(ImageTowerConfig(image_size=SIZE)),

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from clip_exp._version import __version__
 from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.environment import secrets_refused
 from clip_exp.config.load import load_evaluate, load_train, load_use, nearest
 from clip_exp.config.models import translate
 from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, explain, quote
@@ -71,9 +72,10 @@ def run(command: str, arguments: list[str]) -> int:
 
     if code := _guarded(to_hydra):
         return code
-    code = _guarded(
-        lambda: hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name(command))(job)()
-    )
+    with secrets_refused():
+        code = _guarded(
+            lambda: hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name(command))(job)()
+        )
     return next((c for c in codes if c), 0) or code
 
 

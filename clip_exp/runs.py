@@ -1,8 +1,10 @@
 """Run folders: made exclusively, described by `run.json` and `metrics.csv`, free of secrets."""
 
 import csv
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,13 +29,21 @@ TYPES: dict[str, Any] = {  # of what is read again from `run.json`
     "fingerprint": str, "config_sha256": str, "start": str, "status": str, "argv": list, "resumed": list, "pretrained": dict | str,
     LAST_CHECKPOINT: int | None,
 }  # fmt: skip
+MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
 COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, without secrets."""
-    with storage.atomic_file(path) as temporary:
-        temporary.write_text(redact(text), encoding="utf-8")
+    """Write a file whole or not at all, without secrets.
+
+    Raises:
+        CheckpointError: the disk is full, or the file cannot be written.
+    """
+    try:
+        with storage.atomic_file(path) as temporary:
+            temporary.write_text(redact(text), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -41,9 +51,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def name_problems(name: str) -> Iterator[str]:
-    """What is wrong with the name of a run, which is one of a folder."""
-    if not name or "/" in name or name.startswith("."):
-        yield f"name={name!r} must be a plain folder name."
+    """Yield what is wrong with the name of a run, which is one of a folder."""
+    size = len(name.encode("utf-8", errors="replace"))
+    if size > MAX_NAME:
+        yield f"name={name[:20]!r}… has {size} bytes, and a folder's name may have {MAX_NAME}: give a shorter one (name=…)."
+    elif not name or "/" in name or name.startswith(".") or not name.isprintable():
+        yield f"name={name!r} must be a plain folder name, of printable characters and without slashes (name=…)."
 
 
 def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: str = "") -> Path:
@@ -164,6 +177,29 @@ def _run_copies(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return copies
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse to write into a run folder that holds a link: what is written there would go through it.
+
+    The folder itself may be one, as may its parents. wandb's own folder has links, which wandb replaces.
+
+    Raises:
+        CheckpointError: there is a link, or a pipe or a device, which would block whoever opens it.
+    """
+    folders = [str(folder)]
+    while folders:
+        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:  # another process may be removing files
+            for entry in entries:
+                if entry.is_symlink():
+                    raise CheckpointError(
+                        f"{entry.path} is a link, and nothing is written through links in a run folder: put the file or folder "
+                        "itself there, or remove the link."
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [entry.path] if entry.name != "wandb" else []
+                elif not entry.is_file(follow_symlinks=False):
+                    raise CheckpointError(f"{entry.path} is neither a file nor a folder: remove it.")
+
+
 class RunRecord:
     """`run.json`: who started what, where, with which versions, and how it ended."""
 
@@ -181,29 +217,33 @@ class RunRecord:
             self.values.setdefault("resumed", []).append({"time": _now(), "argv": arguments, **values})
         else:
             self.values = {"argv": arguments, "start": _now(), **provenance(), **values}
-        self.update(status="running", end=None, **(current or {}))
+        self.values.update(status="running", end=None, **(current or {}))
+        write_text(self.path, self._text())
 
     def update(self, **values: Any) -> None:
+        """Note facts. A full disk does not end the work for it: what cannot be written is written with the next facts."""
         self.values.update(values)
-        write_text(self.path, json.dumps(storage.sealed(self._plain()), indent=2) + "\n")
+        text = self._text()
+        try:
+            write_text(self.path, text)
+        except CheckpointError as error:
+            if not _overwrite(self.path, text, error.__cause__):
+                log.warning("%s", error)
 
     def finish(self, status: str, **values: Any) -> None:
-        """`status`: finished, failed or preempted."""
+        """Note the end; the error of an earlier one is dropped.
+
+        Args:
+            status: finished, failed or preempted.
+        """
+        self.values = {key: value for key, value in self.values.items() if key not in ("error", "exit_code")}
         self.update(status=status, end=_now(), **values)
 
     def acknowledge(self, step: int) -> None:
-        """Note for good that the checkpoint of `step` is on the disk; the rows of `metrics.csv` before it then are, too.
-
-        Raises:
-            CheckpointError: it cannot be noted.
-        """
-        metrics = self.path.with_name(METRICS)
-        try:
-            if metrics.is_file():
-                storage.sync(metrics)
-            self.update(**{LAST_CHECKPOINT: step})
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+        """Note that the checkpoint of `step` is on the disk, as the rows of `metrics.csv` before it then are, too."""
+        with suppress(OSError):  # there are no rows yet, or there is no room for them
+            storage.sync(self.path.with_name(METRICS))
+        self.update(**{LAST_CHECKPOINT: step})
 
     def run_copy(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, so that this record and `config.yaml` can be restored from it."""
@@ -215,6 +255,28 @@ class RunRecord:
         values: dict[str, Any] = json.loads(redact(json.dumps(self.values, default=str)))
         return values
 
+    def _text(self) -> str:
+        return json.dumps(storage.sealed(self._plain()), indent=2) + "\n"
+
+
+def _overwrite(path: Path, text: str, problem: BaseException | None) -> bool:
+    """Write a text into the blocks that a file has already, where the disk is full; return whether it could be done.
+
+    A loss of power meanwhile may damage the file, but a run that a full disk ends would be `running` forever.
+    """
+    if not isinstance(problem, OSError) or problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return False
+    data = redact(text).encode()
+    try:
+        with path.open("r+b", buffering=0) as file:
+            about = os.fstat(file.fileno())
+            if len(data) > about.st_blocks * 512:
+                return False
+            file.write(data.ljust(about.st_size, b"\n"))
+    except OSError:
+        return False
+    return True
+
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
@@ -224,10 +286,11 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process holds it.
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or has links (`refuse_links`).
     """
     with ExitStack() as stack:
         try:
+            refuse_links(folder)
             stack.enter_context(storage.lock(folder / ".lock", on_no_locks=_warn_of_no_locks))
         except storage.InUse as error:
             raise ConfigError(
@@ -243,9 +306,10 @@ def lock(folder: Path) -> Iterator[None]:
 def is_free(folder: Path) -> bool:
     """Return whether no living process holds the folder; False also where the file system has no locks, which could tell."""
     try:
+        refuse_links(folder)
         with storage.lock(folder / ".lock", on_no_locks=lambda *_: None) as held:
             return held
-    except (storage.InUse, OSError):
+    except (storage.InUse, OSError, CheckpointError):
         return False
 
 

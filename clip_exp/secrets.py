@@ -1,11 +1,27 @@
-"""Keeping secrets out of what a run leaves behind."""
+"""Keeping secrets out of what a run leaves behind.
+
+An interpolation of a variable that is named like a secret is refused by its name, whatever its value looks like. Values are
+searched for only where they look like secrets: a run's files are also text in which an ordinary word must stay.
+"""
 
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
-SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+WORDS = frozenset(
+    {
+        "APIKEY", "AUTH", "CREDENTIAL", "CREDENTIALS", "DSN", "JWT", "KEY", "KEYS", "PASS", "PASSPHRASE", "PASSWD", "PASSWORD",
+        "PASSWORDS", "PAT", "PRIVATE", "PWD", "SECRET", "SECRETS", "TOKEN", "TOKENS", "WEBHOOK",
+    }
+)  # fmt: skip
+OFTEN_HARMLESS = frozenset({"AUTH", "KEY", "KEYS", "PASS", "PRIVATE", "TOKEN", "TOKENS"})  # IMAGE_KEY=filepath
+WORD_ENDS = ("APIKEY", "PASSPHRASE", "PASSWD", "PASSWORD")  # PGPASSWORD is one word
+PLACES = frozenset(
+    {"DIR", "FILE", "FOLDER", "HOME", "PATH", "ROOT", "SOCK"}
+)  # last word of a variable that holds a path
+NO_SECRETS = frozenset({"PWD", "OLDPWD"})  # the shell's folders
+PLAIN_KEYS = frozenset({"KEYS", "PASS", "PRIVATE", "TOKENS"})  # also arguments of callbacks: ignore_keys, num_tokens
 OPEN_NODES = (
     "callbacks.extra.",
     "logger.extra.",
@@ -23,13 +39,39 @@ def redact(text: str) -> str:
     return URL_CREDENTIALS.sub(r"\1***@", text)
 
 
+def names_secret(name: str) -> bool:
+    """Return whether a variable's name has a word such as KEY or TOKEN between its underscores."""
+    return name.upper() not in NO_SECRETS and bool(_secret_words(name))
+
+
 def secret_values() -> dict[str, str]:
-    """The environment variables that hold secrets, by name: words and paths are none, whatever their variable is called."""
-    return {name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and _looks_secret(value)}
+    """Return the environment variables that hold secrets, by name, the longest first.
+
+    Words and paths are none, whatever their variable is called. Of two values of which one is part of the other, the longer must
+    be replaced first.
+    """
+    found = {name: value for name, value in os.environ.items() if names_secret(name) and _looks_secret(name, value)}
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
-def _looks_secret(value: str) -> bool:
-    return len(value) >= SHORTEST and "/" not in value[:1] and any(c.isdigit() for c in value)
+def _words(name: str) -> list[str]:
+    """`GITHUB_TOKEN2` -> GITHUB, TOKEN."""
+    return [word.rstrip("0123456789") for word in re.split(r"[^A-Z0-9]+", name.upper())]
+
+
+def _secret_words(name: str) -> set[str]:
+    return {word for word in _words(name) if word in WORDS or word.endswith(WORD_ENDS)}
+
+
+def _looks_secret(name: str, value: str) -> bool:
+    if len(value) < SHORTEST or _words(name)[-1] in PLACES:
+        return False
+    if value.startswith("/") and os.path.lexists(value):  # base64 may begin with a slash, too
+        return False
+    if any(c.isdigit() for c in value):
+        return True
+    a_word = value.replace("_", "").isalpha() and (value.islower() or value.isupper())
+    return not a_word and not _secret_words(name) <= OFTEN_HARMLESS
 
 
 def leaks(values: Any, key: str = "") -> Iterator[str]:
@@ -46,7 +88,7 @@ def leaks(values: Any, key: str = "") -> Iterator[str]:
         for value in values:
             yield from leaks(value, key)
     elif isinstance(values, str):
-        if key.startswith(OPEN_NODES) and SECRET_NAME.search(key.rpartition(".")[2]):
+        if key.startswith(OPEN_NODES) and _words(key)[-1] in WORDS - PLAIN_KEYS:
             yield f"{key} would be kept in the run's folder: give it through the environment."
         if URL_CREDENTIALS.search(values):
             yield f"{key} holds the credentials of an address, and a run's folder keeps its configuration: give them another way."

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -25,14 +26,24 @@ from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that stands for one which Git LFS has not fetched
 TEMPORARY = ".writing-"  # first part of every temporary name
 REPLACED = ".old"  # last part of the name of a folder that is being replaced
 SEAL = "sha256"  # key of a JSON object under which a hash of its other values stands
 LARGEST_JSON = 256 * 2**20  # bytes; the descriptions that a run keeps have thousands
 REPORT_AFTER_S = 1.0  # a shorter wait for a lock is not worth a message
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in the texts of errors of safetensors and tokenizers
 REOPEN_S = 0.2  # enough to open a lock's file again that its last holder removed in between
 # What locking a file reports on file systems without locks: Lustre mounted without `flock`, some NFS and FUSE mounts.
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """Return an error as the one of the system that it is, or that a library written in Rust has put into words; None for others."""
+    if isinstance(error, OSError):
+        return error
+    number = RUST_ERROR.search(str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 class InUse(Exception):

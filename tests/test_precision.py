@@ -13,7 +13,7 @@ from clip_exp.evaluation.prepared import RetrievalTask
 from clip_exp.evaluation.subject import Subject
 from clip_exp.inference.pipeline import Pipeline
 from clip_exp.models import build_model
-from clip_exp.precision import benchmarks_convolutions, exact_float32
+from clip_exp.precision import benchmarks_convolutions, exact_float32, inference_precision, training_precision
 from clip_exp.reports.results import Result
 from clip_exp.text.build import build_tokenizer
 from tests.compose import train_config
@@ -121,3 +121,10 @@ def test_cudnn_times_the_algorithms_of_convolutional_towers_alone(overrides: lis
     assert benchmarks_convolutions(tower, "cuda", deterministic=False) is convolutional
     assert not benchmarks_convolutions(tower, "cuda", deterministic=True)
     assert not benchmarks_convolutions(tower, "cpu", deterministic=False)
+
+
+def test_a_gpu_that_only_emulates_bf16_computes_in_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 or a V100 takes bf16 and is slow in it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert training_precision("auto", "cuda") == "16-mixed"
+    assert inference_precision("auto", "cuda") == "32-true"

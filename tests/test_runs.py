@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,57 @@ def test_a_resume_that_names_nothing_is_refused(tmp_path) -> None:
         choose(train_config(f"output_dir={tmp_path}", f"resume={tmp_path}/none"))
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let every file that is written anew fail with a number of the system's errors."""
+
+    def fail_with(number: int) -> None:
+        def write(path: Path, text: str, **options: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "write_text", write)
+
+    return fail_with
+
+
+def test_a_start_that_cannot_be_recorded_is_a_storage_error(tmp_path, full_disk) -> None:
+    full_disk(errno.ENOSPC)
+    with pytest.raises(CheckpointError, match=r"run\.json cannot be written: No space left on device"):
+        runs.RunRecord(tmp_path).start([])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_a_run_is_recorded_on_a_full_disk(tmp_path, full_disk) -> None:
+    record = runs.RunRecord(tmp_path)
+    record.start([])
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        full_disk(number)
+        record.finish("failed", error=[os.strerror(number)], exit_code=4)
+        noted = json.loads((tmp_path / "run.json").read_text())
+        assert (noted["status"], noted["error"], noted["exit_code"]) == ("failed", [os.strerror(number)], 4)
+    record.finish("finished")
+    assert "error" not in json.loads((tmp_path / "run.json").read_text()), "what is shorter is written whole, too"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_facts_that_cannot_be_recorded_cost_a_warning(number: int, tmp_path, full_disk, caplog) -> None:
+    record = runs.RunRecord(tmp_path)
+    record.start([])
+    before = (tmp_path / "run.json").read_text()
+    full_disk(number)
+    record.update(facts="x " * 10_000)  # more than the file's blocks hold
+    assert "run.json cannot be written" in caplog.text
+    assert (tmp_path / "run.json").read_text() == before
+
+
+def test_a_later_success_drops_the_error_of_before(tmp_path) -> None:
+    runs.RunRecord(tmp_path).start([])
+    runs.RunRecord(tmp_path).finish("failed", error=["no room"], exit_code=4)
+    runs.RunRecord(tmp_path).start([])
+    runs.RunRecord(tmp_path).finish("finished")
+    assert {"error", "exit_code"}.isdisjoint(runs.RunRecord(tmp_path).values)
+
+
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path) -> None:
     with runs.lock(tmp_path), pytest.raises(ConfigError, match="is in use by process"), runs.lock(tmp_path):
         raise AssertionError("locked twice")
@@ -141,6 +194,42 @@ def test_a_lock_that_another_process_holds_is_no_missing_lock(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(ConfigError, match="is in use by another process"), runs.lock(tmp_path):
         raise AssertionError("locked twice")
+
+
+WRITTEN = [
+    ".lock", "train.log", "metrics.csv", "run.json", "config.yaml", "summary.json", "report.html", "bad_samples.csv", "checkpoints",
+    "eval", "wandb", "tensorboard", "checkpoints/step-000010", "eval/auto.json", "tensorboard/version_0/hparams.yaml",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("target", ["file", "folder", "nothing"])
+def test_nothing_is_written_through_a_link_in_a_run_folder(written: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("theirs")
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "run" / written
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(CheckpointError, match=rf"{link} is a link, .* remove the link"), runs.lock(tmp_path / "run"):
+        raise AssertionError("locked")
+    assert (tmp_path / "file").read_text() == "theirs"
+    assert list((tmp_path / "folder").iterdir()) == []
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_pipe_in_a_run_folder_is_refused_before_it_blocks(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.log")
+    with pytest.raises(CheckpointError, match=r"train\.log is neither a file nor a folder"), runs.lock(tmp_path):
+        raise AssertionError("locked")
+
+
+def test_a_run_folder_may_be_a_link_and_so_may_its_parents_and_wandbs_own_links_stay(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "run" / "wandb" / "run-1").mkdir(parents=True)
+    (tmp_path / "disk" / "run" / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "outputs").symlink_to("disk")
+    (tmp_path / "disk" / "alias").symlink_to("run")
+    with runs.lock(tmp_path / "outputs" / "alias"):
+        assert (tmp_path / "disk" / "run" / ".lock").is_file()
 
 
 def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path) -> None:

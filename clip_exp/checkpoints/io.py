@@ -47,7 +47,8 @@ class SafeCheckpointIO(CheckpointIO):
         _require_finite(weights, Path(path))
         averaged = state.pop(EMA_KEY, None)
         tree, tensors = split(state)
-        with atomic_checkpoint(Path(path), {"step": checkpoint.get("global_step"), **self.metadata}) as folder:
+        size = sum(tensor.nbytes for part in (weights, tensors, averaged or {}) for tensor in part.values())
+        with atomic_checkpoint(Path(path), {"step": checkpoint.get("global_step"), **self.metadata}, size) as folder:
             save_file(weights, folder / WEIGHTS)
             save_file(tensors, folder / TENSORS)
             if averaged is not None:

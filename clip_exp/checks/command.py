@@ -1,8 +1,8 @@
 """`clip-exp check-data`: what one must know of a data set before spending days of computing on it."""
 
 import json
-import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from clip_exp.config.model_rules import check_model
 from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.reports.origin import python
+from clip_exp.reports.origin import command_line
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
+from clip_exp.secrets import leaks
 
 ONLY_HERE = ("name", "output_dir", "decode", "max_pictures", "max_leakage", "num_workers", "format")  # keys
 
@@ -31,7 +32,12 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
         DataError: a table that cannot be read; or, when all is written and printed, more of the data is bad than
             `data.max_bad_fraction`, or more of it leaks than `max_leakage`.
     """
-    problems = [*_problems(config), *check_model(config.model), *preflight.check_data(config.data)]
+    problems = [
+        *_problems(config),
+        *check_model(config.model),
+        *preflight.check_data(config.data),
+        *leaks(asdict(config)),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     splits = open_splits(config.data, Path(config.output_dir))
@@ -43,7 +49,7 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
     from clip_exp.checks.check import run
 
     try:
-        report, verdicts = run(splits, config, folder, shlex.join(["clip-exp", "check-data", *arguments]))
+        report, verdicts = run(splits, config, folder, command_line("check-data", arguments))
     except BaseException as error:
         record.finish("failed", error=str(error).splitlines()[:20])
         raise
@@ -81,4 +87,4 @@ def _next_command(report: dict[str, Any], arguments: list[str]) -> str:
         "loss.same_caption": "loss.same_caption=positive" if "equal_captions" in subjects else None,
     }
     kept += [text for key, text in advice.items() if text is not None and key not in given]
-    return shlex.join([*python().split(), "train.py", *kept])
+    return command_line("train", kept)

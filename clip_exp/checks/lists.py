@@ -1,6 +1,5 @@
 """Complete lists beside the report: what is to be repaired or removed, a row for each."""
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from clip_exp.checks.describe import Equalities
 from clip_exp.checks.duplicates import equal_groups
 from clip_exp.checks.scanned import Scanned
+from clip_exp.spreadsheets import TextWriter
 from clip_exp.storage import atomic_file
 
 
@@ -56,6 +56,6 @@ def _write(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
         atomic_file(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
+        writer = TextWriter(file)
         writer.writerow(header)
         writer.writerows(rows)

@@ -1,13 +1,12 @@
 """A split as it was read: records of its rows and pictures, and its bad pictures written down as they come."""
 
-import csv
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from clip_exp.checks.splits import VAL, Split
 from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.data.files import ImageLimits, kind_of
 from clip_exp.data.transforms import preprocessing_of
+from clip_exp.spreadsheets import TextWriter
 from clip_exp.text.build import Tokenizes
 
 UNCUT = 1 << 20  # tokens; more than the longest caption that a table may have
@@ -45,7 +45,7 @@ class BadPictures:
     """Bad pictures of a split, by kind of reason; each is appended to a CSV file."""
 
     split: Split
-    writer: Any  # of csv
+    writer: TextWriter
     kinds: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[BadExample]] = field(default_factory=dict)  # the first of each kind
 
@@ -59,10 +59,10 @@ class BadPictures:
 
 
 @contextmanager
-def bad_samples_file(path: Path) -> Iterator[Any]:
+def bad_samples_file(path: Path) -> Iterator[TextWriter]:
     """A CSV writer to `path`; its first two columns are those of a training's `bad_samples.csv`."""
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = TextWriter(file)
         writer.writerow(["path", "reason", "split", "where"])
         yield writer
 
@@ -104,7 +104,7 @@ class Scanned:
 
 
 def scan_split(
-    split: Split, config: CheckDataConfig, vocabulary: Vocabulary, workers: int, bad_samples: Any
+    split: Split, config: CheckDataConfig, vocabulary: Vocabulary, workers: int, bad_samples: TextWriter
 ) -> Scanned:
     """Read all captions of a split and all its pictures, or a sample of them."""
     row_scan = RowScan(split, *vocabulary)

@@ -15,7 +15,7 @@ WORTH_TELLING = 0.01  # share of pictures or captions
 MUCH_LARGER = 4  # times the model's input, from where decoding is most of the loader's work
 REMEDIES = {  # where most bad pictures are of one kind
     NO_SUCH_FILE: "Set data.image_root to the folder that relative paths start from",
-    OUTSIDE_ROOT: "Set data.image_root to a folder that holds them, or data.allow_outside_root=true",
+    OUTSIDE_ROOT: "Correct the relative paths that leave data.image_root by `..`, or set data.allow_outside_root=true",
     TOO_MANY_BYTES: "Raise data.max_image_bytes",
     TOO_MANY_PIXELS: "Raise data.max_image_pixels",
     NOT_ALLOWED: "Add their formats to data.image_formats",

@@ -104,6 +104,6 @@ class DataConfig:
     max_image_pixels: int = 40_000_000  # larger pictures are refused from their header
     max_image_bytes: int = 67_108_864  # larger files are refused unread
     image_formats: list[str] = field(default_factory=lambda: ["JPEG", "PNG", "WEBP", "GIF", "BMP"])  # Pillow's names
-    allow_outside_root: bool = False  # read pictures whose path, `..` or link leaves `image_root`
+    allow_outside_root: bool = False  # read images whose relative path leaves `image_root` by `..`
     allow_changed: bool = False  # go on from a checkpoint though the data is no longer what it was
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

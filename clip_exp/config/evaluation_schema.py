@@ -57,6 +57,7 @@ class LabeledDataConfig:
     split: str | None = None  # of `generate` and `torchvision`; null: the held-out one
     download: bool = False  # let torchvision fetch what is missing
     image_root: str | None = None
+    allow_outside_root: bool = False  # read images of a table whose relative path leaves `image_root` by `..`
     image_key: str = "filepath"
     label_key: str = "label"
     separator: str = "auto"
@@ -88,6 +89,7 @@ class RetrievalTaskConfig:
     kind: TaskKind = TaskKind.retrieval
     table: Any = MISSING  # a table with `image_key` and `caption_key`, shards, a pattern, or a list of them
     image_root: str | None = None
+    allow_outside_root: bool = False  # read images of a table whose relative path leaves `image_root` by `..`
     image_key: str = "filepath"
     caption_key: str = "title"
     separator: str = "auto"

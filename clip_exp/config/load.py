@@ -7,6 +7,7 @@ It does not refuse `+key=…`, and cannot type a node whose class depends on its
 import dataclasses
 import difflib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.environment import secrets_refused
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.schema import (
     AdamConfig,
@@ -26,6 +28,7 @@ from clip_exp.config.schema import (
     TrainConfig,
 )
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.secrets import OPEN_NODES, redact
 
 T = TypeVar("T")
 MAX_YAML = 1_000_000  # bytes of a run's configuration, which has ten thousand
@@ -37,6 +40,11 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "timm.optim.Lion": LionConfig,
 }
 DEFAULT_EPOCHS = 30.0
+PATH_KEYS = {  # last parts of keys whose texts are paths of this machine; `pretrained` has names of its own for what is elsewhere
+    "output_dir", "resume", "run", "ckpt", "output", "copy_to", "index", "images", "image", "table", "train", "val", "path", "root",
+    "image_root", "ground_truth", "baseline_weights",
+}  # fmt: skip
+ADDRESS = re.compile(r"[A-Za-z][\w+.:-]*://")
 EXPLAINED = {  # keys of other frameworks that have no counterpart of the same meaning
     "accumulate_grad_batches": (
         "a contrastive loss would not see more negatives. Raise global_batch_size and set micro_batch_size: the same memory, "
@@ -90,7 +98,7 @@ def load_train(config: DictConfig) -> TrainConfig:
     Raises:
         ConfigError: unknown keys, missing values, wrong types; all that were found, a line each.
     """
-    loaded = strict_dataclass(TrainConfig, _resolve(config))
+    loaded = strict_dataclass(TrainConfig, _local(_resolve(config)))
     loaded.optimizer = _optimizer(loaded.optimizer or {})
     if loaded.max_steps is None and loaded.epochs is None:
         loaded.epochs = DEFAULT_EPOCHS
@@ -99,7 +107,7 @@ def load_train(config: DictConfig) -> TrainConfig:
 
 def load_evaluate(config: DictConfig) -> EvaluateConfig:
     """The typed configuration of an evaluation; its tasks stay mappings, which `evaluation.tasks` types and finds complete."""
-    values = _resolve(config, throw_on_missing=False)
+    values = _local(_resolve(config, throw_on_missing=False))
     tasks = values.pop("task", {})
     loaded = strict_dataclass(EvaluateConfig, values)
     loaded.task = tasks or {}
@@ -108,7 +116,7 @@ def load_evaluate(config: DictConfig) -> EvaluateConfig:
 
 def load_use(config: DictConfig, cls: type[T]) -> T:
     """The typed configuration of predict, rank, search or export."""
-    return strict_dataclass(cls, _resolve(config))
+    return strict_dataclass(cls, _local(_resolve(config)))
 
 
 def read_run_config(run_dir: Path | str) -> TrainConfig:
@@ -217,18 +225,49 @@ def plain(value: Any) -> Any:
 
 def _resolve(config: DictConfig, throw_on_missing: bool = True) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=throw_on_missing, enum_to_str=True)  # type: ignore[return-value]
+        with secrets_refused():
+            return OmegaConf.to_container(config, resolve=True, throw_on_missing=throw_on_missing, enum_to_str=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
             missing = sorted(_missing_keys(OmegaConf.to_container(config)))
             raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing)) from None
-        if (told := _from_resolver(error)) is not None:
+        if (told := from_resolver(error)) is not None:
             raise told from None
         raise ConfigError(f"{error.full_key or error.key}: {str(error).splitlines()[0]}") from None
 
 
-def _from_resolver(error: BaseException | None) -> ConfigError | None:
-    """The sentence of a resolver of ours (`config.open_clip`), which OmegaConf wraps."""
+def _local(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose paths are of this machine.
+
+    Raises:
+        ConfigError: some are addresses (s3://bucket/folder), a line each.
+    """
+    if problems := list(_addresses(values)):
+        raise ConfigError("\n".join(problems))
+    return values
+
+
+def _addresses(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _addresses(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _addresses(item, key)
+    elif isinstance(value, str) and ADDRESS.match(value) and _is_path_key(key):
+        local = value.removeprefix("file://") if value.startswith("file:///") else "/local/path"
+        yield (
+            f"{key}={redact(value)} is an address, and only local files are read and written: download or mount what is there, and "
+            f"give {key}={local}."
+        )
+
+
+def _is_path_key(key: str) -> bool:
+    return key.rpartition(".")[2] in PATH_KEYS and not key.startswith(OPEN_NODES)  # where classes of others take them
+
+
+def from_resolver(error: BaseException | None) -> ConfigError | None:
+    """Return the error of a resolver of ours (`config.open_clip`, `config.environment`), which OmegaConf wraps."""
     while error is not None and not isinstance(error, ConfigError):
         error = error.__cause__ or error.__context__
     return error

@@ -9,12 +9,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_exp.config.load import nearest, unknown_key
+from clip_exp.config.load import from_resolver, nearest, unknown_key
 from clip_exp.config.models import names
 from clip_exp.config.paths import conf_dir, options
 from clip_exp.errors import ConfigError
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
+RERUN_FLAG = "--experimental-rerun"
 ALWAYS_CHOSEN = [
     "model",
     "data",
@@ -49,12 +50,18 @@ def quote(arguments: list[str]) -> list[str]:
 def check_groups(arguments: list[str]) -> None:
     """Refuse `optimizer=null` and `optimizer=3`, for which Hydra has no words. Names are left to it: they may be the user's own.
 
+    Its flag that unpickles a file, which runs what is in it, is refused too, also as argparse lets it be abbreviated.
+
     Raises:
-        ConfigError: a line for every group that is given no name of an option.
+        ConfigError: a line for every group that is given no name of an option, and for the flag.
     """
     problems = []
     for argument in arguments:
         group, equals, value = argument.partition("=")
+        if len(group) > len("--") and RERUN_FLAG.startswith(group):
+            problems.append(
+                f"{RERUN_FLAG} is refused: it runs code from the file. Give the overrides of that run instead."
+            )
         if equals and group in ALWAYS_CHOSEN and re.fullmatch(r"(null)?|[\d.+-]+", value.strip("[] ")):
             problems.append(f"{group}={value} is no option: {nearest(value, options(group))}")
     if problems:
@@ -103,6 +110,8 @@ def explain(error: BaseException) -> str | None:
         return f"{error.filename} may not be read or written by you: change its permissions, or name another."
     chain = list(_causes(error))
     for cause in chain:
+        if isinstance(cause, OmegaConfBaseException) and (refused := from_resolver(cause)) is not None:
+            return str(refused)
         if isinstance(cause, OverrideParseException):
             return f"cannot read the override {cause.override}: write key=value, and quote odd values: \"key='value'\"."
         if isinstance(cause, MissingConfigException):

@@ -160,6 +160,7 @@ class CallbacksConfig:
     progress: str = "auto"  # auto (a bar on a terminal, lines elsewhere), bar, lines, none
     ema_decay: float | None = None  # keep an exponential moving average of the weights
     ema_every_n_steps: int = 1
+    save_retry_s: float = 300.0  # how long the last save (at the end, or after a signal) is retried where it fails
     extra: dict[str, Any] = field(default_factory=dict)  # name: {_target_: lightning callback, …}
 
 

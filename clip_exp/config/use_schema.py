@@ -67,6 +67,7 @@ class SearchConfig(UseConfig):
     images: Any = None  # what to put into it: as in predict
     table: Any = None  # or a CSV with a column of paths, or a list of them
     image_root: str | None = None  # where relative paths of the table start from; null: its folder
+    allow_outside_root: bool = False  # index images of the table whose relative path leaves `image_root` by `..`
     image_key: str = "filepath"
     separator: str = "auto"
     encoding: str = "auto"

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from clip_exp.data.batches import BadPicture
 from clip_exp.data.files import kind_of
 from clip_exp.errors import DataError
+from clip_exp.spreadsheets import TextWriter, original
 from clip_exp.storage import lock
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class BadSamples:
             rows: list[tuple[str, str]] = [] if self._read_bytes else [HEADER]
             rows += [(path, self._mark + reason) for path, reason in new.items() if path not in self.reasons]
             buffer = io.StringIO()
-            csv.writer(buffer, lineterminator="\n").writerows(rows)
+            TextWriter(buffer).writerows(rows)
             if _is_cut(stream, self._read_bytes):
                 stream.write(b"\n")
             stream.write(buffer.getvalue().encode("utf-8", errors="backslashreplace"))
@@ -112,7 +113,7 @@ class BadSamples:
         self._read_bytes = stream.tell()
         for record in csv.reader(io.StringIO(text, newline="")):
             if len(record) == 2 and tuple(record) != HEADER and record[1].startswith(VALIDATION) == bool(self._mark):
-                self.reasons.setdefault(record[0], record[1].removeprefix(self._mark))
+                self.reasons.setdefault(original(record[0]), record[1].removeprefix(self._mark))
 
     def _check(self) -> None:
         if len(self.reasons) <= self._max_fraction * self._pictures:
@@ -132,8 +133,8 @@ def _alone(file: Path) -> AbstractContextManager[bool]:
 
 
 def _writable(path: str) -> str:
-    """A name that the file gives back: no half of a surrogate pair, no carriage return, which Python's CSV writer does not quote."""
-    return path.encode("utf-8", errors="backslashreplace").decode().replace("\r", "\\r")
+    """Return a name that the file gives back: no half of a surrogate pair."""
+    return path.encode("utf-8", errors="backslashreplace").decode()
 
 
 def _is_cut(stream: BinaryIO, size: int) -> bool:

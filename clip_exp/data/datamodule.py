@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -175,7 +174,6 @@ class PairsDataModule(LightningDataModule):
         loader = self._loader(dataset, sampler, collate, sampler.local_batch_size)
         if group.is_main() and (shortage := loader.shortage("data.num_workers")):
             log.warning(shortage)
-            print(f"warning: {shortage}", file=sys.stderr, flush=True)
         self._train_loader = TimedLoader(loader)
         return self._train_loader
 

@@ -8,7 +8,6 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from clip_exp.config.data_schema import DataConfig
@@ -54,7 +53,7 @@ class ImageLimits:
         max_pixels: width times height; judged from the header, before any pixel is decoded.
         max_bytes: of the file; judged before it is read.
         formats: Pillow's names.
-        outside_root: whether a picture may lie outside its table's root.
+        outside_root: whether a relative path of a table may leave its root by `..`.
     """
 
     max_pixels: int = 40_000_000
@@ -69,30 +68,52 @@ class ImageLimits:
         )
 
 
-def read_file(path: str | Path, limits: ImageLimits, root: Path | None = None) -> bytearray:
-    """The bytes of a regular file; a pipe or a device is refused without waiting for it.
+def read_file(path: str | Path, limits: ImageLimits) -> bytearray:
+    """Return the bytes of a regular file; a pipe or a device is refused without waiting for it. Links are followed.
 
-    Args:
-        root: the folder that the file must lie in once links are followed, unless the limits allow others; None: anywhere.
+    Every image that a command opens by its path is read here: no message has a byte of the file.
 
     Raises: BadImage with the reason.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadImage(_unopened(error)) from error
+        raise BadImage(unopened(error)) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise BadImage(f"{NOT_A_FILE}: {_UNLIKE_FILES.get(stat.S_IFMT(status.st_mode), 'something else')}")
-        if root is not None and not limits.outside_root:
-            _check_inside(descriptor, path, root)
         _check_size(status.st_size, limits)
         return _read(descriptor, status.st_size)
     except OSError as error:
-        raise BadImage(_unopened(error)) from error
+        raise BadImage(unopened(error)) from error
     finally:
         os.close(descriptor)
+
+
+def leaves_root(path: str) -> bool:
+    """Return whether a relative path leaves the folder that it starts from by `..`, if only for a part of the way.
+
+    Judged by its text: an absolute path is meant as it is, and so is where a link in the folder leads.
+    """
+    if os.path.isabs(path):
+        return False
+    depth = 0
+    for part in path.split("/"):
+        depth += -1 if part == ".." else part not in ("", ".")
+        if depth < 0:
+            return True
+    return False
+
+
+def read_below(root: Path, path: str, limits: ImageLimits) -> bytearray:
+    """`read_file` of a path as a table has it, which starts from `root` if it is relative.
+
+    Raises: BadImage with the reason.
+    """
+    if not limits.outside_root and leaves_root(path):
+        raise BadImage(f"{OUTSIDE_ROOT}: its path leaves it by `..`; to allow that, set allow_outside_root=true")
+    return read_file(root / path, limits)
 
 
 def read_member(shard: Path, offset: int, size: int, limits: ImageLimits) -> bytearray:
@@ -106,7 +127,7 @@ def read_member(shard: Path, offset: int, size: int, limits: ImageLimits) -> byt
             file.seek(offset)
             return _read(file.fileno(), size)
     except OSError as error:
-        raise BadImage(_unopened(error)) from error
+        raise BadImage(unopened(error)) from error
 
 
 def kind_of(reason: str) -> str:
@@ -119,36 +140,14 @@ def reason_of(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 
-def _unopened(error: Exception) -> str:
+def unopened(error: Exception) -> str:
+    """Return the reason for an error of opening or reading a file."""
     number = getattr(error, "errno", None)
     if number in _MISSING:
         return NO_SUCH_FILE
     if number == errno.ENXIO:
         return f"{NOT_A_FILE}: {_UNLIKE_FILES[stat.S_IFSOCK]}"
     return f"{CANNOT_OPEN}: {reason_of(error)}"
-
-
-def _check_inside(descriptor: int, path: str | Path, root: Path) -> None:
-    """Judges what was opened, so that a link which changes meanwhile gains nothing."""
-    place = _place(descriptor, path)
-    if not place.startswith(_real_root(os.path.abspath(root))):
-        raise BadImage(
-            f"{OUTSIDE_ROOT}: it is {place}; set data.image_root to a folder that holds it, or data.allow_outside_root=true"
-        )
-
-
-def _place(descriptor: int, path: str | Path) -> str:
-    """The path of an open file, free of links."""
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:  # only Linux has it
-        return os.path.realpath(path)
-
-
-@lru_cache(maxsize=1024)
-def _real_root(root: str) -> str:
-    """Ends with a separator: `/data/pictures2` is not below `/data/pictures`."""
-    return os.path.join(os.path.realpath(root), "")
 
 
 def _check_size(size: int, limits: ImageLimits) -> None:

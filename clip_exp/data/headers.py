@@ -20,7 +20,9 @@ from clip_exp.data.files import (
     BadImage,
     ImageLimits,
     reason_of,
+    unopened,
 )
+from clip_exp.storage import LFS_POINTER
 
 JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind it
 ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -30,7 +32,7 @@ _SCAN = re.compile(b"\xff\xda")
 _MAX_SCANS = 100
 _MAX_READS = 1_000_000
 _COUNTED_BYTES = 1 << 20
-_SHOWN_BYTES = 24
+_GUESSED_BYTES = 64
 
 
 class _Bytes(BytesIO):
@@ -58,7 +60,7 @@ def open_picture(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
     except Image.DecompressionBombError as error:
         raise BadImage(f"{TOO_MANY_PIXELS}: {reason_of(error)}") from error
     except Exception as error:
-        raise bad_image(error) from error
+        raise bad_image(error, "header") from error
     _check_pixels(picture, limits.max_pixels)
     if picture.format in JPEGS:
         _check_jpeg(picture, data)
@@ -75,13 +77,21 @@ def orientation_of(picture: Image.Image) -> int:
         return 1
 
 
-def bad_image(error: Exception) -> BadImage:
-    """What a decoder raised, with its reason."""
+def bad_image(error: Exception, part: str = "pixels") -> BadImage:
+    """Return the reason for what a library raised, whose own text is left out: it may quote the file.
+
+    Args:
+        part: what was being read.
+    """
     if isinstance(error, BadImage):
         return error
-    text = reason_of(error)
-    kind = OUT_OF_MEMORY if isinstance(error, MemoryError) else TRUNCATED if "truncated" in text.lower() else DAMAGED
-    return BadImage(f"{kind}: {text}")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return BadImage(NOT_A_PICTURE)
+    if isinstance(error, OSError) and error.errno is not None:
+        return BadImage(unopened(error))
+    text = str(error).lower()
+    kind = OUT_OF_MEMORY if isinstance(error, MemoryError) else TRUNCATED if "truncated" in text else DAMAGED
+    return BadImage(f"{kind}: its {part} cannot be read")
 
 
 def check_formats(names: Iterable[str]) -> Iterator[str]:
@@ -126,10 +136,17 @@ def _check_jpeg(picture: ImageFile.ImageFile, data: bytearray) -> None:
 def _unidentified(data: bytearray, allowed: tuple[str, ...]) -> str:
     found = _formats_by_magic(bytes(data[:16]))
     if not found:
-        return f"{NOT_A_PICTURE}: it begins with {bytes(data[:_SHOWN_BYTES])!r}"
+        return f"{NOT_A_PICTURE}{_guess(data)}"
     if known := [name for name in found if name in map(str.upper, allowed)]:
         return f"{DAMAGED}: a {known[0]} whose header cannot be read"
     return f"{NOT_ALLOWED}: {found[0]}, which is not in data.image_formats"
+
+
+def _guess(data: bytearray) -> str:
+    """Say what lies where an image should be, in the two usual cases."""
+    if data.startswith(LFS_POINTER):
+        return ": a Git-LFS pointer; run `git lfs pull` there"
+    return ": a web page" if data[:_GUESSED_BYTES].lstrip().startswith(b"<") else ""
 
 
 def _formats_by_magic(prefix: bytes) -> list[str]:

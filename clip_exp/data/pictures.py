@@ -74,17 +74,18 @@ class TablePictures:
     Args:
         table: of pictures.
         rows: one for each picture.
+        outside_root: see `ImageLimits`.
     """
 
-    def __init__(self, table: PairTable, rows: Sequence[int]) -> None:
-        self.table, self.rows = table, np.array(rows, dtype=np.int64)
+    def __init__(self, table: PairTable, rows: Sequence[int], outside_root: bool = False) -> None:
+        self.table, self.rows, self.outside_root = table, np.array(rows, dtype=np.int64), outside_root
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
         images = _images()
-        limits = ImageLimits(max_pixels, max_bytes=images.MAX_EVALUATED_BYTES, outside_root=True)
+        limits = ImageLimits(max_pixels, max_bytes=images.MAX_EVALUATED_BYTES, outside_root=self.outside_root)
         return images.decode(self.table.read_picture(int(self.rows[index]), limits), limits)
 
     def name(self, index: int) -> str:

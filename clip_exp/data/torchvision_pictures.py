@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from clip_exp.data.files import BadImage
+from clip_exp.data.files import TOO_MANY_PIXELS, BadImage
+from clip_exp.data.headers import bad_image
 
 
 class TorchvisionPictures:
@@ -35,9 +36,11 @@ class TorchvisionPictures:
                 picture = self.dataset[index][0]
                 picture.load()
             except Exception as error:  # whatever this class meets in a damaged file
-                raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
+                raise bad_image(error) from error
         if picture.width * picture.height > max_pixels:
-            raise BadImage(f"{picture.width} x {picture.height} pixels, more than max_image_pixels={max_pixels}")
+            raise BadImage(
+                f"{TOO_MANY_PIXELS}: {picture.width} x {picture.height} pixels, more than max_image_pixels={max_pixels}"
+            )
         return picture
 
     def name(self, index: int) -> str:

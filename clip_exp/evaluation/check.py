@@ -1,6 +1,6 @@
 """What an evaluation needs, found and checked without torch: the model, the data of every task, and a folder for the results."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from clip_exp.errors import ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.prepared import Task
 from clip_exp.evaluation.tasks import prepare_tasks
 from clip_exp.loading.source import ModelSource, check_source, find_source
-from clip_exp.runs import RunRecord, create_run_folder, write_text
+from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
+from clip_exp.secrets import leaks
 
 
 def check(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
@@ -23,6 +24,9 @@ def check(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
     """
     errors: list[ClipExpError] = [ConfigError(problem) for problem in problems_of(config)]
+    errors += [ConfigError(problem) for problem in leaks(asdict(config))]
+    if config.name is not None:
+        errors += [ConfigError(problem) for problem in name_problems(config.name)]
     if config.cache_gb < 0:
         errors.append(ConfigError(f"cache_gb={config.cache_gb} must not be negative; 0 keeps nothing."))
     try:

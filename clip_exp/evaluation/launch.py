@@ -16,7 +16,7 @@ from clip_exp.evaluation.prepared import Task
 from clip_exp.loading.source import ModelSource
 from clip_exp.ranks.environment import device_problems, is_first_rank
 from clip_exp.ranks.launch import Opened, Work, launch_work
-from clip_exp.ranks.signals import Stopped, stop_on_signals
+from clip_exp.ranks.signals import Stopped, exit_on_signals, stop_on_signals
 from clip_exp.reports.evaluation import show
 from clip_exp.runs import RunRecord
 
@@ -29,7 +29,8 @@ def launch(config: EvaluateConfig, arguments: list[str]) -> int:
     Args:
         arguments: of the command line, for `run.json`.
     """
-    return launch_work(Evaluation(config, arguments))[1]
+    with exit_on_signals():
+        return launch_work(Evaluation(config, arguments))[1]
 
 
 def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:

@@ -29,6 +29,7 @@ from clip_exp.evaluation.sets.imagenet_sets import configure_sets, weights_file
 from clip_exp.evaluation.sets.prompts import templates
 from clip_exp.evaluation.splits import prepare_knn, prepare_probe
 from clip_exp.loading.source import ModelSource
+from clip_exp.runs import MAX_NAME
 
 TaskConfig = (
     AutoTaskConfig
@@ -97,8 +98,10 @@ def parse_task(name: str, values: Any) -> TaskConfig:
         ConfigError: an unknown kind or key, a missing value, a wrong type.
     """
     where = f"task.{name}"
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"{where}: a task's name becomes a file's name; use letters, digits, '_', '-', '.'.")
+    if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
+        raise ConfigError(
+            f"{where}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
+        )
     if not isinstance(values, dict) or "kind" not in values:
         chosen = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
         raise ConfigError(f"{where} is not chosen: {chosen} A task of your own needs a kind: {', '.join(TaskKind)}.")
@@ -159,7 +162,8 @@ def prepare_retrieval(name: str, task: RetrievalTaskConfig) -> RetrievalTask:
     assert pairs.captions is not None
     caption_image = pairs.image_index().tolist()
     first_row = {picture: row for row, picture in reversed(list(enumerate(caption_image)))}
-    pictures = TablePictures(pairs, [first_row[picture] for picture in range(len(first_row))])
+    rows = [first_row[picture] for picture in range(len(first_row))]
+    pictures = TablePictures(pairs, rows, task.allow_outside_root)
     return RetrievalTask(name, pictures, pairs.captions.to_pylist(), caption_image, str(task.table), pairs.skipped)
 
 
@@ -207,6 +211,7 @@ def _prepare_auto(name: str, output_dir: str, run: TrainConfig | None) -> Iterat
     common: dict[str, Any] = {
         "table": table,
         "image_root": data.image_root if data.generate is None else None,
+        "allow_outside_root": data.allow_outside_root,
         "image_key": data.image_key,
         "separator": data.separator,
         "encoding": data.encoding,

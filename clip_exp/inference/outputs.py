@@ -1,6 +1,5 @@
 """Results for people and for programs: a table, JSON or CSV, on the terminal or in a file. No torch."""
 
-import csv
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from clip_exp.config.use_schema import OutputConfig, OutputFormat
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.spreadsheets import TextWriter
 from clip_exp.storage import atomic_file
 
 ENDINGS = {".json": OutputFormat.json, ".csv": OutputFormat.csv}
@@ -80,8 +80,7 @@ def _render(report: Report, chosen: OutputFormat, width: int) -> str:
         return json.dumps(report.document, indent=2, ensure_ascii=False) + "\n"
     text = io.StringIO(newline="")
     if chosen is OutputFormat.csv:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([report.columns, *report.rows])
+        TextWriter(text).writerows([report.columns, *report.rows])
     else:
         Console(file=text, width=width, color_system=None).print(_table(report))
     return text.getvalue()

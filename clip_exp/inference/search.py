@@ -1,13 +1,16 @@
 """`clip-exp search`: put pictures into an index, and look for them by text or by picture."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from clip_exp.config.use_schema import SearchConfig
+from clip_exp.data.files import leaves_root
 from clip_exp.data.tables.open import read_table
-from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, Problems
+from clip_exp.data.tables.table import PairTable
+from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, DataError, Problems
 from clip_exp.inference.command import check_common
 from clip_exp.inference.index import Recipe, agree, read_recipe, recipe_of
 from clip_exp.inference.inputs import FRAMES, as_texts, check_videos, find_pictures, folders_of, tell_left_out
@@ -139,8 +142,18 @@ def _files(config: SearchConfig) -> tuple[list[str], list[str]]:
             raise ConfigError(
                 f"table={config.table}: an index refers to picture files, and those in shards are none: unpack them (tar -xf)."
             )
-        files += [table.image_path(row) for row in range(len(table))]
+        files += list(_paths(table, config.allow_outside_root))
     return list(dict.fromkeys(files)), folders_of(config.images)
+
+
+def _paths(table: PairTable, outside_root: bool) -> Iterator[str]:
+    for row in range(len(table)):
+        if not outside_root and leaves_root(table.path(row)):
+            raise DataError(
+                f"{table.where(row)}: {table.path(row)!r} leaves the folder {table.part(row).root} by `..`: correct it, or set "
+                "allow_outside_root=true."
+            )
+        yield table.image_path(row)
 
 
 def _model(config: SearchConfig, path: Path, filling: bool) -> tuple[ModelSource, Recipe]:

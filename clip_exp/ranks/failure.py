@@ -13,9 +13,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from clip_exp import storage
 from clip_exp.errors import ClipExpError, DistributedError, printable
 from clip_exp.secrets import redact
 
@@ -23,6 +25,9 @@ END_S = 10.0  # for a rank that has reported its failure, or another's, to end b
 POLL_S = 1.0  # between looks for the reports of others
 CAUSE_S = 3.0  # for the rank that failed first to report, where this one only lost touch with it
 PREFIX = ".error-rank"  # of the reports, one file per rank
+PLACE = ".lock-rank"  # of the locks, one file per rank
+PLACE_S = 10.0  # for a rank of an earlier start to end
+LOG = "errors.log"  # every rank's message stays here
 
 
 class Failure(NamedTuple):
@@ -63,10 +68,28 @@ class Reporter:
             self.failure = failure = describe(self.rank, error)
             end_later(failure.code)
             _write(self.folder, failure)
+            _append(self.folder, failure)
             if self.note is not None:
                 with suppress(OSError):  # a full disk must not hide the failure
                     self.note(failure if failure.is_cause else await_cause(self.folder) or failure)
         return self.failure
+
+
+@contextmanager
+def place_in(folder: Path, rank: int) -> Iterator[None]:
+    """Hold a rank's place in a folder, so that a run which is started again at once waits for the ranks of the one before.
+
+    Raises:
+        DistributedError: the rank of an earlier start still works there.
+    """
+    try:
+        # What has no locks was warned of where the folder was opened.
+        with storage.lock(folder / f"{PLACE}{rank}", wait_s=PLACE_S, on_no_locks=lambda *_: None, remove=True):
+            yield
+    except storage.InUse as error:
+        raise DistributedError(
+            f"rank {rank} of an earlier start still works in {folder} ({error.owner}): wait for it, or end it."
+        ) from None
 
 
 _reporter: Reporter | None = None  # of this process
@@ -111,7 +134,8 @@ def read_failures(folder: Path) -> list[Failure]:
 
 
 def remove_reports(folder: Path) -> None:
-    for path in folder.glob(f"{PREFIX}*"):
+    """Remove the reports, and the lock files of ranks that were killed. Only where no rank works in the folder."""
+    for path in (*folder.glob(f"{PREFIX}*"), *folder.glob(f"{PLACE}*")):
         path.unlink(missing_ok=True)
 
 
@@ -175,3 +199,11 @@ def _write(folder: Path, failure: Failure) -> None:
         temporary.replace(path)
     except OSError:  # a full disk, say: the message is printed all the same
         print(printable(failure.message), file=sys.stderr, flush=True)
+
+
+def _append(folder: Path, failure: Failure) -> None:
+    """Keep the message for whoever looks for it later; ranks append at once, each by one write."""
+    when = datetime.fromtimestamp(failure.time_ns / 1e9, UTC).isoformat(timespec="seconds")
+    entry = f"{when} rank {failure.rank} failed with exit code {failure.code}\n{failure.message.rstrip()}\n\n"
+    with suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(entry)

@@ -111,8 +111,10 @@ def _join(work: Work) -> tuple[Path, int]:
         folder, finished = group.from_main(lambda: held.enter_context(work.open()))
         code = 0
         if not finished:
-            group.from_main(lambda: failure.remove_reports(folder))
-            code = _work_unwatched(work, folder, rank)
+            with failure.place_in(folder, rank):
+                group.gather_objects(rank)  # all have their places: nothing of an earlier start reports any more
+                group.from_main(lambda: failure.remove_reports(folder))
+                code = _work_unwatched(work, folder, rank)
         if code == 0:
             group.stop()  # which waits for the others: only where all is well
         return folder, code

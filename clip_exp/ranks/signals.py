@@ -1,11 +1,15 @@
 """Stop signals: one handler for raising where the program is, for noting a request until a step ends, and for passing it on."""
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from clip_exp.errors import PREEMPTED_EXIT_CODE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to save and end
 REPEAT_S = 5.0  # launchers and process groups deliver the same request twice
@@ -41,6 +45,27 @@ def handle_signals(receive: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def exit_on_signals(*, silent: bool = False) -> Iterator[None]:
+    """Inside, a stop signal ends the process at once, as preempted: for the time before there is anything to save.
+
+    Args:
+        silent: print nothing, since another rank does.
+    """
+
+    def end(number: int) -> None:
+        told = (
+            ""
+            if silent
+            else f"stopped by {signal.Signals(number).name} before the work began; the same command starts it.\n"
+        )
+        os.write(sys.stderr.fileno(), told.encode())
+        os._exit(PREEMPTED_EXIT_CODE)
+
+    with handle_signals(end):
+        yield
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from clip_exp.ranks.failure import Reporter, reporting_to
+from clip_exp.ranks.failure import Reporter, place_in, reporting_to
+from clip_exp.ranks.signals import exit_on_signals
 
 
 def command_line(work: Callable[[Path], int], folder: Path) -> list[str]:
@@ -20,13 +21,14 @@ def command_line(work: Callable[[Path], int], folder: Path) -> list[str]:
 def main() -> NoReturn:
     """Call the function that the command line names, and end this process with its exit code or that of its failure."""
     module, function = sys.argv[1].split(":")
-    folder = Path(sys.argv[2])
+    folder, rank = Path(sys.argv[2]), int(os.environ["RANK"])
     _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the work has its own way to stop: no traceback of imports
-    reporter = Reporter(folder, int(os.environ["RANK"]))
-    with reporting_to(reporter):
+    reporter = Reporter(folder, rank)
+    # Until the work has its own way to stop, a signal ends this rank at once: there is nothing yet that could be lost.
+    with exit_on_signals(silent=rank > 0), reporting_to(reporter):
         try:
-            code = getattr(importlib.import_module(module), function)(folder)
+            with place_in(folder, rank):
+                code = getattr(importlib.import_module(module), function)(folder)
         except BaseException as error:
             code = reporter.report(error).code
     # A collective that other ranks left half-way would keep an orderly exit waiting.

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from clip_exp.errors import CheckpointError
 from clip_exp.reports.classification_page import classification_page
 from clip_exp.reports.comparison_page import comparison_page
 from clip_exp.reports.index import write_index
@@ -21,7 +23,7 @@ from clip_exp.reports.per_class import as_csv
 from clip_exp.reports.results import Classified, Compared, Result, Retrieved
 from clip_exp.reports.retrieval_page import retrieval_page
 from clip_exp.reports.run_page import renew_report
-from clip_exp.runs import write_json, write_text
+from clip_exp.runs import refuse_links, write_json, write_text
 from clip_exp.storage import atomic_file
 
 log = logging.getLogger(__name__)
@@ -33,19 +35,19 @@ def write_result(result: Result, name: str, folder: Path, run_dir: Path | None =
     A finished run's `report.html` comes to link the page.
 
     Raises:
-        OSError: `folder` cannot be written.
+        CheckpointError: `folder` cannot be written.
     """
     pages = _pages(result, name, folder)
     for target in filter(None, (folder, run_dir)):
         try:
+            if target is run_dir:
+                refuse_links(run_dir)  # which this command did not create
             _write(result, name, pages, target)
             _renew_report(target)
-        except OSError as error:
+        except (OSError, SafetensorError, CheckpointError) as error:
             if target is folder:
-                raise
-            log.warning(
-                "%s cannot be written (%s): the results are in %s only.", target / "eval", error.strerror, folder
-            )
+                raise CheckpointError(f"{target / 'eval'} cannot be written: {error}") from error
+            log.warning("%s cannot be written (%s): the results are in %s only.", target / "eval", error, folder)
 
 
 def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -108,5 +110,5 @@ def _renew_report(folder: Path) -> None:
         return
     try:
         renew_report(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, CheckpointError) as error:
         log.warning("%s could not be renewed: %r", folder / "report.html", error)

@@ -8,6 +8,7 @@ from typing import Any
 
 from clip_exp.runs import read_record
 
+CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one: it has the scripts beside the package
 KINDS = {
     "zero_shot": "Zero-shot classification",
     "linear_probe": "Linear probe",
@@ -23,15 +24,33 @@ def is_train_run(folder: Path) -> bool:
 
 
 def command_of(folder: Path) -> str | None:
-    """What was typed to make what the folder holds; None where it does not say."""
+    """Return what to type to make again what the folder holds; None where it does not say."""
     arguments = read_record(folder).get("argv")
     if arguments is None:
         return None
-    return shlex.join([python(), "train.py" if is_train_run(folder) else "evaluate.py", *arguments])
+    if not is_train_run(folder):
+        return command_line("evaluate", arguments)
+    # The same command would find that the run has finished.
+    return command_line("train", [*(word for word in arguments if not word.startswith("resume=")), "resume=never"])
 
 
-def python() -> str:
-    """How to call this interpreter from here: `python` where that is it."""
+def command_line(command: str, arguments: list[str]) -> str:
+    """Return what to type here to run a command: the script of this checkout, the installed program, or the module."""
+    script = CHECKOUT / f"{command}.py"
+    program = shutil.which("clip-exp")
+    if script.is_file() and Path.cwd() == CHECKOUT:
+        words = [_python(), script.name]
+    elif program is not None and Path(program).parent == Path(sys.executable).parent:
+        words = ["clip-exp", command]
+    elif script.is_file():
+        words = [_python(), str(script)]
+    else:
+        words = [_python(), "-m", "clip_exp", command]
+    return shlex.join([*words, *arguments])
+
+
+def _python() -> str:
+    """Return how to call this interpreter from here: `python` where that is it."""
     interpreter = Path(sys.executable)
     found = shutil.which("python")
     if found is not None and Path(found) == interpreter:

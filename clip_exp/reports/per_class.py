@@ -10,7 +10,6 @@ Columns of the file, in the order of the classes:
     predicted: pictures of any class whose first choice it is.
 """
 
-import csv
 from collections import Counter
 from dataclasses import dataclass
 from io import StringIO
@@ -18,6 +17,7 @@ from io import StringIO
 import numpy as np
 
 from clip_exp.reports.results import Classified
+from clip_exp.spreadsheets import TextWriter
 
 COLUMNS = ("key", "name", "pictures", "top1", "top5", "most_often_taken_for", "share", "predicted")
 
@@ -89,7 +89,7 @@ def as_csv(details: Classified) -> str:
     """The text of `eval/<task>.csv`."""
     counts, names = per_class(details), distinct_names(details)
     text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = TextWriter(text)
     writer.writerow(COLUMNS)
     for position, name in enumerate(details.class_names):
         pictures, taken_for = int(counts.pictures[position]), int(counts.mistaken_for[position])

@@ -2,13 +2,12 @@
 
 import base64
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from clip_exp.reports.data_facts import data_facts
 from clip_exp.reports.index import evaluations
-from clip_exp.reports.origin import python
+from clip_exp.reports.origin import command_line, command_of
 from clip_exp.reports.page import counted, fact_rows, number, render
 from clip_exp.runs import read_metrics, read_record, write_text
 
@@ -38,7 +37,7 @@ def renew_report(run_dir: Path) -> Path:
             curves=base64.b64encode((run_dir / "report.png").read_bytes()).decode(),
             evaluations=evaluations(run_dir),
             facts=fact_rows(_facts(summary, read_record(run_dir))),
-            command=shlex.join([python(), "train.py", *read_record(run_dir).get("argv", [])]),
+            command=command_of(run_dir),
             next_command=next_command(run_dir),
             config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
         ),
@@ -47,8 +46,8 @@ def renew_report(run_dir: Path) -> Path:
 
 
 def next_command(run_dir: Path) -> str:
-    """What to type to score the run: with the interpreter that this is, where a plain `python` is another."""
-    return shlex.join([python(), "evaluate.py", f"run={run_dir}"])
+    """Return what to type to score the run."""
+    return command_line("evaluate", [f"run={run_dir}"])
 
 
 def _about(summary: dict[str, Any]) -> list[str]:

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clip_exp.config.model_schema import ModelConfig, TextTower, TextTowerConfig
+from clip_exp.errors import CheckpointError
+from clip_exp.storage import atomic_folder, system_error
 
 FOLDER = "tokenizer"  # in a run folder
 
@@ -35,13 +37,21 @@ def save_tokenizer(model: ModelConfig, run_dir: Path) -> None:
 
     Raises:
         ConfigError: it cannot be had.
+        CheckpointError: the disk is full, or the folder cannot be written.
     """
     source, folder = source_of(model.text), run_dir / FOLDER
     if source is None or folder.is_dir():
         return
     from clip_exp.text.huggingface import save  # imports torch
 
-    save(source, folder)
+    try:
+        with atomic_folder(folder) as temporary:
+            save(source, temporary)
+    except Exception as error:
+        problem = system_error(error)
+        if problem is None:
+            raise
+        raise CheckpointError(f"{folder} cannot be written: {problem.strerror or problem}.") from error
 
 
 def with_saved_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:

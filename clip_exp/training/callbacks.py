@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import nn
 from clip_exp.checkpoints.discovery import folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.checkpoints.writer import MANIFEST
-from clip_exp.errors import ConfigError
+from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.ranks.group import from_main
 from clip_exp.storage import remove_folder
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KEEP_LAST = 2
+RETRY_PAUSE_S = 10.0  # between attempts to write the last checkpoint
 VALIDATION = "val/"  # what names of validation's metrics begin with
 
 
@@ -57,7 +59,8 @@ class StopAtEnd(pl.Callback):
 class Checkpointer(pl.Callback):
     """Writes `checkpoints/step-<n>/` at ends of steps: every `every_n_steps`, at the end, and when `monitor` is best.
 
-    A checkpoint of a step that is validated is written after the validation. The last two and the best stay.
+    A checkpoint of a step that is validated is written after the validation. The last two and the best stay. One that cannot
+    be written is left out with a warning, but for the last one of a process, which is retried.
 
     Args:
         run_dir: the run's folder.
@@ -67,6 +70,7 @@ class Checkpointer(pl.Callback):
         metadata: noted in every manifest.
         pause: called before anything at the end of a step that is not training.
         scores: of the run's tasks, if it has any.
+        retry_s: seconds for which the last checkpoint is retried.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Checkpointer(pl.Callback):
         metadata: dict[str, Any],
         pause: Callable[[], None],
         scores: "TaskScores | None" = None,
+        *,
+        retry_s: float,
     ) -> None:
         self.run_dir = run_dir
         self.io = io
@@ -88,6 +94,7 @@ class Checkpointer(pl.Callback):
         self.metadata = metadata
         self.pause = pause
         self.scores = scores
+        self.retry_s = retry_s
         self.best: float | None = None
         self.saved_step: int | None = None
 
@@ -105,55 +112,111 @@ class Checkpointer(pl.Callback):
         if validation_due(trainer, pl_module.total_steps):
             self.pause()  # here, not in `on_validation_start`: before that Lightning starts the loader's workers
             return
-        better = self._scored_now(trainer) and is_of_task(self.monitor) and self._improves(trainer)
-        if better or trainer.global_step % self.every_n_steps == 0:
+        better = self._better(trainer) if self._scored_now(trainer) and is_of_task(self.monitor) else None
+        if better is not None or trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, best=better)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        better = (self._scored_now(trainer) or not is_of_task(self.monitor)) and self._improves(trainer)
-        if better or trainer.global_step % self.every_n_steps == 0 or trainer.global_step >= pl_module.total_steps:
-            self.save(trainer, best=better, metrics=last_validation(trainer))
+        better = self._better(trainer) if self._scored_now(trainer) or not is_of_task(self.monitor) else None
+        last = trainer.global_step >= pl_module.total_steps
+        if better is not None or trainer.global_step % self.every_n_steps == 0 or last:
+            self.save(trainer, best=better, metrics=last_validation(trainer), last=last)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.saved_step != trainer.global_step:
-            self.save(trainer)
+            self.save(trainer, last=True)
 
-    def save(self, trainer: pl.Trainer, best: bool = False, metrics: dict[str, float] | None = None) -> None:
-        """Write the checkpoint of the present step on all ranks; rank 0 then removes what is no longer needed."""
+    def save(
+        self,
+        trainer: pl.Trainer,
+        best: float | None = None,
+        metrics: dict[str, float] | None = None,
+        last: bool = False,
+    ) -> None:
+        """Write the checkpoint of the present step on all ranks; rank 0 then removes what is no longer needed.
+
+        Args:
+            best: value of `monitor`, if it is the best so far.
+            metrics: of the validation of this step.
+            last: of this process. If it cannot be written, that is retried for `retry_s`; any other is left to the next interval.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
         self.pause()
-        path = folder_of(self.run_dir, trainer.global_step)
+        before = self.best
+        if best is not None:
+            self.best = best  # which is in the checkpoint
         of_tasks = self.scores.values if self.scores is not None and self._scored_now(trainer) else {}
-        self.io.metadata = {**self.metadata, "best": best, "metrics": {**(metrics or {}), **of_tasks}}
-        trainer.save_checkpoint(path)
+        self.io.metadata = {**self.metadata, "best": best is not None, "metrics": {**(metrics or {}), **of_tasks}}
+        problem = self._write(trainer)
+        if problem is not None and last:
+            self._retry(trainer, problem)
+        elif problem is not None:
+            self.best = before
+            log.warning("%s Training continues; the next checkpoint is tried when it is due.", problem)
+            return
         self.saved_step = trainer.global_step
         # All ranks wait until it is done: in the next step they would, and it would count as computing.
         from_main(self._prune)
 
+    def _write(self, trainer: pl.Trainer) -> str | None:
+        """Write the checkpoint; return why it could not be written, on all ranks."""
+        problem = None
+        try:
+            trainer.save_checkpoint(folder_of(self.run_dir, trainer.global_step))
+        except CheckpointError as error:
+            problem = str(error)
+            # Only rank 0 writes; the others wait where `save_checkpoint` ends.
+            trainer.strategy.barrier("Trainer.save_checkpoint")
+        return from_main(lambda: problem)
+
+    def _retry(self, trainer: pl.Trainer, problem: str | None) -> None:
+        """Try again until the checkpoint is written.
+
+        Raises:
+            CheckpointError: `retry_s` are over.
+        """
+        end_s = time.monotonic() + self.retry_s
+        log.warning("%s Trying again for %g s (callbacks.save_retry_s).", problem, self.retry_s)
+        while problem is not None:
+            pause_s = from_main(lambda: min(RETRY_PAUSE_S, end_s - time.monotonic()))
+            if pause_s <= 0:
+                kept = from_main(lambda: ", ".join(path.name for path in manifests(self.run_dir)) or "no checkpoint")
+                raise CheckpointError(
+                    f"{problem} It was tried for {self.retry_s:g} s (callbacks.save_retry_s). Kept in {self.run_dir}: {kept}. "
+                    "Make room and give the same command again."
+                )
+            time.sleep(pause_s)
+            problem = self._write(trainer)
+
     def _scored_now(self, trainer: pl.Trainer) -> bool:
         return self.scores is not None and self.scores.scored_step == trainer.global_step
 
-    def _improves(self, trainer: pl.Trainer) -> bool:
+    def _better(self, trainer: pl.Trainer) -> float | None:
+        """Return the value of `monitor` if no checkpoint has a better one."""
         if self.monitor is None:
-            return False
+            return None
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
             raise ConfigError(
                 f"monitor={self.monitor} was not measured. There are: {', '.join(sorted(trainer.callback_metrics))}."
             )
         if not math.isfinite(value.item()):
-            return False
+            return None
         better = self.best is None or (value.item() < self.best if self.mode == "min" else value.item() > self.best)
-        if better:
-            self.best = value.item()
-        return better
+        return value.item() if better else None
 
     def _prune(self) -> None:
         found = manifests(self.run_dir)
         marked = [path for path, manifest in found.items() if manifest.best]
         needed = {*list(found)[-KEEP_LAST:], *marked[-1:]}
-        for path in found:
-            if path not in needed and step_of(path) <= (self.saved_step or 0):
-                remove_folder(path)
+        try:
+            for path in found:
+                if path not in needed and step_of(path) <= (self.saved_step or 0):
+                    remove_folder(path)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s. That is tried after the next save.", path, error.strerror or error)
 
 
 def last_validation(trainer: pl.Trainer) -> dict[str, float]:

@@ -33,6 +33,7 @@ from clip_exp.text.saved import with_saved_tokenizer
 from clip_exp.training.failures import explained_failures
 from clip_exp.training.finetune import prepare
 from clip_exp.training.measures import training_tasks
+from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import start_weights
 from clip_exp.training.preemption import Preempted, Preemption
@@ -66,6 +67,8 @@ def train(run_dir: Path) -> int:
             if is_main():
                 code = error.exit_code if isinstance(error, ClipExpError) else 1
                 record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
+                # The terminal shows it when the process ends.
+                log.error("%s", error, exc_info=not isinstance(error, ClipExpError), extra=LOG_ONLY)
             raise
 
 
@@ -76,7 +79,7 @@ def _fit_or_stop(config: TrainConfig, run_dir: Path, record: RunRecord, stop: St
     except Preempted:
         if is_main():
             record.finish("preempted")
-            print(f"stopped by a signal; the same command goes on from {latest(run_dir)}")
+            log.info("stopped by a signal; the same command resumes from %s", latest(run_dir))
         return PREEMPTED_EXIT_CODE
 
 
@@ -109,7 +112,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
         preemption=Preemption(stop),
         tasks=tasks,
     )
-    checkpoint = group.from_main(lambda: _start_from(found, run_dir, record, trainer, module, datamodule))
+    checkpoint = group.from_main(lambda: _start_from(found, config, run_dir, record, trainer, module, datamodule))
     started_s = time.perf_counter()
     with explained_failures(trainer, config):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -154,7 +157,7 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
     model = group.main_first(build) if begins and own_towers(config.model) else build()
     if config.pretrained is not None and not resumes:
         for note in load_weights(model, start_weights(config, RunRecord(run_dir).values), config.model):
-            _tell(note)
+            log.info(note)
     prepare(model, config.finetune, config.model)
     if config.compile:
         model.image.compile()
@@ -162,14 +165,9 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
     return model
 
 
-def _tell(note: str) -> None:
-    if is_main():
-        log.warning(note)
-        print(note)
-
-
 def _start_from(
     found: Candidates,
+    config: TrainConfig,
     run_dir: Path,
     record: RunRecord,
     trainer: pl.Trainer,
@@ -182,9 +180,11 @@ def _start_from(
     report_damage(found, run_dir, record, checkpoint)
     if checkpoint is not None:
         record.acknowledge(step)
-        print(f"resuming from {checkpoint} (step {step:,})")
+        log.info("resuming from %s (step %s)", checkpoint, f"{step:,}")
     take_back(run_dir, found.damaged, trainer.loggers, step)
-    record.update(**_facts(trainer, module, datamodule))
+    facts = _facts(trainer, module, datamodule)
+    record.update(**facts)
+    log.info(_headline(config, facts))
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, SafeCheckpointIO)
     io.run_copy, io.on_saved = record.run_copy(), record.acknowledge
@@ -218,3 +218,12 @@ def _facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule)
         "rows": datamodule.num_rows,
         "steps": module.total_steps,
     }
+
+
+def _headline(config: TrainConfig, facts: dict[str, Any]) -> str:
+    """Return what is about to be trained, on what and how, in one line."""
+    return (
+        f"{config.name}: model {config.model.name} ({facts['parameters']:,} parameters, {facts['trained_parameters']:,} trained), "
+        f"data {config.data.name} ({facts['rows']:,} rows), strategy {config.strategy.name} on {facts['ranks']} x {facts['device_name']}, "
+        f"precision {facts['precision']}, {facts['steps']:,} steps of {config.global_batch_size:,} pairs"
+    )

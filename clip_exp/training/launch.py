@@ -1,6 +1,5 @@
 """From a training configuration to the folder of its run and the processes that train in it: none but this for one device."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 from clip_exp.config.schema import TrainConfig
 from clip_exp.devices import Devices, resolve_accelerator
 from clip_exp.errors import ConfigError
-from clip_exp.ranks.environment import is_first_rank, started_by_launcher
+from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.launch import Opened, Work, launch_work
+from clip_exp.ranks.signals import exit_on_signals
 from clip_exp.runs import RunRecord, lock
-from clip_exp.secrets import redact
+from clip_exp.training.messages import logging_to
 from clip_exp.training.opening import open_run
 from clip_exp.training.preflight import check_train, requested_devices
 
@@ -28,7 +28,8 @@ def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
         raise ConfigError(
             "a sweep (-m) starts its own processes: run it without torchrun or srun, with trainer.devices."
         )
-    return train_here(config, arguments, "" if job is None else f"-{job}")[1]
+    with exit_on_signals():
+        return train_here(config, arguments, "" if job is None else f"-{job}")[1]
 
 
 def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> tuple[Path, int]:
@@ -63,7 +64,8 @@ class Training(Work):
         """Find the folder to continue in, or make one; see `open_run`."""
         opening = open_run(self.config, self.suffix)
         folder = opening.folder
-        if opening.finished:
+        # What a run killed after its last step left out is made by the same command.
+        if opening.finished and (folder / "report.html").is_file():
             print(f"{folder} has finished this run already; resume=never starts another.")
             yield Opened(folder, finished=True)
             return
@@ -86,33 +88,8 @@ class Training(Work):
 
 
 def train_in(folder: Path) -> int:
-    """Train what a run folder's `config.yaml` describes, as one rank, logging to `train.log`; return the exit code."""
-    handler = _log_to(folder)
-    try:
+    """Train what a run folder's `config.yaml` describes, as one rank; return the exit code."""
+    with logging_to(folder):
         from clip_exp.training.fit import train  # imports torch
 
         return train(folder)
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
-def _log_to(folder: Path) -> logging.Handler:
-    """Write everything to `train.log` on rank 0; warnings go to the terminal too."""
-    main = is_first_rank()
-    root = logging.getLogger()
-    root.setLevel(logging.INFO if main else logging.ERROR)
-    handler: logging.Handler = (
-        logging.FileHandler(folder / "train.log", encoding="utf-8") if main else logging.NullHandler()
-    )
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root.addHandler(handler)
-    logging.captureWarnings(True)
-    return handler
-
-
-class RedactingFormatter(logging.Formatter):
-    """A formatter that keeps secrets of the environment and credentials of addresses out of the log."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))

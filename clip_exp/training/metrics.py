@@ -2,6 +2,10 @@
 
 import csv
 import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +42,15 @@ FIRST_COLUMNS = [
 class MetricsCSV(Logger):
     """Rows of `metrics.csv`, one per step; what is logged twice for a step shares its row.
 
-    A continued run drops the rows after the step that it continues from.
+    A continued run drops the rows after the step that it continues from. Rows that cannot be written, on a full disk for
+    example, are written with a later one, or at the end.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.rows: dict[int, dict[str, Any]] = {}
+        self.rows: dict[int, dict[str, Any]] = {}  # all of them, by step
+        self.incomplete = False  # the file lacks rows that could not be written
         self.columns: dict[str, None] = {}  # in the order of their first appearance
 
     @property
@@ -65,7 +71,7 @@ class MetricsCSV(Logger):
         if self.path.is_file():
             self.rows = {row["step"]: row for row in read_metrics(self.path) if row["step"] <= step}
             self.columns = dict.fromkeys(name for row in self.rows.values() for name in row)
-            self._rewrite()
+            self._write(self._rewrite)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -73,12 +79,37 @@ class MetricsCSV(Logger):
         fresh = step not in self.rows
         row = self.rows.setdefault(step, {"step": step})
         row.update(metrics)
-        if fresh and self.rows.keys() != {step} and row.keys() <= self.columns.keys():
-            with self.path.open("a", newline="", encoding="utf-8") as handle:
-                csv.DictWriter(handle, self._header()).writerow(row)
+        if fresh and self.rows.keys() != {step} and row.keys() <= self.columns.keys() and not self.incomplete:
+            self._write(partial(self._append, row))
         else:
             self.columns.update(dict.fromkeys(row))
-            self._rewrite()
+            self._write(self._rewrite)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self.incomplete:
+            self._write(self._rewrite)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write, or warn once that rows are kept in memory until the file can be written again."""
+        try:
+            write()
+        except OSError as error:
+            if not self.incomplete:
+                log.warning("%s cannot be written: %s. Its rows are kept and written later.", self.path, error.strerror)
+            self.incomplete = True
+        else:
+            self.incomplete = False
+
+    def _append(self, row: dict[str, Any]) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as handle:
+                csv.DictWriter(handle, self._header()).writerow(row)
+        except OSError:
+            with suppress(OSError):  # half a row could pass for a whole one
+                os.truncate(self.path, size)
+            raise
 
     def _header(self) -> list[str]:
         return [name for name in FIRST_COLUMNS if name in self.columns] + [
@@ -93,7 +124,11 @@ class MetricsCSV(Logger):
         ):
             writer = csv.DictWriter(handle, self._header())
             writer.writeheader()
-            writer.writerows(row for _, row in sorted(self.rows.items()))
+            writer.writerows(self.in_order())
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """Return all rows, by step."""
+        return [row for _, row in sorted(self.rows.items())]
 
 
 class StepMetrics(pl.Callback):
@@ -138,9 +173,8 @@ class StepMetrics(pl.Callback):
             self.latest = self._collect(trainer, means, times)
             log_metrics(trainer, self.latest, step)
             advice = self._watch.add(times)
-            if advice is not None and trainer.is_global_zero:
-                log.warning(advice)
-                print(advice)
+            if advice is not None:
+                log.info(advice)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log_metrics(trainer, last_validation(trainer), trainer.global_step)

@@ -37,7 +37,7 @@ from clip_exp.weights.settle import as_settled, settle
 NOT_IN_IDENTITY = (
     "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
     "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
-    "data.allow_changed", "callbacks.progress",
+    "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
 )  # fmt: skip
 IN_IDENTITY = ("trainer.gradient_clip_val",)
 LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may be given anew
@@ -128,7 +128,7 @@ def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """What decides what the run computes, by dotted key; where and how it runs is left out."""
-    values = _flatten(dataclasses.asdict(config))
+    values = flatten(dataclasses.asdict(config))
     return {key: value for key, value in values.items() if not key.startswith(NOT_IN_IDENTITY) or key in IN_IDENTITY}
 
 
@@ -137,10 +137,11 @@ def fingerprint(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 

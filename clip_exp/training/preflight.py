@@ -106,6 +106,7 @@ def _check_numbers(config: TrainConfig) -> Iterator[str]:
         "loss.chunk_size": (config.loss.chunk_size, 1, INFINITY),
         "callbacks.ema_decay": (config.callbacks.ema_decay, TINY, 1 - 1e-12),
         "callbacks.ema_every_n_steps": (config.callbacks.ema_every_n_steps, 1, INFINITY),
+        "callbacks.save_retry_s": (config.callbacks.save_retry_s, 0, INFINITY),
     }
     yield from range_problems(ranges)
     betas = getattr(config.optimizer, "betas", [0.9, 0.99])

@@ -1,5 +1,9 @@
-"""What a finished run tells: a table on the terminal, `summary.json`, and its report."""
+"""What a finished run tells: a table on the terminal and in `train.log`, `summary.json`, and its report."""
 
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,30 +14,50 @@ from rich.table import Table
 
 from clip_exp.checkpoints.discovery import best, latest
 from clip_exp.config.schema import TrainConfig
+from clip_exp.errors import CheckpointError
 from clip_exp.reports.data_facts import data_facts
 from clip_exp.reports.run_page import next_command, write_report
-from clip_exp.runs import RunRecord, read_metrics, write_json
+from clip_exp.runs import RunRecord, write_json
 from clip_exp.training.data_summary import summarize_data
 from clip_exp.training.diagnosis import waiting_share
+from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule
+
+log = logging.getLogger(__name__)
 
 
 def conclude(
     run_dir: Path, record: RunRecord, trainer: pl.Trainer, module: CLIPModule, config: TrainConfig, seconds: float
 ) -> None:
-    """Write `summary.json`, note the end in `run.json`, print the results, and draw the report."""
+    """Write `summary.json`, note the end in `run.json`, draw the report, and show the results.
+
+    The report comes last: where it is missing, the same command writes what a kill or a full disk has left out.
+    """
     summary = summarize(run_dir, trainer, module, config, seconds)
-    write_json(run_dir / "summary.json", summary)
+    with _warned():
+        for earlier in ("summary.json", "report.html"):  # of a run that was shorter
+            (run_dir / earlier).unlink(missing_ok=True)
+        write_json(run_dir / "summary.json", summary)
     record.finish("finished", best_checkpoint=summary["best_checkpoint"])
-    report = write_report(run_dir)
-    _print(run_dir, summary, report)
+    with _warned():
+        write_report(run_dir)
+    log.info(_table(run_dir, summary))
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """Inside, a file that cannot be written is reported: training has ended well."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        log.warning("%s The run is finished: the same command writes its report once there is room.", error)
 
 
 def summarize(
     run_dir: Path, trainer: pl.Trainer, module: CLIPModule, config: TrainConfig, seconds: float
 ) -> dict[str, Any]:
     """Numbers of the whole run; `metrics` are those of the last validation and the last logged step."""
-    rows = read_metrics(run_dir / "metrics.csv")
+    rows = next(logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)).in_order()
     last: dict[str, Any] = {}
     for row in rows:
         last.update(row)
@@ -57,7 +81,7 @@ def summarize(
     }
 
 
-def _print(run_dir: Path, summary: dict[str, Any], report: Path) -> None:
+def _table(run_dir: Path, summary: dict[str, Any]) -> str:
     table = Table(
         title=f"{summary['name']}: {summary['steps']:,} steps of {summary['samples_seen'] // max(1, summary['steps'])} pairs in {summary['seconds']:.0f} s"
     )
@@ -67,11 +91,15 @@ def _print(run_dir: Path, summary: dict[str, Any], report: Path) -> None:
         table.add_row(name, f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}")
     if summary["samples_per_s"] is not None:
         table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
-    console = Console(soft_wrap=True, highlight=False)
+    buffer = io.StringIO()
+    console = Console(file=buffer, soft_wrap=True, highlight=False)
     console.print(table)
     for name, text in data_facts(summary).items():
         console.print(f"{name}: {text}", markup=False)
-    console.print(f"run folder:  {run_dir}\nreport:      {report}")
+    console.print(f"run folder:  {run_dir}")
+    if (run_dir / "report.html").is_file():
+        console.print(f"report:      {run_dir / 'report.html'}")
     if (run_dir / "eval").is_dir():
         console.print(f"tasks:       {run_dir / 'eval'}")
     console.print(f"next:        {next_command(run_dir)}")
+    return buffer.getvalue().rstrip()

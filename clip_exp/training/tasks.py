@@ -1,5 +1,6 @@
 """Evaluation tasks that a run is scored on while it trains, by the code and protocol of `evaluate.py`."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from clip_exp.checkpoints.discovery import latest, step_of
 from clip_exp.checkpoints.io import MODEL_PREFIX
 from clip_exp.config.schema import TrainConfig
+from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.prepared import Task
@@ -29,9 +31,10 @@ from clip_exp.reports.results import Result
 from clip_exp.text.build import build_tokenizer
 from clip_exp.training.lora import merge
 from clip_exp.training.metrics import log_metrics
-from clip_exp.training.progress import BarProgress, LineProgress
+from clip_exp.training.progress import Progress
 from clip_exp.training.strategies import PortableDeepSpeedStrategy
 
+log = logging.getLogger(__name__)
 CACHE_GB = 10.0
 
 
@@ -54,7 +57,7 @@ class TaskScores(pl.Callback):
         tasks: list[Task],
         config: TrainConfig,
         run_dir: Path,
-        progress: BarProgress | LineProgress | None,
+        progress: Progress,
         pause: Callable[[], None],
     ) -> None:
         self.tasks = tasks
@@ -79,8 +82,7 @@ class TaskScores(pl.Callback):
     def _score_step(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.pause()
         device = trainer.strategy.root_device
-        if self.progress is not None:
-            self.progress.scoring([task.name for task in self.tasks])
+        self.progress.scoring([task.name for task in self.tasks])
         with _apart(device):
             self._results = self._score(plain_model(trainer, pl_module), device)
         self.scored_step = trainer.global_step
@@ -91,8 +93,7 @@ class TaskScores(pl.Callback):
         }
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.values.items()})
         log_metrics(trainer, self.values, trainer.global_step)
-        if self.progress is not None and is_main():
-            self.progress.show(self.values)
+        self.progress.show(self.values)
 
     def _score(self, model: CLIP, device: torch.device) -> dict[str, Result]:
         data = self.config.data
@@ -116,7 +117,11 @@ class TaskScores(pl.Callback):
         if is_main():
             for name, result in self._results.items():
                 result.protocol.update(about_weights(source, source.sha256(), device))
-                write_result(result, name, self.run_dir)
+                try:
+                    write_result(result, name, self.run_dir)
+                except CheckpointError as error:
+                    again = f"evaluate.py run={self.run_dir} scores the run again."
+                    log.warning("the results of task %s cannot be written: %s. %s", name, error, again)
 
 
 class TaskPatience(EarlyStopping):

@@ -20,7 +20,7 @@ from clip_exp.ranks import group
 from clip_exp.ranks.group import is_main
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer, StopAtEnd, is_of_task, monitor_mode
 from clip_exp.training.failures import ReportFailure, SameRanks
-from clip_exp.training.loggers import build_loggers
+from clip_exp.training.loggers import build_loggers, start_loggers
 from clip_exp.training.metrics import StepMetrics
 from clip_exp.training.preemption import Preemption
 from clip_exp.training.progress import build_progress
@@ -72,7 +72,7 @@ def build_trainer(
         gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
         deterministic=config.trainer.deterministic,
         profiler=_profiler(config.trainer.profiler, run_dir),
-        logger=build_loggers(config.logger, run_dir, config.name) if is_main() else False,
+        logger=start_loggers(build_loggers(config.logger, run_dir, config.name), config) if is_main() else False,
         callbacks=[*callbacks, preemption],
         plugins=[io, GroupEnvironment()],
         enable_checkpointing=False,
@@ -104,7 +104,7 @@ def _build_callbacks(
         ReportFailure(config),
         SameRanks(),
         metrics,
-        *([progress] if progress else []),
+        progress,
         StopAtEnd(),
     ]
     if config.callbacks.ema_decay is not None:
@@ -117,7 +117,17 @@ def _build_callbacks(
     every = config.checkpoint_every_n_steps or default_interval(steps)
     metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
     callbacks.append(
-        Checkpointer(run_dir, io, every, config.monitor, config.monitor_mode, metadata, metrics.pause, scores)
+        Checkpointer(
+            run_dir,
+            io,
+            every,
+            config.monitor,
+            config.monitor_mode,
+            metadata,
+            metrics.pause,
+            scores,
+            retry_s=config.callbacks.save_retry_s,
+        )
     )
     return callbacks
 

@@ -79,8 +79,17 @@ def fetch(
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: CLIP_EXP_CACHE, else `~/.cache/clip_exp/weights`."""
-    return Path(os.environ.get("CLIP_EXP_CACHE") or "~/.cache/clip_exp/weights").expanduser()
+    """Return where downloads are kept: CLIP_EXP_CACHE, else `~/.cache/clip_exp/weights`.
+
+    Raises:
+        ConfigError: the variable is an address.
+    """
+    folder = os.environ.get("CLIP_EXP_CACHE") or "~/.cache/clip_exp/weights"
+    if "://" in folder:
+        raise ConfigError(
+            f"CLIP_EXP_CACHE={folder} is an address, and downloads are kept in a local folder: set it to one."
+        )
+    return Path(folder).expanduser()
 
 
 def kept_at(url: str, folder: Path | None = None) -> Path:

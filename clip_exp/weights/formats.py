@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.errors import CheckpointError
+from clip_exp.storage import LFS_POINTER
 
 # In a folder the first that exists is read. A folder of open_clip may also hold the image tower alone as `model.safetensors`.
 IN_FOLDER = (
@@ -20,7 +21,6 @@ IN_FOLDER = (
     "pytorch_model.bin.index.json",
 )
 INDEX = ".index.json"
-LFS_POINTER = b"version https://git-lfs"
 PICKLE = b"\x80"
 TORCHSCRIPT, PICKLED = "constants.pkl", "data.pkl"
 MAX_JSON = 100_000_000  # bytes, of a safetensors file's header, which is the library's own limit, and of files of JSON
@@ -104,9 +104,7 @@ def format_of(path: Path) -> Format:
         return Format.safetensors
     if start.startswith(PICKLE):
         return Format.torch
-    raise CheckpointError(
-        f"{path}: not weights: it begins with {start[:8]!r}, neither a safetensors file, a torch file nor a TorchScript archive."
-    )
+    raise CheckpointError(f"{path}: not weights: neither a safetensors file, a torch file nor a TorchScript archive.")
 
 
 def _format_of_zip(path: Path) -> Format:

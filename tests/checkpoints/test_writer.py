@@ -1,14 +1,19 @@
 """A checkpoint is whole or absent; what is damaged is found, and the one before it is used."""
 
+import errno
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from clip_exp.checkpoints import discovery
+from clip_exp.checkpoints import discovery, io
 from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.checkpoints.state import join, name_optimizer_state, number_optimizer_state, split
 from clip_exp.checkpoints.writer import atomic_checkpoint
@@ -80,6 +85,60 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path) -> 
         fail()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
     assert (discovery.latest(tmp_path) / "model.safetensors").read_text() == "old"
+
+
+STATE = {"state_dict": {"model.weight": torch.ones(1000)}, "global_step": 5}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["EIO", "quota", "safetensors"],
+)
+def test_a_failure_of_the_storage_is_one_of_ours_that_says_how_much_room_is_needed(
+    error: Exception, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 5, "old")
+
+    def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(io, "save_file", fail)
+    with pytest.raises(CheckpointError, match=r"step-000005: .*It needs 0\.0 MB, and .* MB are free.*untouched"):
+        SafeCheckpointIO().save_checkpoint(STATE, discovery.folder_of(tmp_path, 5))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+    assert (discovery.latest(tmp_path) / "model.safetensors").read_text() == "old"
+
+
+def test_an_error_of_safetensors_that_is_not_the_storages_stays_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        raise SafetensorError("Error while serializing: invalid shape")
+
+    monkeypatch.setattr(io, "save_file", fail)
+    with pytest.raises(SafetensorError, match="invalid shape"):
+        SafeCheckpointIO().save_checkpoint(STATE, discovery.folder_of(tmp_path, 5))
+
+
+@pytest.mark.parametrize(("free", "total", "written"), [(3999, 10**6, False), (4000, 10**6, True), (0, 0, True)])
+def test_nothing_is_written_where_the_room_does_not_suffice(
+    free: int, total: int, written: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that reports zero for everything does not know."""
+    saved: list[Path] = []
+    monkeypatch.setattr(io, "save_file", lambda tensors, path: saved.append(path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free, total=total))
+    checkpoint = discovery.folder_of(tmp_path, 5)
+    if written:
+        SafeCheckpointIO().save_checkpoint(STATE, checkpoint)
+    else:
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            SafeCheckpointIO().save_checkpoint(STATE, checkpoint)
+    assert bool(saved) == checkpoint.is_dir() == written
 
 
 def test_best_is_the_last_that_was_marked(tmp_path) -> None:

@@ -35,7 +35,7 @@ def test_the_table_names_problems_page_and_next_command(command: Run, tmp_path: 
     assert "7 bad pictures (18.9" in done.stdout
     opened, following = done.stdout.splitlines()[-2:]
     assert (tmp_path / opened.removeprefix("Open:").strip()).is_file()
-    assert "train.py data.train=" in following
+    assert "train data.train=" in following.replace(".py", "")
     assert following.endswith("data=csv data.on_bad_row=skip loss.same_caption=positive")
     assert "model=vit_tiny" in following
     assert "data/augmentation=strong" in following

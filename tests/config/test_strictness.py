@@ -7,8 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from clip_exp.cli import run
-from clip_exp.config.load import load_train, read_run_config, to_yaml
+from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.load import load_evaluate, load_train, load_use, read_run_config, to_yaml
 from clip_exp.config.overrides import quote
+from clip_exp.config.use_schema import ExportConfig, PredictConfig, SearchConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.training.preflight import check_train
 from tests.compose import compose_config, train_config
@@ -34,6 +36,10 @@ REFUSED = {
     "number for an option": (["strategy=3"], "ddp"),
     "key below an empty node": (["logger.wandb.project=x"], "logger=wandb"),
     "generated rows of a table": (["data=csv", "data.generate.rows=5"], "data=digits"),
+    "Hydra's rerun": (["--experimental-rerun", "config.pickle"], "--experimental-rerun is refused: it runs code"),
+    "Hydra's rerun in one word": (["--experimental-rerun=config.pickle"], "--experimental-rerun is refused"),
+    "Hydra's rerun abbreviated": (["--exp=config.pickle"], "--experimental-rerun is refused"),
+    "folder in a bucket": (["output_dir=s3://bucket/runs"], "output_dir=s3://bucket/runs is an address"),
 }
 
 
@@ -119,6 +125,10 @@ CROSS_FIELD = {
     ),
     "a backbone's weights of a tower of ours": (["model.image.pretrained=true"], "for backbones of timm"),
     "odd name": (["name=a/b"], "plain folder name"),
+    "long name": ([f"name={'x' * 300}"], "has 300 bytes, and a folder's name may have 200"),
+    "long name in Chinese": ([f"name='{'猫' * 70}'"], "has 210 bytes"),
+    "name with a line break": (['name="a\nb"'], r"name='a\nb' must be a plain folder name"),
+    "name with a control character": (['name="a\x1bb"'], r"name='a\x1bb' must be a plain folder name"),
     "bad weights": (["pretrained=none.pt"], "none.pt does not exist"),
     "template without a place": (["data.templates=[photo]"], "needs a {}"),
     "no template": (["data.templates=[]"], "there must be one"),
@@ -156,6 +166,40 @@ def test_values_that_contradict_each_other_are_refused(overrides, expected) -> N
     with pytest.raises(ConfigError, match=None) as caught:
         check_train(train_config(*overrides))
     assert expected in str(caught.value)
+
+
+ADDRESSES = [
+    ("train", "output_dir=s3://bucket/runs", "output_dir=/local/path"),
+    ("train", "output_dir=file:///scratch/runs", "output_dir=/scratch/runs"),
+    ("train", "resume=gs://bucket/run", "resume=/local/path"),
+    ("train", "data.val=[a.csv,hdfs://host/b.csv]", "data.val=/local/path"),
+    ("train", "data.train=[{path: s3://b/c.csv, weight: 1}]", "data.train.path=/local/path"),
+    ("train", "data.image_root=s3://bucket/images", "data.image_root=/local/path"),
+    ("train", "+task.t.root=s3://bucket/images", "task.t.root=/local/path"),
+    ("evaluate", "run=s3://bucket/run", "run=/local/path"),
+    ("evaluate", "+task.t.train.table=s3://bucket/a.csv", "task.t.train.table=/local/path"),
+    ("predict", "images=[a.jpg,https://host/b.jpg]", "images=/local/path"),
+    ("search", "index=s3://bucket/a.index", "index=/local/path"),
+    ("export", "output=simplecache::s3://bucket/model", "output=/local/path"),
+    ("check-data", "output_dir=s3://bucket", "output_dir=/local/path"),
+]
+
+
+@pytest.mark.parametrize(("command", "override", "told"), ADDRESSES)
+def test_an_address_is_no_path(command: str, override: str, told: str) -> None:
+    load = {
+        "train": load_train, "evaluate": load_evaluate, "predict": lambda config: load_use(config, PredictConfig),
+        "search": lambda config: load_use(config, SearchConfig), "export": lambda config: load_use(config, ExportConfig),
+        "check-data": lambda config: load_use(config, CheckDataConfig),
+    }[command]  # fmt: skip
+    group = ["data=csv"] if "data." in override else []
+    with pytest.raises(ConfigError, match=f"is an address, .*give {told}"):
+        load(compose_config(*group, *quote([override]), command=command))
+
+
+def test_what_is_no_path_of_ours_may_be_an_address() -> None:
+    config = train_config("pretrained=https://host/x", "+logger.extra.mlflow.path=http://host")
+    assert (config.pretrained, config.logger.extra) == ("https://host/x", {"mlflow": {"path": "http://host"}})
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

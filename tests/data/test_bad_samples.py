@@ -1,3 +1,4 @@
+import csv
 import logging
 
 import pytest
@@ -57,7 +58,24 @@ def test_the_way_out_after_too_many_names_the_list(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a\rb", "a\nb", "a\0b", 'a"b', "a\u2028b", "\ud800a", "", "path", "validation: a", "a,b", "\r"]
+    "name",
+    [
+        "a\rb",
+        "a\nb",
+        "a\0b",
+        'a"b',
+        "a\u2028b",
+        "\ud800a",
+        "",
+        "path",
+        "validation: a",
+        "a,b",
+        "\r",
+        "=1",
+        "'=1",
+        "-1.jpg",
+        "''@x",
+    ],
 )
 def test_odd_names_are_the_same_picture_after_a_restart(name, tmp_path):
     bad = BadSamples(10, 1, what="training", file=tmp_path / "bad_samples.csv")
@@ -66,6 +84,13 @@ def test_odd_names_are_the_same_picture_after_a_restart(name, tmp_path):
     assert again.reasons == bad.reasons
     again.add([BadPicture(name, "no such file")])
     assert len(again) == 1
+
+
+def test_a_name_that_a_spreadsheet_would_compute_is_listed_as_text(tmp_path):
+    file = tmp_path / "bad_samples.csv"
+    BadSamples(10, 1, what="training", file=file).add([BadPicture('=HYPERLINK("http://x","y")', "no such file")])
+    with file.open(newline="", encoding="utf-8") as stream:
+        assert list(csv.reader(stream))[1] == ['\'=HYPERLINK("http://x","y")', "no such file"]
 
 
 def test_a_list_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, caplog):

@@ -76,14 +76,25 @@ def test_an_animated_webp_counts_twice_since_its_decoder_holds_four_copies():
 def test_formats_are_opened_only_where_they_are_allowed():
     tiff = encoded(noise(0), "TIFF")
     assert reason(tiff) == "format not allowed: TIFF, which is not in data.image_formats"
-    with pytest.raises(BadImage, match="damaged: decoded"):
+    with pytest.raises(BadImage, match="damaged: its pixels cannot be read"):
         decode_rgb(bytearray(tiff), ImageLimits(formats=("tiff",)))
     assert reason(JPEG, ImageLimits(formats=("PNG",))) == "format not allowed: JPEG, which is not in data.image_formats"
 
 
-def test_what_is_no_picture_shows_how_it_begins():
-    assert reason(b"<!DOCTYPE html><html>") == "not a picture: it begins with b'<!DOCTYPE html><html>'"
-    assert reason(bytes(500)).startswith(r"not a picture: it begins with b'\x00\x00")
+def test_no_message_has_a_byte_of_the_file(monkeypatch: pytest.MonkeyPatch):
+    assert reason(b"  <!DOCTYPE html><html>") == "not a picture: a web page"
+    assert reason(b"version https://git-lfs.github.com/spec/v1\noid sha256:0") == (
+        "not a picture: a Git-LFS pointer; run `git lfs pull` there"
+    )
+    assert reason(b"root:x:0:0:root:/root:/bin/bash\n") == reason(bytes(500)) == "not a picture"
+
+    def quote(*_: object) -> None:
+        raise ValueError("invalid literal for int() with base 10: 'root:x:0:0'")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", quote)
+    assert reason(encoded(noise(0), "PNG")) == "damaged: its pixels cannot be read"
+    monkeypatch.setattr(Image, "open", quote)
+    assert reason(encoded(noise(0), "PNG")) == "damaged: its header cannot be read"
     for size in range(1, 20):
         reason(b"\n" * size)
 
@@ -104,9 +115,7 @@ def test_a_png_without_its_end_is_truncated():
 def test_bombs_in_text_and_profile_are_refused():
     bomb = zlib.compress(bytes(10_000_000))
     for extra in (chunk(b"zTXt", b"comment\0\0" + bomb), chunk(b"iCCP", b"profile\0\0" + bomb)):
-        assert reason(png(2, 1, zlib.compress(bytes(7)), extra=extra)).startswith(
-            "damaged: Decompressed data too large"
-        )
+        assert reason(png(2, 1, zlib.compress(bytes(7)), extra=extra)) == "damaged: its header cannot be read"
 
 
 def test_scans_without_end_are_refused():

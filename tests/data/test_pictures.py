@@ -34,16 +34,30 @@ def test_pictures_of_a_shard_are_those_of_its_files(tmp_path, shard):
         pictures.open(0, 100)
 
 
-def test_pictures_of_a_table_may_lie_anywhere_and_are_known_as_before(pairs, tmp_path):
+def test_pictures_of_a_table_may_lie_anywhere_where_that_is_allowed_and_are_known_as_before(pairs, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     table = tmp_path / "elsewhere" / "t.csv"
     table.write_text("filepath,title\n../00.png,x\n../01.jpg,y\n")
     pictures, files = (
-        TablePictures(read_table(table), [1, 0]),
+        TablePictures(read_table(table), [1, 0], outside_root=True),
         PictureFiles([tmp_path / "elsewhere/../01.jpg", tmp_path / "elsewhere/../00.png"]),
     )
     assert same(pictures.open(1, LIMIT), files.open(1, LIMIT))
     assert pictures.fingerprint() == files.fingerprint()
+    with pytest.raises(BadImage, match="outside the data root"):
+        TablePictures(read_table(table), [1, 0]).open(1, LIMIT)
+
+
+def test_no_byte_of_a_file_that_a_table_names_is_in_a_message(tmp_path):
+    """Of `/etc/passwd`, say: evaluation printed how it begins."""
+    (tmp_path / "passwd").write_text("root:x:0:0:root:/root:/bin/bash\n")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "t.csv").write_text(f"filepath,title\n../passwd,x\n{tmp_path / 'passwd'},y\n")
+    pictures = TablePictures(read_table(tmp_path / "t" / "t.csv"), [0, 1])
+    for index, reason in enumerate(("outside the data root", "not a picture")):
+        with pytest.raises(BadImage, match=f"^{reason}") as caught:
+            pictures.open(index, LIMIT)
+        assert "root:x" not in str(caught.value)
 
 
 def test_the_fingerprint_changes_with_the_shard_and_with_the_choice(shard):

@@ -116,16 +116,23 @@ def test_the_validation_table_is_looked_at_too(tmp_path, table):
     assert "data.val: none of 1 pictures" in refusal(tmp_path, str(table), DataError, val=str(val))
 
 
-def test_pictures_outside_the_root_are_told_at_the_start_with_both_ways_out(tmp_path, table):
+def test_pictures_outside_the_root_are_told_at_the_start_with_the_way_out(tmp_path, table):
     elsewhere = tmp_path / "tables"
     elsewhere.mkdir()
-    rows = [["filepath", "title"], *([str(tmp_path / f"{i}.png"), "a picture"] for i in range(4))]
+    rows = [["filepath", "title"], *([f"../{i}.png", "a picture"] for i in range(4))]
     moved = write_table(elsewhere / "pairs.csv", rows)
     told = refusal(tmp_path, str(moved), DataError)
-    assert "data.image_root" in told
-    assert "data.allow_outside_root=true" in told
+    assert f"The root is now {elsewhere}." in told
+    assert "allow_outside_root=true" in told
     check_train(config_of(tmp_path, str(moved), allow_outside_root=True))
-    check_train(config_of(tmp_path, str(moved), image_root=str(tmp_path)))
+
+
+def test_absolute_paths_and_links_pass_wherever_they_lead(tmp_path, table):
+    elsewhere = tmp_path / "tables"
+    elsewhere.mkdir()
+    (elsewhere / "link.png").symlink_to(tmp_path / "1.png")
+    rows = [["filepath", "title"], [str(tmp_path / "0.png"), "a picture"], ["link.png", "a picture"]]
+    check_train(config_of(tmp_path, str(write_table(elsewhere / "pairs.csv", rows))))
 
 
 def test_a_table_of_which_some_pictures_are_missing_passes(tmp_path, table):

@@ -125,12 +125,35 @@ def test_nothing_is_fetched_while_something_else_is_wrong(tmp_path: Path, run_di
     assert len(fetched) == 1
 
 
+def test_a_table_reads_what_leaves_its_folder_only_where_that_is_allowed(
+    tmp_path: Path, run_dir: Path, data: Path
+) -> None:
+    (data / "t").mkdir()
+    (data / "secret").write_text("root:x:0:0\n")
+    (data / "t" / "t.csv").write_text("filepath,label\n../flat/0.JPEG,cat\n../secret,dog\n")
+    values = {"table": str(data / "t" / "t.csv"), "templates": "a {}."}
+    with pytest.raises(DataError, match=r"outside the data root: .*allow_outside_root=true"):
+        evaluate(config(tmp_path, run_dir, t=values))
+    with pytest.raises(DataError, match=r"secret: not a picture\. ") as caught:
+        evaluate(config(tmp_path, run_dir, t={**values, "allow_outside_root": True}))
+    assert "root:x" not in str(caught.value)
+
+
+def test_an_evaluations_name_is_one_of_a_folder(tmp_path: Path, run_dir: Path, data: Path) -> None:
+    good = config(tmp_path, run_dir, t={"root": str(data / "pets"), "templates": "a {}."})
+    for name, told in (("a/b", "plain folder name"), ("x" * 300, "has 300 bytes"), ("a\nb", "plain folder name")):
+        with pytest.raises(ConfigError, match=told):
+            check(replace(good, name=name))
+    with pytest.raises(ConfigError, match=r"a task's name becomes a file's name; .* 200 bytes at most"):
+        check(replace(good, task={"x" * 300: good.task["t"]}))
+
+
 def test_a_broken_picture_stops_or_is_counted_by_the_policy_of_training(
     tmp_path: Path, run_dir: Path, data: Path
 ) -> None:
     (data / "pets" / "cow" / "2.png").write_bytes(b"no picture")
     strict = config(tmp_path, run_dir, pets={"root": str(data / "pets"), "templates": "a {}."})
-    with pytest.raises(DataError, match=r"cow/2\.png: not a picture: it begins with"):
+    with pytest.raises(DataError, match=r"cow/2\.png: not a picture\."):
         evaluate(strict)
     assert not (run_dir / "eval").exists()
     result = evaluate(replace(strict, on_bad_image=OnBadImage.replace))["pets"]

@@ -127,6 +127,17 @@ def test_a_table_fills_an_index_which_keeps_what_cannot_be_reached_today(
     assert "1 pictures (1 dropped, 2 left out)" in capsys.readouterr().out
 
 
+def test_a_table_indexes_what_leaves_its_folder_only_where_that_is_allowed(run_dir: Path, photos: Path, tmp_path: Path):
+    (tmp_path / "lists").mkdir()
+    table = tmp_path / "lists" / "list.csv"
+    table.write_text(f"filepath\n{photos}/0.png\n../photos/1.png\n")
+    values = {"run": str(run_dir), "table": str(table)}
+    with pytest.raises(DataError, match=r"list\.csv, line 3: '\.\./photos/1\.png' leaves .*allow_outside_root=true"):
+        search(asked(tmp_path / "t.index", **values))
+    search(asked(tmp_path / "t.index", **values, allow_outside_root=True))
+    assert read_entries(tmp_path / "t.index").paths == ["photos/0.png", "photos/1.png"]
+
+
 def test_pictures_and_their_index_can_be_moved_together(index: Path, tmp_path: Path, run_dir: Path, capsys):
     (tmp_path / "moved").mkdir()
     shutil.move(tmp_path / "photos", tmp_path / "moved" / "photos")

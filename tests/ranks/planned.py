@@ -35,6 +35,9 @@ def work(folder: Path) -> int:
         except ValueError as error:
             failure.report(error)
             time.sleep(60)
+    if plan == "signaled":  # alone, before it has a way of its own to stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
     if plan == "exits":
         sys.exit(5)
     if plan == "aborted":

@@ -12,18 +12,29 @@ from typing import Any
 
 import pytest
 
-from clip_exp.ranks import launch
+from clip_exp.ranks import failure, launch
 from clip_exp.ranks.environment import free_port, local_placement
+from clip_exp.ranks.failure import LOG
 from clip_exp.ranks.launch import launch_work
 from tests.conftest import REPOSITORY
 from tests.ranks.planned import Planned
+
+HOLD = """
+import sys
+from pathlib import Path
+from clip_exp.ranks import failure
+failure.PLACE_S = 0.5
+with failure.place_in(Path(sys.argv[1]), 1):
+    print("here", flush=True)
+    sys.stdin.read()
+"""
 
 
 def run(folder: Path, *plan: str) -> tuple[int, dict[str, Any]]:
     """The exit code of ranks that end as planned, and what was recorded of them."""
     planned = Planned(folder, *plan)
     code = launch_work(planned)[1]
-    assert [path.name for path in folder.iterdir()] == ["plan.json"]
+    assert {path.name for path in folder.iterdir()} <= {"plan.json", LOG}
     assert len(planned.records) <= 1
     return code, planned.records[0] if planned.records else {}
 
@@ -58,6 +69,16 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
     assert told.strip().splitlines()[-1] == message
     assert (told.count("error: "), told.count("Traceback")) == ((0, 1) if code in (1, 5) else (1, 0))
     assert (record["status"], record["exit_code"]) == ("failed", code)
+    kept = (tmp_path / LOG).read_text(encoding="utf-8")
+    messages = {
+        "lost touch": "lost touch with",
+        "bad data": "picture 7",
+        "bug": "ValueError: a bug",
+        "exits": "SystemExit: 5",
+    }
+    assert all(
+        f"rank {rank} failed" in kept and messages[end] in kept for rank, end in enumerate(plan) if end in messages
+    )
     assert record["error"][-1] == message.removeprefix("error: ").replace(r"\x1b", "\x1b")
 
 
@@ -82,7 +103,7 @@ def test_a_rank_that_cannot_tell_is_told_of(
     assert record["error"] == [told.removeprefix("error: ")]
 
 
-@pytest.mark.parametrize("plan", [("143", "143"), ("143", "lost touch"), ("143", "wait")])
+@pytest.mark.parametrize("plan", [("143", "143"), ("143", "lost touch"), ("143", "wait"), ("signaled", "wait")])
 def test_ranks_that_a_signal_stopped_end_all_as_preempted(
     tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...]
 ) -> None:
@@ -90,7 +111,26 @@ def test_ranks_that_a_signal_stopped_end_all_as_preempted(
     assert capsys.readouterr().err == ""
 
 
-def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_rank_waits_for_that_of_an_earlier_start_and_works_beside_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the launcher alone was killed, and the command is given again at once."""
+    monkeypatch.setattr(failure, "PLACE_S", 5.0)
+    hold = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(hold, cwd=REPOSITORY, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as earlier:
+        assert earlier.stdout is not None
+        assert earlier.stdout.readline() == "here\n"
+        with failure.place_in(tmp_path, 0):
+            pass  # of another rank
+        threading.Timer(0.5, earlier.kill).start()
+        with failure.place_in(tmp_path, 1):
+            assert earlier.wait(5) == -signal.SIGKILL
+    with failure.place_in(tmp_path, 1):
+        done = subprocess.run(hold, cwd=REPOSITORY, capture_output=True, text=True)
+    assert "rank 1 of an earlier start still works in" in done.stderr
+
+
+def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def ask() -> None:
@@ -99,7 +139,7 @@ def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path, capsys: pyt
 
     threading.Thread(target=ask).start()
     assert run(tmp_path, "wait", "wait") == (143, {"status": "preempted"})
-    assert capsys.readouterr().err == "stopped by a signal; the same command goes on from what was saved.\n"
+    assert capfd.readouterr().err == "stopped by SIGTERM before the work began; the same command starts it.\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 

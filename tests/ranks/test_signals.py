@@ -46,6 +46,14 @@ def test_a_later_signal_ends_the_process_at_once(context: str) -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_before_the_work_begins_a_signal_ends_the_process_as_preempted(number: signal.Signals) -> None:
+    code = f"import signal\nfrom clip_exp.ranks import signals\nwith signals.exit_on_signals():\n    signal.raise_signal({number.value})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 143
+    assert done.stderr == f"stopped by {number.name} before the work began; the same command starts it.\n"
+
+
 def test_other_threads_leave_signals_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen = []

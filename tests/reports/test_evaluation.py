@@ -75,12 +75,24 @@ def test_a_classification_leaves_numbers_a_table_and_a_page_here_and_in_the_run(
         assert len(list(csv.DictReader((place / "eval" / "pets.csv").read_text().splitlines()))) == 5
     page = (folder / "eval" / "pets.html").read_text()
     assert (trained / "eval" / "pets.html").read_text() == page
-    assert "evaluate.py &#39;run=outputs/my run&#39; &#39;task=[pets,pairs]&#39;" in page
+    assert "&#39;run=outputs/my run&#39; &#39;task=[pets,pairs]&#39;" in page
+
+
+def test_results_are_not_written_through_a_link_in_the_runs_folder(
+    pets: Result, folder: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "theirs").mkdir()
+    (trained / "eval").symlink_to(tmp_path / "theirs")
+    write_result(pets, "pets", folder, trained)
+    assert list((tmp_path / "theirs").iterdir()) == []
+    assert (folder / "eval" / "pets.json").is_file()
+    assert f"{trained / 'eval'} is a link" in caplog.text
+    assert f"the results are in {folder} only" in caplog.text
 
 
 def test_a_run_scored_at_its_end_tells_the_command_that_trained_it(pets: Result, trained: Path):
     write_result(pets, "pets", trained)
-    assert "train.py model=vit_nano" in (trained / "eval" / "pets.html").read_text()
+    assert "model=vit_nano resume=never" in (trained / "eval" / "pets.html").read_text()
 
 
 def test_the_runs_report_links_its_evaluations(pets: Result, pairs: Result, folder: Path, trained: Path):

@@ -1,18 +1,28 @@
-"""Averaged weights without a run: what an update computes, and that it waits for nothing."""
+"""Callbacks without a run: averaged weights, which wait for nothing, and checkpoints that cannot be written."""
 
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from clip_exp.checkpoints.io import EMA_KEY
-from clip_exp.training.callbacks import AveragedWeights
+from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest
+from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
+from clip_exp.errors import CheckpointError
+from clip_exp.ranks.signals import StopRequest
+from clip_exp.training import callbacks
+from clip_exp.training.callbacks import AveragedWeights, Checkpointer
+from clip_exp.training.preemption import Preemption
+from tests.checkpoints.test_writer import write
+from tests.processes import run_on_ranks
 from tests.synchronization import SynchronizationWatch
 
 
@@ -82,3 +92,116 @@ def test_only_the_first_rank_copies_the_average_off_the_gpu() -> None:
     callback.on_save_checkpoint(trainer(is_global_zero=False), None, other)
     assert {value.device.type for value in first[EMA_KEY].values()} == {"cpu"}
     assert other == {}
+
+
+class Disk:
+    """A trainer whose disk is full for the given number of saves."""
+
+    def __init__(self, run_dir: Path, full: int = 0) -> None:
+        self.run_dir = run_dir
+        self.full = full
+        self.global_step = 0
+        self.callback_metrics: dict[str, torch.Tensor] = {}
+        self.io = SafeCheckpointIO()
+        self.strategy = SimpleNamespace(barrier=lambda name: dist.barrier() if dist.is_initialized() else None)
+
+    def save_checkpoint(self, path: Path) -> None:
+        """As Lightning's: rank 0 writes, and the others wait at the end."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            if self.full:
+                self.full -= 1
+                raise CheckpointError(f"cannot write the checkpoint {path}: No space left on device.")
+            write(self.run_dir, self.global_step, **self.io.metadata)
+        self.strategy.barrier("")
+
+
+def checkpointer(disk: Disk, **options: Any) -> Checkpointer:
+    return Checkpointer(disk.run_dir, disk.io, 10, "val/loss", "min", {}, lambda: None, **{"retry_s": 0.0, **options})
+
+
+def validated(callback: Checkpointer, disk: Any, step: int, loss: float, total_steps: int = 100) -> None:
+    disk.global_step, disk.callback_metrics = step, {"val/loss": torch.tensor(loss)}
+    callback.on_validation_end(disk, SimpleNamespace(total_steps=total_steps))
+
+
+def test_a_save_that_fails_is_reported_and_the_next_interval_tries_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = Disk(tmp_path)
+    callback = checkpointer(disk)
+    validated(callback, disk, 10, loss=3.0)
+    disk.full = 2
+    for step, loss in ((20, 1.0), (30, 1.5)):
+        validated(callback, disk, step, loss)
+    assert (callback.saved_step, callback.best) == (10, 3.0)
+    assert caplog.text.count("No space left on device. Training continues") == 2
+    validated(callback, disk, 40, loss=2.0)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000040"]
+    # The better ones were never kept.
+    assert manifest(folder_of(tmp_path, 40))["best"]
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited, by a clock that does not run otherwise."""
+    pauses: list[float] = []
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append))
+    return pauses
+
+
+def test_the_last_save_is_retried_until_there_is_room(tmp_path: Path, slept: list[float]) -> None:
+    disk: Any = Disk(tmp_path, full=3)
+    callback = checkpointer(disk, retry_s=60.0)
+    validated(callback, disk, 100, loss=1.0)
+    assert slept == [10, 10, 10]
+    assert callback.saved_step == 100
+    assert manifest(folder_of(tmp_path, 100))["metrics"] == {"val/loss": 1.0}
+
+
+def stop(callback: Checkpointer, disk: Any) -> None:
+    """End the run as a signal does."""
+    preemption = Preemption(StopRequest())
+    preemption.checkpointer = callback
+    preemption._stop(disk)
+
+
+@pytest.mark.parametrize(
+    "end", [lambda callback, disk: callback.on_train_end(disk, None), stop], ids=["end", "preemption"]
+)
+def test_the_last_save_fails_for_good_after_the_configured_time_and_says_what_is_kept(
+    end: Callable[[Checkpointer, Any], None], tmp_path: Path, slept: list[float]
+) -> None:
+    disk: Any = Disk(tmp_path)
+    callback = checkpointer(disk, retry_s=25.0)
+    validated(callback, disk, 90, loss=1.0)
+    disk.global_step, disk.full = 95, 1000
+    with pytest.raises(
+        CheckpointError, match=r"No space left.*tried for 25 s \(callbacks\.save_retry_s\).*step-000090"
+    ):
+        end(callback, disk)
+    assert slept == [10, 10, 5]
+
+
+def save_on_a_rank(rank: int, run_dir: Path, cases: list[tuple[int, bool]]) -> list[str | int | None]:
+    dist.init_process_group("gloo", init_method=f"file://{run_dir}/store", rank=rank, world_size=2)
+    logging.disable()
+    ends: list[str | int | None] = []
+    for full, last in cases:
+        disk: Any = Disk(run_dir, full=full if rank == 0 else 0)
+        disk.global_step = 10
+        callback = checkpointer(disk, retry_s=0.1)
+        try:
+            callback.save(disk, last=last)
+            ends.append(callback.saved_step)
+        except CheckpointError as error:
+            ends.append(str(error))
+    dist.destroy_process_group()
+    return ends
+
+
+def test_ranks_stay_together_when_the_first_cannot_save(tmp_path: Path) -> None:
+    left_out, given_up, retried = (1, False), (1000, True), (1, True)
+    first, second = run_on_ranks(save_on_a_rank, 2, tmp_path, [left_out, given_up, retried])
+    assert first == second
+    assert (first[0], first[2]) == (None, 10)
+    assert "Kept in" in first[1]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from clip_exp.data.batches import Collate
 from clip_exp.runs import read_metrics
 from clip_exp.training import metrics, summary
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer
-from clip_exp.training.metrics import StepMetrics, of_slowest_loader
+from clip_exp.training.metrics import MetricsCSV, StepMetrics, of_slowest_loader
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.tasks import TaskScores
 from clip_exp.training.timing import StepClock, StepTimes
@@ -129,3 +131,36 @@ def test_peak_memory_is_of_the_run_and_given_back_at_its_end(device, calls, monk
     callback.on_train_start(a_trainer(device), None)  # type: ignore[arg-type]
     callback.teardown(a_trainer(device), None, "fit")  # type: ignore[arg-type]
     assert called == calls
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Inside, the system writes no file beyond a size, as on a disk that is full in the middle of a row."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["with a later row", "at the end"])
+def test_rows_that_cannot_be_written_are_written_later(
+    at_end: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    rows = [{"step": step, "train/loss": 1.2345678 / step} for step in range(1, 5)]
+    for row in rows[:2]:
+        logger.log_metrics({"train/loss": row["train/loss"]}, step=int(row["step"]))
+    with largest_file(logger.path.stat().st_size + 8):
+        for row in rows[2:]:
+            logger.log_metrics({"train/loss": row["train/loss"]}, step=int(row["step"]))
+        assert read_metrics(logger.path) == rows[:2], "half a row is none"
+        assert list(tmp_path.iterdir()) == [logger.path]
+    assert caplog.text.count("metrics.csv cannot be written: File too large. Its rows are kept and written later.") == 1
+    if at_end:
+        logger.finalize("success")
+    else:
+        logger.log_metrics({"val/loss": 2.0}, step=4)
+        rows[3]["val/loss"] = 2.0
+    assert read_metrics(logger.path) == rows

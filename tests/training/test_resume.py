@@ -99,6 +99,20 @@ def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, t
     assert run_folders(tmp_path) == [folder]
 
 
+def test_a_run_killed_while_its_report_was_drawn_gets_it_by_the_same_command(
+    single: Finished, train: Train, tmp_path
+) -> None:
+    folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
+    shutil.copytree(single.folder, folder)
+    (folder / "report.html").unlink()
+    assert "has finished" not in train(*RUN, output_dir=tmp_path).output
+    run = Finished(folder, train(*RUN, output_dir=tmp_path).output)
+    assert "has finished this run already" in run.output
+    assert (folder / "report.html").is_file()
+    assert run.metrics == single.metrics
+    assert run.record["status"] == "finished"
+
+
 SIGNAL_ITSELF = """
 import os, signal, sys
 import pytorch_lightning as pl

@@ -4,17 +4,24 @@ import csv
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from clip_exp.checkpoints.discovery import best, checkpoints, latest, step_of
 from clip_exp.data.files import kind_of
-from tests.conftest import Run
+from clip_exp.training.opening import flatten
+from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders
+from tests.training.tracking import tensorboard_hparams, wandb_run
 
 
 def test_digits_reach_95_percent_zero_shot(digits: Finished) -> None:
@@ -61,7 +68,7 @@ def test_a_run_folder_holds_what_the_readme_says(single: Finished) -> None:
 
 
 def test_the_next_command_is_printed(single: Finished) -> None:
-    assert f"python evaluate.py run={single.folder}" in single.output
+    assert f"run={single.folder}" in single.output.split("next:")[-1]
     assert "step 20/20" in single.output
     assert "samples/s" in single.output
 
@@ -134,19 +141,27 @@ def test_averaged_weights_follow_the_formula(train: Train, tmp_path) -> None:
     torch.testing.assert_close(load_file(third / "ema.safetensors"), expected)
 
 
-def test_an_unreachable_wandb_server_does_not_stop_a_run(train: Train) -> None:
+def test_an_unreachable_wandb_server_does_not_stop_a_run_and_loggers_get_its_configuration(train: Train) -> None:
     run = train(
         *TINY,
         "max_steps=2",
         "logger=[csv,tensorboard,wandb]",
+        "logger.wandb.tags=[red,blue]",
         WANDB_BASE_URL="http://127.0.0.1:9",
         WANDB_API_KEY="0" * 40,
         WANDB_SILENT="true",
     )
     assert run.record["status"] == "finished"
     assert "logging offline" in (run.folder / "train.log").read_text()
-    assert list(run.folder.glob("wandb/offline-run-*"))
-    assert list(run.folder.glob("tensorboard/events*"))
+    hparams = tensorboard_hparams(run.folder / "tensorboard")
+    config, tags = wandb_run(next(run.folder.glob("wandb/offline-run-*/*.wandb")))
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert {key: config[key] for key in written} == written
+    assert tags == ["red", "blue"]
+    assert config["git"] == run.record["git"]
+    assert hparams["optimizer.betas"] == "[0.9, 0.98]"
+    assert (hparams["max_steps"], hparams["strategy.stage"], hparams["model.name"]) == (2, "null", "vit_nano")
+    assert set(flatten({**written, "git": config["git"]})) <= set(hparams)
 
 
 def test_bf16_trains_close_to_float32(single: Finished, train: Train) -> None:
@@ -308,14 +323,7 @@ def test_no_secret_of_the_environment_reaches_the_run_folder(train: Train) -> No
     assert not any(secret.encode() in text for text in texts)
 
 
-def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path) -> None:
-    import signal
-    import subprocess
-    import sys
-    import time
-
-    from tests.conftest import REPOSITORY
-
+def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *TINY, "max_steps=100000", "log_every_n_steps=1", "trainer.devices=2", f"output_dir={tmp_path}"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -333,3 +341,22 @@ def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path) 
     assert "was ended by signal 9 (SIGKILL)" in errors
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert json.loads((run_folders(tmp_path)[0] / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.exhaustive  # in `make test`, tests/ranks holds that ranks wait for those of an earlier start
+def test_a_run_whose_launcher_alone_is_killed_is_resumed_at_once(single: Finished, tmp_path: Path) -> None:
+    arguments = [
+        *(word for word in TINY if not word.startswith("resume")), "max_steps=20", "log_every_n_steps=1", "trainer.devices=2",
+        "checkpoint_every_n_steps=4", "val_every_n_steps=10", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    start = [sys.executable, str(REPOSITORY / "train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.DEVNULL, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("train/*/*/checkpoints/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (folder,) = run_folders(tmp_path)
+    assert Finished(folder, done.stdout).losses == pytest.approx(single.losses, rel=1e-5)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from clip_exp.data.files import ImageLimits, read_file, read_member
+from clip_exp.data.files import ImageLimits, read_below, read_member
 from clip_exp.data.tables.grouping import PictureGroups, group_pictures
 from clip_exp.data.tables.scan import BATCH_ROWS, RowBatch
 
@@ -175,7 +175,7 @@ class PairTable:
         Raises: BadImage with the reason.
         """
         if self.members is None:
-            return read_file(self.image_path(row), limits, self.part(row).root)
+            return read_below(self.part(row).root, self.path(row), limits)
         offset, size = self.members[row].tolist()
         return read_member(self.part(row).file, offset, size, limits)
 

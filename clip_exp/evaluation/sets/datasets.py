@@ -66,6 +66,7 @@ def labeled_images(
         image_key=data.image_key,
         label_key=data.label_key,
         image_root=data.image_root,
+        allow_outside_root=data.allow_outside_root,
         separator=data.separator,
         encoding=data.encoding,
         on_bad_row=data.on_bad_row,
@@ -159,6 +160,7 @@ def from_table(
     image_key: str,
     label_key: str,
     image_root: str | None = None,
+    allow_outside_root: bool = False,
     separator: str = "auto",
     encoding: str = "auto",
     on_bad_row: OnBadRow = OnBadRow.error,
@@ -193,7 +195,7 @@ def from_table(
     present = in_order(labels)
     matched = match(present, present, classes, str(table), where)
     return LabeledImages(
-        TablePictures(pairs, rows),
+        TablePictures(pairs, rows, allow_outside_root),
         [matched.position[label] for label in labels],
         matched.names,
         str(table),

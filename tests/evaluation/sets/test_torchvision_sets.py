@@ -254,7 +254,7 @@ def test_a_broken_file_is_a_bad_picture_and_a_change_changes_the_fingerprint(tmp
     assert images.pictures.fingerprint() == before
     (tmp_path / "food-101" / "images" / "apple_pie" / "2.jpg").write_bytes(b"no picture")
     assert images.pictures.fingerprint() != before
-    with pytest.raises(BadImage, match="cannot identify"):
+    with pytest.raises(BadImage, match=r"^not a picture$"):
         images.pictures.open(1, 10**9)
     with pytest.raises(BadImage, match="more than max_image_pixels=100"):
         images.pictures.open(0, 100)

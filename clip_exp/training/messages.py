@@ -1,0 +1,89 @@
+"""Messages of a run: what a process logs goes to `train.log` and, where it is clip_exp's own, to the terminal too.
+
+Training logs instead of printing, so that the log holds what a person saw. Warnings and errors go to standard error, the rest to
+standard output. A message logged with `extra=LOG_ONLY` is in `train.log` alone: the terminal shows the same in another way.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from clip_exp.errors import printable
+from clip_exp.ranks.environment import is_first_rank
+from clip_exp.secrets import redact
+
+LOG_ONLY = {"on_terminal": False}
+
+
+@contextmanager
+def logging_to(folder: Path) -> Iterator[None]:
+    """Inside, rank 0 logs to `train.log` of a run folder and to the terminal; other ranks log errors only, nowhere."""
+    root, own = logging.getLogger(), logging.getLogger("clip_exp")
+    main = is_first_rank()
+    root.setLevel(logging.INFO if main else logging.ERROR)
+    logging.captureWarnings(True)
+    added = [(root, _log_file(folder / "train.log")), (own, _Terminal())] if main else [(root, logging.NullHandler())]
+    for logger, handler in added:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, handler in added:
+            logger.removeHandler(handler)
+            with suppress(OSError):  # of a full disk
+                handler.close()
+
+
+def _log_file(path: Path) -> logging.Handler:
+    try:
+        handler = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        _print_unwritable(path, error)
+        return logging.NullHandler()
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose failure is reported once and does not end the run. What a full disk refused is tried again with the next message."""
+
+    reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.reported:
+            self.reported = True
+            _print_unwritable(Path(self.baseFilename), error)
+
+
+class _Terminal(logging.Handler):
+    """The terminal. One that is gone, or a full disk behind it, does not end the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_Redacting("%(message)s"))
+        self.addFilter(lambda record: getattr(record, "on_terminal", True))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            text = printable(self.format(record))
+            if record.levelno >= logging.WARNING:
+                print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+            else:
+                print(text, flush=True)
+
+
+class _Redacting(logging.Formatter):
+    """A formatter that keeps secrets of the environment and credentials of addresses out of the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _print_unwritable(path: Path, error: OSError) -> None:
+    with suppress(OSError):
+        print(f"warning: {path} cannot be written: {error.strerror or error}. Training continues.", file=sys.stderr)
