@@ -8,6 +8,7 @@ else writes the target (as it holds a lock) removes them. Errors are OSErrors, a
 import errno
 import glob
 import hashlib
+import json
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 LFS_POINTER = b"version https://git-lfs"  # how the file begins that stands for one which Git LFS has not fetched
 TEMPORARY = ".writing-"  # first part of every temporary name
 REPLACED = ".old"  # last part of the name of a folder that is being replaced
+SEAL = "sha256"  # key of a JSON object under which a hash of its other values stands
+LARGEST_JSON = 256 * 2**20  # bytes; the descriptions that a run keeps have thousands
 REPORT_AFTER_S = 1.0  # a shorter wait for a lock is not worth a message
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in the texts of errors of safetensors and tokenizers
 REOPEN_S = 0.2  # enough to open a lock's file again that its last holder removed in between
@@ -215,6 +219,40 @@ def file_sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values with a hash of them all, by which `read_json_object` notices any later change."""
+    content = {key: value for key, value in values.items() if key != SEAL}
+    return {**content, SEAL: _json_sha256(content)}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file, whatever the file holds.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: it holds something else, or not what was `sealed`.
+    """
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError("it is far too large")
+    try:
+        values = json.loads(path.read_bytes().decode())
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+        if SEAL in values and values[SEAL] != sealed(values)[SEAL]:
+            raise ValueError("it was changed after it was written")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON from line {error.lineno} on") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return values
+
+
+def _json_sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _temporary_name(target: Path) -> Path:

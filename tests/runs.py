@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip_exp.checkpoints.discovery import latest
-from clip_exp.runs import read_metrics
+from clip_exp.runs import RunRecord, read_metrics
 
 # vit_nano on drawn scenes: small, but every part that a photograph's run has.
 TINY = (
@@ -45,6 +45,11 @@ class Finished:
     @property
     def record(self) -> dict[str, Any]:
         return json.loads((self.folder / "run.json").read_text())
+
+
+def unfinish(folder: Path) -> None:
+    """Let a finished run look like one that was killed."""
+    RunRecord(folder).update(status="running")
 
 
 Train = Callable[..., Finished]

@@ -23,6 +23,7 @@ from clip_exp.config.schema import (
 )
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from tests.checkpoints.test_writer import write_state
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,7 @@ def write_checkpoint(run_dir: Path, model: torch.nn.Module, step: int, **metadat
     target = run_dir / "checkpoints" / f"step-{step:06d}"
     with atomic_checkpoint(target, {"step": step, **metadata}) as folder:
         save_file(model.state_dict(), folder / "model.safetensors")
+        write_state(folder, step)
     return target
 
 

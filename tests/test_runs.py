@@ -81,11 +81,11 @@ def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_pa
     config = train_config(f"output_dir={tmp_path}")
     folder, _ = choose(config)
     opening.begin(folder, config, [])
-    assert choose(config)[0] != folder, "there is nothing to go on from yet"
+    assert choose(config) == (folder, False), "a start without a checkpoint does not leave its folder behind"
     write(folder, 10)
     assert choose(config) == (folder, False)
     opening.begin(folder, config, [])
-    assert len(json.loads((folder / "run.json").read_text())["resumed"]) == 1
+    assert len(runs.RunRecord(folder).values["resumed"]) == 1
     runs.RunRecord(folder).finish("finished")
     assert choose(config) == (folder, True)
     assert choose(train_config(f"output_dir={tmp_path}", "seed=4"))[0] != folder
@@ -96,6 +96,7 @@ def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}", "max_steps=6")
     folder, _ = choose(config)
     opening.begin(folder, config, [])
+    write(folder, 6)
     runs.RunRecord(folder).finish("finished")
     before = (folder / "config.yaml").read_text()
     assert choose(train_config("max_steps=9", f"resume={folder}")) == (folder, False)

@@ -4,6 +4,7 @@ The same files whatever the strategy: a run can go on under another one, and the
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,27 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 
 from clip_exp.checkpoints.state import join, split
-from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS, atomic_checkpoint
+from clip_exp.checkpoints.writer import EMA_WEIGHTS, RUN_COPY, STATE, TENSORS, WEIGHTS, atomic_checkpoint
 from clip_exp.errors import CheckpointError, NumericError
+from clip_exp.storage import read_json_object
 
 MODEL_PREFIX = "model."
-STATE, TENSORS = "state.json", "state.safetensors"
 EMA_KEY = "ema_state_dict"
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Writes and reads checkpoint folders. `metadata` goes into the manifest of the next one written."""
+    """Writes and reads checkpoint folders.
+
+    Attributes:
+        metadata: for the manifest of the next checkpoint written.
+        run_copy: what every checkpoint keeps of its run, or None.
+        on_saved: called with the step of a checkpoint that is on the disk.
+    """
 
     def __init__(self) -> None:
         self.metadata: dict[str, Any] = {}
+        self.run_copy: dict[str, Any] | None = None
+        self.on_saved: Callable[[int], None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a state as Lightning dumps it into the folder `path`, whole or not at all.
@@ -44,7 +53,11 @@ class SafeCheckpointIO(CheckpointIO):
             save_file(tensors, folder / TENSORS)
             if averaged is not None:
                 save_file({key: value.contiguous() for key, value in averaged.items()}, folder / EMA_WEIGHTS)
+            if self.run_copy is not None:
+                (folder / RUN_COPY).write_text(json.dumps(self.run_copy), encoding="utf-8")
             (folder / STATE).write_text(json.dumps(tree), encoding="utf-8")
+        if self.on_saved is not None:
+            self.on_saved(checkpoint["global_step"])
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -56,8 +69,7 @@ class SafeCheckpointIO(CheckpointIO):
         """
         folder = Path(path)
         try:
-            tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            state = join(tree, load_file(folder / TENSORS))
+            state = join(read_json_object(folder / STATE), load_file(folder / TENSORS))
             weights = load_file(folder / WEIGHTS)
             if (folder / EMA_WEIGHTS).is_file():
                 state[EMA_KEY] = load_file(folder / EMA_WEIGHTS)
@@ -77,9 +89,10 @@ def read_state(checkpoint: Path, key: str) -> dict[str, Any]:
         CheckpointError: the state cannot be read.
     """
     try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get(key, {})
+        part = read_json_object(checkpoint / STATE).get(key, {})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
+    return part if isinstance(part, dict) else {}
 
 
 def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,10 +16,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from clip_exp.errors import CheckpointError
-from clip_exp.storage import atomic_folder, file_sha256, system_error
+from clip_exp.storage import atomic_folder, file_sha256, sealed, system_error
 
 MANIFEST = "manifest.json"
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+STATE, TENSORS = "state.json", "state.safetensors"
+RUN_COPY = "run_copy.json"  # of the run's `run.json` and `config.yaml`, from which they are restored
 
 
 @contextmanager
@@ -68,5 +70,5 @@ def _free(target: Path) -> int | None:
 
 def _write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
     files = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
-    manifest = {**metadata, "files": files}
+    manifest = sealed({**metadata, "files": files})
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ It does not refuse `+key=…`, and cannot type a node whose class depends on its
 
 import dataclasses
 import difflib
+import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -130,8 +131,23 @@ def read_run_config(run_dir: Path | str) -> TrainConfig:
         raise CheckpointError(
             f"{run_dir} is not a run folder: it has no config.yaml. Give the folder that training printed."
         )
-    config = read_yaml(path)
-    require_literal(OmegaConf.to_container(config), str(path))
+    return _run_config(read_yaml(path), str(path))
+
+
+def parse_run_config(text: str, where: str) -> TrainConfig:
+    """Parse the text of a run's configuration.
+
+    Args:
+        where: place of the text, for messages.
+
+    Raises:
+        CheckpointError, ConfigError: see `read_run_config`.
+    """
+    return _run_config(_parse_yaml(text.encode(), where), where)
+
+
+def _run_config(config: DictConfig, where: str) -> TrainConfig:
+    require_literal(OmegaConf.to_container(config), where)
     return load_train(_without_retired(config))
 
 
@@ -151,18 +167,25 @@ def read_yaml(path: Path) -> DictConfig:
     Raises:
         CheckpointError: it is larger than any configuration, is no mapping, or is not YAML.
     """
-    problem = "it is no mapping of keys"
     try:
         text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: bytes, where: str) -> DictConfig:
+    problem = "it is no mapping of keys"
+    try:
         if len(text) > MAX_YAML:
             problem = f"it has {len(text):,} bytes, where a configuration has thousands"
         elif any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             problem = "it has aliases (*name), which no configuration of ours needs"
-        elif isinstance(config := OmegaConf.load(path), DictConfig):
+        elif isinstance(config := OmegaConf.load(io.BytesIO(text)), DictConfig):
             return config
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         problem = " ".join(str(error).split()) or type(error).__name__
-    raise CheckpointError(f"{path}: refused, because {problem}. Give the folder as it was written.")
+    raise CheckpointError(f"{where}: refused, because {problem}. Give the folder as it was written.")
 
 
 def require_literal(values: Any, where: str) -> None:

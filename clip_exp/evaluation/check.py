@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from clip_exp.config.evaluation_schema import EvaluateConfig, SubjectConfig
 from clip_exp.config.load import to_yaml
@@ -67,6 +68,6 @@ def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str
     name = config.name or (source.run.name if source.run else source.model.name)
     folder = create_run_folder(config.output_dir, "evaluate", name)
     write_text(folder / "config.yaml", to_yaml(config))
-    told = {} if source.told is None else {"pretrained": source.told}
+    told: dict[str, Any] = {} if source.told is None else {"pretrained": source.told}
     RunRecord(folder).start(arguments, weights=str(source.weights.resolve()), **told)
     return folder

@@ -13,8 +13,8 @@ from clip_exp.config.schema import FineTuneConfig, TrainConfig
 from clip_exp.data.sources import parse
 from clip_exp.loading.source import ModelSource
 from clip_exp.reports.index import readable
-from clip_exp.reports.origin import record_of
 from clip_exp.reports.page import counted
+from clip_exp.runs import read_record
 
 
 class Score(NamedTuple):
@@ -45,7 +45,7 @@ def history_of(source: ModelSource | None) -> History:
         origin = f"Weights of {named}, read as {source.model.name}; how they were trained is not known here."
         return History(origin, {}, {}, [], [], provenance)
     run, run_dir = source.run, source.run_dir
-    record = record_of(run_dir) if run_dir else {}
+    record = read_record(run_dir) if run_dir else {}
     version = f" {record['clip_exp']}" if "clip_exp" in record else ""
     scores, others = _scores(run_dir, sha256) if run_dir else ([], [])
     plain_weights = source.mix is None and source.weights.name == WEIGHTS  # which a run validates

@@ -4,19 +4,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_exp.checkpoints import discovery
-from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, WEIGHTS
+from clip_exp.checkpoints.manifest import read_manifest
+from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, RUN_COPY, WEIGHTS
 from clip_exp.config.evaluation_schema import ModelChoice
 from clip_exp.config.load import read_run_config
 from clip_exp.config.model_schema import Activation, ModelConfig
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.wise_ft import Mix, mix_of
+from clip_exp.runs import CONFIG, run_config
 from clip_exp.text.saved import with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
 from clip_exp.weights.own import note_architecture
 from clip_exp.weights.settle import settle
 
-CONFIG = "config.yaml"
 NO_START = "wise_ft needs a run or its checkpoint: other weights do not tell what they started from."
 
 
@@ -38,10 +39,8 @@ class ModelSource:
         Of a mixture, a hash of both hashes and the share.
         """
         folder = self.weights.parent
-        recorded = discovery.manifest(folder)["files"] if (folder / MANIFEST).is_file() else {}
-        own: str = (
-            recorded[self.weights.name]["sha256"] if self.weights.name in recorded else hash_weights(self.weights)
-        )
+        recorded = read_manifest(folder).files if (folder / MANIFEST).is_file() else {}
+        own = recorded[self.weights.name].sha256 if self.weights.name in recorded else hash_weights(self.weights)
         return own if self.mix is None else self.mix.sha256(own)
 
 
@@ -93,7 +92,7 @@ def source_of_run(run_dir: Path, ema: bool = False) -> ModelSource:
         raise ConfigError(
             f"run={run_dir}: no such folder. Training prints its run folder: outputs/train/<name>/<time>."
         )
-    run = read_run_config(run_dir)
+    run = run_config(run_dir)
     checkpoint = discovery.best(run_dir) if run.monitor else discovery.latest(run_dir)
     return _of_checkpoint_folder(checkpoint, run, run_dir, ema)
 
@@ -113,14 +112,14 @@ def source_of_checkpoint(path: Path, ema: bool = False) -> ModelSource:
             f"ckpt={path} is not the {WEIGHTS} of a checkpoint; for other files: model=NAME pretrained={path}."
         )
     run_dir = folder.resolve().parents[1]
-    if not (run_dir / CONFIG).is_file():
+    if not any(path.is_file() for path in (run_dir / CONFIG, folder / RUN_COPY)):
         raise CheckpointError(
             f"{path} is not in a run folder ({run_dir} has no {CONFIG}), so nothing tells which model it is: "
             f"give model=NAME pretrained={folder / WEIGHTS}."
         )
     if (folder / MANIFEST).is_file() and (problem := discovery.damage(folder)):
         raise CheckpointError(f"{folder} is damaged: {problem}. Give an earlier checkpoint of the run.")
-    return _of_checkpoint_folder(folder, read_run_config(run_dir), run_dir, ema or path.name == EMA_WEIGHTS)
+    return _of_checkpoint_folder(folder, run_config(run_dir), run_dir, ema or path.name == EMA_WEIGHTS)
 
 
 def source_of_file(

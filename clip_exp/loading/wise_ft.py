@@ -1,13 +1,13 @@
 """Between a fine-tuned run and what it started from, weight by weight (Wortsman et al. 2022, WiSE-FT). Without torch."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.runs import read_record
 from clip_exp.weights.find import hash_weights
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ def mix_of(run_dir: Path, share: float) -> Mix:
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"wise_ft={share:g} must be a share of the run's weights, from 0 to 1.")
-    record = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
-    start = record.get("pretrained")
-    if not start:
+    start = read_record(run_dir).get("pretrained")
+    if not isinstance(start, dict):
         raise ConfigError(
             f"wise_ft={share:g} goes between a run and the weights that it started from, and {run_dir} started from none: "
             "its run.json has no `pretrained`. Leave wise_ft out."

@@ -1,11 +1,12 @@
 """Where an evaluation's page comes from, as it says itself: the command, the model, the time."""
 
-import json
 import shlex
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from clip_exp.runs import read_record
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one: it has the scripts beside the package
 KINDS = {
@@ -24,7 +25,7 @@ def is_train_run(folder: Path) -> bool:
 
 def command_of(folder: Path) -> str | None:
     """Return what to type to make again what the folder holds; None where it does not say."""
-    arguments = record_of(folder).get("argv")
+    arguments = read_record(folder).get("argv")
     if arguments is None:
         return None
     if not is_train_run(folder):
@@ -68,7 +69,7 @@ def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]
         f"step {protocol['step']:,}" if isinstance(protocol.get("step"), int) else None,
         protocol.get("data"),
     ]
-    record = record_of(folder)
+    record = read_record(folder)
     made_by = [f"clip_exp {record['clip_exp']}" if "clip_exp" in record else None, record.get("start"), str(folder)]
     return {
         "title": name,
@@ -77,12 +78,3 @@ def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]
         "made_by": " · ".join(filter(None, made_by)),
         "command": command_of(folder),
     }
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    """The folder's `run.json`; empty where it has none that can be read."""
-    try:
-        values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -7,9 +7,9 @@ from typing import Any
 
 from clip_exp.reports.data_facts import data_facts
 from clip_exp.reports.index import evaluations
-from clip_exp.reports.origin import command_line, command_of, record_of
+from clip_exp.reports.origin import command_line, command_of
 from clip_exp.reports.page import counted, fact_rows, number, render
-from clip_exp.runs import read_metrics, write_text
+from clip_exp.runs import read_metrics, read_record, write_text
 
 
 def write_report(run_dir: Path) -> Path:
@@ -36,7 +36,7 @@ def renew_report(run_dir: Path) -> Path:
             metrics=[(name, _metric(name, value)) for name, value in summary["metrics"].items() if value is not None],
             curves=base64.b64encode((run_dir / "report.png").read_bytes()).decode(),
             evaluations=evaluations(run_dir),
-            facts=fact_rows(_facts(summary, record_of(run_dir))),
+            facts=fact_rows(_facts(summary, read_record(run_dir))),
             command=command_of(run_dir),
             next_command=next_command(run_dir),
             config=(run_dir / "config.yaml").read_text(encoding="utf-8"),

@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
-from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest, step_of
+from clip_exp.checkpoints.discovery import folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.checkpoints.writer import MANIFEST
 from clip_exp.errors import CheckpointError, ConfigError
@@ -182,7 +182,7 @@ class Checkpointer(pl.Callback):
         while problem is not None:
             pause_s = from_main(lambda: min(RETRY_PAUSE_S, end_s - time.monotonic()))
             if pause_s <= 0:
-                kept = from_main(lambda: ", ".join(path.name for path in checkpoints(self.run_dir)) or "no checkpoint")
+                kept = from_main(lambda: ", ".join(path.name for path in manifests(self.run_dir)) or "no checkpoint")
                 raise CheckpointError(
                     f"{problem} It was tried for {self.retry_s:g} s (callbacks.save_retry_s). Kept in {self.run_dir}: {kept}. "
                     "Make room and give the same command again."
@@ -208,9 +208,9 @@ class Checkpointer(pl.Callback):
         return value.item() if better else None
 
     def _prune(self) -> None:
-        found = checkpoints(self.run_dir)
-        marked = [path for path in found if manifest(path).get("best")]
-        needed = {*found[-KEEP_LAST:], *marked[-1:]}
+        found = manifests(self.run_dir)
+        marked = [path for path, manifest in found.items() if manifest.best]
+        needed = {*list(found)[-KEEP_LAST:], *marked[-1:]}
         try:
             for path in found:
                 if path not in needed and step_of(path) <= (self.saved_step or 0):

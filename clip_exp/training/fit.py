@@ -10,8 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from clip_exp.checkpoints.discovery import STEP, checkpoints, clean, damage, latest, step_of
-from clip_exp.checkpoints.io import read_state
+from clip_exp.checkpoints.discovery import latest, step_of
+from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
 from clip_exp.config.load import read_run_config
 from clip_exp.config.model_rules import own_towers
 from clip_exp.config.schema import StrategyName, TrainConfig
@@ -34,12 +34,12 @@ from clip_exp.training.failures import explained_failures
 from clip_exp.training.finetune import prepare
 from clip_exp.training.measures import training_tasks
 from clip_exp.training.messages import LOG_ONLY
-from clip_exp.training.metrics import MetricsCSV
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import start_weights
 from clip_exp.training.preemption import Preempted, Preemption
 from clip_exp.training.preflight import steps_of
 from clip_exp.training.preflight_finetune import probe_problems
+from clip_exp.training.resuming import Candidates, candidates, first_that_loads, report_damage, take_back
 from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskScores
 from clip_exp.training.trainer import build_trainer
@@ -88,15 +88,17 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
     pl.seed_everything(config.seed, verbose=False)
     datamodule = _build_data(config, run_dir)
     datamodule.require_same_tables(group.gather_objects)
-    checkpoint = group.from_main(lambda: _checkpoint_to_go_on_from(config, run_dir))
-    _require_same_data(datamodule, checkpoint)
+    found = group.from_main(lambda: candidates(config, run_dir, record))
+    resumes = bool(found.usable)
+    if resumes:
+        _require_same_data(datamodule, found.usable[0])
     steps = steps_of(config, datamodule.num_rows)
     if problems := list(probe_problems(config, steps)):
         raise ConfigError("\n".join(problems))
     datamodule.total_steps = steps
     tasks = training_tasks(config)
     zero_shot = ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
-    model = _build_model(config, run_dir, resumes=checkpoint is not None)
+    model = _build_model(config, run_dir, resumes=resumes)
     torch.backends.cudnn.benchmark = benchmarks_convolutions(model.image, device_type, config.trainer.deterministic)
     module = CLIPModule(model, build_loss(config.loss), config, steps, zero_shot)
     # The weights are the same on every rank; what is drawn while training (dropout) is not.
@@ -110,12 +112,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
         preemption=Preemption(stop),
         tasks=tasks,
     )
-    if checkpoint is not None:
-        group.from_main(lambda: _go_on_from(checkpoint, run_dir, trainer))
-    if is_main():
-        facts = _facts(trainer, module, datamodule)
-        record.update(**facts)
-        log.info(_headline(config, facts))
+    checkpoint = group.from_main(lambda: _start_from(found, config, run_dir, record, trainer, module, datamodule))
     started_s = time.perf_counter()
     with explained_failures(trainer, config):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -168,40 +165,39 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
     return model
 
 
-def _checkpoint_to_go_on_from(config: TrainConfig, run_dir: Path) -> Path | None:
-    """The one that `resume` names, or the run's newest.
+def _start_from(
+    found: Candidates,
+    config: TrainConfig,
+    run_dir: Path,
+    record: RunRecord,
+    trainer: pl.Trainer,
+    module: CLIPModule,
+    datamodule: PairsDataModule,
+) -> Path | None:
+    """Bring the run's folder to where the run starts; the checkpoint that it resumes from, None: it starts from step 0."""
+    checkpoint = first_that_loads(found, run_dir, record, module, datamodule) if found.usable else None
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    report_damage(found, run_dir, record, checkpoint)
+    if checkpoint is not None:
+        record.acknowledge(step)
+        log.info("resuming from %s (step %s)", checkpoint, f"{step:,}")
+    take_back(run_dir, found.damaged, trainer.loggers, step)
+    facts = _facts(trainer, module, datamodule)
+    record.update(**facts)
+    log.info(_headline(config, facts))
+    io = trainer.strategy.checkpoint_io
+    assert isinstance(io, SafeCheckpointIO)
+    io.run_copy, io.on_saved = record.run_copy(), record.acknowledge
+    return checkpoint
 
-    Raises:
-        CheckpointError: the named one is damaged.
-    """
-    named = Path(config.resume)
-    if config.resume not in ("auto", "never") and STEP.search(named.name):
-        problem = damage(named)
-        if problem is not None:
-            raise CheckpointError(
-                f"resume={named} is damaged: {problem}. Name another, or the run's folder for its newest undamaged one."
-            )
-        return named
-    return latest(run_dir) if checkpoints(run_dir) else None
 
-
-def _go_on_from(checkpoint: Path, run_dir: Path, trainer: pl.Trainer) -> None:
-    """What the run wrote after its checkpoint is taken back."""
-    step = step_of(checkpoint)
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV):
-            logger.continue_from(step)
-    clean(run_dir, after=step)
-    log.info("going on from %s (step %s)", checkpoint, f"{step:,}")
-
-
-def _require_same_data(datamodule: PairsDataModule, checkpoint: Path | None) -> None:
+def _require_same_data(datamodule: PairsDataModule, checkpoint: Path) -> None:
     """On every rank, before Lightning takes over: what one rank finds ends all of them with the same code.
 
     Raises:
         CheckpointError: the data of a rank is not what the checkpoint was trained on.
     """
-    if checkpoint is None or datamodule.config.allow_changed:
+    if datamodule.config.allow_changed:
         return
     state = read_state(checkpoint, type(datamodule).__qualname__)
     for problem in group.gather_objects(datamodule.changed_since(state)):

@@ -4,14 +4,29 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from clip_exp.checkpoints.discovery import checkpoints
-from clip_exp.config.load import read_run_config, to_yaml
+from clip_exp.checkpoints.discovery import FOLDER, checkpoints, step_of, was_saved
+from clip_exp.config.load import to_yaml
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.runs import RunRecord, create_run_folder, write_text
+from clip_exp.runs import (
+    CONFIG,
+    LAST_CHECKPOINT,
+    METRICS,
+    RECORD,
+    RunRecord,
+    create_run_folder,
+    is_free,
+    read_config,
+    read_record,
+    record_problem,
+    warn,
+    write_text,
+)
+from clip_exp.storage import file_sha256
 from clip_exp.text.saved import check_tokenizer, save_tokenizer
 from clip_exp.training.preflight_finetune import rehearse
 from clip_exp.weights.find import find_weights, hash_weights
@@ -37,6 +52,7 @@ class Opening:
     asked: TrainConfig  # by which the run is found again
     settled: TrainConfig  # by which it trains
     facts: dict[str, Any]  # for `run.json`
+    warnings: tuple[str, ...] = ()  # about damage to an earlier run
 
     def begin(self, arguments: list[str]) -> None:
         """Write what the run is into its folder, which this process holds.
@@ -44,6 +60,8 @@ class Opening:
         Args:
             arguments: of the command line.
         """
+        for message in self.warnings:
+            warn(self.folder, message)
         begin(self.folder, self.settled, arguments, asked=self.asked, **self.facts)
         save_tokenizer(self.settled.model, self.folder)
 
@@ -55,13 +73,16 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
         suffix: of the name of a new folder.
     Raises:
         ConfigError: `resume` names no run, or another one; see `find_weights` and `settle`.
-        CheckpointError: the weights cannot be fetched or are damaged; the folder cannot be made.
+        CheckpointError: the weights cannot be fetched or are damaged; the folder cannot be made; see `run_to_resume`.
     """
-    earlier = run_to_go_on_in(config)
+    runs = earlier_runs(config) if config.resume == "auto" else []
+    earlier = run_to_resume(config, runs)
     if earlier is not None:
-        folder, finished = earlier
-        settled = replace(config, model=as_settled(config.model, read_run_config(folder).model))
-        return Opening(folder, finished, config, settled, {})
+        run, finished = earlier
+        read, problem = _config_to_resume(run.folder)
+        settled = replace(config, model=as_settled(config.model, read.model))
+        warnings = tuple(filter(None, (record_problem(run.folder), problem)))
+        return Opening(run.folder, finished, config, settled, {}, warnings)
     model, facts = note_architecture(config.model, config.pretrained), {}
     rehearse(replace(config, model=model))
     if config.pretrained is not None:
@@ -76,7 +97,13 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
         }
     check_tokenizer(model)
     settled = replace(config, model=model)
-    return Opening(create_run_folder(config.output_dir, "train", config.name, suffix), False, config, settled, facts)
+    unused = newest([run for run in runs if not run.saved and is_free(run.folder)])
+    if unused is not None:
+        print(f"{unused.folder} was stopped before its first checkpoint: the run starts again in it.", flush=True)
+        folder = unused.folder
+    else:
+        folder = create_run_folder(config.output_dir, "train", config.name, suffix)
+    return Opening(folder, False, config, settled, facts)
 
 
 def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
@@ -118,35 +145,128 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find_run(config: TrainConfig) -> Path | None:
-    """The newest folder of the run's name and fingerprint that has something to go on from, or has finished."""
-    wanted = fingerprint(config)
+class EarlierRun(NamedTuple):
+    """A run that is there already."""
+
+    folder: Path
+    record: dict[str, Any]  # of its `run.json`; empty where that is lost
+
+    @property
+    def saved(self) -> bool:
+        """Whether it ever had a checkpoint; where `run.json` is lost, whether it may have had one."""
+        if self.record.get("status") == "finished" or self.record.get(LAST_CHECKPOINT) is not None:
+            return True
+        return was_saved(self.folder) or ("fingerprint" not in self.record and _has_trained(self.folder))
+
+    @property
+    def finished(self) -> bool:
+        return self.record.get("status") == "finished"
+
+    @property
+    def step(self) -> int:
+        """Of its last checkpoint; -1: it has none."""
+        return max([self.record.get(LAST_CHECKPOINT) or -1, *map(step_of, checkpoints(self.folder))])
+
+
+def newest(runs: list[EarlierRun]) -> EarlierRun | None:
+    """The run that got furthest, and of equal ones the one that was started last, as they recorded it. Names and clocks may mislead."""
+    return max(
+        runs, key=lambda run: (inf if run.finished else run.step, str(run.record.get("start", ""))), default=None
+    )
+
+
+def earlier_runs(config: TrainConfig) -> list[EarlierRun]:
+    """The runs of the same name and fingerprint.
+
+    Raises:
+        CheckpointError: there is none, but one that has trained and can no longer be recognized.
+    """
+    wanted, found, unknown = fingerprint(config), [], []
     parent = Path(config.output_dir) / "train" / config.name
-    for path in sorted(parent.glob("*/run.json"), reverse=True):  # folders sort by their time
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+    for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
+        run = EarlierRun(folder, read_record(folder))
+        if run.record.get("fingerprint", wanted) != wanted:
             continue
-        if values.get("fingerprint") == wanted and (values.get("status") == "finished" or checkpoints(path.parent)):
-            return path.parent
-    return None
+        if "fingerprint" in run.record or _computes_the_same(folder, config):
+            found.append(run)
+        elif run.saved:
+            unknown.append(folder)
+    if unknown and not found:
+        raise CheckpointError(
+            f"{unknown[0]} may be the run to resume, but cannot be recognized: {record_problem(unknown[0])} Restore it, move the "
+            "folder away, or start a new run with resume=never."
+        )
+    return found
 
 
-def run_to_go_on_in(config: TrainConfig) -> tuple[Path, bool] | None:
-    """The folder of an earlier run that this one goes on in, and whether it has finished; None: it begins anew.
+def run_to_resume(config: TrainConfig, runs: list[EarlierRun]) -> tuple[EarlierRun, bool] | None:
+    """The earlier run that this one resumes, and whether that has finished; None: it starts from the beginning.
 
-    `resume=auto` goes on in the newest unfinished folder of the same name and identity that has a checkpoint.
+    Args:
+        runs: of the same name and fingerprint, for `resume=auto`.
 
     Raises:
         ConfigError: `resume` names nothing, or a run that computes something else.
+        CheckpointError: the run had a checkpoint, and has none now.
     """
     if config.resume == "never":
         return None
-    folder = find_run(config) if config.resume == "auto" else _named_run(config)
-    if folder is None:
+    run = newest([run for run in runs if run.saved]) if config.resume == "auto" else _named_run(config)
+    if run is None:
         return None
-    values = RunRecord(folder).values
-    return folder, values.get("status") == "finished" and fingerprint(config) == values.get("fingerprint")
+    if run.finished and fingerprint(config) == run.record.get("fingerprint"):
+        return run, True
+    if run.saved and not checkpoints(run.folder):
+        raise lost(run.folder, run.record)
+    return run, False
+
+
+def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointError:
+    """The error of a run that had a checkpoint, and has none now that can be used.
+
+    Args:
+        reasons: a line for each that is there.
+    """
+    step = record.get(LAST_CHECKPOINT)
+    had = "has trained before" if step is None else f"had a checkpoint of step {step:,}"
+    return CheckpointError(
+        f"{folder} {had}, and {folder / FOLDER} has no checkpoint that can be used. Put one back, or start over from step 0 in a new "
+        f"folder: resume=never.{reasons}"
+    )
+
+
+def _config_to_resume(folder: Path) -> tuple[TrainConfig, str | None]:
+    """As `read_config`; the error says what else can be done."""
+    try:
+        return read_config(folder)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be resumed, and no checkpoint has a copy of its {CONFIG}: {error} Restore the file, or start a new "
+            "run with resume=never."
+        ) from error
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or what is left of one."""
+    return (folder / RECORD).is_file() or was_saved(folder) or ((folder / CONFIG).is_file() and _has_trained(folder))
+
+
+def _has_trained(folder: Path) -> bool:
+    return (folder / METRICS).exists() or (folder / FOLDER).exists()
+
+
+def _computes_the_same(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run in a folder has the identity of `config`, as far as its `config.yaml` can be read."""
+    try:
+        return not _differences(read_config(folder)[0], config)
+    except (CheckpointError, ConfigError):
+        return False
+
+
+def _differences(run: TrainConfig, config: TrainConfig) -> list[str]:
+    """The keys in which what a run computes differs from what `config` would compute."""
+    before, now = identity(run), identity(replace(config, model=as_settled(config.model, run.model)))
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
 def begin(
@@ -159,21 +279,28 @@ def begin(
         asked: what the user gave, by which the same command finds the run again; it may leave to the weights what `config` has.
         facts: further values of `run.json`.
     """
-    write_text(folder / "config.yaml", to_yaml(config))
-    RunRecord(folder).start(arguments, fingerprint=fingerprint(asked or config), seed=config.seed, **facts)
+    write_text(folder / CONFIG, to_yaml(config))
+    record = RunRecord(folder)
+    last = record.values.get(LAST_CHECKPOINT)
+    if last is None:  # an older version did not note it
+        last = max(map(step_of, checkpoints(folder)), default=None)
+    record.start(
+        arguments,
+        {"config_sha256": file_sha256(folder / CONFIG), LAST_CHECKPOINT: last, **facts},
+        fingerprint=fingerprint(asked or config),
+        seed=config.seed,
+    )
 
 
-def _named_run(config: TrainConfig) -> Path:
+def _named_run(config: TrainConfig) -> EarlierRun:
     path = Path(config.resume)
-    folder = next((p for p in (path, *path.parents[:2]) if (p / "run.json").is_file()), None)
+    folder = next((p for p in (path, *path.parents[:2]) if _is_run(p)), None)
     if folder is None:
         raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
-    run = read_run_config(folder)
-    before, now = identity(run), identity(dataclasses.replace(config, model=as_settled(config.model, run.model)))
-    other = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in LENGTH)
+    other = [key for key in _differences(read_config(folder)[0], config) if key not in LENGTH]
     if other:
         raise ConfigError(
             f"{folder} was trained with another {', '.join(other)}: give the same values, or start a new run from its weights "
             "(resume=never pretrained=<its checkpoint>/model.safetensors)."
         )
-    return folder
+    return EarlierRun(folder, read_record(folder))

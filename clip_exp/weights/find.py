@@ -9,10 +9,11 @@ from pathlib import Path
 from clip_exp import open_clip_files
 from clip_exp.checkpoints import discovery
 from clip_exp.checkpoints.writer import MANIFEST, WEIGHTS
-from clip_exp.config.load import nearest, read_run_config
+from clip_exp.config.load import nearest
 from clip_exp.config.model_schema import Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.models import known_models
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.runs import CONFIG, run_config
 from clip_exp.storage import file_sha256
 from clip_exp.weights import activation
 from clip_exp.weights.describe import About, describe
@@ -21,7 +22,6 @@ from clip_exp.weights.formats import format_of, weight_files
 from clip_exp.weights.hub import HUB, fetch_repository, is_hub_name
 
 log = logging.getLogger(__name__)
-CONFIG = "config.yaml"
 FILE_ENDINGS = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
 
 LookUp = Callable[[str | None, str], open_clip_files.Entry | None]  # (open_clip's name of the architecture, tag)
@@ -112,7 +112,7 @@ def _in_folder(folder: Path) -> Path:
         CheckpointError: no checkpoint, or a damaged one.
     """
     if (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
-        run = read_run_config(folder)
+        run = run_config(folder)
         return (discovery.best(folder) if run.monitor else discovery.latest(folder)) / WEIGHTS
     if (folder / MANIFEST).is_file() and (folder / WEIGHTS).is_file():
         if problem := discovery.damage(folder):

@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent; what is damaged is found, and the one before it is used."""
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from clip_exp.checkpoints import discovery, io
 from clip_exp.checkpoints.io import SafeCheckpointIO
@@ -18,10 +20,17 @@ from clip_exp.checkpoints.writer import atomic_checkpoint
 from clip_exp.errors import CheckpointError, NumericError
 
 
+def write_state(folder: Path, step: int) -> None:
+    """What a checkpoint has besides weights."""
+    (folder / "state.json").write_text(json.dumps({"global_step": step}))
+    save_file({}, folder / "state.safetensors")
+
+
 def write(run_dir: Path, step: int, content: str = "weights", **metadata: object) -> Path:
     target = discovery.folder_of(run_dir, step)
     with atomic_checkpoint(target, {"step": step, **metadata}) as folder:
         (folder / "model.safetensors").write_text(content)
+        write_state(folder, step)
     return target
 
 
@@ -32,7 +41,10 @@ def test_the_newest_undamaged_checkpoint_is_used(tmp_path, caplog: pytest.LogCap
     (discovery.folder_of(tmp_path, 20) / "model.safetensors").write_text("weightz")
     with caplog.at_level(logging.WARNING):
         assert discovery.latest(tmp_path).name == "step-000010"
-    assert "changed after it was written" in caplog.text
+    assert (
+        "step-000020 is damaged (model.safetensors was changed after it was written): step-000010 is used instead"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest"])
@@ -56,7 +68,8 @@ def test_damaged_checkpoints_and_leftovers_are_set_aside(tmp_path) -> None:
     write(tmp_path, 1)
     (write(tmp_path, 2) / "model.safetensors").write_text("")
     (tmp_path / "checkpoints" / ".writing-step-000003-99").mkdir()
-    discovery.clean(tmp_path)
+    discovery.recover(tmp_path)
+    discovery.set_aside(tmp_path, {discovery.folder_of(tmp_path, 2): "empty"}, after=9)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["damaged-step-000002", "step-000001"]
 
 
@@ -178,7 +191,7 @@ def test_an_optimizer_state_is_named_and_numbered() -> None:
 def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step, best=step == 3)
-    discovery.clean(tmp_path, after=1)
+    discovery.set_aside(tmp_path, {}, after=1)
     assert discovery.best(tmp_path) == discovery.latest(tmp_path) == discovery.folder_of(tmp_path, 1)
     assert (tmp_path / "checkpoints" / "superseded-step-000003").is_dir()
 
@@ -186,8 +199,10 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path)
 def test_a_replacement_that_was_killed_half_way_keeps_the_old_copy(tmp_path) -> None:
     checkpoint = write(tmp_path, 4, "old")
     checkpoint.rename(checkpoint.with_name(".writing-step-000004-77.old"))
-    discovery.clean(tmp_path)
     assert (discovery.latest(tmp_path) / "model.safetensors").read_text() == "old"
+    discovery.recover(tmp_path)
+    assert discovery.latest(tmp_path) == checkpoint
+    assert (checkpoint / "model.safetensors").read_text() == "old"
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path) -> None:

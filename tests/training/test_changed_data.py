@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.checkpoints.io import STATE
+from clip_exp.checkpoints.writer import STATE
+from clip_exp.storage import file_sha256
 from tests.conftest import Run
 from tests.data.conftest import noise, write_table
 from tests.exhaustive import repeat_beyond
-from tests.runs import Train, run_folders
+from tests.runs import Train, run_folders, unfinish
 
 RUN = (
     "model=vit_nano", "data=csv", "global_batch_size=4", "max_steps=4", "data.num_workers=0", "log_every_n_steps=1",
@@ -28,8 +29,7 @@ def table(tmp_path: Path) -> Path:
 def unfinished(train: Train, table: Path) -> Path:
     """A run that ended after its second step, whose table then got a row more."""
     run = train(*RUN, f"data.train={table}", output_dir=table.parent)
-    record = json.loads((run.folder / "run.json").read_text())
-    (run.folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    unfinish(run.folder)
     with open(table, "a", encoding="utf-8") as file:
         file.write("3.png,one more\n")
     return run.folder
@@ -61,10 +61,11 @@ def test_a_checkpoint_of_an_older_version_goes_on(train: Train, table: Path) -> 
     for file in (folder / "checkpoints").glob(f"*/{STATE}"):
         state = json.loads(file.read_text())
         del state["PairsDataModule"]["data"]
-        manifest = file.with_name("manifest.json")
         file.write_text(json.dumps(state))
+        manifest = file.with_name("manifest.json")
         values = json.loads(manifest.read_text())
-        del values["files"][STATE]
+        values["files"][STATE] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
+        del values["files"]["run_copy.json"], values["sha256"]
         manifest.write_text(json.dumps(values))
     named = f"resume={folder}/checkpoints/step-000002"
     assert train(*RUN, f"data.train={table}", named, output_dir=table.parent).summary["steps"] == 4

@@ -21,7 +21,7 @@ from tests.compose import train_config
 from tests.encoders import small_encoder
 from tests.exhaustive import repeat_beyond
 from tests.models.small import batch, small_config
-from tests.runs import Finished, Train
+from tests.runs import Finished, Train, unfinish
 
 RUN = (
     "model=vit_nano", "data=digits", "data.generate.rows=96", "data.generate.val_rows=24", "global_batch_size=16",
@@ -215,7 +215,7 @@ def interrupted(run: Finished, output_dir: Path) -> None:
     folder = output_dir / "train" / run.folder.parent.name / run.folder.name
     shutil.copytree(run.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "step-000008")
-    (folder / "run.json").write_text(json.dumps({**run.record, "status": "running"}))
+    unfinish(folder)
 
 
 @pytest.mark.parametrize("overrides", repeat_beyond(([],), ([], STRATEGIES["ZeRO-2"])), ids=["alone", "on ZeRO-2"])
@@ -224,7 +224,7 @@ def test_an_interrupted_run_goes_on_bitwise_and_under_another_strategy(
 ) -> None:
     interrupted(alone, tmp_path)
     run = train(*RUN, f"pretrained={start}", *overrides, output_dir=tmp_path)
-    assert "going on from" in run.output
+    assert "resuming from" in run.output
     assert run.losses == (pytest.approx(alone.losses, rel=1e-5) if overrides else alone.losses)
     if not overrides:
         assert all(torch.equal(run.weights[name], weight) for name, weight in alone.weights.items())

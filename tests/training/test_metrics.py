@@ -24,7 +24,7 @@ from clip_exp.training.metrics import MetricsCSV, StepMetrics, of_slowest_loader
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.tasks import TaskScores
 from clip_exp.training.timing import StepClock, StepTimes
-from tests.runs import TINY
+from tests.runs import TINY, unfinish
 
 
 @dataclass
@@ -83,8 +83,7 @@ def test_the_logged_rate_is_the_wall_clocks_without_validation_saving_and_scorin
     assert written["data_wait_share"] == pytest.approx(6 * 0.5 / sum(step_s[1:]))
 
     shutil.rmtree(run / "checkpoints" / "step-000008")
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    unfinish(run)
     assert clip_exp.train(*arguments) == run
     rows = read_metrics(run / "metrics.csv")
     assert [16 / row["samples_per_s"] for row in rows[5:]] == pytest.approx([1.5, 1.75, 1.25])

@@ -26,7 +26,7 @@ from clip_exp.training.opening import Opening, open_run
 from tests.checkpoints.test_writer import write
 from tests.compose import train_config
 from tests.conftest import REPOSITORY
-from tests.runs import TINY, Finished, Train, run_folders
+from tests.runs import TINY, Finished, Train, run_folders, unfinish
 from tests.weights.server import Served, serving
 from tests.weights.test_hub import fetched, publish
 
@@ -141,8 +141,7 @@ def test_every_strategy_starts_from_the_weights_and_goes_on_without_them(tmp_pat
     folder = tmp_path / "train" / one.folder.parent.name / one.folder.name
     shutil.copytree(one.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "step-000004")
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    unfinish(folder)
     weights.rename(tmp_path / "elsewhere.safetensors")
     # What lies in the place of the weights now is not looked at.
     weights.write_bytes(b"something else")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from clip_exp.checkpoints.discovery import checkpoints
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
-from tests.runs import TINY, Finished, Train, run_folders
+from tests.runs import TINY, Finished, Train, run_folders, unfinish
 
 RUN = (
     *(o for o in TINY if not o.startswith("resume")),
@@ -30,8 +30,7 @@ def interrupted(single: Finished, output_dir: Path) -> Path:
     folder = output_dir / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "step-000020")
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    unfinish(folder)
     return folder
 
 
@@ -39,7 +38,7 @@ def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train
     folder = interrupted(single, tmp_path)
     run = train(*RUN, output_dir=tmp_path)
     assert run.folder == folder
-    assert "going on from" in run.output
+    assert "resuming from" in run.output
     assert run.losses == single.losses
     for name, weight in single.weights.items():
         assert torch.equal(run.weights[name], weight), name
@@ -47,6 +46,32 @@ def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train
     assert [{k: v for k, v in row.items() if k not in timing} for row in run.metrics] == [
         {k: v for k, v in row.items() if k not in timing} for row in single.metrics
     ]
+
+
+def test_a_damaged_run_is_repaired_and_ends_bitwise_equal_and_a_person_sees_it(
+    single: Finished, command: Run, tmp_path
+) -> None:
+    folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
+    shutil.copytree(single.folder, folder)
+    (folder / "run.json").write_bytes(b"")
+    with (folder / "checkpoints/step-000020/state.json").open("ab") as file:
+        file.write(b"x")
+    result = command("train.py", *RUN, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = (folder / "train.log").read_text()
+    for text in (result.stderr, log):
+        assert "run.json is damaged (it is not JSON from line 1 on): the copy in step-000020 is used instead" in text
+        assert "step-000010 is used:\n  step-000020: state.json has" in text
+    assert result.stderr.count("run.json is damaged") == result.stderr.count("step-000020: state.json has") == 1
+    run = Finished(folder, result.stdout)
+    assert run.losses == single.losses
+    assert run_folders(tmp_path) == [folder]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "damaged-step-000020", "step-000010", "step-000020",
+    ]  # fmt: skip
+    for name, weight in single.weights.items():
+        assert torch.equal(run.weights[name], weight), name
+    assert (run.record["status"], run.record["last_checkpoint_step"]) == ("finished", 20)
 
 
 STRATEGIES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp")
@@ -119,8 +144,7 @@ def test_a_run_that_is_stopped_at_a_validated_step_misses_nothing(
 def test_going_on_from_a_named_earlier_checkpoint_gives_the_same_end(single: Finished, train: Train, tmp_path) -> None:
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    unfinish(folder)
     run = train(*(o for o in RUN), f"resume={folder}/checkpoints/step-000010", output_dir=tmp_path)
     assert run.losses == single.losses
     assert [path.name for path in checkpoints(folder)] == ["step-000010", "step-000020"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_exp.checkpoints.discovery import checkpoints, manifest
+from clip_exp.checkpoints.discovery import manifests
 from clip_exp.config.data_schema import GenerateConfig, Generator
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.data.generated import generate
@@ -16,7 +16,7 @@ from clip_exp.evaluation.launch import evaluate
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config
 from tests.exhaustive import repeat_beyond
-from tests.runs import TINY, Finished, Train
+from tests.runs import TINY, Finished, Train, unfinish
 from tests.small_runs import write_picture
 
 TIMING = ("samples_per_s", "data_wait_s", "compute_s")
@@ -93,7 +93,7 @@ def test_a_killed_run_ends_with_the_scores_of_an_uninterrupted_one(
 ) -> None:
     folder = tmp_path / "train" / scored.folder.parent.name / scored.folder.name
     shutil.copytree(scored.folder, folder, ignore=shutil.ignore_patterns("step-000012", "eval"))
-    (folder / "run.json").write_text(json.dumps({**scored.record, "status": "running"}))
+    unfinish(folder)
     run = train(*RUN, *tasks, output_dir=tmp_path)
     assert run.folder == folder
     assert without_timing(run) == without_timing(scored)
@@ -109,7 +109,7 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_still_leaves_its_scores
 ) -> None:
     folder = tmp_path / "train" / scored.folder.parent.name / scored.folder.name
     shutil.copytree(scored.folder, folder, ignore=shutil.ignore_patterns("eval", "summary.json"))
-    (folder / "run.json").write_text(json.dumps({**scored.record, "status": "running"}))
+    unfinish(folder)
     run = train(*RUN, *tasks, output_dir=tmp_path)
     assert without_timing(run) == without_timing(scored)
     for name in ("digits", "retrieval"):
@@ -145,9 +145,7 @@ def test_a_monitor_of_a_task_keeps_its_best_checkpoint_without_validation_data(
     )  # fmt: skip
     measured = {step: values["retrieval/recall@10_t2i"] for step, values in scores(run).items()}
     best = max(measured, key=lambda step: (measured[step], -step))
-    marked = {
-        manifest(path)["step"]: manifest(path)["metrics"] for path in checkpoints(run.folder) if manifest(path)["best"]
-    }
+    marked = {manifest.step: manifest.metrics for manifest in manifests(run.folder).values() if manifest.best}
     assert list(marked)[-1] == best
     assert marked[best]["retrieval/recall@10_t2i"] == measured[best]
     assert run.summary["best_checkpoint"].endswith(f"step-{best:06d}")

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from clip_exp.checkpoints.discovery import best, checkpoints, latest, manifest
+from clip_exp.checkpoints.discovery import best, checkpoints, latest, step_of
 from clip_exp.data.files import kind_of
 from clip_exp.training.opening import flatten
 from tests.conftest import REPOSITORY, Run
@@ -126,7 +126,7 @@ def test_monitor_keeps_the_best_checkpoint_and_patience_stops(train: Train) -> N
     )  # fmt: skip
     losses = {row["step"]: row["val/loss"] for row in run.metrics if "val/loss" in row}
     best_step = min(losses, key=lambda step: losses[step])
-    assert manifest(best(run.folder))["step"] == best_step
+    assert step_of(best(run.folder)) == best_step
     assert run.record["best_checkpoint"].endswith(f"step-{best_step:06d}")
     assert run.summary["steps"] == best_step + 2 * 2 < 40
 
