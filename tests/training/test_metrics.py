@@ -15,7 +15,7 @@ import torch
 
 import clip_exp
 from clip_exp.checkpoints.io import SafeCheckpointIO
-from clip_exp.data import datamodule
+from clip_exp.data import datamodule, workers
 from clip_exp.data.batches import Collate
 from clip_exp.runs import read_metrics
 from clip_exp.training import metrics, summary
