@@ -65,8 +65,9 @@ def train(run_dir: Path) -> int:
                 return _fit_or_stop(config, run_dir, record, stop, device_type)
         except BaseException as error:
             if is_main():
-                code = error.exit_code if isinstance(error, ClipExpError) else 1
-                record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
+                if group.world_size() == 1:  # of several ranks, whoever watches them notes the failure that was first
+                    code = error.exit_code if isinstance(error, ClipExpError) else 1
+                    record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
                 # The terminal shows it when the process ends.
                 log.error("%s", error, exc_info=not isinstance(error, ClipExpError), extra=LOG_ONLY)
             raise
