@@ -16,7 +16,7 @@ from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.config.environment import secrets_refused
 from clip_exp.config.load import load_evaluate, load_train, load_use, nearest
 from clip_exp.config.models import translate
-from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, explain, quote
+from clip_exp.config.overrides import MULTIRUN_FLAGS, check_arguments, explain, quote
 from clip_exp.config.paths import conf_dir
 from clip_exp.config.store import config_name, register
 from clip_exp.config.sweep import job_number
@@ -67,7 +67,7 @@ def run(command: str, arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     def to_hydra() -> None:
-        check_groups(arguments)
+        check_arguments(arguments)
         sys.argv = [f"{command}.py", *quote(translate(arguments))]
 
     if code := _guarded(to_hydra):

@@ -87,6 +87,19 @@ def test_the_command_line_refuses_it_too_and_prints_no_value(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_leaves_no_secret_and_no_folder_of_an_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    """Hydra makes the folder and writes the overrides into it before a job is checked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_PAT", "abcdefgh-1")
+    assert run("train", ["-m", "seed=1,2", "name=x-abcdefgh-1", "output_dir=s3://bucket/x"]) == 2
+    told = capsys.readouterr().err
+    assert "name holds the value of the environment variable MY_PAT" in told
+    assert "output_dir=s3://bucket/x is an address" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_program_keeps_its_own_interpolations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PAT", "its own business")
     config = OmegaConf.create({"x": "${oc.env:MY_PAT}"})

@@ -5,7 +5,7 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 from clip_exp.config.models import translate
-from clip_exp.config.overrides import MULTIRUN_FLAGS, check_groups, explain, quote
+from clip_exp.config.overrides import MULTIRUN_FLAGS, check_arguments, explain, quote
 from clip_exp.config.paths import conf_dir
 from clip_exp.config.store import config_name, register
 from clip_exp.errors import ConfigError
@@ -23,7 +23,7 @@ def compose(command: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(f"{flags[0]}: {what}; give key=value.")
     register()
     overrides = translate(overrides)
-    check_groups(overrides)
+    check_arguments(overrides)
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra_compose(config_name(command), overrides=quote(overrides))

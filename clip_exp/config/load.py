@@ -242,18 +242,24 @@ def _local(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: some are addresses (s3://bucket/folder), a line each.
     """
-    if problems := list(_addresses(values)):
+    if problems := list(addresses(values)):
         raise ConfigError("\n".join(problems))
     return values
 
 
-def _addresses(value: Any, key: str = "") -> Iterator[str]:
+def addresses(value: Any, key: str = "") -> Iterator[str]:
+    """Yield a sentence for every path in a configuration, or a part of it, that is an address.
+
+    Args:
+        value: nested dictionaries and lists of plain values.
+        key: where they stand in the configuration.
+    """
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _addresses(item, f"{key}.{name}" if key else str(name))
+            yield from addresses(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for item in value:
-            yield from _addresses(item, key)
+            yield from addresses(item, key)
     elif isinstance(value, str) and ADDRESS.match(value) and _is_path_key(key):
         local = value.removeprefix("file://") if value.startswith("file:///") else "/local/path"
         yield (

@@ -9,10 +9,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_exp.config.load import from_resolver, nearest, unknown_key
+from clip_exp.config.load import addresses, from_resolver, nearest, unknown_key
 from clip_exp.config.models import names
 from clip_exp.config.paths import conf_dir, options
 from clip_exp.errors import ConfigError
+from clip_exp.secrets import leaks
 
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 RERUN_FLAG = "--experimental-rerun"
@@ -47,23 +48,28 @@ def quote(arguments: list[str]) -> list[str]:
     return [f"++{argument}" if re.match(r"task\.[\w@.+-]+=", argument) else argument for argument in quoted]
 
 
-def check_groups(arguments: list[str]) -> None:
-    """Refuse `optimizer=null` and `optimizer=3`, for which Hydra has no words. Names are left to it: they may be the user's own.
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse what Hydra would do or keep before a configuration is composed.
 
-    Its flag that unpickles a file, which runs what is in it, is refused too, also as argparse lets it be abbreviated.
+    That is its flag that unpickles a file, also as argparse lets it be abbreviated; `optimizer=null` and `optimizer=3`, for which it
+    has no words (names are left to it: they may be the user's own); and of a sweep, whose folder it makes itself and fills with the
+    overrides, addresses and secrets.
 
     Raises:
-        ConfigError: a line for every group that is given no name of an option, and for the flag.
+        ConfigError: a line for every problem.
     """
     problems = []
+    sweeping = bool(MULTIRUN_FLAGS & set(arguments))
     for argument in arguments:
-        group, equals, value = argument.partition("=")
-        if len(group) > len("--") and RERUN_FLAG.startswith(group):
+        key, equals, value = argument.partition("=")
+        if len(key) > len("--") and RERUN_FLAG.startswith(key):
             problems.append(
                 f"{RERUN_FLAG} is refused: it runs code from the file. Give the overrides of that run instead."
             )
-        if equals and group in ALWAYS_CHOSEN and re.fullmatch(r"(null)?|[\d.+-]+", value.strip("[] ")):
-            problems.append(f"{group}={value} is no option: {nearest(value, options(group))}")
+        if equals and key in ALWAYS_CHOSEN and re.fullmatch(r"(null)?|[\d.+-]+", value.strip("[] ")):
+            problems.append(f"{key}={value} is no option: {nearest(value, options(key))}")
+        if equals and sweeping:
+            problems += [*addresses(value, key), *leaks(value, key)]
     if problems:
         raise ConfigError("\n".join(problems))
 
