@@ -91,8 +91,9 @@ def _expendable(logger: Logger) -> Logger:
 
 
 def _warn(logger: Logger, error: Exception) -> None:
+    cause = error.__cause__ or error  # Lightning takes every failure of TensorBoard for a value that cannot be logged
     log.warning(
-        "%s failed: %s. Training continues without it; metrics.csv has all metrics.", type(logger).__name__, error
+        "%s failed: %s. Training continues without it; metrics.csv has all metrics.", type(logger).__name__, cause
     )
 
 

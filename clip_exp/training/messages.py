@@ -6,6 +6,7 @@ standard output. A message logged with `extra=LOG_ONLY` is in `train.log` alone:
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,12 +15,16 @@ from clip_exp.errors import printable
 from clip_exp.ranks.environment import is_first_rank
 from clip_exp.secrets import redact
 
+log = logging.getLogger(__name__)
 LOG_ONLY = {"on_terminal": False}
 
 
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
-    """Inside, rank 0 logs to `train.log` of a run folder and to the terminal; other ranks log errors only, nowhere."""
+    """Inside, rank 0 logs to `train.log` of a run folder and to the terminal, failures of libraries' threads too.
+
+    Other ranks log nothing.
+    """
     root, own = logging.getLogger(), logging.getLogger("clip_exp")
     main = is_first_rank()
     root.setLevel(logging.INFO if main else logging.ERROR)
@@ -27,13 +32,24 @@ def logging_to(folder: Path) -> Iterator[None]:
     added = [(root, _log_file(folder / "train.log")), (own, _Terminal())] if main else [(root, logging.NullHandler())]
     for logger, handler in added:
         logger.addHandler(handler)
+    before = threading.excepthook
+    if main:
+        threading.excepthook = _log_thread
     try:
         yield
     finally:
+        threading.excepthook = before
         for logger, handler in added:
             logger.removeHandler(handler)
             with suppress(OSError):  # of a full disk
                 handler.close()
+
+
+def _log_thread(failed: threading.ExceptHookArgs) -> None:
+    """Log what ended a thread, such as TensorBoard's writer on a full disk: the terminal gets a line, the log the traceback."""
+    name = failed.thread.name if failed.thread else "a thread"
+    about = (failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
+    log.warning("%s failed: %s", name, failed.exc_value, exc_info=about)
 
 
 def _log_file(path: Path) -> logging.Handler:
@@ -65,12 +81,11 @@ class _Terminal(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(_Redacting("%(message)s"))
         self.addFilter(lambda record: getattr(record, "on_terminal", True))
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):
-            text = printable(self.format(record))
+            text = printable(redact(record.getMessage()))
             if record.levelno >= logging.WARNING:
                 print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
             else:

@@ -33,7 +33,7 @@ def test_a_logger_that_fails_later_is_reported_once_and_called_no_more(
     def fail(logger: Logger, metrics: dict[str, float], step: int | None = None) -> None:
         calls.append(step)
         if step == 2:
-            raise OSError(28, "No space left on device")
+            raise ValueError("a value that cannot be logged") from OSError(28, "No space left on device")
 
     monkeypatch.setattr(TensorBoardLogger, "log_metrics", fail)
     _, tensorboard = started(tmp_path)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,15 +29,21 @@ def test_messages_are_on_the_terminal_and_in_the_log(tmp_path: Path, capsys, mon
         log.warning("a disk is full, s3cret-value")
         log.info("only for later", extra=LOG_ONLY)
         foreign.warning("a library's own")
+        thread = threading.Thread(target=lambda: 1 / 0, name="writer")
+        thread.start()
+        thread.join()
     log.info("after the run")
-    assert capsys.readouterr() == ("step 1\n", "warning: a disk is full, ***\n")
+    errors = "warning: a disk is full, ***\nwarning: writer failed: division by zero\n"
+    assert capsys.readouterr() == ("step 1\n", errors)
     logged = (tmp_path / "train.log").read_text(encoding="utf-8")
-    assert [line.split(" ", 2)[2] for line in logged.splitlines()] == [
+    assert [line.split(" ", 2)[2] for line in logged.splitlines()[:5]] == [
         "INFO clip_exp.training.anything: step 1",
         "WARNING clip_exp.training.anything: a disk is full, ***",
         "INFO clip_exp.training.anything: only for later",
         "WARNING foreign.library: a library's own",
+        "WARNING clip_exp.training.messages: writer failed: division by zero",
     ]
+    assert "Traceback" in logged
 
 
 def test_other_ranks_say_nothing(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
