@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifest
+from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifests
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.errors import CheckpointError
 from clip_exp.ranks.signals import StopRequest
@@ -138,7 +138,7 @@ def test_a_save_that_fails_is_reported_and_the_next_interval_tries_again(
     validated(callback, disk, 40, loss=2.0)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000040"]
     # The better ones were never kept.
-    assert manifest(folder_of(tmp_path, 40))["best"]
+    assert manifests(tmp_path)[folder_of(tmp_path, 40)].best
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_the_last_save_is_retried_until_there_is_room(tmp_path: Path, slept: lis
     validated(callback, disk, 100, loss=1.0)
     assert slept == [10, 10, 10]
     assert callback.saved_step == 100
-    assert manifest(folder_of(tmp_path, 100))["metrics"] == {"val/loss": 1.0}
+    assert manifests(tmp_path)[folder_of(tmp_path, 100)].metrics == {"val/loss": 1.0}
 
 
 def stop(callback: Checkpointer, disk: Any) -> None:
