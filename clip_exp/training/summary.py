@@ -50,7 +50,8 @@ def _warned() -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointError) as error:
-        log.warning("%s The run is finished: the same command writes its report once there is room.", error)
+        reason = str(error).rstrip(".")
+        log.warning("%s. The run is finished: the same command writes its report once there is room.", reason)
 
 
 def summarize(

@@ -107,11 +107,11 @@ def finished_after_all(run: Finished, folder: Path) -> None:
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(("devices", "strategy"), [(1, "auto"), (2, "ddp"), (2, "deepspeed_stage_3")])
 def test_a_third_checkpoint_that_does_not_fit_does_not_end_the_run(
-    devices: int, disk: Disk, command: Run, train: Train
+    devices: int, strategy: str, disk: Disk, command: Run, train: Train
 ) -> None:
-    arguments = (*RUN, f"trainer.devices={devices}", "callbacks.save_retry_s=0.5")
+    arguments = (*RUN, f"trainer.devices={devices}", f"strategy={strategy}", "callbacks.save_retry_s=0.5")
     with meanwhile(lambda: list(disk.path.glob(SECOND)), disk.shrink):
         result = command("train.py", *arguments, f"output_dir={disk.path}", cwd=disk.path)
     folder = ended_for_want_of_room(result, disk)
