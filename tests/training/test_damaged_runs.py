@@ -193,6 +193,8 @@ def test_starts_that_were_killed_before_a_checkpoint_share_one_folder(config: Tr
         )
     assert len(RunRecord(first.folder).values["resumed"]) == 2
     assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
+    assert open_run(replace(config, resume=str(first.folder))).folder == first.folder
+    assert "the run starts again in it" in capsys.readouterr().out
     with runs.lock(first.folder):
         other = open_run(config)
     assert other.folder != first.folder, "which a living process uses"
