@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_exp import open_clip_files
-from clip_exp.checkpoints.discovery import STEP
+from clip_exp.checkpoints.discovery import STEP, was_saved
 from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation
@@ -128,7 +128,7 @@ def _source(source: str, pretrained: str | Path | None, activation: Activation |
         return source_of_file(named_model(source), pretrained, activation)
     if path.is_file():
         found = source_of_weights(path, activation)
-    elif (path / CONFIG).is_file():
+    elif (path / CONFIG).is_file() or was_saved(path):
         found = source_of_run(path)
     elif path.is_dir() and STEP.search(path.resolve().name):
         found = source_of_checkpoint(path)

@@ -56,10 +56,18 @@ def write_run(folder: Path, model: CLIP, data: DataConfig | None = None, monitor
     return folder
 
 
-def write_checkpoint(run_dir: Path, model: torch.nn.Module, step: int, **metadata: object) -> Path:
+def write_checkpoint(
+    run_dir: Path,
+    model: torch.nn.Module,
+    step: int,
+    averaged: dict[str, torch.Tensor] | None = None,
+    **metadata: object,
+) -> Path:
     target = run_dir / "checkpoints" / f"step-{step:06d}"
     with atomic_checkpoint(target, {"step": step, **metadata}) as folder:
         save_file(model.state_dict(), folder / "model.safetensors")
+        if averaged is not None:
+            save_file(averaged, folder / "ema.safetensors")
         write_state(folder, step)
     return target
 

@@ -79,6 +79,8 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
     earlier = run_to_resume(config, runs)
     if earlier is not None:
         run, finished = earlier
+        if not run.saved:
+            _say_again(run.folder)
         read, problem = _config_to_resume(run.folder)
         settled = replace(config, model=as_settled(config.model, read.model))
         warnings = tuple(filter(None, (record_problem(run.folder), problem)))
@@ -99,8 +101,8 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
     settled = replace(config, model=model)
     unused = newest([run for run in runs if not run.saved and is_free(run.folder)])
     if unused is not None:
-        print(f"{unused.folder} was stopped before its first checkpoint: the run starts again in it.", flush=True)
         folder = unused.folder
+        _say_again(folder)
     else:
         folder = create_run_folder(config.output_dir, "train", config.name, suffix)
     return Opening(folder, False, config, settled, facts)
@@ -233,6 +235,10 @@ def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointE
         f"{folder} {had}, and {folder / FOLDER} has no checkpoint that can be used. Put one back, or start over from step 0 in a new "
         f"folder: resume=never.{reasons}"
     )
+
+
+def _say_again(folder: Path) -> None:
+    print(f"{folder} was stopped before its first checkpoint: the run starts again in it.", flush=True)
 
 
 def _config_to_resume(folder: Path) -> tuple[TrainConfig, str | None]:

@@ -1,7 +1,6 @@
 """Whole evaluations of random weights; every number is computed once more by hand."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,12 +306,13 @@ def test_workers_and_batches_do_not_change_the_result(tmp_path: Path, run_dir: P
     assert several["pets"]["metrics"] == alone["pets"]["metrics"]
 
 
-def test_averaged_weights_are_taken_on_request_and_missed_by_name(tmp_path: Path, run_dir: Path, class_folders: Path):
+def test_averaged_weights_are_taken_on_request_and_missed_by_name(
+    tmp_path: Path, nano: CLIP, run_dir: Path, class_folders: Path
+):
     task = {"pets": {"kind": "zero_shot", "root": str(class_folders)}}
     with pytest.raises(CheckpointError, match=r"has no ema\.safetensors"):
         check(config(tmp_path, task, run=str(run_dir), ema=True))
-    checkpoint = run_dir / "checkpoints" / "step-000001"
-    shutil.copy(checkpoint / "model.safetensors", checkpoint / "ema.safetensors")
+    checkpoint = write_checkpoint(run_dir, nano, 1, averaged=nano.state_dict())
     source, _ = check(config(tmp_path, task, ckpt=str(checkpoint), ema=True))
     assert source.weights.name == "ema.safetensors"
 

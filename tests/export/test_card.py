@@ -138,8 +138,8 @@ def test_what_was_tuned_of_start_weights_is_told(trained: Path) -> None:
 
 
 def test_averaged_weights_have_no_score_of_the_raw_ones(trained: Path, nano: CLIP, tmp_path: Path) -> None:
-    averaged = trained / "checkpoints" / "step-000001" / "ema.safetensors"
-    save_file({name: 2 * tensor for name, tensor in nano.state_dict().items()}, averaged)
+    doubled = {name: 2 * tensor for name, tensor in nano.state_dict().items()}
+    averaged = write_checkpoint(trained, nano, 1, averaged=doubled) / "ema.safetensors"
     _, body = read_card(clip_exp.load(averaged, accelerator="cpu").export(tmp_path / "exported"))
     assert "in the run vit_nano_csv, step 1, averaged over the steps (EMA)." in body
     assert "## Scores" not in body

@@ -17,6 +17,7 @@ from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.config.load import read_run_config
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError
+from clip_exp.loading.source import source_of_checkpoint, source_of_run
 from clip_exp.models.build import build_model
 from clip_exp.runs import RunRecord, create_run_folder
 from clip_exp.training import opening
@@ -132,6 +133,28 @@ def test_what_is_lost_is_restored_from_a_checkpoint_or_replaced_by_an_earlier_on
     assert read_run_config(folder) == config
 
 
+def test_other_commands_read_the_copy_of_a_configuration_that_is_lost(
+    folder: Path, config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "config.yaml").unlink()
+    for source in (source_of_run(folder), source_of_checkpoint(folder / "checkpoints/step-000010")):
+        assert source.run == config
+    assert caplog.text.count("config.yaml is missing: the copy in step-000020 is used instead") == 2
+    assert not (folder / "config.yaml").exists(), "which belongs to the run"
+
+
+def test_a_run_that_nothing_describes_any_more_is_not_passed_over(folder: Path, config: TrainConfig) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "run.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has trained before, .*resume=never"):
+        open_run(config)
+    (folder / "config.yaml").write_text("model: {}")
+    with pytest.raises(CheckpointError, match=r"killed may be the run to resume, .*run.json is missing.*resume=never"):
+        open_run(config)
+    (folder / "metrics.csv").unlink()
+    assert open_run(config).folder != folder, "it has never trained"
+
+
 def test_a_run_that_lost_its_checkpoints_stops_until_it_is_told_to_start_over(
     folder: Path, config: TrainConfig
 ) -> None:
@@ -170,6 +193,8 @@ def test_starts_that_were_killed_before_a_checkpoint_share_one_folder(config: Tr
         )
     assert len(RunRecord(first.folder).values["resumed"]) == 2
     assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
+    assert open_run(replace(config, resume=str(first.folder))).folder == first.folder
+    assert "the run starts again in it" in capsys.readouterr().out
     with runs.lock(first.folder):
         other = open_run(config)
     assert other.folder != first.folder, "which a living process uses"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from clip_exp.checkpoints.discovery import checkpoints
+from clip_exp.runs import RunRecord
 from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders, unfinish
@@ -72,6 +73,20 @@ def test_a_damaged_run_is_repaired_and_ends_bitwise_equal_and_a_person_sees_it(
     for name, weight in single.weights.items():
         assert torch.equal(run.weights[name], weight), name
     assert (run.record["status"], run.record["last_checkpoint_step"]) == ("finished", 20)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_in_its_folder(
+    single: Finished, train: Train, tmp_path
+) -> None:
+    folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
+    shutil.copytree(single.folder, folder)
+    shutil.rmtree(folder / "checkpoints")
+    RunRecord(folder).update(status="running", last_checkpoint_step=None)
+    run = train(*RUN, output_dir=tmp_path)
+    assert run.folder == folder
+    assert "was stopped before its first checkpoint: the run starts again in it" in run.output
+    assert run.losses == single.losses
+    assert run.record["last_checkpoint_step"] == 20
 
 
 STRATEGIES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp")
