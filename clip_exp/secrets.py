@@ -29,7 +29,8 @@ OPEN_NODES = (
     "scheduler.kwargs.",
 )  # whose keys no schema knows
 SHORTEST = 8  # characters of a secret; shorter values are switches
-URL_CREDENTIALS = re.compile(r"(\w+://)(?:[^\s/@:]+:[^\s<>\"']*@|[^\s/@<>\"']+@)")
+# From the beginning of a word, and with a limit: a long text without an address must not take long.
+URL_CREDENTIALS = re.compile(r"\b(\w+://)(?:[^\s/@:]{1,4096}:[^\s<>\"']{0,4096}@|[^\s/@<>\"']{1,4096}@)")
 
 
 def redact(text: str) -> str:

@@ -24,6 +24,7 @@ from clip_exp.ranks.worker import command_line
 
 SETTLE_S = 5.0  # for the ranks that a failure reaches to end by themselves
 GRACE_S = 10.0  # between asking the other ranks to end and ending them
+EXPECTED_CODES = {error.exit_code for error in ClipExpError.__subclasses__()} - {DistributedError.exit_code}
 UNEXPECTED = 1  # exit code of a rank that a bug ended
 PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
 
@@ -239,13 +240,17 @@ def _ended(codes: list[int | None], forwarded: list[int], failures: list[Failure
     if causes and not (killed and causes[0].code == UNEXPECTED):
         return Ended(causes[0].code, "failed", causes[0].message)
     if silent:
-        return Ended(DistributedError.exit_code, "failed", f"error: {_end_of_rank((killed or silent)[0], codes)}")
+        rank = (killed or silent)[0]
+        code = codes[rank] if codes[rank] in EXPECTED_CODES else DistributedError.exit_code
+        return Ended(int(code or 0), "failed", f"error: {_end_of_rank(rank, codes)}")
     return Ended(failures[0].code, "failed", failures[0].message)
 
 
 def _end_of_rank(rank: int, codes: list[int | None]) -> str:
     """Return how a rank ended that has reported nothing."""
     who, code = f"rank {rank} of {len(codes)}", int(codes[rank] or 0)
+    if code in EXPECTED_CODES:
+        return f"{who} ended with code {code}, and its message, which is above, could not be kept; the others were stopped."
     if code >= 0:
         return f"{who} ended with code {code} and no message; the others were stopped."
     number = signal.Signals(-code)

@@ -103,6 +103,15 @@ def test_a_rank_that_cannot_tell_is_told_of(
     assert record["error"] == [told.removeprefix("error: ")]
 
 
+def test_a_rank_that_could_not_keep_its_message_ends_all_with_its_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """As on a full disk."""
+    code, record = run(tmp_path, "4", "lost touch")
+    assert (code, record["exit_code"]) == (4, 4)
+    assert "rank 0 of 2 ended with code 4, and its message, which is above, could not be kept" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("plan", [("143", "143"), ("143", "lost touch"), ("143", "wait"), ("signaled", "wait")])
 def test_ranks_that_a_signal_stopped_end_all_as_preempted(
     tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...]
