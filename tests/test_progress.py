@@ -31,6 +31,7 @@ def test_rank_0_shows_the_whole_set(terminal: io.StringIO) -> None:
 
 def test_other_ranks_show_nothing(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     work()
     assert terminal.getvalue() == ""
 

@@ -1,9 +1,11 @@
 """How many worker processes there are, and what is reported where the memory that they share with training runs out."""
 
 import errno
+import gc
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,15 @@ from clip_exp.data.workers import WorkerLoader, count_workers, killed_workers_ar
 from clip_exp.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _loaders_end_with_their_test() -> Iterator[None]:
+    """Torch tells of a killed worker once more when its loader is taken down."""
+    yield
+    gc.collect()
+
+
 NO_ROOM = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
 
 

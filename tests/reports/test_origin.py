@@ -49,6 +49,7 @@ def test_a_command_exists_where_it_is_printed(
     assert type_in(folder, line).returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_the_commands_of_a_report_train_again_and_score(train: Train, tmp_path: Path) -> None:
     finished = train(*TINY, "max_steps=2", "trainer.devices=1", output_dir=tmp_path)
     page = (finished.folder / "report.html").read_text(encoding="utf-8")

@@ -10,6 +10,9 @@ from clip_exp.training.loggers import build_loggers, start_loggers
 from tests.compose import train_config
 from tests.training.tracking import tensorboard_hparams
 
+# TensorBoard's writer thread, where what it writes to is gone or a logger was left out before its end.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 def started(folder: Path, *overrides: str) -> list[Logger]:
     config = train_config("logger=tensorboard", *overrides)
