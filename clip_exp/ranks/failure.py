@@ -66,7 +66,8 @@ class Reporter:
         """Write the report of a failure, and see that this process ends soon."""
         if self.failure is None:
             self.failure = failure = describe(self.rank, error)
-            end_later(failure.code)
+            # Where no launcher prints it, and this process does not come to it by itself.
+            end_later(failure.code, message="" if self.note is None else printable(failure.message))
             _write(self.folder, failure)
             _append(self.folder, failure)
             if self.note is not None:
@@ -170,11 +171,13 @@ def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
         left.set()
 
 
-def end_later(code: int) -> None:
-    """End this process in `END_S` seconds with an exit code, if it still runs then."""
+def end_later(code: int, message: str) -> None:
+    """End this process in `END_S` seconds with an exit code, if it still runs then, and print the message."""
 
     def end() -> None:
         time.sleep(END_S)
+        if message:
+            print(message, file=sys.stderr, flush=True)
         os._exit(code)
 
     threading.Thread(target=end, daemon=True).start()
