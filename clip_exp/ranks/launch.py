@@ -22,7 +22,7 @@ from clip_exp.ranks.failure import Failure, Reporter
 from clip_exp.ranks.signals import handle_signals
 from clip_exp.ranks.worker import command_line
 
-SETTLE_S = 5.0  # for the ranks that a failure reaches to end by themselves
+SETTLE_S = 8.0  # for the ranks that a failure reaches to end by themselves
 GRACE_S = 10.0  # between asking the other ranks to end and ending them
 EXPECTED_CODES = {error.exit_code for error in ClipExpError.__subclasses__()} - {DistributedError.exit_code}
 UNEXPECTED = 1  # exit code of a rank that a bug ended
