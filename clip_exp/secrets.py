@@ -75,8 +75,8 @@ def _looks_secret(name: str, value: str) -> bool:
     return not a_word and not _secret_words(name) <= OFTEN_HARMLESS
 
 
-def leaks(values: Any, key: str = "") -> Iterator[str]:
-    """A sentence for every configured value that holds a secret; the secret itself is not in it.
+def texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in a configuration, or a part of it, with its dotted key; those of a list have that of the list.
 
     Args:
         values: nested dictionaries and lists of plain values.
@@ -84,15 +84,25 @@ def leaks(values: Any, key: str = "") -> Iterator[str]:
     """
     if isinstance(values, dict):
         for name, value in values.items():
-            yield from leaks(value, f"{key}.{name}" if key else str(name))
+            yield from texts(value, f"{key}.{name}" if key else str(name))
     elif isinstance(values, list):
         for value in values:
-            yield from leaks(value, key)
+            yield from texts(value, key)
     elif isinstance(values, str):
+        yield key, values
+
+
+def leaks(values: Any, below: str = "") -> Iterator[str]:
+    """Yield a sentence for every configured value that holds a secret; the secret itself is not in it.
+
+    Args:
+        values, below: see `texts`, where `below` is `key`.
+    """
+    for key, text in texts(values, below):
         if key.startswith(OPEN_NODES) and _words(key)[-1] in WORDS - PLAIN_KEYS:
             yield f"{key} would be kept in the run's folder: give it through the environment."
-        if URL_CREDENTIALS.search(values):
+        if URL_CREDENTIALS.search(text):
             yield f"{key} holds the credentials of an address, and a run's folder keeps its configuration: give them another way."
         for name, secret in secret_values().items():
-            if secret in values:
+            if secret in text:
                 yield f"{key} holds the value of the environment variable {name}, and a run's folder keeps its configuration: leave it in the environment."

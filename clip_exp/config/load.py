@@ -28,7 +28,7 @@ from clip_exp.config.schema import (
     TrainConfig,
 )
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.secrets import OPEN_NODES, redact
+from clip_exp.secrets import OPEN_NODES, redact, texts
 
 T = TypeVar("T")
 MAX_YAML = 1_000_000  # bytes of a run's configuration, which has ten thousand
@@ -231,8 +231,8 @@ def _resolve(config: DictConfig, throw_on_missing: bool = True) -> dict[str, Any
         if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
             missing = sorted(_missing_keys(OmegaConf.to_container(config)))
             raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing)) from None
-        if (told := from_resolver(error)) is not None:
-            raise told from None
+        if (refusal := from_resolver(error)) is not None:
+            raise refusal from None
         raise ConfigError(f"{error.full_key or error.key}: {str(error).splitlines()[0]}") from None
 
 
@@ -247,20 +247,15 @@ def _local(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def addresses(value: Any, key: str = "") -> Iterator[str]:
+def addresses(values: Any, below: str = "") -> Iterator[str]:
     """Yield a sentence for every path in a configuration, or a part of it, that is an address.
 
     Args:
-        value: nested dictionaries and lists of plain values.
-        key: where they stand in the configuration.
+        values, below: see `texts`, where `below` is `key`.
     """
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from addresses(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for item in value:
-            yield from addresses(item, key)
-    elif isinstance(value, str) and ADDRESS.match(value) and _is_path_key(key):
+    for key, value in texts(values, below):
+        if not ADDRESS.match(value) or not _is_path_key(key):
+            continue
         local = value.removeprefix("file://") if value.startswith("file:///") else "/local/path"
         yield (
             f"{key}={redact(value)} is an address, and only local files are read and written: download or mount what is there, and "

@@ -1,4 +1,4 @@
-"""Failures of ranks: each reports its own before anything that can block, and a rank that cannot go on is ended in time.
+"""Failures of ranks: each reports its own before anything that can block, and a rank that cannot continue is ended in time.
 
 After an exception much may block: a GPU that waits for a collective which other ranks never join, the group's destruction, a
 logger's server. So a failing rank first writes its report into the folder of the work, where the launcher and the other ranks
@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -22,7 +22,7 @@ from clip_exp.errors import ClipExpError, DistributedError, printable
 from clip_exp.secrets import redact
 
 END_S = 10.0  # for a rank that has reported its failure, or another's, to end by itself
-POLL_S = 1.0  # between looks for the reports of others
+POLL_S = 5.0  # between looks for the reports of others, each of which lists a folder that hundreds of ranks may share
 CAUSE_S = 3.0  # for the rank that failed first to report, where this one only lost touch with it
 PREFIX = ".error-rank"  # of the reports, one file per rank
 PLACE = ".lock-rank"  # of the locks, one file per rank
@@ -83,14 +83,18 @@ def place_in(folder: Path, rank: int) -> Iterator[None]:
     Raises:
         DistributedError: the rank of an earlier start still works there.
     """
-    try:
-        # What has no locks was warned of where the folder was opened.
-        with storage.lock(folder / f"{PLACE}{rank}", wait_s=PLACE_S, on_no_locks=lambda *_: None, remove=True):
-            yield
-    except storage.InUse as error:
-        raise DistributedError(
-            f"rank {rank} of an earlier start still works in {folder} ({error.owner}): wait for it, or end it."
-        ) from None
+    with ExitStack() as held:
+        try:
+            # What has no locks was warned of where the folder was opened.
+            lock = storage.lock(folder / f"{PLACE}{rank}", wait_s=PLACE_S, on_no_locks=lambda *_: None, remove=True)
+            held.enter_context(lock)
+        except storage.InUse as error:
+            raise DistributedError(
+                f"rank {rank} of an earlier start still works in {folder} ({error.owner}): wait for it, or end it."
+            ) from None
+        except OSError:
+            pass  # a full disk, say, which is for the work itself to report
+        yield
 
 
 _reporter: Reporter | None = None  # of this process
@@ -135,8 +139,14 @@ def read_failures(folder: Path) -> list[Failure]:
 
 
 def remove_reports(folder: Path) -> None:
-    """Remove the reports, and the lock files of ranks that were killed. Only where no rank works in the folder."""
-    for path in (*folder.glob(f"{PREFIX}*"), *folder.glob(f"{PLACE}*")):
+    """Remove the reports of an earlier start."""
+    for path in folder.glob(f"{PREFIX}*"):
+        path.unlink(missing_ok=True)
+
+
+def remove_places(folder: Path) -> None:
+    """Remove the lock files of ranks that were killed. Only where all ranks have ended: a place that is held would be lost."""
+    for path in folder.glob(f"{PLACE}*"):
         path.unlink(missing_ok=True)
 
 
@@ -160,8 +170,10 @@ def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
             if left.wait(POLL_S):
                 return
         if not left.wait(END_S):
-            told = printable(others[0].message)
-            print(f"rank {rank} was ended, because rank {others[0].rank} failed:\n{told}", file=sys.stderr, flush=True)
+            message = printable(others[0].message)
+            print(
+                f"rank {rank} was ended, because rank {others[0].rank} failed:\n{message}", file=sys.stderr, flush=True
+            )
             os._exit(DistributedError.exit_code)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -195,11 +207,9 @@ def end_process(code: int) -> NoReturn:
 
 def _write(folder: Path, failure: Failure) -> None:
     """Write a report whole: others look for it at any time."""
-    path = folder / f"{PREFIX}{failure.rank}"
-    temporary = path.with_name(f"{path.name}.new")
     try:
-        temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
-        temporary.replace(path)
+        with storage.atomic_file(folder / f"{PREFIX}{failure.rank}", durable=False) as temporary:
+            temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
     except OSError:  # a full disk, say: the message is printed all the same
         print(printable(failure.message), file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
 Ranks that are started here are watched, and end as one: with one message and one exit code.
 """
 
+import itertools
 import os
 import signal
 import subprocess
@@ -163,6 +164,7 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
             _end(processes)
     ended = _ended(codes, forwarded, failure.read_failures(folder))
     failure.remove_reports(folder)
+    failure.remove_places(folder)
     return ended
 
 
@@ -185,11 +187,12 @@ def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
 
 def _wait(processes: Processes, folder: Path) -> None:
     """Wait until all have ended well, or one has not, or says that it cannot."""
-    while True:
+    for look in itertools.count():
         codes = [process.poll() for process in processes]
         if any(code not in (None, 0) for code in codes) or all(code == 0 for code in codes):
             return
-        if failure.read_failures(folder):
+        # Listing the folder may take a while on a network file system.
+        if look % 10 == 0 and failure.read_failures(folder):
             return
         time.sleep(0.1)
 

@@ -52,7 +52,7 @@ def train(run_dir: Path) -> int:
     """Train what `run_dir`/config.yaml describes, on from its newest checkpoint; return the exit code.
 
     Raises:
-        ClipExpError: an expected failure, already noted in `run.json`.
+        ClipExpError: an expected failure, noted in `run.json` where this process is alone.
     """
     config = read_run_config(run_dir)
     config.model = with_saved_tokenizer(config.model, run_dir)

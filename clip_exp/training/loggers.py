@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _starts(logger: Logger, values: dict[str, Any]) -> bool:
         # TensorBoard shows a table with a column per key, and drops what is not a number or a text.
         logger.log_hyperparams(_as_table(values) if isinstance(logger, TensorBoardLogger) else values)
     except Exception as error:
-        _warn(logger, error)
+        _leave_out(logger, logger.finalize, error)
         return False
     return True
 
@@ -70,6 +71,7 @@ def _starts(logger: Logger, values: dict[str, Any]) -> bool:
 def _expendable(logger: Logger) -> Logger:
     """Let the run continue without a logger that fails."""
     failed = False
+    finalize = logger.finalize
 
     def guard(method: Callable[..., None]) -> Callable[..., None]:
         @wraps(method)
@@ -81,7 +83,7 @@ def _expendable(logger: Logger) -> Logger:
                 method(*arguments, **named)
             except Exception as error:
                 failed = True
-                _warn(logger, error)
+                _leave_out(logger, finalize, error)
 
         return guarded
 
@@ -90,7 +92,10 @@ def _expendable(logger: Logger) -> Logger:
     return logger
 
 
-def _warn(logger: Logger, error: Exception) -> None:
+def _leave_out(logger: Logger, finalize: Callable[[str], None], error: Exception) -> None:
+    """Report the failure of a logger, and close it, so that none of its threads keeps writing."""
+    with suppress(Exception):
+        finalize("failed")
     cause = error.__cause__ or error  # Lightning takes every failure of TensorBoard for a value that cannot be logged
     log.warning(
         "%s failed: %s. Training continues without it; metrics.csv has all metrics.", type(logger).__name__, cause

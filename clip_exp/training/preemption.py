@@ -19,7 +19,7 @@ class Preemption(pl.Callback):
 
     Lightning's own handling lets each rank stop when its signal arrives, and ranks that stop at different steps wait for
     each other forever. Here the ranks agree at every step, through a CPU tensor, which does not wait for a GPU. A step that
-    is to be validated is validated first, so that going on misses nothing. A save that fails is retried; see `Checkpointer.save`.
+    is to be validated is validated first, so that resuming misses nothing. A save that fails is retried; see `Checkpointer.save`.
 
     Args:
         request: the signal, noted by `ranks.signals.note_signals`.
