@@ -139,6 +139,16 @@ def test_a_rank_waits_for_that_of_an_earlier_start_and_works_beside_none(
     assert "rank 1 of an earlier start still works in" in done.stderr
 
 
+def test_a_start_waits_for_a_rank_of_an_earlier_one(tmp_path: Path) -> None:
+    hold = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(hold, cwd=REPOSITORY, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as earlier:
+        assert earlier.stdout is not None
+        assert earlier.stdout.readline() == "here\n"
+        threading.Timer(4.0, earlier.kill).start()
+        assert run(tmp_path, "0", "0") == (0, {})
+        assert earlier.poll() is not None
+
+
 def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
