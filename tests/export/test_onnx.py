@@ -81,6 +81,7 @@ def test_siglip_towers_and_texts_as_long_as_the_context(export: Export, tmp_path
     assert [text.ids for text in encoded] == build_tokenizer(config.text)(cleaned).tolist()
 
 
+@pytest.mark.exhaustive
 def test_towers_of_other_libraries(export: Export, tmp_path: Path) -> None:
     config = vit()
     config.image.kind, config.image.name, config.image.image_size = ImageTower.timm, "test_convnext", 64

@@ -61,7 +61,8 @@ def test_the_message_of_the_failing_rank_is_printed_and_recorded(
     assert not list(folder.glob(".error*"))
 
 
-@pytest.mark.parametrize("case", repeat_beyond([("memory", 1, False)], CASES), ids=str)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_under_torchrun_too(case: tuple[str, int, bool], tmp_path: Path) -> None:
     kind, rank, blocks = case
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]

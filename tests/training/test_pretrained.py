@@ -130,14 +130,31 @@ def test_weights_that_do_not_fit_end_the_run_before_its_first_step(tmp_path: Pat
 START = (*TINY, "max_steps=4", "log_every_n_steps=1", "checkpoint_every_n_steps=2", "scheduler.warmup_steps=1")
 
 
-def test_every_strategy_starts_from_the_weights_and_goes_on_without_them(tmp_path: Path, weights, train: Train) -> None:
-    auto = [f"pretrained={weights}", *(word for word in START if not word.startswith("resume"))]
+@pytest.fixture(scope="module")
+def started(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Finished]:
+    """A run that starts from weights, in one process and split over two ranks."""
+    weights = write_weights(tmp_path_factory.mktemp("weights") / "start.safetensors")
+    split = "+strategy.config.zero_optimization.stage3_param_persistence_threshold=0"
+    alone = train(*START, f"pretrained={weights}")
+    return alone, train(*START, f"pretrained={weights}", "strategy=deepspeed_stage_3", "trainer.devices=2", split)
+
+
+def test_a_run_starts_from_exactly_the_weights(weights: Path, train: Train) -> None:
     still = train(*TINY, f"pretrained={weights}", "max_steps=1", "optimizer.lr=1e-60", "scheduler.warmup_steps=0")
     start = load_file(weights)
     assert all(torch.equal(still.weights[name], value) for name, value in start.items() if name != "logit_scale")
-    one = train(*START, f"pretrained={weights}")
-    two = train(*START, f"pretrained={weights}", "strategy=deepspeed_stage_3", "trainer.devices=2")
-    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+def test_a_run_over_ranks_starts_from_the_weights(started: tuple[Finished, Finished]) -> None:
+    alone, sharded = started
+    assert sharded.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+def test_a_run_resumes_without_the_weights_that_it_started_from(
+    started: tuple[Finished, Finished], tmp_path: Path, train: Train
+) -> None:
+    one, _ = started
+    weights = Path(one.record["pretrained"]["path"])
     folder = tmp_path / "train" / one.folder.parent.name / one.folder.name
     shutil.copytree(one.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "step-000004")
@@ -145,16 +162,16 @@ def test_every_strategy_starts_from_the_weights_and_goes_on_without_them(tmp_pat
     weights.rename(tmp_path / "elsewhere.safetensors")
     # What lies in the place of the weights now is not looked at.
     weights.write_bytes(b"something else")
-    on = train(*auto, output_dir=tmp_path)
+    on = train(*(word for word in START if not word.startswith("resume")), f"pretrained={weights}", output_dir=tmp_path)
     assert on.folder == folder
     assert on.losses == one.losses
     assert all(torch.equal(on.weights[name], value) for name, value in one.weights.items())
 
 
-def test_the_folder_of_a_sharded_run_is_a_start_and_a_model_like_any_other(train: Train) -> None:
-    split = "+strategy.config.zero_optimization.stage3_param_persistence_threshold=0"
-    one = train(*TINY, "max_steps=3", "log_every_n_steps=1")
-    run = train(*TINY, "max_steps=3", "log_every_n_steps=1", "strategy=deepspeed_stage_3", "trainer.devices=2", split)
+def test_the_folder_of_a_sharded_run_is_a_start_and_a_model_like_any_other(
+    started: tuple[Finished, Finished], train: Train
+) -> None:
+    one, run = started
     alone, sharded = (clip_exp.load(folder, accelerator="cpu") for folder in (one.folder, run.folder))
     torch.testing.assert_close(
         sharded.encode_text(["a red circle", "x"]), alone.encode_text(["a red circle", "x"]), atol=1e-4, rtol=0
