@@ -216,7 +216,7 @@ class TrainConfig:
     )
     checkpoint_every_n_steps: int | None = None  # likewise; the end always has one
     monitor: str | None = None  # a validation metric, such as val/recall@1_i2t: keep its best checkpoint
-    monitor_mode: str = "auto"  # min, max; auto: min for names that contain loss or rank
+    monitor_mode: str = "auto"  # min, max; auto: min for the loss and median ranks, max for every other metric
     patience: int | None = None  # validations without a better `monitor` before the run stops
     task: dict[str, Any] = field(
         default_factory=dict

@@ -65,7 +65,7 @@ def vote(labels_MK: Tensor, cosines_MK: Tensor, num_classes: int, temperature: f
 
 
 def score_knn(task: KNNTask, subject: Subject) -> Judge:
-    """`top1`, `top5`, `mean_per_class_recall` of k-NN on frozen features. A class without a vote is no hit in `top5`."""
+    """Return what scores k-NN on frozen features: see `evaluation.metrics.accuracies`. A class without a vote is no hit in `top5`."""
     frozen = encode_halves(task, subject)
     return lambda: _judge(task, frozen, subject)
 

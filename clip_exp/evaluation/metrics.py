@@ -5,6 +5,7 @@ from torch import Tensor
 
 from clip_exp.errors import NumericError
 from clip_exp.evaluation.places import places
+from clip_exp.reports.metric_names import CERTAIN
 
 RECALL_AT = (1, 5, 10)
 
@@ -33,19 +34,19 @@ def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image
 
 
 def accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Share of rows whose label is the best score (`top1`), and among the best five (`top5`); as fractions."""
-    return top_k(best_classes(scores_NC), labels_N)
+    """Fraction of rows whose label has the best score (`top1`), and of more than five classes one of the best five (`top5`)."""
+    return top_k(best_classes(scores_NC), labels_N, scores_NC.shape[1])
 
 
 def accuracies(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
-    """`top1`, `top5` and `mean_per_class_recall` over all pictures, each counted once; as fractions.
+    """Fractions over all images, each counted once: `top1`, `mean_per_class_recall`, and of more than five classes `top5`.
 
     Args:
         best_NK: `best_classes`.
         labels_N: the class of each picture.
     """
     recall = mean_per_class_recall(best_NK[:, 0], labels_N, num_classes)
-    return {**top_k(best_NK, labels_N), "mean_per_class_recall": recall}
+    return {**top_k(best_NK, labels_N, num_classes), "mean_per_class_recall": recall}
 
 
 def best_classes(scores_NC: Tensor) -> Tensor:
@@ -53,10 +54,11 @@ def best_classes(scores_NC: Tensor) -> Tensor:
     return scores_NC.topk(min(5, scores_NC.shape[1]), dim=1).indices
 
 
-def top_k(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """`top1` and `top5` from `best_classes`."""
+def top_k(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
+    """Return `top1`, and of more than five classes `top5`, from `best_classes`. Of fewer, `top5` would be 1 for any model."""
     hit_NK = best_NK == labels_N[:, None]
-    return {"top1": hit_NK[:, 0].double().mean().item(), "top5": hit_NK.any(dim=1).double().mean().item()}
+    top1 = {"top1": hit_NK[:, 0].double().mean().item()}
+    return top1 if num_classes <= CERTAIN else {**top1, "top5": hit_NK.any(dim=1).double().mean().item()}
 
 
 def mean_per_class_recall(predicted_N: Tensor, labels_N: Tensor, num_classes: int) -> float:

@@ -139,7 +139,7 @@ def search(best: Callable[[], float]) -> Iterator[float]:
 
 
 def score_probe(task: ProbeTask, subject: Subject) -> Judge:
-    """`top1`, `top5`, `mean_per_class_recall` of a linear probe on frozen features; its weights as a file."""
+    """Return what scores a linear probe on frozen features: see `evaluation.metrics.accuracies`. Its weights become a file."""
     frozen = encode_halves(task, subject)
     choice = _choose(task, frozen)
     return lambda: _judge(task, frozen, choice, subject)

@@ -79,7 +79,7 @@ def _supervised(task: ClassificationTask, baseline: Supervised, subject: Subject
     def judge() -> float:
         require_finite(encoded.features, f"logits of {baseline.name}")
         best = [best_classes(restrict(logits, classes)) for logits in encoded.features.split(CHUNK)]
-        return top_k(torch.cat(best), torch.tensor(images.labels)[encoded.kept])["top1"]
+        return top_k(torch.cat(best), torch.tensor(images.labels)[encoded.kept], len(classes))["top1"]
 
     return from_main(judge)
 

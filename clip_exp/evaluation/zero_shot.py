@@ -24,7 +24,7 @@ from clip_exp.reports.results import Classified, Result
 
 
 def score_classification(task: ClassificationTask, subject: Subject) -> Judge:
-    """`top1`, `top5`, `mean_per_class_recall` of zero-shot classification."""
+    """Return what scores zero-shot classification: see `evaluation.metrics.accuracies`."""
     classifier = zero_shot_classifier(task.images.class_names, task.templates, subject)
     encoded = encode_set(task.name, task.images.pictures, subject)
     return lambda: judge_classification(task, encoded, classifier)

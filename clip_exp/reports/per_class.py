@@ -4,7 +4,8 @@ Columns of the file, in the order of the classes:
     key: the folder or label of the class in the data; empty where the data lack it.
     name: what it was scored as.
     pictures: how many of them were scored.
-    top1, top5: share of these whose first choice, or one of whose first five choices, is right; empty without pictures.
+    top1, top5: share of these whose first choice, or one of whose first five choices, is right; empty without pictures, top5 also
+        of five classes or fewer, where it would be 1 for any model.
     most_often_taken_for: the class that its wrong pictures were given most often; empty without mistakes.
     share: of its pictures that were given that class.
     predicted: pictures of any class whose first choice it is.
@@ -16,6 +17,7 @@ from io import StringIO
 
 import numpy as np
 
+from clip_exp.reports.metric_names import CERTAIN
 from clip_exp.reports.results import Classified
 from clip_exp.spreadsheets import TextWriter
 
@@ -95,6 +97,7 @@ def as_csv(details: Classified) -> str:
         pictures, taken_for = int(counts.pictures[position]), int(counts.mistaken_for[position])
         of_pictures = [counts.right[position], counts.among_five[position]]
         top1, top5 = (f"{hits / pictures:.6g}" if pictures else "" for hits in of_pictures)
+        top5 = top5 if len(names) > CERTAIN else ""
         mistaken = [names[taken_for], f"{counts.mistaken[position] / pictures:.6g}"] if taken_for >= 0 else ["", ""]
         writer.writerow(
             [details.keys[position] or "", name, pictures, top1, top5, *mistaken, counts.predicted[position]]

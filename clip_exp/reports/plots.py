@@ -10,6 +10,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from clip_exp.reports.metric_names import Scale, scale_of
+
 LABELS = {"data_wait_s": "waiting for data", "compute_s": "computing"}
 
 
@@ -44,11 +46,11 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _task_panels(names: set[str]) -> dict[str, list[str]]:
-    """A panel for every task, of its metrics that are shares: a median rank has another scale."""
+    """A panel for every task, of its metrics that are fractions: a median rank has another scale."""
     panels: dict[str, list[str]] = {}
     for name in sorted(names):
         task, _, metric = name.partition("/")
-        if metric and task not in ("train", "val") and "rank" not in metric:
+        if metric and task not in ("train", "val") and scale_of(metric) is Scale.fraction:
             panels.setdefault(task, []).append(name)
     return panels
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from clip_exp.reports.data_facts import data_facts
 from clip_exp.reports.index import evaluations
+from clip_exp.reports.metric_names import Scale, scale_of
 from clip_exp.reports.origin import command_line, command_of
 from clip_exp.reports.page import counted, fact_rows, number, render
 from clip_exp.runs import read_metrics, read_record, write_text
@@ -60,7 +61,7 @@ def _about(summary: dict[str, Any]) -> list[str]:
 
 
 def _metric(name: str, value: float) -> str:
-    return f"{value:,.0f}" if "rank" in name else f"{value:,.4f}"
+    return f"{value:,.0f}" if scale_of(name) is Scale.rank else f"{value:,.4f}"
 
 
 def _facts(summary: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.checkpoints.writer import MANIFEST
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.ranks.group import from_main
+from clip_exp.reports.metric_names import better
 from clip_exp.storage import remove_folder
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Checkpointer(pl.Callback):
         run_dir: the run's folder.
         io: the trainer's checkpoint writer.
         monitor: name of a metric of validation or of a task, or None.
-        mode: whether `min` or `max` of `monitor` is best; `auto` guesses from its name.
+        mode: whether `min` or `max` of `monitor` is best; `auto` goes by the metric (`reports.metric_names`).
         metadata: noted in every manifest.
         pause: called before anything at the end of a step that is not training.
         scores: of the run's tasks, if it has any.
@@ -230,10 +231,8 @@ def is_of_task(monitor: str | None) -> bool:
 
 
 def monitor_mode(monitor: str | None, mode: str) -> str:
-    """`min` or `max`: which way a metric gets better."""
-    if mode != "auto":
-        return mode
-    return "min" if monitor and any(word in monitor for word in ("loss", "rank")) else "max"
+    """Return `min` or `max`: which values of `monitor` are better, by `mode` or, where that is `auto`, by the metric itself."""
+    return better(monitor or "") if mode == "auto" else mode
 
 
 class AveragedWeights(pl.Callback):

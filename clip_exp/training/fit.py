@@ -32,7 +32,7 @@ from clip_exp.text.build import build_tokenizer
 from clip_exp.text.saved import with_saved_tokenizer
 from clip_exp.training.failures import explained_failures
 from clip_exp.training.finetune import prepare
-from clip_exp.training.measures import training_tasks
+from clip_exp.training.measures import check_validation_classes, training_tasks
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import start_weights
@@ -94,7 +94,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
     if resumes:
         _require_same_data(datamodule, found.usable[0])
     steps = steps_of(config, datamodule.num_rows)
-    if problems := list(probe_problems(config, steps)):
+    if problems := [*probe_problems(config, steps), *check_validation_classes(config, len(datamodule.class_names))]:
         raise ConfigError("\n".join(problems))
     datamodule.total_steps = steps
     tasks = training_tasks(config)

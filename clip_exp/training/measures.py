@@ -6,13 +6,11 @@ from clip_exp.config.evaluation_schema import TaskKind
 from clip_exp.config.load import nearest
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, gravest
-from clip_exp.evaluation.prepared import RetrievalTask, RobustnessTask, Task
+from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
 from clip_exp.evaluation.tasks import prepare_tasks
+from clip_exp.reports.metric_names import CERTAIN, RETRIEVAL, VALIDATION, of_classification
 
-RECALLS = [f"recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")]
-RETRIEVAL = ["median_rank_i2t", "median_rank_t2i", *RECALLS]
-CLASSIFICATION = ["top1", "top5", "mean_per_class_recall"]
-VALIDATION = [f"val/{name}" for name in ("loss", "zeroshot_top1", "zeroshot_top5", *RETRIEVAL)]
+OF_VALIDATION = [f"val/{name}" for name in VALIDATION]
 TAKEN = ("train", "val")  # what names of other metrics begin with
 
 
@@ -43,6 +41,19 @@ def check_measures(config: TrainConfig) -> list[ClipExpError]:
     return errors
 
 
+def check_validation_classes(config: TrainConfig, classes: int) -> Iterator[str]:
+    """Yield what is wrong with `monitor`, once it is known how many classes the validation data have."""
+    if config.monitor == "val/zeroshot_top5" and classes <= CERTAIN:
+        yield _top5_problem(config.monitor, classes)
+
+
+def _top5_problem(monitor: str, classes: int) -> str:
+    return (
+        f"monitor={monitor} is not measured: of {classes} classes the right one is always among the best five. Use "
+        f"monitor={monitor.removesuffix('top5')}top1."
+    )
+
+
 def _find_tasks(config: TrainConfig) -> tuple[list[Task], list[ClipExpError]]:
     refused: list[ClipExpError] = []
     for name, values in config.task.items():
@@ -65,8 +76,11 @@ def _check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Iter
         if config.task_every_n_steps is None:
             yield f"monitor={monitor} would be measured only once, at the end: set task_every_n_steps."
         return
-    if monitor not in VALIDATION:
-        yield f"monitor={monitor} is no metric of validation or of a task: {nearest(monitor, [*VALIDATION, *measured])}"
+    classes = {f"{task.name}/top5": count for task in tasks if (count := _classes(task)) is not None}
+    if monitor in classes:
+        yield _top5_problem(monitor, classes[monitor])
+    elif monitor not in OF_VALIDATION:
+        yield f"monitor={monitor} is no metric of validation or of a task: {nearest(monitor, [*OF_VALIDATION, *measured])}"
     elif config.data.generate is None and not config.data.val:
         yield f"monitor={monitor} needs validation data: set data.val."
     elif monitor.startswith("val/zeroshot") and config.data.label_key is None:
@@ -75,8 +89,14 @@ def _check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Iter
 
 def _metrics(task: Task) -> list[str]:
     """Names of what scoring the task yields."""
-    if isinstance(task, RetrievalTask):
-        return RETRIEVAL
     if isinstance(task, RobustnessTask):
         return [f"{name}/top1" for name in (*task.sets, "mean_of_shifted")]
-    return CLASSIFICATION
+    classes = _classes(task)
+    return RETRIEVAL if classes is None else of_classification(classes)
+
+
+def _classes(task: Task) -> int | None:
+    """Return the number of classes of a classification, None of other tasks."""
+    if isinstance(task, RetrievalTask | RobustnessTask):
+        return None
+    return len((task.images if isinstance(task, ClassificationTask) else task.test).class_names)

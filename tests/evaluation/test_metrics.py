@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from clip_exp.errors import NumericError
 from clip_exp.evaluation import places
-from clip_exp.evaluation.metrics import accuracy, mean_per_class_recall, retrieval
+from clip_exp.evaluation.metrics import accuracies, accuracy, best_classes, mean_per_class_recall, retrieval
+from clip_exp.reports.metric_names import CLASSIFICATION, RETRIEVAL, SCALES, of_classification
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -66,8 +67,20 @@ def test_accuracy_equals_open_clips_formula_on_the_same_logits():
     assert accuracy(logits, labels) == pytest.approx({"top1": top1 / 301, "top5": top5 / 301})
 
 
-def test_top5_of_three_classes_is_certain():
-    assert accuracy(unit(10, 3), torch.arange(10) % 3)["top5"] == 1.0
+@pytest.mark.parametrize(("classes", "measured"), [(2, False), (5, False), (6, True)])
+def test_top5_is_not_measured_where_it_is_certain(classes: int, measured: bool):
+    scores, labels = unit(12, classes), torch.arange(12) % classes
+    assert ("top5" in accuracy(scores, labels)) is measured
+    found = accuracies(best_classes(scores), labels, classes)
+    assert list(found) == of_classification(classes)
+    assert ("top5" in found) is measured
+
+
+def test_every_metric_has_a_scale_of_its_own_name():
+    image, text = unit(4, 3), unit(4, 3)
+    measured = {*retrieval(image, text, torch.arange(4)), *accuracies(best_classes(unit(6, 6)), torch.arange(6), 6)}
+    assert measured == {*RETRIEVAL, *CLASSIFICATION}
+    assert {"loss", *measured} <= {*SCALES}
 
 
 def test_mean_per_class_recall_weighs_classes_alike_and_leaves_out_empty_ones():
