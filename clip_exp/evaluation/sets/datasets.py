@@ -12,6 +12,7 @@ from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.paths import expand
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import ConfigError, DataError
+from clip_exp.evaluation.sets.class_folders import require_class_folders
 from clip_exp.evaluation.sets.class_sets import CLASS_SETS
 from clip_exp.evaluation.sets.ground_truth import from_flat_folder
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order
@@ -126,7 +127,7 @@ def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") 
     no pictures are left out. Under `labels` a name is its folder's with `_` as a space.
 
     Raises:
-        ConfigError: no such folder; `classes` does not fit the folders.
+        ConfigError: no such folder, or one above the classes; `classes` does not fit the folders.
         DataError: no class folders, no pictures, or under a published list a folder that is no class of it.
     """
     root = Path(root).expanduser()
@@ -136,9 +137,9 @@ def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") 
         )
     folders = in_order(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     published = isinstance(classes, str) and classes in CLASS_SETS
-    if published and "val" in folders:
-        raise ConfigError(f"{where}.root={root} holds a folder val: give {root / 'val'}.")
     files = {folder: find_pictures(root / folder) for folder in folders}
+    if not isinstance(classes, dict):  # which names the folders that are classes
+        require_class_folders(root, files, where)
     if not any(files.values()):
         raise DataError(f"{where}.root={root} holds no folder with pictures.{_about_loose(root, published, where)}")
     matched = match(folders, [folder.replace("_", " ") for folder in folders], classes, str(root), where)

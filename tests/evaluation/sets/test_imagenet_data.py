@@ -139,7 +139,7 @@ def test_a_devkit_that_lacks_its_classes_or_is_damaged_is_told(flat: Path, devki
 def test_flat_pictures_and_folders_are_not_taken_for_each_other(flat: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"in the folder itself: sort them .* task\.imagenet\.ground_truth=FILE"):
         read(flat)
-    with pytest.raises(ConfigError, match=r"holds a folder val: give .*val"):
+    with pytest.raises(ConfigError, match=r"'val' is a split\. Give task\.imagenet\.root=.*/val\.$"):
         read(tmp_path)
     write_picture(tmp_path / "folders" / "n01440764" / "1.JPEG", 1)
     (tmp_path / "labels.txt").write_text("0\n")
