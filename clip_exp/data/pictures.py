@@ -5,13 +5,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.tables.table import PairTable
+
+
+class Stored(NamedTuple):
+    """Where the bytes of an image are."""
+
+    file: str
+    offset: int = 0
+    size: int | None = None  # None: the whole file
 
 
 class Pictures(Protocol):
@@ -29,6 +37,10 @@ class Pictures(Protocol):
 
     def name(self, index: int) -> str:
         """For people: the path, or where else it is."""
+        ...
+
+    def stored(self, index: int) -> Stored | None:
+        """Return where the image's bytes are; None where it has none of its own, as in an array of many."""
         ...
 
     def fingerprint(self) -> str:
@@ -60,6 +72,9 @@ class PictureFiles:
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
+    def stored(self, index: int) -> Stored:
+        return Stored(self.name(index))
+
     def fingerprint(self) -> str:
         """Of names, sizes and times of change: reading the files would take as long as encoding them."""
         digest = hashlib.sha256(f"border {self.border}\n".encode())
@@ -90,6 +105,13 @@ class TablePictures:
 
     def name(self, index: int) -> str:
         return self.table.image_path(int(self.rows[index]))
+
+    def stored(self, index: int) -> Stored:
+        row = int(self.rows[index])
+        if self.table.members is None:
+            return Stored(self.table.image_path(row))
+        offset, size = self.table.members[row].tolist()
+        return Stored(str(self.table.part(row).file), offset, size)
 
     def fingerprint(self) -> str:
         """Of files, as `PictureFiles` has it; of shards, of their names, sizes and times and of the pictures' places in them."""

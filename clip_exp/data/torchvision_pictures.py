@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_exp.data.files import TOO_MANY_PIXELS, BadImage
 from clip_exp.data.headers import bad_image
+from clip_exp.data.pictures import Stored
 
 
 class TorchvisionPictures:
@@ -45,6 +46,16 @@ class TorchvisionPictures:
 
     def name(self, index: int) -> str:
         return f"{self.title}/{index}"
+
+    def stored(self, index: int) -> Stored | None:
+        """Return the image's file where the set has a list of them, whatever its name: of paths, or of tuples that begin with one."""
+        for listed in vars(self.dataset).values():
+            if isinstance(listed, list) and len(listed) == len(self):
+                item = listed[index]
+                path = item[0] if isinstance(item, tuple) and item else item
+                if isinstance(path, str | Path) and os.path.isabs(path) and os.path.isfile(path):
+                    return Stored(str(path))
+        return None
 
     def fingerprint(self) -> str:
         """Of the set's name and length, and of names, sizes and times of change of its files."""

@@ -60,6 +60,7 @@ def protocol_of(task: ProbeTask | KNNTask, frozen: Frozen) -> dict[str, Any]:
             "unlabeled_pictures": task.train.unlabeled,
             **task.train.about,
         },
+        "overlap": None if task.overlap is None else task.overlap.protocol(),
         "classes": len(names),
         "classes_source": source_of(task.config.classes),
         "classes_sha256": hash_of(names),

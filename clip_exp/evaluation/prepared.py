@@ -10,6 +10,7 @@ from clip_exp.config.evaluation_schema import (
 )
 from clip_exp.data.pictures import Pictures
 from clip_exp.evaluation.sets.labeled import LabeledImages
+from clip_exp.evaluation.sets.overlap import Overlap
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ProbeTask:
     train: LabeledImages
     test: LabeledImages  # of the same classes
     config: LinearProbeTaskConfig
+    overlap: Overlap | None  # of `test` with `train`; None: they cannot be compared
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class KNNTask:
     train: LabeledImages
     test: LabeledImages  # of the same classes
     config: KNNTaskConfig
+    overlap: Overlap | None  # of `test` with `train`; None: they cannot be compared
 
 
 @dataclass(frozen=True)

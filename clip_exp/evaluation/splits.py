@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from clip_exp.config.evaluation_schema import KNNTaskConfig, LabeledDataConfig, LinearProbeTaskConfig
-from clip_exp.config.load import plain
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.prepared import KNNTask, ProbeTask
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages, listing
+from clip_exp.evaluation.sets.overlap import Overlap, find_overlap
 
 
 def prepare_probe(name: str, task: LinearProbeTaskConfig, output_dir: str) -> ProbeTask:
     """Find and match the pictures of a linear probe.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value cannot work, or the images to score are those to learn from.
         DataError: see `match_classes` and `require_division`.
     """
     where = f"task.{name}"
@@ -27,39 +27,44 @@ def prepare_probe(name: str, task: LinearProbeTaskConfig, output_dir: str) -> Pr
         raise ConfigError(f"{where}.max_iter={task.max_iter} must be above 0.")
     if task.c is not None and (not task.c or min(task.c) <= 0):
         raise ConfigError(f"{where}.c={task.c} must be numbers above 0, or null for the CLIP paper's search.")
-    train, test = _prepare(where, task, task.train, output_dir)
+    train, test, overlap = _prepare(name, task, task.train, output_dir)
     require_division(train.labels, train.class_names, task, name)
-    return ProbeTask(name, train, test, task)
+    return ProbeTask(name, train, test, task, overlap)
 
 
 def prepare_knn(name: str, task: KNNTaskConfig, output_dir: str) -> KNNTask:
     """Find and match the pictures of a k-NN classification.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value cannot work, or the images to score are those to learn from.
         DataError: see `match_classes`.
     """
     where = f"task.{name}"
     if task.temperature <= 0:
         raise ConfigError(f"{where}.temperature={task.temperature} must be above 0.")
-    train, test = _prepare(where, task, task.train, output_dir)
+    train, test, overlap = _prepare(name, task, task.train, output_dir)
     if not 1 <= task.k <= len(train.labels):
         raise ConfigError(f"{where}.k={task.k} must be between 1 and {len(train.labels)}, the pictures of train.")
-    return KNNTask(name, train, test, task)
+    return KNNTask(name, train, test, task, overlap)
 
 
 def _prepare(
-    where: str, task: LabeledDataConfig, train: LabeledDataConfig, output_dir: str
-) -> tuple[LabeledImages, LabeledImages]:
-    own = {key: plain(getattr(task, key)) for key in plain(LabeledDataConfig())}
-    has_splits = task.generate is not None or task.torchvision is not None  # which are other data by themselves
-    if (task.root or task.table) and own == plain(train) and not (has_splits and task.split is None):
-        raise ConfigError(f"{where}.train is the data that is scored: give other pictures to learn from.")
-    return match_classes(
+    name: str, task: LabeledDataConfig, train: LabeledDataConfig, output_dir: str
+) -> tuple[LabeledImages, LabeledImages, Overlap | None]:
+    where = f"task.{name}"
+    learned, scored = match_classes(
         labeled_images(train, f"{where}.train", output_dir, split="train"),
         labeled_images(task, where, output_dir),
         where,
     )
+    overlap = find_overlap(learned.pictures, scored.pictures, f"{name}: comparing the images of both parts")
+    if overlap is not None and overlap.images == overlap.scored:
+        copies = f", {overlap.equal_content:,} of them as copies" if overlap.equal_content else ""
+        raise ConfigError(
+            f"{where}.train is the data that is scored: all {overlap.scored:,} images of {scored.where} are among those of "
+            f"{learned.where}{copies}. Give other images to learn from."
+        )
+    return learned, scored, overlap
 
 
 def match_classes(train: LabeledImages, test: LabeledImages, where: str) -> tuple[LabeledImages, LabeledImages]:

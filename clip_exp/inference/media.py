@@ -50,6 +50,9 @@ class Media:
         """The path of the picture or video."""
         return str(self.paths[self.owner[index]])
 
+    def stored(self, index: int) -> None:
+        """See `Pictures.stored`: frames and images in memory have no bytes of their own."""
+
     def fingerprint(self) -> str:
         """See `Pictures.fingerprint`."""
         digest = hashlib.sha256(f"frames {self.frames}\n".encode())

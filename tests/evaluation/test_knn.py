@@ -99,8 +99,8 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(
     tmp_path: Path, run_dir: Path, values: dict, error: type[ClipExpError], message: str
 ):
     tinted(tmp_path / "train", 3, classes=CLASSES[:4])
-    tinted(tmp_path / "test", 2, classes=CLASSES[:4])
-    tinted(tmp_path / "more", 2)
+    tinted(tmp_path / "test", 2, first=50, classes=CLASSES[:4])
+    tinted(tmp_path / "more", 2, first=50)
     filled = json.loads(json.dumps(values).replace("{tmp}", str(tmp_path)))
     with pytest.raises(error, match=message):
         check(config(tmp_path, run_dir, filled))

@@ -219,8 +219,8 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(
 ):
     five = CLASSES[:5]
     tinted(tmp_path / "train", 4, classes=five)
-    tinted(tmp_path / "test", 2, classes=five)
-    tinted(tmp_path / "more", 2)
+    tinted(tmp_path / "test", 2, first=50, classes=five)
+    tinted(tmp_path / "more", 2, first=50)
     tinted(tmp_path / "one", 4, classes=("ant",))
     tinted(tinted(tmp_path / "single", 4, classes=five[:4]), 1, classes=five[4:])
     filled = json.loads(json.dumps(values).replace("{tmp}", str(tmp_path)))

@@ -99,7 +99,7 @@ def _known(data: LabeledDataConfig, where: str) -> str:
 def _root(data: LabeledDataConfig, name: str, where: str) -> Path:
     if data.root is None:
         raise ConfigError(f"{where}.root has no value: the folder where {name} lies, or is to be fetched to.")
-    root = Path(data.root).expanduser().absolute()
+    root = Path(data.root).expanduser().resolve()
     if not root.is_dir() and not data.download:
         raise ConfigError(f"{where}.root={root}: no such folder. To fetch {name} into it: {where}.download=true.")
     return root

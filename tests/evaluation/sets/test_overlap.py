@@ -1,0 +1,131 @@
+"""Images that are scored and learned from: found under any path, as copies, in folders, tables, shards and sets of torchvision."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from clip_exp.config.evaluation_schema import KNNTaskConfig, LabeledDataConfig
+from clip_exp.data.pictures import PictureFiles
+from clip_exp.errors import ConfigError
+from clip_exp.evaluation.prepared import KNNTask
+from clip_exp.evaluation.sets import overlap
+from clip_exp.evaluation.sets.overlap import find_overlap
+from clip_exp.evaluation.splits import prepare_knn
+from tests.data.tables.shard_files import write_shard
+from tests.evaluation.cifar import write_cifar10
+from tests.evaluation.sets.test_torchvision_sets import write_food
+from tests.small_runs import write_picture
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes of two images each in train and in test, all of one size but none equal."""
+    monkeypatch.chdir(tmp_path)
+    for number, place in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
+        for image in range(2):
+            write_picture(tmp_path / place / f"{image}.png", 10 * number + image)
+            os.truncate(tmp_path / place / f"{image}.png", 6000)
+    return tmp_path
+
+
+def prepare(own: dict[str, Any], train: dict[str, Any]) -> KNNTask:
+    return prepare_knn("knn", KNNTaskConfig(**own, train=LabeledDataConfig(**train), k=1), "outputs")
+
+
+def counts(task: KNNTask) -> tuple[int, int]:
+    assert task.overlap is not None
+    return task.overlap.same_file, task.overlap.equal_content
+
+
+@pytest.mark.parametrize("train", ["test", "test/", "./test", "train/../test", "link", "{tmp}/test"])
+def test_the_same_folder_is_refused_however_it_is_written(data: Path, train: str) -> None:
+    (data / "link").symlink_to("test")
+    with pytest.raises(ConfigError, match=r"task\.knn\.train is the data that is scored: all 4 images of test"):
+        prepare({"root": "test"}, {"root": train.format(tmp=data)})
+
+
+def test_copies_under_other_names_are_found_and_counted(data: Path) -> None:
+    shutil.copy(data / "test" / "cat" / "1.png", data / "train" / "cat" / "copy.png")
+    os.link(data / "test" / "dog" / "0.png", data / "train" / "dog" / "link.png")
+    task = prepare({"root": "test"}, {"root": "train"})
+    assert counts(task) == (1, 1)
+    assert task.overlap is not None
+    assert task.overlap.protocol() == {
+        "images": 2, "same_file": 1, "equal_content": 1, "examples": ["test/cat/1.png", "test/dog/0.png"],
+    }  # fmt: skip
+
+
+def test_a_copy_of_everything_is_refused(data: Path) -> None:
+    shutil.copytree(data / "test", data / "copied")
+    with pytest.raises(ConfigError, match=r"all 4 images of test are among those of copied, 4 of them as copies"):
+        prepare({"root": "test"}, {"root": "copied"})
+
+
+def test_images_of_one_size_and_one_middle_are_told_apart_by_all_their_bytes(tmp_path: Path) -> None:
+    for name, ends in (("a", b"xy"), ("b", b"xz"), ("c", b"xy")):
+        (tmp_path / name).write_bytes(ends[:1] + bytes(100_000) + ends[1:])
+    assert not find_overlap(PictureFiles([tmp_path / "a"]), PictureFiles([tmp_path / "b"])).images
+    assert find_overlap(PictureFiles([tmp_path / "a"]), PictureFiles([tmp_path / "c"])).equal_content == 1
+
+
+def test_only_images_of_equal_size_are_opened(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.truncate(data / "test" / "cat" / "1.png", 6001)
+    opened = []
+
+    def recorded(file: str, mode: str) -> IO[bytes]:
+        opened.append(file)
+        return open(file, mode)
+
+    monkeypatch.setattr(overlap, "open", recorded, raising=False)
+    find_overlap(
+        PictureFiles([data / "train/cat/0.png"]), PictureFiles([data / "test/cat/0.png", data / "test/cat/1.png"])
+    )
+    assert sorted({*opened}) == [str(data / "test/cat/0.png"), str(data / "train/cat/0.png")]
+
+
+def test_missing_and_empty_files_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    ours, theirs = ([tmp_path / name, tmp_path / f"no {name}"] for name in ("a", "b"))
+    assert not find_overlap(PictureFiles(ours), PictureFiles(theirs)).images
+
+
+def test_tables_and_shards_are_compared_with_folders(data: Path) -> None:
+    (data / "test.csv").write_text("filepath,label\n./test/cat/0.png,cat\ntest/../train/dog/0.png,dog\n")
+    assert counts(prepare({"table": "test.csv"}, {"root": "train"})) == (1, 0)
+    images = [("cat", data / "test/cat/0.png"), ("dog", data / "train/dog/1.png")]
+    contents = {}
+    for number, (label, path) in enumerate(images):
+        contents |= {f"{number}.png": path.read_bytes(), f"{number}.cls": label}
+    write_shard(data / "test.tar", contents)
+    shard = {"table": "test.tar", "label_key": "cls", "image_key": "png"}
+    assert counts(prepare(shard, {"root": "train"})) == (0, 1)
+    with pytest.raises(ConfigError, match="all 2 images"):
+        prepare(shard, {**shard, "table": "./test.tar"})
+
+
+def test_sets_of_torchvision_are_compared_by_their_files(data: Path) -> None:
+    write_food(data)
+    with pytest.raises(ConfigError, match="all 3 images of torchvision's Food101/test"):
+        prepare(
+            {"torchvision": "Food101", "root": "."}, {"torchvision": "Food101", "root": str(data), "split": "train"}
+        )
+
+
+def test_a_set_in_a_form_of_its_own_is_known_by_its_place(data: Path) -> None:
+    write_cifar10(data, 17)
+    (data / "link").symlink_to(data)
+    cifar = {"torchvision": "CIFAR10", "root": "."}
+    with pytest.raises(ConfigError, match="all 17 images"):
+        prepare(cifar, {**cifar, "root": "link", "split": "test"})
+    assert find_overlap(PictureFiles(["train/cat/0.png"]), _Array()) is None
+
+
+class _Array(PictureFiles):
+    def __init__(self) -> None:
+        super().__init__(["0"])
+
+    def stored(self, index: int) -> None: ...  # type: ignore[override]
