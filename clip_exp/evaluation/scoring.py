@@ -25,6 +25,7 @@ from clip_exp.loading.source import ModelSource
 from clip_exp.precision import exact_float32
 from clip_exp.ranks.group import from_main, is_main
 from clip_exp.reports.evaluation import write_result
+from clip_exp.reports.result_names import name_in_run
 from clip_exp.reports.results import Result
 from clip_exp.text.build import build_tokenizer
 
@@ -39,7 +40,8 @@ def score_tasks(
         result.protocol.update(about)
         if is_main():
             # A mixture's scores are not the run's.
-            write_result(result, task.name, folder, None if source.mix else source.run_dir)
+            run_dir = None if source.mix else source.run_dir
+            write_result(result, task.name, folder, run_dir, name_in_run(task.name, source))
         results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
     if subject.cache is not None and is_main():
         subject.cache.prune()
@@ -64,6 +66,7 @@ def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dic
         **({} if source.told is None else {"pretrained": source.told}),
         **({} if source.mix is None else {"wise_ft": asdict(source.mix)}),
         "step": source.step,
+        **({} if source.run_dir is None else {"ema": source.ema}),
         "device": device.type,
         "clip_exp": __version__,
     }

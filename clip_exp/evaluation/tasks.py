@@ -29,6 +29,7 @@ from clip_exp.evaluation.sets.imagenet_sets import configure_sets, weights_file
 from clip_exp.evaluation.sets.prompts import templates
 from clip_exp.evaluation.splits import prepare_knn, prepare_probe
 from clip_exp.loading.source import ModelSource
+from clip_exp.reports.result_names import task_of
 from clip_exp.runs import MAX_NAME
 
 TaskConfig = (
@@ -101,6 +102,10 @@ def parse_task(name: str, values: Any) -> TaskConfig:
     if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
         raise ConfigError(
             f"{where}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
+        )
+    if task_of(name) != name:
+        raise ConfigError(
+            f"{where}: this name ends like those of a run's results of other checkpoints: rename your task."
         )
     if not isinstance(values, dict) or "kind" not in values:
         chosen = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_exp.checkpoints.writer import EMA_WEIGHTS, WEIGHTS
+from clip_exp.checkpoints.writer import WEIGHTS
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import plain
 from clip_exp.config.schema import FineTuneConfig, TrainConfig
@@ -14,6 +14,7 @@ from clip_exp.data.sources import parse
 from clip_exp.loading.source import ModelSource
 from clip_exp.reports.index import readable
 from clip_exp.reports.page import counted
+from clip_exp.reports.result_names import task_of
 from clip_exp.runs import read_record
 
 
@@ -62,7 +63,7 @@ def history_of(source: ModelSource | None) -> History:
 def _which(source: ModelSource) -> str:
     """Which of a run's weights they are."""
     step = "" if source.step is None else f", step {source.step:,}"
-    averaged = ", averaged over the steps (EMA)" if source.weights.name == EMA_WEIGHTS else ""
+    averaged = ", averaged over the steps (EMA)" if source.ema else ""
     if source.mix is None:
         return step + averaged
     start = name_of(source.run.pretrained if source.run and source.run.pretrained else source.mix.start)
@@ -151,25 +152,22 @@ def _validation(run_dir: Path, step: int | None) -> list[Score]:
         values = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
         if values:
             return [
-                Score("validation", name.removeprefix("val/"), _shown(name, value)) for name, value in values.items()
+                Score("validation", name.removeprefix("val/"), readable(name, value)) for name, value in values.items()
             ]
     return []
 
 
 def _scores(run_dir: Path, sha256: str) -> tuple[list[Score], list[str]]:
     """Those of these weights, and the tasks that others of the run were scored on."""
-    scores, others = [], []
-    for path in sorted((run_dir / "eval").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    scores: dict[str, list[Score]] = {}
+    others: dict[str, None] = {}
+    for path in sorted((run_dir / "eval").glob("*.json"), key=lambda path: path.stem):
+        result, task = json.loads(path.read_text(encoding="utf-8")), task_of(path.stem)
         if result["protocol"].get("weights_sha256") == sha256:
-            scores += [Score(path.stem, name, _shown(name, value)) for name, value in result["metrics"].items()]
+            scores[task] = [Score(task, name, readable(name, value)) for name, value in result["metrics"].items()]
         else:
-            others.append(path.stem)
-    return scores, others
-
-
-def _shown(name: str, value: float) -> str:
-    return f"{value:.4f}" if "loss" in name else readable(name, value)
+            others[task] = None
+    return [score for of_task in scores.values() for score in of_task], [*others]
 
 
 def _provenance(record: dict[str, Any]) -> dict[str, str]:

@@ -33,6 +33,11 @@ class ModelSource:
     told: str | None = None  # what `pretrained` was found to be
     mix: Mix | None = None  # with what the weights are mixed
 
+    @property
+    def ema(self) -> bool:
+        """Whether these are a checkpoint's averaged weights."""
+        return self.weights.name == EMA_WEIGHTS
+
     def sha256(self) -> str:
         """Hash of the weights; of a checkpoint, the one in its manifest, which `find_source` has verified.
 
@@ -95,6 +100,15 @@ def source_of_run(run_dir: Path, ema: bool = False) -> ModelSource:
     run = run_config(run_dir)
     checkpoint = discovery.best(run_dir) if run.monitor else discovery.latest(run_dir)
     return _of_checkpoint_folder(checkpoint, run, run_dir, ema)
+
+
+def is_own(source: ModelSource) -> bool:
+    """Return whether these are the weights that `run=DIR` names now: of the best or last checkpoint, not averaged, not mixed."""
+    if source.run is None or source.run_dir is None or source.ema or source.mix is not None:
+        return False
+    found = discovery.manifests(source.run_dir)
+    marked = [checkpoint for checkpoint, manifest in found.items() if manifest.best] if source.run.monitor else []
+    return source.weights.parent.resolve() in [checkpoint.resolve() for checkpoint in (marked or [*found])[-1:]]
 
 
 def source_of_checkpoint(path: Path, ema: bool = False) -> ModelSource:

@@ -18,23 +18,21 @@ ROWS_SHOWN = 2000  # of the table of classes; the file beside the page has all
 CONFIDENCE = 0.95
 
 
-def classification_page(name: str, result: Result, details: Classified, heading: dict[str, Any]) -> str:
+def classification_page(result: Result, details: Classified, heading: dict[str, Any]) -> str:
     """The HTML of a classification's page.
 
     Args:
         heading: `origin.heading`.
     """
     counts, wrong, names = per_class(details), mistakes(details), distinct_names(details)
-    show_top5 = len(names) > details.best.shape[1]
     values = {
-        "tiles": _tiles(result.metrics, show_top5),
+        "tiles": _tiles(result.metrics),
         "lead": _lead(details, len(names)),
         "counts": _counts(result.protocol, details, counts),
         "names": names,
         "pictures": counts.pictures.tolist(),
         "classes": len(names),
-        "show_top5": show_top5,
-        "csv_name": f"{name}.csv",
+        "show_top5": "top5" in result.metrics,
         "protocol": fact_rows(result.protocol),
         **_confusions(details, counts, wrong, names),
         **_classes(details, counts, names),
@@ -43,7 +41,7 @@ def classification_page(name: str, result: Result, details: Classified, heading:
     return render("classification.html", **heading, **values)
 
 
-def _tiles(metrics: dict[str, float], show_top5: bool) -> list[dict[str, str]]:
+def _tiles(metrics: dict[str, float]) -> list[dict[str, str]]:
     meanings = {
         "top1": ("Top-1", "of the pictures: the first choice is right"),
         "top5": ("Top-5", "of the pictures: the right class is among the first five choices"),
@@ -52,7 +50,7 @@ def _tiles(metrics: dict[str, float], show_top5: bool) -> list[dict[str, str]]:
             "top-1 within each class, averaged: all classes count the same",
         ),
     }
-    shown = [key for key in meanings if key in metrics and (show_top5 or key != "top5")]
+    shown = [key for key in meanings if key in metrics]
     return [{"name": meanings[key][0], "value": percent(metrics[key]), "meaning": meanings[key][1]} for key in shown]
 
 
@@ -71,11 +69,13 @@ def _lead(details: Classified, classes: int) -> str:
 
 def _counts(protocol: dict[str, Any], details: Classified, counts: PerClass) -> list[tuple[int, str]]:
     left_out = protocol.get("bad_pictures", 0) + protocol.get("unlabeled_pictures", 0)
+    overlap = (protocol.get("overlap") or {"images": 0})["images"]
     pictures, classes = len(details.labels), len(details.class_names)
     empty = int((counts.pictures == 0).sum())
     return [
         (pictures, "picture" if pictures == 1 else "pictures"),
         (left_out, "left out"),
+        *([(overlap, "in the training images too")] if overlap else []),
         (classes, "class" if classes == 1 else "classes"),
         (empty, "class without pictures" if empty == 1 else "classes without pictures"),
     ]

@@ -1,7 +1,8 @@
 """What an evaluation leaves of each task, in its own folder and in the run's, and a table on the terminal.
 
 `eval/<task>.json` has the metrics and the protocol, `eval/<task>.html` is for looking at, and a classification has a
-row per class in `eval/<task>.csv` (`reports.per_class`).
+row per class in `eval/<task>.csv` (`reports.per_class`). In the run's folder the names of results of other weights than its own tell
+which these are (`reports.result_names`).
 """
 
 import logging
@@ -18,34 +19,44 @@ from clip_exp.errors import CheckpointError
 from clip_exp.reports.classification_page import classification_page
 from clip_exp.reports.comparison_page import comparison_page
 from clip_exp.reports.index import write_index
+from clip_exp.reports.metric_names import Scale, scale_of
 from clip_exp.reports.origin import heading, is_train_run
 from clip_exp.reports.per_class import as_csv
+from clip_exp.reports.result_names import name_of_weights
 from clip_exp.reports.results import Classified, Compared, Result, Retrieved
 from clip_exp.reports.retrieval_page import retrieval_page
 from clip_exp.reports.run_page import renew_report
 from clip_exp.runs import refuse_links, write_json, write_text
-from clip_exp.storage import atomic_file
+from clip_exp.storage import atomic_file, read_json_object
 
 log = logging.getLogger(__name__)
 
 
-def write_result(result: Result, name: str, folder: Path, run_dir: Path | None = None) -> None:
-    """Write a task's files below `folder`/eval and, if that can be written, `run_dir`/eval.
+def write_result(
+    result: Result, task: str, folder: Path, run_dir: Path | None = None, name_in_run: str | None = None
+) -> None:
+    """Write a task's files below `folder`/eval and, if that can be written, `run_dir`/eval, which may be the same.
 
-    A finished run's `report.html` comes to link the page.
+    A finished run's `report.html` comes to link the page. The run's results of an own checkpoint that it has trained on from keep a name of
+    their own.
 
+    Args:
+        name_in_run: see `reports.result_names`; None: the task's.
     Raises:
         CheckpointError: `folder` cannot be written.
     """
-    pages = _pages(result, name, folder)
-    for target in filter(None, (folder, run_dir)):
+    pages = _pages(result, task, folder)
+    names = {folder: task} | ({} if run_dir is None else {run_dir: name_in_run or task})
+    for target, name in names.items():
         try:
-            if target is run_dir:
-                refuse_links(run_dir)  # which this command did not create
+            if target != folder:
+                refuse_links(target)  # which this command did not create
+            if target == run_dir and name == task:
+                _set_earlier_aside(result, task, target)
             _write(result, name, pages, target)
             _renew_report(target)
         except (OSError, SafetensorError, CheckpointError) as error:
-            if target is folder:
+            if target == folder:
                 raise CheckpointError(f"{target / 'eval'} cannot be written: {error}") from error
             log.warning("%s cannot be written (%s): the results are in %s only.", target / "eval", error, folder)
 
@@ -58,7 +69,7 @@ def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
         protocol = result["protocol"]
         left_out = protocol["bad_pictures"] + protocol.get("unlabeled_pictures", 0)
         for name, value in result["metrics"].items():
-            shown = f"{value:.0f}" if "rank" in name else f"{value:.4f}"
+            shown = f"{value:.0f}" if scale_of(name) is Scale.rank else f"{value:.4f}"
             table.add_row(f"{task}/{name}", shown, str(protocol["pictures"]), str(left_out))
         if protocol.get("classes_without_pictures"):
             log.warning(
@@ -67,6 +78,8 @@ def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
                 protocol["classes_without_pictures"],
                 protocol["classes"],
             )
+        if (warning := overlap_warning(task, protocol)) is not None:
+            log.warning(warning)
         if protocol.get("truncated_texts"):
             log.warning("%s: texts longer than the model's context were cut: %d.", task, protocol["truncated_texts"])
     console = Console()
@@ -80,16 +93,42 @@ def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
         console.print(f"Open:    {page}", soft_wrap=True, highlight=False)
 
 
+def overlap_warning(task: str, protocol: dict[str, Any]) -> str | None:
+    """Return what to say where images were scored that were learned from; None where there are none, or none are known."""
+    overlap = protocol.get("overlap")
+    if not overlap or not overlap["images"]:
+        return None
+    return (
+        f"{task}: {overlap['images']:,} of the images that are scored are also among those to learn from ({overlap['same_file']:,} the same "
+        f"files, {overlap['equal_content']:,} copies), such as {overlap['examples'][0]}: the result is better than it would be on new images."
+    )
+
+
 def _pages(result: Result, name: str, folder: Path) -> dict[str, str]:
     """The texts of a task's files for people, by their suffix."""
     details, top = result.details, heading(name, result.protocol, folder)
     if isinstance(details, Classified):
-        return {".csv": as_csv(details), ".html": classification_page(name, result, details, top)}
+        return {".csv": as_csv(details), ".html": classification_page(result, details, top)}
     if isinstance(details, Retrieved):
         return {".html": retrieval_page(name, result, details, top)}
     if isinstance(details, Compared):
         return {".html": comparison_page(name, result, details, top)}
     return {}
+
+
+def _set_earlier_aside(result: Result, task: str, run_dir: Path) -> None:
+    """Rename the run's own results of a task where they are of another checkpoint than those that replace them."""
+    place = run_dir / "eval"
+    try:
+        earlier, now = Path(read_json_object(place / f"{task}.json")["protocol"]["weights"]), result.protocol["weights"]
+    except (OSError, ValueError, KeyError, TypeError):  # there are none, or they do not say
+        return
+    name = name_of_weights(task, earlier)
+    if name != name_of_weights(task, Path(now)):
+        for suffix in (".json", ".csv", ".html", *(f".{of}.safetensors" for of in result.files)):
+            path, aside = place / f"{task}{suffix}", place / f"{name}{suffix}"
+            if path.is_file() and not aside.exists():
+                path.replace(aside)
 
 
 def _write(result: Result, name: str, pages: dict[str, str], target: Path) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from clip_exp.reports.origin import KINDS, heading
+from clip_exp.reports.metric_names import Scale, scale_of
+from clip_exp.reports.origin import KINDS, heading, which_weights
 from clip_exp.reports.page import counted, number, percent, render
+from clip_exp.reports.result_names import task_of
 from clip_exp.runs import write_text
 
 METRICS_SHOWN = 4
@@ -24,17 +26,18 @@ def write_index(folder: Path) -> Path:
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Every `eval/<task>.json`, by name: its kind, its first metrics as text, and the link to its page, None without one."""
+    """Return every result in `eval/`, by name: task, kind, weights, its first metrics as text, and the link to its page, None without one."""
     found = []
-    for path in sorted((folder / "eval").glob("*.json")):
+    for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):  # a run's own weights come first
         result = json.loads(path.read_text(encoding="utf-8"))
         protocol = result["protocol"]
         metrics = sorted(result["metrics"].items(), key=lambda item: item[0] not in FIRST)
         page = path.with_suffix(".html")
         found.append(
             {
-                "name": path.stem,
+                "name": task_of(path.stem),
                 "kind": KINDS.get(protocol.get("kind"), ""),
+                "weights": which_weights(protocol),
                 "metrics": [(name, readable(name, value)) for name, value in metrics[:METRICS_SHOWN]],
                 "link": f"eval/{quote(page.name)}" if page.is_file() else None,
                 "protocol": protocol,
@@ -44,5 +47,6 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def readable(name: str, value: float) -> str:
-    """A metric of an evaluation: a place as a number, a share in percent."""
-    return number(value) if "rank" in name else percent(value)
+    """Return a metric's value as text: a fraction in percent, a rank as a number, a loss with four digits."""
+    scale = scale_of(name)
+    return f"{value:.4f}" if scale is Scale.loss else number(value) if scale is Scale.rank else percent(value)

@@ -59,6 +59,13 @@ def _python() -> str:
     return str(interpreter.relative_to(here) if interpreter.is_relative_to(here) else interpreter)
 
 
+def which_weights(protocol: dict[str, Any]) -> str | None:
+    """Return which of a run's weights were scored; None of others."""
+    step = protocol.get("step")
+    averaged = "averaged weights (EMA)" if protocol.get("ema") else None
+    return ", ".join(filter(None, [f"step {step:,}" if isinstance(step, int) else None, averaged])) or None
+
+
 def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the template of every evaluation's page begins and ends with."""
     kind = str(protocol.get("kind", ""))
@@ -66,7 +73,7 @@ def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]
     about = [
         protocol.get("model"),
         weights and f"weights {weights[:12]}",
-        f"step {protocol['step']:,}" if isinstance(protocol.get("step"), int) else None,
+        which_weights(protocol),
         protocol.get("data"),
     ]
     record = read_record(folder)

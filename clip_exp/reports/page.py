@@ -22,6 +22,7 @@ FACT_NAMES = {
     "bad_pictures": "pictures that cannot be read",
     "unlabeled_pictures": "pictures without a label",
     "bad": "left out",
+    "overlap": "scored images that are in train too",
     "classes_source": "class names from",
     "classes_sha256": "class names, sha256",
     "templates_source": "templates from",
@@ -31,6 +32,7 @@ FACT_NAMES = {
     "weights_sha256": "weights, sha256",
     "wise_ft": "mixed with what it started from",
     "step": "training step",
+    "ema": "averaged weights (EMA)",
 }
 LAST = ("names", "bad")  # the long ones
 

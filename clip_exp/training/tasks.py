@@ -17,7 +17,7 @@ from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions
-from clip_exp.evaluation.prepared import Task
+from clip_exp.evaluation.prepared import KNNTask, ProbeTask, Task
 from clip_exp.evaluation.scoring import about_weights, score
 from clip_exp.evaluation.subject import Subject
 from clip_exp.loading.model import load_model
@@ -26,7 +26,8 @@ from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.progress import silence
 from clip_exp.ranks.group import from_main, is_main, share_from_main
-from clip_exp.reports.evaluation import write_result
+from clip_exp.reports.evaluation import overlap_warning, write_result
+from clip_exp.reports.result_names import name_in_run
 from clip_exp.reports.results import Result
 from clip_exp.text.build import build_tokenizer
 from clip_exp.training.lora import merge
@@ -69,6 +70,12 @@ class TaskScores(pl.Callback):
         self.values: dict[str, float] = {}  # of that step
         self._results: dict[str, Result] = {}
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        overlaps = {task.name: task.overlap for task in self.tasks if isinstance(task, ProbeTask | KNNTask)}
+        for name, overlap in overlaps.items() if is_main() else []:
+            if overlap is not None and (warning := overlap_warning(name, {"overlap": overlap.protocol()})) is not None:
+                log.warning(warning)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         every, step = self.config.task_every_n_steps, trainer.global_step
         if step >= pl_module.total_steps or (every is not None and step % every == 0):
@@ -105,9 +112,9 @@ class TaskScores(pl.Callback):
         return {task.name: score(task, subject) for task in self.tasks}
 
     def write(self, device: torch.device) -> None:
-        """After the run: `eval/<task>.json` and pages, of the last checkpoint's weights. All ranks call.
+        """After the run: the results of the last checkpoint's weights in `eval/`, with their pages. All ranks call.
 
-        Where the run was killed between its last checkpoint and here, the checkpoint is scored.
+        With a `monitor` they are not the run's own where another checkpoint is best, and have the checkpoint in their names. Where the run was killed between its last checkpoint and here, the checkpoint is scored.
         """
         checkpoint = from_main(lambda: latest(self.run_dir))
         source = source_of_checkpoint(checkpoint)
@@ -118,7 +125,7 @@ class TaskScores(pl.Callback):
             for name, result in self._results.items():
                 result.protocol.update(about_weights(source, source.sha256(), device))
                 try:
-                    write_result(result, name, self.run_dir)
+                    write_result(result, name, self.run_dir, self.run_dir, name_in_run(name, source))
                 except CheckpointError as error:
                     again = f"evaluate.py run={self.run_dir} scores the run again."
                     log.warning("the results of task %s cannot be written: %s. %s", name, error, again)

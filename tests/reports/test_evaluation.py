@@ -163,3 +163,30 @@ def test_several_tasks_end_with_the_path_of_a_page_that_leads_to_theirs(
 def test_pages_are_whole_and_leave_nothing_else(pets: Result, folder: Path):
     write_result(pets, "pets", folder)
     assert sorted(path.name for path in (folder / "eval").iterdir()) == ["pets.csv", "pets.html", "pets.json"]
+
+
+def test_values_are_shown_by_the_scale_of_the_metric_whatever_the_task_is_called(
+    pairs: Result, trained: Path, capsys: pytest.CaptureFixture
+):
+    summary = json.loads((trained / "summary.json").read_text())
+    summary["metrics"] = {"coco_ranking/recall@5_i2t": 0.25, "lossless/median_rank_i2t": 7.0}
+    (trained / "summary.json").write_text(json.dumps(summary))
+    report = renew_report(trained).read_text()
+    assert ">0.2500<" in report
+    assert ">7<" in report
+    show({"coco_ranking": {"metrics": {"recall@5_i2t": 0.25}, "protocol": pairs.protocol}}, trained)
+    assert "0.2500" in capsys.readouterr().out
+
+
+def test_an_overlap_of_scored_and_training_images_is_on_the_page_and_on_the_terminal(
+    pets: Result, folder: Path, caplog: pytest.LogCaptureFixture
+):
+    overlap = {"images": 3, "same_file": 1, "equal_content": 2, "examples": ["/data/pets/cat/1.jpg"]}
+    result = Result(pets.metrics, {**pets.protocol, "overlap": overlap}, pets.details)
+    write_result(result, "pets", folder)
+    page = (folder / "eval" / "pets.html").read_text()
+    assert "<li><b>3</b> in the training images too</li>" in page
+    assert "<li>equal_content: 2</li>" in page
+    show(results(pets=result), folder)
+    assert "pets: 3 of the images that are scored are also among those to learn from" in caplog.text
+    assert "/data/pets/cat/1.jpg" in caplog.text

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.data.generated import generate
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import evaluate
+from clip_exp.training.measures import training_tasks
 from clip_exp.training.preflight import check_train
+from clip_exp.training.tasks import TaskScores
 from tests.compose import train_config
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, unfinish
@@ -159,7 +162,26 @@ def test_patience_counts_the_scorings_of_the_task_that_it_watches(train: Train, 
     )  # fmt: skip
     assert run.metrics[-1]["step"] == 9
     assert run.summary["best_checkpoint"].endswith("step-000003")
-    assert json.loads((run.folder / "eval" / "image_folder.json").read_text())["protocol"]["step"] == 9
+    # The run's own weights are those of the best step: the last ones' scores are not under the task's name alone.
+    assert [path.name for path in (run.folder / "eval").glob("*.json")] == ["image_folder.step-000009.json"]
+    assert json.loads((run.folder / "eval" / "image_folder.step-000009.json").read_text())["protocol"]["step"] == 9
+
+
+def test_images_that_are_scored_and_learned_from_are_reported_when_training_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, place in enumerate(("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png")):
+        write_picture(tmp_path / place, number)
+    shutil.copy(tmp_path / "train/cat/1.png", tmp_path / "test/cat/copy.png")
+    config = train_config(
+        "task=knn", "task.knn.k=1", f"task.knn.root={tmp_path / 'test'}", f"task.knn.train.root={tmp_path / 'train'}"
+    )
+    scores = TaskScores(training_tasks(config), config, tmp_path, Any, lambda: None)
+    scores.on_train_start(Any, None)
+    assert (
+        "knn: 1 of the images that are scored are also among those to learn from (0 the same files, 1 copies)"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
