@@ -1,13 +1,16 @@
 """How deep each weight of a tower lies, for any tower: what freezing and layer-wise learning rates go by."""
 
+import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
 # What the weights of a tower begin with that map its channels to the shared space, in the towers of every library.
 PROJECTIONS = ("projection", "proj", "text_projection", "head")
+WITH_PREVIOUS = 99999  # what timm's patterns end in where weights go with those before them
+Key = tuple[float, ...]
 
 
 class Depths(NamedTuple):
@@ -18,35 +21,25 @@ class Depths(NamedTuple):
 
 
 def depths(tower: nn.Module) -> Depths:
-    """How deep each parameter of a tower lies.
+    """Return how deep each parameter of a tower lies.
 
-    A backbone of timm says so itself. Elsewhere the blocks are the repeated modules (`block_names`), and what is registered
-    before the first of them comes before them.
+    Which weights are blocks, a backbone of timm says itself; elsewhere blocks are the modules that the tower's lists hold. For the
+    rest the order of registration decides: what stands before the first block comes before it, what stands between two goes with
+    the second, and what stands behind the last one follows: final norm, pooling, projection.
     """
-    for name, module in tower.named_modules():
-        if hasattr(module, "group_matcher"):
-            return _as_timm_says(tower, name, module)
-    blocks = block_names(tower)
-    below = {name: 0 for name, _ in tower.named_parameters()}
-    reached = 0
-    for name in below:
-        block = next((i for i, block in enumerate(blocks, start=1) if name.startswith(f"{block}.")), None)
-        # Past the first block, what is in no block comes after the last one.
-        reached = block or (len(blocks) + 1 if reached else 0)
-        below[name] = len(blocks) + 1 if _projects(name) else reached
-    return Depths(below, len(blocks))
-
-
-def block_names(tower: nn.Module) -> list[str]:
-    """The modules that a tower repeats, in order: those of the class that its lists and sequences hold most of.
-
-    Blocks may be spread over several lists, as the stages of a residual network are.
-    """
-    found = list(_elements(tower, ""))
-    if not found:
-        return []
-    kind = Counter(type(module) for _, module in found).most_common(1)[0][0]
-    return [name for name, module in found if type(module) is kind]
+    names = [name for name, _ in tower.named_parameters()]
+    block_of = _blocks_of_timm(tower, names) or _blocks_of_lists(tower, names)
+    blocks = max(block_of.values(), default=0)
+    of, depth = {}, blocks + 1
+    for name in reversed(names):
+        depth = block_of.get(name, depth)
+        of[name] = depth
+    for name in _inputs(tower, names, block_of):
+        of[name] = 0
+    for name in names:
+        if _projects(name):
+            of[name] = blocks + 1
+    return Depths({name: of[name] for name in names}, blocks)
 
 
 def projection_names(tower: nn.Module) -> set[str]:
@@ -60,6 +53,78 @@ def _projects(name: str) -> bool:
     return name.split(".")[0] in PROJECTIONS
 
 
+def _inputs(tower: nn.Module, names: list[str], block_of: Mapping[str, int]) -> Iterator[str]:
+    """The parameters that come before the blocks.
+
+    An embedding does wherever it is registered, and so do its later siblings: transformers' encoders have relative positions, and
+    the norm of these, behind their blocks.
+    """
+    embeddings = {f"{path}.weight" for path, module in tower.named_modules() if isinstance(module, nn.Embedding)}
+    begun, siblings = False, ""
+    for name in names:
+        if name in block_of:
+            begun = True
+            continue
+        if begun and name in embeddings:
+            parent = name.rpartition(".")[0].rpartition(".")[0]
+            siblings = f"{parent}." if parent else name
+        if not begun or (siblings and name.startswith(siblings)):
+            yield name
+
+
+def _blocks_of_timm(tower: nn.Module, names: list[str]) -> dict[str, int]:
+    """By parameter the number of its block, from 1, by the patterns of timm's layer-wise learning rates; empty without such.
+
+    A block is what a pattern captures numbers of. timm counts a final norm to the last block, and pooling as a block of its own.
+    """
+    for path, module in tower.named_modules():
+        matcher = module.group_matcher(coarse=False) if hasattr(module, "group_matcher") else None
+        if isinstance(matcher, dict):
+            prefix = f"{path}." if path else ""
+            keys = {name: _key(name.removeprefix(prefix), matcher) for name in names if name.startswith(prefix)}
+            return _numbered({name: key for name, key in keys.items() if key is not None})
+    return {}
+
+
+def _key(name: str, matcher: Mapping[str, Any]) -> Key | None:
+    """What orders the blocks of a timm backbone; None: the parameter is in none."""
+    for order, (group, patterns) in enumerate(matcher.items()):
+        for pattern, suffix in [(patterns, None)] if isinstance(patterns, str) else patterns or ():
+            if match := re.match(pattern, name):
+                if group == "stem" or not match.groups():
+                    return None
+                within = re.match(r"\.blocks\.(\d+)\.", name[match.end() :])  # some patterns capture stages only
+                numbers = (*match.groups(), *(within.groups() if within else ()))
+                return (order, *map(float, numbers), *(suffix or ()))
+    return None
+
+
+def _numbered(keys: Mapping[str, Key]) -> dict[str, int]:
+    stages = {key[:-1] for key in keys.values()}
+    order = sorted(set(keys.values()) - stages)
+    while order and order[-1][-1] == WITH_PREVIOUS:  # the norm of the last stage
+        order.pop()
+    number, numbers = 0, {}
+    for key in order:
+        number += not number or key[-1] != WITH_PREVIOUS
+        numbers[key] = number
+    return {name: numbers[key] for name, key in keys.items() if key in numbers}
+
+
+def _blocks_of_lists(tower: nn.Module, names: list[str]) -> dict[str, int]:
+    """By parameter the number of its block, from 1: the modules of several parts that lists and sequences hold.
+
+    Blocks may be spread over several lists, as the stages of a residual network are, and be of several classes. Where nothing has
+    parts, blocks are the modules of the class that occurs most.
+    """
+    found = list(_elements(tower, ""))
+    blocks = [path for path, module in found if any(list(child.parameters()) for child in module.children())]
+    if found and not blocks:
+        kind = Counter(type(module) for _, module in found).most_common(1)[0][0]
+        blocks = [path for path, module in found if type(module) is kind]
+    return {name: i for i, path in enumerate(blocks, start=1) for name in names if name.startswith(f"{path}.")}
+
+
 def _elements(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """What the outermost lists and sequences hold, leaving out what has no weights."""
     holds = isinstance(module, nn.ModuleList | nn.Sequential)
@@ -71,14 +136,3 @@ def _elements(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield below, child
         else:
             yield from _elements(child, below)
-
-
-def _as_timm_says(tower: nn.Module, trunk_name: str, trunk: nn.Module) -> Depths:
-    from timm.models import group_parameters
-
-    layers = group_parameters(trunk, trunk.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
-    prefix = f"{trunk_name}." if trunk_name else ""
-    blocks = max(layers.values())
-    return Depths(
-        {name: layers.get(name.removeprefix(prefix), blocks + 1) for name, _ in tower.named_parameters()}, blocks
-    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clip_exp.config.schema import LoRAConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models.depth import block_names
+from clip_exp.models.depth import depths
 
 log = logging.getLogger(__name__)
 BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
@@ -86,8 +86,8 @@ def named_layers(tower: nn.Module, ends: list[str]) -> list[str]:
 
 
 def _layers_of_blocks(tower: nn.Module) -> list[str]:
-    blocks = tuple(f"{name}." for name in block_names(tower))
-    return [name for name in _linear(tower) if name.startswith(blocks)]
+    of, blocks = depths(tower)
+    return [name for name in _linear(tower) if 0 < of.get(f"{name}.weight", 0) <= blocks]
 
 
 def _linear(tower: nn.Module) -> list[str]:
