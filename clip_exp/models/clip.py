@@ -73,6 +73,8 @@ class CLIP(nn.Module):
         # Of shape [1], not []: DeepSpeed cannot broadcast a parameter without an axis.
         self.logit_scale = nn.Parameter(torch.full([1], float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full([1], float(init_logit_bias)))
+        # The float32 values of these two, by name, where a strategy trains in bf16 or float16 weights; it updates them after every step.
+        self.exact: dict[str, Tensor] = {}
 
     def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor:
         """[B, D]; `normalize` gives float32 of unit norm. For the input see the image tower."""
@@ -101,10 +103,17 @@ class CLIP(nn.Module):
             tokens_BL: see the text tower.
             micro_batch_size: the most samples that a tower holds activations of; None: all.
         """
-        # The bias as a new tensor: DeepSpeed takes parameters away again when the module that owns them returns.
         return CLIPOutput(
             unit_norm(encode(self.image, image_BCHW, micro_batch_size)),
             unit_norm(encode(self.text, tokens_BL, micro_batch_size)),
-            self.logit_scale.float().exp(),  # in bf16 the scale near 100 would have steps of 0.5
-            None if self.logit_bias is None else self.logit_bias.clone(),
+            self._float32("logit_scale").exp(),
+            None if self.logit_bias is None else self._float32("logit_bias"),
         )
+
+    def _float32(self, name: str) -> Tensor:
+        """Return the scale (its logarithm) or the bias in float32, with the gradient of its parameter; a bf16 scale near 14 has steps of 1.6%.
+
+        A new tensor, since DeepSpeed takes parameters away again when the module that owns them returns.
+        """
+        value = getattr(self, name).to(torch.float32, copy=True)
+        return value + (self.exact[name] - value.detach()) if name in self.exact else value

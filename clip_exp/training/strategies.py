@@ -4,7 +4,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from clip_exp.config.schema import StrategyConfig, StrategyName
+from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import rank, world_size
 
 # What clip_exp wants of DeepSpeed unless `strategy.config` says otherwise.
@@ -112,6 +113,11 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         super().__init__(**arguments)
         self.unchanged: dict[str, Tensor] = {}  # float32 weights and buffers that DeepSpeed keeps in low precision only
 
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the weights of the forward pass are in bf16 or float16, and those that the optimizer steps in float32."""
+        return self.precision_plugin.precision != "32-true"
+
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)
 
@@ -129,11 +135,17 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
-        """As Lightning's, with a number for the device on a CPU too, where it has none."""
+        """As Lightning's, with a number for the device on a CPU too, where it has none, and with float32 weights that are not rounded.
+
+        DeepSpeed makes the float32 weights that the optimizer steps from those that it has rounded. Put back, they are what the run
+        starts from: the weights of `pretrained`, or of the checkpoint that it resumes from.
+        """
         import deepspeed
 
-        if self.precision_plugin.precision != "32-true":
+        trained: dict[str, Tensor] = {}
+        if self.rounds_weights:
             self.unchanged = dict(_not_trained(model))
+            trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         engine, wrapped, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.root_device.index or 0),
             config=self.config,
@@ -143,7 +155,25 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                _set_whole(parameter, trained[name], None, self.world_size, self.global_rank)
+        self._update_exact()
         return engine, wrapped
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **arguments: Any
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **arguments)
+        self._update_exact()
+        return output
+
+    def _update_exact(self) -> None:
+        """Give the model the logit scale and bias in float32: rounded, the temperature would change in steps of 1.6% and more."""
+        if self.rounds_weights:
+            model: CLIP = self.lightning_module.model  # type: ignore[union-attr, assignment]
+            scale_and_bias = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
+            model.exact = {name: whole(value) for name, value in scale_and_bias.items() if value is not None}
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -177,16 +207,11 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
 
     def whole_state(self) -> Iterator[tuple[str, Tensor]]:
         """The module's state dict, whole and in float32 on every rank (which must all ask), one at a time."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
         module = self.lightning_module
         assert module is not None
         kept = module.state_dict().keys()  # a module may have buffers that are not
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            if name in self.unchanged:
-                yield name, self.unchanged[name]
-            else:
-                yield name, safe_get_full_fp32_param(parameter) if parameter.requires_grad else whole(parameter)
+            yield name, self.unchanged[name] if name in self.unchanged else whole(parameter)
         for name, buffer in module.named_buffers(remove_duplicate=False):
             if name in kept:
                 yield name, self.unchanged.get(name, buffer.float() if buffer.is_floating_point() else buffer)
@@ -236,7 +261,7 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         _link_optimizer_state(optimizer)
         for index, parameter in enumerate(parameters):
             for key in keys:
-                _set_optimizer_state(parameter, saved["state"][index][key], key, self.world_size, self.global_rank)
+                _set_whole(parameter, saved["state"][index][key], key, self.world_size, self.global_rank)
 
     def _trained_parameters(self) -> list[nn.Parameter]:
         """In the order of the optimizer's groups."""
@@ -326,8 +351,17 @@ def _not_trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's values in float32 on its device, under ZeRO-3 gathered from all ranks (which must all call)."""
-    if not hasattr(parameter, "ds_id"):
+    """Return a parameter's values in float32 on its device; under DeepSpeed gathered from all ranks (which must all call).
+
+    Of a parameter that learns these are the values that the optimizer steps, not what a strategy rounds them to.
+    """
+    sharded = hasattr(parameter, "ds_id")
+    if parameter.requires_grad and (sharded or hasattr(parameter, "_hp_mapping")):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        values: Tensor = safe_get_full_fp32_param(parameter)
+        return values.detach()
+    if not sharded:
         return parameter.detach().float()
     import deepspeed
 
@@ -335,8 +369,8 @@ def whole(parameter: nn.Parameter) -> Tensor:
         return parameter.detach().float().clone()
 
 
-def _set_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str, ranks: int, rank: int) -> None:
-    """Write this rank's part of a parameter's state.
+def _set_whole(parameter: nn.Parameter, value: Tensor, key: str | None, ranks: int, rank: int) -> None:
+    """Write this rank's part of what the optimizer has of a parameter: a state, or under None the float32 values that it steps.
 
     DeepSpeed 0.19's setter for ZeRO-3 fails for a parameter with fewer elements than ranks, so the part is cut out here.
     """

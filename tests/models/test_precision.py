@@ -78,10 +78,29 @@ def test_in_float32_norms_are_those_of_torch_bit_by_bit() -> None:
     assert torch.equal(ours.text_features, theirs.text_features)
 
 
+ROUNDED = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("log_scale", [2.659260036932778, 4.6])
-def test_the_scale_of_a_bf16_model_is_not_rounded_again(log_scale: float) -> None:
-    model = build_model(small_config(), init_logit_scale=log_scale).bfloat16()
+def test_the_scale_of_a_rounded_model_is_not_rounded_again(log_scale: float, dtype: torch.dtype) -> None:
+    model = build_model(small_config(), init_logit_scale=log_scale).to(dtype)
     image_BCHW, tokens_BL = batch(2)
-    scale = model(image_BCHW.bfloat16(), tokens_BL).logit_scale
+    scale = model(image_BCHW.to(dtype), tokens_BL).logit_scale
     assert scale.dtype == torch.float32
     assert scale.item() == model.logit_scale.detach().double().exp().float().item()
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_scale_and_bias_of_a_rounded_model_are_the_exact_ones_where_it_has_them(dtype: torch.dtype) -> None:
+    whole = build_model(small_config(), init_logit_scale=2.66, init_logit_bias=-9.99)
+    exact = {"logit_scale": whole.logit_scale.detach().clone(), "logit_bias": whole.logit_bias.detach().clone()}
+    model = whole.to(dtype)
+    model.exact = exact
+    image_BCHW, tokens_BL = batch(2)
+    output = model(image_BCHW.to(dtype), tokens_BL)
+    assert torch.equal(output.logit_scale, exact["logit_scale"].exp())
+    assert torch.equal(output.logit_bias, exact["logit_bias"])
+    (output.logit_scale + output.logit_bias).backward()
+    assert model.logit_scale.grad.item() == pytest.approx(exact["logit_scale"].exp().item(), rel=0.005)
+    assert model.logit_bias.grad.item() == 1

@@ -100,6 +100,20 @@ def test_a_run_goes_on_under_another_strategy(strategy: str, single: Finished, t
     torch.testing.assert_close(run.weights, single.weights, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("stage", repeat_beyond((), (1, 2, 3)))
+def test_a_run_whose_weights_are_rounded_to_bf16_resumes_from_those_in_float32(
+    stage: int, train: Train, tmp_path: Path
+) -> None:
+    """DeepSpeed makes the float32 weights that it steps from the rounded ones."""
+    options = (*(option for option in RUN if not option.startswith("precision")), "precision=bf16-mixed")
+    strategy = (f"strategy=deepspeed_stage_{stage}", "trainer.devices=2")
+    whole = train(*options, *strategy)
+    interrupted(whole, tmp_path)
+    resumed = train(*options, *strategy, output_dir=tmp_path)
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+
+
 def test_a_sharded_run_goes_on_in_one_process(single: Finished, train: Train, tmp_path) -> None:
     sharded = train(*RUN, "strategy=deepspeed_stage_3", "trainer.devices=2")
     interrupted(sharded, tmp_path)

@@ -120,7 +120,7 @@ def devices(state: dict[str, Tensor]) -> dict[str, str]:
 def test_what_deepspeed_resumes_with_is_on_the_devices_where_torch_would_load_it(
     options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategies, "_set_optimizer_state", lambda *arguments: None)  # meta tensors take no values
+    monkeypatch.setattr(strategies, "_set_whole", lambda *arguments: None)  # meta tensors take no values
     strategy, saved = LoadedOnMeta(options), checkpoint(options)
     strategy.load_optimizer_state_dict(saved)
     theirs = torch.optim.AdamW([strategy.flat])
@@ -160,7 +160,7 @@ def test_a_resumed_loss_scale_changes_at_the_steps_of_an_uninterrupted_one() -> 
 
 
 def test_the_loss_scale_is_saved_and_loaded_with_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategies, "_set_optimizer_state", lambda *arguments: None)
+    monkeypatch.setattr(strategies, "_set_whole", lambda *arguments: None)
     written: list[dict[str, Any]] = []
     monkeypatch.setattr(strategies.Strategy, "save_checkpoint", lambda self, saved, *_: written.append(saved))
     trained, resumed = (LoadedOnMeta({}, dynamic_loss_scaler(updates)) for updates in ([True] * 5 + [False], []))
@@ -182,7 +182,7 @@ def test_a_loss_scale_carries_over_from_deepspeed_to_ddp_and_back() -> None:
 def test_a_checkpoint_of_before_the_loss_scale_was_saved_starts_with_the_default_scale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(strategies, "_set_optimizer_state", lambda *arguments: None)
+    monkeypatch.setattr(strategies, "_set_whole", lambda *arguments: None)
     strategy = LoadedOnMeta({}, dynamic_loss_scaler([]))
     strategy.load_optimizer_state_dict(checkpoint({}))
     assert vars(strategy.optimizers[0].loss_scaler) == vars(dynamic_loss_scaler([]))

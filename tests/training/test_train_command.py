@@ -164,12 +164,6 @@ def test_an_unreachable_wandb_server_does_not_stop_a_run_and_loggers_get_its_con
     assert set(flatten({**written, "git": config["git"]})) <= set(hparams)
 
 
-def test_bf16_trains_close_to_float32(single: Finished, train: Train) -> None:
-    overrides = (*(o for o in TINY if not o.startswith("precision")), "max_steps=20", "log_every_n_steps=1")
-    mixed = train(*overrides, "precision=bf16-mixed", "strategy=deepspeed_stage_2")
-    assert mixed.losses[:5] == pytest.approx(single.losses[:5], rel=0.05)
-
-
 WITH_BACKEND = """
 import sys
 from functools import partialmethod
