@@ -6,6 +6,7 @@ the result into instances of them, and nothing past it sees a DictConfig. Here i
 `config.use_schema`. These modules import neither torch nor Hydra.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -43,9 +44,23 @@ class LossConfig:
     name: LossName = MISSING
     same_caption: PairLabel = PairLabel.negative  # equal captions in a batch
     same_image: PairLabel = PairLabel.negative  # equal pictures in a batch
-    init_logit_scale: float = 2.659260036932778  # ln(1 / 0.07); the scale is clamped to [0, ln 100] after each step
+    init_logit_scale: float = 2.659260036932778  # ln(1 / 0.07), without `pretrained`
+    max_logit_scale: float | None = (
+        None  # natural logarithm; null: ln 100 (softmax), none (sigmoid), or what the weights have if more
+    )
     init_logit_bias: float | None = None  # sigmoid only
     chunk_size: int = 1024  # rows of similarities that are held at a time (sigmoid)
+
+    @property
+    def largest_logit_scale(self) -> float:
+        """Natural logarithm of the largest scale of random weights while they train.
+
+        OpenAI clipped it at 100 (Radford et al. 2021, section 2.5). SigLIP was trained without a limit (big_vision), and its published
+        weights have 112 and more.
+        """
+        if self.max_logit_scale is not None:
+            return self.max_logit_scale
+        return math.log(100) if self.name == LossName.softmax else math.inf
 
 
 # -------------------------------------------------------------------------------------------------- optimisation

@@ -1,6 +1,7 @@
 """One training run in one process (a rank of several, or the only one): build everything, fit, and tell what came out."""
 
 import logging
+import math
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +15,7 @@ from clip_exp.checkpoints.discovery import latest, step_of
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
 from clip_exp.config.load import read_run_config
 from clip_exp.config.model_rules import own_towers
-from clip_exp.config.schema import StrategyName, TrainConfig
+from clip_exp.config.schema import LossConfig, StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.transforms import preprocessing_of
 from clip_exp.devices import resolve_accelerator
@@ -159,11 +160,29 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
     if config.pretrained is not None and not resumes:
         for note in load_weights(model, start_weights(config, RunRecord(run_dir).values), config.model):
             log.info(note)
+    if not resumes:
+        _limit_logit_scale(model, loss)
     prepare(model, config.finetune, config.model)
     if config.compile:
         model.image.compile()
         model.text.compile()
     return model
+
+
+def _limit_logit_scale(model: CLIP, loss: LossConfig) -> None:
+    """Report weights whose logit scale is above the limit of the loss, and cut it where the limit was set."""
+    start = model.logit_scale.item()
+    if start < loss.largest_logit_scale + 1e-3:  # ln 100 in float16 is a little more than ln 100
+        return
+    had = f"The weights have a logit scale of {math.exp(start):.4g}, above the limit of {math.exp(loss.largest_logit_scale):.4g}"
+    if loss.max_logit_scale is None:
+        log.info(
+            "%s (loss=%s): what they have is the limit of this run. loss.max_logit_scale sets another.", had, loss.name
+        )
+        return
+    with torch.no_grad():
+        model.logit_scale.fill_(loss.max_logit_scale)
+    log.warning("%s that loss.max_logit_scale=%g sets: the run starts at the limit.", had, loss.max_logit_scale)
 
 
 def _start_from(

@@ -20,10 +20,11 @@ from clip_exp.ranks.group import gather_objects, share_from_main
 from clip_exp.text.build import build_tokenizer
 from clip_exp.training.finetune import quiet
 from clip_exp.training.lora import adapted_part, merge, unmerge
-from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups
+from clip_exp.training.optim import build_optimizer, build_scheduler, logit_scale_range, named_groups
 from clip_exp.training.strategies import whole
 
 WEIGHTS = {"state_dict", EMA_KEY}  # of the model, in a checkpoint
+START_LOGIT_SCALE = "start_logit_scale"
 
 
 class ZeroShot(NamedTuple):
@@ -61,6 +62,7 @@ class CLIPModule(pl.LightningModule):
         self.group_sizes = [len(members) for members in groups.values()]
         self.group_starts = [config.finetune.linear_probe_steps if group.late else 0 for group in groups]
         self.probing = config.finetune.linear_probe_steps > 0
+        self.start_logit_scale: float | None = None  # that the run started with, however often it was resumed
         self.step_metrics: dict[str, Tensor] = {}
         self._validation: list[list[Tensor]] = []
         self._random_states: list[dict[str, Tensor]] = []
@@ -100,8 +102,15 @@ class CLIPModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         offload = self.config.strategy.offload
         scaled = self.trainer.precision == "16-mixed"
+        if self.start_logit_scale is None:
+            self.start_logit_scale = self.model.logit_scale.item()
         optimizer = build_optimizer(
-            self.model, self.config.optimizer, self.config.finetune, cpu_offload=offload, scaled_gradients=scaled
+            self.model,
+            self.config.optimizer,
+            self.config.finetune,
+            logit_scale_range=logit_scale_range(self.config.loss, self.start_logit_scale),
+            cpu_offload=offload,
+            scaled_gradients=scaled,
         )
         scheduler = build_scheduler(optimizer, self.config.scheduler, self.total_steps, self.group_starts)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -114,6 +123,7 @@ class CLIPModule(pl.LightningModule):
             name_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
         checkpoint["random_states"] = gather_objects(random_state())
+        checkpoint[START_LOGIT_SCALE] = self.start_logit_scale
         if self.config.finetune.lora is not None:
             for key in WEIGHTS & checkpoint.keys():
                 checkpoint[f"adapted_{key}"] = adapted_part(checkpoint[key])
@@ -124,6 +134,7 @@ class CLIPModule(pl.LightningModule):
             number_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
         self._random_states = checkpoint["random_states"]
+        self.start_logit_scale = checkpoint.get(START_LOGIT_SCALE)  # older checkpoints: the scale that they have
         if self.config.finetune.lora is not None:
             for key in WEIGHTS & checkpoint.keys():
                 checkpoint[key] = unmerge(checkpoint[key], checkpoint.pop(f"adapted_{key}"))

@@ -11,13 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_exp.config.schema import FineTuneConfig, OptimizerConfig, SchedulerConfig
+from clip_exp.config.schema import FineTuneConfig, LossConfig, OptimizerConfig, SchedulerConfig
 from clip_exp.config.targets import build, locate
 from clip_exp.errors import ConfigError
 from clip_exp.training.finetune import factors, late_names
 from clip_exp.training.schedule import factor
 
-MAX_LOGIT_SCALE = math.log(100)
 # What the families call their embeddings of positions: ours and open_clip's, timm's, Hugging Face's.
 POSITIONS = {
     "positional_embedding",
@@ -60,18 +59,32 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
     return "no_decay" if parameter.ndim < 2 or token or POSITIONS & set(name.split(".")) else "decay"
 
 
+def logit_scale_range(loss: LossConfig, start: float) -> tuple[float, float]:
+    """Return the least and the largest logit scale of a run, as natural logarithms.
+
+    What the run starts with is never outside, unless the configuration says so.
+
+    Args:
+        start: the logit scale that the run starts with.
+    """
+    largest = max(loss.largest_logit_scale, start) if loss.max_logit_scale is None else loss.max_logit_scale
+    return min(0.0, start, largest), largest
+
+
 def build_optimizer(
     model: nn.Module,
     config: OptimizerConfig,
     finetune: FineTuneConfig | None = None,
     *,
+    logit_scale_range: tuple[float, float] = (0.0, math.log(100)),
     cpu_offload: bool = False,
     scaled_gradients: bool = False,
 ) -> Optimizer:
-    """The configured optimizer, clamping the logit scale to [0, ln 100] after each of its steps (Radford et al. 2021, §2.5).
+    """The configured optimizer, clamping the logit scale after each of its steps.
 
     Args:
         finetune: which parameters have other rates; None: none.
+        logit_scale_range: see the function of that name.
         cpu_offload: the strategy keeps the optimizer's state in host memory: Adam becomes DeepSpeed's CPU Adam.
         scaled_gradients: float16 training: a fused step would unscale the gradient itself, too late for clipping its norm.
 
@@ -95,7 +108,7 @@ def build_optimizer(
         arguments["adamw_mode"] = target.endswith("AdamW")
         target = "deepspeed.ops.adam.DeepSpeedCPUAdam"
     optimizer: Optimizer = build(target, "optimizer", groups, **arguments)
-    optimizer.register_step_post_hook(_clamp_logit_scale)
+    optimizer.register_step_post_hook(partial(_clamp_logit_scale, logit_scale_range))
     return optimizer
 
 
@@ -108,12 +121,12 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
     return values
 
 
-def _clamp_logit_scale(optimizer: Optimizer, *_: Any) -> None:
+def _clamp_logit_scale(limits: tuple[float, float], optimizer: Optimizer, *_: Any) -> None:
     with torch.no_grad():
         for group in optimizer.param_groups:
             if group.get("name") == "logit_scale":
                 for parameter in group["params"]:
-                    parameter.clamp_(0, MAX_LOGIT_SCALE)
+                    parameter.clamp_(*limits)
 
 
 def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:

@@ -4,6 +4,7 @@ The checks that need torch (devices) and the tables come last, and only where no
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from clip_exp.config.model_rules import check_idle, check_model, check_vocabulary
@@ -20,6 +21,7 @@ from clip_exp.training.preflight_finetune import check_finetune, probe_problems
 from clip_exp.weights.find import check_pretrained
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+MAX_LOGARITHM = 10  # of a logit scale: a factor of 22,000
 
 
 def check_train(config: TrainConfig) -> None:
@@ -83,6 +85,7 @@ def _check_run(config: TrainConfig) -> Iterator[str]:
 
 
 def _check_numbers(config: TrainConfig) -> Iterator[str]:
+    start = config.loss.init_logit_scale if config.pretrained is None else None  # weights have their own
     ranges = {
         "seed": (config.seed, 0, 2**32 - 1),
         "max_steps": (config.max_steps, 1, INFINITY),
@@ -101,7 +104,7 @@ def _check_numbers(config: TrainConfig) -> Iterator[str]:
         "strategy.timeout_s": (config.strategy.timeout_s, 1, 10**7),
         "trainer.num_nodes": (config.trainer.num_nodes, 1, INFINITY),
         "trainer.gradient_clip_val": (config.trainer.gradient_clip_val, TINY, 1e30),
-        "loss.init_logit_scale": (config.loss.init_logit_scale, 0, 4.6052),
+        "loss.init_logit_scale": (start, 0, math.ceil(min(config.loss.largest_logit_scale, MAX_LOGARITHM) * 1e4) / 1e4),
         "loss.init_logit_bias": (config.loss.init_logit_bias, -1e3, 1e3),
         "loss.chunk_size": (config.loss.chunk_size, 1, INFINITY),
         "callbacks.ema_decay": (config.callbacks.ema_decay, TINY, 1 - 1e-12),
@@ -109,6 +112,9 @@ def _check_numbers(config: TrainConfig) -> Iterator[str]:
         "callbacks.save_retry_s": (config.callbacks.save_retry_s, 0, INFINITY),
     }
     yield from range_problems(ranges)
+    largest = config.loss.max_logit_scale
+    if largest is not None and not 0 <= largest <= MAX_LOGARITHM:
+        yield f"loss.max_logit_scale={largest:g} must be between 0 and {MAX_LOGARITHM}: it is a natural logarithm, that of 100 is 4.6052."
     betas = getattr(config.optimizer, "betas", [0.9, 0.99])
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optimizer.betas={betas} must be two numbers from 0 to below 1."
