@@ -19,7 +19,7 @@ from clip_exp.config.models import translate
 from clip_exp.config.overrides import MULTIRUN_FLAGS, check_arguments, explain, quote
 from clip_exp.config.paths import conf_dir
 from clip_exp.config.store import config_name, register
-from clip_exp.config.sweep import job_number
+from clip_exp.config.sweep import current_job
 from clip_exp.config.use_schema import ExportConfig, ModelsConfig, PredictConfig, RankConfig, SearchConfig
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError, printable
@@ -109,7 +109,7 @@ def _train(config: DictConfig, arguments: list[str]) -> int:
     loaded = load_train(config)
     from clip_exp.training.launch import launch
 
-    return launch(loaded, arguments, job_number())
+    return launch(loaded, arguments, current_job(arguments))
 
 
 def _evaluate(config: DictConfig, arguments: list[str]) -> int:

@@ -27,7 +27,7 @@ RECORD, CONFIG, METRICS = "run.json", "config.yaml", "metrics.csv"
 LAST_CHECKPOINT = "last_checkpoint_step"  # in `run.json`; older versions did not have it
 TYPES: dict[str, Any] = {  # of what is read again from `run.json`
     "fingerprint": str, "config_sha256": str, "start": str, "status": str, "argv": list, "resumed": list, "pretrained": dict | str,
-    LAST_CHECKPOINT: int | None,
+    "paths": dict, "data": dict, "job": dict, "scored_tasks": dict, LAST_CHECKPOINT: int | None,
 }  # fmt: skip
 MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
 COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
@@ -217,7 +217,7 @@ class RunRecord:
             self.values.setdefault("resumed", []).append({"time": _now(), "argv": arguments, **values})
         else:
             self.values = {"argv": arguments, "start": _now(), **provenance(), **values}
-        self.values.update(status="running", end=None, **(current or {}))
+        self.values.update({"status": "running", "end": None, **(current or {})})
         write_text(self.path, self._text())
 
     def update(self, **values: Any) -> None:

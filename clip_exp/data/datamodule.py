@@ -17,9 +17,9 @@ from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import Batch, Collate, EvalBatch, EvalCollate
 from clip_exp.data.dataset import EvalPairs, TrainPairs
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.fingerprint import changes, fingerprint
+from clip_exp.data.fingerprint import VAL, changes, fingerprint, stream_changes
 from clip_exp.data.generated import readable
-from clip_exp.data.order import EvalSampler, StreamSampler
+from clip_exp.data.samplers import EvalSampler, StreamSampler
 from clip_exp.data.sources import INDEX, open_sources
 from clip_exp.data.stream import Stream
 from clip_exp.data.tables.open import open_configured
@@ -121,7 +121,6 @@ class PairsDataModule(LightningDataModule):
         index_dir = self.output_dir / INDEX
         sources = open_sources(config, index_dir)
         self.stream = Stream(sources, config, self.seed)
-        self._fingerprint = fingerprint(sources, config)
         if config.val is not None:
             self.val_table = open_configured(config, config.val, label_key=config.label_key, index_dir=index_dir)
             self._eval_pairs = EvalPairs(
@@ -132,6 +131,7 @@ class PairsDataModule(LightningDataModule):
                 limits=ImageLimits.of(config),
             )
             self.class_names = self._eval_pairs.class_names
+        self._fingerprint = fingerprint(sources, self.val_table, config)
 
     @property
     def num_rows(self) -> int:
@@ -215,7 +215,7 @@ class PairsDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """`samples_seen`: samples of the stream that optimizer steps have used, over all ranks. `data`: what it is of."""
+        """`samples_seen`: samples of the stream that optimizer steps have used, over all ranks. `data`: see `data.fingerprint`."""
         self.setup()
         steps = 0 if self.trainer is None else self.trainer.global_step
         return {"samples_seen": steps * self.global_batch_size, "data": self._fingerprint}
@@ -240,7 +240,8 @@ class PairsDataModule(LightningDataModule):
         Raises: DataError on every rank.
         """
         self.setup()
-        tables = {"data.train": self._fingerprint, "data.val": self.val_table and self.val_table.fingerprint()}
+        stream = {key: value for key, value in self._fingerprint.items() if key != VAL}
+        tables = {"data.train": stream, "data.val": self._fingerprint[VAL]}
         own = {key: hashlib.sha256(json.dumps(read).encode()).hexdigest() for key, read in tables.items()}
         found = gather(own)
         for key in own:
@@ -253,12 +254,16 @@ class PairsDataModule(LightningDataModule):
     def changed_since(self, state_dict: dict[str, Any]) -> str | None:
         """How the data differs from what a state was saved with, and what to do; None where it does not, or nobody knows."""
         self.setup()
-        found = changes(state_dict["data"], self._fingerprint) if state_dict.get("data") else []
+        before: dict[str, Any] = state_dict.get("data") or {}
+        found = changes(before, self._fingerprint) if before else []
         if not found:
             return None
+        which, why = "validation", "Scores before and after it would not be comparable"
+        if stream_changes(before, self._fingerprint):
+            which, why = "training", "Samples seen would be seen again and others left out"
         return (
-            f"The training data has changed since the checkpoint: {'; '.join(found)}.\n  Samples seen would be seen again and "
-            "others left out: restore it, start anew (resume=never), or go on all the same (data.allow_changed=true)."
+            f"The {which} data has changed since the checkpoint: {'; '.join(found)}.\n  {why}: restore it, start a new run "
+            "(resume=never), or continue all the same (data.allow_changed=true)."
         )
 
     def _place(self) -> tuple[int, int]:

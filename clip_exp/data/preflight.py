@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,10 @@ from clip_exp.config.data_schema import AugmentationConfig, DataConfig
 from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.files import NO_SUCH_FILE, OUTSIDE_ROOT, TOO_MANY_BYTES, BadImage, ImageLimits, kind_of
+from clip_exp.data.fingerprint import describe
 from clip_exp.data.generated import count_rows
 from clip_exp.data.headers import check_formats
-from clip_exp.data.sources import INDEX, SourceSpec, open_sources, parse
+from clip_exp.data.sources import INDEX, OpenSource, SourceSpec, open_sources, parse
 from clip_exp.data.tables.filters import parse as parse_filter
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.paths import expand
@@ -49,8 +50,20 @@ def check_data(data: DataConfig) -> Iterator[str]:
         yield f"data.templates={data.templates}: there must be one, and every one needs a {{}} for the class name."
 
 
-def check_tables(config: TrainConfig) -> int:
-    """Open the tables of a run, whose indexes are built where they are not; the samples of an epoch.
+class RunTables(NamedTuple):
+    """The opened tables of a run; those of generated data are not made yet."""
+
+    rows: int  # samples of an epoch
+    sources: Sequence[OpenSource] = ()
+    val: PairTable | None = None
+
+    def describe(self, config: DataConfig) -> dict[str, Any] | None:
+        """Return what the run's record says of its data, see `data.fingerprint.describe`; None of generated data."""
+        return describe(self.sources, self.val, config) if self.sources else None
+
+
+def check_tables(config: TrainConfig) -> RunTables:
+    """Open the tables of a run, whose indexes are built where they are not.
 
     Raises:
         DataError: a table cannot be read, more of its rows are bad than `data.max_bad_fraction`, or none of its pictures can be read.
@@ -59,12 +72,13 @@ def check_tables(config: TrainConfig) -> int:
     data = config.data
     if data.generate is not None:
         rows = count_rows(data.generate)
-        return min(rows, data.max_rows or rows)
+        return RunTables(min(rows, data.max_rows or rows))
     index_dir = Path(config.output_dir) / INDEX
     sources = open_sources(data, index_dir)
-    tables = [("data.train", source.table) for source in sources]
+    val = None
     if data.val is not None:
-        tables.append(("data.val", open_configured(data, data.val, label_key=data.label_key, index_dir=index_dir)))
+        val = open_configured(data, data.val, label_key=data.label_key, index_dir=index_dir)
+    tables = [("data.train", source.table) for source in sources] + ([] if val is None else [("data.val", val)])
     problems = [
         problem
         for key, table in tables
@@ -72,7 +86,7 @@ def check_tables(config: TrainConfig) -> int:
     ]
     if problems:
         raise DataError("\n".join(problems))
-    return sum(len(source.rows) for source in sources)
+    return RunTables(sum(len(source.rows) for source in sources), sources, val)
 
 
 def _check_numbers(data: DataConfig) -> Iterator[str]:

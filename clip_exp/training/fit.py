@@ -42,7 +42,7 @@ from clip_exp.training.preflight import steps_of
 from clip_exp.training.preflight_finetune import probe_problems
 from clip_exp.training.resuming import Candidates, candidates, first_that_loads, report_damage, take_back
 from clip_exp.training.summary import conclude
-from clip_exp.training.tasks import TaskScores
+from clip_exp.training.tasks import TaskScores, score_finished
 from clip_exp.training.trainer import build_trainer
 from clip_exp.weights.fit import load_weights
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 def train(run_dir: Path) -> int:
-    """Train what `run_dir`/config.yaml describes, on from its newest checkpoint; return the exit code.
+    """Train what `run_dir`/config.yaml describes, on from its newest checkpoint, or score the finished run; return the exit code.
 
     Raises:
         ClipExpError: an expected failure, noted in `run.json` where this process is alone.
@@ -60,13 +60,19 @@ def train(run_dir: Path) -> int:
     record = RunRecord(run_dir)
     device_type = resolve_accelerator(config.trainer.accelerator, "trainer.")
     several = started_by_launcher() or config.strategy.name != StrategyName.auto
+    finished = record.values.get("status") == "finished"
     with note_signals() as stop:
         try:
             with group.membership(device_type, config.strategy.timeout_s) if several else nullcontext():
-                return _fit_or_stop(config, run_dir, record, stop, device_type)
+                if not finished:
+                    return _fit_or_stop(config, run_dir, record, stop, device_type)
+                score_finished(config, run_dir, record, group.device(device_type))
+                return 0
         except BaseException as error:
             if is_main():
-                if group.world_size() == 1:  # of several ranks, whoever watches them notes the failure that was first
+                if (
+                    group.world_size() == 1 and not finished
+                ):  # of several ranks, whoever watches them notes the failure that was first
                     code = error.exit_code if isinstance(error, ClipExpError) else 1
                     record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
                 # The terminal shows it when the process ends.
@@ -120,7 +126,8 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TaskScores):
-                callback.write(trainer.strategy.root_device)
+                names = callback.write(trainer.strategy.root_device)
+                record.values["scored_tasks"] = {name: config.task[name] for name in names}
     if is_main():
         conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_exp.config.schema import TrainConfig
+from clip_exp.data.preflight import RunTables
 from clip_exp.devices import Devices, resolve_accelerator
 from clip_exp.errors import ConfigError
 from clip_exp.ranks.environment import started_by_launcher
@@ -16,29 +17,28 @@ from clip_exp.training.messages import logging_to
 from clip_exp.training.opening import open_run
 from clip_exp.training.preflight import check_train, requested_devices
 
+if TYPE_CHECKING:
+    from clip_exp.config.sweep import Job  # imports Hydra
 
-def launch(config: TrainConfig, arguments: list[str], job: int | None) -> int:
+
+def launch(config: TrainConfig, arguments: list[str], job: "Job | None") -> int:
     """Check everything, open the run's folder and train in it; return the exit code.
 
     Args:
         arguments: of the command line, for `run.json`.
-        job: number of the job in a sweep, or None.
+        job: of a sweep, or None.
     """
     if started_by_launcher() and job is not None:
         raise ConfigError(
             "a sweep (-m) starts its own processes: run it without torchrun or srun, with trainer.devices."
         )
     with exit_on_signals():
-        return train_here(config, arguments, "" if job is None else f"-{job}")[1]
+        return train_here(config, arguments, job)[1]
 
 
-def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> tuple[Path, int]:
-    """Train in this process, or in those that it starts; the run's folder and the exit code.
-
-    Args:
-        suffix: of the name of a new folder.
-    """
-    check_train(config)
+def train_here(config: TrainConfig, arguments: list[str], job: "Job | None" = None) -> tuple[Path, int]:
+    """Train in this process, or in those that it starts; the run's folder and the exit code."""
+    tables = check_train(config)
     nodes = config.trainer.num_nodes or 1
     if nodes > 1 and not started_by_launcher():
         per_node = requested_devices(config).requested or "gpu"
@@ -46,32 +46,39 @@ def train_here(config: TrainConfig, arguments: list[str], suffix: str = "") -> t
             f"trainer.num_nodes={nodes}: start the command on every node, for example "
             f"torchrun --nnodes={nodes} --nproc-per-node={per_node} --rdzv-endpoint=<first node>:29500 train.py …"
         )
-    return launch_work(Training(config, arguments, suffix))
+    return launch_work(Training(config, arguments, tables, job))
 
 
 class Training(Work):
     """A run, in a folder of its own or one of an earlier run that it continues."""
 
-    def __init__(self, config: TrainConfig, arguments: list[str], suffix: str) -> None:
+    def __init__(self, config: TrainConfig, arguments: list[str], tables: RunTables, job: "Job | None") -> None:
         self.config = config
         self.arguments = arguments
-        self.suffix = suffix
+        self.tables = tables
+        self.job = job
         self.rank = train_in
         self.timeout_s = config.strategy.timeout_s
 
     @contextmanager
     def open(self) -> Iterator[Opened]:
         """Find the folder to continue in, or make one; see `open_run`."""
-        opening = open_run(self.config, self.suffix)
+        opening = open_run(self.config, self.tables.describe(self.config.data), self.job)
         folder = opening.folder
-        # What a run killed after its last step left out is made by the same command.
-        if opening.finished and (folder / "report.html").is_file():
+        if opening.complete:
+            opening.claim()
             print(f"{folder} has finished this run already; resume=never starts another.")
             yield Opened(folder, finished=True)
             return
         with lock(folder):
             opening.begin(self.arguments)
             print(f"run folder: {folder}", flush=True)
+            if opening.tasks:
+                names = ", ".join(opening.tasks)
+                print(
+                    f"The run has finished already: its last checkpoint is scored on {names}, nothing is trained.",
+                    flush=True,
+                )
             yield Opened(folder)
 
     def devices(self) -> Devices:
@@ -84,11 +91,13 @@ class Training(Work):
         return train_in(folder)
 
     def note(self, folder: Path, status: str, **facts: Any) -> None:
-        RunRecord(folder).finish(status, **facts)
+        record = RunRecord(folder)
+        if record.values.get("status") != "finished":  # as it stays where scoring it on further tasks fails
+            record.finish(status, **facts)
 
 
 def train_in(folder: Path) -> int:
-    """Train what a run folder's `config.yaml` describes, as one rank; return the exit code."""
+    """Train what a run folder's `config.yaml` describes, or score the finished run, as one rank; return the exit code."""
     with logging_to(folder):
         from clip_exp.training.fit import train  # imports torch
 

@@ -18,8 +18,8 @@ from clip_exp.config.schema import LoggerConfig, TrainConfig, WandbConfig
 from clip_exp.config.targets import build_extra
 from clip_exp.provenance import provenance
 from clip_exp.secrets import redact
+from clip_exp.training.identity import flatten
 from clip_exp.training.metrics import MetricsCSV
-from clip_exp.training.opening import flatten
 
 log = logging.getLogger(__name__)
 # What a run and Lightning call of a logger.

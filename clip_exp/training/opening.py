@@ -1,12 +1,9 @@
 """Which folder a run works in, and what its configuration leaves to the weights that it starts from: decided once, by one process."""
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.checkpoints.discovery import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.load import to_yaml
@@ -28,19 +25,17 @@ from clip_exp.runs import (
 )
 from clip_exp.storage import file_sha256
 from clip_exp.text.saved import check_tokenizer, save_tokenizer
+from clip_exp.training.identity import DATA_PATHS, START, Differences, Request, fingerprint, identity
 from clip_exp.training.preflight_finetune import rehearse
 from clip_exp.weights.find import find_weights, hash_weights
 from clip_exp.weights.own import note_architecture
 from clip_exp.weights.settle import as_settled, settle
 
-# What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
-NOT_IN_IDENTITY = (
-    "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
-    "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
-    "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
-)  # fmt: skip
-IN_IDENTITY = ("trainer.gradient_clip_val",)
+if TYPE_CHECKING:
+    from clip_exp.config.sweep import Job  # imports Hydra
+
 LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may be given anew
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -48,11 +43,17 @@ class Opening:
     """A run that is about to begin or to go on."""
 
     folder: Path
-    finished: bool  # it has ended well before; there is nothing to do
+    finished: bool  # it has ended well before; there is nothing to train
     asked: TrainConfig  # by which the run is found again
     settled: TrainConfig  # by which it trains
     facts: dict[str, Any]  # for `run.json`
     warnings: tuple[str, ...] = ()  # about damage to an earlier run
+    tasks: tuple[str, ...] = ()  # on which the finished run is to be scored
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do: a run that was killed after its last step lacks its report."""
+        return self.finished and not self.tasks and (self.folder / REPORT).is_file()
 
     def begin(self, arguments: list[str]) -> None:
         """Write what the run is into its folder, which this process holds.
@@ -65,27 +66,27 @@ class Opening:
         begin(self.folder, self.settled, arguments, asked=self.asked, **self.facts)
         save_tokenizer(self.settled.model, self.folder)
 
+    def claim(self) -> None:
+        """Note the job of a sweep to which the finished run belongs from now on: no other job of the sweep is given it."""
+        if "job" in self.facts:
+            RunRecord(self.folder).update(job=self.facts["job"])
 
-def open_run(config: TrainConfig, suffix: str = "") -> Opening:
+
+def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job | None" = None) -> Opening:
     """The folder to go on in, or a new one. Weights to start from are found, and fetched if need be, for a new one alone.
 
     Args:
-        suffix: of the name of a new folder.
+        data, job: see `Request`.
     Raises:
         ConfigError: `resume` names no run, or another one; see `find_weights` and `settle`.
         CheckpointError: the weights cannot be fetched or are damaged; the folder cannot be made; see `run_to_resume`.
     """
-    runs = earlier_runs(config) if config.resume == "auto" else []
-    earlier = run_to_resume(config, runs)
+    request = Request(config, data, job)
+    runs = _wanted(request, earlier_runs(request)) if config.resume == "auto" else []
+    earlier = run_to_resume(request, runs)
     if earlier is not None:
-        run, finished = earlier
-        if not run.saved:
-            _say_again(run.folder)
-        read, problem = _config_to_resume(run.folder)
-        settled = replace(config, model=as_settled(config.model, read.model))
-        warnings = tuple(filter(None, (record_problem(run.folder), problem)))
-        return Opening(run.folder, finished, config, settled, {}, warnings)
-    model, facts = note_architecture(config.model, config.pretrained), {}
+        return _resume(request, *earlier)
+    model, facts = note_architecture(config.model, config.pretrained), request.facts()
     rehearse(replace(config, model=model))
     if config.pretrained is not None:
         found = find_weights(config.pretrained, model)
@@ -94,7 +95,7 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
         facts["pretrained"] = {
             "told": found.told,
             "path": str(path),
-            "sha256": hash_weights(path),
+            "sha256": request.weights_sha256 or hash_weights(path),
             "format": found.about.format,
         }
     check_tokenizer(model)
@@ -104,8 +105,56 @@ def open_run(config: TrainConfig, suffix: str = "") -> Opening:
         folder = unused.folder
         _say_again(folder)
     else:
-        folder = create_run_folder(config.output_dir, "train", config.name, suffix)
+        folder = create_run_folder(config.output_dir, "train", config.name, "" if job is None else f"-{job.number}")
     return Opening(folder, False, config, settled, facts)
+
+
+def _resume(request: Request, run: "EarlierRun", finished: bool) -> Opening:
+    """Open an earlier run: to train on in it, or, where it has finished, to score it on the tasks that it has not been scored on."""
+    config, folder, differences = request.config, run.folder, request.differences(run.record)
+    if not run.saved:
+        _say_again(folder)
+    if differences.paths and not differences.tables:
+        print(f"{folder}: the data has moved, and is the same: {'; '.join(differences.paths)}.", flush=True)
+    read, problem = _config_to_resume(folder)
+    settled = replace(config, model=as_settled(config.model, read.model))
+    facts = request.facts()
+    if differences.tables and not config.data.allow_changed:  # training will refuse them
+        facts = {key: value for key, value in facts.items() if key not in ("paths", "data")}
+    repaired = f"{folder}: {'; '.join(differences.images)} than when the run began." if differences.images else None
+    warnings = tuple(filter(None, (record_problem(folder), problem, repaired)))
+    tasks: tuple[str, ...] = ()
+    if finished and (folder / REPORT).is_file():
+        scored = _scores(run, read)
+        tasks = tuple(name for name, values in config.task.items() if scored.get(name) != values)
+        settled.task = {**scored, **config.task}
+        kept = {name: values for name, values in scored.items() if name not in tasks}
+        facts |= {"status": run.record["status"], "end": run.record.get("end"), "scored_tasks": kept}
+    return Opening(folder, finished, config, settled, facts, warnings, tasks)
+
+
+def _wanted(request: Request, earlier: list["EarlierRun"]) -> list["EarlierRun"]:
+    """Return the runs that compute what is requested. Where none has a checkpoint, another one is named with its differences."""
+    compared = [(run, request.differences(run.record)) for run in earlier]
+    found = [(run, differences) for run, differences in compared if not differences.is_other_run(run.finished)]
+    others = {run.folder: differences for run, differences in compared if differences.is_other_run(run.finished)}
+    other = newest([run for run in earlier if run.folder in others and run.saved])
+    if other is not None and not any(run.saved for run, _ in found):
+        print(
+            f"{other.folder} is not resumed: {'; '.join(others[other.folder].reasons)}. A new run begins.", flush=True
+        )
+    # One in the same tables rather than one that would only be refused; in a sweep the same job's rather than another's.
+    found = [(run, differences) for run, differences in found if not differences.tables] or found
+    runs = [run for run, _ in found]
+    if request.job is None:
+        return runs
+    return [run for run in runs if run.record.get("job", {}).get("number") == request.job.number] or runs
+
+
+def _scores(run: "EarlierRun", read: TrainConfig) -> dict[str, Any]:
+    """Return the tasks that a finished run was scored on, with their configurations; older versions noted them in `config.yaml` alone."""
+    noted = run.record.get("scored_tasks", read.task)
+    return {name: values for name, values in noted.items() if (run.folder / "eval" / f"{name}.json").is_file()}
 
 
 def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
@@ -126,25 +175,6 @@ def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
             f"{found} is not what the run began with (sha256 {noted['sha256']}): give that, or start anew."
         )
     return found
-
-
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """What decides what the run computes, by dotted key; where and how it runs is left out."""
-    values = flatten(dataclasses.asdict(config))
-    return {key: value for key, value in values.items() if not key.startswith(NOT_IN_IDENTITY) or key in IN_IDENTITY}
-
-
-def fingerprint(config: TrainConfig) -> str:
-    """A hash of the run's identity."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 class EarlierRun(NamedTuple):
@@ -177,21 +207,20 @@ def newest(runs: list[EarlierRun]) -> EarlierRun | None:
     )
 
 
-def earlier_runs(config: TrainConfig) -> list[EarlierRun]:
-    """The runs of the same name and fingerprint.
+def earlier_runs(request: Request) -> list[EarlierRun]:
+    """The runs of the same name and configuration, whatever lies at their paths.
 
     Raises:
         CheckpointError: there is none, but one that has trained and can no longer be recognized.
     """
-    wanted, found, unknown = fingerprint(config), [], []
-    parent = Path(config.output_dir) / "train" / config.name
+    found, unknown = [], []
+    parent = Path(request.config.output_dir) / "train" / request.config.name
     for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
         run = EarlierRun(folder, read_record(folder))
-        if run.record.get("fingerprint", wanted) != wanted:
-            continue
-        if "fingerprint" in run.record or _computes_the_same(folder, config):
+        noted = run.record.get("fingerprint")
+        if request.recognizes(noted) if noted is not None else _computes_the_same(folder, request.config):
             found.append(run)
-        elif run.saved:
+        elif noted is None and run.saved:
             unknown.append(folder)
     if unknown and not found:
         raise CheckpointError(
@@ -201,22 +230,27 @@ def earlier_runs(config: TrainConfig) -> list[EarlierRun]:
     return found
 
 
-def run_to_resume(config: TrainConfig, runs: list[EarlierRun]) -> tuple[EarlierRun, bool] | None:
+def run_to_resume(request: Request, runs: list[EarlierRun]) -> tuple[EarlierRun, bool] | None:
     """The earlier run that this one resumes, and whether that has finished; None: it starts from the beginning.
 
     Args:
-        runs: of the same name and fingerprint, for `resume=auto`.
+        runs: that compute what is requested, for `resume=auto`.
 
     Raises:
         ConfigError: `resume` names nothing, or a run that computes something else.
         CheckpointError: the run had a checkpoint, and has none now.
     """
+    config = request.config
     if config.resume == "never":
         return None
-    run = newest([run for run in runs if run.saved]) if config.resume == "auto" else _named_run(config)
+    run = newest([run for run in runs if run.saved]) if config.resume == "auto" else _named_run(request)
     if run is None:
         return None
-    if run.finished and fingerprint(config) == run.record.get("fingerprint"):
+    if (
+        run.finished
+        and request.recognizes(run.record.get("fingerprint"))
+        and not request.differences(run.record).tables
+    ):
         return run, True
     if run.saved and not checkpoints(run.folder):
         raise lost(run.folder, run.record)
@@ -290,23 +324,38 @@ def begin(
     last = record.values.get(LAST_CHECKPOINT)
     if last is None:  # an older version did not note it
         last = max(map(step_of, checkpoints(folder)), default=None)
+    found_by = fingerprint(asked or config)
     record.start(
         arguments,
-        {"config_sha256": file_sha256(folder / CONFIG), LAST_CHECKPOINT: last, **facts},
-        fingerprint=fingerprint(asked or config),
+        # The run's tasks are scored again after its last step, which is another one now.
+        {
+            "fingerprint": found_by, "config_sha256": file_sha256(folder / CONFIG), LAST_CHECKPOINT: last, "scored_tasks": {},
+            **facts,
+        },
+        fingerprint=found_by,
         seed=config.seed,
-    )
+    )  # fmt: skip
 
 
-def _named_run(config: TrainConfig) -> EarlierRun:
+def _named_run(request: Request) -> EarlierRun:
+    config = request.config
     path = Path(config.resume)
     folder = next((p for p in (path, *path.parents[:2]) if _is_run(p)), None)
     if folder is None:
         raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
-    other = [key for key in _differences(read_config(folder)[0], config) if key not in LENGTH]
+    record = read_record(folder)
+    same = LENGTH | _moved(record, request.differences(record))
+    other = [key for key in _differences(read_config(folder)[0], config) if key not in same]
     if other:
         raise ConfigError(
             f"{folder} was trained with another {', '.join(other)}: give the same values, or start a new run from its weights "
             "(resume=never pretrained=<its checkpoint>/model.safetensors)."
         )
-    return EarlierRun(folder, read_record(folder))
+    return EarlierRun(folder, record)
+
+
+def _moved(record: dict[str, Any], differences: Differences) -> set[str]:
+    """Return the keys of paths that may differ, since what lies there is the same; older versions did not note what that was."""
+    data = set() if differences.tables or differences.images else set(DATA_PATHS)
+    weights = set() if differences.weights else {START}
+    return data | weights if "paths" in record else set()

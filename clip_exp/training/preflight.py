@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from clip_exp.config.model_rules import check_idle, check_model, check_vocabulary
 from clip_exp.config.ranges import INFINITY, TINY, range_problems
 from clip_exp.config.schema import LossName, StrategyName, TrainConfig
-from clip_exp.data.preflight import check_data, check_tables
+from clip_exp.data.preflight import RunTables, check_data, check_tables
 from clip_exp.devices import Devices, parse_devices
 from clip_exp.errors import ConfigError, gravest
 from clip_exp.ranks.environment import device_problems, outer_placement
@@ -24,8 +24,8 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 MAX_LOGARITHM = 10  # of a logit scale: a factor of 22,000
 
 
-def check_train(config: TrainConfig) -> None:
-    """Refuse a run that cannot work.
+def check_train(config: TrainConfig) -> RunTables:
+    """Refuse a run that cannot work; return its tables.
 
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
@@ -44,11 +44,14 @@ def check_train(config: TrainConfig) -> None:
         *leaks(dataclasses.asdict(config)),
     ]
     errors = [*map(ConfigError, problems), *check_measures(config)]
-    # Tables come last: reading a big one takes minutes, and leaves its index.
-    for check in (_check_devices, _check_rows):
-        errors = errors or [ConfigError(problem) for problem in check(config)]
+    errors = errors or [*map(ConfigError, _check_devices(config))]
     if errors:
         raise gravest(errors)
+    # Tables come last: reading a big one takes minutes, and leaves its index.
+    tables = check_tables(config)
+    if problems := list(_check_rows(config, tables.rows)):
+        raise ConfigError("\n".join(problems))
+    return tables
 
 
 def requested_devices(config: TrainConfig) -> Devices:
@@ -157,8 +160,7 @@ def _check_callbacks(config: TrainConfig) -> Iterator[str]:
         yield f"logger.wandb.mode={wandb.mode} must be online, offline or disabled."
 
 
-def _check_rows(config: TrainConfig) -> Iterator[str]:
-    rows = check_tables(config)
+def _check_rows(config: TrainConfig, rows: int) -> Iterator[str]:
     if rows < config.global_batch_size:
         yield f"global_batch_size={config.global_batch_size} is more than the {rows:,} training rows: lower it or add data."
     elif config.epochs is not None:

@@ -16,8 +16,9 @@ from clip_exp.checkpoints.discovery import best, latest
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.reports.data_facts import data_facts
-from clip_exp.reports.run_page import next_command, write_report
+from clip_exp.reports.run_page import next_command, renew_report, write_report
 from clip_exp.runs import RunRecord, write_json
+from clip_exp.storage import read_json_object
 from clip_exp.training.data_summary import summarize_data
 from clip_exp.training.diagnosis import waiting_share
 from clip_exp.training.metrics import MetricsCSV
@@ -44,12 +45,21 @@ def conclude(
     log.info(_table(run_dir, summary))
 
 
+def add_scores(run_dir: Path, metrics: dict[str, float]) -> None:
+    """Add metrics of tasks to the `summary.json` and the report of a run that has finished before."""
+    with _warned():
+        summary = read_json_object(run_dir / "summary.json")
+        summary["metrics"].update(metrics)
+        write_json(run_dir / "summary.json", summary)
+        renew_report(run_dir)
+
+
 @contextmanager
 def _warned() -> Iterator[None]:
     """Inside, a file that cannot be written is reported: training has ended well."""
     try:
         yield
-    except (OSError, CheckpointError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         reason = str(error).rstrip(".")
         log.warning("%s. The run is finished: the same command writes its report once there is room.", reason)
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,22 @@ from clip_exp.evaluation.prepared import KNNTask, ProbeTask, Task
 from clip_exp.evaluation.scoring import about_weights, score
 from clip_exp.evaluation.subject import Subject
 from clip_exp.loading.model import load_model
-from clip_exp.loading.source import source_of_checkpoint
+from clip_exp.loading.source import ModelSource, source_of_checkpoint
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.progress import silence
 from clip_exp.ranks.group import from_main, is_main, share_from_main
-from clip_exp.reports.evaluation import overlap_warning, write_result
+from clip_exp.reports.evaluation import overlap_warning, show, write_result
 from clip_exp.reports.result_names import name_in_run
 from clip_exp.reports.results import Result
+from clip_exp.runs import RunRecord
 from clip_exp.text.build import build_tokenizer
 from clip_exp.training.lora import merge
+from clip_exp.training.measures import training_tasks
 from clip_exp.training.metrics import log_metrics
 from clip_exp.training.progress import Progress
 from clip_exp.training.strategies import PortableDeepSpeedStrategy
+from clip_exp.training.summary import add_scores
 
 log = logging.getLogger(__name__)
 CACHE_GB = 10.0
@@ -93,42 +97,81 @@ class TaskScores(pl.Callback):
         with _apart(device):
             self._results = self._score(plain_model(trainer, pl_module), device)
         self.scored_step = trainer.global_step
-        self.values = {
-            f"{task}/{metric}": value
-            for task, result in self._results.items()
-            for metric, value in result.metrics.items()
-        }
+        self.values = metrics_of(self._results)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.values.items()})
         log_metrics(trainer, self.values, trainer.global_step)
         self.progress.show(self.values)
 
     def _score(self, model: CLIP, device: torch.device) -> dict[str, Result]:
-        data = self.config.data
-        options = EncodeOptions(device, num_workers=data.num_workers, on_bad_image=data.on_bad_image)
-        tokenizer = build_tokenizer(self.config.model.text)
-        # The cache is for what stays the same from one scoring to the next: the network that `robustness` compares with.
-        cache = Cache(Path(self.config.output_dir) / "cache", CACHE_GB)
-        subject = Subject(model, tokenizer, self.config.model, options, weights_sha256=None, cache=cache)
-        return {task.name: score(task, subject) for task in self.tasks}
+        return score_tasks(self.tasks, self.config, model, device)
 
-    def write(self, device: torch.device) -> None:
+    def write(self, device: torch.device) -> list[str]:
         """After the run: the results of the last checkpoint's weights in `eval/`, with their pages. All ranks call.
 
-        With a `monitor` they are not the run's own where another checkpoint is best, and have the checkpoint in their names. Where the run was killed between its last checkpoint and here, the checkpoint is scored.
+        Where the run was killed between its last checkpoint and here, the checkpoint is scored.
+
+        Returns:
+            The tasks' names.
         """
         checkpoint = from_main(lambda: latest(self.run_dir))
         source = source_of_checkpoint(checkpoint)
         if self.scored_step != step_of(checkpoint):
             with _apart(device):
-                self._results = self._score(load_model(source, device), device)
-        if is_main():
-            for name, result in self._results.items():
-                result.protocol.update(about_weights(source, source.sha256(), device))
-                try:
-                    write_result(result, name, self.run_dir, self.run_dir, name_in_run(name, source))
-                except CheckpointError as error:
-                    again = f"evaluate.py run={self.run_dir} scores the run again."
-                    log.warning("the results of task %s cannot be written: %s. %s", name, error, again)
+                self._results = score_tasks(self.tasks, self.config, load_model(source, device), device)
+        write_results(self._results, source, self.run_dir, device)
+        return list(self._results)
+
+
+def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device: torch.device) -> None:
+    """Score the last checkpoint of a finished run on the tasks of `config` that it was not scored on. All ranks call.
+
+    Raises:
+        ClipExpError: a task cannot be scored; the run stays finished.
+    """
+    scored = record.values["scored_tasks"]
+    new = {name: values for name, values in config.task.items() if name not in scored}
+    source = source_of_checkpoint(from_main(lambda: latest(run_dir)))
+    results = score_tasks(training_tasks(replace(config, task=new)), config, load_model(source, device), device)
+    write_results(results, source, run_dir, device)
+    if is_main():
+        record.update(scored_tasks={**scored, **new})
+        add_scores(run_dir, metrics_of(results))
+        show(
+            {name: {"metrics": result.metrics, "protocol": result.protocol} for name, result in results.items()},
+            run_dir,
+        )
+
+
+def score_tasks(tasks: list[Task], config: TrainConfig, model: CLIP, device: torch.device) -> dict[str, Result]:
+    """Score a model on the tasks of a run. All ranks call."""
+    data = config.data
+    options = EncodeOptions(device, num_workers=data.num_workers, on_bad_image=data.on_bad_image)
+    tokenizer = build_tokenizer(config.model.text)
+    # The cache is for what stays the same from one scoring to the next: the network that `robustness` compares with.
+    cache = Cache(Path(config.output_dir) / "cache", CACHE_GB)
+    subject = Subject(model, tokenizer, config.model, options, weights_sha256=None, cache=cache)
+    return {task.name: score(task, subject) for task in tasks}
+
+
+def write_results(results: dict[str, Result], source: ModelSource, run_dir: Path, device: torch.device) -> None:
+    """Write the results of a run's checkpoint into its `eval/` on rank 0; what cannot be written costs a warning.
+
+    With a `monitor` they are not the run's own where another checkpoint is best, and have the checkpoint in their names.
+    """
+    if not is_main():
+        return
+    for name, result in results.items():
+        result.protocol.update(about_weights(source, source.sha256(), device))
+        try:
+            write_result(result, name, run_dir, run_dir, name_in_run(name, source))
+        except CheckpointError as error:
+            again = f"evaluate.py run={run_dir} scores the run again."
+            log.warning("the results of task %s cannot be written: %s. %s", name, error, again)
+
+
+def metrics_of(results: dict[str, Result]) -> dict[str, float]:
+    """Return the metrics of several tasks as `<task>/<metric>`."""
+    return {f"{task}/{metric}": value for task, result in results.items() for metric, value in result.metrics.items()}
 
 
 class TaskPatience(EarlyStopping):

@@ -52,17 +52,32 @@ def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = o
     """
     if problems := check_pretrained(pretrained, model, look_up):
         raise ConfigError("\n".join(problems))
-    path = _place(pretrained)
-    listed = look_up(model.open_clip_name, pretrained) if model is not None else None
-    if path is not None and (path.is_file() or listed is None or _holds_weights(path)):
-        chosen = _in_folder(path) if path.is_dir() else path
+    chosen = local_weights(pretrained, model, look_up)
+    if chosen is not None:
         return Found(chosen, describe(chosen), str(chosen))
     if is_hub_name(pretrained):
         folder = fetch_repository(pretrained.removeprefix(HUB))
         return Found(folder, describe(folder), pretrained)
-    assert listed is not None
     assert model is not None
+    listed = look_up(model.open_clip_name, pretrained)
+    assert listed is not None
     return _published(listed, model)
+
+
+def local_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = open_clip_files.entry) -> Path | None:
+    """Return the file or folder of weights on this disk that `pretrained` names; None: a name on the hub or a tag.
+
+    Args:
+        model, look_up: see `find_weights`.
+
+    Raises:
+        CheckpointError: a run has no undamaged checkpoint, or a folder no weights.
+    """
+    path = _place(pretrained)
+    if path is None or path.is_file():
+        return path
+    listed = look_up(model.open_clip_name, pretrained) if model is not None else None
+    return _in_folder(path) if listed is None or _holds_weights(path) else None
 
 
 def check_pretrained(pretrained: str, model: ModelConfig | None, look_up: LookUp = open_clip_files.entry) -> list[str]:

@@ -12,7 +12,7 @@ from clip_exp.data import workers
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.batches import BadPicture
 from clip_exp.data.datamodule import TimedLoader
-from clip_exp.data.order import EvalSampler
+from clip_exp.data.samplers import EvalSampler
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import noise, write_table
 from tests.data.test_dataset import Place
