@@ -76,7 +76,8 @@ def load(
 def train(*overrides: str) -> Path:
     """Train as `clip-exp train` does, in this process and those that it starts; return the finished run's folder.
 
-    A run that was interrupted goes on, one that has finished is returned: see `resume` in docs/training.md.
+    A run that was interrupted is resumed; one that has finished in the same data and from the same weights is returned, and scored on
+    the tasks that it was not scored on: see `resume` in docs/training.md.
 
     Args:
         overrides: as on the command line: "model=vit_tiny", "data=csv", "data.train=pairs.csv".
