@@ -82,7 +82,7 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
         CheckpointError: the weights cannot be fetched or are damaged; the folder cannot be made; see `run_to_resume`.
     """
     request = Request(config, data, job)
-    runs = _wanted(request, earlier_runs(request)) if config.resume == "auto" else []
+    runs = earlier_runs(request) if config.resume == "auto" else []
     earlier = run_to_resume(request, runs)
     if earlier is not None:
         return _resume(request, *earlier)
@@ -131,24 +131,6 @@ def _resume(request: Request, run: "EarlierRun", finished: bool) -> Opening:
         kept = {name: values for name, values in scored.items() if name not in tasks}
         facts |= {"status": run.record["status"], "end": run.record.get("end"), "scored_tasks": kept}
     return Opening(folder, finished, config, settled, facts, warnings, tasks)
-
-
-def _wanted(request: Request, earlier: list["EarlierRun"]) -> list["EarlierRun"]:
-    """Return the runs that compute what is requested. Where none has a checkpoint, another one is named with its differences."""
-    compared = [(run, request.differences(run.record)) for run in earlier]
-    found = [(run, differences) for run, differences in compared if not differences.is_other_run(run.finished)]
-    others = {run.folder: differences for run, differences in compared if differences.is_other_run(run.finished)}
-    other = newest([run for run in earlier if run.folder in others and run.saved])
-    if other is not None and not any(run.saved for run, _ in found):
-        print(
-            f"{other.folder} is not resumed: {'; '.join(others[other.folder].reasons)}. A new run begins.", flush=True
-        )
-    # One in the same tables rather than one that would only be refused; in a sweep the same job's rather than another's.
-    found = [(run, differences) for run, differences in found if not differences.tables] or found
-    runs = [run for run, _ in found]
-    if request.job is None:
-        return runs
-    return [run for run in runs if run.record.get("job", {}).get("number") == request.job.number] or runs
 
 
 def _scores(run: "EarlierRun", read: TrainConfig) -> dict[str, Any]:
@@ -208,11 +190,34 @@ def newest(runs: list[EarlierRun]) -> EarlierRun | None:
 
 
 def earlier_runs(request: Request) -> list[EarlierRun]:
-    """The runs of the same name and configuration, whatever lies at their paths.
+    """The runs of the same name that compute what is requested. Where none has a checkpoint, another run of the same configuration is named.
 
     Raises:
         CheckpointError: there is none, but one that has trained and can no longer be recognized.
     """
+    recognized, unknown = _recognized(request)
+    compared = [(run, request.differences(run.record)) for run in recognized]
+    others = {run.folder: differences for run, differences in compared if differences.is_other_run(run.finished)}
+    found = [(run, differences) for run, differences in compared if run.folder not in others]
+    if unknown and not found:
+        raise CheckpointError(
+            f"{unknown[0]} may be the run to resume, but cannot be recognized: {record_problem(unknown[0])} Restore it, move the "
+            "folder away, or start a new run with resume=never."
+        )
+    other = newest([run for run in recognized if run.folder in others and run.saved])
+    if other is not None and not any(run.saved for run, _ in found):
+        reasons = "; ".join(others[other.folder].reasons)
+        print(f"{other.folder} is not resumed: {reasons}. A new run begins.", flush=True)
+    # One in the same tables rather than one that would only be refused; in a sweep the same job's rather than another's.
+    found = [(run, differences) for run, differences in found if not differences.tables] or found
+    runs = [run for run, _ in found]
+    if request.job is None:
+        return runs
+    return [run for run in runs if run.record.get("job", {}).get("number") == request.job.number] or runs
+
+
+def _recognized(request: Request) -> tuple[list[EarlierRun], list[Path]]:
+    """Return the runs of the same name and configuration, whatever lies at their paths, and folders that may be such a run's."""
     found, unknown = [], []
     parent = Path(request.config.output_dir) / "train" / request.config.name
     for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
@@ -222,12 +227,7 @@ def earlier_runs(request: Request) -> list[EarlierRun]:
             found.append(run)
         elif noted is None and run.saved:
             unknown.append(folder)
-    if unknown and not found:
-        raise CheckpointError(
-            f"{unknown[0]} may be the run to resume, but cannot be recognized: {record_problem(unknown[0])} Restore it, move the "
-            "folder away, or start a new run with resume=never."
-        )
-    return found
+    return found, unknown
 
 
 def run_to_resume(request: Request, runs: list[EarlierRun]) -> tuple[EarlierRun, bool] | None:

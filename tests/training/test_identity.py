@@ -15,6 +15,7 @@ from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.runs import RunRecord
 from clip_exp.storage import file_sha256
 from clip_exp.training import identity
+from clip_exp.training.launch import Training
 from clip_exp.training.opening import Opening, open_run
 from tests.checkpoints.test_writer import write
 from tests.compose import train_config
@@ -203,6 +204,13 @@ def test_replaced_weights_are_another_start_and_moved_ones_the_same(
     with pytest.raises(ConfigError):
         opened(replace(config, pretrained="laion2b"))
     assert f"pretrained is laion2b instead of {weights}" in capsys.readouterr().out
+
+
+def test_a_finished_run_stays_finished_where_scoring_it_fails(project: Path, config: TrainConfig) -> None:
+    folder = earlier(config, finished=True)
+    Training(config, [], check_tables(config), None).note(folder, "failed", exit_code=3)
+    assert RunRecord(folder).values["status"] == "finished"
+    assert opened(config).complete
 
 
 def job(number: int, sweep: str = "first", micro: int = 4) -> Job:
