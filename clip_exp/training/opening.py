@@ -9,6 +9,7 @@ from clip_exp.checkpoints.discovery import FOLDER, checkpoints, step_of, was_sav
 from clip_exp.config.load import to_yaml
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.reports.result_names import task_of
 from clip_exp.runs import (
     CONFIG,
     LAST_CHECKPOINT,
@@ -136,7 +137,8 @@ def _resume(request: Request, run: "EarlierRun", finished: bool) -> Opening:
 def _scores(run: "EarlierRun", read: TrainConfig) -> dict[str, Any]:
     """Return the tasks that a finished run was scored on, with their configurations; older versions noted them in `config.yaml` alone."""
     noted = run.record.get("scored_tasks", read.task)
-    return {name: values for name, values in noted.items() if (run.folder / "eval" / f"{name}.json").is_file()}
+    there = {task_of(path.stem) for path in (run.folder / "eval").glob("*.json")}
+    return {name: values for name, values in noted.items() if name in there}
 
 
 def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
