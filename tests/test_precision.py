@@ -84,7 +84,7 @@ def test_a_task_is_scored_with_exact_float32_products(config: ModelConfig, monke
         return judge
 
     monkeypatch.setitem(scoring.SCORERS, RetrievalTask, score_retrieval)
-    task = RetrievalTask("retrieval", pictures=None, captions=[], caption_image=[], where="", bad_rows={})  # type: ignore[arg-type]
+    task = RetrievalTask("retrieval", pictures=None, captions=[], caption_image=[], where="")  # type: ignore[arg-type]
     options = EncodeOptions(torch.device("cpu"))
     scoring.score(task, Subject(build_model(config), build_tokenizer(config.text), config, options))
     assert found == [EXACT, EXACT]

@@ -17,7 +17,8 @@ from clip_exp.checks.pictures import describe_pictures
 from clip_exp.checks.scanned import Scanned, Vocabulary
 from clip_exp.checks.scripts import describe_scripts, english_tokens_per_character
 from clip_exp.config.check_schema import CheckDataConfig
-from clip_exp.data.tables.table import bad_rows
+from clip_exp.data.tables.table import bad_rows, unlike_values
+from clip_exp.data.tables.unlike import as_json
 
 EXAMPLES = 20
 CUT_EXAMPLES = 5
@@ -115,6 +116,7 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
             "by_reason": dict(sorted(by_reason.items(), key=lambda item: (-item[1], item[0]))),
             "examples": examples[:BAD_ROW_EXAMPLES],
         },
+        "filter_values": as_json(unlike_values(parts)),
     }
 
 

@@ -43,7 +43,7 @@ class Split:
 
     @cached_property
     def picture_of_row(self) -> np.ndarray:
-        """int64 [rows]: which distinct picture a row shows, numbered by first appearance. Equal paths are the same picture."""
+        """int64 [rows]: which distinct picture a row shows, numbered by first appearance. Names of a file are the same picture."""
         numbers, pictures = [], 0
         for table in self.tables:
             numbers.append(table.image_index().astype(np.int64) + pictures)

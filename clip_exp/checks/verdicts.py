@@ -51,6 +51,7 @@ def judge(report: dict[str, Any], config: CheckDataConfig) -> list[Verdict]:
     for name, split in report["splits"].items():
         verdicts += [
             *_bad_rows(name, split, config),
+            *_filter_values(name, split),
             *_bad_pictures(name, split, config),
             *_duplicates(name, split),
             *_captions(name, split, config),
@@ -69,6 +70,15 @@ def _bad_rows(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
         text = f"{counted(bad['count'], 'bad row')} ({probability(bad['share'])}): {_listed(bad['by_reason'])}"
         fix = "Repair them (bad_rows.csv), or leave them out: data.on_bad_row=skip"
         yield Verdict(Level.error if over else Level.warning, name, "bad_rows", text, fix)
+
+
+def _filter_values(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
+    for column, found in split["filter_values"].items():
+        if found["count"]:
+            text = f"{counted(found['count'], 'value')} of {column} not {found['kind']}, such as {found['example']!r}"
+            yield Verdict(
+                Level.warning, name, "filter_values", text, "Write them so: data.filter matches no row by them"
+            )
 
 
 def _bad_pictures(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
@@ -111,9 +121,12 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
         fix = "Shorten them, or raise model.text.context_length"
         yield Verdict(_by_share(cut["share"]), name, "truncated_captions", text, fix)
     if empty["count"]:
-        text = f"{counted(empty['count'], 'empty caption')} ({probability(empty['share'])})"
+        over = empty["share"] > config.data.max_empty_caption_fraction
+        text = f"{counted(empty['count'], 'empty or blank caption')} ({probability(empty['share'])})"
         fix = "Remove these rows: they say nothing of their pictures, and all are equal"
-        yield Verdict(Level.warning, name, "empty_captions", text, fix)
+        if over:
+            fix += ". Above data.max_empty_caption_fraction training does not start"
+        yield Verdict(Level.error if over else Level.warning, name, "empty_captions", text, fix)
     if name == TRAIN and pairs >= 1 and config.data.same_caption is PairLabel.negative:
         text = (
             f"{counted(round(pairs), 'pair')} of equal captions expected in a batch of {config.global_batch_size:,}, "

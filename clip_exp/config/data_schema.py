@@ -100,6 +100,9 @@ class DataConfig:
     on_bad_row: OnBadRow = OnBadRow.error
     on_bad_image: OnBadImage = OnBadImage.replace
     max_bad_fraction: float = 0.1  # bad pictures over all, or bad rows over those of a table, above which the run stops
+    max_empty_caption_fraction: float = (
+        0.1  # empty or blank captions over all of a table, above which the run does not start
+    )
     max_rows: int | None = None  # use only the first rows of the training table
     max_image_pixels: int = 40_000_000  # larger pictures are refused from their header
     max_image_bytes: int = 67_108_864  # larger files are refused unread

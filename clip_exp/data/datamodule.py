@@ -22,6 +22,7 @@ from clip_exp.data.generated import readable
 from clip_exp.data.samplers import EvalSampler, StreamSampler
 from clip_exp.data.sources import INDEX, open_sources
 from clip_exp.data.stream import Stream
+from clip_exp.data.tables.labels import warn_alike
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing
@@ -131,6 +132,7 @@ class PairsDataModule(LightningDataModule):
                 limits=ImageLimits.of(config),
             )
             self.class_names = self._eval_pairs.class_names
+            warn_alike(self.class_names, f"data.val={config.val}")
         self._fingerprint = fingerprint(sources, self.val_table, config)
 
     @property

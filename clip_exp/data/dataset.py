@@ -6,6 +6,7 @@ restart it is made.
 
 from collections.abc import Callable
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,6 +18,7 @@ from clip_exp.data.images import decode, decode_rgb
 from clip_exp.data.pictures import Pictures
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.data.stream import Stream, StreamSource, needs_full_paths
+from clip_exp.data.tables.labels import label_of_pictures
 from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing, eval_transform, train_transform
 from clip_exp.errors import DataError
@@ -78,20 +80,17 @@ class TrainPairs(Dataset[Sample]):
                 self._check(bad, source.table, table_row)
                 row = hash64(_REPLACEMENT, source.seed, epoch, wanted, len(bad)) % len(source.rows)
             else:
-                return self._sample(image, source, table_row, row, tuple(bad))
+                return self._sample(image, source, table_row, tuple(bad))
 
     def _image(self, source: StreamSource, table_row: int, epoch: int, row: int) -> Tensor:
         image = decode_rgb(source.table.read_picture(table_row, self.limits), self.limits)
         return train_transform(image, self.image_size, Draws(_CROP, source.seed, epoch, row), self.augmentation)
 
-    def _sample(
-        self, image: Tensor, source: StreamSource, table_row: int, row: int, bad: tuple[BadPicture, ...]
-    ) -> Sample:
+    def _sample(self, image: Tensor, source: StreamSource, table_row: int, bad: tuple[BadPicture, ...]) -> Sample:
         truncated_before = self.tokenizer.truncated
         tokens = self.tokenizer.encode(source.table.caption(table_row))
         truncated = self.tokenizer.truncated > truncated_before
-        image_id = source.first_picture + source.rows.picture(row)
-        return Sample(image, tokens, caption_id(tokens), image_id, bad, truncated)
+        return Sample(image, tokens, caption_id(tokens), source.image_id(table_row), bad, truncated)
 
     def _check(self, bad: list[BadPicture], table: PairTable, table_row: int) -> None:
         if self.on_bad_image is OnBadImage.error:
@@ -114,7 +113,9 @@ class EvalPairs(Dataset[EvalSample]):
         limits: of the pictures.
 
     Attributes:
-        class_names: distinct labels, sorted; a row with an empty label belongs to none. Empty without labels.
+        class_names: distinct labels, sorted; a picture with an empty label belongs to none. Empty without labels.
+
+    Raises: DataError where two rows give a picture different labels.
     """
 
     def __init__(
@@ -129,15 +130,16 @@ class EvalPairs(Dataset[EvalSample]):
         self.table, self.preprocessing = table, preprocessing
         self.on_bad_image, self.limits = on_bad_image, limits
         self.tokenizer = tokenizer
-        labels = set() if table.labels is None else set(table.labels.unique().to_pylist())
-        self.class_names: list[str] = sorted(labels - {""})
+        labels = [""] * table.pictures if table.labels is None else label_of_pictures(table)
+        self.class_names: list[str] = sorted(set(labels) - {""})
+        position = {"": -1, **{name: index for index, name in enumerate(self.class_names)}}
+        self._labels = np.array([position[label] for label in labels], dtype=np.int32)
 
     def __len__(self) -> int:
         return self.table.pictures
 
     def __getitem__(self, index: int) -> EvalSample:
         rows: list[int] = self.table.rows_of(index).tolist()
-        label = self.table.label(rows[0]) if self.table.labels is not None else ""
         token_lists = (
             [] if self.table.captions is None else [self.tokenizer.encode(self.table.caption(r)) for r in rows]
         )
@@ -147,7 +149,7 @@ class EvalPairs(Dataset[EvalSample]):
             image=image,
             token_lists=token_lists,
             caption_indices=rows if token_lists else [],
-            label=self.class_names.index(label) if label else -1,
+            label=int(self._labels[index]),
             bad=bad,
         )
 

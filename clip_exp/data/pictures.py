@@ -1,25 +1,18 @@
 """Pictures to evaluate on, by position: files, rows of a table, or what a library keeps in a form of its own. No torch."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from clip_exp.data.contents import Stored, stamps
 from clip_exp.data.files import ImageLimits
+from clip_exp.data.names import normal_path
 from clip_exp.data.tables.table import PairTable
-
-
-class Stored(NamedTuple):
-    """Where the bytes of an image are."""
-
-    file: str
-    offset: int = 0
-    size: int | None = None  # None: the whole file
 
 
 class Pictures(Protocol):
@@ -76,11 +69,8 @@ class PictureFiles:
         return Stored(self.name(index))
 
     def fingerprint(self) -> str:
-        """Of names, sizes and times of change: reading the files would take as long as encoding them."""
-        digest = hashlib.sha256(f"border {self.border}\n".encode())
-        for path in self.paths:
-            digest.update(_stamp(path))
-        return digest.hexdigest()
+        """Of names, sizes, times of change and samples of the content (`contents.stamps`): reading all of it takes as long as encoding."""
+        return fingerprint_of([self.stored(index) for index in range(len(self))], f"border {self.border}")
 
 
 class TablePictures:
@@ -114,12 +104,8 @@ class TablePictures:
         return Stored(str(self.table.part(row).file), offset, size)
 
     def fingerprint(self) -> str:
-        """Of files, as `PictureFiles` has it; of shards, of their names, sizes and times and of the pictures' places in them."""
-        if self.table.members is None:
-            return PictureFiles([self.name(index) for index in range(len(self))]).fingerprint()
-        digest = hashlib.sha256(b"".join(_stamp(part.file) for part in self.table.parts))
-        digest.update(self.rows.tobytes() + self.table.members[self.rows].tobytes())
-        return digest.hexdigest()
+        """As `PictureFiles` has it; of shards, with the pictures' places in them."""
+        return fingerprint_of([self.stored(index) for index in range(len(self))], "border 0")
 
 
 def _images() -> ModuleType:
@@ -129,9 +115,14 @@ def _images() -> ModuleType:
     return images
 
 
-def _stamp(path: str | Path) -> bytes:
-    try:
-        status = os.stat(path)
-        return f"{os.path.abspath(path)}\t{status.st_size}\t{status.st_mtime_ns}\n".encode()
-    except OSError:
-        return f"{os.path.abspath(path)}\tmissing\n".encode()
+def fingerprint_of(places: Sequence[Stored], about: str) -> str:
+    """Return a hash that changes when a place is another one, or what is there.
+
+    Args:
+        about: what else it depends on.
+    """
+    digest = hashlib.sha256(f"{about}\n".encode())
+    for place, stamp in zip(places, stamps(places), strict=True):
+        line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(stamp)}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()

@@ -17,6 +17,7 @@ from clip_exp.data.generated import count_rows
 from clip_exp.data.headers import check_formats
 from clip_exp.data.sources import INDEX, OpenSource, SourceSpec, open_sources, parse
 from clip_exp.data.tables.filters import parse as parse_filter
+from clip_exp.data.tables.labels import label_of_pictures
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.paths import expand
 from clip_exp.data.tables.table import PairTable, bad_rows
@@ -66,7 +67,8 @@ def check_tables(config: TrainConfig) -> RunTables:
     """Open the tables of a run, whose indexes are built where they are not.
 
     Raises:
-        DataError: a table cannot be read, more of its rows are bad than `data.max_bad_fraction`, or none of its pictures can be read.
+        DataError: a table cannot be read, more of its rows are bad than `data.max_bad_fraction`, more of its captions are empty than
+            `data.max_empty_caption_fraction`, none of its pictures can be read, or a picture of `data.val` has several labels.
         ConfigError: see `open_sources`.
     """
     data = config.data
@@ -78,11 +80,17 @@ def check_tables(config: TrainConfig) -> RunTables:
     val = None
     if data.val is not None:
         val = open_configured(data, data.val, label_key=data.label_key, index_dir=index_dir)
+        if data.label_key is not None:
+            label_of_pictures(val)
     tables = [("data.train", source.table) for source in sources] + ([] if val is None else [("data.val", val)])
     problems = [
         problem
         for key, table in tables
-        for problem in (*_check_bad_rows(key, table, data), *_check_pictures(key, table, ImageLimits.of(data)))
+        for problem in (
+            *_check_bad_rows(key, table, data),
+            *_check_captions(key, table, data),
+            *_check_pictures(key, table, ImageLimits.of(data)),
+        )
     ]
     if problems:
         raise DataError("\n".join(problems))
@@ -94,6 +102,7 @@ def _check_numbers(data: DataConfig) -> Iterator[str]:
         "data.max_rows": (data.max_rows, 1, INFINITY),
         "data.num_workers": (data.num_workers, 0, 4096),
         "data.max_bad_fraction": (data.max_bad_fraction, 0, 1),
+        "data.max_empty_caption_fraction": (data.max_empty_caption_fraction, 0, 1),
         "data.max_image_pixels": (data.max_image_pixels, 1, INFINITY),
         "data.max_image_bytes": (data.max_image_bytes, 1, INFINITY),
         "data.shuffle_block": (data.shuffle_block, 1, INFINITY),
@@ -166,6 +175,16 @@ def _check_bad_rows(key: str, table: PairTable, data: DataConfig) -> Iterator[st
         yield (
             f"{key}: {table.skipped:,} of {seen:,} rows of {table.parts[0].file} are bad ({listed}), more than "
             f"data.max_bad_fraction={data.max_bad_fraction:g}. Repair them (clip-exp check-data lists them), or allow more to be bad."
+        )
+
+
+def _check_captions(key: str, table: PairTable, data: DataConfig) -> Iterator[str]:
+    """Mostly a wrong column, or captions that were never written."""
+    if table.empty_captions > data.max_empty_caption_fraction * len(table):
+        yield (
+            f"{key}: {table.empty_captions:,} of {len(table):,} captions of {table.parts[0].file} are empty or blank, more than "
+            f"data.max_empty_caption_fraction={data.max_empty_caption_fraction:g}. Is data.caption_key the right column? Write captions, "
+            "leave these rows out (data.filter), or allow them: data.max_empty_caption_fraction=1."
         )
 
 

@@ -20,10 +20,6 @@ class Rows(Protocol):
         """The table's row that gives picture and caption."""
         ...
 
-    def picture(self, row: int) -> int:
-        """The number of the picture, 0 .. pictures-1."""
-        ...
-
 
 class PairRows:
     """Every pair of the table is a row."""
@@ -37,9 +33,6 @@ class PairRows:
 
     def table_row(self, row: int, seed: int, epoch: int) -> int:
         return row
-
-    def picture(self, row: int) -> int:
-        return self._table.picture(row)
 
 
 class PictureRows:
@@ -55,9 +48,6 @@ class PictureRows:
     def table_row(self, row: int, seed: int, epoch: int) -> int:
         rows = self._table.rows_of(row)
         return int(rows[hash64(_CAPTION, seed, epoch, row) % len(rows)])
-
-    def picture(self, row: int) -> int:
-        return row
 
 
 def build_rows(table: PairTable, captions: Captions) -> Rows:

@@ -1,12 +1,15 @@
 """The stream of a run: which source and which of its rows each sample is, for one source or several that are mixed."""
 
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import accumulate
 from typing import NamedTuple
 
 from clip_exp.config.data_schema import DataConfig, Shuffle
+from clip_exp.data.names import normal_path
 from clip_exp.data.order import Blocks, epoch_order
 from clip_exp.data.randomness import hash64
 from clip_exp.data.rows import Rows
@@ -25,25 +28,34 @@ class StreamSource:
         rows: of the stream.
         seed: of order, captions, crops and replacements.
         blocks: of its block shuffle; None: a full one.
-        first_picture: number of its first picture among those of all sources.
         full_paths: whether its pictures need their whole path to be told from others.
+        folder: that holds all sources, with a slash at its end; nodes may have it in different places.
     """
 
     table: PairTable
     rows: Rows
     seed: int
     blocks: Blocks | None
-    first_picture: int
     full_paths: bool
+    folder: str
 
     def at(self, position: int) -> tuple[int, int]:
         """Epoch and row of a sample of this source."""
         epoch, i = divmod(position, len(self.rows))
         return epoch, epoch_order(len(self.rows), self.seed, epoch, self.blocks)[i]
 
+    def image_id(self, table_row: int) -> int:
+        """Return an int64 that is equal for rows that show the same image, in all sources of the stream."""
+        if not self.full_paths:
+            return self.table.picture(table_row)
+        name = normal_path(self.table.image_path(table_row)).removeprefix(self.folder)
+        digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
     def picture_name(self, table_row: int) -> str:
-        """What a bad picture is listed as: its path as it is written in the table, the whole one where that names several."""
-        return self.table.image_path(table_row) if self.full_paths else self.table.path(table_row)
+        """What a bad picture is listed as: its path as its first row has it, the whole one where that names several."""
+        first = int(self.table.rows_of(self.table.picture(table_row))[0])
+        return self.table.image_path(first) if self.full_paths else self.table.path(first)
 
 
 class StreamSample(NamedTuple):
@@ -68,16 +80,17 @@ class Stream:
 
     def __init__(self, sources: Sequence[OpenSource], config: DataConfig, seed: int) -> None:
         several = len(sources) > 1
-        first_pictures = [0, *accumulate(source.rows.pictures for source in sources)]
-        self.pictures = first_pictures[-1]
+        folders = [normal_path(str(folder)) for source in sources for folder in source.table.folders]
+        folder = os.path.join(os.path.commonpath(folders), "")
+        self.pictures = sum(source.rows.pictures for source in sources)
         self.sources = [
             StreamSource(
                 source.table,
                 source.rows,
                 hash64(_SOURCE, seed, i) if several else seed,
                 blocks_of(config, source.table),
-                first_pictures[i],
                 several or needs_full_paths(source.table),
+                folder,
             )
             for i, source in enumerate(sources)
         ]

@@ -8,9 +8,10 @@ from typing import Any
 
 from PIL import Image
 
+from clip_exp.data.contents import Stored
 from clip_exp.data.files import TOO_MANY_PIXELS, BadImage
 from clip_exp.data.headers import bad_image
-from clip_exp.data.pictures import Stored
+from clip_exp.data.tables.stamps import Stamp
 
 
 class TorchvisionPictures:
@@ -58,11 +59,10 @@ class TorchvisionPictures:
         return None
 
     def fingerprint(self) -> str:
-        """Of the set's name and length, and of names, sizes and times of change of its files."""
-        digest = hashlib.sha256(f"{self.title}\t{len(self)}\n".encode())
-        for path in self._files():
-            status = os.stat(path)
-            digest.update(f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+        """Of the set's name and length, and of names, sizes, times of change and samples of the content of its files."""
+        digest, files = hashlib.sha256(f"{self.title}\t{len(self)}\n".encode()), self._files()
+        for path in files:
+            digest.update(f"{path}\t{tuple(Stamp.of(Path(path), len(files)))}\n".encode())
         return digest.hexdigest()
 
     def _files(self) -> list[str]:

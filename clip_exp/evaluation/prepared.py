@@ -1,6 +1,9 @@
 """Tasks whose files are found and whose names are matched, ready for a model. No torch."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from clip_exp.config.evaluation_schema import (
     KNNTaskConfig,
@@ -8,9 +11,12 @@ from clip_exp.config.evaluation_schema import (
     RobustnessTaskConfig,
     ZeroShotTaskConfig,
 )
-from clip_exp.data.pictures import Pictures
+from clip_exp.data.contents import equal_contents
+from clip_exp.data.pictures import TablePictures
 from clip_exp.evaluation.sets.labeled import LabeledImages
 from clip_exp.evaluation.sets.overlap import Overlap
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,25 @@ class ClassificationTask:
 @dataclass(frozen=True)
 class RetrievalTask:
     name: str
-    pictures: Pictures  # each once
+    pictures: TablePictures  # each once
     captions: list[str]
     caption_image: list[int]  # position in `pictures` of each caption's picture
     where: str
-    bad_rows: int = 0  # of the table, that are left out
+    about: dict[str, Any] = field(default_factory=dict)  # what else a protocol says of the data
+
+    @cached_property
+    def copies(self) -> list[list[str]]:
+        """Names of pictures that are the same bytes, a list for each content that is there more than once; it may read them all."""
+        groups = equal_contents([self.pictures.stored(index) for index in range(len(self.pictures))])
+        named = [[self.pictures.name(index) for index in group] for group in groups]
+        if named:
+            log.warning(
+                "%s: copies of pictures under other names: %d, such as %s; a caption of one counts as wrong for the other.",
+                self.name,
+                sum(len(group) - 1 for group in named),
+                " and ".join(named[0][:2]),
+            )
+        return named
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from clip_exp.reports.result_names import name_in_run
 from clip_exp.reports.results import Result
 from clip_exp.text.build import build_tokenizer
 
+LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
+
 
 def score_tasks(
     folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task], results: dict[str, dict[str, Any]]
@@ -120,13 +122,22 @@ def score_retrieval(task: RetrievalTask, subject: Subject) -> Judge:
             "data": absolute(task.where),
             **counts(encoded),
             "captions": len(captions),
-            **({"bad_rows": task.bad_rows} if task.bad_rows else {}),
+            **task.about,
+            **about_copies(task.copies),
             "image_to_text": "a hit if any caption of the picture is among the first k",
         }
         details = examples(image_features, text_features, rows, encoded.kept, captions, task.pictures)
         return Result(retrieval(image_features, text_features, rows), protocol, details)
 
     return judge
+
+
+def about_copies(copies: list[list[str]]) -> dict[str, Any]:
+    """For a protocol: pictures that are there under several names, each a wrong answer for the captions of the others."""
+    if not copies:
+        return {}
+    listed = [" = ".join(names[:LISTED_COPIES]) for names in copies[:LISTED_COPIES]]
+    return {"copied_pictures": len(copies), "copies": sum(len(names) - 1 for names in copies), "copies_listed": listed}
 
 
 SCORERS: dict[type[Task], Callable[[Any, Subject], Judge]] = {

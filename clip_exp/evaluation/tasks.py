@@ -147,7 +147,7 @@ def prepare_classification(name: str, task: ZeroShotTaskConfig, output_dir: str)
 
 
 def prepare_retrieval(name: str, task: RetrievalTaskConfig) -> RetrievalTask:
-    """Find the pictures and captions of a retrieval task; rows with the same path are captions of one picture.
+    """Find the pictures and captions of a retrieval task; rows that name the same file are captions of one picture.
 
     Raises:
         ConfigError, DataError: see `data.tables.read_table`.
@@ -169,7 +169,8 @@ def prepare_retrieval(name: str, task: RetrievalTaskConfig) -> RetrievalTask:
     first_row = {picture: row for row, picture in reversed(list(enumerate(caption_image)))}
     rows = [first_row[picture] for picture in range(len(first_row))]
     pictures = TablePictures(pairs, rows, task.allow_outside_root)
-    return RetrievalTask(name, pictures, pairs.captions.to_pylist(), caption_image, str(task.table), pairs.skipped)
+    about = pairs.shortcomings()
+    return RetrievalTask(name, pictures, pairs.captions.to_pylist(), caption_image, str(task.table), about)
 
 
 def prepare_robustness(name: str, task: RobustnessTaskConfig, output_dir: str) -> RobustnessTask:

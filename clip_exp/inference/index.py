@@ -1,7 +1,7 @@
 """An index of pictures: one safetensors file that holds their features, what made them, and which files they are of.
 
-Tensors: `features` float32 [N, D] of unit norm, `size` int64 [N] in bytes, `mtime_ns` int64 [N], and `paths`, the names' bytes
-with a NUL between; rows are in the order of the paths. Metadata: `clip_exp.index`, JSON of a `Recipe`. A path is relative to the
+Tensors: `features` float32 [N, D] of unit norm, `size` int64 [N] in bytes, `mtime_ns` int64 [N], `sample` int64 [N], a hash of a
+part of the content (`data.contents`), and `paths`, the names' bytes with a NUL between; rows are in the order of the paths. Metadata: `clip_exp.index`, JSON of a `Recipe`. A path is relative to the
 index's folder where the picture lies below it, so that both can be moved together.
 """
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from clip_exp.config.load import plain, strict_dataclass
 from clip_exp.config.model_schema import ModelConfig
+from clip_exp.data.names import normal_path
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.source import ModelSource
 from clip_exp.loading.wise_ft import Mix
@@ -25,7 +26,7 @@ from clip_exp.storage import InUse, atomic_file, lock, remove_leftovers
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEY, VERSION = "clip_exp.index", 1
+KEY, VERSION = "clip_exp.index", 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Entries(NamedTuple):
     paths: list[str]  # as `stored_path` gives them
     size: "Tensor"  # int64 [N], bytes
     mtime_ns: "Tensor"  # int64 [N]
+    sample: "Tensor"  # int64 [N], hash of a part of the content
     features: "Tensor"  # float32 [N, D] of unit norm; mapped from the file, not read
 
 
@@ -102,8 +104,8 @@ def read_entries(path: Path) -> Entries:
     """The contents; later changes of the file do not reach them."""
     with safe_open(path, framework="pt") as file:
         names = bytes(file.get_tensor("paths").numpy())
-        size, mtime_ns, features = (file.get_tensor(name) for name in ("size", "mtime_ns", "features"))
-    return Entries([os.fsdecode(name) for name in names.split(b"\0")] if names else [], size, mtime_ns, features)
+        columns = [file.get_tensor(name) for name in Entries._fields[1:]]
+    return Entries([os.fsdecode(name) for name in names.split(b"\0")] if names else [], *columns)
 
 
 def write_index(path: Path, recipe: Recipe, entries: Entries) -> None:
@@ -117,9 +119,8 @@ def write_index(path: Path, recipe: Recipe, entries: Entries) -> None:
 
     names = b"\0".join(map(os.fsencode, entries.paths))
     tensors = {
+        **entries._asdict(),
         "paths": torch.frombuffer(bytearray(names), dtype=torch.uint8),
-        "size": entries.size,
-        "mtime_ns": entries.mtime_ns,
         "features": entries.features.contiguous(),
     }
     try:
@@ -155,10 +156,10 @@ def held(path: Path) -> Iterator[None]:
 
 def stored_path(path: str | Path, folder: str | Path) -> str:
     """A path relative to `folder` if it lies below it, else absolute."""
-    absolute, base = os.path.abspath(path), os.path.join(os.path.abspath(folder), "")
+    absolute, base = normal_path(str(path)), os.path.join(normal_path(str(folder)), "")
     return absolute.removeprefix(base)
 
 
 def full_path(stored: str, folder: str | Path) -> str:
     """The absolute path of an entry of the index in `folder`."""
-    return os.path.join(os.path.abspath(folder), stored)
+    return os.path.join(normal_path(str(folder)), stored)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from clip_exp.config.data_schema import OnBadImage
+from clip_exp.data.contents import Stamp, Stored, stamps
+from clip_exp.data.names import normal_path
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.metrics import require_finite
 from clip_exp.inference.features import Encoded
 from clip_exp.inference.index import Entries, Recipe, full_path, held, read_entries, stored_path, write_index
 from clip_exp.inference.inputs import LeftOut, Picture
-from clip_exp.inference.media import Media, stamp_of
+from clip_exp.inference.media import Media
 from clip_exp.inference.ranking import Match, best_matches
 
 if TYPE_CHECKING:
@@ -63,13 +65,13 @@ def update_index(
     """
     with held(path):
         shelf = _Shelf(path, recipe, folders)
-        todo = shelf.missing(files)
-        names = [stored_path(file, path.parent) for file in todo]
-        stamps = [stamp_of(file) for file in todo]  # before they are read: a change after this is found next time
+        missing = shelf.missing(files)
+        todo = list(missing)
         try:
             if todo:
                 for encoded in make_clip().encode_each(Media(todo, recipe.frames), on_bad_image, what):
-                    shelf.add(names[encoded.item], stamps[encoded.item], todo[encoded.item], encoded)
+                    file = todo[encoded.item]
+                    shelf.add(stored_path(file, path.parent), missing[file], file, encoded)
         finally:
             shelf.save()
         if not shelf.update.total:
@@ -87,16 +89,17 @@ class _Shelf:
         self.path, self.recipe, self.update = path, recipe, Update()
         self.old = read_entries(path) if path.exists() else None
         self.rows = {name: row for row, name in enumerate(self.old.paths)} if self.old else {}  # of `old` that stay
-        self.fresh: dict[str, tuple[int, int, Tensor]] = {}
-        self.searched = [os.path.join(os.path.abspath(folder), "") for folder in folders]
+        self.fresh: dict[str, tuple[Stamp, Tensor]] = {}
+        self.searched = [os.path.join(normal_path(folder), "") for folder in folders]
         self.unsaved = False
         self.next_save = time.monotonic() + SAVE_EVERY_S
         self.update.total = len(self.rows)
 
-    def missing(self, files: Sequence[str]) -> list[str]:
-        """The files that are to be encoded; entries of searched folders that are not among the files are dropped.
+    def missing(self, files: Sequence[str]) -> dict[str, Stamp]:
+        """The files that are to be encoded, each with its stamp; entries of searched folders that are not among the files are dropped.
 
-        An entry whose file cannot be reached stays: its disk may be back tomorrow.
+        A stamp is of before the file is read: a change after it is found next time. An entry whose file cannot be reached stays: its
+        disk may be back tomorrow.
         """
         given = {stored_path(file, self.path.parent): file for file in files}
         gone = [
@@ -109,14 +112,19 @@ class _Shelf:
         self.update.dropped = len(gone)
         self.unsaved = bool(gone)
         reachable_or_new = {name: file for name, file in given.items() if name not in self.rows or os.path.exists(file)}
-        return [file for name, file in reachable_or_new.items() if self._stamp(name) != stamp_of(file)]
+        now = stamps([Stored(file) for file in reachable_or_new.values()])
+        return {
+            file: stamp
+            for (name, file), stamp in zip(reachable_or_new.items(), now, strict=True)
+            if self._stamp(name) != stamp
+        }
 
-    def _stamp(self, name: str) -> tuple[int, int] | None:
+    def _stamp(self, name: str) -> Stamp | None:
         if self.old is None or (row := self.rows.get(name)) is None:
             return None
-        return int(self.old.size[row]), int(self.old.mtime_ns[row])
+        return Stamp(int(self.old.size[row]), int(self.old.mtime_ns[row]), int(self.old.sample[row]))
 
-    def add(self, name: str, stamp: tuple[int, int], file: str, encoded: Encoded) -> None:
+    def add(self, name: str, stamp: Stamp, file: str, encoded: Encoded) -> None:
         """Take in a picture, or note that it cannot be read; save if it is time."""
         known = self.rows.pop(name, None) is not None
         if encoded.features is None:
@@ -124,7 +132,7 @@ class _Shelf:
             self.update.dropped += known
             self.unsaved |= known
         else:
-            self.fresh[name] = (*stamp, encoded.features)
+            self.fresh[name] = stamp, encoded.features
             self.update.changed += known
             self.update.new += not known
             self.unsaved = True
@@ -143,17 +151,19 @@ class _Shelf:
         self.next_save = time.monotonic() + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
 
     def _merged(self) -> Entries:
-        parts = []
+        names: list[str] = []
+        parts: list[tuple[Tensor, ...]] = []  # the columns of `Entries` after the paths
         if self.old is not None and self.rows:
             rows = torch.tensor(list(self.rows.values()))
-            parts.append((list(self.rows), self.old.size[rows], self.old.mtime_ns[rows], self.old.features[rows]))
+            names += self.rows
+            parts.append(tuple(column[rows] for column in self.old[1:]))
         if self.fresh:
-            sizes, times, features = zip(*self.fresh.values(), strict=True)
-            parts.append((list(self.fresh), torch.tensor(sizes), torch.tensor(times), torch.stack(features)))
-        names = [name for part in parts for name in part[0]]
+            found, features = zip(*self.fresh.values(), strict=True)
+            names += self.fresh
+            parts.append((*torch.tensor(found, dtype=torch.int64).T, torch.stack(features)))
         order = sorted(range(len(names)), key=names.__getitem__)
-        size, mtime_ns, vectors = (torch.cat([part[k] for part in parts])[order] for k in (1, 2, 3))  # type: ignore[misc]
-        return Entries([names[position] for position in order], size, mtime_ns, vectors)
+        columns = [torch.cat(column)[order] for column in zip(*parts, strict=True)]
+        return Entries([names[position] for position in order], *columns)
 
 
 class PictureIndex:

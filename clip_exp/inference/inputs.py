@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from clip_exp.config.data_schema import OnBadImage
+from clip_exp.data.names import normal_path
+from clip_exp.data.tables.blanks import BLANKS
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES
 from clip_exp.evaluation.sets.prompts import imagenet_classes
@@ -58,17 +60,18 @@ def find_pictures(wanted: Any, where: str = "images") -> list[str]:
     entries = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
     if wanted is None or not entries:
         raise ConfigError(f"{where} has no value: give a file, a folder, a glob, or a list of those.")
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     missing = []
     for entry in map(str, entries):
         try:
-            found.update(dict.fromkeys(_expand(entry, where)))
+            for path in _expand(entry, where):
+                found.setdefault(normal_path(path), path)
         except ConfigError as error:
             missing.append(str(error))
     if missing:
         more = [f"{where}: {len(missing) - LISTED} more are missing."] if len(missing) > LISTED else []
         raise ConfigError("\n".join(missing[:LISTED] + more))
-    return list(found)
+    return list(found.values())
 
 
 def folders_of(wanted: Any) -> list[str]:
@@ -137,7 +140,7 @@ def read_labels(value: Any) -> list[str]:
     if value == "imagenet":
         return [name for _, name in imagenet_classes()]
     if isinstance(value, list):
-        return as_texts(value, "labels")
+        return [text.strip(BLANKS) for text in as_texts(value, "labels")]
     return read_lines(value, "labels", "imagenet, a list, or a file of names (a line each, or a list as YAML or JSON)")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from clip_exp.data.contents import Stored, stamp_of
 from clip_exp.data.images import open_image
 from clip_exp.inference.inputs import FRAMES, Picture, is_video
 from clip_exp.inference.video import read_frame
@@ -60,17 +61,9 @@ class Media:
             if self.in_memory and (picture := self.in_memory[position]) is not None:
                 digest.update(f"{picture.mode} {picture.size}\n".encode() + picture.tobytes())
             else:
-                digest.update(f"{os.path.abspath(path)}\t{stamp_of(path)}\n".encode(errors="surrogateescape"))
+                stamp = stamp_of(Stored(str(path)))
+                digest.update(f"{os.path.abspath(path)}\t{stamp}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
-
-
-def stamp_of(path: str) -> tuple[int, int]:
-    """Size in bytes and time of change in ns of a file, (-1, -1) if it cannot be reached; a file that changes changes it."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def _name(position: int, item: Picture) -> str:

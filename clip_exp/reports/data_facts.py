@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from clip_exp.reports.page import percent
+from clip_exp.reports.page import percent, probability
 
 
 def data_facts(summary: dict[str, Any]) -> dict[str, str]:
@@ -14,6 +14,8 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
     facts = {
         "bad pictures": _counted(summary.get("bad_pictures") or {}, "listed in bad_samples.csv"),
         "bad rows": _counted(summary.get("bad_rows") or {}, "left out"),
+        "empty captions": _empty(summary.get("empty_captions") or {}),
+        "filter": _filter_values(summary.get("filter_values") or {}),
         "cut captions": _share(summary.get("truncated_share"), "of those trained on"),
         "waiting for data": _share(summary.get("data_wait_share"), "of the time of steps"),
     }
@@ -27,6 +29,25 @@ def _counted(tables: dict[str, dict[str, int]], what_became: str) -> str:
         for table, kinds in tables.items()
     ]
     return f"{'; '.join(texts)}, {what_became}" if texts else ""
+
+
+def _empty(tables: dict[str, dict[str, Any]]) -> str:
+    """`28 of training (66.7 %)`."""
+    return "; ".join(
+        f"{found['count']:,} of {table} ({probability(found['fraction'])})" for table, found in tables.items()
+    )
+
+
+def _filter_values(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """`width of training: 3 not numbers, such as '1,024', 2 missing; these match nothing`."""
+    texts = []
+    for table, columns in tables.items():
+        for column, found in columns.items():
+            counted = [f"{found['missing']:,} missing"] if found["missing"] else []
+            if found["count"]:
+                counted.insert(0, f"{found['count']:,} not {found['kind']}, such as {found['example']!r}")
+            texts.append(f"{column} of {table}: {', '.join(counted)}")
+    return f"{'; '.join(texts)}; these match nothing" if texts else ""
 
 
 def _share(value: float | None, of_what: str) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import PairsDataModule
-from clip_exp.data.tables.table import bad_rows
+from clip_exp.data.tables.table import bad_rows, unlike_values
+from clip_exp.data.tables.unlike import as_json
 
 
 def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks: int) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
 
     Returns:
         bad_pictures, bad_rows: by table (training, validation), and there by kind; what is faultless is left out.
+        empty_captions: likewise, `count` and the `fraction` of all captions.
+        filter_values: likewise, by column what the filter could not compare (`tables.unlike`).
         truncated_share: of the captions that this rank has trained on since it started; None where that is none.
     """
     assert datamodule.stream is not None
@@ -29,12 +32,19 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
         "validation": _kinds(datamodule.bad_val_samples, run_dir, VALIDATION),
     }
     captions = (steps * datamodule.global_batch_size - datamodule.start_sample) // ranks
+    parts = {which: [part for table in found for part in table.parts] for which, found in tables.items()}
     return {
         "bad_pictures": {which: dict(kinds.most_common()) for which, kinds in pictures.items() if kinds},
         "bad_rows": {
-            which: dict(kinds.most_common())
+            which: dict(kinds.most_common()) for which, of_table in parts.items() if (kinds := bad_rows(of_table))
+        },
+        "empty_captions": {
+            which: {"count": count, "fraction": count / sum(map(len, found))}
             for which, found in tables.items()
-            if (kinds := bad_rows(part for table in found for part in table.parts))
+            if (count := sum(table.empty_captions for table in found))
+        },
+        "filter_values": {
+            which: values for which, of_table in parts.items() if (values := as_json(unlike_values(of_table)))
         },
         "truncated_share": min(1.0, datamodule.truncated / captions) if captions > 0 else None,
     }

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NOT_IN_IDENTITY = (
     "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
     "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
-    "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
+    "data.max_empty_caption_fraction", "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
 )  # fmt: skip
 IN_IDENTITY = ("trainer.gradient_clip_val",)
 DATA_PATHS = ("data.train", "data.val", "data.image_root")

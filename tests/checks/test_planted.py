@@ -179,13 +179,18 @@ def test_without_decoding_headers_still_tell(planted: Planted) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "subject"), [("data.max_bad_fraction=0.1", "bad_pictures"), ("max_leakage=0.1", "leakage")]
+    ("override", "subject"),
+    [
+        ("data.max_bad_fraction=0.1", "bad_pictures"),
+        ("data.max_empty_caption_fraction=0.01", "empty_captions"),
+        ("max_leakage=0.1", "leakage"),
+    ],
 )
 def test_above_a_threshold_the_findings_are_written_and_the_data_refused(
     planted: Planted, override: str, subject: str
 ) -> None:
     config = config_of(planted, "num_workers=0", "decode=false", "data.max_bad_fraction=0.5", override)
-    with pytest.raises(DataError, match="pictures"):
+    with pytest.raises(DataError, match="picture"):
         check_data(config, [])
     report = json.loads((folder_of(config) / "report.json").read_text())
     assert report["exit_code"] == 3

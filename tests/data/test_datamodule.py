@@ -49,6 +49,17 @@ def test_validation_batches_hold_pictures_captions_and_labels(pairs, build, tmp_
     assert batch.tokens.shape == (10, 5)
 
 
+def test_validation_labels_lose_their_blanks_and_those_that_are_alike_are_told(pairs, build, tmp_path, caplog):
+    val = labeled(tmp_path)
+    val.write_text(val.read_text().replace("one of 3,cat", "one of 3,cat ").replace("of 4,dog", "of 4,Dog"))
+    module = build(pairs, val=val, label_key="kind")
+    (batch,) = module.val_dataloader()
+    assert module.class_names == ["Dog", "cat", "dog"]
+    assert batch.label.tolist() == [1, 2, -1, 1, 0]
+    assert "2 labels differ only in case or blanks" in caplog.text
+    assert "'Dog' and 'dog'" in caplog.text
+
+
 def test_bad_validation_pictures_are_left_out_and_counted(pairs, build, tmp_path):
     val = labeled(tmp_path)
     (tmp_path / "v1.png").unlink()

@@ -60,6 +60,22 @@ def test_no_byte_of_a_file_that_a_table_names_is_in_a_message(tmp_path):
         assert "root:x" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kept", ["in files", "in a shard"])
+def test_the_fingerprint_changes_where_a_picture_is_replaced_by_one_of_equal_size_and_time(kept, shard, tmp_path):
+    """As an edit with a tool that keeps the time of change."""
+    file = tmp_path / "0.jpg"
+    file.write_bytes(jpeg(0))
+    whole = shard if kept == "in a shard" else file
+    pictures = TablePictures(read_table(shard), [0, 1]) if kept == "in a shard" else PictureFiles([file])
+    before, data, status = pictures.fingerprint(), whole.read_bytes(), whole.stat()
+    assert pictures.fingerprint() == before
+    place = data.index(jpeg(0)) + len(jpeg(0)) // 2
+    whole.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    os.utime(whole, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (whole.stat().st_size, whole.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert pictures.fingerprint() != before
+
+
 def test_the_fingerprint_changes_with_the_shard_and_with_the_choice(shard):
     table = read_table(shard)
     before = TablePictures(table, [0, 1]).fingerprint()

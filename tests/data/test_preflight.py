@@ -92,6 +92,29 @@ def test_more_bad_rows_than_may_be_bad_end_the_start_as_they_end_a_check(tmp_pat
     )
 
 
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_more_empty_captions_than_may_be_end_the_start(tmp_path, table, which):
+    captions = ["a caption", "a picture", "", "\u00a0\u200b \t"]
+    empty = write_table(
+        tmp_path / "empty.csv", [["filepath", "title"], *([f"{i}.png", text] for i, text in enumerate(captions))]
+    )
+    train, val = (str(empty), None) if which == "train" else (str(table), str(empty))
+    told = refusal(tmp_path, train, DataError, val=val)
+    assert f"data.{which}: 2 of 4 captions of {empty} are empty or blank" in told
+    assert "data.max_empty_caption_fraction=0.1" in told
+    assert told.endswith("or allow them: data.max_empty_caption_fraction=1.")
+    check_train(config_of(tmp_path, train, val=val, max_empty_caption_fraction=0.5))
+    check_train(config_of(tmp_path, train, val=val, filter="title == 'a picture' or title == 'a caption'"))
+
+
+def test_a_picture_with_two_labels_ends_the_start(tmp_path, table):
+    rows = [["filepath", "title", "kind"], ["0.png", "a", "dog"], ["1.png", "b", "cat"], ["0.png", "c", "Dog"]]
+    val = write_table(tmp_path / "val.csv", rows)
+    told = refusal(tmp_path, str(table), DataError, val=str(val), label_key="kind")
+    assert f"{val}, line 4: 0.png is 'Dog' here and 'dog' before" in told
+    check_train(config_of(tmp_path, str(table), val=str(val)))
+
+
 def test_the_way_out_fits_the_fault_of_the_pictures(tmp_path, table):
     told = refusal(tmp_path, str(table), DataError, max_image_bytes=10)
     assert told.endswith("Raise data.max_image_bytes, or make them smaller.")

@@ -149,10 +149,31 @@ def test_equal_paths_of_two_sources_are_different_pictures(two, build: Build, tm
     batches = read(module)
     for batch in batches:
         module.on_before_batch_transfer(batch, 0)
-    assert {i for batch in batches for i in batch.image_id.tolist()} == {*range(12)} - {2, 8}
+    assert len({i for batch in batches for i in batch.image_id.tolist()}) == 10
     assert module.bad_samples is not None
     assert module.bad_samples.reasons == {str(tmp_path / name / "2.png"): "no such file" for name in ("one", "other")}
     assert dict(module.bad_samples.kinds()) == {"no such file": 2}
+
+
+def test_an_image_of_two_sources_is_one_image(two, build: Build, tmp_path):
+    rows = [
+        ["image", "title"],
+        ["./one/../one/1.png", "again"],
+        [str(tmp_path / "other" / "1.png"), "again"],
+        ["one/2.png", "x"],
+    ]
+    third = {"path": str(write_table(tmp_path / "third.csv", rows)), "weight": 1}
+    sources = build([*two, third], image_key="image")._stream.sources
+    assert [sources[2].image_id(row) for row in range(3)] == [
+        sources[0].image_id(1), sources[1].image_id(1), sources[0].image_id(2),
+    ]  # fmt: skip
+    assert len({source.image_id(row) for source in sources[:2] for row in range(6)}) == 12
+    (tmp_path / "copy").mkdir()
+    elsewhere = pictures(tmp_path / "copy" / "one", 1), pictures(tmp_path / "copy" / "other", 2)
+    moved = build(
+        [{**two[i], "path": str(table)} for i, table in enumerate(elsewhere)], image_key="image"
+    )._stream.sources
+    assert [source.image_id(3) for source in moved] == [source.image_id(3) for source in sources[:2]]
 
 
 def test_a_bad_picture_is_replaced_from_its_own_source(two, build: Build):
@@ -161,7 +182,8 @@ def test_a_bad_picture_is_replaced_from_its_own_source(two, build: Build):
     stream = module._stream
     for position in range(SLOTS):
         shares[stream[position].source is stream.sources[0]] += 1
-    got = Counter(i < 6 for batch in read(module) for i in batch.image_id.tolist())
+    of_first = {stream.sources[0].image_id(row) for row in range(6)}
+    got = Counter(i in of_first for batch in read(module) for i in batch.image_id.tolist())
     assert got == shares == {True: 2731, False: 1365}
 
 

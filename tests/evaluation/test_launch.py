@@ -1,6 +1,7 @@
 """Whole evaluations of random weights; every number is computed once more by hand."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,7 +129,8 @@ def pairs_csv(tmp_path: Path) -> tuple[Path, list[str], list[int]]:
             pictures.append(i)
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
     captions, pictures = [captions[k] for k in order], [pictures[k] for k in order]
-    lines += [f"{i}.png,{caption}" for i, caption in zip(pictures, captions, strict=True)]
+    # A picture is the same one however its path is written.
+    lines += [f"{'./' * (k % 2)}{i}.png,{captions[k]}" for k, i in enumerate(pictures)]
     (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
     return tmp_path / "pairs.csv", captions, pictures
 
@@ -144,6 +146,32 @@ def test_retrieval_on_a_table_equals_a_direct_computation_from_a_weights_file(
     expected = retrieval(image, direct_text_features(nano, captions), torch.tensor(pictures))
     assert result["metrics"] == pytest.approx(expected)
     assert (result["protocol"]["pictures"], result["protocol"]["captions"]) == (14, len(captions))
+
+
+def test_copies_empty_captions_and_values_that_no_filter_compares_are_in_the_protocol(
+    tmp_path: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+):
+    for i in range(3):
+        write_picture(tmp_path / f"{i}.png", i)
+    shutil.copy(tmp_path / "1.png", tmp_path / "copy.png")
+    rows = [
+        ("0", "one", "300"),
+        ("./0", "two", "300"),
+        ("1", "\u00a0", "300"),
+        ("copy", "x", "300"),
+        ("2", "y", "1,024"),
+    ]
+    table = tmp_path / "t.csv"
+    given = {"table": str(table), "filter": "width >= 256"}
+    table.write_text("filepath;title;width\n" + "".join(f"{path}.png;{text};{width}\n" for path, text, width in rows))
+    protocol = evaluate(config(tmp_path, {"pairs": {"kind": "retrieval", **given}}, run=str(run_dir)))["pairs"][
+        "protocol"
+    ]
+    assert (protocol["pictures"], protocol["captions"], protocol["empty_captions"]) == (3, 4, 1)
+    assert protocol["filter_values"] == {"width": {"kind": "numbers", "count": 1, "missing": 0, "example": "1,024"}}
+    assert (protocol["copied_pictures"], protocol["copies"]) == (1, 1)
+    assert protocol["copies_listed"] == [f"{tmp_path}/1.png = {tmp_path}/copy.png"]
+    assert caplog.text.count("pairs: copies of pictures under other names: 1, such as") == 1
 
 
 def test_shards_parquet_and_json_lines_score_as_the_same_pairs_in_a_csv(tmp_path: Path, run_dir: Path):

@@ -93,6 +93,25 @@ def test_an_index_that_was_extended_equals_one_that_was_made_at_once(index: Path
     assert_equal(at_once, index)
 
 
+def test_a_picture_replaced_by_one_of_equal_size_and_time_is_encoded_again(index: Path, photos: Path, capsys):
+    file, before = photos / "2.png", read_entries(index)
+    data, status = file.read_bytes(), file.stat()
+    write_picture(file, 99)
+    new = file.read_bytes()
+    size = max(len(data), len(new))  # what comes after a PNG's end is no part of the picture
+    file.write_bytes(data.ljust(size, b"\0"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    search(asked(index, images=str(photos)))
+    file.write_bytes(new.ljust(size, b"\0"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    capsys.readouterr()
+    search(asked(index, images=str(photos)))
+    assert "7 pictures (1 changed)" in capsys.readouterr().out
+    after = read_entries(index)
+    row = after.paths.index("photos/2.png")
+    assert not torch.equal(after.features[row], before.features[row])
+
+
 def test_nothing_new_changes_nothing_and_encodes_nothing(index: Path, photos: Path, monkeypatch, capsys):
     before = index.read_bytes(), index.stat().st_mtime_ns
     monkeypatch.setattr(pipeline.Pipeline, "encode_each", lambda *_: pytest.fail("a picture was encoded"))

@@ -230,7 +230,9 @@ def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Fini
     (tmp_path / "train" / "000003.png").write_bytes(b"<html>not found</html>")
     (tmp_path / "train" / "000005.png").unlink()
     with pairs.open("a") as table:
-        table.write("a.png,one,field too many\n" + f"train/000006.png,{'a long caption ' * 40}\n")
+        table.write(
+            "a.png,one,field too many\n" + f"train/000006.png,{'a long caption ' * 40}\n./train/000007.png,\u00a0\n"
+        )
     run = train(*CSV, "max_steps=12", f"data.train={pairs}", "data.on_bad_row=skip")
     with (run.folder / "bad_samples.csv").open() as handle:
         reasons = {row["path"]: row["reason"] for row in csv.DictReader(handle)}
@@ -239,6 +241,9 @@ def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Fini
     assert run.summary["bad_pictures"] == {"training": kinds}
     assert "no such file" in kinds
     assert list(run.summary["bad_rows"]["training"].values()) == [1]
+    assert run.summary["empty_captions"] == {"training": {"count": 1, "fraction": pytest.approx(1 / 34)}}
+    assert run.record["rows"] == 32, "the path of another spelling is one of theirs"
+    assert "1 of 34 captions are empty or blank" in (run.folder / "train.log").read_text()
     assert 0 < run.summary["truncated_share"] < 0.2
     report = (run.folder / "report.html").read_text()
     for told in (run.output, report):
@@ -246,6 +251,7 @@ def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Fini
         assert "1 no such file" in told
         assert "listed in bad_samples.csv" in told
         assert "1 of training" in told, "the bad row"
+        assert "1 of training (2.9" in told, "the empty caption"
         assert "of those trained on" in told, "the captions that were cut"
 
 

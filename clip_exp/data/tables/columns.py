@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 def string_array(values: Sequence[str]) -> pa.LargeStringArray:
@@ -25,6 +26,12 @@ def bool_array(values: np.ndarray) -> pa.BooleanArray:
     """Truth values without nulls, from bool [rows]."""
     bits = np.packbits(values, bitorder="little")
     return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
+
+
+def bool_numpy(array: pa.BooleanArray) -> np.ndarray:
+    """The truth values of an array without nulls, bool, in memory of its own."""
+    values = pc.cast(array, pa.uint8())
+    return np.frombuffer(values.buffers()[1], dtype=np.uint8)[values.offset :][: len(values)].astype(bool)
 
 
 def int32_numpy(array: pa.Int32Array) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Comparisons of Arrow columns with numbers, text and each other; what cannot be compared is null."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,16 +20,26 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A column of the table."""
+
+    name: str
+    values: pa.Array
+
+
+@dataclass(frozen=True)
 class Length:
     """Characters of a text, or entries of a list."""
 
     column: pa.Array
 
 
-Operand: TypeAlias = pa.Array | Constant | Length
+Operand: TypeAlias = Column | Constant | Length
+Converter: TypeAlias = Callable[[pa.Array], pa.Array]
+Conversions: TypeAlias = dict[tuple[str, Converter], pa.Array]  # what each column was made into to be compared
 
 
-def compare(operator: str, left: Operand, right: Operand) -> pa.BooleanArray:
+def compare(operator: str, left: Operand, right: Operand, conversions: Conversions) -> pa.BooleanArray:
     """`left operator right`, null where a side is missing or is not of the kind that is compared.
 
     With a truth value, truth values are compared; with a string, text; with a number or a length, numbers. Two columns are
@@ -37,30 +48,31 @@ def compare(operator: str, left: Operand, right: Operand) -> pa.BooleanArray:
     Args:
         operator: a comparison of `pyarrow.compute`: equal, less, …
         left, right: at least one column or length.
+        conversions: of columns; those that are missing are made and added.
     """
     constant = next((side.value for side in (left, right) if isinstance(side, Constant)), None)
     if isinstance(constant, bool):
-        convert = truths
+        convert: Converter = truths
     elif isinstance(constant, str):
         convert = texts
     elif constant is not None or _are_numbers(operator, left, right):
         convert = numbers
     else:
         convert = texts
-    sides = [_converted(side, convert) for side in (left, right)]
+    sides = [_converted(side, convert, conversions) for side in (left, right)]
     if pa.float64() in (sides[0].type, sides[1].type):  # Arrow itself refuses whole numbers that float64 rounds
         sides = [pc.cast(side, pa.float64(), safe=False) for side in sides]
     return getattr(pc, operator)(*sides)
 
 
-def contains(column: pa.Array, constant: Operand) -> pa.BooleanArray:
+def contains(whole: Column, constant: Operand) -> pa.BooleanArray:
     """Whether a text has a part that reads so, or a list an entry that equals it."""
     assert isinstance(constant, Constant)
-    column = _plain(column)
+    column = _plain(whole.values)
     if not _is_list(column.type):
         needle = constant.value if isinstance(constant.value, str) else f"{constant.value}"
         return pc.match_substring(texts(column), needle)
-    entries = compare("equal", pc.list_flatten(column), constant).fill_null(False)
+    entries = compare("equal", Column(whole.name, pc.list_flatten(column)), constant, {}).fill_null(False)
     parents = pc.filter(pc.list_parent_indices(column), entries)
     found = np.zeros(len(column), dtype=np.uint8)
     found[np.frombuffer(parents.buffers()[1], dtype=np.int64)[parents.offset :][: len(parents)]] = 1
@@ -105,11 +117,14 @@ def truths(column: pa.Array) -> pa.Array:
     return pc.if_else(pc.or_kleene(is_true, is_false), is_true, pa.scalar(None, pa.bool_()))
 
 
-def _converted(side: Operand, convert: Any) -> Any:
+def _converted(side: Operand, convert: Converter, conversions: Conversions) -> Any:
     if isinstance(side, Constant):
         return pa.scalar(side.value)
-    if not isinstance(side, Length):
-        return convert(side)
+    if isinstance(side, Column):
+        key = side.name, convert
+        if key not in conversions:
+            conversions[key] = convert(side.values)
+        return conversions[key]
     column = _plain(side.column)
     if _is_list(column.type):
         return convert(pc.cast(pc.list_value_length(column), pa.int64()))
@@ -128,9 +143,9 @@ def _fits_int64(column: pa.Array) -> bool:
 
 
 def _is_number(side: Operand) -> bool:
-    if isinstance(side, Constant | Length):
-        return isinstance(side, Length)
-    return pa.types.is_integer(side.type) or pa.types.is_floating(side.type)
+    if isinstance(side, Column):
+        return pa.types.is_integer(side.values.type) or pa.types.is_floating(side.values.type)
+    return isinstance(side, Length)
 
 
 def _plain(column: pa.Array) -> pa.Array:

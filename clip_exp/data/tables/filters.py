@@ -9,15 +9,19 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_exp.data.tables import comparisons
-from clip_exp.data.tables.comparisons import Constant, Length, Operand
+from clip_exp.data.tables.columns import bool_numpy
+from clip_exp.data.tables.comparisons import Column, Constant, Conversions, Length, Operand
+from clip_exp.data.tables.unlike import Unlike, find_unlike
 from clip_exp.errors import ConfigError
 
+Columns: TypeAlias = Mapping[str, Column]
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "equal",
     ast.NotEq: "not_equal",
@@ -52,45 +56,48 @@ class Filter:
     _condition: ast.expr
     _quoted: dict[str, str]
 
-    def mask(self, extra: Mapping[str, pa.Array], rows: int) -> np.ndarray:
-        """bool [rows]: which rows match.
+    def select(self, extra: Mapping[str, pa.Array], lines: np.ndarray) -> tuple[np.ndarray, list[Unlike]]:
+        """Return which rows match, bool [rows], and an account of the values that could not be compared.
 
         A comparison with a missing value, or of a text that is no number with a number, is neither true nor false, and `not`
         does not change that: such a row matches only where the rest of the condition is enough.
 
         Args:
             extra: the columns of `names`: numbers, text, truth values or lists of those.
+            lines: where each row starts in its file, for the account.
         """
-        matches = self._evaluate(self._condition, extra).fill_null(False)
-        return np.frombuffer(pc.cast(matches, pa.uint8()).buffers()[1], dtype=np.uint8)[:rows].astype(bool)
+        columns = {name: Column(name, extra[name]) for name in self.names}
+        conversions: Conversions = {}
+        matches = self._evaluate(self._condition, columns, conversions).fill_null(False)
+        return bool_numpy(matches), find_unlike(extra, conversions, lines)
 
-    def _evaluate(self, node: ast.expr, extra: Mapping[str, pa.Array]) -> pa.BooleanArray:
+    def _evaluate(self, node: ast.expr, columns: Columns, conversions: Conversions) -> pa.BooleanArray:
         if isinstance(node, ast.BoolOp):
             combine = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
-            return reduce(combine, (self._evaluate(value, extra) for value in node.values))
+            return reduce(combine, (self._evaluate(value, columns, conversions) for value in node.values))
         if isinstance(node, ast.UnaryOp):
-            return pc.invert(self._evaluate(node.operand, extra))
+            return pc.invert(self._evaluate(node.operand, columns, conversions))
         assert isinstance(node, ast.Compare)
-        return reduce(pc.and_kleene, (self._compare(*pair, extra) for pair in _pairs(node)))
+        return reduce(pc.and_kleene, (self._compare(*pair, columns, conversions) for pair in _pairs(node)))
 
     def _compare(
-        self, left: ast.expr, op: ast.cmpop, right: ast.expr, extra: Mapping[str, pa.Array]
+        self, left: ast.expr, op: ast.cmpop, right: ast.expr, columns: Columns, conversions: Conversions
     ) -> pa.BooleanArray:
-        a = self._operand(left, extra)
+        a = self._operand(left, columns)
         if not isinstance(op, ast.In | ast.NotIn):
-            return comparisons.compare(_OPERATORS[type(op)], a, self._operand(right, extra))
+            return comparisons.compare(_OPERATORS[type(op)], a, self._operand(right, columns), conversions)
         if isinstance(right, ast.Name):
-            found = comparisons.contains(extra[self._name(right)], a)
+            found = comparisons.contains(columns[self._name(right)], a)
         else:
-            values = [self._operand(value, extra) for value in right.elts]  # type: ignore[attr-defined]
-            found = reduce(pc.or_kleene, (comparisons.compare("equal", a, value) for value in values))
+            values = [self._operand(value, columns) for value in right.elts]  # type: ignore[attr-defined]
+            found = reduce(pc.or_kleene, (comparisons.compare("equal", a, value, conversions) for value in values))
         return pc.invert(found) if isinstance(op, ast.NotIn) else found
 
-    def _operand(self, node: ast.expr, extra: Mapping[str, pa.Array]) -> Operand:
+    def _operand(self, node: ast.expr, columns: Columns) -> Operand:
         if isinstance(node, ast.Name):
-            return extra[self._name(node)]
+            return columns[self._name(node)]
         if isinstance(node, ast.Call):
-            return Length(extra[self._name(node.args[0])])
+            return Length(columns[self._name(node.args[0])].values)
         return Constant(_constant(node))
 
     def _name(self, node: ast.expr) -> str:

@@ -26,6 +26,7 @@ from clip_exp.data.tables.grouping import PictureGroups
 from clip_exp.data.tables.index_writer import TableSource, checksum, write_index
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
 from clip_exp.data.tables.stamps import Stamp
+from clip_exp.data.tables.unlike import Unlike
 from clip_exp.errors import DataError
 from clip_exp.storage import lock, remove_leftovers
 
@@ -149,7 +150,10 @@ def _map_array(file: Path) -> np.ndarray:
 
 
 def _scanned(entry: dict[str, Any]) -> ScannedFile:
-    examples = tuple((line, reason) for line, reason in entry["bad_examples"])
-    return ScannedFile(
-        **{**entry, "path": Path(entry["path"]), "stamp": Stamp(*entry["stamp"]), "bad_examples": examples}
-    )
+    read = {
+        "path": Path(entry["path"]),
+        "stamp": Stamp(*entry["stamp"]),
+        "bad_examples": tuple((line, reason) for line, reason in entry["bad_examples"]),
+        "unlike": tuple(Unlike(**each) for each in entry["unlike"]),
+    }
+    return ScannedFile(**{**entry, **read})

@@ -22,7 +22,7 @@ from clip_exp.data.tables.stamps import Stamp
 from clip_exp.progress import progress
 from clip_exp.storage import atomic_folder
 
-_VERSION = 2  # of what the readers make of a file, and of the folder: a change makes new folders
+_VERSION = 3  # of what the readers make of a file, and of the folder: a change makes new folders
 _BAR_FROM = 64 << 20  # bytes; smaller tables are read before a bar is seen
 
 
@@ -32,19 +32,19 @@ class TableSource:
 
     Attributes:
         files: of the table, in order.
-        roots: number of the folder that each file's relative image paths start from.
+        roots: folder that each file's relative image paths start from, absolute.
         options: how they are read.
     """
 
     files: Sequence[Path]
-    roots: Sequence[int]
+    roots: Sequence[Path]
     options: TableOptions
 
     @property
     def identity(self) -> dict[str, Any]:
         """Equal for equal tables, whether the files have changed or not."""
-        files = [str(file.absolute()) for file in self.files]
-        return {"version": _VERSION, "files": files, "roots": list(self.roots), "options": self.options.as_json()}
+        files, roots = [str(file.absolute()) for file in self.files], [str(root) for root in self.roots]
+        return {"version": _VERSION, "files": files, "roots": roots, "options": self.options.as_json()}
 
     @property
     def name(self) -> str:
@@ -112,25 +112,14 @@ def _write_rows(partial: Path, batches: Iterator[RowBatch]) -> int:
     return lines.rows
 
 
-def _write_groups(partial: Path, scan: Scan, roots: Sequence[int]) -> None:
+def _write_groups(partial: Path, scan: Scan, roots: Sequence[Path]) -> None:
     with pa.memory_map(str(partial / "rows.arrow")) as source:
         paths = pa.ipc.open_file(source).read_all()["image_key"]
-        groups = group_pictures(paths, root_per_row([file.rows for file in scan.read], roots))
+        groups = group_pictures(paths, [file.rows for file in scan.read], roots)
     pa.default_memory_pool().release_unused()  # 0.1 GB per million distinct paths, which a long run has better uses for
     if groups is not None:
         for name, values in groups._asdict().items():
             np.save(partial / f"{name}.npy", values)
-
-
-def root_per_row(rows: Sequence[int], roots: Sequence[int]) -> np.ndarray | None:
-    """int64 [rows]: the number of the root of each row; None where all files have the same.
-
-    Args:
-        rows: of each file.
-        roots: number of each file's root; there may be more files.
-    """
-    roots = roots[: len(rows)]
-    return None if len(set(roots)) == 1 else np.repeat(np.asarray(roots, dtype=np.int64), rows)
 
 
 class _NpyFile:

@@ -8,7 +8,7 @@ from typing import Any
 from clip_exp.config.data_schema import DataConfig, OnBadRow
 from clip_exp.data.tables.formats import check_one_kind
 from clip_exp.data.tables.index import open_index
-from clip_exp.data.tables.index_writer import TableSource, progress_of, root_per_row
+from clip_exp.data.tables.index_writer import TableSource, progress_of
 from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.paths import expand
 from clip_exp.data.tables.scan import Scan, ScannedFile
@@ -45,14 +45,19 @@ def open_table(
     check_one_kind(files)
     # Absolute: a process that changes its working directory reads the same pictures.
     roots = [(Path(image_root) if image_root is not None else file.parent).absolute() for file in files]
-    numbers = {root: number for number, root in enumerate(dict.fromkeys(roots))}
-    source = TableSource(files, [numbers[root] for root in roots], options)
+    source = TableSource(files, roots, options)
     rows, read = _in_memory(source) if index_dir is None else _in_index(source, index_dir)
     parts: list[Part] = []
     for file, root, found in zip(files, roots, read, strict=False):  # max_rows may have ended the reading early
         if found.bad:
             kinds = ", ".join(f"{count:,} {reason}" for reason, count in found.bad.items())
             log.warning("%s: %d bad rows were left out: %s.", file, sum(found.bad.values()), kinds)
+        if found.empty_captions:
+            log.warning("%s: %d of %d captions are empty or blank.", file, found.empty_captions, found.rows)
+        if found.unlike:
+            level = logging.WARNING if any(each.count for each in found.unlike) else logging.INFO
+            described = "; ".join(each.describe(found.unit) for each in found.unlike)
+            log.log(level, "%s: values that match nothing in the filter: %s.", file, described)
         start = parts[-1].start + parts[-1].rows if parts else 0
         parts.append(_part(file, root, start, found))
     return PairTable(rows, tuple(parts))
@@ -84,7 +89,7 @@ def _in_memory(source: TableSource) -> tuple[StoredRows, list[ScannedFile]]:
     with progress_of(source.files) as advance:
         scan = Scan(source.files, source.options, advance)
         batches = list(scan.batches())
-    return RowsInMemory(batches, root_per_row([file.rows for file in scan.read], source.roots)), scan.read
+    return RowsInMemory(batches, [file.rows for file in scan.read], source.roots), scan.read
 
 
 def _in_index(source: TableSource, index_dir: Path) -> tuple[StoredRows, list[ScannedFile]]:
@@ -102,4 +107,5 @@ def _part(file: Path, root: Path, start: int, found: ScannedFile) -> Part:
     return Part(
         file.absolute(), root, start, found.rows, found.bad, found.bad_examples, found.unit,
         seen=found.seen, bytes=found.stamp.bytes, digest=found.digest,
+        empty_captions=found.empty_captions, unlike=found.unlike,
     )  # fmt: skip

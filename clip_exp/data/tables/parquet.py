@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables import filters
+from clip_exp.data.tables.columns import bool_numpy
 from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.reader import MAX_CAPTION, BadRows, RowBlock
 from clip_exp.data.tables.values import BadValue, longer_than, no_column, text_of
@@ -171,9 +172,9 @@ def _without_long(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
         return column, none
     values = column.dictionary
     long = pc.fill_null(pc.greater(pc.binary_length(values), _MAX_BYTES), False)
-    if not _numpy(long).any():
+    if not bool_numpy(long).any():
         return column, none
-    rows = _numpy(pc.fill_null(long.take(column.indices), False))
+    rows = bool_numpy(pc.fill_null(long.take(column.indices), False))
     return pa.DictionaryArray.from_arrays(column.indices, pc.if_else(long, pa.scalar("", values.type), values)), rows
 
 
@@ -205,13 +206,7 @@ def _suspicious(setting: str, column: pa.LargeStringArray) -> np.ndarray:
     found = [pc.is_null(column), pc.greater(sizes, MAX_CAPTION), pc.match_substring(column, "\0")]
     if setting == "image_key":
         found.append(pc.equal(sizes, 0))
-    return np.logical_or.reduce([_numpy(mask) for mask in found])
-
-
-def _numpy(mask: pa.BooleanArray) -> np.ndarray:
-    """bool [rows]; null is True."""
-    values = pc.cast(pc.fill_null(mask, True), pa.uint8())
-    return np.frombuffer(values.buffers()[1], dtype=np.uint8)[: len(values)].astype(bool)
+    return np.logical_or.reduce([bool_numpy(pc.fill_null(mask, True)) for mask in found])
 
 
 def _value(column: pa.LargeStringArray, row: int) -> Any:

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from clip_exp.data.tables import filters
+from clip_exp.data.tables.blanks import count_blank, trimmed
 from clip_exp.data.tables.columns import bool_array, string_buffers
 from clip_exp.data.tables.formats import open_reader
 from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.reader import Reader, RowBlock
 from clip_exp.data.tables.stamps import Stamp
+from clip_exp.data.tables.unlike import Unlike, joined
 from clip_exp.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class ScannedFile:
     bad: dict[str, int]
     bad_examples: tuple[tuple[int, str], ...]
     unit: str
+    empty_captions: int  # of `rows`, blank ones included
+    unlike: tuple[Unlike, ...]  # values that the filter could not compare
 
 
 class Scan:
@@ -71,8 +75,9 @@ class Scan:
         yield from map(_as_batch, _rebatch(self._blocks()))
         if not self._rows:
             which = f"{self.files[0]}{' and the others' * (len(self.files) > 1)}"
+            unlike = "; ".join(each.describe(file.unit) for file in self.read[:1] for each in file.unlike)
             raise DataError(
-                f"{which}: no row passes data.filter={self.options.filter}."
+                f"{which}: no row passes data.filter={self.options.filter}.{f' Values that match nothing: {unlike}.' * bool(unlike)}"
                 if any(file.seen for file in self.read)
                 else f"{which}: there are no rows. It takes a row per image-text pair."
             )
@@ -86,12 +91,14 @@ class Scan:
     def _blocks_of(self, file: Path) -> Iterator[RowBlock]:
         stamp = Stamp.of_table(file, len(self.files))
         reader, digest = open_reader(file, self.options), _Digest()
-        before, found = self._rows, 0
+        before, found, empty_captions = self._rows, 0, 0
+        unlike: list[Unlike] = []
         for block in self._advancing(reader, stamp.bytes):
             found += len(block)
-            kept = self._kept(block)
+            kept = self._kept(block, unlike)
             if len(kept):
                 digest.update(kept)
+                empty_captions += count_blank(kept.columns["caption_key"]) if "caption_key" in kept.columns else 0
                 self._rows += len(kept)
                 yield kept
             if self._rows == self.options.max_rows:
@@ -106,8 +113,11 @@ class Scan:
             raise DataError(f"{file} has changed while it was read: start again when it is complete.")
         rows, seen = self._rows - before, found + bad.counts.total()
         self.read.append(
-            ScannedFile(file, stamp, rows, seen, digest.hex(), dict(bad.counts), tuple(bad.examples), bad.unit)
-        )
+            ScannedFile(
+                file, stamp, rows, seen, digest.hex(), dict(bad.counts), tuple(bad.examples), bad.unit,
+                empty_captions, tuple(joined(unlike)),
+            )
+        )  # fmt: skip
 
     def _advancing(self, reader: Reader, size: int) -> Iterator[RowBlock]:
         told = 0
@@ -117,11 +127,15 @@ class Scan:
             yield block
         self.advance(size - told)
 
-    def _kept(self, block: RowBlock) -> RowBlock:
+    def _kept(self, block: RowBlock, unlike: list[Unlike]) -> RowBlock:
         if self._filter is not None:
-            mask = self._filter.mask(block.extra or {}, len(block))
+            mask, found = self._filter.select(block.extra or {}, block.lines)
+            unlike += found
             if not mask.all():
                 block = _filtered(block, mask)
+        if "label_key" in block.columns:
+            columns = {**block.columns, "label_key": trimmed(block.columns["label_key"])}
+            block = RowBlock(columns, block.lines, block.members)
         room = len(block) if self.options.max_rows is None else self.options.max_rows - self._rows
         return _slice(block, 0, room)
 

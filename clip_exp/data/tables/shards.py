@@ -37,7 +37,7 @@ class _Row:
 class ShardReader:
     """A `tables.reader.Reader` of a WebDataset tar.
 
-    The key of a member is its name up to the first dot after the last slash; names without a key, and hidden files, are left
+    The key of a member is its name up to the first dot after the last slash, without `./`; names without a key, and hidden files, are left
     alone as webdataset does. Of a sample the reader takes
     - the picture: the member whose extension is `image_key`, else the first of `PICTURES`;
     - caption and label: the member whose extension is `caption_key` (`label_key`), else that key of the sample's .json, else
@@ -120,8 +120,15 @@ class ShardReader:
 def _keyed(found: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:
     """Key, extension and member, of members that have a key."""
     for member in found:
-        if match := _NAME.fullmatch(member.name):
+        if match := _NAME.fullmatch(_plain(member.name)):
             yield match[1], match[2].lower(), member
+
+
+def _plain(name: str) -> str:
+    """Return a name without `.` and empty parts: `tar -cf x.tar .` writes `./1.jpg`. One with `..` is refused as it is written."""
+    if "./" not in name and "//" not in name:
+        return name
+    return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _sample(key: str, found: list[tuple[str, Member]], keys: set[str]) -> dict[str, Member]:
@@ -162,14 +169,14 @@ def _value(file: BinaryIO, sample: dict[str, Member], record: dict[str, Any], se
 
 
 def _text(file: BinaryIO, member: Member, setting: str, name: str) -> str:
-    """The text of a member: a caption verbatim, a label without the spaces around it."""
+    """The text of a member, verbatim."""
     try:
         text = _read(file, member, _MAX_TEXT, "caption" if setting == "caption_key" else "label").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadValue(
             "not UTF-8", f"its {member.name!r} is not UTF-8 ({error.reason} at byte {error.start})"
         ) from error
-    return text_of(setting, name, text.strip() if setting == "label_key" else text)
+    return text_of(setting, name, text)
 
 
 def _read(file: BinaryIO, member: Member, limit: int, what: str) -> bytes:

@@ -1,6 +1,6 @@
 """Rows of pictures with captions, kept as Arrow batches that worker processes share. Made by `tables.open`.
 
-Captions stay as they are in the file: `null`, `NA`, `007` and the empty caption are text.
+Captions stay as they are in the file: `null`, `NA`, `007` and the empty caption are text. Labels lose the blanks around them.
 """
 
 from bisect import bisect_right
@@ -17,6 +17,7 @@ import pyarrow as pa
 from clip_exp.data.files import ImageLimits, read_below, read_member
 from clip_exp.data.tables.grouping import PictureGroups, group_pictures
 from clip_exp.data.tables.scan import BATCH_ROWS, RowBatch
+from clip_exp.data.tables.unlike import Unlike, as_json, joined
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Part:
     seen: int = 0  # rows that were read: `rows`, bad ones, and those that the filter left out
     bytes: int = 0  # size of the file
     digest: str = ""  # of the rows: equal where paths, captions, labels and places in a shard are
+    empty_captions: int = 0  # of `rows`, blank ones included
+    unlike: tuple[Unlike, ...] = ()  # values that the filter could not compare
 
 
 def bad_rows(parts: Iterable[Part]) -> Counter[str]:
@@ -41,6 +44,11 @@ def bad_rows(parts: Iterable[Part]) -> Counter[str]:
     for part in parts:
         counts.update(part.bad)
     return counts
+
+
+def unlike_values(parts: Iterable[Part]) -> list[Unlike]:
+    """Values that the filter could not compare, an account per column."""
+    return joined(each for part in parts for each in part.unlike)
 
 
 class StoredRows(Protocol):
@@ -72,21 +80,22 @@ class RowsInMemory:
 
     Args:
         batches: as `tables.scan` gives them.
-        roots: int [rows]: see `group_pictures`.
+        rows, roots: of each file, see `group_pictures`.
     """
 
-    def __init__(self, batches: Sequence[RowBatch], roots: np.ndarray | None) -> None:
+    def __init__(self, batches: Sequence[RowBatch], rows: Sequence[int], roots: Sequence[Path]) -> None:
         self.batches = [batch.columns for batch in batches]
         self.lines = np.concatenate([batch.lines for batch in batches])
         members = [batch.members for batch in batches if batch.members is not None]
         self.members = np.concatenate(members) if members else None
-        self._roots = roots
+        self._rows, self._roots = rows, roots
 
     @cached_property
     def groups(self) -> PictureGroups | None:
         if self.members is not None:
             return None
-        return group_pictures(pa.chunked_array([batch.column("image_key") for batch in self.batches]), self._roots)
+        paths = pa.chunked_array([batch.column("image_key") for batch in self.batches])
+        return group_pictures(paths, self._rows, self._roots)
 
 
 class PairTable:
@@ -124,9 +133,28 @@ class PairTable:
         return self.parts[0].root
 
     @property
+    def folders(self) -> set[Path]:
+        """Where relative image paths start from, or where the shards are."""
+        return {part.root if self.members is None else part.file.parent for part in self.parts}
+
+    @property
     def skipped(self) -> int:
         """Bad rows that were left out."""
         return bad_rows(self.parts).total()
+
+    @property
+    def empty_captions(self) -> int:
+        """Captions that are empty or blank."""
+        return sum(part.empty_captions for part in self.parts)
+
+    def shortcomings(self) -> dict[str, Any]:
+        """For a protocol: rows that were left out, empty captions, values that the filter could not compare; no more than there are."""
+        found = {
+            "bad_rows": self.skipped,
+            "empty_captions": self.empty_captions,
+            "filter_values": as_json(unlike_values(self.parts)),
+        }
+        return {name: value for name, value in found.items() if value}
 
     @property
     def pictures(self) -> int:
@@ -186,7 +214,7 @@ class PairTable:
         return self._value("caption_key", row)
 
     def label(self, row: int) -> str:
-        """The class name, verbatim."""
+        """The class name, without blanks around it; empty for none."""
         if self.labels is None:
             raise ValueError("this table was read without labels")
         return self._value("label_key", row)
@@ -197,7 +225,7 @@ class PairTable:
         return f"{part.file}, {part.unit} {self.lines[row]}"
 
     def image_index(self) -> np.ndarray:
-        """int32 [rows]: which picture a row shows, numbered by first appearance. Equal paths are the same picture."""
+        """int32 [rows]: which picture a row shows, numbered by first appearance. Names of a file are the same picture."""
         groups = self._rows.groups
         return np.arange(len(self), dtype=np.int32) if groups is None else groups.image_index
 

@@ -8,6 +8,8 @@ from clip_exp.config.data_schema import OnBadRow
 from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.data.generated import generate
 from clip_exp.data.pictures import PictureFiles, TablePictures
+from clip_exp.data.tables.blanks import BLANKS
+from clip_exp.data.tables.labels import label_of_pictures
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.paths import expand
 from clip_exp.data.tables.table import PairTable
@@ -135,9 +137,12 @@ def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") 
         raise ConfigError(
             f"{where}.root={root}: no such folder. Give a folder that holds one folder of pictures per class."
         )
-    folders = in_order(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = in_order(name.strip(BLANKS) for name in found)
     published = isinstance(classes, str) and classes in CLASS_SETS
-    files = {folder: find_pictures(root / folder) for folder in folders}
+    files: dict[str, list[str]] = {folder: [] for folder in folders}
+    for name in found:
+        files[name.strip(BLANKS)] += find_pictures(root / name)
     if not isinstance(classes, dict):  # which names the folders that are classes
         require_class_folders(root, files, where)
     if not any(files.values()):
@@ -190,33 +195,19 @@ def from_table(
         on_bad_row=on_bad_row,
         filter=filter,
     )
-    rows, labels, unlabeled = _labeled_rows(pairs)
-    if not rows:
+    labels = label_of_pictures(pairs)
+    labeled = [picture for picture, label in enumerate(labels) if label]
+    if not labeled:
         raise DataError(f"{table}: the column {label_key} is empty in every row.")
-    present = in_order(labels)
+    present = in_order(labels[picture] for picture in labeled)
     matched = match(present, present, classes, str(table), where)
     return LabeledImages(
-        TablePictures(pairs, rows, allow_outside_root),
-        [matched.position[label] for label in labels],
+        TablePictures(pairs, [int(pairs.rows_of(picture)[0]) for picture in labeled], allow_outside_root),
+        [matched.position[labels[picture]] for picture in labeled],
         matched.names,
         str(table),
         matched.keys,
-        unlabeled=unlabeled,
+        unlabeled=len(labels) - len(labeled),
         imagenet=matched.imagenet,
-        about={"bad_rows": pairs.skipped} if pairs.skipped else {},
+        about=pairs.shortcomings(),
     )
-
-
-def _labeled_rows(pairs: PairTable) -> tuple[list[int], list[str], int]:
-    """The first row and the label of each picture that has one, and how many have none."""
-    assert pairs.labels is not None
-    written: list[str] = pairs.labels.to_pylist()
-    first_row: dict[int, int] = {}
-    for row, picture in enumerate(pairs.image_index().tolist()):
-        first = first_row.setdefault(picture, row)
-        if written[row] != written[first]:
-            raise DataError(
-                f"{pairs.where(row)}: {pairs.path(row)} is '{written[row]}' here and '{written[first]}' before; give one label."
-            )
-    rows = [row for row in first_row.values() if written[row]]
-    return rows, [written[row] for row in rows], len(first_row) - len(rows)

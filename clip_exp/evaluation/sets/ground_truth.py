@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.tables.blanks import BLANKS
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order, listing
 from clip_exp.evaluation.sets.names import match
@@ -93,7 +94,7 @@ def read_ground_truth(path: str | Path, key: str) -> Labels:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not text. It may be {ACCEPTED}.") from error
-    return _from_text([line.strip() for line in text.split("\n") if line.strip()], where)
+    return _from_text([stripped for line in text.split("\n") if (stripped := line.strip(BLANKS))], where)
 
 
 def _from_text(lines: list[str], where: str) -> Labels:

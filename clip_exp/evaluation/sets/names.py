@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from clip_exp.data.tables.labels import warn_alike
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_sets import CLASS_SETS, class_set, imagenet_index
 from clip_exp.evaluation.sets.labeled import are_numbers, listing
@@ -53,6 +54,7 @@ def match(labels: list[str], own_names: list[str], classes: Any, data: str, wher
         ConfigError: the names do not fit the labels.
         DataError: under a published list a label that is no class of it.
     """
+    warn_alike(labels, data)
     if classes == "labels":
         return Matched({label: index for index, label in enumerate(labels)}, own_names, _by_wnid(labels))
     if isinstance(classes, str) and classes in CLASS_SETS:
@@ -60,6 +62,7 @@ def match(labels: list[str], own_names: list[str], classes: Any, data: str, wher
     if classes == "objectnet":
         raise ConfigError(f"{where}.classes=objectnet is for ObjectNet's own folder: give {where}.root.")
     given = read_names(classes, f"{where}.classes", ACCEPTED)
+    warn_alike(given.values() if isinstance(given, dict) else given, f"{where}.classes")
     if isinstance(given, dict):
         return _match_mapping(labels, given, data, where)
     return _match_list(labels, own_names, given, data, where)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.data.pictures import Pictures, Stored
+from clip_exp.data.contents import Stored
+from clip_exp.data.pictures import Pictures
 from clip_exp.progress import progress
 
 SAMPLE = 4096  # bytes from the middle of an image

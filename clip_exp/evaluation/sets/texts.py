@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from clip_exp.data.tables.blanks import BLANKS
 from clip_exp.errors import ConfigError
 
 
@@ -112,10 +113,10 @@ def _texts(values: Any, where: str, accepted: str) -> list[str]:
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{where} holds no texts; it may be {accepted}.")
     for number, value in enumerate(values, start=1):
-        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip(BLANKS):
             hint = " Put it in quotes." if isinstance(value, bool | float) else ""
             raise ConfigError(f"{where}: entry {number} is {_shown(value)}, not a text.{hint}")
-    return [str(value).strip() for value in values]
+    return [str(value).strip(BLANKS) for value in values]
 
 
 def _shown(value: Any) -> str:

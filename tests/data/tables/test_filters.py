@@ -7,6 +7,7 @@ import pytest
 from clip_exp.data.tables.filters import parse
 from clip_exp.errors import ConfigError
 
+LINES = np.arange(9)
 COLUMNS = {
     "width": pa.array(["256", " 12 ", "+3.5", "many", "", None, "-.5", "1.", "2e2"], pa.large_string()),
     "n": pa.array([1, 2, None, 4, 5, 6, 7, 8, 9]),
@@ -48,12 +49,40 @@ MATCHES = {
 def test_rows_match_as_the_condition_reads(condition):
     found = parse(condition)
     extra = {name: COLUMNS[name] for name in found.names}
-    mask = found.mask(extra, 9)
+    mask = found.select(extra, LINES)[0]
     assert (mask.dtype, mask.shape) == (np.bool_, (9,))
     assert " ".join(str(row + 1) for row in np.flatnonzero(mask)) == MATCHES[condition]
     sliced = {name: column.slice(2, 5) for name, column in extra.items()}
-    assert parse(condition).mask(sliced, 5).tolist() == mask[2:7].tolist()
-    assert pickle.loads(pickle.dumps(found)).mask(extra, 9).tolist() == mask.tolist()
+    assert parse(condition).select(sliced, LINES[2:7])[0].tolist() == mask[2:7].tolist()
+    assert pickle.loads(pickle.dumps(found)).select(extra, LINES)[0].tolist() == mask.tolist()
+
+
+def test_values_that_cannot_be_compared_are_counted_and_missing_ones_apart():
+    written = [" 256", "1,024", "512 px", "", None, "nan", "3e2", " ", "x" * 90]
+    columns = {
+        "width": pa.array(written, pa.large_string()),
+        "n": COLUMNS["n"],
+        "score": COLUMNS["score"],
+        "ok": pa.array(["true", "yes", "0", *[""] * 6], pa.string()).dictionary_encode(),
+        "tags": COLUMNS["tags"],
+    }
+
+    def found(condition: str, start: int = 0) -> dict[str, tuple[object, ...]]:
+        condition_, rest = parse(condition), {name: column.slice(start) for name, column in columns.items()}
+        return {each.column: tuple(vars(each).values())[1:] for each in condition_.select(rest, LINES[start:] + 2)[1]}
+
+    assert found("256 <= width and (n > 3 or width < 1000)") == {
+        "width": ("numbers", 4, 3, "1,024", 3),
+        "n": ("numbers", 0, 1, "", 0),
+    }
+    assert found("width > 1", start=5) == {"width": ("numbers", 2, 1, "nan", 7)}
+    assert found("width > 1", start=8)["width"][3] == "x" * 40 + "…"
+    assert found("score > 1 and ok == True and tags == 'dog'") == {
+        "score": ("numbers", 0, 1, "", 0),
+        "ok": ("truth values", 1, 6, "yes", 3),
+        "tags": ("text", 8, 1, "['dog']", 2),
+    }
+    assert found("width == '' and len(width) > 3 and 'x' in width") == {"width": ("text", 0, 1, "", 0)}
 
 
 def test_the_names_are_those_of_the_columns():

@@ -24,6 +24,20 @@ def test_folders_are_classes_in_code_point_order_and_underscores_are_spaces(clas
     assert not [path for path in list(images.pictures.paths) if "hidden" in path or "notes" in path]
 
 
+def test_labels_lose_their_blanks_and_those_that_are_alike_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for number, folder in enumerate(("cat", "cat ", "Cat", "\u00a0guinea_pig")):
+        write_picture(tmp_path / "root" / folder / f"{number}.png", number)
+    images = from_folder(tmp_path / "root", ["Cat", " cat\u200b", "guinea pig"])
+    assert (images.class_names, images.keys) == (["Cat", "cat", "guinea pig"], ["Cat", "cat", "guinea_pig"])
+    assert sorted(zip([Path(name).name for name in names(images)], images.labels, strict=True)) == [
+        ("0.png", 1), ("1.png", 1), ("2.png", 0), ("3.png", 2),
+    ]  # fmt: skip
+    assert "'Cat' and 'cat'" in caplog.text
+    (tmp_path / "labels.csv").write_text("filepath,label\na.png,cat\nb.png,cat \n./a.png,\u00a0cat\nc.png,dog\n")
+    table = from_table(str(tmp_path / "labels.csv"), image_key="filepath", label_key="label")
+    assert (table.class_names, table.labels) == (["cat", "dog"], [0, 0, 1])
+
+
 def test_pictures_in_folders_below_a_class_belong_to_it(tmp_path: Path):
     write_picture(tmp_path / "cat" / "images" / "1.JPEG", 0)
     assert list(from_folder(tmp_path).pictures.paths) == [str(tmp_path / "cat" / "images" / "1.JPEG")]
