@@ -129,3 +129,6 @@ class _Array(PictureFiles):
         super().__init__(["0"])
 
     def stored(self, index: int) -> None: ...  # type: ignore[override]
+
+    def fingerprint(self) -> str:
+        return "an array"
