@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import NamedTuple
@@ -65,15 +65,18 @@ def equal_contents(places: Sequence[Stored]) -> list[list[int]]:
     Only what is of equal size is looked at, and only what has an equal sample is read whole.
     """
     groups = [list(range(len(places)))]
-    for key in (_size, _sample, _digest):
-        groups = [part for group in groups for part in _split(group, places, key)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for key in (_size, _sample, _digest):
+            positions = [position for group in groups for position in group]
+            found = dict(zip(positions, threads.map(key, [places[position] for position in positions]), strict=True))
+            groups = [part for group in groups for part in _split(group, found)]
     return groups
 
 
-def _split(group: Iterable[int], places: Sequence[Stored], key: Callable[[Stored], Hashable]) -> list[list[int]]:
+def _split(group: Iterable[int], key: Mapping[int, Hashable]) -> list[list[int]]:
     parts: defaultdict[Hashable, list[int]] = defaultdict(list)
     for position in group:
-        parts[key(places[position])].append(position)
+        parts[key[position]].append(position)
     return [part for found, part in parts.items() if found is not None and len(part) > 1]
 
 

@@ -3,15 +3,16 @@
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 from clip_exp.config.evaluation_schema import KNNTaskConfig, LabeledDataConfig
+from clip_exp.data import contents
+from clip_exp.data.contents import Stamp, Stored, stamp_of
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.prepared import KNNTask
-from clip_exp.evaluation.sets import overlap
 from clip_exp.evaluation.sets.overlap import find_overlap
 from clip_exp.evaluation.splits import prepare_knn
 from tests.data.tables.shard_files import write_shard
@@ -64,9 +65,9 @@ def test_a_copy_of_everything_is_refused(data: Path) -> None:
         prepare({"root": "test"}, {"root": "copied"})
 
 
-def test_images_of_one_size_and_one_middle_are_told_apart_by_all_their_bytes(tmp_path: Path) -> None:
-    for name, ends in (("a", b"xy"), ("b", b"xz"), ("c", b"xy")):
-        (tmp_path / name).write_bytes(ends[:1] + bytes(100_000) + ends[1:])
+def test_images_of_one_size_and_one_sample_are_told_apart_by_all_their_bytes(tmp_path: Path) -> None:
+    for name, byte in (("a", b"y"), ("b", b"z"), ("c", b"y")):
+        (tmp_path / name).write_bytes(bytes(20_000) + byte + bytes(80_000))
     assert not find_overlap(PictureFiles([tmp_path / "a"]), PictureFiles([tmp_path / "b"])).images
     assert find_overlap(PictureFiles([tmp_path / "a"]), PictureFiles([tmp_path / "c"])).equal_content == 1
 
@@ -75,11 +76,11 @@ def test_only_images_of_equal_size_are_opened(data: Path, monkeypatch: pytest.Mo
     os.truncate(data / "test" / "cat" / "1.png", 6001)
     opened = []
 
-    def recorded(file: str, mode: str) -> IO[bytes]:
-        opened.append(file)
-        return open(file, mode)
+    def recorded(place: Stored) -> Stamp:
+        opened.append(place.file)
+        return stamp_of(place)
 
-    monkeypatch.setattr(overlap, "open", recorded, raising=False)
+    monkeypatch.setattr(contents, "stamp_of", recorded)
     find_overlap(
         PictureFiles([data / "train/cat/0.png"]), PictureFiles([data / "test/cat/0.png", data / "test/cat/1.png"])
     )
@@ -97,10 +98,10 @@ def test_tables_and_shards_are_compared_with_folders(data: Path) -> None:
     (data / "test.csv").write_text("filepath,label\n./test/cat/0.png,cat\ntest/../train/dog/0.png,dog\n")
     assert counts(prepare({"table": "test.csv"}, {"root": "train"})) == (1, 0)
     images = [("cat", data / "test/cat/0.png"), ("dog", data / "train/dog/1.png")]
-    contents = {}
+    members = {}
     for number, (label, path) in enumerate(images):
-        contents |= {f"{number}.png": path.read_bytes(), f"{number}.cls": label}
-    write_shard(data / "test.tar", contents)
+        members |= {f"{number}.png": path.read_bytes(), f"{number}.cls": label}
+    write_shard(data / "test.tar", members)
     shard = {"table": "test.tar", "label_key": "cls", "image_key": "png"}
     assert counts(prepare(shard, {"root": "train"})) == (0, 1)
     with pytest.raises(ConfigError, match="all 2 images"):
