@@ -64,7 +64,7 @@ def rehearse_layers(architecture: ModelConfig, config: FineTuneConfig) -> None:
         check_adapted(model, config.lora)
 
 
-def _towers(model: CLIP) -> dict[str, nn.Module]:
+def _towers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: getattr(model, name) for name in TOWERS}
 
 
@@ -101,13 +101,13 @@ def quiet(model: nn.Module, *, probing: bool) -> Iterator[nn.Module]:
     There batch norms keep their statistics, and nothing is dropped out.
 
     Args:
-        probing: only the projections learn.
+        probing: only the projections learn: both towers are in evaluation mode.
     """
-    late = late_names(model) if probing else set()
-    learns = {id(weight) for name, weight in model.named_parameters() if weight.requires_grad and name not in late}
+    if probing:
+        yield from _towers(model).values()
     for module in model.modules():
         weights = list(module.parameters())
-        if weights and not any(id(weight) in learns for weight in weights):
+        if weights and not any(weight.requires_grad for weight in weights):
             yield module
 
 

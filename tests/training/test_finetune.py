@@ -90,6 +90,17 @@ def test_frozen_parts_stay_in_evaluation_mode_when_the_rest_is_set_to_training()
         module.train()
 
 
+def test_during_a_linear_probe_both_towers_run_as_in_evaluation() -> None:
+    """Modules without weights, too: patches are seen all."""
+    config = train_config("finetune=linear_probe")
+    config.model = small_config(dropout=0.5)
+    config.model.image.patch_dropout = 0.5
+    model = build_model(config.model)
+    CLIPModule(model, nn.Identity(), config, 300)
+    assert model.training
+    assert not any(module.training for tower in (model.image, model.text) for module in tower.modules())
+
+
 # ----------------------------------------------------------------------------------------------------------- rates
 
 
