@@ -109,8 +109,6 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
     model = _build_model(config, run_dir, resumes=resumes)
     torch.backends.cudnn.benchmark = benchmarks_convolutions(model.image, device_type, config.trainer.deterministic)
     module = CLIPModule(model, build_loss(config.loss), config, steps, zero_shot)
-    # The weights are the same on every rank; what is drawn while training (dropout) is not.
-    torch.manual_seed(config.seed + 1 + group.rank())
     trainer = build_trainer(
         config,
         run_dir,

@@ -140,9 +140,15 @@ class CLIPModule(pl.LightningModule):
                 checkpoint[key] = unmerge(checkpoint[key], checkpoint.pop(f"adapted_{key}"))
 
     def on_train_start(self) -> None:
-        """Take up the random state of this rank where the run goes on with as many ranks as before."""
+        """Seed what is drawn while training (dropout), which differs from rank to rank as weights do not.
+
+        Here, because Lightning's DDP gives all ranks the same seed when it starts. A run that resumes on as many ranks as before
+        continues with their random states.
+        """
         if len(self._random_states) == self.trainer.world_size:
             set_random_state(self._random_states[self.trainer.global_rank])
+        else:
+            torch.manual_seed(self.config.seed + 1 + self.trainer.global_rank)
 
     # ------------------------------------------------------------------------------------------------- validation
 

@@ -2,7 +2,8 @@
 
 The towers' modules and the batches come from clip_exp; loss, gradient clipping, optimizers, schedules, rates, freezing, adapters,
 averaging and random numbers are written here, from their formulas. Nothing below knows of a strategy: whatever the ranks do must
-amount to this.
+amount to this. ResNets are computed in float32: batch normalization over few samples, and ReLUs of what is nearly zero, make the
+fourth digit of a gradient's norm depend on how the features are rounded.
 """
 
 import math
@@ -102,7 +103,7 @@ def contrastive_loss(
     image, text = (features / features.norm(dim=1, keepdim=True) for features in (image, text))
     logits = scale * image @ text.T
     if loss == "sigmoid":
-        labels = match.double() * 2 - 1
+        labels = match.to(logits) * 2 - 1
         return -F.logsigmoid(labels * (logits + bias)).sum() / len(logits)
     target = match / match.sum(dim=1, keepdim=True)
     to_text, to_image = (target * logits.log_softmax(dim=1)), (target * logits.T.log_softmax(dim=1))
@@ -241,7 +242,7 @@ def start(recipe: Recipe, config: ModelConfig, weights: Path, seed: int) -> CLIP
             for name, layer in list(block.named_modules()):
                 if isinstance(layer, nn.Linear):
                     block.set_submodule(name, Adapted(layer, recipe.lora_dropout))
-    return model.double()
+    return model.float() if recipe.tower == "resnet" else model.double()
 
 
 def plain_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -267,13 +268,8 @@ def set_modes(model: CLIP, learning: set[str], probing: bool) -> None:
 
 
 def initial_random_states(seed: int, ranks: int) -> list[Tensor]:
-    """What dropout draws from: a generator for each rank, which the loader has taken one number from for its workers."""
-    states = []
-    for rank in range(ranks):
-        torch.manual_seed(seed + 1 + rank)
-        torch.empty((), dtype=torch.int64).random_()
-        states.append(torch.get_rng_state())
-    return states
+    """What dropout draws from: a generator for each rank."""
+    return [torch.Generator().manual_seed(seed + 1 + rank).get_state() for rank in range(ranks)]
 
 
 def encode(tower: nn.Module, x: Tensor, micro_batch: int | None) -> Tensor:
@@ -284,7 +280,7 @@ def encode(tower: nn.Module, x: Tensor, micro_batch: int | None) -> Tensor:
 def features(recipe: Recipe, model: CLIP, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Features of the whole batch, which the ranks share in order; running statistics are those of the first one."""
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
-    pixels = (batch.image.double() / 255 - mean) / std
+    pixels = ((batch.image.double() / 255 - mean) / std).to(model.logit_scale.dtype)
     share = BATCH // recipe.ranks
     images, texts = [], []
     for rank in range(recipe.ranks):
@@ -296,7 +292,7 @@ def features(recipe: Recipe, model: CLIP, batch: Batch, states: list[Tensor]) ->
         if rank == 0:
             statistics = [buffer.clone() for buffer in model.buffers()]
     for buffer, statistic in zip(model.buffers(), statistics, strict=True):
-        buffer.copy_(statistic)
+        buffer.data.copy_(statistic)  # unseen by autograd, which keeps the buffer for the backward pass
     return torch.cat(images), torch.cat(texts)
 
 
