@@ -27,6 +27,7 @@ PROBE_STEPS = 3
 MAX_LOGIT_SCALE = math.log(100)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pixels
 RATES = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}
+UNCLIPPED_SGD_RATE = 0.005  # where norms are a hundred, and a larger one magnifies rounding threefold in every step
 WEIGHT_DECAY = 0.1
 MOMENTUM, BETAS, EPS = 0.9, (0.9, 0.98), 1e-6
 LORA_RANK, LORA_ALPHA = 4, 12.0
@@ -147,14 +148,18 @@ def learns(recipe: Recipe, name: str, names: list[str]) -> bool:
     return unfrozen is not None and of[name] > blocks - unfrozen
 
 
+def base_rate(recipe: Recipe) -> float:
+    return UNCLIPPED_SGD_RATE if recipe.optimizer == "sgd" and recipe.clip is None else RATES[recipe.optimizer]
+
+
 def peak_rate(recipe: Recipe, name: str, names: list[str]) -> float:
     """The highest learning rate of a weight: slower towards the input (Clark et al. 2020), the base rate outside of the towers."""
     tower = name.split(".")[0]
     if tower not in ("image", "text"):
-        return RATES[recipe.optimizer]
+        return base_rate(recipe)
     of, blocks = depths(names, tower)
     lr_factor = recipe.lr_factor if tower == "image" else 1.0
-    return RATES[recipe.optimizer] * lr_factor * recipe.layer_decay ** (blocks + 1 - of[name])
+    return base_rate(recipe) * lr_factor * recipe.layer_decay ** (blocks + 1 - of[name])
 
 
 def is_decayed(name: str, weight: Tensor) -> bool:

@@ -38,6 +38,7 @@ from tests.training.independent import (
     WEIGHT_DECAY,
     Computed,
     Recipe,
+    base_rate,
     compute,
     start,
 )
@@ -69,6 +70,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 COUNT, SEED = 34, 0
 QUICK = (6, 11, 12, 16, 25, 31)  # have 59 of the 64 values, in few and small processes
+# SGD of a random ResNet without clipping: rounding grows in every step, to 1e-3 between float32 and float64 of the computation itself.
+CHAOTIC = (26,)
 FIRST_SEED = 100  # of the runs: that of the first recipe
 RESUME_STEP = 5  # its checkpoint is the last but one
 TOWERS = {
@@ -84,7 +87,7 @@ SETTINGS = (
     "precision=32-true", "trainer.accelerator=cpu", f"optimizer.weight_decay={WEIGHT_DECAY}",
 )  # fmt: skip
 POSITIVE = {"equal captions": ("caption",), "equal images": ("image",), "both": ("caption", "image")}
-# Random numbers of compiled dropout are others, and what ranks share differently has other random numbers and statistics.
+# Compiled dropout draws other numbers, and so does dropout on another number of ranks.
 RANDOM = ("dropout", "patch_dropout", "lora_dropout")
 
 
@@ -132,20 +135,21 @@ def pairs(recipe: Recipe) -> Iterator[Any]:
     return combinations(dataclasses.asdict(recipe).items(), 2)
 
 
-RECIPES = draw_recipes(COUNT, SEED)
+RECIPES = {number: recipe for number, recipe in enumerate(draw_recipes(COUNT, SEED)) if number not in CHAOTIC}
 
 
 def test_every_value_of_every_option_is_in_a_recipe() -> None:
+    assert len(RECIPES) >= 30
     assert VALUES.keys() == {field.name for field in dataclasses.fields(Recipe)}
     for name, values in VALUES.items():
-        assert {getattr(recipe, name) for recipe in RECIPES} == set(values), name
+        assert {getattr(recipe, name) for recipe in RECIPES.values()} == set(values), name
 
 
 @pytest.mark.exhaustive
 def test_the_logit_scale_reaches_its_limit_in_a_recipe(
     table: Path, weights: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    at_limit = [number for number, recipe in enumerate(RECIPES) if recipe.logit_scale == 0]
+    at_limit = [number for number, recipe in RECIPES.items() if recipe.logit_scale == 0]
     assert any(expect(number, table, weights, tmp_path).limited for number in at_limit)
 
 
@@ -200,7 +204,7 @@ def overrides(recipe: Recipe, seed: int, table: Path, weights: Path) -> list[str
         "loss.init_logit_scale": recipe.logit_scale,
         "loss.chunk_size": 5 if recipe.loss == "sigmoid" else None,
         "optimizer": recipe.optimizer,
-        "optimizer.lr": RATES[recipe.optimizer],
+        "optimizer.lr": base_rate(recipe),
         "optimizer.momentum": MOMENTUM if recipe.optimizer == "sgd" else None,
         "scheduler": recipe.schedule,
         "scheduler.final_factor": None if recipe.schedule == "constant" else recipe.final_factor,
@@ -340,10 +344,11 @@ def differences(run: Finished, expected: Computed) -> dict[str, float]:
     return found
 
 
-LARGEST = {"loss": 5e-6, "grad_norm": 1e-4, "logit_scale": 1e-6, "weights": 1e-5, "averaged": 1e-5}
+# Twice what was found (2026-11-30), except for weights: single ones whose gradient is nearly zero differ by 7e-6, the others by 3e-6.
+LARGEST = {"loss": 2e-6, "grad_norm": 4e-5, "logit_scale": 1.5e-6, "weights": 1e-5, "averaged": 3e-6}
 
 
-@pytest.mark.parametrize("number", repeat_beyond(QUICK, range(COUNT)))
+@pytest.mark.parametrize("number", repeat_beyond(QUICK, RECIPES))
 def test_a_run_computes_what_the_formulas_say(
     number: int,
     table: Path,
