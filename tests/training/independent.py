@@ -24,7 +24,7 @@ from clip_exp.models.clip import CLIP
 
 STEPS, BATCH = 8, 12
 PROBE_STEPS = 3
-MAX_LOGIT_SCALE = math.log(100)
+MAX_LOGIT_SCALE = {"softmax": math.log(100), "sigmoid": math.inf}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pixels
 RATES = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}
 UNCLIPPED_SGD_RATE = 0.005  # where norms are a hundred, and a larger one magnifies rounding threefold in every step
@@ -345,7 +345,7 @@ def compute(recipe: Recipe, model: CLIP, batches: Iterable[Batch], seed: int) ->
         for name, optimizer in optimizers.items():
             optimizer.step(clipped * gradients[name], peak[name] * rate(recipe, step, name))
         stepped = model.logit_scale.item()
-        model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
+        model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE[recipe.loss])
 
         if recipe.ema is not None and (step + 1) % recipe.ema[1] == 0:
             for name, value in model.state_dict().items():
