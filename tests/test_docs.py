@@ -12,6 +12,7 @@ import pytest
 
 from clip_exp.cli import COMMANDS as CLI_COMMANDS
 from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.idle import idle_problems, typed_keys
 from clip_exp.config.load import load_evaluate, load_train, load_use
 from clip_exp.config.models import translate
 from clip_exp.config.overrides import quote
@@ -49,7 +50,10 @@ def test_every_documented_command_composes(page: str, command: str) -> None:
     overrides = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
     config = compose_config(*quote(translate(overrides)), command=name)
     loaders = {"train": load_train, "evaluate": load_evaluate}
-    assert loaders[name](config) if name in loaders else load_use(config, SCHEMAS[name])
+    if name in loaders:
+        assert list(idle_problems(loaders[name](config), typed_keys(overrides))) == []
+    else:
+        assert load_use(config, SCHEMAS[name])
 
 
 def test_the_pages_that_the_readme_links_exist() -> None:

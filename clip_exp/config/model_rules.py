@@ -21,9 +21,6 @@ TEXT_NEEDS: dict[TextTower, tuple[str, ...]] = {
     TextTower.huggingface: ("name",),
     TextTower.open_clip: (),
 }
-# What may be set at all; the others of these fields are null.
-IMAGE_SHAPE = ("patch_size", "stages", *TRANSFORMER, "name")
-TEXT_SHAPE = (*TRANSFORMER, "name")
 
 
 def check_model(model: ModelConfig) -> list[str]:
@@ -87,28 +84,6 @@ def _check_text(text: TextTowerConfig) -> Iterator[str]:
         yield f"model.text.context_length={text.context_length} must hold a start, a word and an end: at least 3."
 
 
-def check_idle(model: ModelConfig) -> Iterator[str]:
-    """What is set of a tower and would be ignored, because towers of its kind have no such thing."""
-    optional = ("name",) if model.text.kind is TextTower.open_clip else ()
-    towers: tuple[tuple[str, Any, tuple[str, ...], tuple[str, ...]], ...] = (
-        ("image", model.image, IMAGE_SHAPE, IMAGE_NEEDS[model.image.kind]),
-        ("text", model.text, TEXT_SHAPE, (*TEXT_NEEDS[model.text.kind], *optional)),
-    )
-    for tower, values, names, used in towers:
-        for name in names:
-            if name not in used and getattr(values, name) is not None:
-                yield (
-                    f"model.{tower}.{name}={getattr(values, name)} has no effect on {tower} towers of kind={values.kind}: "
-                    "leave it out."
-                )
-    if model.text.kind is TextTower.open_clip:
-        yield from _check_open_clip_text(model)
-    if model.image.pretrained and "image" not in own_towers(model):
-        yield (
-            "model.image.pretrained=true is for backbones of timm (model/image=timm): weights of a whole model are pretrained=…"
-        )
-
-
 def own_towers(model: ModelConfig) -> set[str]:
     """Return which of the towers, `image` and `text`, the configuration starts from the weights of their own library."""
     image = model.image.pretrained and backbone_of(model) is not None
@@ -118,7 +93,9 @@ def own_towers(model: ModelConfig) -> set[str]:
 
 def has_encoder(model: ModelConfig) -> bool:
     """Return whether the text tower is an encoder of Hugging Face's."""
-    return model.text.kind in (TextTower.huggingface, TextTower.open_clip) and model.text.name is not None
+    if model.text.kind is TextTower.open_clip:
+        return "hf_model_name" in open_clip_values(model.open_clip_name)["text_cfg"]
+    return model.text.kind is TextTower.huggingface
 
 
 def backbone_of(model: ModelConfig) -> str | None:
@@ -130,14 +107,29 @@ def backbone_of(model: ModelConfig) -> str | None:
     return None
 
 
-def _check_open_clip_text(model: ModelConfig) -> Iterator[str]:
-    values = open_clip_values(model.open_clip_name)["text_cfg"]
-    if model.text.name is not None and "hf_model_name" not in values:
-        yield (
-            f"model.text.name={model.text.name} has no effect: the text tower of model.name={model.open_clip_name} is "
-            "open_clip's own. Leave it out."
-        )
-    if model.text.trim and not can_be_trimmed(values):
+def has_own_mlp(model: ModelConfig) -> bool:
+    """Return whether a tower is clip_exp's own, with `activation` in its MLPs; those of timm and Hugging Face have theirs."""
+    return model.image.kind in (ImageTower.vit, ImageTower.siglip) or model.text.kind in (
+        TextTower.clip,
+        TextTower.siglip,
+    )
+
+
+def uses_activation(model: ModelConfig) -> bool:
+    """Return whether `activation` changes the model: open_clip's architectures allow another in the place of their own."""
+    return has_own_mlp(model) or model.image.kind is ImageTower.open_clip
+
+
+def uses_openai(text: TextTowerConfig) -> bool:
+    """Return whether captions are split by OpenAI's tokenizer, which the package carries."""
+    return text.tokenizer is None and text.kind in (TextTower.clip, TextTower.open_clip)
+
+
+def check_trim(model: ModelConfig) -> Iterator[str]:
+    """Yield why texts may not be as short as a batch allows."""
+    if model.text.kind is not TextTower.open_clip or not model.text.trim:
+        return
+    if not can_be_trimmed(open_clip_values(model.open_clip_name)["text_cfg"]):
         yield (
             f"model.text.trim=true would change the features of model.name={model.open_clip_name}, whose texts need the whole "
             "context: leave it out."

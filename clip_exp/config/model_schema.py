@@ -134,8 +134,9 @@ class ModelConfig:
     embed_dim: int = MISSING  # channels of the shared space
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    # Of the MLPs of transformers; a resnet and the towers of timm and Hugging Face have their own.
     activation: Activation | None = None  # null: the one that the weights were trained with, else gelu
-    dropout: float = 0.0  # on the residual branches of both towers
+    dropout: float = 0.0  # on the residual branches of transformers; a resnet has none
     open_clip_name: str | None = None  # of the same architecture there: `pretrained` knows its tags
 
     @property

@@ -1,10 +1,12 @@
 """What an evaluation needs, found and checked without torch: the model, the data of every task, and a folder for the results."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from clip_exp.config.evaluation_schema import EvaluateConfig, SubjectConfig
+from clip_exp.config.idle import idle_problems, typed_keys
 from clip_exp.config.load import to_yaml
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.schema import Precision
@@ -17,14 +19,21 @@ from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_tex
 from clip_exp.secrets import leaks
 
 
-def check(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
+def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tuple[ModelSource, list[Task]]:
     """Find the model and the data of an evaluation, without torch. Weights are fetched last, when all else is right.
+
+    Args:
+        arguments: of the command line, whose keys must have an effect; None: that has been checked, and the weights have since
+            filled in the model.
 
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
     """
     errors: list[ClipExpError] = [ConfigError(problem) for problem in problems_of(config)]
     errors += [ConfigError(problem) for problem in leaks(asdict(config))]
+    typed = typed_keys(arguments or ())
+    if arguments is not None:
+        errors += [ConfigError(problem) for problem in idle_problems(config, typed)]
     if config.name is not None:
         errors += [ConfigError(problem) for problem in name_problems(config.name)]
     if config.cache_gb < 0:
@@ -40,7 +49,7 @@ def check(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
         known = source or ModelSource(config.model or ModelConfig(), Path(str(config.pretrained)))
     except ClipExpError as error:
         errors.append(error)
-    tasks, task_errors = prepare_tasks(config.task, config.output_dir, known)
+    tasks, task_errors = prepare_tasks(config.task, config.output_dir, known, typed)
     errors += task_errors
     if errors:
         raise gravest(errors)

@@ -47,8 +47,9 @@ def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict
         ConfigError, DataError, CheckpointError: the model, a task or its data cannot be used.
         NumericError: the model's features are not finite.
     """
-    source, tasks = check(config)
-    folder = open_folder(config, source, sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    source, tasks = check(config, arguments)
+    folder = open_folder(config, source, arguments)
     return evaluate_in(folder, config, source, tasks)
 
 
@@ -65,7 +66,7 @@ class Evaluation(Work):
     @contextmanager
     def open(self) -> Iterator[Opened]:
         """Find the model and the data, see that there are the devices, and make the folder."""
-        self.checked = source, _ = check(self.config)
+        self.checked = source, _ = check(self.config, self.arguments)
         if problems := list(device_problems(self.devices())):
             raise ConfigError("\n".join(problems))
         yield Opened(open_folder(self.config, source, self.arguments))

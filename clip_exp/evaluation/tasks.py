@@ -1,7 +1,7 @@
 """From `task` of a configuration to what is to be scored: files found, names matched, no weights loaded. No torch."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from clip_exp.config.evaluation_schema import (
     TaskKind,
     ZeroShotTaskConfig,
 )
+from clip_exp.config.idle import idle_problems
 from clip_exp.config.load import nearest, strict_dataclass
 from clip_exp.config.missing import MISSING
 from clip_exp.config.paths import options
@@ -52,13 +53,14 @@ NAME = re.compile(r"[\w.@+-]+")  # becomes a file's name
 
 
 def prepare_tasks(
-    wanted: dict[str, Any], output_dir: str, source: ModelSource | None
+    wanted: dict[str, Any], output_dir: str, source: ModelSource | None, typed: Collection[str] = ()
 ) -> tuple[list[Task], list[ClipExpError]]:
     """Everything that `task` of a configuration asks for, and everything that is wrong with it.
 
     Args:
         wanted: name to values.
         source: the model, whose run tells `auto` tasks what to score; None if it was not found: they are passed over.
+        typed: see `idle_problems`.
     """
     parsed: dict[str, TaskConfig] = {}
     prepared: dict[str, list[Task]] = {}
@@ -68,6 +70,7 @@ def prepare_tasks(
     for name, values in wanted.items():
         try:
             parsed[name] = parse_task(name, values)
+            errors += map(ConfigError, idle_problems(parsed[name], typed, f"task.{name}."))
         except ClipExpError as error:
             errors.append(error)
     for name in sorted(parsed, key=lambda name: _fetches(parsed[name])):
@@ -185,6 +188,7 @@ def prepare_robustness(name: str, task: RobustnessTaskConfig, output_dir: str) -
     sets: dict[str, ClassificationTask] = {}
     errors: list[ClipExpError] = []
     for each, config in configure_sets(name, task).items():
+        errors += map(ConfigError, idle_problems(config, (), f"task.{name}.sets.{each}."))
         try:
             sets[each] = prepare_classification(f"{name}.sets.{each}", config, output_dir)
         except ClipExpError as error:

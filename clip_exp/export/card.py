@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from clip_exp._version import __version__
+from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import Activation, ModelConfig, ResizeMode
 from clip_exp.config.use_schema import ExportFormat
 from clip_exp.data.transforms import preprocessing_of
@@ -18,7 +19,6 @@ from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
 from clip_exp.reports.page import number
 from clip_exp.runs import write_text
-from clip_exp.text.saved import uses_openai
 
 LIBRARIES = {  # that load a format, by their names on the hub
     ExportFormat.open_clip: "open_clip",

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from clip_exp import open_clip_files
+from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import ImageTower, ModelConfig, Projection, TextTower
 from clip_exp.config.use_schema import ExportFormat
-from clip_exp.text.saved import uses_openai
 
 ONNX_NEEDS = ("onnxscript", "onnxruntime")
 TRANSFORMERS_CLASSES = {(ImageTower.vit, TextTower.clip): "CLIP", (ImageTower.siglip, TextTower.siglip): "Siglip"}

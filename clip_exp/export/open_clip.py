@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import Activation, Cleaning, ImageTower, ModelConfig, TextTower
 from clip_exp.data.transforms import preprocessing_of
 from clip_exp.errors import ConfigError
@@ -13,7 +14,6 @@ from clip_exp.export.compare import Encoders
 from clip_exp.export.formats import published
 from clip_exp.export.tokenizer_files import write_own
 from clip_exp.models.clip import CLIP
-from clip_exp.text.saved import uses_openai
 from clip_exp.weights.open_clip import to_open_clip
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from clip_exp.checkpoints.writer import WEIGHTS
 from clip_exp.config.load import plain
+from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, TextTower
 from clip_exp.export.compare import Encoders
 from clip_exp.export.tokenizer_files import write_own
@@ -15,7 +16,6 @@ from clip_exp.loading.model import load_model
 from clip_exp.loading.source import source_of_file
 from clip_exp.models.clip import CLIP
 from clip_exp.models.huggingface import note_architecture
-from clip_exp.text.saved import uses_openai
 from clip_exp.weights.describe import HERE, OUR_METADATA
 
 

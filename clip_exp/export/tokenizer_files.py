@@ -6,10 +6,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import TextTowerConfig
 from clip_exp.text import tokenizer as ours
 from clip_exp.text.huggingface import load, save
-from clip_exp.text.saved import source_of, uses_openai
+from clip_exp.text.saved import source_of
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # Hugging Face's names for our ids START and END
 # As `clip_exp.text.tokenizer` splits a text; the tokenizers library has its own dialect of patterns.

@@ -5,7 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from clip_exp.config.model_schema import TextTower, TextTowerConfig
+from clip_exp.config.model_rules import uses_openai
+from clip_exp.config.model_schema import TextTowerConfig
 from clip_exp.text.huggingface import HuggingFaceTokenizer
 from clip_exp.text.tokenizer import Tokenizer
 
@@ -47,6 +48,6 @@ def build_tokenizer(config: TextTowerConfig) -> Tokenizes:
     Raises:
         ConfigError: one that is named cannot be had.
     """
-    if config.tokenizer is None and config.kind in (TextTower.clip, TextTower.open_clip):
+    if uses_openai(config):
         return Tokenizer(config.context_length, trims=config.trim)
     return HuggingFaceTokenizer.of(config)

@@ -15,11 +15,6 @@ def source_of(text: TextTowerConfig) -> str | None:
     return text.tokenizer or (text.name if text.kind is TextTower.huggingface else None)
 
 
-def uses_openai(text: TextTowerConfig) -> bool:
-    """Return whether the tower's tokenizer is OpenAI's, which every format knows."""
-    return source_of(text) is None
-
-
 def check_tokenizer(model: ModelConfig) -> None:
     """Refuse a model whose tokenizer cannot be had.
 

@@ -38,7 +38,7 @@ def launch(config: TrainConfig, arguments: list[str], job: "Job | None") -> int:
 
 def train_here(config: TrainConfig, arguments: list[str], job: "Job | None" = None) -> tuple[Path, int]:
     """Train in this process, or in those that it starts; the run's folder and the exit code."""
-    tables = check_train(config)
+    tables = check_train(config, arguments)
     nodes = config.trainer.num_nodes or 1
     if nodes > 1 and not started_by_launcher():
         per_node = requested_devices(config).requested or "gpu"

@@ -1,6 +1,6 @@
 """What a run is measured by while it trains: its tasks, found before anything is loaded, and the metric that it watches. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from clip_exp.config.evaluation_schema import TaskKind
 from clip_exp.config.load import nearest
@@ -26,14 +26,14 @@ def training_tasks(config: TrainConfig) -> list[Task]:
     return tasks
 
 
-def check_measures(config: TrainConfig) -> list[ClipExpError]:
-    """What is wrong with a run's tasks, `monitor` and `patience`."""
-    tasks, errors = _find_tasks(config)
+def check_measures(config: TrainConfig, typed: Collection[str] = ()) -> list[ClipExpError]:
+    """Return what is wrong with a run's tasks and its `monitor`.
+
+    Args:
+        typed: see `idle_problems`.
+    """
+    tasks, errors = _find_tasks(config, typed)
     lost = {*config.task} - {task.name for task in tasks}
-    if config.task_every_n_steps is not None and not config.task:
-        errors.append(ConfigError(f"task_every_n_steps={config.task_every_n_steps} needs a task, as task=imagenet."))
-    if config.patience is not None and config.monitor is None:
-        errors.append(ConfigError("patience needs a metric to watch: set monitor (monitor=val/loss)."))
     if config.monitor_mode not in ("auto", "min", "max"):
         errors.append(ConfigError(f"monitor_mode={config.monitor_mode} must be auto, min or max."))
     if config.monitor is not None and config.monitor.partition("/")[0] not in lost:
@@ -54,7 +54,7 @@ def _top5_problem(monitor: str, classes: int) -> str:
     )
 
 
-def _find_tasks(config: TrainConfig) -> tuple[list[Task], list[ClipExpError]]:
+def _find_tasks(config: TrainConfig, typed: Collection[str] = ()) -> tuple[list[Task], list[ClipExpError]]:
     refused: list[ClipExpError] = []
     for name, values in config.task.items():
         if isinstance(values, dict) and values.get("kind") == TaskKind.auto:
@@ -66,7 +66,7 @@ def _find_tasks(config: TrainConfig) -> tuple[list[Task], list[ClipExpError]]:
             )
         elif name in TAKEN:
             refused.append(ConfigError(f"task.{name}: this name is taken by metrics of training: rename your task."))
-    tasks, errors = prepare_tasks(config.task, config.output_dir, None) if config.task else ([], [])
+    tasks, errors = prepare_tasks(config.task, config.output_dir, None, typed) if config.task else ([], [])
     return tasks, [*refused, *errors]
 
 

@@ -5,11 +5,12 @@ The checks that need torch (devices) and the tables come last, and only where no
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from clip_exp.config.model_rules import check_idle, check_model, check_vocabulary
+from clip_exp.config.idle import idle_problems, typed_keys
+from clip_exp.config.model_rules import check_model, check_trim, check_vocabulary
 from clip_exp.config.ranges import INFINITY, TINY, range_problems
-from clip_exp.config.schema import LossName, StrategyName, TrainConfig
+from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.preflight import RunTables, check_data, check_tables
 from clip_exp.devices import Devices, parse_devices
 from clip_exp.errors import ConfigError, gravest
@@ -24,26 +25,31 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 MAX_LOGARITHM = 10  # of a logit scale: a factor of 22,000
 
 
-def check_train(config: TrainConfig) -> RunTables:
+def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables:
     """Refuse a run that cannot work; return its tables.
+
+    Args:
+        arguments: of the command line, whose keys must have an effect.
 
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
         DataError: a table cannot be read, or none of its pictures can.
     """
+    typed = typed_keys(arguments)
     problems = [
         *_check_run(config),
         *check_model(config.model),
-        *check_idle(config.model),
+        *check_trim(config.model),
         *check_vocabulary(config.model.text),
         *(check_pretrained(config.pretrained, config.model) if config.pretrained is not None else ()),
         *check_data(config.data),
         *_check_strategy(config),
         *_check_callbacks(config),
         *check_finetune(config),
+        *idle_problems(config, typed),
         *leaks(dataclasses.asdict(config)),
     ]
-    errors = [*map(ConfigError, problems), *check_measures(config)]
+    errors = [*map(ConfigError, problems), *check_measures(config, typed)]
     errors = errors or [*map(ConfigError, _check_devices(config))]
     if errors:
         raise gravest(errors)
@@ -151,8 +157,6 @@ def _check_batch(config: TrainConfig, ranks: int) -> Iterator[str]:
 def _check_callbacks(config: TrainConfig) -> Iterator[str]:
     if config.trainer.profiler not in (None, "simple", "advanced", "pytorch"):
         yield f"trainer.profiler={config.trainer.profiler} must be null, simple, advanced or pytorch."
-    if config.loss.name == LossName.softmax and config.loss.init_logit_bias is not None:
-        yield "loss.init_logit_bias has no effect on the softmax loss: use loss=sigmoid, or leave it out."
     if config.callbacks.progress not in ("auto", "bar", "lines", "none"):
         yield f"callbacks.progress={config.callbacks.progress} must be auto, bar, lines or none."
     wandb = config.logger.wandb

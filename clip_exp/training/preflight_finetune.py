@@ -29,13 +29,8 @@ def _check_tower(tower: str, tuning: TowerTuningConfig) -> Iterator[str]:
         yield f"{key}.lr_factor={tuning.lr_factor} must be above 0; {key}.freeze=true keeps the tower as it is."
     if not 0 < tuning.layer_decay <= 1:
         yield f"{key}.layer_decay={tuning.layer_decay} must be above 0 and at most 1."
-    if tuning.unfrozen_blocks is not None:
-        if tuning.unfrozen_blocks < 0:
-            yield f"{key}.unfrozen_blocks={tuning.unfrozen_blocks} must not be negative; 0 trains what follows the blocks."
-        if not tuning.freeze:
-            yield f"{key}.unfrozen_blocks={tuning.unfrozen_blocks} has no effect without {key}.freeze=true: set it, or leave it out."
-    elif tuning.freeze and (tuning.lr_factor != 1 or tuning.layer_decay != 1):
-        yield f"{key}.lr_factor and layer_decay have no effect under {key}.freeze=true without unfrozen_blocks: leave them out."
+    if tuning.unfrozen_blocks is not None and tuning.unfrozen_blocks < 0:
+        yield f"{key}.unfrozen_blocks={tuning.unfrozen_blocks} must not be negative; 0 trains what follows the blocks."
 
 
 def _check_lora(tuning: FineTuneConfig, lora: LoRAConfig) -> Iterator[str]:
@@ -53,8 +48,6 @@ def _check_lora(tuning: FineTuneConfig, lora: LoRAConfig) -> Iterator[str]:
                 f"finetune.{tower}.freeze and finetune.lora exclude each other: lora freezes all weights already, "
                 f"and finetune.lora.{tower}=false leaves the tower without adapters."
             )
-        elif not getattr(lora, tower) and getattr(tuning, tower) != TowerTuningConfig():
-            yield f"finetune.{tower} has no effect, since finetune.lora.{tower}=false keeps the tower as it is: leave it out."
     if tuning.linear_probe_steps:
         yield "finetune.linear_probe_steps and finetune.lora exclude each other: lora freezes the projections."
 

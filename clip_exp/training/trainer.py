@@ -159,6 +159,7 @@ def _quiet_lightning() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
+        ".*in eval mode at the start of training.*",  # frozen ones
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -1,20 +1,8 @@
 """Which nonlinearity weights were trained with. Shapes do not tell it: weights of `quick_gelu` load into a model of `gelu` and score worse."""
 
-from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, TextTower
+from clip_exp.config.model_rules import uses_activation
+from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig
 from clip_exp.open_clip_files import Entry
-
-
-def is_ours_to_choose(model: ModelConfig) -> bool:
-    """Whether a tower is clip_exp's own, with `model.activation` in its MLPs; those of timm and Hugging Face have theirs."""
-    return model.image.kind in (ImageTower.vit, ImageTower.siglip) or model.text.kind in (
-        TextTower.clip,
-        TextTower.siglip,
-    )
-
-
-def matters(model: ModelConfig) -> bool:
-    """Whether `model.activation` changes the model: open_clip's architectures allow quick_gelu in the place of their own."""
-    return is_ours_to_choose(model) or model.image.kind is ImageTower.open_clip
 
 
 def of_entry(listed: Entry, model: ModelConfig) -> Activation | None:
@@ -30,7 +18,7 @@ def of_entry(listed: Entry, model: ModelConfig) -> Activation | None:
 
 def contradiction(model: ModelConfig, trained: Activation | None, told: str) -> str | None:
     """What to say where the configuration names another activation than that of training."""
-    if trained is None or model.activation in (None, trained) or not matters(model):
+    if trained is None or model.activation in (None, trained) or not uses_activation(model):
         return None
     return (
         f"model.activation={model.activation}, but {told} was trained with {trained}: leave it out, or give weights that were "

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 
+from clip_exp.config.model_rules import has_own_mlp, uses_activation
 from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig
 from clip_exp.config.models import known_models
 from clip_exp.errors import ConfigError
-from clip_exp.weights.activation import contradiction, is_ours_to_choose, matters
+from clip_exp.weights.activation import contradiction
 from clip_exp.weights.describe import About
 from clip_exp.weights.find import Found
 
@@ -35,10 +36,10 @@ def settle(model: ModelConfig, found: Found) -> ModelConfig:
     if model.activation is not None:
         return settled
     trained = _activation_of(model, found)
-    if trained is not None and matters(model):
+    if trained is not None and uses_activation(model):
         _tell(f"activation {trained}, as the weights {found.told}")
         return replace(settled, activation=trained)
-    if is_ours_to_choose(model):
+    if has_own_mlp(model):
         _tell(
             f"activation gelu: {found.told} does not say which its training used. If that was quick_gelu, as in OpenAI's models "
             "and their descendants, set model.activation=quick_gelu."

@@ -123,7 +123,7 @@ CROSS_FIELD = {
         ["model=open_clip", "model.name=ViT-B-32", "model.image.width=8"],
         "width=8 has no effect",
     ),
-    "a backbone's weights of a tower of ours": (["model.image.pretrained=true"], "for backbones of timm"),
+    "a backbone's weights of a tower of ours": (["model.image.pretrained=true"], "without a backbone of timm"),
     "odd name": (["name=a/b"], "plain folder name"),
     "long name": ([f"name={'x' * 300}"], "has 300 bytes, and a folder's name may have 200"),
     "long name in Chinese": ([f"name='{'猫' * 70}'"], "has 210 bytes"),

@@ -73,9 +73,13 @@ WRONG = {
     "a key of another source": (
         2,
         {"root": "pets", "split": "test"},
-        r"task\.t\.split is for torchvision and generate",
+        r"task\.t\.split=test has no effect without task\.t\.torchvision",
     ),
-    "labels for folders": (2, {"table": "table.csv", "ground_truth": "labels.txt"}, "ground_truth is for root"),
+    "labels for folders": (
+        2,
+        {"table": "table.csv", "ground_truth": "labels.txt"},
+        "ground_truth=.* has no effect without flat images",
+    ),
     "unknown part": (2, {"generate": {"kind": "digits"}, "split": "test"}, "split=test must be one of train, val"),
     "table that is a number": (2, {"table": 7}, r"task\.t\.table=7 must be a file"),
     "no column": (3, {"table": "table.csv", "label_key": "class"}, "class"),

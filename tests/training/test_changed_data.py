@@ -14,7 +14,7 @@ from tests.runs import Train, run_folders, unfinish
 
 RUN = (
     "model=vit_nano", "data=csv", "global_batch_size=4", "max_steps=4", "data.num_workers=0", "log_every_n_steps=1",
-    "checkpoint_every_n_steps=2", "val_every_n_steps=100", "trainer.accelerator=cpu", "precision=32-true",
+    "checkpoint_every_n_steps=2", "trainer.accelerator=cpu", "precision=32-true",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ REFUSED = {
     "adapters in a frozen tower": (["finetune=lora", "finetune.image.freeze=true"], "exclude each other"),
     "a rate of a tower without adapters": (
         ["finetune=lora", "finetune.lora.text=false", "finetune.text.lr_factor=2"],
-        "finetune.text has no effect",
+        "finetune.text.lr_factor=2.0 has no effect",
     ),
     "a probe of frozen projections": (
         ["finetune=lora", "finetune.linear_probe_steps=3"],

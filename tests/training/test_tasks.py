@@ -218,7 +218,7 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
         (["task=imagenet", "task.imagenet.root={pictures}"], DataError, "'n99999999' is no class of ImageNet-1k"),
         (["+task.val={{kind: retrieval, table: {table}}}"], ConfigError, "task.val: this name is taken"),
         (["+task.mine={{kind: retrieval, tabel: x.csv}}"], ConfigError, "task.mine.tabel does not exist: did you mean 'table'?"),
-        (["task_every_n_steps=5"], ConfigError, "task_every_n_steps=5 needs a task"),
+        (["task_every_n_steps=5"], ConfigError, "task_every_n_steps=5 has no effect without a task"),
         (["task=digits", "task_every_n_steps=0"], ConfigError, "task_every_n_steps=0 must be above 0"),
         (["task=digits", "monitor=digits/top1"], ConfigError, "set task_every_n_steps"),
         (["task=digits", "task_every_n_steps=5", "monitor=digits/top3"], ConfigError, "did you mean 'digits/top"),

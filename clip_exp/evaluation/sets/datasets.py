@@ -83,15 +83,6 @@ def _check_source(data: LabeledDataConfig, where: str) -> None:
     given = [key for key in SOURCES if getattr(data, key) is not None]
     if given != ["root", "torchvision"] and len(given) != 1:
         raise ConfigError(f"{where}: give exactly one of {', '.join(SOURCES)}; given: {', '.join(given) or 'none'}.")
-    source = given[-1]
-    wanted = {
-        "ground_truth": (data.ground_truth is not None, ("root",)),
-        "download": (data.download, ("torchvision",)),
-        "split": (data.split is not None, ("torchvision", "generate")),
-    }
-    for key, (is_set, sources) in wanted.items():
-        if is_set and source not in sources:
-            raise ConfigError(f"{where}.{key} is for {' and '.join(sources)}; {where} has {source}: leave it out.")
 
 
 def _generated(data: LabeledDataConfig, where: str, output_dir: str, split: str | None) -> str:

@@ -1,0 +1,224 @@
+"""A key that the chosen options do not use is refused where somebody set it, and only there."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import clip_exp
+from clip_exp.config.compose import compose
+from clip_exp.config.idle import TABLES, idle_problems, typed_keys
+from clip_exp.config.load import load_evaluate, load_train, read_run_config, to_yaml
+from clip_exp.config.models import named_model
+from clip_exp.config.paths import options
+from clip_exp.errors import ConfigError
+from clip_exp.evaluation.tasks import parse_task
+from clip_exp.open_clip_files import configurations
+from tests.compose import train_config
+from tests.exhaustive import repeat_beyond
+
+TIMM = ("model/image=timm", "model.image.name=resnet18")
+BERT = ("model/text=huggingface", "model.text.name=bert")
+CSV = ("data=csv", "data.train=pairs.csv")
+# Of a choice of options: what is typed besides, and a part of what is said about it.
+TRAINING: dict[tuple[str, ...], dict[str, str]] = {
+    (): {
+        "loss.init_logit_bias=-10": "on the softmax loss: use loss=sigmoid, or leave it out",
+        "loss.chunk_size=1024": "on the softmax loss",  # the default
+        "strategy.stage=2": "with strategy=auto: choose an option of DeepSpeed",
+        "strategy.offload=true": "with strategy=auto",
+        "++strategy.config={communication_data_type: bf16}": "with strategy=auto",
+        "model.text.cleaning=lower": "on OpenAI's tokenizer: leave it out, or set model.text.tokenizer",
+        "model.text.strip_sep_token=true": "on OpenAI's tokenizer",
+        "model.image.projection=mlp": "on image towers of kind=vit",
+        "model.text.pooler=mean": "on text towers of kind=clip",
+        "model.text.projection=mlp": "on text towers of kind=clip",
+        "++model.text.architecture={model_type: bert}": "on text towers of kind=clip",
+        "model.text.pretrained=true": "without an encoder",
+        "model.text.name=bert": "without an encoder",
+        "model.image.pretrained=true": "without a backbone of timm: weights of a whole model are pretrained=",
+        "model.image.name=resnet18": "on image towers of kind=vit",
+        "model.image.stages=[1,1,1,1]": "on image towers of kind=vit",
+        "finetune.text.unfrozen_blocks=2": "without finetune.text.freeze=true",
+        "callbacks.ema_every_n_steps=1": "without callbacks.ema_decay",
+        "patience=3": "without a metric to watch: set monitor",
+        "monitor_mode=max": "without a metric to watch",
+        "task_every_n_steps=5": "without a task",
+        "data.image_root=images": "with data=digits, which clip_exp generates",
+        "data.caption_key=caption": "with data=digits, which clip_exp generates",
+        "data.image_key=path": "with data=digits, which clip_exp generates",
+        "data.shuffle_block=8": "on a full shuffle: set data.shuffle=block",
+        "data.shuffle_window=256": "on a full shuffle",
+        "data.augmentation.color_jitter_prob=0.5": "without data.augmentation.color_jitter",
+        "data.augmentation.gaussian_blur_sigma=[1,2]": "with data.augmentation.gaussian_blur_prob=0",
+        "data.generate.image_size=32": "on kind=digits",
+    },
+    ("model=rn50", "pretrained=x.pt", "strategy=ddp"): {
+        "loss.init_logit_scale=3": "with pretrained=x.pt, whose weights have a scale",
+        "model.image.projection=mlp": "on image towers of kind=resnet",
+        "model.image.mlp_ratio=2": "on image towers of kind=resnet",
+        "model.image.layers=2": "on image towers of kind=resnet",
+        "model.image.patch_size=8": "on image towers of kind=resnet",
+        "strategy.offload=true": "with strategy=ddp",
+    },
+    ("model=siglip_b16", *CSV): {
+        "model.image.projection=mlp": "on image towers of kind=siglip",
+        "model.text.trim=true": "on text towers of kind=siglip",
+        "val_every_n_steps=5": "without validation data",
+        "data.label_key=label": "without validation data: set data.val",
+        "data.templates=['a {}']": "without validation data that have labels",
+    },
+    ("model=open_clip", "model.name=ViT-B-32", "scheduler=constant", "data.on_bad_image=error"): {
+        "model.image.projection=mlp": "on image towers of kind=open_clip",
+        "model.image.mlp_ratio=2": "on image towers of kind=open_clip",
+        "model.text.mlp_ratio=2": "on text towers of kind=open_clip",
+        "model.image.width=8": "on image towers of kind=open_clip",
+        "scheduler.final_factor=0.1": "on a constant learning rate",
+        "data.max_bad_fraction=0.5": "stops at the first",
+    },
+    (*TIMM, *BERT): {
+        "model.activation=gelu": "which have their own",
+        "model.image.mlp_ratio=2": "on image towers of kind=timm",
+        "model.image.heads=2": "on image towers of kind=timm",
+        "model.text.vocab_size=100": "on text towers of kind=huggingface",
+        "model.text.layers=2": "on text towers of kind=huggingface",
+        "model.text.width=8": "on text towers of kind=huggingface",
+    },
+    (*TIMM, "pretrained=x.pt", "finetune=lit"): {
+        "model.image.pretrained=true": "which has the weights of both towers",
+        "finetune.image.lr_factor=0.5": "under finetune.image.freeze=true without unfrozen_blocks",
+        "finetune.image.layer_decay=0.5": "under finetune.image.freeze=true",
+    },
+    ("pretrained=x.pt", "finetune=lora", "finetune.lora.text=false"): {
+        "finetune.text.lr_factor=2": "since finetune.lora.text=false keeps the tower as it is",
+    },
+}
+USED = {
+    "activation beside a resnet": ["model=rn50", "model.activation=quick_gelu", "model.dropout=0.1"],
+    "activation beside timm's": [*TIMM, "model.activation=quick_gelu"],
+    "what is not wanted": [
+        "patience=null",
+        "strategy.offload=false",
+        "strategy.stage=null",
+        "model.text.pretrained=false",
+    ],
+    "cleaning by a tokenizer": ["model.text.tokenizer=folder", "model.text.cleaning=lower"],
+    "blocks of shards": ["data=csv", "data.train=x-{000..009}.tar", "data.shuffle_block=8"],
+    "a preset whose jitter is taken away": ["data/augmentation=strong", "data.augmentation.color_jitter=null"],
+    "labels that are taken away": ["data.label_key=null"],
+    "another loss with its preset": ["loss=sigmoid", "pretrained=x.pt"],
+    "offload under DeepSpeed": ["strategy=deepspeed_stage_2_offload"],
+}
+TASKS = {
+    "columns of a folder": ({"kind": "zero_shot", "root": "d", "label_key": "x"}, "task.t.label_key=x has no effect without task.t.table"),
+    "root of generated images": ({"kind": "zero_shot", "generate": {"kind": "digits"}, "image_root": "d"}, "without task.t.table"),
+    "labels of a table": ({"kind": "zero_shot", "table": "t", "ground_truth": "x"}, "without flat images in task.t.root"),
+    "labels of ObjectNet": ({"kind": "zero_shot", "root": "d", "classes": "objectnet", "ground_truth": "x"}, "without flat images"),
+    "fetching a folder": ({"kind": "knn", "root": "d", "train": {"root": "e", "download": True}}, "task.t.train.download=true has no"),
+    "part of a table": ({"kind": "zero_shot", "table": "t", "split": "val"}, "without task.t.torchvision or task.t.generate"),
+    "size of digits": ({"kind": "zero_shot", "generate": {"kind": "digits", "image_size": 8}}, "task.t.generate.image_size=8"),
+    "seed of one C": ({"kind": "linear_probe", "c": [1.0], "seed": 3, "root": "d", "train": {"root": "e"}}, "leaves no choice"),
+    "weights of no baseline": ({"kind": "robustness", "root": "d", "baseline": None, "baseline_weights": "x.pth"}, "without task.t.baseline"),
+}  # fmt: skip
+
+
+def problems(*overrides: str) -> list[str]:
+    return list(idle_problems(load_train(compose("train", list(overrides))), typed_keys(overrides)))
+
+
+@pytest.mark.parametrize("chosen", TRAINING, ids=lambda chosen: " ".join(chosen) or "default")
+def test_a_typed_key_without_effect_is_refused(chosen: tuple[str, ...]) -> None:
+    said = {problem.partition("=")[0]: problem for problem in problems(*chosen, *TRAINING[chosen])}
+    expected = {typed.lstrip("+").partition("=")[0]: part for typed, part in TRAINING[chosen].items()}
+    assert said.keys() == expected.keys()
+    for key, part in expected.items():
+        assert part in said[key]
+
+
+@pytest.mark.parametrize("overrides", USED.values(), ids=USED.keys())
+def test_a_key_with_an_effect_is_not_refused(overrides: list[str]) -> None:
+    assert problems(*overrides) == []
+
+
+@pytest.mark.parametrize(("values", "expected"), TASKS.values(), ids=TASKS.keys())
+def test_a_key_of_a_task_without_effect_is_refused(values: dict, expected: str) -> None:
+    (problem,) = idle_problems(parse_task("t", values), (), "task.t.")
+    assert expected in problem
+
+
+def test_every_line_of_the_tables_is_tried_above() -> None:
+    tried = f"{TRAINING} {TASKS} model.dropout"
+    missing = [
+        idle.keys
+        for table in TABLES.values()
+        for idle in table
+        if not any(key.rpartition(".")[2] in tried for key in idle.keys.split())
+    ]
+    assert missing == []
+
+
+def test_a_key_in_a_file_of_the_user_counts_as_set_where_it_is_not_the_default() -> None:
+    config = train_config()
+    written_out = replace(config, strategy=replace(config.strategy, stage=None, offload=False))
+    assert list(idle_problems(written_out)) == []
+    chosen = replace(config, strategy=replace(config.strategy, offload=True))
+    assert len(list(idle_problems(chosen))) == 1
+
+
+def test_the_configuration_of_a_run_is_never_refused(tmp_path: Path) -> None:
+    """Every default is written out in it."""
+    (tmp_path / "config.yaml").write_text(to_yaml(train_config("loss=sigmoid", "data/augmentation=strong")))
+    assert list(idle_problems(read_run_config(tmp_path))) == []
+
+
+@pytest.mark.parametrize(
+    "model", repeat_beyond(["siglip_so400m"], [name for name in options("model") if name != "open_clip"])
+)
+def test_no_model_sets_what_another_tower_makes_idle(model: str) -> None:
+    for towers in ((), TIMM, BERT):
+        assert problems(f"model={model}", *towers) == []
+
+
+GROUPS = ("data/augmentation", "loss", "optimizer", "scheduler", "strategy", "finetune", "callbacks", "logger", "debug")
+
+
+@pytest.mark.parametrize("group", repeat_beyond(["scheduler", "debug"], GROUPS))
+def test_no_option_sets_what_has_no_effect(group: str) -> None:
+    needed = {"custom": ["optimizer._target_=torch.optim.RAdam", "optimizer.lr=1e-3"]}
+    for option in options(group):
+        assert problems(f"{group}={option}", *needed.get(option, []), *CSV) == []
+
+
+@pytest.mark.exhaustive
+def test_no_configuration_of_open_clip_sets_what_has_no_effect() -> None:
+    for name in configurations():
+        assert list(idle_problems(named_model(name), (), "model.")) == []
+
+
+def test_an_evaluation_refuses_what_a_trained_model_does_not_use() -> None:
+    words = [
+        "model=vit_nano",
+        "pretrained=x.pt",
+        "task=digits",
+        "model.dropout=0.1",
+        "model.image.mlp_ratio=4",
+        "model.text.cleaning=lower",
+    ]
+    found = list(idle_problems(load_evaluate(compose("evaluate", words)), typed_keys(words)))
+    assert [problem.partition(" has no effect ")[0] for problem in found] == [
+        "model.dropout=0.1",
+        "model.text.cleaning=lower",
+    ]
+
+
+def test_the_command_and_the_function_say_what_was_typed(refused, tmp_path: Path) -> None:
+    result = refused("train.py", "strategy.offload=true", "loss.chunk_size=1024", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "strategy.offload=true has no effect" in result.stderr
+    assert "loss.chunk_size=1024 has no effect" in result.stderr
+    folder = ("task=image_folder", "task.image_folder.root=x", "task.image_folder.separator=auto")
+    result = refused("evaluate.py", "model=vit_nano", "pretrained=x.pt", "model.dropout=0.1", *folder, cwd=tmp_path)
+    assert "model.dropout=0.1 has no effect on a model that is trained already" in result.stderr
+    assert "task.image_folder.separator=auto has no effect without task.image_folder.table" in result.stderr
+    with pytest.raises(ConfigError, match=r"callbacks\.ema_every_n_steps=1 has no effect"):
+        clip_exp.train("callbacks.ema_every_n_steps=1")

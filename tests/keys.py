@@ -1,0 +1,59 @@
+"""Every key of a configuration, from its schema, and what changing one is expected to do."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clip_exp.config.load import _dataclass_of
+
+
+@dataclass(frozen=True)
+class Changes:
+    """A value of a key with which the result is another one.
+
+    Attributes:
+        value: as it is typed.
+        given: options under which the key has an effect; without them it is refused, unless it asks for nothing.
+        also: overrides that are part of the change.
+        refused: the models, or other subjects, that refuse the key all the same.
+    """
+
+    value: str
+    given: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+    @property
+    def asks_for_nothing(self) -> bool:
+        return self.value in ("false", "null")
+
+    def override(self, key: str) -> str:
+        """Return what is typed; Hydra wants to be told that a mapping may get keys."""
+        return f"{'++' if self.value.startswith('{') else ''}{key}={self.value}"
+
+
+def leaf_keys(cls: type, open_nodes: Mapping[str, Iterable[type]] | None = None, at: str = "") -> Iterator[str]:
+    """Yield the full keys of a dataclass of the schema, with those of the dataclasses in it.
+
+    Args:
+        open_nodes: by key, the classes that a node whose schema is open may have.
+        at: the beginning of the keys.
+    """
+    for field in dataclasses.fields(cls):
+        key = f"{at}{field.name}"
+        nested = [*(open_nodes or {}).get(key, ())] or [of for of in [_dataclass_of(field.type)] if of is not None]
+        if not nested:
+            yield key
+        yield from dict.fromkeys(leaf for of in nested for leaf in leaf_keys(of, open_nodes, f"{key}."))
+
+
+def explained(key: str, reasons: Mapping[str, str]) -> bool:
+    """Return whether a key, or a node that it is in, has a reason not to change the result."""
+    parts = key.split(".")
+    return any(".".join(parts[:depth]) in reasons for depth in range(1, len(parts) + 1))
+
+
+def without_expectation(keys: Iterable[str], changes: Mapping[str, Any], reasons: Mapping[str, str]) -> list[str]:
+    """Return the keys of which nothing is expected."""
+    return [key for key in keys if key not in changes and not explained(key, reasons)]
