@@ -69,7 +69,7 @@ def test_features_of_different_shares_are_never_taken_for_each_other(tuned: Path
     # An index remembers its mixture, and opens with it.
     recipe = recipe_of(sources[2], "32-true", 8)
     one = torch.ones(1, dtype=torch.int64)
-    write_index(tmp_path / "some.index", recipe, Entries(["a.png"], one, one.clone(), torch.ones(1, 64)))
+    write_index(tmp_path / "some.index", recipe, Entries(["a.png"], one, one.clone(), one.clone(), torch.ones(1, 64)))
     assert read_recipe(tmp_path / "some.index").source.mix == sources[2].mix
     assert read_recipe(tmp_path / "some.index").source.sha256() == sources[2].sha256()
 
