@@ -62,6 +62,7 @@ def test_a_vit_and_texts_of_any_length(vit_model: CLIP, vit_folder: Path) -> Non
     assert_same_towers(vit_folder, vit_model, vit(), lengths=[2, 9, 76, 77])
 
 
+@pytest.mark.exhaustive
 def test_a_resnet(export: Export) -> None:
     config = resnet()
     model = build(config)

@@ -80,6 +80,7 @@ def test_a_run_with_an_encoder_needs_neither_the_encoders_folder_nor_its_own_pla
         original.rename(both.folder)
 
 
+@pytest.mark.exhaustive
 def test_a_configuration_of_open_clip_trains_and_scores_the_same_afterwards(train: Train, tmp_path: Path) -> None:
     run = train(*SHORT[1:], "model=open_clip", "model.name=ViT-S-32-alt", "model.image.image_size=64", "optimizer=sgd")
     assert "image.transformer.resblocks.0.attn.in_proj_weight" in run.weights

@@ -19,7 +19,6 @@ from clip_exp.checkpoints.discovery import best, checkpoints, latest, step_of
 from clip_exp.data.files import kind_of
 from clip_exp.training.identity import flatten
 from tests.conftest import REPOSITORY, Run
-from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders
 from tests.training.tracking import tensorboard_hparams, wandb_run
 
@@ -195,7 +194,8 @@ sys.exit(run("train", sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("backend", repeat_beyond(("aot_eager",), ("aot_eager", "inductor")))
+@pytest.mark.exhaustive  # towers of every family are compiled in tests/models
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_towers_train_close_to_plain_ones(backend: str, train: Train, command: Run, tmp_path: Path) -> None:
     """Towers of one layer: the code of each is compiled. inductor, which is what torch takes by itself, takes a minute for them."""
     (tmp_path / "compiled.py").write_text(WITH_BACKEND.format(backend=backend))
