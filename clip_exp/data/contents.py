@@ -1,4 +1,4 @@
-"""Whether the bytes of a picture are still the same, and which pictures are the same bytes. No torch."""
+"""Whether the bytes of a image are still the same, and which images are the same bytes. No torch."""
 
 import os
 from collections import defaultdict
@@ -22,7 +22,7 @@ class Stored(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """What is known of a picture without reading all of it; a picture that is replaced has another."""
+    """What is known of a image without reading all of it; a image that is replaced has another."""
 
     size: int  # bytes, -1 where the file cannot be read
     mtime_ns: int  # of the file
@@ -32,7 +32,7 @@ class Stamp(NamedTuple):
 def stamps(places: Sequence[Stored]) -> list[Stamp]:
     """Return the stamp of each place.
 
-    The sample notices a picture that was replaced by one of the same size and time. It takes 31 us per file (from the system's
+    The sample notices a image that was replaced by one of the same size and time. It takes 31 us per file (from the system's
     cache, on one core) where size and time alone take 3: 1.4 % of reading and decoding a JPEG of 50 kB, 2.2 ms.
     """
     parts = [places[start : start + _AT_ONCE] for start in range(0, len(places), _AT_ONCE)]

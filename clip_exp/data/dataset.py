@@ -18,7 +18,7 @@ from clip_exp.data.images import decode, decode_rgb
 from clip_exp.data.pictures import Pictures
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.data.stream import Stream, StreamSource, needs_full_paths
-from clip_exp.data.tables.labels import label_of_pictures
+from clip_exp.data.tables.labels import label_of_images
 from clip_exp.data.tables.table import PairTable
 from clip_exp.data.transforms import Preprocessing, eval_transform, train_transform
 from clip_exp.errors import DataError
@@ -130,7 +130,7 @@ class EvalPairs(Dataset[EvalSample]):
         self.table, self.preprocessing = table, preprocessing
         self.on_bad_image, self.limits = on_bad_image, limits
         self.tokenizer = tokenizer
-        labels = [""] * table.pictures if table.labels is None else label_of_pictures(table)
+        labels = [""] * table.pictures if table.labels is None else label_of_images(table)
         self.class_names: list[str] = sorted(set(labels) - {""})
         position = {"": -1, **{name: index for index, name in enumerate(self.class_names)}}
         self._labels = np.array([position[label] for label in labels], dtype=np.int32)

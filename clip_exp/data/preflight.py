@@ -17,7 +17,7 @@ from clip_exp.data.generated import count_rows
 from clip_exp.data.headers import check_formats
 from clip_exp.data.sources import INDEX, OpenSource, SourceSpec, open_sources, parse
 from clip_exp.data.tables.filters import parse as parse_filter
-from clip_exp.data.tables.labels import label_of_pictures
+from clip_exp.data.tables.labels import label_of_images
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.paths import expand
 from clip_exp.data.tables.table import PairTable, bad_rows
@@ -81,7 +81,7 @@ def check_tables(config: TrainConfig) -> RunTables:
     if data.val is not None:
         val = open_configured(data, data.val, label_key=data.label_key, index_dir=index_dir)
         if data.label_key is not None:
-            label_of_pictures(val)
+            label_of_images(val)
     tables = [("data.train", source.table) for source in sources] + ([] if val is None else [("data.val", val)])
     problems = [
         problem

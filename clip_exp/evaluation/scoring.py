@@ -137,7 +137,7 @@ def about_copies(copies: list[list[str]]) -> dict[str, Any]:
     if not copies:
         return {}
     listed = [" = ".join(names[:LISTED_COPIES]) for names in copies[:LISTED_COPIES]]
-    return {"copied_pictures": len(copies), "copies": sum(len(names) - 1 for names in copies), "copies_listed": listed}
+    return {"copied_images": len(copies), "copies": sum(len(names) - 1 for names in copies), "copies_listed": listed}
 
 
 SCORERS: dict[type[Task], Callable[[Any, Subject], Judge]] = {

@@ -70,9 +70,8 @@ def train(run_dir: Path) -> int:
                 return 0
         except BaseException as error:
             if is_main():
-                if (
-                    group.world_size() == 1 and not finished
-                ):  # of several ranks, whoever watches them notes the failure that was first
+                # Of several ranks, whoever watches them notes the failure that was first.
+                if group.world_size() == 1 and not finished:
                     code = error.exit_code if isinstance(error, ClipExpError) else 1
                     record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
                 # The terminal shows it when the process ends.

@@ -1,4 +1,4 @@
-"""A key that the chosen options do not use is refused where somebody set it, and only there."""
+"""A key that the chosen options do not use is refused where it was set, and only there."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -169,7 +169,7 @@ def test_copies_empty_captions_and_values_that_no_filter_compares_are_in_the_pro
     ]
     assert (protocol["pictures"], protocol["captions"], protocol["empty_captions"]) == (3, 4, 1)
     assert protocol["filter_values"] == {"width": {"kind": "numbers", "count": 1, "missing": 0, "example": "1,024"}}
-    assert (protocol["copied_pictures"], protocol["copies"]) == (1, 1)
+    assert (protocol["copied_images"], protocol["copies"]) == (1, 1)
     assert protocol["copies_listed"] == [f"{tmp_path}/1.png = {tmp_path}/copy.png"]
     assert caplog.text.count("pairs: copies of pictures under other names: 1, such as") == 1
 

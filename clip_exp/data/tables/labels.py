@@ -1,4 +1,4 @@
-"""The class of each picture of a table, and labels that may be meant to be one class."""
+"""The class of each image of a table, and labels that may be meant to be one class."""
 
 import logging
 import unicodedata
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 _SHOWN = 3  # groups of labels in a warning
 
 
-def label_of_pictures(table: PairTable) -> list[str]:
-    """Return the label of each picture of a table that was read with labels; '' for a picture that none of its rows labels.
+def label_of_images(table: PairTable) -> list[str]:
+    """Return the label of each image of a table that was read with labels; '' for an image that none of its rows labels.
 
-    Raises: DataError where two rows give a picture different labels.
+    Raises: DataError where two rows give an image different labels.
     """
     assert table.labels is not None
     encoded = table.labels.dictionary_encode()
@@ -27,7 +27,7 @@ def label_of_pictures(table: PairTable) -> list[str]:
     code = np.concatenate([int32_numpy(chunk.indices) for chunk in encoded.chunks])
     pictures = table.image_index()
     rows = np.flatnonzero(code != names.index("")) if "" in names else np.arange(len(code))
-    first = np.full(table.pictures, -1, dtype=np.int64)  # row that labels each picture
+    first = np.full(table.pictures, -1, dtype=np.int64)  # row that labels each image
     first[pictures[rows[::-1]]] = rows[::-1]
     other = rows[code[rows] != code[first[pictures[rows]]]]
     if len(other):

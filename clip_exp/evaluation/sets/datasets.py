@@ -9,7 +9,7 @@ from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.data.generated import generate
 from clip_exp.data.pictures import PictureFiles, TablePictures
 from clip_exp.data.tables.blanks import BLANKS
-from clip_exp.data.tables.labels import label_of_pictures
+from clip_exp.data.tables.labels import label_of_images
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.paths import expand
 from clip_exp.data.tables.table import PairTable
@@ -186,7 +186,7 @@ def from_table(
         on_bad_row=on_bad_row,
         filter=filter,
     )
-    labels = label_of_pictures(pairs)
+    labels = label_of_images(pairs)
     labeled = [picture for picture, label in enumerate(labels) if label]
     if not labeled:
         raise DataError(f"{table}: the column {label_key} is empty in every row.")

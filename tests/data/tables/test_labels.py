@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_exp.data.tables.blanks import BLANKS, count_blank, trimmed
-from clip_exp.data.tables.labels import label_of_pictures, warn_alike
+from clip_exp.data.tables.labels import label_of_images, warn_alike
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
 from tests.data.conftest import write_table
@@ -33,7 +33,7 @@ def test_labels_lose_the_blanks_around_them_in_every_format_and_captions_do_not(
     for file in files(tmp_path):
         table = read_table(file, label_key="cls" if file.suffix == ".tar" else "label")
         assert [table.label(row) for row in range(len(table))] == READ, file
-        assert label_of_pictures(table) == READ
+        assert label_of_images(table) == READ
         assert {table.caption(row) for row in range(len(table))} == {" x "}
 
 
@@ -54,12 +54,12 @@ def test_a_picture_has_the_label_of_those_rows_that_have_one_and_no_second_one(t
         ["c.png", "x", ""],
     ]
     table = write_table(tmp_path / "t.csv", rows)
-    assert label_of_pictures(read_table(table, label_key="label")) == ["cat", "dog", ""]
+    assert label_of_images(read_table(table, label_key="label")) == ["cat", "dog", ""]
     write_table(table, [*rows, ["a.png", "z", "cat"], ["b.png", "z", "cat"]])
     with pytest.raises(
         DataError, match=r"line 7: b\.png is 'cat' here and 'dog' before \(.*t\.csv, line 3\); give one label"
     ):
-        label_of_pictures(read_table(table, label_key="label"))
+        label_of_images(read_table(table, label_key="label"))
 
 
 def test_labels_that_differ_in_case_or_blanks_alone_are_told(caplog):
