@@ -32,9 +32,8 @@ from clip_exp.config.data_schema import AugmentationConfig, DataConfig
 from clip_exp.config.model_schema import ImageTowerConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.files import ImageLimits, read_file
-from clip_exp.data.images import decode_rgb
+from clip_exp.data.images import crop_box, decode_rgb, normalize, preprocessing_of, train_transform
 from clip_exp.data.randomness import Draws
-from clip_exp.data.transforms import crop_box, normalize, preprocessing_of, train_transform
 from clip_exp.text.tokenizer import Tokenizer
 
 SETS = {"500 px": (500, 200, 2.5), "1600 px": (1600, 40, 2.0)}  # longer side, pictures, target ratio

@@ -7,7 +7,7 @@ import sys
 from math import comb
 from statistics import mean
 
-from clip_exp.data.order import Blocks, Order, epoch_order
+from clip_exp.data.randomness import Blocks, Order, epoch_order
 
 PICTURE_KB = 50
 REGION_MB = 4  # what a disk or a file system reads at once

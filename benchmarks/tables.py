@@ -53,7 +53,7 @@ def write_table(file: Path, rows: int) -> None:
 
 def open_ours(file: Path) -> tuple[int, Read]:
     from clip_exp.data.tables.open import open_table
-    from clip_exp.data.tables.options import TableOptions
+    from clip_exp.data.tables.reader import TableOptions
 
     table = open_table(file, TableOptions(), index_dir=file.parent / "index")
     return len(table), lambda row: len(table.path(row)) + len(table.caption(row))

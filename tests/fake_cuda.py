@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.data.transforms import per_channel
+from clip_exp.data.images import per_channel
 from clip_exp.models import CLIP, build_model
 
 

@@ -14,7 +14,7 @@ from clip_exp.checks.verdicts import Level, Verdict, judge
 from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.config.load import plain
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.workers import cores_per_rank, count_workers, killed_workers_are_told
+from clip_exp.data.loader import cores_per_rank, count_workers, killed_workers_are_told
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import DataError
 from clip_exp.reports.data_page import data_page

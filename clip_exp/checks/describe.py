@@ -17,8 +17,8 @@ from clip_exp.checks.pictures import describe_pictures
 from clip_exp.checks.scanned import Scanned, Vocabulary
 from clip_exp.checks.scripts import describe_scripts, english_tokens_per_character
 from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.data.tables.comparisons import as_json
 from clip_exp.data.tables.table import bad_rows, unlike_values
-from clip_exp.data.tables.unlike import as_json
 
 EXAMPLES = 20
 CUT_EXAMPLES = 5

@@ -16,15 +16,11 @@ from clip_exp.checks.scripts import script_of
 from clip_exp.checks.splits import Split
 from clip_exp.config.data_schema import AugmentationConfig
 from clip_exp.config.model_schema import ResizeMode
-from clip_exp.data.batches import caption_id
-from clip_exp.data.files import BadImage, ImageLimits
-from clip_exp.data.headers import JPEGS, ON_THEIR_SIDE, open_picture, orientation_of
-from clip_exp.data.images import decode_rgb
-from clip_exp.data.names import normal_path
+from clip_exp.data.files import JPEGS, ON_THEIR_SIDE, BadImage, ImageLimits, normal_path, open_picture, orientation_of
+from clip_exp.data.images import check_strip, decode_rgb, train_transform
+from clip_exp.data.loader import WorkerLoader, caption_id
 from clip_exp.data.randomness import Draws
-from clip_exp.data.tables.blanks import BLANKS
-from clip_exp.data.transforms import check_strip, train_transform
-from clip_exp.data.workers import WorkerLoader
+from clip_exp.data.tables.columns import BLANKS
 from clip_exp.progress import progress
 from clip_exp.text.build import Tokenizes
 

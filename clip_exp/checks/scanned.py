@@ -24,7 +24,7 @@ from clip_exp.checks.scan import (
 from clip_exp.checks.splits import VAL, Split
 from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.data.files import ImageLimits, kind_of
-from clip_exp.data.transforms import preprocessing_of
+from clip_exp.data.images import preprocessing_of
 from clip_exp.spreadsheets import TextWriter
 from clip_exp.text.build import Tokenizes
 

@@ -10,7 +10,7 @@ import numpy as np
 from clip_exp.config.data_schema import DataConfig, OnBadRow
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.generated import readable
-from clip_exp.data.sources import INDEX, open_sources
+from clip_exp.data.stream import INDEX, open_sources
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable, Part
 

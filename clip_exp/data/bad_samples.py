@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from clip_exp.data.batches import BadPicture
 from clip_exp.data.files import kind_of
+from clip_exp.data.loader import BadPicture
 from clip_exp.errors import DataError
 from clip_exp.spreadsheets import TextWriter, original
 from clip_exp.storage import lock

@@ -15,8 +15,7 @@ import numpy as np
 
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.data.files import BadImage, ImageLimits
-from clip_exp.data.sources import OpenSource
-from clip_exp.data.stream import blocks_of
+from clip_exp.data.stream import OpenSource, blocks_of
 from clip_exp.data.tables.table import PairTable
 
 SAMPLED = 32  # images of which the record has hashes

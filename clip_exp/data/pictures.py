@@ -1,18 +1,27 @@
-"""Pictures to evaluate on, by position: files, rows of a table, or what a library keeps in a form of its own. No torch."""
+"""Images to evaluate on, by position, and their classes. No torch.
+
+They are files, rows of a table, or what a library keeps in a form of its own.
+"""
 
 import hashlib
-from collections.abc import Sequence
+import logging
+import os
+import unicodedata
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from clip_exp.data.contents import Stored, stamps
-from clip_exp.data.files import ImageLimits
-from clip_exp.data.names import normal_path
+from clip_exp.data.files import TOO_MANY_PIXELS, BadImage, ImageLimits, Stored, bad_image, normal_path, stamps
+from clip_exp.data.tables.columns import int32_numpy
+from clip_exp.data.tables.reader import FileStamp
 from clip_exp.data.tables.table import PairTable
+from clip_exp.errors import DataError
 
 
 class Pictures(Protocol):
@@ -108,11 +117,69 @@ class TablePictures:
         return fingerprint_of([self.stored(index) for index in range(len(self))], "border 0")
 
 
-def _images() -> ModuleType:
-    """Import torch only when an image is opened: finding images needs none."""
-    from clip_exp.data import images
+class TorchvisionPictures:
+    """The pictures of a data set of torchvision, or of anything whose items begin with a picture.
 
-    return images
+    Args:
+        dataset: `dataset[i][0]` is a PIL picture.
+        title: of the set and its part, as CIFAR10/test.
+        root: the folder that the set was given, absolute.
+    """
+
+    def __init__(self, dataset: Any, title: str, root: Path) -> None:
+        self.dataset = dataset
+        self.title = title
+        self.root = root
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def open(self, index: int, max_pixels: int) -> Image.Image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                picture = self.dataset[index][0]
+                picture.load()
+            except Exception as error:  # whatever this class meets in a damaged file
+                raise bad_image(error) from error
+        if picture.width * picture.height > max_pixels:
+            raise BadImage(
+                f"{TOO_MANY_PIXELS}: {picture.width} x {picture.height} pixels, more than max_image_pixels={max_pixels}"
+            )
+        return picture
+
+    def name(self, index: int) -> str:
+        return f"{self.title}/{index}"
+
+    def stored(self, index: int) -> Stored | None:
+        """Return the image's file where the set has a list of them, whatever its name: of paths, or of tuples that begin with one."""
+        for listed in vars(self.dataset).values():
+            if isinstance(listed, list) and len(listed) == len(self):
+                item = listed[index]
+                path = item[0] if isinstance(item, tuple) and item else item
+                if isinstance(path, str | Path) and os.path.isabs(path) and os.path.isfile(path):
+                    return Stored(str(path))
+        return None
+
+    def fingerprint(self) -> str:
+        """Of the set's name and length, and of names, sizes, times of change and samples of the content of its files."""
+        digest, files = hashlib.sha256(f"{self.title}\t{len(self)}\n".encode()), self._files()
+        for path in files:
+            digest.update(f"{path}\t{tuple(FileStamp.of(Path(path), len(files)))}\n".encode())
+        return digest.hexdigest()
+
+    def _files(self) -> list[str]:
+        """Below the set's own folders where it names them: `root` may hold many sets."""
+        named = [getattr(self.dataset, name, None) for name in ("base_folder", "raw_folder", "filename")]
+        named += [
+            value for value in vars(self.dataset).values() if isinstance(value, str | Path) and os.path.isabs(value)
+        ]
+        paths = {self.root / value for value in named if isinstance(value, str | Path)}
+        own = {path for path in paths if self.root in path.parents and path.exists()} or {self.root}
+        found = {str(path) for path in own if path.is_file()}
+        for folder in own:
+            found |= {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}
+        return sorted(found)
 
 
 def fingerprint_of(places: Sequence[Stored], about: str) -> str:
@@ -126,3 +193,58 @@ def fingerprint_of(places: Sequence[Stored], about: str) -> str:
         line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(stamp)}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _images() -> ModuleType:
+    """Import torch only when an image is opened: finding images needs none."""
+    from clip_exp.data import images
+
+    return images
+
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 3  # groups of labels in a warning
+
+
+def label_of_images(table: PairTable) -> list[str]:
+    """Return the label of each image of a table that was read with labels; '' for an image that none of its rows labels.
+
+    Raises: DataError where two rows give an image different labels.
+    """
+    assert table.labels is not None
+    encoded = table.labels.dictionary_encode()
+    names: list[str] = encoded.chunk(0).dictionary.to_pylist()
+    code = np.concatenate([int32_numpy(chunk.indices) for chunk in encoded.chunks])
+    pictures = table.image_index()
+    rows = np.flatnonzero(code != names.index("")) if "" in names else np.arange(len(code))
+    first = np.full(table.pictures, -1, dtype=np.int64)  # row that labels each image
+    first[pictures[rows[::-1]]] = rows[::-1]
+    other = rows[code[rows] != code[first[pictures[rows]]]]
+    if len(other):
+        row, before = int(other[0]), int(first[pictures[other[0]]])
+        raise DataError(
+            f"{table.where(row)}: {table.path(row)} is '{table.label(row)}' here and '{table.label(before)}' before "
+            f"({table.where(before)}); give one label."
+        )
+    return ["" if row < 0 else names[code[row]] for row in first.tolist()]
+
+
+def warn_alike(labels: Iterable[str], where: str) -> None:
+    """Warn of labels that differ only in case, blanks or the form of their letters: they stay classes of their own.
+
+    Args:
+        where: the table, folder or key that they come from, for the message.
+    """
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for label in dict.fromkeys(labels):
+        groups["".join(unicodedata.normalize("NFKC", label).casefold().split())].append(label)
+    alike = [group for group in groups.values() if len(group) > 1]
+    if alike:
+        shown = "; ".join(" and ".join(map(repr, group)) for group in alike[:_SHOWN]) + " …" * (len(alike) > _SHOWN)
+        log.warning(
+            "%s: %d labels differ only in case or blanks, but are classes of their own: %s. Write each class in one way.",
+            where,
+            sum(map(len, alike)),
+            shown,
+        )

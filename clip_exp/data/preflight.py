@@ -11,15 +11,21 @@ import numpy as np
 from clip_exp.config.data_schema import AugmentationConfig, DataConfig
 from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.config.schema import TrainConfig
-from clip_exp.data.files import NO_SUCH_FILE, OUTSIDE_ROOT, TOO_MANY_BYTES, BadImage, ImageLimits, kind_of
+from clip_exp.data.files import (
+    NO_SUCH_FILE,
+    OUTSIDE_ROOT,
+    TOO_MANY_BYTES,
+    BadImage,
+    ImageLimits,
+    check_formats,
+    kind_of,
+)
 from clip_exp.data.fingerprint import describe
 from clip_exp.data.generated import count_rows
-from clip_exp.data.headers import check_formats
-from clip_exp.data.sources import INDEX, OpenSource, SourceSpec, open_sources, parse
+from clip_exp.data.pictures import label_of_images
+from clip_exp.data.stream import INDEX, OpenSource, SourceSpec, open_sources, parse
 from clip_exp.data.tables.filters import parse as parse_filter
-from clip_exp.data.tables.labels import label_of_images
-from clip_exp.data.tables.open import open_configured
-from clip_exp.data.tables.paths import expand
+from clip_exp.data.tables.open import expand, open_configured
 from clip_exp.data.tables.table import PairTable, bad_rows
 from clip_exp.errors import ConfigError, DataError
 

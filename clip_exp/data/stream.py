@@ -1,20 +1,218 @@
-"""The stream of a run: which source and which of its rows each sample is, for one source or several that are mixed."""
+"""The stream of a run: which source and which of its rows each sample is, for one source or several that are mixed. No torch.
 
+`data.train` names sources, each a table; a row of a source is a picture with one of its captions, or a pair of the table. The order
+is an endless stream that every rank and worker can compute from a position: sample k of a source of N rows belongs to epoch k // N
+and is row `epoch_order(N, seed, epoch)[k % N]`. The global batch of step s is samples [s * G, (s + 1) * G), whatever the number of
+ranks, so the only state of training's data is how many were seen.
+"""
+
+import math
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import accumulate
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
-from clip_exp.config.data_schema import DataConfig, Shuffle
-from clip_exp.data.names import normal_path
-from clip_exp.data.order import Blocks, epoch_order
-from clip_exp.data.randomness import hash64
-from clip_exp.data.rows import Rows
-from clip_exp.data.sources import SLOTS, OpenSource, quotas
+from clip_exp.config.data_schema import Captions, DataConfig, Shuffle
+from clip_exp.config.load import nearest
+from clip_exp.data.files import normal_path
+from clip_exp.data.randomness import Blocks, epoch_order, hash64
+from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
+from clip_exp.errors import ConfigError
+
+READING = ("image_root", "image_key", "caption_key", "separator", "encoding", "filter")
+KEYS = ("path", "weight", *READING)
+INDEX = "index"  # folder of the tables' indexes below output_dir
+SLOTS = 4096  # samples in which the sources have exactly their shares
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One entry of `data.train`.
+
+    Attributes:
+        paths: files and patterns, read as one table.
+        weight: how often it is drawn, relative to the others; None: as often as it has rows.
+        reading: keys of `DataConfig` that are different for this source.
+    """
+
+    paths: tuple[str, ...]
+    weight: float | None = None
+    reading: dict[str, str | None] = field(default_factory=dict)
+
+    def configured(self, config: DataConfig) -> DataConfig:
+        """The configuration by which this source is read."""
+        return replace(config, **self.reading)  # type: ignore[arg-type]
+
+
+def parse(value: Any, key: str = "data.train") -> list[SourceSpec]:
+    """What `data.train` names: one source for a path or a list of paths, one for each entry of a list that has a mapping.
+
+    Raises:
+        ConfigError: an unknown key, a missing or mistyped value, a weight that is not above 0; all that were found, a line each.
+    """
+    if value is None or value == []:
+        return []
+    entries = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(entry, str | Path) for entry in entries):
+        return [SourceSpec(tuple(map(str, entries)))]
+    problems = [
+        problem
+        for i, entry in enumerate(entries)
+        for problem in _problems(entry, f"{key}[{i}]" if entries is value else key)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    specs = [_spec(entry) for entry in entries]
+    if len({spec.weight is None for spec in specs}) > 1:
+        raise ConfigError(
+            f"{key}: give every source a weight, or none: without weights each is drawn as often as it has rows."
+        )
+    return specs
+
+
+def _problems(entry: Any, where: str) -> Iterator[str]:
+    if isinstance(entry, str | Path):
+        return
+    if not isinstance(entry, dict):
+        yield f"{where}={entry} must be a path, or a mapping with a path and a weight."
+        return
+    for key in entry:
+        if key not in KEYS:
+            yield f"{where}.{key} does not exist: {nearest(str(key), KEYS)}"
+    paths = entry.get("path")
+    if not paths or not all(isinstance(path, str | Path) for path in (paths if isinstance(paths, list) else [paths])):
+        yield f"{where}.path={paths} must be a file, or a list of files that are read as one table."
+    weight = entry.get("weight")
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (number and 0 < weight < math.inf):
+        yield f"{where}.weight={weight} must be a number above 0."
+    for key in READING:
+        value = entry.get(key, "")
+        may_be_null = key in ("image_root", "filter")
+        if not isinstance(value, str) and not (value is None and may_be_null):
+            yield f"{where}.{key}={value} must be a text."
+
+
+def _spec(entry: Any) -> SourceSpec:
+    if isinstance(entry, str | Path):
+        return SourceSpec((str(entry),))
+    paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+    return SourceSpec(tuple(map(str, paths)), entry.get("weight"), {key: entry[key] for key in READING if key in entry})
+
+
+# Rows of a source.
+
+
+_CAPTION = 3
+
+
+class Rows(Protocol):
+    """The rows of the stream, 0 .. len-1."""
+
+    pictures: int  # distinct pictures among them
+
+    def __len__(self) -> int: ...
+
+    def table_row(self, row: int, seed: int, epoch: int) -> int:
+        """The table's row that gives picture and caption."""
+        ...
+
+
+def build_rows(table: PairTable, captions: Captions) -> Rows:
+    """The rows of the stream for `data.captions`."""
+    return PictureRows(table) if captions is Captions.random else PairRows(table)
+
+
+class PairRows:
+    """Every pair of the table is a row."""
+
+    def __init__(self, table: PairTable) -> None:
+        self._table = table
+        self.pictures = table.pictures
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def table_row(self, row: int, seed: int, epoch: int) -> int:
+        return row
+
+
+class PictureRows:
+    """Every distinct picture is a row; which of its captions it comes with is drawn anew in each epoch."""
+
+    def __init__(self, table: PairTable) -> None:
+        self._table = table  # not its arrays: a table in an index is pickled as the folder's name
+        self.pictures = table.pictures
+
+    def __len__(self) -> int:
+        return self.pictures
+
+    def table_row(self, row: int, seed: int, epoch: int) -> int:
+        rows = self._table.rows_of(row)
+        return int(rows[hash64(_CAPTION, seed, epoch, row) % len(rows)])
+
+
+# Sources: which tables there are, and how often each is drawn.
+
+
+class OpenSource(NamedTuple):
+    """A source that was opened."""
+
+    spec: SourceSpec
+    table: PairTable
+    rows: Rows
+
+
+def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[OpenSource]:
+    """The tables of `data.train`. `data.max_rows` limits each of them.
+
+    Args:
+        index_dir: see `open_table`.
+    Raises:
+        ConfigError: `data.train` makes no sense or names no file; a source is too rare to be drawn.
+        DataError: see `open_table`.
+    """
+    opened = []
+    for spec in parse(config.train):
+        table = open_configured(
+            spec.configured(config), list(spec.paths), max_rows=config.max_rows, index_dir=index_dir
+        )
+        opened.append(OpenSource(spec, table, build_rows(table, config.captions)))
+    if len(opened) > 1:
+        quotas(opened)
+    return opened
+
+
+def quotas(sources: Sequence[OpenSource]) -> list[int]:
+    """How many of `SLOTS` samples each source gives: the shares of the weights, rounded by largest remainder.
+
+    Raises: ConfigError for a source that would give none.
+    """
+    weights = [len(source.rows) if source.spec.weight is None else source.spec.weight for source in sources]
+    largest = max(weights)
+    shares = [weight / largest for weight in weights]
+    exact = [SLOTS * share / math.fsum(shares) for share in shares]
+    given = [int(share) for share in exact]
+    by_remainder = sorted(range(len(given)), key=lambda i: (given[i] - exact[i], i))
+    for i in by_remainder[: SLOTS - sum(given)]:
+        given[i] += 1
+    for source, quota in zip(sources, given, strict=True):
+        if not quota:
+            rare = f"weight={source.spec.weight:g}" if source.spec.weight is not None else f"{len(source.rows):,} rows"
+            raise ConfigError(
+                f"data.train: {source.spec.paths[0]} would never be drawn: its share ({rare}) is less than one sample in "
+                f"{SLOTS:,}. Give it more weight, or leave it out."
+            )
+    return given
+
+
+# The stream.
+
 
 _SOURCE, _SLOTS = 11, 12
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.evaluation_schema import SubjectConfig
-from clip_exp.data.transforms import Preprocessing, normalize
+from clip_exp.data.images import Preprocessing, normalize
 from clip_exp.devices import resolve_accelerator
 from clip_exp.models.text import TreeLayout
 from clip_exp.precision import inference, inference_precision

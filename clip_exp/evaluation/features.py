@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from clip_exp.config.data_schema import OnBadImage
-from clip_exp.data.batches import EvalBatch, EvalCollate
-from clip_exp.data.dataset import EvalImages
+from clip_exp.data.loader import (
+    EvalBatch,
+    EvalCollate,
+    EvalImages,
+    WorkerLoader,
+    count_workers,
+    killed_workers_are_told,
+)
 from clip_exp.data.pictures import Pictures
-from clip_exp.data.workers import WorkerLoader, count_workers, killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder

@@ -11,7 +11,7 @@ from clip_exp.config.evaluation_schema import (
     RobustnessTaskConfig,
     ZeroShotTaskConfig,
 )
-from clip_exp.data.contents import equal_contents
+from clip_exp.data.files import equal_contents
 from clip_exp.data.pictures import TablePictures
 from clip_exp.evaluation.sets.labeled import LabeledImages
 from clip_exp.evaluation.sets.overlap import Overlap

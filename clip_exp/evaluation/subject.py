@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clip_exp.config.load import plain
 from clip_exp.config.model_schema import ModelConfig, ResizeMode
+from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.pictures import Pictures
-from clip_exp.data.transforms import eval_transform, preprocessing_of
 from clip_exp.evaluation.cache import Cache
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_pixels

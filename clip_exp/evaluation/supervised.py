@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from clip_exp.config.load import nearest
 from clip_exp.data.files import BadImage
-from clip_exp.data.images import pil_to_tensor
-from clip_exp.data.transforms import MAX_ASPECT, normalize
+from clip_exp.data.images import MAX_ASPECT, normalize, pil_to_tensor
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.sets.imagenet_sets import weights_file

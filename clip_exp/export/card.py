@@ -11,7 +11,7 @@ from clip_exp._version import __version__
 from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import Activation, ModelConfig, ResizeMode
 from clip_exp.config.use_schema import ExportFormat
-from clip_exp.data.transforms import preprocessing_of
+from clip_exp.data.images import preprocessing_of
 from clip_exp.export.folder import CARD
 from clip_exp.export.history import history_of
 from clip_exp.export.onnx import any_length

@@ -10,7 +10,7 @@ from clip_exp.checkpoints.writer import WEIGHTS
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import plain
 from clip_exp.config.schema import FineTuneConfig, TrainConfig
-from clip_exp.data.sources import parse
+from clip_exp.data.stream import parse
 from clip_exp.loading.source import ModelSource
 from clip_exp.reports.index import readable
 from clip_exp.reports.page import counted

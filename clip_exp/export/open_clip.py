@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import Activation, Cleaning, ImageTower, ModelConfig, TextTower
-from clip_exp.data.transforms import preprocessing_of
+from clip_exp.data.images import preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.export.compare import Encoders
 from clip_exp.export.formats import published

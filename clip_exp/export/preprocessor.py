@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.config.model_schema import ImageTowerConfig, Interpolation, ResizeMode
-from clip_exp.data.transforms import preprocessing_of
+from clip_exp.data.images import preprocessing_of
 
 RESAMPLE = {Interpolation.bilinear: 2, Interpolation.bicubic: 3}  # Pillow's numbers
 

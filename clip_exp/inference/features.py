@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.config.data_schema import OnBadImage
-from clip_exp.data.workers import killed_workers_are_told
+from clip_exp.data.loader import killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.features import encode_pictures, load_batches

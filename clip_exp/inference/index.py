@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from clip_exp.config.load import plain, strict_dataclass
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.data.names import normal_path
+from clip_exp.data.files import normal_path
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.source import ModelSource
 from clip_exp.loading.wise_ft import Mix

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.config.data_schema import OnBadImage
-from clip_exp.data.contents import Stamp, Stored, stamps
-from clip_exp.data.names import normal_path
+from clip_exp.data.files import Stamp, Stored, normal_path, stamps
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.metrics import require_finite
 from clip_exp.inference.features import Encoded

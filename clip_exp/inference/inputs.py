@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from clip_exp.config.data_schema import OnBadImage
-from clip_exp.data.names import normal_path
-from clip_exp.data.tables.blanks import BLANKS
+from clip_exp.data.files import normal_path
+from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES
 from clip_exp.evaluation.sets.prompts import imagenet_classes

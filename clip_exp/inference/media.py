@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from clip_exp.data.contents import Stored, stamp_of
+from clip_exp.data.files import Stored, stamp_of
 from clip_exp.data.images import open_image
 from clip_exp.inference.inputs import FRAMES, Picture, is_video
 from clip_exp.inference.video import read_frame

@@ -6,8 +6,8 @@ from typing import Any
 
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import PairsDataModule
+from clip_exp.data.tables.comparisons import as_json
 from clip_exp.data.tables.table import bad_rows, unlike_values
-from clip_exp.data.tables.unlike import as_json
 
 
 def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from clip_exp.config.schema import StrategyName, TrainConfig
-from clip_exp.data.workers import explain_worker_failure
+from clip_exp.data.loader import explain_worker_failure
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import DeviceMemoryError, DistributedError
 from clip_exp.ranks import failure, group

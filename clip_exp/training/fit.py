@@ -17,7 +17,7 @@ from clip_exp.config.load import read_run_config
 from clip_exp.config.model_rules import own_towers
 from clip_exp.config.schema import LossConfig, StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
-from clip_exp.data.transforms import preprocessing_of
+from clip_exp.data.images import preprocessing_of
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, DataError
 from clip_exp.losses.build import build_loss

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.fingerprint import changes, image_changes
-from clip_exp.data.sources import parse
+from clip_exp.data.stream import parse
 from clip_exp.errors import CheckpointError
 from clip_exp.weights.find import hash_weights, local_weights
 

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from clip_exp.data.workers import cores_per_rank, count_workers
+from clip_exp.data.loader import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
 from clip_exp.ranks.group import local_world_size
 from clip_exp.runs import read_metrics

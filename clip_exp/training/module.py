@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from clip_exp.checkpoints.io import EMA_KEY
 from clip_exp.checkpoints.state import name_optimizer_state, number_optimizer_state, random_state, set_random_state
 from clip_exp.config.schema import TrainConfig
-from clip_exp.data.batches import Batch, EvalBatch
-from clip_exp.data.transforms import normalize, preprocessing_of
+from clip_exp.data.images import normalize, preprocessing_of
+from clip_exp.data.loader import Batch, EvalBatch
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
 from clip_exp.losses.outputs import CLIPOutput

@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from clip_exp.data.bad_samples import TOLD_SINGLY, VALIDATION, BadSamples
-from clip_exp.data.batches import BadPicture
+from clip_exp.data.loader import BadPicture
 from clip_exp.errors import DataError
 
 

@@ -15,10 +15,9 @@ from clip_exp.config.data_schema import DataConfig, OnBadRow
 from clip_exp.config.model_schema import ImageTowerConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.files import KINDS, BadImage, ImageLimits, kind_of
-from clip_exp.data.images import decode, decode_rgb
+from clip_exp.data.images import decode, decode_rgb, preprocessing_of
 from clip_exp.data.tables.open import open_table, read_table
-from clip_exp.data.tables.options import TableOptions
-from clip_exp.data.transforms import preprocessing_of
+from clip_exp.data.tables.reader import TableOptions
 from clip_exp.errors import ClipExpError
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table

@@ -8,11 +8,10 @@ import pytorch_lightning as pl
 import torch
 
 from clip_exp.config.data_schema import Captions, GenerateConfig, Generator
-from clip_exp.data import workers
+from clip_exp.data import loader
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
-from clip_exp.data.batches import BadPicture
-from clip_exp.data.datamodule import TimedLoader
-from clip_exp.data.samplers import EvalSampler
+from clip_exp.data.datamodule import EvalSampler, TimedLoader
+from clip_exp.data.loader import BadPicture
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import noise, write_table
 from tests.data.test_dataset import Place
@@ -150,7 +149,7 @@ def test_ranks_that_read_different_tables_are_refused_on_all_of_them(pairs, buil
 def test_the_loaders_have_a_worker_per_core_on_a_gpu_and_none_without_a_batch(
     pairs, build, monkeypatch, device_type, count
 ):
-    monkeypatch.setattr("clip_exp.data.workers.usable_cores", lambda: 16)
+    monkeypatch.setattr("clip_exp.data.loader.usable_cores", lambda: 16)
     module = build(pairs, val=str(pairs), num_workers=None)
     module.trainer = Place(0, 1)
     module.trainer.strategy.root_device = torch.device(device_type)
@@ -162,7 +161,7 @@ def test_the_loaders_have_a_worker_per_core_on_a_gpu_and_none_without_a_batch(
 def test_training_warns_before_its_batches_are_more_than_the_shared_memory(pairs, build, monkeypatch, caplog):
     """Four pictures of 16 x 16 in each of 2 x 3 batches."""
     for free, warns in ((3 * 16 * 16 * 4 * 6, False), (3 * 16 * 16 * 4 * 6 - 1, True)):
-        monkeypatch.setattr(workers, "_shared_memory", lambda free=free: workers._SharedMemory(64 << 20, free))
+        monkeypatch.setattr(loader, "_shared_memory", lambda free=free: loader._SharedMemory(64 << 20, free))
         build(pairs, num_workers=3).train_dataloader()
         assert ("Training may run out of shared memory" in caplog.text) == warns
     assert "(data.num_workers); data.num_workers=0 needs none" in caplog.text

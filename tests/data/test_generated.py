@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from clip_exp.config.data_schema import GenerateConfig, Generator
-from clip_exp.data import generators
+from clip_exp.data import generated
 from clip_exp.data.generated import count_rows, generate
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import CheckpointError, ConfigError
@@ -35,17 +35,17 @@ def test_digits_hold_out_a_stratified_fifth(made):
     assert len(train) + len(val) == 1797
     assert len(train) == count_rows(GenerateConfig(kind=Generator.digits))
     counts, held_out = Counter(r["label"] for r in train), Counter(r["label"] for r in val)
-    assert set(counts) == set(held_out) == set(generators.WORDS)
-    for word in generators.WORDS:
+    assert set(counts) == set(held_out) == set(generated.WORDS)
+    for word in generated.WORDS:
         assert held_out[word] / (counts[word] + held_out[word]) == pytest.approx(0.2, abs=0.01)
 
 
 def test_digit_captions_come_from_the_templates_of_the_configuration(made, repository):
     config = yaml.safe_load((repository / "conf" / "data" / "digits.yaml").read_text(encoding="utf-8"))
-    assert tuple(config["templates"]) == generators.TEMPLATES
+    assert tuple(config["templates"]) == generated.TEMPLATES
     used = Counter()
     for record in records(made.train):
-        used.update(t for t in generators.TEMPLATES if t.format(record["label"]) == record["title"])
+        used.update(t for t in generated.TEMPLATES if t.format(record["label"]) == record["title"])
     assert sum(used.values()) == len(records(made.train))
     assert min(used.values()) > 400
 
@@ -81,7 +81,7 @@ def test_shapes_depend_on_the_seed_alone(tmp_path):
 
 
 def test_captions_of_shapes_say_what_is_drawn_where(tmp_path):
-    from clip_exp.data.generators import COLORS
+    from clip_exp.data.generated import COLORS
 
     table = read_table(generate(shapes(rows=200), tmp_path).train)
     checked = 0

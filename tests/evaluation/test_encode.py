@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.data.transforms import preprocessing_of
+from clip_exp.data.images import preprocessing_of
 from clip_exp.evaluation.encode import encode_pixels, encode_texts
 from clip_exp.text.build import build_tokenizer
 from tests.compose import train_config

@@ -15,8 +15,8 @@ from torchvision import transforms
 from clip_exp.config.data_schema import DataConfig, OnBadImage
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.models import named_model
+from clip_exp.data.images import preprocessing_of
 from clip_exp.data.pictures import PictureFiles
-from clip_exp.data.transforms import preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.evaluation.encode import EncodeOptions
 from clip_exp.evaluation.features import encode_pictures

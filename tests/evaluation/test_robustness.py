@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.data.transforms import normalize
+from clip_exp.data.images import normalize
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.evaluation import subject
 from clip_exp.evaluation.encode import EncodeOptions

@@ -10,7 +10,7 @@ from transformers import AutoProcessor, CLIPModel, CLIPProcessor, SiglipModel
 
 import clip_exp
 from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, ResizeMode
-from clip_exp.data.transforms import eval_transform, normalize, preprocessing_of
+from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP
 from clip_exp.text.build import build_tokenizer

@@ -15,7 +15,7 @@ from clip_exp.config.model_schema import (
     Projection,
     TextTowerConfig,
 )
-from clip_exp.data.transforms import OPENAI_MEAN, preprocessing_of
+from clip_exp.data.images import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models import build_model
 from clip_exp.models.timm_tower import TimmTower, build_image_tower

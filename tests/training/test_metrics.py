@@ -15,8 +15,8 @@ import torch
 
 import clip_exp
 from clip_exp.checkpoints.io import SafeCheckpointIO
-from clip_exp.data import datamodule, workers
-from clip_exp.data.batches import Collate
+from clip_exp.data import datamodule, loader
+from clip_exp.data.loader import Collate
 from clip_exp.runs import read_metrics
 from clip_exp.training import metrics, summary
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer
@@ -114,7 +114,7 @@ def test_a_row_has_the_times_of_the_rank_that_waited_longest() -> None:
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "usable_cores", lambda: 16)
+    monkeypatch.setattr(loader, "usable_cores", lambda: 16)
     monkeypatch.setattr(metrics, "local_world_size", lambda: 4)
     callback = StepMetrics(1, 16, 96)
     callback.on_train_start(a_trainer(), None)  # type: ignore[arg-type]

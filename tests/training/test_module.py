@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clip_exp.config.schema import TrainConfig
-from clip_exp.data.batches import Batch, EvalBatch
+from clip_exp.data.loader import Batch, EvalBatch
 from clip_exp.evaluation.validation import ValidationFeatures
 from clip_exp.losses import build_loss
 from clip_exp.training import module as training_module

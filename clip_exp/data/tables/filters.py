@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 
 from clip_exp.data.tables import comparisons
 from clip_exp.data.tables.columns import bool_numpy
-from clip_exp.data.tables.comparisons import Column, Constant, Conversions, Length, Operand
-from clip_exp.data.tables.unlike import Unlike, find_unlike
+from clip_exp.data.tables.comparisons import Column, Constant, Conversions, Length, Operand, Unlike, find_unlike
 from clip_exp.errors import ConfigError
 
 Columns: TypeAlias = Mapping[str, Column]

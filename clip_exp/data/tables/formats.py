@@ -1,13 +1,11 @@
 """Which format a table has: by the end of its name, which its first bytes must not contradict."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from clip_exp.data.tables.delimited import DelimitedReader
 from clip_exp.data.tables.jsonl import JsonLinesReader
-from clip_exp.data.tables.options import TableOptions
 from clip_exp.data.tables.parquet import ParquetReader
-from clip_exp.data.tables.reader import Reader
+from clip_exp.data.tables.reader import Reader, TableOptions
 from clip_exp.data.tables.shards import ShardReader
 from clip_exp.errors import ConfigError
 
@@ -60,22 +58,6 @@ _MAGIC = {
     b"version https://git-lfs": "a pointer of Git LFS (fetch the file itself: git lfs pull)",
 }
 _NAMED = {"Parquet": PARQUET, "a tar": SHARD}  # formats that are read, by what the first bytes say
-
-
-def is_shard(path: Path) -> bool:
-    """Whether a file is a WebDataset shard, by its name."""
-    return path.suffix.lower() in SHARD
-
-
-def check_one_kind(files: Sequence[Path]) -> None:
-    """Raises ConfigError where shards and tables are given as one table: a picture is a member of a file or a file."""
-    shard = next(filter(is_shard, files), None)
-    table = next((file for file in files if not is_shard(file)), None)
-    if shard is not None and table is not None:
-        raise ConfigError(
-            f"{shard} is a shard and {table} is not: they cannot be one table. Mix them as sources by weight: "
-            f"data.train=[{{path: {shard}, weight: 1}}, {{path: {table}, weight: 1}}]."
-        )
 
 
 def open_reader(file: Path, options: TableOptions) -> Reader:

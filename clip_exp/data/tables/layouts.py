@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clip_exp.data.tables import filters
-from clip_exp.data.tables.options import TableOptions
-from clip_exp.data.tables.values import no_column
+from clip_exp.data.tables.reader import TableOptions, no_column
 from clip_exp.errors import ConfigError, DataError
 
 SEPARATORS = {"\t": "TAB", ",": "comma", ";": "semicolon", "|": "bar"}

@@ -12,9 +12,16 @@ import pyarrow.compute as pc
 from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import bool_numpy
-from clip_exp.data.tables.options import TableOptions
-from clip_exp.data.tables.reader import MAX_CAPTION, BadRows, RowBlock
-from clip_exp.data.tables.values import BadValue, longer_than, no_column, text_of
+from clip_exp.data.tables.reader import (
+    MAX_CAPTION,
+    BadRows,
+    BadValue,
+    RowBlock,
+    TableOptions,
+    longer_than,
+    no_column,
+    text_of,
+)
 from clip_exp.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -1,15 +1,119 @@
-"""What every format of a table gives: blocks of good rows, and an account of the bad ones."""
+"""What the reader of a table's file is given and gives, whatever the format: options; blocks of good rows, and an account of the bad ones."""
 
+import difflib
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from clip_exp.errors import DataError
+from clip_exp.config.data_schema import DataConfig, OnBadRow
+from clip_exp.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How a table is read. Two readings by equal options of an unchanged file give equal rows.
+
+    Attributes:
+        image_key, caption_key, label_key: names of the columns; captions and labels are optional.
+        separator, encoding: of delimited text: `auto`, or what they are.
+        on_bad_row: `error`, or `skip` to leave bad rows out and count them by reason.
+        filter: which rows are kept (`tables.filters`); None: all.
+        max_rows: stop after that many rows.
+    """
+
+    image_key: str = "filepath"
+    caption_key: str | None = "title"
+    label_key: str | None = None
+    separator: str = "auto"
+    encoding: str = "auto"
+    on_bad_row: OnBadRow = OnBadRow.error
+    filter: str | None = None
+    max_rows: int | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig, *, label_key: str | None = None, max_rows: int | None = None) -> "TableOptions":
+        """As a run's configuration says."""
+        return cls(
+            config.image_key,
+            config.caption_key,
+            label_key,
+            config.separator,
+            config.encoding,
+            config.on_bad_row,
+            config.filter,
+            max_rows,
+        )
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """Key of the configuration (`image_key`, …) to the name of the column."""
+        wanted = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
+        return {setting: name for setting, name in wanted.items() if name is not None}
+
+    def as_json(self) -> dict[str, Any]:
+        """For the identity of an index. What happens to bad rows is not part of it: where there are none, the rows are the same."""
+        return {name: value for name, value in asdict(self).items() if name != "on_bad_row"}
+
+
+# Whether a file is still the one that was read.
+
+
+_BLOCK = 1 << 14  # bytes
+_MOST_BLOCKS, _FEWEST_BLOCKS = 256, 2  # of a file
+_ALL_BLOCKS = 4096  # of a table's files together, where they are many
+
+
+class FileStamp(NamedTuple):
+    """What is known of a file without reading all of it."""
+
+    bytes: int
+    mtime_ns: int
+    sample: str  # hash of the first, the last and evenly spread blocks; of everything in a file that is no longer than these
+
+    @classmethod
+    def of(cls, file: Path, files: int = 1) -> "FileStamp":
+        """The stamp of a file.
+
+        Args:
+            files: how many are looked at together; each of many is sampled less.
+
+        Raises: OSError.
+        """
+        blocks = min(_MOST_BLOCKS, max(_FEWEST_BLOCKS, _ALL_BLOCKS // files))
+        with open(file, "rb", buffering=0) as stream:
+            status = os.fstat(stream.fileno())
+            digest = hashlib.sha256()
+            for offset in _offsets(status.st_size, blocks):
+                digest.update(os.pread(stream.fileno(), _BLOCK, offset))
+        return cls(status.st_size, status.st_mtime_ns, digest.hexdigest())
+
+    @classmethod
+    def of_table(cls, file: Path, files: int) -> "FileStamp":
+        """`of` a file that the configuration names.
+
+        Raises: ConfigError.
+        """
+        try:
+            return cls.of(file, files)
+        except OSError as error:
+            raise ConfigError(f"The table {file} cannot be read: {error.strerror or error}.") from error
+
+
+def _offsets(size: int, blocks: int) -> list[int]:
+    if size <= blocks * _BLOCK:
+        return list(range(0, size, _BLOCK))
+    return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
+
+
+# Rows.
+
 
 MAX_CAPTION = 32_768  # characters; longer ones are bad rows: more often a quote that never closes than a caption
 MAX_EXAMPLES = 1_000  # bad rows of a file that are remembered one by one
@@ -76,3 +180,85 @@ class Reader(Protocol):
             ConfigError for a file that cannot be opened.
         """
         ...
+
+
+# Values: what a row's picture path, caption and label may be, where a format holds more than text.
+
+
+_WHAT = {"image_key": "picture path", "caption_key": "caption", "label_key": "label"}
+
+
+class BadValue(Exception):
+    """A value that makes its row a bad one: the kind of fault, and what exactly is wrong."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def text_of(setting: str, name: str, value: object) -> str:
+    """The text of a value, verbatim.
+
+    Nothing is made text that is not: a number as a caption is a wrong column more often than a caption. Only labels may be
+    whole numbers; no label (null) is the empty one, which means no class.
+
+    Args:
+        setting: `image_key`, `caption_key` or `label_key`.
+        name: of its column, for messages.
+
+    Raises: BadValue.
+    """
+    if setting == "label_key" and (value is None or type(value) is int):
+        return "" if value is None else str(value)
+    what = _WHAT[setting]
+    if value is None:
+        raise BadValue(*absent(setting, name))
+    if not isinstance(value, str):
+        raise BadValue(f"the {what} is no text", f"the {what} {name!r} is no text but {_shown(value)}")
+    if not value and setting == "image_key":
+        raise BadValue(f"no {what}", f"the {what} {name!r} is empty")
+    if "\0" in value:
+        raise BadValue("NUL character", f"the {what} {name!r} holds a NUL character")
+    if len(value) > MAX_CAPTION:
+        raise BadValue(*longer_than(setting, name, f"{len(value):,} characters, more than {MAX_CAPTION:,}"))
+    if not value.isascii():
+        _check_unicode(what, name, value)
+    return value
+
+
+def longer_than(setting: str, name: str, measure: str) -> tuple[str, str]:
+    """Reason and detail for a text of too many characters or bytes."""
+    return f"{_WHAT[setting]} too long", f"the {_WHAT[setting]} {name!r} has {measure}"
+
+
+def absent(setting: str, name: str) -> tuple[str, str]:
+    """Reason and detail for a value that is missing."""
+    what = _WHAT[setting]
+    return f"no {what}", f"there is no {what} ({name!r} is missing or null; data.{setting})"
+
+
+def no_column(name: str, setting: str, names: Iterable[str]) -> str:
+    """The end of a message that began with the file: which column is missing, and which may be meant."""
+    listed = list(names)
+    close = difflib.get_close_matches(name.lower(), [other.lower() for other in listed], n=1)
+    nearest = next((other for other in listed if close and other.lower() == close[0] and other.isprintable()), None)
+    shown = ", ".join(repr(other if len(other) <= 40 else other[:40] + "…") for other in listed[:20]) or "none"
+    if setting == "filter":
+        return f"has no column {name!r} (data.filter). Its columns: {shown}." + (
+            f" Did you mean {nearest!r}?" if nearest else ""
+        )
+    return f"has no column {name!r} (data.{setting}). Its columns: {shown}. Set data.{setting}={nearest or '<one of them>'}."
+
+
+def _check_unicode(what: str, name: str, value: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadValue("not Unicode", f"the {what} {name!r} holds half a surrogate pair") from error
+
+
+def _shown(value: object) -> str:
+    kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    kind = kinds.get(type(value), type(value).__name__)
+    text = str(value)
+    return f"{kind}: {text if len(text) <= 40 else text[:40] + '…'}"

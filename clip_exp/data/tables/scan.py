@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +13,17 @@ import numpy as np
 import pyarrow as pa
 
 from clip_exp.data.tables import filters
-from clip_exp.data.tables.blanks import count_blank, trimmed
-from clip_exp.data.tables.columns import bool_array, string_buffers
+from clip_exp.data.tables.columns import bool_array, count_blank, string_buffers, trimmed
+from clip_exp.data.tables.comparisons import Unlike, joined
 from clip_exp.data.tables.formats import open_reader
-from clip_exp.data.tables.options import TableOptions
-from clip_exp.data.tables.reader import Reader, RowBlock
-from clip_exp.data.tables.stamps import Stamp
-from clip_exp.data.tables.unlike import Unlike, joined
+from clip_exp.data.tables.reader import FileStamp, Reader, RowBlock, TableOptions
 from clip_exp.errors import DataError
+from clip_exp.progress import progress
 
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 1 << 16
+_BAR_FROM = 64 << 20  # bytes; smaller tables are read before a bar is seen
 
 
 class RowBatch(NamedTuple):
@@ -38,7 +39,7 @@ class ScannedFile:
     """What was found in a file."""
 
     path: Path
-    stamp: Stamp
+    stamp: FileStamp
     rows: int
     seen: int  # bad rows and those that the filter leaves out included
     digest: str
@@ -89,7 +90,7 @@ class Scan:
             yield from self._blocks_of(file)
 
     def _blocks_of(self, file: Path) -> Iterator[RowBlock]:
-        stamp = Stamp.of_table(file, len(self.files))
+        stamp = FileStamp.of_table(file, len(self.files))
         reader, digest = open_reader(file, self.options), _Digest()
         before, found, empty_captions = self._rows, 0, 0
         unlike: list[Unlike] = []
@@ -109,7 +110,7 @@ class Scan:
             raise DataError(f"{file} has no rows{left_out}: it needs a row per image-text pair.")
         if not found:  # Spark and its like write such parts
             log.warning("%s has no rows.", file)
-        if Stamp.of_table(file, len(self.files)) != stamp:
+        if FileStamp.of_table(file, len(self.files)) != stamp:
             raise DataError(f"{file} has changed while it was read: start again when it is complete.")
         rows, seen = self._rows - before, found + bad.counts.total()
         self.read.append(
@@ -138,6 +139,14 @@ class Scan:
             block = RowBlock(columns, block.lines, block.members)
         room = len(block) if self.options.max_rows is None else self.options.max_rows - self._rows
         return _slice(block, 0, room)
+
+
+def progress_of(files: Sequence[Path]) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar on the terminal for tables that take a while; to be told the bytes that are read."""
+    size = sum(file.stat().st_size for file in files)
+    if size < _BAR_FROM or not sys.stderr.isatty():
+        return nullcontext(lambda done: None)
+    return progress(size, f"bytes of {files[0].name}")
 
 
 class _Digest:

@@ -11,12 +11,18 @@ import numpy as np
 
 from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables.columns import string_array
-from clip_exp.data.tables.jsonl import parse_object
-from clip_exp.data.tables.native import NativeColumns
-from clip_exp.data.tables.options import TableOptions
-from clip_exp.data.tables.reader import MAX_CAPTION, BadRows, RowBlock
+from clip_exp.data.tables.jsonl import NativeColumns, parse_object
+from clip_exp.data.tables.reader import (
+    MAX_CAPTION,
+    BadRows,
+    BadValue,
+    RowBlock,
+    TableOptions,
+    absent,
+    no_column,
+    text_of,
+)
 from clip_exp.data.tables.tars import Damaged, Member, members
-from clip_exp.data.tables.values import BadValue, absent, no_column, text_of
 from clip_exp.errors import ConfigError, DataError
 
 PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first of them that a sample has, as in open_clip

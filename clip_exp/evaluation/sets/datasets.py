@@ -7,11 +7,9 @@ from typing import Any
 from clip_exp.config.data_schema import OnBadRow
 from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.data.generated import generate
-from clip_exp.data.pictures import PictureFiles, TablePictures
-from clip_exp.data.tables.blanks import BLANKS
-from clip_exp.data.tables.labels import label_of_images
-from clip_exp.data.tables.open import read_table
-from clip_exp.data.tables.paths import expand
+from clip_exp.data.pictures import PictureFiles, TablePictures, label_of_images
+from clip_exp.data.tables.columns import BLANKS
+from clip_exp.data.tables.open import expand, read_table
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_folders import require_class_folders

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clip_exp.data.pictures import PictureFiles
-from clip_exp.data.tables.blanks import BLANKS
+from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order, listing
 from clip_exp.evaluation.sets.names import match

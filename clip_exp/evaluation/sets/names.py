@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from clip_exp.data.tables.labels import warn_alike
+from clip_exp.data.pictures import warn_alike
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_sets import CLASS_SETS, class_set, imagenet_index
 from clip_exp.evaluation.sets.labeled import are_numbers, listing

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.data.contents import Stored, equal_contents
+from clip_exp.data.files import Stored, equal_contents
 from clip_exp.data.pictures import Pictures
 from clip_exp.progress import progress
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from clip_exp.data.tables.blanks import BLANKS
+from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError
 
 

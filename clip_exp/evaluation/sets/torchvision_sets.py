@@ -14,7 +14,7 @@ import numpy as np
 from clip_exp.config.evaluation_schema import LabeledDataConfig
 from clip_exp.config.load import nearest
 from clip_exp.data.cifar import CifarPictures, read_cifar
-from clip_exp.data.torchvision_pictures import TorchvisionPictures
+from clip_exp.data.pictures import TorchvisionPictures
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import LabeledImages
 from clip_exp.evaluation.sets.names import match

@@ -20,12 +20,11 @@ import pytest
 from clip_exp import storage
 from clip_exp.config.data_schema import Captions, OnBadRow
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.rows import build_rows
-from clip_exp.data.tables import index, index_writer, open, scan
+from clip_exp.data.stream import build_rows
+from clip_exp.data.tables import index, open, scan
 from clip_exp.data.tables.open import open_table, read_table
-from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.tables.reader import FileStamp, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS
-from clip_exp.data.tables.stamps import Stamp
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 
@@ -217,12 +216,12 @@ def test_the_sample_of_a_large_file_sees_its_start_its_end_and_places_between(tm
     file = tmp_path / "large"
     data = bytearray(16 << 20)
     file.write_bytes(data)
-    stamp = Stamp.of(file)
+    stamp = FileStamp.of(file)
     for place in (0, len(data) - 1, *range(1 << 20, len(data), 5 << 20)):
         changed = data.copy()
         changed[place : place + (1 << 17)] = b"x" * len(changed[place : place + (1 << 17)])
         file.write_bytes(changed)
-        assert Stamp.of(file).sample != stamp.sample
+        assert FileStamp.of(file).sample != stamp.sample
 
 
 def flip(name: str) -> Callable[[Path], None]:
@@ -269,8 +268,8 @@ def test_nothing_in_an_index_is_unpickled(tmp_path, builds):
     folder = index_folder(file)
     np.save(folder / "lines.npy", np.array([Canary(tmp_path / "ran")] * 100, dtype=object), allow_pickle=True)
     record = index._read_record(folder)
-    record["stored"]["lines.npy"] = index_writer._stored(folder / "lines.npy")
-    (folder / "index.json").write_text(json.dumps({"record": record, "sha256": index_writer.checksum(record)}))
+    record["stored"]["lines.npy"] = index._stored(folder / "lines.npy")
+    (folder / "index.json").write_text(json.dumps({"record": record, "sha256": index.checksum(record)}))
     assert contents(open_indexed(file)) == contents(read_table(file))
     assert not (tmp_path / "ran").exists()
 
@@ -287,7 +286,7 @@ class Canary:
 
 @pytest.mark.parametrize(
     "stage",
-    ["index_writer._write_groups", "index_writer.checksum", "storage._put_folder_in_place", "storage.sync"],
+    ["index._write_groups", "index.checksum", "storage._put_folder_in_place", "storage.sync"],
 )
 def test_a_killed_builder_leaves_nothing_that_hurts(tmp_path, builds, stage):
     file = write_rows(tmp_path / "pairs.csv", 100)
@@ -295,8 +294,8 @@ def test_a_killed_builder_leaves_nothing_that_hurts(tmp_path, builds, stage):
     change_size(file)
     code = (
         "import os, sys; from pathlib import Path; from clip_exp import storage; "
-        "from clip_exp.data.tables import index_writer, open; "
-        "from clip_exp.data.tables.options import TableOptions; file = Path(sys.argv[1]); "
+        "from clip_exp.data.tables import index, open; "
+        "from clip_exp.data.tables.reader import TableOptions; file = Path(sys.argv[1]); "
         f"{stage} = lambda *_: os.kill(os.getpid(), 9); "
         "open.open_table(file, TableOptions(), index_dir=file.parent / 'index')"
     )
@@ -362,7 +361,7 @@ def test_without_locks_a_table_that_is_opened_twice_at_once_has_its_index(tmp_pa
 def test_who_waits_for_another_process_says_so(tmp_path, caplog):
     file = write_rows(tmp_path / "pairs.csv", 100)
     (tmp_path / "index").mkdir()
-    source = index_writer.TableSource([file], [file.parent], TableOptions())
+    source = index.TableSource([file], [file.parent], TableOptions())
     with (tmp_path / "index" / f".{source.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         threading.Timer(1.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()

@@ -7,7 +7,7 @@ import pytest
 from clip_exp.config.data_schema import OnBadRow
 from clip_exp.data.tables import parquet
 from clip_exp.data.tables.open import read_table
-from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.tables.reader import TableOptions
 from clip_exp.errors import DataError
 
 

@@ -252,7 +252,7 @@ def test_reading_a_table_imports_neither_torch_nor_pandas(tmp_path):
     file = write_table(tmp_path / "t.csv", [HEADER, ["a.jpg", "x"]])
     code = (
         "import sys, clip_exp.data.generated; from pathlib import Path; from clip_exp.data.tables.open import open_table; "
-        "from clip_exp.data.tables.options import TableOptions; "
+        "from clip_exp.data.tables.reader import TableOptions; "
         f"open_table({str(file)!r}, TableOptions(), index_dir=Path({str(tmp_path)!r})).image_index(); sys.exit(bool({{'torch', 'pandas', 'sklearn'}} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

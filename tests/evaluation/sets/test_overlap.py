@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from clip_exp.config.evaluation_schema import KNNTaskConfig, LabeledDataConfig
-from clip_exp.data import contents
-from clip_exp.data.contents import Stamp, Stored, stamp_of
+from clip_exp.data import files
+from clip_exp.data.files import Stamp, Stored, stamp_of
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.prepared import KNNTask
@@ -80,7 +80,7 @@ def test_only_images_of_equal_size_are_opened(data: Path, monkeypatch: pytest.Mo
         opened.append(place.file)
         return stamp_of(place)
 
-    monkeypatch.setattr(contents, "stamp_of", recorded)
+    monkeypatch.setattr(files, "stamp_of", recorded)
     find_overlap(
         PictureFiles([data / "train/cat/0.png"]), PictureFiles([data / "test/cat/0.png", data / "test/cat/1.png"])
     )

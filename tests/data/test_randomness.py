@@ -3,9 +3,8 @@ from itertools import chain, islice, pairwise
 
 import pytest
 
-from clip_exp.data.order import Blocks, BlockShuffle, Permutation, epoch_order
-from clip_exp.data.randomness import Draws, hash64
-from clip_exp.data.samplers import StreamSampler
+from clip_exp.data.datamodule import StreamSampler
+from clip_exp.data.randomness import Blocks, BlockShuffle, Draws, Permutation, epoch_order, hash64
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 127, 128, 129, 1000, 1437, 4097])

@@ -10,9 +10,8 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 
 from clip_exp.config.data_schema import AugmentationConfig
 from clip_exp.data.files import BadImage
-from clip_exp.data.images import open_image, pil_to_tensor
+from clip_exp.data.images import crop_box, eval_transform, normalize, open_image, pil_to_tensor, train_transform
 from clip_exp.data.randomness import Draws
-from clip_exp.data.transforms import crop_box, eval_transform, normalize, train_transform
 from tests.data.conftest import load, noise
 
 MEAN, STD = open_clip.constants.OPENAI_DATASET_MEAN, open_clip.constants.OPENAI_DATASET_STD

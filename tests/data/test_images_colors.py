@@ -8,10 +8,8 @@ import torch
 from torchvision.transforms import v2
 
 from clip_exp.config.data_schema import AugmentationConfig
-from clip_exp.data.colors import blur_kernel, change_colors, jitter
-from clip_exp.data.images import pil_to_tensor
+from clip_exp.data.images import blur_kernel, change_colors, jitter, pil_to_tensor, train_transform
 from clip_exp.data.randomness import Draws
-from clip_exp.data.transforms import train_transform
 from tests.data.conftest import noise
 
 STRENGTHS = [0.4, 0.3, 0.2, 0.1]

@@ -8,9 +8,8 @@ import zlib
 import pytest
 from PIL import Image, ImageFile
 
-from clip_exp.data import headers
-from clip_exp.data.files import BadImage, ImageLimits
-from clip_exp.data.headers import check_formats
+from clip_exp.data import files
+from clip_exp.data.files import BadImage, ImageLimits, check_formats
 from clip_exp.data.images import decode, decode_rgb
 from tests.data.conftest import noise
 from tests.data.encoded import chunk, encoded, png
@@ -129,7 +128,7 @@ def test_scans_without_end_are_refused():
 
 
 def test_pieces_without_end_are_refused(monkeypatch):
-    monkeypatch.setattr(headers, "_MAX_READS", 10_000)  # a million take seconds
+    monkeypatch.setattr(files, "_MAX_READS", 10_000)  # a million take seconds
     flood = chunk(b"teSt", b"") * 100_000
     with pytest.raises(BadImage, match="damaged: more than 10,000 pieces"):
         decode_rgb(bytearray(png(2, 1, zlib.compress(bytes(7)), extra=flood)), ImageLimits())

@@ -14,12 +14,18 @@ import torch
 from torch.utils.data import Dataset
 
 from clip_exp.config.model_schema import ImageTowerConfig
-from clip_exp.data.batches import BadPicture, Batch
-from clip_exp.data.dataset import EvalImages, EvalPairs, PictureError
+from clip_exp.data.images import eval_transform, preprocessing_of
+from clip_exp.data.loader import (
+    BadPicture,
+    Batch,
+    EvalImages,
+    EvalPairs,
+    PictureError,
+    WorkerLoader,
+    killed_workers_are_told,
+)
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables.open import read_table
-from clip_exp.data.transforms import eval_transform, preprocessing_of
-from clip_exp.data.workers import WorkerLoader, killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table

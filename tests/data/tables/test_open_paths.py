@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from clip_exp.data.tables.paths import expand
+from clip_exp.data.tables.open import expand
 from clip_exp.errors import ConfigError
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from clip_exp.config.data_schema import Captions
-from clip_exp.data.files import ImageLimits
-from clip_exp.data.names import normal_path
-from clip_exp.data.rows import build_rows
+from clip_exp.data.files import ImageLimits, normal_path
+from clip_exp.data.stream import build_rows
 from clip_exp.data.tables.open import open_table, read_table
-from clip_exp.data.tables.options import TableOptions
+from clip_exp.data.tables.reader import TableOptions
 from clip_exp.data.tables.table import PairTable
 from tests.data.conftest import write_table
 

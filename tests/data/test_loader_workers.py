@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clip_exp.data import workers
-from clip_exp.data.workers import WorkerLoader, count_workers, killed_workers_are_told
+from clip_exp.data.loader import WorkerLoader, _SharedMemory, count_workers, killed_workers_are_told
 from clip_exp.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
@@ -38,7 +37,7 @@ NO_ROOM = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No spa
 def test_workers_leave_a_core_for_training_and_are_eight_at_most_on_a_cpu(
     cores: int, ranks: int, on_cpu: int, on_cuda: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    monkeypatch.setattr("clip_exp.data.loader.usable_cores", lambda: cores)
     assert count_workers(None, ranks) == count_workers(None, ranks, "cpu") == on_cpu
     assert count_workers(None, ranks, "cuda") == on_cuda
     assert count_workers(0, ranks, "cuda") == 0
@@ -88,7 +87,7 @@ def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_with_remedies(m
         raise RuntimeError(NO_ROOM)
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)  # the worker is a fork
-    monkeypatch.setattr(workers, "_shared_memory", lambda: workers._SharedMemory(67_108_864, 1_500_000))
+    monkeypatch.setattr("clip_exp.data.loader._shared_memory", lambda: _SharedMemory(67_108_864, 1_500_000))
     batches = loader(batch_bytes=40_000_000)
     with pytest.raises(DataError) as caught, killed_workers_are_told("data.num_workers"):
         list(batches)
@@ -144,7 +143,7 @@ def test_a_full_disk_is_lack_of_shared_memory_only_where_workers_start(
 def test_a_system_without_the_folder_of_shared_memory_is_told_the_remedies_and_never_warned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(workers, "SHARED_MEMORY", "/no/such/folder")
+    monkeypatch.setattr("clip_exp.data.loader.SHARED_MEMORY", "/no/such/folder")
     assert loader(batch_bytes=1 << 60).shortage("num_workers") is None
     expected = pytest.raises(DataError, match=r"^Shared memory ran out\. .*fewer workers \(num_workers\)")
     with expected, killed_workers_are_told("num_workers"):

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_exp.data.tables.blanks import BLANKS, count_blank, trimmed
-from clip_exp.data.tables.labels import label_of_images, warn_alike
+from clip_exp.data.pictures import label_of_images, warn_alike
+from clip_exp.data.tables.columns import BLANKS, count_blank, trimmed
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
 from tests.data.conftest import write_table

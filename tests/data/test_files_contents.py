@@ -1,8 +1,8 @@
 import os
 from pathlib import Path
 
-from clip_exp.data import contents
-from clip_exp.data.contents import Stored, equal_contents, stamp_of, stamps
+from clip_exp.data import files
+from clip_exp.data.files import Stored, equal_contents, stamp_of, stamps
 
 
 def places(folder: Path, contents: dict[str, bytes]) -> list[Stored]:
@@ -44,10 +44,8 @@ def test_equal_bytes_are_found_and_nothing_else(tmp_path, monkeypatch):
     several.append(Stored(*places(tmp_path, {"h": b"...two..."})[0][:1], 3, 3))
     assert stamp_of(several[1]).sample == stamp_of(several[3]).sample
     read: list[str] = []
-    digest = contents._digest
-    monkeypatch.setattr(
-        contents, "_digest", lambda place: (read.append(os.path.basename(place.file)), digest(place))[1]
-    )
+    digest = files._digest
+    monkeypatch.setattr(files, "_digest", lambda place: (read.append(os.path.basename(place.file)), digest(place))[1])
     assert equal_contents(several) == [[0, 4, 6, 7], [2, 10], [1, 5]]
     assert sorted(read) == ["a", "b", "c", "d", "e", "f", "g", "h", "link"]
     assert equal_contents(places(tmp_path, {"x": b"", "y": b"1"})) == []
