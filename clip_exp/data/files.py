@@ -199,18 +199,6 @@ _COUNTED_BYTES = 1 << 20
 _GUESSED_BYTES = 64
 
 
-class _Bytes(BytesIO):
-    """A header of millions of empty pieces, which takes some MB, would keep Pillow busy for a minute: its reading is ended."""
-
-    reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.reads += 1
-        if self.reads > _MAX_READS:
-            raise BadImage(f"{DAMAGED}: more than {_MAX_READS:,} pieces")
-        return super().read(size)
-
-
 def open_picture(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
     """Pillow's view of a picture whose header passes the limits; nothing is decoded yet.
 
@@ -271,6 +259,18 @@ def check_formats(names: Iterable[str]) -> Iterator[str]:
             aliases = {suffix.strip(".").upper(): known for suffix, known in Image.registered_extensions().items()}
             near = aliases.get(name.upper()) or next(iter(difflib.get_close_matches(name.upper(), Image.OPEN, 1)), None)
             yield f"data.image_formats: Pillow reads no {name!r}{f'; did you mean {near}?' if near else '.'}"
+
+
+class _Bytes(BytesIO):
+    """A header of millions of empty pieces, which takes some MB, would keep Pillow busy for a minute: its reading is ended."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > _MAX_READS:
+            raise BadImage(f"{DAMAGED}: more than {_MAX_READS:,} pieces")
+        return super().read(size)
 
 
 def _check_pixels(picture: Image.Image, max_pixels: int) -> None:

@@ -122,7 +122,7 @@ def _write(folder: Path, split: str, samples: Iterable[GeneratedSample]) -> None
             table.writerow([path, *sample.columns.values()])
 
 
-# What they hold.
+# Content: digits and scenes.
 
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -11,7 +11,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,7 +65,9 @@ class PictureFiles:
         return len(self.paths)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        picture = _images().open_image(self.name(index), max_pixels)
+        from clip_exp.data.images import open_image  # and torch, which finding images does without
+
+        picture = open_image(self.name(index), max_pixels)
         if not self.border:
             return picture
         return picture.crop((self.border, self.border, picture.width - self.border, picture.height - self.border))
@@ -78,7 +79,7 @@ class PictureFiles:
         return Stored(self.name(index))
 
     def fingerprint(self) -> str:
-        """Of names, sizes, times of change and samples of the content (`contents.stamps`): reading all of it takes as long as encoding."""
+        """Of names, sizes, times of change and samples of the content (`files.stamps`): reading all of it takes as long as encoding."""
         return fingerprint_of([self.stored(index) for index in range(len(self))], f"border {self.border}")
 
 
@@ -98,9 +99,10 @@ class TablePictures:
         return len(self.rows)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        images = _images()
-        limits = ImageLimits(max_pixels, max_bytes=images.MAX_EVALUATED_BYTES, outside_root=self.outside_root)
-        return images.decode(self.table.read_picture(int(self.rows[index]), limits), limits)
+        from clip_exp.data.images import MAX_EVALUATED_BYTES, decode
+
+        limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES, outside_root=self.outside_root)
+        return decode(self.table.read_picture(int(self.rows[index]), limits), limits)
 
     def name(self, index: int) -> str:
         return self.table.image_path(int(self.rows[index]))
@@ -193,13 +195,6 @@ def fingerprint_of(places: Sequence[Stored], about: str) -> str:
         line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(stamp)}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _images() -> ModuleType:
-    """Import torch only when an image is opened: finding images needs none."""
-    from clip_exp.data import images
-
-    return images
 
 
 log = logging.getLogger(__name__)

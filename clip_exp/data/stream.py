@@ -28,6 +28,7 @@ READING = ("image_root", "image_key", "caption_key", "separator", "encoding", "f
 KEYS = ("path", "weight", *READING)
 INDEX = "index"  # folder of the tables' indexes below output_dir
 SLOTS = 4096  # samples in which the sources have exactly their shares
+_CAPTION, _SOURCE, _SLOTS = 3, 11, 12  # what is drawn
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,7 @@ def _spec(entry: Any) -> SourceSpec:
     return SourceSpec(tuple(map(str, paths)), entry.get("weight"), {key: entry[key] for key in READING if key in entry})
 
 
-# Rows of a source.
-
-
-_CAPTION = 3
+# Rows: what a sample of a source is, a picture with one of its captions or a pair of the table.
 
 
 class Rows(Protocol):
@@ -211,10 +209,7 @@ def quotas(sources: Sequence[OpenSource]) -> list[int]:
     return given
 
 
-# The stream.
-
-
-_SOURCE, _SLOTS = 11, 12
+# The stream: the samples of all sources, by position.
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """An index of pictures: one safetensors file that holds their features, what made them, and which files they are of.
 
 Tensors: `features` float32 [N, D] of unit norm, `size` int64 [N] in bytes, `mtime_ns` int64 [N], `sample` int64 [N], a hash of a
-part of the content (`data.contents`), and `paths`, the names' bytes with a NUL between; rows are in the order of the paths. Metadata: `clip_exp.index`, JSON of a `Recipe`. A path is relative to the
+part of the content (`data.files`), and `paths`, the names' bytes with a NUL between; rows are in the order of the paths. Metadata: `clip_exp.index`, JSON of a `Recipe`. A path is relative to the
 index's folder where the picture lies below it, so that both can be moved together.
 """
 

@@ -20,7 +20,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
     Returns:
         bad_pictures, bad_rows: by table (training, validation), and there by kind; what is faultless is left out.
         empty_captions: likewise, `count` and the `fraction` of all captions.
-        filter_values: likewise, by column what the filter could not compare (`tables.unlike`).
+        filter_values: likewise, by column what the filter could not compare (`tables.comparisons`).
         truncated_share: of the captions that this rank has trained on since it started; None where that is none.
     """
     assert datamodule.stream is not None

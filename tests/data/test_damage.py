@@ -23,7 +23,7 @@ from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table
 from tests.data.damaged_pictures import damaged_pictures
 from tests.data.damaged_tables import damaged_tables
-from tests.data.test_dataset import Place
+from tests.data.test_loader import Place
 from tests.processes import start_apart
 from tests.runs import Train
 

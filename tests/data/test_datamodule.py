@@ -14,7 +14,7 @@ from clip_exp.data.datamodule import EvalSampler, TimedLoader
 from clip_exp.data.loader import BadPicture
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import noise, write_table
-from tests.data.test_dataset import Place
+from tests.data.test_loader import Place
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -17,7 +17,7 @@ from clip_exp.config.data_schema import AugmentationConfig, Captions
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.loader import Batch
 from tests.data.conftest import data_module, noise, write_table
-from tests.data.test_dataset import Place
+from tests.data.test_loader import Place
 from tests.exhaustive import repeat_beyond
 
 pytestmark = [

@@ -8,7 +8,7 @@ from clip_exp.config.data_schema import Captions, DataConfig
 from clip_exp.data.stream import SLOTS, SourceSpec, Stream, open_sources, parse, quotas
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import Build, noise, write_table
-from tests.data.test_dataset import digest, read
+from tests.data.test_loader import digest, read
 
 
 def test_paths_alone_are_one_source():

@@ -94,7 +94,7 @@ def _row_block(layout: Layout, fields: dict[int, pa.LargeStringArray], lines: np
     return RowBlock(columns, lines, None, extra or None)
 
 
-# At once.
+# Blocks without a fault, cut and parsed at once.
 
 
 _QUOTE, _NEWLINE, _RETURN = b'"\n\r'
@@ -216,7 +216,7 @@ def _fields(text: memoryview, layout: Layout, quoting: bool) -> dict[int, pa.Lar
 
 
 def _are_good(columns: dict[int, pa.LargeStringArray], count: int, layout: Layout) -> bool:
-    """Whether there are as many records as lines say, none of which `records` might object to."""
+    """Whether there are as many records as lines say, none of which `RecordReader` might object to."""
     if any(len(array) != count or array.null_count for array in columns.values()):
         return False
     for setting, index in layout.indices.items():
@@ -230,7 +230,7 @@ def _are_good(columns: dict[int, pa.LargeStringArray], count: int, layout: Layou
     return True
 
 
-# Record by record.
+# Rows read strictly, record by record where need be.
 
 _BLOCK_LINES = 1 << 9  # few enough that the garbage collector does not notice them
 _MAX_RECORD_LINES = 10_000  # a broken quote is not searched for its end beyond this

@@ -97,7 +97,9 @@ class MappedRows:
         reader = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow")))
         self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         arrays = {name.removesuffix(".npy"): folder / name for name in record["stored"] if name.endswith(".npy")}
-        mapped = {name: _map_array(file) for name, file in arrays.items()}
+        mapped = {
+            name: np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name, file in arrays.items()
+        }
         self.lines, self.members = mapped["lines"], mapped.get("members")
         sizes = [len(batch) for batch in self.batches]
         if any(size != BATCH_ROWS for size in sizes[:-1]) or not sum(sizes) == len(self.lines) == record["rows"]:
@@ -157,8 +159,7 @@ def _load(folder: Path, source: TableSource) -> tuple[MappedRows, list[ScannedFi
         if record["identity"] != source.identity:
             raise ValueError("of another table")
         for name, expected in record["stored"].items():
-            stamp = FileStamp.of(folder / name)
-            if [stamp.bytes, stamp.sample] != expected:
+            if _stored(folder / name) != expected:
                 raise ValueError(name)
         read = [_scanned(entry) for entry in record["files"]]
         rows = MappedRows(folder, record["content"])
@@ -180,10 +181,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return content["record"]
 
 
-def _map_array(file: Path) -> np.ndarray:
-    return np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-
-
 def _scanned(entry: dict[str, Any]) -> ScannedFile:
     read = {
         "path": Path(entry["path"]),
@@ -194,7 +191,7 @@ def _scanned(entry: dict[str, Any]) -> ScannedFile:
     return ScannedFile(**{**entry, **read})
 
 
-# Writing.
+# Writing an index.
 
 
 def write_index(folder: Path, source: TableSource) -> None:
@@ -205,26 +202,24 @@ def write_index(folder: Path, source: TableSource) -> None:
         DataError, ConfigError: see `tables.open`.
     """
     with atomic_folder(folder) as partial:  # who has mapped files of the one that is replaced keeps them
-        _write(partial, source)
-
-
-def _write(partial: Path, source: TableSource) -> None:
-    with progress_of(source.files) as advance:
-        scan = Scan(source.files, source.options, advance)
-        rows = _write_rows(partial, scan.batches())
-    if not (partial / "members.npy").exists():
-        _write_groups(partial, scan, source.roots)
-    names = sorted(file.name for file in partial.iterdir())
-    files = [{**asdict(file), "path": str(file.path.absolute())} for file in scan.read]
-    record = {
-        "identity": source.identity,
-        "rows": rows,
-        "content": hashlib.sha256("".join(f"{file.rows} {file.digest}\n" for file in scan.read).encode()).hexdigest(),
-        "files": files,
-        "stored": {name: _stored(partial / name) for name in names},
-    }
-    content = {"sha256": checksum(record), "record": record}
-    (partial / "index.json").write_text(json.dumps(content), encoding="utf-8")
+        with progress_of(source.files) as advance:
+            scan = Scan(source.files, source.options, advance)
+            rows = _write_rows(partial, scan.batches())
+        if not (partial / "members.npy").exists():
+            _write_groups(partial, scan, source.roots)
+        names = sorted(file.name for file in partial.iterdir())
+        files = [{**asdict(file), "path": str(file.path.absolute())} for file in scan.read]
+        record = {
+            "identity": source.identity,
+            "rows": rows,
+            "content": hashlib.sha256(
+                "".join(f"{file.rows} {file.digest}\n" for file in scan.read).encode()
+            ).hexdigest(),
+            "files": files,
+            "stored": {name: _stored(partial / name) for name in names},
+        }
+        content = {"sha256": checksum(record), "record": record}
+        (partial / "index.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _write_rows(partial: Path, batches: Iterator[RowBatch]) -> int:

@@ -112,7 +112,7 @@ def _offsets(size: int, blocks: int) -> list[int]:
     return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
 
 
-# Rows.
+# Good rows, and an account of the bad ones.
 
 
 MAX_CAPTION = 32_768  # characters; longer ones are bad rows: more often a quote that never closes than a caption

@@ -265,13 +265,8 @@ def group_pictures(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[
     image_index = np.concatenate([int32_numpy(chunk.indices) for chunk in keys.dictionary_encode().chunks])
     if int(image_index.max()) + 1 == len(image_index):
         return None
-    return PictureGroups(image_index, *group_by_picture(image_index))
-
-
-def group_by_picture(image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Table rows sorted by picture, int32 [rows], and where each picture's begin, int64 [pictures + 1]."""
     order = np.argsort(image_index, kind="stable").astype(np.int32)
-    return order, np.concatenate([[0], np.cumsum(np.bincount(image_index))])
+    return PictureGroups(image_index, order, offsets=np.concatenate([[0], np.cumsum(np.bincount(image_index))]))
 
 
 def _normal_paths(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[str]) -> pa.ChunkedArray:
