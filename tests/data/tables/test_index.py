@@ -286,7 +286,7 @@ class Canary:
 
 @pytest.mark.parametrize(
     "stage",
-    ["index._write_groups", "index.checksum", "storage._put_folder_in_place", "storage.sync"],
+    ["index._write_groups", "index.asdict", "storage._put_folder_in_place", "storage.sync"],
 )
 def test_a_killed_builder_leaves_nothing_that_hurts(tmp_path, builds, stage):
     file = write_rows(tmp_path / "pairs.csv", 100)
