@@ -187,7 +187,6 @@ def _read(descriptor: int, size: int) -> bytearray:
 
 # Headers: what an image is, its size, and whether its end is there.
 
-
 JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind it
 ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 RUNS_PROGRAMS = ("EPS",)
@@ -361,7 +360,6 @@ def _above(folder: str) -> str:
 
 
 # Contents: whether the bytes of an image are still the same, and which images are the same bytes.
-
 
 _BLOCK = 4096  # bytes
 _THREADS = 16  # that wait for a slow or distant disk

@@ -124,7 +124,6 @@ def _write(folder: Path, split: str, samples: Iterable[GeneratedSample]) -> None
 
 # Content: digits and scenes.
 
-
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of the number {}.", "the digit {}.", "a handwritten {}.")
 _HELD_OUT_EVERY = 5

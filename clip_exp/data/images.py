@@ -218,7 +218,6 @@ def _upper_byte(picture: Image.Image) -> np.ndarray:
 
 # Transforms: to the size that the model expects.
 
-
 MAX_ASPECT = 200
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 RESAMPLING = {Interpolation.bicubic: Image.Resampling.BICUBIC, Interpolation.bilinear: Image.Resampling.BILINEAR}

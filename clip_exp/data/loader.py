@@ -99,7 +99,9 @@ class EvalBatch(NamedTuple):
     bad: tuple[BadPicture, ...] = ()  # pictures that were left out
 
 
-_CROP, _REPLACEMENT = 6, 7
+# Datasets: samples by position.
+
+_CROP, _REPLACEMENT = 6, 7  # what is drawn
 _MAX_REPLACEMENTS = 100
 DEFAULT_LIMITS = ImageLimits()
 
@@ -330,7 +332,6 @@ def _int64(values: Iterable[int]) -> Tensor:
 
 
 # Worker processes, and the shared memory that their batches come through.
-
 
 T_co = TypeVar("T_co", covariant=True)
 MOST_BESIDE_CPU_TRAINING = 8  # workers

@@ -22,6 +22,8 @@ from clip_exp.data.tables.reader import FileStamp
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import DataError
 
+log = logging.getLogger(__name__)
+
 
 class Pictures(Protocol):
     """A sequence of pictures; picklable, since worker processes open them."""
@@ -197,7 +199,7 @@ def fingerprint_of(places: Sequence[Stored], about: str) -> str:
     return digest.hexdigest()
 
 
-log = logging.getLogger(__name__)
+# Classes: the label of each image of a table, and labels that may be meant to be one class.
 
 _SHOWN = 3  # groups of labels in a warning
 

@@ -47,7 +47,6 @@ class Draws:
 
 # The order of an epoch, which every rank and worker computes from a position.
 
-
 _ROUNDS = 8
 _PERMUTATION, _FEISTEL_ROUND, _ROTATION, _BLOCKS, _WINDOW = 1, 2, 8, 9, 10
 

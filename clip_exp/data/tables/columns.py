@@ -41,7 +41,6 @@ def int32_numpy(array: pa.Int32Array) -> np.ndarray:
 
 # Characters that show nothing, at the ends of labels and in captions that are empty to everybody who looks at them.
 
-
 # What `str.isspace` is true of, the no-break and the ideographic space among them, and what has no width or no ink.
 BLANKS = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029"

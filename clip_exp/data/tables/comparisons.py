@@ -165,7 +165,6 @@ def _is_list(kind: pa.DataType) -> bool:
 
 # The account: `1,024` is no number, so `width >= 256` does not match its row.
 
-
 _KINDS: dict[Converter, str] = {numbers: "numbers", texts: "text", truths: "truth values"}
 _SHOWN = 40  # characters of an example
 

@@ -96,7 +96,6 @@ def _row_block(layout: Layout, fields: dict[int, pa.LargeStringArray], lines: np
 
 # Blocks without a fault, cut and parsed at once.
 
-
 _QUOTE, _NEWLINE, _RETURN = b'"\n\r'
 
 

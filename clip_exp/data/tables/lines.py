@@ -9,6 +9,9 @@ from pathlib import Path
 
 from clip_exp.errors import ConfigError, DataError
 
+log = logging.getLogger(__name__)
+
+
 _BLOCK = 1 << 19  # bytes: one broken row makes this much text be read the slow way
 _MAX_LINE = 16 << 20  # bytes; without a line's end for so long it is no table
 
@@ -148,8 +151,6 @@ class Lines:
 
 # Which character encoding a table is in.
 
-
-log = logging.getLogger(__name__)
 
 UTF_8 = ("utf-8", "utf-8-sig")
 

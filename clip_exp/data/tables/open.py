@@ -117,7 +117,6 @@ def _part(file: Path, root: Path, start: int, found: ScannedFile) -> Part:
 
 # Which files a configuration names: paths, globs and brace patterns.
 
-
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 MAX_FILES = 1_000_000  # of one pattern: {0..999999999} is a slip
 _LISTED = 3  # of several problems

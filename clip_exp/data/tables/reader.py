@@ -64,7 +64,6 @@ class TableOptions:
 
 # Whether a file is still the one that was read.
 
-
 _BLOCK = 1 << 14  # bytes
 _MOST_BLOCKS, _FEWEST_BLOCKS = 256, 2  # of a file
 _ALL_BLOCKS = 4096  # of a table's files together, where they are many
@@ -113,7 +112,6 @@ def _offsets(size: int, blocks: int) -> list[int]:
 
 
 # Good rows, and an account of the bad ones.
-
 
 MAX_CAPTION = 32_768  # characters; longer ones are bad rows: more often a quote that never closes than a caption
 MAX_EXAMPLES = 1_000  # bad rows of a file that are remembered one by one
@@ -183,7 +181,6 @@ class Reader(Protocol):
 
 
 # Values: what a row's picture path, caption and label may be, where a format holds more than text.
-
 
 _WHAT = {"image_key": "picture path", "caption_key": "caption", "label_key": "label"}
 
