@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_exp.data.pictures import label_of_images, warn_alike
-from clip_exp.data.tables.columns import BLANKS, count_blank, trimmed
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
 from tests.data.conftest import write_table
@@ -35,14 +34,6 @@ def test_labels_lose_the_blanks_around_them_in_every_format_and_captions_do_not(
         assert [table.label(row) for row in range(len(table))] == READ, file
         assert label_of_images(table) == READ
         assert {table.caption(row) for row in range(len(table))} == {" x "}
-
-
-def test_blanks_are_what_python_holds_for_them_and_what_shows_nothing():
-    assert not [chr(code) for code in range(0x110000) if chr(code).isspace() and chr(code) not in BLANKS]
-    column = pa.array(["", BLANKS, f"{BLANKS}a b{BLANKS}", "\x00"], pa.large_string())
-    assert trimmed(column).to_pylist() == ["", "", "a b", "\x00"]
-    assert count_blank(column) == 2
-    assert count_blank(column[:0]) == 0
 
 
 def test_a_picture_has_the_label_of_those_rows_that_have_one_and_no_second_one(tmp_path):
