@@ -258,7 +258,7 @@ import multiprocessing, sys
 from multiprocessing import resource_tracker
 from torch.utils.data import TensorDataset
 import torch
-from clip_exp.data.workers import WorkerLoader
+from clip_exp.data.loader import WorkerLoader
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
