@@ -1,41 +1,145 @@
-"""What happens around the steps: validation at the end, checkpoints, averaged weights."""
+"""What happens around the steps, in the order in which it happens: progress, the last step, averaged weights, checkpoints, stopping, failures.
+
+Each of these is a callback of Lightning's; `fit` puts them together, with those that measure (`metrics`) and score (`tasks`).
+"""
 
 import copy
 import logging
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import rich.progress
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import EarlyStopping
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from clip_exp.checkpoints.discovery import folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.checkpoints.writer import MANIFEST
-from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.config.schema import StrategyName, TrainConfig
+from clip_exp.data.loader import explain_worker_failure
+from clip_exp.devices import is_out_of_memory
+from clip_exp.errors import CheckpointError, ConfigError, DeviceMemoryError, DistributedError
+from clip_exp.ranks import failure, group
 from clip_exp.ranks.group import from_main
-from clip_exp.reports.metric_names import better
+from clip_exp.ranks.signals import StopRequest
 from clip_exp.storage import remove_folder
+from clip_exp.training.measures import is_of_task, monitor_mode
+from clip_exp.training.messages import LOG_ONLY
+from clip_exp.training.metrics import StepMetrics, last_validation, seconds
 
 if TYPE_CHECKING:
     from clip_exp.training.tasks import TaskScores
 
 log = logging.getLogger(__name__)
+SHOWN: Mapping[str, Any] = {}  # by the terminal as well as in `train.log`
 KEEP_LAST = 2
 RETRY_PAUSE_S = 10.0  # between attempts to write the last checkpoint
-VALIDATION = "val/"  # what names of validation's metrics begin with
 
 
-def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
-    """Whether Lightning validates after the step that just ended."""
-    if not trainer.enable_validation or trainer.val_check_batch is None:
-        return False
-    step = trainer.global_step
-    return step % int(trainer.val_check_batch) == 0 or step == total_steps or trainer.should_stop
+# ---------------------------------------------------------------------------------------------- what the terminal shows
+
+
+def build_progress(kind: str, metrics: StepMetrics) -> "Progress":
+    """`bar`, `lines`, `none`, or `auto`: a bar where standard output is a terminal. `train.log` has the lines of all of them."""
+    if kind == "auto":
+        kind = "bar" if sys.stdout.isatty() else "lines"
+    if kind == "bar":
+        return BarProgress(metrics, steps=LOG_ONLY, values=SHOWN)
+    where = LOG_ONLY if kind == "none" else SHOWN
+    return Progress(metrics, steps=where, values=where)
+
+
+class Progress(pl.Callback):
+    """A line for every logged step, every validation and every scoring of tasks.
+
+    Args:
+        metrics: of the run.
+        steps: where the lines of steps are shown, `SHOWN` or `LOG_ONLY`.
+        values: where the results of validation and tasks are.
+    """
+
+    def __init__(self, metrics: StepMetrics, *, steps: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        self.metrics = metrics
+        self.steps = steps
+        self.values = values
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        latest = self.metrics.latest
+        step, total = trainer.global_step, pl_module.total_steps
+        if latest.get("samples_seen") == step * self.metrics.global_batch_size:
+            left_s = (total - step) * self.metrics.global_batch_size / latest["samples_per_s"]
+            line = f"step {step}/{total}  {_describe(latest)}  {int(left_s // 60)}:{int(left_s % 60):02d} left"
+            log.info(line, extra=self.steps)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.show(last_validation(trainer))
+
+    def scoring(self, tasks: list[str]) -> None:
+        """Say what training waits for: nothing, the next line will."""
+
+    def show(self, values: dict[str, float]) -> None:
+        """Show results of validation or of tasks."""
+        log.info("  ".join(f"{name} {value:.4f}" for name, value in values.items()), extra=self.values)
+
+
+class BarProgress(Progress):
+    """One live line with a bar on the terminal."""
+
+    bar: rich.progress.Progress | None = None
+    task: TaskID | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self.bar = rich.progress.Progress(*columns)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=pl_module.total_steps, completed=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=trainer.global_step, description=_describe(self.metrics.latest))
+
+    def scoring(self, tasks: list[str]) -> None:
+        """Say what the bar is waiting for."""
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, description=f"scoring {', '.join(tasks)}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _describe(latest: dict[str, float]) -> str:
+    if not latest:
+        return ""
+    times = f"{seconds(latest['data_wait_s'])} waiting for data + {seconds(latest['compute_s'])} computing"
+    return f"loss {latest['train/loss']:.4f}  {latest['samples_per_s']:,.0f} samples/s  {times}"
+
+
+# -------------------------------------------------------------------------------------------------------- the last step
 
 
 class StopAtEnd(pl.Callback):
@@ -55,6 +159,65 @@ class StopAtEnd(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step >= pl_module.total_steps:
             trainer.should_stop = True
+
+
+# ----------------------------------------------------------------------------------------------------- averaged weights
+
+
+class AveragedWeights(pl.Callback):
+    """An exponential moving average of the model's weights: `ema.safetensors` in every checkpoint.
+
+    Args:
+        decay: share of the old average that a step keeps.
+        every_n_steps: optimizer steps between updates.
+    """
+
+    def __init__(self, decay: float, every_n_steps: int = 1) -> None:
+        self.decay = decay
+        self.every_n_steps = every_n_steps
+        self.average: nn.Module | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        model = pl_module.model
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        if self._loaded is not None:
+            self.average.load_state_dict(self._loaded)
+            self._loaded = None
+        # Listed once: what walks over the modules in every step keeps the GPU waiting for the process.
+        self._parameters = list(self.average.parameters()), list(model.parameters())
+        self._buffers = list(self.average.buffers()), list(model.buffers())
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the average. Nothing here may wait for the GPU: that would cost every step its run ahead."""
+        if trainer.global_step % self.every_n_steps == 0:
+            torch._foreach_lerp_(*self._parameters, 1 - self.decay)
+            if self._buffers[0]:
+                torch._foreach_copy_(*self._buffers)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.average is not None and trainer.is_global_zero:  # which alone writes
+            checkpoint[EMA_KEY] = {key: value.cpu() for key, value in self.average.state_dict().items()}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get(EMA_KEY)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Let the average go, which would outlive the run on the GPU."""
+        self.average = None
+        self._parameters = self._buffers = [], []
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
+    """Whether Lightning validates after the step that just ended."""
+    if not trainer.enable_validation or trainer.val_check_batch is None:
+        return False
+    step = trainer.global_step
+    return step % int(trainer.val_check_batch) == 0 or step == total_steps or trainer.should_stop
 
 
 class Checkpointer(pl.Callback):
@@ -220,61 +383,142 @@ class Checkpointer(pl.Callback):
             log.warning("%s cannot be removed: %s. That is tried after the next save.", path, error.strerror or error)
 
 
-def last_validation(trainer: pl.Trainer) -> dict[str, float]:
-    """What the last validation found."""
-    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(VALIDATION)}
+class Preempted(Exception):
+    """Raised at the end of a step whose checkpoint is written."""
 
 
-def is_of_task(monitor: str | None) -> bool:
-    """Whether a metric is a task's, not validation's."""
-    return monitor is not None and not monitor.startswith(VALIDATION)
+class Preemption(pl.Callback):
+    """Saves and ends the run at the end of the step in which a signal came.
 
-
-def monitor_mode(monitor: str | None, mode: str) -> str:
-    """Return `min` or `max`: which values of `monitor` are better, by `mode` or, where that is `auto`, by the metric itself."""
-    return better(monitor or "") if mode == "auto" else mode
-
-
-class AveragedWeights(pl.Callback):
-    """An exponential moving average of the model's weights: `ema.safetensors` in every checkpoint.
+    Lightning's own handling lets each rank stop when its signal arrives, and ranks that stop at different steps wait for
+    each other forever. Here the ranks agree at every step, through a CPU tensor, which does not wait for a GPU. A step that
+    is to be validated is validated first, so that resuming misses nothing. A save that fails is retried; see `Checkpointer.save`.
 
     Args:
-        decay: share of the old average that a step keeps.
-        every_n_steps: optimizer steps between updates.
+        request: the signal, noted by `ranks.signals.note_signals`.
     """
 
-    def __init__(self, decay: float, every_n_steps: int = 1) -> None:
-        self.decay = decay
-        self.every_n_steps = every_n_steps
-        self.average: nn.Module | None = None
-        self._loaded: dict[str, Any] | None = None
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self.checkpointer: Checkpointer | None = None
+        self._stopping = False
+
+    def take_over(self, trainer: pl.Trainer, checkpointer: Checkpointer) -> None:
+        """Act for `trainer`, in the place of Lightning's own signal handlers."""
+        self.checkpointer = checkpointer
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._stopping = self._agreed() and trainer.global_step < pl_module.total_steps
+        if self._stopping and not validation_due(trainer, pl_module.total_steps):
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._stopping:
+            self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        assert self.checkpointer is not None
+        if self.checkpointer.saved_step != trainer.global_step:
+            self.checkpointer.save(trainer, last=True)
+        raise Preempted
+
+    def _agreed(self) -> bool:
+        requested = self.request.received
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return requested
+        flag = torch.tensor([requested], dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+
+
+class ReportFailure(pl.Callback):
+    """Reports the failure of a rank as soon as Lightning sees it.
+
+    What Lightning does next may block forever: it moves the model to the CPU, behind whatever the GPU waits for.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if not isinstance(exception, Preempted):
+            failure.report(explain(exception, trainer, self.config))
+
+
+class SameRanks(pl.Callback):
+    """Checks before the first step that the group, Lightning and DeepSpeed agree on rank, number of ranks and device."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        model = pl_module.model
-        self.average = copy.deepcopy(model).requires_grad_(False)
-        if self._loaded is not None:
-            self.average.load_state_dict(self._loaded)
-            self._loaded = None
-        # Listed once: what walks over the modules in every step keeps the GPU waiting for the process.
-        self._parameters = list(self.average.parameters()), list(model.parameters())
-        self._buffers = list(self.average.buffers()), list(model.buffers())
+        device = trainer.strategy.root_device
+        expected = (group.rank(), group.world_size(), str(group.device(device.type)))
+        found = {"Lightning": (trainer.global_rank, trainer.world_size, str(trainer.strategy.root_device))}
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        if engine is not None:
+            found["DeepSpeed"] = (engine.global_rank, engine.world_size, str(engine.device))
+        check_same_ranks(expected, found)
 
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the average. Nothing here may wait for the GPU: that would cost every step its run ahead."""
-        if trainer.global_step % self.every_n_steps == 0:
-            torch._foreach_lerp_(*self._parameters, 1 - self.decay)
-            if self._buffers[0]:
-                torch._foreach_copy_(*self._buffers)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self.average is not None and trainer.is_global_zero:  # which alone writes
-            checkpoint[EMA_KEY] = {key: value.cpu() for key, value in self.average.state_dict().items()}
+def check_same_ranks(expected: tuple[int, int, str], found: dict[str, tuple[int, int, str]]) -> None:
+    """Check what libraries take for rank, number of ranks and device of this process.
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._loaded = checkpoint.get(EMA_KEY)
+    Raises:
+        DistributedError: one of them differs from the process group's.
+    """
+    rank, ranks, device = expected
+    for library, values in found.items():
+        if values != expected:
+            other_rank, other_ranks, other_device = values
+            raise DistributedError(
+                f"rank {rank} of {ranks} on {device} is rank {other_rank} of {other_ranks} on {other_device} for {library}: "
+                "training would be wrong. Please report this with the environment variables of your launcher."
+            )
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Let the average go, which would outlive the run on the GPU."""
-        self.average = None
-        self._parameters = self._buffers = [], []
+
+@contextmanager
+def explained_failures(trainer: pl.Trainer, config: TrainConfig) -> Iterator[None]:
+    """Around training: raise what `explain` returns."""
+    try:
+        yield
+    except Exception as error:
+        explained = explain(error, trainer, config)
+        if explained is error:
+            raise
+        raise explained from error
+
+
+def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> BaseException:
+    """Return what to report of an error in training: one of ours where the cause is known, else the error."""
+    worker_failure = explain_worker_failure(error, "data.num_workers")
+    if worker_failure is not None:
+        return worker_failure
+    if is_out_of_memory(error):
+        return DeviceMemoryError(_out_of_memory(error, trainer, config))
+    return group.lost_touch(error) if group.is_transport_error(error) else error
+
+
+def _out_of_memory(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> str:
+    device = trainer.strategy.root_device
+    per_rank = config.global_batch_size // group.world_size()
+    micro = min(config.micro_batch_size or per_rank, per_rank)
+    peak = (
+        f" after a peak of {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    )
+    remedies = []
+    if micro > 1:
+        remedies.append(f"set micro_batch_size={max(1, micro // 2)} (now {micro}), which gives the same gradients")
+    if config.strategy.name != StrategyName.deepspeed and group.world_size() > 1:
+        remedies.append("split the optimizer's state over the ranks with strategy=deepspeed_stage_2 or 3")
+    elif config.strategy.name == StrategyName.deepspeed and not config.strategy.offload:
+        remedies.append(
+            "keep the optimizer's state in host memory with strategy=deepspeed_stage_2_offload or 3_offload"
+        )
+    remedies.append(f"lower global_batch_size={config.global_batch_size}")
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"out of memory on {device} in step {trainer.global_step + 1}, rank {group.rank()} of {group.world_size()}{peak}: "
+        f"{'; or '.join(remedies)}.\n  {first[0]}"
+    )

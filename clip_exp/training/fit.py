@@ -1,52 +1,73 @@
-"""One training run in one process (a rank of several, or the only one): build everything, fit, and tell what came out."""
+"""One training run in one process (a rank of several, or the only one): build everything, fit, and tell what came out.
+
+From top to bottom: what is done (`train`, `_fit`), data and model, the Trainer with its callbacks in the order in which they act, and
+the checkpoint that the run starts from: the newest that is undamaged and that the model takes. Rank 0 decides which that is.
+"""
 
 import logging
 import math
 import time
+import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_only
 
-from clip_exp.checkpoints.discovery import latest, step_of
+from clip_exp.checkpoints.discovery import checkpoints, latest, recover, set_aside, step_of
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
+from clip_exp.checkpoints.manifest import STEP, damage
 from clip_exp.config.load import read_run_config
 from clip_exp.config.model_rules import own_towers
-from clip_exp.config.schema import LossConfig, StrategyName, TrainConfig
+from clip_exp.config.schema import LossConfig, StrategyConfig, StrategyName, TrainConfig
+from clip_exp.config.targets import build_extra
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, DataError
+from clip_exp.evaluation.prepared import Task
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.precision import benchmarks_convolutions
+from clip_exp.precision import benchmarks_convolutions, training_precision
 from clip_exp.ranks import group
 from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.group import is_main
 from clip_exp.ranks.signals import StopRequest, note_signals
-from clip_exp.runs import RunRecord
+from clip_exp.runs import LAST_CHECKPOINT, RunRecord
 from clip_exp.text.build import build_tokenizer
 from clip_exp.text.saved import with_saved_tokenizer
-from clip_exp.training.failures import explained_failures
-from clip_exp.training.finetune import prepare
-from clip_exp.training.measures import check_validation_classes, training_tasks
+from clip_exp.training.callbacks import (
+    AveragedWeights,
+    Checkpointer,
+    Preempted,
+    Preemption,
+    ReportFailure,
+    SameRanks,
+    StopAtEnd,
+    build_progress,
+    explained_failures,
+)
+from clip_exp.training.measures import check_validation_classes, is_of_task, monitor_mode, training_tasks
 from clip_exp.training.messages import LOG_ONLY
+from clip_exp.training.metrics import MetricsCSV, StepMetrics, build_loggers, start_loggers
 from clip_exp.training.module import CLIPModule, ZeroShot
-from clip_exp.training.opening import start_weights
-from clip_exp.training.preemption import Preempted, Preemption
+from clip_exp.training.opening import EarlierRun, lost, start_weights
+from clip_exp.training.optim import prepare
 from clip_exp.training.preflight import steps_of
 from clip_exp.training.preflight_finetune import probe_problems
-from clip_exp.training.resuming import Candidates, candidates, first_that_loads, report_damage, take_back
+from clip_exp.training.strategies import GroupEnvironment, deepspeed_strategy
 from clip_exp.training.summary import conclude
-from clip_exp.training.tasks import TaskScores, score_finished
-from clip_exp.training.trainer import build_trainer
+from clip_exp.training.tasks import TaskPatience, TaskScores, score_finished
 from clip_exp.weights.fit import load_weights
 
 log = logging.getLogger(__name__)
+PARTS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")  # of a training state
 
 
 def train(run_dir: Path) -> int:
@@ -129,6 +150,9 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
         conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
 
 
+# ------------------------------------------------------------------------------------------------------- data and model
+
+
 def _build_data(config: TrainConfig, run_dir: Path) -> PairsDataModule:
     """The data module after its setup, which tells how many rows there are."""
     datamodule = PairsDataModule(
@@ -189,6 +213,204 @@ def _limit_logit_scale(model: CLIP, loss: LossConfig) -> None:
     log.warning("%s that loss.max_logit_scale=%g sets: the run starts at the limit.", had, loss.max_logit_scale)
 
 
+# -------------------------------------------------------------------------------------------------------------- Trainer
+
+
+def build_trainer(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    device: torch.device,
+    steps: int,
+    datamodule: PairsDataModule,
+    preemption: Preemption,
+    tasks: list[Task],
+) -> pl.Trainer:
+    """The Trainer of this rank.
+
+    Args:
+        device: of this rank.
+        steps: of the run.
+        datamodule: after its `setup`.
+        preemption: ends the run when a signal asks for it.
+        tasks: to score while training.
+    """
+    _quiet_lightning()
+    # Lightning takes it from whatever variables a scheduler has left in the environment.
+    rank_zero_only.rank = group.rank()  # type: ignore[attr-defined]
+    io = SafeCheckpointIO()
+    validate = datamodule.has_validation
+    deepspeed = config.strategy.name == StrategyName.deepspeed
+    callbacks = _build_callbacks(config, run_dir, io, steps, datamodule, tasks)
+    trainer = pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        # One device per process, on a node of its own: see `GroupEnvironment`.
+        devices=[device.index] if device.type == "cuda" else 1,
+        num_nodes=group.world_size(),
+        strategy=build_strategy(config.strategy, device),
+        precision=training_precision(config.precision, device.type),  # type: ignore[arg-type]
+        max_steps=steps,
+        max_epochs=-1,
+        min_epochs=0,
+        val_check_interval=min(steps, config.val_every_n_steps or default_interval(steps)) if validate else None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if validate else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
+        deterministic=config.trainer.deterministic,
+        profiler=_profiler(config.trainer.profiler, run_dir),
+        logger=start_loggers(build_loggers(config.logger, run_dir, config.name), config) if is_main() else False,
+        callbacks=[*callbacks, preemption],
+        plugins=[io, GroupEnvironment()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+    )
+    preemption.take_over(trainer, next(c for c in callbacks if isinstance(c, Checkpointer)))
+    return trainer
+
+
+def build_strategy(config: StrategyConfig, device: torch.device) -> Strategy | str:
+    """Lightning's strategy for the configured one; `auto` is DDP where there are several ranks."""
+    if config.name == StrategyName.deepspeed:
+        return deepspeed_strategy(config, device)
+    if config.name == StrategyName.ddp or group.world_size() > 1:
+        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return SingleDeviceStrategy(str(device))
+
+
+def default_interval(steps: int) -> int:
+    """Steps between validations, and between checkpoints: ten in a run, and in short runs at least 50 steps apart."""
+    return max(50, math.ceil(steps / 10))
+
+
+def _build_callbacks(
+    config: TrainConfig,
+    run_dir: Path,
+    io: SafeCheckpointIO,
+    steps: int,
+    datamodule: PairsDataModule,
+    tasks: list[Task],
+) -> list[pl.Callback]:
+    """In the order in which they act at the end of a step: measure, show, average, score, stop, save."""
+    metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows)
+    progress = build_progress(config.callbacks.progress, metrics)
+    callbacks: list[pl.Callback] = [
+        ReportFailure(config),
+        SameRanks(),
+        metrics,
+        progress,
+        StopAtEnd(),
+    ]
+    if config.callbacks.ema_decay is not None:
+        callbacks.append(AveragedWeights(config.callbacks.ema_decay, config.callbacks.ema_every_n_steps))
+    scores = TaskScores(tasks, config, run_dir, progress, metrics.pause) if tasks else None
+    callbacks += [scores] if scores else []
+    if config.patience is not None and config.monitor is not None:
+        callbacks.append(_early_stopping(config.monitor, config.patience, config.monitor_mode, scores))
+    callbacks += build_extra(config.callbacks.extra, "callbacks.extra")
+    every = config.checkpoint_every_n_steps or default_interval(steps)
+    metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
+    callbacks.append(
+        Checkpointer(
+            run_dir,
+            io,
+            every,
+            config.monitor,
+            config.monitor_mode,
+            metadata,
+            metrics.pause,
+            scores,
+            retry_s=config.callbacks.save_retry_s,
+        )
+    )
+    return callbacks
+
+
+def _early_stopping(monitor: str, patience: int, mode: str, scores: TaskScores | None) -> pl.Callback:
+    mode = monitor_mode(monitor, mode)
+    if scores is not None and is_of_task(monitor):
+        return TaskPatience(scores, monitor, patience, mode)
+    return pl.callbacks.EarlyStopping(monitor, patience=patience, mode=mode)
+
+
+def _profiler(name: str | None, run_dir: Path) -> Any:
+    if name is None:
+        return None
+    from pytorch_lightning import profilers
+
+    kinds = {
+        "simple": profilers.SimpleProfiler,
+        "advanced": profilers.AdvancedProfiler,
+        "pytorch": profilers.PyTorchProfiler,
+    }
+    return kinds[name](dirpath=run_dir, filename="profile")
+
+
+def _quiet_lightning() -> None:
+    """Lightning's hints are about its own data loading and logging, which a run does not use."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*in eval mode at the start of training.*",  # frozen ones
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+# ------------------------------------------------------------------------------------------------- where the run starts
+
+
+class Candidates(NamedTuple):
+    """A run's checkpoints."""
+
+    usable: list[Path]  # undamaged, the newest first; empty: the run starts from step 0
+    damaged: dict[Path, str]  # with what is wrong
+    named: bool  # by the user: no other may be used instead
+
+
+def candidates(config: TrainConfig, run_dir: Path, record: RunRecord) -> Candidates:
+    """Find the checkpoint that `resume` names, or those of the run.
+
+    Raises:
+        CheckpointError: the named one is damaged; or the run had a checkpoint, and all that are left are damaged.
+    """
+    recover(run_dir)
+    damaged: dict[Path, str] = {}
+    if config.resume not in ("auto", "never") and STEP.search(Path(config.resume).name):
+        named = Path(config.resume)
+        if problem := damage(named):
+            raise CheckpointError(
+                f"resume={named} is damaged: {problem}. Name another, or the run's folder for its newest undamaged one."
+            )
+        return Candidates([named], damaged, True)
+    for checkpoint in checkpoints(run_dir):
+        if problem := damage(checkpoint):
+            damaged[checkpoint] = problem
+    usable = [checkpoint for checkpoint in reversed(checkpoints(run_dir)) if checkpoint not in damaged]
+    if not usable and EarlierRun(run_dir, record.values).saved:
+        raise lost(run_dir, record.values, _listed(damaged))
+    return Candidates(usable, damaged, False)
+
+
+def _require_same_data(datamodule: PairsDataModule, checkpoint: Path) -> None:
+    """On every rank, before Lightning takes over: what one rank finds ends all of them with the same code.
+
+    Raises:
+        CheckpointError: the data of a rank is not what the checkpoint was trained on.
+    """
+    if datamodule.config.allow_changed:
+        return
+    state = read_state(checkpoint, type(datamodule).__qualname__)
+    for problem in group.gather_objects(datamodule.changed_since(state)):
+        if problem is not None:
+            raise CheckpointError(problem)
+
+
 def _start_from(
     found: Candidates,
     config: TrainConfig,
@@ -205,7 +427,11 @@ def _start_from(
     if checkpoint is not None:
         record.acknowledge(step)
         log.info("resuming from %s (step %s)", checkpoint, f"{step:,}")
-    take_back(run_dir, found.damaged, trainer.loggers, step)
+    # What the run wrote after this step is set aside, as is what is damaged.
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.continue_from(step)
+    set_aside(run_dir, found.damaged, after=step)
     facts = _facts(trainer, module, datamodule)
     record.update(**facts)
     log.info(_headline(config, facts))
@@ -215,18 +441,78 @@ def _start_from(
     return checkpoint
 
 
-def _require_same_data(datamodule: PairsDataModule, checkpoint: Path) -> None:
-    """On every rank, before Lightning takes over: what one rank finds ends all of them with the same code.
+def first_that_loads(
+    found: Candidates, run_dir: Path, record: RunRecord, module: CLIPModule, datamodule: PairsDataModule
+) -> Path:
+    """Return the newest usable checkpoint that the model takes, whose weights it then has.
 
     Raises:
-        CheckpointError: the data of a rank is not what the checkpoint was trained on.
+        CheckpointError: none does, or the named one does not.
     """
-    if datamodule.config.allow_changed:
+    problems: dict[Path, str] = {}
+    for checkpoint in found.usable:
+        try:
+            _load(checkpoint, module, datamodule)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a state may lack
+            problems[checkpoint] = f"cannot be loaded: {_first_line(error)}"
+        else:
+            if problems:
+                log.warning(_instead(problems, checkpoint))
+            return checkpoint
+    if found.named:
+        raise CheckpointError(
+            f"resume={found.usable[0]} {problems[found.usable[0]]}. Name another, or the run's folder."
+        )
+    raise lost(run_dir, record.values, _listed(found.damaged | problems))
+
+
+def _load(checkpoint: Path, module: CLIPModule, datamodule: PairsDataModule) -> None:
+    """Load a checkpoint as Lightning will, as far as it can be done before training is set up.
+
+    Raises: any exception.
+    """
+    state = SafeCheckpointIO().load_checkpoint(checkpoint)
+    position = type(datamodule).__qualname__
+    if missing := [part for part in (*PARTS, position) if part not in state]:
+        raise ValueError(f"its state lacks {', '.join(missing)}")
+    seen = state[position]["samples_seen"]
+    if seen != state["global_step"] * datamodule.global_batch_size:
+        raise ValueError(f"its state has {seen} samples seen after {state['global_step']} steps")
+    (optimizer,) = state["optimizer_states"]
+    members = [part["params"] for part in optimizer["param_groups"]]
+    sizes, names = [len(part) for part in members], [name for part in members for name in part]
+    if sizes != module.group_sizes or names != module.parameter_names:
+        raise ValueError("its optimizer has other parameters than the model trains")
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"])
+
+
+def report_damage(found: Candidates, run_dir: Path, record: RunRecord, used: Path | None) -> None:
+    """Warn of every checkpoint that is damaged or gone, and say what is used instead."""
+    if used is None or found.named:
         return
-    state = read_state(checkpoint, type(datamodule).__qualname__)
-    for problem in group.gather_objects(datamodule.changed_since(state)):
-        if problem is not None:
-            raise CheckpointError(problem)
+    if found.damaged:
+        log.warning(_instead(found.damaged, used))
+    last = record.values.get(LAST_CHECKPOINT)
+    there = {step_of(path) for path in (*found.usable, *found.damaged)}
+    if last is not None and last > step_of(used) and last not in there:
+        log.warning(
+            "%s had a checkpoint of step %s, which is gone: %s is used instead.", run_dir, f"{last:,}", used.name
+        )
+
+
+def _instead(problems: Mapping[Path, str], used: Path) -> str:
+    return f"Damaged checkpoints in {used.parent} are left out, and {used.name} is used:{_listed(problems)}"
+
+
+def _listed(problems: Mapping[Path, str]) -> str:
+    return "".join(f"\n  {path.name}: {problem}" for path, problem in sorted(problems.items(), reverse=True))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule) -> dict[str, Any]:

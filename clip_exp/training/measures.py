@@ -8,7 +8,7 @@ from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
 from clip_exp.evaluation.tasks import prepare_tasks
-from clip_exp.reports.metric_names import CERTAIN, RETRIEVAL, VALIDATION, of_classification
+from clip_exp.reports.metric_names import CERTAIN, RETRIEVAL, VALIDATION, better, of_classification
 
 OF_VALIDATION = [f"val/{name}" for name in VALIDATION]
 TAKEN = ("train", "val")  # what names of other metrics begin with
@@ -45,6 +45,16 @@ def check_validation_classes(config: TrainConfig, classes: int) -> Iterator[str]
     """Yield what is wrong with `monitor`, once it is known how many classes the validation data have."""
     if config.monitor == "val/zeroshot_top5" and classes <= CERTAIN:
         yield _top5_problem(config.monitor, classes)
+
+
+def is_of_task(monitor: str | None) -> bool:
+    """Whether a metric is a task's, not validation's."""
+    return monitor is not None and not monitor.startswith("val/")
+
+
+def monitor_mode(monitor: str | None, mode: str) -> str:
+    """Return `min` or `max`: which values of `monitor` are better, by `mode` or, where that is `auto`, by the metric itself."""
+    return better(monitor or "") if mode == "auto" else mode
 
 
 def _top5_problem(monitor: str, classes: int) -> str:

@@ -1,27 +1,43 @@
-"""What a run logs: a row per logged step in `metrics.csv`, and the callback that measures it for every logger."""
+"""What a run measures, and where it goes: the times of its steps, a row per logged step for every logger, and advice where the loader is the bottleneck.
+
+`StepMetrics` is the callback that does it: a clock times the steps, `LoaderWatch` advises where they wait for data, and every
+metric goes to `metrics.csv`, which is always written, and to the loggers that the configuration adds.
+"""
 
 import csv
+import json
 import logging
+import math
 import os
+import socket
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, wraps
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from clip_exp.config.load import plain
+from clip_exp.config.schema import LoggerConfig, TrainConfig, WandbConfig
+from clip_exp.config.targets import build_extra
 from clip_exp.data.loader import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
+from clip_exp.provenance import provenance
 from clip_exp.ranks.group import local_world_size
 from clip_exp.runs import read_metrics
+from clip_exp.secrets import redact
 from clip_exp.storage import atomic_file, remove_leftovers
-from clip_exp.training.callbacks import last_validation
-from clip_exp.training.diagnosis import LoaderWatch, Loading
-from clip_exp.training.timing import StepTimes, step_clock
+from clip_exp.training.opening import flatten
 
 log = logging.getLogger(__name__)
 
@@ -37,98 +53,275 @@ FIRST_COLUMNS = [
     "data_wait_s",
     "compute_s",
 ]
+# What a run and Lightning call of a logger.
+CALLED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize")
+
+TOLERATED = 0.2  # share of the time that may go into waiting
+SETTLING_STEPS = 10  # workers start, and what they have prepared meanwhile is used up
+WINDOW_STEPS = 20  # workers deliver in bursts
+WINDOW_S = 2.0  # in less, a hiccup of the machine would be taken for the rule
+
+_timed_event = partial(torch.cuda.Event, enable_timing=True)
 
 
-class MetricsCSV(Logger):
-    """Rows of `metrics.csv`, one per step; what is logged twice for a step shares its row.
+# --------------------------------------------------------------------------------------------------- the times of steps
 
-    A continued run drops the rows after the step that it continues from. Rows that cannot be written, on a full disk for
-    example, are written with a later one, or at the end.
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of some steps together, in seconds.
+
+    Attributes:
+        waited_s: nothing was computed, because the next batch was not there.
+        computed_s: the batch's copy to the device, forward, backward and update.
+        wall_s: all of it by the wall clock, and what is neither: averaging of weights, logging, agreement of the ranks, a GPU
+            that idles because the process is slower than it.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-        self.rows: dict[int, dict[str, Any]] = {}  # all of them, by step
-        self.incomplete = False  # the file lacks rows that could not be written
-        self.columns: dict[str, None] = {}  # in the order of their first appearance
+    steps: int = 0
+    waited_s: float = 0.0
+    computed_s: float = 0.0
+    wall_s: float = 0.0
 
     @property
-    def name(self) -> str:
-        return "csv"
+    def wait_s(self) -> float:
+        """Per step."""
+        return self.waited_s / max(self.steps, 1)
 
     @property
-    def version(self) -> str:
-        return ""
+    def compute_s(self) -> float:
+        """Per step."""
+        return self.computed_s / max(self.steps, 1)
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """`config.yaml` holds them."""
+    @property
+    def step_s(self) -> float:
+        """Per step, by the wall clock."""
+        return self.wall_s / max(self.steps, 1)
 
-    @rank_zero_only
-    def continue_from(self, step: int) -> None:
-        """Keep the rows up to `step` of the file that is there."""
-        remove_leftovers(self.path)
-        if self.path.is_file():
-            self.rows = {row["step"]: row for row in read_metrics(self.path) if row["step"] <= step}
-            self.columns = dict.fromkeys(name for row in self.rows.values() for name in row)
-            self._write(self._rewrite)
+    @property
+    def waiting(self) -> float:
+        """Fraction of the wall time that went into waiting."""
+        return self.waited_s / self.wall_s if self.wall_s else 0.0
 
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        assert step is not None
-        fresh = step not in self.rows
-        row = self.rows.setdefault(step, {"step": step})
-        row.update(metrics)
-        if fresh and self.rows.keys() != {step} and row.keys() <= self.columns.keys() and not self.incomplete:
-            self._write(partial(self._append, row))
-        else:
-            self.columns.update(dict.fromkeys(row))
-            self._write(self._rewrite)
+    def __add__(self, other: "StepTimes") -> "StepTimes":
+        return StepTimes(
+            self.steps + other.steps,
+            self.waited_s + other.waited_s,
+            self.computed_s + other.computed_s,
+            self.wall_s + other.wall_s,
+        )
 
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        if self.incomplete:
-            self._write(self._rewrite)
 
-    def _write(self, write: Callable[[], None]) -> None:
-        """Write, or warn once that rows are kept in memory until the file can be written again."""
-        try:
-            write()
-        except OSError as error:
-            if not self.incomplete:
-                log.warning("%s cannot be written: %s. Its rows are kept and written later.", self.path, error.strerror)
-            self.incomplete = True
-        else:
-            self.incomplete = False
+class StepClock:
+    """Clock of this rank's steps. Wall time runs from the first batch on, except from `pause` to the next batch.
 
-    def _append(self, row: dict[str, Any]) -> None:
-        size = self.path.stat().st_size
-        try:
-            with self.path.open("a", newline="", encoding="utf-8") as handle:
-                csv.DictWriter(handle, self._header()).writerow(row)
-        except OSError:
-            with suppress(OSError):  # half a row could pass for a whole one
-                os.truncate(self.path, size)
-            raise
+    Args:
+        waited_s: seconds that the process had waited for batches before the first step to be measured.
+        now: the time, in seconds.
+    """
 
-    def _header(self) -> list[str]:
-        return [name for name in FIRST_COLUMNS if name in self.columns] + [
-            name for name in self.columns if name not in FIRST_COLUMNS
-        ]
+    def __init__(self, waited_s: float = 0.0, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._waited_s = waited_s
+        self._began_s = 0.0
+        self._counted_to_s: float | None = None  # wall time has been added up to here; None: paused
+        self._times = StepTimes()
 
-    def _rewrite(self) -> None:
-        # Rows that are appended are not waited for either.
-        with (
-            atomic_file(self.path, durable=False) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as handle,
-        ):
-            writer = csv.DictWriter(handle, self._header())
-            writer.writeheader()
-            writer.writerows(self.in_order())
+    def begin(self, waited_s: float) -> None:
+        """Begin a step, whose batch is there and not yet copied to the device.
 
-    def in_order(self) -> list[dict[str, Any]]:
-        """Return all rows, by step."""
-        return [row for _, row in sorted(self.rows.items())]
+        Args:
+            waited_s: seconds that the process has waited for batches so far.
+        """
+        since_last_s, self._waited_s = waited_s - self._waited_s, waited_s
+        if self._counted_to_s is None:
+            self._counted_to_s = self._now() - since_last_s
+        self._begin(since_last_s)
+
+    def end(self) -> None:
+        """End the step: everything of it has been computed, or, on a GPU, requested."""
+        self._times += StepTimes(1, computed_s=self._now() - self._began_s)
+
+    def pause(self) -> None:
+        """Leave out what follows, until training asks for its next batch: validation, saving, the scoring of tasks."""
+        self._count_wall_time()
+        self._counted_to_s = None
+
+    def take(self) -> StepTimes:
+        """Return the times of the steps since the last call."""
+        self._count_wall_time()
+        times, self._times = self._times, StepTimes()
+        return times
+
+    def _begin(self, waited_s: float) -> None:
+        self._times += StepTimes(waited_s=waited_s)
+        self._began_s = self._now()
+
+    def _count_wall_time(self) -> None:
+        if self._counted_to_s is not None:
+            now_s = self._now()
+            self._times += StepTimes(wall_s=now_s - self._counted_to_s)
+            self._counted_to_s = now_s
+
+
+class _Marks(NamedTuple):
+    """Events before and after a step on a GPU, and how long the process waited for the step's batch."""
+
+    begin: Any
+    end: Any
+    waited_s: float
+
+
+class GPUClock(StepClock):
+    """The same on a GPU, which works off what the process has asked for while that goes on and may wait for data already.
+
+    The GPU notes when it comes to the begin and to the end of each step, and nobody waits for these notes. Computing is the time
+    from begin to end; waiting is what the GPU stood idle between two steps, as far as the process waited for data meanwhile.
+    The process's own times would call waiting what the GPU has used well, and computing what is only asking. Wall time is
+    read when the GPU has done all that it was asked for, in `take` and `pause`.
+    """
+
+    def __init__(
+        self,
+        waited_s: float = 0.0,
+        now: Callable[[], float] = time.perf_counter,
+        event: Callable[[], Any] = _timed_event,
+    ) -> None:
+        super().__init__(waited_s, now)
+        self._event = event
+        self._pending: deque[_Marks] = deque()
+        self._last_end: Any = None
+
+    def end(self) -> None:
+        """See `StepClock`."""
+        self._pending[-1].end.record()
+        while self._pending and self._pending[0].end.query():
+            self._count(self._pending.popleft())
+
+    def _begin(self, waited_s: float) -> None:
+        self._pending.append(_Marks(self._event(), self._event(), waited_s))
+        self._pending[-1].begin.record()
+
+    def _count_wall_time(self) -> None:
+        last = self._event()
+        last.record()
+        last.synchronize()
+        while self._pending:
+            self._count(self._pending.popleft())
+        super()._count_wall_time()
+
+    def _count(self, marks: _Marks) -> None:
+        idle_s = marks.waited_s if self._last_end is None else self._last_end.elapsed_time(marks.begin) / 1000
+        self._times += StepTimes(1, min(idle_s, marks.waited_s), marks.begin.elapsed_time(marks.end) / 1000)
+        self._last_end = marks.end
+
+
+def step_clock(device: torch.device, waited_s: float) -> StepClock:
+    """Return the clock for a device."""
+    return GPUClock(waited_s) if device.type == "cuda" else StepClock(waited_s)
+
+
+# ------------------------------------------------------------------------------------------ whether the loader keeps up
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a rank loads its batches with.
+
+    Attributes:
+        workers: processes; 0: training loads its own batches.
+        cores: of the machine, for this rank.
+        image_size: side of the pictures that training sees, pixels.
+        shares_cores: training computes on these cores too.
+    """
+
+    workers: int
+    cores: int
+    image_size: int
+    shares_cores: bool = False
+
+    @property
+    def most_workers(self) -> int:
+        """As many as have a core of their own, one kept for training."""
+        return max(1, self.cores - 1)
+
+
+class LoaderWatch:
+    """Looks at the times of steps as they come in, and speaks up once. The first steps do not count."""
+
+    def __init__(self, loading: Loading) -> None:
+        self.loading = loading
+        self._steps = 0
+        self._window: StepTimes | None = StepTimes()
+
+    def add(self, times: StepTimes) -> str | None:
+        """What to tell the user after these steps; None: nothing, or it was told before."""
+        settled = self._steps >= max(SETTLING_STEPS, 4 * self.loading.workers)
+        self._steps += times.steps
+        if self._window is None or not settled:
+            return None
+        window = self._window + times
+        enough = window.steps >= max(WINDOW_STEPS, 5 * self.loading.workers) and window.wall_s >= WINDOW_S
+        held_up = enough and window.waiting > TOLERATED
+        self._window = None if held_up else StepTimes() if enough else window
+        return advice(window, self.loading) if held_up else None
+
+
+def workers_needed(times: StepTimes, workers: int) -> int:
+    """Worker processes that would keep up with training.
+
+    While training waits, every worker works all the time: a batch costs one worker `workers` steps. Without workers it costs
+    what training waits for it.
+    """
+    batch_s = times.step_s * workers if workers else times.wait_s
+    return max(workers + 1, math.ceil(batch_s / max(times.step_s - times.wait_s, 1e-9)))
+
+
+def advice(times: StepTimes, loading: Loading) -> str:
+    """One message: what is slow, how much is lost, what to change."""
+    needed, most = workers_needed(times, loading.workers), loading.most_workers
+    lost = (
+        f"The loader is the bottleneck: in the last {times.steps} steps training waited for data {100 * times.waiting:.0f} % of the time, "
+        f"{seconds(times.wait_s)} of {seconds(times.step_s)} per step."
+    )
+    now = f"data.num_workers is {loading.workers}, and there {'are' if loading.cores > 1 else 'is'} {_cores(loading.cores)} per rank"
+    side = round(loading.image_size * 256 / 224)
+    smaller = f"make the pictures smaller once, to a shorter side of about {side} pixels"
+    if needed <= most:
+        shared = ", as far as training on the CPU leaves them cores" if loading.shares_cores else ""
+        return f"{lost} {now}: data.num_workers={needed} would keep up{shared}."
+    if loading.workers < most:
+        return (
+            f"{lost} {now}: set data.num_workers={most}. Keeping up would take about {needed} workers: "
+            f"{smaller}, or train with more cores."
+        )
+    return f"{lost} {now}, which the workers and training use already: {smaller}, or train with more cores."
+
+
+def waiting_share(rows: list[dict[str, Any]]) -> float | None:
+    """Return the fraction of a run's wall time that went into waiting for data, without what the first row measured: starting.
+
+    Args:
+        rows: of `metrics.csv`, with means over the steps since the row before.
+    """
+    timed = [row for row in rows if "data_wait_s" in row and "samples_per_s" in row]
+    times = StepTimes()
+    for before, row in pairwise(timed):
+        steps, samples = row["step"] - before["step"], row["samples_seen"] - before["samples_seen"]
+        times += StepTimes(steps, waited_s=steps * row["data_wait_s"], wall_s=samples / row["samples_per_s"])
+    return times.waiting if times.steps else None
+
+
+def seconds(value: float) -> str:
+    """`12 ms`, `1.24 s`."""
+    return f"{1000 * value:.{0 if value >= 0.00995 else 1}f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _cores(count: int) -> str:
+    return f"{count} core" if count == 1 else f"{count} cores"
+
+
+# --------------------------------------------------------------------------------------- what is measured, step by step
 
 
 class StepMetrics(pl.Callback):
@@ -235,7 +428,240 @@ def _require_finite(loss: float, step: int) -> None:
         )
 
 
+def last_validation(trainer: pl.Trainer) -> dict[str, float]:
+    """What the last validation found."""
+    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
     """To every logger of the run; only rank 0 has any."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
+
+
+# -------------------------------------------------------------------------------------------------------- where it goes
+
+
+class MetricsCSV(Logger):
+    """Rows of `metrics.csv`, one per step; what is logged twice for a step shares its row.
+
+    A continued run drops the rows after the step that it continues from. Rows that cannot be written, on a full disk for
+    example, are written with a later one, or at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: dict[int, dict[str, Any]] = {}  # all of them, by step
+        self.incomplete = False  # the file lacks rows that could not be written
+        self.columns: dict[str, None] = {}  # in the order of their first appearance
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """`config.yaml` holds them."""
+
+    @rank_zero_only
+    def continue_from(self, step: int) -> None:
+        """Keep the rows up to `step` of the file that is there."""
+        remove_leftovers(self.path)
+        if self.path.is_file():
+            self.rows = {row["step"]: row for row in read_metrics(self.path) if row["step"] <= step}
+            self.columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+            self._write(self._rewrite)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        fresh = step not in self.rows
+        row = self.rows.setdefault(step, {"step": step})
+        row.update(metrics)
+        if fresh and self.rows.keys() != {step} and row.keys() <= self.columns.keys() and not self.incomplete:
+            self._write(partial(self._append, row))
+        else:
+            self.columns.update(dict.fromkeys(row))
+            self._write(self._rewrite)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self.incomplete:
+            self._write(self._rewrite)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write, or warn once that rows are kept in memory until the file can be written again."""
+        try:
+            write()
+        except OSError as error:
+            if not self.incomplete:
+                log.warning("%s cannot be written: %s. Its rows are kept and written later.", self.path, error.strerror)
+            self.incomplete = True
+        else:
+            self.incomplete = False
+
+    def _append(self, row: dict[str, Any]) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as handle:
+                csv.DictWriter(handle, self._header()).writerow(row)
+        except OSError:
+            with suppress(OSError):  # half a row could pass for a whole one
+                os.truncate(self.path, size)
+            raise
+
+    def _header(self) -> list[str]:
+        return [name for name in FIRST_COLUMNS if name in self.columns] + [
+            name for name in self.columns if name not in FIRST_COLUMNS
+        ]
+
+    def _rewrite(self) -> None:
+        # Rows that are appended are not waited for either.
+        with (
+            atomic_file(self.path, durable=False) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as handle,
+        ):
+            writer = csv.DictWriter(handle, self._header())
+            writer.writeheader()
+            writer.writerows(self.in_order())
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """Return all rows, by step."""
+        return [row for _, row in sorted(self.rows.items())]
+
+
+def build_loggers(config: LoggerConfig, run_dir: Path, name: str) -> list[Logger]:
+    """The run's loggers, `metrics.csv` first. A Weights & Biases server that does not answer does not stop the run.
+
+    Raises:
+        ConfigError: an `extra` logger is not allowed or refuses its arguments.
+    """
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv")]
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    if config.wandb is not None and config.wandb.mode != "disabled":
+        loggers.append(_wandb(config.wandb, run_dir, name))
+    loggers += build_extra(config.extra, "logger.extra")
+    return loggers
+
+
+def start_loggers(loggers: list[Logger], config: TrainConfig) -> list[Logger]:
+    """Give the loggers the configuration and the git state of a run, without secrets.
+
+    A logger other than `metrics.csv` that fails, now or later, is reported once, and the run continues without it.
+
+    Returns:
+        Those that work so far.
+    """
+    csv, *others = loggers
+    if not others:
+        return [csv]
+    about = provenance()
+    values = _without_secrets({**plain(config), "clip_exp": about["clip_exp"], "git": about["git"]})
+    return [csv, *(_expendable(logger) for logger in others if _starts(logger, values))]
+
+
+def _starts(logger: Logger, values: dict[str, Any]) -> bool:
+    """Give a logger the configuration, with which it opens its files or connection; return whether it could."""
+    try:
+        # TensorBoard shows a table with a column per key, and drops what is not a number or a text.
+        logger.log_hyperparams(_as_table(values) if isinstance(logger, TensorBoardLogger) else values)
+    except Exception as error:
+        _leave_out(logger, logger.finalize, error)
+        return False
+    return True
+
+
+def _expendable(logger: Logger) -> Logger:
+    """Let the run continue without a logger that fails."""
+    failed = False
+    finalize = logger.finalize
+
+    def guard(method: Callable[..., None]) -> Callable[..., None]:
+        @wraps(method)
+        def guarded(*arguments: Any, **named: Any) -> None:
+            nonlocal failed
+            if failed:
+                return
+            try:
+                method(*arguments, **named)
+            except Exception as error:
+                failed = True
+                _leave_out(logger, finalize, error)
+
+        return guarded
+
+    for name in CALLED:
+        setattr(logger, name, guard(getattr(logger, name)))
+    return logger
+
+
+def _leave_out(logger: Logger, finalize: Callable[[str], None], error: Exception) -> None:
+    """Report the failure of a logger, and close it, so that none of its threads keeps writing."""
+    with suppress(Exception):
+        finalize("failed")
+    cause = error.__cause__ or error  # Lightning takes every failure of TensorBoard for a value that cannot be logged
+    log.warning(
+        "%s failed: %s. Training continues without it; metrics.csv has all metrics.", type(logger).__name__, cause
+    )
+
+
+def _as_table(values: dict[str, Any]) -> dict[str, str | float]:
+    """Return values by dotted key, those that are not a number or a text as JSON."""
+    return {
+        key: value if isinstance(value, str | int | float) else json.dumps(value)
+        for key, value in flatten(values).items()
+    }
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def _wandb(config: WandbConfig, run_dir: Path, name: str) -> Logger:
+    """Weights & Biases under the run's folder; one id per folder, so that a continued run goes on in the same chart."""
+    import wandb
+    from pytorch_lightning.loggers import WandbLogger
+
+    offline = config.mode == "offline"
+    if not offline and not _reachable(config.init_timeout_s):
+        log.warning(
+            "Weights & Biases does not answer: logging offline. Later: wandb sync %s", run_dir / "wandb" / "latest-run"
+        )
+        offline = True
+    mode = "offline" if offline else "online"
+    settings = wandb.Settings(
+        mode=mode, init_timeout=config.init_timeout_s, console="off", save_code=False, disable_git=True
+    )
+    options: dict[str, Any] = {
+        "entity": config.entity,
+        "group": config.group,
+        "tags": config.tags,
+        "settings": settings,
+    }
+    run_id = f"{name}-{run_dir.name}"
+    return WandbLogger(
+        name=run_id, id=run_id, save_dir=run_dir, project=config.project, offline=offline, resume="allow", **options
+    )
+
+
+def _reachable(timeout_s: float) -> bool:
+    """Whether the configured server takes connections and there is a key for it."""
+    import wandb
+
+    try:
+        settings = wandb.setup().settings
+        address = urlsplit(settings.base_url)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        with socket.create_connection((address.hostname or "", port), timeout=timeout_s):
+            return bool(settings.api_key or wandb.api.api_key)
+    except Exception:
+        return False

@@ -18,9 +18,8 @@ from clip_exp.models.clip import CLIP
 from clip_exp.precision import exact_float32
 from clip_exp.ranks.group import gather_objects, share_from_main
 from clip_exp.text.build import build_tokenizer
-from clip_exp.training.finetune import quiet
 from clip_exp.training.lora import adapted_part, merge, unmerge
-from clip_exp.training.optim import build_optimizer, build_scheduler, logit_scale_range, named_groups
+from clip_exp.training.optim import build_optimizer, build_scheduler, logit_scale_range, named_groups, quiet
 from clip_exp.training.strategies import whole
 
 WEIGHTS = {"state_dict", EMA_KEY}  # of the model, in a checkpoint

@@ -1,6 +1,16 @@
-"""Which folder a run works in, and what its configuration leaves to the weights that it starts from: decided once, by one process."""
+"""Which folder a run works in, and what its configuration leaves to the weights that it starts from: decided once, by one process.
 
-from dataclasses import dataclass, replace
+A run is its configuration, but for where and how it runs, and what lies at the paths in it: tables, images, weights to start from. The
+paths themselves do not count: a moved project, or a scheduler's folder of another job, resumes where it was. So a command is first a
+`Request`, with what decides what it computes; then the earlier runs of its name are compared with it, part by part; and the one
+that it resumes, or a new folder, is opened.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from clip_exp.checkpoints.discovery import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.load import to_yaml
 from clip_exp.config.schema import TrainConfig
+from clip_exp.data.fingerprint import changes, image_changes
+from clip_exp.data.stream import parse
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.reports.result_names import task_of
 from clip_exp.runs import (
@@ -26,17 +38,348 @@ from clip_exp.runs import (
 )
 from clip_exp.storage import file_sha256
 from clip_exp.text.saved import check_tokenizer, save_tokenizer
-from clip_exp.training.identity import DATA_PATHS, START, Differences, Request, fingerprint, identity
 from clip_exp.training.preflight_finetune import rehearse
-from clip_exp.weights.find import find_weights, hash_weights
+from clip_exp.weights.find import find_weights, hash_weights, local_weights
 from clip_exp.weights.own import note_architecture
 from clip_exp.weights.settle import as_settled, settle
 
 if TYPE_CHECKING:
     from clip_exp.config.sweep import Job  # imports Hydra
 
+# What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
+NOT_IN_IDENTITY = (
+    "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
+    "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
+    "data.max_empty_caption_fraction", "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
+)  # fmt: skip
+IN_IDENTITY = ("trainer.gradient_clip_val",)
+DATA_PATHS = ("data.train", "data.val", "data.image_root")
+START = "pretrained"
+LISTED = 3  # paths of a difference
 LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may be given anew
 REPORT = "report.html"
+
+
+# -------------------------------------------------------------------------------------------------------- what a run is
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Return what decides what the run computes, by dotted key; where and how it runs is left out."""
+    values = flatten(asdict(config))
+    return {key: value for key, value in values.items() if not key.startswith(NOT_IN_IDENTITY) or key in IN_IDENTITY}
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Return a hash of the run's identity without its paths."""
+    paths = (*DATA_PATHS, START)  # which count by what lies there
+    values = {
+        key: value for key, value in identity(config).items() if key not in paths and not key.startswith("data.train.")
+    }
+    return _hash(values)
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+class Differences(NamedTuple):
+    """In what an earlier run with the same configuration differs from what is requested, a clause each.
+
+    What its `run.json` does not say is no difference: an older version did not note it.
+    """
+
+    job: list[str]  # it belongs to another job of a sweep
+    weights: list[str]  # to start from
+    paths: list[str]  # of the data
+    tables: list[str]  # their rows
+    images: list[str]  # in equal tables
+
+    @property
+    def reasons(self) -> list[str]:
+        return list(dict.fromkeys(clause for clauses in self for clause in clauses))
+
+    def is_other_run(self, finished: bool) -> bool:
+        """Return whether the request is for another run.
+
+        Tables that changed in their place are no reason to start an unfinished run again, which may have trained for weeks: training
+        refuses to continue in them, by name, unless `data.allow_changed`. Images may be repaired meanwhile.
+        """
+        return bool(self.job or self.weights or ((finished or self.paths) and (self.tables or self.images)))
+
+
+class Request:
+    """What a command wants to be computed.
+
+    Args:
+        config: as the command line gives it.
+        data: `data.fingerprint.describe` of its tables; None: generated, as the configuration says, or unknown.
+        job: of a sweep, or None.
+    """
+
+    def __init__(self, config: TrainConfig, data: dict[str, Any] | None = None, job: "Job | None" = None) -> None:
+        self.config, self.data, self.job = config, data, job
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `run.json` notes, for `differences`."""
+        return {
+            "paths": self.paths,
+            **({} if self.data is None else {"data": self.data}),
+            **({} if self.job is None else {"job": self.job._asdict()}),
+        }
+
+    def recognizes(self, noted: str | None) -> bool:
+        """Return whether a fingerprint is that of the configuration; older versions hashed the paths as well."""
+        return noted in self._fingerprints
+
+    def differences(self, record: dict[str, Any]) -> Differences:
+        """Compare with a run's `run.json`."""
+        before = record.get("paths", self.paths)
+        keys = [key for key in (*DATA_PATHS, START) if before.get(key) != self.paths.get(key)]
+        clauses = {
+            key: f"{key} is {_listed(self.paths.get(key))} instead of {_listed(before.get(key))}" for key in keys
+        }
+        weights = [clauses.pop(START)] if START in clauses else []
+        paths = list(clauses.values())
+        noted = record.get("data")
+        if noted is None or self.data is None:  # other paths of unknown contents are other data
+            tables, images = paths, []
+        else:
+            tables = changes(noted, self.data)
+            images = [] if tables else image_changes(noted, self.data)
+        return Differences(self._other_job(record), self._other_weights(record, weights), paths, tables, images)
+
+    @cached_property
+    def paths(self) -> dict[str, list[str]]:
+        """Absolute paths by key; those of the sources of `data.train` are put together. A name that is no path stays as it is."""
+        data, start = self.config.data, self.config.pretrained
+        specs = parse(data.train)
+        found: dict[str, list[Any]] = {
+            "data.train": [path for spec in specs for path in spec.paths],
+            "data.val": data.val if isinstance(data.val, list) else [data.val],
+            "data.image_root": [data.image_root, *(spec.reading.get("image_root") for spec in specs)],
+        }
+        paths = {key: [_absolute(path) for path in values if path is not None] for key, values in found.items()}
+        if start is not None:
+            paths[START] = [_absolute(start) if os.path.exists(os.path.expanduser(start)) else start]
+        return {key: values for key, values in paths.items() if values}
+
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """Hash of the weights to start from; None: they are not on this disk, or cannot be read."""
+        if self.config.pretrained is None:
+            return None
+        try:
+            found = local_weights(self.config.pretrained, self.config.model)
+            return None if found is None else hash_weights(found)
+        except (CheckpointError, OSError):  # a run that has begun needs them no more
+            return None
+
+    @cached_property
+    def _fingerprints(self) -> tuple[str, str]:
+        return fingerprint(self.config), _hash(identity(self.config))
+
+    def _other_weights(self, record: dict[str, Any], other_path: list[str]) -> list[str]:
+        noted = record.get(START)
+        before = noted.get("sha256") if isinstance(noted, dict) else None
+        if before is None or self.weights_sha256 is None:
+            return other_path
+        if before == self.weights_sha256:
+            return []
+        changed = f"{START}={self.config.pretrained} has other weights (sha256 {self.weights_sha256[:12]}… instead of {before[:12]}…)"
+        return other_path or [changed]
+
+    def _other_job(self, record: dict[str, Any]) -> list[str]:
+        theirs = record.get("job")
+        if self.job is None:
+            return []
+        if theirs is None:
+            return ["it belongs to no job of a sweep"] if "paths" in record else []
+        if theirs["overrides"] != self.job.overrides:
+            return [f"it belongs to the job {' '.join(theirs['overrides'])} of a sweep"]
+        same = theirs["sweep"] != self.job.sweep or theirs["number"] == self.job.number
+        return [] if same else [f"it belongs to job {theirs['number']} of this sweep"]
+
+
+def _absolute(path: str | Path) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _listed(paths: list[str] | None) -> str:
+    more = f" and {len(paths) - LISTED:,} more" if paths and len(paths) > LISTED else ""
+    return ", ".join(paths[:LISTED]) + more if paths else "null"
+
+
+# --------------------------------------------------------------------------------------------------------- earlier runs
+
+
+class EarlierRun(NamedTuple):
+    """A run that is there already."""
+
+    folder: Path
+    record: dict[str, Any]  # of its `run.json`; empty where that is lost
+
+    @property
+    def saved(self) -> bool:
+        """Whether it ever had a checkpoint; where `run.json` is lost, whether it may have had one."""
+        if self.record.get("status") == "finished" or self.record.get(LAST_CHECKPOINT) is not None:
+            return True
+        return was_saved(self.folder) or ("fingerprint" not in self.record and _has_trained(self.folder))
+
+    @property
+    def finished(self) -> bool:
+        return self.record.get("status") == "finished"
+
+    @property
+    def step(self) -> int:
+        """Of its last checkpoint; -1: it has none."""
+        return max([self.record.get(LAST_CHECKPOINT) or -1, *map(step_of, checkpoints(self.folder))])
+
+
+def _has_trained(folder: Path) -> bool:
+    return (folder / METRICS).exists() or (folder / FOLDER).exists()
+
+
+def newest(runs: list[EarlierRun]) -> EarlierRun | None:
+    """The run that got furthest, and of equal ones the one that was started last, as they recorded it. Names and clocks may mislead."""
+    return max(
+        runs, key=lambda run: (inf if run.finished else run.step, str(run.record.get("start", ""))), default=None
+    )
+
+
+def earlier_runs(request: Request) -> list[EarlierRun]:
+    """The runs of the same name that compute what is requested. Where none has a checkpoint, another run of the same configuration is named.
+
+    Raises:
+        CheckpointError: there is none, but one that has trained and can no longer be recognized.
+    """
+    recognized, unknown = _recognized(request)
+    compared = [(run, request.differences(run.record)) for run in recognized]
+    others = {run.folder: differences for run, differences in compared if differences.is_other_run(run.finished)}
+    found = [(run, differences) for run, differences in compared if run.folder not in others]
+    if unknown and not found:
+        raise CheckpointError(
+            f"{unknown[0]} may be the run to resume, but cannot be recognized: {record_problem(unknown[0])} Restore it, move the "
+            "folder away, or start a new run with resume=never."
+        )
+    other = newest([run for run in recognized if run.folder in others and run.saved])
+    if other is not None and not any(run.saved for run, _ in found):
+        reasons = "; ".join(others[other.folder].reasons)
+        print(f"{other.folder} is not resumed: {reasons}. A new run begins.", flush=True)
+    # One in the same tables rather than one that would only be refused; in a sweep the same job's rather than another's.
+    found = [(run, differences) for run, differences in found if not differences.tables] or found
+    runs = [run for run, _ in found]
+    if request.job is None:
+        return runs
+    return [run for run in runs if run.record.get("job", {}).get("number") == request.job.number] or runs
+
+
+def _recognized(request: Request) -> tuple[list[EarlierRun], list[Path]]:
+    """Return the runs of the same name and configuration, whatever lies at their paths, and folders that may be such a run's."""
+    found, unknown = [], []
+    parent = Path(request.config.output_dir) / "train" / request.config.name
+    for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
+        run = EarlierRun(folder, read_record(folder))
+        noted = run.record.get("fingerprint")
+        if request.recognizes(noted) if noted is not None else _computes_the_same(folder, request.config):
+            found.append(run)
+        elif noted is None and run.saved:
+            unknown.append(folder)
+    return found, unknown
+
+
+def _computes_the_same(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run in a folder has the identity of `config`, as far as its `config.yaml` can be read."""
+    try:
+        return not _different_keys(read_config(folder)[0], config)
+    except (CheckpointError, ConfigError):
+        return False
+
+
+def _different_keys(run: TrainConfig, config: TrainConfig) -> list[str]:
+    """The keys in which what a run computes differs from what `config` would compute."""
+    before, now = identity(run), identity(replace(config, model=as_settled(config.model, run.model)))
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+
+
+def run_to_resume(request: Request, runs: list[EarlierRun]) -> tuple[EarlierRun, bool] | None:
+    """The earlier run that this one resumes, and whether that has finished; None: it starts from the beginning.
+
+    Args:
+        runs: that compute what is requested, for `resume=auto`.
+
+    Raises:
+        ConfigError: `resume` names nothing, or a run that computes something else.
+        CheckpointError: the run had a checkpoint, and has none now.
+    """
+    config = request.config
+    if config.resume == "never":
+        return None
+    run = newest([run for run in runs if run.saved]) if config.resume == "auto" else _named_run(request)
+    if run is None:
+        return None
+    if (
+        run.finished
+        and request.recognizes(run.record.get("fingerprint"))
+        and not request.differences(run.record).tables
+    ):
+        return run, True
+    if run.saved and not checkpoints(run.folder):
+        raise lost(run.folder, run.record)
+    return run, False
+
+
+def _named_run(request: Request) -> EarlierRun:
+    config = request.config
+    path = Path(config.resume)
+    folder = next((p for p in (path, *path.parents[:2]) if _is_run(p)), None)
+    if folder is None:
+        raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
+    record = read_record(folder)
+    same = LENGTH | _moved(record, request.differences(record))
+    other = [key for key in _different_keys(read_config(folder)[0], config) if key not in same]
+    if other:
+        raise ConfigError(
+            f"{folder} was trained with another {', '.join(other)}: give the same values, or start a new run from its weights "
+            "(resume=never pretrained=<its checkpoint>/model.safetensors)."
+        )
+    return EarlierRun(folder, record)
+
+
+def _moved(record: dict[str, Any], differences: Differences) -> set[str]:
+    """Return the keys of paths that may differ, since what lies there is the same; older versions did not note what that was."""
+    data = set() if differences.tables or differences.images else set(DATA_PATHS)
+    weights = set() if differences.weights else {START}
+    return data | weights if "paths" in record else set()
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or what is left of one."""
+    return (folder / RECORD).is_file() or was_saved(folder) or ((folder / CONFIG).is_file() and _has_trained(folder))
+
+
+def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointError:
+    """The error of a run that had a checkpoint, and has none now that can be used.
+
+    Args:
+        reasons: a line for each that is there.
+    """
+    step = record.get(LAST_CHECKPOINT)
+    had = "has trained before" if step is None else f"had a checkpoint of step {step:,}"
+    return CheckpointError(
+        f"{folder} {had}, and {folder / FOLDER} has no checkpoint that can be used. Put one back, or start over from step 0 in a new "
+        f"folder: resume=never.{reasons}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 
 @dataclass(frozen=True)
@@ -110,7 +453,7 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
     return Opening(folder, False, config, settled, facts)
 
 
-def _resume(request: Request, run: "EarlierRun", finished: bool) -> Opening:
+def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
     """Open an earlier run: to train on in it, or, where it has finished, to score it on the tasks that it has not been scored on."""
     config, folder, differences = request.config, run.folder, request.differences(run.record)
     if not run.saved:
@@ -134,145 +477,6 @@ def _resume(request: Request, run: "EarlierRun", finished: bool) -> Opening:
     return Opening(folder, finished, config, settled, facts, warnings, tasks)
 
 
-def _scores(run: "EarlierRun", read: TrainConfig) -> dict[str, Any]:
-    """Return the tasks that a finished run was scored on, with their configurations; older versions noted them in `config.yaml` alone."""
-    noted = run.record.get("scored_tasks", read.task)
-    there = {task_of(path.stem) for path in (run.folder / "eval").glob("*.json")}
-    return {name: values for name, values in noted.items() if name in there}
-
-
-def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
-    """The weights that a run starts from, on this machine.
-
-    Args:
-        record: the run's `run.json`. The file that it names was found on the machine of rank 0; another may have to fetch its own.
-    Raises:
-        ConfigError: see `find_weights`.
-        CheckpointError: likewise; or what is found here is not what rank 0 found.
-    """
-    noted = record.get("pretrained", {})
-    if "path" in noted and Path(noted["path"]).exists():
-        return Path(noted["path"])
-    found = find_weights(str(config.pretrained), config.model).path
-    if noted and hash_weights(found) != noted["sha256"]:
-        raise CheckpointError(
-            f"{found} is not what the run began with (sha256 {noted['sha256']}): give that, or start anew."
-        )
-    return found
-
-
-class EarlierRun(NamedTuple):
-    """A run that is there already."""
-
-    folder: Path
-    record: dict[str, Any]  # of its `run.json`; empty where that is lost
-
-    @property
-    def saved(self) -> bool:
-        """Whether it ever had a checkpoint; where `run.json` is lost, whether it may have had one."""
-        if self.record.get("status") == "finished" or self.record.get(LAST_CHECKPOINT) is not None:
-            return True
-        return was_saved(self.folder) or ("fingerprint" not in self.record and _has_trained(self.folder))
-
-    @property
-    def finished(self) -> bool:
-        return self.record.get("status") == "finished"
-
-    @property
-    def step(self) -> int:
-        """Of its last checkpoint; -1: it has none."""
-        return max([self.record.get(LAST_CHECKPOINT) or -1, *map(step_of, checkpoints(self.folder))])
-
-
-def newest(runs: list[EarlierRun]) -> EarlierRun | None:
-    """The run that got furthest, and of equal ones the one that was started last, as they recorded it. Names and clocks may mislead."""
-    return max(
-        runs, key=lambda run: (inf if run.finished else run.step, str(run.record.get("start", ""))), default=None
-    )
-
-
-def earlier_runs(request: Request) -> list[EarlierRun]:
-    """The runs of the same name that compute what is requested. Where none has a checkpoint, another run of the same configuration is named.
-
-    Raises:
-        CheckpointError: there is none, but one that has trained and can no longer be recognized.
-    """
-    recognized, unknown = _recognized(request)
-    compared = [(run, request.differences(run.record)) for run in recognized]
-    others = {run.folder: differences for run, differences in compared if differences.is_other_run(run.finished)}
-    found = [(run, differences) for run, differences in compared if run.folder not in others]
-    if unknown and not found:
-        raise CheckpointError(
-            f"{unknown[0]} may be the run to resume, but cannot be recognized: {record_problem(unknown[0])} Restore it, move the "
-            "folder away, or start a new run with resume=never."
-        )
-    other = newest([run for run in recognized if run.folder in others and run.saved])
-    if other is not None and not any(run.saved for run, _ in found):
-        reasons = "; ".join(others[other.folder].reasons)
-        print(f"{other.folder} is not resumed: {reasons}. A new run begins.", flush=True)
-    # One in the same tables rather than one that would only be refused; in a sweep the same job's rather than another's.
-    found = [(run, differences) for run, differences in found if not differences.tables] or found
-    runs = [run for run, _ in found]
-    if request.job is None:
-        return runs
-    return [run for run in runs if run.record.get("job", {}).get("number") == request.job.number] or runs
-
-
-def _recognized(request: Request) -> tuple[list[EarlierRun], list[Path]]:
-    """Return the runs of the same name and configuration, whatever lies at their paths, and folders that may be such a run's."""
-    found, unknown = [], []
-    parent = Path(request.config.output_dir) / "train" / request.config.name
-    for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
-        run = EarlierRun(folder, read_record(folder))
-        noted = run.record.get("fingerprint")
-        if request.recognizes(noted) if noted is not None else _computes_the_same(folder, request.config):
-            found.append(run)
-        elif noted is None and run.saved:
-            unknown.append(folder)
-    return found, unknown
-
-
-def run_to_resume(request: Request, runs: list[EarlierRun]) -> tuple[EarlierRun, bool] | None:
-    """The earlier run that this one resumes, and whether that has finished; None: it starts from the beginning.
-
-    Args:
-        runs: that compute what is requested, for `resume=auto`.
-
-    Raises:
-        ConfigError: `resume` names nothing, or a run that computes something else.
-        CheckpointError: the run had a checkpoint, and has none now.
-    """
-    config = request.config
-    if config.resume == "never":
-        return None
-    run = newest([run for run in runs if run.saved]) if config.resume == "auto" else _named_run(request)
-    if run is None:
-        return None
-    if (
-        run.finished
-        and request.recognizes(run.record.get("fingerprint"))
-        and not request.differences(run.record).tables
-    ):
-        return run, True
-    if run.saved and not checkpoints(run.folder):
-        raise lost(run.folder, run.record)
-    return run, False
-
-
-def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointError:
-    """The error of a run that had a checkpoint, and has none now that can be used.
-
-    Args:
-        reasons: a line for each that is there.
-    """
-    step = record.get(LAST_CHECKPOINT)
-    had = "has trained before" if step is None else f"had a checkpoint of step {step:,}"
-    return CheckpointError(
-        f"{folder} {had}, and {folder / FOLDER} has no checkpoint that can be used. Put one back, or start over from step 0 in a new "
-        f"folder: resume=never.{reasons}"
-    )
-
-
 def _say_again(folder: Path) -> None:
     print(f"{folder} was stopped before its first checkpoint: the run starts again in it.", flush=True)
 
@@ -288,27 +492,11 @@ def _config_to_resume(folder: Path) -> tuple[TrainConfig, str | None]:
         ) from error
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or what is left of one."""
-    return (folder / RECORD).is_file() or was_saved(folder) or ((folder / CONFIG).is_file() and _has_trained(folder))
-
-
-def _has_trained(folder: Path) -> bool:
-    return (folder / METRICS).exists() or (folder / FOLDER).exists()
-
-
-def _computes_the_same(folder: Path, config: TrainConfig) -> bool:
-    """Whether the run in a folder has the identity of `config`, as far as its `config.yaml` can be read."""
-    try:
-        return not _differences(read_config(folder)[0], config)
-    except (CheckpointError, ConfigError):
-        return False
-
-
-def _differences(run: TrainConfig, config: TrainConfig) -> list[str]:
-    """The keys in which what a run computes differs from what `config` would compute."""
-    before, now = identity(run), identity(replace(config, model=as_settled(config.model, run.model)))
-    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+def _scores(run: EarlierRun, read: TrainConfig) -> dict[str, Any]:
+    """Return the tasks that a finished run was scored on, with their configurations; older versions noted them in `config.yaml` alone."""
+    noted = run.record.get("scored_tasks", read.task)
+    there = {task_of(path.stem) for path in (run.folder / "eval").glob("*.json")}
+    return {name: values for name, values in noted.items() if name in there}
 
 
 def begin(
@@ -339,25 +527,21 @@ def begin(
     )  # fmt: skip
 
 
-def _named_run(request: Request) -> EarlierRun:
-    config = request.config
-    path = Path(config.resume)
-    folder = next((p for p in (path, *path.parents[:2]) if _is_run(p)), None)
-    if folder is None:
-        raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
-    record = read_record(folder)
-    same = LENGTH | _moved(record, request.differences(record))
-    other = [key for key in _differences(read_config(folder)[0], config) if key not in same]
-    if other:
-        raise ConfigError(
-            f"{folder} was trained with another {', '.join(other)}: give the same values, or start a new run from its weights "
-            "(resume=never pretrained=<its checkpoint>/model.safetensors)."
+def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
+    """The weights that a run starts from, on this machine.
+
+    Args:
+        record: the run's `run.json`. The file that it names was found on the machine of rank 0; another may have to fetch its own.
+    Raises:
+        ConfigError: see `find_weights`.
+        CheckpointError: likewise; or what is found here is not what rank 0 found.
+    """
+    noted = record.get("pretrained", {})
+    if "path" in noted and Path(noted["path"]).exists():
+        return Path(noted["path"])
+    found = find_weights(str(config.pretrained), config.model).path
+    if noted and hash_weights(found) != noted["sha256"]:
+        raise CheckpointError(
+            f"{found} is not what the run began with (sha256 {noted['sha256']}): give that, or start anew."
         )
-    return EarlierRun(folder, record)
-
-
-def _moved(record: dict[str, Any], differences: Differences) -> set[str]:
-    """Return the keys of paths that may differ, since what lies there is the same; older versions did not note what that was."""
-    data = set() if differences.tables or differences.images else set(DATA_PATHS)
-    weights = set() if differences.weights else {START}
-    return data | weights if "paths" in record else set()
+    return found

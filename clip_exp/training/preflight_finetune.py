@@ -112,7 +112,7 @@ def rehearse(config: TrainConfig) -> None:
     """
     if not (config.model.has_foreign_tower or _counts_layers(config)):
         return
-    from clip_exp.training.finetune import rehearse_layers  # imports torch
+    from clip_exp.training.optim import rehearse_layers  # imports torch
 
     rehearse_layers(config.model, config.finetune)
 

@@ -1,4 +1,4 @@
-"""Strategies: one process, DDP, and DeepSpeed's ZeRO on GPUs as well as on CPUs."""
+"""What training on several ranks needs: the process group as Lightning sees it, and DeepSpeed's ZeRO on GPUs as well as on CPUs."""
 
 import argparse
 import importlib
@@ -12,12 +12,12 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.environments import ClusterEnvironment
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from clip_exp.config.schema import StrategyConfig, StrategyName
+from clip_exp.config.schema import StrategyConfig
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import rank, world_size
 
@@ -74,24 +74,20 @@ class GroupEnvironment(ClusterEnvironment):
         return rank()
 
 
-def build_strategy(config: StrategyConfig, device: torch.device) -> Strategy | str:
-    """Lightning's strategy for the configured one; `auto` is DDP where there are several ranks."""
-    if config.name == StrategyName.deepspeed:
-        prepare_deepspeed(device.type)
-        assert config.stage is not None
-        strategy = PortableDeepSpeedStrategy(
-            stage=config.stage,
-            offload_optimizer=config.offload,
-            offload_parameters=config.offload and config.stage == 3,
-            pin_memory=device.type == "cuda",  # copies from and to pageable host memory are slow, and block
-        )
-        assert isinstance(strategy.config, dict)
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(strategy.config, DEEPSPEED_DEFAULTS, config.config))
-        strategy.config = merged
-        return strategy
-    if config.name == StrategyName.ddp or world_size() > 1:
-        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return SingleDeviceStrategy(str(device))
+def deepspeed_strategy(config: StrategyConfig, device: torch.device) -> "PortableDeepSpeedStrategy":
+    """ZeRO as configured, with DeepSpeed's own configuration under `config.config`."""
+    prepare_deepspeed(device.type)
+    assert config.stage is not None
+    strategy = PortableDeepSpeedStrategy(
+        stage=config.stage,
+        offload_optimizer=config.offload,
+        offload_parameters=config.offload and config.stage == 3,
+        pin_memory=device.type == "cuda",  # copies from and to pageable host memory are slow, and block
+    )
+    assert isinstance(strategy.config, dict)
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(strategy.config, DEEPSPEED_DEFAULTS, config.config))
+    strategy.config = merged
+    return strategy
 
 
 def prepare_deepspeed(device_type: str) -> None:

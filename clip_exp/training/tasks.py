@@ -32,10 +32,10 @@ from clip_exp.reports.result_names import name_in_run
 from clip_exp.reports.results import Result
 from clip_exp.runs import RunRecord
 from clip_exp.text.build import build_tokenizer
+from clip_exp.training.callbacks import Progress
 from clip_exp.training.lora import merge
 from clip_exp.training.measures import training_tasks
 from clip_exp.training.metrics import log_metrics
-from clip_exp.training.progress import Progress
 from clip_exp.training.strategies import PortableDeepSpeedStrategy
 from clip_exp.training.summary import add_scores
 

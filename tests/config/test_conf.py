@@ -16,10 +16,10 @@ from clip_exp.errors import ConfigError
 from clip_exp.evaluation.tasks import parse_task
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
-from clip_exp.training.loggers import build_loggers
+from clip_exp.training.fit import build_strategy
+from clip_exp.training.metrics import build_loggers
 from clip_exp.training.optim import build_optimizer, build_scheduler
 from clip_exp.training.preflight import check_train
-from clip_exp.training.strategies import build_strategy
 from tests.compose import compose_config, train_config
 
 GROUPS = ("data", "loss", "scheduler", "trainer", "finetune", "callbacks", "debug", "experiment")

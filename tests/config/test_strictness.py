@@ -334,7 +334,7 @@ def test_words_and_paths_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None
 def test_deepspeeds_own_keys_reach_its_configuration() -> None:
     import torch
 
-    from clip_exp.training.strategies import build_strategy
+    from clip_exp.training.fit import build_strategy
 
     config = train_config(
         "strategy=deepspeed_stage_2", "+strategy.config.zero_optimization.reduce_bucket_size=1000000"

@@ -20,7 +20,7 @@ from clip_exp.models import build_model
 from clip_exp.models.depth import depths, projection_names
 from clip_exp.models.huggingface import HuggingFaceText, build_encoder
 from clip_exp.models.timm_tower import TimmTower
-from clip_exp.training.finetune import freeze
+from clip_exp.training.optim import freeze
 from tests.models.small import small_config
 
 

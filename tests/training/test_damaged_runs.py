@@ -21,9 +21,9 @@ from clip_exp.loading.source import source_of_checkpoint, source_of_run
 from clip_exp.models.build import build_model
 from clip_exp.runs import RunRecord, create_run_folder
 from clip_exp.training import opening
+from clip_exp.training.fit import candidates, first_that_loads, report_damage
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.opening import open_run
-from clip_exp.training.resuming import candidates, first_that_loads, report_damage
 from tests.compose import train_config
 from tests.training.damaged_runs import STEPS, contents_of, damage, damaged_parts, write_run
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clip_exp.errors import DeviceMemoryError, DistributedError
-from clip_exp.training.failures import check_same_ranks, explain
+from clip_exp.training.callbacks import check_same_ranks, explain
 from tests.compose import train_config
 from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond

@@ -14,8 +14,8 @@ from clip_exp.checkpoints.discovery import latest
 from clip_exp.config.schema import FineTuneConfig, LoRAConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models import CLIP, build_model
-from clip_exp.training.finetune import prepare
 from clip_exp.training.lora import adapt, adapted_part, merge, unmerge
+from clip_exp.training.optim import prepare
 from clip_exp.training.preflight_finetune import rehearse
 from tests.compose import train_config
 from tests.encoders import small_encoder

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from clip_exp.training import messages
+from clip_exp.training.callbacks import build_progress
 from clip_exp.training.messages import LOG_ONLY, logging_to
 from clip_exp.training.metrics import StepMetrics
-from clip_exp.training.progress import build_progress
 from tests.runs import Finished
 
 log = logging.getLogger("clip_exp.training.anything")

@@ -1,17 +1,23 @@
-"""What is measured around the steps of a run, by a clock of the test's own, and on pretended GPUs and ranks."""
+"""What is measured around the steps of a run and where it goes, by clocks of the test's own, and on pretended GPUs and ranks."""
 
 import json
+import re
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers.logger import Logger
 
 import clip_exp
 from clip_exp.checkpoints.io import SafeCheckpointIO
@@ -20,11 +26,29 @@ from clip_exp.data.loader import Collate
 from clip_exp.runs import read_metrics
 from clip_exp.training import metrics, summary
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer
-from clip_exp.training.metrics import MetricsCSV, StepMetrics, of_slowest_loader
+from clip_exp.training.metrics import (
+    GPUClock,
+    LoaderWatch,
+    Loading,
+    MetricsCSV,
+    StepClock,
+    StepMetrics,
+    StepTimes,
+    advice,
+    build_loggers,
+    of_slowest_loader,
+    seconds,
+    start_loggers,
+    waiting_share,
+    workers_needed,
+)
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.tasks import TaskScores
-from clip_exp.training.timing import StepClock, StepTimes
-from tests.runs import TINY, unfinish
+from tests.compose import train_config
+from tests.runs import TINY, Train, unfinish
+from tests.training.tracking import tensorboard_hparams
+
+# ----------------------------------------------------------------------------------------------------- what is measured
 
 
 @dataclass
@@ -163,3 +187,322 @@ def test_rows_that_cannot_be_written_are_written_later(
         logger.log_metrics({"val/loss": 2.0}, step=4)
         rows[3]["val/loss"] = 2.0
     assert read_metrics(logger.path) == rows
+
+
+# --------------------------------------------------------------------------------------------------- the times of steps
+
+
+@dataclass
+class Queue:
+    """A GPU that works off what it is asked for, by a clock in seconds that the process and it share."""
+
+    now_s: float = 0.0
+    busy_until_s: float = 0.0
+
+    def now(self) -> float:
+        return self.now_s
+
+    def compute(self, work_s: float) -> None:
+        self.busy_until_s = max(self.busy_until_s, self.now_s) + work_s
+
+    def event(self) -> "Event":
+        return Event(self)
+
+
+@dataclass
+class Event:
+    queue: Queue
+    at_s: float = field(default=0.0)
+
+    def record(self) -> None:
+        self.at_s = max(self.queue.busy_until_s, self.queue.now_s)
+
+    def query(self) -> bool:
+        return self.queue.now_s >= self.at_s
+
+    def synchronize(self) -> None:
+        self.queue.now_s = max(self.queue.now_s, self.at_s)
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000 * (end.at_s - self.at_s)
+
+
+def gpu_clock(queue: Queue) -> GPUClock:
+    return GPUClock(now=queue.now, event=queue.event)
+
+
+def test_steps_are_split_into_waiting_and_computing_and_the_wall_time_has_what_lies_between() -> None:
+    queue, waited_s = Queue(), 100.0
+    clock = StepClock(waited_s, queue.now)
+    for _ in range(3):
+        queue.now_s += 0.5
+        waited_s += 0.5
+        clock.begin(waited_s)
+        queue.now_s += 0.02
+        clock.end()
+        queue.now_s += 0.25  # averaging of weights
+    times = clock.take()
+    assert (times.steps, times.wait_s) == (3, 0.5)
+    assert times.compute_s == pytest.approx(0.02)
+    assert times.step_s == pytest.approx(0.77)
+    assert clock.take() == StepTimes()
+
+
+def test_the_wall_time_begins_with_the_wait_for_the_first_batch() -> None:
+    queue = Queue(now_s=1000.0)
+    clock = StepClock(now=queue.now)
+    queue.now_s += 60.0  # workers start, or a checkpoint is read
+    clock.begin(0.5)
+    queue.now_s += 0.25
+    clock.end()
+    assert clock.take() == StepTimes(1, waited_s=0.5, computed_s=0.25, wall_s=0.75)
+
+
+def test_a_pause_is_left_out_up_to_the_wait_for_the_next_batch() -> None:
+    queue = Queue()
+    clock = StepClock(now=queue.now)
+    clock.begin(0.0)
+    queue.now_s += 1.0
+    clock.end()
+    queue.now_s += 0.25  # averaging of weights
+    clock.pause()
+    queue.now_s += 60.0  # a validation
+    clock.pause()
+    queue.now_s += 60.0  # a save
+    queue.now_s += 0.5  # a wait for the next batch
+    clock.begin(0.5)
+    queue.now_s += 1.0
+    clock.end()
+    assert clock.take() == StepTimes(2, waited_s=0.5, computed_s=2.0, wall_s=2.75)
+
+
+def run_on_gpu(steps: int, load_s: float, work_s: float, ask_s: float = 0.01) -> StepTimes:
+    """Steps of a process that prepares a batch in `load_s`, then asks the GPU for `work_s` of work, and never waits for it."""
+    queue, waited_s = Queue(), 0.0
+    clock = gpu_clock(queue)
+    for _ in range(steps):
+        queue.now_s = max(queue.now_s, queue.busy_until_s - work_s)  # a GPU takes no more than a step in advance
+        queue.now_s += load_s
+        waited_s += load_s
+        clock.begin(waited_s)
+        queue.compute(work_s)
+        queue.now_s += ask_s
+        clock.end()
+    return clock.take()
+
+
+def test_a_gpu_that_starves_is_told_from_one_that_works_while_the_process_waits() -> None:
+    starved = run_on_gpu(steps=50, load_s=1.0, work_s=0.4)
+    assert starved.steps == 50
+    assert starved.compute_s == pytest.approx(0.4)
+    assert starved.wait_s == pytest.approx(0.61, abs=0.02)
+    busy = run_on_gpu(steps=50, load_s=0.3, work_s=0.4)
+    assert busy.compute_s == pytest.approx(0.4)
+    assert busy.wait_s < 0.02
+
+
+@pytest.mark.parametrize(
+    ("copy_s", "step_s", "average_s", "between_s", "computing_s"),
+    [
+        pytest.param(0.003, 0.040, 0.001, 0.001, 0.043, id="the GPU also copies batches and averages weights"),
+        pytest.param(0.0005, 0.004, 0.0, 0.012, 0.006, id="the GPU waits for the process"),
+    ],
+)
+def test_the_rate_on_a_gpu_is_that_of_the_wall_clock(copy_s, step_s, average_s, between_s, computing_s) -> None:
+    queue = Queue()
+    clock = gpu_clock(queue)
+    for _ in range(100):
+        queue.now_s = max(queue.now_s, queue.busy_until_s - step_s)
+        queue.now_s += between_s
+        clock.begin(0.0)
+        queue.compute(copy_s)
+        queue.now_s += 0.002
+        queue.compute(step_s)
+        clock.end()
+        queue.compute(average_s)
+    times = clock.take()
+    assert times.steps / times.wall_s == pytest.approx(100 / max(queue.now_s, queue.busy_until_s), rel=0.02)
+    assert times.compute_s == pytest.approx(computing_s)
+    assert times.waited_s == 0.0
+
+
+def test_a_pause_on_a_gpu_begins_when_it_has_done_what_it_was_asked_for() -> None:
+    queue = Queue()
+    clock = gpu_clock(queue)
+    for waited_s in (0.0, 0.5):
+        clock.begin(waited_s)
+        queue.compute(1.0)
+        clock.end()
+        queue.compute(0.25)  # averaging of weights
+        clock.pause()
+        queue.now_s += 60.5  # a validation, and a wait of 0.5 s
+    assert clock.take() == StepTimes(2, waited_s=0.5, computed_s=2.0, wall_s=3.0)
+
+
+def test_times_of_steps_add_up() -> None:
+    times = StepTimes(2, 1.0, 3.0, 4.0) + StepTimes(3, 4.0, 2.0, 6.0)
+    assert times == StepTimes(5, 5.0, 5.0, 10.0)
+    assert (times.wait_s, times.compute_s, times.step_s, times.waiting) == (1.0, 1.0, 2.0, 0.5)
+    assert StepTimes().waiting == 0.0
+
+
+# ------------------------------------------------------------------------------------------ whether the loader keeps up
+
+
+STARVED = StepTimes(10, waited_s=6.0, computed_s=4.0, wall_s=10.0)
+BUSY = StepTimes(10, waited_s=1.0, computed_s=9.0, wall_s=10.0)
+ROOMY = Loading(workers=2, cores=16, image_size=224)
+
+
+def told(watch: LoaderWatch, *windows: StepTimes) -> list[int]:
+    """At which of the windows the watch speaks."""
+    return [i for i, window in enumerate(windows) if watch.add(window) is not None]
+
+
+def test_a_slow_loader_is_told_once_and_not_of_the_first_steps() -> None:
+    assert told(LoaderWatch(ROOMY), *[STARVED] * 10) == [2]
+    assert told(LoaderWatch(ROOMY), STARVED, *[BUSY] * 10) == []
+
+
+def test_a_loader_that_becomes_slow_later_is_told_then() -> None:
+    assert told(LoaderWatch(ROOMY), *[BUSY] * 5, *[STARVED] * 10) == [6]
+
+
+def test_many_workers_deliver_in_bursts_and_are_watched_for_longer() -> None:
+    assert told(LoaderWatch(Loading(16, 32, 224)), *[STARVED] * 20) == [14]
+
+
+def test_a_hiccup_in_two_seconds_is_no_bottleneck() -> None:
+    assert told(LoaderWatch(ROOMY), *[StepTimes(10, 0.006, 0.004, 0.01)] * 50) == []
+
+
+@pytest.mark.parametrize(
+    ("times", "workers", "needed"),
+    [
+        (STARVED, 2, 5),  # two workers work 1 s each at a batch, or one 2 s, and training takes 0.4 s
+        (STARVED, 0, 2),  # training loads for 0.6 s and computes for 0.4 s
+        (StepTimes(10, 3.0, 7.0, 10.0), 0, 1),
+        (StepTimes(10, 2.0, 8.0, 10.0), 4, 5),
+        (StepTimes(10, 6.0, 1.0, 10.0), 2, 5),  # on a GPU that computes for 0.1 s; the process takes 0.3 s more
+    ],
+)
+def test_the_workers_that_would_keep_up_follow_from_what_was_measured(times, workers, needed) -> None:
+    assert workers_needed(times, workers) == needed
+
+
+def test_the_advice_says_what_is_lost_and_what_to_change() -> None:
+    text = advice(STARVED, ROOMY)
+    assert "in the last 10 steps training waited for data 60 % of the time, 600 ms of 1.00 s per step" in text
+    assert "data.num_workers is 2, and there are 16 cores per rank" in text
+    assert text.endswith("data.num_workers=5 would keep up.")
+    text = advice(STARVED, Loading(2, 16, 224, shares_cores=True))
+    assert text.endswith("would keep up, as far as training on the CPU leaves them cores.")
+
+
+def test_waiting_is_judged_by_the_wall_clock() -> None:
+    """A GPU that idles for the process needs no more workers."""
+    launch_bound = StepTimes(10, waited_s=1.5, computed_s=1.5, wall_s=10.0)
+    assert told(LoaderWatch(ROOMY), *[launch_bound] * 10) == []
+    assert "60 % of the time, 600 ms of 1.00 s per step" in advice(StepTimes(10, 6.0, 1.0, 10.0), ROOMY)
+
+
+def test_where_the_cores_do_not_suffice_smaller_pictures_are_advised() -> None:
+    text = advice(STARVED, Loading(workers=2, cores=4, image_size=224))
+    assert "set data.num_workers=3" in text
+    assert "about 5 workers" in text
+    assert "a shorter side of about 256 pixels" in text
+    text = advice(STARVED, Loading(workers=3, cores=4, image_size=336))
+    assert "set data.num_workers" not in text
+    assert "use already" in text
+    assert "384 pixels" in text
+
+
+def test_the_share_of_a_run_is_of_its_wall_time_and_leaves_the_first_row_out() -> None:
+    rows = [
+        {"step": 1, "samples_seen": 8, "samples_per_s": 0.1, "data_wait_s": 30.0, "compute_s": 1.0},
+        {"step": 10, "samples_seen": 80, "samples_per_s": 8.0, "data_wait_s": 0.0, "compute_s": 1.0},
+        {"step": 15, "val/loss": 2.0},
+        {"step": 40, "samples_seen": 320, "samples_per_s": 4.0, "data_wait_s": 0.5, "compute_s": 0.5},
+    ]
+    assert waiting_share(rows) == pytest.approx(15 / (9 + 60))
+    assert waiting_share(rows[:1]) is None
+
+
+def test_seconds_are_written_as_one_reads_them() -> None:
+    assert [seconds(value) for value in (0.00041, 0.0123, 0.9, 1.237)] == ["0.4 ms", "12 ms", "900 ms", "1.24 s"]
+
+
+@pytest.fixture
+def slow_pairs(tmp_path: Path) -> Path:
+    """Pictures that take much longer to read than a tiny model takes to learn from them."""
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "0.png", compress_level=1)
+    rows = ["filepath,title"]
+    for i in range(8):
+        if i:
+            (tmp_path / f"{i}.png").hardlink_to(tmp_path / "0.png")
+        rows.append(f"{i}.png,a picture of noise number {i}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "pairs.csv"
+
+
+def test_a_run_tells_once_that_its_loader_is_the_bottleneck(slow_pairs: Path, train: Train) -> None:
+    run = train(
+        "model=vit_nano", "data=csv", f"data.train={slow_pairs}", "data.num_workers=0", "global_batch_size=2",
+        "max_steps=60", "trainer.accelerator=cpu", "resume=never",
+    )  # fmt: skip
+    assert run.output.count("The loader is the bottleneck") == 1
+    assert re.search(r"would keep up|a shorter side of about \d+ pixels", run.output)
+    assert (run.folder / "train.log").read_text().count("The loader is the bottleneck") == 1
+    assert "waiting for data +" in run.output
+    shares = [row["data_wait_s"] * row["samples_per_s"] / 2 for row in run.metrics]
+    assert min(shares[1:]) > 0.3
+    assert run.summary["data_wait_share"] == pytest.approx(sum(shares[1:]) / len(shares[1:]), abs=0.1)
+    assert "waiting for data" in (run.folder / "report.html").read_text()
+
+
+# ------------------------------------------------------------------------------------ loggers that a run can do without
+
+
+def started(folder: Path, *overrides: str) -> list[Logger]:
+    config = train_config("logger=tensorboard", *overrides)
+    return start_loggers(build_loggers(config.logger, folder, config.name), config)
+
+
+def test_a_logger_that_cannot_write_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tensorboard").touch()
+    assert [type(logger).__name__ for logger in started(tmp_path)] == ["MetricsCSV"]
+    assert "TensorBoardLogger failed: " in caplog.text
+    assert "Training continues without it" in caplog.text
+
+
+def test_a_logger_that_fails_later_is_reported_once_and_called_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int | None] = []
+
+    def fail(logger: Logger, metrics: dict[str, float], step: int | None = None) -> None:
+        calls.append(step)
+        if step == 2:
+            raise ValueError("a value that cannot be logged") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardLogger, "log_metrics", fail)
+    threads = threading.active_count()
+    _, tensorboard = started(tmp_path)
+    calls.clear()
+    for step in (1, 2, 3):
+        tensorboard.log_metrics({"train/loss": 1.0}, step=step)
+    tensorboard.save()
+    tensorboard.finalize("success")
+    assert calls == [1, 2]
+    assert threading.active_count() == threads
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_what_a_logger_is_given_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cret-value")
+    _, tensorboard = started(tmp_path, "monitor='val/s3cret-value'")
+    tensorboard.finalize("success")
+    assert tensorboard_hparams(tmp_path / "tensorboard")["monitor"] == "val/***"

@@ -151,9 +151,9 @@ class SignalItself(pl.Callback):
         if trainer.global_step == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
-import clip_exp.training.trainer as trainer
-build = trainer._build_callbacks
-trainer._build_callbacks = lambda *arguments: [SignalItself(), *build(*arguments)]
+import clip_exp.training.fit as fit
+build = fit._build_callbacks
+fit._build_callbacks = lambda *arguments: [SignalItself(), *build(*arguments)]
 from clip_exp.cli import run
 sys.exit(run("train", sys.argv[1:]))
 """

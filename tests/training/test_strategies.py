@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from clip_exp.training import strategies
+from clip_exp.training.fit import build_strategy
 from clip_exp.training.strategies import (
     PortableDeepSpeedStrategy,
-    build_strategy,
     load_loss_scale,
     loss_scale_state,
 )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from clip_exp.checkpoints.discovery import best, checkpoints, latest, step_of
 from clip_exp.data.files import kind_of
-from clip_exp.training.identity import flatten
+from clip_exp.training.opening import flatten
 from tests.conftest import REPOSITORY, Run
 from tests.runs import TINY, Finished, Train, run_folders
 from tests.training.tracking import tensorboard_hparams, wandb_run

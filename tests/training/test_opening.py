@@ -14,9 +14,8 @@ from clip_exp.data.preflight import check_tables
 from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.runs import RunRecord
 from clip_exp.storage import file_sha256
-from clip_exp.training import identity
 from clip_exp.training.launch import Training
-from clip_exp.training.opening import Opening, open_run
+from clip_exp.training.opening import Opening, _hash, identity, open_run
 from tests.checkpoints.test_writer import write
 from tests.compose import train_config
 from tests.data.conftest import noise, write_table
@@ -173,7 +172,7 @@ def test_a_run_of_an_older_version_is_recognized_by_its_configuration_alone(proj
     record = RunRecord(folder)
     for key in ("paths", "data", "scored_tasks"):
         del record.values[key]
-    record.update(fingerprint=identity._hash(identity.identity(config)))
+    record.update(fingerprint=_hash(identity(config)))
     add_row(project / "pairs.csv")
     assert opened(config).complete
     other = replace(config, data=replace(config.data, train="val.csv"))
