@@ -18,7 +18,7 @@ from torch import Tensor
 from train_step import load_model_config
 
 from clip_exp.evaluation.classification import build_classifier
-from clip_exp.evaluation.sets.prompts import imagenet_classes, templates
+from clip_exp.evaluation.sets.class_names import imagenet_classes, templates
 from clip_exp.models import build_model
 from clip_exp.text.tokenizer import Tokenizer
 from clip_exp.weights.open_clip import to_open_clip

@@ -8,7 +8,7 @@ import torch
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.data.images import preprocessing_of
 from clip_exp.evaluation import scoring
-from clip_exp.evaluation.encode import EncodeOptions, encode_pixels, encode_texts
+from clip_exp.evaluation.features import EncodeOptions, encode_pixels, encode_texts
 from clip_exp.evaluation.prepared import RetrievalTask
 from clip_exp.evaluation.subject import Subject
 from clip_exp.inference.pipeline import Pipeline

@@ -14,7 +14,7 @@ from clip_exp.config.model_rules import check_model
 from clip_exp.config.ranges import INFINITY, range_problems
 from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.reports.origin import command_line
+from clip_exp.reports.page import command_line
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
 

@@ -10,7 +10,7 @@ from clip_exp.checks.splits import TRAIN, VAL, Split
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import decode_rgb
 from clip_exp.reports.data_page import Equal, Gallery, ImageExample
-from clip_exp.reports.thumbnails import SIDE, Thumbnail, shrunk
+from clip_exp.reports.page import SIDE, Thumbnail, shrunk
 
 PICTURES = {TRAIN: 12, VAL: 8}
 CAPTIONS = 5  # of a picture

@@ -1,17 +1,59 @@
-"""Zero-shot classification by the published protocol (Radford et al. 2021, section 3.1.4, and their notebook)."""
+"""Zero-shot classification by the published protocol (Radford et al. 2021, section 3.1.4, and their notebook), and the accuracy of any other."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.evaluation.encode import TextModel, Tokenizes, encode_distinct_texts
-from clip_exp.evaluation.metrics import best_classes, require_finite
-from clip_exp.evaluation.sets.prompts import class_prompts
+from clip_exp.evaluation.features import EncodedImages, TextModel, encode_distinct_texts, require_finite
+from clip_exp.evaluation.prepared import ClassificationTask
+from clip_exp.evaluation.sets.class_names import class_prompts
+from clip_exp.evaluation.sets.labeled import LabeledImages
+from clip_exp.evaluation.subject import (
+    LISTED,
+    TEXT_BATCH,
+    Judge,
+    Subject,
+    absolute,
+    counts,
+    encode_set,
+    hash_of,
+    source_of,
+)
+from clip_exp.reports.names import CERTAIN
+from clip_exp.reports.results import Classified, Result
+from clip_exp.text.build import Tokenizes
 
 SCALE = 100.0  # the published factor of the cosines: the upper bound of the logit scale
 CHUNK = 8192  # pictures scored at a time: 33 MB of scores for 1,000 classes
+
+
+def score_classification(task: ClassificationTask, subject: Subject) -> Judge:
+    """Return what scores zero-shot classification: see `accuracies`."""
+    classifier = zero_shot_classifier(task.images.class_names, task.templates, subject)
+    encoded = encode_set(task.name, task.images.pictures, subject)
+    return lambda: judge_classification(task, encoded, classifier)
+
+
+def zero_shot_classifier(class_names: Sequence[str], templates: Sequence[str], subject: Subject) -> Tensor:
+    """`build_classifier` with the subject's towers, the ranks sharing the prompts; from the cache where it is there."""
+    device = subject.options.device
+
+    def build() -> Tensor:
+        return build_classifier(
+            subject.model,
+            subject.tokenizer,
+            class_names,
+            templates,
+            TEXT_BATCH[device.type],
+            device,
+            what=f"{len(class_names):,} classes",
+            shared=True,
+        )
+
+    return subject.kept_texts(class_names, build, templates=hash_of(templates))
 
 
 def build_classifier(
@@ -43,6 +85,15 @@ def build_classifier(
     return F.normalize(mean_CD, dim=-1)
 
 
+def judge_classification(task: ClassificationTask, encoded: EncodedImages, classifier_CD: Tensor) -> Result:
+    """The result of a zero-shot task whose pictures and classes are encoded."""
+    images = task.images
+    labels = torch.tensor(images.labels)[encoded.kept]
+    best, probabilities = classify(encoded.features, classifier_CD)
+    details = classified(images, encoded, labels, best, probabilities)
+    return Result(accuracies(best, labels, len(images.class_names)), _protocol(task, encoded), details)
+
+
 def class_scores(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> Tensor:
     """[N, C]: 100 * cosine."""
     return SCALE * image_features_ND @ class_embeddings_CD.T
@@ -66,3 +117,83 @@ def classify(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> tuple[Te
         best.append(best_classes(scores).cpu())
         probabilities.append(scores.softmax(dim=1).cpu().gather(1, best[-1]))
     return torch.cat(best), torch.cat(probabilities)
+
+
+def best_classes(scores_NC: Tensor) -> Tensor:
+    """[N, 5] (fewer for fewer classes), best first. Of equal scores `topk` picks, as in the published numbers."""
+    return scores_NC.topk(min(5, scores_NC.shape[1]), dim=1).indices
+
+
+def accuracies(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
+    """Fractions over all images, each counted once: `top1`, `mean_per_class_recall`, and of more than five classes `top5`.
+
+    Args:
+        best_NK: `best_classes`.
+        labels_N: the class of each picture.
+    """
+    recall = mean_per_class_recall(best_NK[:, 0], labels_N, num_classes)
+    return {**top_k(best_NK, labels_N, num_classes), "mean_per_class_recall": recall}
+
+
+def accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """Fraction of rows whose label has the best score (`top1`), and of more than five classes one of the best five (`top5`)."""
+    return top_k(best_classes(scores_NC), labels_N, scores_NC.shape[1])
+
+
+def top_k(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
+    """Return `top1`, and of more than five classes `top5`, from `best_classes`. Of fewer, `top5` would be 1 for any model."""
+    hit_NK = best_NK == labels_N[:, None]
+    top1 = {"top1": hit_NK[:, 0].double().mean().item()}
+    return top1 if num_classes <= CERTAIN else {**top1, "top5": hit_NK.any(dim=1).double().mean().item()}
+
+
+def mean_per_class_recall(predicted_N: Tensor, labels_N: Tensor, num_classes: int) -> float:
+    """Accuracy within each class, averaged over the classes that have pictures."""
+    count_C = torch.bincount(labels_N, minlength=num_classes)
+    hits_C = torch.bincount(labels_N[predicted_N == labels_N], minlength=num_classes)
+    present = count_C > 0
+    return (hits_C[present].double() / count_C[present]).mean().item()
+
+
+def classified(
+    images: LabeledImages, encoded: EncodedImages, labels: Tensor, best: Tensor, shares: Tensor
+) -> Classified:
+    """What pages show of a classification, zero-shot or learned.
+
+    Args:
+        best: int64 [N, K], best first.
+        shares: [N, K] of the best ones: probabilities.
+    """
+    return Classified(
+        images.pictures,
+        encoded.kept.numpy(),
+        labels.numpy(),
+        best.numpy(),
+        shares.float().numpy(),
+        images.class_names,
+        images.keys,
+    )
+
+
+def _protocol(task: ClassificationTask, encoded: EncodedImages) -> dict[str, Any]:
+    images = task.images
+    protocol = {
+        "kind": "zero_shot",
+        "data": absolute(images.where),
+        **counts(encoded),
+        "unlabeled_pictures": images.unlabeled,
+        **images.about,
+        "classes": len(images.class_names),
+        "classes_source": source_of(task.config.classes),
+        "classes_sha256": hash_of(images.class_names),
+        "classes_without_pictures": len(images.missing),
+        "templates": len(task.templates),
+        "templates_source": source_of(task.config.templates),
+        "templates_sha256": hash_of(task.templates),
+    }
+    if task.config.classes != "imagenet":
+        pairs = zip(images.keys, images.class_names, strict=True)
+        protocol["names"] = (
+            {key: name for key, name in pairs if key is not None} if len(images.keys) <= LISTED else None
+        )
+    return protocol

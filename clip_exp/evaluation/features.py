@@ -1,17 +1,32 @@
-"""Features of a whole set of pictures: shared by the ranks, kept block by block, the same on any number of ranks.
+"""From texts and images to features of unit norm: of a batch, and of a whole set, computed once and kept on disk.
 
 A set is cut into blocks that depend on its size alone. A block is encoded by one rank, in batches of its own, so a picture's
 batch, and with it every bit of its features, is the same whichever rank computes it; a block that is on disk is read.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import logging
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_exp._version import __version__
 from clip_exp.config.data_schema import OnBadImage
+from clip_exp.config.evaluation_schema import SubjectConfig
+from clip_exp.data.images import Preprocessing, normalize
 from clip_exp.data.loader import (
     EvalBatch,
     EvalCollate,
@@ -21,15 +36,296 @@ from clip_exp.data.loader import (
     killed_workers_are_told,
 )
 from clip_exp.data.pictures import Pictures
-from clip_exp.errors import DataError
-from clip_exp.evaluation.cache import Cache
-from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
+from clip_exp.devices import resolve_accelerator
+from clip_exp.errors import DataError, NumericError
+from clip_exp.models.text import TreeLayout
+from clip_exp.precision import inference, inference_precision
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main, gather_objects, local_world_size, rank, world_size
+from clip_exp.storage import atomic_file
+from clip_exp.text.build import Tokenizes
+from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack
 from clip_exp.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 BLOCKS = 64  # of a set: the most ranks that share it evenly
 SMALLEST, LARGEST = 32, 1024  # pictures of a block
+IN_USE_S = 3600.0  # an entry that was used this recently may be another process's
+SUFFIX = ".safetensors"
+CHECKSUM = "crc32"
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How pictures are read and encoded; the fields of `SubjectConfig`, resolved."""
+
+    device: torch.device
+    precision: str = "32-true"  # 32-true, bf16-mixed, 16-mixed
+    batch_size: int = 64
+    num_workers: int | None = None
+    on_bad_image: OnBadImage = OnBadImage.error
+    max_image_pixels: int = 200_000_000
+
+
+def encode_options(config: SubjectConfig) -> EncodeOptions:
+    """How a command's configuration reads and encodes pictures, with device and precision chosen.
+
+    Raises:
+        ConfigError: no such accelerator here.
+    """
+    device = torch.device(resolve_accelerator(config.accelerator))
+    return EncodeOptions(
+        device,
+        inference_precision(config.precision, device.type),
+        config.batch_size,
+        config.num_workers,
+        config.on_bad_image,
+        config.max_image_pixels,
+    )
+
+
+class TextModel(Protocol):
+    def encode_text(self, tokens_BL: Tensor, normalize: bool = False) -> Tensor: ...
+
+
+class ImageModel(Protocol):
+    def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """Anything that turns pictures into vectors."""
+
+    encode: Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] on the CPU -> float32 [B, D]
+    transform: Callable[[Image.Image], Tensor]  # a picture to uint8 [3, S, S]; picklable
+    image_size: int  # S
+    identity: dict[str, object] | None = None  # what decides the vectors, as JSON; None: they are not kept
+
+
+def encode_texts(
+    model: TextModel,
+    tokenizer: Tokenizes,
+    texts: Sequence[str],
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    what: str | None = None,
+    shared: bool = False,
+) -> Tensor:
+    """[N, D] float32 of unit norm, on `device`; equal texts have equal features. See `encode_distinct_texts`."""
+    features_PD, index_N = encode_distinct_texts(model, tokenizer, texts, batch_size, device, what, shared)
+    return features_PD[index_N]
+
+
+class _TextGroup(NamedTuple):
+    """Texts that are encoded together."""
+
+    texts: list[int]
+    encode: Callable[[], Tensor]
+
+
+def encode_distinct_texts(
+    model: TextModel,
+    tokenizer: Tokenizes,
+    texts: Sequence[str],
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    what: str | None = None,
+    shared: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Encode each distinct text once, in the precision of the weights, outside autocast.
+
+    Where the model can, each distinct beginning is computed once too (`clip_exp.text.prefixes`); elsewhere texts of similar
+    length share a batch, padded no further than the longest.
+
+    Args:
+        batch_size: texts encoded at a time.
+        what: name of the progress bar; None for none.
+        shared: the ranks divide the work; all of them must call.
+    Returns:
+        features [P, D] float32 of unit norm, on `device`, and the row [N] of each given text.
+    """
+    row = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+    tokens = tokenizer.encode_batch(list(row))
+    if getattr(model, "shares_prefixes", False):
+        groups = _tree_groups(model, tokens, batch_size, device)
+    else:
+        groups = _batch_groups(model, tokens, tokenizer, batch_size, device)
+    mine = groups[rank() :: world_size()] if shared else groups
+    encoded = []
+    with (
+        inference("32-true", torch.device(device)),
+        progress(sum(len(group.texts) for group in mine), what, len(tokens)) as advance,
+    ):
+        for group in mine:
+            encoded.append(group.encode().float())
+            advance(len(group.texts))
+    positions = [position for group in mine for position in group.texts]
+    if shared and world_size() > 1:
+        ranks = gather_objects((positions, [features.cpu() for features in encoded]))
+        positions = [position for of_rank, _ in ranks for position in of_rank]
+        encoded = [features.to(device) for _, of_rank in ranks for features in of_rank]
+    encoded_PD = torch.cat(encoded)
+    features_PD = torch.empty_like(encoded_PD)
+    features_PD[torch.tensor(positions, device=device)] = encoded_PD
+    return features_PD, torch.tensor([row[text] for text in texts], device=device)
+
+
+def _tree_groups(
+    model: TextModel, tokens: list[list[int]], batch_size: int, device: torch.device | str
+) -> list[_TextGroup]:
+    trees = grow(tokens)
+    at_once = max(1, batch_size * 5 // NODES)  # a prompt has about five nodes of its own
+
+    def encode(packed: TokenTrees) -> Tensor:
+        tokens, *layout = (_send(part, device) for part in packed)
+        return model.encode_text_trees(tokens, TreeLayout(*layout))  # type: ignore[attr-defined]
+
+    groups = [trees[start : start + at_once] for start in range(0, len(trees), at_once)]
+    return [
+        _TextGroup([text for tree in group for text in tree.texts], lambda group=group: encode(pack(group)))  # type: ignore[misc]
+        for group in groups
+    ]
+
+
+def _batch_groups(
+    model: TextModel, tokens: list[list[int]], tokenizer: Tokenizes, batch_size: int, device: torch.device | str
+) -> list[_TextGroup]:
+    order = sorted(range(len(tokens)), key=lambda position: len(tokens[position]))
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def encode(group: list[int]) -> Tensor:
+        padded = tokenizer.pad([tokens[position] for position in group])
+        return model.encode_text(_send(padded, device), normalize=True)
+
+    return [_TextGroup(group, lambda group=group: encode(group)) for group in groups]  # type: ignore[misc]
+
+
+def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor of the CPU on `device`. Pinned memory lets a GPU fetch it while the process prepares the next batch."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+def encode_pixels(
+    model: ImageModel,
+    pixels_BCHW: Tensor,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str = "32-true",
+) -> Tensor:
+    """[B, D] float32 of unit norm, of uint8 pictures that went through the evaluation transform."""
+    image_BCHW = normalize(pixels_BCHW.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
+    with inference(precision, device):
+        return model.encode_image(image_BCHW, normalize=True).float()
+
+
+def require_finite(features: Tensor, what: str) -> None:
+    """Comparisons with NaN are false, which would count as a perfect rank.
+
+    Raises:
+        NumericError: a value is NaN or infinite.
+    """
+    if not torch.isfinite(features.sum()):  # features are small, so a sum that is not finite has such a part
+        raise NumericError(
+            f"The {what} hold NaN or infinite values: the weights are broken, or overflow in this precision."
+        )
+
+
+class Cache:
+    """A folder of what was computed once: features of pictures and texts, and classifiers.
+
+    An entry is a folder named by a hash of everything its contents depend on, so nothing in it is ever out of date. Files are
+    written whole or not at all; two processes that make the same one write the same contents, and the later takes the place.
+    Nothing that is wrong with the cache ends an evaluation: what it lacks is computed.
+
+    Args:
+        folder: made when something is first kept.
+        limit_gb: `prune` removes the entries that were not used for longest until the rest fits.
+    """
+
+    def __init__(self, folder: Path, limit_gb: float) -> None:
+        self.folder = folder
+        self.limit_gb = limit_gb
+        self._refused = False
+
+    def entry(self, kind: str, **about: Any) -> Path:
+        """The folder for what `about` (JSON values) decides completely, with the version of clip_exp. It may not exist yet."""
+        text = json.dumps({"clip_exp": __version__, **about}, sort_keys=True)
+        folder = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
+        with suppress(OSError):  # it is not there, or another user's
+            os.utime(folder)
+        return folder
+
+    def names(self, entry: Path) -> set[str]:
+        """The files of an entry."""
+        return {path.name.removesuffix(SUFFIX) for path in entry.glob(f"*{SUFFIX}") if not path.name.startswith(".")}
+
+    def read(self, entry: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and metadata of a file; None if there is none, or it is damaged."""
+        path = entry / f"{name}{SUFFIX}"
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+                metadata = file.metadata() or {}
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            log.warning("%s cannot be read (%s) and is made again.", path, error)
+            return None
+        if metadata.pop(CHECKSUM, None) != _checksum(tensors):
+            log.warning("%s was changed after it was written and is made again.", path)
+            return None
+        return tensors, metadata
+
+    def write(self, entry: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Keep tensors that are on the CPU; a disk that is full or read-only is told once, and from then on nothing is kept."""
+        if self._refused:
+            return
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        try:
+            entry.mkdir(parents=True, exist_ok=True)
+            # The checksum finds what a loss of power damaged.
+            with atomic_file(entry / f"{name}{SUFFIX}", durable=False) as temporary:
+                save_file(tensors, temporary, {**(metadata or {}), CHECKSUM: _checksum(tensors)})
+        except (OSError, SafetensorError) as error:
+            self._refused = True
+            log.warning(
+                "features cannot be kept in %s (%s): an interrupted evaluation would start over.", self.folder, error
+            )
+
+    def prune(self) -> None:
+        """Remove what was not used for longest, down to the limit; what was used within the hour stays."""
+        entries = [found for folder in self.folder.glob("*/*/") if (found := _usage(folder)) is not None]
+        total = sum(size for _, size, _ in entries)
+        for used, size, folder in sorted(entries):
+            if total <= self.limit_gb * 1e9:
+                return
+            if time.time() - used > IN_USE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+                total -= size
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    checksum = 0
+    for _, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(tensor.numpy(), checksum)  # type: ignore[arg-type]
+    return f"{checksum:08x}"
+
+
+def _usage(folder: Path) -> tuple[float, int, Path] | None:
+    """When an entry was last used, its bytes, and the folder, less what a killed writer left; None if it has just gone."""
+    try:
+        used, size = folder.stat().st_mtime, 0
+        for path in folder.iterdir():
+            status = path.stat()
+            if path.name.startswith(".") and time.time() - status.st_mtime > IN_USE_S:
+                path.unlink(missing_ok=True)
+                os.utime(folder, (used, used))
+            else:
+                size += status.st_size
+    except OSError:
+        return None
+    return used, size, folder
 
 
 class EncodedImages(NamedTuple):
@@ -38,12 +334,6 @@ class EncodedImages(NamedTuple):
     features: Tensor  # [N, D] float32, on the CPU
     kept: Tensor  # [N] which of the given pictures, ascending
     bad: list[str]  # "path: reason" of each picture that was left out
-
-
-class _Block(NamedTuple):
-    features: Tensor
-    kept: Tensor
-    bad: list[str]
 
 
 def encode_pictures(
@@ -63,10 +353,10 @@ def encode_pictures(
     """
     blocks = _blocks(len(pictures))
     store = _Store(cache, encoder, pictures, options, len(blocks[0]))
-    mine = _share(len(blocks), from_main(store.numbers))
-    found: dict[int, _Block] = {number: block for number in mine if (block := store.read(number)) is not None}
+    mine = _of_this_rank(len(blocks), from_main(store.numbers))
+    found: dict[int, EncodedImages] = {number: block for number in mine if (block := store.read(number)) is not None}
     for block in found.values():
-        _check(block.bad, options)
+        _refuse_bad(block.bad, options)
     missing = {number: blocks[number] for number in mine if number not in found}
     total = sum(len(blocks[number]) for number in mine)
     with killed_workers_are_told("num_workers"), progress(total, what, len(pictures)) as advance:
@@ -75,12 +365,49 @@ def encode_pictures(
             store.write(number, block)
             found[number] = block
     everywhere = {number: block for share in gather_objects(found) for number, block in share.items()}
-    ordered = [everywhere[number] for number in range(len(blocks))]
-    bad = [reason for block in ordered for reason in block.bad]
-    kept = torch.cat([block.kept for block in ordered])
-    if not len(kept):
-        raise DataError(f"none of the {len(pictures)} pictures can be read; the first: {bad[0]}.")
-    return EncodedImages(torch.cat([block.features for block in ordered if len(block.kept)]), kept, bad)
+    whole = _join([everywhere[number] for number in range(len(blocks))])
+    if not len(whole.kept):
+        raise DataError(f"none of the {len(pictures)} pictures can be read; the first: {whole.bad[0]}.")
+    return whole
+
+
+class _Store:
+    """The blocks of one set on disk; nothing where there is no cache."""
+
+    def __init__(
+        self, cache: Cache | None, encoder: ImageEncoder, pictures: Pictures, options: EncodeOptions, block: int
+    ) -> None:
+        self.cache = cache if encoder.identity is not None else None
+        if self.cache is not None:
+            self.entry = self.cache.entry(
+                "features",
+                encoder=encoder.identity,
+                pictures=from_main(pictures.fingerprint),
+                block=block,
+                device=options.device.type,
+                precision=options.precision,
+                max_image_pixels=options.max_image_pixels,
+            )
+
+    def numbers(self) -> set[int]:
+        """The blocks that are there."""
+        names = set() if self.cache is None else self.cache.names(self.entry)
+        return {int(name.removeprefix("block-")) for name in names}
+
+    def read(self, number: int) -> EncodedImages | None:
+        if self.cache is None or (found := self.cache.read(self.entry, f"block-{number:04d}")) is None:
+            return None
+        tensors, metadata = found
+        return EncodedImages(tensors["features"], tensors["kept"], json.loads(metadata["bad"]))
+
+    def write(self, number: int, block: EncodedImages) -> None:
+        if self.cache is not None:
+            self.cache.write(
+                self.entry,
+                f"block-{number:04d}",
+                {"features": block.features, "kept": block.kept},
+                {"bad": json.dumps(block.bad)},
+            )
 
 
 def _blocks(pictures: int) -> list[range]:
@@ -88,7 +415,7 @@ def _blocks(pictures: int) -> list[range]:
     return [range(start, min(start + size, pictures)) for start in range(0, pictures, size)]
 
 
-def _share(blocks: int, kept: set[int]) -> list[int]:
+def _of_this_rank(blocks: int, kept: set[int]) -> list[int]:
     """The blocks of this rank: its share of those that are on disk, and of those that are not."""
     there = [number for number in range(blocks) if number in kept]
     missing = [number for number in range(blocks) if number not in kept]
@@ -101,7 +428,7 @@ def _encode_blocks(
     options: EncodeOptions,
     blocks: dict[int, range],
     advance: Callable[[int], None],
-) -> Iterator[tuple[int, _Block]]:
+) -> Iterator[tuple[int, EncodedImages]]:
     """Each block as soon as its last batch is encoded."""
     if not blocks:
         return
@@ -110,12 +437,12 @@ def _encode_blocks(
         for number, block in blocks.items()
         for start in range(0, len(block), options.batch_size)
     ]
-    waiting: list[_Block] = []
+    waiting: list[EncodedImages] = []  # their features still on the device
     for position, batch in enumerate(load_batches(encoder, pictures, options, [indices for _, indices in batches])):
         bad = [f"{picture.path}: {picture.reason}" for picture in batch.bad]
-        _check(bad, options)
+        _refuse_bad(bad, options)
         features = encoder.encode(batch.image) if len(batch.index) else torch.empty(0, 0)
-        waiting.append(_Block(features, batch.index, bad))
+        waiting.append(EncodedImages(features, batch.index, bad))
         advance(len(batch.index) + len(bad))
         number = batches[position][0]
         if position + 1 == len(batches) or batches[position + 1][0] != number:
@@ -142,55 +469,16 @@ def load_batches(
     )
 
 
-def _join(parts: list[_Block]) -> _Block:
-    """Return batches as one block, its features on the CPU: here the process waits for a GPU, not after every batch."""
+def _join(parts: list[EncodedImages]) -> EncodedImages:
+    """Return batches as one block, or blocks as the whole set, on the CPU: here the process waits for a GPU, not after every batch."""
     features = [part.features for part in parts if len(part.kept)]
-    return _Block(
+    return EncodedImages(
         torch.cat(features).cpu() if features else torch.empty(0, 0),
         torch.cat([part.kept for part in parts]),
         [reason for part in parts for reason in part.bad],
     )
 
 
-def _check(bad: list[str], options: EncodeOptions) -> None:
+def _refuse_bad(bad: list[str], options: EncodeOptions) -> None:
     if bad and options.on_bad_image is OnBadImage.error:
         raise DataError(f"{bad[0]}. Repair or remove it, or leave such pictures out: on_bad_image=replace.")
-
-
-class _Store:
-    """The blocks of one set on disk; nothing where there is no cache."""
-
-    def __init__(
-        self, cache: Cache | None, encoder: ImageEncoder, pictures: Pictures, options: EncodeOptions, block: int
-    ) -> None:
-        self.cache = cache if encoder.identity is not None else None
-        if self.cache is not None:
-            self.entry = self.cache.entry(
-                "features",
-                encoder=encoder.identity,
-                pictures=from_main(pictures.fingerprint),
-                block=block,
-                device=options.device.type,
-                precision=options.precision,
-                max_image_pixels=options.max_image_pixels,
-            )
-
-    def numbers(self) -> set[int]:
-        """The blocks that are there."""
-        names = set() if self.cache is None else self.cache.names(self.entry)
-        return {int(name.removeprefix("block-")) for name in names}
-
-    def read(self, number: int) -> _Block | None:
-        if self.cache is None or (found := self.cache.read(self.entry, f"block-{number:04d}")) is None:
-            return None
-        tensors, metadata = found
-        return _Block(tensors["features"], tensors["kept"], json.loads(metadata["bad"]))
-
-    def write(self, number: int, block: _Block) -> None:
-        if self.cache is not None:
-            self.cache.write(
-                self.entry,
-                f"block-{number:04d}",
-                {"features": block.features, "kept": block.kept},
-                {"bad": json.dumps(block.bad)},
-            )

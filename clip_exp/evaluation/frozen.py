@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from clip_exp.errors import DataError
-from clip_exp.evaluation.features import EncodedImages
-from clip_exp.evaluation.metrics import require_finite
+from clip_exp.evaluation.features import EncodedImages, require_finite
 from clip_exp.evaluation.prepared import KNNTask, ProbeTask
-from clip_exp.evaluation.sets.labeled import LabeledImages
 from clip_exp.evaluation.subject import LISTED, Subject, absolute, counts, encode_set, hash_of, source_of
-from clip_exp.reports.results import Classified
 
 FEATURES = "of unit norm, as encode_image returns them"
 
@@ -68,23 +65,3 @@ def protocol_of(task: ProbeTask | KNNTask, frozen: Frozen) -> dict[str, Any]:
         "names": dict(zip(task.train.keys, names, strict=True)) if len(names) <= LISTED else None,
         "features": FEATURES,
     }
-
-
-def classified(
-    images: LabeledImages, encoded: EncodedImages, labels: Tensor, best: Tensor, shares: Tensor
-) -> Classified:
-    """What pages show.
-
-    Args:
-        best: int64 [N, K], best first.
-        shares: [N, K] of the best ones: probabilities.
-    """
-    return Classified(
-        images.pictures,
-        encoded.kept.numpy(),
-        labels.numpy(),
-        best.numpy(),
-        shares.float().numpy(),
-        images.class_names,
-        images.keys,
-    )

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clip_exp.evaluation.classification import CHUNK
-from clip_exp.evaluation.frozen import Frozen, classified, encode_halves, protocol_of
-from clip_exp.evaluation.metrics import accuracies
+from clip_exp.evaluation.classification import CHUNK, accuracies, classified
+from clip_exp.evaluation.frozen import Frozen, encode_halves, protocol_of
 from clip_exp.evaluation.prepared import KNNTask
 from clip_exp.evaluation.subject import Judge, Subject
 from clip_exp.progress import progress
@@ -65,7 +64,7 @@ def vote(labels_MK: Tensor, cosines_MK: Tensor, num_classes: int, temperature: f
 
 
 def score_knn(task: KNNTask, subject: Subject) -> Judge:
-    """Return what scores k-NN on frozen features: see `evaluation.metrics.accuracies`. A class without a vote is no hit in `top5`."""
+    """Return what scores k-NN on frozen features: see `classification.accuracies`. A class without a vote is no hit in `top5`."""
     frozen = encode_halves(task, subject)
     return lambda: _judge(task, frozen, subject)
 

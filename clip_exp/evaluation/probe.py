@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_exp.evaluation.classification import CHUNK
-from clip_exp.evaluation.frozen import Frozen, classified, encode_halves, protocol_of
-from clip_exp.evaluation.metrics import accuracies, best_classes
+from clip_exp.evaluation.classification import CHUNK, accuracies, best_classes, classified
+from clip_exp.evaluation.frozen import Frozen, encode_halves, protocol_of
 from clip_exp.evaluation.prepared import ProbeTask
 from clip_exp.evaluation.splits import require_division
 from clip_exp.evaluation.subject import Judge, Subject
@@ -139,7 +138,7 @@ def search(best: Callable[[], float]) -> Iterator[float]:
 
 
 def score_probe(task: ProbeTask, subject: Subject) -> Judge:
-    """Return what scores a linear probe on frozen features: see `evaluation.metrics.accuracies`. Its weights become a file."""
+    """Return what scores a linear probe on frozen features: see `classification.accuracies`. Its weights become a file."""
     frozen = encode_halves(task, subject)
     choice = _choose(task, frozen)
     return lambda: _judge(task, frozen, choice, subject)

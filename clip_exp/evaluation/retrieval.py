@@ -1,13 +1,210 @@
-"""What a person wants to see of a retrieval: some queries and what they found."""
+"""Retrieval: recall and median rank both ways, from the places of the right ones among all candidates; and some queries with what they found.
+
+Places are counted without sorting and without the whole matrix of scores.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise, permutations
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clip_exp.data.pictures import Pictures
-from clip_exp.reports.results import Query, Retrieved
+from clip_exp.evaluation.features import encode_texts, require_finite
+from clip_exp.evaluation.prepared import RetrievalTask
+from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, counts, encode_set
+from clip_exp.reports.results import Query, Result, Retrieved
 
+RECALL_AT = (1, 5, 10)
+TILE = 1024  # pictures of a tile, which comes with all their captions
+LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
 SHOWN = 24  # queries each way
 FOUND = 8  # results of a query
+
+
+def score_retrieval(task: RetrievalTask, subject: Subject) -> Judge:
+    """Recall and median rank both ways. The captions of a picture that is left out are left out too."""
+    device = subject.options.device
+    encoded = encode_set(task.name, task.pictures, subject)
+    caption_image = torch.tensor(task.caption_image)
+    kept = torch.isin(caption_image, encoded.kept)
+    captions = [task.captions[i] for i in kept.nonzero().flatten().tolist()]
+
+    def encode() -> Tensor:
+        return encode_texts(
+            subject.model, subject.tokenizer, captions, TEXT_BATCH[device.type], device, f"{task.name}: captions", True
+        )
+
+    text_features = subject.kept_texts(captions, encode)
+
+    def judge() -> Result:
+        rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
+        image_features = encoded.features.to(device)
+        protocol = {
+            "kind": "retrieval",
+            "data": absolute(task.where),
+            **counts(encoded),
+            "captions": len(captions),
+            **task.about,
+            **about_copies(task.copies),
+            "image_to_text": "a hit if any caption of the picture is among the first k",
+        }
+        details = examples(image_features, text_features, rows, encoded.kept, captions, task.pictures)
+        return Result(retrieval(image_features, text_features, rows), protocol, details)
+
+    return judge
+
+
+def about_copies(copies: list[list[str]]) -> dict[str, Any]:
+    """For a protocol: pictures that are there under several names, each a wrong answer for the captions of the others."""
+    if not copies:
+        return {}
+    listed = [" = ".join(names[:LISTED_COPIES]) for names in copies[:LISTED_COPIES]]
+    return {"copied_images": len(copies), "copies": sum(len(names) - 1 for names in copies), "copies_listed": listed}
+
+
+def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> dict[str, float]:
+    """Recall@1, 5, 10 and median rank of image-to-text and text-to-image retrieval over the whole set.
+
+    Image to text, a picture is a hit if any of its captions is among the first k; text to image, a caption has one
+    picture. Pictures without a caption are candidates for text to image, and do not count in image to text. Equal
+    scores stand in random order, and a recall is its expected value over that order: a model that gives every pair the
+    same score gets chance, not 0 or 1. Scores come in tiles, so memory does not grow with N * M.
+
+    Args:
+        image_features_ND, text_features_MD: unit norm, float32.
+        caption_image_M: row of the picture that each caption belongs to.
+    Returns:
+        `recall@1_i2t`, `recall@1_t2i`, …: fractions. `median_rank_i2t`, `median_rank_t2i`: 1 is best.
+    Raises:
+        NumericError: a feature is not finite.
+    """
+    require_finite(image_features_ND, "image features")
+    require_finite(text_features_MD, "text features")
+    caption_image_M = caption_image_M.to(image_features_ND.device)
+    i2t, t2i = places(image_features_ND, text_features_MD, caption_image_M)
+    return {**_summary(*i2t, "i2t"), **_summary(*t2i, "t2i")}
+
+
+class Places(NamedTuple):
+    """Of each query, how many candidates beat or equal the best one that is right."""
+
+    better: Tensor  # int64 [Q], wrong candidates with a higher score
+    tied: Tensor  # int64 [Q], wrong candidates with the same score
+    own_tied: Tensor  # int64 [Q], right candidates with that score, 1 or more
+
+
+class _Tile(NamedTuple):
+    """Some pictures and their captions."""
+
+    images: slice
+    texts: slice  # of the captions in the order of their pictures
+    image_features: (
+        Tensor  # [TILE, D]; all tiles have one shape, so that equal features have equal scores in every product
+    )
+    text_features: Tensor  # [most captions of a tile, D]
+
+    def scores(self, of_texts: "_Tile") -> Tensor:
+        """Of this tile's pictures with another's captions, without the padding."""
+        scores = self.image_features @ of_texts.text_features.T
+        return scores[: self.images.stop - self.images.start, : of_texts.texts.stop - of_texts.texts.start]
+
+
+def places(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> tuple[Places, Places]:
+    """Of the pictures that have captions, in ascending order, and of the captions.
+
+    A score is computed once and compared with the right one's both ways. The right ones' scores are taken from the same
+    products first: computed otherwise they could differ in the last bit, and ties would be lost.
+
+    Args:
+        image_features_ND, text_features_MD: unit norm, float32.
+        caption_image_M: row of the picture that each caption belongs to.
+    """
+    order = caption_image_M.argsort(stable=True)
+    owner = caption_image_M[order]
+    tiles = list(_tiles(image_features_ND, text_features_MD[order], owner))
+    images = _Counts(image_features_ND.new_empty(len(image_features_ND)))
+    texts = _Counts(image_features_ND.new_empty(len(owner)))
+    own_tied = torch.zeros_like(images.better)
+    for tile in tiles:
+        scores = tile.scores(tile)
+        images.right[tile.images], own_tied[tile.images], texts.right[tile.texts] = _right(scores, tile, owner)
+        _compare(scores, tile, tile, images, texts)
+    for row, column in permutations(tiles, 2):
+        _compare(row.scores(column), row, column, images, texts)
+    queries = owner.unique()
+    back = order.argsort()
+    return (
+        Places(images.better[queries], (images.reached - images.better - own_tied)[queries], own_tied[queries]),
+        Places(texts.better[back], (texts.reached - texts.better)[back] - 1, torch.ones_like(owner)),
+    )
+
+
+class _Counts:
+    """Of each query the score of its best right candidate, and how many candidates have more, and at least as much."""
+
+    def __init__(self, right: Tensor) -> None:
+        self.right = right
+        self.better = torch.zeros_like(right, dtype=torch.int64)
+        self.reached = torch.zeros_like(right, dtype=torch.int64)
+
+
+def _compare(scores: Tensor, row: _Tile, column: _Tile, images: _Counts, texts: _Counts) -> None:
+    for found, queries, dim in ((images, row.images, 1), (texts, column.texts, 0)):
+        right = found.right[queries].unsqueeze(dim)
+        # Torch sums bytes faster than truth values.
+        found.better[queries] += (scores > right).view(torch.uint8).sum(dim, dtype=torch.int32)
+        found.reached[queries] += (scores >= right).view(torch.uint8).sum(dim, dtype=torch.int32)
+
+
+def _tiles(image_ND: Tensor, text_MD: Tensor, owner_M: Tensor) -> Iterator[_Tile]:
+    count = max(1, -(-len(image_ND) // TILE))
+    size = -(-len(image_ND) // count)
+    starts = torch.arange(0, len(image_ND), size, device=owner_M.device)
+    texts = [*torch.searchsorted(owner_M, starts).tolist(), len(owner_M)]
+    width = max(end - start for start, end in pairwise(texts))
+    for start, (first, end) in zip(starts.tolist(), pairwise(texts), strict=True):
+        images = slice(start, min(start + size, len(image_ND)))
+        yield _Tile(images, slice(first, end), _padded(image_ND[images], size), _padded(text_MD[first:end], width))
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    return rows if len(rows) == size else F.pad(rows, (0, 0, 0, size - len(rows)))
+
+
+def _right(scores: Tensor, tile: _Tile, owner_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each picture its best caption's score (infinity without captions: nothing beats it) and how many have it; of each caption its picture's."""
+    rows = owner_M[tile.texts] - tile.images.start
+    of_texts = scores[rows, torch.arange(len(rows), device=rows.device)]
+    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, of_texts, "amax")
+    tied = torch.zeros_like(best, dtype=torch.int64).scatter_add(0, rows, (of_texts == best[rows]).long())
+    return best.masked_fill(best == -torch.inf, torch.inf), tied, of_texts
+
+
+def _summary(better: Tensor, tied: Tensor, own_tied: Tensor, way: str) -> dict[str, float]:
+    better, tied, own_tied = better.double(), tied.double(), own_tied.double()
+    metrics = {f"recall@{k}_{way}": _hit_probability(k - better, tied, own_tied).mean().item() for k in RECALL_AT}
+    ranks = (better + tied / (own_tied + 1)).sort().values  # candidates expected before the first own one
+    middle = (ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]) / 2
+    return {**metrics, f"median_rank_{way}": middle.floor().item() + 1}
+
+
+def _hit_probability(first: Tensor, tied: Tensor, own: Tensor) -> Tensor:
+    """Chance that an own candidate is in the first s places of a random order of o own and t others.
+
+    1 - C(t, s) / C(o + t, s).
+    """
+    s = first.clamp(min=0).minimum(tied)
+    log_miss = (
+        torch.lgamma(tied + 1)
+        - torch.lgamma(tied - s + 1)
+        - torch.lgamma(own + tied + 1)
+        + torch.lgamma(own + tied - s + 1)
+    )
+    hit = torch.where(first > tied, 1.0, 1 - log_miss.exp())
+    return torch.where(first > 0, hit, 0.0)
 
 
 def examples(
@@ -29,7 +226,7 @@ def examples(
     images = images[_spread(len(images)).to(images.device)]
     texts = _spread(len(captions)).to(images.device)
     own_images = caption_image_M[None, :] == images[:, None]
-    own_texts = torch.nn.functional.one_hot(caption_image_M[texts], len(image_features_ND)).bool()
+    own_texts = F.one_hot(caption_image_M[texts], len(image_features_ND)).bool()
     i2t = _queries(image_features_ND[images] @ text_features_MD.T, own_images)
     t2i = _queries(text_features_MD[texts] @ image_features_ND.T, own_texts)
     numbers = kept_N.tolist()

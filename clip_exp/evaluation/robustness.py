@@ -5,14 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_exp.evaluation.classification import CHUNK
-from clip_exp.evaluation.features import encode_pictures
-from clip_exp.evaluation.metrics import best_classes, require_finite, top_k
+from clip_exp.evaluation.classification import CHUNK, best_classes, judge_classification, top_k, zero_shot_classifier
+from clip_exp.evaluation.features import encode_pictures, require_finite
 from clip_exp.evaluation.prepared import ClassificationTask, RobustnessTask
 from clip_exp.evaluation.sets.imagenet_sets import UNSHIFTED
-from clip_exp.evaluation.subject import Judge, Subject, encode_set, hash_of, zero_shot_classifier
+from clip_exp.evaluation.subject import Judge, Subject, encode_set, hash_of
 from clip_exp.evaluation.supervised import Supervised, load_supervised, restrict
-from clip_exp.evaluation.zero_shot import judge_classification
 from clip_exp.ranks.group import from_main
 from clip_exp.reports.results import Compared, Result
 

@@ -6,30 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clip_exp._version import __version__
 from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.evaluation.cache import Cache
-from clip_exp.evaluation.encode import encode_options, encode_texts
+from clip_exp.evaluation.classification import score_classification
+from clip_exp.evaluation.features import Cache, encode_options
 from clip_exp.evaluation.knn import score_knn
-from clip_exp.evaluation.metrics import retrieval
 from clip_exp.evaluation.prepared import ClassificationTask, KNNTask, ProbeTask, RetrievalTask, RobustnessTask, Task
 from clip_exp.evaluation.probe import score_probe
-from clip_exp.evaluation.retrieval import examples
+from clip_exp.evaluation.retrieval import score_retrieval
 from clip_exp.evaluation.robustness import score_robustness
-from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, counts, encode_set
-from clip_exp.evaluation.zero_shot import score_classification
+from clip_exp.evaluation.subject import Judge, Subject
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.precision import exact_float32
 from clip_exp.ranks.group import from_main, is_main
 from clip_exp.reports.evaluation import write_result
-from clip_exp.reports.result_names import name_in_run
+from clip_exp.reports.names import name_in_run
 from clip_exp.reports.results import Result
 from clip_exp.text.build import build_tokenizer
-
-LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
 
 
 def score_tasks(
@@ -97,47 +92,6 @@ def score(task: Task, subject: Subject) -> Result:
         "precision": subject.options.precision,
     }
     return replace(here[0] if here else result, protocol={**common, **result.protocol})
-
-
-def score_retrieval(task: RetrievalTask, subject: Subject) -> Judge:
-    """Recall and median rank both ways. The captions of a picture that is left out are left out too."""
-    device = subject.options.device
-    encoded = encode_set(task.name, task.pictures, subject)
-    caption_image = torch.tensor(task.caption_image)
-    kept = torch.isin(caption_image, encoded.kept)
-    captions = [task.captions[i] for i in kept.nonzero().flatten().tolist()]
-
-    def encode() -> Tensor:
-        return encode_texts(
-            subject.model, subject.tokenizer, captions, TEXT_BATCH[device.type], device, f"{task.name}: captions", True
-        )
-
-    text_features = subject.kept_texts(captions, encode)
-
-    def judge() -> Result:
-        rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
-        image_features = encoded.features.to(device)
-        protocol = {
-            "kind": "retrieval",
-            "data": absolute(task.where),
-            **counts(encoded),
-            "captions": len(captions),
-            **task.about,
-            **about_copies(task.copies),
-            "image_to_text": "a hit if any caption of the picture is among the first k",
-        }
-        details = examples(image_features, text_features, rows, encoded.kept, captions, task.pictures)
-        return Result(retrieval(image_features, text_features, rows), protocol, details)
-
-    return judge
-
-
-def about_copies(copies: list[list[str]]) -> dict[str, Any]:
-    """For a protocol: pictures that are there under several names, each a wrong answer for the captions of the others."""
-    if not copies:
-        return {}
-    listed = [" = ".join(names[:LISTED_COPIES]) for names in copies[:LISTED_COPIES]]
-    return {"copied_images": len(copies), "copies": sum(len(names) - 1 for names in copies), "copies_listed": listed}
 
 
 SCORERS: dict[type[Task], Callable[[Any, Subject], Judge]] = {

@@ -1,4 +1,4 @@
-"""What is evaluated, and what every scorer makes with it: features of pictures, classifiers, parts of a protocol."""
+"""What is evaluated, and what every scorer makes with it: features of pictures and texts, parts of a protocol."""
 
 import hashlib
 import json
@@ -14,10 +14,14 @@ from clip_exp.config.load import plain
 from clip_exp.config.model_schema import ModelConfig, ResizeMode
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.pictures import Pictures
-from clip_exp.evaluation.cache import Cache
-from clip_exp.evaluation.classification import build_classifier
-from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_pixels
-from clip_exp.evaluation.features import EncodedImages, encode_pictures
+from clip_exp.evaluation.features import (
+    Cache,
+    EncodedImages,
+    EncodeOptions,
+    ImageEncoder,
+    encode_pictures,
+    encode_pixels,
+)
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main
 from clip_exp.reports.results import Result
@@ -97,25 +101,6 @@ def encode_set(name: str, pictures: Pictures, subject: Subject) -> EncodedImages
     return encode_pictures(
         subject.image_encoder(), pictures, subject.options, subject.cache, f"{name}: {len(pictures):,} pictures"
     )
-
-
-def zero_shot_classifier(class_names: Sequence[str], templates: Sequence[str], subject: Subject) -> Tensor:
-    """`build_classifier` with the subject's towers, the ranks sharing the prompts; from the cache where it is there."""
-    device = subject.options.device
-
-    def build() -> Tensor:
-        return build_classifier(
-            subject.model,
-            subject.tokenizer,
-            class_names,
-            templates,
-            TEXT_BATCH[device.type],
-            device,
-            what=f"{len(class_names):,} classes",
-            shared=True,
-        )
-
-    return subject.kept_texts(class_names, build, templates=hash_of(templates))
 
 
 def counts(encoded: EncodedImages) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from clip_exp.config.load import nearest
 from clip_exp.data.files import BadImage
 from clip_exp.data.images import MAX_ASPECT, normalize, pil_to_tensor
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
+from clip_exp.evaluation.features import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.sets.imagenet_sets import weights_file
 from clip_exp.precision import inference
 from clip_exp.ranks.group import from_main

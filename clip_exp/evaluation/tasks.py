@@ -25,12 +25,12 @@ from clip_exp.data.generated import generate
 from clip_exp.data.pictures import TablePictures
 from clip_exp.errors import ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
+from clip_exp.evaluation.sets.class_names import templates
 from clip_exp.evaluation.sets.datasets import labeled_images, read_pairs, require_tables
 from clip_exp.evaluation.sets.imagenet_sets import configure_sets, weights_file
-from clip_exp.evaluation.sets.prompts import templates
 from clip_exp.evaluation.splits import prepare_knn, prepare_probe
 from clip_exp.loading.source import ModelSource
-from clip_exp.reports.result_names import task_of
+from clip_exp.reports.names import task_of
 from clip_exp.runs import MAX_NAME
 
 TaskConfig = (
@@ -141,7 +141,7 @@ def prepare_classification(name: str, task: ZeroShotTaskConfig, output_dir: str)
     """Find the pictures, labels, names and templates of a zero-shot task.
 
     Raises:
-        ConfigError, DataError: see `evaluation.sets.datasets` and `evaluation.sets.prompts`.
+        ConfigError, DataError: see `evaluation.sets.datasets` and `evaluation.sets.class_names`.
     """
     where = f"task.{name}"
     prompts = templates(task.templates, f"{where}.templates")

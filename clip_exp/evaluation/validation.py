@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_exp.evaluation.classification import class_scores
-from clip_exp.evaluation.metrics import accuracy, retrieval
+from clip_exp.evaluation.classification import accuracy, class_scores
+from clip_exp.evaluation.retrieval import retrieval
 
 
 class ValidationFeatures(NamedTuple):
@@ -56,7 +56,7 @@ def deduplicate(
 
 
 def validation_metrics(features: ValidationFeatures, class_embeddings_CD: Tensor | None = None) -> dict[str, float]:
-    """Recall and median rank both ways over the whole set (`evaluation.metrics.retrieval`).
+    """Recall and median rank both ways over the whole set (`evaluation.retrieval.retrieval`).
 
     With the class embeddings of `evaluation.classification.build_classifier` also `zeroshot_top1` and, of more than
     five classes, `zeroshot_top5`, over the images that have a label.

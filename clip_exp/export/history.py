@@ -12,9 +12,9 @@ from clip_exp.config.load import plain
 from clip_exp.config.schema import FineTuneConfig, TrainConfig
 from clip_exp.data.stream import parse
 from clip_exp.loading.source import ModelSource
-from clip_exp.reports.index import readable
+from clip_exp.reports.names import task_of
 from clip_exp.reports.page import counted
-from clip_exp.reports.result_names import task_of
+from clip_exp.reports.run_page import readable
 from clip_exp.runs import read_record
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from clip_exp.config.use_schema import UseConfig
 from clip_exp.devices import check_accelerator
 from clip_exp.errors import Problems
-from clip_exp.evaluation.check import problems_of
+from clip_exp.evaluation.launch import problems_of
 from clip_exp.inference.outputs import check_output
 from clip_exp.loading.source import ModelSource
 

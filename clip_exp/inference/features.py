@@ -11,9 +11,7 @@ from torch.nn import functional as F
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.data.loader import killed_workers_are_told
 from clip_exp.errors import DataError
-from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder
-from clip_exp.evaluation.features import encode_pictures, load_batches
-from clip_exp.evaluation.metrics import require_finite
+from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_pictures, load_batches, require_finite
 from clip_exp.inference.inputs import LeftOut
 from clip_exp.inference.media import Media
 from clip_exp.progress import progress

@@ -13,7 +13,7 @@ from torch import Tensor
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.data.files import Stamp, Stored, normal_path, stamps
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.metrics import require_finite
+from clip_exp.evaluation.features import require_finite
 from clip_exp.inference.features import Encoded
 from clip_exp.inference.index import Entries, Recipe, full_path, held, read_entries, stored_path, write_index
 from clip_exp.inference.inputs import LeftOut, Picture

@@ -14,9 +14,8 @@ from clip_exp.config.data_schema import OnBadImage
 from clip_exp.data.files import normal_path
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError, DataError
+from clip_exp.evaluation.sets.class_names import imagenet_classes, read_lines
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES
-from clip_exp.evaluation.sets.prompts import imagenet_classes
-from clip_exp.evaluation.sets.texts import read_lines
 
 log = logging.getLogger(__name__)
 VIDEO_SUFFIXES = frozenset(

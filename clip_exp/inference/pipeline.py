@@ -17,9 +17,8 @@ from clip_exp.config.use_schema import ExportFormat, UseConfig
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
-from clip_exp.evaluation.encode import EncodeOptions, ImageEncoder, encode_options, encode_texts
-from clip_exp.evaluation.metrics import require_finite
-from clip_exp.evaluation.sets.prompts import templates as read_templates
+from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_options, encode_texts, require_finite
+from clip_exp.evaluation.sets.class_names import templates as read_templates
 from clip_exp.evaluation.subject import Subject
 from clip_exp.export.write import write_export
 from clip_exp.inference.features import Encoded, EncodedMedia, encode_each, encode_media

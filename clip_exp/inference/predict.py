@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from clip_exp.config.use_schema import PredictConfig
 from clip_exp.errors import Problems
-from clip_exp.evaluation.sets.prompts import templates as read_templates
+from clip_exp.evaluation.sets.class_names import templates as read_templates
 from clip_exp.inference.command import about, check_common
 from clip_exp.inference.inputs import as_text_list, check_videos, find_pictures, read_labels, tell_left_out
 from clip_exp.inference.outputs import Report, number, write

@@ -1,28 +1,131 @@
-"""The page of a classification: its numbers, what is taken for what, each class, the most confident mistakes."""
+"""What an evaluation leaves of a classification: the counts of each class, `eval/<task>.csv` with a row for each, and the page.
 
+The page has its numbers, which classes are taken for which, each class, and the most confident mistakes. Confusions come in forms that can be
+read: a matrix for a few classes; pairs, groups and a map for many.
+
+Columns of the file, in the order of the classes:
+    key: the folder or label of the class in the data; empty where the data lack it.
+    name: what it was scored as.
+    pictures: how many of them were scored.
+    top1, top5: share of these whose first choice, or one of whose first five choices, is right; empty without pictures, top5 also
+        of five classes or fewer, where it would be 1 for any model.
+    most_often_taken_for: the class that its wrong pictures were given most often; empty without mistakes.
+    share: of its pictures that were given that class.
+    predicted: pictures of any class whose first choice it is.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import numpy as np
 
-from clip_exp.reports.confusion import IN_A_MATRIX, cluster, groups, involved, map_data, matrix, similarity
-from clip_exp.reports.page import counted, fact_rows, percent, render
-from clip_exp.reports.per_class import Mistakes, PerClass, distinct_names, mistakes, per_class
+from clip_exp.reports.names import CERTAIN
+from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
 from clip_exp.reports.results import Classified, Result
-from clip_exp.reports.thumbnails import Thumbnails
+from clip_exp.spreadsheets import TextWriter
 
+COLUMNS = ("key", "name", "pictures", "top1", "top5", "most_often_taken_for", "share", "predicted")
 WRONG_SHOWN = 16
 RIGHT_SHOWN = 4
 PAIRS_SHOWN = 60
 ENDS_SHOWN = 10  # worst and best classes
 ROWS_SHOWN = 2000  # of the table of classes; the file beside the page has all
 CONFIDENCE = 0.95
+IN_A_MATRIX = 40  # classes whose whole matrix can be read
+ON_A_MAP = 1000  # classes; of more, those with the most mistakes
+IN_A_GROUP = 8
+GROUPS = 6
+ALIKE = 0.03  # share of a class's pictures that go to each other one of its group, on average
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """Counts of pictures, each int64 [C]."""
+
+    pictures: np.ndarray
+    right: np.ndarray  # first choice
+    among_five: np.ndarray
+    predicted: np.ndarray  # of any class, first choice
+    mistaken_for: np.ndarray  # the most frequent wrong first choice, of equals the first class; -1: none
+    mistaken: np.ndarray  # how often
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """How often pictures of one class were given another, the most frequent first; each int64 [P]."""
+
+    true: np.ndarray
+    predicted: np.ndarray
+    count: np.ndarray
+
+
+def per_class(details: Classified) -> PerClass:
+    """Counts for every class, also for those without pictures."""
+    classes = len(details.class_names)
+    hit = details.best == details.labels[:, None]
+    wrong = mistakes(details)
+    mistaken_for, mistaken = np.full(classes, -1), np.zeros(classes, dtype=np.int64)
+    true, first = np.unique(wrong.true, return_index=True)
+    mistaken_for[true], mistaken[true] = wrong.predicted[first], wrong.count[first]
+
+    def count(positions: np.ndarray) -> np.ndarray:
+        return np.bincount(positions, minlength=classes)
+
+    return PerClass(
+        pictures=count(details.labels),
+        right=count(details.labels[hit[:, 0]]),
+        among_five=count(details.labels[hit.any(axis=1)]),
+        predicted=count(details.best[:, 0]),
+        mistaken_for=mistaken_for,
+        mistaken=mistaken,
+    )
+
+
+def mistakes(details: Classified) -> Mistakes:
+    """All pairs of a class and another that its pictures were given; of equally frequent ones the first classes."""
+    classes = len(details.class_names)
+    predicted = details.best[:, 0]
+    wrong = predicted != details.labels
+    pairs, count = np.unique(details.labels[wrong] * classes + predicted[wrong], return_counts=True)
+    order = np.argsort(-count, kind="stable")
+    return Mistakes(pairs[order] // classes, pairs[order] % classes, count[order])
+
+
+def distinct_names(details: Classified) -> list[str]:
+    """The classes' names; where several classes have one, each with its key, or its number from 0."""
+    repeated = {name for name, times in Counter(details.class_names).items() if times > 1}
+    pairs = enumerate(zip(details.class_names, details.keys, strict=True))
+    return [
+        f"{name} ({position if key in (None, name) else key})" if name in repeated else name
+        for position, (name, key) in pairs
+    ]
+
+
+def as_csv(details: Classified) -> str:
+    """The text of `eval/<task>.csv`."""
+    counts, names = per_class(details), distinct_names(details)
+    text = StringIO()
+    writer = TextWriter(text)
+    writer.writerow(COLUMNS)
+    for position, name in enumerate(details.class_names):
+        pictures, taken_for = int(counts.pictures[position]), int(counts.mistaken_for[position])
+        of_pictures = [counts.right[position], counts.among_five[position]]
+        top1, top5 = (f"{hits / pictures:.6g}" if pictures else "" for hits in of_pictures)
+        top5 = top5 if len(names) > CERTAIN else ""
+        mistaken = [names[taken_for], f"{counts.mistaken[position] / pictures:.6g}"] if taken_for >= 0 else ["", ""]
+        writer.writerow(
+            [details.keys[position] or "", name, pictures, top1, top5, *mistaken, counts.predicted[position]]
+        )
+    return text.getvalue()
 
 
 def classification_page(result: Result, details: Classified, heading: dict[str, Any]) -> str:
     """The HTML of a classification's page.
 
     Args:
-        heading: `origin.heading`.
+        heading: `page.heading`.
     """
     counts, wrong, names = per_class(details), mistakes(details), distinct_names(details)
     values = {
@@ -113,6 +216,97 @@ def _pair(place: int, counts: PerClass, wrong: Mistakes, names: list[str]) -> di
         "count": count,
         "of": of,
         "share": count / of,
+    }
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`cells[i][j]`: pictures of class `classes[i]` that were given `classes[j]`; `elsewhere[i]`: any other class."""
+
+    classes: list[int]
+    cells: list[list[int]]
+    elsewhere: list[int]
+    mistakes: int  # between these classes
+
+
+def matrix(details: Classified, classes: list[int]) -> Matrix:
+    """The confusion matrix of some classes."""
+    place = np.full(len(details.class_names), len(classes))
+    place[classes] = np.arange(len(classes))
+    rows, columns = place[details.labels], place[details.best[:, 0]]
+    counts = np.zeros((len(classes) + 1, len(classes) + 1), dtype=np.int64)
+    np.add.at(counts, (rows, columns), 1)
+    inside = counts[:-1, :-1]
+    return Matrix(classes, inside.tolist(), counts[:-1, -1].tolist(), int(inside.sum() - np.trace(inside)))
+
+
+def involved(counts: PerClass, wrong: Mistakes) -> np.ndarray:
+    """The classes for a map: those that have pictures or were given to some, at most `ON_A_MAP`, in their order."""
+    classes = np.flatnonzero((counts.pictures > 0) | (counts.predicted > 0))
+    if len(classes) <= ON_A_MAP:
+        return classes
+    total = np.bincount(wrong.true, wrong.count, len(counts.pictures))
+    total += np.bincount(wrong.predicted, wrong.count, len(counts.pictures))
+    return np.sort(classes[np.argsort(-total[classes], kind="stable")[:ON_A_MAP]])
+
+
+def similarity(wrong: Mistakes, pictures_C: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """[len(classes), len(classes)]: the share of one class's pictures that were given the other, both ways added, at most 1."""
+    place = np.full(len(pictures_C), -1)
+    place[classes] = np.arange(len(classes))
+    known = (place[wrong.true] >= 0) & (place[wrong.predicted] >= 0)
+    rows, columns = place[wrong.true[known]], place[wrong.predicted[known]]
+    shares = np.zeros((len(classes), len(classes)))
+    shares[rows, columns] = wrong.count[known] / pictures_C[wrong.true[known]]
+    return np.minimum(shares + shares.T, 1.0)
+
+
+def cluster(similarity_CC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tree of average linkage by 1 - similarity (SciPy's form), and the order of its leaves: classes alike are neighbours."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    distance = 1 - similarity_CC
+    np.fill_diagonal(distance, 0.0)
+    tree = linkage(squareform(distance, checks=False), "average")
+    return tree, leaves_list(tree)
+
+
+def groups(similarity_CC: np.ndarray, tree: np.ndarray, classes: np.ndarray) -> list[list[int]]:
+    """Up to `GROUPS` sets of at most `IN_A_GROUP` classes that are taken for each other, the most alike first.
+
+    They are the largest branches of the tree whose classes are alike, on average over the pairs in it.
+
+    Args:
+        similarity_CC, tree: see `similarity` and `cluster`.
+        classes: the class of each row.
+    """
+    members: list[list[int]] = [[row] for row in range(len(classes))]
+    found: dict[int, list[int]] = {}
+    for left, right, distance, size in tree:
+        merged = members[int(left)] + members[int(right)]
+        members.append(merged)
+        if size <= IN_A_GROUP and 1 - distance >= ALIKE:
+            for part in (int(left), int(right)):
+                found.pop(part, None)
+            found[len(members) - 1] = merged
+    weight = {node: similarity_CC[np.ix_(rows, rows)].sum() for node, rows in found.items()}
+    best = sorted(found, key=lambda node: -weight[node])[:GROUPS]
+    return [sorted(int(classes[row]) for row in found[node]) for node in best]
+
+
+def map_data(details: Classified, classes_ordered: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """What the page's script draws a map from: names, pictures of each class, and cells as flat [row, column, count, …]."""
+    place = np.full(len(details.class_names), -1)
+    place[classes_ordered] = np.arange(len(classes_ordered))
+    rows, columns = place[details.labels], place[details.best[:, 0]]
+    known = (rows >= 0) & (columns >= 0)
+    size = len(classes_ordered)
+    cells, count = np.unique(rows[known] * size + columns[known], return_counts=True)
+    return {
+        "names": [names[position] for position in classes_ordered],
+        "pictures": np.bincount(rows[rows >= 0], minlength=size).tolist(),
+        "cells": np.stack([cells // size, cells % size, count], axis=1).ravel().tolist(),
     }
 
 

@@ -8,11 +8,11 @@ from clip_exp.reports.results import Compared, Result
 MINUS = "\u2212"
 
 
-def comparison_page(name: str, result: Result, details: Compared, heading: dict[str, Any]) -> str:
+def comparison_page(result: Result, details: Compared, heading: dict[str, Any]) -> str:
     """The HTML of a comparison's page.
 
     Args:
-        heading: `origin.heading`.
+        heading: `page.heading`.
     """
     models = list(details.top1)
     averaged = result.protocol.get("mean_of", details.sets)

@@ -1,16 +1,17 @@
 """The page of a data check: what was found, the data in figures, and some of its pictures."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_exp.reports.histograms import Histogram, of_octaves, of_whole_numbers
-from clip_exp.reports.page import counted, fact_rows, probability, render
-from clip_exp.reports.thumbnails import Thumbnail
+from clip_exp.reports.page import Thumbnail, counted, fact_rows, probability, render
 
 SHOWN_FREQUENT = 12
 QUANTILES = ("min", "p1", "p5", "p50", "p95", "p99", "max")
+MOST_TICKS = 4
+FEWEST_OCTAVES = 4
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,26 @@ def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Bar:
+    share: float  # of the highest bar
+    text: str  # what it counts
+    odd: bool  # to be pointed out
+
+
+@dataclass(frozen=True)
+class Tick:
+    place: float  # 0 is the left end, 1 the right one
+    text: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    title: str
+    bars: list[Bar]
+    ticks: list[Tick]
+
+
 def _size_histograms(split: dict[str, Any]) -> list[Histogram]:
     if split["sizes"]["width"] is None:
         return []
@@ -157,6 +178,55 @@ def _size_histograms(split: dict[str, Any]) -> list[Histogram]:
         of_octaves("megapixels", split["histograms"]["megapixels"], _short),
         of_octaves("size of the file", split["histograms"]["bytes"], _file_size),
     ]
+
+
+def of_octaves(
+    title: str, histogram: dict[str, list[Any]], named: Callable[[float], str], odd_below: float = 0.0
+) -> Histogram:
+    """Of counts between steps of an octave (`checks.distributions.octave_histogram`), from one power of 2 to another.
+
+    Args:
+        named: a value for reading.
+        odd_below: bars that lie below this value are pointed out.
+    """
+    edges, counts = histogram["edges"], histogram["counts"]
+    steps = round(1 / math.log2(edges[1] / edges[0]))
+    first, last = round(math.log2(edges[0]) * steps), round(math.log2(edges[-1]) * steps)
+    low, high = math.floor(first / steps), math.ceil(last / steps)
+    missing = max(0, FEWEST_OCTAVES - (high - low))
+    low, high = low - missing // 2, high + (missing + 1) // 2
+    padded = [0] * (first - low * steps) + counts + [0] * (high * steps - last)
+    highest = max(counts)
+    bars = []
+    for at, count in enumerate(padded):
+        start, end = 2 ** (low + at / steps), 2 ** (low + (at + 1) / steps)
+        bars.append(Bar(count / highest, f"{named(start)} to {named(end)}: {count:,}", end <= odd_below * 1.001))
+    every = math.ceil((high - low) / MOST_TICKS)
+    ticks = [Tick((octave - low) / (high - low), named(2.0**octave)) for octave in range(low, high + 1, every)]
+    return Histogram(title, bars, ticks)
+
+
+def of_whole_numbers(title: str, histogram: dict[str, list[Any]], odd_from: int) -> Histogram:
+    """Of counts in equal steps, the last of which holds all above (`checks.distributions.whole_histogram`).
+
+    Args:
+        odd_from: bars that begin at this value or above are pointed out.
+    """
+    edges, counts = histogram["edges"], histogram["counts"]
+    highest, width = max(1, *counts), len(counts)
+    bars = []
+    for start, end, count in zip(edges, edges[1:], counts, strict=False):
+        text = f"{start:,}" if end - start <= 1 else f"{start:,} to {end - 1:,}"
+        bars.append(Bar(count / highest, f"{text}: {count:,}", start >= odd_from))
+    step = edges[1] - edges[0]
+    every = next(
+        size
+        for power in range(9)
+        for size in (10**power, 2 * 10**power, 5 * 10**power)
+        if size * MOST_TICKS >= step * width
+    )
+    ticks = [Tick(value / step / width, f"{value:,}") for value in range(0, step * (width - 1), every)]
+    return Histogram(title, bars, ticks)
 
 
 def _size_quantiles(split: dict[str, Any]) -> list[tuple[str, list[str]]]:

@@ -1,8 +1,8 @@
 """What an evaluation leaves of each task, in its own folder and in the run's, and a table on the terminal.
 
 `eval/<task>.json` has the metrics and the protocol, `eval/<task>.html` is for looking at, and a classification has a
-row per class in `eval/<task>.csv` (`reports.per_class`). In the run's folder the names of results of other weights than its own tell
-which these are (`reports.result_names`).
+row per class in `eval/<task>.csv` (`reports.classification_page`). In the run's folder the names of results of other weights than its own tell
+which these are (`reports.names`).
 """
 
 import logging
@@ -16,16 +16,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from clip_exp.errors import CheckpointError
-from clip_exp.reports.classification_page import classification_page
+from clip_exp.reports.classification_page import as_csv, classification_page
 from clip_exp.reports.comparison_page import comparison_page
-from clip_exp.reports.index import write_index
-from clip_exp.reports.metric_names import Scale, scale_of
-from clip_exp.reports.origin import heading, is_train_run
-from clip_exp.reports.per_class import as_csv
-from clip_exp.reports.result_names import name_of_weights
+from clip_exp.reports.names import Scale, name_of_weights, scale_of
+from clip_exp.reports.page import heading, is_train_run
 from clip_exp.reports.results import Classified, Compared, Result, Retrieved
 from clip_exp.reports.retrieval_page import retrieval_page
-from clip_exp.reports.run_page import renew_report
+from clip_exp.reports.run_page import renew_report, write_index
 from clip_exp.runs import refuse_links, write_json, write_text
 from clip_exp.storage import atomic_file, read_json_object
 
@@ -41,7 +38,7 @@ def write_result(
     their own.
 
     Args:
-        name_in_run: see `reports.result_names`; None: the task's.
+        name_in_run: see `reports.names`; None: the task's.
     Raises:
         CheckpointError: `folder` cannot be written.
     """
@@ -110,9 +107,9 @@ def _pages(result: Result, name: str, folder: Path) -> dict[str, str]:
     if isinstance(details, Classified):
         return {".csv": as_csv(details), ".html": classification_page(result, details, top)}
     if isinstance(details, Retrieved):
-        return {".html": retrieval_page(name, result, details, top)}
+        return {".html": retrieval_page(result, details, top)}
     if isinstance(details, Compared):
-        return {".html": comparison_page(name, result, details, top)}
+        return {".html": comparison_page(result, details, top)}
     return {}
 
 

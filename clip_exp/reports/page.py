@@ -1,20 +1,43 @@
-"""Pages: the templates beside this file, filled in. Each is one HTML file that needs nothing else, from a disk or a server.
+"""What pages are made of: the templates beside this file, filled in; where a page comes from; numbers, facts and thumbnails on it.
 
-Whatever is filled in is escaped, and a policy in the page's head forbids the browser to load anything or to run any
-script but ours: a caption or a file's name cannot do more than be read.
+Each page is one HTML file that needs nothing else, from a disk or a server. Whatever is filled in is escaped, and a policy in the
+page's head forbids the browser to load anything or to run any script but ours: a caption or a file's name cannot do more than be read.
 """
 
 import base64
 import hashlib
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
+
+from clip_exp.data.files import BadImage
+from clip_exp.data.pictures import Pictures
+from clip_exp.runs import read_record
 
 NARROW_SPACE = "\u202f"  # between a number and its unit; no line breaks there
 LONG = 80  # characters, or entries, that a table of facts shows unfolded
+CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one: it has the scripts beside the package
+SIDE = 200  # pixels of a thumbnail's longest side
+QUALITY = 82  # of its JPEG
+SMALL = 64  # pixels; a picture with shorter sides is shown enlarged, and its pixels as squares
+NO_LIMIT = 2**62  # of pixels: a picture that was scored has passed the evaluation's own limit
+KINDS = {
+    "zero_shot": "Zero-shot classification",
+    "linear_probe": "Linear probe",
+    "knn": "Nearest neighbours",
+    "retrieval": "Retrieval",
+    "robustness": "Robustness",
+}
 
 FACT_NAMES = {
     "kind": "task",
@@ -34,12 +57,103 @@ FACT_NAMES = {
     "step": "training step",
     "ema": "averaged weights (EMA)",
 }
+
 LAST = ("names", "bad")  # the long ones
 
 
 def render(template: str, **values: Any) -> str:
     """Fill in `templates/<template>`; every value that it names must be given."""
     return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("clip_exp.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = _source(environment, "page.css"), _source(environment, "page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals.update(style=Markup(style), script=Markup(script), script_sha256=digest, counted=counted)
+    environment.filters.update(percent=percent, number=number, probability=probability)
+    return environment
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the template of every evaluation's page begins and ends with."""
+    kind = str(protocol.get("kind", ""))
+    weights = protocol.get("weights_sha256")
+    about = [
+        protocol.get("model"),
+        weights and f"weights {weights[:12]}",
+        which_weights(protocol),
+        protocol.get("data"),
+    ]
+    record = read_record(folder)
+    made_by = [f"clip_exp {record['clip_exp']}" if "clip_exp" in record else None, record.get("start"), str(folder)]
+    return {
+        "title": name,
+        "kind": KINDS.get(kind, kind.replace("_", " ")),
+        "about": [str(part) for part in about if part],
+        "made_by": " · ".join(filter(None, made_by)),
+        "command": command_of(folder),
+    }
+
+
+def which_weights(protocol: dict[str, Any]) -> str | None:
+    """Return which of a run's weights were scored; None of others."""
+    step = protocol.get("step")
+    averaged = "averaged weights (EMA)" if protocol.get("ema") else None
+    return ", ".join(filter(None, [f"step {step:,}" if isinstance(step, int) else None, averaged])) or None
+
+
+def is_train_run(folder: Path) -> bool:
+    """Whether a run was trained in this folder; else it is an evaluation's."""
+    return (folder / "metrics.csv").is_file()
+
+
+def command_of(folder: Path) -> str | None:
+    """Return what to type to make again what the folder holds; None where it does not say."""
+    arguments = read_record(folder).get("argv")
+    if arguments is None:
+        return None
+    if not is_train_run(folder):
+        return command_line("evaluate", arguments)
+    # The same command would find that the run has finished.
+    return command_line("train", [*(word for word in arguments if not word.startswith("resume=")), "resume=never"])
+
+
+def command_line(command: str, arguments: list[str]) -> str:
+    """Return what to type here to run a command: the script of this checkout, the installed program, or the module."""
+    script = CHECKOUT / f"{command}.py"
+    program = shutil.which("clip-exp")
+    if script.is_file() and Path.cwd() == CHECKOUT:
+        words = [_python(), script.name]
+    elif program is not None and Path(program).parent == Path(sys.executable).parent:
+        words = ["clip-exp", command]
+    elif script.is_file():
+        words = [_python(), str(script)]
+    else:
+        words = [_python(), "-m", "clip_exp", command]
+    return shlex.join([*words, *arguments])
+
+
+def _python() -> str:
+    """Return how to call this interpreter from here: `python` where that is it."""
+    interpreter = Path(sys.executable)
+    found = shutil.which("python")
+    if found is not None and Path(found) == interpreter:
+        return "python"
+    here = Path.cwd()
+    return str(interpreter.relative_to(here) if interpreter.is_relative_to(here) else interpreter)
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -62,6 +176,11 @@ def number(value: float) -> str:
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """`1 picture`, `2 pictures`, `2 classes`."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def listing(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def fact_rows(protocol: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,27 +215,53 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("clip_exp.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style, script = _source(environment, "page.css"), _source(environment, "page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment.globals.update(style=Markup(style), script=Markup(script), script_sha256=digest, counted=counted)
-    environment.filters.update(percent=percent, number=number, probability=probability)
-    return environment
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture for a page. Where it cannot be read any more, `uri` is None and `reason` says why."""
+
+    uri: str | None  # data:image/jpeg;base64,…
+    width: int
+    height: int
+    path: str
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+    @property
+    def small(self) -> bool:
+        return max(self.width, self.height) < SMALL
 
 
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+class Thumbnails:
+    """Thumbnails of a set, each made once: what the model saw (EXIF ignored, RGB), before its crop; nothing of the file but pixels."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._pictures = pictures
+        self._made: dict[int, Thumbnail] = {}
+
+    def __getitem__(self, index: int) -> Thumbnail:
+        if index not in self._made:
+            self._made[index] = self._make(index)
+        return self._made[index]
+
+    def _make(self, index: int) -> Thumbnail:
+        path = self._pictures.name(index)
+        try:
+            picture = self._pictures.open(index, NO_LIMIT).convert("RGB")
+        except BadImage as error:
+            return Thumbnail(None, SIDE, SIDE, path, str(error))
+        return shrunk(picture, path)
 
 
-def listing(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+def shrunk(picture: Image.Image, path: str) -> Thumbnail:
+    """A thumbnail of an RGB picture, which is made small in place."""
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    bare = Image.new("RGB", picture.size)
+    bare.paste(picture)
+    buffer = BytesIO()
+    bare.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return Thumbnail(f"data:image/jpeg;base64,{encoded}", *picture.size, path)

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from clip_exp.reports.page import counted, fact_rows, percent, render
+from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
 from clip_exp.reports.results import Query, Result, Retrieved
-from clip_exp.reports.thumbnails import Thumbnails
 
 QUERIES = 12  # shown each way
 PICTURES = 6  # that a caption found
@@ -12,11 +11,11 @@ CAPTIONS = 6  # that a picture found
 WAYS = {"i2t": "a picture finds captions", "t2i": "a caption finds pictures"}
 
 
-def retrieval_page(name: str, result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
+def retrieval_page(result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
     """The HTML of a retrieval's page.
 
     Args:
-        heading: `origin.heading`.
+        heading: `page.heading`.
     """
     metrics, pictures, captions = result.metrics, result.protocol["pictures"], len(details.captions)
     ks = sorted({int(key.removeprefix("recall@").partition("_")[0]) for key in metrics if key.startswith("recall@")})

@@ -1,16 +1,29 @@
-"""A run's report: one HTML file that needs nothing else, with its numbers, its curves and how it was made."""
+"""`report.html` of a folder: of a run its numbers, its curves and how it was made, of an evaluation its tasks; of both the links to `eval/`."""
 
 import base64
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from clip_exp.reports.data_facts import data_facts
-from clip_exp.reports.index import evaluations
-from clip_exp.reports.metric_names import Scale, scale_of
-from clip_exp.reports.origin import command_line, command_of
-from clip_exp.reports.page import counted, fact_rows, number, render
+from clip_exp.reports.names import Scale, scale_of, task_of
+from clip_exp.reports.page import (
+    KINDS,
+    command_line,
+    command_of,
+    counted,
+    fact_rows,
+    heading,
+    number,
+    percent,
+    probability,
+    render,
+    which_weights,
+)
 from clip_exp.runs import read_metrics, read_record, write_text
+
+METRICS_SHOWN = 4
+FIRST = ("recall@1_i2t", "recall@1_t2i", "median_rank_i2t", "median_rank_t2i", "mean_of_shifted/top1")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -78,3 +91,91 @@ def _facts(summary: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         "git": (record.get("git") or {}).get("commit"),
         "versions": ", ".join(f"{name} {version}" for name, version in record.get("packages", {}).items()),
     }
+
+
+def data_facts(summary: dict[str, Any]) -> dict[str, str]:
+    """Name to text; what was faultless, or was not counted yet when the summary was written, is left out.
+
+    Args:
+        summary: of a run, as `summary.json` has it.
+    """
+    facts = {
+        "bad pictures": _bad(summary.get("bad_pictures") or {}, "listed in bad_samples.csv"),
+        "bad rows": _bad(summary.get("bad_rows") or {}, "left out"),
+        "empty captions": _empty(summary.get("empty_captions") or {}),
+        "filter": _filter_values(summary.get("filter_values") or {}),
+        "cut captions": _share(summary.get("truncated_share"), "of those trained on"),
+        "waiting for data": _share(summary.get("data_wait_share"), "of the time of steps"),
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _bad(tables: dict[str, dict[str, int]], what_became: str) -> str:
+    """`4 of training (3 no such file, 1 empty file), left out`."""
+    texts = [
+        f"{sum(kinds.values()):,} of {table} ({', '.join(f'{count:,} {kind}' for kind, count in kinds.items())})"
+        for table, kinds in tables.items()
+    ]
+    return f"{'; '.join(texts)}, {what_became}" if texts else ""
+
+
+def _empty(tables: dict[str, dict[str, Any]]) -> str:
+    """`28 of training (66.7 %)`."""
+    return "; ".join(
+        f"{found['count']:,} of {table} ({probability(found['fraction'])})" for table, found in tables.items()
+    )
+
+
+def _filter_values(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """`width of training: 3 not numbers, such as '1,024', 2 missing; these match nothing`."""
+    texts = []
+    for table, columns in tables.items():
+        for column, found in columns.items():
+            parts = [f"{found['missing']:,} missing"] if found["missing"] else []
+            if found["count"]:
+                parts.insert(0, f"{found['count']:,} not {found['kind']}, such as {found['example']!r}")
+            texts.append(f"{column} of {table}: {', '.join(parts)}")
+    return f"{'; '.join(texts)}; these match nothing" if texts else ""
+
+
+def _share(value: float | None, of_what: str) -> str:
+    if not value:
+        return ""
+    return f"{percent(value)} {of_what}" if value >= 0.001 else f"less than {percent(0.001)} {of_what}"
+
+
+def write_index(folder: Path) -> Path:
+    """Write `folder`/report.html, which lists the evaluations in it; return it."""
+    found = evaluations(folder)
+    page = {**heading(folder.parent.name, found[0]["protocol"], folder), "kind": "Evaluation"}
+    page["about"] = [*page["about"][:-1], counted(len(found), "task")]
+    path = folder / "report.html"
+    write_text(path, render("index.html", **page, evaluations=found))
+    return path
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Return every result in `eval/`, by name: task, kind, weights, its first metrics as text, and the link to its page, None without one."""
+    found = []
+    for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):  # a run's own weights come first
+        result = json.loads(path.read_text(encoding="utf-8"))
+        protocol = result["protocol"]
+        metrics = sorted(result["metrics"].items(), key=lambda item: item[0] not in FIRST)
+        page = path.with_suffix(".html")
+        found.append(
+            {
+                "name": task_of(path.stem),
+                "kind": KINDS.get(protocol.get("kind"), ""),
+                "weights": which_weights(protocol),
+                "metrics": [(name, readable(name, value)) for name, value in metrics[:METRICS_SHOWN]],
+                "link": f"eval/{quote(page.name)}" if page.is_file() else None,
+                "protocol": protocol,
+            }
+        )
+    return found
+
+
+def readable(name: str, value: float) -> str:
+    """Return a metric's value as text: a fraction in percent, a rank as a number, a loss with four digits."""
+    scale = scale_of(name)
+    return f"{value:.4f}" if scale is Scale.loss else number(value) if scale is Scale.rank else percent(value)

@@ -230,7 +230,7 @@ class Checkpointer(pl.Callback):
         run_dir: the run's folder.
         io: the trainer's checkpoint writer.
         monitor: name of a metric of validation or of a task, or None.
-        mode: whether `min` or `max` of `monitor` is best; `auto` goes by the metric (`reports.metric_names`).
+        mode: whether `min` or `max` of `monitor` is best; `auto` goes by the metric (`reports.names`).
         metadata: noted in every manifest.
         pause: called before anything at the end of a step that is not training.
         scores: of the run's tasks, if it has any.

@@ -8,7 +8,7 @@ from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
 from clip_exp.evaluation.tasks import prepare_tasks
-from clip_exp.reports.metric_names import CERTAIN, RETRIEVAL, VALIDATION, better, of_classification
+from clip_exp.reports.names import CERTAIN, RETRIEVAL, VALIDATION, better, of_classification
 
 OF_VALIDATION = [f"val/{name}" for name in VALIDATION]
 TAKEN = ("train", "val")  # what names of other metrics begin with

@@ -21,7 +21,7 @@ from clip_exp.config.schema import TrainConfig
 from clip_exp.data.fingerprint import changes, image_changes
 from clip_exp.data.stream import parse
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.reports.result_names import task_of
+from clip_exp.reports.names import task_of
 from clip_exp.runs import (
     CONFIG,
     LAST_CHECKPOINT,

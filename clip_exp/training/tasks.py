@@ -16,8 +16,7 @@ from clip_exp.checkpoints.discovery import latest, step_of
 from clip_exp.checkpoints.io import MODEL_PREFIX
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError
-from clip_exp.evaluation.cache import Cache
-from clip_exp.evaluation.encode import EncodeOptions
+from clip_exp.evaluation.features import Cache, EncodeOptions
 from clip_exp.evaluation.prepared import KNNTask, ProbeTask, Task
 from clip_exp.evaluation.scoring import about_weights, score
 from clip_exp.evaluation.subject import Subject
@@ -28,7 +27,7 @@ from clip_exp.models.clip import CLIP
 from clip_exp.progress import silence
 from clip_exp.ranks.group import from_main, is_main, share_from_main
 from clip_exp.reports.evaluation import overlap_warning, show, write_result
-from clip_exp.reports.result_names import name_in_run
+from clip_exp.reports.names import name_in_run
 from clip_exp.reports.results import Result
 from clip_exp.runs import RunRecord
 from clip_exp.text.build import build_tokenizer

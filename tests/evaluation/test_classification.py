@@ -4,11 +4,19 @@ import torch.nn.functional as F
 
 from clip_exp.config.models import named_model
 from clip_exp.errors import NumericError
-from clip_exp.evaluation.classification import build_classifier, class_scores, classify
-from clip_exp.evaluation.metrics import accuracies
-from clip_exp.evaluation.sets.prompts import class_prompts, imagenet_classes, templates
+from clip_exp.evaluation.classification import (
+    accuracies,
+    accuracy,
+    best_classes,
+    build_classifier,
+    class_scores,
+    classify,
+    mean_per_class_recall,
+)
+from clip_exp.evaluation.sets.class_names import class_prompts, imagenet_classes, templates
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from clip_exp.reports.names import of_classification
 from clip_exp.text.tokenizer import Tokenizer
 from clip_exp.weights.open_clip import from_open_clip
 
@@ -79,3 +87,29 @@ def test_the_metrics_of_a_set_equal_a_direct_count_whatever_the_chunks(monkeypat
 def test_a_classifier_that_is_not_finite_is_refused():
     with pytest.raises(NumericError, match="class embeddings"):
         classify(torch.ones(2, 1), torch.tensor([[torch.nan], [1.0]]))
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+def test_accuracy_equals_open_clips_formula_on_the_same_logits():
+    logits, labels = unit(301, 17), torch.arange(301) % 17
+    # open_clip_train.zero_shot.accuracy, which itself fails under numpy 2.4.
+    correct = logits.topk(5, 1, True, True)[1].t().eq(labels.view(1, -1))
+    top1, top5 = (correct[:k].reshape(-1).float().sum().item() for k in (1, 5))
+    assert accuracy(logits, labels) == pytest.approx({"top1": top1 / 301, "top5": top5 / 301})
+
+
+@pytest.mark.parametrize(("classes", "measured"), [(2, False), (5, False), (6, True)])
+def test_top5_is_not_measured_where_it_is_certain(classes: int, measured: bool):
+    scores, labels = unit(12, classes), torch.arange(12) % classes
+    assert ("top5" in accuracy(scores, labels)) is measured
+    found = accuracies(best_classes(scores), labels, classes)
+    assert list(found) == of_classification(classes)
+    assert ("top5" in found) is measured
+
+
+def test_mean_per_class_recall_weighs_classes_alike_and_leaves_out_empty_ones():
+    labels = torch.tensor([0, 0, 0, 2])
+    assert mean_per_class_recall(torch.tensor([0, 1, 1, 2]), labels, num_classes=4) == pytest.approx((1 / 3 + 1) / 2)

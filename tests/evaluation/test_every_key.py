@@ -20,7 +20,7 @@ from clip_exp.config.load import load_evaluate
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.models import named_model
 from clip_exp.errors import ClipExpError
-from clip_exp.evaluation.check import check
+from clip_exp.evaluation.launch import check
 from clip_exp.evaluation.scoring import _load_subject, score
 from clip_exp.evaluation.tasks import CONFIGS
 from clip_exp.models.build import build_model
@@ -120,7 +120,7 @@ NOT_THE_RESULT = {
     "task": "below, by kind",
     "name": "where it is written",
     "output_dir": "where it is written",
-    "cache_gb": "what is kept for later (tests/evaluation/test_cache.py)",
+    "cache_gb": "what is kept for later (tests/evaluation/test_features.py)",
     "model.name": "a label",
     "model.open_clip_name": "the name under which `pretrained` knows tags",
     "model.text.trim": "saves time: the features are the same",

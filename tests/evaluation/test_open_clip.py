@@ -14,10 +14,9 @@ from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.models import named_model
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.evaluation.classification import build_classifier, class_scores
-from clip_exp.evaluation.encode import EncodeOptions
-from clip_exp.evaluation.features import encode_pictures
+from clip_exp.evaluation.features import EncodeOptions, encode_pictures
 from clip_exp.evaluation.launch import evaluate
-from clip_exp.evaluation.sets.prompts import imagenet_classes, templates
+from clip_exp.evaluation.sets.class_names import imagenet_classes, templates
 from clip_exp.evaluation.subject import Subject
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import source_of_file

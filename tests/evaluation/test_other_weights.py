@@ -11,7 +11,7 @@ from clip_exp.errors import ConfigError
 from clip_exp.evaluation.launch import evaluate
 from clip_exp.evaluation.tasks import parse_task
 from clip_exp.models.clip import CLIP
-from clip_exp.reports.index import evaluations
+from clip_exp.reports.run_page import evaluations
 from tests.small_runs import write_checkpoint, write_run
 
 

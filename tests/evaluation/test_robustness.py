@@ -15,11 +15,10 @@ from torchvision import models
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.data.images import normalize
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
-from clip_exp.evaluation import subject
-from clip_exp.evaluation.encode import EncodeOptions
+from clip_exp.evaluation import classification
+from clip_exp.evaluation.features import EncodeOptions
 from clip_exp.evaluation.launch import check, evaluate
-from clip_exp.evaluation.sets.class_sets import class_set
-from clip_exp.evaluation.sets.prompts import imagenet_classes
+from clip_exp.evaluation.sets.class_names import class_set, imagenet_classes
 from clip_exp.evaluation.supervised import Preset, load_supervised, restrict
 from tests.small_runs import write_picture
 
@@ -191,13 +190,13 @@ def test_a_name_is_embedded_once_however_many_sets_have_it(
     tmp_path: Path, run_dir: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     built: list[str] = []
-    build = subject.build_classifier
+    build = classification.build_classifier
 
     def spy(model, tokenizer, class_names, *rest, **others):
         built.extend(class_names)
         return build(model, tokenizer, class_names, *rest, **others)
 
-    monkeypatch.setattr(subject, "build_classifier", spy)
+    monkeypatch.setattr(classification, "build_classifier", spy)
     evaluate(config(tmp_path, run_dir, {"root": str(root), "baseline": None}, cache_gb=0.0))
     assert built[:1000] == [name for _, name in imagenet_classes()]
     assert len(built) == 1002, "ObjectNet has two names of its own here"

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_exp.evaluation.classification import class_scores
-from clip_exp.evaluation.metrics import accuracy, retrieval
+from clip_exp.evaluation.classification import accuracy, class_scores
+from clip_exp.evaluation.retrieval import retrieval
 from clip_exp.evaluation.validation import deduplicate, validation_metrics
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from clip_exp.data.pictures import PictureFiles
-from clip_exp.evaluation.metrics import accuracies
+from clip_exp.evaluation.classification import accuracies
 from clip_exp.reports.results import Classified, Compared, Query, Result, Retrieved
 from tests.small_runs import write_picture
 

@@ -59,13 +59,13 @@ def classification(folder: Path, classes: int = 5, rows: int = 60, **changes) ->
 
 def retrieval(folder: Path, captions: list[str], size: tuple[int, int] = (40, 36)) -> str:
     details = retrieved(noise_files(folder, len(captions), size), captions)
-    return retrieval_page("pairs", retrieval_result(details), details, HEADING)
+    return retrieval_page(retrieval_result(details), details, HEADING)
 
 
 def comparison() -> str:
     result = compared_result()
     assert isinstance(result.details, Compared)
-    return comparison_page("robustness", result, result.details, HEADING)
+    return comparison_page(result, result.details, HEADING)
 
 
 def every_page(folder: Path) -> list[str]:
@@ -201,7 +201,7 @@ def test_a_comparison_has_every_number_and_difference(tmp_path: Path):
 
 def test_a_comparison_of_models_that_lack_sets_leaves_gaps():
     details = Compared(["a", "b"], {"ours": [0.5, None], "x": [None, 0.25], "y": [0.125, 0.75]})
-    text = Page(comparison_page("sets", Result({}, {"kind": "robustness"}, details), details, HEADING)).text
+    text = Page(comparison_page(Result({}, {"kind": "robustness"}, details), details, HEADING)).text
     assert "a 50.0 % – 12.5 %" in text
     assert "b – 25.0 % 75.0 %" in text
     assert "mean of the 2 sets – – 43.8 %" in text

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from clip_exp.evaluation.encode import encode_texts
+from clip_exp.evaluation.features import encode_texts
 from clip_exp.models.clip import CLIP
 from clip_exp.models.text import TreeLayout
 from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack

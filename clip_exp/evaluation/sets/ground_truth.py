@@ -11,8 +11,7 @@ from typing import IO, Any
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order, listing
-from clip_exp.evaluation.sets.names import match
+from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order, listing, match
 
 DEVKIT_IDS, DEVKIT_CLASSES = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data")  # where a devkit's folder may hold them
@@ -32,7 +31,7 @@ def from_flat_folder(root: str | Path, ground_truth: str | Path, classes: Any, w
 
     Args:
         ground_truth: see `read_ground_truth`.
-        classes: see `names.match`.
+        classes: see `labeled.match`.
         where: the task's key, for messages.
     Raises:
         ConfigError: no such folder or file; `classes` does not fit the labels.

@@ -16,8 +16,7 @@ from clip_exp.config.load import nearest
 from clip_exp.data.cifar import CifarPictures, read_cifar
 from clip_exp.data.pictures import TorchvisionPictures
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.sets.labeled import LabeledImages
-from clip_exp.evaluation.sets.names import match
+from clip_exp.evaluation.sets.labeled import LabeledImages, match
 from clip_exp.open_clip_files import package_folder
 from clip_exp.progress import progress
 

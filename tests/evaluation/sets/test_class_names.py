@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clip_exp.errors import ConfigError
-from clip_exp.evaluation.sets.prompts import class_prompts, imagenet_classes, templates
+from clip_exp.evaluation.sets.class_names import class_prompts, imagenet_classes, templates
 
 
 def test_the_published_prompts_equal_open_clips_for_every_class():
@@ -33,7 +33,7 @@ def test_imagenet_keeps_classes_that_share_a_name_apart():
 
 def test_the_published_lists_are_read_without_torch_or_open_clip():
     code = (
-        "import sys; from clip_exp.evaluation.sets.prompts import imagenet_classes, templates;"
+        "import sys; from clip_exp.evaluation.sets.class_names import imagenet_classes, templates;"
         "imagenet_classes(); templates('openai');"
         "print([name for name in ('torch', 'open_clip', 'timm') if name in sys.modules])"
     )

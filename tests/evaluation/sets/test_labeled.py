@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.sets.class_sets import class_set, imagenet_index
-from clip_exp.evaluation.sets.names import Matched, match
-from clip_exp.evaluation.sets.prompts import imagenet_classes
-from clip_exp.evaluation.sets.texts import read_lines, read_names
+from clip_exp.evaluation.sets.class_names import class_set, imagenet_classes, imagenet_index, read_lines, read_names
+from clip_exp.evaluation.sets.labeled import Matched, match
 from clip_exp.open_clip_files import package_folder
 
 

@@ -1,10 +1,18 @@
-"""The metrics of validation and of tasks: their names, and the scale that each is on. No torch.
+"""Names in a run's results, of metrics and of the files in `eval/`. No torch.
 
-A logged name is `<task>/<metric>`, in a robustness task `<task>/<set>/<metric>`. The part after the last slash is the metric. What stands
+A metric's logged name is `<task>/<metric>`, in a robustness task `<task>/<set>/<metric>`. The part after the last slash is the metric. What stands
 before it is chosen by the user and says nothing about the metric: a task may be called `coco_ranking`.
+
+A result in `eval/` is `digits` for the run's own weights, `digits.step-000020` or `digits.step-000020.ema` for others. A run's own weights
+are those that `run=DIR` names. So an evaluation of others, with `ckpt` or `ema`, never replaces the results of these.
 """
 
+import re
 from enum import StrEnum
+from pathlib import Path
+
+from clip_exp.checkpoints.writer import EMA_WEIGHTS
+from clip_exp.loading.source import ModelSource, is_own
 
 
 class Scale(StrEnum):
@@ -19,7 +27,6 @@ RETRIEVAL = [*RANKS, *RECALLS]
 CLASSIFICATION = ["top1", "top5", "mean_per_class_recall"]
 CERTAIN = 5  # classes, or fewer: one of the best five is always right, so `top5` is not measured
 VALIDATION = ["loss", "zeroshot_top1", "zeroshot_top5", *RETRIEVAL]
-
 SCALES = {
     **dict.fromkeys([*RECALLS, *CLASSIFICATION, "zeroshot_top1", "zeroshot_top5"], Scale.fraction),
     **dict.fromkeys(RANKS, Scale.rank),
@@ -40,3 +47,25 @@ def scale_of(name: str) -> Scale:
 def better(name: str) -> str:
     """Return `min` or `max`: which values of a metric are better."""
     return "max" if scale_of(name) is Scale.fraction else "min"
+
+
+OF_OTHERS = re.compile(r"\.([\w-]+-)?step-\d+(\.ema)?$", re.ASCII)
+
+
+def name_in_run(task: str, source: ModelSource) -> str:
+    """Return the name of the result of a task, as its files in the run's `eval/` have it."""
+    return task if source.run_dir is None or is_own(source) else name_of_weights(task, source.weights)
+
+
+def name_of_weights(task: str, weights: Path) -> str:
+    """Return a name that tells the checkpoint and the kind of its weights.
+
+    Args:
+        weights: the file in the checkpoint's folder.
+    """
+    return f"{task}.{weights.parent.name}" + (".ema" if weights.name == EMA_WEIGHTS else "")
+
+
+def task_of(name: str) -> str:
+    """Return the task that a result's name begins with."""
+    return OF_OTHERS.sub("", name)

@@ -1,11 +1,16 @@
-"""Texts that a user gives in the configuration or in a file: class names, labels with their names, templates. No torch.
+"""Class names and prompt templates: published ones by their names, or the user's own, from the configuration or a file. No torch.
 
-A file is plain text with one text per line (UTF-8, with or without a mark of the byte order), YAML or JSON. Everything in
+The published lists come from the installed `open_clip_torch` (names, templates) and `timm` (wnids, subsets of ImageNet); their files are
+found and read without importing those packages, which would take seconds.
+
+A user's file is plain text with one text per line (UTF-8, with or without a mark of the byte order), YAML or JSON. Everything in
 YAML is read as text: the class `no` is no boolean.
 """
 
 import json
 from collections import Counter
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,79 @@ import yaml
 
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError
+from clip_exp.open_clip_files import package_folder, zero_shot_metadata
+
+PLACEHOLDER = "{}"
+NAMED_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
+CLASS_SETS = {"imagenet": "ImageNet-1k", "imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R"}
+
+
+def templates(source: str | list[str], where: str = "templates") -> list[str]:
+    """Prompt templates, each with `{}` in the place of the class name.
+
+    Args:
+        source: `openai` (80), `simple` (7), a list, one template, or a file: plain text with one template per line, or a
+            list as YAML or JSON.
+        where: the configuration key, for messages.
+    Raises:
+        ConfigError: no such file, no templates, or one without `{}`.
+    """
+    if isinstance(source, str) and source in NAMED_TEMPLATES:
+        return [template(PLACEHOLDER) for template in getattr(zero_shot_metadata(), NAMED_TEMPLATES[source])]
+    if isinstance(source, str) and PLACEHOLDER in source:
+        source = [source]
+    found = read_lines(
+        source, where, "openai, simple, a list, or a file of templates (a line each, or a list as YAML or JSON)"
+    )
+    for template in found:
+        if PLACEHOLDER not in template:
+            raise ConfigError(
+                f"{where}: '{template}' has no {PLACEHOLDER} for the class name, as in 'a photo of a {{}}.'."
+            )
+    return found
+
+
+def class_prompts(class_name: str, templates: list[str]) -> list[str]:
+    """The templates filled in. Not `str.format`: class names and templates may hold other braces."""
+    return [template.replace(PLACEHOLDER, class_name) for template in templates]
+
+
+@cache
+def imagenet_classes() -> list[tuple[str, str]]:
+    """ImageNet-1k's classes as (wnid, OpenAI's name), in the order of the wnids.
+
+    1,000 entries: `missile` and `sunglasses` are each the name of two classes.
+    """
+    wnids = (package_folder("timm") / "data/_info/imagenet_synsets.txt").read_text(encoding="utf-8").split()
+    return list(zip(wnids, zero_shot_metadata().IMAGENET_CLASSNAMES, strict=True))
+
+
+@cache
+def imagenet_index() -> dict[str, int]:
+    """The position of each wnid among ImageNet-1k's classes."""
+    return {wnid: index for index, (wnid, _) in enumerate(imagenet_classes())}
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """Classes in the order of their wnids."""
+
+    title: str
+    wnids: list[str]
+    names: list[str]  # OpenAI's; not distinct
+    indices: list[int]  # of each class among ImageNet-1k's
+
+
+@cache
+def class_set(name: str) -> ClassSet:
+    """One of `CLASS_SETS`."""
+    everything = imagenet_classes()
+    indices = list(range(len(everything)))
+    if name != "imagenet":
+        file = package_folder("timm") / f"data/_info/{name}_indices.txt"
+        indices = sorted(int(index) for index in file.read_text(encoding="utf-8").split())
+    chosen = [everything[index] for index in indices]
+    return ClassSet(CLASS_SETS[name], [wnid for wnid, _ in chosen], [name for _, name in chosen], indices)
 
 
 class Pairs(list[tuple[Any, Any]]):
