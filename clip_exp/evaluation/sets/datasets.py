@@ -44,7 +44,9 @@ def labeled_images(
         ConfigError: not exactly one source; a file or folder is missing; `classes` does not fit the data.
         DataError: the data cannot be used.
     """
-    _check_source(data, where)
+    given = [key for key in SOURCES if getattr(data, key) is not None]
+    if given != ["root", "torchvision"] and len(given) != 1:
+        raise ConfigError(f"{where}: give exactly one of {', '.join(SOURCES)}; given: {', '.join(given) or 'none'}.")
     if data.torchvision is not None:
         return from_torchvision(data, where, split)
     if data.root is not None and data.classes == "objectnet":
@@ -68,12 +70,6 @@ def labeled_images(
         classes=data.classes,
         where=where,
     )
-
-
-def _check_source(data: LabeledDataConfig, where: str) -> None:
-    given = [key for key in SOURCES if getattr(data, key) is not None]
-    if given != ["root", "torchvision"] and len(given) != 1:
-        raise ConfigError(f"{where}: give exactly one of {', '.join(SOURCES)}; given: {', '.join(given) or 'none'}.")
 
 
 def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") -> LabeledImages:
