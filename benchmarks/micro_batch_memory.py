@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from train_step import load_model_config, make_captions
 
-from clip_exp.losses import SoftmaxLoss
-from clip_exp.models import build_model
+from clip_exp.losses.softmax import SoftmaxLoss
+from clip_exp.models.build import build_model
 from clip_exp.text.tokenizer import Tokenizer
 
 TARGET_RATIO = 2.5

@@ -29,10 +29,11 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.losses import SoftmaxLoss
-from clip_exp.models import CLIP, build_model
+from clip_exp.losses.softmax import SoftmaxLoss
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
-from clip_exp.weights.open_clip import to_open_clip
+from clip_exp.weights.names import to_open_clip
 
 TARGET_RATIO = {"vit_b32": 1.4, "vit_b16": 1.0, "rn50": 1.0}
 TARGET_LOSS_DIFFERENCE = {"vit_b32": 1e-5, "vit_b16": 1e-5, "rn50": 1e-4}  # batch norm amplifies rounding

@@ -19,9 +19,9 @@ from train_step import load_model_config
 
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.sets.class_names import imagenet_classes, templates
-from clip_exp.models import build_model
+from clip_exp.models.build import build_model
 from clip_exp.text.tokenizer import Tokenizer
-from clip_exp.weights.open_clip import to_open_clip
+from clip_exp.weights.names import to_open_clip
 
 TARGET_RATIO = 7.0
 TARGET_DIFFERENCE = 1e-5

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_exp import open_clip_files
-from clip_exp.checkpoints.discovery import STEP, was_saved
+from clip_exp.checkpoints.folders import STEP, was_saved
 from clip_exp.config.compose import compose
 from clip_exp.config.load import load_evaluate, load_train, nearest
 from clip_exp.config.model_schema import Activation

@@ -1,29 +1,34 @@
-"""Run folders: made exclusively, described by `run.json` and `metrics.csv`, free of secrets."""
+"""Run folders: made exclusively, described by `run.json` and `metrics.csv`, with the run's own copy of its tokenizer, free of secrets."""
 
 import csv
 import errno
 import json
 import logging
 import os
+import platform
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from clip_exp import storage
-from clip_exp.checkpoints.discovery import manifests
-from clip_exp.checkpoints.manifest import changed
-from clip_exp.checkpoints.writer import RUN_COPY
+from clip_exp._version import __version__
+from clip_exp.checkpoints.folders import RUN_COPY, changed, manifests
 from clip_exp.config.load import parse_run_config, read_run_config
+from clip_exp.config.model_schema import ModelConfig, TextTower, TextTowerConfig
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.provenance import provenance
 from clip_exp.secrets import redact
 
 log = logging.getLogger(__name__)
 RECORD, CONFIG, METRICS = "run.json", "config.yaml", "metrics.csv"
+TOKENIZER = "tokenizer"  # the folder of a run's own copy
 LAST_CHECKPOINT = "last_checkpoint_step"  # in `run.json`; older versions did not have it
 TYPES: dict[str, Any] = {  # of what is read again from `run.json`
     "fingerprint": str, "config_sha256": str, "start": str, "status": str, "argv": list, "resumed": list, "pretrained": dict | str,
@@ -31,6 +36,16 @@ TYPES: dict[str, Any] = {  # of what is read again from `run.json`
 }  # fmt: skip
 MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
 COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
+PACKAGES = (  # whose versions are noted
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "deepspeed",
+    "hydra-core",
+    "omegaconf",
+    "open_clip_torch",
+    "Pillow",
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -278,6 +293,45 @@ def _overwrite(path: Path, text: str, problem: BaseException | None) -> bool:
     return True
 
 
+def provenance() -> dict[str, Any]:
+    """Plain values for `run.json`."""
+    return {
+        "clip_exp": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "executable": sys.executable,
+        "git": _git_state(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the checkout that the code runs from; None for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": bool(changed.strip())}
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock ends with the process, however it ends.
@@ -328,6 +382,51 @@ def _warn_of_no_locks(folder: Path, reason: str) -> None:
         "Do not train in it with two processes at once: nothing would stop the second one, and each would overwrite the "
         "other's checkpoints.",
     )
+
+
+def tokenizer_source(text: TextTowerConfig) -> str | None:
+    """Return where a tower's tokenizer comes from: a folder or a name on the hub; None for OpenAI's, which the package carries."""
+    return text.tokenizer or (text.name if text.kind is TextTower.huggingface else None)
+
+
+def check_tokenizer(model: ModelConfig) -> None:
+    """Refuse a model whose tokenizer cannot be had.
+
+    Raises:
+        ConfigError: so it is, or it does not fit the text tower.
+    """
+    if tokenizer_source(model.text) is not None:
+        from clip_exp.text.tokenizer import HuggingFaceTokenizer  # imports torch
+
+        HuggingFaceTokenizer.of(model.text)
+
+
+def save_tokenizer(model: ModelConfig, run_dir: Path) -> None:
+    """Copy the model's tokenizer into a run folder, unless it is there already.
+
+    Raises:
+        ConfigError: it cannot be had.
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    source, folder = tokenizer_source(model.text), run_dir / TOKENIZER
+    if source is None or folder.is_dir():
+        return
+    from clip_exp.text.tokenizer import save_huggingface  # imports torch
+
+    try:
+        with storage.atomic_folder(folder) as temporary:
+            save_huggingface(source, temporary)
+    except Exception as error:
+        problem = storage.system_error(error)
+        if problem is None:
+            raise
+        raise CheckpointError(f"{folder} cannot be written: {problem.strerror or problem}.") from error
+
+
+def with_saved_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:
+    """The configuration of a run's model, with the run's own copy of the tokenizer if it has one."""
+    folder = run_dir / TOKENIZER
+    return replace(model, text=replace(model.text, tokenizer=str(folder))) if folder.is_dir() else model
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

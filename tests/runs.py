@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clip_exp.checkpoints.discovery import latest
+from clip_exp.checkpoints.folders import latest
 from clip_exp.runs import RunRecord, read_metrics
 
 # vit_nano on drawn scenes: small, but every part that a photograph's run has.

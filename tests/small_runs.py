@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clip_exp.checkpoints.writer import atomic_checkpoint
+from clip_exp.checkpoints.folders import atomic_checkpoint
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import to_yaml
 from clip_exp.config.models import named_model
@@ -23,7 +23,7 @@ from clip_exp.config.schema import (
 )
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from tests.checkpoints.test_writer import write_state
+from tests.checkpoints.test_folders import write_state
 
 
 @pytest.fixture(scope="session")

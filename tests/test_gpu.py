@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clip_exp.checkpoints.discovery import checkpoints, step_of
+from clip_exp.checkpoints.folders import checkpoints, step_of
 from clip_exp.config.models import named_model
 from clip_exp.models.build import build_model
 from tests.conftest import REPOSITORY, Run

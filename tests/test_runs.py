@@ -9,14 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from clip_exp import runs
+from clip_exp.config.model_schema import ModelConfig, TextTower, TextTowerConfig
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training import opening
 from clip_exp.training.opening import open_run
-from tests.checkpoints.test_writer import write
+from tests.checkpoints.test_folders import write
 from tests.compose import train_config
+from tests.encoders import write_siglip_tokenizer
+from tests.text.test_tokenizer import TEXTS
 
 
 def choose(config: TrainConfig) -> tuple[Path, bool]:
@@ -235,3 +240,16 @@ def test_a_run_folder_may_be_a_link_and_so_may_its_parents_and_wandbs_own_links_
 def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"gone cannot be locked: .*output_dir"), runs.lock(tmp_path / "gone"):
         pass
+
+
+def test_a_run_keeps_its_tokenizer_when_the_original_is_gone(tmp_path: Path) -> None:
+    folder = write_siglip_tokenizer(tmp_path / "original")
+    text = TextTowerConfig(kind=TextTower.siglip, context_length=16, vocab_size=300, tokenizer=str(folder))
+    model = ModelConfig(name="small", embed_dim=8, text=text)
+    expected = build_tokenizer(text)(TEXTS)
+    run_dir = tmp_path / "run"
+    runs.save_tokenizer(model, run_dir)
+    folder.rename(tmp_path / "elsewhere")
+    moved = run_dir.rename(tmp_path / "moved")
+    assert torch.equal(build_tokenizer(runs.with_saved_tokenizer(model, moved).text)(TEXTS), expected)
+    assert runs.with_saved_tokenizer(model, tmp_path / "another") is model

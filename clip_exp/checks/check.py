@@ -19,7 +19,7 @@ from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import DataError
 from clip_exp.reports.data_page import data_page
 from clip_exp.runs import write_json, write_text
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 
 VERSION = 1  # of report.json
 SETTINGS = ("decode", "max_pictures", "max_leakage", "global_batch_size")

@@ -26,7 +26,7 @@ from clip_exp.config.check_schema import CheckDataConfig
 from clip_exp.data.files import ImageLimits, kind_of
 from clip_exp.data.images import preprocessing_of
 from clip_exp.spreadsheets import TextWriter
-from clip_exp.text.build import Tokenizes
+from clip_exp.text.tokenizer import Tokenizes
 
 UNCUT = 1 << 20  # tokens; more than the longest caption that a table may have
 EXAMPLES_OF_KIND = 10

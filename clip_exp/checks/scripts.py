@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import regex  # type: ignore[import-untyped]
 
-from clip_exp.text.build import Tokenizes
+from clip_exp.text.tokenizer import Tokenizes
 
 # Names of Unicode's property Script (UAX 24). Captions are counted under the one that most of their letters have.
 SCRIPTS = (

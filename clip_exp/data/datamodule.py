@@ -34,7 +34,7 @@ from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.ranks import group
-from clip_exp.text.build import Tokenizes
+from clip_exp.text.tokenizer import Tokenizes
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from clip_exp.data.tables.table import PairTable
 from clip_exp.devices import usable_cores
 from clip_exp.errors import DataError
 from clip_exp.ranks.group import local_world_size
-from clip_exp.text.build import Tokenizes
+from clip_exp.text.tokenizer import Tokenizes
 
 # Samples and batches.
 

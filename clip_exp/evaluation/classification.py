@@ -24,7 +24,7 @@ from clip_exp.evaluation.subject import (
 )
 from clip_exp.reports.names import CERTAIN
 from clip_exp.reports.results import Classified, Result
-from clip_exp.text.build import Tokenizes
+from clip_exp.text.tokenizer import Tokenizes
 
 SCALE = 100.0  # the published factor of the cosines: the upper bound of the logit scale
 CHUNK = 8192  # pictures scored at a time: 33 MB of scores for 1,000 classes

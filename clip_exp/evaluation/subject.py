@@ -25,7 +25,7 @@ from clip_exp.evaluation.features import (
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main
 from clip_exp.reports.results import Result
-from clip_exp.text.build import Tokenizes
+from clip_exp.text.tokenizer import Tokenizes
 
 TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of a picture
 LISTED = 100  # names written into a protocol

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from clip_exp.config.load import nearest
 from clip_exp.data.files import BadImage
 from clip_exp.data.images import MAX_ASPECT, normalize, pil_to_tensor
+from clip_exp.devices import inference
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.sets.imagenet_sets import weights_file
-from clip_exp.precision import inference
 from clip_exp.ranks.group import from_main
 from clip_exp.storage import file_sha256
-from clip_exp.weights.files import read_weights
+from clip_exp.weights.read import read_weights
 
 DEFAULT_WEIGHTS = "IMAGENET1K_V1"  # whose preprocessing a file of unknown origin gets
 INCEPTIONS = ("googlenet", "inception_v3")  # were trained on pixels of -1 to 1, into which they turn theirs

@@ -9,7 +9,7 @@ from torch import Tensor
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.models.clip import CLIP, unit_norm
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 
 # Of a feature of unit norm. The exact gelu and its approximation by tanh differ by 2e-5 in a ViT-B/32, the same
 # functions in another order by 1e-7; onnxruntime fuses and approximates more.

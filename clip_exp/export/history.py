@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_exp.checkpoints.writer import WEIGHTS
+from clip_exp.checkpoints.folders import WEIGHTS
 from clip_exp.config.data_schema import DataConfig
 from clip_exp.config.load import plain
 from clip_exp.config.schema import FineTuneConfig, TrainConfig

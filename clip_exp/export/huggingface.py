@@ -13,7 +13,8 @@ from clip_exp.export.tokenizer_files import write_for_clip, write_own
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import source_of_file
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.huggingface import huggingface_config, to_huggingface
+from clip_exp.weights.configurations import huggingface_config
+from clip_exp.weights.names import to_huggingface
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -14,7 +14,7 @@ from clip_exp.export.compare import Encoders
 from clip_exp.export.formats import published
 from clip_exp.export.tokenizer_files import write_own
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.open_clip import to_open_clip
+from clip_exp.weights.names import to_open_clip
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 HEAD_WIDTH, MLP_RATIO = 64, 4.0  # open_clip's, where its configuration says nothing

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from clip_exp.checkpoints.writer import WEIGHTS
+from clip_exp.checkpoints.folders import WEIGHTS
 from clip_exp.config.load import plain
 from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, TextTower
@@ -16,7 +16,7 @@ from clip_exp.loading.model import load_model
 from clip_exp.loading.source import source_of_file
 from clip_exp.models.clip import CLIP
 from clip_exp.models.huggingface import note_architecture
-from clip_exp.weights.describe import HERE, OUR_METADATA
+from clip_exp.weights.inspect import HERE, OUR_METADATA
 
 
 def write(folder: Path, model: CLIP, config: ModelConfig) -> None:

@@ -8,9 +8,9 @@ from tokenizers.models import BPE
 
 from clip_exp.config.model_rules import uses_openai
 from clip_exp.config.model_schema import TextTowerConfig
+from clip_exp.runs import tokenizer_source
 from clip_exp.text import tokenizer as ours
-from clip_exp.text.huggingface import load, save
-from clip_exp.text.saved import source_of
+from clip_exp.text.tokenizer import load_huggingface, save_huggingface
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # Hugging Face's names for our ids START and END
 # As `clip_exp.text.tokenizer` splits a text; the tokenizers library has its own dialect of patterns.
@@ -20,7 +20,7 @@ WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 def openai_tokenizer() -> Tokenizer:
     """OpenAI's tokenizer for the `tokenizers` library: start, words, end; neither cut nor padded.
 
-    Ids are ours for every text that `clip_exp.text.tokenizer.clean` leaves as it is, but for case and spaces: the
+    Ids are ours for every text that `clip_exp.text.tokenizer.lower` leaves as it is, but for case and spaces: the
     library repairs no broken characters, and reads no HTML entities.
     """
     vocabulary, merges = ours.vocabulary()
@@ -66,7 +66,7 @@ def write_ready(folder: Path, text: TextTowerConfig, trims: bool) -> None:
         tokenizer, pad_id = openai_tokenizer(), 0
     else:
         write_own(folder, text)
-        tokenizer, pad_id = Tokenizer.from_file(str(path)), load(str(folder)).pad_token_id
+        tokenizer, pad_id = Tokenizer.from_file(str(path)), load_huggingface(str(folder)).pad_token_id
     tokenizer.enable_truncation(text.context_length)
     length = None if trims else text.context_length
     tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id), length=length)
@@ -75,9 +75,9 @@ def write_ready(folder: Path, text: TextTowerConfig, trims: bool) -> None:
 
 def write_own(folder: Path, text: TextTowerConfig) -> None:
     """Write the files of a tokenizer from the hub or from a folder, without a trace of where it lay."""
-    source = source_of(text)
+    source = tokenizer_source(text)
     assert source is not None
-    save(source, folder)
+    save_huggingface(source, folder)
     path = folder / "tokenizer_config.json"
     about = json.loads(path.read_text(encoding="utf-8"))
     about.pop("name_or_path", None)

@@ -9,7 +9,7 @@ from clip_exp.config.models import ADAPTER, QUICK_GELU, named_model
 from clip_exp.config.paths import options
 from clip_exp.config.use_schema import ModelsConfig
 from clip_exp.inference.outputs import Report, check_output, write
-from clip_exp.weights.activation import of_entry
+from clip_exp.weights.inspect import activation_of_entry
 
 OVERVIEW = ("model", "open_clip", "image tower", "pixels", "parameters (M)", "tags")
 ONE = ("tag", "activation", "pictures", "mean", "std", "from")
@@ -110,7 +110,7 @@ def _is_another(open_clip_name: str, ours: list[dict[str, Any]]) -> bool:
 def _published(entry: open_clip_files.Entry, model: ModelConfig) -> dict[str, Any]:
     return {
         "tag": entry.tag,
-        "activation": str(of_entry(entry, model) or model.activation or "its own"),
+        "activation": str(activation_of_entry(entry, model) or model.activation or "its own"),
         "mean": entry.mean,
         "std": entry.std,
         "interpolation": str(entry.interpolation),

@@ -14,7 +14,7 @@ from torch import Tensor
 from clip_exp.config.data_schema import OnBadImage
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.config.use_schema import ExportFormat, UseConfig
-from clip_exp.devices import resolve_accelerator
+from clip_exp.devices import exact_float32, resolve_accelerator
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_options, encode_texts, require_finite
@@ -30,8 +30,7 @@ from clip_exp.inference.ranking import Match, best_matches
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
-from clip_exp.precision import exact_float32
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 
 log = logging.getLogger(__name__)
 Pictures = Picture | Iterable[Picture]

@@ -8,8 +8,8 @@ from clip_exp.loading.source import ModelSource
 from clip_exp.loading.wise_ft import interpolate
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.files import read_weights
 from clip_exp.weights.fit import fit_weights
+from clip_exp.weights.read import read_weights
 
 log = logging.getLogger(__name__)
 

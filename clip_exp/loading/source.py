@@ -3,20 +3,17 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_exp.checkpoints import discovery
-from clip_exp.checkpoints.manifest import read_manifest
-from clip_exp.checkpoints.writer import EMA_WEIGHTS, MANIFEST, RUN_COPY, WEIGHTS
+from clip_exp.checkpoints import folders
+from clip_exp.checkpoints.folders import EMA_WEIGHTS, MANIFEST, RUN_COPY, WEIGHTS, read_manifest
 from clip_exp.config.evaluation_schema import ModelChoice
 from clip_exp.config.load import read_run_config
 from clip_exp.config.model_schema import Activation, ModelConfig
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.wise_ft import Mix, mix_of
-from clip_exp.runs import CONFIG, run_config
-from clip_exp.text.saved import with_saved_tokenizer
+from clip_exp.runs import CONFIG, run_config, with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
-from clip_exp.weights.own import note_architecture
-from clip_exp.weights.settle import settle
+from clip_exp.weights.settle import note_architecture, settle
 
 NO_START = "wise_ft needs a run or its checkpoint: other weights do not tell what they started from."
 
@@ -98,7 +95,7 @@ def source_of_run(run_dir: Path, ema: bool = False) -> ModelSource:
             f"run={run_dir}: no such folder. Training prints its run folder: outputs/train/<name>/<time>."
         )
     run = run_config(run_dir)
-    checkpoint = discovery.best(run_dir) if run.monitor else discovery.latest(run_dir)
+    checkpoint = folders.best(run_dir) if run.monitor else folders.latest(run_dir)
     return _of_checkpoint_folder(checkpoint, run, run_dir, ema)
 
 
@@ -106,7 +103,7 @@ def is_own(source: ModelSource) -> bool:
     """Return whether these are the weights that `run=DIR` names now: of the best or last checkpoint, not averaged, not mixed."""
     if source.run is None or source.run_dir is None or source.ema or source.mix is not None:
         return False
-    found = discovery.manifests(source.run_dir)
+    found = folders.manifests(source.run_dir)
     marked = [checkpoint for checkpoint, manifest in found.items() if manifest.best] if source.run.monitor else []
     return source.weights.parent.resolve() in [checkpoint.resolve() for checkpoint in (marked or [*found])[-1:]]
 
@@ -131,7 +128,7 @@ def source_of_checkpoint(path: Path, ema: bool = False) -> ModelSource:
             f"{path} is not in a run folder ({run_dir} has no {CONFIG}), so nothing tells which model it is: "
             f"give model=NAME pretrained={folder / WEIGHTS}."
         )
-    if (folder / MANIFEST).is_file() and (problem := discovery.damage(folder)):
+    if (folder / MANIFEST).is_file() and (problem := folders.damage(folder)):
         raise CheckpointError(f"{folder} is damaged: {problem}. Give an earlier checkpoint of the run.")
     return _of_checkpoint_folder(folder, run_config(run_dir), run_dir, ema or path.name == EMA_WEIGHTS)
 
@@ -196,5 +193,5 @@ def _of_checkpoint_folder(folder: Path, run: TrainConfig, run_dir: Path, ema: bo
     if not weights.is_file():
         fix = "it was trained without callbacks=ema; leave out ema=true" if ema else "give another checkpoint"
         raise CheckpointError(f"{folder} has no {weights.name}: {fix}.")
-    step = discovery.step_of(folder) if discovery.STEP.search(folder.name) else None
+    step = folders.step_of(folder) if folders.STEP.search(folder.name) else None
     return ModelSource(with_saved_tokenizer(run.model, run_dir), weights, run, run_dir, step)

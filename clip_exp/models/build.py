@@ -7,11 +7,8 @@ from torch import nn
 from clip_exp.config.model_rules import check_model
 from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
 from clip_exp.errors import ConfigError
-from clip_exp.models import huggingface, open_clip_towers, resnet, siglip, timm_tower
-from clip_exp.models.arguments import patch_transformer, token_transformer
+from clip_exp.models import huggingface, open_clip_towers, resnet, siglip, text, timm_tower, vit
 from clip_exp.models.clip import CLIP
-from clip_exp.models.text import TextTransformer
-from clip_exp.models.vit import VisionTransformer
 
 
 def build_model(
@@ -46,7 +43,7 @@ def build_model(
 def _image_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
     match config.image.kind:
         case ImageTower.vit:
-            return VisionTransformer(embed_dim=config.embed_dim, **patch_transformer(config))
+            return vit.build_image_tower(config)
         case ImageTower.resnet:
             return resnet.build_image_tower(config)
         case ImageTower.siglip:
@@ -60,7 +57,7 @@ def _image_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
 def _text_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
     match config.text.kind:
         case TextTower.clip:
-            return TextTransformer(**token_transformer(config))
+            return text.build_text_tower(config)
         case TextTower.siglip:
             return siglip.build_text_tower(config)
         case TextTower.huggingface:

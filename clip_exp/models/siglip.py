@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_exp.config.model_schema import ModelConfig
-from clip_exp.models.arguments import patch_transformer, token_transformer
 from clip_exp.models.layers import MLP, AttentionPool, LayerNorm, Transformer
-from clip_exp.models.text import init_text_weights
-from clip_exp.models.vit import PatchDropout, to_patches
+from clip_exp.models.text import init_text_weights, token_transformer
+from clip_exp.models.vit import PatchDropout, patch_transformer, to_patches
 
 NORM_EPS = 1e-6
 

@@ -1,11 +1,28 @@
 """The text tower: a causal transformer pooled at the end-of-text token (Radford et al. 2021, section 2.4)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from clip_exp.models.layers import Block, LayerNorm, Transformer
+from clip_exp.config.model_schema import ModelConfig
+from clip_exp.models.layers import Block, LayerNorm, Transformer, transformer_arguments
+
+
+def build_text_tower(config: ModelConfig) -> nn.Module:
+    """See `TextTransformer`."""
+    return TextTransformer(**token_transformer(config))
+
+
+def token_transformer(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments of a text tower that is a transformer over tokens."""
+    text = config.text
+    return {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "embed_dim": config.embed_dim,
+        **transformer_arguments(config, text),
+    }
 
 
 class TreeLayout(NamedTuple):

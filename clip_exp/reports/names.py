@@ -11,7 +11,7 @@ import re
 from enum import StrEnum
 from pathlib import Path
 
-from clip_exp.checkpoints.writer import EMA_WEIGHTS
+from clip_exp.checkpoints.folders import EMA_WEIGHTS
 from clip_exp.loading.source import ModelSource, is_own
 
 

@@ -21,9 +21,9 @@ from pytorch_lightning.callbacks import EarlyStopping
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from clip_exp.checkpoints.discovery import folder_of, manifests, step_of
+from clip_exp.checkpoints.folders import MANIFEST, folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
-from clip_exp.checkpoints.writer import MANIFEST
+from clip_exp.checkpoints.folders import MANIFEST
 from clip_exp.config.schema import StrategyName, TrainConfig
 from clip_exp.data.loader import explain_worker_failure
 from clip_exp.devices import is_out_of_memory

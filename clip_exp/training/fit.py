@@ -19,29 +19,29 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from clip_exp.checkpoints.discovery import checkpoints, latest, recover, set_aside, step_of
+from clip_exp.checkpoints.folders import checkpoints, latest, recover, set_aside, step_of
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
-from clip_exp.checkpoints.manifest import STEP, damage
+from clip_exp.checkpoints.folders import STEP, damage
 from clip_exp.config.load import read_run_config
 from clip_exp.config.model_rules import own_towers
 from clip_exp.config.schema import LossConfig, StrategyConfig, StrategyName, TrainConfig
 from clip_exp.config.targets import build_extra
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
-from clip_exp.devices import resolve_accelerator
+from clip_exp.devices import benchmarks_convolutions, resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.prepared import Task
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.precision import benchmarks_convolutions, training_precision
+from clip_exp.devices import benchmarks_convolutions, training_precision
 from clip_exp.ranks import group
 from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.group import is_main
 from clip_exp.ranks.signals import StopRequest, note_signals
 from clip_exp.runs import LAST_CHECKPOINT, RunRecord
-from clip_exp.text.build import build_tokenizer
-from clip_exp.text.saved import with_saved_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
+from clip_exp.runs import with_saved_tokenizer
 from clip_exp.training.callbacks import (
     AveragedWeights,
     Checkpointer,

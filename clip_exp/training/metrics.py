@@ -32,7 +32,7 @@ from clip_exp.config.schema import LoggerConfig, TrainConfig, WandbConfig
 from clip_exp.config.targets import build_extra
 from clip_exp.data.loader import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
-from clip_exp.provenance import provenance
+from clip_exp.runs import provenance
 from clip_exp.ranks.group import local_world_size
 from clip_exp.runs import read_metrics
 from clip_exp.secrets import redact

@@ -6,18 +6,23 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from clip_exp.checkpoints.io import EMA_KEY
-from clip_exp.checkpoints.state import name_optimizer_state, number_optimizer_state, random_state, set_random_state
+from clip_exp.checkpoints.io import (
+    EMA_KEY,
+    name_optimizer_state,
+    number_optimizer_state,
+    random_state,
+    set_random_state,
+)
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.images import normalize, preprocessing_of
 from clip_exp.data.loader import Batch, EvalBatch
+from clip_exp.devices import exact_float32
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
 from clip_exp.losses.outputs import CLIPOutput
 from clip_exp.models.clip import CLIP
-from clip_exp.precision import exact_float32
 from clip_exp.ranks.group import gather_objects, share_from_main
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.lora import adapted_part, merge, unmerge
 from clip_exp.training.optim import build_optimizer, build_scheduler, logit_scale_range, named_groups, quiet
 from clip_exp.training.strategies import whole

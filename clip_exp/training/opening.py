@@ -15,7 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clip_exp.checkpoints.discovery import FOLDER, checkpoints, step_of, was_saved
+from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.load import to_yaml
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.fingerprint import changes, image_changes
@@ -28,19 +28,21 @@ from clip_exp.runs import (
     METRICS,
     RECORD,
     RunRecord,
+    check_tokenizer,
     create_run_folder,
     is_free,
     read_config,
     read_record,
     record_problem,
+    save_tokenizer,
     warn,
     write_text,
 )
 from clip_exp.storage import file_sha256
-from clip_exp.text.saved import check_tokenizer, save_tokenizer
+from clip_exp.runs import check_tokenizer, save_tokenizer
 from clip_exp.training.preflight_finetune import rehearse
 from clip_exp.weights.find import find_weights, hash_weights, local_weights
-from clip_exp.weights.own import note_architecture
+from clip_exp.weights.settle import note_architecture
 from clip_exp.weights.settle import as_settled, settle
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.table import Table
 
-from clip_exp.checkpoints.discovery import best, latest
+from clip_exp.checkpoints.folders import best, latest
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import PairsDataModule

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
 
-from clip_exp.checkpoints.discovery import latest, step_of
+from clip_exp.checkpoints.folders import latest, step_of
 from clip_exp.checkpoints.io import MODEL_PREFIX
 from clip_exp.config.schema import TrainConfig
 from clip_exp.errors import CheckpointError
@@ -30,7 +30,7 @@ from clip_exp.reports.evaluation import overlap_warning, show, write_result
 from clip_exp.reports.names import name_in_run
 from clip_exp.reports.results import Result
 from clip_exp.runs import RunRecord
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.callbacks import Progress
 from clip_exp.training.lora import merge
 from clip_exp.training.measures import training_tasks

@@ -7,19 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_exp import open_clip_files
-from clip_exp.checkpoints import discovery
-from clip_exp.checkpoints.writer import MANIFEST, WEIGHTS
+from clip_exp.checkpoints import folders
+from clip_exp.checkpoints.folders import MANIFEST, WEIGHTS
 from clip_exp.config.load import nearest
 from clip_exp.config.model_schema import Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.models import known_models
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.runs import CONFIG, run_config
 from clip_exp.storage import file_sha256
-from clip_exp.weights import activation
-from clip_exp.weights.describe import About, describe
 from clip_exp.weights.download import fetch, kept_at
-from clip_exp.weights.formats import format_of, weight_files
 from clip_exp.weights.hub import HUB, fetch_repository, is_hub_name
+from clip_exp.weights.inspect import (
+    About,
+    activation_contradiction,
+    activation_of_entry,
+    describe,
+    format_of,
+    weight_files,
+)
 
 log = logging.getLogger(__name__)
 FILE_ENDINGS = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
@@ -89,7 +94,7 @@ def check_pretrained(pretrained: str, model: ModelConfig | None, look_up: LookUp
     listed = look_up(model.open_clip_name, pretrained) if model is not None else None
     if model is None or listed is None:
         return [_problem(pretrained, model)]
-    problem = activation.contradiction(model, activation.of_entry(listed, model), _told(listed))
+    problem = activation_contradiction(model, activation_of_entry(listed, model), _told(listed))
     return [problem] if problem else []
 
 
@@ -128,9 +133,9 @@ def _in_folder(folder: Path) -> Path:
     """
     if (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
         run = run_config(folder)
-        return (discovery.best(folder) if run.monitor else discovery.latest(folder)) / WEIGHTS
+        return (folders.best(folder) if run.monitor else folders.latest(folder)) / WEIGHTS
     if (folder / MANIFEST).is_file() and (folder / WEIGHTS).is_file():
-        if problem := discovery.damage(folder):
+        if problem := folders.damage(folder):
             raise CheckpointError(f"{folder} is damaged: {problem}. Give an earlier checkpoint of the run.")
         return folder / WEIGHTS
     weight_files(folder)  # says what is missing
@@ -142,7 +147,7 @@ def _published(listed: open_clip_files.Entry, model: ModelConfig) -> Found:
     path = _fetch(listed)
     about = replace(
         describe(path),
-        activation=activation.of_entry(listed, model),
+        activation=activation_of_entry(listed, model),
         mean=listed.mean,
         std=listed.std,
         interpolation=Interpolation(listed.interpolation),

@@ -1,19 +1,31 @@
 """From weights to a model that has them: all of them or none, with a readable list of what does not fit."""
 
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model_schema import ImageTower, ModelConfig
+from clip_exp.config.models import known_models
 from clip_exp.errors import CheckpointError
-from clip_exp.weights.differences import grouped, known_model, merged, numbers_of
-from clip_exp.weights.files import listing, read_weights
-from clip_exp.weights.positions import TEXT, fit_positions
+from clip_exp.weights.read import listing, read_weights
 
 BIAS = "logit_bias"
 # Narrower ones go with a scale that is elsewhere.
-NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+POSITIONS = ("positional_embedding", "pos_embed")  # ours and open_clip's, and timm's
+TEXT_POSITIONS = "text.positional_embedding"
+BLOCK_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
+INPUT_SIZES = {"image.image_size", "text.context_length"}  # a model may have been made for several
+IMAGE_POSITIONS = ("image.positional_embedding", "image.pool.positional_embedding")  # a ResNet has them in its pooling
+RESNET_STRIDE = 32  # pixels a side of what one position of a ResNet's last feature map stands for
 
 
 def load_weights(model: nn.Module, path: str | Path, config: ModelConfig | None = None) -> list[str]:
@@ -34,7 +46,7 @@ def load_weights(model: nn.Module, path: str | Path, config: ModelConfig | None 
 def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
     """Copy weights into `model`, all of them or none, in the model's dtype.
 
-    Positional embeddings of another number of positions are made to fit, see `positions`. The bias of the sigmoid loss goes with
+    Positional embeddings of another number of positions are made to fit, see `fit_positions`. The bias of the sigmoid loss goes with
     the loss: a model that is trained with another loss than the weights were keeps its own bias, or has none.
 
     Args:
@@ -74,12 +86,78 @@ def _fit_bias(
     return state, notes
 
 
+def fit_positions(
+    state: dict[str, Tensor], own: dict[str, Tensor], causal_text: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The state with positional embeddings of the model's shapes, wherever only the number of positions differs.
+
+    Args:
+        state: of the file, under our names.
+        own: the model's state dict.
+        causal_text: a token of the text tower sees only what stands before it, and the text is pooled at its end. Then
+            fewer positions are exact, for texts that fit in. More are never made up: they would need training.
+
+    Returns:
+        A new dictionary, and a sentence about each change.
+    """
+    fitted, notes = dict(state), []
+    for name in sorted(own.keys() & state.keys()):
+        old, new = state[name], own[name]
+        if (
+            not name.endswith(POSITIONS)
+            or old.shape == new.shape
+            or old.ndim != new.ndim
+            or old.shape[-1] != new.shape[-1]
+            or not old.is_floating_point()
+        ):
+            continue
+        before, after = old.shape[-2], new.shape[-2]
+        if name == TEXT_POSITIONS:
+            if causal_text and after < before:
+                fitted[name] = old[:after]
+                notes.append(
+                    f"{name}: the first {after} of the file's {before} positions, for texts of at most {after} tokens."
+                )
+        elif name.startswith("image.") and (resized := resize_grid(old, after)) is not None:
+            fitted[name] = resized
+            sides = [f"{side}x{side}" for side in (math.isqrt(before), math.isqrt(after))]
+            notes.append(
+                f"{name}: the file's grid of {sides[0]} patches is interpolated to {sides[1]} (bicubic), as the image size differs."
+            )
+    return fitted, notes
+
+
+def resize_grid(positions_ND: Tensor, count: int) -> Tensor | None:
+    """Positions of a square grid of patches, interpolated to another one as open_clip and timm do (bicubic, antialiased).
+
+    Args:
+        positions_ND: [N, D] or [1, N, D], row by row; N is a square, or one more with a class token first, which is kept.
+        count: of positions wanted, with the same kind of first token.
+
+    Returns:
+        float32 [count, D] or [1, count, D]; None where N and `count` are not both such numbers.
+    """
+    extra = positions_ND.shape[-2] - math.isqrt(positions_ND.shape[-2]) ** 2
+    side = math.isqrt(max(count - extra, 0))
+    if extra > 1 or side == 0 or side**2 + extra != count:
+        return None
+    first_ED, grid_ND = positions_ND.float().flatten(0, -2).split([extra, positions_ND.shape[-2] - extra])
+    before = math.isqrt(len(grid_ND))
+    grid_1DHW = grid_ND.T.unflatten(1, (before, before)).unsqueeze(0)
+    grid_1DHW = F.interpolate(grid_1DHW, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    resized_ND = torch.cat([first_ED, grid_1DHW[0].flatten(1).T])
+    return resized_ND.reshape(*positions_ND.shape[:-2], count, -1)
+
+
+# What does not fit, in few words.
+
+
 def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     shapes, kinds = [], []
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:
             shapes.append((f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}", 1))
-        elif own[name].is_floating_point() and state[name].dtype not in NUMBERS:
+        elif own[name].is_floating_point() and state[name].dtype not in DTYPES:
             kinds.append((f"{name} {state[name].dtype} instead of {own[name].dtype}", 1))
     told = {
         "missing in the file": grouped(own.keys() - state.keys(), own.keys()),
@@ -103,7 +181,108 @@ def _hints(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
         hints.append(f"  model={known}, as it comes, has these shapes: choose it.")
     if only_context:
         hints.append(
-            f"  {TEXT}: no position was trained beyond the file's {theirs['text.context_length']}, and a text tower that is "
+            f"  {TEXT_POSITIONS}: no position was trained beyond the file's {theirs['text.context_length']}, and a text tower that is "
             f"not causal needs all of them: set model.text.context_length={theirs['text.context_length']}."
         )
     return hints or ["  choose the `model` that the weights were trained as."]
+
+
+def grouped(names: Collection[str], among: Collection[str]) -> list[str]:
+    """Names in few words: whole branches as `branch.*`, and what repeats in every block once.
+
+    Args:
+        names: what to tell.
+        among: all names of the file or model that they are of, which decides what a whole branch is.
+    """
+    meant, there = (Counter(branch for name in some for branch in _branches(name)) for some in (names, among))
+    labels = Counter(
+        next((f"{branch}.*" for branch in _branches(name) if 1 < meant[branch] == there[branch]), name)
+        for name in names
+    )
+    return [_with_count(label, count) for label, count in merged(labels.items())]
+
+
+def merged(labels: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """Labels that differ in the number of a block as one, with the sum of their counts."""
+    alike: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for label, count in sorted(labels):
+        alike[BLOCK_NUMBER.sub("*", label)].append((label, count))
+    for pattern, members in alike.items():
+        yield _common(pattern, [label for label, _ in members]), sum(count for _, count in members)
+
+
+def _branches(name: str) -> Iterator[str]:
+    """The beginnings of a dotted name, shortest first."""
+    parts = name.split(".")
+    return (".".join(parts[:length]) for length in range(1, len(parts)))
+
+
+def _common(pattern: str, labels: list[str]) -> str:
+    if len(labels) == 1:
+        return labels[0]
+    numbers = sorted(int(found[0]) for label in labels if len(found := BLOCK_NUMBER.findall(label)) == 1)
+    if numbers != list(range(numbers[0], numbers[-1] + 1) if numbers else []) or len(numbers) != len(labels):
+        return pattern
+    return BLOCK_NUMBER.sub(f"{numbers[0]}-{numbers[-1]}", labels[0])
+
+
+def _with_count(label: str, count: int) -> str:
+    return f"{label} ({count} weights)" if count > 1 else label
+
+
+def numbers_of(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What the shapes of a model with towers of ours tell about it, by the keys of `ModelConfig`; less for other towers.
+
+    Nothing where they cannot be a model's.
+    """
+    try:
+        return _numbers_of_both(state) | _numbers_of_image(state)
+    except (IndexError, ValueError, ZeroDivisionError):
+        return {}
+
+
+def _numbers_of_both(state: dict[str, Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for tower in ("image", "text"):
+        blocks = {
+            number[0] for name in state if (number := re.search(rf"^{tower}\.transformer\.blocks\.(\d+)\.", name))
+        }
+        if blocks:
+            found[f"{tower}.layers"] = len(blocks)
+    if (text := state.get("text.token_embedding.weight")) is not None:
+        found["text.vocab_size"], found["text.width"] = text.shape
+    if (positions := state.get("text.positional_embedding")) is not None:
+        found["text.context_length"] = positions.shape[-2]
+    if (projection := state.get("text.projection.weight")) is not None:
+        found["embed_dim"] = projection.shape[0]
+    return found
+
+
+def _numbers_of_image(state: dict[str, Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    positions = next((state[name] for name in IMAGE_POSITIONS if name in state), None)
+    if (stem := state.get("image.stem.conv1.weight")) is not None:
+        blocks = {(int(i), j) for name in state for i, j in re.findall(r"^image\.stages\.(\d+)\.(\d+)\.", name)}
+        count = Counter(stage for stage, _ in blocks)
+        found = {"image.kind": ImageTower.resnet, "image.width": 2 * stem.shape[0]}
+        found["image.stages"] = [count[stage] for stage in sorted(count)]
+        cell = RESNET_STRIDE
+    elif (patches := state.get("image.patch_embedding.weight")) is not None:
+        cell = math.isqrt(patches[0].numel() // 3)
+        kind = ImageTower.siglip if "image.pool.latent" in state else ImageTower.vit
+        found = {"image.kind": kind, "image.width": patches.shape[0], "image.patch_size": cell}
+    if found and positions is not None:
+        found["image.image_size"] = math.isqrt(positions.shape[-2]) * cell
+    return found
+
+
+def known_model(numbers: dict[str, Any]) -> str | None:
+    """The model of `conf/model/` with these numbers, or with all but the sizes of its inputs."""
+    if not {"image.kind", "text.width"} <= numbers.keys():
+        return None
+    fits: dict[int, str] = {}
+    for config in known_models():
+        wrong = {key for key, value in numbers.items() if attrgetter(key)(config) != value}
+        if wrong <= INPUT_SIZES:
+            fits.setdefault(len(wrong), config.name)
+    return fits[min(fits)] if fits else None

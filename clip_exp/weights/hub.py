@@ -16,7 +16,7 @@ import requests
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.storage import file_sha256
 from clip_exp.weights.download import fetch, offline
-from clip_exp.weights.formats import IN_FOLDER, INDEX, part_names, weight_files
+from clip_exp.weights.inspect import IN_FOLDER, INDEX, part_names, weight_files
 from clip_exp.weights.transfer import PASSING
 
 log = logging.getLogger(__name__)

@@ -1,18 +1,22 @@
-"""What weights decide about their model: the nonlinearity that they were trained with, and what happened to the pictures before."""
+"""What a model's configuration leaves open, filled in before training begins.
+
+Weights decide the nonlinearity that they were trained with, and what happened to the pictures before. timm and Hugging Face decide
+what their towers are, which is written out: a run folder is then opened without asking them.
+"""
 
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 
-from clip_exp.config.model_rules import has_own_mlp, uses_activation
-from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig
+from clip_exp.config.model_rules import backbone_of, has_encoder, has_own_mlp, uses_activation
+from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, Interpolation, ModelConfig
 from clip_exp.config.models import known_models
 from clip_exp.errors import ConfigError
-from clip_exp.weights.activation import contradiction
-from clip_exp.weights.describe import About
 from clip_exp.weights.find import Found
+from clip_exp.weights.inspect import About, activation_contradiction
 
+QUICK = "_clip_quickgelu_"  # in timm's names of backbones that compute what OpenAI's and its descendants' weights need
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # The sizes of the inputs are left out: positions are made to fit.
 ARCHITECTURE = (
@@ -60,7 +64,7 @@ def as_settled(model: ModelConfig, earlier: ModelConfig) -> ModelConfig:
 
 
 def _contradictions(model: ModelConfig, found: Found) -> Iterator[str]:
-    if problem := contradiction(model, _activation_of(model, found), found.told):
+    if problem := activation_contradiction(model, _activation_of(model, found), found.told):
         yield problem
     theirs = found.about.model
     if theirs is None or not (differing := list(_differing(model, theirs))):
@@ -99,3 +103,50 @@ def _filled(image: ImageTowerConfig, about: About) -> ImageTowerConfig:
 
 def _tell(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
+
+
+def note_architecture(model: ModelConfig, pretrained: str | None = None) -> ModelConfig:
+    """A configuration that says by itself what its towers of other libraries are.
+
+    `text.architecture` is that of the Hugging Face encoder; mean, standard deviation and interpolation of pictures are those
+    of a timm backbone's own weights where these are used. Imports transformers or timm only where they are asked.
+
+    Args:
+        pretrained: weights of the whole model, in whose place the backbone's own are not used.
+
+    Raises:
+        ConfigError: the encoder's configuration cannot be had, or there is no such backbone.
+    """
+    text, image = model.text, model.image
+    if has_encoder(model) and not text.architecture:
+        from clip_exp.models.huggingface import note_architecture as architecture_of  # imports torch
+
+        text = replace(text, architecture=architecture_of(text))
+    if image.kind is ImageTower.timm:
+        from clip_exp.models.timm_tower import known_backbone  # imports torch
+
+        known_backbone(image.name)
+    if pretrained is None and image.pretrained and (backbone := backbone_of(model)):
+        image = _as_trained(image, backbone)
+    return replace(model, image=image, text=text)
+
+
+def _as_trained(image: ImageTowerConfig, backbone: str) -> ImageTowerConfig:
+    """With timm's preprocessing of the backbone where the configuration has none of its own."""
+    import timm
+
+    trained = timm.get_pretrained_cfg(backbone)
+    twin = backbone.replace("_clip_", QUICK)
+    if QUICK not in backbone and any("quickgelu" in note for note in trained.notes or ()) and timm.is_model(twin):
+        print(
+            f"{backbone} computes gelu, but its weights were trained with quick_gelu: model.image.name={twin} computes that.",
+            file=sys.stderr,
+            flush=True,
+        )
+    interpolation = trained.interpolation if trained.interpolation in list(Interpolation) else Interpolation.bicubic
+    return replace(
+        image,
+        mean=image.mean or list(trained.mean),
+        std=image.std or list(trained.std),
+        interpolation=image.interpolation or Interpolation(interpolation),
+    )

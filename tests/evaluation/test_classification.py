@@ -18,7 +18,7 @@ from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.reports.names import of_classification
 from clip_exp.text.tokenizer import Tokenizer
-from clip_exp.weights.open_clip import from_open_clip
+from clip_exp.weights.names import from_open_clip
 
 NAMES = [name for _, name in imagenet_classes()[655:660]]
 

@@ -36,7 +36,7 @@ from clip_exp.evaluation.features import (
 from clip_exp.evaluation.subject import Subject
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.text.tokenizer import Tokenizer
 from tests.compose import train_config
 from tests.fake_cuda import fake_model, fake_tensors

@@ -15,7 +15,7 @@ from clip_exp.config.model_schema import ImageTower, ModelConfig
 from clip_exp.export import huggingface as huggingface_format
 from clip_exp.export import onnx as onnx_format
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.huggingface import from_huggingface
+from clip_exp.weights.names import from_huggingface
 from tests.encoders import write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
 from tests.export.small import build

@@ -13,7 +13,7 @@ from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, Re
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
 from tests.small_runs import write_picture
 

@@ -19,7 +19,7 @@ from clip_exp.config.use_schema import ExportFormat
 from clip_exp.export import formats
 from clip_exp.export.write import write_export
 from clip_exp.models.clip import CLIP
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_encoder, write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit

@@ -19,7 +19,7 @@ from clip_exp.config.models import named_model
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.export.open_clip import model_cfg
 from clip_exp.models.clip import CLIP
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 import clip_exp
 from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, Pooler, TextTower
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_encoder
 from tests.export.small import TEXTS, build, resnet, siglip, vit
 from tests.small_runs import write_picture

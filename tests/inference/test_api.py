@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import clip_exp
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.open_clip import to_open_clip
+from clip_exp.weights.names import to_open_clip
 from tests.runs import TINY, Finished, Train
 from tests.small_runs import write_picture
 

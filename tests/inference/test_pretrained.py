@@ -24,7 +24,7 @@ from clip_exp.inference.index import read_recipe
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.weights.find import hash_weights
 from tests.export.small import build, siglip
 from tests.small_runs import write_picture

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from clip_exp.config.data_schema import PairLabel
 from clip_exp.config.schema import LossConfig, LossName
-from clip_exp.losses import build_loss, sigmoid_loss, softmax_loss
+from clip_exp.losses.build import build_loss
+from clip_exp.losses.sigmoid import sigmoid_loss
+from clip_exp.losses.softmax import softmax_loss
 from clip_exp.losses.matches import ALL, Matches
 from clip_exp.losses.outputs import CLIPOutput
 from tests.losses.largest import LargestTensor

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from clip_exp.config.model_schema import Activation, ImageTowerConfig, ModelConfig, TextTowerConfig
-from clip_exp.models import CLIP
-from clip_exp.weights.open_clip import to_open_clip
+from clip_exp.models.clip import CLIP
+from clip_exp.weights.names import to_open_clip
 
 CONTEXT_LENGTH, VOCAB_SIZE = 77, 500
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models import CLIP, build_model
-from clip_exp.weights.open_clip import to_open_clip
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
+from clip_exp.weights.names import to_open_clip
 from tests.models.twins import FOLDER, inputs, load_config, names, names_with_twin, shallow_timm, twin_of
 
 # Their configurations in open_clip, each of which has a file here.

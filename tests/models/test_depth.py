@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from clip_exp.config.model_schema import ImageTower, Pooler, Projection, TextTower
 from clip_exp.config.schema import TowerTuningConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models import build_model
+from clip_exp.models.build import build_model
 from clip_exp.models.depth import depths, projection_names
 from clip_exp.models.huggingface import HuggingFaceText, build_encoder
 from clip_exp.models.timm_tower import TimmTower

@@ -11,10 +11,10 @@ from clip_exp.config.load import plain
 from clip_exp.config.model_rules import own_towers
 from clip_exp.config.model_schema import ImageTowerConfig, ModelConfig, Pooler, Projection, TextTower, TextTowerConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models import build_model
+from clip_exp.models.build import build_model
 from clip_exp.models.huggingface import HuggingFaceText, build_text_tower, note_architecture
-from clip_exp.text.build import build_tokenizer
-from clip_exp.weights.own import note_architecture as noted
+from clip_exp.text.tokenizer import build_tokenizer
+from clip_exp.weights.settle import note_architecture as noted
 from tests.encoders import CAPTIONS, SMALL, small_encoder, write_encoder
 
 POOLERS = {Pooler.mean: "mean_pooler", Pooler.cls: "cls_last_hidden_state_pooler", Pooler.own: "cls_pooler"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clip_exp.models.clip import encode
 from clip_exp.models.layers import AttentionPool
 from clip_exp.models.resnet import ModifiedResNet
-from clip_exp.weights.open_clip import from_open_clip
+from clip_exp.weights.names import from_open_clip
 from tests.models.twins import randomize
 
 SIZE, STAGES, WIDTH, HEADS, EMBED_DIM = 64, [2, 1, 1, 1], 16, 8, 40

@@ -17,9 +17,9 @@ from clip_exp.config.model_schema import (
 )
 from clip_exp.data.images import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
-from clip_exp.models import build_model
+from clip_exp.models.build import build_model
 from clip_exp.models.timm_tower import TimmTower, build_image_tower
-from clip_exp.weights.own import note_architecture
+from clip_exp.weights.settle import note_architecture
 
 BACKBONES = ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
 

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from clip_exp.config.model_schema import ImageTower, ModelConfig
-from clip_exp.models import CLIP, build_model
-from clip_exp.weights.open_clip import from_open_clip
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
+from clip_exp.weights.names import from_open_clip
 
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
 OURS = (ImageTower.vit, ImageTower.resnet, ImageTower.siglip)

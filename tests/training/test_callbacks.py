@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from clip_exp.checkpoints.discovery import checkpoints, folder_of, manifests
+from clip_exp.checkpoints.folders import checkpoints, folder_of, manifests
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.errors import CheckpointError
 from clip_exp.ranks.signals import StopRequest

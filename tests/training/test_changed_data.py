@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.checkpoints.writer import STATE
+from clip_exp.checkpoints.folders import STATE
 from clip_exp.storage import file_sha256
 from tests.conftest import Run
 from tests.data.conftest import noise, write_table

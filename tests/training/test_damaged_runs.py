@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clip_exp import runs
-from clip_exp.checkpoints.discovery import folder_of
+from clip_exp.checkpoints.folders import folder_of
 from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.config.load import read_run_config
 from clip_exp.config.schema import TrainConfig

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from clip_exp.checkpoints.discovery import latest
+from clip_exp.checkpoints.folders import latest
 from clip_exp.config.compose import compose
 from clip_exp.config.load import OPTIMIZERS, load_train
 from clip_exp.config.schema import CustomOptimizerConfig, TrainConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import clip_exp
-from clip_exp.checkpoints.discovery import latest
+from clip_exp.checkpoints.folders import latest
 from tests.encoders import write_encoder
 from tests.exhaustive import repeat_beyond
 from tests.runs import Finished, Train

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.checkpoints.discovery import checkpoints, damage
+from clip_exp.checkpoints.folders import checkpoints, damage
 from tests.conftest import Run
 from tests.runs import TINY, Finished, Train, run_folders
 

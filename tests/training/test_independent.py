@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clip_exp.checkpoints.discovery import latest
+from clip_exp.checkpoints.folders import latest
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
 from clip_exp.data.loader import Batch
 from clip_exp.models.build import build_model
-from clip_exp.text.build import build_tokenizer
+from clip_exp.text.tokenizer import build_tokenizer
 from tests.compose import train_config
 from tests.conftest import Run
 from tests.exhaustive import repeat_beyond

@@ -10,10 +10,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from clip_exp.checkpoints.discovery import latest
+from clip_exp.checkpoints.folders import latest
 from clip_exp.config.schema import FineTuneConfig, LoRAConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models import CLIP, build_model
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
 from clip_exp.training.lora import adapt, adapted_part, merge, unmerge
 from clip_exp.training.optim import prepare
 from clip_exp.training.preflight_finetune import rehearse

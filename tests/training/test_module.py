@@ -8,7 +8,7 @@ import torch
 from clip_exp.config.schema import TrainConfig
 from clip_exp.data.loader import Batch, EvalBatch
 from clip_exp.evaluation.validation import ValidationFeatures
-from clip_exp.losses import build_loss
+from clip_exp.losses.build import build_loss
 from clip_exp.training import module as training_module
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.optim import build_optimizer

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from clip_exp.checkpoints.discovery import latest
+from clip_exp.checkpoints.folders import latest
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
 from clip_exp.config.schema import AdamConfig, FineTuneConfig, TowerTuningConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models import CLIP, build_model
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
 from clip_exp.models.clip import encode
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups, prepare

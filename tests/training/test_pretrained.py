@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip_exp
-from clip_exp.checkpoints.discovery import checkpoints
+from clip_exp.checkpoints.folders import checkpoints
 from clip_exp.config.load import plain, read_run_config
 from clip_exp.config.model_schema import Activation
 from clip_exp.config.models import named_model
@@ -23,7 +23,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.runs import RunRecord
 from clip_exp.training.opening import Opening, open_run
-from tests.checkpoints.test_writer import write
+from tests.checkpoints.test_folders import write
 from tests.compose import train_config
 from tests.conftest import REPOSITORY
 from tests.runs import TINY, Finished, Train, run_folders, unfinish

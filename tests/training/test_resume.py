@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_exp.checkpoints.discovery import checkpoints
+from clip_exp.checkpoints.folders import checkpoints
 from clip_exp.runs import RunRecord
 from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from clip_exp.checkpoints.discovery import manifests
+from clip_exp.checkpoints.folders import manifests
 from clip_exp.config.data_schema import GenerateConfig, Generator
 from clip_exp.config.evaluation_schema import EvaluateConfig
 from clip_exp.config.load import read_run_config

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from clip_exp.checkpoints.discovery import best, checkpoints, latest, step_of
+from clip_exp.checkpoints.folders import best, checkpoints, latest, step_of
 from clip_exp.data.files import kind_of
 from clip_exp.training.opening import flatten
 from tests.conftest import REPOSITORY, Run

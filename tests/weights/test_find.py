@@ -18,7 +18,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models.clip import CLIP
 from clip_exp.open_clip_files import Entry
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
-from clip_exp.weights.open_clip import to_open_clip
+from clip_exp.weights.names import to_open_clip
 from clip_exp.weights.settle import settle
 from tests.small_runs import write_checkpoint, write_run
 from tests.weights.server import Served, serving

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower
 from clip_exp.config.models import named_model
 from clip_exp.errors import CheckpointError
-from clip_exp.models import CLIP, build_model
-from clip_exp.weights.differences import grouped
-from clip_exp.weights.fit import fit_weights, load_weights
-from clip_exp.weights.open_clip import to_open_clip
-from clip_exp.weights.positions import resize_grid
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
+from clip_exp.weights.fit import fit_weights, grouped, load_weights, resize_grid
+from clip_exp.weights.names import to_open_clip
 from tests.models.small import CONTEXT_LENGTH, batch, open_clip_twin, small_config, trim
 from tests.weights.published import our_config
 

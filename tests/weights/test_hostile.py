@@ -23,9 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 from clip_exp.errors import CheckpointError
-from clip_exp.weights.describe import MAX_TEXT, describe
-from clip_exp.weights.files import read_weights
-from clip_exp.weights.formats import MAX_JSON
+from clip_exp.weights.inspect import MAX_JSON, MAX_TEXT, describe
+from clip_exp.weights.read import read_weights
 from tests.weights.published import Storage, Stored, pickled, write_archive
 
 CANARY = Path("canary")  # in the test's own folder

@@ -12,10 +12,12 @@ from torch import nn
 from clip_exp.config.model_schema import Activation, ModelConfig, TextTower
 from clip_exp.config.models import named_model
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.models import CLIP, build_model
-from clip_exp.weights.describe import describe
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
+from clip_exp.weights.configurations import huggingface_config, model_config_of
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.huggingface import from_huggingface, huggingface_config, model_config_of, to_huggingface
+from clip_exp.weights.inspect import describe
+from clip_exp.weights.names import from_huggingface, to_huggingface
 from tests.exhaustive import repeat_beyond
 
 with warnings.catch_warnings():

@@ -14,8 +14,9 @@ from clip_exp.config.model_schema import (
     TextTowerConfig,
 )
 from clip_exp.export import open_clip as open_clip_format
-from clip_exp.models import CLIP, build_model
-from clip_exp.weights.open_clip import from_open_clip, to_open_clip
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
+from clip_exp.weights.names import from_open_clip, to_open_clip
 from tests.encoders import write_encoder, write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
 from tests.models.small import open_clip_twin, small_config

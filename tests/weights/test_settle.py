@@ -6,13 +6,20 @@ from pathlib import Path
 import pytest
 
 from clip_exp import open_clip_files
-from clip_exp.config.model_schema import Activation, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.model_schema import (
+    Activation,
+    ImageTower,
+    ImageTowerConfig,
+    Interpolation,
+    ModelConfig,
+    ResizeMode,
+    TextTowerConfig,
+)
 from clip_exp.config.models import named_model
 from clip_exp.errors import ConfigError
-from clip_exp.weights.activation import of_entry
-from clip_exp.weights.describe import About
 from clip_exp.weights.find import Found
-from clip_exp.weights.settle import as_settled, settle
+from clip_exp.weights.inspect import About, activation_of_entry
+from clip_exp.weights.settle import as_settled, note_architecture, settle
 
 
 def found(**about) -> Found:
@@ -102,11 +109,16 @@ def test_a_mark_of_the_registry_is_quick_gelu_and_none_is_gelu_but_for_other_arc
     marked, plain = (open_clip_files.entry("ViT-B-32", tag) for tag in ("openai", "laion2b_s34b_b79k"))
     assert marked is not None
     assert plain is not None
-    assert (of_entry(marked, MODEL), of_entry(plain, MODEL)) == (Activation.quick_gelu, Activation.gelu)
-    assert of_entry(plain, replace(MODEL, activation=Activation.gelu_tanh)) is None
+    assert (activation_of_entry(marked, MODEL), activation_of_entry(plain, MODEL)) == (
+        Activation.quick_gelu,
+        Activation.gelu,
+    )
+    assert activation_of_entry(plain, replace(MODEL, activation=Activation.gelu_tanh)) is None
     other = named_model("coca_ViT-B-32")
-    assert (of_entry(marked, other), of_entry(plain, other)) == (Activation.quick_gelu, None)
-    assert of_entry(plain, replace(other, activation=Activation.quick_gelu)) is Activation.gelu, "which contradicts it"
+    assert (activation_of_entry(marked, other), activation_of_entry(plain, other)) == (Activation.quick_gelu, None)
+    assert activation_of_entry(plain, replace(other, activation=Activation.quick_gelu)) is Activation.gelu, (
+        "which contradicts it"
+    )
 
 
 def test_a_run_that_goes_on_takes_up_what_was_settled_and_keeps_what_is_set() -> None:
@@ -114,3 +126,28 @@ def test_a_run_that_goes_on_takes_up_what_was_settled_and_keeps_what_is_set() ->
     assert as_settled(MODEL, earlier) == earlier
     own = replace(MODEL, activation=Activation.gelu)
     assert as_settled(own, earlier).activation is Activation.gelu
+
+
+def with_backbone(name: str, pretrained: bool = True) -> ModelConfig:
+    image = ImageTowerConfig(kind=ImageTower.timm, name=name, image_size=224, pretrained=pretrained)
+    return ModelConfig(name="timm", embed_dim=64, image=image, text=TextTowerConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "twin"),
+    [
+        ("vit_base_patch32_clip_224.openai", True, "vit_base_patch32_clip_quickgelu_224.openai"),
+        ("vit_base_patch16_clip_224.metaclip_400m", True, "vit_base_patch16_clip_quickgelu_224.metaclip_400m"),
+        ("vit_base_patch32_clip_224.openai", False, None),
+        ("vit_base_patch32_clip_quickgelu_224.openai", True, None),
+        ("vit_base_patch32_clip_224.laion2b", True, None),
+        ("vit_tiny_patch16_224", True, None),
+    ],
+)
+def test_a_backbone_of_another_activation_than_its_weights_is_told(
+    name: str, pretrained: bool, twin: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note_architecture(with_backbone(name, pretrained))
+    said = capsys.readouterr().err
+    assert said.count(f"model.image.name={twin} computes that.") == (twin is not None)
+    assert bool(said) == (twin is not None)

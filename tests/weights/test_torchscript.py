@@ -15,7 +15,7 @@ from torch import nn
 
 from clip_exp.config.model_schema import ImageTower
 from clip_exp.errors import CheckpointError
-from clip_exp.models import build_model
+from clip_exp.models.build import build_model
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.torchscript import read_torchscript
 from tests.weights.published import (

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from clip_exp.config.model_schema import ImageTower
 from clip_exp.errors import CheckpointError
-from clip_exp.models import CLIP, build_model
-from clip_exp.weights.files import read_weights
+from clip_exp.models.build import build_model
+from clip_exp.models.clip import CLIP
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.open_clip import to_open_clip
+from clip_exp.weights.names import to_open_clip
+from clip_exp.weights.read import read_weights
 from tests.models.small import small_config
 from tests.weights.published import inputs, logits, openai_model, our_config, write_openai_archive
 

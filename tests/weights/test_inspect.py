@@ -16,11 +16,11 @@ from clip_exp.config.load import plain
 from clip_exp.config.model_schema import Activation, Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.models import known_models, named_model
 from clip_exp.errors import CheckpointError
-from clip_exp.models import build_model
-from clip_exp.weights.describe import About, describe
+from clip_exp.models.build import build_model
+from clip_exp.weights.configurations import model_of_description
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.open_clip import to_open_clip
-from clip_exp.weights.open_clip_config import model_of_description
+from clip_exp.weights.inspect import About, describe
+from clip_exp.weights.names import to_open_clip
 from tests.models.small import small_config
 from tests.small_runs import write_checkpoint, write_run
 from tests.weights.published import inputs, logits, openai_model, our_config, write_openai_archive
@@ -270,7 +270,7 @@ def test_describing_imports_no_torch(tmp_path: Path) -> None:
     weights(tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", {"model_type": "clip"})
     program = (
-        "import sys; from clip_exp.weights.describe import describe; describe('a.pt'); describe('model.safetensors'); "
+        "import sys; from clip_exp.weights.inspect import describe; describe('a.pt'); describe('model.safetensors'); "
         "wrong = {'torch', 'open_clip', 'transformers', 'timm'} & sys.modules.keys(); assert not wrong, wrong"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)

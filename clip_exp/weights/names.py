@@ -1,7 +1,10 @@
-"""Between our parameter names and those of open_clip, whose classes are also the layout of OpenAI's checkpoints.
+"""Between our parameter names and those of open_clip and of transformers. Both ways give the same numbers; only names and shapes differ.
 
-Both ways give the same numbers; only names and shapes differ. A file of open_clip has its image tower below `visual.`. The text
+open_clip's classes are also the layout of OpenAI's checkpoints. A file of open_clip has its image tower below `visual.`. The text
 tower is below `text.` (CustomTextCLIP), or below nothing (CLIP).
+
+The way to transformers' CLIPModel and SiglipModel leads through open_clip's names, which the same towers have there. What differs
+from those are names, the projections of queries, keys and values, which transformers holds apart, and axes of length one.
 """
 
 import math
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
 from clip_exp.open_clip_files import has_text_below, open_clip_values
+from clip_exp.weights.configurations import huggingface_config
 
 Reshape = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # from ours to theirs, from theirs to ours
 
@@ -104,8 +108,7 @@ TEXT: dict[TextTower, list[Row]] = {
 }
 TOP = [Row("logit_scale", "logit_scale", SCALAR), Row("logit_bias", "logit_bias", SCALAR)]
 # timm keeps the projections of keys and values as one.
-JOINED = "visual.trunk.attn_pool.kv."
-APART = ("visual.trunk.attn_pool.k.", "visual.trunk.attn_pool.v.")
+KEY_VALUE = ("visual.trunk.attn_pool.kv.", ("visual.trunk.attn_pool.k.", "visual.trunk.attn_pool.v."))
 # Stored in some files, but no weights: OpenAI's three numbers, and constants of early versions of open_clip and transformers.
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
 DECODER = "text_decoder."  # CoCa's, which is in neither tower
@@ -142,7 +145,7 @@ def to_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) ->
             prefix, own, rows = "", name, TOP
         own, tensor = _rename(own, tensor, rows, to_theirs=True)
         theirs[prefix + own] = tensor
-    return _join(theirs)
+    return _join(theirs, *KEY_VALUE)
 
 
 def from_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
@@ -156,7 +159,7 @@ def from_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) 
     image = config.image.kind if config else _their_image_tower(state)
     text = config.text.kind if config else _their_text_tower(state)
     if image is ImageTower.siglip:
-        state = _split(state)
+        state = _split(state, *KEY_VALUE)
     ours = {}
     for name, tensor in state.items():
         if name.rpartition(".")[2] in NOT_WEIGHTS or name.startswith(DECODER):
@@ -216,21 +219,142 @@ def _any_below(state: dict[str, Tensor], beginning: str) -> bool:
     return any(name.startswith(beginning) for name in state)
 
 
-def _join(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+# Between open_clip's names and transformers', on the way from and to ours.
+
+# (open_clip's, transformers'): the first beginning that fits is replaced, then the parts of a block.
+TRANSFORMERS_CLIP = [
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("visual.ln_post.", "vision_model.post_layernorm."),
+    ("visual.proj", "visual_projection.weight"),
+    ("token_embedding.", "text_model.embeddings.token_embedding."),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+    ("ln_final.", "text_model.final_layer_norm."),
+    ("text_projection", "text_projection.weight"),
+]
+TRANSFORMERS_SIGLIP = [
+    ("visual.trunk.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("visual.trunk.pos_embed", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.trunk.blocks.", "vision_model.encoder.layers."),
+    ("visual.trunk.norm.", "vision_model.post_layernorm."),
+    ("visual.trunk.attn_pool.latent", "vision_model.head.probe"),
+    ("visual.trunk.attn_pool.qkv.", "vision_model.head.attention.in_proj_"),
+    ("visual.trunk.attn_pool.proj.", "vision_model.head.attention.out_proj."),
+    ("visual.trunk.attn_pool.norm.", "vision_model.head.layernorm."),
+    ("visual.trunk.attn_pool.mlp.", "vision_model.head.mlp."),
+    ("text.token_embedding.", "text_model.embeddings.token_embedding."),
+    ("text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("text.transformer.resblocks.", "text_model.encoder.layers."),
+    ("text.ln_final.", "text_model.final_layer_norm."),
+    ("text.text_projection.", "text_model.head."),
+]
+TRANSFORMERS_BLOCK = [
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".attn.in_proj_", ".self_attn.qkv."),
+    (".attn.out_proj.", ".self_attn.out_proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+]
+TRANSFORMERS_TIMM_BLOCK = [
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.out_proj."),
+]
+# transformers holds the projections of queries, keys and values apart.
+ATTENTION = (".self_attn.qkv.", tuple(f".self_attn.{letter}_proj." for letter in "qkv"))
+# Its queries come from a learned token, so timm projects them apart from keys and values.
+POOL = "visual.trunk.attn_pool."
+
+
+def is_huggingface(state: dict[str, Tensor]) -> bool:
+    """Whether the names are those of transformers' CLIPModel or SiglipModel."""
+    return any(name.startswith("vision_model.") for name in state) and any(
+        name.startswith("text_model.") for name in state
+    )
+
+
+def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict from that of CLIPModel or SiglipModel; names that they do not have pass through."""
+    siglip = any(name.startswith("text_model.head.") for name in state)
+    weights = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
+    theirs = {_rename_for_transformers(name, 1, siglip): tensor for name, tensor in _join(weights, *ATTENTION).items()}
+    for name in ("visual.proj", "text_projection"):
+        if name in theirs:
+            theirs[name] = theirs[name].T
+    if siglip and "visual.trunk.pos_embed" in theirs:
+        theirs["visual.trunk.pos_embed"] = theirs["visual.trunk.pos_embed"].unsqueeze(0)
     for kind in ("weight", "bias"):
-        names = [f"{part}{kind}" for part in APART]
-        if names[0] in theirs:
-            theirs[f"{JOINED}{kind}"] = torch.cat([theirs.pop(name) for name in names])
-    return theirs
+        if (qkv := theirs.pop(f"{POOL}qkv.{kind}", None)) is not None:
+            width = len(qkv) // 3
+            theirs[f"{POOL}q.{kind}"], theirs[f"{POOL}kv.{kind}"] = qkv[:width], qkv[width:]
+    return from_open_clip(theirs)
 
 
-def _split(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_huggingface(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A state dict that transformers loads strictly, from ours: CLIPModel's for `vit` towers, SiglipModel's for `siglip`.
+
+    Args:
+        config: of the model; see `huggingface_config` for which ones transformers has.
+
+    Raises:
+        ConfigError: transformers has no class for these towers.
+    """
+    huggingface_config(config)
+    siglip = config.image.kind is ImageTower.siglip
+    theirs = dict(to_open_clip(state, config))
+    for name in ("visual.proj", "text_projection"):
+        if name in theirs:
+            theirs[name] = theirs[name].T.contiguous()
+    if siglip:
+        theirs["visual.trunk.pos_embed"] = theirs["visual.trunk.pos_embed"].squeeze(0)
+        for kind in ("weight", "bias"):
+            halves = [theirs.pop(f"{POOL}{part}.{kind}") for part in ("q", "kv")]
+            theirs[f"{POOL}qkv.{kind}"] = torch.cat(halves)
+        for name in ("logit_scale", "logit_bias"):
+            if name in theirs:
+                theirs[name] = theirs[name].reshape(1)
+    return _split({_rename_for_transformers(name, 0, siglip): tensor for name, tensor in theirs.items()}, *ATTENTION)
+
+
+def _rename_for_transformers(name: str, source: int, siglip: bool) -> str:
+    """Replace column `source` of the tables above by the other one."""
+    target = 1 - source
+    for beginning in TRANSFORMERS_SIGLIP if siglip else TRANSFORMERS_CLIP:
+        if name.startswith(beginning[source]):
+            name = beginning[target] + name.removeprefix(beginning[source])
+            for part in TRANSFORMERS_TIMM_BLOCK if beginning[0].startswith("visual.trunk.") else TRANSFORMERS_BLOCK:
+                name = name.replace(part[source], part[target])
+            break
+    return name
+
+
+def _join(state: dict[str, Tensor], whole: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """Projections whose names have one of `parts` as one with `whole` in its name, wherever all of them are there."""
+    joined = {}
+    for name, tensor in state.items():
+        own = next((part for part in parts if part in name), None)
+        names = [name.replace(own, part) for part in parts] if own else []
+        if own is None or not all(part in state for part in names):
+            joined[name] = tensor
+        elif own == parts[0]:
+            joined[name.replace(own, whole)] = torch.cat([state[part] for part in names])
+    return joined
+
+
+def _split(state: dict[str, Tensor], whole: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """The inverse of `_join`."""
     apart: dict[str, Tensor] = {}
-    for name, tensor in theirs.items():
-        if name.startswith(JOINED):
-            kind = name.removeprefix(JOINED)
+    for name, tensor in state.items():
+        if whole in name:
             # copies, because files do not take tensors that share memory
-            apart |= {f"{part}{kind}": half.clone() for part, half in zip(APART, tensor.chunk(2), strict=True)}
+            pieces = zip(parts, tensor.chunk(len(parts)), strict=True)
+            apart |= {name.replace(whole, part): piece.clone() for part, piece in pieces}
         else:
             apart[name] = tensor
     return apart

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from clip_exp.config.model_schema import ModelConfig
 from clip_exp.errors import CheckpointError
-from clip_exp.weights.formats import Format, format_of, weight_files
-from clip_exp.weights.huggingface import from_huggingface, is_huggingface
-from clip_exp.weights.open_clip import from_open_clip, is_open_clip
+from clip_exp.weights.inspect import Format, format_of, weight_files
+from clip_exp.weights.names import from_huggingface, from_open_clip, is_huggingface, is_open_clip
 from clip_exp.weights.torchscript import read_torchscript
 
 # Where trainers put the weights, beside an epoch, an optimizer and the like: open_clip and Lightning, DeepSpeed and FlagAI, others.

@@ -1,0 +1,303 @@
+"""Checkpoint folders: each written whole or not at all, compared with its manifest when it is read, and found by its name.
+
+Everything of a checkpoint goes into a temporary folder, with a manifest of sizes and hashes that is written last, and is renamed into
+place when all of it has reached the disk. What has no valid manifest is not a checkpoint. The folders themselves are the truth, no
+pointer is followed, and a damaged one is set aside by name. Whatever a file holds, the answer is a reason, not a traceback.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+
+from clip_exp.errors import CheckpointError
+from clip_exp.storage import (
+    REPLACED,
+    SEAL,
+    TEMPORARY,
+    atomic_folder,
+    file_sha256,
+    read_json_object,
+    sealed,
+    system_error,
+)
+
+log = logging.getLogger(__name__)
+FOLDER = "checkpoints"  # in a run folder
+NAME = re.compile(r"step-[0-9]+", re.ASCII)
+# Of a checkpoint, also one that was set aside (`damaged-step-000060`) or is being replaced (`.writing-step-000060-<id>.old`).
+STEP = re.compile(r"step-([0-9]+)(?:-[0-9a-f]+\.old)?$", re.ASCII)
+MANIFEST = "manifest.json"
+WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+STATE, TENSORS = "state.json", "state.safetensors"
+RUN_COPY = "run_copy.json"  # of the run's `run.json` and `config.yaml`, from which they are restored
+REQUIRED = (WEIGHTS, STATE, TENSORS)
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def folder_of(run_dir: Path | str, step: int) -> Path:
+    """Where the checkpoint of a step is: `<run>/checkpoints/step-000060`."""
+    return Path(run_dir) / FOLDER / f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of completed optimizer steps that a checkpoint folder's name gives."""
+    match = STEP.search(checkpoint.name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint} is not a checkpoint: expected a folder named step-<number>.")
+    return int(match.group(1))
+
+
+@contextmanager
+def atomic_checkpoint(target: Path, metadata: dict[str, Any], size: int = 0) -> Iterator[Path]:
+    """Fill a temporary folder; on leaving, it becomes `target` with a manifest that carries `metadata`.
+
+    An existing `target` is replaced. After an exception nothing is left behind.
+
+    Args:
+        size: bytes of the files, as far as known; where less is free, nothing is written.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        _require_room(target, size)
+        with atomic_folder(target) as folder:
+            yield folder
+            _write_manifest(folder, metadata)
+    except (OSError, SafetensorError) as error:
+        problem = system_error(error)
+        if problem is None:
+            raise
+        free = _free(target)
+        room = "" if free is None else f" It needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free."
+        raise CheckpointError(
+            f"cannot write the checkpoint {target}: {problem.strerror or problem}.{room} Earlier checkpoints are untouched."
+        ) from error
+
+
+def _require_room(target: Path, size: int) -> None:
+    """Raises: OSError, as writing itself would."""
+    free = _free(target)
+    if free is not None and free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _free(target: Path) -> int | None:
+    """Return the free bytes where a folder is to be; None where the file system does not report them."""
+    try:
+        usage = shutil.disk_usage(next(path for path in target.parents if path.exists()))
+    except OSError:
+        return None
+    return usage.free if usage.total else None  # some network file systems report zero for everything
+
+
+def _write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
+    files = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
+    manifest = sealed({**metadata, "files": files})
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+class Entry(NamedTuple):
+    """A file of a checkpoint, as it was written."""
+
+    size: int  # bytes
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint's manifest says."""
+
+    step: int  # completed optimizer steps
+    files: dict[str, Entry]
+    best: bool  # in the run's `monitor`, when it was written
+    metrics: dict[str, Any]  # of its step
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint; manifests of older versions carry no hash of themselves.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or belongs to the checkpoint of another step.
+    """
+    try:
+        values = read_json_object(checkpoint / MANIFEST)
+        manifest = _parse(values)
+        if SEAL not in values and RUN_COPY in manifest.files:
+            raise ValueError("its hash is missing")
+        # A copy outside a run may have any name.
+        if STEP.search(checkpoint.name) and manifest.step != step_of(checkpoint):
+            raise ValueError(f"it is of step {manifest.step}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST} is damaged: {error}") from error
+    return manifest
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, compared with its manifest; None if every file is as it was written."""
+    try:
+        manifest = read_manifest(checkpoint)
+        if (checkpoint / EMA_WEIGHTS).exists() and EMA_WEIGHTS not in manifest.files:
+            return f"{EMA_WEIGHTS} is not in {MANIFEST}"
+        for name, entry in manifest.files.items():
+            if problem := changed(checkpoint / name, entry):
+                return f"{name} {problem}"
+        if (step := read_json_object(checkpoint / STATE).get("global_step")) != manifest.step:
+            return f"{STATE} is of step {step}"
+    except CheckpointError as error:
+        return str(error)
+    except ValueError as error:
+        return f"{STATE} is damaged: {error}"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    return None
+
+
+def changed(path: Path, entry: Entry) -> str | None:
+    """How a file differs from its entry in the manifest.
+
+    Raises: OSError.
+    """
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != entry.size:
+        return f"has {path.stat().st_size} bytes instead of {entry.size}"
+    return "was changed after it was written" if file_sha256(path) != entry.sha256 else None
+
+
+def _parse(values: dict[str, Any]) -> Manifest:
+    """Raises: ValueError."""
+    step, files, best, metrics = (values.get(key) for key in ("step", "files", "best", "metrics"))
+    if not _is_count(step):
+        raise ValueError("step must be a whole number")
+    if not isinstance(files, dict):
+        raise ValueError("files must be a mapping")
+    if missing := [name for name in REQUIRED if name not in files]:
+        raise ValueError(f"files lacks {', '.join(missing)}")
+    return Manifest(
+        step,  # type: ignore[arg-type]
+        {name: _entry(name, values) for name, values in files.items()},
+        best is True,
+        metrics if isinstance(metrics, dict) else {},
+    )
+
+
+def _entry(name: str, values: Any) -> Entry:
+    if "/" in name or "\0" in name or name in ("", ".", "..", MANIFEST):
+        raise ValueError(f"files has {name[:80]!r}, which cannot be a file of a checkpoint")
+    size, sha256 = (values.get("size"), values.get("sha256")) if isinstance(values, dict) else (None, None)
+    if not _is_count(size) or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+        raise ValueError(f"files has no size and hash of {name[:80]!r}")
+    return Entry(size, sha256)  # type: ignore[arg-type]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def checkpoints(run_dir: Path | str) -> list[Path]:
+    """The run's checkpoint folders by step, damaged ones too.
+
+    Of a checkpoint whose replacement was interrupted that is the old copy, until `recover` has put it back in its place.
+    """
+    found = {path.name: path for path in _entries(run_dir) if NAME.fullmatch(path.name) and path.is_dir()}
+    replaced = {target.name: old for old, target in _replaced(run_dir)}
+    return sorted((replaced | found).values(), key=step_of)
+
+
+def manifests(run_dir: Path | str) -> dict[Path, Manifest]:
+    """The run's checkpoints by step, without those whose manifest is damaged; their files are not looked at."""
+    found = {}
+    for checkpoint in checkpoints(run_dir):
+        try:
+            found[checkpoint] = read_manifest(checkpoint)
+        except CheckpointError:
+            continue
+    return found
+
+
+def was_saved(run_dir: Path | str) -> bool:
+    """Whether the run has a checkpoint or what is left of one."""
+    return any(STEP.search(path.name) and not path.name.startswith(TEMPORARY) for path in _entries(run_dir))
+
+
+def latest(run_dir: Path | str) -> Path:
+    """The run's newest undamaged checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = checkpoints(run_dir)
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(found):
+        problem = damage(checkpoint)
+        if problem is None:
+            for name, reason in damaged:
+                log.warning("%s is damaged (%s): %s is used instead.", name, reason, checkpoint.name)
+            return checkpoint
+        damaged.append((checkpoint, problem))
+    reasons = "".join(f"\n  {path.name}: {reason}" for path, reason in damaged)
+    raise CheckpointError(f"{run_dir} has no usable checkpoint in {Path(run_dir) / FOLDER}.{reasons}")
+
+
+def best(run_dir: Path | str) -> Path:
+    """The checkpoint that was best in the run's `monitor`; the newest where none was marked."""
+    marked = [path for path, manifest in manifests(run_dir).items() if manifest.best]
+    for checkpoint in reversed(marked):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        log.warning("%s, the best checkpoint, is damaged (%s): another is used instead.", checkpoint, problem)
+    return latest(run_dir)
+
+
+def recover(run_dir: Path | str) -> None:
+    """Only by the run's owner: finish or remove what a killed writer left."""
+    for old, target in list(_replaced(run_dir)):
+        if not target.exists():
+            old.rename(target)
+    for leftover in _entries(run_dir):
+        if leftover.name.startswith(TEMPORARY):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside(run_dir: Path | str, damaged: Mapping[Path, str], after: int) -> None:
+    """Only by the run's owner: rename damaged checkpoints to `damaged-…`, and others of steps after `after` to `superseded-…`."""
+    for checkpoint in checkpoints(run_dir):
+        if checkpoint in damaged:
+            _rename(checkpoint, "damaged")
+        elif step_of(checkpoint) > after:
+            _rename(checkpoint, "superseded")
+
+
+def _entries(run_dir: Path | str) -> list[Path]:
+    folder = Path(run_dir) / FOLDER
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _replaced(run_dir: Path | str) -> Iterator[tuple[Path, Path]]:
+    """Copies that were being replaced when their writer was killed, or are at this moment, with the places that they had."""
+    for path in _entries(run_dir):
+        if path.name.startswith(f"{TEMPORARY}step-") and path.name.endswith(REPLACED):
+            target = path.with_name(path.name.removeprefix(TEMPORARY).rpartition("-")[0])
+            if NAME.fullmatch(target.name):
+                yield path, target
+
+
+def _rename(checkpoint: Path, why: str) -> None:
+    aside = checkpoint.with_name(f"{why}-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    log.info("%s was renamed to %s.", checkpoint, aside.name)
