@@ -28,8 +28,8 @@ from open_clip_train.data import CsvDataset
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from clip_exp.config.data_schema import AugmentationConfig, DataConfig
-from clip_exp.config.model_schema import ImageTowerConfig
+from clip_exp.config.data import AugmentationConfig, DataConfig
+from clip_exp.config.model import ImageTowerConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.files import ImageLimits, read_file
 from clip_exp.data.images import crop_box, decode_rgb, normalize, preprocessing_of, train_transform

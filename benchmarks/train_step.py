@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.losses.softmax import SoftmaxLoss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP

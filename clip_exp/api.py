@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from clip_exp import open_clip_files
 from clip_exp.checkpoints.folders import STEP, was_saved
+from clip_exp.config.base import nearest
 from clip_exp.config.compose import compose
-from clip_exp.config.load import load_evaluate, load_train, nearest
-from clip_exp.config.model_schema import Activation
-from clip_exp.config.models import named_model, names, resolve
+from clip_exp.config.model import Activation
+from clip_exp.config.names import named_model, names, resolve
 from clip_exp.devices import check_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
 from clip_exp.evaluation.launch import evaluate as evaluate_here
@@ -86,7 +86,7 @@ def train(*overrides: str) -> Path:
         ClipExpError: the run failed; the class tells why, as the exit code does on the command line.
         KeyboardInterrupt: a signal stopped it; the same call goes on.
     """
-    config = load_train(compose("train", list(overrides)))
+    config = compose("train", list(overrides))
     if started_by_launcher():
         raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
     run_dir, code = train_here(config, list(overrides))
@@ -110,7 +110,7 @@ def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
         ClipExpError: the configuration, the data or the model cannot be used.
         KeyboardInterrupt: a signal stopped it; the same call goes on from the features that are kept.
     """
-    config = load_evaluate(compose("evaluate", list(overrides)))
+    config = compose("evaluate", list(overrides))
     if str(config.devices) not in ("auto", "1"):
         raise ConfigError(f"devices={config.devices}: several processes are for the command line (clip-exp evaluate).")
     try:
@@ -137,7 +137,9 @@ def _source(source: str, pretrained: str | Path | None, activation: Activation |
         found = source_of_file(None, source, activation)
     else:
         raise ConfigError(_needs_weights(source))
-    return found if activation is None else replace(found, model=replace(found.model, activation=activation))
+    return (
+        found if activation is None else replace(found, model=found.model.model_copy(update={"activation": activation}))
+    )
 
 
 def _needs_weights(name: str) -> str:

@@ -7,20 +7,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
 from clip_exp._version import __version__
-from clip_exp.config.check_schema import CheckDataConfig
-from clip_exp.config.environment import secrets_refused
-from clip_exp.config.load import load_evaluate, load_train, load_use, nearest
-from clip_exp.config.models import translate
-from clip_exp.config.overrides import MULTIRUN_FLAGS, check_arguments, explain, quote
-from clip_exp.config.paths import conf_dir
-from clip_exp.config.store import config_name, register
-from clip_exp.config.sweep import current_job
-from clip_exp.config.use_schema import ExportConfig, ModelsConfig, PredictConfig, RankConfig, SearchConfig
+from clip_exp.config.base import nearest
+from clip_exp.config.compose import MULTIRUN_FLAGS, current_job, explain, run_hydra, secrets_refused, typed_config
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError, printable
 from clip_exp.ranks.environment import is_first_rank, started_by_launcher
@@ -50,32 +43,22 @@ def run(command: str, arguments: list[str]) -> int:
 
     A sweep (`-m`) goes on after a failed job and returns the first failure's code.
     """
-    import hydra
-
-    register()
     codes: list[int] = []
 
     def job(config: DictConfig) -> None:
         if not STOPPED & set(codes):
             codes.append(
                 _guarded(
-                    lambda: COMMANDS[command][0](config, arguments), sweeping=bool(MULTIRUN_FLAGS & set(arguments))
+                    lambda: COMMANDS[command][0](typed_config(command, config, arguments), arguments),
+                    sweeping=bool(MULTIRUN_FLAGS & set(arguments)),
                 )
             )
 
     # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and `_guarded` prints.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-
-    def to_hydra() -> None:
-        check_arguments(arguments)
-        sys.argv = [f"{command}.py", *quote(translate(arguments))]
-
-    if code := _guarded(to_hydra):
-        return code
+    sys.argv = [f"{command}.py", *arguments]
     with secrets_refused():
-        code = _guarded(
-            lambda: hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name(command))(job)()
-        )
+        code = _guarded(lambda: run_hydra(command, arguments, job))
     return next((c for c in codes if c), 0) or code
 
 
@@ -105,69 +88,61 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
 # Each command imports its package when it runs: composing and `--help` need none of them.
 
 
-def _train(config: DictConfig, arguments: list[str]) -> int:
-    loaded = load_train(config)
+def _train(config: Any, arguments: list[str]) -> int:
     from clip_exp.training.launch import launch
 
-    return launch(loaded, arguments, current_job(arguments))
+    return launch(config, arguments, current_job(arguments))
 
 
-def _evaluate(config: DictConfig, arguments: list[str]) -> int:
-    loaded = load_evaluate(config)
+def _evaluate(config: Any, arguments: list[str]) -> int:
     from clip_exp.evaluation.launch import launch
 
-    return launch(loaded, arguments)
+    return launch(config, arguments)
 
 
-def _predict(config: DictConfig, arguments: list[str]) -> int:
-    loaded = load_use(config, PredictConfig)
+def _predict(config: Any, arguments: list[str]) -> int:
     from clip_exp.inference.predict import predict
 
-    return predict(loaded)
+    return predict(config)
 
 
-def _rank(config: DictConfig, arguments: list[str]) -> int:
-    loaded = load_use(config, RankConfig)
+def _rank(config: Any, arguments: list[str]) -> int:
     from clip_exp.inference.rank import rank
 
-    return rank(loaded)
+    return rank(config)
 
 
-def _search(config: DictConfig, arguments: list[str]) -> int:
-    loaded = load_use(config, SearchConfig)
+def _search(config: Any, arguments: list[str]) -> int:
     from clip_exp.inference.search import search
 
-    return search(loaded)
+    return search(config)
 
 
-def _export(config: DictConfig, arguments: list[str]) -> int:
-    loaded = load_use(config, ExportConfig)
+def _export(config: Any, arguments: list[str]) -> int:
     from clip_exp.export.command import export
 
-    return export(loaded)
+    return export(config)
 
 
-def _models(config: DictConfig, arguments: list[str]) -> int:
-    loaded = load_use(config, ModelsConfig)
+def _models(config: Any, arguments: list[str]) -> int:
     from clip_exp.inference.models import models
 
-    return models(loaded)
+    return models(config)
 
 
-def _check_data(config: DictConfig, arguments: list[str]) -> int:
-    loaded = load_use(config, CheckDataConfig)
+def _check_data(config: Any, arguments: list[str]) -> int:
     from clip_exp.checks.command import check_data
 
-    return check_data(loaded, arguments)
+    return check_data(config, arguments)
 
 
-Command = Callable[[DictConfig, list[str]], int]
+Command = Callable[[Any, list[str]], int]  # of the command's typed configuration and the command line
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (_train, "train a CLIP on image-text pairs"),
     "evaluate": (_evaluate, "score a trained CLIP: zero-shot classification, retrieval"),
-    "predict": (_predict, "how probable each text is for pictures or videos"),
-    "rank": (_rank, "the pictures that fit a text best"),
-    "search": (_search, "index pictures once, then look for them by text or by picture"),
+    "predict": (_predict, "how probable each text is for images or videos"),
+    "rank": (_rank, "the images that fit a text best"),
+    "search": (_search, "index images once, then look for them by text or by image"),
     "models": (_models, "the models there are, and the weights published for them"),
     "export": (_export, "a folder that open_clip, Hugging Face, ONNX or clip_exp loads"),
     "check-data": (_check_data, "what is wrong with a data set, before training on it"),

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 from clip_exp import storage
 from clip_exp._version import __version__
 from clip_exp.checkpoints.folders import RUN_COPY, changed, manifests
-from clip_exp.config.load import parse_run_config, read_run_config
-from clip_exp.config.model_schema import ModelConfig, TextTower, TextTowerConfig
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.files import parse_run_config, read_run_config
+from clip_exp.config.model import ModelConfig, TextTower, TextTowerConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.secrets import redact
 
@@ -426,7 +425,11 @@ def save_tokenizer(model: ModelConfig, run_dir: Path) -> None:
 def with_saved_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:
     """The configuration of a run's model, with the run's own copy of the tokenizer if it has one."""
     folder = run_dir / TOKENIZER
-    return replace(model, text=replace(model.text, tokenizer=str(folder))) if folder.is_dir() else model
+    return (
+        model.model_copy(update={"text": model.text.model_copy(update={"tokenizer": str(folder)})})
+        if folder.is_dir()
+        else model
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

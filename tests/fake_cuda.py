@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.data.images import per_channel
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP

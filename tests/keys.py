@@ -1,11 +1,10 @@
 """Every key of a configuration, from its schema, and what changing one is expected to do."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clip_exp.config.load import _dataclass_of
+from clip_exp.config.base import Config, key_of, members
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,28 @@ class Changes:
         return f"{'++' if self.value.startswith('{') else ''}{key}={self.value}"
 
 
-def leaf_keys(cls: type, open_nodes: Mapping[str, Iterable[type]] | None = None, at: str = "") -> Iterator[str]:
-    """Yield the full keys of a dataclass of the schema, with those of the dataclasses in it.
+def leaf_keys(model: type[Config], at: str = "") -> Iterator[str]:
+    """Yield the full keys of a model of the schema, with those of the models in it, of a union all.
 
     Args:
-        open_nodes: by key, the classes that a node whose schema is open may have.
         at: the beginning of the keys.
     """
-    for field in dataclasses.fields(cls):
-        key = f"{at}{field.name}"
-        nested = [*(open_nodes or {}).get(key, ())] or [of for of in [_dataclass_of(field.type)] if of is not None]
+    for name, field in model.model_fields.items():
+        key = f"{at}{key_of(name, field)}"
+        nested = members(field.annotation)
         if not nested:
             yield key
-        yield from dict.fromkeys(leaf for of in nested for leaf in leaf_keys(of, open_nodes, f"{key}."))
+        yield from dict.fromkeys(leaf for of in nested for leaf in leaf_keys(of, f"{key}."))
+
+
+def nested_models(*models: type[Config]) -> set[type[Config]]:
+    """Return models of the schema and all models in them, and the classes that they derive from."""
+    found: set[type[Config]] = set()
+    for model in models:
+        found |= {base for base in model.__mro__ if issubclass(base, Config)}
+        for field in model.model_fields.values():
+            found |= nested_models(*members(field.annotation))
+    return found
 
 
 def explained(key: str, reasons: Mapping[str, str]) -> bool:

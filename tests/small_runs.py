@@ -9,18 +9,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_exp.checkpoints.folders import atomic_checkpoint
-from clip_exp.config.data_schema import DataConfig
-from clip_exp.config.load import to_yaml
-from clip_exp.config.models import named_model
-from clip_exp.config.schema import (
-    AdamConfig,
-    LossConfig,
-    LossName,
-    SchedulerConfig,
-    StrategyConfig,
-    StrategyName,
-    TrainConfig,
-)
+from clip_exp.config.data import DataConfig
+from clip_exp.config.files import to_yaml
+from clip_exp.config.names import named_model
+from clip_exp.config.training import AdamWConfig, AutoConfig, SoftmaxLossConfig, TrainConfig
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from tests.checkpoints.test_folders import write_state
@@ -43,10 +35,9 @@ def write_run(folder: Path, model: CLIP, data: DataConfig | None = None, monitor
     config = TrainConfig(
         model=named_model("vit_nano"),
         data=data or DataConfig(name="csv", train="pairs.csv"),
-        loss=LossConfig(name=LossName.softmax),
-        optimizer=AdamConfig(_target_="torch.optim.AdamW", lr=1e-3),
-        scheduler=SchedulerConfig(_target_="clip_exp.training.schedule.cosine"),
-        strategy=StrategyConfig(name=StrategyName.auto),
+        loss=SoftmaxLossConfig(),
+        optimizer=AdamWConfig(lr=1e-3),
+        strategy=AutoConfig(),
         name="vit_nano_csv",
         max_steps=1,
         monitor=monitor,

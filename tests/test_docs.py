@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from clip_exp.cli import COMMANDS as CLI_COMMANDS
-from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.config.idle import idle_problems, typed_keys
-from clip_exp.config.load import load_evaluate, load_train, load_use
-from clip_exp.config.models import translate
-from clip_exp.config.overrides import quote
-from clip_exp.config.store import SCHEMAS
+from clip_exp.config.base import idle_keys, typed_keys
+from clip_exp.config.commands import SCHEMAS
+from clip_exp.config.compose import quote
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.names import translate
 from tests.compose import compose_config
 from tests.conftest import REPOSITORY
 
@@ -51,7 +50,7 @@ def test_every_documented_command_composes(page: str, command: str) -> None:
     config = compose_config(*quote(translate(overrides)), command=name)
     loaders = {"train": load_train, "evaluate": load_evaluate}
     if name in loaders:
-        assert list(idle_problems(loaders[name](config), typed_keys(overrides))) == []
+        assert list(idle_keys(loaders[name](config), typed_keys(overrides))) == []
     else:
         assert load_use(config, SCHEMAS[name])
 

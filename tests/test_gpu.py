@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_exp.checkpoints.folders import checkpoints, step_of
-from clip_exp.config.models import named_model
+from clip_exp.config.names import named_model
 from clip_exp.models.build import build_model
 from tests.conftest import REPOSITORY, Run
 from tests.runs import TINY, Finished, run_folders

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.data.images import preprocessing_of
 from clip_exp.devices import benchmarks_convolutions, exact_float32, inference_precision, training_precision
 from clip_exp.evaluation import scoring

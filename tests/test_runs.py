@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from clip_exp import runs
-from clip_exp.config.model_schema import ModelConfig, TextTower, TextTowerConfig
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.model import ModelConfig, TextTower, TextTowerConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training import opening

@@ -4,9 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from clip_exp.cli import run
-from clip_exp.config.environment import environment_variable
-from clip_exp.config.load import load_evaluate, load_train, load_use
-from clip_exp.config.use_schema import PredictConfig
+from clip_exp.config.commands import PredictConfig
+from clip_exp.config.compose import environment_variable
 from clip_exp.errors import ConfigError
 from clip_exp.secrets import leaks, redact, secret_values
 from tests.compose import compose_config

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from clip_exp.checks.distributions import counted_share, quantiles, whole_histogram
-from clip_exp.config.data_schema import Captions
+from clip_exp.config.data import Captions
 
 FREQUENT = 20
 

@@ -11,8 +11,8 @@ from clip_exp.checks.pictures import describe_speed
 from clip_exp.checks.scanned import Scanned, Vocabulary, bad_samples_file, scan_split
 from clip_exp.checks.splits import Split
 from clip_exp.checks.verdicts import Level, Verdict, judge
-from clip_exp.config.check_schema import CheckDataConfig
-from clip_exp.config.load import plain
+from clip_exp.config.base import plain
+from clip_exp.config.commands import CheckDataConfig
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.loader import cores_per_rank, count_workers, killed_workers_are_told
 from clip_exp.devices import resolve_accelerator

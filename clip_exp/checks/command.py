@@ -1,17 +1,14 @@
 """`clip-exp check-data`: what one must know of a data set before spending days of computing on it."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from clip_exp.checks.splits import open_splits
 from clip_exp.checks.terminal import show
-from clip_exp.config.check_schema import CheckDataConfig, CheckFormat
-from clip_exp.config.load import to_yaml
-from clip_exp.config.model_rules import check_model
-from clip_exp.config.ranges import INFINITY, range_problems
+from clip_exp.config.base import broken_rules, plain
+from clip_exp.config.commands import CheckDataConfig, CheckFormat
+from clip_exp.config.files import to_yaml
 from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.reports.page import command_line
@@ -33,10 +30,10 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
             `data.max_bad_fraction`, or more of it leaks than `max_leakage`.
     """
     problems = [
-        *_problems(config),
-        *check_model(config.model),
-        *preflight.check_data(config.data),
-        *leaks(asdict(config)),
+        *broken_rules(config),
+        *preflight.check_files(config.data),
+        *name_problems(config.name),
+        *leaks(plain(config)),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -62,17 +59,6 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
     if grave:
         raise DataError("\n".join(f"{verdict.split}: {verdict.text}. {verdict.fix}." for verdict in grave))
     return 0
-
-
-def _problems(config: CheckDataConfig) -> Iterator[str]:
-    ranges = {
-        "global_batch_size": (config.global_batch_size, 2, INFINITY),
-        "max_pictures": (config.max_pictures, 1, INFINITY),
-        "max_leakage": (config.max_leakage, 0, 1),
-        "num_workers": (config.num_workers, 0, 4096),
-    }
-    yield from range_problems(ranges)
-    yield from name_problems(config.name)
 
 
 def _next_command(report: dict[str, Any], arguments: list[str]) -> str:

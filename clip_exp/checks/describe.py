@@ -16,7 +16,7 @@ from clip_exp.checks.duplicates import Leakage, equal_groups, find_leakage, numb
 from clip_exp.checks.pictures import describe_pictures
 from clip_exp.checks.scanned import Scanned, Vocabulary
 from clip_exp.checks.scripts import describe_scripts, english_tokens_per_character
-from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.commands import CheckDataConfig
 from clip_exp.data.tables.comparisons import as_json
 from clip_exp.data.tables.table import bad_rows, unlike_values
 

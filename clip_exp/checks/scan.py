@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip_exp.checks.scripts import script_of
 from clip_exp.checks.splits import Split
-from clip_exp.config.data_schema import AugmentationConfig
-from clip_exp.config.model_schema import ResizeMode
+from clip_exp.config.data import AugmentationConfig
+from clip_exp.config.model import ResizeMode
 from clip_exp.data.files import JPEGS, ON_THEIR_SIDE, BadImage, ImageLimits, normal_path, open_picture, orientation_of
 from clip_exp.data.images import check_strip, decode_rgb, train_transform
 from clip_exp.data.loader import WorkerLoader, caption_id

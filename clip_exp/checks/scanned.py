@@ -22,7 +22,7 @@ from clip_exp.checks.scan import (
     scan,
 )
 from clip_exp.checks.splits import VAL, Split
-from clip_exp.config.check_schema import CheckDataConfig
+from clip_exp.config.commands import CheckDataConfig
 from clip_exp.data.files import ImageLimits, kind_of
 from clip_exp.data.images import preprocessing_of
 from clip_exp.spreadsheets import TextWriter

@@ -1,13 +1,13 @@
 """What is checked: the tables that training would train and validate on, each row under one number. No torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from clip_exp.config.data_schema import DataConfig, OnBadRow
+from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.generated import readable
 from clip_exp.data.stream import INDEX, open_sources
@@ -95,7 +95,7 @@ def open_splits(config: DataConfig, output_dir: Path) -> list[Split]:
         ConfigError: a file does not exist.
         DataError: a column is missing, or there are no good rows.
     """
-    config = replace(readable(config, output_dir), on_bad_row=OnBadRow.skip)
+    config = readable(config, output_dir).model_copy(update={"on_bad_row": OnBadRow.skip})
     index_dir = output_dir / INDEX
     splits = [Split(TRAIN, tuple(source.table for source in open_sources(config, index_dir)))]
     if config.val:

@@ -6,8 +6,8 @@ from enum import StrEnum
 from typing import Any
 
 from clip_exp.checks.splits import TRAIN, VAL
-from clip_exp.config.check_schema import CheckDataConfig
-from clip_exp.config.data_schema import PairLabel
+from clip_exp.config.commands import CheckDataConfig
+from clip_exp.config.data import PairLabel
 from clip_exp.data.files import NO_SUCH_FILE, NOT_ALLOWED, OUTSIDE_ROOT, TOO_MANY_BYTES, TOO_MANY_PIXELS
 from clip_exp.reports.page import counted, probability
 

@@ -1,34 +1,609 @@
-"""A command's configuration from overrides, as the command line composes it, without the command line."""
+"""From a command line to a typed configuration: Hydra composes `conf/` and overrides, the schema says what is wrong with the result.
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from omegaconf import DictConfig
+Hydra finds and merges files, and knows groups, overrides and sweeps; it does not know the schema. `Loader` adds that: a composed
+configuration has all keys of the schema with their defaults, so that every key can be set, interpolated and completed by the shell,
+and a key that does not exist is left for `typed_config`, which reports every problem at once.
+"""
 
-from clip_exp.config.models import translate
-from clip_exp.config.overrides import MULTIRUN_FLAGS, check_arguments, explain, quote
-from clip_exp.config.paths import conf_dir
-from clip_exp.config.store import config_name, register
+import copy
+import os
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.basecontainer import BaseContainer
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from clip_exp.config.base import MISSING, UNKNOWN, Config, chosen, complete, key_of, members, nearest, parse, typed_keys
+from clip_exp.config.commands import SCHEMAS
+from clip_exp.config.files import addresses, conf_dir, options
+from clip_exp.config.names import names, open_clip_field, translate
 from clip_exp.errors import ConfigError
+from clip_exp.secrets import leaks, names_secret
+
+MULTIRUN_FLAGS = {"-m", "--multirun"}
+RERUN_FLAG = "--experimental-rerun"
+ALWAYS_CHOSEN = ["model", "data", "loss", "optimizer", "scheduler", "strategy", "logger", "task"]
+ENVIRONMENT = "oc.env"  # name of OmegaConf's resolver
+NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
+
+# -------------------------------------------------------------------------------------------------- configurations
 
 
-def compose(command: str, overrides: list[str]) -> DictConfig:
-    """The configuration of `command` (train, evaluate, …); values that Hydra cannot read are quoted.
+def compose(command: str, overrides: list[str]) -> Any:
+    """Return the typed configuration of a command (train, evaluate, …), as the command line composes it.
 
     Raises:
-        ConfigError: an unknown key or option, a wrong type, an override that cannot be read, or a flag such as `-m`.
+        ConfigError: a line for every unknown key or option, missing or wrong value, or an override that cannot be read; or a flag.
     """
     flags = [text for text in overrides if text.startswith("-")]
     if flags:
         what = "a sweep is for the command line" if MULTIRUN_FLAGS & set(flags) else "flags are for the command line"
         raise ConfigError(f"{flags[0]}: {what}; give key=value.")
-    register()
-    overrides = translate(overrides)
     check_arguments(overrides)
+    return typed_config(command, compose_config(command, overrides), overrides)
+
+
+def compose_config(command: str, overrides: list[str]) -> DictConfig:
+    """Return what Hydra composes for a command, unresolved, with all defaults of the schema.
+
+    Raises:
+        ConfigError: an unknown option, or an override that cannot be read.
+    """
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra_compose(config_name(command), overrides=quote(overrides))
+        hydra = _hydra(command)
+        config = hydra.compose_config(
+            config_name(command),
+            quote(translate(overrides)),
+            RunMode.RUN,
+            with_log_configuration=False,
+            from_shell=False,
+        )
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
         raise ConfigError(message) from error
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def typed_config(command: str, config: DictConfig, overrides: list[str]) -> Any:
+    """Return a composed configuration as an instance of the command's schema: past here nothing sees a DictConfig.
+
+    Args:
+        overrides: of the command line, whose keys must have an effect.
+
+    Raises:
+        ConfigError: a line for every problem.
+    """
+    found: list[str] = []
+    with secrets_refused():
+        values = _resolved(config, "", found)
+    found += addresses(values)
+    try:
+        typed = parse(SCHEMAS[command], values, typed=typed_keys(overrides))
+    except ConfigError as error:
+        raise ConfigError("\n".join([*found, *str(error).splitlines()])) from None
+    if found:
+        raise ConfigError("\n".join(found))
+    return typed
+
+
+def config_name(command: str) -> str:
+    """Return the name of a command's file in `conf/`, without its ending."""
+    return command.replace("-", "_")
+
+
+def _resolved(node: Any, at: str, found: list[str]) -> Any:
+    """Return a node as plain values; what cannot be resolved is a problem, or missing where it depends on a missing value."""
+    if isinstance(node, ListConfig):
+        return [_resolved_item(node, i, f"{at}[{i}]", found) for i in range(len(node))]
+    if isinstance(node, DictConfig):
+        return {str(key): _resolved_item(node, key, f"{at}.{key!s}" if at else str(key), found) for key in node}
+    return node
+
+
+def _resolved_item(node: Any, key: Any, full_key: str, found: list[str]) -> Any:
+    if OmegaConf.is_missing(node, key):
+        return MISSING
+    try:
+        value = node[key]
+    except InterpolationToMissingValueError:
+        return UNKNOWN
+    except OmegaConfBaseException as error:
+        refusal = _from_resolver(error)
+        if (
+            problem := str(refusal) if refusal is not None else f"{full_key}: {str(error).splitlines()[0]}"
+        ) not in found:
+            found.append(problem)
+        return None
+    return _resolved(value, full_key, found)
+
+
+# --------------------------------------------------------------------------------------------------------- Hydra
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader over a schema. It is pickled to the processes of a sweep."""
+
+    def __init__(self, search_path: Any, schema: type[Config]) -> None:
+        super().__init__(search_path)
+        self.schema = schema
+        self._kept: tuple[Any, DictConfig] | None = None
+        self._overrides: list[Override] = []
+        self._deleted: list[str] = []
+        self._composed: dict[str, Any] = {}
+
+    def keep(self, config: DictConfig, config_name: str | None, overrides: list[str]) -> None:
+        """Keep what was loaded for a run, so that Hydra does not compose it once more."""
+        self._kept = ((config_name, overrides, RunMode.RUN), config)
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        if self._kept is not None and self._kept[0] == (config_name, overrides, run_mode):
+            config, self._kept = self._kept[1], None
+            return config
+        config = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        if config_name is not None:
+            self._apply_schema(config)
+        return config
+
+    def _parse_overrides_and_create_caching_repo(self, config_name: str | None, overrides: list[str]) -> Any:
+        """Parse overrides; those of values may name any key, since the schema judges keys, and a key that is deleted has its default."""
+        parsed, repository = super()._parse_overrides_and_create_caching_repo(config_name, overrides)
+        self._overrides, self._deleted = [], []
+        kept = []
+        for override in parsed:
+            is_value = not override.is_hydra_override() and (
+                not repository.group_exists(override.key_or_group) or isinstance(override._value, dict)
+            )
+            if is_value and override.is_delete() and override.package is None:
+                self._deleted.append(override.key_or_group)
+                continue
+            if is_value and override.package is None:
+                self._overrides.append(Override(**vars(override)))
+                override.type = OverrideType.FORCE_ADD
+            kept.append(override)
+        return kept, repository
+
+    def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
+        """Merge the files: Hydra's own configuration, in which clip_exp makes folders and logs, and then the rest, completed."""
+        own = [default for default in defaults if str(default.config_path).startswith("hydra/")]
+        config = super()._compose_config_from_defaults_list(own, repo)
+        _configure_hydra(
+            config.hydra, {default.config_path for default in own}, "output_dir" in self.schema.model_fields
+        )
+        rest = super()._compose_config_from_defaults_list([default for default in defaults if default not in own], repo)
+        hydra = rest.pop("hydra", None)
+        if hydra is not None:
+            config.merge_with({"hydra": hydra})
+        if any(default.primary for default in defaults):
+            self._composed = complete(self.schema, _container(rest))
+            config.merge_with(self._composed)
+            self._require_nodes()
+        return config
+
+    def _require_nodes(self) -> None:
+        """Refuse a key of a node that is null: the option that has it must be chosen first, or the key be given with `+`."""
+        given = {override.key_or_group for override in self._overrides}
+        problems = []
+        for override in self._overrides:
+            parts = override.key_or_group.split(".")
+            value: Any = self._composed
+            for depth, part in enumerate(parts[:-1], start=1):
+                value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+                node = ".".join(parts[:depth])
+                if value is None and node not in given and override.type is OverrideType.CHANGE:
+                    choose = HINTS.get(node, f"choose the option that has it first, or give +{override.key_or_group}=…")
+                    problems.append(f"{override.key_or_group}: {node} is null here; {choose}.")
+                    break
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def _apply_schema(self, config: DictConfig) -> None:
+        """Complete what overrides have changed: of another kind than was composed, only the keys that were typed stay as they are."""
+        composed = _container(config)
+        del composed["hydra"]
+        values = copy.deepcopy(composed)
+        for key in self._deleted:
+            if not _delete(values, key.split(".")):
+                values[f"~{key}"] = None  # which the schema does not have
+        typed = {override.key_or_group for override in self._overrides}
+        _leave_other_kind(self.schema, self._composed, values, typed, "")
+        complete(self.schema, values)
+        with open_dict(config):
+            for key in composed.keys() - values.keys():
+                del config[key]
+            for key, value in values.items():
+                if key not in composed or composed[key] != value:
+                    config[key] = value
+
+
+HINTS = {
+    "logger.wandb": "choose logger=wandb first",
+    "data.generate": "choose data=digits or data=shapes first",
+    "finetune.lora": "choose finetune=lora first",
+    "model": "choose a model first (model=vit_b32)",
+}
+
+
+def _configure_hydra(hydra: DictConfig, files: set[str], has_output_dir: bool) -> None:
+    """Set what differs from Hydra's defaults, unless the option of a group says otherwise."""
+    if "hydra/output/default" in files:
+        hydra.output_subdir = None
+        hydra.run.dir = "."  # clip_exp makes the run's folder itself, exclusively
+        hydra.sweep.dir = "${output_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}" if has_output_dir else "."
+        hydra.sweep.subdir = "."
+    hydra.job.chdir = False
+    for group in ("hydra_logging", "job_logging"):
+        if f"hydra/{group}/default" in files:
+            hydra[group] = NO_LOGGING
+
+
+def _container(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=False, enum_to_str=True)  # type: ignore[return-value]
+
+
+def _delete(values: Any, parts: list[str]) -> bool:
+    """Delete a nested key; return whether it was there."""
+    for part in parts[:-1]:
+        values = values.get(part) if isinstance(values, dict) else None
+    if not isinstance(values, dict) or parts[-1] not in values:
+        return False
+    del values[parts[-1]]
+    return True
+
+
+def _leave_other_kind(model: type[Config], before: Any, after: Any, typed: set[str], at: str) -> None:
+    """Remove what was composed for another member of a union than overrides have chosen, but for keys that the chosen one needs."""
+    for name, field in model.model_fields.items():
+        key, models = key_of(name, field), members(field.annotation)
+        old, new = before.get(key), after.get(key)
+        if not models or not isinstance(old, dict) or not isinstance(new, dict):
+            continue
+        was, now = chosen(models, old), chosen(models, new)
+        if now is None:
+            continue
+        if was is now:
+            _leave_other_kind(now, old, new, typed, f"{at}{key}.")
+            continue
+        needed = {key_of(name, field) for name, field in now.model_fields.items() if field.is_required()}
+        for each in list(new):
+            if each not in needed and not any(f"{given}.".startswith(f"{at}{key}.{each}.") for given in typed):
+                del new[each]
+
+
+def _hydra(command: str, config_dir: str | None = None) -> Hydra:
+    version.setbase("1.3")
+    search_path = create_config_search_path(str(conf_dir()))
+    if config_dir is not None:
+        folder = Path(config_dir).absolute()
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {config_dir} is not a folder.")
+        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema", path=None))
+    hydra = Hydra(command, Loader(search_path, SCHEMAS[command]))
+    OmegaConf.register_new_resolver("open_clip", open_clip_field, replace=True)
+    return hydra
+
+
+def run_hydra(command: str, arguments: list[str], job: Callable[[DictConfig], None]) -> None:
+    """Do what a command line says: run a job or the jobs of a sweep, or show the configuration.
+
+    Args:
+        arguments: flags and overrides.
+        job: what is done with a composed configuration.
+
+    Raises:
+        ConfigError: the command line or the configuration cannot be used; Hydra's and OmegaConf's own errors are for `explain`.
+    """
+    check_arguments(arguments)
+    parser = get_args_parser()
+    args = parser.parse_args(quote(translate(arguments)))
+    hydra = _hydra(command, args.config_dir)
+    name, overrides = args.config_name or config_name(command), args.overrides
+    if args.help:
+        print(help_of(command, hydra, name, overrides))
+    elif args.hydra_help:
+        hydra.hydra_help(config_name=name, args_parser=parser, args=args)
+    elif args.cfg is not None:
+        _show(command, hydra, name, args)
+    elif args.shell_completion:
+        hydra.shell_completion(config_name=name, overrides=overrides)
+    elif args.info is not None:
+        hydra.show_info(args.info, config_name=name, overrides=overrides)
+    else:
+        _run(hydra, name, overrides, job, sweeps=args.multirun)
+
+
+def _run(hydra: Hydra, name: str, overrides: list[str], job: Callable[[DictConfig], None], sweeps: bool) -> None:
+    if not sweeps:
+        config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
+        sweeps = config.hydra.mode == RunMode.MULTIRUN
+        assert isinstance(hydra.config_loader, Loader)
+        hydra.config_loader.keep(config, name, overrides)
+    if sweeps:
+        hydra.multirun(name, job, [*overrides, "hydra.mode=MULTIRUN"])
+    else:
+        hydra.run(name, job, overrides)
+
+
+def _show(command: str, hydra: Hydra, name: str, args: Namespace) -> None:
+    """Print a configuration; one that would not run is refused, but for values that are still missing."""
+    if args.cfg == "job":
+        config = hydra.compose_config(name, args.overrides, RunMode.RUN, with_log_configuration=False)
+        with open_dict(config):
+            del config["hydra"]
+        with suppress_missing():
+            typed_config(command, config, args.overrides)
+    hydra.show_cfg(name, args.overrides, cfg_type=args.cfg, package=args.package, resolve=args.resolve)
+
+
+@contextmanager
+def suppress_missing() -> Iterator[None]:
+    """Let values pass that are still missing: only other problems are raised."""
+    try:
+        yield
+    except ConfigError as error:
+        if other := [line for line in str(error).splitlines() if " has no value" not in line]:
+            raise ConfigError("\n".join(other)) from None
+
+
+def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
+    """Return the help of a command: the options of each group, and the keys with their values and meanings."""
+    schema = SCHEMAS[command]
+    config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
+    groups = "\n".join(
+        f"{group}: {', '.join(found)}" for group, found in _groups(hydra, "", set(config.hydra.runtime.choices))
+    )
+    keys = "\n".join(_lines(schema, _container(config), ""))
+    options_of_groups = ["== Options: choose with group=option ==", groups] if command in ("train", "evaluate") else []
+    return "\n\n".join([schema.usage, *options_of_groups, "== Keys: set with key=value ==", keys, HELP_END])
+
+
+HELP_END = (
+    "--cfg job shows the composed configuration and runs nothing; --info shows where each file came from; -m runs a sweep.\n"
+    "Documentation: docs/configuration.md; models: clip-exp models; weights that pretrained= takes: docs/weights.md."
+)
+
+
+def _groups(hydra: Hydra, parent: str, chosen_groups: set[str]) -> Iterator[tuple[str, list[str]]]:
+    for group in hydra.config_loader.list_groups(parent):
+        full = f"{parent}/{group}" if parent else group
+        if full == "hydra":
+            continue
+        if full in chosen_groups and (found := hydra.config_loader.get_group_options(full)):
+            yield full, sorted(found)
+        yield from _groups(hydra, full, chosen_groups)
+
+
+def _lines(model: type[Config], values: dict[str, Any], indent: str) -> Iterator[str]:
+    """Yield a line of YAML for every key of a model, with its meaning as a comment."""
+    for name, field in model.model_fields.items():
+        key = key_of(name, field)
+        value = values.get(key)
+        models = members(field.annotation)
+        if models and isinstance(value, dict) and (node := chosen(models, value)) is not None:
+            yield f"{indent}{key}:"
+            yield from _lines(node, value, f"{indent}  ")
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
+            meaning = f"  # {field.description}" if field.description else ""
+            yield f"{indent}{key}: {text.removesuffix('...' + chr(10)).strip()}{meaning}"
+
+
+# ------------------------------------------------------------------------------------------------------ resolvers
+
+
+@contextmanager
+def secrets_refused() -> Iterator[None]:
+    """Refuse `${oc.env:NAME}` of secrets meanwhile: a run's folder keeps what it resolves to. A program that uses clip_exp keeps its resolver."""
+    resolvers = BaseContainer._resolvers  # OmegaConf can set a resolver, but not return the one that is set
+    before = resolvers[ENVIRONMENT]
+    OmegaConf.register_new_resolver(ENVIRONMENT, environment_variable, replace=True)
+    try:
+        yield
+    finally:
+        resolvers[ENVIRONMENT] = before
+
+
+def environment_variable(name: str, *default: Any) -> Any:
+    """Return what `${oc.env:<name>}` stands for.
+
+    Raises:
+        ConfigError: the variable is named like a secret, set or not.
+    """
+    if names_secret(name):
+        raise ConfigError(
+            f"${{oc.env:{name}}} is refused: {name} is named like a secret, and a run's folder keeps its configuration. Leave a "
+            "secret in the environment, where the library that needs it looks for it; give anything else in a variable with "
+            "another name."
+        )
+    return oc.env(name, *default)
+
+
+def _from_resolver(error: BaseException | None) -> ConfigError | None:
+    """Return the error of a resolver of ours, which OmegaConf wraps."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+# --------------------------------------------------------------------------------------------------------- sweeps
+
+
+class Job(NamedTuple):
+    """A job of a sweep."""
+
+    sweep: str  # the sweep's folder, whose name has the time at which it began: jobs in other processes have the same
+    number: int  # from 0
+    overrides: list[str]  # of the keys that the sweep varies
+
+
+def current_job(arguments: list[str]) -> Job | None:
+    """Return the job of `-m` that this is; None outside a sweep.
+
+    Args:
+        arguments: of the command line, with lists of values.
+    """
+    if not HydraConfig.initialized():
+        return None
+    config = HydraConfig.get()
+    if config.mode != RunMode.MULTIRUN:
+        return None
+    varied = {*map(_varied, arguments), *(OmegaConf.select(config.sweeper, "params") or {})}
+    overrides = [text for text in config.overrides.task if _key(text) in varied]
+    return Job(os.path.abspath(config.sweep.dir), int(config.job.num), overrides)
+
+
+def _varied(argument: str) -> str | None:
+    """Return the key of an override that gives several values."""
+    with suppress(HydraException):
+        if OverridesParser.create().parse_override(argument).is_sweep_override():
+            return _key(argument)
+    return None
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+# ------------------------------------------------------------------------------------------------ what people type
+
+# An element of a list: in quotes, or up to a comma that is in no brackets.
+_ELEMENT = re.compile(
+    r"""\s*"(?:[^"\\]|\\.)*"\s*(?=,|$)|\s*'(?:[^'\\]|\\.)*'\s*(?=,|$)|(?:\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|[^,])+"""
+)
+
+
+def quote(arguments: list[str]) -> list[str]:
+    """Quote the values that Hydra's grammar cannot read: `=` in a path, Chinese text, parentheses, `{000..009}`.
+
+    In a list the elements are quoted (`texts=[a dog (running),一只猫]`). Outside a sweep a comma is quoted as well
+    (`text=a dog, running`), where Hydra would take it for a list of choices.
+    """
+    parser = OverridesParser.create()
+    sweeping = bool(MULTIRUN_FLAGS & set(arguments))
+    return [_quoted(parser, argument, sweeping) for argument in arguments]
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse what Hydra would do or keep before a configuration is composed.
+
+    That is its flag that unpickles a file, also as argparse lets it be abbreviated; `optimizer=null` and `optimizer=3`, for which it
+    has no words (names are left to it: they may be the user's own); and of a sweep, whose folder it makes itself and fills with the
+    overrides, addresses and secrets.
+
+    Raises:
+        ConfigError: a line for every problem.
+    """
+    problems = []
+    sweeping = bool(MULTIRUN_FLAGS & set(arguments))
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if len(key) > len("--") and RERUN_FLAG.startswith(key):
+            problems.append(
+                f"{RERUN_FLAG} is refused: it runs code from the file. Give the overrides of that run instead."
+            )
+        if equals and key in ALWAYS_CHOSEN and re.fullmatch(r"(null)?|[\d.+-]+", value.strip("[] ")):
+            problems.append(f"{key}={value} is no option: {nearest(value, options(key))}")
+        if equals and sweeping:
+            problems += [*addresses(value, key), *leaks(value, key)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _quoted(parser: OverridesParser, argument: str, sweeping: bool) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-"):
+        return argument
+    try:
+        if sweeping or not parser.parse_override(argument).is_sweep_override():
+            return argument
+    except HydraException:
+        pass
+    return next((text for text in _spellings(parser, key, value) if _readable(parser, text)), argument)
+
+
+def _spellings(parser: OverridesParser, key: str, value: str) -> Iterator[str]:
+    """A list with its elements in quotes where they need them; then the whole value in quotes."""
+    if value.strip().startswith("[") and value.strip().endswith("]"):
+        elements = _ELEMENT.findall(value.strip()[1:-1])
+        quoted = [e if _readable(parser, f"{key}=[{e}]") else _in_quotes(e.strip()) for e in elements]
+        yield f"{key}=[{','.join(quoted)}]"
+    yield f"{key}={_in_quotes(value)}"
+
+
+def _readable(parser: OverridesParser, argument: str) -> bool:
+    try:
+        parser.parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+def _in_quotes(text: str) -> str:
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
+
+
+def explain(error: BaseException) -> str | None:
+    """Return a sentence for an error of Hydra or OmegaConf, or for a path that is closed to the user: what, where, how to fix.
+
+    None for any other error.
+    """
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{error.filename} may not be read or written by you: change its permissions, or name another."
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, OmegaConfBaseException) and (refused := _from_resolver(cause)) is not None:
+            return str(refused)
+        if isinstance(cause, OverrideParseException):
+            return f"cannot read the override {cause.override}: write key=value, and quote odd values: \"key='value'\"."
+        if isinstance(cause, MissingConfigException):
+            return _missing_option(cause)
+    for cause in reversed(chain):
+        if isinstance(cause, OmegaConfBaseException) and (cause.full_key or cause.key) is not None:
+            return f"{cause.full_key or cause.key}: {str(getattr(cause, 'msg', None) or cause).splitlines()[0]}"
+    return next((" ".join(str(cause).split()) for cause in chain if isinstance(cause, HydraException)), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    file = error.missing_cfg_file or ""
+    if not error.options:
+        return " ".join(str(error).split())
+    if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
+        name = file.removeprefix("model/")  # which may have a slash: ViT-B/32
+        return f"model={name} does not exist: {nearest(name, {*error.options, *names()})}"
+    group, _, name = file.rpartition("/")
+    return f"{group}={name} does not exist: {nearest(name, error.options)}"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from clip_exp.config.load import nearest
+from clip_exp.config.base import Target, nearest
 from clip_exp.errors import ConfigError
 
 ALLOWED_PREFIXES = ("torch.optim", "timm.optim", "deepspeed.ops", "pytorch_lightning.", "clip_exp.training.")
@@ -67,16 +67,10 @@ def build(target: str, where: str, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{where}: {target} refused its arguments: {error}") from error
 
 
-def build_extra(nodes: dict[str, Any], where: str) -> list[Any]:
-    """The objects of an `extra` node: name: {_target_: …, arguments}.
+def build_extra(nodes: dict[str, Target], where: str) -> list[Any]:
+    """Return the objects of an `extra` node.
 
     Raises:
-        ConfigError: see `build`; or a node without `_target_`.
+        ConfigError: see `build`.
     """
-    built = []
-    for name, values in nodes.items():
-        if not isinstance(values, dict) or "_target_" not in values:
-            raise ConfigError(f"{where}.{name} needs a _target_ (the class to build) beside its arguments.")
-        arguments = {key: value for key, value in values.items() if key != "_target_"}
-        built.append(build(values["_target_"], f"{where}.{name}", **arguments))
-    return built
+    return [build(node.target, f"{where}.{name}", **node.arguments) for name, node in nodes.items()]

@@ -12,7 +12,7 @@ from typing import Any
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from clip_exp.config.data_schema import DataConfig
+from clip_exp.config.data import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.fingerprint import VAL, changes, fingerprint, stream_changes
@@ -29,8 +29,7 @@ from clip_exp.data.loader import (
     count_workers,
 )
 from clip_exp.data.pictures import warn_alike
-from clip_exp.data.stream import INDEX, Stream, open_sources
-from clip_exp.data.tables.open import open_configured
+from clip_exp.data.stream import INDEX, Stream, Tables, open_tables
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.ranks import group
@@ -132,6 +131,7 @@ class PairsDataModule(LightningDataModule):
         output_dir: indexes of the tables and generated data are written below it.
         pad_multiple: captions of a batch are padded to a multiple of this.
         run_dir: folder of the run, for `bad_samples.csv`; may be set later, before the loaders are asked for.
+        tables: the tables of `config`, where they are open already; those of generated data never are.
 
     Attributes:
         stream, val_table: after `setup`.
@@ -153,8 +153,10 @@ class PairsDataModule(LightningDataModule):
         output_dir: str | Path = "outputs",
         pad_multiple: int = 1,
         run_dir: Path | None = None,
+        tables: Tables | None = None,
     ) -> None:
         super().__init__()
+        self._tables = tables
         self.config, self.seed = config, seed
         self.preprocessing, self.tokenizer, self.pad_multiple = preprocessing, tokenizer, pad_multiple
         self.global_batch_size, self.total_steps = global_batch_size, total_steps
@@ -180,10 +182,9 @@ class PairsDataModule(LightningDataModule):
         if not config.train:
             raise ConfigError("No training data: set data.train to a CSV file of image-text pairs, or data.generate.")
         index_dir = self.output_dir / INDEX
-        sources = open_sources(config, index_dir)
+        sources, self.val_table = self._tables or open_tables(config, index_dir)
         self.stream = Stream(sources, config, self.seed)
-        if config.val is not None:
-            self.val_table = open_configured(config, config.val, label_key=config.label_key, index_dir=index_dir)
+        if self.val_table is not None:
             self._eval_pairs = EvalPairs(
                 self.val_table,
                 preprocessing=self.preprocessing,

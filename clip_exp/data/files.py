@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image, ImageFile
 
-from clip_exp.config.data_schema import DataConfig
+from clip_exp.config.data import DataConfig
 from clip_exp.storage import LFS_POINTER
 
 NO_SUCH_FILE = "no such file"  # a link that leads nowhere included

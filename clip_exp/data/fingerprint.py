@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.config.data_schema import DataConfig
+from clip_exp.config.data import DataConfig
 from clip_exp.data.files import BadImage, ImageLimits
-from clip_exp.data.stream import OpenSource, blocks_of
+from clip_exp.data.stream import OpenSource, blocks_of, configured
 from clip_exp.data.tables.table import PairTable
 
 SAMPLED = 32  # images of which the record has hashes
@@ -39,7 +39,7 @@ def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: Da
             {
                 "files": source.table.fingerprint(),
                 "weight": source.spec.weight,
-                "filter": source.spec.configured(config).filter,
+                "filter": configured(source.spec, config).filter,
                 "shuffle": _shuffle(config, source),
                 "pictures": source.rows.pictures,  # with another image root, equal paths may be different ones
             }

@@ -7,15 +7,15 @@ They are scikit-learn's handwritten digits, and drawn scenes of one or two color
 import csv
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_exp.config.data_schema import DataConfig, GenerateConfig, Generator
+from clip_exp.config.data import DataConfig, GenerateConfig, Generator
 from clip_exp.data.randomness import Draws, hash64
-from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.errors import CheckpointError
 from clip_exp.storage import atomic_folder, sync
 
 
@@ -51,7 +51,6 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
 
     Raises: ConfigError for sizes that cannot be made, CheckpointError where the folder cannot be written.
     """
-    _check(config)
     folder = Path(output_dir) / "data" / _name(config)
     data = GeneratedData(folder / "train.csv", folder / "val.csv")
     if folder.is_dir():
@@ -72,10 +71,8 @@ def readable(config: DataConfig, output_dir: Path) -> DataConfig:
     if config.generate is None:
         return config
     made = generate(config.generate, output_dir)
-    return replace(
-        config, generate=None, train=str(made.train), val=str(made.val),
-        image_key="filepath", caption_key="title", image_root=None,
-    )  # fmt: skip
+    tables = {"generate": None, "train": str(made.train), "val": str(made.val)}
+    return config.model_copy(update={**tables, "image_key": "filepath", "caption_key": "title", "image_root": None})
 
 
 def count_rows(config: GenerateConfig) -> int:
@@ -83,14 +80,6 @@ def count_rows(config: GenerateConfig) -> int:
     if config.kind is Generator.shapes:
         return config.rows or SHAPES_ROWS
     return min(config.rows or DIGITS_ROWS, DIGITS_ROWS)
-
-
-def _check(config: GenerateConfig) -> None:
-    for key, rows in (("rows", config.rows), ("val_rows", config.val_rows)):
-        if rows is not None and rows < 1:
-            raise ConfigError(f"data.generate.{key}={rows} must be at least 1.")
-    if config.kind is Generator.shapes and not 16 <= config.image_size <= 1024:
-        raise ConfigError(f"data.generate.image_size={config.image_size} must be between 16 and 1024 pixels.")
 
 
 def _name(config: GenerateConfig) -> str:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
 
-from clip_exp.config.data_schema import AugmentationConfig
-from clip_exp.config.model_schema import ImageTowerConfig, Interpolation, ResizeMode
+from clip_exp.config.data import AugmentationConfig
+from clip_exp.config.model import ImageTowerConfig, Interpolation, ResizeMode
 from clip_exp.data.files import (
     DAMAGED,
     JPEGS,

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from clip_exp.config.data_schema import AugmentationConfig, OnBadImage
+from clip_exp.config.data import AugmentationConfig, OnBadImage
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import Preprocessing, decode, decode_rgb, eval_transform, train_transform
 from clip_exp.data.pictures import Pictures, label_of_images

@@ -9,101 +9,23 @@ ranks, so the only state of training's data is how many were seen.
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from clip_exp.config.data_schema import Captions, DataConfig, Shuffle
-from clip_exp.config.load import nearest
+from clip_exp.config.data import Captions, DataConfig, Shuffle, Source
 from clip_exp.data.files import normal_path
 from clip_exp.data.randomness import Blocks, epoch_order, hash64
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import ConfigError
 
-READING = ("image_root", "image_key", "caption_key", "separator", "encoding", "filter")
-KEYS = ("path", "weight", *READING)
 INDEX = "index"  # folder of the tables' indexes below output_dir
 SLOTS = 4096  # samples in which the sources have exactly their shares
 _CAPTION, _SOURCE, _SLOTS = 3, 11, 12  # what is drawn
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """One entry of `data.train`.
-
-    Attributes:
-        paths: files and patterns, read as one table.
-        weight: how often it is drawn, relative to the others; None: as often as it has rows.
-        reading: keys of `DataConfig` that are different for this source.
-    """
-
-    paths: tuple[str, ...]
-    weight: float | None = None
-    reading: dict[str, str | None] = field(default_factory=dict)
-
-    def configured(self, config: DataConfig) -> DataConfig:
-        """The configuration by which this source is read."""
-        return replace(config, **self.reading)  # type: ignore[arg-type]
-
-
-def parse(value: Any, key: str = "data.train") -> list[SourceSpec]:
-    """What `data.train` names: one source for a path or a list of paths, one for each entry of a list that has a mapping.
-
-    Raises:
-        ConfigError: an unknown key, a missing or mistyped value, a weight that is not above 0; all that were found, a line each.
-    """
-    if value is None or value == []:
-        return []
-    entries = value if isinstance(value, list | tuple) else [value]
-    if all(isinstance(entry, str | Path) for entry in entries):
-        return [SourceSpec(tuple(map(str, entries)))]
-    problems = [
-        problem
-        for i, entry in enumerate(entries)
-        for problem in _problems(entry, f"{key}[{i}]" if entries is value else key)
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    specs = [_spec(entry) for entry in entries]
-    if len({spec.weight is None for spec in specs}) > 1:
-        raise ConfigError(
-            f"{key}: give every source a weight, or none: without weights each is drawn as often as it has rows."
-        )
-    return specs
-
-
-def _problems(entry: Any, where: str) -> Iterator[str]:
-    if isinstance(entry, str | Path):
-        return
-    if not isinstance(entry, dict):
-        yield f"{where}={entry} must be a path, or a mapping with a path and a weight."
-        return
-    for key in entry:
-        if key not in KEYS:
-            yield f"{where}.{key} does not exist: {nearest(str(key), KEYS)}"
-    paths = entry.get("path")
-    if not paths or not all(isinstance(path, str | Path) for path in (paths if isinstance(paths, list) else [paths])):
-        yield f"{where}.path={paths} must be a file, or a list of files that are read as one table."
-    weight = entry.get("weight")
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if weight is not None and not (number and 0 < weight < math.inf):
-        yield f"{where}.weight={weight} must be a number above 0."
-    for key in READING:
-        value = entry.get(key, "")
-        may_be_null = key in ("image_root", "filter")
-        if not isinstance(value, str) and not (value is None and may_be_null):
-            yield f"{where}.{key}={value} must be a text."
-
-
-def _spec(entry: Any) -> SourceSpec:
-    if isinstance(entry, str | Path):
-        return SourceSpec((str(entry),))
-    paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-    return SourceSpec(tuple(map(str, paths)), entry.get("weight"), {key: entry[key] for key in READING if key in entry})
 
 
 # Rows: what a sample of a source is, a picture with one of its captions or a pair of the table.
@@ -161,9 +83,14 @@ class PictureRows:
 class OpenSource(NamedTuple):
     """A source that was opened."""
 
-    spec: SourceSpec
+    spec: Source
     table: PairTable
     rows: Rows
+
+
+def configured(source: Source, config: DataConfig) -> DataConfig:
+    """Return the configuration by which a source is read."""
+    return config.model_copy(update=source.reading)
 
 
 def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[OpenSource]:
@@ -172,18 +99,37 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
     Args:
         index_dir: see `open_table`.
     Raises:
-        ConfigError: `data.train` makes no sense or names no file; a source is too rare to be drawn.
+        ConfigError: `data.train` names no file; a source is too rare to be drawn.
         DataError: see `open_table`.
     """
     opened = []
-    for spec in parse(config.train):
-        table = open_configured(
-            spec.configured(config), list(spec.paths), max_rows=config.max_rows, index_dir=index_dir
-        )
+    for spec in config.sources:
+        table = open_configured(configured(spec, config), spec.paths, max_rows=config.max_rows, index_dir=index_dir)
         opened.append(OpenSource(spec, table, build_rows(table, config.captions)))
     if len(opened) > 1:
         quotas(opened)
     return opened
+
+
+class Tables(NamedTuple):
+    """The opened tables of a run."""
+
+    sources: list[OpenSource]
+    val: PairTable | None
+
+
+def open_tables(config: DataConfig, index_dir: Path | None = None) -> Tables:
+    """Open the tables of `data.train` and `data.val`.
+
+    Args:
+        index_dir: see `open_table`.
+    Raises:
+        ConfigError, DataError: see `open_sources`.
+    """
+    sources, val = open_sources(config, index_dir), None
+    if config.val is not None:
+        val = open_configured(config, config.val, label_key=config.label_key, index_dir=index_dir)
+    return Tables(sources, val)
 
 
 def quotas(sources: Sequence[OpenSource]) -> list[int]:

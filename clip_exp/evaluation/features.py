@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_exp._version import __version__
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.evaluation_schema import SubjectConfig
+from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import SubjectConfig
 from clip_exp.data.images import Preprocessing, normalize
 from clip_exp.data.loader import (
     EvalBatch,
@@ -36,16 +36,14 @@ from clip_exp.data.loader import (
     killed_workers_are_told,
 )
 from clip_exp.data.pictures import Pictures
-from clip_exp.devices import resolve_accelerator
+from clip_exp.devices import inference, inference_precision, resolve_accelerator
 from clip_exp.errors import DataError, NumericError
 from clip_exp.models.text import TreeLayout
-from clip_exp.devices import inference, inference_precision
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main, gather_objects, local_world_size, rank, world_size
 from clip_exp.storage import atomic_file
-from clip_exp.text.tokenizer import Tokenizes
 from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack
-from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.text.tokenizer import Tokenizer, Tokenizes
 
 log = logging.getLogger(__name__)
 BLOCKS = 64  # of a set: the most ranks that share it evenly

@@ -7,15 +7,12 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.evaluation_schema import EvaluateConfig, SubjectConfig
-from clip_exp.config.idle import idle_problems, typed_keys
-from clip_exp.config.load import read_evaluate_config, to_yaml
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.schema import Precision
+from clip_exp.config.base import plain, problems, typed_keys
+from clip_exp.config.evaluation import AutoTaskConfig, EvaluateConfig
+from clip_exp.config.files import read_evaluate_config, to_yaml
 from clip_exp.devices import Devices, is_out_of_memory, parse_devices, resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DeviceMemoryError, gravest
 from clip_exp.evaluation.prepared import Task
@@ -103,45 +100,31 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
     """
-    errors: list[ClipExpError] = [ConfigError(problem) for problem in problems_of(config)]
-    errors += [ConfigError(problem) for problem in leaks(asdict(config))]
-    typed = typed_keys(arguments or ())
+    found = [*leaks(plain(config)), *(name_problems(config.name) if config.name is not None else ())]
     if arguments is not None:
-        errors += [ConfigError(problem) for problem in idle_problems(config, typed)]
-    if config.name is not None:
-        errors += [ConfigError(problem) for problem in name_problems(config.name)]
-    if config.cache_gb < 0:
-        errors.append(ConfigError(f"cache_gb={config.cache_gb} must not be negative; 0 keeps nothing."))
+        found = [*problems(config, typed_keys(arguments)), *found]
+    errors: list[ClipExpError] = [ConfigError(problem) for problem in found]
     try:
         parse_devices(config.accelerator, config.devices)
     except ConfigError as error:
         errors.append(error)
-    known, source = None, None
+    source = None
     try:
         source = check_source(config)
-        # Tasks ask for the model's run alone, which weights that are yet to be fetched do not have.
-        known = source or ModelSource(config.model or ModelConfig(), Path(str(config.pretrained)))
     except ClipExpError as error:
         errors.append(error)
-    tasks, task_errors = prepare_tasks(config.task, config.output_dir, known, typed)
+    # What a model that was not found validated on is not known.
+    missing = bool(errors) and source is None
+    wanted = {name: task for name, task in config.task.items() if not (missing and isinstance(task, AutoTaskConfig))}
+    # Weights that are yet to be fetched have no run.
+    run = source.run if source is not None else None
+    tasks, task_errors = (
+        prepare_tasks(wanted, config.output_dir, run, fetch=not errors) if wanted or not config.task else ([], [])
+    )
     errors += task_errors
     if errors:
         raise gravest(errors)
     return source or find_source(config), tasks
-
-
-def problems_of(config: SubjectConfig) -> list[str]:
-    """What is wrong with the keys that every command that uses a model has."""
-    problems = []
-    if config.precision not in list(Precision):
-        problems.append(f"precision={config.precision} must be one of {', '.join(Precision)}.")
-    if config.batch_size < 1:
-        problems.append(f"batch_size={config.batch_size} must be above 0.")
-    if config.num_workers is not None and config.num_workers < 0:
-        problems.append(f"num_workers={config.num_workers} must not be negative.")
-    if config.max_image_pixels < 1:
-        problems.append(f"max_image_pixels={config.max_image_pixels} must be above 0.")
-    return problems
 
 
 def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
@@ -156,7 +139,7 @@ def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
 def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str]) -> Path:
     """A new folder that says what is about to be evaluated: its `config.yaml` has the settled model and weights on this disk."""
     if source.told is not None:
-        config = replace(config, model=source.model, pretrained=str(source.weights.absolute()))
+        config = config.model_copy(update={"model": source.model, "pretrained": str(source.weights.absolute())})
     name = config.name or (source.run.name if source.run else source.model.name)
     folder = create_run_folder(config.output_dir, "evaluate", name)
     write_text(folder / "config.yaml", to_yaml(config))

@@ -5,12 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from clip_exp.config.evaluation_schema import (
-    KNNTaskConfig,
-    LinearProbeTaskConfig,
-    RobustnessTaskConfig,
-    ZeroShotTaskConfig,
-)
+from clip_exp.config.evaluation import KNNTaskConfig, LinearProbeTaskConfig, RobustnessTaskConfig, ZeroShotTaskConfig
 from clip_exp.data.files import equal_contents
 from clip_exp.data.pictures import TablePictures
 from clip_exp.evaluation.sets.labeled import LabeledImages

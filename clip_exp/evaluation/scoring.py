@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from clip_exp._version import __version__
-from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.devices import exact_float32
 from clip_exp.evaluation.classification import score_classification
 from clip_exp.evaluation.features import Cache, encode_options
 from clip_exp.evaluation.knn import score_knn

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from clip_exp.config.evaluation_schema import KNNTaskConfig, LabeledDataConfig, LinearProbeTaskConfig
+from clip_exp.config.evaluation import KNNTaskConfig, LabeledDataConfig, LinearProbeTaskConfig
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.prepared import KNNTask, ProbeTask
 from clip_exp.evaluation.sets.datasets import labeled_images

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clip_exp.config.load import plain
-from clip_exp.config.model_schema import ModelConfig, ResizeMode
+from clip_exp.config.base import plain
+from clip_exp.config.model import ModelConfig, ResizeMode
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.pictures import Pictures
 from clip_exp.evaluation.features import (

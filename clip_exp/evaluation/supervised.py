@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clip_exp.config.load import nearest
+from clip_exp.config.base import nearest
 from clip_exp.data.files import BadImage
 from clip_exp.data.images import MAX_ASPECT, normalize, pil_to_tensor
 from clip_exp.devices import inference

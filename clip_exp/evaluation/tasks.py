@@ -1,26 +1,22 @@
 """From `task` of a configuration to what is to be scored: files found, names matched, no weights loaded. No torch."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.data_schema import DataConfig
-from clip_exp.config.evaluation_schema import (
-    AutoTaskConfig,
+from clip_exp.config.data import DataConfig
+from clip_exp.config.evaluation import (
     KNNTaskConfig,
     LabeledDataConfig,
     LinearProbeTaskConfig,
     RetrievalTaskConfig,
     RobustnessTaskConfig,
-    TaskKind,
+    TaskConfig,
     ZeroShotTaskConfig,
 )
-from clip_exp.config.idle import idle_problems
-from clip_exp.config.load import nearest, strict_dataclass
-from clip_exp.config.missing import MISSING
-from clip_exp.config.paths import options
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.files import options
+from clip_exp.config.training import TrainConfig
 from clip_exp.data.generated import generate
 from clip_exp.data.pictures import TablePictures
 from clip_exp.errors import ClipExpError, ConfigError, gravest
@@ -29,55 +25,31 @@ from clip_exp.evaluation.sets.class_names import templates
 from clip_exp.evaluation.sets.datasets import labeled_images, read_pairs, require_tables
 from clip_exp.evaluation.sets.imagenet_sets import configure_sets, weights_file
 from clip_exp.evaluation.splits import prepare_knn, prepare_probe
-from clip_exp.loading.source import ModelSource
 from clip_exp.reports.names import task_of
 from clip_exp.runs import MAX_NAME
 
-TaskConfig = (
-    AutoTaskConfig
-    | ZeroShotTaskConfig
-    | RetrievalTaskConfig
-    | LinearProbeTaskConfig
-    | KNNTaskConfig
-    | RobustnessTaskConfig
-)
-CONFIGS: dict[str, type[TaskConfig]] = {
-    TaskKind.auto: AutoTaskConfig,
-    TaskKind.zero_shot: ZeroShotTaskConfig,
-    TaskKind.retrieval: RetrievalTaskConfig,
-    TaskKind.linear_probe: LinearProbeTaskConfig,
-    TaskKind.knn: KNNTaskConfig,
-    TaskKind.robustness: RobustnessTaskConfig,
-}
 NAME = re.compile(r"[\w.@+-]+")  # becomes a file's name
 
 
 def prepare_tasks(
-    wanted: dict[str, Any], output_dir: str, source: ModelSource | None, typed: Collection[str] = ()
+    wanted: Mapping[str, TaskConfig], output_dir: str, run: TrainConfig | None, *, fetch: bool = True
 ) -> tuple[list[Task], list[ClipExpError]]:
-    """Everything that `task` of a configuration asks for, and everything that is wrong with it.
+    """Return everything that `task` of a configuration asks for, and everything that is wrong with it.
 
     Args:
-        wanted: name to values.
-        source: the model, whose run tells `auto` tasks what to score; None if it was not found: they are passed over.
-        typed: see `idle_problems`.
+        wanted: tasks by name.
+        run: run of the model, which tells `auto` tasks what to score; None: the model is no run's.
+        fetch: whether data may be downloaded where nothing else is wrong.
     """
-    parsed: dict[str, TaskConfig] = {}
     prepared: dict[str, list[Task]] = {}
-    errors: list[ClipExpError] = []
+    errors: list[ClipExpError] = [ConfigError(problem) for name in wanted for problem in _name_problems(name)]
     if not wanted:
         errors.append(ConfigError(f"no task: choose from task=[{','.join(options('task'))}]."))
-    for name, values in wanted.items():
+    for name, task in sorted(wanted.items(), key=lambda item: _fetches(item[1])):
+        if _fetches(task) and (errors or not fetch):
+            continue  # what else is wrong is reported before hours of fetching
         try:
-            parsed[name] = parse_task(name, values)
-            errors += map(ConfigError, idle_problems(parsed[name], typed, f"task.{name}."))
-        except ClipExpError as error:
-            errors.append(error)
-    for name in sorted(parsed, key=lambda name: _fetches(parsed[name])):
-        if _fetches(parsed[name]) and (errors or source is None):
-            continue  # what else is wrong is told before hours of fetching
-        try:
-            prepared[name] = list(_prepare(name, parsed[name], output_dir, source))
+            prepared[name] = list(_prepare(name, task, output_dir, run))
         except ClipExpError as error:
             errors.append(error)
     tasks = [task for name in wanted for task in prepared.get(name, [])]
@@ -95,34 +67,15 @@ def _fetches(task: TaskConfig) -> bool:
     return any(isinstance(part, LabeledDataConfig) and part.download for part in parts)
 
 
-def parse_task(name: str, values: Any) -> TaskConfig:
-    """The typed configuration of one task.
-
-    Raises:
-        ConfigError: an unknown kind or key, a missing value, a wrong type.
-    """
-    where = f"task.{name}"
+def _name_problems(name: str) -> Iterator[str]:
+    """Yield why a task may not have a name, which becomes a file's name and is told from those of other results by its end."""
     if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
-        raise ConfigError(
-            f"{where}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
-        )
-    if task_of(name) != name:
-        raise ConfigError(
-            f"{where}: this name ends like those of a run's results of other checkpoints: rename your task."
-        )
-    if not isinstance(values, dict) or "kind" not in values:
-        chosen = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
-        raise ConfigError(f"{where} is not chosen: {chosen} A task of your own needs a kind: {', '.join(TaskKind)}.")
-    kind = str(values["kind"])
-    if kind not in CONFIGS:
-        raise ConfigError(f"{where}.kind={kind} does not exist: {nearest(kind, TaskKind)}")
-    parsed = strict_dataclass(CONFIGS[kind], values, where)
-    if missing := [f"{where}.{key}" for key, value in values.items() if value == MISSING]:
-        raise ConfigError("\n".join(f"{key} has no value: set it ({key}=…)." for key in missing))
-    return parsed
+        yield f"task.{name}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
+    elif task_of(name) != name:
+        yield f"task.{name}: this name ends like those of a run's results of other checkpoints: rename your task."
 
 
-def _prepare(name: str, task: TaskConfig, output_dir: str, source: ModelSource | None) -> Iterator[Task]:
+def _prepare(name: str, task: TaskConfig, output_dir: str, run: TrainConfig | None) -> Iterator[Task]:
     if isinstance(task, ZeroShotTaskConfig):
         yield prepare_classification(name, task, output_dir)
     elif isinstance(task, RetrievalTaskConfig):
@@ -133,8 +86,8 @@ def _prepare(name: str, task: TaskConfig, output_dir: str, source: ModelSource |
         yield prepare_knn(name, task, output_dir)
     elif isinstance(task, RobustnessTaskConfig):
         yield prepare_robustness(name, task, output_dir)
-    elif source is not None:
-        yield from _prepare_auto(name, output_dir, source.run)
+    else:
+        yield from _prepare_auto(name, output_dir, run)
 
 
 def prepare_classification(name: str, task: ZeroShotTaskConfig, output_dir: str) -> ClassificationTask:
@@ -188,7 +141,6 @@ def prepare_robustness(name: str, task: RobustnessTaskConfig, output_dir: str) -
     sets: dict[str, ClassificationTask] = {}
     errors: list[ClipExpError] = []
     for each, config in configure_sets(name, task).items():
-        errors += map(ConfigError, idle_problems(config, (), f"task.{name}.sets.{each}."))
         try:
             sets[each] = prepare_classification(f"{name}.sets.{each}", config, output_dir)
         except ClipExpError as error:

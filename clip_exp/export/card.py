@@ -8,9 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from clip_exp._version import __version__
-from clip_exp.config.model_rules import uses_openai
-from clip_exp.config.model_schema import Activation, ModelConfig, ResizeMode
-from clip_exp.config.use_schema import ExportFormat
+from clip_exp.config.commands import ExportFormat
+from clip_exp.config.model import Activation, ModelConfig, ResizeMode
 from clip_exp.data.images import preprocessing_of
 from clip_exp.export.folder import CARD
 from clip_exp.export.history import history_of
@@ -61,7 +60,7 @@ def _facts(model: CLIP, config: ModelConfig) -> dict[str, Any]:
     """What the model takes in and gives."""
     size, mean, std, interpolation, resize_mode = preprocessing_of(config.image)
     squash = resize_mode is ResizeMode.squash
-    tokenizer = "OpenAI's byte-pair encoding" if uses_openai(config.text) else "in this folder"
+    tokenizer = "OpenAI's byte-pair encoding" if config.text.uses_openai_tokenizer else "in this folder"
     return {
         "image tower": _tower(config.image),
         "text tower": _tower(config.text),

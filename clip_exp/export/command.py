@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from clip_exp.config.use_schema import ExportConfig
+from clip_exp.config.commands import ExportConfig
 from clip_exp.errors import PREEMPTED_EXIT_CODE, Problems
 from clip_exp.export.folder import check_target
 from clip_exp.export.formats import problems_of

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.models.clip import CLIP, unit_norm
 from clip_exp.text.tokenizer import build_tokenizer

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from clip_exp import open_clip_files
-from clip_exp.config.model_rules import uses_openai
-from clip_exp.config.model_schema import ImageTower, ModelConfig, Projection, TextTower
-from clip_exp.config.use_schema import ExportFormat
+from clip_exp.config.commands import ExportFormat
+from clip_exp.config.model import ImageTower, ModelConfig, Projection, TextTower
 
 ONNX_NEEDS = ("onnxscript", "onnxruntime")
 TRANSFORMERS_CLASSES = {(ImageTower.vit, TextTower.clip): "CLIP", (ImageTower.siglip, TextTower.siglip): "Siglip"}
@@ -67,7 +66,7 @@ def _open_clip_problems(config: ModelConfig) -> Iterator[str]:
 
 
 def _huggingface_problems(config: ModelConfig) -> Iterator[str]:
-    if transformers_class(config) == "CLIP" and not uses_openai(config.text):
+    if transformers_class(config) == "CLIP" and not config.text.uses_openai_tokenizer:
         yield (
             f"format=huggingface: CLIPProcessor reads OpenAI's tokenizer, and this model has {config.text.tokenizer}. "
             "Use format=open_clip, safetensors or onnx."

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clip_exp.checkpoints.folders import WEIGHTS
-from clip_exp.config.data_schema import DataConfig
-from clip_exp.config.load import plain
-from clip_exp.config.schema import FineTuneConfig, TrainConfig
-from clip_exp.data.stream import parse
+from clip_exp.config.base import plain
+from clip_exp.config.data import DataConfig
+from clip_exp.config.training import DeepSpeedConfig, FineTuneConfig, TrainConfig
 from clip_exp.loading.source import ModelSource
 from clip_exp.reports.names import task_of
 from clip_exp.reports.page import counted
@@ -79,19 +78,19 @@ def name_of(path: Any) -> str:
 
 
 def _data(data: DataConfig, record: dict[str, Any]) -> dict[str, str]:
-    facts = {"training data": _tables(data.train) if data.generate is None else _generated(data)}
+    facts = {"training data": _tables(data) if data.generate is None else _generated(data)}
     if isinstance(record.get("rows"), int):
         facts["rows"] = f"{record['rows']:,}"
     if data.val is not None:
-        facts["validation data"] = _tables(data.val)
+        facts["validation data"] = ", ".join(map(name_of, [data.val] if isinstance(data.val, str) else data.val))
     facts["captions"] = (
         "one per picture, drawn anew each epoch" if data.captions == "random" else "every pair of the table"
     )
     return facts
 
 
-def _tables(tables: Any) -> str:
-    return ", ".join(name_of(path) for source in parse(tables) for path in source.paths)
+def _tables(data: DataConfig) -> str:
+    return ", ".join(name_of(path) for source in data.sources for path in source.paths)
 
 
 def _generated(data: DataConfig) -> str:
@@ -109,12 +108,13 @@ def _recipe(run: TrainConfig, record: dict[str, Any], step: int | None) -> dict[
         "fine-tuning": ", ".join(_changed(plain(run.finetune), plain(FineTuneConfig()))),
         "loss": run.loss.name.value,
         "steps": "" if steps is None else f"{steps:,} of {counted(run.global_batch_size, 'pair')} each{whole}",
-        "optimizer": f"{_last(optimizer._target_)}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
-        "schedule": f"{_last(scheduler._target_)}, warm-up {warmup}",
+        "optimizer": f"{_last(optimizer.target)}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
+        "schedule": f"{_last(scheduler.target)}, warm-up {warmup}",
         "gradient clipping": f"norm {run.trainer.gradient_clip_val:g}" if run.trainer.gradient_clip_val else "",
         "dropout": f"{run.model.dropout:g}" if run.model.dropout else "",
         "precision": str(record.get("precision") or run.precision),
-        "strategy": run.strategy.name.value + (f", ZeRO stage {run.strategy.stage}" if run.strategy.stage else ""),
+        "strategy": run.strategy.name.value
+        + (f", ZeRO stage {run.strategy.stage}" if isinstance(run.strategy, DeepSpeedConfig) else ""),
         "devices": f"{record['ranks']} x {record.get('device_name')}" if "ranks" in record else "",
         "seed": str(run.seed),
     }

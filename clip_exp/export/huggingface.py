@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.export.compare import Encoders
 from clip_exp.export.formats import transformers_class
 from clip_exp.export.preprocessor import write_preprocessor

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.load import plain
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.base import plain
+from clip_exp.config.model import ModelConfig
 from clip_exp.export.compare import Encoders
 from clip_exp.export.preprocessor import write_preprocessor
 from clip_exp.export.tokenizer_files import write_ready

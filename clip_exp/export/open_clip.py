@@ -6,8 +6,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from clip_exp.config.model_rules import uses_openai
-from clip_exp.config.model_schema import Activation, Cleaning, ImageTower, ModelConfig, TextTower
+from clip_exp.config.model import Activation, Cleaning, ImageTower, ModelConfig, TextTower
 from clip_exp.data.images import preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.export.compare import Encoders
@@ -27,7 +26,7 @@ def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     bias = None if model.logit_bias is None else model.logit_bias.item()
     about = {"model_cfg": model_cfg(config, bias), "preprocess_cfg": preprocess_cfg(config)}
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    if not uses_openai(config.text):
+    if not config.text.uses_openai_tokenizer:
         write_own(folder, config.text)
 
 

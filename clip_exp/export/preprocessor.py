@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.model_schema import ImageTowerConfig, Interpolation, ResizeMode
+from clip_exp.config.model import ImageTowerConfig, Interpolation, ResizeMode
 from clip_exp.data.images import preprocessing_of
 
 RESAMPLE = {Interpolation.bilinear: 2, Interpolation.bicubic: 3}  # Pillow's numbers

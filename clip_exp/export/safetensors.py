@@ -1,15 +1,13 @@
 """Our own format: one file of weights under our names that tells which model it is."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from clip_exp.checkpoints.folders import WEIGHTS
-from clip_exp.config.load import plain
-from clip_exp.config.model_rules import uses_openai
-from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, TextTower
+from clip_exp.config.base import plain
+from clip_exp.config.model import Activation, ImageTower, ModelConfig, TextTower
 from clip_exp.export.compare import Encoders
 from clip_exp.export.tokenizer_files import write_own
 from clip_exp.loading.model import load_model
@@ -21,7 +19,7 @@ from clip_exp.weights.inspect import HERE, OUR_METADATA
 
 def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     """Write `model.safetensors`, and the tokenizer's files where it is not OpenAI's."""
-    if not uses_openai(config.text):
+    if not config.text.uses_openai_tokenizer:
         write_own(folder, config.text)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, {"format": "pt", OUR_METADATA: json.dumps(plain(portable(config)))})
@@ -36,11 +34,15 @@ def read(folder: Path, config: ModelConfig) -> Encoders:
 def portable(config: ModelConfig) -> ModelConfig:
     """The configuration with all that the model needs and without places of this machine: it means the same elsewhere."""
     text = config.text
-    if not uses_openai(text):
-        text = replace(text, tokenizer=HERE)
+    if not text.uses_openai_tokenizer:
+        text = text.model_copy(update={"tokenizer": HERE})
     if text.name is not None:
-        text = replace(text, name=Path(text.name).name if Path(text.name).expanduser().is_dir() else text.name)
+        text = text.model_copy(
+            update={"name": Path(text.name).name if Path(text.name).expanduser().is_dir() else text.name}
+        )
     if config.text.kind is TextTower.huggingface and not text.architecture:
-        text = replace(text, architecture=note_architecture(config.text))
+        text = text.model_copy(update={"architecture": note_architecture(config.text)})
     own = config.image.kind is not ImageTower.open_clip  # whose towers have an activation of their own
-    return replace(config, text=text, activation=config.activation or (Activation.gelu if own else None))
+    return config.model_copy(
+        update={"text": text, "activation": config.activation or (Activation.gelu if own else None)}
+    )

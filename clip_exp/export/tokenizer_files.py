@@ -6,8 +6,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from clip_exp.config.model_rules import uses_openai
-from clip_exp.config.model_schema import TextTowerConfig
+from clip_exp.config.model import TextTowerConfig
 from clip_exp.runs import tokenizer_source
 from clip_exp.text import tokenizer as ours
 from clip_exp.text.tokenizer import load_huggingface, save_huggingface
@@ -62,7 +61,7 @@ def write_ready(folder: Path, text: TextTowerConfig, trims: bool) -> None:
         trims: a batch is as long as its longest text; else as the context.
     """
     path = folder / "tokenizer.json"
-    if uses_openai(text):
+    if text.uses_openai_tokenizer:
         tokenizer, pad_id = openai_tokenizer(), 0
     else:
         write_own(folder, text)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.use_schema import ExportFormat
+from clip_exp.config.commands import ExportFormat
+from clip_exp.config.model import ModelConfig
 from clip_exp.errors import ConfigError
 from clip_exp.export import huggingface, onnx, open_clip, safetensors
 from clip_exp.export.card import write_card

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.config.data_schema import OnBadImage
+from clip_exp.config.data import OnBadImage
 from clip_exp.data.loader import killed_workers_are_told
 from clip_exp.errors import DataError
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_pictures, load_batches, require_finite

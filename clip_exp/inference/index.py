@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from clip_exp.config.load import plain, strict_dataclass
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.base import parse, plain
+from clip_exp.config.model import ModelConfig
 from clip_exp.data.files import normal_path
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.source import ModelSource
@@ -44,7 +44,7 @@ class Recipe:
     @property
     def source(self) -> ModelSource:
         """The model that made the index."""
-        model = strict_dataclass(ModelConfig, self.model, "model")
+        model = parse(ModelConfig, self.model, "model.")
         return ModelSource(model, Path(self.weights), mix=Mix(**self.mix) if self.mix else None)
 
 

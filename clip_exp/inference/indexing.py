@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clip_exp.config.data_schema import OnBadImage
+from clip_exp.config.data import OnBadImage
 from clip_exp.data.files import Stamp, Stored, normal_path, stamps
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.features import require_finite

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from clip_exp.config.data_schema import OnBadImage
+from clip_exp.config.data import OnBadImage
 from clip_exp.data.files import normal_path
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError, DataError

@@ -4,10 +4,10 @@ from functools import cache
 from typing import Any
 
 from clip_exp import open_clip_files
-from clip_exp.config.model_schema import ModelConfig, TextTower
-from clip_exp.config.models import ADAPTER, QUICK_GELU, named_model
-from clip_exp.config.paths import options
-from clip_exp.config.use_schema import ModelsConfig
+from clip_exp.config.commands import ModelsConfig
+from clip_exp.config.files import options
+from clip_exp.config.model import ModelConfig, TextTower
+from clip_exp.config.names import ADAPTER, QUICK_GELU, named_model
 from clip_exp.inference.outputs import Report, check_output, write
 from clip_exp.weights.inspect import activation_of_entry
 

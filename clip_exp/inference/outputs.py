@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clip_exp.config.use_schema import OutputConfig, OutputFormat
+from clip_exp.config.commands import OutputConfig, OutputFormat
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.loading.source import ModelSource
 from clip_exp.spreadsheets import TextWriter
 from clip_exp.storage import atomic_file
 
@@ -40,6 +41,11 @@ def check_output(config: OutputConfig) -> None:
         if path.is_dir() or not path.parent.is_dir():
             what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
             raise ConfigError(f"output={config.output} {what}.")
+
+
+def about(source: ModelSource) -> dict[str, Any]:
+    """Return what JSON says of the model."""
+    return {"model": source.model.name, "weights": str(source.weights.resolve())}
 
 
 def write(report: Report, config: OutputConfig) -> None:

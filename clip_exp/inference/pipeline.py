@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.use_schema import ExportFormat, UseConfig
+from clip_exp.config.commands import ExportFormat, UseConfig
+from clip_exp.config.data import OnBadImage
+from clip_exp.config.model import ModelConfig
 from clip_exp.devices import exact_float32, resolve_accelerator
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier

@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from clip_exp.config.use_schema import PredictConfig
+from clip_exp.config.commands import PredictConfig
 from clip_exp.errors import Problems
 from clip_exp.evaluation.sets.class_names import templates as read_templates
-from clip_exp.inference.command import about, check_common
 from clip_exp.inference.inputs import as_text_list, check_videos, find_pictures, read_labels, tell_left_out
-from clip_exp.inference.outputs import Report, number, write
+from clip_exp.inference.outputs import Report, about, check_output, number, write
 from clip_exp.loading.source import ModelSource, check_source, find_source
 
 if TYPE_CHECKING:
@@ -56,7 +55,8 @@ def check(config: PredictConfig) -> PredictRequest:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
     """
     problems = Problems()
-    check_common(config, problems, k=config.k)
+    with problems:
+        check_output(config)
     with problems:
         source = check_source(config)
     with problems:

@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_exp.config.use_schema import RankConfig
+from clip_exp.config.commands import RankConfig
 from clip_exp.errors import CheckpointError, ConfigError, Problems
-from clip_exp.inference.command import about, check_common
 from clip_exp.inference.inputs import as_texts, check_videos, find_pictures, tell_left_out
-from clip_exp.inference.outputs import Report, number, write
+from clip_exp.inference.outputs import Report, about, check_output, number, write
 from clip_exp.loading.source import ModelSource, check_source, find_source
 
 
@@ -58,7 +57,8 @@ def check(config: RankConfig) -> RankRequest:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
     """
     problems = Problems()
-    check_common(config, problems, keep=config.keep)
+    with problems:
+        check_output(config)
     with problems:
         source = check_source(config)
     with problems:

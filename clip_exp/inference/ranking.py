@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_exp.evaluation.features import require_finite
 from clip_exp.devices import exact_float32
+from clip_exp.evaluation.features import require_finite
 
 ROWS = 1 << 16  # features scored at a time: 128 MB of 512 float32 values
 

@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_exp.config.use_schema import SearchConfig
+from clip_exp.config.commands import SearchConfig
 from clip_exp.data.files import leaves_root
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, DataError, Problems
-from clip_exp.inference.command import check_common
 from clip_exp.inference.index import Recipe, agree, read_recipe, recipe_of
 from clip_exp.inference.inputs import FRAMES, as_texts, check_videos, find_pictures, folders_of, tell_left_out
-from clip_exp.inference.outputs import number, write
+from clip_exp.inference.outputs import check_output, number, write
 from clip_exp.inference.rank import ranking_report
 from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
@@ -40,7 +39,7 @@ def search(config: SearchConfig) -> int:
     """
     question = check(config)
     path, source, recipe = question.path, question.source, question.recipe
-    settings = replace(config, precision=recipe.precision, frames=recipe.frames)
+    settings = config.model_copy(update={"precision": recipe.precision, "frames": recipe.frames})
     # Torch takes seconds to import: only once the paths and names are known to be right.
     from clip_exp.inference.indexing import PictureIndex, update_index
     from clip_exp.inference.pipeline import open_pipeline
@@ -81,7 +80,8 @@ def check(config: SearchConfig) -> SearchRequest:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
     """
     problems = Problems()
-    check_common(config, problems, top=config.top)
+    with problems:
+        check_output(config)
     path = Path(config.index or "").expanduser()
     files: list[str] = []
     folders: list[str] = []

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from clip_exp.checkpoints import folders
 from clip_exp.checkpoints.folders import EMA_WEIGHTS, MANIFEST, RUN_COPY, WEIGHTS, read_manifest
-from clip_exp.config.evaluation_schema import ModelChoice
-from clip_exp.config.load import read_run_config
-from clip_exp.config.model_schema import Activation, ModelConfig
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.evaluation import ModelChoice
+from clip_exp.config.files import read_run_config
+from clip_exp.config.model import Activation, ModelConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.wise_ft import Mix, mix_of
 from clip_exp.runs import CONFIG, run_config, with_saved_tokenizer
@@ -146,7 +146,7 @@ def source_of_file(
         CheckpointError: the weights cannot be fetched, or are damaged.
     """
     if model is not None:
-        model = replace(model, activation=activation or model.activation)
+        model = model.model_copy(update={"activation": activation or model.activation})
     found = find_weights(str(pretrained), model)
     model = model or found.about.model
     if model is None:
@@ -154,7 +154,7 @@ def source_of_file(
             f"{found.told} ({found.about.format}): nothing tells which model these weights are of: no configuration that clip_exp "
             f'reads is in it, beside it, or in a run folder around it. Name the model: model=vit_b32 pretrained={pretrained}, or load("vit_b32", pretrained="{pretrained}").'
         )
-    model = replace(model, activation=activation or model.activation)
+    model = model.model_copy(update={"activation": activation or model.activation})
     model = note_architecture(settle(model, found), str(pretrained))
     return ModelSource(model, found.path, told=found.told)
 

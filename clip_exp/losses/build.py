@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from clip_exp.config.data_schema import PairLabel
-from clip_exp.config.schema import LossConfig, LossName
+from clip_exp.config.data import PairLabel
+from clip_exp.config.training import LossConfig, SigmoidLossConfig
 from clip_exp.losses.sigmoid import SigmoidLoss
 from clip_exp.losses.softmax import SoftmaxLoss
 
@@ -14,6 +14,6 @@ def build_loss(config: LossConfig) -> nn.Module:
         "same_caption": config.same_caption == PairLabel.positive,
         "same_image": config.same_image == PairLabel.positive,
     }
-    if config.name == LossName.sigmoid:
+    if isinstance(config, SigmoidLossConfig):
         return SigmoidLoss(**repeated, chunk_size=config.chunk_size)
     return SoftmaxLoss(**repeated)

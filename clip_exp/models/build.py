@@ -4,8 +4,8 @@ import math
 
 from torch import nn
 
-from clip_exp.config.model_rules import check_model
-from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
+from clip_exp.config.base import broken_rules
+from clip_exp.config.model import ImageTower, ModelConfig, TextTower
 from clip_exp.errors import ConfigError
 from clip_exp.models import huggingface, open_clip_towers, resnet, siglip, text, timm_tower, vit
 from clip_exp.models.clip import CLIP
@@ -30,7 +30,7 @@ def build_model(
     Raises:
         ConfigError: the numbers do not fit each other, or one is missing; or a backbone or its weights cannot be had.
     """
-    if problems := check_model(config):
+    if problems := broken_rules(config):
         raise ConfigError("\n".join(problems))
     return CLIP(
         _image_tower(config, own_weights),

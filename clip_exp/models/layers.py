@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_exp.config.model_schema import Activation, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model import Activation, ImageTowerConfig, ModelConfig, TextTowerConfig
 
 
 class QuickGELU(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import Activation, ModelConfig
+from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.huggingface import build_encoder, check_encoder, encoder_config
 from clip_exp.open_clip_files import open_clip_values

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.models.layers import AttentionPool
 
 EXPANSION = 4  # channels of a block's output over those of its 3 x 3 convolution

@@ -6,7 +6,7 @@ All layer norms have eps 1e-6, as in big_vision, where the published weights com
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.models.layers import MLP, AttentionPool, LayerNorm, Transformer
 from clip_exp.models.text import init_text_weights, token_transformer
 from clip_exp.models.vit import PatchDropout, patch_transformer, to_patches

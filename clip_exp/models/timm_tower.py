@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import ModelConfig, Projection
+from clip_exp.config.model import ModelConfig, Projection
 from clip_exp.errors import ConfigError
 
 KEY = "model.image.name"

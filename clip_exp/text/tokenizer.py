@@ -22,9 +22,8 @@ from ftfy.badness import is_bad
 from tokenizers.models import BPE
 from torch import Tensor
 
-from clip_exp.config.model_rules import uses_openai
-from clip_exp.config.model_schema import Cleaning, TextTower, TextTowerConfig
-from clip_exp.config.paths import folder_or_hub_name
+from clip_exp.config.files import folder_or_hub_name
+from clip_exp.config.model import Cleaning, TextTower, TextTowerConfig
 from clip_exp.errors import ConfigError
 from clip_exp.open_clip_files import vocabulary_file
 
@@ -69,7 +68,7 @@ def build_tokenizer(config: TextTowerConfig) -> Tokenizes:
     Raises:
         ConfigError: one that is named cannot be had.
     """
-    if uses_openai(config):
+    if config.uses_openai_tokenizer:
         return Tokenizer(config.context_length, trims=config.trim)
     return HuggingFaceTokenizer.of(config)
 

@@ -23,8 +23,7 @@ from torch import nn
 
 from clip_exp.checkpoints.folders import MANIFEST, folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
-from clip_exp.checkpoints.folders import MANIFEST
-from clip_exp.config.schema import StrategyName, TrainConfig
+from clip_exp.config.training import DeepSpeedConfig, StrategyName, TrainConfig
 from clip_exp.data.loader import explain_worker_failure
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import CheckpointError, ConfigError, DeviceMemoryError, DistributedError
@@ -512,7 +511,7 @@ def _out_of_memory(error: BaseException, trainer: pl.Trainer, config: TrainConfi
         remedies.append(f"set micro_batch_size={max(1, micro // 2)} (now {micro}), which gives the same gradients")
     if config.strategy.name != StrategyName.deepspeed and group.world_size() > 1:
         remedies.append("split the optimizer's state over the ranks with strategy=deepspeed_stage_2 or 3")
-    elif config.strategy.name == StrategyName.deepspeed and not config.strategy.offload:
+    elif isinstance(config.strategy, DeepSpeedConfig) and not config.strategy.offload:
         remedies.append(
             "keep the optimizer's state in host memory with strategy=deepspeed_stage_2_offload or 3_offload"
         )

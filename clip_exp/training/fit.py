@@ -19,29 +19,26 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from clip_exp.checkpoints.folders import checkpoints, latest, recover, set_aside, step_of
+from clip_exp.checkpoints.folders import STEP, checkpoints, damage, latest, recover, set_aside, step_of
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
-from clip_exp.checkpoints.folders import STEP, damage
-from clip_exp.config.load import read_run_config
-from clip_exp.config.model_rules import own_towers
-from clip_exp.config.schema import LossConfig, StrategyConfig, StrategyName, TrainConfig
+from clip_exp.config.files import read_run_config
 from clip_exp.config.targets import build_extra
+from clip_exp.config.training import DDPConfig, DeepSpeedConfig, LossConfig, StrategyConfig, StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
-from clip_exp.devices import benchmarks_convolutions, resolve_accelerator
-from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, DataError
+from clip_exp.data.preflight import RunTables
+from clip_exp.devices import benchmarks_convolutions, resolve_accelerator, training_precision
+from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError
 from clip_exp.evaluation.prepared import Task
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.devices import benchmarks_convolutions, training_precision
 from clip_exp.ranks import group
 from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.group import is_main
 from clip_exp.ranks.signals import StopRequest, note_signals
-from clip_exp.runs import LAST_CHECKPOINT, RunRecord
+from clip_exp.runs import LAST_CHECKPOINT, RunRecord, with_saved_tokenizer
 from clip_exp.text.tokenizer import build_tokenizer
-from clip_exp.runs import with_saved_tokenizer
 from clip_exp.training.callbacks import (
     AveragedWeights,
     Checkpointer,
@@ -60,7 +57,6 @@ from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import EarlierRun, lost, start_weights
 from clip_exp.training.optim import prepare
 from clip_exp.training.preflight import steps_of
-from clip_exp.training.preflight_finetune import probe_problems
 from clip_exp.training.strategies import GroupEnvironment, deepspeed_strategy
 from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskPatience, TaskScores, score_finished
@@ -70,14 +66,18 @@ log = logging.getLogger(__name__)
 PARTS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")  # of a training state
 
 
-def train(run_dir: Path) -> int:
-    """Train what `run_dir`/config.yaml describes, on from its newest checkpoint, or score the finished run; return the exit code.
+def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | None = None) -> int:
+    """Train in a run folder, resuming from its newest checkpoint, or score the finished run; return the exit code.
+
+    Args:
+        config: configuration of the run; None: as `run_dir`/config.yaml has it.
+        tables: its tables where they are open already.
 
     Raises:
         ClipExpError: an expected failure, noted in `run.json` where this process is alone.
     """
-    config = read_run_config(run_dir)
-    config.model = with_saved_tokenizer(config.model, run_dir)
+    config = config or read_run_config(run_dir)
+    config = config.model_copy(update={"model": with_saved_tokenizer(config.model, run_dir)})
     record = RunRecord(run_dir)
     device_type = resolve_accelerator(config.trainer.accelerator, "trainer.")
     several = started_by_launcher() or config.strategy.name != StrategyName.auto
@@ -86,7 +86,7 @@ def train(run_dir: Path) -> int:
         try:
             with group.membership(device_type, config.strategy.timeout_s) if several else nullcontext():
                 if not finished:
-                    return _fit_or_stop(config, run_dir, record, stop, device_type)
+                    return _fit_or_stop(config, tables, run_dir, record, stop, device_type)
                 score_finished(config, run_dir, record, group.device(device_type))
                 return 0
         except BaseException as error:
@@ -100,9 +100,11 @@ def train(run_dir: Path) -> int:
             raise
 
 
-def _fit_or_stop(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str) -> int:
+def _fit_or_stop(
+    config: TrainConfig, tables: RunTables | None, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str
+) -> int:
     try:
-        _fit(config, run_dir, record, stop, device_type)
+        _fit(config, tables, run_dir, record, stop, device_type)
         return 0
     except Preempted:
         if is_main():
@@ -111,17 +113,19 @@ def _fit_or_stop(config: TrainConfig, run_dir: Path, record: RunRecord, stop: St
         return PREEMPTED_EXIT_CODE
 
 
-def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str) -> None:
+def _fit(
+    config: TrainConfig, tables: RunTables | None, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str
+) -> None:
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)
-    datamodule = _build_data(config, run_dir)
+    datamodule = _build_data(config, tables, run_dir)
     datamodule.require_same_tables(group.gather_objects)
     found = group.from_main(lambda: candidates(config, run_dir, record))
     resumes = bool(found.usable)
     if resumes:
         _require_same_data(datamodule, found.usable[0])
     steps = steps_of(config, datamodule.num_rows)
-    if problems := [*probe_problems(config, steps), *check_validation_classes(config, len(datamodule.class_names))]:
+    if problems := list(check_validation_classes(config, len(datamodule.class_names))):
         raise ConfigError("\n".join(problems))
     datamodule.total_steps = steps
     tasks = training_tasks(config)
@@ -153,7 +157,7 @@ def _fit(config: TrainConfig, run_dir: Path, record: RunRecord, stop: StopReques
 # ------------------------------------------------------------------------------------------------------- data and model
 
 
-def _build_data(config: TrainConfig, run_dir: Path) -> PairsDataModule:
+def _build_data(config: TrainConfig, tables: RunTables | None, run_dir: Path) -> PairsDataModule:
     """The data module after its setup, which tells how many rows there are."""
     datamodule = PairsDataModule(
         config.data,
@@ -164,11 +168,9 @@ def _build_data(config: TrainConfig, run_dir: Path) -> PairsDataModule:
         output_dir=Path(config.output_dir),
         run_dir=run_dir,
         pad_multiple=8 if config.compile else 1,
+        tables=None if tables is None else tables.opened,
     )
     datamodule.setup("fit")
-    rows, batch = datamodule.num_rows, config.global_batch_size
-    if rows < batch:
-        raise DataError(f"global_batch_size={batch} is more than the {rows:,} training rows: lower it or add data.")
     return datamodule
 
 
@@ -181,10 +183,10 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
         build_model,
         config.model,
         init_logit_scale=loss.init_logit_scale,
-        init_logit_bias=loss.init_logit_bias,
+        init_logit_bias=loss.logit_bias,
         own_weights=begins,
     )
-    model = group.main_first(build) if begins and own_towers(config.model) else build()
+    model = group.main_first(build) if begins and config.model.own_towers else build()
     if config.pretrained is not None and not resumes:
         for note in load_weights(model, start_weights(config, RunRecord(run_dir).values), config.model):
             log.info(note)
@@ -240,7 +242,7 @@ def build_trainer(
     rank_zero_only.rank = group.rank()  # type: ignore[attr-defined]
     io = SafeCheckpointIO()
     validate = datamodule.has_validation
-    deepspeed = config.strategy.name == StrategyName.deepspeed
+    deepspeed = isinstance(config.strategy, DeepSpeedConfig)
     callbacks = _build_callbacks(config, run_dir, io, steps, datamodule, tasks)
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -274,9 +276,9 @@ def build_trainer(
 
 def build_strategy(config: StrategyConfig, device: torch.device) -> Strategy | str:
     """Lightning's strategy for the configured one; `auto` is DDP where there are several ranks."""
-    if config.name == StrategyName.deepspeed:
+    if isinstance(config, DeepSpeedConfig):
         return deepspeed_strategy(config, device)
-    if config.name == StrategyName.ddp or group.world_size() > 1:
+    if isinstance(config, DDPConfig) or group.world_size() > 1:
         return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
     return SingleDeviceStrategy(str(device))
 

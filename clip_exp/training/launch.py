@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import RunTables
 from clip_exp.devices import Devices, resolve_accelerator
 from clip_exp.errors import ConfigError
@@ -18,7 +18,7 @@ from clip_exp.training.opening import open_run
 from clip_exp.training.preflight import check_train, requested_devices
 
 if TYPE_CHECKING:
-    from clip_exp.config.sweep import Job  # imports Hydra
+    from clip_exp.config.compose import Job  # imports Hydra
 
 
 def launch(config: TrainConfig, arguments: list[str], job: "Job | None") -> int:
@@ -57,6 +57,7 @@ class Training(Work):
         self.arguments = arguments
         self.tables = tables
         self.job = job
+        self.resolved: TrainConfig | None = None  # of the process that opened the folder
         self.rank = train_in
         self.timeout_s = config.strategy.timeout_s
 
@@ -64,6 +65,7 @@ class Training(Work):
     def open(self) -> Iterator[Opened]:
         """Find the folder to continue in, or make one; see `open_run`."""
         opening = open_run(self.config, self.tables.describe(self.config.data), self.job)
+        self.resolved = opening.settled
         folder = opening.folder
         if opening.complete:
             opening.claim()
@@ -88,7 +90,7 @@ class Training(Work):
         return resolve_accelerator(self.config.trainer.accelerator, "trainer.")
 
     def run(self, folder: Path) -> int:
-        return train_in(folder)
+        return train_in(folder, self.resolved, self.tables)
 
     def note(self, folder: Path, status: str, **facts: Any) -> None:
         record = RunRecord(folder)
@@ -96,9 +98,14 @@ class Training(Work):
             record.finish(status, **facts)
 
 
-def train_in(folder: Path) -> int:
-    """Train what a run folder's `config.yaml` describes, or score the finished run, as one rank; return the exit code."""
+def train_in(folder: Path, config: TrainConfig | None = None, tables: RunTables | None = None) -> int:
+    """Train in a run folder, or score the finished run, as one rank; return the exit code.
+
+    Args:
+        config: configuration of the run, where this process has it; None: as the folder's `config.yaml` has it.
+        tables: opened tables, where this process has them.
+    """
     with logging_to(folder):
         from clip_exp.training.fit import train  # imports torch
 
-        return train(folder)
+        return train(folder, config, tables)

@@ -1,10 +1,10 @@
 """What a run is measured by while it trains: its tasks, found before anything is loaded, and the metric that it watches. No torch."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
-from clip_exp.config.evaluation_schema import TaskKind
-from clip_exp.config.load import nearest
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.base import nearest
+from clip_exp.config.evaluation import AutoTaskConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
 from clip_exp.evaluation.tasks import prepare_tasks
@@ -20,29 +20,23 @@ def training_tasks(config: TrainConfig) -> list[Task]:
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
     """
-    tasks, errors = _find_tasks(config)
+    tasks, errors = _find_tasks(config, fetch=True)
     if errors:
         raise gravest(errors)
     return tasks
 
 
-def check_measures(config: TrainConfig, typed: Collection[str] = ()) -> list[ClipExpError]:
-    """Return what is wrong with a run's tasks and its `monitor`.
-
-    Args:
-        typed: see `idle_problems`.
-    """
-    tasks, errors = _find_tasks(config, typed)
+def check_measures(config: TrainConfig) -> list[ClipExpError]:
+    """Return what is wrong with a run's tasks and its `monitor`."""
+    tasks, errors = _find_tasks(config, fetch=False)
     lost = {*config.task} - {task.name for task in tasks}
-    if config.monitor_mode not in ("auto", "min", "max"):
-        errors.append(ConfigError(f"monitor_mode={config.monitor_mode} must be auto, min or max."))
     if config.monitor is not None and config.monitor.partition("/")[0] not in lost:
         errors += map(ConfigError, _check_monitor(config, config.monitor, tasks))
     return errors
 
 
 def check_validation_classes(config: TrainConfig, classes: int) -> Iterator[str]:
-    """Yield what is wrong with `monitor`, once it is known how many classes the validation data have."""
+    """Yield what is wrong with `monitor`, which is known when the classes of the validation data were counted."""
     if config.monitor == "val/zeroshot_top5" and classes <= CERTAIN:
         yield _top5_problem(config.monitor, classes)
 
@@ -64,10 +58,10 @@ def _top5_problem(monitor: str, classes: int) -> str:
     )
 
 
-def _find_tasks(config: TrainConfig, typed: Collection[str] = ()) -> tuple[list[Task], list[ClipExpError]]:
+def _find_tasks(config: TrainConfig, *, fetch: bool) -> tuple[list[Task], list[ClipExpError]]:
     refused: list[ClipExpError] = []
-    for name, values in config.task.items():
-        if isinstance(values, dict) and values.get("kind") == TaskKind.auto:
+    for name, task in config.task.items():
+        if isinstance(task, AutoTaskConfig):
             refused.append(
                 ConfigError(
                     f"task.{name}.kind=auto scores a run on its validation data, which training does by itself. "
@@ -76,7 +70,8 @@ def _find_tasks(config: TrainConfig, typed: Collection[str] = ()) -> tuple[list[
             )
         elif name in TAKEN:
             refused.append(ConfigError(f"task.{name}: this name is taken by metrics of training: rename your task."))
-    tasks, errors = prepare_tasks(config.task, config.output_dir, None, typed) if config.task else ([], [])
+    wanted = {name: task for name, task in config.task.items() if not isinstance(task, AutoTaskConfig)}
+    tasks, errors = prepare_tasks(wanted, config.output_dir, None, fetch=fetch) if wanted else ([], [])
     return tasks, [*refused, *errors]
 
 

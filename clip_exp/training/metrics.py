@@ -27,14 +27,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from clip_exp.config.load import plain
-from clip_exp.config.schema import LoggerConfig, TrainConfig, WandbConfig
+from clip_exp.config.base import plain
 from clip_exp.config.targets import build_extra
+from clip_exp.config.training import LoggerConfig, TrainConfig, WandbConfig
 from clip_exp.data.loader import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
-from clip_exp.runs import provenance
 from clip_exp.ranks.group import local_world_size
-from clip_exp.runs import read_metrics
+from clip_exp.runs import provenance, read_metrics
 from clip_exp.secrets import redact
 from clip_exp.storage import atomic_file, remove_leftovers
 from clip_exp.training.opening import flatten

@@ -13,7 +13,7 @@ from clip_exp.checkpoints.io import (
     random_state,
     set_random_state,
 )
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.data.images import normalize, preprocessing_of
 from clip_exp.data.loader import Batch, EvalBatch
 from clip_exp.devices import exact_float32
@@ -104,7 +104,7 @@ class CLIPModule(pl.LightningModule):
             self.step_metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
 
     def configure_optimizers(self) -> Any:
-        offload = self.config.strategy.offload
+        offload = self.config.strategy.offloads
         scaled = self.trainer.precision == "16-mixed"
         if self.start_logit_scale is None:
             self.start_logit_scale = self.model.logit_scale.item()

@@ -9,17 +9,17 @@ that it resumes, or a new folder, is opened.
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
-from clip_exp.config.load import to_yaml
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.base import plain
+from clip_exp.config.files import to_yaml
+from clip_exp.config.training import TrainConfig
 from clip_exp.data.fingerprint import changes, image_changes
-from clip_exp.data.stream import parse
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.reports.names import task_of
 from clip_exp.runs import (
@@ -39,14 +39,12 @@ from clip_exp.runs import (
     write_text,
 )
 from clip_exp.storage import file_sha256
-from clip_exp.runs import check_tokenizer, save_tokenizer
-from clip_exp.training.preflight_finetune import rehearse
+from clip_exp.training.preflight import rehearse
 from clip_exp.weights.find import find_weights, hash_weights, local_weights
-from clip_exp.weights.settle import note_architecture
-from clip_exp.weights.settle import as_settled, settle
+from clip_exp.weights.settle import as_settled, note_architecture, settle
 
 if TYPE_CHECKING:
-    from clip_exp.config.sweep import Job  # imports Hydra
+    from clip_exp.config.compose import Job  # imports Hydra
 
 # What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
@@ -67,7 +65,7 @@ REPORT = "report.html"
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Return what decides what the run computes, by dotted key; where and how it runs is left out."""
-    values = flatten(asdict(config))
+    values = flatten(plain(config))
     return {key: value for key, value in values.items() if not key.startswith(NOT_IN_IDENTITY) or key in IN_IDENTITY}
 
 
@@ -162,11 +160,10 @@ class Request:
     def paths(self) -> dict[str, list[str]]:
         """Absolute paths by key; those of the sources of `data.train` are put together. A name that is no path stays as it is."""
         data, start = self.config.data, self.config.pretrained
-        specs = parse(data.train)
         found: dict[str, list[Any]] = {
-            "data.train": [path for spec in specs for path in spec.paths],
+            "data.train": [path for source in data.sources for path in source.paths],
             "data.val": data.val if isinstance(data.val, list) else [data.val],
-            "data.image_root": [data.image_root, *(spec.reading.get("image_root") for spec in specs)],
+            "data.image_root": [data.image_root, *(source.image_root for source in data.sources)],
         }
         paths = {key: [_absolute(path) for path in values if path is not None] for key, values in found.items()}
         if start is not None:
@@ -307,7 +304,7 @@ def _computes_the_same(folder: Path, config: TrainConfig) -> bool:
 
 def _different_keys(run: TrainConfig, config: TrainConfig) -> list[str]:
     """The keys in which what a run computes differs from what `config` would compute."""
-    before, now = identity(run), identity(replace(config, model=as_settled(config.model, run.model)))
+    before, now = identity(run), identity(config.model_copy(update={"model": as_settled(config.model, run.model)}))
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
@@ -433,7 +430,7 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
     if earlier is not None:
         return _resume(request, *earlier)
     model, facts = note_architecture(config.model, config.pretrained), request.facts()
-    rehearse(replace(config, model=model))
+    rehearse(config.model_copy(update={"model": model}))
     if config.pretrained is not None:
         found = find_weights(config.pretrained, model)
         model = settle(model, found)
@@ -445,7 +442,7 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
             "format": found.about.format,
         }
     check_tokenizer(model)
-    settled = replace(config, model=model)
+    settled = config.model_copy(update={"model": model})
     unused = newest([run for run in runs if not run.saved and is_free(run.folder)])
     if unused is not None:
         folder = unused.folder
@@ -463,7 +460,7 @@ def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
     if differences.paths and not differences.tables:
         print(f"{folder}: the data has moved, and is the same: {'; '.join(differences.paths)}.", flush=True)
     read, problem = _config_to_resume(folder)
-    settled = replace(config, model=as_settled(config.model, read.model))
+    settled = config.model_copy(update={"model": as_settled(config.model, read.model)})
     facts = request.facts()
     if differences.tables and not config.data.allow_changed:  # training will refuse them
         facts = {key: value for key, value in facts.items() if key not in ("paths", "data")}

@@ -1,6 +1,5 @@
 """What of a dual encoder is trained, how fast, and by what: frozen parts and adapters, groups of parameters, optimizer and schedule."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.schema import (
+from clip_exp.config.model import ModelConfig
+from clip_exp.config.targets import build, locate
+from clip_exp.config.training import (
     FineTuneConfig,
     LoRAConfig,
     LossConfig,
@@ -20,7 +20,6 @@ from clip_exp.config.schema import (
     SchedulerConfig,
     TowerTuningConfig,
 )
-from clip_exp.config.targets import build, locate
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
@@ -227,7 +226,9 @@ def build_optimizer(
         }
         for group, members in named_groups(model, finetune or FineTuneConfig()).items()
     ]
-    target, arguments = config._target_, _arguments(config)
+    target, arguments = config.target, config.arguments
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])
     if scaled_gradients and "fused" in arguments:
         arguments["fused"] = False
     if cpu_offload:
@@ -237,15 +238,6 @@ def build_optimizer(
     optimizer: Optimizer = build(target, "optimizer", groups, **arguments)
     optimizer.register_step_post_hook(partial(_clamp_logit_scale, logit_scale_range))
     return optimizer
-
-
-def _arguments(config: OptimizerConfig) -> dict[str, Any]:
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    values.update(values.pop("kwargs", {}))
-    values.pop("_target_")
-    if "betas" in values:
-        values["betas"] = tuple(values["betas"])
-    return values
 
 
 def logit_scale_range(loss: LossConfig, start: float) -> tuple[float, float]:
@@ -279,12 +271,12 @@ def build_scheduler(
     Raises:
         ConfigError: `_target_` is not a function from the share of the decay that is done to a factor.
     """
-    decay = locate(config._target_, "scheduler")
+    decay = locate(config.target, "scheduler")
     try:
         float(decay(0.5, **config.kwargs))
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"scheduler._target_={config._target_} must be a function from the share of the decay that is done (0 to 1) to a factor: {error}"
+            f"scheduler._target_={config.target} must be a function from the share of the decay that is done (0 to 1) to a factor: {error}"
         ) from error
     return LambdaLR(
         optimizer,

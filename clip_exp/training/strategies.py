@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from clip_exp.config.schema import StrategyConfig
+from clip_exp.config.training import DeepSpeedConfig
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import rank, world_size
 
@@ -74,10 +74,9 @@ class GroupEnvironment(ClusterEnvironment):
         return rank()
 
 
-def deepspeed_strategy(config: StrategyConfig, device: torch.device) -> "PortableDeepSpeedStrategy":
+def deepspeed_strategy(config: DeepSpeedConfig, device: torch.device) -> "PortableDeepSpeedStrategy":
     """ZeRO as configured, with DeepSpeed's own configuration under `config.config`."""
     prepare_deepspeed(device.type)
-    assert config.stage is not None
     strategy = PortableDeepSpeedStrategy(
         stage=config.stage,
         offload_optimizer=config.offload,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_exp.checkpoints.folders import best, latest
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.tables.comparisons import as_json

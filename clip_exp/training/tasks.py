@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from clip_exp.checkpoints.folders import latest, step_of
 from clip_exp.checkpoints.io import MODEL_PREFIX
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.features import Cache, EncodeOptions
 from clip_exp.evaluation.prepared import KNNTask, ProbeTask, Task
@@ -130,7 +129,9 @@ def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device
     scored = record.values["scored_tasks"]
     new = {name: values for name, values in config.task.items() if name not in scored}
     source = source_of_checkpoint(from_main(lambda: latest(run_dir)))
-    results = score_tasks(training_tasks(replace(config, task=new)), config, load_model(source, device), device)
+    results = score_tasks(
+        training_tasks(config.model_copy(update={"task": new})), config, load_model(source, device), device
+    )
     write_results(results, source, run_dir, device)
     if is_main():
         record.update(scored_tasks={**scored, **new})

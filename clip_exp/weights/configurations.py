@@ -8,7 +8,7 @@ import math
 from pathlib import PurePath
 from typing import Any
 
-from clip_exp.config.model_schema import (
+from clip_exp.config.model import (
     Activation,
     Cleaning,
     ImageTower,
@@ -18,7 +18,7 @@ from clip_exp.config.model_schema import (
     TextTower,
     TextTowerConfig,
 )
-from clip_exp.config.models import known_models
+from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.open_clip_files import configuration, configurations
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from clip_exp import open_clip_files
 from clip_exp.checkpoints import folders
 from clip_exp.checkpoints.folders import MANIFEST, WEIGHTS
-from clip_exp.config.load import nearest
-from clip_exp.config.model_schema import Interpolation, ModelConfig, ResizeMode
-from clip_exp.config.models import known_models
+from clip_exp.config.base import nearest
+from clip_exp.config.model import Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.runs import CONFIG, run_config
 from clip_exp.storage import file_sha256

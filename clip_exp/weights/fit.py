@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_exp.config.model_schema import ImageTower, ModelConfig
-from clip_exp.config.models import known_models
+from clip_exp.config.model import ImageTower, ModelConfig
+from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError
 from clip_exp.weights.read import listing, read_weights
 

@@ -17,9 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clip_exp.checkpoints.folders import EMA_WEIGHTS, WEIGHTS
-from clip_exp.config.load import plain, read_run_config, read_yaml, require_literal, strict_dataclass
-from clip_exp.config.model_rules import uses_activation
-from clip_exp.config.model_schema import Activation, ImageTower, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.base import parse, plain
+from clip_exp.config.files import read_run_config, read_yaml, require_literal
+from clip_exp.config.model import Activation, ImageTower, Interpolation, ModelConfig, ResizeMode
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.open_clip_files import Entry
 from clip_exp.runs import with_saved_tokenizer
@@ -252,7 +252,7 @@ def _checked(values: dict[str, Any], path: Path) -> ModelConfig:
     """
     require_literal(values, str(path))
     try:
-        return strict_dataclass(ModelConfig, values, "model")
+        return parse(ModelConfig, values, "model.")
     except ConfigError as error:
         lines = str(error).splitlines()
         raise CheckpointError("\n".join(f"{path}: the configuration of its model: {line}" for line in lines)) from error
@@ -342,7 +342,7 @@ def _with_model(pictures: About, activation: Activation | None, model: ModelConf
     names = ("mean", "std", "interpolation", "resize_mode")
     known = {name: getattr(pictures, name) for name in names if getattr(pictures, name) is not None}
     if model is not None:
-        model = replace(model, image=replace(model.image, **known))
+        model = model.model_copy(update={"image": model.image.model_copy(update=known)})
     return replace(pictures, activation=activation, model=model)
 
 
@@ -356,7 +356,7 @@ def _of_description(description: dict[str, Any], name: str, default: Activation)
     activation = Activation.quick_gelu if description.get("quick_gelu") else default
     if "quick_gelu" in description and not description["quick_gelu"]:
         activation = Activation.gelu
-    return About("folder", activation, model=replace(model, activation=activation) if model else None)
+    return About("folder", activation, model=model.model_copy(update={"activation": activation}) if model else None)
 
 
 def _of_config_json(path: Path) -> About | None:
@@ -366,7 +366,7 @@ def _of_config_json(path: Path) -> About | None:
     if not is_huggingface_config(config):
         kind = config.get("model_type")
         return About(f"file of weights beside a config.json of model_type={kind}") if isinstance(kind, str) else None
-    model = replace(model_config_of(config), name=path.parent.name)
+    model = model_config_of(config).model_copy(update={"name": path.parent.name})
     if model.image.kind is ImageTower.siglip:
         model.text.tokenizer = str(path.parent)
     return _with_model(_picture_processing(path.parent), model.activation, model)
@@ -442,7 +442,7 @@ def activation_of_entry(listed: Entry, model: ModelConfig) -> Activation | None:
 
 def activation_contradiction(model: ModelConfig, trained: Activation | None, told: str) -> str | None:
     """What to say where the configuration names another activation than that of training."""
-    if trained is None or model.activation in (None, trained) or not uses_activation(model):
+    if trained is None or model.activation in (None, trained) or not model.uses_activation:
         return None
     return (
         f"model.activation={model.activation}, but {told} was trained with {trained}: leave it out, or give weights that were "

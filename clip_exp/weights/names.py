@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_exp.config.model_schema import ImageTower, ModelConfig, TextTower
+from clip_exp.config.model import ImageTower, ModelConfig, TextTower
 from clip_exp.open_clip_files import has_text_below, open_clip_values
 from clip_exp.weights.configurations import huggingface_config
 

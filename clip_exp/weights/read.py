@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clip_exp.config.model_schema import ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.weights.inspect import Format, format_of, weight_files
 from clip_exp.weights.names import from_huggingface, from_open_clip, is_huggingface, is_open_clip

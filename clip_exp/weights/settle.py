@@ -6,12 +6,10 @@ what their towers are, which is written out: a run folder is then opened without
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from operator import attrgetter
 
-from clip_exp.config.model_rules import backbone_of, has_encoder, has_own_mlp, uses_activation
-from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, Interpolation, ModelConfig
-from clip_exp.config.models import known_models
+from clip_exp.config.model import Activation, ImageTower, ImageTowerConfig, Interpolation, ModelConfig
+from clip_exp.config.names import known_models
 from clip_exp.errors import ConfigError
 from clip_exp.weights.find import Found
 from clip_exp.weights.inspect import About, activation_contradiction
@@ -36,30 +34,33 @@ def settle(model: ModelConfig, found: Found) -> ModelConfig:
     """
     if problems := list(_contradictions(model, found)):
         raise ConfigError("\n".join(problems))
-    settled = replace(model, image=_filled(model.image, found.about))
+    settled = model.model_copy(update={"image": _filled(model.image, found.about)})
     if model.activation is not None:
         return settled
     trained = _activation_of(model, found)
-    if trained is not None and uses_activation(model):
+    if trained is not None and model.uses_activation:
         _tell(f"activation {trained}, as the weights {found.told}")
-        return replace(settled, activation=trained)
-    if has_own_mlp(model):
+        return settled.model_copy(update={"activation": trained})
+    if model.has_own_mlp:
         _tell(
             f"activation gelu: {found.told} does not say which its training used. If that was quick_gelu, as in OpenAI's models "
             "and their descendants, set model.activation=quick_gelu."
         )
-        return replace(settled, activation=Activation.gelu)
+        return settled.model_copy(update={"activation": Activation.gelu})
     return settled
 
 
 def as_settled(model: ModelConfig, earlier: ModelConfig) -> ModelConfig:
     """The configuration with what it leaves open filled in as `earlier`, which was settled, has it."""
     filled = {name: getattr(earlier.image, name) for name in PREPROCESSING if getattr(model.image, name) is None}
-    return replace(
-        model,
-        activation=model.activation or earlier.activation,
-        image=replace(model.image, **filled),
-        text=replace(model.text, architecture=model.text.architecture or earlier.text.architecture),
+    return model.model_copy(
+        update={
+            "activation": model.activation or earlier.activation,
+            "image": model.image.model_copy(update=filled),
+            "text": model.text.model_copy(
+                update={"architecture": model.text.architecture or earlier.text.architecture}
+            ),
+        }
     )
 
 
@@ -98,7 +99,7 @@ def _activation_of(model: ModelConfig, found: Found) -> Activation | None:
 
 def _filled(image: ImageTowerConfig, about: About) -> ImageTowerConfig:
     open_fields = [name for name in PREPROCESSING if getattr(image, name) is None]
-    return replace(image, **{name: getattr(about, name) for name in open_fields})
+    return image.model_copy(update={name: getattr(about, name) for name in open_fields})
 
 
 def _tell(sentence: str) -> None:
@@ -118,17 +119,17 @@ def note_architecture(model: ModelConfig, pretrained: str | None = None) -> Mode
         ConfigError: the encoder's configuration cannot be had, or there is no such backbone.
     """
     text, image = model.text, model.image
-    if has_encoder(model) and not text.architecture:
+    if model.has_encoder and not text.architecture:
         from clip_exp.models.huggingface import note_architecture as architecture_of  # imports torch
 
-        text = replace(text, architecture=architecture_of(text))
+        text = text.model_copy(update={"architecture": architecture_of(text)})
     if image.kind is ImageTower.timm:
         from clip_exp.models.timm_tower import known_backbone  # imports torch
 
         known_backbone(image.name)
-    if pretrained is None and image.pretrained and (backbone := backbone_of(model)):
+    if pretrained is None and image.pretrained and (backbone := model.backbone):
         image = _as_trained(image, backbone)
-    return replace(model, image=image, text=text)
+    return model.model_copy(update={"image": image, "text": text})
 
 
 def _as_trained(image: ImageTowerConfig, backbone: str) -> ImageTowerConfig:
@@ -144,9 +145,10 @@ def _as_trained(image: ImageTowerConfig, backbone: str) -> ImageTowerConfig:
             flush=True,
         )
     interpolation = trained.interpolation if trained.interpolation in list(Interpolation) else Interpolation.bicubic
-    return replace(
-        image,
-        mean=image.mean or list(trained.mean),
-        std=image.std or list(trained.std),
-        interpolation=image.interpolation or Interpolation(interpolation),
+    return image.model_copy(
+        update={
+            "mean": image.mean or list(trained.mean),
+            "std": image.std or list(trained.std),
+            "interpolation": image.interpolation or Interpolation(interpolation),
+        }
     )

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_exp.checks.command import check_data
-from clip_exp.config.check_schema import CheckDataConfig
-from clip_exp.config.load import load_use
+from clip_exp.config.commands import CheckDataConfig
 from tests.checks.planted import plant
 from tests.checks.test_planted import folder_of
 from tests.compose import compose_config
@@ -124,7 +123,7 @@ def _written(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> str:
 def test_flickr8k_is_what_its_readme_says(real_data: Path, tmp_path: Path) -> None:
     flickr = real_data / "flickr8k"
     overrides = (f"data.train={flickr}/train.csv", f"data.val={flickr}/dev.csv", f"output_dir={tmp_path}")
-    config = load_use(compose_config(*overrides, command="check-data"), CheckDataConfig)
+    config = compose("check-data", [*overrides])
     assert check_data(config, []) == 0
     report = json.loads((folder_of(config) / "report.json").read_text())
     for name, pictures in (("train", 2000), ("val", 400)):

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from clip_exp.checks.command import check_data
-from clip_exp.config.check_schema import CheckDataConfig
-from clip_exp.config.load import load_use
+from clip_exp.config.commands import CheckDataConfig
 from clip_exp.errors import DataError
 from tests.checks.planted import GOOD, Planted, plant
-from tests.compose import compose_config
 
 
 class Checked(NamedTuple):
@@ -23,7 +21,7 @@ class Checked(NamedTuple):
 def config_of(planted: Planted, *overrides: str) -> CheckDataConfig:
     tables = (f"data.train={planted.train}", f"data.val={planted.val}")
     output = f"output_dir={planted.train.parents[1] / 'outputs'}"
-    return load_use(compose_config(*tables, output, *overrides, command="check-data"), CheckDataConfig)
+    return compose("check-data", [*tables, output, *overrides])
 
 
 def folder_of(config: CheckDataConfig) -> Path:

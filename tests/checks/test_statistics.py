@@ -11,7 +11,7 @@ from clip_exp.checks.distributions import octave_histogram, quantiles, whole_his
 from clip_exp.checks.duplicates import equal_groups, find_leakage, number_contents
 from clip_exp.checks.scanned import choose
 from clip_exp.checks.scripts import LATIN, SCRIPTS, english_tokens_per_character, script_of
-from clip_exp.config.data_schema import Captions
+from clip_exp.config.data import Captions
 from clip_exp.text.tokenizer import Tokenizer
 
 

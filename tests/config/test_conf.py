@@ -8,12 +8,12 @@ import yaml
 from omegaconf import OmegaConf
 from torch import nn
 
-from clip_exp.config.load import load_evaluate, load_train
-from clip_exp.config.model_rules import check_model
-from clip_exp.config.paths import conf_dir, options
-from clip_exp.config.schema import StrategyName
+from clip_exp.config.base import broken_rules, parse
+from clip_exp.config.compose import compose
+from clip_exp.config.files import conf_dir, options
+from clip_exp.config.model import ModelConfig
+from clip_exp.config.training import StrategyName
 from clip_exp.errors import ConfigError
-from clip_exp.evaluation.tasks import parse_task
 from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.training.fit import build_strategy
@@ -32,7 +32,7 @@ def overrides_of(group: str, option: str) -> list[str]:
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_option_composes_into_the_schema(group: str, option: str) -> None:
-    assert load_train(compose_config(*overrides_of(group, option))).name
+    assert train_config(*overrides_of(group, option)).name
 
 
 @pytest.mark.parametrize("option", options("model"))
@@ -54,7 +54,8 @@ def test_towers_of_other_libraries_leave_nothing_of_those_in_whose_place_they_st
     assert (model.text.kind, model.text.name) == ("huggingface", "xlm-roberta-base")
     for tower in (model.image, model.text):
         assert (tower.width, tower.layers, tower.heads) == (None, None, None)
-    assert check_model(OmegaConf.to_object(model)) == []
+    values = OmegaConf.to_container(model, resolve=True)
+    assert broken_rules(parse(ModelConfig, values, "model."), "model.") == []
 
 
 @pytest.mark.parametrize("group", ["model/image", "model/text"])
@@ -84,7 +85,7 @@ def test_every_optimizer_steps_and_clamps_the_logit_scale(option: str) -> None:
 def test_every_loss_is_built(option: str) -> None:
     config = train_config(f"loss={option}").loss
     assert config.name == option
-    assert (config.init_logit_bias is not None) == (option == "sigmoid")
+    assert (config.logit_bias is not None) == (option == "sigmoid")
     assert isinstance(build_loss(config), nn.Module)
 
 
@@ -119,13 +120,13 @@ def test_several_loggers_at_once() -> None:
 def test_every_task_composes_and_parses_under_its_name(option: str) -> None:
     values = OmegaConf.load(conf_dir() / "task" / f"{option}.yaml")
     needed = [f"task.{key}=x" for key in OmegaConf.missing_keys(values)]
-    config = load_evaluate(compose_config(f"task=[{option}]", *needed, command="evaluate"))
+    config = compose("evaluate", [f"task=[{option}]", *needed])
     assert list(config.task) == [option]
-    assert parse_task(option, config.task[option]).kind == values[option].kind
+    assert config.task[option].kind == values[option].kind
 
 
 def test_several_tasks_at_once() -> None:
-    config = load_evaluate(compose_config("task=[retrieval,digits]", "task.retrieval.table=x.csv", command="evaluate"))
+    config = compose("evaluate", ["task=[retrieval,digits]", "task.retrieval.table=x.csv"])
     assert sorted(config.task) == ["digits", "retrieval"]
 
 

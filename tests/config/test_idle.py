@@ -1,21 +1,21 @@
 """A key that the chosen options do not use is refused where it was set, and only there."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import clip_exp
+from clip_exp.config.base import idle_keys, parse, typed_keys
+from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.compose import compose
-from clip_exp.config.idle import TABLES, idle_problems, typed_keys
-from clip_exp.config.load import load_evaluate, load_train, read_run_config, to_yaml
-from clip_exp.config.models import named_model
-from clip_exp.config.paths import options
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.files import options, read_run_config, to_yaml
+from clip_exp.config.names import named_model
 from clip_exp.errors import ConfigError
-from clip_exp.evaluation.tasks import parse_task
 from clip_exp.open_clip_files import configurations
 from tests.compose import train_config
 from tests.exhaustive import repeat_beyond
+from tests.keys import nested_models
 
 TIMM = ("model/image=timm", "model.image.name=resnet18")
 BERT = ("model/text=huggingface", "model.text.name=bert")
@@ -23,11 +23,6 @@ CSV = ("data=csv", "data.train=pairs.csv")
 # Of a choice of options: what is typed besides, and a part of what is said about it.
 TRAINING: dict[tuple[str, ...], dict[str, str]] = {
     (): {
-        "loss.init_logit_bias=-10": "on the softmax loss: use loss=sigmoid, or leave it out",
-        "loss.chunk_size=1024": "on the softmax loss",  # the default
-        "strategy.stage=2": "with strategy=auto: choose an option of DeepSpeed",
-        "strategy.offload=true": "with strategy=auto",
-        "++strategy.config={communication_data_type: bf16}": "with strategy=auto",
         "model.text.cleaning=lower": "on OpenAI's tokenizer: leave it out, or set model.text.tokenizer",
         "model.text.strip_sep_token=true": "on OpenAI's tokenizer",
         "model.image.projection=mlp": "on image towers of kind=vit",
@@ -59,7 +54,6 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "model.image.mlp_ratio=2": "on image towers of kind=resnet",
         "model.image.layers=2": "on image towers of kind=resnet",
         "model.image.patch_size=8": "on image towers of kind=resnet",
-        "strategy.offload=true": "with strategy=ddp",
     },
     ("model=siglip_b16", *CSV): {
         "model.image.projection=mlp": "on image towers of kind=siglip",
@@ -98,8 +92,6 @@ USED = {
     "activation beside timm's": [*TIMM, "model.activation=quick_gelu"],
     "what is not wanted": [
         "patience=null",
-        "strategy.offload=false",
-        "strategy.stage=null",
         "model.text.pretrained=false",
     ],
     "cleaning by a tokenizer": ["model.text.tokenizer=folder", "model.text.cleaning=lower"],
@@ -123,7 +115,7 @@ TASKS = {
 
 
 def problems(*overrides: str) -> list[str]:
-    return list(idle_problems(load_train(compose("train", list(overrides))), typed_keys(overrides)))
+    return list(idle_keys(compose("train", list(overrides)), typed_keys(overrides)))
 
 
 @pytest.mark.parametrize("chosen", TRAINING, ids=lambda chosen: " ".join(chosen) or "default")
@@ -142,33 +134,33 @@ def test_a_key_with_an_effect_is_not_refused(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize(("values", "expected"), TASKS.values(), ids=TASKS.keys())
 def test_a_key_of_a_task_without_effect_is_refused(values: dict, expected: str) -> None:
-    (problem,) = idle_problems(parse_task("t", values), (), "task.t.")
+    (problem,) = idle_keys(parse(EvaluateConfig, {"task": {"t": values}}))
     assert expected in problem
 
 
 def test_every_line_of_the_tables_is_tried_above() -> None:
     tried = f"{TRAINING} {TASKS} model.dropout"
+    tables = [model.__dict__.get("unused", ()) for model in nested_models(*SCHEMAS.values())]
     missing = [
-        idle.keys
-        for table in TABLES.values()
-        for idle in table
-        if not any(key.rpartition(".")[2] in tried for key in idle.keys.split())
+        unused.keys
+        for table in tables
+        for unused in table
+        if not any(key.rpartition(".")[2] in tried for key in unused.keys.split())
     ]
     assert missing == []
 
 
 def test_a_key_in_a_file_of_the_user_counts_as_set_where_it_is_not_the_default() -> None:
     config = train_config()
-    written_out = replace(config, strategy=replace(config.strategy, stage=None, offload=False))
-    assert list(idle_problems(written_out)) == []
-    chosen = replace(config, strategy=replace(config.strategy, offload=True))
-    assert len(list(idle_problems(chosen))) == 1
+    written_out = config.model_copy(update={"patience": None, "monitor_mode": "auto"})
+    assert idle_keys(written_out) == []
+    assert len(idle_keys(config.model_copy(update={"patience": 3}))) == 1
 
 
 def test_the_configuration_of_a_run_is_never_refused(tmp_path: Path) -> None:
     """Every default is written out in it."""
     (tmp_path / "config.yaml").write_text(to_yaml(train_config("loss=sigmoid", "data/augmentation=strong")))
-    assert list(idle_problems(read_run_config(tmp_path))) == []
+    assert idle_keys(read_run_config(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -192,7 +184,7 @@ def test_no_option_sets_what_has_no_effect(group: str) -> None:
 @pytest.mark.exhaustive
 def test_no_configuration_of_open_clip_sets_what_has_no_effect() -> None:
     for name in configurations():
-        assert list(idle_problems(named_model(name), (), "model.")) == []
+        assert list(idle_keys(named_model(name), (), "model.")) == []
 
 
 def test_an_evaluation_refuses_what_a_trained_model_does_not_use() -> None:
@@ -204,7 +196,7 @@ def test_an_evaluation_refuses_what_a_trained_model_does_not_use() -> None:
         "model.image.mlp_ratio=4",
         "model.text.cleaning=lower",
     ]
-    found = list(idle_problems(load_evaluate(compose("evaluate", words)), typed_keys(words)))
+    found = list(idle_keys(compose("evaluate", words), typed_keys(words)))
     assert [problem.partition(" has no effect ")[0] for problem in found] == [
         "model.dropout=0.1",
         "model.text.cleaning=lower",
@@ -212,10 +204,10 @@ def test_an_evaluation_refuses_what_a_trained_model_does_not_use() -> None:
 
 
 def test_the_command_and_the_function_say_what_was_typed(refused, tmp_path: Path) -> None:
-    result = refused("train.py", "strategy.offload=true", "loss.chunk_size=1024", cwd=tmp_path)
+    result = refused("train.py", "patience=2", "data.image_key=filepath", cwd=tmp_path)
     assert result.returncode == 2
-    assert "strategy.offload=true has no effect" in result.stderr
-    assert "loss.chunk_size=1024 has no effect" in result.stderr
+    assert "patience=2 has no effect" in result.stderr
+    assert "data.image_key=filepath has no effect" in result.stderr
     folder = ("task=image_folder", "task.image_folder.root=x", "task.image_folder.separator=auto")
     result = refused("evaluate.py", "model=vit_nano", "pretrained=x.pt", "model.dropout=0.1", *folder, cwd=tmp_path)
     assert "model.dropout=0.1 has no effect on a model that is trained already" in result.stderr

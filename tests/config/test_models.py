@@ -3,9 +3,9 @@
 import open_clip
 import pytest
 
-from clip_exp.config.model_schema import Activation, ImageTower
-from clip_exp.config.models import named_model, names, resolve, translate
-from clip_exp.config.paths import options
+from clip_exp.config.files import options
+from clip_exp.config.model import Activation, ImageTower
+from clip_exp.config.names import named_model, names, resolve, translate
 from clip_exp.errors import ConfigError
 
 ELSEWHERE = {

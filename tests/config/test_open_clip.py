@@ -1,7 +1,7 @@
 import open_clip
 import pytest
 
-from clip_exp.config.open_clip import FIELDS, open_clip_field
+from clip_exp.config.names import FIELDS, open_clip_field
 from clip_exp.errors import ConfigError
 from tests.compose import train_config
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_exp.config.data_schema import DataConfig
-from clip_exp.config.model_schema import ImageTowerConfig
+from clip_exp.config.data import DataConfig
+from clip_exp.config.model import ImageTowerConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
 from clip_exp.text.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from clip_exp.config.data_schema import DataConfig, OnBadRow
-from clip_exp.config.model_schema import ImageTowerConfig
+from clip_exp.config.data import DataConfig, OnBadRow
+from clip_exp.config.model import ImageTowerConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.files import KINDS, BadImage, ImageLimits, kind_of
 from clip_exp.data.images import decode, decode_rgb, preprocessing_of

@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from clip_exp.config.data_schema import Captions, GenerateConfig, Generator
+from clip_exp.config.data import Captions, GenerateConfig, Generator
 from clip_exp.data import loader
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import EvalSampler, TimedLoader

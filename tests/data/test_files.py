@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.data_schema import DataConfig
+from clip_exp.config.data import DataConfig
 from clip_exp.data import files
 from clip_exp.data.files import BadImage, ImageLimits, kind_of, read_below, read_file, read_member
 

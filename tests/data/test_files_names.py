@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.data_schema import Captions
+from clip_exp.config.data import Captions
 from clip_exp.data.files import ImageLimits, normal_path
 from clip_exp.data.stream import build_rows
 from clip_exp.data.tables.open import open_table, read_table

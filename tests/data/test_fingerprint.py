@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.data_schema import Captions, Shuffle
+from clip_exp.config.data import Captions, Shuffle
 from clip_exp.errors import CheckpointError
 from tests.data.conftest import Build, write_table
 

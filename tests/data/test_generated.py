@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clip_exp.config.data_schema import GenerateConfig, Generator
+from clip_exp.config.data import GenerateConfig, Generator
 from clip_exp.data import generated
 from clip_exp.data.generated import count_rows, generate
 from clip_exp.data.tables.open import read_table

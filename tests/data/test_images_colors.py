@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from clip_exp.config.data_schema import AugmentationConfig
+from clip_exp.config.data import AugmentationConfig
 from clip_exp.data.images import blur_kernel, change_colors, jitter, pil_to_tensor, train_transform
 from clip_exp.data.randomness import Draws
 from tests.data.conftest import noise

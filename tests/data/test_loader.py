@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from clip_exp.config.model_schema import ImageTowerConfig
+from clip_exp.config.model import ImageTowerConfig
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.loader import (
     BadPicture,
@@ -97,7 +97,7 @@ def test_every_picture_comes_once_per_epoch_with_one_of_its_captions(pairs, buil
 
 
 def test_every_pair_comes_once_per_epoch_where_all_captions_are_asked_for(pairs, build):
-    from clip_exp.config.data_schema import Captions
+    from clip_exp.config.data import Captions
 
     module = build(pairs, global_batch_size=25, total_steps=2, captions=Captions.all)
     assert module.num_rows == 25
@@ -173,7 +173,7 @@ def test_too_many_bad_pictures_end_the_run(pairs, build):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_error_policy_names_file_line_reason_and_the_way_out(pairs, build, workers):
-    from clip_exp.config.data_schema import OnBadImage
+    from clip_exp.config.data import OnBadImage
 
     spoil(pairs)
     (pairs.parent / "07.jpg").write_bytes((pairs.parent / "05.jpg").read_bytes())

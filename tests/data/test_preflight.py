@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from clip_exp.config.data_schema import OnBadRow
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.data import OnBadRow
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config

@@ -2,8 +2,8 @@
 
 import pytest
 
-from clip_exp.config.data_schema import AugmentationConfig
-from clip_exp.config.paths import options
+from clip_exp.config.data import AugmentationConfig
+from clip_exp.config.files import options
 from clip_exp.data.preflight import augmentation_problems
 from tests.compose import train_config
 

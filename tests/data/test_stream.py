@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_exp.config.data_schema import AugmentationConfig, Captions
+from clip_exp.config.data import AugmentationConfig, Captions
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.loader import Batch
 from tests.data.conftest import data_module, noise, write_table

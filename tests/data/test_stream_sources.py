@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.data_schema import Captions, DataConfig
-from clip_exp.data.stream import SLOTS, SourceSpec, Stream, open_sources, parse, quotas
+from clip_exp.config.data import Captions, DataConfig
+from clip_exp.data.stream import SLOTS, SourceSpec, Stream, open_sources, quotas
+from clip_exp.data.tables.filters import parse
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import Build, noise, write_table
 from tests.data.test_loader import digest, read

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_exp.config.models import named_model
+from clip_exp.config.names import named_model
 from clip_exp.errors import NumericError
 from clip_exp.evaluation.classification import (
     accuracies,

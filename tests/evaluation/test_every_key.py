@@ -15,10 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_exp.config.compose import compose
-from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.config.load import load_evaluate
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.models import named_model
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.model import ModelConfig
+from clip_exp.config.names import named_model
 from clip_exp.errors import ClipExpError
 from clip_exp.evaluation.launch import check
 from clip_exp.evaluation.scoring import _load_subject, score
@@ -235,7 +234,7 @@ class Scores:
         words += [*overrides, f"output_dir={self.folder / 'outputs'}"]
         for name, place in self.places.items():
             words = [word.replace(f"<{name}>", place) for word in words]
-        config = load_evaluate(compose("evaluate", words))
+        config = compose("evaluate", words)
         source, tasks = check(config, words)
         result = score(tasks[0], _load_subject(config, source)[0])
         arrays = [

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.models import named_model
+from clip_exp.config.data import OnBadImage
+from clip_exp.config.model import ModelConfig
+from clip_exp.config.names import named_model
 from clip_exp.data.images import preprocessing_of
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import DataError
@@ -36,8 +36,7 @@ from clip_exp.evaluation.features import (
 from clip_exp.evaluation.subject import Subject
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.text.tokenizer import build_tokenizer
-from clip_exp.text.tokenizer import Tokenizer
+from clip_exp.text.tokenizer import Tokenizer, build_tokenizer
 from tests.compose import train_config
 from tests.fake_cuda import fake_model, fake_tensors
 from tests.processes import run_on_ranks, start_apart

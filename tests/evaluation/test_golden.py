@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import clip_exp
-from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.config.model_schema import Activation
-from clip_exp.config.models import named_model
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.model import Activation
+from clip_exp.config.names import named_model
 from clip_exp.evaluation.launch import evaluate
 
 HUB = Path(os.environ.get("HF_HUB_CACHE", Path.home() / ".cache" / "huggingface" / "hub"))

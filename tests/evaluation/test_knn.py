@@ -10,7 +10,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 import clip_exp
-from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation import knn
 from clip_exp.evaluation.knn import nearest, vote

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clip_exp.config.data_schema import DataConfig, OnBadImage
-from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.config.models import named_model
+from clip_exp.config.data import DataConfig, OnBadImage
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.names import named_model
 from clip_exp.data.images import preprocessing_of
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import CheckpointError, ConfigError, DataError

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.config.models import named_model
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.names import named_model
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.evaluation.classification import build_classifier, class_scores
 from clip_exp.evaluation.features import EncodeOptions, encode_pictures

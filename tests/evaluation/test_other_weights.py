@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.launch import evaluate
 from clip_exp.evaluation.tasks import parse_task

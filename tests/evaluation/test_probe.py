@@ -17,8 +17,8 @@ from sklearn.model_selection import train_test_split
 from torchvision import models
 
 import clip_exp
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.evaluation_schema import EvaluateConfig, LinearProbeTaskConfig
+from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvaluateConfig, LinearProbeTaskConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.probe import choose_c, fit_probe, predict, search

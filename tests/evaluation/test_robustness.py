@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.data.images import normalize
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.evaluation import classification

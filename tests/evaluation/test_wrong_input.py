@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.evaluation_schema import EvaluateConfig
+from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
 from tests.evaluation.cifar import write_cifar10

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.use_schema import ExportFormat
+from clip_exp.config.commands import ExportFormat
+from clip_exp.config.model import ModelConfig
 from clip_exp.export.write import write_export
 from clip_exp.models.clip import CLIP
 from tests.small_runs import nano, run_dir

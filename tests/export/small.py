@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_exp.config.model_schema import (
+from clip_exp.config.model import (
     Activation,
     Cleaning,
     ImageTower,
@@ -15,7 +15,7 @@ from clip_exp.config.model_schema import (
     TextTower,
     TextTowerConfig,
 )
-from clip_exp.config.models import named_model
+from clip_exp.config.names import named_model
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from tests.encoders import write_siglip_tokenizer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, SiglipModel
 
-from clip_exp.config.model_schema import ImageTower, ModelConfig
+from clip_exp.config.model import ImageTower, ModelConfig
 from clip_exp.export import huggingface as huggingface_format
 from clip_exp.export import onnx as onnx_format
 from clip_exp.models.clip import CLIP

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clip_exp
-from clip_exp.config.data_schema import DataConfig
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.schema import FineTuneConfig, TowerTuningConfig
-from clip_exp.config.use_schema import ExportConfig, ExportFormat
+from clip_exp.config.commands import ExportConfig, ExportFormat
+from clip_exp.config.data import DataConfig
+from clip_exp.config.model import ModelConfig
+from clip_exp.config.training import FineTuneConfig, TowerTuningConfig
 from clip_exp.export.history import _recipe
 from clip_exp.export.write import write_export
 from clip_exp.loading.model import load_model

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, SiglipModel
 
 import clip_exp
-from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, ResizeMode
+from clip_exp.config.model import Activation, ImageTower, ModelConfig, ResizeMode
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP

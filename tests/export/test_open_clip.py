@@ -14,8 +14,8 @@ from torch import nn
 
 import clip_exp
 from clip_exp import open_clip_files
-from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, Projection
-from clip_exp.config.models import named_model
+from clip_exp.config.model import Activation, ImageTower, ModelConfig, Projection
+from clip_exp.config.names import named_model
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.export.open_clip import model_cfg
 from clip_exp.models.clip import CLIP

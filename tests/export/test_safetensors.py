@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 import clip_exp
-from clip_exp.config.model_schema import Activation, ImageTower, ModelConfig, Pooler, TextTower
+from clip_exp.config.model import Activation, ImageTower, ModelConfig, Pooler, TextTower
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_encoder
 from tests.export.small import TEXTS, build, resnet, siglip, vit

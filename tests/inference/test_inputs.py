@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.data_schema import OnBadImage
+from clip_exp.config.data import OnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference import inputs
 from clip_exp.inference.inputs import as_text_list, as_texts, check_videos, find_pictures, read_labels

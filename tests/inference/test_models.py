@@ -9,8 +9,8 @@ import open_clip
 import pytest
 import torch
 
-from clip_exp.config.paths import conf_dir
-from clip_exp.config.use_schema import ModelsConfig, OutputFormat
+from clip_exp.config.commands import ModelsConfig, OutputFormat
+from clip_exp.config.files import conf_dir
 from clip_exp.inference.models import models
 from tests.conftest import DOOR, Run
 

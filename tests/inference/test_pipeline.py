@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clip_exp.config.models import named_model
+from clip_exp.config.names import named_model
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.inference.pipeline import Pipeline

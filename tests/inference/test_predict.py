@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.use_schema import OutputFormat, PredictConfig
+from clip_exp.config.commands import OutputFormat, PredictConfig
+from clip_exp.config.data import OnBadImage
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference.pipeline import Pipeline

@@ -14,10 +14,11 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import clip_exp
 from clip_exp.cli import _guarded
-from clip_exp.config.load import plain, read_evaluate_config
-from clip_exp.config.model_schema import Activation
-from clip_exp.config.models import named_model
-from clip_exp.config.use_schema import ExportFormat
+from clip_exp.config.base import plain
+from clip_exp.config.commands import ExportFormat
+from clip_exp.config.files import read_evaluate_config
+from clip_exp.config.model import Activation
+from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.export.write import write_export
 from clip_exp.inference.index import read_recipe

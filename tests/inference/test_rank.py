@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.use_schema import OutputFormat, RankConfig
+from clip_exp.config.commands import OutputFormat, RankConfig
+from clip_exp.config.data import OnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.pipeline import Pipeline

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import clip_exp
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.use_schema import OutputFormat, SearchConfig
+from clip_exp.config.commands import OutputFormat, SearchConfig
+from clip_exp.config.data import OnBadImage
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference import indexing
 from clip_exp.inference import pipeline as pipeline
@@ -170,7 +170,7 @@ def test_pictures_and_their_index_can_be_moved_together(index: Path, tmp_path: P
 
 def test_an_index_of_other_weights_is_refused(index: Path, photos: Path, tmp_path: Path, run_dir: Path):
     torch.manual_seed(1)
-    from clip_exp.config.models import named_model
+    from clip_exp.config.names import named_model
 
     other = write_run(tmp_path / "other", build_model(named_model("vit_nano")))
     for values in ({"text": "a dog"}, {"images": str(photos)}):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clip_exp.config.data_schema import OnBadImage
-from clip_exp.config.use_schema import OutputFormat, PredictConfig, SearchConfig
+from clip_exp.config.commands import OutputFormat, PredictConfig, SearchConfig
+from clip_exp.config.data import OnBadImage
 from clip_exp.data.files import BadImage
 from clip_exp.errors import DataError
 from clip_exp.inference.index import read_entries

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clip_exp.api import evaluate, load
-from clip_exp.config.evaluation_schema import SubjectConfig
-from clip_exp.config.models import named_model
-from clip_exp.config.use_schema import ExportConfig
+from clip_exp.config.commands import ExportConfig
+from clip_exp.config.evaluation import SubjectConfig
+from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.inference.index import Entries, read_recipe, recipe_of, write_index
 from clip_exp.loading.model import load_model

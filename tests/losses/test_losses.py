@@ -6,13 +6,13 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.config.data_schema import PairLabel
-from clip_exp.config.schema import LossConfig, LossName
+from clip_exp.config.data import PairLabel
+from clip_exp.config.training import LossConfig, LossName
 from clip_exp.losses.build import build_loss
-from clip_exp.losses.sigmoid import sigmoid_loss
-from clip_exp.losses.softmax import softmax_loss
 from clip_exp.losses.matches import ALL, Matches
 from clip_exp.losses.outputs import CLIPOutput
+from clip_exp.losses.sigmoid import sigmoid_loss
+from clip_exp.losses.softmax import softmax_loss
 from tests.losses.largest import LargestTensor
 
 B, D = 12, 16

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.config.data_schema import PairLabel
-from clip_exp.config.schema import LossConfig, LossName
+from clip_exp.config.data import PairLabel
+from clip_exp.config.training import LossConfig, LossName
 from clip_exp.losses.build import build_loss
-from clip_exp.losses.sigmoid import sigmoid_loss
 from clip_exp.losses.collectives import gather, gather_with_grad
 from clip_exp.losses.outputs import CLIPOutput
+from clip_exp.losses.sigmoid import sigmoid_loss
 from tests.losses.largest import LargestTensor
 from tests.processes import run_on_ranks
 

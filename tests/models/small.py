@@ -4,7 +4,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import Activation, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model import Activation, ImageTowerConfig, ModelConfig, TextTowerConfig
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.names import to_open_clip
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model import ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP

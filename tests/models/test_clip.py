@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_exp.config.model_schema import Activation
+from clip_exp.config.model import Activation
 from clip_exp.losses.softmax import softmax_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP

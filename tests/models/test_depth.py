@@ -13,8 +13,8 @@ from timm.models import group_parameters
 from torch import nn
 from transformers import AutoConfig
 
-from clip_exp.config.model_schema import ImageTower, Pooler, Projection, TextTower
-from clip_exp.config.schema import TowerTuningConfig
+from clip_exp.config.model import ImageTower, Pooler, Projection, TextTower
+from clip_exp.config.training import TowerTuningConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.depth import depths, projection_names

@@ -7,9 +7,8 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
-from clip_exp.config.load import plain
-from clip_exp.config.model_rules import own_towers
-from clip_exp.config.model_schema import ImageTowerConfig, ModelConfig, Pooler, Projection, TextTower, TextTowerConfig
+from clip_exp.config.base import plain
+from clip_exp.config.model import ImageTowerConfig, ModelConfig, Pooler, Projection, TextTower, TextTowerConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.huggingface import HuggingFaceText, build_text_tower, note_architecture
@@ -105,8 +104,8 @@ def test_a_noted_architecture_builds_the_encoder_without_its_folder(tmp_path: Pa
 
 
 def test_own_weights_are_asked_for_by_the_configuration(folders) -> None:
-    assert own_towers(small(folders["bert"])) == {"text"}
-    assert not own_towers(small(folders["bert"], pretrained=False))
+    assert small(folders["bert"]).own_towers == {"text"}
+    assert not small(folders["bert"], pretrained=False).own_towers
 
 
 def test_dropout_is_the_models(folders) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clip_exp import open_clip_files
-from clip_exp.config.model_schema import Activation, ModelConfig
+from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.errors import ConfigError
 from clip_exp.export.write import write_export
 from clip_exp.models.build import build_model

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.models.clip import CLIP
-from clip_exp.models.clip import encode
+from clip_exp.config.model import ModelConfig
+from clip_exp.models.clip import CLIP, encode
 from clip_exp.weights.names import from_open_clip
 from tests.models.twins import inputs, load_config, randomize, shallow_timm, with_weights_of
 

@@ -6,15 +6,7 @@ import torch
 from open_clip.timm_model import TimmModel
 from torch import nn
 
-from clip_exp.config.model_rules import own_towers
-from clip_exp.config.model_schema import (
-    ImageTower,
-    ImageTowerConfig,
-    Interpolation,
-    ModelConfig,
-    Projection,
-    TextTowerConfig,
-)
+from clip_exp.config.model import ImageTower, ImageTowerConfig, Interpolation, ModelConfig, Projection, TextTowerConfig
 from clip_exp.data.images import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
@@ -160,5 +152,5 @@ def test_null_preprocessing_is_that_of_the_backbones_weights_where_they_are_used
     assert preprocessing_of(note_architecture(small("test_vit")).image).mean == OPENAI_MEAN
     mine = small("test_vit", pretrained=True, mean=[0.1] * 3)
     assert note_architecture(mine).image.mean == [0.1] * 3
-    assert own_towers(config) == {"image"}
-    assert not own_towers(small("test_vit"))
+    assert config.own_towers == {"image"}
+    assert not small("test_vit").own_towers

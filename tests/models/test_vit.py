@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import ImageTower, ImageTowerConfig
+from clip_exp.config.model import ImageTower, ImageTowerConfig
 from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
-from clip_exp.models.clip import encode
+from clip_exp.models.clip import CLIP, encode
 from clip_exp.models.vit import PatchDropout
 from clip_exp.weights.names import to_open_clip
 from tests.models.small import batch, small_config

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import ImageTower, ModelConfig
+from clip_exp.config.model import ImageTower, ModelConfig
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.names import from_open_clip

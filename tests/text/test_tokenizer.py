@@ -10,7 +10,7 @@ import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer, get_clean_fn
 
-from clip_exp.config.model_schema import Cleaning, TextTower, TextTowerConfig
+from clip_exp.config.model import Cleaning, TextTower, TextTowerConfig
 from clip_exp.errors import ConfigError
 from clip_exp.text.tokenizer import (
     CLEANINGS,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from clip_exp.checkpoints.io import SafeCheckpointIO
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.runs import RunRecord
 from clip_exp.training import opening
 

@@ -20,7 +20,7 @@ from clip_exp.errors import CheckpointError
 from clip_exp.ranks.signals import StopRequest
 from clip_exp.training import callbacks
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer, Preemption
-from tests.checkpoints.test_writer import write
+from tests.checkpoints.test_folders import write
 from tests.processes import run_on_ranks
 from tests.synchronization import SynchronizationWatch
 

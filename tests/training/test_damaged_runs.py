@@ -14,8 +14,8 @@ import torch
 from clip_exp import runs
 from clip_exp.checkpoints.folders import folder_of
 from clip_exp.checkpoints.io import SafeCheckpointIO
-from clip_exp.config.load import read_run_config
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.files import read_run_config
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.loading.source import source_of_checkpoint, source_of_run
 from clip_exp.models.build import build_model

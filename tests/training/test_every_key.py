@@ -16,8 +16,7 @@ from PIL import Image
 
 from clip_exp.checkpoints.folders import latest
 from clip_exp.config.compose import compose
-from clip_exp.config.load import OPTIMIZERS, load_train
-from clip_exp.config.schema import CustomOptimizerConfig, TrainConfig
+from clip_exp.config.training import CustomOptimizerConfig, TrainConfig
 from clip_exp.errors import ClipExpError
 from clip_exp.training.launch import train_here
 from tests.encoders import write_encoder
@@ -292,7 +291,7 @@ class Runs:
         ]
         for name, place in places.items():
             words = [word.replace(f"<{name}>", place) for word in words]
-        folder, code = train_here(load_train(compose("train", words)), words)
+        folder, code = train_here((compose("train", words)), words)
         assert code == 0
         return Finished(folder, "")
 

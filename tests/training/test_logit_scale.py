@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from clip_exp.config.models import named_model
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.names import named_model
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.training.module import CLIPModule

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip_exp.checkpoints.folders import latest
-from clip_exp.config.schema import FineTuneConfig, LoRAConfig
+from clip_exp.config.training import FineTuneConfig, LoRAConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.training.lora import adapt, adapted_part, merge, unmerge
 from clip_exp.training.optim import prepare
-from clip_exp.training.preflight_finetune import rehearse
+from clip_exp.training.preflight import rehearse
 from tests.compose import train_config
 from tests.encoders import small_encoder
 from tests.exhaustive import repeat_beyond
@@ -171,7 +171,7 @@ def test_a_tower_without_linear_layers_is_refused() -> None:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights to start from."""
-    from clip_exp.config.models import named_model
+    from clip_exp.config.names import named_model
 
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("start") / "start.safetensors"

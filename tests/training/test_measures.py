@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from clip_exp.config.data_schema import GenerateConfig, Generator
+from clip_exp.config.data import GenerateConfig, Generator
 from clip_exp.training.measures import check_measures, check_validation_classes, monitor_mode
 from tests.compose import train_config
 from tests.small_runs import write_picture

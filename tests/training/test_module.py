@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.training import TrainConfig
 from clip_exp.data.loader import Batch, EvalBatch
 from clip_exp.evaluation.validation import ValidationFeatures
 from clip_exp.losses.build import build_loss

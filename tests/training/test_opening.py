@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.schema import TrainConfig
-from clip_exp.config.sweep import Job
+from clip_exp.config.compose import Job
+from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import check_tables
 from clip_exp.errors import ClipExpError, ConfigError
 from clip_exp.runs import RunRecord
 from clip_exp.storage import file_sha256
 from clip_exp.training.launch import Training
 from clip_exp.training.opening import Opening, _hash, identity, open_run
-from tests.checkpoints.test_writer import write
+from tests.checkpoints.test_folders import write
 from tests.compose import train_config
 from tests.data.conftest import noise, write_table
 

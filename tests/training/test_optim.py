@@ -8,12 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip_exp.checkpoints.folders import latest
-from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
-from clip_exp.config.schema import AdamConfig, FineTuneConfig, TowerTuningConfig
+from clip_exp.config.model import ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
+from clip_exp.config.training import AdamWConfig, FineTuneConfig, TowerTuningConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
-from clip_exp.models.clip import encode
+from clip_exp.models.clip import CLIP, encode
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups, prepare
 from tests.compose import train_config
@@ -106,7 +105,7 @@ def test_during_a_linear_probe_both_towers_run_as_in_evaluation() -> None:
 
 def rates(finetune: FineTuneConfig) -> dict[str, float]:
     model = prepared(finetune)
-    optimizer = build_optimizer(model, AdamConfig(_target_="torch.optim.AdamW", lr=1.0), finetune)
+    optimizer = build_optimizer(model, AdamWConfig(lr=1.0), finetune)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
@@ -138,7 +137,7 @@ def test_without_other_rates_the_groups_are_those_of_earlier_checkpoints() -> No
         assert names == sorted(names, key=order.index)
         matrices = all(p.ndim >= 2 and not name.endswith("positional_embedding") for name, p in members)
         assert matrices == (group.kind == "decay")
-    optimizer = build_optimizer(model, AdamConfig(_target_="torch.optim.AdamW", lr=0.5), FineTuneConfig())
+    optimizer = build_optimizer(model, AdamWConfig(lr=0.5), FineTuneConfig())
     assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
 
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import clip_exp
 from clip_exp.checkpoints.folders import checkpoints
-from clip_exp.config.load import plain, read_run_config
-from clip_exp.config.model_schema import Activation
-from clip_exp.config.models import named_model
-from clip_exp.config.schema import TrainConfig
+from clip_exp.config.base import plain
+from clip_exp.config.files import read_run_config
+from clip_exp.config.model import Activation
+from clip_exp.config.names import named_model
+from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.runs import RunRecord

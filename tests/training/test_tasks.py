@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from clip_exp.checkpoints.folders import manifests
-from clip_exp.config.data_schema import GenerateConfig, Generator
-from clip_exp.config.evaluation_schema import EvaluateConfig
-from clip_exp.config.load import read_run_config
+from clip_exp.config.data import GenerateConfig, Generator
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.files import read_run_config
 from clip_exp.data.generated import generate
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import evaluate

@@ -13,7 +13,7 @@ import torch
 from open_clip.transformer import LayerNorm
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import Activation, ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model import Activation, ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
 
 CONTEXT, VOCABULARY, EMBED_DIM, HEAD = 16, 500, 40, 64
 TEXT = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": HEAD, "layers": 2, "heads": 1}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clip_exp.config.load import plain
-from clip_exp.config.model_schema import Activation, Interpolation, ModelConfig, ResizeMode
-from clip_exp.config.models import named_model
+from clip_exp.config.base import plain
+from clip_exp.config.model import Activation, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models.clip import CLIP
 from clip_exp.open_clip_files import Entry

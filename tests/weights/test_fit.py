@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from clip_exp.config.model_schema import ImageTower, ImageTowerConfig, ModelConfig, TextTower
-from clip_exp.config.models import named_model
+from clip_exp.config.model import ImageTower, ImageTowerConfig, ModelConfig, TextTower
+from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from clip_exp.config.model_schema import Activation, ModelConfig, TextTower
-from clip_exp.config.models import named_model
+from clip_exp.config.model import Activation, ModelConfig, TextTower
+from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP

@@ -12,9 +12,9 @@ import torch
 from open_clip import get_model_config
 from safetensors.torch import save_file
 
-from clip_exp.config.load import plain
-from clip_exp.config.model_schema import Activation, Interpolation, ModelConfig, ResizeMode
-from clip_exp.config.models import known_models, named_model
+from clip_exp.config.base import plain
+from clip_exp.config.model import Activation, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.names import known_models, named_model
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
 from clip_exp.weights.configurations import model_of_description

@@ -5,14 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_exp.config.model_schema import (
-    ImageTower,
-    ImageTowerConfig,
-    ModelConfig,
-    Projection,
-    TextTower,
-    TextTowerConfig,
-)
+from clip_exp.config.model import ImageTower, ImageTowerConfig, ModelConfig, Projection, TextTower, TextTowerConfig
 from clip_exp.export import open_clip as open_clip_format
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_exp.config.model_schema import ImageTower
+from clip_exp.config.model import ImageTower
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP

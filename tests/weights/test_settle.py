@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clip_exp import open_clip_files
-from clip_exp.config.model_schema import (
+from clip_exp.config.model import (
     Activation,
     ImageTower,
     ImageTowerConfig,
@@ -15,7 +15,7 @@ from clip_exp.config.model_schema import (
     ResizeMode,
     TextTowerConfig,
 )
-from clip_exp.config.models import named_model
+from clip_exp.config.names import named_model
 from clip_exp.errors import ConfigError
 from clip_exp.weights.find import Found
 from clip_exp.weights.inspect import About, activation_of_entry

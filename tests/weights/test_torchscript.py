@@ -13,7 +13,7 @@ import torch
 from open_clip.openai import load_openai_model
 from torch import nn
 
-from clip_exp.config.model_schema import ImageTower
+from clip_exp.config.model import ImageTower
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
 from clip_exp.weights.fit import load_weights

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
-from clip_exp.config.data_schema import OnBadRow
+from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables.columns import string_array, string_buffers
 from clip_exp.data.tables.layouts import Columns, Layout, describe, find_layout, parse_separator
 from clip_exp.data.tables.lines import Lines, Utf8Blocks, count_lines, find_encoding

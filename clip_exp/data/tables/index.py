@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clip_exp.config.data_schema import OnBadRow
+from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables.comparisons import Unlike
 from clip_exp.data.tables.formats import open_reader
 from clip_exp.data.tables.reader import FileStamp, TableOptions

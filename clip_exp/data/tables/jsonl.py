@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from clip_exp.config.data_schema import OnBadRow
+from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import string_array
 from clip_exp.data.tables.reader import BadRows, BadValue, RowBlock, TableOptions, absent, no_column, text_of

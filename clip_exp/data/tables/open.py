@@ -11,7 +11,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from clip_exp.config.data_schema import DataConfig, OnBadRow
+from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.data.tables.formats import SHARD
 from clip_exp.data.tables.index import TableSource, open_index
 from clip_exp.data.tables.reader import TableOptions

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_exp.config.data_schema import OnBadRow
+from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import bool_numpy
 from clip_exp.data.tables.reader import (

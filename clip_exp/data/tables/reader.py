@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from clip_exp.config.data_schema import DataConfig, OnBadRow
+from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.errors import ConfigError, DataError
 
 

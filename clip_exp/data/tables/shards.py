@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from clip_exp.config.data_schema import OnBadRow
+from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables.columns import string_array
 from clip_exp.data.tables.jsonl import NativeColumns, parse_object
 from clip_exp.data.tables.reader import (

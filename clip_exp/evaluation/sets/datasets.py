@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.data_schema import OnBadRow
-from clip_exp.config.evaluation_schema import LabeledDataConfig
+from clip_exp.config.data import OnBadRow
+from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.data.generated import generate
 from clip_exp.data.pictures import PictureFiles, TablePictures, label_of_images
 from clip_exp.data.tables.columns import BLANKS

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from clip_exp.config.evaluation_schema import RobustnessTaskConfig, ZeroShotTaskConfig
-from clip_exp.config.load import nearest, strict_dataclass
+from clip_exp.config.base import nearest
+from clip_exp.config.evaluation import ImageNetSetConfig, RobustnessTaskConfig, ZeroShotTaskConfig
 from clip_exp.errors import ClipExpError, ConfigError, gravest
 from clip_exp.evaluation.sets.datasets import SOURCES
 
@@ -54,13 +53,13 @@ SETS = {
 }
 
 
-def configure_sets(name: str, task: RobustnessTaskConfig) -> dict[str, ZeroShotTaskConfig]:
+def configure_sets(task_name: str, task: RobustnessTaskConfig) -> dict[str, ZeroShotTaskConfig]:
     """The zero-shot task of each set that is wanted, in the order of figure 13.
 
     Raises:
-        ConfigError: unknown sets or keys, and sets that were not found, all at once.
+        ConfigError: unknown sets, and sets that were not found, all at once.
     """
-    where = f"task.{name}"
+    where = f"task.{task_name}"
     errors: list[ClipExpError] = [
         ConfigError(f"{where}.sets.{given} does not exist: {nearest(given, SETS)}")
         for given in task.sets
@@ -68,17 +67,12 @@ def configure_sets(name: str, task: RobustnessTaskConfig) -> dict[str, ZeroShotT
     ]
     found: dict[str, ZeroShotTaskConfig] = {}
     missing: list[str] = []
-    for given in SETS:
-        values = task.sets.get(given, {})
-        if values is None:  # left out on purpose
+    for name in SETS:
+        if name in task.sets and task.sets[name] is None:  # left out on purpose
             continue
-        try:
-            found[given] = _configure(given, values, task, f"{where}.sets.{given}")
-        except ConfigError as error:
-            errors.append(error)
-            continue
-        if not any(getattr(found[given], source) for source in SOURCES):
-            missing.append(given)
+        found[name] = _configure(name, task.sets.get(name), task)
+        if not any(getattr(found[name], source) for source in SOURCES):
+            missing.append(name)
     if missing:
         errors.append(_not_found(missing, task.root, where))
     if errors:
@@ -88,13 +82,14 @@ def configure_sets(name: str, task: RobustnessTaskConfig) -> dict[str, ZeroShotT
     return found
 
 
-def _configure(name: str, values: Any, task: RobustnessTaskConfig, where: str) -> ZeroShotTaskConfig:
-    """The task of one set; without a source if it was not found."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}={values} must hold the keys of a zero_shot task, as {where}.root=DIR, or be null.")
-    given = {own: value for own, value in values.items() if value is not None}  # `root: null` says nothing
-    values = {"classes": SETS[name].classes, "templates": task.templates, **given}
-    config = strict_dataclass(ZeroShotTaskConfig, values, where)
+def _configure(name: str, given: ImageNetSetConfig | None, task: RobustnessTaskConfig) -> ZeroShotTaskConfig:
+    """Return the task of one set; without a source if it was not found."""
+    own = (
+        {}
+        if given is None
+        else {key: value for key in ImageNetSetConfig.model_fields if (value := getattr(given, key)) is not None}
+    )
+    config = ZeroShotTaskConfig(**{"classes": SETS[name].classes, "templates": task.templates, **own})
     if not any(getattr(config, source) for source in SOURCES) and task.root is not None:
         folder = _find(Path(task.root).expanduser(), name)
         config.root = str(folder) if folder is not None else None

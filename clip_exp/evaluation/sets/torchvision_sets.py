@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.config.evaluation_schema import LabeledDataConfig
-from clip_exp.config.load import nearest
+from clip_exp.config.base import nearest
+from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.data.cifar import CifarPictures, read_cifar
 from clip_exp.data.pictures import TorchvisionPictures
 from clip_exp.errors import ConfigError, DataError

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from clip_exp import storage
-from clip_exp.config.data_schema import Captions, OnBadRow
+from clip_exp.config.data import Captions, OnBadRow
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.stream import build_rows
 from clip_exp.data.tables import index, open, scan

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_exp.config.data_schema import OnBadRow
+from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables import parquet
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.reader import TableOptions

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.data_schema import GenerateConfig, Generator
-from clip_exp.config.evaluation_schema import LabeledDataConfig
+from clip_exp.config.data import GenerateConfig, Generator
+from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import from_folder, from_table, labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from clip_exp.config.evaluation_schema import LabeledDataConfig
+from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from clip_exp.config.evaluation_schema import KNNTaskConfig, LabeledDataConfig
+from clip_exp.config.evaluation import KNNTaskConfig, LabeledDataConfig
 from clip_exp.data import files
 from clip_exp.data.files import Stamp, Stored, stamp_of
 from clip_exp.data.pictures import PictureFiles

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torchvision.datasets
 
-from clip_exp.config.evaluation_schema import LabeledDataConfig
+from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.data.files import BadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images

@@ -1,19 +1,17 @@
 """The models of `conf/model/`, by their names here and elsewhere: FlagAI's, OpenAI's and open_clip's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from clip_exp.config.load import nearest, strict_dataclass
-from clip_exp.config.missing import MISSING
-from clip_exp.config.model_schema import ModelConfig
-from clip_exp.config.open_clip import register_open_clip
-from clip_exp.config.paths import conf_dir, options
+from clip_exp.config.base import MISSING, nearest, parse
+from clip_exp.config.files import conf_dir, options
+from clip_exp.config.model import VOCABULARY, ModelConfig
 from clip_exp.errors import ConfigError
-from clip_exp.open_clip_files import configurations
+from clip_exp.open_clip_files import can_be_trimmed, configurations, open_clip_values
 
 ALIASES = {
     "clip-base-p32-224": "vit_b32",  # FlagAI's
@@ -68,10 +66,10 @@ def named_model(name: str) -> ModelConfig:
         raise ConfigError(f"there is no model '{name}': {nearest(name, names())}")
     if named == Named(ADAPTER):
         raise ConfigError(f"{name} stands for all architectures of open_clip: name one, such as convnext_base.")
-    register_open_clip()
+    OmegaConf.register_new_resolver("open_clip", open_clip_field, replace=True)
     values = OmegaConf.load(conf_dir() / "model" / f"{named.option}.yaml")
     resolved: Any = OmegaConf.to_container(OmegaConf.merge(values, named.keys), resolve=True)
-    return strict_dataclass(ModelConfig, resolved, "model")
+    return parse(ModelConfig, resolved, "model.")
 
 
 def known_models() -> Iterator[ModelConfig]:
@@ -79,7 +77,7 @@ def known_models() -> Iterator[ModelConfig]:
     for option in options("model"):
         values: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "model" / f"{option}.yaml"))
         if values["name"] != MISSING:
-            yield strict_dataclass(ModelConfig, values, "model")
+            yield parse(ModelConfig, values, "model.")
 
 
 def translate(arguments: list[str]) -> list[str]:
@@ -123,3 +121,31 @@ def _by_open_clip_name() -> dict[str, str]:
         if name is not None:
             found[str(name)] = option
     return found
+
+
+Values = dict[str, Any]
+CONTEXT_LENGTH = 77  # of open_clip's tokenizers where a configuration has none
+
+
+def open_clip_field(name: str, field: str) -> Any:
+    """Return what `${open_clip:<name>,<field>}` in YAML stands for: a field of a model as one of open_clip's configurations has it.
+
+    The files of the installed package are read without importing it: composing takes no torch.
+
+    Raises:
+        ConfigError: there is no such configuration.
+    """
+    return FIELDS[field](open_clip_values(name))
+
+
+FIELDS: dict[str, Callable[[Values], Any]] = {
+    "embed_dim": lambda values: values["embed_dim"],
+    "image_size": lambda values: values["vision_cfg"]["image_size"],
+    "context_length": lambda values: values["text_cfg"].get("context_length", CONTEXT_LENGTH),
+    "vocab_size": lambda values: values["text_cfg"].get("vocab_size", VOCABULARY),
+    "encoder": lambda values: values["text_cfg"].get("hf_model_name"),
+    "tokenizer": lambda values: values["text_cfg"].get("hf_tokenizer_name"),
+    "cleaning": lambda values: values["text_cfg"].get("tokenizer_kwargs", {}).get("clean", "whitespace"),
+    "strip_sep_token": lambda values: values["text_cfg"].get("tokenizer_kwargs", {}).get("strip_sep_token", False),
+    "trim": lambda values: can_be_trimmed(values["text_cfg"]),
+}

@@ -1,0 +1,486 @@
+"""What every model of the schema is made of: types of fields, rules across fields, and what is wrong with given values, in sentences.
+
+A field has its type, constraints, default, unit and meaning in one place. `parse` reports every problem of a configuration at once, by full
+keys. A rule across fields is a method of the model that holds them (`Config.rules`); a key that the other values leave without effect is a
+line of its table (`Config.unused`). The modules of the schema import neither torch nor Hydra.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from enum import Enum
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError, PydanticUndefined
+
+from clip_exp.errors import ConfigError
+
+MISSING = "???"  # OmegaConf's mark of a value that must be set
+UNKNOWN = "???…"  # mark of a value that depends on one that must be set
+EXPLAINED = {  # keys of other frameworks that have no counterpart of the same meaning
+    "accumulate_grad_batches": (
+        "a contrastive loss would not see more negatives. Raise global_batch_size and set micro_batch_size: the same memory, "
+        "the gradient of the whole batch."
+    ),
+}
+
+# ----------------------------------------------------------------------------------------------------------- types
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "must be a number")
+    return value
+
+
+def _path_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def must_be(what: str) -> WrapValidator:
+    """Return an annotation that reports any wrong value of a type in one sentence, where pydantic has one for each member of a union."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("must_be", "must be {what}", {"what": what}) from None
+
+    return WrapValidator(validate)
+
+
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+Count = Annotated[Int, Field(ge=1)]
+Size = Annotated[Int, Field(gt=0)]
+Index = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Proportion = Annotated[Float, Field(ge=0, lt=1)]  # that something is left of
+PathText = Annotated[str, BeforeValidator(_path_text)]
+Paths = Annotated[PathText | list[PathText], must_be("a path, or a list of paths")]
+Texts = Annotated[str | list[str], must_be("a text, or a list of texts")]
+
+# ------------------------------------------------------------------------------------------------------ base model
+
+
+class Unused(NamedTuple):
+    """Keys that have no effect under a condition.
+
+    A key that is set and not used is refused: the run would be another one than was requested. A key counts as set where its value is
+    not the default, wherever that value comes from, or where it stands on the command line; null and false ask for nothing.
+
+    Attributes:
+        keys: below the model that the table is of, separated by blanks.
+        when: the condition, of that model.
+        why: what follows "has no effect"; `{c.name}` is a value of the model, `{at}` the beginning of the full keys.
+        fix: what to do instead.
+        typed_only: refused on the command line only, since a file of `conf/` may set it for other options than were chosen.
+    """
+
+    keys: str
+    when: Callable[[Any], bool]
+    why: str
+    fix: str = "leave it out"
+    typed_only: bool = False
+
+
+class Config(BaseModel):
+    """Base of the schema's models; strict about keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", coerce_numbers_to_str=True, validate_by_name=True, serialize_by_alias=True, protected_namespaces=(),
+        defer_build=True,
+    )  # fmt: skip
+    unused: ClassVar[tuple[Unused, ...]] = ()
+    usage: ClassVar[str] = ""  # of the command whose schema the model is
+    written_out: ClassVar[bool] = True  # whether a composed configuration has the defaults of keys that were not given
+
+    def rules(self, at: str) -> Iterator[str]:
+        """Yield a sentence for every combination of fields that cannot work.
+
+        Args:
+            at: the beginning of the model's full keys, as `model.`; empty for that of a command.
+        """
+        yield from ()
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Target(Config):
+    """An object of another library: `_target_` names its class, the other keys are the arguments."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: str = Field(
+        alias="_target_", description="class or function, below an allowed module (docs/configuration.md)"
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def plain(value: Any) -> Any:
+    """Return a configuration, or a part of it, as the mappings, lists and texts that YAML and JSON have."""
+    if isinstance(value, Config):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def key_of(name: str, field: FieldInfo) -> str:
+    """Return the key of a field, which differs from its name for `_target_`."""
+    return field.alias or name
+
+
+def default_of(field: FieldInfo) -> Any:
+    """Return the default of a field; `PydanticUndefined` where it has none."""
+    return field.get_default(call_default_factory=True, validated_data={})
+
+
+# ---------------------------------------------------------------------------------------------------- open groups
+
+
+def members(annotation: Any) -> list[type[Config]]:
+    """Return the models in a field's annotation: one, or those of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if get_origin(annotation) in (list, dict):
+        return []
+    return [model for part in get_args(annotation) for model in members(part)]
+
+
+def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
+    """Return the model of a union that values are for: the one whose discriminating field (a `Literal`) has what they have.
+
+    A model without such a field takes what the others leave. None: no model does.
+    """
+    if len(models) == 1:
+        return models[0]
+    for model in models:
+        names = _names(model)
+        if names is None or str(values.get(names[0])) in names[1]:
+            return model
+    return None
+
+
+def _names(model: type[Config]) -> tuple[str, list[str]] | None:
+    """Return the key that discriminates a model from others, and its values."""
+    for name, field in model.model_fields.items():
+        if get_origin(field.annotation) is Literal:
+            return key_of(name, field), [str(value) for value in get_args(field.annotation)]
+    return None
+
+
+def complete(model: type[Config], values: dict[str, Any]) -> dict[str, Any]:
+    """Add to plain values the defaults of all keys that are not given, those of the chosen members of unions too; `???` where there is none."""
+    if not model.written_out:
+        return values
+    given = dict(values)
+    values.clear()
+    for name, field in model.model_fields.items():
+        key = key_of(name, field)
+        values[key] = given.pop(key) if key in given else _written_default(field)
+        if isinstance(values[key], dict):
+            _complete_node(field.annotation, values[key])
+    values.update(given)
+    return values
+
+
+def _written_default(field: FieldInfo) -> Any:
+    default = default_of(field)
+    if default is not PydanticUndefined:
+        return plain(default)
+    models = members(field.annotation)
+    return complete(models[0], {}) if len(models) == 1 else {} if models else MISSING
+
+
+def _complete_node(annotation: Any, values: dict[str, Any]) -> None:
+    if (model := chosen(models, values) if (models := members(annotation)) else None) is not None:
+        complete(model, values)
+        return
+    for mapping in (part for part in (annotation, *get_args(annotation)) if get_origin(part) is dict):
+        for value in values.values():
+            if isinstance(value, dict):
+                _complete_node(get_args(mapping)[1], value)
+
+
+# ------------------------------------------------------------------------------------------------------- problems
+
+
+def parse(model: type[C], values: dict[str, Any], at: str = "", typed: Collection[str] = ()) -> C:
+    """Return values as a model.
+
+    Args:
+        at: the beginning of the values' full keys, as `model.`; empty for those of a command.
+        typed: see `problems`.
+
+    Raises:
+        ConfigError: a line for every unknown key, missing or wrong value and, as far as they can be seen then, broken rule.
+    """
+    leaves = list(_leaves(values, at))
+    missing = [key for key, value in leaves if value in (MISSING, UNKNOWN)]
+    found = [(key, f"{key} has no value: set it ({key}=…).") for key, value in leaves if value == MISSING]
+    try:
+        parsed = model.model_validate(_without(values, missing, at))
+        if not missing:
+            return parsed
+    except ValidationError as error:
+        found += [(key, sentence) for key, sentence in _sentences(error, model, values, at) if key not in missing]
+    # What is wrong is left out, so that rules across the other values are reported as well.
+    wrong = {key.partition("[")[0] for key, _ in found}
+    try:
+        rest = model.model_validate(_without(values, wrong, at))
+    except ValidationError:
+        broken = []
+    else:
+        broken = [rule for rule in problems(rest, typed, at) if not any(key in rule for key in wrong)]
+    raise ConfigError("\n".join([sentence for _, sentence in found] + broken))
+
+
+def problems(config: Config, typed: Collection[str] = (), at: str = "") -> Iterator[str]:
+    """Yield a sentence for every rule that a configuration breaks, and every key in it that has no effect.
+
+    Args:
+        typed: full keys that stand on the command line; see `typed_keys`.
+        at: the beginning of the configuration's full keys.
+    """
+    for each, below in _nested(config, at):
+        yield from each.rules(below)
+        yield from _idle_keys(each, typed, below)
+
+
+def broken_rules(config: Config, at: str = "") -> list[str]:
+    """Return a sentence for every rule that a configuration breaks."""
+    return [sentence for each, below in _nested(config, at) for sentence in each.rules(below)]
+
+
+def idle_keys(config: Config, typed: Collection[str] = (), at: str = "") -> list[str]:
+    """Return a sentence for every key of a configuration that is set and has no effect."""
+    return [sentence for each, below in _nested(config, at) for sentence in _idle_keys(each, typed, below)]
+
+
+def _nested(config: Config, at: str) -> Iterator[tuple[Config, str]]:
+    """Yield a configuration and those in it, each with the beginning of its keys."""
+    yield config, at
+    for name, field in type(config).model_fields.items():
+        value, key = getattr(config, name), f"{at}{key_of(name, field)}."
+        if isinstance(value, Config):
+            yield from _nested(value, key)
+        elif isinstance(value, dict):
+            for inner, item in value.items():
+                if isinstance(item, Config):
+                    yield from _nested(item, f"{key}{inner}.")
+
+
+def typed_keys(arguments: Iterable[str]) -> set[str]:
+    """Return the keys that stand on a command line, as `+key=value` and `++key=value` too."""
+    return {argument.partition("=")[0].lstrip("+") for argument in arguments if "=" in argument}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return a sentence that helps after a typo: the closest valid name, or all of them where none is close."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}."
+
+
+def shown(value: Any) -> str:
+    """Return a value as it is typed."""
+    value = plain(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _idle_keys(config: Config, typed: Collection[str], at: str) -> Iterator[str]:
+    tables = [model.__dict__.get("unused", ()) for model in type(config).__mro__]
+    for unused in (unused for table in tables for unused in table if unused.when(config)):
+        for key in unused.keys.split():
+            node, _, name = key.rpartition(".")
+            parent = attrgetter(node)(config) if node else config
+            value = getattr(parent, name)
+            is_default = value == default_of(type(parent).model_fields[name])
+            is_set = f"{at}{key}" in typed or (not unused.typed_only and not is_default)
+            if is_set and value is not None and value is not False and value not in ([], {}):
+                why, fix = unused.why.format(c=config, at=at), unused.fix.format(at=at)
+                yield f"{at}{key}={shown(value)} has no effect {why}: {fix}."
+
+
+def _leaves(values: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the full key of every value that is no mapping, and the value."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _leaves(value, f"{key}{name}.")
+    else:
+        yield key.removesuffix("."), values
+
+
+def _without(values: Any, keys: Collection[str], at: str) -> Any:
+    """Return nested values but for those of some full keys."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without(value, keys, f"{at}{key}.") for key, value in values.items() if f"{at}{key}" not in keys}
+
+
+def _sentences(error: ValidationError, model: type[Config], values: dict[str, Any], at: str) -> list[tuple[str, str]]:
+    """Return the full key and a sentence for every problem that pydantic found."""
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        path = _path(problem["loc"], values, ends_in_key=problem["type"] == "missing")
+        key = _join(at, path)
+        if problem["type"] == "extra_forbidden":
+            sentence = _unknown(path, model, values, at)
+        elif problem["type"] == "missing":
+            sentence = f"{key} has no value: set it ({key}=…)."
+        elif problem["type"] == "union_tag_invalid":
+            about = problem["ctx"]
+            sentence = f"{key}.{about['discriminator'].strip(chr(39))}={about['tag']} {_one_of(about['tag'], about['expected_tags'])}"
+        else:
+            value = "" if isinstance(problem["input"], dict) else f"={shown(problem['input'])}"
+            sentence = f"{key}{value} {_wrong(problem, key)}"
+        found.setdefault(key, sentence)
+    return list(found.items())
+
+
+def _path(loc: tuple[int | str, ...], values: Any, ends_in_key: bool) -> list[str]:
+    """Return the keys to where a problem is; pydantic's location names the members of unions as well, which no value has as a key."""
+    path: list[str] = []
+    for position, part in enumerate(loc):
+        if isinstance(values, dict) and part in values:
+            path, values = [*path, str(part)], values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            path, values = [*path, f"[{part}]"], values[part]
+        elif ends_in_key and position == len(loc) - 1:
+            path = [*path, str(part)]
+    return path
+
+
+def _wrong(problem: Any, key: str) -> str:
+    """Return what a value of the wrong type or size must be."""
+    kind, about = problem["type"], problem.get("ctx", {})
+    bounds = {
+        "greater_than": "above",
+        "less_than": "below",
+        "greater_than_equal": "at least",
+        "less_than_equal": "at most",
+    }
+    bound = {"greater_than": "gt", "less_than": "lt", "greater_than_equal": "ge", "less_than_equal": "le"}
+    if kind in bounds:
+        limit = about[bound[kind]]
+        return (
+            "must be above 0." if kind == "greater_than_equal" and limit == 1 else f"must be {bounds[kind]} {limit:g}."
+        )
+    if kind in ("enum", "literal_error"):
+        return _one_of(str(problem["input"]), about["expected"])
+    if kind == "too_short":
+        return "must not be empty." if about["min_length"] == 1 else f"must have {about['min_length']} values or more."
+    if kind == "too_long":
+        return f"must have {about['max_length']} values or fewer."
+    if kind in ("model_type", "model_attributes_type", "dict_type", "union_tag_not_found"):
+        return f"must be a mapping of keys: set them ({key}.<key>=…)."
+    kinds = {
+        "int": "a whole number",
+        "float": "a number",
+        "finite": "a finite number",
+        "bool": "true or false",
+        "string": "text",
+        "list": "a list",
+    }
+    what = next((text for name, text in kinds.items() if kind.startswith(name)), None)
+    return f"must be {what}." if what is not None else f"{problem['msg'].removeprefix('Value error, ').rstrip('.')}."
+
+
+def _one_of(value: str, choices: str) -> str:
+    """Return what to choose from; `choices` in pydantic's words: 'a', <Enum.b: 'b'> or 3."""
+    valid = re.findall(r"'([^']+)'", choices) or re.split(r", | or ", choices)
+    close = difflib.get_close_matches(value, valid, n=1, cutoff=0.5)
+    return f"must be one of {', '.join(valid)}." + (f" Did you mean '{close[0]}'?" if close else "")
+
+
+def _join(at: str, path: Iterable[str]) -> str:
+    return at + ".".join(path).replace(".[", "[")
+
+
+def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: str) -> str:
+    """Return a sentence for a key that does not exist: what to use in its place, or the nearest valid one."""
+    key, name = _join(at, path), path[-1]
+    if name in EXPLAINED:
+        return f"{key} does not exist: {EXPLAINED[name]}"
+    siblings, others = _siblings(model, values, path[:-1])
+    if owners := [
+        _join(at, [*path[:-1], f"{names[0]}={' or '.join(names[1])}"])
+        for other in others
+        if name in _keys(other) and (names := _names(other))
+    ]:
+        return f"{key} is a key of {' and of '.join(owners)}, which was not chosen: choose that, or leave this out."
+    everywhere = list(_tree(model, values, at))
+    beside = [_join(at, [*path[:-1], close]) for close in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
+    same = [full for full in everywhere if full.rpartition(".")[2] == name]
+    near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
+    best = next((found[0] for found in (beside, same, near) if found), None)
+    return f"{key} does not exist: " + (f"did you mean '{best}'?" if best else f"valid: {', '.join(sorted(siblings))}.")
+
+
+def _keys(model: type[Config]) -> list[str]:
+    return [key_of(name, field) for name, field in model.model_fields.items()]
+
+
+def _siblings(model: type[Config], values: Any, path: list[str]) -> tuple[list[str], list[type[Config]]]:
+    """Return the valid keys at a place, and the models of its union that were not chosen."""
+    node: type[Config] | None = model
+    others: list[type[Config]] = []
+    inside: Any = None  # the annotation of the values of a mapping
+    for part in path:
+        values = values.get(part) if isinstance(values, dict) else None
+        if inside is None:
+            fields = {} if node is None else {key_of(name, field): field for name, field in node.model_fields.items()}
+            annotation = fields[part].annotation if part in fields else None
+        else:
+            annotation, inside = inside, None
+        models = members(annotation)
+        if part.startswith("["):  # an entry of a list
+            node, inside = next(iter(_inside_lists(annotation)), None), None
+            continue
+        node = chosen(models, values) if models and isinstance(values, dict) else None
+        inside = annotation if isinstance(values, list) else None
+        others = [other for other in models if other is not node]
+        mappings = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is dict]
+        if node is None and mappings:
+            inside = get_args(mappings[0])[1]
+    return ([] if node is None else _keys(node)), others
+
+
+def _inside_lists(annotation: Any) -> list[type[Config]]:
+    """Return the models in the lists of an annotation."""
+    found = [model for part in get_args(annotation) for model in _inside_lists(part)]
+    return found + (members(get_args(annotation)[0]) if get_origin(annotation) is list else [])
+
+
+def _tree(model: type[Config], values: Any, at: str) -> Iterator[str]:
+    """Yield all valid full keys, of unions those of the chosen members."""
+    for name, field in model.model_fields.items():
+        key = key_of(name, field)
+        value = values.get(key) if isinstance(values, dict) else None
+        models = members(field.annotation)
+        node = chosen(models, value or {}) if models else None
+        if node is None:
+            yield f"{at}{key}"
+        else:
+            yield from _tree(node, value, f"{at}{key}.")

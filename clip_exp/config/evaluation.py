@@ -1,0 +1,288 @@
+"""The schema of an evaluation: which model, which tasks, on which labeled images or pairs."""
+
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from clip_exp.config.base import (
+    Config,
+    Count,
+    Fraction,
+    Index,
+    NonNegative,
+    Paths,
+    PathText,
+    Positive,
+    Proportion,
+    Texts,
+    Unused,
+    must_be,
+)
+from clip_exp.config.data import GenerateConfig, OnBadImage, OnBadRow
+from clip_exp.config.model import ModelConfig
+
+
+class TaskKind(StrEnum):
+    auto = "auto"
+    zero_shot = "zero_shot"
+    retrieval = "retrieval"
+    linear_probe = "linear_probe"
+    knn = "knn"
+    robustness = "robustness"
+
+
+ClassNames = Annotated[
+    str | list[str] | dict[str, str],
+    must_be("labels, the name of a published list, a list, a mapping of label to name, or a file of one of these"),
+]
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+class ModelChoice(Config):
+    """Which model."""
+
+    run: PathText | None = Field(
+        None, description="run folder, outputs/train/<name>/<time>; one of run, ckpt, and model with pretrained"
+    )
+    ckpt: PathText | None = Field(
+        None, description="checkpoint, <run folder>/checkpoints/step-000060, or its model.safetensors"
+    )
+    model: ModelConfig | None = None
+    pretrained: str | None = Field(
+        None,
+        description="weights for model=…: a tag of `clip-exp models`, hf-hub:org/name, a file or a folder; alone where they name their model",
+    )
+    ema: bool = Field(False, description="the averaged weights of the checkpoint instead of the raw ones")
+    wise_ft: Fraction | None = Field(
+        None,
+        description="fraction of the run's weights, the rest from what it started from (Wortsman et al. 2022); null: all",
+    )
+
+
+class SubjectConfig(ModelChoice):
+    """Which model, and how it sees images: what every command has that runs one."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = Field("auto", description="auto, cpu, gpu (or cuda)")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
+        "32-true", description="auto, 32-true, bf16-mixed or 16-mixed"
+    )
+    batch_size: Count = Field(64, description="images per forward pass")
+    num_workers: Index | None = Field(
+        None, description="processes that decode images; null: as `data.num_workers` of a training"
+    )
+    on_bad_image: OnBadImage = Field(
+        OnBadImage.error, description="error, or replace: leave the image out and count it"
+    )
+    max_image_pixels: Count = Field(200_000_000, description="pixels; larger images are refused from their header")
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+class TableConfig(Config):
+    """How a table is read."""
+
+    image_root: PathText | None = Field(
+        None, description="folder that relative image paths start from; null: the table's own folder"
+    )
+    allow_outside_root: bool = Field(False, description="read images whose relative path leaves `image_root` by `..`")
+    image_key: str = Field("filepath", description="column of image paths")
+    separator: str = Field("auto", description="auto, or one character; tab may be written \\t")
+    encoding: str = Field("auto", description="auto, or Python's name of an encoding")
+    on_bad_row: OnBadRow = Field(OnBadRow.error, description="error, or skip: leave bad rows out and count them")
+    filter: str | None = Field(
+        None, description='rows that are used, by their columns: "width >= 256 and similarity > 0.28"'
+    )
+
+
+class LabeledDataConfig(TableConfig):
+    """Labeled images, from exactly one of `root`, `table`, `generate` and `torchvision`."""
+
+    root: PathText | None = Field(
+        None,
+        description="folder with one folder of images per class, or with flat images and `ground_truth`; of torchvision's data",
+    )
+    ground_truth: PathText | None = Field(
+        None,
+        description="labels of flat images: ImageNet's devkit (folder or archive), or a file with a label per line",
+    )
+    table: Paths | None = Field(
+        None, description="table with `image_key` and `label_key`, shards, a pattern, or a list of them"
+    )
+    generate: GenerateConfig | None = Field(None, description="data set that clip_exp makes")
+    torchvision: str | None = Field(
+        None, description="class of torchvision.datasets, such as CIFAR10; `root` is where it lies"
+    )
+    split: str | None = Field(None, description="of `generate` and `torchvision`; null: the held-out one")
+    download: bool = Field(False, description="let torchvision fetch what is missing")
+    label_key: str = Field("label", description="column of labels")
+    classes: ClassNames = Field(
+        "labels",
+        description="labels (the data's own names), imagenet, imagenet_a, imagenet_r, objectnet, a list, a mapping of label to name, or a file",
+    )
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused("image_root allow_outside_root", lambda data: data.table is None, "without {at}table"),
+        Unused(
+            "image_key label_key separator encoding on_bad_row filter",
+            lambda data: data.table is None and data.generate is None,
+            "without {at}table",
+        ),
+        Unused(
+            "ground_truth",
+            lambda data: data.root is None or data.torchvision is not None or data.classes == "objectnet",
+            "without flat images in {at}root",
+        ),
+        Unused("download", lambda data: data.torchvision is None, "without {at}torchvision"),
+        Unused(
+            "split",
+            lambda data: data.torchvision is None and data.generate is None,
+            "without {at}torchvision or {at}generate",
+        ),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+
+class AutoTaskConfig(Config):
+    """What the run validated on: retrieval on `data.val`, and zero-shot classification where it has labels."""
+
+    kind: Literal[TaskKind.auto] = TaskKind.auto
+
+
+class ZeroShotTaskConfig(LabeledDataConfig):
+    """Zero-shot classification: each class is the average of its name in every template."""
+
+    kind: Literal[TaskKind.zero_shot] = TaskKind.zero_shot
+    templates: Texts = Field(
+        "openai", description="openai (80), simple (7), a list, or a file with one template per line"
+    )
+
+
+class RetrievalTaskConfig(TableConfig):
+    """Recall@k between images and their captions, both ways; any of an image's captions is a hit."""
+
+    kind: Literal[TaskKind.retrieval] = TaskKind.retrieval
+    table: Paths = Field(description="table with `image_key` and `caption_key`, shards, a pattern, or a list of them")
+    caption_key: str = Field("title", description="column of captions")
+
+
+class LinearProbeTaskConfig(LabeledDataConfig):
+    """Logistic regression on frozen features, fitted on `train`, scored on the task's own images."""
+
+    kind: Literal[TaskKind.linear_probe] = TaskKind.linear_probe
+    train: LabeledDataConfig = LabeledDataConfig()
+    c: Annotated[list[Positive], Field(min_length=1)] | None = Field(
+        None,
+        description="inverse regularization to choose from, as [0.1,1,10]; null: the CLIP paper's search, 1e-6 to 1e6",
+    )
+    val_fraction: Annotated[Proportion, Field(gt=0)] = Field(
+        0.2, description="fraction of `train` that chooses; the best is then fitted on all of it"
+    )
+    max_iter: Count = Field(1000, description="iterations of a fit at most")
+    seed: Index = Field(0, description="seed of the choice of that fraction")
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            "val_fraction seed",
+            lambda task: task.c is not None and len(task.c) == 1,
+            "where {at}c={c.c} leaves no choice",
+        ),
+    )
+
+
+class KNNTaskConfig(LabeledDataConfig):
+    """Vote of the k nearest images of `train` by cosine."""
+
+    kind: Literal[TaskKind.knn] = TaskKind.knn
+    train: LabeledDataConfig = LabeledDataConfig()
+    k: Count = Field(20, description="neighbors that vote")
+    temperature: Positive = Field(0.07, description="a neighbor's vote weighs exp(cosine / temperature)")
+
+
+class ImageNetSetConfig(LabeledDataConfig):
+    """One set of a robustness task; null: as the set and the task have it."""
+
+    classes: ClassNames | None = Field(None, description="see classes of a zero_shot task; null: the set's own")  # type: ignore[assignment]
+    templates: Texts | None = Field(None, description="see templates of a zero_shot task; null: the task's")
+
+
+class RobustnessTaskConfig(Config):
+    """Zero-shot on ImageNet and its five shifted versions, next to a supervised network (CLIP paper, figure 13)."""
+
+    kind: Literal[TaskKind.robustness] = TaskKind.robustness
+    root: PathText | None = Field(None, description="folder that holds the sets under their usual names")
+    sets: dict[str, ImageNetSetConfig | None] = Field(
+        {}, description="name of a set: what is different of it; null leaves the set out"
+    )
+    templates: Texts = Field(
+        "openai", description="openai (80), simple (7), a list, or a file with one template per line"
+    )
+    baseline: str | None = Field(
+        "resnet101", description="classifier of torchvision.models trained on ImageNet-1k; null: none"
+    )
+    baseline_weights: str = Field("IMAGENET1K_V1", description="torchvision's name for its weights, or a file")
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused("baseline_weights", lambda task: task.baseline is None, "without {at}baseline"),
+    )
+
+
+def _is_chosen(values: Any) -> Any:
+    if isinstance(values, dict) and "kind" not in values:
+        kinds = ", ".join(TaskKind)
+        raise PydanticCustomError(
+            "task", "is not chosen: name it in task=[…]. A task of your own needs a kind: {kinds}", {"kinds": kinds}
+        )
+    return values
+
+
+TaskConfig = (
+    AutoTaskConfig
+    | ZeroShotTaskConfig
+    | RetrievalTaskConfig
+    | LinearProbeTaskConfig
+    | KNNTaskConfig
+    | RobustnessTaskConfig
+)
+Tasks = dict[str, Annotated[TaskConfig, Field(discriminator="kind"), BeforeValidator(_is_chosen)]]
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+Devices = Annotated[
+    Literal["auto"] | Literal[-1] | Count | Annotated[list[Index], Field(min_length=1)],
+    must_be("auto, a number above 0, or a list of distinct GPU indices"),
+]
+
+
+class EvaluateConfig(SubjectConfig):
+    """An evaluation."""
+
+    usage: ClassVar = """\
+python evaluate.py run=DIR [task=[…]] [key=value …]        (or: clip-exp evaluate …)
+
+Which model: run=DIR, or ckpt=PATH, or model=… pretrained=…; what to score it on: task=[imagenet,retrieval]."""
+
+    task: Tasks = Field({}, description="tasks: task=imagenet, or several: 'task=[imagenet,retrieval]'")
+    name: str | None = Field(None, description="name of the evaluation's folder; null: the run's or the model's")
+    output_dir: str = Field("outputs", description="folder for evaluations, caches and generated data")
+    devices: Devices = Field(
+        "auto",
+        description="processes to share the images: auto (1 on CPU, all GPUs), a number, or a list of GPU indices",
+    )
+    cache_gb: NonNegative = Field(
+        10.0, description="GB of disk space for features and classifiers below <output_dir>/cache; 0: keep none"
+    )
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            "model.dropout model.image.patch_dropout model.image.pretrained model.text.pretrained",
+            lambda c: c.model is not None,
+            "on a model that is trained already",
+            typed_only=True,
+        ),
+    )

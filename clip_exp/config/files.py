@@ -1,0 +1,166 @@
+"""Configurations in files: `conf/`, and the `config.yaml` of a run, which may be a third party's."""
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clip_exp.config.base import Config, parse, plain
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.training import TrainConfig
+from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.secrets import OPEN_NODES, redact, texts
+
+C = TypeVar("C", bound=Config)
+MAX_YAML = 1_000_000  # bytes of a run's configuration, which has ten thousand
+PATH_KEYS = {  # last parts of keys whose texts are paths of this machine; `pretrained` has names of its own for what is elsewhere
+    "output_dir", "resume", "run", "ckpt", "output", "copy_to", "index", "images", "image", "table", "train", "val", "path", "root",
+    "image_root", "ground_truth", "baseline_weights",
+}  # fmt: skip
+ADDRESS = re.compile(r"[A-Za-z][\w+.:-]*://")
+
+
+def conf_dir() -> Path:
+    """Return the folder `conf/`: inside the package when it was installed from a wheel, next to it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(
+        f"conf/ is missing: looked in {package / 'conf'} and {package.parent / 'conf'}; reinstall clip_exp."
+    )
+
+
+def options(group: str) -> list[str]:
+    """Return the names of a configuration group's options, sorted: `options("model")` -> ["vit_b16", ...]."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def folder_or_hub_name(name: str) -> str:
+    """Return what Hugging Face's `from_pretrained` takes: a folder that is here, or a name on the hub, which has at most one slash.
+
+    Raises:
+        FileNotFoundError: it can only be a folder, and is not there.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError("there is no such folder")
+    return name
+
+
+def to_yaml(config: Config) -> str:
+    """Return the complete configuration as YAML, from which the same configuration is read."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def read_run_config(run_dir: Path | str) -> TrainConfig:
+    """Read the configuration that a run folder was made with.
+
+    Raises:
+        CheckpointError: the folder or its `config.yaml` is missing, or refers to values of this machine.
+        ConfigError: the file has keys or values that this version does not know.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{run_dir} is not a run folder: it has no config.yaml. Give the folder that training printed."
+        )
+    return _written(TrainConfig, read_yaml(path), str(path))
+
+
+def read_evaluate_config(folder: Path) -> EvaluateConfig:
+    """Read the configuration that an evaluation's folder was made with."""
+    path = folder / "config.yaml"
+    return _written(EvaluateConfig, read_yaml(path), str(path))
+
+
+def parse_run_config(text: str, where: str) -> TrainConfig:
+    """Parse the text of a run's configuration.
+
+    Args:
+        where: place of the text, for messages.
+
+    Raises:
+        CheckpointError, ConfigError: see `read_run_config`.
+    """
+    return _written(TrainConfig, _parse_yaml(text.encode(), where), where)
+
+
+def _written(model: type[C], config: DictConfig, where: str) -> C:
+    values: Any = OmegaConf.to_container(config)
+    require_literal(values, where)
+    try:
+        return parse(model, values)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{where} does not fit this version of clip_exp: it was written by another one, or edited. Use that version, or start "
+            "again: resume=never.\n" + "\n".join(f"  {line}" for line in str(error).splitlines())
+        ) from None
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Read a user-provided YAML file, where it is as large as it looks: with aliases a few lines stand for gigabytes.
+
+    Raises:
+        CheckpointError: it is larger than any configuration, is no mapping, or is not YAML.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: bytes, where: str) -> DictConfig:
+    problem = "it is no mapping of keys"
+    try:
+        if len(text) > MAX_YAML:
+            problem = f"it has {len(text):,} bytes, where a configuration has thousands"
+        elif any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            problem = "it has aliases (*name), which no configuration of ours needs"
+        elif isinstance(config := OmegaConf.load(io.BytesIO(text)), DictConfig):
+            return config
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+    raise CheckpointError(f"{where}: refused, because {problem}. Give the folder as it was written.")
+
+
+def require_literal(values: Any, where: str) -> None:
+    """Refuse `${…}` in a third party's file: it may ask for a secret of this machine (`${oc.env:…}`).
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if isinstance(values, str) and "${" in values:
+        raise CheckpointError(
+            f"{where}: refused, because it asks for a value of this machine: {values}. Write the value."
+        )
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        require_literal(value, where)
+
+
+def addresses(values: Any, below: str = "") -> Iterator[str]:
+    """Yield a sentence for every path in a configuration, or a part of it, that is an address.
+
+    Args:
+        values, below: see `texts`, where `below` is `key`.
+    """
+    for key, value in texts(values, below):
+        if not ADDRESS.match(value) or not _is_path_key(key):
+            continue
+        local = value.removeprefix("file://") if value.startswith("file:///") else "/local/path"
+        yield (
+            f"{key}={redact(value)} is an address, and only local files are read and written: download or mount what is there, and "
+            f"give {key}={local}."
+        )
+
+
+def _is_path_key(key: str) -> bool:
+    return key.rpartition(".")[2] in PATH_KEYS and not key.startswith(OPEN_NODES)  # where classes of others take them

@@ -1,0 +1,302 @@
+"""What is typed, and what comes of it: every key of the schema can be set, interpolated, shown and completed; all that is wrong is reported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clip_exp.config.base import MISSING, Config, broken_rules, chosen, complete, default_of, key_of, members, plain
+from clip_exp.config.commands import SCHEMAS
+from clip_exp.config.compose import compose, config_name
+from clip_exp.config.files import conf_dir, options, read_run_config, to_yaml
+from clip_exp.config.training import TrainConfig
+from clip_exp.errors import ConfigError
+from tests.compose import compose_config, train_config
+from tests.conftest import REPOSITORY
+from tests.keys import nested_models
+
+# ---------------------------------------------------------------------------------------------- keys of the schema
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_a_key_that_only_the_schema_has_is_set(prefix: str) -> None:
+    assert "momentum:" not in (conf_dir() / "optimizer" / "sgd.yaml").read_text()
+    assert train_config("optimizer=sgd", f"{prefix}optimizer.momentum=0.8").optimizer.arguments["momentum"] == 0.8
+
+
+def test_a_key_that_is_deleted_has_its_default() -> None:
+    assert train_config("logger=wandb", "~logger.wandb").logger.wandb is None
+    assert train_config("~logger.wandb").logger.wandb is None
+    assert train_config("optimizer.lr=1", "~optimizer.weight_decay").optimizer.weight_decay == 0.2
+    with pytest.raises(ConfigError, match=r"~logger\.wandbb does not exist"):
+        train_config("~logger.wandbb")
+
+
+def test_a_key_below_an_option_is_set_and_below_none_is_refused() -> None:
+    assert train_config("logger=wandb", "logger.wandb.project=x").logger.wandb.project == "x"
+    with pytest.raises(
+        ConfigError, match=r"logger\.wandb\.project: logger\.wandb is null here; choose logger=wandb first"
+    ):
+        train_config("logger.wandb.project=x")
+
+
+def test_a_mapping_is_given_to_a_node_that_is_null() -> None:
+    config = train_config("data=csv", "data.train=x.csv", "++data.generate={kind: shapes}")
+    assert config.data.generate is not None
+    assert broken_rules(config) == [
+        "data.generate and data.train exclude each other: use data=csv for your own tables."
+    ]
+
+
+def test_an_interpolation_finds_a_key_that_only_the_schema_has() -> None:
+    assert train_config("optimizer=sgd", "name=momentum-${optimizer.momentum}").name == "momentum-0.9"
+
+
+def test_another_class_has_its_own_defaults_and_keeps_what_was_typed() -> None:
+    config = train_config("optimizer._target_=torch.optim.SGD", "optimizer.weight_decay=0.5").optimizer
+    assert plain(config) == {
+        "_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.5, "momentum": 0.9, "nesterov": False,
+    }  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.betas is a key of optimizer\._target_=torch\.optim\.AdamW and of"
+    ):
+        train_config("optimizer._target_=torch.optim.SGD", "optimizer.betas=[0.9,0.95]")
+
+
+# --------------------------------------------------------------------------------------------- what is wrong with it
+
+
+def test_every_mistake_is_reported_with_its_full_key(refused, tmp_path: Path) -> None:
+    done = refused("train.py", "optimizer.lrr=1", "data.on_bad_image=skip", "max_step=5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error:",
+        "  - data.on_bad_image=skip must be one of error, replace.",
+        "  - optimizer.lrr does not exist: did you mean 'optimizer.lr'?",
+        "  - max_step does not exist: did you mean 'max_steps'?",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rules_are_reported_beside_wrong_values() -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_config(
+            "max_steps=5", "epochs=3", "seed=-1", "model.image.heads=3", "data.train=[{path: a.csv, weigth: 2}]"
+        )
+    lines = str(caught.value).splitlines()
+    assert [line.split(" ")[0] for line in lines] == [
+        "data.train[0].weigth",
+        "seed=-1",
+        "max_steps=5",
+        "model.image.width=64",
+    ]
+
+
+def test_the_nearest_key_of_the_whole_tree_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"max_pixels does not exist: did you mean 'data\.max_image_pixels'"):
+        train_config("max_pixels=5")
+    with pytest.raises(ConfigError, match=r"betas does not exist: did you mean 'optimizer\.betas'"):
+        train_config("betas=[0.9,0.95]")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("max_steps=true", "max_steps=true must be a number."),
+        ("max_steps=1.5", "max_steps=1.5 must be a whole number."),
+        ("optimizer.lr=fast", "optimizer.lr=fast must be a number."),
+        ("compile=maybe", "compile=maybe must be true or false."),
+        ("trainer=default", "trainer=default must be a mapping of keys: set them (trainer.<key>=…)."),
+        ("++strategy.name=dpp", "strategy.name=dpp must be one of auto, ddp, deepspeed. Did you mean 'ddp'?"),
+        ("data.augmentation.scale=[1.0,0.5]", "data.augmentation.scale=[1.0, 0.5] must have the smaller number first."),
+        ("data.templates=[]", "data.templates=[] must not be empty."),
+        ("task.imagenet.root=x", "task.imagenet is not chosen: name it in task=[…]."),
+        (
+            "loss.chunk_size=5",
+            "loss.chunk_size is a key of loss.name=sigmoid, which was not chosen: choose that, or leave this out.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_answered_in_one_sentence(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_config(override)
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_may_name_a_run() -> None:
+    assert train_config("name=2026").name == "2026"
+
+
+# ------------------------------------------------------------------------------------------------ what Hydra offers
+
+
+def shown(command, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return command("train.py", *arguments, cwd=tmp_path)
+
+
+def test_the_shown_configuration_has_every_key_and_no_wrong_one(command, tmp_path: Path) -> None:
+    done = shown(command, tmp_path, "optimizer=sgd", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    values = yaml.safe_load(done.stdout)
+    assert values["optimizer"].keys() == {"_target_", "lr", "weight_decay", "momentum", "nesterov"}
+    assert values.keys() == {key_of(name, field) for name, field in TrainConfig.model_fields.items()}
+    wrong = shown(command, tmp_path, "optimizer.lrr=1", "--cfg", "job")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean 'optimizer.lr'" in wrong.stderr
+    assert shown(command, tmp_path, "data=csv", "--cfg", "job").returncode == 0  # data.train is still missing
+
+
+def completions(line: str) -> list[str]:
+    environment = {
+        **os.environ,
+        "COMP_LINE": f"python train.py {line}",
+        "COMP_POINT": str(len(f"python train.py {line}")),
+    }
+    query = [sys.executable, str(REPOSITORY / "train.py"), "-sc", "query=bash"]
+    return subprocess.run(query, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_the_shell_completes_keys_of_the_schema_and_options() -> None:
+    assert "optimizer.momentum=" in completions("optimizer=sgd optimizer.")
+    assert {"model=vit_b32", "model=rn50"} <= set(completions("model="))
+
+
+def test_a_runs_configuration_is_given_as_a_file(command, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(train_config("optimizer=lion", "seed=7", "max_steps=3")))
+    done = shown(command, tmp_path, "--config-dir", str(tmp_path), "--config-name", "config", "seed=8", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout) == {**plain(train_config("optimizer=lion", "max_steps=3")), "seed": 8}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+# -------------------------------------------------------------------------------------------------- files and types
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        (
+            "optimizer=sgd",
+            "scheduler=constant",
+            "loss=sigmoid",
+            "strategy=deepspeed_stage_2",
+            "logger=[wandb,tensorboard]",
+        ),
+        (
+            "data=csv",
+            "data.train=[{path: a.csv, weight: 2}, {path: [b.tar,c.tar], weight: 1, image_root: null}]",
+            "finetune=lora",
+        ),
+        ("task=[imagenet,knn]", "task.imagenet.root=x", "task.knn.root=a", "task.knn.train.root=b", "callbacks=ema"),
+        ("+callbacks.extra.early={_target_: pytorch_lightning.callbacks.Timer, duration: {hours: 3}}",),
+    ],
+)
+def test_a_configuration_is_the_same_after_its_yaml(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    config = train_config(*overrides)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = read_run_config(tmp_path)
+    assert again == config
+    assert to_yaml(again) == to_yaml(config)
+
+
+def test_a_run_of_another_version_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(train_config()) + "accumulate: 2\n")
+    with pytest.raises(ConfigError, match="was written by another one, or edited") as caught:
+        read_run_config(tmp_path)
+    assert "accumulate does not exist" in str(caught.value)
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_a_command_has_the_defaults_of_its_schema(command: str) -> None:
+    needed = {"check-data": ["data.train=x.csv"]}.get(command, [])
+    composed = plain(compose(command, needed))
+    for name, field in SCHEMAS[command].model_fields.items():
+        if not members(field.annotation) and not field.is_required() and name not in ("task", "epochs"):
+            assert composed[key_of(name, field)] == plain(default_of(field)), name
+
+
+# Groups whose options replace what other options have set, so that a default may have to be written in them.
+REPLACING = ("model/image", "model/text", "data/augmentation", "experiment", "debug")
+NODES = {
+    "loss": "loss", "optimizer": "optimizer", "scheduler": "scheduler", "strategy": "strategy", "callbacks": "callbacks",
+    "logger": "logger", "finetune": "finetune", "data": "data", "model": "model", "task": "task",
+}  # fmt: skip
+
+
+def defaults_in(model: type[Config], values: dict, at: str) -> list[str]:
+    """Return the keys of a file that say what the schema says already."""
+    found = []
+    for name, field in model.model_fields.items():
+        key = key_of(name, field)
+        if key not in values:
+            continue
+        models = members(field.annotation)
+        node = chosen(models, values[key]) if models and isinstance(values[key], dict) else None
+        if node is not None:
+            found += defaults_in(node, values[key], f"{at}{key}.")
+        elif values[key] == plain(default_of(field)) and key not in ("name", "kind", "_target_"):
+            found.append(f"{at}{key}")
+    return found
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in NODES for option in options(group)])
+def test_no_default_stands_in_a_file_too(group: str, option: str) -> None:
+    values = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text()) or {}
+    field = TrainConfig.model_fields[NODES[group]]
+    if group == "task":
+        from clip_exp.config.evaluation import TaskConfig
+
+        kinds = members(TaskConfig)
+        assert [
+            key for name, task in values.items() for key in defaults_in(chosen(kinds, task), task, f"{name}.")
+        ] == []
+        return
+    model = chosen(members(field.annotation), values)
+    assert model is not None
+    assert defaults_in(model, values, f"{group}.") == []
+
+
+def test_no_default_stands_in_the_file_of_a_command_too() -> None:
+    for command, schema in SCHEMAS.items():
+        values = yaml.safe_load((conf_dir() / f"{config_name(command)}.yaml").read_text())
+        del values["defaults"]
+        assert defaults_in(schema, values, "") == [], command
+        assert values.keys() <= {"name"}, command
+
+
+def annotations(model: type[Config]) -> dict[str, str]:
+    return {name: str(field.annotation) for name, field in model.model_fields.items()}
+
+
+def test_no_field_is_any_but_the_arguments_of_a_target() -> None:
+    models = nested_models(*SCHEMAS.values())
+    loose = {
+        f"{model.__name__}.{name}" for model in models for name, text in annotations(model).items() if "Any" in text
+    }
+    assert loose == {"CustomOptimizerConfig.kwargs", "SchedulerConfig.kwargs"}
+
+
+def test_every_key_has_a_meaning() -> None:
+    models = nested_models(*SCHEMAS.values())
+    without = {
+        f"{model.__name__}.{name}"
+        for model in models
+        for name, field in model.model_fields.items()
+        if not field.description and not members(field.annotation) and name not in ("kind", "name", "target")
+    }
+    assert without == set()
+
+
+def test_completing_is_done_once() -> None:
+    values = complete(
+        TrainConfig,
+        {"optimizer": {"_target_": "torch.optim.SGD"}, "loss": {"name": "softmax"}, "strategy": {"name": "ddp"}},
+    )
+    assert complete(TrainConfig, plain(values)) == values
+    assert values["name"] == values["model"]["embed_dim"] == MISSING
+    assert compose_config().keys() == values.keys()
