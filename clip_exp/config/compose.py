@@ -21,6 +21,7 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -203,7 +204,8 @@ class Loader(ConfigLoaderImpl):
             config.merge_with({"hydra": hydra})
         if any(default.primary for default in defaults):
             self._composed = complete(self.schema, _container(rest))
-            config.merge_with(self._composed)
+            for key, value in self._composed.items():
+                config[key] = value
             self._require_nodes()
         return config
 
@@ -376,9 +378,11 @@ def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
     """Return the help of a command: the options of each group, and the keys with their values and meanings."""
     schema = SCHEMAS[command]
     config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
-    groups = "\n".join(
-        f"{group}: {', '.join(found)}" for group, found in _groups(hydra, "", set(config.hydra.runtime.choices))
-    )
+    assert isinstance(hydra.config_loader, Loader)
+    repository = hydra.config_loader.repository  # asked through the loader, it would be copied for each group
+    names = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
+    found = {group: repository.get_group_options(group, ObjectType.CONFIG) for group in names}
+    groups = "\n".join(f"{group}: {', '.join(sorted(of))}" for group, of in found.items() if of)
     keys = "\n".join(_lines(schema, _container(config), ""))
     options_of_groups = ["== Options: choose with group=option ==", groups] if command in ("train", "evaluate") else []
     return "\n\n".join([schema.usage, *options_of_groups, "== Keys: set with key=value ==", keys, HELP_END])
@@ -388,16 +392,6 @@ HELP_END = (
     "--cfg job shows the composed configuration and runs nothing; --info shows where each file came from; -m runs a sweep.\n"
     "Documentation: docs/configuration.md; models: clip-exp models; weights that pretrained= takes: docs/weights.md."
 )
-
-
-def _groups(hydra: Hydra, parent: str, chosen_groups: set[str]) -> Iterator[tuple[str, list[str]]]:
-    for group in hydra.config_loader.list_groups(parent):
-        full = f"{parent}/{group}" if parent else group
-        if full == "hydra":
-            continue
-        if full in chosen_groups and (found := hydra.config_loader.get_group_options(full)):
-            yield full, sorted(found)
-        yield from _groups(hydra, full, chosen_groups)
 
 
 def _lines(model: type[Config], values: dict[str, Any], indent: str) -> Iterator[str]:
