@@ -9,11 +9,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig
-
 from clip_exp._version import __version__
 from clip_exp.config.base import nearest
-from clip_exp.config.compose import MULTIRUN_FLAGS, current_job, explain, run_hydra, secrets_refused, typed_config
+from clip_exp.config.compose import MULTIRUN_FLAGS, current_job, explain, run_hydra, secrets_refused
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError, printable
 from clip_exp.ranks.environment import is_first_rank, started_by_launcher
@@ -45,14 +43,10 @@ def run(command: str, arguments: list[str]) -> int:
     """
     codes: list[int] = []
 
-    def job(config: DictConfig) -> None:
+    def job(typed: Callable[[], Any]) -> None:
         if not STOPPED & set(codes):
-            codes.append(
-                _guarded(
-                    lambda: COMMANDS[command][0](typed_config(command, config, arguments), arguments),
-                    sweeping=bool(MULTIRUN_FLAGS & set(arguments)),
-                )
-            )
+            sweeping = bool(MULTIRUN_FLAGS & set(arguments))
+            codes.append(_guarded(lambda: COMMANDS[command][0](typed(), arguments), sweeping=sweeping))
 
     # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and `_guarded` prints.
     os.environ["HYDRA_FULL_ERROR"] = "1"

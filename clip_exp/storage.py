@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +191,8 @@ def lock(
         InUse: another process still holds it.
         OSError: the file cannot be written.
     """
+    from filelock import FileLock, Timeout  # 40 ms, which a typo need not wait for
+
     # A file whose mere existence is the lock, the library's way out on file systems without locks, would outlive a killed process.
     held = FileLock(path, fallback_to_soft=False)
     if not path.parent.is_dir():  # which the library would create
@@ -296,10 +299,12 @@ def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _acquire(held: FileLock, wait_s: float, on_wait: Callable[[], None] | None) -> None:
+def _acquire(held: "FileLock", wait_s: float, on_wait: Callable[[], None] | None) -> None:
     """Raises:
     Timeout: another process still holds the lock after `wait_s` seconds.
     """
+    from filelock import Timeout
+
     silent_s = min(wait_s, REPORT_AFTER_S)
     try:
         held.acquire(timeout=silent_s)

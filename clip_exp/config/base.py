@@ -23,7 +23,7 @@ from pydantic import (
     WrapValidator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError, PydanticUndefined
+from pydantic_core import PydanticCustomError
 
 from clip_exp.errors import ConfigError
 
@@ -206,11 +206,10 @@ def complete(model: type[Config], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written_default(field: FieldInfo) -> Any:
-    default = default_of(field)
-    if default is not PydanticUndefined:
-        return plain(default)
     models = members(field.annotation)
-    return complete(models[0], {}) if len(models) == 1 else {} if models else MISSING
+    if field.is_required():
+        return complete(models[0], {}) if len(models) == 1 else {} if models else MISSING
+    return complete(models[0], {}) if field.default_factory in models else plain(default_of(field))
 
 
 def _complete_node(annotation: Any, values: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from clip_exp.config.names import names, open_clip_field, translate
 from clip_exp.errors import ConfigError
 from clip_exp.secrets import leaks, names_secret
 
+Work = Callable[[Callable[[], Any]], None]
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 RERUN_FLAG = "--experimental-rerun"
 ALWAYS_CHOSEN = ["model", "data", "loss", "optimizer", "scheduler", "strategy", "logger", "task"]
@@ -97,7 +98,7 @@ def typed_config(command: str, config: DictConfig, overrides: list[str]) -> Any:
     """
     found: list[str] = []
     with secrets_refused():
-        values = _resolved(config, "", found)
+        values = {key: _resolved_item(config, key, key, found) for key in map(str, config) if key != "hydra"}
     found += addresses(values)
     try:
         typed = parse(SCHEMAS[command], values, typed=typed_keys(overrides))
@@ -312,12 +313,12 @@ def _hydra(command: str, config_dir: str | None = None) -> Hydra:
     return hydra
 
 
-def run_hydra(command: str, arguments: list[str], job: Callable[[DictConfig], None]) -> None:
+def run_hydra(command: str, arguments: list[str], job: Work) -> None:
     """Do what a command line says: run a job or the jobs of a sweep, or show the configuration.
 
     Args:
         arguments: flags and overrides.
-        job: what is done with a composed configuration.
+        job: work of the command; what it is given returns the typed configuration, or raises a ConfigError.
 
     Raises:
         ConfigError: the command line or the configuration cannot be used; Hydra's and OmegaConf's own errors are for `explain`.
@@ -338,27 +339,30 @@ def run_hydra(command: str, arguments: list[str], job: Callable[[DictConfig], No
     elif args.info is not None:
         hydra.show_info(args.info, config_name=name, overrides=overrides)
     else:
-        _run(hydra, name, overrides, job, sweeps=args.multirun)
+        _run(command, hydra, name, overrides, job, sweeps=args.multirun)
 
 
-def _run(hydra: Hydra, name: str, overrides: list[str], job: Callable[[DictConfig], None], sweeps: bool) -> None:
+def _run(command: str, hydra: Hydra, name: str, overrides: list[str], job: Work, sweeps: bool) -> None:
     if not sweeps:
         config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
         sweeps = config.hydra.mode == RunMode.MULTIRUN
-        assert isinstance(hydra.config_loader, Loader)
-        hydra.config_loader.keep(config, name, overrides)
     if sweeps:
-        hydra.multirun(name, job, [*overrides, "hydra.mode=MULTIRUN"])
-    else:
-        hydra.run(name, job, overrides)
+        hydra.multirun(
+            name,
+            lambda of_job: job(lambda: typed_config(command, of_job, overrides)),
+            [*overrides, "hydra.mode=MULTIRUN"],
+        )
+        return
+    typed = typed_config(command, config, overrides)
+    assert isinstance(hydra.config_loader, Loader)
+    hydra.config_loader.keep(config, name, overrides)
+    hydra.run(name, lambda _: job(lambda: typed), overrides)
 
 
 def _show(command: str, hydra: Hydra, name: str, args: Namespace) -> None:
     """Print a configuration; one that would not run is refused, but for values that are still missing."""
     if args.cfg == "job":
         config = hydra.compose_config(name, args.overrides, RunMode.RUN, with_log_configuration=False)
-        with open_dict(config):
-            del config["hydra"]
         with suppress_missing():
             typed_config(command, config, args.overrides)
     hydra.show_cfg(name, args.overrides, cfg_type=args.cfg, package=args.package, resolve=args.resolve)

@@ -242,7 +242,7 @@ class DataConfig(Config):
     )
     allow_outside_root: bool = Field(False, description="read images whose relative path leaves `image_root` by `..`")
     allow_changed: bool = Field(False, description="resume from a checkpoint though the data has changed since")
-    augmentation: AugmentationConfig = AugmentationConfig()
+    augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
 
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused("label_key", lambda data: not data.has_val, "without validation data", "set {at}val, or leave this out"),

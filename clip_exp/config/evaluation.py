@@ -175,7 +175,7 @@ class LinearProbeTaskConfig(LabeledDataConfig):
     """Logistic regression on frozen features, fitted on `train`, scored on the task's own images."""
 
     kind: Literal[TaskKind.linear_probe] = TaskKind.linear_probe
-    train: LabeledDataConfig = LabeledDataConfig()
+    train: LabeledDataConfig = Field(default_factory=LabeledDataConfig)
     c: Annotated[list[Positive], Field(min_length=1)] | None = Field(
         None,
         description="inverse regularization to choose from, as [0.1,1,10]; null: the CLIP paper's search, 1e-6 to 1e6",
@@ -199,7 +199,7 @@ class KNNTaskConfig(LabeledDataConfig):
     """Vote of the k nearest images of `train` by cosine."""
 
     kind: Literal[TaskKind.knn] = TaskKind.knn
-    train: LabeledDataConfig = LabeledDataConfig()
+    train: LabeledDataConfig = Field(default_factory=LabeledDataConfig)
     k: Count = Field(20, description="neighbors that vote")
     temperature: Positive = Field(0.07, description="a neighbor's vote weighs exp(cosine / temperature)")
 

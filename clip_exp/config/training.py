@@ -344,8 +344,8 @@ def _kept_without_adapters(tower: str) -> Unused:
 class FineTuneConfig(Config):
     """What is trained of pretrained weights, and how fast."""
 
-    image: TowerTuningConfig = TowerTuningConfig()
-    text: TowerTuningConfig = TowerTuningConfig()
+    image: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
+    text: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
     lora: LoRAConfig | None = None
     linear_probe_steps: Index = Field(
         0, description="first steps in which only the projections and the scale learn (Kumar et al. 2022)"
@@ -436,12 +436,12 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
     data: DataConfig
     loss: Loss
     optimizer: Optimizer
-    scheduler: SchedulerConfig = SchedulerConfig()
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     strategy: Strategy
-    trainer: TrainerConfig = TrainerConfig()
-    finetune: FineTuneConfig = FineTuneConfig()
-    callbacks: CallbacksConfig = CallbacksConfig()
-    logger: LoggerConfig = LoggerConfig()
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    finetune: FineTuneConfig = Field(default_factory=FineTuneConfig)
+    callbacks: CallbacksConfig = Field(default_factory=CallbacksConfig)
+    logger: LoggerConfig = Field(default_factory=LoggerConfig)
 
     name: str = Field(description="name of the run; its folder is <output_dir>/train/<name>/<time>")
     seed: Annotated[Index, Field(le=2**32 - 1)] = Field(0, description="seed of weights, order and augmentation")
