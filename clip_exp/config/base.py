@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -61,6 +62,18 @@ def must_be(what: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+def exactly(count: int) -> AfterValidator:
+    """Return an annotation that takes lists of one length."""
+
+    def validate(values: list[Any]) -> list[Any]:
+        if len(values) != count:
+            raise PydanticCustomError("count", "must have {count} values", {"count": count})
+        return values
+
+    return AfterValidator(validate)
+
+
+NOT_EMPTY = Field(min_length=1)
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 Count = Annotated[Int, Field(ge=1)]
@@ -388,10 +401,8 @@ def _wrong(problem: Any, key: str) -> str:
         )
     if kind in ("enum", "literal_error"):
         return _one_of(str(problem["input"]), about["expected"])
-    if kind == "too_short":
-        return "must not be empty." if about["min_length"] == 1 else f"must have {about['min_length']} values or more."
-    if kind == "too_long":
-        return f"must have {about['max_length']} values or fewer."
+    if kind == "too_short":  # than one; other lengths are fixed (`exactly`)
+        return "must not be empty."
     if kind in ("model_type", "model_attributes_type", "dict_type", "union_tag_not_found"):
         return f"must be a mapping of keys: set them ({key}.<key>=…)."
     kinds = {

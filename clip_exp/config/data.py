@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_serializer
 
 from clip_exp.config.base import (
+    NOT_EMPTY,
     Config,
     Count,
     Fraction,
@@ -17,6 +18,7 @@ from clip_exp.config.base import (
     Positive,
     Size,
     Unused,
+    exactly,
 )
 
 
@@ -58,7 +60,7 @@ class PairLabel(StrEnum):
     negative = "negative"
 
 
-Bounds = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+Bounds = Annotated[list[Positive], exactly(2)]
 
 
 def _has_a_place(template: str) -> str:
@@ -76,12 +78,12 @@ class AugmentationConfig(Config):
     Numbers mean what they do in `torchvision.transforms.v2`, whose functions change colors and sharpness.
     """
 
-    scale: Annotated[list[Annotated[Positive, Field(le=1)]], Field(min_length=2, max_length=2)] = Field(
+    scale: Annotated[list[Annotated[Positive, Field(le=1)]], exactly(2)] = Field(
         [0.9, 1.0], description="area of the crop over the image's, smallest and largest"
     )
     ratio: Bounds = Field([0.75, 1.3333333333], description="width over height of the crop, smallest and largest")
     horizontal_flip: Fraction = Field(0.0, description="probability of a flip")
-    color_jitter: Annotated[list[NonNegative], Field(min_length=4, max_length=4)] | None = Field(
+    color_jitter: Annotated[list[NonNegative], exactly(4)] | None = Field(
         None, description="strengths of brightness, contrast, saturation, hue; null: none"
     )
     color_jitter_prob: Fraction = Field(1.0, description="probability of `color_jitter`")
@@ -141,7 +143,7 @@ class GenerateConfig(Config):
 class Source(Config):
     """One of several sources of the training stream. What it does not say is as `data` has it."""
 
-    path: Paths = Field(description="file, pattern, or a list of them that is read as one table")
+    path: Annotated[Paths, NOT_EMPTY] = Field(description="file, pattern, or a list of them that is read as one table")
     weight: Positive | None = Field(
         None, description="how often it is drawn, relative to the others; all have one, or none"
     )
@@ -205,7 +207,7 @@ class DataConfig(Config):
     label_key: str | None = Field(
         None, description="column of class names in `val`: adds zero-shot accuracy to validation"
     )
-    templates: Annotated[list[Template], Field(min_length=1)] = Field(
+    templates: Annotated[list[Template], NOT_EMPTY] = Field(
         ["a photo of a {}."], description="prompts for that accuracy, each with {} for the class name"
     )
     separator: str = Field("auto", description="auto, or one character; tab may be written \\t")

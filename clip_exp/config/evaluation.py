@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from clip_exp.config.base import (
+    NOT_EMPTY,
     Config,
     Count,
     Fraction,
@@ -176,7 +177,7 @@ class LinearProbeTaskConfig(LabeledDataConfig):
 
     kind: Literal[TaskKind.linear_probe] = TaskKind.linear_probe
     train: LabeledDataConfig = Field(default_factory=LabeledDataConfig)
-    c: Annotated[list[Positive], Field(min_length=1)] | None = Field(
+    c: Annotated[list[Positive], NOT_EMPTY] | None = Field(
         None,
         description="inverse regularization to choose from, as [0.1,1,10]; null: the CLIP paper's search, 1e-6 to 1e6",
     )
@@ -254,7 +255,7 @@ Tasks = dict[str, Annotated[TaskConfig, Field(discriminator="kind"), BeforeValid
 # ---------------------------------------------------------------------------------------------------- the command
 
 Devices = Annotated[
-    Literal["auto"] | Literal[-1] | Count | Annotated[list[Index], Field(min_length=1)],
+    Literal["auto"] | Literal[-1] | Count | Annotated[list[Index], NOT_EMPTY],
     must_be("auto, a number above 0, or a list of distinct GPU indices"),
 ]
 

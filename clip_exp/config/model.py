@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, JsonValue
 
-from clip_exp.config.base import Config, Float, Positive, Proportion, Size, Unused
+from clip_exp.config.base import Config, Float, Positive, Proportion, Size, Unused, exactly
 from clip_exp.open_clip_files import can_be_trimmed, open_clip_values
 
 VOCABULARY = 49408  # of OpenAI's byte-pair encoding
@@ -87,9 +87,9 @@ class ResizeMode(StrEnum):
     squash = "squash"
 
 
-Std = Annotated[list[Positive], Field(min_length=3, max_length=3)]
-Mean = Annotated[list[Float], Field(min_length=3, max_length=3)]
-Blocks = Annotated[list[Size], Field(min_length=4, max_length=4)]
+Std = Annotated[list[Positive], exactly(3)]
+Mean = Annotated[list[Float], exactly(3)]
+Blocks = Annotated[list[Size], exactly(4)]
 
 # The kinds of towers that use a key; keys that are not here are used by all.
 _OWN_IMAGE, _OWN_TEXT = (ImageTower.vit, ImageTower.siglip), (TextTower.clip, TextTower.siglip)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from clip_exp.config.base import (
+    NOT_EMPTY,
     Config,
     Count,
     Float,
@@ -19,6 +20,7 @@ from clip_exp.config.base import (
     Target,
     Unused,
     chosen,
+    exactly,
     must_be,
 )
 from clip_exp.config.data import DataConfig, PairLabel
@@ -29,7 +31,7 @@ DEFAULT_EPOCHS = 30.0
 MAX_LOGARITHM = 10.0  # of a logit scale: a factor of 22,000
 
 Logarithm = Annotated[Float, Field(ge=0, le=MAX_LOGARITHM)]
-Betas = Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+Betas = Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], exactly(2)]
 
 
 class LossName(StrEnum):
@@ -264,7 +266,7 @@ class DeepSpeedConfig(StrategyConfig):
 Strategy = Annotated[AutoConfig | DDPConfig | DeepSpeedConfig, Field(discriminator="name")]
 
 Devices = Annotated[
-    Literal["auto"] | Literal[-1] | Count | Annotated[list[Index], Field(min_length=1)],
+    Literal["auto"] | Literal[-1] | Count | Annotated[list[Index], NOT_EMPTY],
     must_be("auto, a number above 0, or a list of distinct GPU indices"),
 ]
 
