@@ -49,7 +49,7 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
         config: what to make; the same values give the same bytes.
         output_dir: of the runs.
 
-    Raises: ConfigError for sizes that cannot be made, CheckpointError where the folder cannot be written.
+    Raises: CheckpointError where the folder cannot be written.
     """
     folder = Path(output_dir) / "data" / _name(config)
     data = GeneratedData(folder / "train.csv", folder / "val.csv")

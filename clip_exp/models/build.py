@@ -30,7 +30,7 @@ def build_model(
     Raises:
         ConfigError: the numbers do not fit each other, or one is missing; or a backbone or its weights cannot be had.
     """
-    if problems := broken_rules(config):
+    if problems := broken_rules(config, "model."):
         raise ConfigError("\n".join(problems))
     return CLIP(
         _image_tower(config, own_weights),

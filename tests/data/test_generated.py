@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clip_exp.config.base import broken_rules, parse
 from clip_exp.config.data import GenerateConfig, Generator
 from clip_exp.data import generated
 from clip_exp.data.generated import count_rows, generate
@@ -113,8 +114,12 @@ def test_rows_can_be_limited(tmp_path):
 
 
 def test_impossible_sizes_and_places_are_told(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.generate.rows=0"):
-        generate(shapes(rows=0), tmp_path)
+    for key in ("rows", "val_rows"):
+        with pytest.raises(ConfigError, match=rf"data\.generate\.{key}=0 must be above 0"):
+            parse(GenerateConfig, {"kind": "shapes", key: 0}, "data.generate.")
+    for image_size in (15, 1025):
+        (told,) = broken_rules(GenerateConfig(kind=Generator.shapes, image_size=image_size), "data.generate.")
+        assert told == f"data.generate.image_size={image_size} must be between 16 and 1024 pixels."
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="Set output_dir"):
         generate(shapes(), tmp_path / "file")

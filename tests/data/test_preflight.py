@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from clip_exp.config.data import OnBadRow
+from clip_exp.config.base import parse, plain
+from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.training.preflight import check_train
@@ -17,9 +18,7 @@ def config_of(folder: Path, train: Any, **values: Any) -> TrainConfig:
     config = train_config(
         "data=csv", "model=vit_nano", "global_batch_size=2", "max_steps=2", f"output_dir={folder}/o", "data.train=x"
     )
-    config.data.train = train
-    for key, value in values.items():
-        setattr(config.data, key, value)
+    config.data = parse(DataConfig, {**plain(config.data), "train": train, **values}, "data.")
     return config
 
 
@@ -59,11 +58,11 @@ def test_what_is_wrong_with_each_source_is_told(tmp_path, table):
     assert "data.train: The table none.csv does not exist" in told
     assert f"image_root=nowhere of {table} is not a folder" in told
     assert "data.filter='width >' is no condition" in told
-    assert "did you mean 'weight'" in refusal(tmp_path, [{"path": str(table), "wait": 1}])
+    assert "did you mean 'data.train[0].weight'" in refusal(tmp_path, [{"path": str(table), "wait": 1}])
 
 
 def test_validation_is_one_table(tmp_path, table):
-    assert "only data.train is mixed from sources" in refusal(
+    assert "must be a path, or a list of paths" in refusal(
         tmp_path, str(table), val=[{"path": str(table), "weight": 1}]
     )
     assert "data.val: The table none.csv does not exist" in refusal(tmp_path, str(table), val="none.csv")

@@ -4,61 +4,87 @@ from pathlib import Path
 
 import pytest
 
+from clip_exp.config.base import parse, problems
 from clip_exp.config.data import Captions, DataConfig
-from clip_exp.data.stream import SLOTS, SourceSpec, Stream, open_sources, quotas
-from clip_exp.data.tables.filters import parse
+from clip_exp.data.stream import SLOTS, Stream, configured, open_sources, quotas
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import Build, noise, write_table
 from tests.data.test_loader import digest, read
 
 
+def data_of(train: object) -> DataConfig:
+    return parse(DataConfig, {"name": "csv", "train": train}, "data.")
+
+
+def sources_of(train: object) -> list[tuple[list[str], float | None, dict[str, object]]]:
+    """Paths, weight and own ways of reading of each source."""
+    return [(source.paths, source.weight, source.reading) for source in data_of(train).sources]
+
+
 def test_paths_alone_are_one_source():
-    assert parse(None) == parse([]) == []
-    assert parse("a.csv") == [SourceSpec(("a.csv",))]
-    assert parse(["a.csv", Path("b.csv")]) == [SourceSpec(("a.csv", "b.csv"))]
+    assert sources_of(None) == sources_of([]) == []
+    assert sources_of("a.csv") == [(["a.csv"], None, {})]
+    assert sources_of(["a.csv", Path("b.csv")]) == [(["a.csv", "b.csv"], None, {})]
 
 
 def test_mappings_are_sources_with_ways_of_their_own():
-    both = parse(
+    data = data_of(
         [
-            {"path": ["a.csv", "b.csv"], "weight": 3, "caption_key": "text", "filter": "width > 9"},
+            {"path": ["a.csv", "b.csv"], "weight": 3, "caption_key": "text", "filter": "width > 9", "image_root": None},
             {"path": "c.tar", "weight": 0.5},
         ]
     )
-    assert both == [
-        SourceSpec(("a.csv", "b.csv"), 3, {"caption_key": "text", "filter": "width > 9"}),
-        SourceSpec(("c.tar",), 0.5),
-    ]
-    config = both[0].configured(DataConfig(name="csv", caption_key="title", image_key="file"))
-    assert (config.caption_key, config.image_key, config.filter) == ("text", "file", "width > 9")
-    assert parse({"path": "a.csv", "image_root": "img"}) == [SourceSpec(("a.csv",), None, {"image_root": "img"})]
+    first, second = data.sources
+    assert (first.paths, first.weight) == (["a.csv", "b.csv"], 3)
+    assert (second.paths, second.weight, second.reading) == (["c.tar"], 0.5, {})
+    data.caption_key, data.image_key, data.image_root = "title", "file", "img"
+    own = configured(first, data)
+    assert (own.caption_key, own.image_key, own.filter, own.image_root) == ("text", "file", "width > 9", None)
+    assert configured(second, data) == data
+    assert sources_of({"path": "a.csv", "image_root": "img"}) == [(["a.csv"], None, {"image_root": "img"})]
+
+
+def test_a_number_names_a_column_or_a_file():
+    assert sources_of([{"path": 3, "caption_key": 1}]) == [(["3"], None, {"caption_key": "1"})]
 
 
 WRONG = {
-    "unknown key": ([{"path": "a.csv", "wieght": 1}], "data.train[0].wieght does not exist: did you mean 'weight'?"),
-    "no path": ([{"weight": 1}], "data.train[0].path=None must be a file"),
-    "no weight at all": ([{"path": "a.csv", "weight": 0}], "data.train[0].weight=0 must be a number above 0"),
-    "negative": ([{"path": "a.csv", "weight": -1}], "weight=-1 must"),
-    "infinite": ([{"path": "a.csv", "weight": math.inf}], "weight=inf must"),
-    "not a number": ([{"path": "a.csv", "weight": math.nan}], "weight=nan must"),
-    "text": ([{"path": "a.csv", "weight": "3"}], "weight=3 must"),
-    "truth": ([{"path": "a.csv", "weight": True}], "weight=True must"),
-    "number for a path": ([3], "data.train[0]=3 must be a path"),
-    "number for a column": ({"path": "a.csv", "caption_key": 3}, "data.train.caption_key=3 must be a text"),
-    "weights for some": ([{"path": "a.csv", "weight": 1}, "b.csv"], "give every source a weight, or none"),
+    "unknown key": (
+        [{"path": "a.csv", "wieght": 1}],
+        "data.train[0].wieght does not exist: did you mean 'data.train[0].weight'?",
+    ),
+    "no path": ([{"weight": 1}], "data.train[0].path has no value: set it"),
+    "null for a path": ([{"path": None}], "data.train[0].path=null must be a path, or a list of paths"),
+    "no paths": ([{"path": []}], "data.train[0].path=[] must not be empty"),
+    "no weight at all": ([{"path": "a.csv", "weight": 0}], "data.train[0].weight=0 must be above 0"),
+    "negative": ([{"path": "a.csv", "weight": -1}], "weight=-1 must be above 0"),
+    "infinite": ([{"path": "a.csv", "weight": math.inf}], "weight=inf must be a finite number"),
+    "not a number": ([{"path": "a.csv", "weight": math.nan}], "weight=nan must be a finite number"),
+    "text": ([{"path": "a.csv", "weight": "often"}], "weight=often must be a number"),
+    "truth": ([{"path": "a.csv", "weight": True}], "weight=true must be a number"),
+    "truth for a path": ([True], "data.train[0]=true must be text"),
+    "truth for a column": ({"path": "a.csv", "caption_key": True}, "data.train.caption_key=true must be text"),
+    "null for a column": ({"path": "a.csv", "caption_key": None}, "data.train.caption_key=null must be text"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("value", "expected"), WRONG.values(), ids=WRONG.keys())
 def test_sources_that_make_no_sense_are_refused_by_name(value, expected):
     with pytest.raises(ConfigError) as caught:
-        parse(value)
+        data_of(value)
     assert expected in str(caught.value)
+
+
+def test_weights_for_some_sources_are_refused():
+    some = data_of([{"path": "a.csv", "weight": 1}, "b.csv"])
+    assert [problem.partition(":")[0] for problem in problems(some, at="data.")] == ["data.train"]
+    assert "give every source a weight, or none" in next(problems(some, at="data."))
+    assert not list(problems(data_of([{"path": "a.csv"}, "b.csv"]), at="data."))
 
 
 def test_all_problems_of_all_sources_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        parse([{"path": "a.csv", "weight": 0, "sep": ","}, {"weight": 1}])
+        data_of([{"path": "a.csv", "weight": 0, "sep": ","}, {"weight": 1}])
     assert len(str(caught.value).splitlines()) == 3
 
 

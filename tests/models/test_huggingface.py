@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +70,7 @@ def test_a_batch_that_is_cut_to_its_longest_text_has_the_same_features(folders, 
     config = small(folders[kind])
     tower = build_text_tower(config, own_weights=True).eval()
     cut_BL = tokens(config)
-    whole_BL = build_tokenizer(replace(config.text, trim=False))(CAPTIONS)
+    whole_BL = build_tokenizer(config.text.model_copy(update={"trim": False}))(CAPTIONS)
     assert cut_BL.shape[1] < whole_BL.shape[1] == 30
     torch.testing.assert_close(tower(cut_BL), tower(whole_BL), rtol=0, atol=1e-5)
     single = torch.cat([tower(build_tokenizer(config.text)(text)) for text in CAPTIONS])
@@ -100,7 +99,7 @@ def test_a_noted_architecture_builds_the_encoder_without_its_folder(tmp_path: Pa
     with pytest.raises(ConfigError, match="cannot be had"):
         build_text_tower(config, own_weights=True)
     with pytest.raises(ConfigError, match="cannot be had"):
-        note_architecture(replace(config.text, architecture={}))
+        note_architecture(config.text.model_copy(update={"architecture": {}}))
 
 
 def test_own_weights_are_asked_for_by_the_configuration(folders) -> None:
@@ -110,7 +109,7 @@ def test_own_weights_are_asked_for_by_the_configuration(folders) -> None:
 
 def test_dropout_is_the_models(folders) -> None:
     def rates(dropout: float) -> set[float]:
-        config = replace(small(folders["bert"]), dropout=dropout)
+        config = small(folders["bert"]).model_copy(update={"dropout": dropout})
         return {module.p for module in build_text_tower(config).modules() if isinstance(module, nn.Dropout)}
 
     assert small_encoder("bert").hidden_dropout_prob == 0.1
@@ -138,7 +137,7 @@ def described(kind: str, length: int, trim: bool = True, **numbers: int | None) 
         pretrained=False,
         trim=trim,
     )
-    return replace(small(Path(kind)), text=text)
+    return small(Path(kind)).model_copy(update={"text": text})
 
 
 @pytest.mark.parametrize(
@@ -199,7 +198,7 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(folders, values, expected: str) -> None:
     config = small(folders["roberta"])
     with pytest.raises(ConfigError) as caught:
-        build_text_tower(replace(config, text=replace(config.text, **values)))
+        build_text_tower(config.model_copy(update={"text": config.text.model_copy(update=values)}))
     assert expected in str(caught.value)
 
 

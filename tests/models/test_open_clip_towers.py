@@ -1,6 +1,5 @@
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +231,7 @@ def test_an_export_is_a_model_that_open_clip_builds_by_itself(
     folder = write_export(model, config, None, tmp_path / "exported").folder
     twin = open_clip.create_model(f"local-dir:{folder}").eval()
     images, tokens_BL = pictures(config.image.image_size), build_tokenizer(config.text)(SHORT)
-    whole_BL = build_tokenizer(replace(config.text, trim=False))(SHORT)
+    whole_BL = build_tokenizer(config.text.model_copy(update={"trim": False}))(SHORT)
     torch.testing.assert_close(twin.encode_image(images), model.encode_image(images), rtol=0, atol=1e-5)
     torch.testing.assert_close(twin.encode_text(whole_BL), model.encode_text(tokens_BL), rtol=0, atol=1e-5)
     # In towers this small the approximation by tanh is closer than that.

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import timm
 import torch
@@ -57,7 +55,7 @@ def test_a_backbone_takes_the_size_that_is_asked_for(name: str) -> None:
 def test_without_a_projection_the_channels_are_the_space() -> None:
     with pytest.raises(ConfigError, match=r"test_vit has 64, and model.embed_dim=24. Set model.embed_dim=64"):
         build_image_tower(small("test_vit", projection=Projection.none))
-    tower = build_image_tower(replace(small("test_vit", projection=Projection.none), embed_dim=64)).eval()
+    tower = build_image_tower(small("test_vit", projection=Projection.none).model_copy(update={"embed_dim": 64})).eval()
     torch.testing.assert_close(tower(pictures()), tower.trunk(pictures()))
 
 

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from clip_exp.config.base import parse
 from clip_exp.config.model import ImageTower, ModelConfig
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
@@ -24,10 +25,8 @@ REPRESENTATIVES = ("rn50", "vit_b32", "vit_g14", "siglip_b16")
 
 
 def load_config(name: str) -> ModelConfig:
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(FOLDER / f"{name}.yaml"))
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, ModelConfig)
-    return config
+    values: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml"))
+    return parse(ModelConfig, values, "model.")
 
 
 def names() -> list[str]:

@@ -52,7 +52,7 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model() -> ModelConfig:
-    return replace(named_model("vit_nano"), open_clip_name="ViT-N")
+    return named_model("vit_nano").model_copy(update={"open_clip_name": "ViT-N"})
 
 
 def look_up(entry: Entry):
@@ -175,7 +175,7 @@ def test_what_cannot_be_found_is_told_before_anything_is_fetched(pretrained: str
 
 
 def test_a_wrong_activation_is_told_before_a_tag_is_fetched() -> None:
-    model = replace(named_model("vit_b32"), activation=Activation.gelu)
+    model = named_model("vit_b32").model_copy(update={"activation": Activation.gelu})
     (problem,) = check_pretrained("openai", model)
     assert (
         "model.activation=gelu, but openai of open_clip's ViT-B-32 was trained with quick_gelu: leave it out" in problem

@@ -1,6 +1,5 @@
 """Weights go into a model all or none, and what does not fit is told in a few lines."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,7 +173,7 @@ def test_what_no_model_has_is_named_too(model: CLIP, weights: dict[str, Tensor],
 
 
 def with_image(config: ModelConfig, **values: int) -> ModelConfig:
-    return replace(config, image=replace(config.image, **values))
+    return config.model_copy(update={"image": config.image.model_copy(update=values)})
 
 
 @pytest.mark.parametrize("image_size", [16, 64, 72])
@@ -208,8 +207,10 @@ def test_positions_of_a_resnet_are_interpolated_as_a_vits() -> None:
 def siglip_config(image_size: int = 32, context_length: int = 12) -> ModelConfig:
     config = small_config()
     image = ImageTowerConfig(kind=ImageTower.siglip, image_size=image_size, patch_size=8, width=40, layers=2, heads=4)
-    text = replace(config.text, kind=TextTower.siglip, tokenizer="none", context_length=context_length)
-    return replace(config, image=image, text=text)
+    text = config.text.model_copy(
+        update={"kind": TextTower.siglip, "tokenizer": "none", "context_length": context_length}
+    )
+    return config.model_copy(update={"image": image, "text": text})
 
 
 def test_positions_of_siglip_are_interpolated_as_timm_does() -> None:
@@ -230,7 +231,7 @@ def test_only_square_grids_with_the_same_first_token_are_interpolated() -> None:
 
 def test_a_shorter_context_gives_the_same_features_of_texts_that_fit_in(model: CLIP) -> None:
     config = small_config()
-    short = fresh(replace(config, text=replace(config.text, context_length=20)))
+    short = fresh(config.model_copy(update={"text": config.text.model_copy(update={"context_length": 20})}))
     (note,) = fit_weights(short, model.state_dict(), "file")
     assert note.startswith(f"text.positional_embedding: the first 20 of the file's {CONTEXT_LENGTH} positions")
     tokens_BL = trim(batch(4)[1])
@@ -239,7 +240,7 @@ def test_a_shorter_context_gives_the_same_features_of_texts_that_fit_in(model: C
 
 def test_a_longer_context_is_refused_with_the_reason(model: CLIP) -> None:
     config = small_config()
-    long = fresh(replace(config, text=replace(config.text, context_length=128)))
+    long = fresh(config.model_copy(update={"text": config.text.model_copy(update={"context_length": 128})}))
     message = refusal(long, model.state_dict())
     assert "text.positional_embedding [77, 48] instead of [128, 48]" in message
     assert "set model.text.context_length=77" in message
@@ -253,8 +254,8 @@ def test_another_context_of_a_text_tower_that_is_not_causal_is_refused() -> None
 
 def test_foreign_towers_are_read_by_the_configuration(tmp_path: Path) -> None:
     """open_clip's names of a timm tower do not tell ours; the model's configuration does."""
-    config = replace(
-        small_config(), image=ImageTowerConfig(kind=ImageTower.timm, image_size=64, name="resnet10t"), embed_dim=40
+    config = small_config().model_copy(
+        update={"image": ImageTowerConfig(kind=ImageTower.timm, image_size=64, name="resnet10t"), "embed_dim": 40}
     )
     source, other = fresh(config), build_model(config)
     save_file(to_open_clip(source.state_dict(), config), tmp_path / "theirs.safetensors")

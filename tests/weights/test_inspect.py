@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def test_flagais_folder_loads_as_openais_weights(words: dict[str, bool], tmp_pat
     about = describe(tmp_path)
     assert about.format == "FlagAI folder"
     assert about.activation is Activation.quick_gelu
-    assert about.model == replace(our_config(), name=tmp_path.name)
+    assert about.model == our_config().model_copy(update={"name": tmp_path.name})
     model = build_model(about.model).eval()
     assert load_weights(model, tmp_path) == []
     torch.testing.assert_close(logits(model, *inputs()), logits(theirs, *inputs()), rtol=0, atol=1e-5)
@@ -136,7 +135,7 @@ def test_an_open_clip_folder_tells_model_and_preprocessing(tmp_path: Path) -> No
         assert (about.format, about.activation) == ("open_clip folder", Activation.gelu)
         assert (about.mean, about.std) == ([0.5] * 3, [0.25] * 3)
         assert (about.interpolation, about.resize_mode) == (Interpolation.bilinear, ResizeMode.squash)
-        expected = replace(our_config(activation=Activation.gelu), name=tmp_path.name)
+        expected = our_config(activation=Activation.gelu).model_copy(update={"name": tmp_path.name})
         for name in ("mean", "std", "interpolation", "resize_mode"):
             setattr(expected.image, name, getattr(about, name))
         assert about.model == expected
@@ -162,7 +161,9 @@ def test_open_clips_description_of_a_model_of_ours_is_understood(model: str) -> 
     config = named_model(model)
     understood = model_of_description(get_model_config(config.open_clip_name), model)
     assert understood is not None
-    expected = replace(config, open_clip_name=understood.open_clip_name, activation=understood.activation)
+    expected = config.model_copy(
+        update={"open_clip_name": understood.open_clip_name, "activation": understood.activation}
+    )
     assert understood == expected
 
 

@@ -1,6 +1,5 @@
 """What weights say about their model is filled in where the user left it open, and refused where the user says otherwise."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,13 @@ MODEL = named_model("vit_nano")
 def test_the_activation_is_that_of_the_weights(trained: Activation, capsys) -> None:
     assert settle(MODEL, found(activation=trained)).activation is trained
     assert f"activation {trained}, as the weights w.pt" in capsys.readouterr().err
-    assert settle(replace(MODEL, activation=trained), found(activation=trained)).activation is trained
+    assert settle(MODEL.model_copy(update={"activation": trained}), found(activation=trained)).activation is trained
     assert capsys.readouterr().err == "", "nothing was decided"
 
 
 def test_a_setting_that_the_weights_contradict_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError) as caught:
-        settle(replace(MODEL, activation=Activation.gelu), found(activation=Activation.quick_gelu))
+        settle(MODEL.model_copy(update={"activation": Activation.gelu}), found(activation=Activation.quick_gelu))
     assert "model.activation=gelu, but w.pt was trained with quick_gelu: leave it out" in str(caught.value)
 
 
@@ -48,7 +47,10 @@ def test_weights_that_do_not_tell_are_taken_for_gelu_and_that_is_said(capsys) ->
     said = capsys.readouterr().err
     assert "w.pt does not say" in said
     assert "set model.activation=quick_gelu" in said
-    assert settle(replace(MODEL, activation=Activation.quick_gelu), found()).activation is Activation.quick_gelu
+    assert (
+        settle(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found()).activation
+        is Activation.quick_gelu
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -56,7 +58,7 @@ def test_a_configuration_beside_the_weights_means_gelu_where_it_names_no_other(c
     assert settle(MODEL, found(model=MODEL)).activation is Activation.gelu
     assert "as the weights" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="was trained with gelu"):
-        settle(replace(MODEL, activation=Activation.quick_gelu), found(model=MODEL))
+        settle(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found(model=MODEL))
 
 
 def test_pictures_go_through_what_they_did_in_training_unless_the_user_says_otherwise() -> None:
@@ -69,26 +71,28 @@ def test_pictures_go_through_what_they_did_in_training_unless_the_user_says_othe
     weights = found(activation=Activation.gelu, **about)
     settled = settle(MODEL, weights).image
     assert {name: getattr(settled, name) for name in about} == about
-    own = replace(MODEL, image=replace(MODEL.image, mean=[0.1] * 3, resize_mode=ResizeMode.shortest))
+    own = MODEL.model_copy(
+        update={"image": MODEL.image.model_copy(update={"mean": [0.1] * 3, "resize_mode": ResizeMode.shortest})}
+    )
     settled = settle(own, weights).image
     assert (settled.mean, settled.resize_mode) == ([0.1] * 3, ResizeMode.shortest)
     assert (settled.std, settled.interpolation) == ([0.25] * 3, Interpolation.bilinear)
 
 
 def test_heads_that_shapes_do_not_tell_are_compared() -> None:
-    theirs = replace(MODEL, image=replace(MODEL.image, heads=1))
+    theirs = MODEL.model_copy(update={"image": MODEL.image.model_copy(update={"heads": 1})})
     with pytest.raises(ConfigError, match=r"model=vit_nano: model\.image\.heads=1 instead of 2\. Set these, or choose"):
         settle(MODEL, found(model=theirs, activation=Activation.gelu))
 
 
 @pytest.mark.parametrize("name", ["vit_l14_336", "rn50", "siglip_b16"])
 def test_weights_that_tell_another_model_are_refused_with_its_name_before_they_are_read(name: str) -> None:
-    theirs = replace(named_model(name), name="downloads")
+    theirs = named_model(name).model_copy(update={"name": "downloads"})
     with pytest.raises(
         ConfigError, match=rf"w\.pt is of another model than model=vit_nano: .*\. Choose model={name}\."
     ):
         settle(MODEL, found(model=theirs, activation=Activation.gelu))
-    larger = replace(theirs, image=replace(theirs.image, image_size=512))
+    larger = theirs.model_copy(update={"image": theirs.image.model_copy(update={"image_size": 512})})
     settle(named_model(name), found(model=larger))  # positions are made to fit
 
 
@@ -113,18 +117,18 @@ def test_a_mark_of_the_registry_is_quick_gelu_and_none_is_gelu_but_for_other_arc
         Activation.quick_gelu,
         Activation.gelu,
     )
-    assert activation_of_entry(plain, replace(MODEL, activation=Activation.gelu_tanh)) is None
+    assert activation_of_entry(plain, MODEL.model_copy(update={"activation": Activation.gelu_tanh})) is None
     other = named_model("coca_ViT-B-32")
     assert (activation_of_entry(marked, other), activation_of_entry(plain, other)) == (Activation.quick_gelu, None)
-    assert activation_of_entry(plain, replace(other, activation=Activation.quick_gelu)) is Activation.gelu, (
-        "which contradicts it"
-    )
+    assert (
+        activation_of_entry(plain, other.model_copy(update={"activation": Activation.quick_gelu})) is Activation.gelu
+    ), "which contradicts it"
 
 
 def test_a_run_that_goes_on_takes_up_what_was_settled_and_keeps_what_is_set() -> None:
     earlier: ModelConfig = settle(MODEL, found(activation=Activation.quick_gelu, mean=[0.5] * 3))
     assert as_settled(MODEL, earlier) == earlier
-    own = replace(MODEL, activation=Activation.gelu)
+    own = MODEL.model_copy(update={"activation": Activation.gelu})
     assert as_settled(own, earlier).activation is Activation.gelu
 
 
