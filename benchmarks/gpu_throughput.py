@@ -71,7 +71,7 @@ def measure(model: str, batch_size: int, compiled: bool, arguments: argparse.Nam
             f"max_steps={last}", f"log_every_n_steps={LOG_EVERY}", "val_every_n_steps=1000000",
             "checkpoint_every_n_steps=1000000", "precision=bf16-mixed", f"trainer.accelerator={arguments.accelerator}",
             "callbacks.progress=none", "resume=never", f"output_dir={folder}",
-            f"+callbacks.extra.wall={{_target_: gpu_throughput.WallClock, file: '{wall}', first: {first}, last: {last}}}",
+            f"callbacks.extra.wall={{_target_: gpu_throughput.WallClock, file: '{wall}', first: {first}, last: {last}}}",
         ]  # fmt: skip
         paths = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), os.environ.get("PYTHONPATH", "")]
         environment = {
