@@ -441,7 +441,10 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
     ]:
         return f"{key} is a key of {' and of '.join(owners)}, which was not chosen: choose that, or leave this out."
     everywhere = list(_tree(model, values, at))
-    beside = [_join(at, [*path[:-1], close]) for close in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7) or [
+        key for key in siblings if key.startswith(name)
+    ]
+    beside = [_join(at, [*path[:-1], sibling]) for sibling in close]
     same = [full for full in everywhere if full.rpartition(".")[2] == name]
     near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
     best = next((found[0] for found in (beside, same, near) if found), None)
@@ -489,6 +492,12 @@ def _tree(model: type[Config], values: Any, at: str) -> Iterator[str]:
         key = key_of(name, field)
         value = values.get(key) if isinstance(values, dict) else None
         models = members(field.annotation)
+        if isinstance(value, list):
+            yield f"{at}{key}"
+            for inside in _inside_lists(field.annotation):
+                for i, item in enumerate(value):
+                    yield from _tree(inside, item, f"{at}{key}[{i}].")
+            continue
         node = chosen(models, value or {}) if models else None
         if node is None:
             yield f"{at}{key}"
