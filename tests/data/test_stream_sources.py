@@ -53,6 +53,10 @@ WRONG = {
         [{"path": "a.csv", "wieght": 1}],
         "data.train[0].wieght does not exist: did you mean 'data.train[0].weight'?",
     ),
+    "unknown key of a later source": (
+        ["a.csv", {"path": "b.csv", "sep": ","}],
+        "data.train[1].sep does not exist: did you mean 'data.train[1].separator'?",
+    ),
     "no path": ([{"weight": 1}], "data.train[0].path has no value: set it"),
     "null for a path": ([{"path": None}], "data.train[0].path=null must be a path, or a list of paths"),
     "no paths": ([{"path": []}], "data.train[0].path=[] must not be empty"),
