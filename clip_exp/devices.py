@@ -108,7 +108,7 @@ def check_accelerator(accelerator: str, keys: str = "") -> None:
         ConfigError: the name is unknown.
     """
     if accelerator not in ACCELERATORS:
-        raise ConfigError(f"{keys}accelerator={accelerator} must be auto, cpu or gpu.")
+        raise ConfigError(f"{keys}accelerator={accelerator} must be one of {', '.join(ACCELERATORS)}.")
 
 
 def resolve_accelerator(accelerator: str, keys: str = "") -> str:

@@ -47,7 +47,7 @@ def test_both_keys_are_checked_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_devices("tpu", 0)
     assert str(caught.value).splitlines() == [
-        "accelerator=tpu must be auto, cpu or gpu.",
+        "accelerator=tpu must be one of auto, cpu, gpu, cuda.",
         "devices=0 must be auto, a number above 0, or a list of distinct GPU indices.",
     ]
     with pytest.raises(ConfigError, match=r"^devices=\[0, 1\] lists GPUs: on a CPU give a number\.$"):
@@ -107,7 +107,7 @@ def test_auto_is_a_gpu_where_there_is_one(gpus: Any) -> None:
     assert [resolve_accelerator(name) for name in ("auto", "cpu")] == ["cpu", "cpu"]
     with pytest.raises(ConfigError, match="finds no GPU: use accelerator=cpu"):
         resolve_accelerator("gpu")
-    with pytest.raises(ConfigError, match="accelerator=tpu must be auto, cpu or gpu"):
+    with pytest.raises(ConfigError, match="accelerator=tpu must be one of auto, cpu, gpu, cuda"):
         resolve_accelerator("tpu")
 
 
@@ -123,7 +123,7 @@ def test_an_unknown_accelerator_is_reported_by_every_command_before_torch_is_imp
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("accelerator=tpu must be auto, cpu or gpu.") == 6
+    assert done.stderr.count("accelerator=tpu must be one of auto, cpu, gpu, cuda.") == 6
 
 
 def test_checking_the_text_imports_no_torch() -> None:
