@@ -133,7 +133,7 @@ CROSS_FIELD = {
     "negative clipping": (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1"),
     "clipping to nan": (["trainer.gradient_clip_val=nan"], "trainer.gradient_clip_val=nan"),
     "negative seed": (["seed=-1"], "seed=-1 must be"),
-    "one beta": (["optimizer.betas=[0.9]"], "must have 2 values or more"),
+    "one beta": (["optimizer.betas=[0.9]"], "must have 2 values"),
     "no layers": (["model.text.layers=0"], "model.text.layers=0 must be above 0"),
     "no patch": (["model.image.patch_size=0"], "model.image.patch_size=0"),
     "small vocabulary": (["model.text.vocab_size=10"], "at least 49408"),
