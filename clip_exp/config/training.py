@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from clip_exp.config.base import (
-    NOT_EMPTY,
     Config,
     Count,
     Float,
@@ -21,10 +20,9 @@ from clip_exp.config.base import (
     Unused,
     chosen,
     exactly,
-    must_be,
 )
 from clip_exp.config.data import DataConfig, PairLabel
-from clip_exp.config.evaluation import Tasks
+from clip_exp.config.evaluation import Devices, Tasks
 from clip_exp.config.model import ModelConfig, Projection
 
 DEFAULT_EPOCHS = 30.0
@@ -264,11 +262,6 @@ class DeepSpeedConfig(StrategyConfig):
 
 
 Strategy = Annotated[AutoConfig | DDPConfig | DeepSpeedConfig, Field(discriminator="name")]
-
-Devices = Annotated[
-    Literal["auto"] | Literal[-1] | Count | Annotated[list[Index], NOT_EMPTY],
-    must_be("auto, a number above 0, or a list of distinct GPU indices"),
-]
 
 
 class TrainerConfig(Config):
