@@ -41,20 +41,6 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
-def folder_or_hub_name(name: str) -> str:
-    """Return what Hugging Face's `from_pretrained` takes: a folder that is here, or a name on the hub, which has at most one slash.
-
-    Raises:
-        FileNotFoundError: it can only be a folder, and is not there.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError("there is no such folder")
-    return name
-
-
 def to_yaml(config: Config) -> str:
     """Return the complete configuration as YAML, from which the same configuration is read."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))

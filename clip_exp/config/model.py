@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, JsonValue
@@ -364,3 +365,17 @@ def check_tokens(model: ModelConfig) -> Iterator[str]:
 def _check_heads(at: str, width: int | None, heads: int | None) -> Iterator[str]:
     if width and heads and width % heads:
         yield f"{at}width={width} must be a multiple of {at}heads={heads}."
+
+
+def folder_or_hub_name(name: str) -> str:
+    """Return what Hugging Face's `from_pretrained` takes: a folder that is here, or a name on the hub, which has at most one slash.
+
+    Raises:
+        FileNotFoundError: it can only be a folder, and is not there.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError("there is no such folder")
+    return name

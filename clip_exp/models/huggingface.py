@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.files import folder_or_hub_name
-from clip_exp.config.model import ModelConfig, Pooler, Projection, TextTowerConfig
+from clip_exp.config.model import ModelConfig, Pooler, Projection, TextTowerConfig, folder_or_hub_name
 from clip_exp.errors import ConfigError
 
 KEY = "model.text.name"

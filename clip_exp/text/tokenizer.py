@@ -22,8 +22,7 @@ from ftfy.badness import is_bad
 from tokenizers.models import BPE
 from torch import Tensor
 
-from clip_exp.config.files import folder_or_hub_name
-from clip_exp.config.model import Cleaning, TextTower, TextTowerConfig
+from clip_exp.config.model import Cleaning, TextTower, TextTowerConfig, folder_or_hub_name
 from clip_exp.errors import ConfigError
 from clip_exp.open_clip_files import vocabulary_file
 
