@@ -83,7 +83,7 @@ def stream_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         first = next(iter(source["files"]))
         which = "" if len(sources) == 1 else f" of {first}"
         found += [
-            f"{name}{which} is {source[name]} instead of {old.get(name)}"
+            f"{name}{which} is {_typed(source[name])} instead of {_typed(old.get(name))}"
             for name in ("weight", "filter", "shuffle")
             if source[name] != old.get(name)
         ]
@@ -92,6 +92,11 @@ def stream_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if not found and source["pictures"] != before_pictures:
             found.append(f"{first} has {source['pictures']:,} distinct pictures instead of {before_pictures:,}")
     return found
+
+
+def _typed(value: Any) -> Any:
+    """Return a value as people type it: a weight of 3.0 is 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def image_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
