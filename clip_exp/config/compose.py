@@ -8,6 +8,7 @@ and a key that does not exist is left for `typed_config`, which reports every pr
 import copy
 import os
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -329,7 +330,11 @@ def run_hydra(command: str, arguments: list[str], job: Work) -> None:
     hydra = _hydra(command, args.config_dir)
     name, overrides = args.config_name or config_name(command), args.overrides
     if args.help:
-        print(help_of(command, hydra, name, overrides))
+        text = help_of(command, hydra, name, overrides)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # `… | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif args.hydra_help:
         hydra.hydra_help(config_name=name, args_parser=parser, args=args)
     elif args.cfg is not None:
