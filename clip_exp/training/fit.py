@@ -21,6 +21,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.checkpoints.folders import STEP, checkpoints, damage, latest, recover, set_aside, step_of
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
+from clip_exp.config.base import plain
 from clip_exp.config.files import read_run_config
 from clip_exp.config.targets import build_extra
 from clip_exp.config.training import DDPConfig, DeepSpeedConfig, LossConfig, StrategyConfig, StrategyName, TrainConfig
@@ -149,7 +150,7 @@ def _fit(
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TaskScores):
                 names = callback.write(trainer.strategy.root_device)
-                record.values["scored_tasks"] = {name: config.task[name] for name in names}
+                record.values["scored_tasks"] = {name: plain(config.task[name]) for name in names}
     if is_main():
         conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
 

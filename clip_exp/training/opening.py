@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.base import plain
+from clip_exp.config.evaluation import Tasks
 from clip_exp.config.files import to_yaml
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.fingerprint import changes, image_changes
@@ -471,7 +472,7 @@ def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
         scored = _scores(run, read)
         tasks = tuple(name for name, values in config.task.items() if scored.get(name) != values)
         settled.task = {**scored, **config.task}
-        kept = {name: values for name, values in scored.items() if name not in tasks}
+        kept = plain({name: values for name, values in scored.items() if name not in tasks})
         facts |= {"status": run.record["status"], "end": run.record.get("end"), "scored_tasks": kept}
     return Opening(folder, finished, config, settled, facts, warnings, tasks)
 
@@ -491,11 +492,11 @@ def _config_to_resume(folder: Path) -> tuple[TrainConfig, str | None]:
         ) from error
 
 
-def _scores(run: EarlierRun, read: TrainConfig) -> dict[str, Any]:
-    """Return the tasks that a finished run was scored on, with their configurations; older versions noted them in `config.yaml` alone."""
-    noted = run.record.get("scored_tasks", read.task)
+def _scores(run: EarlierRun, read: TrainConfig) -> Tasks:
+    """Return the tasks that a finished run was scored on, as its `config.yaml` has them; a record that was lost does not say which."""
+    noted = run.record.get("scored_tasks", plain(read.task))
     there = {task_of(path.stem) for path in (run.folder / "eval").glob("*.json")}
-    return {name: values for name, values in noted.items() if name in there}
+    return {name: task for name, task in read.task.items() if name in there and plain(task) == noted.get(name)}
 
 
 def begin(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clip_exp.checkpoints.folders import latest, step_of
 from clip_exp.checkpoints.io import MODEL_PREFIX
+from clip_exp.config.base import plain
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.features import Cache, EncodeOptions
@@ -134,7 +135,7 @@ def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device
     )
     write_results(results, source, run_dir, device)
     if is_main():
-        record.update(scored_tasks={**scored, **new})
+        record.update(scored_tasks={**scored, **plain(new)})
         add_scores(run_dir, metrics_of(results))
         show(
             {name: {"metrics": result.metrics, "protocol": result.protocol} for name, result in results.items()},

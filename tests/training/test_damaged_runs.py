@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,8 +161,8 @@ def test_a_run_that_lost_its_checkpoints_stops_until_it_is_told_to_start_over(
     with pytest.raises(CheckpointError, match=r"had a checkpoint of step 20, .*resume=never"):
         open_run(config)
     with pytest.raises(CheckpointError, match=r"had a checkpoint of step 20, .*resume=never"):
-        open_run(replace(config, resume=str(folder)))
-    again = open_run(replace(config, resume="never"))
+        open_run(config.model_copy(update={"resume": str(folder)}))
+    again = open_run(config.model_copy(update={"resume": "never"}))
     assert again.folder != folder
 
 
@@ -179,7 +178,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_what_is_wrong_with_each(
 
 
 def test_starts_that_were_killed_before_a_checkpoint_share_one_folder(config: TrainConfig, capsys) -> None:
-    config = replace(config, name="empty")
+    config = config.model_copy(update={"name": "empty"})
     first = open_run(config)
     assert "starts again" not in capsys.readouterr().out
     first.begin([])
@@ -193,12 +192,12 @@ def test_starts_that_were_killed_before_a_checkpoint_share_one_folder(config: Tr
         )
     assert len(RunRecord(first.folder).values["resumed"]) == 2
     assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
-    assert open_run(replace(config, resume=str(first.folder))).folder == first.folder
+    assert open_run(config.model_copy(update={"resume": str(first.folder)})).folder == first.folder
     assert "the run starts again in it" in capsys.readouterr().out
     with runs.lock(first.folder):
         other = open_run(config)
     assert other.folder != first.folder, "which a living process uses"
-    assert open_run(replace(config, seed=1)).folder not in (first.folder, other.folder)
+    assert open_run(config.model_copy(update={"seed": 1})).folder not in (first.folder, other.folder)
 
 
 def test_the_run_to_resume_is_chosen_by_progress_and_recorded_time_not_by_name(
@@ -276,7 +275,7 @@ def test_a_checkpoint_that_does_not_load_is_passed_over_unless_it_was_named(
     assert used == folder_of(tmp_path, 1)
     assert "step-000001 is used" in caplog.text
     assert "step-000002: cannot be loaded" in caplog.text
-    named = candidates(replace(config, resume=str(newest)), tmp_path, record)
+    named = candidates(config.model_copy(update={"resume": str(newest)}), tmp_path, record)
     with pytest.raises(CheckpointError, match=r"resume=.*step-000002 cannot be loaded: .*Name another"):
         first_that_loads(named, tmp_path, record, module, Data())  # type: ignore[arg-type]
 

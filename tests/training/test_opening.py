@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,7 +100,7 @@ def test_an_unfinished_run_is_not_started_again_where_its_data_changed(project: 
     folder = earlier(config, finished=False)
     add_row(project / "val.csv")
     assert opened(config).folder == folder, "where training refuses the data by name"
-    restored = replace(config, resume="never")
+    restored = config.model_copy(update={"resume": "never"})
     other = opened(restored)
     other.begin([])
     write(other.folder, 1)
@@ -114,7 +113,7 @@ def test_the_changed_data_of_a_refused_start_is_not_what_the_run_was_in(project:
     add_row(project / "pairs.csv")
     opened(config).begin([])
     assert RunRecord(folder).values["data"] == noted
-    opened(replace(config, data=replace(config.data, allow_changed=True))).begin([])
+    opened(config.model_copy(update={"data": config.data.model_copy(update={"allow_changed": True})})).begin([])
     assert RunRecord(folder).values["data"] != noted
 
 
@@ -157,8 +156,11 @@ def test_a_moved_project_is_the_same_run_and_other_data_at_the_same_relative_pat
 
 def test_a_named_run_resumes_in_moved_data_and_not_in_other_data(project: Path, config: TrainConfig) -> None:
     folder = earlier(config, finished=False)
-    named = replace(
-        config, resume=str(folder), data=replace(config.data, train=str(project.parent / "new" / "pairs.csv"))
+    named = config.model_copy(
+        update={
+            "resume": str(folder),
+            "data": config.data.model_copy(update={"train": str(project.parent / "new" / "pairs.csv")}),
+        }
     )
     shutil.copytree(project, project.parent / "new")
     assert opened(named).folder == folder
@@ -175,7 +177,7 @@ def test_a_run_of_an_older_version_is_recognized_by_its_configuration_alone(proj
     record.update(fingerprint=_hash(identity(config)))
     add_row(project / "pairs.csv")
     assert opened(config).complete
-    other = replace(config, data=replace(config.data, train="val.csv"))
+    other = config.model_copy(update={"data": config.data.model_copy(update={"train": "val.csv"})})
     assert opened(other).folder != folder, "whose path was part of it"
 
 
@@ -185,14 +187,14 @@ def test_replaced_weights_are_another_start_and_moved_ones_the_same(
 ) -> None:
     weights = project / "start.safetensors"
     weights.write_bytes(b"weights")
-    config = replace(config, pretrained="start.safetensors")
-    folder = earlier(replace(config, pretrained=None), finished)
+    config = config.model_copy(update={"pretrained": "start.safetensors"})
+    folder = earlier(config.model_copy(update={"pretrained": None}), finished)
     noted = {"path": str(weights), "sha256": file_sha256(weights)}
     paths = {**RunRecord(folder).values["paths"], "pretrained": [str(weights)]}
     RunRecord(folder).update(pretrained=noted, paths=paths)
     assert opened(config).folder == folder
     weights.rename(project / "elsewhere.safetensors")
-    assert opened(replace(config, pretrained="elsewhere.safetensors")).folder == folder
+    assert opened(config.model_copy(update={"pretrained": "elsewhere.safetensors"})).folder == folder
     assert "is not resumed" not in capsys.readouterr().out
     weights.write_bytes(b"other weights")
     with pytest.raises(ClipExpError, match=r"start\.safetensors"):  # which is no file of weights, and is read now
@@ -201,7 +203,7 @@ def test_replaced_weights_are_another_start_and_moved_ones_the_same(
         f"{folder} is not resumed: pretrained=start.safetensors has other weights (sha256 " in capsys.readouterr().out
     )
     with pytest.raises(ConfigError):
-        opened(replace(config, pretrained="laion2b"))
+        opened(config.model_copy(update={"pretrained": "laion2b"}))
     assert f"pretrained is laion2b instead of {weights}" in capsys.readouterr().out
 
 
@@ -247,7 +249,7 @@ def test_a_folder_that_a_job_of_the_same_sweep_has_just_begun_is_left_to_it(conf
 def test_what_run_json_says_of_the_data_is_brief(project: Path, config: TrainConfig, monkeypatch) -> None:
     for i in range(40):
         shutil.copy(project / "pairs.csv", project / f"part-{i:02}.csv")
-    many = replace(config, data=replace(config.data, train="part-*.csv"))
+    many = config.model_copy(update={"data": config.data.model_copy(update={"train": "part-*.csv"})})
     described = check_tables(many).describe(many.data)
     assert described is not None
     (files,) = (source["files"] for source in described["sources"])

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,9 @@ def write_weights(path: Path, name: str = "vit_nano") -> Path:
     torch.manual_seed(3)
     model = named_model(name)
     weights = build_model(model).state_dict()
-    told = replace(model, activation=SETTLED["activation"], image=replace(model.image, mean=SETTLED["mean"]))
+    told = model.model_copy(
+        update={"activation": SETTLED["activation"], "image": model.image.model_copy(update={"mean": SETTLED["mean"]})}
+    )
     save_file(weights, path, {"clip_exp.model": json.dumps(plain(told))})
     return path
 
@@ -91,7 +92,7 @@ def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, weights: Pat
     assert again.settled == first.settled
     again.begin([])
     assert "pretrained" in RunRecord(first.folder).values, "the first beginning is kept"
-    named = replace(config, resume=str(first.folder), max_steps=99, epochs=None)
+    named = config.model_copy(update={"resume": str(first.folder), "max_steps": 99, "epochs": None})
     assert open_run(named).settled.model == first.settled.model
     other = train_config("model=vit_nano", f"pretrained={weights}", f"output_dir={tmp_path}/out", "seed=1")
     with pytest.raises(ConfigError, match="does not exist"):
