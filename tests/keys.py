@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from clip_exp.config.base import Config, key_of, members
 
@@ -35,13 +36,15 @@ class Changes:
 def leaf_keys(model: type[Config], at: str = "") -> Iterator[str]:
     """Yield the full keys of a model of the schema, with those of the models in it, of a union all.
 
+    A key that takes a model or a value of another type, as a path, is yielded itself too.
+
     Args:
         at: the beginning of the keys.
     """
     for name, field in model.model_fields.items():
         key = f"{at}{key_of(name, field)}"
         nested = members(field.annotation)
-        if not nested:
+        if not nested or takes_values(field.annotation):
             yield key
         yield from dict.fromkeys(leaf for of in nested for leaf in leaf_keys(of, f"{key}."))
 
@@ -54,6 +57,15 @@ def nested_models(*models: type[Config]) -> set[type[Config]]:
         for field in model.model_fields.values():
             found |= nested_models(*members(field.annotation))
     return found
+
+
+def takes_values(annotation: Any) -> bool:
+    """Return whether a union with models in it has other types as well; null does not count."""
+    if isinstance(annotation, type):
+        return not issubclass(annotation, Config | NoneType)
+    origin = get_origin(annotation)
+    parts = get_args(annotation)[:1] if origin is Annotated else get_args(annotation)
+    return origin in (list, dict, Literal) or any(map(takes_values, parts))
 
 
 def explained(key: str, reasons: Mapping[str, str]) -> bool:

@@ -48,6 +48,7 @@ BERT = (
 SHAPES = (
     "data=shapes", "data.train=null", "data.val=null", "data.label_key=null", "data.generate.rows=24", "data.generate.val_rows=8",
 )  # fmt: skip
+SOURCE = ("data.train={path: <train>}",)
 BLOCKS = ("data.shuffle=block", "data.shuffle_block=2", "data.shuffle_window=2")
 START = ("pretrained=<start>",)
 LORA = (*START, "finetune=lora", "finetune.lora.image=false")  # a resnet has no linear layers in its blocks
@@ -89,6 +90,12 @@ CHANGES: dict[str, Changes] = {
     "model.activation": Changes("quick_gelu"),
     "model.dropout": Changes("0.3"),
     "data.train": Changes("<other>"),
+    "data.train.image_root": Changes("<other_root>", given=SOURCE),
+    "data.train.image_key": Changes("other_path", given=SOURCE),
+    "data.train.caption_key": Changes("other_title", given=SOURCE),
+    "data.train.separator": Changes("'|'", given=SOURCE, refused=BOTH),
+    "data.train.encoding": Changes("utf-16", given=SOURCE, refused=BOTH),
+    "data.train.filter": Changes("'score > 1'", given=SOURCE),
     "data.val": Changes("<other>"),
     "data.generate.kind": Changes("digits", given=SHAPES),
     "data.generate.rows": Changes("16", given=SHAPES),
@@ -178,6 +185,8 @@ NOT_THE_RESULT = {
     "model.name": "a label, and the run's name unless that is set",
     "model.open_clip_name": "the name under which `pretrained` knows tags",
     "model.text.trim": "saves time: the features are the same (tests/text, tests/models/test_text.py)",
+    "data.train.path": "what `data.train` is where it has no other keys",
+    "data.train.weight": "of several sources, which no key of one reaches (tests/data/test_stream_sources.py)",
     "data.name": "a label, and the run's name unless that is set",
     "data.num_workers": "samples do not depend on the worker (tests/data/test_datamodule.py)",
     "data.on_bad_row": "acts on bad rows alone (tests/data/tables)",

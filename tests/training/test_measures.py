@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from clip_exp.config.base import parse
 from clip_exp.config.data import GenerateConfig, Generator
+from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.training.measures import check_measures, check_validation_classes, monitor_mode
 from tests.compose import train_config
 from tests.small_runs import write_picture
@@ -38,7 +40,7 @@ def folders(root: Path, classes: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("classes", "refused"), [(5, True), (6, False)])
 def test_top5_of_five_classes_cannot_be_monitored(tmp_path: Path, classes: int, refused: bool) -> None:
     config = train_config("task_every_n_steps=5", "monitor=flowers/top5")
-    config.task = {"flowers": folders(tmp_path, classes)}
+    config.task = parse(EvaluateConfig, {"task": {"flowers": folders(tmp_path, classes)}}).task
     errors = [str(error) for error in check_measures(config)]
     assert len(errors) == refused
     assert all("monitor=flowers/top5 is not measured: of 5 classes" in error for error in errors)

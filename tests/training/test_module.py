@@ -21,7 +21,7 @@ PAIRS, CAPTIONS, LENGTH = 6, 9, 16
 
 def build_module(config: TrainConfig) -> CLIPModule:
     """A module of fake tensors on a GPU, with as much of a Trainer as its steps ask for."""
-    bias = config.loss.init_logit_bias
+    bias = config.loss.logit_bias
     module = CLIPModule(
         fake_model(config.model, "cuda", init_logit_bias=bias), build_loss(config.loss), config, total_steps=100
     )

@@ -31,7 +31,7 @@ RUN = (*(o for o in TINY if not o.startswith("resume")), *STEPS, "model.dropout=
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of 23 pictures with captions, other than those of the run."""
-    config = GenerateConfig(Generator.shapes, rows=31, val_rows=23, seed=1)
+    config = GenerateConfig(kind=Generator.shapes, rows=31, val_rows=23, seed=1)
     return generate(config, tmp_path_factory.mktemp("pairs")).val
 
 
@@ -217,7 +217,7 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
         (["task=image_folder", "task.image_folder.root=absent"], ConfigError, "task.image_folder.root=absent: no such folder"),
         (["task=imagenet", "task.imagenet.root={pictures}"], DataError, "'n99999999' is no class of ImageNet-1k"),
         (["+task.val={{kind: retrieval, table: {table}}}"], ConfigError, "task.val: this name is taken"),
-        (["+task.mine={{kind: retrieval, tabel: x.csv}}"], ConfigError, "task.mine.tabel does not exist: did you mean 'table'?"),
+        (["+task.mine={{kind: retrieval, tabel: x.csv}}"], ConfigError, "task.mine.tabel does not exist: did you mean 'task.mine.table'?"),
         (["task_every_n_steps=5"], ConfigError, "task_every_n_steps=5 has no effect without a task"),
         (["task=digits", "task_every_n_steps=0"], ConfigError, "task_every_n_steps=0 must be above 0"),
         (["task=digits", "monitor=digits/top1"], ConfigError, "set task_every_n_steps"),
