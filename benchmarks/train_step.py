@@ -24,11 +24,10 @@ from pathlib import Path
 
 import open_clip
 import torch
-from omegaconf import OmegaConf
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
-from clip_exp.config.model import ModelConfig
+from clip_exp.config.names import named_model
 from clip_exp.losses.softmax import SoftmaxLoss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
@@ -40,7 +39,6 @@ TARGET_LOSS_DIFFERENCE = {"vit_b32": 1e-5, "vit_b16": 1e-5, "rn50": 1e-4}  # bat
 ADAMW = {"lr": 1e-5, "betas": (0.9, 0.98), "eps": 1e-6}  # a rate from the warm-up
 WORDS = "a the two man woman dog child girl boy red blue white black small young old brown green runs stands jumps "
 WORDS += "sits plays walks on in with near over through of and at grass water street beach snow ball field bike tree"
-CONF_DIR = Path(__file__).parents[1] / "conf"
 
 Step = Callable[[], float]
 
@@ -56,13 +54,6 @@ def make_captions(count: int, draw: random.Random) -> list[str]:
     """Sentences of words that are one token each; start and end add two tokens."""
     lengths = [min(42, 5 + round(draw.gammavariate(6.5, 1.41))) for _ in range(count)]
     return [" ".join(draw.choices(WORDS.split(), k=length - 2)) for length in lengths]
-
-
-def load_model_config(name: str) -> ModelConfig:
-    config = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF_DIR / "model" / f"{name}.yaml"))
-    loaded = OmegaConf.to_object(config)
-    assert isinstance(loaded, ModelConfig)
-    return loaded
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, object]]:
@@ -126,7 +117,7 @@ def timed_in_turn(ours: Step, theirs: Step, swap: bool) -> list[float]:
 
 def measure(name: str, captions: list[str], args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    config = load_model_config(name)
+    config = named_model(name)
     model = build_model(config)
     their_config = open_clip.get_model_config(config.open_clip_name)
     theirs = open_clip.CLIP(**their_config)

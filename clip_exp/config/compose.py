@@ -212,8 +212,8 @@ class Loader(ConfigLoaderImpl):
         return config
 
     def _require_nodes(self) -> None:
-        """Refuse a key of a node that is null: the option that has it must be chosen first, or the key be given with `+`."""
-        given = {override.key_or_group for override in self._overrides}
+        """Refuse a key of a node that is null or a list: the option that has it must be chosen first, or the key be given with `+`."""
+        given = {override.key_or_group: override.value() for override in self._overrides if not override.is_delete()}
         problems = []
         for override in self._overrides:
             parts = override.key_or_group.split(".")
@@ -224,6 +224,9 @@ class Loader(ConfigLoaderImpl):
                 if value is None and node not in given and override.type is OverrideType.CHANGE:
                     choose = HINTS.get(node, f"choose the option that has it first, or give +{override.key_or_group}=…")
                     problems.append(f"{override.key_or_group}: {node} is null here; {choose}.")
+                    break
+                if isinstance(given.get(node, value), list) and not part_of_list(parts[depth]):
+                    problems.append(f"{override.key_or_group}: {node} is a list here; give all of it ({node}=[…]).")
                     break
         if problems:
             raise ConfigError("\n".join(problems))
@@ -245,6 +248,11 @@ class Loader(ConfigLoaderImpl):
             for key, value in values.items():
                 if key not in composed or composed[key] != value:
                     config[key] = value
+
+
+def part_of_list(key: str) -> bool:
+    """Return whether a key is the position of an entry."""
+    return key.removeprefix("-").isdecimal()
 
 
 HINTS = {
