@@ -28,7 +28,9 @@ from clip_exp.config.model import ModelConfig, Projection
 DEFAULT_EPOCHS = 30.0
 MAX_LOGARITHM = 10.0  # of a logit scale: a factor of 22,000
 
-Logarithm = Annotated[Float, Field(ge=0, le=MAX_LOGARITHM)]
+Logarithm = Annotated[
+    Float, Field(ge=0, le=MAX_LOGARITHM), must_be(f"between 0 and {MAX_LOGARITHM:g}: it is a natural logarithm")
+]
 Betas = Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], exactly(2)]
 
 
