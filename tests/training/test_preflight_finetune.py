@@ -8,20 +8,20 @@ from tests.compose import train_config
 
 REFUSED = {
     "blocks without freezing": (["finetune.text.unfrozen_blocks=2"], "finetune.text.unfrozen_blocks=2 has no effect"),
-    "negative blocks": (["finetune=lit", "finetune.image.unfrozen_blocks=-1"], "must not be negative"),
+    "negative blocks": (["finetune=lit", "finetune.image.unfrozen_blocks=-1"], "must be at least 0"),
     "a rate of a frozen tower": (
         ["finetune=lit", "finetune.image.lr_factor=0.1"],
         "no effect under finetune.image.freeze",
     ),
-    "no rate": (["finetune.image.lr_factor=0"], "finetune.image.lr_factor=0.0 must be above 0"),
-    "rising rates": (["finetune.text.layer_decay=1.1"], "finetune.text.layer_decay=1.1 must be above 0 and at most 1"),
+    "no rate": (["finetune.image.lr_factor=0"], "finetune.image.lr_factor=0 must be above 0"),
+    "rising rates": (["finetune.text.layer_decay=1.1"], "finetune.text.layer_decay=1.1 must be at most 1"),
     "nothing to train": (["finetune=lit", "finetune.text.freeze=true"], "nothing but the logit scale"),
     "frozen random weights": (["finetune=lit", "pretrained=null"], "random weights in the image tower"),
     "adapters on random weights": (["finetune=lora", "pretrained=null"], "random weights in the text tower"),
     "a probe of random weights": (["finetune=linear_probe", "pretrained=null"], "towers of random weights"),
     "no rank": (["finetune=lora", "finetune.lora.rank=0"], "finetune.lora.rank=0 must be above 0"),
-    "no alpha": (["finetune=lora", "finetune.lora.alpha=0"], "finetune.lora.alpha=0.0 must be above 0"),
-    "all dropped": (["finetune=lora", "finetune.lora.dropout=1"], "finetune.lora.dropout=1.0"),
+    "no alpha": (["finetune=lora", "finetune.lora.alpha=0"], "finetune.lora.alpha=0 must be above 0"),
+    "all dropped": (["finetune=lora", "finetune.lora.dropout=1"], "finetune.lora.dropout=1 must be below 1"),
     "adapters nowhere": (["finetune=lora", "finetune.lora.image=false", "finetune.lora.text=false"], "one tower"),
     "adapters in a frozen tower": (["finetune=lora", "finetune.image.freeze=true"], "exclude each other"),
     "a rate of a tower without adapters": (
@@ -32,7 +32,7 @@ REFUSED = {
         ["finetune=lora", "finetune.linear_probe_steps=3"],
         "lora freezes the projections",
     ),
-    "a negative probe": (["finetune.linear_probe_steps=-1"], "must not be negative"),
+    "a negative probe": (["finetune.linear_probe_steps=-1"], "must be at least 0"),
     "a probe as long as the run": (["finetune.linear_probe_steps=10", "max_steps=10"], "less than the 10 steps"),
     "a probe as long as the epochs": (["finetune.linear_probe_steps=11", "epochs=1"], "less than the 11 steps"),
     "a warm-up that does not fit after the probe": (
