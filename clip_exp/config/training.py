@@ -290,10 +290,12 @@ class TowerTuningConfig(Config):
     freeze: bool = Field(
         False, description="its weights and batch-norm statistics stay as they are (LiT; Zhai et al. 2022)"
     )
-    unfrozen_blocks: Index | None = Field(
+    unfrozen_blocks: Annotated[Index, must_be("at least 0, which trains what follows the blocks")] | None = Field(
         None, description="under `freeze`: the last k blocks and what follows them are trained after all"
     )
-    lr_factor: Positive = Field(1.0, description="learning rate over `optimizer.lr`")
+    lr_factor: Annotated[Positive, must_be("above 0; freeze=true keeps a tower as it is")] = Field(
+        1.0, description="learning rate over `optimizer.lr`"
+    )
     layer_decay: Annotated[Positive, Field(le=1)] = Field(
         1.0, description="a further factor for each step of depth towards the input: layer_decay ** (L + 1 - depth)"
     )

@@ -43,6 +43,16 @@ def test_a_key_below_an_option_is_set_and_below_none_is_refused() -> None:
         train_config("logger.wandb.project=x")
 
 
+@pytest.mark.parametrize(
+    "overrides", [["data.augmentation.scale.low=1"], ["data.train=[{path: a.csv}]", "data.train.filter=x"]]
+)
+def test_a_key_below_a_list_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data\.\S+: data\.\S+ is a list here; give all of it \(data\.\S+=\[…\]\)\.$"
+    ):
+        train_config("data=csv", *overrides)
+
+
 def test_a_mapping_is_given_to_a_node_that_is_null() -> None:
     config = train_config("data=csv", "data.train=x.csv", "++data.generate={kind: shapes}")
     assert config.data.generate is not None

@@ -13,7 +13,7 @@ REFUSED = {
         ["finetune=lit", "finetune.image.lr_factor=0.1"],
         "no effect under finetune.image.freeze",
     ),
-    "no rate": (["finetune.image.lr_factor=0"], "finetune.image.lr_factor=0 must be above 0"),
+    "no rate": (["finetune.image.lr_factor=0"], "finetune.image.lr_factor=0 must be above 0; freeze=true"),
     "rising rates": (["finetune.text.layer_decay=1.1"], "finetune.text.layer_decay=1.1 must be at most 1"),
     "nothing to train": (["finetune=lit", "finetune.text.freeze=true"], "nothing but the logit scale"),
     "frozen random weights": (["finetune=lit", "pretrained=null"], "random weights in the image tower"),
