@@ -1,7 +1,8 @@
 """From a training configuration to the folder of its run and the processes that train in it: none but this for one device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.launch import Opened, Work, launch_work
 from clip_exp.ranks.signals import exit_on_signals
 from clip_exp.runs import RunRecord, lock
-from clip_exp.training.messages import logging_to
+from clip_exp.training.messages import logging_to, shown_and_kept
 from clip_exp.training.opening import open_run
 from clip_exp.training.preflight import check_train, requested_devices
 
@@ -38,7 +39,8 @@ def launch(config: TrainConfig, arguments: list[str], job: "Job | None") -> int:
 
 def train_here(config: TrainConfig, arguments: list[str], job: "Job | None" = None) -> tuple[Path, int]:
     """Train in this process, or in those that it starts; the run's folder and the exit code."""
-    tables = check_train(config, arguments)
+    with shown_and_kept() as messages:
+        tables = check_train(config, arguments)
     nodes = config.trainer.num_nodes or 1
     if nodes > 1 and not started_by_launcher():
         per_node = requested_devices(config).requested or "gpu"
@@ -46,13 +48,27 @@ def train_here(config: TrainConfig, arguments: list[str], job: "Job | None" = No
             f"trainer.num_nodes={nodes}: start the command on every node, for example "
             f"torchrun --nnodes={nodes} --nproc-per-node={per_node} --rdzv-endpoint=<first node>:29500 train.py …"
         )
-    return launch_work(Training(config, arguments, tables, job))
+    return launch_work(Training(config, arguments, tables, job, messages))
 
 
 class Training(Work):
-    """A run, in a folder of its own or one of an earlier run that it continues."""
+    """A run, in a folder of its own or one of an earlier run that it continues.
 
-    def __init__(self, config: TrainConfig, arguments: list[str], tables: RunTables, job: "Job | None") -> None:
+    Args:
+        config, arguments, job: see `launch`.
+        tables: the run's.
+        messages: that were shown while these were opened.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        arguments: list[str],
+        tables: RunTables,
+        job: "Job | None",
+        messages: Sequence[LogRecord] = (),
+    ) -> None:
+        self.messages = messages
         self.config = config
         self.arguments = arguments
         self.tables = tables
@@ -90,7 +106,7 @@ class Training(Work):
         return resolve_accelerator(self.config.trainer.accelerator, "trainer.")
 
     def run(self, folder: Path) -> int:
-        return train_in(folder, self.resolved, self.tables)
+        return train_in(folder, self.resolved, self.tables, self.messages)
 
     def note(self, folder: Path, status: str, **facts: Any) -> None:
         record = RunRecord(folder)
@@ -98,14 +114,20 @@ class Training(Work):
             record.finish(status, **facts)
 
 
-def train_in(folder: Path, config: TrainConfig | None = None, tables: RunTables | None = None) -> int:
+def train_in(
+    folder: Path,
+    config: TrainConfig | None = None,
+    tables: RunTables | None = None,
+    messages: Sequence[LogRecord] = (),
+) -> int:
     """Train in a run folder, or score the finished run, as one rank; return the exit code.
 
     Args:
         config: configuration of the run, where this process has it; None: as the folder's `config.yaml` has it.
         tables: opened tables, where this process has them.
+        messages: that were shown while the tables were opened.
     """
-    with logging_to(folder):
+    with logging_to(folder, messages):
         from clip_exp.training.fit import train  # imports torch
 
         return train(folder, config, tables)

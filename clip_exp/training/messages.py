@@ -7,7 +7,7 @@ standard output. A message logged with `extra=LOG_ONLY` is in `train.log` alone:
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,16 +20,39 @@ LOG_ONLY = {"on_terminal": False}
 
 
 @contextmanager
-def logging_to(folder: Path) -> Iterator[None]:
+def shown_and_kept() -> Iterator[list[logging.LogRecord]]:
+    """Inside, before there is a run folder, rank 0 logs to the terminal and to a list, for `train.log`."""
+    own, kept = logging.getLogger("clip_exp"), _Kept()
+    handlers = [_Terminal(), kept] if is_first_rank() else [logging.NullHandler()]
+    level = own.level
+    own.setLevel(logging.INFO)
+    for handler in handlers:
+        own.addHandler(handler)
+    try:
+        yield kept.records
+    finally:
+        own.setLevel(level)
+        for handler in handlers:
+            own.removeHandler(handler)
+
+
+@contextmanager
+def logging_to(folder: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
     """Inside, rank 0 logs to `train.log` of a run folder and to the terminal, failures of libraries' threads too.
 
     Other ranks log nothing.
+
+    Args:
+        earlier: what the terminal has shown already; the log begins with it.
     """
     root, own = logging.getLogger(), logging.getLogger("clip_exp")
     main = is_first_rank()
     root.setLevel(logging.INFO if main else logging.ERROR)
     logging.captureWarnings(True)
-    added = [(root, _log_file(folder / "train.log")), (own, _Terminal())] if main else [(root, logging.NullHandler())]
+    file = _log_file(folder / "train.log") if main else logging.NullHandler()
+    added = [(root, file), (own, _Terminal())] if main else [(root, file)]
+    for record in earlier:
+        file.handle(record)
     for logger, handler in added:
         logger.addHandler(handler)
     before = threading.excepthook
@@ -90,6 +113,17 @@ class _Terminal(logging.Handler):
                 print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
             else:
                 print(text, flush=True)
+
+
+class _Kept(logging.Handler):
+    """A list of messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 class _Redacting(logging.Formatter):

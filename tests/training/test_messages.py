@@ -12,7 +12,7 @@ import pytest
 
 from clip_exp.training import messages
 from clip_exp.training.callbacks import build_progress
-from clip_exp.training.messages import LOG_ONLY, logging_to
+from clip_exp.training.messages import LOG_ONLY, logging_to, shown_and_kept
 from clip_exp.training.metrics import StepMetrics
 from tests.runs import Finished
 
@@ -44,6 +44,23 @@ def test_messages_are_on_the_terminal_and_in_the_log(tmp_path: Path, capsys, mon
         "WARNING clip_exp.training.messages: writer failed: division by zero",
     ]
     assert "Traceback" in logged
+
+
+def test_what_was_shown_before_there_was_a_folder_begins_its_log_and_is_not_shown_again(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cret-value")
+    with shown_and_kept() as earlier:
+        log.info("%s: its index is made anew", "s3cret-value")
+        log.warning("1 bad row was left out")
+    with logging_to(tmp_path, earlier):
+        log.info("step 1")
+    assert capsys.readouterr() == ("***: its index is made anew\nstep 1\n", "warning: 1 bad row was left out\n")
+    assert [line.split(" ", 2)[2] for line in (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()] == [
+        "INFO clip_exp.training.anything: ***: its index is made anew",
+        "WARNING clip_exp.training.anything: 1 bad row was left out",
+        "INFO clip_exp.training.anything: step 1",
+    ]
 
 
 def test_other_ranks_say_nothing(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
