@@ -20,6 +20,7 @@ from clip_exp.config.base import (
     Unused,
     chosen,
     exactly,
+    must_be,
 )
 from clip_exp.config.data import DataConfig, PairLabel
 from clip_exp.config.evaluation import Devices, Tasks
