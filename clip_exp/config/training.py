@@ -218,6 +218,7 @@ class SchedulerConfig(Config):
             "final_factor",
             lambda scheduler: scheduler.target == "clip_exp.training.schedule.constant",
             "on a constant learning rate",
+            typed_only=True,
         ),
     )
 
