@@ -108,20 +108,18 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
         parse_devices(config.accelerator, config.devices)
     except ConfigError as error:
         errors.append(error)
-    source = None
+    source, wanted = None, config.task
     try:
         source = check_source(config)
     except ClipExpError as error:
         errors.append(error)
-    # What a model that was not found validated on is not known.
-    missing = bool(errors) and source is None
-    wanted = {name: task for name, task in config.task.items() if not (missing and isinstance(task, AutoTaskConfig))}
-    # Weights that are yet to be fetched have no run.
-    run = source.run if source is not None else None
-    tasks, task_errors = (
-        prepare_tasks(wanted, config.output_dir, run, fetch=not errors) if wanted or not config.task else ([], [])
-    )
-    errors += task_errors
+        # What a model that was not found validated on is not known.
+        wanted = {name: task for name, task in wanted.items() if not isinstance(task, AutoTaskConfig)}
+    tasks: list[Task] = []
+    if wanted or not config.task:
+        run = source.run if source is not None else None  # weights that are yet to be fetched have no run
+        tasks, task_errors = prepare_tasks(wanted, config.output_dir, run, fetch=not errors)
+        errors += task_errors
     if errors:
         raise gravest(errors)
     return source or find_source(config), tasks

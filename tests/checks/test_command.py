@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_exp.checks.command import check_data
-from clip_exp.config.commands import CheckDataConfig
+from clip_exp.config.compose import compose
 from tests.checks.planted import plant
 from tests.checks.test_planted import folder_of
-from tests.compose import compose_config
 from tests.conftest import DOOR, Run
 from tests.small_runs import write_picture
 
@@ -90,10 +89,8 @@ def test_other_forms_of_the_same_pairs_are_found_alike(tmp_path: Path, kind: str
     pairs = [(write_picture(tmp_path / f"pictures/{number}.png", number), f"picture {number}") for number in range(4)]
     pairs[3] = (str((tmp_path / "pictures/3.png").rename(tmp_path / "pictures/odd.png")), "picture 3")
     (tmp_path / "pictures/odd.png").write_bytes((tmp_path / "pictures/0.png").read_bytes())
-    config = load_use(
-        compose_config(f"data.train={_written(tmp_path, kind, pairs)}", f"output_dir={tmp_path}/outputs", "num_workers=2", command="check-data"),
-        CheckDataConfig,
-    )  # fmt: skip
+    train = _written(tmp_path, kind, pairs)
+    config = compose("check-data", [f"data.train={train}", f"output_dir={tmp_path}/outputs", "num_workers=2"])
     check_data(config, [])
     split = json.loads((folder_of(config) / "report.json").read_text())["splits"]["train"]
     assert (split["rows"], split["pictures"], split["bad_pictures"]["count"]) == (4, 4, 0)
@@ -122,8 +119,8 @@ def _written(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> str:
 
 def test_flickr8k_is_what_its_readme_says(real_data: Path, tmp_path: Path) -> None:
     flickr = real_data / "flickr8k"
-    overrides = (f"data.train={flickr}/train.csv", f"data.val={flickr}/dev.csv", f"output_dir={tmp_path}")
-    config = compose("check-data", [*overrides])
+    overrides = [f"data.train={flickr}/train.csv", f"data.val={flickr}/dev.csv", f"output_dir={tmp_path}"]
+    config = compose("check-data", overrides)
     assert check_data(config, []) == 0
     report = json.loads((folder_of(config) / "report.json").read_text())
     for name, pictures in (("train", 2000), ("val", 400)):

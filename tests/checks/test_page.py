@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from clip_exp.checks.command import check_data
+from clip_exp.config.compose import compose
 from tests.checks.planted import plant
 from tests.checks.test_planted import config_of, folder_of
 from tests.reports.examples import ATTACK
@@ -28,8 +29,8 @@ def test_an_attackers_caption_and_path_do_nothing(browse: Browse, tmp_path: Path
     picture = write_picture(tmp_path / "it's <b>bold<b>.png", 0)
     quoted = ATTACK.replace('"', '""')
     (tmp_path / "pairs.csv").write_text(f'filepath,title\n"{picture}","{quoted}"\n"{quoted}.png","{quoted}"\n')
-    arguments = (f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1")
-    config = compose("check-data", [*arguments])
+    arguments = [f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1"]
+    config = compose("check-data", arguments)
     check_data(config, [ATTACK])
     opened = browse(folder_of(config) / "report.html")
     assert opened.console == []
@@ -39,7 +40,7 @@ def test_an_attackers_caption_and_path_do_nothing(browse: Browse, tmp_path: Path
 
 def test_a_check_of_nothing_but_bad_pictures_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\n")
-    arguments = (f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1")
-    config = compose("check-data", [*arguments])
+    arguments = [f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1"]
+    config = compose("check-data", arguments)
     check_data(config, [])
     assert "There is no picture that can be used." in (folder_of(config) / "report.html").read_text(encoding="utf-8")

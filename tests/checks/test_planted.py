@@ -9,6 +9,7 @@ import pytest
 
 from clip_exp.checks.command import check_data
 from clip_exp.config.commands import CheckDataConfig
+from clip_exp.config.compose import compose
 from clip_exp.errors import DataError
 from tests.checks.planted import GOOD, Planted, plant
 

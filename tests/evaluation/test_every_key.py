@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from clip_exp.config.base import members
 from clip_exp.config.compose import compose
-from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.evaluation import EvaluateConfig, TaskConfig, TaskKind
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import ClipExpError
 from clip_exp.evaluation.launch import check
 from clip_exp.evaluation.scoring import _load_subject, score
-from clip_exp.evaluation.tasks import CONFIGS
 from clip_exp.models.build import build_model
 from clip_exp.weights.find import hash_weights
 from tests.exhaustive import repeat_beyond
@@ -123,7 +123,7 @@ NOT_THE_RESULT = {
     "model.name": "a label",
     "model.open_clip_name": "the name under which `pretrained` knows tags",
     "model.text.trim": "saves time: the features are the same",
-    **{f"task.{kind}.kind": "the task itself" for kind in CONFIGS},
+    **{f"task.{kind}.kind": "the task itself" for kind in TaskKind},
     **{
         f"task.{at}{key}": reason
         for at in ("zero_shot.", "retrieval.", "knn.", "knn.train.", "linear_probe.", "linear_probe.train.")
@@ -145,7 +145,7 @@ NOT_THE_RESULT = {
 }
 KEYS = [
     *leaf_keys(EvaluateConfig),
-    *(key for kind, cls in CONFIGS.items() for key in leaf_keys(cls, at=f"task.{kind}.")),
+    *(key for model in members(TaskConfig) for key in leaf_keys(model, at=f"task.{model().kind}.")),
 ]
 OF_MODEL = [key for key in leaf_keys(ModelConfig, at="model.") if not explained(key, NOT_THE_RESULT)]
 PROMISED = {

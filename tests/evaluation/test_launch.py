@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -204,7 +203,7 @@ def test_a_broken_picture_stops_by_name_or_is_left_out_and_counted(tmp_path: Pat
     with pytest.raises(DataError, match=r"5\.png: .*on_bad_image=replace"):
         evaluate(strict)
     assert not list(tmp_path.rglob("eval/*.json"))
-    result = evaluate(replace(strict, on_bad_image=OnBadImage.replace))["pairs"]
+    result = evaluate(strict.model_copy(update={"on_bad_image": OnBadImage.replace}))["pairs"]
     kept = [i for i in range(14) if i != 5]
     image = direct_image_features(nano, [tmp_path / f"{i}.png" for i in kept])
     rows = [k for k, i in enumerate(pictures) if i != 5]
@@ -329,7 +328,7 @@ def test_broken_weights_end_in_a_failed_record_without_results(
 def test_workers_and_batches_do_not_change_the_result(tmp_path: Path, run_dir: Path, class_folders: Path):
     task = {"pets": {"kind": "zero_shot", "root": str(class_folders), "templates": "a {}."}}
     alone = evaluate(config(tmp_path, task, run=str(run_dir)))
-    several = evaluate(replace(config(tmp_path, task, run=str(run_dir), batch_size=3), num_workers=2))
+    several = evaluate(config(tmp_path, task, run=str(run_dir), batch_size=3).model_copy(update={"num_workers": 2}))
     assert several["pets"]["metrics"] == alone["pets"]["metrics"]
 
 

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clip_exp.config.base import parse
 from clip_exp.config.data import OnBadImage
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
@@ -19,9 +19,9 @@ from tests.small_runs import write_picture
 
 def config(tmp_path: Path, run: Path, **tasks: dict[str, Any]) -> EvaluateConfig:
     task = {name: {"kind": "zero_shot", **values} for name, values in tasks.items()}
-    return EvaluateConfig(
-        run=str(run), task=task, output_dir=str(tmp_path / "outputs"), accelerator="cpu", num_workers=0
-    )
+    output = str(tmp_path / "outputs")
+    values = {"run": str(run), "task": task, "output_dir": output, "accelerator": "cpu", "num_workers": 0}
+    return parse(EvaluateConfig, values)
 
 
 @pytest.fixture
@@ -147,9 +147,9 @@ def test_an_evaluations_name_is_one_of_a_folder(tmp_path: Path, run_dir: Path, d
     good = config(tmp_path, run_dir, t={"root": str(data / "pets"), "templates": "a {}."})
     for name, told in (("a/b", "plain folder name"), ("x" * 300, "has 300 bytes"), ("a\nb", "plain folder name")):
         with pytest.raises(ConfigError, match=told):
-            check(replace(good, name=name))
+            check(good.model_copy(update={"name": name}))
     with pytest.raises(ConfigError, match=r"a task's name becomes a file's name; .* 200 bytes at most"):
-        check(replace(good, task={"x" * 300: good.task["t"]}))
+        check(good.model_copy(update={"task": {"x" * 300: good.task["t"]}}))
 
 
 def test_a_broken_picture_stops_or_is_counted_by_the_policy_of_training(
@@ -160,7 +160,7 @@ def test_a_broken_picture_stops_or_is_counted_by_the_policy_of_training(
     with pytest.raises(DataError, match=r"cow/2\.png: not a picture\."):
         evaluate(strict)
     assert not (run_dir / "eval").exists()
-    result = evaluate(replace(strict, on_bad_image=OnBadImage.replace))["pets"]
+    result = evaluate(strict.model_copy(update={"on_bad_image": OnBadImage.replace}))["pets"]
     assert (result["protocol"]["pictures"], result["protocol"]["bad_pictures"]) == (3, 1)
     assert "cow/2.png" in result["protocol"]["bad"][0]
     assert list(result["metrics"]) == ["top1", "mean_per_class_recall"]  # in three classes

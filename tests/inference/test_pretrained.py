@@ -1,7 +1,6 @@
 """A model by somebody's weights: in Python and by every command, settled by what the weights tell."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -166,7 +165,9 @@ def test_what_does_not_load_gives_no_model(nano: CLIP, tmp_path: Path) -> None:
 def test_positions_that_are_made_to_fit_are_told(nano: CLIP, tmp_path: Path, caplog) -> None:
     save_file(nano.state_dict(), tmp_path / "nano.safetensors")
     model = named_model("vit_nano")
-    larger = replace(model, image=replace(model.image, image_size=64), text=replace(model.text, context_length=32))
+    image = model.image.model_copy(update={"image_size": 64})
+    text = model.text.model_copy(update={"context_length": 32})
+    larger = model.model_copy(update={"image": image, "text": text})
     load_model(ModelSource(larger, tmp_path / "nano.safetensors"))
     assert "4x4 patches is interpolated to 8x8 (bicubic)" in caplog.text
     assert "the first 32 of the file's 77 positions" in caplog.text
