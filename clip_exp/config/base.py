@@ -50,6 +50,20 @@ def _path_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _typed_text(value: Any) -> Any:
+    return value if value is None or isinstance(value, dict | list) else shown(value)
+
+
+def _typed_item(value: Any) -> Any:
+    return "null" if value is None else _typed_text(value)
+
+
+def _not_float(value: Any) -> Any:
+    if isinstance(value, float):
+        raise PydanticCustomError("text", "must be text: put it in quotes")
+    return value
+
+
 def must_be(what: str) -> WrapValidator:
     """Return an annotation that reports any wrong value of a type in one sentence, where pydantic has one for each member of a union."""
 
@@ -85,7 +99,13 @@ Fraction = Annotated[Float, Field(ge=0, le=1)]
 Proportion = Annotated[Float, Field(ge=0, lt=1)]  # that something is left of
 PathText = Annotated[str, BeforeValidator(_path_text)]
 Paths = Annotated[PathText | list[PathText], must_be("a path, or a list of paths")]
-Texts = Annotated[str | list[str], must_be("a text, or a list of texts")]
+Name = Annotated[str, BeforeValidator(_not_float)]  # 2.50 would be 2.5
+Texts = Annotated[Name | list[Name], must_be("a text, or a list of texts, odd ones in quotes")]
+# Whatever YAML takes for a number, a truth or nothing is a text where it was typed as one.
+TypedTexts = Annotated[
+    Annotated[str, BeforeValidator(_typed_text)] | list[Annotated[str, BeforeValidator(_typed_item)]],
+    must_be("a text, or a list of texts, odd ones in quotes"),
+]
 
 # ------------------------------------------------------------------------------------------------------ base model
 
@@ -322,8 +342,7 @@ def shown(value: Any) -> str:
 
 
 def _idle_keys(config: Config, typed: Collection[str], at: str) -> Iterator[str]:
-    tables = [model.__dict__.get("unused", ()) for model in type(config).__mro__]
-    for unused in (unused for table in tables for unused in table if unused.when(config)):
+    for unused in (unused for unused in config.unused if unused.when(config)):
         for key in unused.keys.split():
             node, _, name = key.rpartition(".")
             parent = attrgetter(node)(config) if node else config

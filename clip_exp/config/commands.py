@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Texts
+from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Texts, TypedTexts
 from clip_exp.config.data import DataConfig, OnBadImage
 from clip_exp.config.evaluation import EvaluateConfig, ModelChoice, SubjectConfig
 from clip_exp.config.model import ModelConfig
@@ -57,8 +57,10 @@ How probable each text is for each picture: softmax over the texts of logit scal
 Class names with templates: labels=names.txt templates=simple. For programs: output=result.csv or format=json."""
 
     images: Paths | None = Field(None, description="file, folder (with the folders in it), glob, or a list of those")
-    texts: Texts | None = Field(None, description="whole texts: [a diagram,a dog]; exactly one of texts and labels")
-    labels: Texts | None = Field(
+    texts: TypedTexts | None = Field(
+        None, description="whole texts: [a diagram,a dog]; exactly one of texts and labels"
+    )
+    labels: TypedTexts | None = Field(
         None, description="class names: a list, a file (text, YAML, JSON), or imagenet (OpenAI's 1,000)"
     )
     templates: Texts | None = Field(
@@ -77,7 +79,7 @@ clip-exp rank 'text=an armchair in the shape of an avocado' images=DIR run=DIR [
 The pictures with the highest cosine with the text, best first: DALL-E kept 32 of 512 this way.
 copy_to=best copies them into a new folder; 'text=[a dog,a cat]' makes two rankings."""
 
-    text: Texts | None = Field(None, description="one text, or a list: each is a ranking of its own")
+    text: TypedTexts | None = Field(None, description="one text, or a list: each is a ranking of its own")
     images: Paths | None = Field(None, description="file, folder (with the folders in it), glob, or a list of those")
     keep: Count | None = Field(32, description="images of a ranking; null: all")
     copy_to: PathText | None = Field(None, description="new folder for copies of them, named in their order")
@@ -106,7 +108,7 @@ clip-exp search index=photos.index image=query.jpg top=20"""
     image_key: str = Field("filepath", description="column of image paths")
     separator: str = Field("auto", description="auto, or one character; tab may be written \\t")
     encoding: str = Field("auto", description="auto, or Python's name of an encoding")
-    text: Texts | None = Field(None, description="text to look for, or a list: each is a search of its own")
+    text: TypedTexts | None = Field(None, description="text to look for, or a list: each is a search of its own")
     image: Paths | None = Field(None, description="image or video to look for, or a list")
     top: Count = Field(10, description="answers")
     frames: Count | None = Field(None, description="frames of a video; null: as the index has it, 8 for a new one")

@@ -12,6 +12,7 @@ from clip_exp.config.base import (
     Count,
     Fraction,
     Index,
+    Name,
     NonNegative,
     Paths,
     PathText,
@@ -35,8 +36,10 @@ class TaskKind(StrEnum):
 
 
 ClassNames = Annotated[
-    str | list[str] | dict[str, str],
-    must_be("labels, the name of a published list, a list, a mapping of label to name, or a file of one of these"),
+    Name | list[Name] | dict[str, Name],
+    must_be(
+        "labels, the name of a published list, a list, a mapping of label to name, or a file of one of these; odd names in quotes"
+    ),
 ]
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -188,6 +191,7 @@ class LinearProbeTaskConfig(LabeledDataConfig):
     seed: Index = Field(0, description="seed of the choice of that fraction")
 
     unused: ClassVar[tuple[Unused, ...]] = (
+        *LabeledDataConfig.unused,
         Unused(
             "val_fraction seed",
             lambda task: task.c is not None and len(task.c) == 1,
@@ -210,6 +214,8 @@ class ImageNetSetConfig(LabeledDataConfig):
 
     classes: ClassNames | None = Field(None, description="see classes of a zero_shot task; null: the set's own")  # type: ignore[assignment]
     templates: Texts | None = Field(None, description="see templates of a zero_shot task; null: the task's")
+
+    unused: ClassVar = ()  # judged when its folder is known, below the task's root: `prepare_robustness`
 
 
 class RobustnessTaskConfig(Config):

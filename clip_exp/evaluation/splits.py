@@ -17,16 +17,9 @@ def prepare_probe(name: str, task: LinearProbeTaskConfig, output_dir: str) -> Pr
     """Find and match the pictures of a linear probe.
 
     Raises:
-        ConfigError: a value cannot work, or the images to score are those to learn from.
+        ConfigError: the images to score are those to learn from.
         DataError: see `match_classes` and `require_division`.
     """
-    where = f"task.{name}"
-    if not 0 < task.val_fraction < 1:
-        raise ConfigError(f"{where}.val_fraction={task.val_fraction} must be between 0 and 1.")
-    if task.max_iter < 1:
-        raise ConfigError(f"{where}.max_iter={task.max_iter} must be above 0.")
-    if task.c is not None and (not task.c or min(task.c) <= 0):
-        raise ConfigError(f"{where}.c={task.c} must be numbers above 0, or null for the CLIP paper's search.")
     train, test, overlap = _prepare(name, task, task.train, output_dir)
     require_division(train.labels, train.class_names, task, name)
     return ProbeTask(name, train, test, task, overlap)
@@ -36,15 +29,12 @@ def prepare_knn(name: str, task: KNNTaskConfig, output_dir: str) -> KNNTask:
     """Find and match the pictures of a k-NN classification.
 
     Raises:
-        ConfigError: a value cannot work, or the images to score are those to learn from.
+        ConfigError: more neighbors than images, or the images to score are those to learn from.
         DataError: see `match_classes`.
     """
-    where = f"task.{name}"
-    if task.temperature <= 0:
-        raise ConfigError(f"{where}.temperature={task.temperature} must be above 0.")
     train, test, overlap = _prepare(name, task, task.train, output_dir)
-    if not 1 <= task.k <= len(train.labels):
-        raise ConfigError(f"{where}.k={task.k} must be between 1 and {len(train.labels)}, the pictures of train.")
+    if task.k > len(train.labels):
+        raise ConfigError(f"task.{name}.k={task.k} must be between 1 and {len(train.labels)}, the pictures of train.")
     return KNNTask(name, train, test, task, overlap)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from clip_exp.config.base import idle_keys
 from clip_exp.config.data import DataConfig
 from clip_exp.config.evaluation import (
     KNNTaskConfig,
@@ -141,6 +142,7 @@ def prepare_robustness(name: str, task: RobustnessTaskConfig, output_dir: str) -
     sets: dict[str, ClassificationTask] = {}
     errors: list[ClipExpError] = []
     for each, config in configure_sets(name, task).items():
+        errors += map(ConfigError, idle_keys(config, (), f"task.{name}.sets.{each}."))
         try:
             sets[each] = prepare_classification(f"{name}.sets.{each}", config, output_dir)
         except ClipExpError as error:

@@ -10,6 +10,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 import clip_exp
+from clip_exp.config.base import parse
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation import knn
@@ -23,7 +24,8 @@ def config(tmp_path: Path, run_dir: Path, values: dict) -> EvaluateConfig:
         "knn": {"kind": "knn", "root": str(tmp_path / "test"), "train": {"root": str(tmp_path / "train")}, **values}
     }
     output = str(tmp_path / "outputs")
-    return EvaluateConfig(task=task, run=str(run_dir), output_dir=output, accelerator="cpu", num_workers=0)
+    whole = {"task": task, "run": str(run_dir), "output_dir": output, "accelerator": "cpu", "num_workers": 0}
+    return parse(EvaluateConfig, whole)
 
 
 def weigh(distances: np.ndarray) -> np.ndarray:
@@ -89,7 +91,7 @@ def test_a_class_that_no_neighbour_is_of_is_no_hit_among_the_best_five(tmp_path:
     ("values", "error", "message"),
     [
         ({"k": 13}, ConfigError, r"task\.knn\.k=13 must be between 1 and 12"),
-        ({"k": 0}, ConfigError, r"k=0 must be between 1 and 12"),
+        ({"k": 0}, ConfigError, r"task\.knn\.k=0 must be above 0"),
         ({"k": 2, "temperature": 0.0}, ConfigError, r"temperature=0\.0 must be above 0"),
         ({"k": 2, "root": "{tmp}/more"}, DataError, "'elk', 'fox' of .*more is no class of"),
         ({"k": 2, "train": {}}, ConfigError, r"task\.knn\.train: give exactly one of root"),

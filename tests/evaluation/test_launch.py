@@ -9,8 +9,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision import transforms
 
+from clip_exp.config.base import parse
 from clip_exp.config.data import DataConfig, OnBadImage
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.names import named_model
@@ -29,7 +31,8 @@ from tests.small_runs import write_checkpoint, write_picture, write_run
 
 
 def config(tmp_path: Path, task: dict, **values) -> EvaluateConfig:
-    return EvaluateConfig(task=task, output_dir=str(tmp_path / "outputs"), accelerator="cpu", num_workers=0, **values)
+    common = {"output_dir": str(tmp_path / "outputs"), "accelerator": "cpu", "num_workers": 0}
+    return parse(EvaluateConfig, {"task": task, **common, **values})
 
 
 def direct_image_features(model: CLIP, paths: list[Path]) -> torch.Tensor:
@@ -254,27 +257,57 @@ def test_a_run_is_scored_at_its_best_checkpoint_if_it_has_a_monitor_else_at_its_
 
 
 def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_path: Path, run_dir: Path):
-    tasks = {
-        "one": {"kind": "zero_shot", "root": str(tmp_path / "absent")},
+    keys = {
         "two": {"kind": "retrieval", "tabel": "pairs.csv"},
         "three": {"kind": "zeroshot"},
-        "four": {"kind": "retrieval", "table": str(tmp_path / "absent.csv")},
-        "auto": {"kind": "auto"},
     }
     with pytest.raises(ConfigError) as caught:
-        evaluate(config(tmp_path, tasks, run=str(run_dir), precision="fp8", batch_size=0))
-    message = str(caught.value)
+        config(tmp_path, keys, run=str(run_dir), precision="fp8", batch_size=0)
     for part in (
         "precision=fp8 must be one of",
         "batch_size=0",
-        f"task.one.root={tmp_path / 'absent'}: no such folder",
-        "task.two.tabel does not exist: did you mean 'table'?",
-        "task.three.kind=zeroshot does not exist: did you mean 'zero_shot'?",
-        f"task.four.table: The table {tmp_path / 'absent.csv'} does not exist",
-        "task.auto: the run has no validation data",
+        "task.two.tabel does not exist: did you mean 'task.two.table'?",
+        "task.two.table has no value",
+        "task.three.kind=zeroshot must be one of",
+        "Did you mean 'zero_shot'?",
     ):
-        assert part in message
+        assert part in str(caught.value)
+    tasks = {
+        "one": {"kind": "zero_shot", "root": str(tmp_path / "absent")},
+        "four": {"kind": "retrieval", "table": str(tmp_path / "absent.csv")},
+        "five": {"kind": "zero_shot", "root": str(tmp_path), "split": "val"},
+        "auto": {"kind": "auto"},
+        "o/ne": {"kind": "auto"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        evaluate(config(tmp_path, tasks, run=str(run_dir), name="a/b", devices=[0, 0]))
+    for part in (
+        "name='a/b' must be",
+        "devices=[0, 0] must be",
+        f"task.one.root={tmp_path / 'absent'}: no such folder",
+        f"task.four.table: The table {tmp_path / 'absent.csv'} does not exist",
+        "task.five.split=val has no effect",
+        "task.auto: the run has no validation data",
+        "task.o/ne: a task's name becomes a file's name",
+    ):
+        assert part in str(caught.value)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Path, run_dir: Path, nano: CLIP):
+    absent = {"kind": "zero_shot", "root": str(tmp_path / "absent")}
+    with pytest.raises(ConfigError) as caught:
+        evaluate(config(tmp_path, {"auto": {"kind": "auto"}, "one": absent}, run="nowhere"))
+    assert "run=nowhere: no such folder" in str(caught.value)
+    assert "task.one.root" in str(caught.value)
+    assert "task.auto" not in str(caught.value)
+    # Of weights that are not read before all else is right it is known that they are no run's.
+    save_file(nano.state_dict(), tmp_path / "nano.safetensors")
+    weights = {"model": named_model("vit_nano"), "pretrained": str(tmp_path / "nano.safetensors")}
+    with pytest.raises(ConfigError) as caught:
+        evaluate(config(tmp_path, {"auto": {"kind": "auto"}}, name="a/b", **weights))
+    assert "name='a/b' must be" in str(caught.value)
+    assert "task.auto scores what a run validated on, but no run is given" in str(caught.value)
 
 
 @pytest.mark.parametrize(

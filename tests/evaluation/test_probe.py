@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from torchvision import models
 
 import clip_exp
+from clip_exp.config.base import parse
 from clip_exp.config.data import OnBadImage
 from clip_exp.config.evaluation import EvaluateConfig, LinearProbeTaskConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
@@ -38,7 +39,8 @@ def config(tmp_path: Path, run_dir: Path, values: dict, **others) -> EvaluateCon
         }
     }
     output = str(tmp_path / "outputs")
-    return EvaluateConfig(task=task, run=str(run_dir), output_dir=output, accelerator="cpu", num_workers=0, **others)
+    whole = {"task": task, "run": str(run_dir), "output_dir": output, "accelerator": "cpu", "num_workers": 0, **others}
+    return parse(EvaluateConfig, whole)
 
 
 @pytest.mark.parametrize("classes", [2, 7])
@@ -207,11 +209,11 @@ def test_broken_pictures_of_both_halves_are_left_out_and_counted(tmp_path: Path,
         ({"train": {"root": "{tmp}/one"}}, DataError, "of one class; there is nothing to learn"),
         ({"train": {"root": "{tmp}/single"}}, DataError, r"'elk' has one picture.*task\.probe\.c=\[10\]"),
         ({"val_fraction": 0.01}, DataError, r"val_fraction=0\.01 of 20 pictures: a part would have fewer"),
-        ({"val_fraction": 1.0}, ConfigError, r"val_fraction=1\.0 must be between 0 and 1"),
-        ({"c": [1.0, -1.0]}, ConfigError, r"c=\[1\.0, -1\.0\] must be numbers above 0"),
-        ({"c": []}, ConfigError, r"c=\[\] must be numbers above 0"),
+        ({"val_fraction": 1.0}, ConfigError, r"task\.probe\.val_fraction=1\.0 must be below 1"),
+        ({"c": [1.0, -1.0]}, ConfigError, r"task\.probe\.c\[1\]=-1\.0 must be above 0"),
+        ({"c": []}, ConfigError, r"task\.probe\.c=\[\] must not be empty"),
         ({"max_iter": 0}, ConfigError, "max_iter=0 must be above 0"),
-        ({"val_fractoin": 0.1}, ConfigError, "did you mean 'val_fraction'"),
+        ({"val_fractoin": 0.1}, ConfigError, "did you mean 'task.probe.val_fraction'"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_told_before_the_model_is_loaded(

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
+from clip_exp.config.base import parse
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.data.images import normalize
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
@@ -81,7 +82,7 @@ def config(tmp_path: Path, run_dir: Path, values: dict, **others) -> EvaluateCon
     task = {"robustness": {"kind": "robustness", "templates": "a {}.", "baseline": "resnet18", **values}}
     output = str(tmp_path / "outputs")
     settings = {"accelerator": "cpu", "num_workers": 0, "output_dir": output, "task": task, **others}
-    return EvaluateConfig(run=str(run_dir), **settings)
+    return parse(EvaluateConfig, {"run": str(run_dir), **settings})
 
 
 def direct_logits(model: torch.nn.Module, paths: list[Path]) -> torch.Tensor:
@@ -137,7 +138,7 @@ def test_sets_are_scored_beside_the_network_as_torchvision_scores_it(
         )
     }
     settings = config(tmp_path, run_dir, values)
-    settings.task.update(alone)
+    settings.task.update(parse(EvaluateConfig, {"task": alone}).task)
     results = evaluate(settings)
     metrics = results["robustness"]["metrics"]
     given = [name for name in SETS if name != "objectnet"]
@@ -299,7 +300,9 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
         (
             {"root": "{tmp}/data", "sets": {"imagenet": "{tmp}/data"}},
             ConfigError,
-            ["must hold the keys of a zero_shot"],
+            [
+                "task.robustness.sets.imagenet={tmp}/data must be a mapping of keys: set them (task.robustness.sets.imagenet."
+            ],
         ),
         (
             {"sets": {"imagenet_x": {}}},
@@ -308,6 +311,14 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
         ),
         ({"sets": dict.fromkeys(SETS)}, ConfigError, ["leaves out every set"]),
         ({"sets": {"imagenet": {"rot": "x"}}}, ConfigError, ["task.robustness.sets.imagenet.rot does not exist"]),
+        (
+            {"root": "{tmp}/data", "sets": {"imagenet": {"ground_truth": "{tmp}/absent.txt", "split": "val"}}},
+            ConfigError,
+            [
+                "data/ImageNet/val holds no pictures itself; a folder per class needs no ground_truth",
+                "task.robustness.sets.imagenet.split=val has no effect without",
+            ],
+        ),
         (
             {"root": "{tmp}/data", "sets": {"imagenet": {"root": "{tmp}/absent"}}},
             ConfigError,

@@ -81,7 +81,8 @@ WRONG = {
         "ground_truth=.* has no effect without flat images",
     ),
     "unknown part": (2, {"generate": {"kind": "digits"}, "split": "test"}, "split=test must be one of train, val"),
-    "table that is a number": (2, {"table": 7}, r"task\.t\.table=7 must be a file"),
+    "table that is a number": (2, {"table": 7}, r"task\.t\.table: The table 7 does not exist"),
+    "table that is a mapping": (2, {"table": {"a": 1}}, r"task\.t\.table must be a path, or a list of paths"),
     "no column": (3, {"table": "table.csv", "label_key": "class"}, "class"),
     "objectnet without mappings": (2, {"root": "objectnet-1.0", "classes": "objectnet"}, "mappings are missing"),
 }

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from clip_exp.api import evaluate, load
 from clip_exp.config.commands import ExportConfig
+from clip_exp.config.compose import compose
 from clip_exp.config.evaluation import SubjectConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
@@ -86,7 +87,9 @@ def test_an_evaluation_says_what_was_mixed_and_leaves_the_run_its_own_scores(tun
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_outside_0_to_1_is_refused(tuned: Path, share: float) -> None:
     with pytest.raises(ConfigError, match=r"from 0 to 1"):
-        find_source(SubjectConfig(run=str(tuned), wise_ft=share))
+        load(tuned, wise_ft=share)
+    with pytest.raises(ConfigError, match=rf"wise_ft={share} must be at (least 0|most 1)\."):
+        compose("evaluate", [f"run={tuned}", f"wise_ft={share}"])
 
 
 def test_a_run_from_random_weights_has_no_start(run_dir: Path) -> None:
