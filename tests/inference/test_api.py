@@ -102,15 +102,16 @@ def test_pictures_and_paths_give_the_same_features(run_dir: Path, tmp_path: Path
     [
         (["model=vit_b23"], "did you mean 'vit_b32'"),
         (["optimzer=sgd"], "did you mean 'optimizer'"),
-        (["data.trian=x"], "did you mean 'train'"),
+        (["data.trian=x"], "did you mean 'data.train'"),
         (["+nothing=1"], "nothing does not exist"),
         (["optimizer=3"], "optimizer=3 is no option"),
         (["model"], "write key=value"),
         (["seed=1,2", "-m"], "a sweep is for the command line"),
         (["--help"], "flags are for the command line"),
+        (["global_batch_size=0", "seed=-1"], r"(?s)seed=-1 must be.*global_batch_size=0 must be"),
         (
-            ["global_batch_size=0", "data=csv", "data.train=absent (1).csv"],
-            r"(?s)global_batch_size=0.*absent \(1\)\.csv",
+            ["max_steps=5", "epochs=3", "data=csv", "data.train=absent (1).csv"],
+            r"(?s)max_steps=5 and epochs=3.*absent \(1\)\.csv",
         ),
     ],
 )

@@ -125,7 +125,11 @@ def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photo
     assert [row["picture"] for row in rows] == [
         str(Path(path).relative_to(photos.parent)) for path, _ in brute_force(clip, photos, "a dog, running (fast)")[:2]
     ]
-    refused = clip_exp_command("rank", "images=absent", "keep=-1")
+    refused = clip_exp_command("rank", "images=absent")
     assert refused.returncode == 2
-    for part in ("keep=-1", "which model?", "absent", "text has no value"):
+    for part in ("which model?", "absent", "text has no value"):
+        assert part in refused.stderr
+    refused = clip_exp_command("rank", "images=absent", "keep=-1", "frames=0")
+    assert refused.returncode == 2
+    for part in ("keep=-1 must be above 0.", "frames=0 must be above 0."):
         assert part in refused.stderr
