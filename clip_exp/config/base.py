@@ -201,6 +201,12 @@ def members(annotation: Any) -> list[type[Config]]:
     return [model for part in get_args(annotation) for model in members(part)]
 
 
+def values_of(annotation: Any) -> Any:
+    """Return the annotation of the values of a field that is a mapping; None: it is none."""
+    mapping = next((part for part in (annotation, *get_args(annotation)) if get_origin(part) is dict), None)
+    return None if mapping is None else get_args(mapping)[1]
+
+
 def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
     """Return the model of a union that values are for: the one whose discriminating field (a `Literal`) has what they have.
 
@@ -249,10 +255,10 @@ def _complete_node(annotation: Any, values: dict[str, Any]) -> None:
     if (model := chosen(models, values) if (models := members(annotation)) else None) is not None:
         complete(model, values)
         return
-    for mapping in (part for part in (annotation, *get_args(annotation)) if get_origin(part) is dict):
+    if (inside := values_of(annotation)) is not None:
         for value in values.values():
             if isinstance(value, dict):
-                _complete_node(get_args(mapping)[1], value)
+                _complete_node(inside, value)
 
 
 # ------------------------------------------------------------------------------------------------------- problems
@@ -493,9 +499,8 @@ def _siblings(model: type[Config], values: Any, path: list[str]) -> tuple[list[s
         node = chosen(models, values) if models and isinstance(values, dict) else None
         inside = annotation if isinstance(values, list) else None
         others = [other for other in models if other is not node]
-        mappings = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is dict]
-        if node is None and mappings:
-            inside = get_args(mappings[0])[1]
+        if node is None and not isinstance(values, list):
+            inside = values_of(annotation)
     return ([] if node is None else _keys(node)), others
 
 

@@ -32,7 +32,19 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from clip_exp.config.base import MISSING, UNKNOWN, Config, chosen, complete, key_of, members, nearest, parse, typed_keys
+from clip_exp.config.base import (
+    MISSING,
+    UNKNOWN,
+    Config,
+    chosen,
+    complete,
+    key_of,
+    members,
+    nearest,
+    parse,
+    typed_keys,
+    values_of,
+)
 from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.files import addresses, conf_dir, options
 from clip_exp.config.names import names, open_clip_field, translate
@@ -401,7 +413,9 @@ def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
     found = {group: repository.get_group_options(group, ObjectType.CONFIG) for group in names}
     groups = "\n".join(f"{group}: {', '.join(sorted(of))}" for group, of in found.items() if of)
     keys = "\n".join(_lines(schema, _container(config), ""))
-    options_of_groups = ["== Options: choose with group=option ==", groups] if command in ("train", "evaluate") else []
+    options_of_groups = (
+        ["== Options: choose with group=option ==", groups] if command in ("train", "evaluate", "check-data") else []
+    )
     return "\n\n".join([schema.usage, *options_of_groups, "== Keys: set with key=value ==", keys, HELP_END])
 
 
@@ -415,15 +429,22 @@ def _lines(model: type[Config], values: dict[str, Any], indent: str) -> Iterator
     """Yield a line of YAML for every key of a model, with its meaning as a comment."""
     for name, field in model.model_fields.items():
         key = key_of(name, field)
-        value = values.get(key)
-        models = members(field.annotation)
-        if models and isinstance(value, dict) and (node := chosen(models, value)) is not None:
-            yield f"{indent}{key}:"
-            yield from _lines(node, value, f"{indent}  ")
-        else:
-            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
-            meaning = f"  # {field.description}" if field.description else ""
-            yield f"{indent}{key}: {text.removesuffix('...' + chr(10)).strip()}{meaning}"
+        yield from _lines_of(field.annotation, key, values.get(key), field.description, indent)
+
+
+def _lines_of(annotation: Any, key: str, value: Any, description: str | None, indent: str) -> Iterator[str]:
+    meaning = f"  # {description}" if description else ""
+    models, inside = members(annotation), values_of(annotation)
+    if models and isinstance(value, dict) and (node := chosen(models, value)) is not None:
+        yield f"{indent}{key}:"
+        yield from _lines(node, value, f"{indent}  ")
+    elif value and isinstance(value, dict) and members(inside):
+        yield f"{indent}{key}:{meaning}"
+        for name, item in value.items():
+            yield from _lines_of(inside, name, item, None, f"{indent}  ")
+    else:
+        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
+        yield f"{indent}{key}: {text.removesuffix('...' + chr(10)).strip()}{meaning}"
 
 
 # ------------------------------------------------------------------------------------------------------ resolvers

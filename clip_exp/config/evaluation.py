@@ -54,7 +54,7 @@ class ModelChoice(Config):
     ckpt: PathText | None = Field(
         None, description="checkpoint, <run folder>/checkpoints/step-000060, or its model.safetensors"
     )
-    model: ModelConfig | None = None
+    model: ModelConfig | None = Field(None, description="model of those weights, by its name: model=vit_b32")
     pretrained: str | None = Field(
         None,
         description="weights for model=…: a tag of `clip-exp models`, hf-hub:org/name, a file or a folder; alone where they name their model",

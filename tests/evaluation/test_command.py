@@ -44,3 +44,15 @@ def test_errors_are_one_message_with_their_exit_code(
     done = refused("evaluate.py", *(override.format(**places) for override in overrides), cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
+
+
+def test_the_help_of_chosen_tasks_has_their_keys_and_meanings(tmp_path: Path, refused: Callable):
+    done = refused(
+        "evaluate.py", "task=[knn,robustness]", "task.robustness.sets.imagenet.root=x", "--help", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "  knn:" in lines
+    assert "    k: 20  # neighbors that vote" in lines
+    assert any(line.startswith("      imagenet:") for line in lines)
+    assert any(line.startswith("        root: x  # folder with one folder of images per class") for line in lines)

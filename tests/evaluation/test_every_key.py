@@ -145,7 +145,11 @@ NOT_THE_RESULT = {
 }
 KEYS = [
     *leaf_keys(EvaluateConfig),
-    *(key for model in members(TaskConfig) for key in leaf_keys(model, at=f"task.{model.model_fields['kind'].default}.")),
+    *(
+        key
+        for model in members(TaskConfig)
+        for key in leaf_keys(model, at=f"task.{model.model_fields['kind'].default}.")
+    ),
 ]
 OF_MODEL = [key for key in leaf_keys(ModelConfig, at="model.") if not explained(key, NOT_THE_RESULT)]
 PROMISED = {
