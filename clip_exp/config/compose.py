@@ -632,10 +632,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _missing_option(error: MissingConfigException) -> str:
     file = error.missing_cfg_file or ""
-    if not error.options:
+    group, _, name = file.rpartition("/")
+    found = error.options or (options(group) if group else [])  # Hydra names none where a list was given
+    if not found:
         return " ".join(str(error).split())
     if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
         name = file.removeprefix("model/")  # which may have a slash: ViT-B/32
-        return f"model={name} does not exist: {nearest(name, {*error.options, *names()})}"
-    group, _, name = file.rpartition("/")
-    return f"{group}={name} does not exist: {nearest(name, error.options)}"
+        return f"model={name} does not exist: {nearest(name, {*found, *names()})}"
+    return f"{group}={name} does not exist: {nearest(name, found)}"

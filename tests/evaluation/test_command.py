@@ -34,6 +34,8 @@ def test_a_run_is_evaluated_from_another_folder(run_dir: Path, class_folders: Pa
         (["task=image_folder", "task.image_folder.root={pictures}"], 2, "which model?"),
         (["run={run}", "task=imagenet", "task.imagenet.root={pictures}"], 3, "'n99999999' is no class of ImageNet-1k"),
         (["run={pictures}", "task=digits"], 4, "is not a run folder"),
+        (["run={run}", "task=[digits,imagnet]"], 2, "task=imagnet does not exist: did you mean 'imagenet'?"),
+        (["run={run}", "task.imagnet.root={pictures}"], 2, "task.imagnet is not chosen: name it in task=[…]"),
     ],
 )
 def test_errors_are_one_message_with_their_exit_code(
