@@ -78,7 +78,14 @@ def read_recipe(path: Path) -> Recipe:
         raise CheckpointError(f"index={path} cannot be used: {reason}. Name another file, or make it anew.") from None
     if values["version"] != VERSION:
         raise CheckpointError(f"index={path} was made by another version of clip_exp: make it anew.")
-    return Recipe(**values)
+    recipe = Recipe(**values)
+    try:
+        parse(ModelConfig, recipe.model, "model.")
+    except ConfigError as error:
+        raise CheckpointError(
+            f"index={path} was made by another version of clip_exp, whose models have other keys: make it anew.\n{error}"
+        ) from None
+    return recipe
 
 
 def agree(path: Path, before: Recipe, wanted: Recipe) -> None:

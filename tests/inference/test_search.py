@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference import indexing
 from clip_exp.inference import pipeline as pipeline
 from clip_exp.inference.features import Encoded
-from clip_exp.inference.index import held, read_entries, read_recipe
+from clip_exp.inference.index import held, read_entries, read_recipe, write_index
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.pipeline import Pipeline
 from clip_exp.inference.search import search
@@ -364,6 +365,14 @@ def test_a_file_that_is_no_index_is_refused(index: Path, tmp_path: Path, run_dir
         read_recipe(index)
     with pytest.raises(CheckpointError, match="no index, or damaged"):
         read_recipe(next(run_dir.glob("checkpoints/*/model.safetensors")))
+
+
+def test_an_index_whose_model_has_other_keys_is_refused_by_name(index: Path):
+    recipe, entries = read_recipe(index), read_entries(index)
+    write_index(index, replace(recipe, model={**recipe.model, "channels": 3}), entries)
+    with pytest.raises(CheckpointError, match=r"photos\.index was made by another version") as caught:
+        search(asked(index, text="a dog"))
+    assert "model.channels does not exist" in str(caught.value)
 
 
 def test_names_that_are_not_utf8_survive(photos: Path, run_dir: Path, clip: Pipeline, tmp_path: Path):
