@@ -118,7 +118,7 @@ def test_towers_of_open_clip(export: Export, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_axes_have_names_and_the_files_no_path_of_this_machine(vit_folder: Path, repository: Path) -> None:
     for name, axes in (("image", ["batch", 3, 32, 32]), ("text", ["batch", "length"])):
         model = onnx.load(vit_folder / f"{name}.onnx")
-        onnx.checker.broken_rules(model)
+        onnx.checker.check_model(model)
         shape = model.graph.input[0].type.tensor_type.shape.dim
         assert [axis.dim_param or axis.dim_value for axis in shape] == axes
         content = (vit_folder / f"{name}.onnx").read_bytes()
