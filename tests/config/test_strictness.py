@@ -21,7 +21,10 @@ REFUSED = {
     "a group without options": (["trainer=default"], "set them (trainer.<key>=…)"),
     "a typo of a group without options": (["trainr=x"], "did you mean 'trainer'"),
     "unknown key with +": (["+data.trian=x"], "did you mean 'data.train'"),
-    "unknown optimizer key": (["optimizer.momentum=0.9"], "optimizer.momentum is a key of optimizer._target_=torch.optim.SGD"),
+    "unknown optimizer key": (
+        ["optimizer.momentum=0.9"],
+        "optimizer.momentum is a key of optimizer._target_=torch.optim.SGD",
+    ),
     "unknown optimizer key with +": (["+optimizer.lrr=1"], "did you mean 'optimizer.lr'"),
     "wrong type": (["seed=abc"], "seed"),
     "wrong type in an optimizer": (["optimizer.lr=fast"], "optimizer.lr"),
