@@ -46,6 +46,7 @@ KINDS = (
 )  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_EVALUATED_BYTES = 256 << 20  # of an image in evaluation and inference
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
 _UNLIKE_FILES = {
     stat.S_IFDIR: "a folder",

@@ -27,6 +27,7 @@ from clip_exp.config.model import ImageTowerConfig, Interpolation, ResizeMode
 from clip_exp.data.files import (
     DAMAGED,
     JPEGS,
+    MAX_EVALUATED_BYTES,
     ON_THEIR_SIDE,
     TOO_LONG,
     BadImage,
@@ -38,7 +39,6 @@ from clip_exp.data.files import (
 )
 from clip_exp.data.randomness import Draws
 
-MAX_EVALUATED_BYTES = 256 << 20
 _WHITE = (255, 255, 255, 255)
 _HAS_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _STRIP_PIXELS = 1 << 20

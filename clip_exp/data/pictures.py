@@ -16,7 +16,17 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from clip_exp.data.files import TOO_MANY_PIXELS, BadImage, ImageLimits, Stored, bad_image, normal_path, stamps
+from clip_exp.data.files import (
+    MAX_EVALUATED_BYTES,
+    TOO_MANY_PIXELS,
+    BadImage,
+    ImageLimits,
+    Stored,
+    bad_image,
+    normal_path,
+    read_file,
+    stamps,
+)
 from clip_exp.data.tables.columns import int32_numpy
 from clip_exp.data.tables.reader import FileStamp
 from clip_exp.data.tables.table import PairTable
@@ -67,9 +77,8 @@ class PictureFiles:
         return len(self.paths)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        from clip_exp.data.images import open_image  # and torch, which finding images does without
-
-        picture = open_image(self.name(index), max_pixels)
+        limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES)
+        picture = _decode(read_file(self.name(index), limits), limits)
         if not self.border:
             return picture
         return picture.crop((self.border, self.border, picture.width - self.border, picture.height - self.border))
@@ -83,6 +92,12 @@ class PictureFiles:
     def fingerprint(self) -> str:
         """Of names, sizes, times of change and samples of the content (`files.stamps`): reading all of it takes as long as encoding."""
         return fingerprint_of([self.stored(index) for index in range(len(self))], f"border {self.border}")
+
+
+def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
+    from clip_exp.data.images import decode  # and torch, which finding images does without
+
+    return decode(data, limits)
 
 
 class TablePictures:
@@ -101,10 +116,8 @@ class TablePictures:
         return len(self.rows)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        from clip_exp.data.images import MAX_EVALUATED_BYTES, decode
-
         limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES, outside_root=self.outside_root)
-        return decode(self.table.read_picture(int(self.rows[index]), limits), limits)
+        return _decode(self.table.read_picture(int(self.rows[index]), limits), limits)
 
     def name(self, index: int) -> str:
         return self.table.image_path(int(self.rows[index]))
