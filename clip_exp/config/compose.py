@@ -56,6 +56,10 @@ MULTIRUN_FLAGS = {"-m", "--multirun"}
 RERUN_FLAG = "--experimental-rerun"
 ALWAYS_CHOSEN = ["model", "data", "loss", "optimizer", "scheduler", "strategy", "logger", "task"]
 ENVIRONMENT = "oc.env"  # name of OmegaConf's resolver
+HELP_END = (
+    "--cfg job shows the composed configuration and runs nothing; --info shows where each file came from; -m runs a sweep.\n"
+    "Documentation: docs/configuration.md; models: clip-exp models; weights that pretrained= takes: docs/weights.md."
+)
 NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 
 # -------------------------------------------------------------------------------------------------- configurations
@@ -237,7 +241,7 @@ class Loader(ConfigLoaderImpl):
                     choose = HINTS.get(node, f"choose the option that has it first, or give +{override.key_or_group}=…")
                     problems.append(f"{override.key_or_group}: {node} is null here; {choose}.")
                     break
-                if isinstance(given.get(node, value), list) and not part_of_list(parts[depth]):
+                if isinstance(given.get(node, value), list) and not _part_of_list(parts[depth]):
                     problems.append(f"{override.key_or_group}: {node} is a list here; give all of it ({node}=[…]).")
                     break
         if problems:
@@ -251,7 +255,7 @@ class Loader(ConfigLoaderImpl):
         for key in self._deleted:
             if not _delete(values, key.split(".")):
                 values[f"~{key}"] = None  # which the schema does not have
-        typed = {override.key_or_group for override in self._overrides}
+        typed = {key for override in self._overrides for key in _given_keys(override.key_or_group, override.value())}
         _leave_other_kind(self.schema, self._composed, values, typed, "")
         complete(self.schema, values)
         with open_dict(config):
@@ -262,7 +266,16 @@ class Loader(ConfigLoaderImpl):
                     config[key] = value
 
 
-def part_of_list(key: str) -> bool:
+def _given_keys(key: str, value: Any) -> Iterator[str]:
+    """Yield the full keys that an override gives values to, whose own value may be a mapping."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _given_keys(f"{key}.{name}", inner)
+    else:
+        yield key
+
+
+def _part_of_list(key: str) -> bool:
     """Return whether a key is the position of an entry."""
     return key.removeprefix("-").isdecimal()
 
@@ -388,13 +401,15 @@ def _show(command: str, hydra: Hydra, name: str, args: Namespace) -> None:
     """Print a configuration; one that would not run is refused, but for values that are still missing."""
     if args.cfg == "job":
         config = hydra.compose_config(name, args.overrides, RunMode.RUN, with_log_configuration=False)
-        with suppress_missing():
+        with _missing_allowed():
             typed_config(command, config, args.overrides)
+        assert isinstance(hydra.config_loader, Loader)
+        hydra.config_loader.keep(config, name, args.overrides)
     hydra.show_cfg(name, args.overrides, cfg_type=args.cfg, package=args.package, resolve=args.resolve)
 
 
 @contextmanager
-def suppress_missing() -> Iterator[None]:
+def _missing_allowed() -> Iterator[None]:
     """Let values pass that are still missing: only other problems are raised."""
     try:
         yield
@@ -417,12 +432,6 @@ def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
         ["== Options: choose with group=option ==", groups] if command in ("train", "evaluate", "check-data") else []
     )
     return "\n\n".join([schema.usage, *options_of_groups, "== Keys: set with key=value ==", keys, HELP_END])
-
-
-HELP_END = (
-    "--cfg job shows the composed configuration and runs nothing; --info shows where each file came from; -m runs a sweep.\n"
-    "Documentation: docs/configuration.md; models: clip-exp models; weights that pretrained= takes: docs/weights.md."
-)
 
 
 def _lines(model: type[Config], values: dict[str, Any], indent: str) -> Iterator[str]:

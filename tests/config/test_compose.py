@@ -70,6 +70,8 @@ def test_another_class_has_its_own_defaults_and_keeps_what_was_typed() -> None:
     assert plain(config) == {
         "_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.5, "momentum": 0.9, "nesterov": False,
     }  # fmt: skip
+    mapping = train_config("optimizer={_target_: torch.optim.SGD, momentum: 0.5}").optimizer
+    assert plain(mapping) == plain(train_config("optimizer=sgd", "optimizer.momentum=0.5").optimizer)
     with pytest.raises(
         ConfigError, match=r"optimizer\.betas is a key of optimizer\._target_=torch\.optim\.AdamW and of"
     ):
