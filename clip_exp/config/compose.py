@@ -46,6 +46,7 @@ from clip_exp.config.base import (
     values_of,
 )
 from clip_exp.config.commands import SCHEMAS
+from clip_exp.config.evaluation import TaskKind
 from clip_exp.config.files import addresses, conf_dir, options
 from clip_exp.config.names import names, open_clip_field, translate
 from clip_exp.errors import ConfigError
@@ -230,7 +231,7 @@ class Loader(ConfigLoaderImpl):
     def _require_nodes(self) -> None:
         """Refuse a key of a node that is null or a list: the option that has it must be chosen first, or the key be given with `+`."""
         given = {override.key_or_group: override.value() for override in self._overrides if not override.is_delete()}
-        problems = []
+        problems = list(_not_chosen(self._composed.get("task"), given))
         for override in self._overrides:
             parts = override.key_or_group.split(".")
             value: Any = self._composed
@@ -278,6 +279,15 @@ def _given_keys(key: str, value: Any) -> Iterator[str]:
 def _part_of_list(key: str) -> bool:
     """Return whether a key is the position of an entry."""
     return key.removeprefix("-").isdecimal()
+
+
+def _not_chosen(tasks: Any, given: dict[str, Any]) -> Iterator[str]:
+    """Yield the tasks that keys are given of, and that are neither chosen nor the user's own."""
+    names = {parts[1] for key in given if len(parts := key.split(".")) > 2 and parts[0] == "task"}
+    for name in sorted(names - set(tasks or ())):
+        if f"task.{name}.kind" not in given and f"task.{name}" not in given:
+            choose = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
+            yield f"task.{name} is not chosen: {choose} A task of your own needs a kind: {', '.join(TaskKind)}."
 
 
 HINTS = {

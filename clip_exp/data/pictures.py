@@ -94,7 +94,7 @@ class PictureFiles:
         return fingerprint_of([self.stored(index) for index in range(len(self))], f"border {self.border}")
 
 
-def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
+def _decode(data: bytearray, limits: ImageLimits) -> Image.Image:
     from clip_exp.data.images import decode  # and torch, which finding images does without
 
     return decode(data, limits)

@@ -125,7 +125,8 @@ def test_the_nearest_key_of_the_whole_tree_is_named() -> None:
         ("++strategy.name=dpp", "strategy.name=dpp must be one of auto, ddp, deepspeed. Did you mean 'ddp'?"),
         ("data.augmentation.scale=[1.0,0.5]", "data.augmentation.scale=[1.0, 0.5] must have the smaller number first."),
         ("data.templates=[]", "data.templates=[] must not be empty."),
-        ("task.imagenet.root=x", "task.imagenet is not chosen: name it in task=[…]."),
+        ("task.imagenet.root=x", "task.imagenet is not chosen: add it to task=[…,imagenet]."),
+        ("task.objectnett.root=x", "task.objectnett is not chosen: did you mean 'objectnet'?"),
         (
             "loss.chunk_size=5",
             "loss.chunk_size is a key of loss.name=sigmoid, which was not chosen: choose that, or leave this out.",
