@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from train_step import load_model_config, make_captions
+from train_step import make_captions
 
+from clip_exp.config.names import named_model
 from clip_exp.losses.softmax import SoftmaxLoss
 from clip_exp.models.build import build_model
 from clip_exp.text.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def measure(batch_size: int, micro_batch_size: int | None, gradients: Path) -> N
     """Print the MB that one step adds, and write its gradients."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    model = build_model(load_model_config("vit_b32"))
+    model = build_model(named_model("vit_b32"))
     image = torch.randn(batch_size, 3, 224, 224)
     tokens = Tokenizer()(make_captions(batch_size, random.Random(0)))
     ids = torch.arange(batch_size)

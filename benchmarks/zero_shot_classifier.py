@@ -15,8 +15,8 @@ from collections.abc import Callable
 import open_clip
 import torch
 from torch import Tensor
-from train_step import load_model_config
 
+from clip_exp.config.names import named_model
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.sets.class_names import imagenet_classes, templates
 from clip_exp.models.build import build_model
@@ -45,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    model = build_model(load_model_config("vit_b32")).eval()
+    model = build_model(named_model("vit_b32")).eval()
     theirs = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32")).eval()
     theirs.load_state_dict(to_open_clip(model.state_dict()))
     model, theirs = model.to(device), theirs.to(device)
