@@ -290,7 +290,8 @@ def parse(model: type[C], values: dict[str, Any], at: str = "", typed: Collectio
     except ValidationError:
         broken = []
     else:
-        broken = [rule for rule in problems(rest, typed, at) if not any(key in rule for key in wrong)]
+        about_wrong = [re.compile(rf"(?<![\w.]){re.escape(key)}(?!\w)") for key in wrong]
+        broken = [rule for rule in problems(rest, typed, at) if not any(key.search(rule) for key in about_wrong)]
     raise ConfigError("\n".join([sentence for _, sentence in found] + broken))
 
 
