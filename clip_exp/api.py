@@ -44,6 +44,7 @@ def load(
     accelerator: str = "auto",
     activation: str | None = None,
     wise_ft: float | None = None,
+    prefix: str | None = None,
 ) -> "Pipeline":
     """A model that is ready to use.
 
@@ -56,6 +57,7 @@ def load(
             folder of weights: ours, open_clip's, OpenAI's, FlagAI's or Hugging Face's.
         accelerator: `auto` (a GPU where there is one), `cpu` or `gpu`.
         activation: `gelu`, `quick_gelu` or `gelu_tanh`, for weights that do not tell which they were trained with.
+        prefix: which weights of a trainer's file, where several fit the model: `pretrained_prefix` in docs/weights.md.
         wise_ft: share of a fine-tuned run's weights, 0 to 1; the rest is from what it started from (docs/finetuning.md).
     Raises:
         ConfigError: no such model, tag, file or folder; the weights were trained with another activation.
@@ -67,7 +69,7 @@ def load(
     check_accelerator(accelerator)
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
-    found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None), wise_ft)
+    found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
     from clip_exp.inference.pipeline import load_pipeline  # imports torch
 
     return load_pipeline(found, accelerator)
@@ -119,22 +121,24 @@ def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
         raise KeyboardInterrupt(str(stopped)) from stopped
 
 
-def _source(source: str, pretrained: str | Path | None, activation: Activation | None) -> ModelSource:
+def _source(
+    source: str, pretrained: str | Path | None, activation: Activation | None, prefix: str | None
+) -> ModelSource:
     path = Path(source).expanduser()
     if pretrained is not None:
         if path.exists() and resolve(source) is None:
             raise ConfigError(
                 f"{source} has its own weights: leave out pretrained={pretrained}, or give a model's name."
             )
-        return source_of_file(named_model(source), pretrained, activation)
+        return source_of_file(named_model(source), pretrained, activation, prefix)
     if path.is_file():
-        found = source_of_weights(path, activation)
+        found = source_of_weights(path, activation, prefix)
     elif (path / CONFIG).is_file() or was_saved(path):
         found = source_of_run(path)
     elif path.is_dir() and STEP.search(path.resolve().name):
         found = source_of_checkpoint(path)
     elif path.is_dir() or source.startswith(HUB):
-        found = source_of_file(None, source, activation)
+        found = source_of_file(None, source, activation, prefix)
     else:
         raise ConfigError(_needs_weights(source))
     return (

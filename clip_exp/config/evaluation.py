@@ -59,10 +59,18 @@ class ModelChoice(Config):
         None,
         description="weights for model=…: a tag of `clip-exp models`, hf-hub:org/name, a file or a folder; alone where they name their model",
     )
+    pretrained_prefix: str | None = Field(
+        None,
+        description="which weights of the file, where several fit the model, such as a student and a teacher: a key of the file, a prefix of names, or both with a dot between them",
+    )
     ema: bool = Field(False, description="the averaged weights of the checkpoint instead of the raw ones")
     wise_ft: Fraction | None = Field(
         None,
         description="fraction of the run's weights, the rest from what it started from (Wortsman et al. 2022); null: all",
+    )
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused("pretrained_prefix", lambda c: c.pretrained is None, "without pretrained"),
     )
 
 
@@ -286,6 +294,7 @@ Which model: run=DIR, or ckpt=PATH, or model=… pretrained=…; what to score i
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
+        *SubjectConfig.unused,
         Unused(
             "model.dropout model.image.patch_dropout model.image.pretrained model.text.pretrained",
             lambda c: c.model is not None,

@@ -455,6 +455,10 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
         None,
         description="weights to start from: a tag of `clip-exp models`, hf-hub:org/name, a file, a folder, or a run",
     )
+    pretrained_prefix: str | None = Field(
+        None,
+        description="which weights of the file, where several fit the model, such as a student and a teacher: a key of the file, a prefix of names, or both with a dot between them",
+    )
     max_steps: Count | None = Field(
         None, description="optimizer steps; exactly one of max_steps and epochs (neither: epochs=30)"
     )
@@ -489,6 +493,7 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
+        Unused("pretrained_prefix", lambda c: c.pretrained is None, "without pretrained"),
         Unused(
             "loss.init_logit_scale",
             lambda c: c.pretrained is not None,

@@ -91,7 +91,7 @@ class Evaluation(Work):
 
 
 def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tuple[ModelSource, list[Task]]:
-    """Find the model and the data of an evaluation, without torch. Weights are fetched last, when all else is right.
+    """Find the model and the data of an evaluation, without torch. Weights are fetched and fitted last, when all else is right.
 
     Args:
         arguments: of the command line, whose keys must have an effect; None: that has been checked, and the weights have since
@@ -122,7 +122,12 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
         errors += task_errors
     if errors:
         raise gravest(errors)
-    return source or find_source(config), tasks
+    source = source or find_source(config)
+    if arguments is not None and source.told is not None:
+        from clip_exp.weights.fit import check_weights  # imports torch
+
+        check_weights(source.weights, source.model, source.prefix)
+    return source, tasks
 
 
 def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:

@@ -40,12 +40,13 @@ class Recipe:
     frames: int  # of a video
     version: int = VERSION
     mix: dict[str, Any] | None = None  # with what the weights were mixed
+    prefix: str | None = None  # which of the file's weights
 
     @property
     def source(self) -> ModelSource:
         """The model that made the index."""
         model = parse(ModelConfig, self.model, "model.")
-        return ModelSource(model, Path(self.weights), mix=Mix(**self.mix) if self.mix else None)
+        return ModelSource(model, Path(self.weights), mix=Mix(**self.mix) if self.mix else None, prefix=self.prefix)
 
 
 class Entries(NamedTuple):
@@ -61,7 +62,8 @@ class Entries(NamedTuple):
 def recipe_of(source: ModelSource, precision: str, frames: int) -> Recipe:
     """What an index of a model is made with; may read the weights for their hash."""
     mix = asdict(source.mix) if source.mix else None
-    return Recipe(source.sha256(), str(source.weights.resolve()), plain(source.model), precision, frames, mix=mix)
+    weights = str(source.weights.resolve())
+    return Recipe(source.sha256(), weights, plain(source.model), precision, frames, mix=mix, prefix=source.prefix)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -17,7 +17,7 @@ from clip_exp.inference.outputs import check_output, number, write
 from clip_exp.inference.rank import ranking_report
 from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
-from clip_exp.weights.find import hash_weights
+from clip_exp.weights.find import hash_part, hash_weights
 
 
 class SearchRequest(NamedTuple):
@@ -184,7 +184,7 @@ def _check_weights(path: Path, recipe: Recipe) -> None:
             f"index={path} was made by {recipe.model['name']} with {weights}, which is gone: "
             "name the same weights where they are now (run=DIR, ckpt=PATH, or model=NAME pretrained=FILE)."
         )
-    now, mix = hash_weights(weights), recipe.source.mix
+    now, mix = hash_part(hash_weights(weights), recipe.prefix), recipe.source.mix
     if mix is not None:
         mix.check()
         now = mix.sha256(now)

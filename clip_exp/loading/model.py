@@ -3,13 +3,15 @@
 import logging
 
 import torch
+from torch import nn
 
 from clip_exp.loading.source import ModelSource
 from clip_exp.loading.wise_ft import interpolate
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.fit import fit_weights
-from clip_exp.weights.read import read_weights
+from clip_exp.weights.fit import fit_weights, load_weights
+from clip_exp.weights.read import find_model_weights
+from clip_exp.weights.search import BIAS
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +22,14 @@ def load_model(source: ModelSource, device: torch.device | str = "cpu") -> CLIP:
     Raises:
         CheckpointError: the file cannot be read, or holds another model's weights.
     """
-    state = read_weights(source.weights, source.model)
-    model = build_model(source.model, init_logit_bias=0.0 if "logit_bias" in state else None)
-    for note in fit_weights(model, state, str(source.weights)):
+    model = build_model(source.model)
+    weights = find_model_weights(source.weights, source.model, model.state_dict(), source.prefix)
+    if BIAS in weights.state:
+        model.logit_bias = nn.Parameter(torch.zeros(1))
+    for note in filter(None, (weights.note, *fit_weights(model, weights.state, weights.source))):
         log.warning(note)
     if source.mix is not None:
         tuned = {name: value.clone() for name, value in model.state_dict().items()}
-        fit_weights(model, read_weights(source.mix.start, source.model), source.mix.start)
+        load_weights(model, source.mix.start, source.model, source.mix.prefix)
         model.load_state_dict(interpolate(model.state_dict(), tuned, source.mix.share))
     return model.to(device).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.wise_ft import Mix, mix_of
 from clip_exp.runs import CONFIG, run_config, with_saved_tokenizer
-from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
+from clip_exp.weights.find import check_pretrained, find_weights, hash_part, hash_weights
 from clip_exp.weights.settle import note_architecture, settle
 
 NO_START = "wise_ft needs a run or its checkpoint: other weights do not tell what they started from."
@@ -29,6 +29,7 @@ class ModelSource:
     step: int | None = None  # completed optimizer steps, where the folder of the weights tells
     told: str | None = None  # what `pretrained` was found to be
     mix: Mix | None = None  # with what the weights are mixed
+    prefix: str | None = None  # `pretrained_prefix`: which of the file's weights
 
     @property
     def ema(self) -> bool:
@@ -43,6 +44,7 @@ class ModelSource:
         folder = self.weights.parent
         recorded = read_manifest(folder).files if (folder / MANIFEST).is_file() else {}
         own = recorded[self.weights.name].sha256 if self.weights.name in recorded else hash_weights(self.weights)
+        own = hash_part(own, self.prefix)
         return own if self.mix is None else self.mix.sha256(own)
 
 
@@ -55,7 +57,7 @@ def find_source(config: ModelChoice) -> ModelSource:
         ConfigError: none of the three or several; a path or a tag that does not exist; a model that the weights contradict.
         CheckpointError: a run without a usable checkpoint, damaged weights, or weights that cannot be fetched.
     """
-    return check_source(config) or source_of_file(config.model, str(config.pretrained))
+    return check_source(config) or source_of_file(config.model, str(config.pretrained), prefix=config.pretrained_prefix)
 
 
 def check_source(config: ModelChoice) -> ModelSource | None:
@@ -134,13 +136,17 @@ def source_of_checkpoint(path: Path, ema: bool = False) -> ModelSource:
 
 
 def source_of_file(
-    model: ModelConfig | None, pretrained: str | Path, activation: Activation | None = None
+    model: ModelConfig | None,
+    pretrained: str | Path,
+    activation: Activation | None = None,
+    prefix: str | None = None,
 ) -> ModelSource:
     """Weights by a file, a folder, a tag or a name on the hub; the model's configuration settled by them.
 
     Args:
         model: None where the weights tell it: a folder of Hugging Face's or open_clip's, an export of clip_exp's, a run.
         activation: in place of the configuration's.
+        prefix: `pretrained_prefix`, where several weights in the file fit.
     Raises:
         ConfigError: see `find_weights` and `settle`; or nothing tells which model the weights are of.
         CheckpointError: the weights cannot be fetched, or are damaged.
@@ -156,10 +162,10 @@ def source_of_file(
         )
     model = model.model_copy(update={"activation": activation or model.activation})
     model = note_architecture(settle(model, found), str(pretrained))
-    return ModelSource(model, found.path, told=found.told)
+    return ModelSource(model, found.path, told=found.told, prefix=prefix)
 
 
-def source_of_weights(path: Path, activation: Activation | None = None) -> ModelSource:
+def source_of_weights(path: Path, activation: Activation | None = None, prefix: str | None = None) -> ModelSource:
     """A weights file that lies in a run folder's checkpoint, beside the `config.yaml` of its run, or that tells its model.
 
     Raises:
@@ -171,7 +177,7 @@ def source_of_weights(path: Path, activation: Activation | None = None) -> Model
         return ModelSource(with_saved_tokenizer(run.model, folder), path, run)
     if path.name in (WEIGHTS, EMA_WEIGHTS) and (folder.parents[1] / CONFIG).is_file():
         return source_of_checkpoint(path)
-    return source_of_file(None, path, activation)
+    return source_of_file(None, path, activation, prefix)
 
 
 def mixed(source: ModelSource, share: float | None) -> ModelSource:

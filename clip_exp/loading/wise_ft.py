@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.runs import read_record
-from clip_exp.weights.find import hash_weights
+from clip_exp.weights.find import hash_part, hash_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,10 +21,12 @@ class Mix:
     share: float  # 0: the start, 1: the run
     start: str  # file or folder of its weights
     start_sha256: str
+    prefix: str | None = None  # `pretrained_prefix` of the run
 
     def sha256(self, weights_sha256: str) -> str:
         """A hash that stands for the mixture, from that of the run's weights."""
-        return hashlib.sha256(f"{weights_sha256} {self.start_sha256} {self.share!r}".encode()).hexdigest()
+        start = hash_part(self.start_sha256, self.prefix)
+        return hashlib.sha256(f"{weights_sha256} {start} {self.share!r}".encode()).hexdigest()
 
     def check(self) -> None:
         """See that the start is what it was.
@@ -54,7 +56,7 @@ def mix_of(run_dir: Path, share: float) -> Mix:
             f"wise_ft={share:g} goes between a run and the weights that it started from, and {run_dir} started from none: "
             "its run.json has no `pretrained`. Leave wise_ft out."
         )
-    mix = Mix(share, start["path"], start["sha256"])
+    mix = Mix(share, start["path"], start["sha256"], start.get("prefix"))
     mix.check()
     return mix
 

@@ -189,7 +189,8 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
     )
     model = group.main_first(build) if begins and config.model.own_towers else build()
     if config.pretrained is not None and not resumes:
-        for note in load_weights(model, start_weights(config, RunRecord(run_dir).values), config.model):
+        start = start_weights(config, RunRecord(run_dir).values)
+        for note in load_weights(model, start, config.model, config.pretrained_prefix):
             log.info(note)
     if not resumes:
         _limit_logit_scale(model, loss)

@@ -441,7 +441,11 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
             "path": str(path),
             "sha256": request.weights_sha256 or hash_weights(path),
             "format": found.about.format,
+            **({} if config.pretrained_prefix is None else {"prefix": config.pretrained_prefix}),
         }
+        from clip_exp.weights.fit import check_weights  # imports torch
+
+        check_weights(path, model, config.pretrained_prefix)
     check_tokenizer(model)
     settled = config.model_copy(update={"model": model})
     unused = newest([run for run in runs if not run.saved and is_free(run.folder)])

@@ -107,6 +107,11 @@ def hash_weights(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def hash_part(sha256: str, prefix: str | None) -> str:
+    """Return a hash of the weights below `pretrained_prefix` in a file, from the file's; None: that of the file."""
+    return sha256 if prefix is None else hashlib.sha256(f"{sha256} {prefix}".encode()).hexdigest()
+
+
 def _place(pretrained: str) -> Path | None:
     """The file or folder of that name; None where there is none, or none could be."""
     try:

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from clip_exp.config.model import ImageTower, ModelConfig
 from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError
-from clip_exp.weights.read import listing, read_weights
+from clip_exp.models.build import build_model
+from clip_exp.weights.read import find_model_weights
+from clip_exp.weights.search import BIAS, POSITIONS, listing
 
-BIAS = "logit_bias"
 # Narrower ones go with a scale that is elsewhere.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-POSITIONS = ("positional_embedding", "pos_embed")  # ours and open_clip's, and timm's
 TEXT_POSITIONS = "text.positional_embedding"
 BLOCK_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
 INPUT_SIZES = {"image.image_size", "text.context_length"}  # a model may have been made for several
@@ -28,19 +28,35 @@ IMAGE_POSITIONS = ("image.positional_embedding", "image.pool.positional_embeddin
 RESNET_STRIDE = 32  # pixels a side of what one position of a ResNet's last feature map stands for
 
 
-def load_weights(model: nn.Module, path: str | Path, config: ModelConfig | None = None) -> list[str]:
+def load_weights(
+    model: nn.Module, path: str | Path, config: ModelConfig | None = None, prefix: str | None = None
+) -> list[str]:
     """Copy a file's weights into `model`, all of them or none.
 
     Args:
-        config: of the model; see `read_weights`.
+        config, prefix: see `find_model_weights`.
 
     Returns:
-        As `fit_weights`.
+        A sentence about each weight that was changed to fit, and about what else the file holds.
 
     Raises:
-        CheckpointError: as `read_weights` and `fit_weights`.
+        CheckpointError: as `find_model_weights` and `fit_weights`.
     """
-    return fit_weights(model, read_weights(path, config), str(path))
+    weights = find_model_weights(path, config, model.state_dict(), prefix)
+    notes = fit_weights(model, weights.state, weights.source)
+    return notes if weights.note is None else [weights.note, *notes]
+
+
+def check_weights(path: str | Path, config: ModelConfig, prefix: str | None = None) -> None:
+    """Refuse a file whose names or shapes do not fit the model. Neither takes memory.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    weights = find_model_weights(path, config, model.state_dict(), prefix, numbers=False)
+    _fitted(model, weights.state, weights.source)
 
 
 def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
@@ -60,11 +76,7 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> list
         CheckpointError: the names or shapes of the weights and of the model differ, or a weight is not finite.
     """
     own = model.state_dict()
-    fitted, notes = fit_positions(state, own, causal_text=getattr(model, "shares_prefixes", False))
-    fitted, notes = _fit_bias(fitted, own, notes)
-    if problems := list(_problems(fitted, own)):
-        hints = _hints(state, own)
-        raise CheckpointError("\n".join([f"{source}: does not fit the model.", *problems, *hints]))
+    fitted, notes = _fitted(model, state, source)
     if wild := [name for name, tensor in fitted.items() if not torch.isfinite(tensor.to(own[name].dtype)).all()]:
         raise CheckpointError(
             f"{source}: has values that are not finite (NaN or infinite) in {listing(wild)}. The file is damaged or its "
@@ -72,6 +84,16 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> list
         )
     model.load_state_dict(fitted)
     return notes
+
+
+def _fitted(model: nn.Module, state: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+    own = model.state_dict()
+    fitted, notes = fit_positions(state, own, causal_text=getattr(model, "shares_prefixes", False))
+    fitted, notes = _fit_bias(fitted, own, notes)
+    if problems := list(_problems(fitted, own)):
+        hints = _hints(state, own)
+        raise CheckpointError("\n".join([f"{source}: does not fit the model.", *problems, *hints]))
+    return fitted, notes
 
 
 def _fit_bias(
@@ -184,6 +206,9 @@ def _hints(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
             f"  {TEXT_POSITIONS}: no position was trained beyond the file's {theirs['text.context_length']}, and a text tower that is "
             f"not causal needs all of them: set model.text.context_length={theirs['text.context_length']}."
         )
+    if not hints and theirs == ours and own.keys() - state.keys():
+        there = len(own.keys() & state.keys())
+        return [f"  it has {there} of the model's {len(own)} weights, of the same sizes: it is not complete."]
     return hints or ["  choose the `model` that the weights were trained as."]
 
 

@@ -63,19 +63,39 @@ def weight_files(path: Path) -> list[Path]:
     """The files that hold a model's weights: one, or the parts of a large one.
 
     Args:
-        path: a file, the index of a model in parts, or a folder as Hugging Face and open_clip write them.
+        path: a file, the index of a model in parts, or a folder as Hugging Face, open_clip and DeepSpeed write them.
 
     Raises:
-        CheckpointError: there is none, or a part is missing.
+        CheckpointError: there is none, or a part is missing, or the weights are in DeepSpeed's shards.
     """
     if path.is_dir():
-        found = next((path / name for name in IN_FOLDER if (path / name).is_file()), None)
+        found = next((path / name for name in IN_FOLDER if (path / name).is_file()), None) or _of_deepspeed(path)
         if found is None:
-            raise CheckpointError(f"{path}: no weights in this folder. It needs one of {', '.join(IN_FOLDER)}.")
+            raise CheckpointError(
+                f"{path}: no weights in this folder. It needs one of {', '.join(IN_FOLDER)}, or a checkpoint of DeepSpeed's."
+            )
         path = found
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file of weights. Give a .safetensors, .pt or .bin file, or a folder.")
     return _parts(path) if path.name.endswith(INDEX) else [path]
+
+
+def _of_deepspeed(folder: Path) -> Path | None:
+    """Return the file of the whole weights in the folder that `latest` names, or in this one."""
+    latest = folder / "latest"
+    name = latest.read_bytes()[:255].decode("utf-8", "replace").strip() if latest.is_file() else ""
+    checkpoint = folder / name if name.isprintable() and Path(name).name == name else folder
+    files = sorted(path for path in checkpoint.glob("*mp_rank_*_model_states.pt") if path.is_file())
+    if any(file.name.startswith("zero_pp_rank_") for file in files):
+        raise CheckpointError(
+            f"{folder}: shards of DeepSpeed's ZeRO-3, none of which has whole weights. Put them together with the script that DeepSpeed "
+            f"wrote there (python {folder / 'zero_to_fp32.py'} {folder} OUTPUT), and give its output."
+        )
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder}: a model that DeepSpeed split over {len(files)} ranks, whose parts are not put together here."
+        )
+    return files[0] if files else None
 
 
 def part_names(index: Path) -> list[str]:

@@ -112,11 +112,29 @@ KEY_VALUE = ("visual.trunk.attn_pool.kv.", ("visual.trunk.attn_pool.k.", "visual
 # Stored in some files, but no weights: OpenAI's three numbers, and constants of early versions of open_clip and transformers.
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
 DECODER = "text_decoder."  # CoCa's, which is in neither tower
+# The layouts that are read, each by the part below which it has its image tower, with the first parts of all its names.
+BOTH = {"logit_scale", "logit_bias"}
+LAYOUTS = {
+    "image": BOTH | {"image", "text"},
+    "visual": BOTH
+    | NOT_WEIGHTS
+    | {"visual", "text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"}
+    | {"text_decoder"},
+    "vision_model": BOTH | {"vision_model", "text_model", "visual_projection", "text_projection"},
+}
 
 
-def is_open_clip(state: dict[str, Tensor]) -> bool:
-    """Whether the names are those of a model of open_clip, `module.` before them or not."""
-    return any(name.removeprefix("module.").startswith("visual.") for name in state)
+def to_ours(layout: str | None, state: dict[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
+    """Return the state dict under our names.
+
+    Args:
+        layout: one of LAYOUTS; None: no model's.
+        config: of the model that the weights are for. It counts for towers of other libraries, whose names it must tell; towers of
+            ours are told by the weights' names.
+    """
+    if layout == "visual":
+        return from_open_clip(state, config if config is not None and config.has_foreign_tower else None)
+    return from_huggingface(state) if layout == "vision_model" else state
 
 
 def to_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
@@ -152,10 +170,8 @@ def from_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) 
     """Our state dict from that of a model of open_clip; names that it does not know pass through.
 
     Args:
-        state: names may begin with `module.`, as DistributedDataParallel leaves them.
         config: of our model; without one, the names tell which of our towers have these weights.
     """
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     image = config.image.kind if config else _their_image_tower(state)
     text = config.text.kind if config else _their_text_tower(state)
     if image is ImageTower.siglip:
@@ -270,13 +286,6 @@ TRANSFORMERS_TIMM_BLOCK = [
 ATTENTION = (".self_attn.qkv.", tuple(f".self_attn.{letter}_proj." for letter in "qkv"))
 # Its queries come from a learned token, so timm projects them apart from keys and values.
 POOL = "visual.trunk.attn_pool."
-
-
-def is_huggingface(state: dict[str, Tensor]) -> bool:
-    """Whether the names are those of transformers' CLIPModel or SiglipModel."""
-    return any(name.startswith("vision_model.") for name in state) and any(
-        name.startswith("text_model.") for name in state
-    )
 
 
 def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:

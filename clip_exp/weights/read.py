@@ -2,9 +2,9 @@
 
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -14,61 +14,98 @@ from torch import Tensor
 from clip_exp.config.model import ModelConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.weights.inspect import Format, format_of, weight_files
-from clip_exp.weights.names import from_huggingface, from_open_clip, is_huggingface, is_open_clip
+from clip_exp.weights.names import to_ours
+from clip_exp.weights.search import KEY, listing, search
 from clip_exp.weights.torchscript import read_torchscript
 
-# Where trainers put the weights, beside an epoch, an optimizer and the like: open_clip and Lightning, DeepSpeed and FlagAI, others.
-NESTS = ("state_dict", "module", "model")
-# What wrappers put before every name: DistributedDataParallel, torch.compile, a LightningModule's attribute.
-PREFIXES = ("module.", "_orig_mod.", "model.")
+
+class _Ignored:
+    """What a pickle gets in place of a number or an array of numpy: nothing of numpy runs, and no model needs them."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+NUMPY = [
+    *(f"numpy.{module}.multiarray.{name}" for module in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+]
+
+
+class Weights(NamedTuple):
+    """A model's weights out of a file."""
+
+    state: dict[str, Tensor]  # under our names
+    source: str  # where they are, for messages
+    note: str | None  # on what else the file holds
 
 
 def read_weights(path: str | Path, config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """The weights of a file or folder under our names, on the CPU, in the file's dtype.
+    """Return the weights of any model, under our names; see `find_model_weights`."""
+    return find_model_weights(path, config).state
+
+
+def find_model_weights(
+    path: str | Path,
+    config: ModelConfig | None = None,
+    own: Mapping[str, Tensor] | None = None,
+    prefix: str | None = None,
+    *,
+    numbers: bool = True,
+) -> Weights:
+    """Find the model's weights in a file or folder, on the CPU, in the file's dtype.
 
     Args:
-        path: `.safetensors`, what `torch.save` wrote (`.pt`, `.bin`), or a TorchScript archive such as OpenAI's; a folder
-            as Hugging Face's and open_clip's `save_pretrained` write, also in parts. Names are ours, or those of
-            open_clip, OpenAI, FlagAI, or transformers' CLIPModel and SiglipModel. A trainer's file may nest them under
-            `state_dict`, `module` or `model`; its averaged weights are not read.
-        config: of the model that they are for. It counts for towers of other libraries, whose names it must tell; towers of
-            ours are told by the weights' names.
+        path: `.safetensors`, what `torch.save` wrote (`.pt`, `.bin`, `.ckpt`), or a TorchScript archive such as OpenAI's; a folder
+            as Hugging Face's and open_clip's `save_pretrained`, or DeepSpeed, write, also in parts. Names are ours, or those of
+            open_clip, OpenAI, FlagAI, or transformers' CLIPModel and SiglipModel; for where in the file they are see `search`.
+        config: of the model that they are for, see `to_ours`.
+        own: state dict of that model; None: any with both towers.
+        prefix: `pretrained_prefix`, where several fit.
+        numbers: False: names and shapes alone, without memory.
 
     Raises:
-        CheckpointError: no such file, not readable, or it holds something other than weights.
+        CheckpointError: no such file, not readable, or it holds something other than weights; see `search`.
     """
-    state: dict[str, Tensor] = {}
-    for file in weight_files(Path(path).expanduser()):
-        state |= _read(file)
+    path = Path(path).expanduser()
+    content: dict[Any, Any] = {}
+    for file in weight_files(path):
+        content |= _read(file, numbers)
+    if not content:
+        raise CheckpointError(f"{path}: holds no weights. Fetch or write it again.")
+    place, averaged = search(content, path, own, config, prefix)
+    if wrong := [name for name, tensor in place.weights.items() if not _dense(tensor, numbers)]:
+        raise CheckpointError(
+            f"{path}: holds sparse, nested or quantized tensors, which no model here takes: {listing(wrong)}"
+        )
+    source = f"{path} ({listing([place.label])})" if place.label else str(path)
+    left = place.left_over(content)
+    note = f"{source}: not read, since no weights of the model: {listing(left)}." if left else None
+    if averaged:
+        note = f"{note} An averaged copy is read by {KEY}={listing(averaged)}."
     try:
-        return _under_our_names(state, config)
+        return Weights(to_ours(place.layout, place.weights, config), source, note)
     except (RuntimeError, ValueError, IndexError) as error:  # a reshape that a weight does not allow
         raise CheckpointError(f"{path}: holds weights of shapes that their names do not have ({error}).") from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, numbers: bool) -> dict[Any, Any]:
     match format_of(path):
         case Format.safetensors:
-            state = _read_safetensors(path)
+            return _read_safetensors(path)
         case Format.torchscript:
-            state = read_torchscript(path)
+            return dict(read_torchscript(path))
         case Format.torch:
-            state = _weights_in(_read_torch(path), path)
-    if not state:
-        raise CheckpointError(f"{path}: holds no weights. Fetch or write it again.")
-    if wrong := [name for name, tensor in state.items() if not _dense(tensor)]:
-        raise CheckpointError(
-            f"{path}: holds sparse, nested or quantized tensors, which no model here takes: {listing(wrong)}"
-        )
-    return state
-
-
-def _under_our_names(state: dict[str, Tensor], config: ModelConfig | None) -> dict[str, Tensor]:
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    if is_open_clip(state):
-        return from_open_clip(state, config if config is not None and config.has_foreign_tower else None)
-    return from_huggingface(state) if is_huggingface(state) else state
+            content = _read_torch(path, numbers)
+            if not isinstance(content, dict) or not content:
+                raise CheckpointError(
+                    f"{path}: holds no dictionary of weights, nor one under state_dict, module, model or another key."
+                )
+            return content
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -78,10 +115,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Fetch or write it again.") from error
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, numbers: bool) -> Any:
+    ignored: list[Any] = [(_Ignored, name) for name in NUMPY]
     try:
-        with path.open("rb") as file:  # an open file, because torch reads a path by its ending
-            return torch.load(file, map_location="cpu", weights_only=True)
+        # an open file, because torch reads a path by its ending
+        with path.open("rb") as file, torch.serialization.safe_globals(ignored):
+            return torch.load(file, map_location="cpu" if numbers else "meta", weights_only=True)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
@@ -97,28 +136,6 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a readable torch file ({reason}). Fetch or write it again.") from error
 
 
-def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
-    """The dictionary of weights in what a torch file holds, which may be a trainer's."""
-    seen = 0
-    while isinstance(content, dict) and seen < len(NESTS):
-        nest = next((key for key in NESTS if isinstance(content.get(key), dict)), None)
-        if nest is None:
-            break
-        content, seen = content[nest], seen + 1
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: holds no dictionary of weights, nor one under {', '.join(NESTS)}.")
-    if wrong := [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]:
-        raise CheckpointError(f"{path}: not weights: {listing(map(str, wrong))}")
-    return content
-
-
-def _dense(tensor: Tensor) -> bool:
+def _dense(tensor: Tensor, numbers: bool) -> bool:
     plain = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
-    return plain and tensor.device.type == "cpu"
-
-
-def listing(names: Iterable[str], limit: int = 10) -> str:
-    """The first names, and how many more there are. A file can name its weights anything, and a terminal obeys some of it."""
-    names = [name if name.isprintable() and len(name) <= 200 else f"{name[:100]!r}…" for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return plain and (tensor.device.type == "cpu" or not numbers)

@@ -29,7 +29,7 @@ from tests.keys import Changes, explained, leaf_keys, without_expectation
 from tests.small_runs import write_checkpoint, write_run
 from tests.training.test_every_key import CHANGES as OF_TRAINING
 
-SUBJECTS = {"run": ("run=<run>",), "weights": ("model=vit_nano", "pretrained=<start>")}
+SUBJECTS = {"run": ("run=<run>",), "weights": ("model=vit_nano", "pretrained=<averaged>")}
 BOTH = tuple(SUBJECTS)
 TASKS = {
     "zero_shot": "{kind: zero_shot, table: <table>}",
@@ -42,6 +42,7 @@ COMMAND = {
     "run": Changes("<other_run>", refused=("weights",)),
     "ckpt": Changes("<checkpoint>", also=("run=null",), refused=("weights",)),
     "pretrained": Changes("<other_weights>", refused=("run",)),
+    "pretrained_prefix": Changes("state_dict_ema", refused=("run",)),
     "ema": Changes("true", refused=("weights",)),
     "wise_ft": Changes("0.5", refused=("weights",)),
     "precision": Changes("bf16-mixed"),
@@ -217,6 +218,9 @@ class Scores:
         for name, model in zip(("start", "other_weights"), models, strict=False):
             save_file(model.state_dict(), folder / f"{name}.safetensors")
             self.places[name] = str(folder / f"{name}.safetensors")
+        both = {"state_dict": models[0].state_dict(), "state_dict_ema": models[1].state_dict()}
+        torch.save(both, folder / "averaged.pt")
+        self.places["averaged"] = str(folder / "averaged.pt")
         run = write_run(folder / "run", models[1])
         write_checkpoint(run, models[2], 2, averaged=models[3].state_dict())
         start = {"path": self.places["start"], "sha256": hash_weights(Path(self.places["start"]))}

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import load_file
 
 from clip_exp.checkpoints.folders import latest
 from clip_exp.config.compose import compose
@@ -170,6 +172,7 @@ CHANGES: dict[str, Changes] = {
     "callbacks.ema_every_n_steps": Changes("2", given=("callbacks.ema_decay=0.5",)),
     "seed": Changes("1"),
     "pretrained": Changes("<start>"),
+    "pretrained_prefix": Changes("state_dict_ema", given=("pretrained=<averaged>",)),
     "max_steps": Changes("2"),
     "epochs": Changes("1", also=("max_steps=null",)),
     "global_batch_size": Changes("4"),
@@ -291,6 +294,11 @@ class Runs:
     def _train(self, model: str, *overrides: str) -> Finished:
         output_dir = self.folder / "outputs" / str(len(list((self.folder / "outputs").glob("*"))))
         places = {**self.places, **({"start": self._start(model)} if "<start>" in str(overrides) else {})}
+        if "<averaged>" in str(overrides):
+            state = load_file(self._start(model))
+            average = {name: tensor * 0.9 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+            places["averaged"] = str(self.folder / "averaged.pt")
+            torch.save({"state_dict": state, "state_dict_ema": average}, places["averaged"])
         own = {key_of(word) for word in overrides}
         words = [
             *MODELS[model],

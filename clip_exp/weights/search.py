@@ -1,0 +1,194 @@
+"""Where in a file the weights of a model are: in which mapping, and behind which prefix of their names.
+
+A trainer keeps the model in an attribute of its module, that in a wrapper, and the whole next to an optimizer, a teacher or an average.
+No trainer is known here. Every mapping of tensors, with every prefix behind which the names of a model begin, is a place; read is
+the one in which no name of the model is missing. What else the file holds is reported.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clip_exp.config.model import ModelConfig
+from clip_exp.errors import CheckpointError
+from clip_exp.weights.names import LAYOUTS, to_ours
+
+KEY = "pretrained_prefix"
+DEPTH = 2  # of mappings below the top of a file
+# What torch puts into names: torch.compile, FSDP, checkpointing of activations, Lightning's DeepSpeed, DistributedDataParallel.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module"}
+AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow)(?:[._\d]|$)", re.IGNORECASE)
+BIAS = "logit_bias"  # goes with the loss, not with the model
+POSITIONS = ("positional_embedding", "pos_embed")  # ours and open_clip's, and timm's: of any number
+
+
+class Place(NamedTuple):
+    """A mapping of tensors in a file, and a prefix of its names."""
+
+    keys: tuple[str, ...]  # that lead to the mapping
+    mapping: dict[str, Tensor]  # by name without wrappers
+    prefix: str  # empty, or with a dot at its end
+    layout: str | None  # one of LAYOUTS; None: the names are not those of a model
+    weights: dict[str, Tensor]  # of the model, by name behind the prefix
+
+    @property
+    def label(self) -> str:
+        return ".".join([*self.keys, self.prefix]).strip(".")
+
+    def answers(self, wanted: str) -> bool:
+        """Return whether `pretrained_prefix` names this place, by its whole label or the end of it."""
+        return self.label == wanted or (wanted != "" and self.label.endswith(f".{wanted}"))
+
+    def left_over(self, content: Mapping[Any, Any]) -> list[str]:
+        """Return what else the file holds that has tensors, in few words."""
+        used = {self.prefix + name for name in self.weights}
+        other = Counter(name.partition(".")[0] for name in self.mapping if name not in used)
+        found = [f"{part} ({count} tensors)" if count > 1 else part for part, count in other.items()]
+        for depth, key in enumerate((*self.keys, None)):
+            found += [
+                ".".join([*self.keys[:depth], str(name)])
+                for name, value in content.items()
+                if name != key and not isinstance(value, Tensor) and _holds_tensors(value)
+            ]
+            content = content[key] if key is not None else {}
+        return found
+
+
+def search(
+    content: Mapping[Any, Any],
+    source: Path,
+    own: Mapping[str, Tensor] | None = None,
+    config: ModelConfig | None = None,
+    wanted: str | None = None,
+) -> tuple[Place, list[str]]:
+    """Return the place of the model's weights, and the labels of averaged copies that are as complete.
+
+    Args:
+        content: of the file.
+        source: the file, for messages.
+        own: state dict of the model; None: any model that has both towers.
+        config: of the model, where its towers are other libraries'.
+        wanted: `pretrained_prefix`.
+
+    Raises:
+        CheckpointError: no place holds weights, or several hold all of the model's, or none is the one that is `wanted`.
+    """
+    parts = {part for name in own or () for part in name.split(".")}
+    places = list(_places(content, WRAPPERS - parts))
+    if wanted is not None:
+        named = [place for place in places if place.answers(wanted.strip("."))]
+        if not named:
+            there = _options(places) or "none: no names in it are those of a model"
+            raise CheckpointError(f"{source}: {KEY}={wanted} names no weights of a model. The file has {there}.")
+        places = [place for place in named if place.label == wanted.strip(".")] or named
+    if not places:
+        return _whole(content, source, own is None), []
+    misfits = [_misfits(place, own, config) for place in places]
+    best = min(misfits)
+    fitting = [place for place, count in zip(places, misfits, strict=True) if count == best]
+    if best[0]:  # incomplete: the first of the nearest, which fitting will refuse by its missing names
+        return fitting[0], []
+    averaged = [place for place in fitting if AVERAGED.search(place.label)]
+    chosen = [place for place in fitting if place not in averaged] or averaged
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"{source}: has all weights of the model in {len(chosen)} places. Choose one: {_options(chosen)}."
+        )
+    return chosen[0], [place.label for place in averaged if place is not chosen[0]]
+
+
+def _options(places: Iterable[Place]) -> str:
+    return listing(dict.fromkeys(f"{KEY}={place.label or repr('')}" for place in places))
+
+
+def _mappings(
+    content: Mapping[Any, Any], keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    if any(isinstance(value, Tensor) and isinstance(name, str) for name, value in content.items()):
+        yield keys, content
+    if len(keys) < DEPTH:
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, dict):
+                yield from _mappings(value, (*keys, key))
+
+
+def _places(content: Mapping[Any, Any], wrappers: set[str]) -> Iterator[Place]:
+    for keys, mapping in _mappings(content):
+        tensors = _without(wrappers, mapping)
+        found: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for name in tensors:
+            found |= {(prefix, part): {} for prefix, part, _ in _cuts(name) if part in LAYOUTS}
+        layouts = defaultdict(list)
+        for prefix, layout in found:
+            layouts[prefix].append(layout)
+        for name, tensor in tensors.items():
+            for prefix, part, rest in _cuts(name):
+                for layout in layouts.get(prefix, ()):
+                    if part in LAYOUTS[layout]:
+                        found[prefix, layout][rest] = tensor
+        for (prefix, layout), weights in found.items():
+            yield Place(keys, tensors, prefix, layout, weights)
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str, str]]:
+    """Yield every prefix of a dotted name, the part behind it, and the name behind it."""
+    start = 0
+    while True:
+        part = name[start:].partition(".")[0]
+        yield name[:start], part, name[start:]
+        start += len(part) + 1
+        if start > len(name):
+            return
+
+
+def _without(wrappers: set[str], mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
+    tensors = {name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    bare = {
+        ".".join(part for part in name.split(".") if part not in wrappers): value for name, value in tensors.items()
+    }
+    return bare if len(bare) == len(tensors) else tensors
+
+
+def _misfits(place: Place, own: Mapping[str, Tensor] | None, config: ModelConfig | None) -> tuple[int, int]:
+    """Return how many weights of the model are missing, and how many have another shape. Nothing is copied."""
+    try:
+        bare = {name: torch.empty(value.shape, device="meta") for name, value in place.weights.items()}
+        ours = to_ours(place.layout, bare, config)
+    except (RuntimeError, ValueError, IndexError):  # a reshape that a weight does not allow
+        ours = {}
+    if own is None:
+        return sum(not any(name.startswith(tower) for name in ours) for tower in ("image.", "text.")), 0
+    shared = [name for name in own if name in ours and not name.endswith(POSITIONS)]
+    other_shape = sum(ours[name].shape != own[name].shape for name in shared)
+    return len(own.keys() - ours.keys() - {BIAS}), other_shape
+
+
+def _whole(content: Mapping[Any, Any], source: Path, any_model: bool) -> Place:
+    """Return the largest mapping of a file in which no names are those of a model."""
+    mappings = list(_mappings(content))
+    keys, mapping = max(mappings, key=lambda found: len(found[1]), default=((), content))
+    if wrong := [name for name, value in mapping.items() if not isinstance(name, str) or not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{source}: not weights: {listing(map(str, wrong))}")
+    tensors = _without(WRAPPERS, mapping)
+    shared = commonprefix(list(tensors)).rpartition(".") if any_model and len(tensors) > 1 else ("", "", "")
+    prefix = shared[0] + shared[1]
+    return Place(keys, tensors, prefix, None, {name.removeprefix(prefix): value for name, value in tensors.items()})
+
+
+def _holds_tensors(value: Any, depth: int = 4) -> bool:
+    if isinstance(value, dict | list | tuple) and depth:
+        return any(_holds_tensors(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
+
+
+def listing(names: Iterable[str], limit: int = 10) -> str:
+    """Return the first names, and how many more there are. A file can name its weights anything, and a terminal obeys some of it."""
+    names = [name if name.isprintable() and len(name) <= 200 else f"{name[:100]!r}…" for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
