@@ -8,7 +8,7 @@ the one in which no name of the model is missing. What else the file holds is re
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,8 +176,9 @@ def _whole(content: Mapping[Any, Any], source: Path, any_model: bool) -> Place:
     if wrong := [name for name, value in mapping.items() if not isinstance(name, str) or not isinstance(value, Tensor)]:
         raise CheckpointError(f"{source}: not weights: {listing(map(str, wrong))}")
     tensors = _without(WRAPPERS, mapping)
-    shared = commonprefix(list(tensors)).rpartition(".") if any_model and len(tensors) > 1 else ("", "", "")
-    prefix = shared[0] + shared[1]
+    branches = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, branches)]
+    prefix = "".join(f"{part}." for part in shared) if any_model and len(tensors) > 1 else ""
     return Place(keys, tensors, prefix, None, {name.removeprefix(prefix): value for name, value in tensors.items()})
 
 

@@ -36,6 +36,7 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "model.image.stages=[1,1,1,1]": "on image towers of kind=vit",
         "finetune.text.unfrozen_blocks=2": "without finetune.text.freeze=true",
         "callbacks.ema_every_n_steps=1": "without callbacks.ema_decay",
+        "pretrained_prefix=student": "without pretrained",
         "patience=3": "without a metric to watch: set monitor",
         "monitor_mode=max": "without a metric to watch",
         "task_every_n_steps=5": "without a task",

@@ -294,6 +294,20 @@ def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_
     assert not (tmp_path / "outputs").exists()
 
 
+def test_weights_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path: Path, nano: CLIP, class_folders: Path):
+    torch.save(
+        {"net": {f"clip.{name}": x for name, x in nano.state_dict().items() if name != "logit_scale"}},
+        tmp_path / "a.ckpt",
+    )
+    weights = {"model": named_model("vit_nano"), "pretrained": str(tmp_path / "a.ckpt")}
+    task = {"one": {"kind": "zero_shot", "root": str(class_folders)}}
+    with pytest.raises(
+        CheckpointError, match=r"a\.ckpt \(net\.clip\): does not fit the model\.\n  missing in the file: logit_scale"
+    ):
+        evaluate(config(tmp_path, task, **weights))
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Path, run_dir: Path, nano: CLIP):
     absent = {"kind": "zero_shot", "root": str(tmp_path / "absent")}
     with pytest.raises(ConfigError) as caught:

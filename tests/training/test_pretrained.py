@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip_exp
-from clip_exp.checkpoints.folders import checkpoints
 from clip_exp.config.base import plain
 from clip_exp.config.files import read_run_config
 from clip_exp.config.model import Activation
@@ -22,7 +21,7 @@ from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.runs import RunRecord
-from clip_exp.training.opening import Opening, open_run
+from clip_exp.training.opening import Opening, fingerprint, open_run
 from tests.checkpoints.test_folders import write
 from tests.compose import train_config
 from tests.conftest import REPOSITORY
@@ -108,8 +107,7 @@ def test_another_activation_than_that_of_training_is_refused_and_leaves_no_folde
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_do_not_fit_end_the_run_before_its_first_step(tmp_path: Path, command) -> None:
-    """What does not load leaves no model of random weights behind."""
+def test_weights_that_do_not_fit_are_refused_before_a_run_has_a_folder(tmp_path: Path, command) -> None:
     weights = tmp_path / "tiny.safetensors"
     save_file(build_model(named_model("vit_tiny")).state_dict(), weights)
     for devices in ("trainer.devices=1", "trainer.devices=2"):
@@ -124,9 +122,22 @@ def test_weights_that_do_not_fit_end_the_run_before_its_first_step(tmp_path: Pat
         )
         assert result.returncode == CheckpointError.exit_code, result.stdout + result.stderr
         assert "tiny.safetensors: does not fit the model" in result.stderr
-        folder = run_folders(tmp_path / "out")[-1]
-        assert RunRecord(folder).values["status"] == "failed"
-        assert not checkpoints(folder)
+        assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_fit_twice_are_chosen_before_a_run_has_a_folder(tmp_path: Path) -> None:
+    """The choice counts in what a run is."""
+    state = build_model(named_model("vit_nano")).state_dict()
+    both = {f"{part}.{name}": tensor for part in ("student", "teacher") for name, tensor in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "last.ckpt")
+    given = ("model=vit_nano", f"pretrained={tmp_path / 'last.ckpt'}", f"output_dir={tmp_path / 'out'}")
+    with pytest.raises(CheckpointError, match=r"Choose one: pretrained_prefix=state_dict\.student"):
+        open_run(train_config(*given))
+    assert not (tmp_path / "out").exists()
+    opening = open_run(train_config(*given, "pretrained_prefix=student"))
+    assert opening.facts["pretrained"]["prefix"] == "student"
+    hashes = {fingerprint(train_config(*given, f"pretrained_prefix={part}")) for part in ("student", "teacher")}
+    assert len(hashes) == 2
 
 
 START = (*TINY, "max_steps=4", "log_every_n_steps=1", "checkpoint_every_n_steps=2", "scheduler.warmup_steps=1")
