@@ -84,7 +84,7 @@ def find_model_weights(
         )
     source = f"{path} ({listing([place.label])})" if place.label else str(path)
     left = place.left_over(content)
-    note = f"{source}: not read, since no weights of the model: {listing(left)}." if left else None
+    note = f"{source} is read; left out is {listing(left)}." if left else None
     if averaged:
         note = f"{note} An averaged copy is read by {KEY}={listing(averaged)}."
     try:

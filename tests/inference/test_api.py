@@ -11,7 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clip_exp
+from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError, DataError
+from clip_exp.inference.index import recipe_of
+from clip_exp.loading.source import source_of_file
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.names import to_open_clip
 from tests.runs import TINY, Finished, Train
@@ -41,6 +44,20 @@ def test_every_way_to_name_a_model_loads_the_same_weights(tmp_path: Path, nano: 
         assert not clip.model.training
         for name, value in clip.model.state_dict().items():
             torch.testing.assert_close(value, nano.state_dict()[name], atol=0, rtol=0)
+
+
+def test_of_two_models_in_a_file_one_is_chosen_and_its_features_are_told_apart(tmp_path: Path, nano: CLIP):
+    path = tmp_path / "last.ckpt"
+    other = {name: 2 * value for name, value in nano.state_dict().items()}
+    torch.save({"student": other, "teacher": nano.state_dict()}, path)
+    with pytest.raises(CheckpointError, match="Choose one: pretrained_prefix=student, pretrained_prefix=teacher"):
+        clip_exp.load("vit_nano", path, accelerator="cpu")
+    clip = clip_exp.load("vit_nano", path, accelerator="cpu", prefix="teacher")
+    assert all(torch.equal(value, nano.state_dict()[name]) for name, value in clip.model.state_dict().items())
+    sources = [source_of_file(named_model("vit_nano"), path, prefix=prefix) for prefix in (None, "student", "teacher")]
+    assert len({source.sha256() for source in sources}) == 3
+    for source in sources:
+        assert recipe_of(source, "32-true", 1).source.sha256() == source.sha256()
 
 
 def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(run_dir: Path):
