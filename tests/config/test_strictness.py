@@ -186,7 +186,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize(("command", "override", "told"), ADDRESSES)
 def test_an_address_is_no_path(command: str, override: str, told: str) -> None:
-    group = ["data=csv"] if "data." in override else []
+    group = ["data=csv"] if "data." in override else ["task.t.kind=knn"] if "task.t." in override else []
     with pytest.raises(ConfigError, match=f"is an address, .*give {told}"):
         compose(command, [*group, override])
 
