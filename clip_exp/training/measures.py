@@ -26,9 +26,13 @@ def training_tasks(config: TrainConfig) -> list[Task]:
     return tasks
 
 
-def check_measures(config: TrainConfig) -> list[ClipExpError]:
-    """Return what is wrong with a run's tasks and its `monitor`."""
-    tasks, errors = _find_tasks(config, fetch=False)
+def check_measures(config: TrainConfig, *, fetch: bool = False) -> list[ClipExpError]:
+    """Return what is wrong with a run's tasks and its `monitor`.
+
+    Args:
+        fetch: whether tasks may download their data, where nothing else is wrong with them.
+    """
+    tasks, errors = _find_tasks(config, fetch=fetch)
     lost = {*config.task} - {task.name for task in tasks}
     if config.monitor is not None and config.monitor.partition("/")[0] not in lost:
         errors += map(ConfigError, _check_monitor(config, config.monitor, tasks))

@@ -11,7 +11,7 @@ from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import RunTables, check_files, check_tables
 from clip_exp.devices import Devices, parse_devices
 from clip_exp.errors import ConfigError, gravest
-from clip_exp.ranks.environment import device_problems, outer_placement
+from clip_exp.ranks.environment import device_problems, is_first_rank, outer_placement
 from clip_exp.runs import name_problems
 from clip_exp.secrets import leaks
 from clip_exp.training.measures import check_measures
@@ -43,7 +43,8 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         found.append(str(error))
     else:
         found += _check_batch(config, _ranks(config, devices) or 1)
-    errors = [*map(ConfigError, found), *check_measures(config)]
+    # Downloaded once, before there is a folder: the ranks find the data where it lies.
+    errors = [*map(ConfigError, found), *check_measures(config, fetch=not found and is_first_rank())]
     errors = errors or [*map(ConfigError, _check_devices(config))]
     if errors:
         raise gravest(errors)

@@ -27,3 +27,16 @@ def test_devices_are_counted_before_the_run_begins(gpus: int, overrides: tuple[s
         pytest.raises(ConfigError, match=message),
     ):
         check_train(config)
+
+
+def test_a_task_downloads_its_data_once_and_where_nothing_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[str] = []
+    monkeypatch.setattr("clip_exp.evaluation.tasks._prepare", lambda name, *_: prepared.append(name) or [])
+    task = ("task=cifar10", "task.cifar10.root=x", "task.cifar10.download=true")
+    check_train(train_config(*task))
+    assert prepared == ["cifar10"]
+    with pytest.raises(ConfigError, match="patience=3 has no effect"):
+        check_train(train_config(*task, "patience=3"))
+    monkeypatch.setattr("clip_exp.training.preflight.is_first_rank", lambda: False)
+    check_train(train_config(*task))
+    assert prepared == ["cifar10"]
