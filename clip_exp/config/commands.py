@@ -53,7 +53,7 @@ class PredictConfig(UseConfig):
     usage: ClassVar = """\
 clip-exp predict images=DIR 'texts=[a diagram,a dog,a cat]' run=DIR [key=value …]
 
-How probable each text is for each picture: softmax over the texts of logit scale times cosine.
+How probable each text is for each image: softmax over the texts of logit scale times cosine.
 Class names with templates: labels=names.txt templates=simple. For programs: output=result.csv or format=json."""
 
     images: Paths | None = Field(None, description="file, folder (with the folders in it), glob, or a list of those")
@@ -76,7 +76,7 @@ class RankConfig(UseConfig):
     usage: ClassVar = """\
 clip-exp rank 'text=an armchair in the shape of an avocado' images=DIR run=DIR [key=value …]
 
-The pictures with the highest cosine with the text, best first: DALL-E kept 32 of 512 this way.
+The images with the highest cosine with the text, best first: DALL-E kept 32 of 512 this way.
 copy_to=best copies them into a new folder; 'text=[a dog,a cat]' makes two rankings."""
 
     text: TypedTexts | None = Field(None, description="one text, or a list: each is a ranking of its own")
@@ -86,11 +86,11 @@ copy_to=best copies them into a new folder; 'text=[a dog,a cat]' makes two ranki
 
 
 class SearchConfig(UseConfig):
-    """An index of images that is made once, extended, and asked by text or by image."""
+    """An index of images that is made once, extended, and queried by text or by image."""
 
     usage: ClassVar = """\
 clip-exp search index=photos.index images=DIR run=DIR      makes the index
-clip-exp search index=photos.index images=DIR              brings it up to date: only new and changed pictures are read
+clip-exp search index=photos.index images=DIR              brings it up to date: only new and changed images are read
 clip-exp search index=photos.index 'text=two dogs'         asks it
 clip-exp search index=photos.index image=query.jpg top=20"""
 
@@ -157,7 +157,7 @@ clip-exp check-data data=csv data.train=pairs.csv data.val=held_out.csv model=vi
 clip-exp check-data data=csv 'data.train=shards/{000..099}.tar' max_pictures=100000      a sample of a huge set
 
 Prints what is wrong and how to repair it; the folder it names holds report.html, report.json, bad_samples.csv,
-bad_rows.csv, duplicates.csv and leakage.csv. Exit code 3: more than data.max_bad_fraction of the pictures or rows
+bad_rows.csv, duplicates.csv and leakage.csv. Exit code 3: more than data.max_bad_fraction of the images or rows
 are bad, more than data.max_empty_caption_fraction of the captions are empty, or leakage is above max_leakage."""
 
     data: DataConfig

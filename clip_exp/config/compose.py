@@ -433,7 +433,7 @@ def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
     schema = SCHEMAS[command]
     config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
     assert isinstance(hydra.config_loader, Loader)
-    repository = hydra.config_loader.repository  # asked through the loader, it would be copied for each group
+    repository = hydra.config_loader.repository  # through the loader, it would be copied for each group
     names = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
     found = {group: repository.get_group_options(group, ObjectType.CONFIG) for group in names}
     groups = "\n".join(f"{group}: {', '.join(sorted(of))}" for group, of in found.items() if of)
@@ -580,7 +580,7 @@ def check_arguments(arguments: list[str]) -> None:
                 f"{RERUN_FLAG} is refused: it runs code from the file. Give the overrides of that run instead."
             )
         if equals and key in ALWAYS_CHOSEN and re.fullmatch(r"(null)?|[\d.+-]+", value.strip("[] ")):
-            problems.append(f"{key}={value} is no option: {nearest(value, options(key))}")
+            problems.append(f"{key}={value} does not exist: {nearest(value, options(key))}")
         if equals and sweeping:
             problems += [*addresses(value, key), *leaks(value, key)]
     if problems:

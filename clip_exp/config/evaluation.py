@@ -35,6 +35,7 @@ class TaskKind(StrEnum):
     robustness = "robustness"
 
 
+Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 ClassNames = Annotated[
     Name | list[Name] | dict[str, Name],
     must_be(
@@ -77,7 +78,7 @@ class ModelChoice(Config):
 class SubjectConfig(ModelChoice):
     """Which model, and how it sees images: what every command has that runs one."""
 
-    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = Field("auto", description="auto, cpu, gpu (or cuda)")
+    accelerator: Accelerator = Field("auto", description="auto, cpu, gpu (or cuda)")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         "32-true", description="auto, 32-true, bf16-mixed or 16-mixed"
     )

@@ -23,7 +23,7 @@ from clip_exp.config.base import (
     must_be,
 )
 from clip_exp.config.data import DataConfig, PairLabel
-from clip_exp.config.evaluation import Devices, Tasks
+from clip_exp.config.evaluation import Accelerator, Devices, Tasks
 from clip_exp.config.model import ModelConfig, Projection
 
 DEFAULT_EPOCHS = 30.0
@@ -271,7 +271,7 @@ Strategy = Annotated[AutoConfig | DDPConfig | DeepSpeedConfig, Field(discriminat
 class TrainerConfig(Config):
     """What Lightning's Trainer needs to know; the names are Lightning's."""
 
-    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = Field("auto", description="auto, cpu, gpu (or cuda)")
+    accelerator: Accelerator = Field("auto", description="auto, cpu, gpu (or cuda)")
     devices: Devices = Field("auto", description="auto (1 on CPU, all GPUs), a number, or a list of GPU indices")
     num_nodes: Count | None = Field(None, description="machines; null: as many as torchrun or srun uses")
     gradient_clip_val: Positive | None = Field(

@@ -69,7 +69,7 @@ def _fetches(task: TaskConfig) -> bool:
 
 
 def _name_problems(name: str) -> Iterator[str]:
-    """Yield why a task may not have a name, which becomes a file's name and is told from those of other results by its end."""
+    """Yield why a task may not have a name, which becomes a file's name and is distinguished from those of other results by its ending."""
     if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
         yield f"task.{name}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
     elif task_of(name) != name:

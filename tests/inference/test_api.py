@@ -121,7 +121,7 @@ def test_pictures_and_paths_give_the_same_features(run_dir: Path, tmp_path: Path
         (["optimzer=sgd"], "did you mean 'optimizer'"),
         (["data.trian=x"], "did you mean 'data.train'"),
         (["+nothing=1"], "nothing does not exist"),
-        (["optimizer=3"], "optimizer=3 is no option"),
+        (["optimizer=3"], "optimizer=3 does not exist"),
         (["model"], "write key=value"),
         (["seed=1,2", "-m"], "a sweep is for the command line"),
         (["--help"], "flags are for the command line"),
