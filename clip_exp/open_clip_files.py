@@ -110,6 +110,11 @@ def open_clip_values(name: str | None) -> dict[str, Any]:
     return configuration(str(name))
 
 
+def published(name: str | None) -> dict[str, Any]:
+    """Return one of open_clip's configurations, to be changed; empty where there is none of that name."""
+    return copy.deepcopy(configuration(name)) if name in configurations() else {}
+
+
 def can_be_trimmed(text: dict[str, Any]) -> bool:
     """Return whether a text tower gives the same features for a batch that is cut to its longest text.
 

@@ -20,7 +20,7 @@ from clip_exp import storage
 from clip_exp._version import __version__
 from clip_exp.checkpoints.folders import RUN_COPY, changed, manifests
 from clip_exp.config.files import parse_run_config, read_run_config
-from clip_exp.config.model import ModelConfig, TextTower, TextTowerConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.secrets import redact
@@ -383,18 +383,13 @@ def _warn_of_no_locks(folder: Path, reason: str) -> None:
     )
 
 
-def tokenizer_source(text: TextTowerConfig) -> str | None:
-    """Return where a tower's tokenizer comes from: a folder or a name on the hub; None for OpenAI's, which the package carries."""
-    return text.tokenizer or (text.name if text.kind is TextTower.huggingface else None)
-
-
 def check_tokenizer(model: ModelConfig) -> None:
     """Refuse a model whose tokenizer cannot be had.
 
     Raises:
         ConfigError: so it is, or it does not fit the text tower.
     """
-    if tokenizer_source(model.text) is not None:
+    if model.text.tokenizer_source is not None:
         from clip_exp.text.tokenizer import HuggingFaceTokenizer  # imports torch
 
         HuggingFaceTokenizer.of(model.text)
@@ -407,7 +402,7 @@ def save_tokenizer(model: ModelConfig, run_dir: Path) -> None:
         ConfigError: it cannot be had.
         CheckpointError: the disk is full, or the folder cannot be written.
     """
-    source, folder = tokenizer_source(model.text), run_dir / TOKENIZER
+    source, folder = model.text.tokenizer_source, run_dir / TOKENIZER
     if source is None or folder.is_dir():
         return
     from clip_exp.text.tokenizer import save_huggingface  # imports torch

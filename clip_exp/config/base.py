@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import Enum
 from operator import attrgetter
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -19,13 +19,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
+from clip_exp.config import registry
 from clip_exp.errors import ConfigError
 
 MISSING = "???"  # OmegaConf's mark of a value that must be set
@@ -192,10 +194,66 @@ def default_of(field: FieldInfo) -> Any:
 # ---------------------------------------------------------------------------------------------------- open groups
 
 
+class Member(Config):
+    """Base of the bases of open groups: a field of the type of such a base takes any member of the group, told apart by `key`.
+
+    A member subclasses the base of its group and names itself: `kind: Literal["mine"] = "mine"`. See `config.registry` for where it
+    may stand.
+    """
+
+    group: ClassVar[str] = ""  # folder of its options below conf/
+    key: ClassVar[str] = "name"  # the field that tells members apart
+    default_member: ClassVar[str | None] = None  # where `key` is not given
+    registered: ClassVar[dict[str, type["Member"]]]  # by name
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if "group" in cls.__dict__:
+            cls.registered = {}
+        elif (named := _names(cls)) is not None and "[" not in cls.__name__:
+            other = cls.registered.setdefault(named[1][0], cls)
+            if other.__module__ != cls.__module__:
+                raise ConfigError(
+                    f"{cls.group}: {other.__module__} and {cls.__module__} both declare {named[1][0]}: rename yours."
+                )
+            cls.registered[named[1][0]] = cls
+
+    @classmethod
+    def members(cls) -> list[type[Config]]:
+        """Return the members of the group, those of the user included."""
+        registry.load(cls.group)
+        return [*cls.registered.values()]
+
+    @classmethod
+    def of(cls, values: Any) -> Self:
+        """Return values as the member that they name.
+
+        Raises:
+            ValidationError, PydanticKnownError: no such member, or wrong values; for pydantic.
+        """
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, dict):
+            raise PydanticKnownError("dict_type")
+        model = chosen(cls.members(), values)
+        if model is None:
+            names = ", ".join(f"'{name}'" for name in cls.registered)
+            about = {"discriminator": f"'{cls.key}'", "tag": str(values.get(cls.key)), "expected_tags": names}
+            raise PydanticKnownError("union_tag_invalid", about)
+        return model.model_validate(values)  # type: ignore[return-value]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Of the base of a group: whatever member is given."""
+        return core_schema.no_info_plain_validator_function(cls.of) if "group" in cls.__dict__ else handler(source)
+
+
 def members(annotation: Any) -> list[type[Config]]:
-    """Return the models in a field's annotation: one, or those of a union."""
+    """Return the models in a field's annotation: one, those of a union, or those of an open group."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
+        return (
+            annotation.members() if issubclass(annotation, Member) and "group" in annotation.__dict__ else [annotation]
+        )
     if get_origin(annotation) in (list, dict):
         return []
     return [model for part in get_args(annotation) for model in members(part)]
@@ -216,7 +274,7 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
         return models[0]
     for model in models:
         names = _names(model)
-        if names is None or str(values.get(names[0])) in names[1]:
+        if names is None or str(values.get(names[0], getattr(model, "default_member", None))) in names[1]:
             return model
     return None
 

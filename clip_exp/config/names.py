@@ -143,6 +143,7 @@ FIELDS: dict[str, Callable[[Values], Any]] = {
     "image_size": lambda values: values["vision_cfg"]["image_size"],
     "context_length": lambda values: values["text_cfg"].get("context_length", CONTEXT_LENGTH),
     "vocab_size": lambda values: values["text_cfg"].get("vocab_size", VOCABULARY),
+    "backbone": lambda values: values["vision_cfg"].get("timm_model_name"),
     "encoder": lambda values: values["text_cfg"].get("hf_model_name"),
     "tokenizer": lambda values: values["text_cfg"].get("hf_tokenizer_name"),
     "cleaning": lambda values: values["text_cfg"].get("tokenizer_kwargs", {}).get("clean", "whitespace"),

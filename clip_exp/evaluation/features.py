@@ -38,11 +38,10 @@ from clip_exp.data.loader import (
 from clip_exp.data.pictures import Pictures
 from clip_exp.devices import inference, inference_precision, resolve_accelerator
 from clip_exp.errors import DataError, NumericError
-from clip_exp.models.text import TreeLayout
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main, gather_objects, local_world_size, rank, world_size
 from clip_exp.storage import atomic_file
-from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack
+from clip_exp.text.prefixes import NODES, TokenTrees, TreeLayout, grow, pack
 from clip_exp.text.tokenizer import Tokenizer, Tokenizes
 
 log = logging.getLogger(__name__)

@@ -9,13 +9,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from clip_exp._version import __version__
 from clip_exp.config.commands import ExportFormat
-from clip_exp.config.model import Activation, ModelConfig, ResizeMode
+from clip_exp.config.model import Activation, ModelConfig, ResizeMode, Tower
 from clip_exp.data.images import preprocessing_of
 from clip_exp.export.folder import CARD
 from clip_exp.export.history import history_of
 from clip_exp.export.onnx import any_length
 from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.published import transformers_class
 from clip_exp.reports.page import number
 from clip_exp.runs import write_text
 
@@ -37,12 +38,13 @@ def write_card(
         source: None: nothing is known of the weights' origin.
     """
     length = config.text.context_length
+    family = transformers_class(config)
     text = _environment().get_template("card.md").render(
         format=chosen.value,
         library=LIBRARIES[chosen],
         folder=name,
         title=source.run.name if source and source.run else config.name,
-        family="Siglip" if config.image.kind == "siglip" else "CLIP",
+        family=family.prefix if family else "CLIP",
         version=__version__,
         model=config,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -76,11 +78,10 @@ def _facts(model: CLIP, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tower(tower: Any) -> str:
-    parts = [str(tower.kind), Path(tower.name).name if tower.name else None]
-    numbers = ("patch_size", "width", "layers", "stages", "heads")
-    values = [(name, getattr(tower, name, None)) for name in numbers]
-    parts += [f"{name} {value}" for name, value in values if value is not None]
+def _tower(tower: Tower) -> str:
+    name = getattr(tower, "name", None)
+    parts = [tower.kind, Path(name).name if name else None]
+    parts += [f"{key} {getattr(tower, key)}" for key in tower.architecture_keys]
     return ", ".join(part for part in parts if part)
 
 

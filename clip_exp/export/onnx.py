@@ -32,8 +32,8 @@ def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     text_axes = {0: batch, 1: torch.export.Dim("length", max=length)} if trims else {0: batch}
     # Not 1 long: the exporter takes an axis of length 1 for one that is always so.
     image, tokens = torch.zeros(2, 3, size, size), torch.zeros(2, length, dtype=torch.int64)
-    _write_graph(_tower(model, "image"), image, {0: batch}, folder / IMAGE, not config.image.kind.foreign)
-    _write_graph(_tower(model, "text"), tokens, text_axes, folder / TEXT, not config.text.kind.foreign)
+    _write_graph(_tower(model, "image"), image, {0: batch}, folder / IMAGE, not config.image.foreign)
+    _write_graph(_tower(model, "text"), tokens, text_axes, folder / TEXT, not config.text.foreign)
     (folder / CONFIG).write_text(json.dumps(_about(model, config, trims), indent=2) + "\n", encoding="utf-8")
     write_preprocessor(folder, config.image)
     write_ready(folder, config.text, trims)
@@ -41,7 +41,7 @@ def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
 
 def any_length(model: CLIP, config: ModelConfig) -> bool:
     """Whether a batch of texts may be cut to its longest: the tower is causal and pooled at the end of a text."""
-    return model.shares_prefixes and config.text.trim
+    return model.shares_prefixes and config.text.trims
 
 
 def read(folder: Path, config: ModelConfig) -> Encoders:

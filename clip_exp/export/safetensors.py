@@ -7,14 +7,13 @@ from safetensors.torch import save_file
 
 from clip_exp.checkpoints.folders import WEIGHTS
 from clip_exp.config.base import plain
-from clip_exp.config.model import Activation, ImageTower, ModelConfig, TextTower
+from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.export.compare import Encoders
 from clip_exp.export.tokenizer_files import write_own
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import source_of_file
 from clip_exp.models.clip import CLIP
-from clip_exp.models.huggingface import note_architecture
-from clip_exp.weights.inspect import HERE, OUR_METADATA
+from clip_exp.weights.inspect import OUR_METADATA
 
 
 def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
@@ -32,17 +31,7 @@ def read(folder: Path, config: ModelConfig) -> Encoders:
 
 
 def portable(config: ModelConfig) -> ModelConfig:
-    """The configuration with all that the model needs and without places of this machine: it means the same elsewhere."""
-    text = config.text
-    if not text.uses_openai_tokenizer:
-        text = text.model_copy(update={"tokenizer": HERE})
-    if text.name is not None:
-        text = text.model_copy(
-            update={"name": Path(text.name).name if Path(text.name).expanduser().is_dir() else text.name}
-        )
-    if config.text.kind is TextTower.huggingface and not text.architecture:
-        text = text.model_copy(update={"architecture": note_architecture(config.text)})
-    own = config.image.kind is not ImageTower.open_clip  # whose towers have an activation of their own
-    return config.model_copy(
-        update={"text": text, "activation": config.activation or (Activation.gelu if own else None)}
-    )
+    """Return the configuration with all that the model needs and without places of this machine: it means the same elsewhere."""
+    activation = config.activation or (Activation.gelu if config.has_own_mlp else None)
+    towers = {"image": config.image.portable(), "text": config.text.portable()}
+    return config.model_copy(update={**towers, "activation": activation})

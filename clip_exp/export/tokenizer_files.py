@@ -7,7 +7,6 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 
 from clip_exp.config.model import TextTowerConfig
-from clip_exp.runs import tokenizer_source
 from clip_exp.text import tokenizer as ours
 from clip_exp.text.tokenizer import load_huggingface, save_huggingface
 
@@ -74,7 +73,7 @@ def write_ready(folder: Path, text: TextTowerConfig, trims: bool) -> None:
 
 def write_own(folder: Path, text: TextTowerConfig) -> None:
     """Write the files of a tokenizer from the hub or from a folder, without a trace of where it lay."""
-    source = tokenizer_source(text)
+    source = text.tokenizer_source
     assert source is not None
     save_huggingface(source, folder)
     path = folder / "tokenizer_config.json"

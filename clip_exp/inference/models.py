@@ -6,7 +6,7 @@ from typing import Any
 from clip_exp import open_clip_files
 from clip_exp.config.commands import ModelsConfig
 from clip_exp.config.files import options
-from clip_exp.config.model import ModelConfig, TextTower
+from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import ADAPTER, QUICK_GELU, named_model
 from clip_exp.inference.outputs import Report, check_output, write
 from clip_exp.weights.inspect import activation_of_entry
@@ -67,7 +67,7 @@ def _one(name: str) -> Report:
         )
         for one in weights
     ]
-    document = _of_open_clip(model.name) if model.image.kind == ADAPTER else _described(model)
+    document = _of_open_clip(model.name) if model.name == model.open_clip_name else _described(model)
     return Report(ONE, rows, {**document, "weights": weights})
 
 
@@ -130,7 +130,7 @@ def _count(name: str) -> int:
     from clip_exp.models.build import build_model
 
     model = named_model(name)
-    has_bias = model.text.kind is TextTower.siglip
+    has_bias = model.text.sigmoid
     with torch.device("meta"):
         built = build_model(model, init_logit_bias=0.0 if has_bias else None)
     return sum(parameter.numel() for parameter in built.parameters())

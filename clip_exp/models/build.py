@@ -2,12 +2,9 @@
 
 import math
 
-from torch import nn
-
 from clip_exp.config.base import broken_rules
-from clip_exp.config.model import ImageTower, ModelConfig, TextTower
+from clip_exp.config.model import ModelConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models import huggingface, open_clip_towers, resnet, siglip, text, timm_tower, vit
 from clip_exp.models.clip import CLIP
 
 
@@ -33,34 +30,8 @@ def build_model(
     if problems := broken_rules(config, "model."):
         raise ConfigError("\n".join(problems))
     return CLIP(
-        _image_tower(config, own_weights),
-        _text_tower(config, own_weights),
+        config.image.build(config, own_weights),
+        config.text.build(config, own_weights),
         init_logit_scale=init_logit_scale,
         init_logit_bias=init_logit_bias,
     )
-
-
-def _image_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
-    match config.image.kind:
-        case ImageTower.vit:
-            return vit.build_image_tower(config)
-        case ImageTower.resnet:
-            return resnet.build_image_tower(config)
-        case ImageTower.siglip:
-            return siglip.build_image_tower(config)
-        case ImageTower.timm:
-            return timm_tower.build_image_tower(config, own_weights)
-        case ImageTower.open_clip:
-            return open_clip_towers.build_image_tower(config, own_weights)
-
-
-def _text_tower(config: ModelConfig, own_weights: bool) -> nn.Module:
-    match config.text.kind:
-        case TextTower.clip:
-            return text.build_text_tower(config)
-        case TextTower.siglip:
-            return siglip.build_text_tower(config)
-        case TextTower.huggingface:
-            return huggingface.build_text_tower(config, own_weights)
-        case TextTower.open_clip:
-            return open_clip_towers.build_text_tower(config, own_weights)

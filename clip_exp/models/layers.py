@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from clip_exp.config.model import Activation, ImageTowerConfig, ModelConfig, TextTowerConfig
 
 
 class QuickGELU(nn.Module):
@@ -167,18 +164,6 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BND = block(x_BND, None, seen_B1NN)
         return x_BND
-
-
-def transformer_arguments(config: ModelConfig, tower: ImageTowerConfig | TextTowerConfig) -> dict[str, Any]:
-    """Return the arguments of `Transformer` that the configuration of a model and of its tower gives; `check_model` has seen them."""
-    return {
-        "width": tower.width,
-        "layers": tower.layers,
-        "heads": tower.heads,
-        "mlp_ratio": tower.mlp_ratio,
-        "activation": config.activation or Activation.gelu,
-        "dropout": config.dropout,
-    }
 
 
 class AttentionPool(nn.Module):

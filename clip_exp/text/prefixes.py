@@ -14,6 +14,18 @@ from torch import Tensor
 NODES = 160  # of a tree: more waste time in attention across branches, fewer repeat the beginnings in more trees
 
 
+class TreeLayout(NamedTuple):
+    """Texts that share their beginnings, as paths of trees.
+
+    A token's state depends on what stands before it alone, so texts that begin alike are one path up to where they part.
+    """
+
+    position_BN: Tensor  # int64, tokens that stand before each node
+    seen_BNN: Tensor  # bool, whether a node sees the node of the last axis
+    tree_E: Tensor  # int64, where each text ends: in which tree,
+    node_E: Tensor  # int64, and at which node
+
+
 class TokenTrees(NamedTuple):
     """B trees of up to N tokens that hold E texts."""
 

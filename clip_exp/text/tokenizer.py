@@ -22,7 +22,7 @@ from ftfy.badness import is_bad
 from tokenizers.models import BPE
 from torch import Tensor
 
-from clip_exp.config.model import Cleaning, TextTower, TextTowerConfig, folder_or_hub_name
+from clip_exp.config.model import Cleaning, TextTowerConfig, folder_or_hub_name
 from clip_exp.errors import ConfigError
 from clip_exp.open_clip_files import vocabulary_file
 
@@ -68,7 +68,7 @@ def build_tokenizer(config: TextTowerConfig) -> Tokenizes:
         ConfigError: one that is named cannot be had.
     """
     if config.uses_openai_tokenizer:
-        return Tokenizer(config.context_length, trims=config.trim)
+        return Tokenizer(config.context_length, trims=config.trims)
     return HuggingFaceTokenizer.of(config)
 
 
@@ -271,15 +271,16 @@ class HuggingFaceTokenizer:
         Raises:
             ConfigError: it cannot be had, or the tower has no embedding for some of its ids.
         """
-        source = config.tokenizer or config.name
+        source = config.tokenizer_source
         if source is None:
             raise ConfigError(f"{KEY} has no value: give a folder with a tokenizer's files, or a name on the hub.")
-        check_fit(config, load_huggingface(source))
+        if problem := next(config.tokenizer_problems(f"{KEY}={source}", load_huggingface(source)), None):
+            raise ConfigError(problem)
         return cls(
             source,
             config.context_length,
             cleaning=config.cleaning,
-            trims=config.trim and config.kind is not TextTower.siglip,
+            trims=config.trims,
             strip_sep_token=config.strip_sep_token,
         )
 
@@ -361,34 +362,6 @@ def save_huggingface(source: str, folder: Path) -> None:
         ConfigError: see `load_huggingface`.
     """
     load_huggingface(source).save_pretrained(folder)
-
-
-def check_fit(config: TextTowerConfig, tokenizer: Any) -> None:
-    """Refuse a tokenizer that the tower was not made for.
-
-    Raises:
-        ConfigError: ids without an embedding; padding that the encoder would take for words; an end id that the tower would
-            not find.
-    """
-    where = f"{KEY}={config.tokenizer or config.name}"
-    # A Hugging Face encoder has its own numbers; until they are noted nothing is known.
-    encoded = config.kind is TextTower.huggingface or config.name is not None  # open_clip has such encoders too
-    embedded = config.architecture.get("vocab_size") if encoded else config.vocab_size
-    highest = max(tokenizer.get_vocab().values())
-    if embedded is not None and highest >= embedded:
-        raise ConfigError(
-            f"{where} has ids up to {highest}, and the text tower embeds {embedded}: give its own tokenizer."
-        )
-    expected = config.architecture.get("pad_token_id")
-    if encoded and expected is not None and tokenizer.pad_token_id != expected:
-        raise ConfigError(
-            f"{where} pads with {tokenizer.pad_token_id}, and the encoder takes {expected} for padding: give its own tokenizer."
-        )
-    if config.kind is TextTower.clip and tokenizer("a").input_ids[-1] != highest:
-        raise ConfigError(
-            f"{where} does not end a text with its highest id, {highest}, which is where model.text.kind=clip looks for the "
-            "features: use model/text=huggingface or a SigLIP text tower with it."
-        )
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ The rules of the schema come first, then files and devices, and tables, which ma
 from collections.abc import Iterable, Iterator
 
 from clip_exp.config.base import plain, problems, typed_keys
-from clip_exp.config.model import check_tokens
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import RunTables, check_files, check_tables
 from clip_exp.devices import Devices, parse_devices
@@ -31,7 +30,7 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
     typed = typed_keys(arguments)
     found = [
         *problems(config, typed),
-        *check_tokens(config.model),
+        *config.model.text.training_problems(config.model),
         *(check_pretrained(config.pretrained, config.model) if config.pretrained is not None else ()),
         *check_files(config.data),
         *name_problems(config.name),

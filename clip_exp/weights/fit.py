@@ -4,7 +4,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_exp.config.model import ImageTower, ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
+from clip_exp.weights.names import tower_numbers
 from clip_exp.weights.read import find_model_weights
 from clip_exp.weights.search import BIAS, POSITIONS, listing
 
@@ -24,8 +24,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TEXT_POSITIONS = "text.positional_embedding"
 BLOCK_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
 INPUT_SIZES = {"image.image_size", "text.context_length"}  # a model may have been made for several
-IMAGE_POSITIONS = ("image.positional_embedding", "image.pool.positional_embedding")  # a ResNet has them in its pooling
-RESNET_STRIDE = 32  # pixels a side of what one position of a ResNet's last feature map stands for
 
 
 def load_weights(
@@ -193,7 +191,7 @@ def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
 def _hints(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     """What the user may have meant."""
     hints = []
-    theirs, ours = numbers_of(state), numbers_of(own)
+    theirs, ours = tower_numbers(state), tower_numbers(own)
     differing = {key: value for key, value in theirs.items() if key in ours and ours[key] != value}
     if differing:
         numbers = ", ".join(f"{key}={value} instead of {ours[key]}" for key, value in differing.items())
@@ -255,50 +253,10 @@ def _with_count(label: str, count: int) -> str:
     return f"{label} ({count} weights)" if count > 1 else label
 
 
-def numbers_of(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of a model with towers of ours tell about it, by the keys of `ModelConfig`; less for other towers.
-
-    Nothing where they cannot be a model's.
-    """
-    try:
-        return _numbers_of_both(state) | _numbers_of_image(state)
-    except (IndexError, ValueError, ZeroDivisionError):
-        return {}
-
-
-def _numbers_of_both(state: dict[str, Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for tower in ("image", "text"):
-        blocks = {
-            number[0] for name in state if (number := re.search(rf"^{tower}\.transformer\.blocks\.(\d+)\.", name))
-        }
-        if blocks:
-            found[f"{tower}.layers"] = len(blocks)
-    if (text := state.get("text.token_embedding.weight")) is not None:
-        found["text.vocab_size"], found["text.width"] = text.shape
-    if (positions := state.get("text.positional_embedding")) is not None:
-        found["text.context_length"] = positions.shape[-2]
-    if (projection := state.get("text.projection.weight")) is not None:
-        found["embed_dim"] = projection.shape[0]
-    return found
-
-
-def _numbers_of_image(state: dict[str, Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    positions = next((state[name] for name in IMAGE_POSITIONS if name in state), None)
-    if (stem := state.get("image.stem.conv1.weight")) is not None:
-        blocks = {(int(i), j) for name in state for i, j in re.findall(r"^image\.stages\.(\d+)\.(\d+)\.", name)}
-        count = Counter(stage for stage, _ in blocks)
-        found = {"image.kind": ImageTower.resnet, "image.width": 2 * stem.shape[0]}
-        found["image.stages"] = [count[stage] for stage in sorted(count)]
-        cell = RESNET_STRIDE
-    elif (patches := state.get("image.patch_embedding.weight")) is not None:
-        cell = math.isqrt(patches[0].numel() // 3)
-        kind = ImageTower.siglip if "image.pool.latent" in state else ImageTower.vit
-        found = {"image.kind": kind, "image.width": patches.shape[0], "image.patch_size": cell}
-    if found and positions is not None:
-        found["image.image_size"] = math.isqrt(positions.shape[-2]) * cell
-    return found
+def _value(config: ModelConfig, key: str) -> Any:
+    """Return a value of a configuration; None where the tower has no such key."""
+    tower, _, name = key.rpartition(".")
+    return getattr(getattr(config, tower) if tower else config, name, None)
 
 
 def known_model(numbers: dict[str, Any]) -> str | None:
@@ -307,7 +265,7 @@ def known_model(numbers: dict[str, Any]) -> str | None:
         return None
     fits: dict[int, str] = {}
     for config in known_models():
-        wrong = {key for key, value in numbers.items() if attrgetter(key)(config) != value}
+        wrong = {key for key, value in numbers.items() if _value(config, key) != value}
         if wrong <= INPUT_SIZES:
             fits.setdefault(len(wrong), config.name)
     return fits[min(fits)] if fits else None

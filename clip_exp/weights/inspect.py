@@ -19,17 +19,20 @@ from omegaconf import OmegaConf
 from clip_exp.checkpoints.folders import EMA_WEIGHTS, WEIGHTS
 from clip_exp.config.base import parse, plain
 from clip_exp.config.files import read_run_config, read_yaml, require_literal
-from clip_exp.config.model import Activation, ImageTower, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.model import HERE, Activation, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
-from clip_exp.open_clip_files import Entry
-from clip_exp.runs import with_saved_tokenizer
-from clip_exp.storage import LFS_POINTER
-from clip_exp.weights.configurations import (
+from clip_exp.models.families.published import (
+    describes,
+    has_activation_of_description,
     is_huggingface_config,
     is_open_clip_description,
     model_config_of,
     model_of_description,
 )
+from clip_exp.open_clip_files import Entry
+from clip_exp.runs import with_saved_tokenizer
+from clip_exp.storage import LFS_POINTER
 
 # In a folder the first that exists is read. A folder of open_clip may also hold the image tower alone as `model.safetensors`.
 IN_FOLDER = (
@@ -45,7 +48,6 @@ PICKLE = b"\x80"
 TORCHSCRIPT, PICKLED = "constants.pkl", "data.pkl"
 MAX_JSON = 100_000_000  # bytes, of a safetensors file's header, which is the library's own limit, and of files of JSON
 OUR_METADATA = "clip_exp.model"  # in a safetensors file: its model's configuration as JSON
-HERE = "."  # as the tokenizer in it: in the folder of the file
 BESIDE_CONFIG = ("model", "pytorch_model")  # files that a `config.json` beside them is about
 MAX_TEXT = 20_000_000  # bytes of a pickle or program that are searched; those of large models have one million
 RESAMPLING = {2: Interpolation.bilinear, 3: Interpolation.bicubic}  # Pillow's numbers
@@ -370,8 +372,10 @@ def _of_description(description: dict[str, Any], name: str, default: Activation)
     """Of an architecture in open_clip's words, which name no activation but quick_gelu."""
     if not is_open_clip_description(description):
         return About("folder")
-    model = model_of_description(description, name)
-    if model is not None and model.image.kind not in (ImageTower.vit, ImageTower.resnet):
+    model = model_of_description(description, name) or next(
+        (option for option in known_models() if describes(description, option.open_clip_name)), None
+    )
+    if model is not None and not has_activation_of_description(model):
         return About("folder", model.activation, model=model)
     activation = Activation.quick_gelu if description.get("quick_gelu") else default
     if "quick_gelu" in description and not description["quick_gelu"]:
@@ -386,9 +390,7 @@ def _of_config_json(path: Path) -> About | None:
     if not is_huggingface_config(config):
         kind = config.get("model_type")
         return About(f"file of weights beside a config.json of model_type={kind}") if isinstance(kind, str) else None
-    model = model_config_of(config).model_copy(update={"name": path.parent.name})
-    if model.image.kind is ImageTower.siglip:
-        model.text.tokenizer = str(path.parent)
+    model = model_config_of(config, path.parent).model_copy(update={"name": path.parent.name})
     return _with_model(_picture_processing(path.parent), model.activation, model)
 
 
@@ -456,7 +458,7 @@ def activation_of_entry(listed: Entry, model: ModelConfig) -> Activation | None:
     """
     if listed.quick_gelu:
         return Activation.quick_gelu
-    own = model.activation is Activation.gelu_tanh or model.image.kind is ImageTower.open_clip
+    own = model.activation is Activation.gelu_tanh or model.image.own_activation
     return None if own and model.activation is not Activation.quick_gelu else Activation.gelu
 
 

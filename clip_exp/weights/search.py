@@ -25,6 +25,7 @@ DEPTH = 2  # of mappings below the top of a file
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module"}
 AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow)(?:[._\d]|$)", re.IGNORECASE)
 BIAS = "logit_bias"  # goes with the loss, not with the model
+BY_PART = {layout.image: name for name, layout in LAYOUTS.items()}
 POSITIONS = ("positional_embedding", "pos_embed")  # ours and open_clip's, and timm's: of any number
 
 
@@ -123,14 +124,14 @@ def _places(content: Mapping[Any, Any], wrappers: set[str]) -> Iterator[Place]:
         tensors = _without(wrappers, mapping)
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
         for name in tensors:
-            found |= {(prefix, part): {} for prefix, part, _ in _cuts(name) if part in LAYOUTS}
+            found |= {(prefix, BY_PART[part]): {} for prefix, part, _ in _cuts(name) if part in BY_PART}
         layouts = defaultdict(list)
         for prefix, layout in found:
             layouts[prefix].append(layout)
         for name, tensor in tensors.items():
             for prefix, part, rest in _cuts(name):
                 for layout in layouts.get(prefix, ()):
-                    if part in LAYOUTS[layout]:
+                    if part in LAYOUTS[layout].parts:
                         found[prefix, layout][rest] = tensor
         for (prefix, layout), weights in found.items():
             yield Place(keys, tensors, prefix, layout, weights)

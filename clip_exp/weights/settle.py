@@ -6,22 +6,14 @@ what their towers are, which is written out: a run folder is then opened without
 
 import sys
 from collections.abc import Iterator
-from operator import attrgetter
 
-from clip_exp.config.model import Activation, ImageTower, ImageTowerConfig, Interpolation, ModelConfig
+from clip_exp.config.model import Activation, ImageTowerConfig, ModelConfig
 from clip_exp.config.names import known_models
 from clip_exp.errors import ConfigError
 from clip_exp.weights.find import Found
 from clip_exp.weights.inspect import About, activation_contradiction
 
-QUICK = "_clip_quickgelu_"  # in timm's names of backbones that compute what OpenAI's and its descendants' weights need
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-# The sizes of the inputs are left out: positions are made to fit.
-ARCHITECTURE = (
-    "embed_dim",
-    *(f"image.{name}" for name in ("kind", "patch_size", "width", "layers", "stages", "heads")),
-    *(f"text.{name}" for name in ("kind", "vocab_size", "width", "layers", "heads")),
-)
 
 
 def settle(model: ModelConfig, found: Found) -> ModelConfig:
@@ -57,9 +49,7 @@ def as_settled(model: ModelConfig, earlier: ModelConfig) -> ModelConfig:
         update={
             "activation": model.activation or earlier.activation,
             "image": model.image.model_copy(update=filled),
-            "text": model.text.model_copy(
-                update={"architecture": model.text.architecture or earlier.text.architecture}
-            ),
+            "text": model.text.as_resolved(earlier.text),
         }
     )
 
@@ -77,13 +67,16 @@ def _contradictions(model: ModelConfig, found: Found) -> Iterator[str]:
 
 
 def _differing(ours: ModelConfig, theirs: ModelConfig) -> Iterator[str]:
-    """What makes other weights, or other numbers out of the same ones, in towers of ours."""
-    for key in ARCHITECTURE:
-        tower = key.partition(".")[0]
-        kinds = {getattr(model, tower).kind for model in (ours, theirs)} if tower != key else set()
-        here, there = attrgetter(key)(ours), attrgetter(key)(theirs)
-        if not any(kind.foreign for kind in kinds) and None not in (here, there) and here != there:
-            yield f"model.{key}={there} instead of {here}"
+    """Yield what makes other weights, or other numbers out of the same ones; sizes of inputs do not: positions are made to fit."""
+    if ours.embed_dim != theirs.embed_dim:
+        yield f"model.embed_dim={theirs.embed_dim} instead of {ours.embed_dim}"
+    for name, here, there in zip(("image", "text"), ours.towers, theirs.towers, strict=True):
+        if here.foreign or there.foreign:
+            continue
+        keys = ("kind", *here.architecture_keys) if here.kind == there.kind else ("kind",)
+        for key in keys:
+            if getattr(here, key) != getattr(there, key):
+                yield f"model.{name}.{key}={getattr(there, key)} instead of {getattr(here, key)}"
 
 
 def _activation_of(model: ModelConfig, found: Found) -> Activation | None:
@@ -92,7 +85,7 @@ def _activation_of(model: ModelConfig, found: Found) -> Activation | None:
     Of open_clip's configurations each has its own, which holds where nothing is said.
     """
     about = found.about
-    if about.activation or about.model is None or model.image.kind is ImageTower.open_clip:
+    if about.activation or about.model is None or model.image.own_activation:
         return about.activation
     return about.model.activation or Activation.gelu
 
@@ -109,46 +102,13 @@ def _tell(sentence: str) -> None:
 def note_architecture(model: ModelConfig, pretrained: str | None = None) -> ModelConfig:
     """A configuration that says by itself what its towers of other libraries are.
 
-    `text.architecture` is that of the Hugging Face encoder; mean, standard deviation and interpolation of pictures are those
-    of a timm backbone's own weights where these are used. Imports transformers or timm only where they are asked.
-
     Args:
         pretrained: weights of the whole model, in whose place the backbone's own are not used.
 
     Raises:
         ConfigError: the encoder's configuration cannot be had, or there is no such backbone.
     """
-    text, image = model.text, model.image
-    if model.has_encoder and not text.architecture:
-        from clip_exp.models.huggingface import note_architecture as architecture_of  # imports torch
-
-        text = text.model_copy(update={"architecture": architecture_of(text)})
-    if image.kind is ImageTower.timm:
-        from clip_exp.models.timm_tower import known_backbone  # imports torch
-
-        known_backbone(image.name)
-    if pretrained is None and image.pretrained and (backbone := model.backbone):
-        image = _as_trained(image, backbone)
-    return model.model_copy(update={"image": image, "text": text})
-
-
-def _as_trained(image: ImageTowerConfig, backbone: str) -> ImageTowerConfig:
-    """With timm's preprocessing of the backbone where the configuration has none of its own."""
-    import timm
-
-    trained = timm.get_pretrained_cfg(backbone)
-    twin = backbone.replace("_clip_", QUICK)
-    if QUICK not in backbone and any("quickgelu" in note for note in trained.notes or ()) and timm.is_model(twin):
-        print(
-            f"{backbone} computes gelu, but its weights were trained with quick_gelu: model.image.name={twin} computes that.",
-            file=sys.stderr,
-            flush=True,
-        )
-    interpolation = trained.interpolation if trained.interpolation in list(Interpolation) else Interpolation.bicubic
-    return image.model_copy(
-        update={
-            "mean": image.mean or list(trained.mean),
-            "std": image.std or list(trained.std),
-            "interpolation": image.interpolation or Interpolation(interpolation),
-        }
+    own_weights = pretrained is None
+    return model.model_copy(
+        update={"image": model.image.resolved(own_weights), "text": model.text.resolved(own_weights)}
     )

@@ -8,6 +8,8 @@ import open_clip
 import pytest
 import timm
 import torch
+from clip_exp.models.huggingface import HuggingFaceText, build_encoder
+from clip_exp.models.timm_tower import TimmTower
 from open_clip.timm_model import TimmModel
 from timm.models import group_parameters
 from torch import nn
@@ -18,8 +20,6 @@ from clip_exp.config.training import TowerTuningConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.depth import depths, projection_names
-from clip_exp.models.huggingface import HuggingFaceText, build_encoder
-from clip_exp.models.timm_tower import TimmTower
 from clip_exp.training.optim import freeze
 from tests.models.small import small_config
 

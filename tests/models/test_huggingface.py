@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_exp.models.huggingface import HuggingFaceText, build_text_tower, note_architecture
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
@@ -10,7 +11,6 @@ from clip_exp.config.base import plain
 from clip_exp.config.model import ImageTowerConfig, ModelConfig, Pooler, Projection, TextTower, TextTowerConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
-from clip_exp.models.huggingface import HuggingFaceText, build_text_tower, note_architecture
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.weights.settle import note_architecture as noted
 from tests.encoders import CAPTIONS, SMALL, small_encoder, write_encoder

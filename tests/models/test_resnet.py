@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_exp.models.resnet import ModifiedResNet
 from open_clip.modified_resnet import ModifiedResNet as OpenClipResNet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_exp.models.clip import encode
 from clip_exp.models.layers import AttentionPool
-from clip_exp.models.resnet import ModifiedResNet
 from clip_exp.weights.names import from_open_clip
 from tests.models.twins import randomize
 

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from clip_exp.models.timm_tower import TimmTower, build_image_tower
 from open_clip.timm_model import TimmModel
 from torch import nn
 
@@ -8,7 +9,6 @@ from clip_exp.config.model import ImageTower, ImageTowerConfig, Interpolation, M
 from clip_exp.data.images import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
-from clip_exp.models.timm_tower import TimmTower, build_image_tower
 from clip_exp.weights.settle import note_architecture
 
 BACKBONES = ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]

@@ -3,12 +3,12 @@ import copy
 import open_clip
 import pytest
 import torch
+from clip_exp.models.vit import PatchDropout
 from torch import Tensor, nn
 
 from clip_exp.config.model import ImageTower, ImageTowerConfig
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP, encode
-from clip_exp.models.vit import PatchDropout
 from clip_exp.weights.names import to_open_clip
 from tests.models.small import batch, small_config
 

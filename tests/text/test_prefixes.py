@@ -7,8 +7,7 @@ import torch
 
 from clip_exp.evaluation.features import encode_texts
 from clip_exp.models.clip import CLIP
-from clip_exp.models.text import TreeLayout
-from clip_exp.text.prefixes import NODES, TokenTrees, grow, pack
+from clip_exp.text.prefixes import NODES, TokenTrees, TreeLayout, grow, pack
 from clip_exp.text.tokenizer import Tokenizer
 from tests.small_runs import nano
 

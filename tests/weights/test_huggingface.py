@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from clip_exp.weights.configurations import huggingface_config, model_config_of
 from torch import nn
 
 from clip_exp.config.model import Activation, ModelConfig, TextTower
@@ -14,7 +15,6 @@ from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.configurations import huggingface_config, model_config_of
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.inspect import describe
 from clip_exp.weights.names import from_huggingface, to_huggingface

@@ -1,28 +1,9 @@
 """The image tower: a Vision Transformer pooled at its class token (Dosovitskiy et al. 2021, as CLIP changed it)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model import ModelConfig
-from clip_exp.models.layers import LayerNorm, Transformer, transformer_arguments
-
-
-def build_image_tower(config: ModelConfig) -> nn.Module:
-    """See `VisionTransformer`."""
-    return VisionTransformer(embed_dim=config.embed_dim, **patch_transformer(config))
-
-
-def patch_transformer(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of an image tower that is a transformer over patches."""
-    image = config.image
-    return {
-        "image_size": image.image_size,
-        "patch_size": image.patch_size,
-        "patch_dropout": image.patch_dropout,
-        **transformer_arguments(config, image),
-    }
+from clip_exp.models.layers import LayerNorm, Transformer
 
 
 def to_patches(image_BCHW: Tensor, patch_size: int) -> Tensor:

@@ -1,8 +1,4 @@
-"""The towers of any of open_clip's configurations (Ilharco et al. 2021), built by open_clip itself and used as they are.
-
-Their weights keep open_clip's names below `image.` and `text.`. Of CoCa there are the two contrastive towers, without the
-decoder.
-"""
+"""The towers of any of open_clip's configurations, built by open_clip itself and used as they are."""
 
 import json
 import tempfile
@@ -14,15 +10,16 @@ from torch import Tensor, nn
 
 from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models.huggingface import build_encoder, check_encoder, encoder_config
+from clip_exp.models.families.huggingface.tower import build_encoder, check_encoder, encoder_config
+from clip_exp.models.families.open_clip import OpenCLIPImageConfig, OpenCLIPTextConfig
 from clip_exp.open_clip_files import open_clip_values
 
 
-def build_image_tower(config: ModelConfig, own_weights: bool = False) -> nn.Module:
-    """open_clip's `visual` for `config.open_clip_name`, of `config.image.image_size`.
+def build_image_tower(image: OpenCLIPImageConfig, config: ModelConfig, own_weights: bool = False) -> nn.Module:
+    """Return open_clip's `visual` for `config.open_clip_name`, of `image.image_size`.
 
     Args:
-        own_weights: fetch the weights of a timm backbone where `config.image.pretrained` asks for them.
+        own_weights: fetch the weights of a timm backbone where `image.pretrained` says so.
 
     Raises:
         ConfigError: no such configuration, or something is asked of it that it does not have.
@@ -30,21 +27,26 @@ def build_image_tower(config: ModelConfig, own_weights: bool = False) -> nn.Modu
     from open_clip.model import _build_vision_tower
 
     values = open_clip_values(config.open_clip_name)
-    _check(config, values)
-    image, vision = config.image, {**values["vision_cfg"], **_act(config), "output_tokens": False}
+    if image.patch_dropout and isinstance(values["vision_cfg"].get("layers"), list):
+        raise ConfigError(
+            f"model.name={config.open_clip_name}: a ResNet has no patches: set model.image.patch_dropout=0."
+        )
+    vision = {**values["vision_cfg"], **_act(config), "output_tokens": False}
     resized = image.image_size != vision["image_size"]
     vision["image_size"] = image.image_size
     if image.patch_dropout:
         vision["patch_dropout"] = image.patch_dropout
     if "timm_model_name" in vision:
-        return _timm_tower(config, vision, resized, own_weights and image.pretrained)
+        return _timm_tower(image, config, vision, resized, own_weights and image.pretrained)
     return _build_vision_tower(config.embed_dim, vision, _quick_gelu(config, values))
 
 
-def _timm_tower(config: ModelConfig, vision: dict[str, Any], resized: bool, pretrained: bool) -> nn.Module:
+def _timm_tower(
+    image: OpenCLIPImageConfig, config: ModelConfig, vision: dict[str, Any], resized: bool, pretrained: bool
+) -> nn.Module:
     from open_clip.model import _build_vision_tower
 
-    image, size = config.image, config.image.image_size
+    size = image.image_size
 
     def build(pretrained: bool) -> nn.Module:
         visual = _build_vision_tower(config.embed_dim, {**vision, "timm_model_pretrained": pretrained})
@@ -64,11 +66,11 @@ def _timm_tower(config: ModelConfig, vision: dict[str, Any], resized: bool, pret
         ) from error
 
 
-def build_text_tower(config: ModelConfig, own_weights: bool = False) -> nn.Module:
-    """open_clip's `text` for `config.open_clip_name`, which takes tokens [B, L] of any L up to `context_length`.
+def build_text_tower(text_config: OpenCLIPTextConfig, config: ModelConfig, own_weights: bool = False) -> nn.Module:
+    """Return open_clip's `text` for `config.open_clip_name`, which takes tokens [B, L] of any L up to `context_length`.
 
     Args:
-        own_weights: fetch the weights of a Hugging Face encoder where `config.text.pretrained` asks for them.
+        own_weights: fetch the weights of a Hugging Face encoder where `text.pretrained` says so.
 
     Raises:
         ConfigError: no such configuration, or an encoder that cannot be had.
@@ -79,30 +81,36 @@ def build_text_tower(config: ModelConfig, own_weights: bool = False) -> nn.Modul
     text = {
         **values["text_cfg"],
         **_act(config),
-        "context_length": config.text.context_length,
-        "vocab_size": config.text.vocab_size,
+        "context_length": text_config.context_length,
+        "vocab_size": text_config.vocab_size,
         "output_tokens": False,
     }
     if "hf_model_name" in text:
-        return _huggingface_tower(config, text, own_weights)
+        return _huggingface_tower(text_config, config, text, own_weights)
+    if config.dropout:
+        raise ConfigError(
+            f"model.name={config.open_clip_name}: open_clip's towers have no dropout: set model.dropout=0."
+        )
     tower = _build_text_tower(config.embed_dim, text, _quick_gelu(config, values))
     if getattr(tower, "attn_mask", None) is not None:
         tower.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
     return tower
 
 
-def _huggingface_tower(config: ModelConfig, text: dict[str, Any], own_weights: bool) -> nn.Module:
-    """From the encoder's configuration in a folder of its own, so that open_clip does not ask the hub."""
+def _huggingface_tower(
+    text_config: OpenCLIPTextConfig, config: ModelConfig, text: dict[str, Any], own_weights: bool
+) -> nn.Module:
+    """Build from the encoder's configuration in a folder of its own, so that open_clip does not ask the hub."""
     from open_clip.model import _build_text_tower
 
-    architecture = encoder_config(config.text, config.dropout)
+    architecture = encoder_config(text_config, config.dropout)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(architecture.to_dict(), default=str), encoding="utf-8")
         tower = _build_text_tower(config.embed_dim, {**text, "hf_model_name": folder, "hf_model_pretrained": False})
-    check_encoder(tower.transformer, config.text)
-    if own_weights and config.text.pretrained:
+    check_encoder(tower.transformer, text_config)
+    if own_weights and text_config.pretrained:
         with_pooler = text.get("hf_pooler_type") == "cls_pooler"
-        tower.transformer = build_encoder(architecture, with_pooler, weights_of=config.text.name)
+        tower.transformer = build_encoder(architecture, with_pooler, weights_of=text_config.name)
     return tower
 
 
@@ -126,11 +134,3 @@ def _act(config: ModelConfig) -> dict[str, Any]:
         case Activation.quick_gelu:
             return {"act_kwargs": None}
     return {}
-
-
-def _check(config: ModelConfig, values: dict[str, Any]) -> None:
-    name = config.open_clip_name
-    if config.dropout and "hf_model_name" not in values["text_cfg"]:
-        raise ConfigError(f"model.name={name}: open_clip's towers have no dropout: set model.dropout=0.")
-    if config.image.patch_dropout and isinstance(values["vision_cfg"].get("layers"), list):
-        raise ConfigError(f"model.name={name}: a ResNet has no patches: set model.image.patch_dropout=0.")

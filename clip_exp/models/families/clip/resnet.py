@@ -11,27 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_exp.config.model import ModelConfig
 from clip_exp.models.layers import AttentionPool
 
 EXPANSION = 4  # channels of a block's output over those of its 3 x 3 convolution
 STRIDE = 32  # pixels that a side of the last feature map's cell stands for
-
-
-def build_image_tower(config: ModelConfig) -> nn.Module:
-    """See `ModifiedResNet`. The configuration's `activation` and `dropout` concern transformers only."""
-    image = config.image
-    # `check_model` has seen them.
-    assert image.stages is not None
-    assert image.width is not None
-    assert image.heads is not None
-    return ModifiedResNet(
-        image_size=image.image_size,
-        stages=image.stages,
-        width=image.width,
-        heads=image.heads,
-        embed_dim=config.embed_dim,
-    )
 
 
 class Stem(nn.Module):

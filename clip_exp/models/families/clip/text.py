@@ -1,40 +1,10 @@
 """The text tower: a causal transformer pooled at the end-of-text token (Radford et al. 2021, section 2.4)."""
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model import ModelConfig
-from clip_exp.models.layers import Block, LayerNorm, Transformer, transformer_arguments
-
-
-def build_text_tower(config: ModelConfig) -> nn.Module:
-    """See `TextTransformer`."""
-    return TextTransformer(**token_transformer(config))
-
-
-def token_transformer(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of a text tower that is a transformer over tokens."""
-    text = config.text
-    return {
-        "context_length": text.context_length,
-        "vocab_size": text.vocab_size,
-        "embed_dim": config.embed_dim,
-        **transformer_arguments(config, text),
-    }
-
-
-class TreeLayout(NamedTuple):
-    """Texts that share their beginnings, as paths of trees (`clip_exp.text.prefixes`).
-
-    A token's state depends on what stands before it alone, so texts that begin alike are one path up to where they part.
-    """
-
-    position_BN: Tensor  # int64, tokens that stand before each node
-    seen_BNN: Tensor  # bool, whether a node sees the node of the last axis
-    tree_E: Tensor  # int64, where each text ends: in which tree,
-    node_E: Tensor  # int64, and at which node
+from clip_exp.models.layers import Block, LayerNorm, Transformer
+from clip_exp.text.prefixes import TreeLayout
 
 
 def init_text_weights(

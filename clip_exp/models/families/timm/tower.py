@@ -1,6 +1,5 @@
-"""Any image backbone of the timm library as image tower (Wightman 2019), with a projection into the shared space."""
+"""The tower: a backbone of timm without its classifier, and a projection."""
 
-import difflib
 from typing import Any
 
 import torch
@@ -8,8 +7,8 @@ from torch import Tensor, nn
 
 from clip_exp.config.model import ModelConfig, Projection
 from clip_exp.errors import ConfigError
+from clip_exp.models.families.timm import KEY, TimmConfig, known_backbone, tags_of
 
-KEY = "model.image.name"
 OPTIONS = {"patch_drop_rate": "model.image.patch_dropout", "proj_drop_rate": "model.dropout"}
 
 
@@ -50,64 +49,32 @@ class TimmTower(nn.Module):
         return self.projection(self.trunk(image_BCHW))
 
 
-def build_image_tower(config: ModelConfig, own_weights: bool = False) -> TimmTower:
-    """The tower that `config.image` describes.
+def build_tower(image: TimmConfig, model: ModelConfig, own_weights: bool = False) -> TimmTower:
+    """Return the tower that a configuration describes.
 
     Args:
-        own_weights: fetch the backbone's weights where `config.image.pretrained` asks for them; otherwise nothing is fetched.
+        own_weights: fetch the backbone's weights where `image.pretrained` says so; otherwise nothing is fetched.
 
     Raises:
         ConfigError: no such backbone; a size, dropout or projection that it does not take; weights that cannot be had.
     """
-    image = config.image
     name = known_backbone(image.name)
     options: dict[str, Any] = {}
     if image.patch_dropout:
         options["patch_drop_rate"] = image.patch_dropout
-    if config.dropout:
-        options["proj_drop_rate"] = config.dropout
+    if model.dropout:
+        options["proj_drop_rate"] = model.dropout
     with torch.device("meta"):  # what the backbone makes of a picture is found out without computing anything
         probe = _create(name, image.image_size, options)
     channels = _channels(probe, name, image.image_size)
-    if image.projection is Projection.none and channels != config.embed_dim:
+    if image.projection is Projection.none and channels != model.embed_dim:
         raise ConfigError(
             f"model.image.projection=none needs as many channels as the shared space: {name} has {channels}, and "
-            f"model.embed_dim={config.embed_dim}. Set model.embed_dim={channels}, or a projection."
+            f"model.embed_dim={model.embed_dim}. Set model.embed_dim={channels}, or a projection."
         )
     pretrained = image.pretrained and own_weights
     trunk = _fetch(name, image.image_size, options) if pretrained else _create(name, image.image_size, options)
-    return TimmTower(trunk, channels, config.embed_dim, image.projection)
-
-
-def known_backbone(name: str | None) -> str:
-    """The name of a backbone, possibly with a tag of its weights: `vit_base_patch16_224.augreg_in21k`.
-
-    Raises:
-        ConfigError: timm has none of that name.
-    """
-    import timm
-
-    name = name or ""
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models() for the names."
-        raise ConfigError(f"{KEY}={name}: timm has no such model: {hint}")
-    try:
-        timm.get_pretrained_cfg(name)
-    except RuntimeError:
-        raise ConfigError(f"{KEY}={name}: there are no such weights. {_tags(name)}") from None
-    return name
-
-
-def _tags(name: str) -> str:
-    import timm
-
-    found = timm.list_pretrained(f"{name.partition('.')[0]}.*")
-    return (
-        f"timm has {', '.join(found)}."
-        if found
-        else "timm has no weights of this model: use model.image.pretrained=false."
-    )
+    return TimmTower(trunk, channels, model.embed_dim, image.projection)
 
 
 def _create(name: str, size: int, options: dict[str, Any], pretrained: bool = False) -> nn.Module:
@@ -152,7 +119,7 @@ def _fetch(name: str, size: int, options: dict[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model_pretrained(name):
-        raise ConfigError(f"model.image.pretrained=true: {_tags(name)}")
+        raise ConfigError(f"model.image.pretrained=true: {tags_of(name)}")
     try:
         return _create(name, size, options, pretrained=True)
     except ConfigError:

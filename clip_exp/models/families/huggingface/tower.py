@@ -1,7 +1,6 @@
-"""Any text encoder of Hugging Face's transformers as text tower, pooled and projected as open_clip's `HFTextEncoder` does it."""
+"""The tower: an encoder of transformers, pooled and projected as open_clip's `HFTextEncoder` does it."""
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model import ModelConfig, Pooler, Projection, TextTowerConfig, folder_or_hub_name
+from clip_exp.config.model import ModelConfig, Pooler, Projection, folder_or_hub_name
 from clip_exp.errors import ConfigError
+from clip_exp.models.families.huggingface import (
+    KEY,
+    EncoderConfig,
+    HuggingFaceTextConfig,
+    not_loaded,
+    note_architecture,
+)
 
-KEY = "model.text.name"
 INPUTS = ("input_ids", "attention_mask")
 # Whose attention or convolution takes padding in despite the mask: the features depend on how much of it there is.
 SEE_PADDING = ("convbert", "nystromformer", "yoso")
@@ -71,22 +76,21 @@ class HuggingFaceText(nn.Module):
         return self.projection(pooled_BD)
 
 
-def build_text_tower(config: ModelConfig, own_weights: bool = False) -> HuggingFaceText:
-    """The tower that `config.text` describes.
+def build_tower(text: HuggingFaceTextConfig, model: ModelConfig, own_weights: bool = False) -> HuggingFaceText:
+    """Return the tower that a configuration describes.
 
     Args:
-        own_weights: fetch the encoder's weights where `config.text.pretrained` asks for them; otherwise nothing is fetched
-            where `config.text.architecture` is noted.
+        own_weights: fetch the encoder's weights where `text.pretrained` says so; otherwise nothing is fetched where
+            `text.architecture` is noted.
 
     Raises:
         ConfigError: the encoder cannot be had, or does not fit the configuration.
     """
-    text = config.text
-    architecture = encoder_config(text, config.dropout)
-    if text.projection is Projection.none and architecture.hidden_size != config.embed_dim:
+    architecture = encoder_config(text, model.dropout)
+    if text.projection is Projection.none and architecture.hidden_size != model.embed_dim:
         raise ConfigError(
             f"model.text.projection=none needs as many channels as the shared space: {text.name} has "
-            f"{architecture.hidden_size}, and model.embed_dim={config.embed_dim}. Set model.embed_dim={architecture.hidden_size}, "
+            f"{architecture.hidden_size}, and model.embed_dim={model.embed_dim}. Set model.embed_dim={architecture.hidden_size}, "
             "or a projection."
         )
     with_pooler = text.pooler is Pooler.own
@@ -97,27 +101,10 @@ def build_text_tower(config: ModelConfig, own_weights: bool = False) -> HuggingF
     check_encoder(encoder, text)
     if not with_pooler and getattr(encoder, "pooler", None) is not None:
         encoder.pooler.requires_grad_(False)  # some have one that cannot be left out, and DDP waits for every gradient
-    return HuggingFaceText(encoder, config.embed_dim, text.pooler, text.projection)
+    return HuggingFaceText(encoder, model.embed_dim, text.pooler, text.projection)
 
 
-def note_architecture(text: TextTowerConfig) -> dict[str, Any]:
-    """The encoder's own configuration, as plain values that YAML and JSON keep.
-
-    Raises:
-        ConfigError: it cannot be had.
-    """
-    from transformers import AutoConfig
-
-    name = text.name or ""
-    try:
-        config = AutoConfig.from_pretrained(folder_or_hub_name(name), trust_remote_code=False)
-    except Exception as error:  # the hub's client and each architecture fail in ways of their own
-        raise ConfigError(_cannot_be_had(name, error)) from error
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
-
-
-def encoder_config(text: TextTowerConfig, dropout: float = 0.0) -> Any:
+def encoder_config(text: EncoderConfig, dropout: float = 0.0) -> Any:
     """The encoder's `PretrainedConfig`, with the model's dropout in the place of its own.
 
     Raises:
@@ -125,7 +112,7 @@ def encoder_config(text: TextTowerConfig, dropout: float = 0.0) -> Any:
     """
     from transformers import AutoConfig
 
-    values = {**(text.architecture or note_architecture(text))}
+    values = {**(text.architecture or note_architecture(text.name or ""))}
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     except (KeyError, ValueError, TypeError) as error:
@@ -142,7 +129,7 @@ def encoder_config(text: TextTowerConfig, dropout: float = 0.0) -> Any:
     return config
 
 
-def check_encoder(encoder: Any, text: TextTowerConfig) -> None:
+def check_encoder(encoder: Any, text: EncoderConfig) -> None:
     """See that an encoder takes texts of `context_length` tokens, and nothing else, and how much padding it is given.
 
     Raises:
@@ -224,7 +211,7 @@ def _fetch(name: str, config: Any, options: dict[str, Any]) -> Any:
             )
     except Exception as error:  # the hub's client and the file's reader fail in ways of their own
         raise ConfigError(
-            f"{_cannot_be_had(name, error)} Weights are read from safetensors only; model.text.pretrained=false starts without them."
+            f"{not_loaded(name, error)} Weights are read from safetensors only; model.text.pretrained=false starts without them."
         ) from error
     if missing := [*told["missing_keys"], *told.get("mismatched_keys", [])]:
         raise ConfigError(
@@ -245,11 +232,3 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _cannot_be_had(name: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return (
-        f"{KEY}={name} cannot be had ({type(error).__name__}: {lines[0].rstrip('.')}). Give a folder that holds an encoder's "
-        "config.json and model.safetensors, or a name on the hub while it can be reached."
-    )

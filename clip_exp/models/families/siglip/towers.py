@@ -6,22 +6,11 @@ All layer norms have eps 1e-6, as in big_vision, where the published weights com
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model import ModelConfig
+from clip_exp.models.families.clip.text import init_text_weights
+from clip_exp.models.families.clip.vit import PatchDropout, to_patches
 from clip_exp.models.layers import MLP, AttentionPool, LayerNorm, Transformer
-from clip_exp.models.text import init_text_weights, token_transformer
-from clip_exp.models.vit import PatchDropout, patch_transformer, to_patches
 
 NORM_EPS = 1e-6
-
-
-def build_image_tower(config: ModelConfig) -> nn.Module:
-    """See `SigLIPImage`."""
-    return SigLIPImage(**patch_transformer(config))
-
-
-def build_text_tower(config: ModelConfig) -> nn.Module:
-    """See `SigLIPText`."""
-    return SigLIPText(**token_transformer(config))
 
 
 class LatentPool(nn.Module):

@@ -1,0 +1,126 @@
+"""Any image backbone of the timm library as image tower (Wightman 2019), with a projection into the shared space."""
+
+import difflib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import Field
+
+from clip_exp.config.base import Proportion
+from clip_exp.config.model import ImageTowerConfig, Interpolation, ModelConfig, Projection
+from clip_exp.errors import ConfigError
+from clip_exp.renaming import Names, Row
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T", bound=ImageTowerConfig)
+KEY = "model.image.name"
+QUICK = "_clip_quickgelu_"  # in timm's names of backbones that compute what OpenAI's and its descendants' weights need
+
+
+class TimmConfig(ImageTowerConfig):
+    """A backbone of timm, and a projection."""
+
+    kind: Literal["timm"] = "timm"
+    name: str = Field(
+        description="name of the backbone, as timm.list_models() has it, also with a tag of its weights: vit_base_patch16_224.augreg_in21k"
+    )
+    pretrained: bool = Field(False, description="start from the backbone's own weights")
+    projection: Projection = Field(
+        Projection.linear, description="linear, mlp or none, from its channels to the shared space"
+    )
+    patch_dropout: Proportion = Field(
+        0.0, description="fraction of the patches that a training step leaves out, where the backbone has patches"
+    )
+
+    in_open_clip: ClassVar[bool] = True
+    foreign: ClassVar[bool] = True
+    names: ClassVar[dict[str, Names]] = {
+        "clip_exp": Names((), ("trunk.",)),
+        "open_clip": Names(
+            (
+                Row("projection.weight", "head.proj.weight"),
+                Row("projection.0.", "head.mlp.fc1."),
+                Row("projection.2.", "head.mlp.fc2."),
+            ),
+            ("trunk.",),
+        ),
+    }
+
+    @property
+    def own_weights(self) -> bool:
+        return self.pretrained
+
+    def build(self, model: ModelConfig, own_weights: bool = False) -> "nn.Module":
+        from clip_exp.models.families.timm.tower import build_tower  # imports torch
+
+        return build_tower(self, model, own_weights)
+
+    def resolved(self, own_weights: bool) -> Self:
+        known_backbone(self.name)
+        return as_trained(self, self.name) if own_weights and self.pretrained else self
+
+    def open_clip_cfg(self, model: ModelConfig) -> dict[str, Any]:
+        return {
+            "image_size": self.image_size,
+            "timm_model_name": self.name,
+            "timm_model_pretrained": False,
+            "timm_pool": "",  # the backbone's own
+            "timm_proj": self.projection.value,
+        }
+
+    def open_clip_problems(self, model: ModelConfig) -> Iterator[str]:
+        if self.projection is Projection.none:
+            yield "format=open_clip has no timm backbone without a projection: use format=safetensors or onnx."
+
+
+def known_backbone(name: str) -> str:
+    """Return the name of a backbone, possibly with a tag of its weights: `vit_base_patch16_224.augreg_in21k`.
+
+    Raises:
+        ConfigError: timm has none of that name.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models() for the names."
+        raise ConfigError(f"{KEY}={name}: timm has no such model: {hint}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        raise ConfigError(f"{KEY}={name}: there are no such weights. {tags_of(name)}") from None
+    return name
+
+
+def tags_of(name: str) -> str:
+    """Return a sentence with the tags of a backbone's weights."""
+    import timm
+
+    if found := timm.list_pretrained(f"{name.partition('.')[0]}.*"):
+        return f"timm has {', '.join(found)}."
+    return "timm has no weights of this model: use model.image.pretrained=false."
+
+
+def as_trained(image: T, backbone: str) -> T:
+    """Return a tower with timm's preprocessing of a backbone's weights where the configuration has none of its own."""
+    import timm
+
+    trained = timm.get_pretrained_cfg(backbone)
+    twin = backbone.replace("_clip_", QUICK)
+    if QUICK not in backbone and any("quickgelu" in note for note in trained.notes or ()) and timm.is_model(twin):
+        print(
+            f"{backbone} computes gelu, but its weights were trained with quick_gelu: model.image.name={twin} computes that.",
+            file=sys.stderr,
+            flush=True,
+        )
+    interpolation = trained.interpolation if trained.interpolation in list(Interpolation) else Interpolation.bicubic
+    return image.model_copy(
+        update={
+            "mean": image.mean or list(trained.mean),
+            "std": image.std or list(trained.std),
+            "interpolation": image.interpolation or Interpolation(interpolation),
+        }
+    )

@@ -1,0 +1,118 @@
+"""Tables between the parameter names of two libraries, and state dicts renamed by them. Both ways give the same numbers.
+
+Families of towers have a table for each layout of files that holds them (`names` of their configurations). This module is imported
+with the configurations and does not import torch before tensors are there.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reshape = tuple[
+    Callable[["Tensor"], "Tensor"], Callable[["Tensor"], "Tensor"]
+]  # from ours to theirs, from theirs to ours
+Parts = str | tuple[str, ...]
+
+
+def _to_kernel(patches_DP: "Tensor") -> "Tensor":
+    side = math.isqrt(patches_DP.shape[1] // 3)
+    return patches_DP.unflatten(1, (3, side, side))
+
+
+def _transposed(matrix: "Tensor") -> "Tensor":
+    return matrix.T.contiguous()
+
+
+SAME: Reshape = (lambda x: x, lambda x: x)
+KERNEL: Reshape = (_to_kernel, lambda kernel: kernel.flatten(1))  # of a convolution over patches, [D, 3, H, W]
+TRANSPOSED: Reshape = (_transposed, _transposed)
+BATCHED: Reshape = (lambda x: x.unsqueeze(0), lambda x: x.squeeze(0))
+TOKEN: Reshape = (lambda x_D: x_D[None, None], lambda x_11D: x_11D.flatten())
+SCALAR: Reshape = (lambda x: x.squeeze(0), lambda x: x.reshape(1))
+
+
+class Row(NamedTuple):
+    """A part of a name on both sides.
+
+    One that begins with a dot is replaced anywhere in a name; of the others, the first that a name begins with. Several parts on a
+    side are tensors that are one on the other side, joined along their first axis.
+    """
+
+    ours: Parts
+    theirs: Parts
+    reshape: Reshape = SAME
+
+
+class Names(NamedTuple):
+    """The parameters of a tower in one layout of files."""
+
+    rows: tuple[Row, ...]
+    marks: tuple[
+        str, ...
+    ]  # beginnings of names that tell this kind of tower from others in the layout; all must be there
+
+    def answers(self, names: Iterable[str]) -> bool:
+        names = list(names)
+        return all(any(name.startswith(mark) for name in names) for mark in self.marks)
+
+
+def rename(state: Mapping[str, "Tensor"], rows: Iterable[Row], *, to_theirs: bool) -> dict[str, "Tensor"]:
+    """Return tensors under the names of the other side of a table; names that it does not have pass through.
+
+    A tensor that is several on this side is left under their names where one of them is missing.
+    """
+    import torch
+
+    sides = [_side(row, to_theirs) for row in rows]
+    renamed: dict[str, Tensor] = {}
+    pieces: dict[str, dict[int, tuple[str, Tensor]]] = defaultdict(dict)
+    wanted: dict[str, int] = {}
+    for name, tensor in state.items():
+        names, piece, count, reshape = _renamed(name, sides)
+        if count > 1:
+            pieces[names[0]][piece], wanted[names[0]] = (name, reshape(tensor)), count
+        elif len(names) == 1:
+            renamed[names[0]] = reshape(tensor)
+        else:  # copies, because files do not take tensors that share memory
+            parts = zip(names, reshape(tensor).chunk(len(names)), strict=True)
+            renamed |= {part_name: part.clone() for part_name, part in parts}
+    for whole, found in pieces.items():
+        if len(found) == wanted[whole]:
+            renamed[whole] = torch.cat([found[i][1] for i in range(wanted[whole])])
+        else:
+            renamed |= {name: state[name] for name, _ in found.values()}
+    return renamed
+
+
+class _Side(NamedTuple):
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    reshape: Callable[["Tensor"], "Tensor"]
+
+
+def _side(row: Row, to_theirs: bool) -> _Side:
+    ours, theirs = ((part,) if isinstance(part, str) else part for part in (row.ours, row.theirs))
+    return _Side(ours, theirs, row.reshape[0]) if to_theirs else _Side(theirs, ours, row.reshape[1])
+
+
+def _renamed(name: str, sides: list[_Side]) -> tuple[list[str], int, int, Callable[["Tensor"], "Tensor"]]:
+    """Return the new names of a tensor, which of how many parts of one it is, and how it is reshaped."""
+    names, piece, count, reshape = [name], 0, 1, SAME[0]
+    begun = False
+    for side in sides:
+        for i, old in enumerate(side.old):
+            anywhere = old.startswith(".")
+            if (anywhere and old not in names[0]) or (not anywhere and (begun or not names[0].startswith(old))):
+                continue
+            begun = begun or not anywhere
+            names = [each.replace(old, new, 1) for each in names for new in side.new]
+            if len(side.old) > 1:
+                piece, count = i, len(side.old)
+            if side.reshape is not SAME[0] and side.reshape is not SAME[1]:
+                reshape = side.reshape
+            break
+    return names, piece, count, reshape
