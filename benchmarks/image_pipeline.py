@@ -29,11 +29,11 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 from clip_exp.config.data import AugmentationConfig, DataConfig
-from clip_exp.config.model import ImageTowerConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.files import ImageLimits, read_file
 from clip_exp.data.images import crop_box, decode_rgb, normalize, preprocessing_of, train_transform
 from clip_exp.data.randomness import Draws
+from clip_exp.models.families.clip import ViTConfig
 from clip_exp.text.tokenizer import Tokenizer
 
 SETS = {"500 px": (500, 200, 2.5), "1600 px": (1600, 40, 2.0)}  # longer side, pictures, target ratio
@@ -97,7 +97,7 @@ def our_module(table: Path, batch_size: int, steps: int, workers: int) -> PairsD
     config = DataConfig(name="csv", train=str(table), num_workers=workers)
     return PairsDataModule(
         config,
-        preprocessing=preprocessing_of(ImageTowerConfig(image_size=SIZE)),
+        preprocessing=preprocessing_of(ViTConfig(image_size=SIZE, patch_size=8, width=8, layers=1, heads=1)),
         tokenizer=Tokenizer(77),
         global_batch_size=batch_size,
         total_steps=steps,
@@ -199,7 +199,7 @@ def main() -> None:
     torch.set_num_threads(1)
     photographs = find_photographs(args.pictures)
     batch = torch.randint(0, 256, (64, 3, SIZE, SIZE), dtype=torch.uint8)
-    preprocessing = preprocessing_of(ImageTowerConfig(image_size=SIZE))
+    preprocessing = preprocessing_of(ViTConfig(image_size=SIZE, patch_size=8, width=8, layers=1, heads=1))
     device_ms = cpu_ms(lambda _: normalize(batch, preprocessing.mean, preprocessing.std), 20) / 64
     print(f"normalizing, which clip_exp leaves to the device: {device_ms:.3f} ms per picture on one core of this CPU")
     with tempfile.TemporaryDirectory() as folder:

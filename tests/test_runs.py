@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from clip_exp import runs
-from clip_exp.config.model import ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.models.families.clip import ViTConfig
+from clip_exp.models.families.siglip import SigLIPTextConfig
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training import opening
 from clip_exp.training.opening import open_run
@@ -244,8 +246,8 @@ def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path) -> None:
 
 def test_a_run_keeps_its_tokenizer_when_the_original_is_gone(tmp_path: Path) -> None:
     folder = write_siglip_tokenizer(tmp_path / "original")
-    text = TextTowerConfig(kind=TextTower.siglip, context_length=16, vocab_size=300, tokenizer=str(folder))
-    model = ModelConfig(name="small", embed_dim=8, image=ImageTowerConfig(image_size=32), text=text)
+    text = SigLIPTextConfig(context_length=16, vocab_size=300, tokenizer=str(folder))
+    model = ModelConfig(name="small", embed_dim=8, image=ViTConfig(image_size=32), text=text)
     expected = build_tokenizer(text)(TEXTS)
     run_dir = tmp_path / "run"
     runs.save_tokenizer(model, run_dir)

@@ -411,6 +411,8 @@ def _idle_keys(config: Config, typed: Collection[str], at: str) -> Iterator[str]
         for key in unused.keys.split():
             node, _, name = key.rpartition(".")
             parent = attrgetter(node)(config) if node else config
+            if name not in type(parent).model_fields:
+                continue  # a key of another member of a group
             value = getattr(parent, name)
             is_default = value == default_of(type(parent).model_fields[name])
             is_set = f"{at}{key}" in typed or (not unused.typed_only and not is_default)

@@ -32,6 +32,7 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from clip_exp.config import registry
 from clip_exp.config.base import (
     MISSING,
     UNKNOWN,
@@ -217,7 +218,15 @@ class Loader(ConfigLoaderImpl):
         _configure_hydra(
             config.hydra, {default.config_path for default in own}, "output_dir" in self.schema.model_fields
         )
-        rest = super()._compose_config_from_defaults_list([default for default in defaults if default not in own], repo)
+        rest = OmegaConf.create()
+        for default in (default for default in defaults if default not in own):
+            file = super()._compose_config_from_defaults_list([default], repo)
+            before, given = _container(rest), set(_given_keys("", _container(file)))
+            rest.merge_with(file)
+            if before:
+                merged = _container(rest)
+                if _leave_other_kind(self.schema, before, merged, given, ""):
+                    rest = OmegaConf.create(merged)
         hydra = rest.pop("hydra", None)
         if hydra is not None:
             config.merge_with({"hydra": hydra})
@@ -271,7 +280,7 @@ def _given_keys(key: str, value: Any) -> Iterator[str]:
     """Yield the full keys that an override gives values to, whose own value may be a mapping."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _given_keys(f"{key}.{name}", inner)
+            yield from _given_keys(f"{key}.{name}".removeprefix("."), inner)
     else:
         yield key
 
@@ -325,8 +334,16 @@ def _delete(values: Any, parts: list[str]) -> bool:
     return True
 
 
-def _leave_other_kind(model: type[Config], before: Any, after: Any, typed: set[str], at: str) -> None:
-    """Remove what was composed for another member of a union than overrides have chosen, but for keys that the chosen one needs."""
+def _leave_other_kind(model: type[Config], before: Any, after: Any, typed: set[str], at: str) -> bool:
+    """Remove what was composed for another member of a group than was chosen after it, but for keys that the chosen one needs.
+
+    Args:
+        typed: full keys of the overrides, or of the file, that chose; their values stay.
+
+    Returns:
+        whether something was removed.
+    """
+    removed = False
     for name, field in model.model_fields.items():
         key, models = key_of(name, field), members(field.annotation)
         old, new = before.get(key), after.get(key)
@@ -336,12 +353,14 @@ def _leave_other_kind(model: type[Config], before: Any, after: Any, typed: set[s
         if now is None:
             continue
         if was is now:
-            _leave_other_kind(now, old, new, typed, f"{at}{key}.")
+            removed |= _leave_other_kind(now, old, new, typed, f"{at}{key}.")
             continue
         needed = {key_of(name, field) for name, field in now.model_fields.items() if field.is_required()}
         for each in list(new):
             if each not in needed and not any(f"{given}.".startswith(f"{at}{key}.{each}.") for given in typed):
                 del new[each]
+                removed = True
+    return removed
 
 
 def _hydra(command: str, config_dir: str | None = None) -> Hydra:
@@ -351,6 +370,7 @@ def _hydra(command: str, config_dir: str | None = None) -> Hydra:
         folder = Path(config_dir).absolute()
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {config_dir} is not a folder.")
+        registry.add_folder(folder)
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema", path=None))
     hydra = Hydra(command, Loader(search_path, SCHEMAS[command]))
     OmegaConf.register_new_resolver("open_clip", open_clip_field, replace=True)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from enum import StrEnum
-from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
@@ -572,7 +571,10 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
             if tower not in begun and (frozen.freeze or tuning.lora is not None):
                 key = f"finetune.{tower}.freeze" if tuning.lora is None else "finetune.lora"
                 yield f"{key} would keep random weights in the {tower} tower: set pretrained=…"
-            elif self.pretrained is None and attrgetter(f"{tower}.projection")(self.model) is not Projection.none:
+            elif (
+                self.pretrained is None
+                and getattr(getattr(self.model, tower), "projection", None) is not Projection.none
+            ):
                 yield from self._check_projection(tower, frozen)
         if tuning.linear_probe_steps and not begun:
             yield "finetune.linear_probe_steps would fit projections to towers of random weights: set pretrained=…"

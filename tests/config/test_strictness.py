@@ -108,21 +108,21 @@ CROSS_FIELD = {
     ),
     "layers of a resnet": (
         ["model=rn50", "model.image.layers=3"],
-        "layers=3 has no effect on image towers of kind=resnet",
+        "model.image.layers is a key of model.image.kind=vit and of model.image.kind=siglip, which was not chosen",
     ),
     "a backbone's name of a tower of ours": (
         ["model.image.name=resnet18"],
-        "name=resnet18 has no effect on image towers of kind=vit",
+        "model.image.name is a key of model.image.kind=timm and of model.image.kind=open_clip, which was not chosen",
     ),
     "layers of an encoder": (
         ["model/text=huggingface", "model.text.name=x", "model.text.layers=2"],
-        "layers=2 has no effect on text towers of kind=huggingface",
+        "model.text.layers is a key of model.text.kind=clip and of model.text.kind=siglip, which was not chosen",
     ),
     "width of open_clip's": (
         ["model=open_clip", "model.name=ViT-B-32", "model.image.width=8"],
-        "width=8 has no effect",
+        "model.image.width is a key of",
     ),
-    "a backbone's weights of a tower of ours": (["model.image.pretrained=true"], "without a backbone of timm"),
+    "a backbone's weights of a tower of ours": (["model.image.pretrained=true"], "which was not chosen"),
     "odd name": (["name=a/b"], "plain folder name"),
     "long name": ([f"name={'x' * 300}"], "has 300 bytes, and a folder's name may have 200"),
     "long name in Chinese": ([f"name='{'猫' * 70}'"], "has 210 bytes"),

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from clip_exp.config.data import DataConfig
-from clip_exp.config.model import ImageTowerConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
+from clip_exp.models.families.clip import ViTConfig
 from clip_exp.text.tokenizer import Tokenizer
 
 
@@ -68,7 +68,7 @@ def data_module(
     config = DataConfig(name="csv", train=train, **{"num_workers": 0, **values})  # type: ignore[arg-type]
     return PairsDataModule(
         config,
-        preprocessing=preprocessing_of(ImageTowerConfig(image_size=16)),
+        preprocessing=preprocessing_of(ViTConfig(image_size=16, patch_size=8, width=8, layers=1, heads=1)),
         tokenizer=Tokenizer(77),
         global_batch_size=global_batch_size,
         total_steps=total_steps,

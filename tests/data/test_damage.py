@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from clip_exp.config.data import DataConfig, OnBadRow
-from clip_exp.config.model import ImageTowerConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.files import KINDS, BadImage, ImageLimits, kind_of
 from clip_exp.data.images import decode, decode_rgb, preprocessing_of
 from clip_exp.data.tables.open import open_table, read_table
 from clip_exp.data.tables.reader import TableOptions
 from clip_exp.errors import ClipExpError
+from clip_exp.models.families.clip import ViTConfig
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table
 from tests.data.damaged_pictures import damaged_pictures
@@ -104,7 +104,7 @@ def read_epoch(pairs: Path, run_dir: Path, workers: int, ranks: int) -> tuple[Co
     for rank in range(ranks):
         module = PairsDataModule(
             DataConfig(name="csv", train=str(pairs), num_workers=workers, max_bad_fraction=1.0),
-            preprocessing=preprocessing_of(ImageTowerConfig(image_size=16)),
+            preprocessing=preprocessing_of(ViTConfig(image_size=16, patch_size=8, width=8, layers=1, heads=1)),
             tokenizer=Tokenizer(),
             global_batch_size=BATCH,
             total_steps=total,

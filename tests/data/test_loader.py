@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from clip_exp.config.model import ImageTowerConfig
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.loader import (
     BadPicture,
@@ -27,6 +26,7 @@ from clip_exp.data.loader import (
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
+from clip_exp.models.families.clip import ViTConfig
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table
 from tests.exhaustive import repeat_beyond
@@ -209,7 +209,11 @@ def test_an_error_keeps_its_message_through_a_workers_wrapping():
 
 def test_validation_pictures_come_with_all_their_captions(pairs):
     table = read_table(pairs)
-    dataset = EvalPairs(table, preprocessing=preprocessing_of(ImageTowerConfig(image_size=16)), tokenizer=Tokenizer(77))
+    dataset = EvalPairs(
+        table,
+        preprocessing=preprocessing_of(ViTConfig(image_size=16, patch_size=8, width=8, layers=1, heads=1)),
+        tokenizer=Tokenizer(77),
+    )
     assert len(dataset) == 23
     sample = dataset[3]
     assert sample.caption_indices == [3, 4, 5]

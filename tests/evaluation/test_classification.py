@@ -18,7 +18,7 @@ from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.reports.names import of_classification
 from clip_exp.text.tokenizer import Tokenizer
-from clip_exp.weights.names import from_open_clip
+from clip_exp.weights.names import to_ours
 
 NAMES = [name for _, name in imagenet_classes()[655:660]]
 
@@ -46,7 +46,7 @@ def test_classifier_equals_open_clips_on_the_same_weights():
         theirs, open_clip.SimpleTokenizer(), NAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
     )
     ours = build_model(named_model("vit_nano")).eval()
-    ours.load_state_dict(from_open_clip(theirs.state_dict()))
+    ours.load_state_dict(to_ours("open_clip", theirs.state_dict()))
     found = build_classifier(ours, Tokenizer(77), NAMES, templates("openai"))
     torch.testing.assert_close(found, expected.T, atol=1e-5, rtol=0)
 

@@ -5,19 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_exp.config.model import (
-    Activation,
-    Cleaning,
-    ImageTower,
-    ImageTowerConfig,
-    ModelConfig,
-    ResizeMode,
-    TextTower,
-    TextTowerConfig,
-)
+from clip_exp.config.model import Activation, Cleaning, ModelConfig, ResizeMode
 from clip_exp.config.names import named_model
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.clip import CLIPTextConfig, ResNetConfig
+from clip_exp.models.families.siglip import SigLIPImageConfig, SigLIPTextConfig
 from tests.encoders import write_siglip_tokenizer
 
 TEXTS = ["a photo of a cat", "a dog, running on grass", "the digit 7", "a red square left of a green circle"]
@@ -30,16 +23,15 @@ def vit(activation: Activation | None = None) -> ModelConfig:
 
 
 def resnet() -> ModelConfig:
-    image = ImageTowerConfig(kind=ImageTower.resnet, image_size=64, stages=[1, 2, 1, 1], width=16, heads=4)
-    text = TextTowerConfig(width=64, layers=2, heads=2)
+    image = ResNetConfig(image_size=64, stages=[1, 2, 1, 1], width=16, heads=4)
+    text = CLIPTextConfig(width=64, layers=2, heads=2)
     return ModelConfig(name="rn_nano", embed_dim=48, image=image, text=text)
 
 
 def siglip(tokenizer_folder: Path) -> ModelConfig:
     """Beside a tokenizer of its own, in `tokenizer_folder`."""
     write_siglip_tokenizer(tokenizer_folder)
-    image = ImageTowerConfig(
-        kind=ImageTower.siglip,
+    image = SigLIPImageConfig(
         image_size=32,
         patch_size=8,
         width=64,
@@ -49,8 +41,7 @@ def siglip(tokenizer_folder: Path) -> ModelConfig:
         std=[0.5, 0.5, 0.5],
         resize_mode=ResizeMode.squash,
     )
-    text = TextTowerConfig(
-        kind=TextTower.siglip,
+    text = SigLIPTextConfig(
         context_length=16,
         vocab_size=300,
         width=64,

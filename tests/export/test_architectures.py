@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, SiglipModel
 
-from clip_exp.config.model import ImageTower, ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.export import huggingface as huggingface_format
 from clip_exp.export import onnx as onnx_format
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.names import from_huggingface
+from clip_exp.weights.names import to_ours
 from tests.encoders import write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
 from tests.export.small import build
@@ -23,7 +23,7 @@ from tests.models.twins import REPRESENTATIVES, cut, inputs, load_config, names_
 
 AT_FULL_SIZE = {"rn50", "vit_b32", "vit_b16", "siglip_b16"}  # in test_onnx.py
 OTHERS = [name for name in names_with_twin() if name not in AT_FULL_SIZE]
-IN_TRANSFORMERS = [name for name in names_with_twin() if load_config(name).image.kind is not ImageTower.resnet]
+IN_TRANSFORMERS = [name for name in names_with_twin() if load_config(name).image.kind != "resnet"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def config(request: pytest.FixtureRequest, tokenizer: str) -> ModelConfig:
 
 @pytest.fixture
 def model(config: ModelConfig) -> CLIP:
-    return build(config, bias=-10.0 if config.image.kind is ImageTower.siglip else None)
+    return build(config, bias=-10.0 if config.image.kind == "siglip" else None)
 
 
 def assert_same(features: tuple[Tensor, Tensor], model: CLIP, given: tuple[Tensor, Tensor]) -> None:
@@ -56,13 +56,13 @@ def test_transformers_loads_the_folder_and_its_weights_come_back(
     config: ModelConfig, model: CLIP, tmp_path: Path
 ) -> None:
     huggingface_format.write(tmp_path, model, config)
-    model_class = SiglipModel if config.image.kind is ImageTower.siglip else CLIPModel
+    model_class = SiglipModel if config.image.kind == "siglip" else CLIPModel
     theirs, told = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     given = inputs(config)
     features = (theirs.get_image_features(given[0]), theirs.get_text_features(given[1]))
     assert_same(tuple(feature.pooler_output for feature in features), model, given)
-    back = from_huggingface(theirs.state_dict())
+    back = to_ours("transformers", theirs.state_dict())
     assert back.keys() == model.state_dict().keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -9,10 +9,11 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, SiglipModel
 
 import clip_exp
-from clip_exp.config.model import Activation, ImageTower, ModelConfig, ResizeMode
+from clip_exp.config.model import Activation, ModelConfig, ResizeMode
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.timm import TimmConfig
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
 from tests.small_runs import write_picture
@@ -116,7 +117,8 @@ def test_a_bias_that_clip_model_lacks_is_left_out(export: Export) -> None:
 def test_other_towers_are_refused_with_the_formats_that_hold_them(kind: str, export: Export, tmp_path: Path) -> None:
     config = resnet()
     model: CLIP = build(config)
-    config.image.kind = ImageTower(kind)
+    if kind == "timm":
+        config.image = TimmConfig(name="test_convnext", image_size=64)
     with pytest.raises(
         ConfigError, match=f"kind={kind} and a text tower of kind=clip. Formats that can: open_clip, safetensors, onnx"
     ):

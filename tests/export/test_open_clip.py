@@ -14,11 +14,12 @@ from torch import nn
 
 import clip_exp
 from clip_exp import open_clip_files
-from clip_exp.config.model import Activation, ImageTower, ModelConfig, Projection
+from clip_exp.config.model import Activation, ModelConfig, Projection
 from clip_exp.config.names import named_model
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.export.open_clip import model_cfg
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.timm import TimmConfig
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
@@ -85,7 +86,7 @@ def test_the_file_is_loaded_strictly_as_an_architecture_of_that_name(
 @pytest.mark.parametrize("name", names_with_twin())
 def test_the_configuration_of_an_architecture_is_open_clips_own(name: str) -> None:
     config = named_model(name)
-    bias = -10.0 if config.image.kind is ImageTower.siglip else None
+    bias = -10.0 if config.image.kind == "siglip" else None
     ours, theirs = model_cfg(config, bias), open_clip.get_model_config(config.open_clip_name)
     for part, fields in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         assert fields(**ours.pop(part)) == fields(**theirs.pop(part))
@@ -155,8 +156,7 @@ def test_a_siglip_model_is_loaded_with_its_tokenizer(export: Export, tmp_path: P
 @pytest.mark.parametrize("projection", [Projection.linear, Projection.mlp])
 def test_a_timm_backbone_is_loaded(projection: Projection, export: Export) -> None:
     config = vit()
-    config.image.kind, config.image.name, config.image.projection = ImageTower.timm, "test_convnext", projection
-    config.image.image_size = 64
+    config.image = TimmConfig(name="test_convnext", image_size=64, projection=projection)
     assert timm.is_model("test_convnext")
     model = build(config)
     theirs = open_clip.create_model(f"local-dir:{export(model, config, 'open_clip')}").eval()
@@ -166,7 +166,7 @@ def test_a_timm_backbone_is_loaded(projection: Projection, export: Export) -> No
 def test_a_model_of_open_clip_goes_back(export: Export) -> None:
     """By its folder, and by its name and the file, whose names are those of the class that open_clip builds for it."""
     config = named_model("ViT-S-32-alt")
-    assert config.image.kind is ImageTower.open_clip
+    assert config.image.kind == "open_clip"
     model = build(config)
     folder = export(model, config, "open_clip")
     assert_same_features(open_clip.create_model(f"local-dir:{folder}").eval(), model, config)

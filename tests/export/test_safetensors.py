@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 
 import clip_exp
-from clip_exp.config.model import Activation, ImageTower, ModelConfig, Pooler, TextTower
+from clip_exp.config.model import Activation, ModelConfig, Pooler
+from clip_exp.models.families.huggingface import HuggingFaceTextConfig
+from clip_exp.models.families.timm import TimmConfig
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_encoder
 from tests.export.small import TEXTS, build, resnet, siglip, vit
@@ -46,9 +48,8 @@ def test_the_folder_is_a_model_that_can_be_moved_with_its_tokenizer(export: Expo
 def test_towers_of_other_libraries_are_built_without_their_files(export: Export, tmp_path: Path) -> None:
     encoder = write_encoder(tmp_path / "encoder", "bert")
     config: ModelConfig = vit()
-    config.image.kind, config.image.name, config.image.image_size = ImageTower.timm, "test_convnext", 64
-    config.text.kind, config.text.name, config.text.pooler = TextTower.huggingface, str(encoder), Pooler.cls
-    config.text.context_length = 20
+    config.image = TimmConfig(name="test_convnext", image_size=64)
+    config.text = HuggingFaceTextConfig(name=str(encoder), pooler=Pooler.cls, context_length=20)
     model = build(config)
     folder = export(model, config, "safetensors")
     ids = build_tokenizer(config.text)(TEXTS)

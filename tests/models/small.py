@@ -4,8 +4,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.model import Activation, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.clip import CLIPTextConfig, ViTConfig
 from clip_exp.weights.names import to_open_clip
 
 CONTEXT_LENGTH, VOCAB_SIZE = 77, 500
@@ -15,8 +16,8 @@ def small_config(activation: Activation = Activation.gelu, dropout: float = 0.0)
     return ModelConfig(
         name="small",
         embed_dim=40,
-        image=ImageTowerConfig(image_size=32, patch_size=8, width=64, layers=2, heads=4),
-        text=TextTowerConfig(context_length=CONTEXT_LENGTH, vocab_size=VOCAB_SIZE, width=48, layers=2, heads=3),
+        image=ViTConfig(image_size=32, patch_size=8, width=64, layers=2, heads=4),
+        text=CLIPTextConfig(context_length=CONTEXT_LENGTH, vocab_size=VOCAB_SIZE, width=48, layers=2, heads=3),
         activation=activation,
         dropout=dropout,
     )

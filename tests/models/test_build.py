@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from clip_exp.config.model import ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.clip import CLIPTextConfig, ResNetConfig, ViTConfig
 from clip_exp.weights.names import to_open_clip
 from tests.models.twins import FOLDER, inputs, load_config, names, names_with_twin, shallow_timm, twin_of
 
@@ -51,8 +52,8 @@ def medium_config() -> ModelConfig:
     return ModelConfig(
         name="medium",
         embed_dim=128,
-        image=ImageTowerConfig(image_size=96, patch_size=16, width=192, layers=3, heads=3),
-        text=TextTowerConfig(vocab_size=2000, width=256, layers=2, heads=4, mlp_ratio=2.0),
+        image=ViTConfig(image_size=96, patch_size=16, width=192, layers=3, heads=3),
+        text=CLIPTextConfig(vocab_size=2000, width=256, layers=2, heads=4, mlp_ratio=2.0),
     )
 
 
@@ -66,7 +67,7 @@ def medium_twin() -> nn.Module:
 
 def medium_resnet() -> tuple[CLIP, nn.Module]:
     config = medium_config()
-    config.image = ImageTowerConfig(kind=ImageTower.resnet, image_size=64, stages=[2, 1, 1, 1], width=16, heads=8)
+    config.image = ResNetConfig(image_size=64, stages=[2, 1, 1, 1], width=16, heads=8)
     text = {"vocab_size": 2000, "width": 256, "layers": 2, "heads": 4, "mlp_ratio": 2.0}
     return build_model(config), open_clip.CLIP(128, {"image_size": 64, "layers": [2, 1, 1, 1], "width": 16}, text)
 

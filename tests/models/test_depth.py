@@ -8,18 +8,19 @@ import open_clip
 import pytest
 import timm
 import torch
-from clip_exp.models.huggingface import HuggingFaceText, build_encoder
-from clip_exp.models.timm_tower import TimmTower
 from open_clip.timm_model import TimmModel
 from timm.models import group_parameters
 from torch import nn
 from transformers import AutoConfig
 
-from clip_exp.config.model import ImageTower, Pooler, Projection, TextTower
+from clip_exp.config.base import plain
+from clip_exp.config.model import ModelConfig, Pooler, Projection
 from clip_exp.config.training import TowerTuningConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.depth import depths, projection_names
+from clip_exp.models.families.huggingface.tower import HuggingFaceText, build_encoder
+from clip_exp.models.families.timm.tower import TimmTower
 from clip_exp.training.optim import freeze
 from tests.models.small import small_config
 
@@ -45,9 +46,15 @@ class Family(NamedTuple):
 def ours(tower: str, **kinds: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         config = small_config()
-        for key, value in kinds.items():
-            setattr(getattr(config, tower), key, value)
-        if config.image.kind is ImageTower.siglip:
+        values = plain(getattr(config, tower)) | kinds
+        kind = next(
+            of
+            for of in ModelConfig.model_fields[tower].annotation.members()
+            if of.model_fields["kind"].default == values["kind"]
+        )
+        values = {key: value for key, value in values.items() if key in kind.model_fields}
+        setattr(config, tower, kind.model_validate(values))
+        if config.image.kind == "siglip":
             config.embed_dim = 64
         return getattr(build_model(config), tower)
 
@@ -83,11 +90,11 @@ FAMILIES = {
         ("transformer.blocks.2.",), ("transformer.blocks.1.",), ("ln_post.", "projection.")),
     "text": Family(ours("text", layers=3), 3, ("token_embedding.", "positional_embedding"),
         ("transformer.blocks.2.",), ("transformer.blocks.1.",), ("ln_final.", "projection.")),
-    "resnet": Family(ours("image", kind=ImageTower.resnet, stages=[2, 1, 1, 2], width=8), 6, ("stem.",),
+    "resnet": Family(ours("image", kind="resnet", stages=[2, 1, 1, 2], width=8), 6, ("stem.",),
         ("stages.3.1.",), ("stages.3.0.",), ("pool.",)),
-    "siglip": Family(ours("image", kind=ImageTower.siglip, layers=3), 3, ("positional_embedding", "patch_embedding."),
+    "siglip": Family(ours("image", kind="siglip", layers=3), 3, ("positional_embedding", "patch_embedding."),
         ("transformer.blocks.2.",), ("transformer.blocks.1.",), ("ln_post.", "pool.")),
-    "siglip text": Family(ours("text", kind=TextTower.siglip, layers=3, tokenizer="of-nobody"), 3, ("token_embedding.", "positional_embedding"),
+    "siglip text": Family(ours("text", kind="siglip", layers=3, tokenizer="of-nobody"), 3, ("token_embedding.", "positional_embedding"),
         ("transformer.blocks.2.",), ("transformer.blocks.1.",), ("ln_final.", "projection.")),
     "vit_tiny_patch16_224": Family(of_timm("vit_tiny_patch16_224"), 12, ("trunk.cls_token", "trunk.pos_embed", "trunk.patch_embed."),
         ("trunk.blocks.11.",), ("trunk.blocks.10.",), ("trunk.norm.", "projection.")),

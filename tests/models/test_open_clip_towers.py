@@ -17,7 +17,7 @@ from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.weights.find import Found
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.inspect import About
-from clip_exp.weights.names import from_open_clip
+from clip_exp.weights.names import to_ours
 from clip_exp.weights.settle import note_architecture, settle
 from tests.compose import train_config
 from tests.encoders import CAPTIONS, write_encoder, write_siglip_tokenizer
@@ -104,7 +104,7 @@ def test_features_equal_open_clip(small, name: str) -> None:
     config, twin = configured(name), twin_of(name)
     bias = None if twin.logit_bias is None else 0.0
     model = build_model(config, init_logit_bias=bias).eval()
-    model.load_state_dict(from_open_clip(twin.state_dict(), config))
+    model.load_state_dict(to_ours("open_clip", twin.state_dict(), config))
     image_BCHW = pictures(config.image.image_size)
     tokens_BL = build_tokenizer(config.text)(SHORT)
     padded_BL = open_clip.get_tokenizer(name, context_length=20)(SHORT)
@@ -144,7 +144,7 @@ def test_the_image_size_can_be_another(small) -> None:
         config = configured(name, f"model.image.image_size={size}")
         twin = twin_of(name, force_image_size=size)
         model = build_model(config).eval()
-        model.load_state_dict(from_open_clip(twin.state_dict(), config))
+        model.load_state_dict(to_ours("open_clip", twin.state_dict(), config))
         torch.testing.assert_close(
             model.encode_image(pictures(size)), twin.encode_image(pictures(size)), rtol=0, atol=1e-5
         )

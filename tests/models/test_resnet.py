@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_exp.models.resnet import ModifiedResNet
 from open_clip.modified_resnet import ModifiedResNet as OpenClipResNet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_exp.models.clip import encode
+from clip_exp.models.families.clip.resnet import ModifiedResNet
 from clip_exp.models.layers import AttentionPool
-from clip_exp.weights.names import from_open_clip
+from clip_exp.weights.names import to_ours
 from tests.models.twins import randomize
 
 SIZE, STAGES, WIDTH, HEADS, EMBED_DIM = 64, [2, 1, 1, 1], 16, 8, 40
@@ -35,7 +35,7 @@ def image_BCHW() -> Tensor:
 
 
 def under_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = from_open_clip({f"visual.{name}": tensor for name, tensor in state.items()})
+    ours = to_ours("open_clip", {f"visual.{name}": tensor for name, tensor in state.items()})
     return {name.removeprefix("image."): tensor for name, tensor in ours.items()}
 
 

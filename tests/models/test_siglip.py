@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clip_exp.config.model import ModelConfig
 from clip_exp.models.clip import CLIP, encode
-from clip_exp.weights.names import from_open_clip
+from clip_exp.weights.names import to_ours
 from tests.models.twins import inputs, load_config, randomize, shallow_timm, with_weights_of
 
 
@@ -44,7 +44,7 @@ def test_training_has_the_features_and_gradients_of_open_clip(mlp_ratio: float) 
     torch.testing.assert_close(output.text_features, text_BD, rtol=1e-5, atol=1e-5)
     (output.image_features @ output.text_features.T * output.logit_scale + output.logit_bias).square().sum().backward()
     (image_BD @ text_BD.T * scale + bias).square().sum().backward()
-    expected = from_open_clip({name: p.grad for name, p in twin.named_parameters() if p.grad is not None})
+    expected = to_ours("open_clip", {name: p.grad for name, p in twin.named_parameters() if p.grad is not None})
     actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -1,14 +1,16 @@
 import pytest
 import timm
 import torch
-from clip_exp.models.timm_tower import TimmTower, build_image_tower
 from open_clip.timm_model import TimmModel
 from torch import nn
 
-from clip_exp.config.model import ImageTower, ImageTowerConfig, Interpolation, ModelConfig, Projection, TextTowerConfig
+from clip_exp.config.model import Interpolation, ModelConfig, Projection
 from clip_exp.data.images import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
+from clip_exp.models.families.clip import CLIPTextConfig
+from clip_exp.models.families.timm import TimmConfig
+from clip_exp.models.families.timm.tower import TimmTower
 from clip_exp.weights.settle import note_architecture
 
 BACKBONES = ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
@@ -18,10 +20,16 @@ def small(name: str, size: int = 64, dropout: float = 0.0, **image: object) -> M
     return ModelConfig(
         name="small",
         embed_dim=24,
-        image=ImageTowerConfig(kind=ImageTower.timm, name=name, image_size=size, **image),  # type: ignore[arg-type]
-        text=TextTowerConfig(width=32, layers=1, heads=2),
+        image=TimmConfig(name=name, image_size=size, **image),  # type: ignore[arg-type]
+        text=CLIPTextConfig(width=32, layers=1, heads=2),
         dropout=dropout,
     )
+
+
+def build_image_tower(config: ModelConfig, own_weights: bool = False) -> TimmTower:
+    tower = config.image.build(config, own_weights)
+    assert isinstance(tower, TimmTower)
+    return tower
 
 
 def pictures(size: int = 64, count: int = 3) -> torch.Tensor:

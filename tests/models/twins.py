@@ -12,13 +12,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from clip_exp.config.base import parse
-from clip_exp.config.model import ImageTower, ModelConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.names import from_open_clip
+from clip_exp.weights.names import to_ours
 
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
-OURS = (ImageTower.vit, ImageTower.resnet, ImageTower.siglip)
+OURS = ("vit", "resnet", "siglip")
 CUT_LAYERS, CUT_VOCABULARY = 2, 1000
 # One of each family, and those whose numbers are odd: layers of the MLP that are no multiple, patches of 14 pixels.
 REPRESENTATIVES = ("rn50", "vit_b32", "vit_g14", "siglip_b16")
@@ -32,7 +32,7 @@ def load_config(name: str) -> ModelConfig:
 def names() -> list[str]:
     """The files of conf/model whose towers are ours."""
     files = {file.stem: OmegaConf.load(file) for file in sorted(FOLDER.glob("*.yaml"))}
-    kinds = {name: OmegaConf.select(content, "image.kind", default=ImageTower.vit) for name, content in files.items()}
+    kinds = {name: OmegaConf.select(content, "image.kind", default="vit") for name, content in files.items()}
     return [name for name, kind in kinds.items() if kind in OURS and not OmegaConf.is_missing(files[name], "name")]
 
 
@@ -43,7 +43,7 @@ def names_with_twin() -> list[str]:
 def cut(config: ModelConfig) -> ModelConfig:
     """With two layers, or one block in each stage, and few words."""
     config.text.layers, config.text.vocab_size = CUT_LAYERS, CUT_VOCABULARY
-    if config.image.kind is ImageTower.resnet:
+    if config.image.kind == "resnet":
         config.image.stages = [1, 1, 1, 1]
     else:
         config.image.layers = CUT_LAYERS
@@ -97,7 +97,9 @@ def with_weights_of(twin: nn.Module, config: ModelConfig) -> CLIP:
     # Weights of our own towers would be drawn in vain; other libraries' have buffers that are not among the weights.
     with torch.device("meta") if config.image.kind in OURS else nullcontext():
         model = build_model(config, init_logit_bias=None if twin.logit_bias is None else 0.0)
-    model.load_state_dict({key: value.clone() for key, value in from_open_clip(twin.state_dict()).items()}, assign=True)
+    model.load_state_dict(
+        {key: value.clone() for key, value in to_ours("open_clip", twin.state_dict()).items()}, assign=True
+    )
     for parameter in model.parameters():
         parameter.requires_grad_()
     return model

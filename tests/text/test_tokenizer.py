@@ -10,8 +10,9 @@ import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer, get_clean_fn
 
-from clip_exp.config.model import Cleaning, TextTower, TextTowerConfig
+from clip_exp.config.model import Cleaning, TextTowerConfig
 from clip_exp.errors import ConfigError
+from clip_exp.models.families.siglip import SigLIPTextConfig
 from clip_exp.text.tokenizer import (
     CLEANINGS,
     END,
@@ -212,8 +213,7 @@ def test_separators_are_zeros_where_clipa_wants_them(folders) -> None:
 
 
 def test_a_siglip_tower_gets_the_ids_of_open_clip_over_its_whole_context(folders) -> None:
-    config = TextTowerConfig(
-        kind=TextTower.siglip,
+    config = SigLIPTextConfig(
         context_length=16,
         vocab_size=300,
         tokenizer=folders["siglip"],
@@ -265,14 +265,15 @@ def test_a_hugging_face_tokenizer_gives_the_same_ids_after_pickling_and_in_a_for
         assert pool.apply(encode_in_child, (tokenizer,)) == expected
 
 
+WIDTH = {"width": 8, "layers": 1, "heads": 1}
 REFUSED = {
-    "no folder": ("nowhere/at/all", {}, "nowhere/at/all cannot be had (FileNotFoundError: there is no such folder)"),
-    "not on the hub": ("nowhere/at-all", {}, "model.text.tokenizer=nowhere/at-all cannot be had"),
-    "small vocabulary": ("bert", {"kind": TextTower.siglip, "vocab_size": 100}, "and the text tower embeds 100"),
-    "end id that is not the highest": ("bert", {"vocab_size": 300}, "does not end a text with its highest id"),
+    "no folder": ("nowhere/at/all", WIDTH, "nowhere/at/all cannot be had (FileNotFoundError: there is no such folder)"),
+    "not on the hub": ("nowhere/at-all", WIDTH, "model.text.tokenizer=nowhere/at-all cannot be had"),
+    "small vocabulary": ("bert", {"kind": "siglip", "vocab_size": 100, **WIDTH}, "and the text tower embeds 100"),
+    "end id that is not the highest": ("bert", {"vocab_size": 300, **WIDTH}, "does not end a text with its highest id"),
     "other padding": (
         "bert",
-        {"kind": TextTower.huggingface, "architecture": {"vocab_size": 300, "pad_token_id": 1}},
+        {"kind": "huggingface", "name": "bert", "architecture": {"vocab_size": 300, "pad_token_id": 1}},
         "pads with 0, and the encoder takes 1",
     ),
 }
@@ -282,7 +283,7 @@ REFUSED = {
 def test_a_tokenizer_that_does_not_fit_is_refused(folders, name, values, expected, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError) as caught:
-        build_tokenizer(TextTowerConfig(**{"kind": TextTower.clip, **values}, tokenizer=folders.get(name, name)))
+        build_tokenizer(TextTowerConfig.of({**values, "tokenizer": folders.get(name, name)}))
     assert expected in str(caught.value)
 
 
@@ -295,5 +296,5 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused(tmp_path: Path) -> No
         '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [null, "evil.Evil"]}, "pad_token": "[PAD]"}'
     )
     with pytest.raises(ConfigError, match="cannot be had"):
-        build_tokenizer(TextTowerConfig(kind=TextTower.siglip, tokenizer=str(folder)))
+        build_tokenizer(SigLIPTextConfig(tokenizer=str(folder), **WIDTH))
     assert not marker.exists()

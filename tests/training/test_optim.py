@@ -8,11 +8,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip_exp.checkpoints.folders import latest
-from clip_exp.config.model import ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
+from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import AdamWConfig, FineTuneConfig, TowerTuningConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP, encode
+from clip_exp.models.families.clip import ResNetConfig
+from clip_exp.models.families.huggingface import HuggingFaceTextConfig
+from clip_exp.models.families.timm import TimmConfig
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.optim import build_optimizer, build_scheduler, named_groups, prepare
 from tests.compose import train_config
@@ -68,7 +71,7 @@ def test_a_locked_tower_is_run_once_in_micro_batches_and_has_no_backward_pass() 
 
 def resnet() -> ModelConfig:
     config = small_config(dropout=0.5)
-    config.image.kind, config.image.stages, config.image.width = ImageTower.resnet, [1, 1, 1, 1], 8
+    config.image = ResNetConfig(image_size=32, stages=[1, 1, 1, 1], width=8, heads=4)
     return config
 
 
@@ -272,8 +275,8 @@ def test_positions_and_class_tokens_of_other_libraries_are_not_decayed_and_their
     config = ModelConfig(
         name="foreign",
         embed_dim=32,
-        image=ImageTowerConfig(kind=ImageTower.timm, name="vit_tiny_patch16_224", image_size=32),
-        text=TextTowerConfig(kind=TextTower.huggingface, name="bert", architecture={**BERT, "pad_token_id": 0}),
+        image=TimmConfig(name="vit_tiny_patch16_224", image_size=32),
+        text=HuggingFaceTextConfig(name="bert", architecture={**BERT, "pad_token_id": 0}),
     )
     with torch.device("meta"):
         groups = named_groups(build_model(config), FineTuneConfig())

@@ -13,7 +13,8 @@ import torch
 from open_clip.transformer import LayerNorm
 from torch import Tensor, nn
 
-from clip_exp.config.model import Activation, ImageTower, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model import Activation, ModelConfig
+from clip_exp.models.families.clip import CLIPTextConfig, ResNetConfig, ViTConfig
 
 CONTEXT, VOCABULARY, EMBED_DIM, HEAD = 16, 500, 40, 64
 TEXT = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": HEAD, "layers": 2, "heads": 1}
@@ -21,10 +22,10 @@ VIT = {"image_size": 32, "patch_size": 8, "width": HEAD, "layers": 2}
 RESNET = {"image_size": 64, "layers": (1, 2, 1, 1), "width": 8}
 
 
-def openai_model(image: ImageTower = ImageTower.vit, quick_gelu: bool = True) -> nn.Module:
+def openai_model(image: str = "vit", quick_gelu: bool = True) -> nn.Module:
     """open_clip's model in the shapes of OpenAI's, whose weights are halves but for the norms, drawn at random."""
     torch.manual_seed(0)
-    vision = VIT if image is ImageTower.vit else RESNET
+    vision = VIT if image == "vit" else RESNET
     model = open_clip.CLIP(EMBED_DIM, vision, TEXT, quick_gelu=quick_gelu).eval()
     model.requires_grad_(False)
     for module in model.modules():
@@ -36,17 +37,15 @@ def openai_model(image: ImageTower = ImageTower.vit, quick_gelu: bool = True) ->
     return model
 
 
-def our_config(
-    image: ImageTower = ImageTower.vit, activation: Activation | None = Activation.quick_gelu
-) -> ModelConfig:
+def our_config(image: str = "vit", activation: Activation | None = Activation.quick_gelu) -> ModelConfig:
     """Our configuration of `openai_model`."""
-    vit = ImageTowerConfig(image_size=32, patch_size=8, width=HEAD, layers=2, heads=1)
-    resnet = ImageTowerConfig(kind=ImageTower.resnet, image_size=64, stages=[1, 2, 1, 1], width=8, heads=4)
+    vit = ViTConfig(image_size=32, patch_size=8, width=HEAD, layers=2, heads=1)
+    resnet = ResNetConfig(image_size=64, stages=[1, 2, 1, 1], width=8, heads=4)
     return ModelConfig(
         name="small",
         embed_dim=EMBED_DIM,
-        image=vit if image is ImageTower.vit else resnet,
-        text=TextTowerConfig(**TEXT),
+        image=vit if image == "vit" else resnet,
+        text=CLIPTextConfig(**TEXT),
         activation=activation,
     )
 

@@ -9,11 +9,13 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from clip_exp.config.model import ImageTower, ImageTowerConfig, ModelConfig, TextTower
+from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.siglip import SigLIPImageConfig, SigLIPTextConfig
+from clip_exp.models.families.timm import TimmConfig
 from clip_exp.weights.fit import fit_weights, grouped, load_weights, resize_grid
 from clip_exp.weights.names import to_open_clip
 from tests.models.small import CONTEXT_LENGTH, batch, open_clip_twin, small_config, trim
@@ -195,7 +197,7 @@ def test_positions_of_a_vit_are_interpolated_as_open_clip_does(model: CLIP, imag
 
 
 def test_positions_of_a_resnet_are_interpolated_as_a_vits() -> None:
-    config = our_config(ImageTower.resnet)
+    config = our_config("resnet")
     small, big = fresh(config), fresh(with_image(config, image_size=128))
     (note,) = fit_weights(big, small.state_dict(), "file")
     assert "grid of 2x2 patches is interpolated to 4x4" in note
@@ -206,9 +208,9 @@ def test_positions_of_a_resnet_are_interpolated_as_a_vits() -> None:
 
 def siglip_config(image_size: int = 32, context_length: int = 12) -> ModelConfig:
     config = small_config()
-    image = ImageTowerConfig(kind=ImageTower.siglip, image_size=image_size, patch_size=8, width=40, layers=2, heads=4)
-    text = config.text.model_copy(
-        update={"kind": TextTower.siglip, "tokenizer": "none", "context_length": context_length}
+    image = SigLIPImageConfig(image_size=image_size, patch_size=8, width=40, layers=2, heads=4)
+    text = SigLIPTextConfig(
+        context_length=context_length, vocab_size=500, width=48, layers=2, heads=3, tokenizer="none"
     )
     return config.model_copy(update={"image": image, "text": text})
 
@@ -254,9 +256,7 @@ def test_another_context_of_a_text_tower_that_is_not_causal_is_refused() -> None
 
 def test_foreign_towers_are_read_by_the_configuration(tmp_path: Path) -> None:
     """open_clip's names of a timm tower do not tell ours; the model's configuration does."""
-    config = small_config().model_copy(
-        update={"image": ImageTowerConfig(kind=ImageTower.timm, image_size=64, name="resnet10t"), "embed_dim": 40}
-    )
+    config = small_config().model_copy(update={"image": TimmConfig(image_size=64, name="resnet10t"), "embed_dim": 40})
     source, other = fresh(config), build_model(config)
     save_file(to_open_clip(source.state_dict(), config), tmp_path / "theirs.safetensors")
     load_weights(other, tmp_path / "theirs.safetensors", config)

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from clip_exp.weights.configurations import huggingface_config, model_config_of
 from torch import nn
 
-from clip_exp.config.model import Activation, ModelConfig, TextTower
+from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.published import huggingface_config, model_config_of
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.inspect import describe
-from clip_exp.weights.names import from_huggingface, to_huggingface
+from clip_exp.weights.names import to_huggingface, to_ours
 from tests.exhaustive import repeat_beyond
 
 with warnings.catch_warnings():
@@ -54,11 +54,11 @@ def small(family: str, text: dict[str, Any] | None = None, **values: Any) -> dic
 
 def ours(theirs: nn.Module, config: dict[str, Any]) -> tuple[CLIP, ModelConfig]:
     model_config = model_config_of(config)
-    if model_config.text.kind is TextTower.siglip:
+    if model_config.text.kind == "siglip":
         model_config.text.tokenizer = "none"
     bias = 0.0 if config["model_type"] == "siglip" else None
     model = build_model(model_config, init_logit_bias=bias).eval()
-    model.load_state_dict(from_huggingface(theirs.state_dict()))
+    model.load_state_dict(to_ours("transformers", theirs.state_dict()))
     return model, model_config
 
 
@@ -210,6 +210,6 @@ def test_half_of_an_attention_is_not_fused_but_named() -> None:
     theirs = built(small("clip"))
     state = theirs.state_dict()
     del state["text_model.encoder.layers.1.self_attn.v_proj.weight"]
-    ours_state = from_huggingface(state)
+    ours_state = to_ours("transformers", state)
     assert sum(".1.self_attn." in name for name in ours_state) == 2  # of queries and keys
     assert "text.transformer.blocks.1.attention.qkv.weight" not in ours_state

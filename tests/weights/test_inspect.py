@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from clip_exp.weights.configurations import model_of_description
 from open_clip import get_model_config
 from safetensors.torch import save_file
 
@@ -17,6 +16,7 @@ from clip_exp.config.model import Activation, Interpolation, ModelConfig, Resize
 from clip_exp.config.names import known_models, named_model
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
+from clip_exp.models.families.published import model_of_description
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.inspect import About, describe
 from clip_exp.weights.names import to_open_clip

@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from clip_exp.config.model import ImageTower, ImageTowerConfig, ModelConfig, Projection, TextTower, TextTowerConfig
+from clip_exp.config.model import ModelConfig, Projection
 from clip_exp.export import open_clip as open_clip_format
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
-from clip_exp.weights.names import from_open_clip, to_open_clip
+from clip_exp.models.families.huggingface import HuggingFaceTextConfig
+from clip_exp.models.families.timm import TimmConfig
+from clip_exp.weights.names import to_open_clip, to_ours
 from tests.encoders import write_encoder, write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
 from tests.models.small import open_clip_twin, small_config
@@ -92,7 +94,7 @@ def test_siglip_pictures_and_texts_are_prepared_as_its_weights_need(name: str) -
 def test_weights_go_to_open_clip_and_back_unchanged() -> None:
     model = build_model(small_config())
     twin = open_clip_twin(model)  # loads strictly
-    back = from_open_clip(twin.state_dict())
+    back = to_ours("open_clip", twin.state_dict())
     model.load_state_dict(back, strict=True)
     theirs, again = twin.state_dict(), to_open_clip(back)
     assert again.keys() == theirs.keys()
@@ -112,7 +114,7 @@ def test_a_text_tower_below_text_is_read_like_one_below_nothing() -> None:
         {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 16},
         {"context_length": 77, "vocab_size": 500, "width": 48, "layers": 2, "heads": 3},
     ).load_state_dict(nested, strict=True)
-    ours = from_open_clip(nested)
+    ours = to_ours("open_clip", nested)
     assert ours.keys() == state.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
 
@@ -126,10 +128,8 @@ def test_towers_of_timm_and_hugging_face_give_the_same_features_here_and_go_back
     config = ModelConfig(
         name="foreign",
         embed_dim=24,
-        image=ImageTowerConfig(kind=ImageTower.timm, name="resnet10t", image_size=64, projection=projection),
-        text=TextTowerConfig(
-            kind=TextTower.huggingface, name=folder, context_length=30, vocab_size=500, projection=projection
-        ),
+        image=TimmConfig(name="resnet10t", image_size=64, projection=projection),
+        text=HuggingFaceTextConfig(name=folder, context_length=30, vocab_size=500, projection=projection),
     )
     twin = open_clip.model.CustomTextCLIP(
         24,
@@ -138,14 +138,14 @@ def test_towers_of_timm_and_hugging_face_give_the_same_features_here_and_go_back
     )
     assert_equal_both_ways(config, randomize(twin), names_tell=False)
     old = {**twin.state_dict(), "text.transformer.embeddings.position_ids": torch.arange(40)}
-    assert from_open_clip(old).keys() == from_open_clip(twin.state_dict()).keys()
+    assert to_ours("open_clip", old).keys() == to_ours("open_clip", twin.state_dict()).keys()
 
 
 def test_bias_of_the_sigmoid_loss_has_no_axis_there_and_one_here() -> None:
     model = build_model(small_config(), init_logit_bias=-10.0)
     theirs = to_open_clip(model.state_dict())
     assert theirs["logit_scale"].shape == theirs["logit_bias"].shape == torch.Size([])
-    ours = from_open_clip(theirs)
+    ours = to_ours("open_clip", theirs)
     assert ours["logit_scale"].shape == ours["logit_bias"].shape == torch.Size([1])
 
 
@@ -153,6 +153,6 @@ def test_what_is_no_weight_is_left_out() -> None:
     state = build_model(small_config()).state_dict()
     theirs = to_open_clip(state)
     theirs |= {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")}
-    ours = from_open_clip(theirs)
+    ours = to_ours("open_clip", theirs)
     assert ours.keys() == state.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())

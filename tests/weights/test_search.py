@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip_exp.config.model import ImageTower, ModelConfig, TextTower
+from clip_exp.config.model import ModelConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
+from clip_exp.models.families.siglip import SigLIPImageConfig, SigLIPTextConfig
 from clip_exp.weights.fit import check_weights, load_weights
 from clip_exp.weights.names import to_huggingface, to_open_clip
 from tests.models.small import batch, small_config
@@ -223,8 +224,8 @@ def test_shards_of_deepspeed_are_refused_with_what_puts_them_together(tmp_path: 
 
 
 def test_a_siglip_of_transformers_is_found_below_a_prefix(tmp_path: Path) -> None:
-    image = CONFIG.image.model_copy(update={"kind": ImageTower.siglip})
-    text = CONFIG.text.model_copy(update={"kind": TextTower.siglip, "tokenizer": "none"})
+    text = SigLIPTextConfig(context_length=77, vocab_size=500, width=48, layers=2, heads=3, tokenizer="none")
+    image = SigLIPImageConfig(image_size=32, patch_size=8, width=64, layers=2, heads=4)
     config = CONFIG.model_copy(update={"image": image, "text": text, "embed_dim": 64})
     source, loaded = drawn(0, config), drawn(1, config)
     torch.save({"state_dict": below("model.net.", to_open_clip(source.state_dict(), config))}, tmp_path / "a.ckpt")

@@ -5,17 +5,11 @@ from pathlib import Path
 import pytest
 
 from clip_exp import open_clip_files
-from clip_exp.config.model import (
-    Activation,
-    ImageTower,
-    ImageTowerConfig,
-    Interpolation,
-    ModelConfig,
-    ResizeMode,
-    TextTowerConfig,
-)
+from clip_exp.config.model import Activation, Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.names import named_model
 from clip_exp.errors import ConfigError
+from clip_exp.models.families.clip import CLIPTextConfig
+from clip_exp.models.families.timm import TimmConfig
 from clip_exp.weights.find import Found
 from clip_exp.weights.inspect import About, activation_of_entry
 from clip_exp.weights.settle import as_settled, note_architecture, settle
@@ -133,8 +127,8 @@ def test_a_run_that_goes_on_takes_up_what_was_settled_and_keeps_what_is_set() ->
 
 
 def with_backbone(name: str, pretrained: bool = True) -> ModelConfig:
-    image = ImageTowerConfig(kind=ImageTower.timm, name=name, image_size=224, pretrained=pretrained)
-    return ModelConfig(name="timm", embed_dim=64, image=image, text=TextTowerConfig())
+    image = TimmConfig(name=name, image_size=224, pretrained=pretrained)
+    return ModelConfig(name="timm", embed_dim=64, image=image, text=CLIPTextConfig())
 
 
 @pytest.mark.parametrize(
