@@ -29,7 +29,7 @@ from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.signals import Stopped
 from clip_exp.runs import RunRecord
 from clip_exp.training.launch import train_here
-from clip_exp.weights.hub import HUB, is_hub_name
+from clip_exp.weights.download import HUB, is_hub_name
 
 if TYPE_CHECKING:
     from clip_exp.inference.pipeline import Pipeline

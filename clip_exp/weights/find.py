@@ -15,8 +15,7 @@ from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.runs import CONFIG, run_config
 from clip_exp.storage import file_sha256
-from clip_exp.weights.download import fetch, kept_at
-from clip_exp.weights.hub import HUB, fetch_repository, is_hub_name
+from clip_exp.weights.download import HUB, fetch, fetch_repository, is_hub_name, kept_at
 from clip_exp.weights.inspect import (
     About,
     activation_contradiction,

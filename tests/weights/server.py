@@ -15,8 +15,6 @@ class Served:
 
     content: bytes
     etag: str | None = '"1"'
-    ranges: bool = True  # whether a part of the file can be asked for
-    most: int | None = None  # bytes of a part that it gives at a time
     cut: list[int] = field(default_factory=list)  # bytes after which an answer breaks off
     statuses: list[int] = field(default_factory=list)  # answers before the file is given
     headers: dict[str, str] = field(default_factory=dict)
@@ -28,7 +26,6 @@ class Request:
     method: str
     path: str
     range: str | None
-    authorization: str | None
 
 
 class Server:
@@ -78,23 +75,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0]
-        self.state.requests.append(
-            Request(self.command, path, self.headers.get("Range"), self.headers.get("Authorization"))
-        )
+        self.state.requests.append(Request(self.command, path, self.headers.get("Range")))
         served = self.state.files.get(path)
         if served is None or served.statuses:
             status, about = (404, {}) if served is None else (served.statuses.pop(0), served.headers)
             self._headers(status, 0, about)
             return
         start, wanted = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        same = self.headers.get("If-Range") in (None, served.etag)
-        if wanted and served.ranges and same:
+        if wanted:
             start = int(wanted[1])
         if start > len(served.content) or (start and start == len(served.content)):
             self._headers(416, 0, {"Content-Range": f"bytes */{len(served.content)}"})
             return
         about = dict(served.headers) | ({"ETag": served.etag} if served.etag else {})
-        given = served.content[start:][: served.most if start else None]
+        given = served.content[start:]
         if start:
             about["Content-Range"] = f"bytes {start}-{start + len(given) - 1}/{len(served.content)}"
         self._headers(206 if start else 200, len(given), about)
