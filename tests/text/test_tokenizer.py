@@ -214,6 +214,7 @@ def test_separators_are_zeros_where_clipa_wants_them(folders) -> None:
 
 def test_a_siglip_tower_gets_the_ids_of_open_clip_over_its_whole_context(folders) -> None:
     config = SigLIPTextConfig(
+        **WIDTH,
         context_length=16,
         vocab_size=300,
         tokenizer=folders["siglip"],

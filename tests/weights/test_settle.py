@@ -128,7 +128,7 @@ def test_a_run_that_goes_on_takes_up_what_was_settled_and_keeps_what_is_set() ->
 
 def with_backbone(name: str, pretrained: bool = True) -> ModelConfig:
     image = TimmConfig(name=name, image_size=224, pretrained=pretrained)
-    return ModelConfig(name="timm", embed_dim=64, image=image, text=CLIPTextConfig())
+    return ModelConfig(name="timm", embed_dim=64, image=image, text=CLIPTextConfig(width=8, layers=1, heads=1))
 
 
 @pytest.mark.parametrize(
