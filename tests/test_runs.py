@@ -247,7 +247,9 @@ def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path) -> None:
 def test_a_run_keeps_its_tokenizer_when_the_original_is_gone(tmp_path: Path) -> None:
     folder = write_siglip_tokenizer(tmp_path / "original")
     text = SigLIPTextConfig(width=8, layers=1, heads=1, context_length=16, vocab_size=300, tokenizer=str(folder))
-    model = ModelConfig(name="small", embed_dim=8, image=ViTConfig(image_size=32, patch_size=8, width=8, layers=1, heads=1), text=text)
+    model = ModelConfig(
+        name="small", embed_dim=8, image=ViTConfig(image_size=32, patch_size=8, width=8, layers=1, heads=1), text=text
+    )
     expected = build_tokenizer(text)(TEXTS)
     run_dir = tmp_path / "run"
     runs.save_tokenizer(model, run_dir)

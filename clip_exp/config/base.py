@@ -203,13 +203,14 @@ class Member(Config):
 
     group: ClassVar[str] = ""  # folder of its options below conf/
     key: ClassVar[str] = "name"  # the field that tells members apart
-    default_member: ClassVar[str | None] = None  # where `key` is not given
+    default_member: ClassVar[str | None] = None  # where `key` is not given: the one that says `is_default`
+    is_default: ClassVar[bool] = False
     registered: ClassVar[dict[str, type["Member"]]]  # by name
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         if "group" in cls.__dict__:
-            cls.registered = {}
+            cls.registered, cls.default_member = {}, None
         elif (named := _names(cls)) is not None and "[" not in cls.__name__:
             other = cls.registered.setdefault(named[1][0], cls)
             if other.__module__ != cls.__module__:
@@ -217,6 +218,8 @@ class Member(Config):
                     f"{cls.group}: {other.__module__} and {cls.__module__} both declare {named[1][0]}: rename yours."
                 )
             cls.registered[named[1][0]] = cls
+            if cls.is_default:
+                next(base for base in cls.__mro__ if "registered" in base.__dict__).default_member = named[1][0]  # type: ignore[attr-defined]
 
     @classmethod
     def members(cls) -> list[type[Config]]:
@@ -238,8 +241,8 @@ class Member(Config):
         model = chosen(cls.members(), values)
         if model is None:
             names = ", ".join(f"'{name}'" for name in cls.registered)
-            about = {"discriminator": f"'{cls.key}'", "tag": str(values.get(cls.key)), "expected_tags": names}
-            raise PydanticKnownError("union_tag_invalid", about)
+            about = {"key": cls.key, "tag": str(values.get(cls.key)), "names": names, "group": cls.group}
+            raise PydanticCustomError("no_member", "must be one of {names}", about)
         return model.model_validate(values)  # type: ignore[return-value]
 
     @classmethod
@@ -277,6 +280,11 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
         if names is None or str(values.get(names[0], getattr(model, "default_member", None))) in names[1]:
             return model
     return None
+
+
+def member_names(models: list[type[Config]]) -> list[str]:
+    """Return the names that tell the members of a union apart; none where it has one member."""
+    return [name for model in models if len(models) > 1 and (named := _names(model)) for name in named[1]]
 
 
 def _names(model: type[Config]) -> tuple[str, list[str]] | None:
@@ -447,6 +455,10 @@ def _sentences(error: ValidationError, model: type[Config], values: dict[str, An
             sentence = _unknown(path, model, values, at)
         elif problem["type"] == "missing":
             sentence = f"{key} has no value: set it ({key}=…)."
+        elif problem["type"] == "no_member":
+            about = problem["ctx"]
+            own = f"One of your own needs the --config-dir that holds {about['group']}/{about['tag']}.py."
+            sentence = f"{key}.{about['key']}={about['tag']} {_one_of(about['tag'], about['names'])} {own}"
         elif problem["type"] == "union_tag_invalid":
             about = problem["ctx"]
             sentence = f"{key}.{about['discriminator'].strip(chr(39))}={about['tag']} {_one_of(about['tag'], about['expected_tags'])}"

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_origin
 
 import yaml
 from hydra import version
@@ -40,6 +40,7 @@ from clip_exp.config.base import (
     chosen,
     complete,
     key_of,
+    member_names,
     members,
     nearest,
     parse,
@@ -464,11 +465,16 @@ def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
     return "\n\n".join([schema.usage, *options_of_groups, "== Keys: set with key=value ==", keys, HELP_END])
 
 
-def _lines(model: type[Config], values: dict[str, Any], indent: str) -> Iterator[str]:
-    """Yield a line of YAML for every key of a model, with its meaning as a comment."""
+def _lines(model: type[Config], values: dict[str, Any], indent: str, choices: str = "") -> Iterator[str]:
+    """Yield a line of YAML for every key of a model, with its meaning as a comment.
+
+    Args:
+        choices: names of the members of the model's group.
+    """
     for name, field in model.model_fields.items():
         key = key_of(name, field)
-        yield from _lines_of(field.annotation, key, values.get(key), field.description, indent)
+        described = field.description or (choices if choices and get_origin(field.annotation) is Literal else None)
+        yield from _lines_of(field.annotation, key, values.get(key), described, indent)
 
 
 def _lines_of(annotation: Any, key: str, value: Any, description: str | None, indent: str) -> Iterator[str]:
@@ -476,7 +482,7 @@ def _lines_of(annotation: Any, key: str, value: Any, description: str | None, in
     models, inside = members(annotation), values_of(annotation)
     if models and isinstance(value, dict) and (node := chosen(models, value)) is not None:
         yield f"{indent}{key}:"
-        yield from _lines(node, value, f"{indent}  ")
+        yield from _lines(node, value, f"{indent}  ", ", ".join(member_names(models)))
     elif value and isinstance(value, dict) and members(inside):
         yield f"{indent}{key}:{meaning}"
         for name, item in value.items():

@@ -86,7 +86,7 @@ class Tower(Member):
         dict[str, Names]
     ] = {}  # its parameters in other libraries' files, by layout (`clip_exp.weights.names`)
 
-    kind: str = Field(description="family of the tower")
+    kind: str = Field(description="kind of tower")
 
     @property
     def own_weights(self) -> bool:
@@ -153,9 +153,8 @@ class ImageTowerConfig(Tower):
     """An image tower, and the images that it expects."""
 
     group: ClassVar[str] = "model/image"
-    default_member: ClassVar[str | None] = "vit"
 
-    kind: str = Field(description="family of the tower: vit, resnet, siglip, timm, open_clip, or your own")
+    kind: str = Field(description="kind of image tower")
     image_size: Size = Field(description="side of the square input, pixels")
     mean: Mean | None = Field(
         None, description="RGB, of pixels in 0..1; null: as the weights were trained, else OpenAI's"
@@ -175,14 +174,13 @@ class TextTowerConfig(Tower):
     """A text tower, and the tokens that it expects."""
 
     group: ClassVar[str] = "model/text"
-    default_member: ClassVar[str | None] = "clip"
     openai_tokenizer: ClassVar[bool] = (
         True  # the tokenizer where `tokenizer` is null; else the tower has one of its own
     )
     may_trim: ClassVar[bool] = False  # a batch may be cut to its longest text
     open_clip_prefix: ClassVar[str] = "text."  # of its names in open_clip's files
 
-    kind: str = Field(description="family of the tower: clip, siglip, huggingface, open_clip, or your own")
+    kind: str = Field(description="kind of text tower")
     context_length: Annotated[Size, Field(ge=3)] = Field(
         77, description="tokens, start and end included; longer captions are cut, the end token kept"
     )

@@ -372,15 +372,20 @@ def _of_description(description: dict[str, Any], name: str, default: Activation)
     """Of an architecture in open_clip's words, which name no activation but quick_gelu."""
     if not is_open_clip_description(description):
         return About("folder")
-    model = model_of_description(description, name) or next(
-        (option for option in known_models() if describes(description, option.open_clip_name)), None
-    )
+    model = described_model(description, name)
     if model is not None and not has_activation_of_description(model):
         return About("folder", model.activation, model=model)
     activation = Activation.quick_gelu if description.get("quick_gelu") else default
     if "quick_gelu" in description and not description["quick_gelu"]:
         activation = Activation.gelu
     return About("folder", activation, model=model.model_copy(update={"activation": activation}) if model else None)
+
+
+def described_model(description: dict[str, Any], name: str) -> ModelConfig | None:
+    """Return the model that open_clip's words describe: of towers of ours, or an option of `conf/model/`; None: neither."""
+    return model_of_description(description, name) or next(
+        (option for option in known_models() if describes(description, option.open_clip_name)), None
+    )
 
 
 def _of_config_json(path: Path) -> About | None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from clip_exp.config.base import parse, plain
 from clip_exp.config.model import ModelConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.build import build_model
@@ -137,9 +138,13 @@ def test_numbers_that_do_not_fit_are_told_at_once() -> None:
 
 
 def test_towers_that_cannot_meet_or_lack_patches_are_refused() -> None:
-    siglip, resnet = load_config("siglip_b16"), load_config("rn50")
-    siglip.embed_dim, resnet.image.patch_dropout = 512, 0.5
+    siglip = load_config("siglip_b16")
+    siglip.embed_dim = 512
     with pytest.raises(ConfigError, match=r"embed_dim=512 must be model\.image\.width=768"):
         build_model(siglip)
-    with pytest.raises(ConfigError, match=r"patch_dropout=0\.5: a resnet has no patches"):
-        build_model(resnet)
+    with pytest.raises(ConfigError, match=r"model\.image\.patch_dropout is a key of .*, which was not chosen"):
+        parse(
+            ModelConfig,
+            {**plain(load_config("rn50")), "image": {**plain(load_config("rn50").image), "patch_dropout": 0.5}},
+            "model.",
+        )

@@ -16,9 +16,8 @@ from clip_exp.config.model import Activation, Interpolation, ModelConfig, Resize
 from clip_exp.config.names import known_models, named_model
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
-from clip_exp.models.families.published import model_of_description
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.inspect import About, describe
+from clip_exp.weights.inspect import About, describe, described_model
 from clip_exp.weights.names import to_open_clip
 from tests.models.small import small_config
 from tests.small_runs import write_checkpoint, write_run
@@ -159,7 +158,7 @@ def test_an_architecture_that_is_not_ours_is_left_to_the_user(tmp_path: Path) ->
 @pytest.mark.parametrize("model", [model.name for model in known_models() if model.open_clip_name])
 def test_open_clips_description_of_a_model_of_ours_is_understood(model: str) -> None:
     config = named_model(model)
-    understood = model_of_description(get_model_config(config.open_clip_name), model)
+    understood = described_model(get_model_config(config.open_clip_name), model)
     assert understood is not None
     expected = config.model_copy(
         update={"open_clip_name": understood.open_clip_name, "activation": understood.activation}

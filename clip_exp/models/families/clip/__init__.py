@@ -143,6 +143,7 @@ class ViTConfig(PatchTransformerConfig):
 
     kind: Literal["vit"] = "vit"
 
+    is_default: ClassVar[bool] = True
     in_open_clip: ClassVar[bool] = True
     names: ClassVar[dict[str, Names]] = {
         "clip_exp": Names((), ("class_embedding",)),
@@ -247,6 +248,7 @@ class CLIPTextConfig(TokenTransformerConfig):
     kind: Literal["clip"] = "clip"
     trim: bool = Field(True, description="cut a batch to its longest text, which changes no feature")
 
+    is_default: ClassVar[bool] = True
     in_open_clip: ClassVar[bool] = True
     open_clip_prefix: ClassVar[str] = ""
     names: ClassVar[dict[str, Names]] = {

@@ -1,0 +1,146 @@
+"""Families of towers: no other package knows their kinds, and one file and one option make a new one."""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import clip_exp
+from clip_exp.config.model import ImageTowerConfig, TextTowerConfig
+from tests.conftest import DOOR, Run
+
+PACKAGE = Path(clip_exp.__file__).parent
+FAMILIES = "clip_exp.models.families"
+GENERAL = f"{FAMILIES}.published"  # what is known of pairs of towers, for those who read and write whole models
+NAMES_OF_OTHER_THINGS = {"clip", "open_clip", "huggingface", "timm"}  # a model, libraries, formats
+
+FAMILY = '''"""An image tower of one convolution, to show what a family needs."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from clip_exp.config.base import Size
+from clip_exp.config.model import ImageTowerConfig, ModelConfig
+
+
+class PoolConfig(ImageTowerConfig):
+    """A convolution and a mean over its output."""
+
+    kind: Literal["pool"] = "pool"
+    channels: Size = Field(16, description="channels of the convolution")
+
+    def build(self, model: ModelConfig, own_weights: bool = False) -> Any:
+        from torch import nn
+
+        layers = (nn.Conv2d(3, self.channels, 4, stride=4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*layers, nn.Linear(self.channels, model.embed_dim))
+'''
+OPTION = "# @package model\nopen_clip_name: null\nimage:\n  kind: pool\n  channels: 24\n"
+
+
+def mentions(tree: ast.Module) -> Iterator[str]:
+    """Yield what in a module names a kind of tower: imports of a family, its classes, comparisons with and tables of kinds."""
+    kinds = {
+        base.registered[name].__name__: name for base in (ImageTowerConfig, TextTowerConfig) for name in base.registered
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(FAMILIES) and node.module != GENERAL:
+            yield f"imports {node.module}"
+        elif isinstance(node, ast.Name | ast.Attribute) and getattr(node, "id", getattr(node, "attr", "")) in kinds:
+            yield f"names {ast.unparse(node)}"
+        elif isinstance(node, ast.Constant) and node.value in {*kinds.values()} - NAMES_OF_OTHER_THINGS:
+            yield f"has {node.value!r}"
+        elif (
+            isinstance(node, ast.Compare)
+            and (tower := ast.unparse(node.left)).endswith((".image.kind", ".text.kind", "tower.kind"))
+            and any(isinstance(other, ast.Constant) for other in node.comparators)
+        ):
+            yield f"compares {tower}"
+
+
+def test_no_file_outside_the_families_names_a_kind_of_tower() -> None:
+    assert {"vit", "resnet", "siglip", "timm", "open_clip"} <= {
+        of.model_fields["kind"].default for of in ImageTowerConfig.members()
+    }
+    assert {"clip", "siglip", "huggingface", "open_clip"} <= {
+        of.model_fields["kind"].default for of in TextTowerConfig.members()
+    }
+    found = {
+        str(file.relative_to(PACKAGE)): list(mentions(ast.parse(file.read_text(encoding="utf-8"))))
+        for file in PACKAGE.rglob("*.py")
+        if "families" not in file.parts
+    }
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+def test_the_search_for_kinds_finds_them() -> None:
+    tree = ast.parse(
+        'from clip_exp.models.families.clip import ViTConfig\nx = m.image.kind == "timm"\ny = isinstance(t, ViTConfig)\nz = "vit"'
+    )
+    assert len(list(mentions(tree))) == 4
+
+
+@pytest.fixture
+def config_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "mine" / "model" / "image"
+    folder.mkdir(parents=True)
+    (folder / "pool.py").write_text(FAMILY)
+    (folder / "pool.yaml").write_text(OPTION)
+    return tmp_path / "mine"
+
+
+def words(config_dir: Path, *more: str) -> list[str]:
+    return ["--config-dir", str(config_dir), *more]
+
+
+SHORT = (
+    "model=vit_nano",
+    "model/image=pool",
+    "data=digits",
+    "max_steps=3",
+    "global_batch_size=16",
+    "data.num_workers=1",
+)
+
+
+def test_a_family_is_one_file_and_one_option(config_dir: Path, tmp_path: Path, command: Run) -> None:
+    """In one process, in ranks, in an evaluation and in an export."""
+    for devices in (1, 2):
+        result = command(
+            "train.py", *words(config_dir, *SHORT, f"trainer.devices={devices}", f"name=on{devices}"), cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "outputs/train/on2").iterdir()
+    assert "kind: pool" in (run / "config.yaml").read_text()
+    result = command("evaluate.py", *words(config_dir, f"run={run}"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run / "eval/val_zero_shot.json").read_text())["metrics"]
+    result = command(DOOR, "export", *words(config_dir, f"run={run}", "format=safetensors", "output=out"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    without = command("evaluate.py", f"run={run}", cwd=tmp_path)
+    assert without.returncode == 2
+    assert "model.image.kind=pool" in without.stderr
+    assert "--config-dir" in without.stderr
+
+
+def test_a_mistyped_key_of_a_family_is_refused_with_its_full_name(
+    config_dir: Path, tmp_path: Path, command: Run
+) -> None:
+    result = command("train.py", *words(config_dir, *SHORT, "model.image.chanels=8"), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "model.image.chanels does not exist: did you mean 'model.image.channels'?" in result.stderr
+    result = command("train.py", *words(config_dir, *SHORT, "model.image.channels=none"), cwd=tmp_path)
+    assert "model.image.channels=none must be a whole number." in result.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_code_in_a_run_folder_is_not_run(config_dir: Path, tmp_path: Path, command: Run) -> None:
+    """`--config-dir RUN --config-name config` repeats a run, which may be a third party's."""
+    (config_dir / "run.json").write_text("{}")
+    (config_dir / "model/image/pool.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    result = command("train.py", *words(config_dir, *SHORT), cwd=tmp_path)
+    assert result.returncode == 2
+    assert not (tmp_path / "ran").exists()
