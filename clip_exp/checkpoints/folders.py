@@ -12,9 +12,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from safetensors import SafetensorError
 
@@ -39,7 +39,7 @@ MANIFEST = "manifest.json"
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 STATE, TENSORS = "state.json", "state.safetensors"
 RUN_COPY = "run_copy.json"  # of the run's `run.json` and `config.yaml`, from which they are restored
-REQUIRED = (WEIGHTS, STATE, TENSORS)
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -69,10 +69,17 @@ def atomic_checkpoint(target: Path, metadata: dict[str, Any], size: int = 0) -> 
         CheckpointError: the disk is full, or the folder cannot be written.
     """
     try:
-        _require_room(target, size)
+        free = _free(target)
+        if free is not None and free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with atomic_folder(target) as folder:
             yield folder
-            _write_manifest(folder, metadata)
+            files = {
+                path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in sorted(folder.iterdir())
+            }
+            manifest = json.dumps(sealed({**metadata, "files": files}), indent=2)
+            (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         problem = system_error(error)
         if problem is None:
@@ -84,13 +91,6 @@ def atomic_checkpoint(target: Path, metadata: dict[str, Any], size: int = 0) -> 
         ) from error
 
 
-def _require_room(target: Path, size: int) -> None:
-    """Raises: OSError, as writing itself would."""
-    free = _free(target)
-    if free is not None and free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def _free(target: Path) -> int | None:
     """Return the free bytes where a folder is to be; None where the file system does not report them."""
     try:
@@ -98,12 +98,6 @@ def _free(target: Path) -> int | None:
     except OSError:
         return None
     return usage.free if usage.total else None  # some network file systems report zero for everything
-
-
-def _write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
-    files = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
-    manifest = sealed({**metadata, "files": files})
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 class Entry(NamedTuple):
@@ -178,32 +172,26 @@ def changed(path: Path, entry: Entry) -> str | None:
 
 
 def _parse(values: dict[str, Any]) -> Manifest:
-    """Raises: ValueError."""
+    """Raise a ValueError that says what is wrong with a manifest's values, or return them checked."""
     step, files, best, metrics = (values.get(key) for key in ("step", "files", "best", "metrics"))
     if not _is_count(step):
         raise ValueError("step must be a whole number")
     if not isinstance(files, dict):
         raise ValueError("files must be a mapping")
-    if missing := [name for name in REQUIRED if name not in files]:
+    if missing := [name for name in (WEIGHTS, STATE, TENSORS) if name not in files]:
         raise ValueError(f"files lacks {', '.join(missing)}")
-    return Manifest(
-        step,  # type: ignore[arg-type]
-        {name: _entry(name, values) for name, values in files.items()},
-        best is True,
-        metrics if isinstance(metrics, dict) else {},
-    )
+    entries = {}
+    for name, entry in files.items():
+        if "/" in name or "\0" in name or name in ("", ".", "..", MANIFEST):
+            raise ValueError(f"files has {name[:80]!r}, which cannot be a file of a checkpoint")
+        size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not _is_count(size) or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+            raise ValueError(f"files has no size and hash of {name[:80]!r}")
+        entries[name] = Entry(size, sha256)
+    return Manifest(step, entries, best is True, metrics if isinstance(metrics, dict) else {})
 
 
-def _entry(name: str, values: Any) -> Entry:
-    if "/" in name or "\0" in name or name in ("", ".", "..", MANIFEST):
-        raise ValueError(f"files has {name[:80]!r}, which cannot be a file of a checkpoint")
-    size, sha256 = (values.get("size"), values.get("sha256")) if isinstance(values, dict) else (None, None)
-    if not _is_count(size) or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
-        raise ValueError(f"files has no size and hash of {name[:80]!r}")
-    return Entry(size, sha256)  # type: ignore[arg-type]
-
-
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -221,10 +209,8 @@ def manifests(run_dir: Path | str) -> dict[Path, Manifest]:
     """The run's checkpoints by step, without those whose manifest is damaged; their files are not looked at."""
     found = {}
     for checkpoint in checkpoints(run_dir):
-        try:
+        with suppress(CheckpointError):
             found[checkpoint] = read_manifest(checkpoint)
-        except CheckpointError:
-            continue
     return found
 
 
@@ -239,9 +225,8 @@ def latest(run_dir: Path | str) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    found = checkpoints(run_dir)
     damaged: list[tuple[Path, str]] = []
-    for checkpoint in reversed(found):
+    for checkpoint in reversed(checkpoints(run_dir)):
         problem = damage(checkpoint)
         if problem is None:
             for name, reason in damaged:
@@ -276,10 +261,11 @@ def recover(run_dir: Path | str) -> None:
 def set_aside(run_dir: Path | str, damaged: Mapping[Path, str], after: int) -> None:
     """Only by the run's owner: rename damaged checkpoints to `damaged-…`, and others of steps after `after` to `superseded-…`."""
     for checkpoint in checkpoints(run_dir):
-        if checkpoint in damaged:
-            _rename(checkpoint, "damaged")
-        elif step_of(checkpoint) > after:
-            _rename(checkpoint, "superseded")
+        if checkpoint in damaged or step_of(checkpoint) > after:
+            aside = checkpoint.with_name(f"{'damaged' if checkpoint in damaged else 'superseded'}-{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            log.info("%s was renamed to %s.", checkpoint, aside.name)
 
 
 def _entries(run_dir: Path | str) -> list[Path]:
@@ -294,10 +280,3 @@ def _replaced(run_dir: Path | str) -> Iterator[tuple[Path, Path]]:
             target = path.with_name(path.name.removeprefix(TEMPORARY).rpartition("-")[0])
             if NAME.fullmatch(target.name):
                 yield path, target
-
-
-def _rename(checkpoint: Path, why: str) -> None:
-    aside = checkpoint.with_name(f"{why}-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-    log.info("%s was renamed to %s.", checkpoint, aside.name)

@@ -48,7 +48,11 @@ class SafeCheckpointIO(CheckpointIO):
         """
         state = dict(checkpoint)
         weights = _plain_weights(state.pop("state_dict"))
-        _require_finite(weights, Path(path))
+        if broken := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
+            raise NumericError(
+                f"{len(broken)} weights are not finite, {broken[0]} first: {Path(path).name} is not written, and the checkpoint before it "
+                "stays. Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true."
+            )
         averaged = state.pop(EMA_KEY, None)
         tree, tensors = split(state)
         size = sum(tensor.nbytes for part in (weights, tensors, averaged or {}) for tensor in part.values())
@@ -110,15 +114,6 @@ def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
             plain[key.removeprefix(MODEL_PREFIX)] = value.clone() if value.data_ptr() in seen else value
             seen.add(value.data_ptr())
     return plain
-
-
-def _require_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
-    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise NumericError(
-            f"{len(broken)} weights are not finite, {broken[0]} first: {path.name} is not written, and the checkpoint before it stays. "
-            "Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true."
-        )
 
 
 def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:

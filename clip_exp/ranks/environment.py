@@ -10,21 +10,14 @@ from clip_exp.errors import ConfigError, DistributedError
 
 
 class Placement(NamedTuple):
-    """Place of a process among the ranks of a run.
+    """Place of a process among the ranks of a run."""
 
-    Attributes:
-        launcher: what started the ranks, for messages.
-        local_rank: number of the rank on its machine.
-        local_world_size: ranks on that machine.
-        nodes: machines.
-    """
-
-    launcher: str
+    launcher: str  # what started the ranks, for messages
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
-    nodes: int
+    local_rank: int  # number of the rank on its machine
+    local_world_size: int  # ranks on that machine
+    nodes: int  # machines
     node_rank: int
     main_address: str
     main_port: int
@@ -64,8 +57,42 @@ def outer_placement() -> Placement | None:
         DistributedError: a variable that the launcher sets is missing or not a number.
     """
     if _started_by_torchrun():
-        return _torchrun_placement()
-    return _slurm_placement() if _started_by_srun() else None
+        world_size = _number("WORLD_SIZE")
+        local_world_size = _number("LOCAL_WORLD_SIZE", world_size)
+        return Placement(
+            "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "the launcher",
+            rank=_number("RANK"),
+            world_size=world_size,
+            local_rank=_number("LOCAL_RANK", _number("RANK") % local_world_size),
+            local_world_size=local_world_size,
+            nodes=_number("GROUP_WORLD_SIZE", -(-world_size // local_world_size)),
+            node_rank=_number("GROUP_RANK", _number("NODE_RANK", 0)),
+            main_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            main_port=_number("MASTER_PORT"),
+        )
+    if not _started_by_srun():
+        return None
+    tasks = _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
+    node = _number("SLURM_NODEID", 0)
+    nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        from pytorch_lightning.plugins.environments import SLURMEnvironment  # which expands SLURM's lists of machines
+
+        machines = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
+        address = SLURMEnvironment.resolve_root_node_address(machines)
+    return Placement(
+        "srun",
+        rank=_number("SLURM_PROCID"),
+        world_size=tasks,
+        local_rank=_number("SLURM_LOCALID"),
+        local_world_size=_slurm_tasks_per_node(tasks, nodes)[node],
+        nodes=nodes,
+        node_rank=node,
+        main_address=address,
+        # Every rank must compute the same port, and two steps of a job on one machine different ones.
+        main_port=_number("MASTER_PORT", 15000 + (_number("SLURM_JOB_ID", 0) + _number("SLURM_STEP_ID")) % 10000),
+    )
 
 
 def local_placement(rank: int, ranks: int, port: int) -> Placement:
@@ -119,50 +146,8 @@ def _started_by_torchrun() -> bool:
 
 def _started_by_srun() -> bool:
     """Return whether srun started this process as one of several: a batch script has no step, and an interactive step one task."""
-    return os.environ.get("SLURM_STEP_ID", "").isdecimal() and _slurm_tasks() not in ("0", "1")
-
-
-def _torchrun_placement() -> Placement:
-    """Return the place that torchrun's variables describe, which our own launcher sets too."""
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "the launcher"
-    world_size = _number("WORLD_SIZE")
-    local_world_size = _number("LOCAL_WORLD_SIZE", world_size)
-    return Placement(
-        launcher,
-        rank=_number("RANK"),
-        world_size=world_size,
-        local_rank=_number("LOCAL_RANK", _number("RANK") % local_world_size),
-        local_world_size=local_world_size,
-        nodes=_number("GROUP_WORLD_SIZE", -(-world_size // local_world_size)),
-        node_rank=_number("GROUP_RANK", _number("NODE_RANK", 0)),
-        main_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        main_port=_number("MASTER_PORT"),
-    )
-
-
-def _slurm_placement() -> Placement:
-    """Return the place that srun's variables describe."""
-    tasks = _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
-    node = _number("SLURM_NODEID", 0)
-    nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
-    step = os.environ["SLURM_STEP_ID"]
-    return Placement(
-        "srun",
-        rank=_number("SLURM_PROCID"),
-        world_size=tasks,
-        local_rank=_number("SLURM_LOCALID"),
-        local_world_size=_slurm_tasks_per_node(tasks, nodes)[node],
-        nodes=nodes,
-        node_rank=node,
-        main_address=os.environ.get("MASTER_ADDR") or _first_slurm_node(),
-        # Every rank must compute the same port, and two steps of a job on one machine different ones.
-        main_port=_number("MASTER_PORT", 15000 + (_number("SLURM_JOB_ID", 0) + int(step)) % 10000),
-    )
-
-
-def _slurm_tasks() -> str:
-    """Return the number of tasks of this step; outside a step the variables describe the whole job."""
-    return os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    return os.environ.get("SLURM_STEP_ID", "").isdecimal() and tasks not in ("0", "1")
 
 
 def _slurm_tasks_per_node(tasks: int, nodes: int) -> list[int]:
@@ -177,19 +162,8 @@ def _slurm_tasks_per_node(tasks: int, nodes: int) -> list[int]:
     return per_node if len(per_node) == nodes else [-(-tasks // nodes)] * nodes
 
 
-def _first_slurm_node() -> str:
-    from pytorch_lightning.plugins.environments import SLURMEnvironment  # which expands SLURM's lists of machines
-
-    listed = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
-    return SLURMEnvironment.resolve_root_node_address(listed)
-
-
 def _number(name: str, default: int | None = None) -> int:
-    """Return a variable's value as a whole number.
-
-    Raises:
-        DistributedError: it is not a number, or is not set and has no default.
-    """
+    """Return a variable's value as a whole number; raise a DistributedError if it is none, or unset without a default."""
     text = os.environ.get(name)
     if text is None and default is not None:
         return default

@@ -31,16 +31,12 @@ LOG = "errors.log"  # every rank's message stays here
 
 
 class Failure(NamedTuple):
-    """The failure of a rank.
-
-    Attributes:
-        time_ns: when it was reported.
-    """
+    """The failure of a rank."""
 
     rank: int
     code: int
     message: str
-    time_ns: int
+    time_ns: int  # when it was reported
 
     @property
     def is_cause(self) -> bool:
@@ -64,16 +60,31 @@ class Reporter:
 
     def report(self, error: BaseException) -> Failure:
         """Write the report of a failure, and see that this process ends soon."""
-        if self.failure is None:
-            self.failure = failure = describe(self.rank, error)
-            # Where no launcher prints it, and this process does not come to it by itself.
-            end_later(failure.code, message="" if self.note is None else printable(failure.message))
-            _write(self.folder, failure)
-            _append(self.folder, failure)
-            if self.note is not None:
-                with suppress(OSError):  # a full disk must not hide the failure
-                    self.note(failure if failure.is_cause else await_cause(self.folder) or failure)
-        return self.failure
+        if self.failure is not None:
+            return self.failure
+        self.failure = failure = describe(self.rank, error)
+
+        def end() -> None:
+            time.sleep(END_S)
+            if self.note is not None:  # no launcher prints it, and this process has not come to it by itself
+                print(printable(failure.message), file=sys.stderr, flush=True)
+            os._exit(failure.code)
+
+        threading.Thread(target=end, daemon=True).start()
+        try:
+            # Whole, since others look for it at any time.
+            with storage.atomic_file(self.folder / f"{PREFIX}{failure.rank}", durable=False) as temporary:
+                temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
+        except OSError:  # a full disk, say: the message is printed all the same
+            print(printable(failure.message), file=sys.stderr, flush=True)
+        when = datetime.fromtimestamp(failure.time_ns / 1e9, UTC).isoformat(timespec="seconds")
+        entry = f"{when} rank {failure.rank} failed with exit code {failure.code}\n{failure.message.rstrip()}\n\n"
+        with suppress(OSError), (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(entry)  # by one write, as ranks append at once
+        if self.note is not None:
+            with suppress(OSError):  # a full disk must not hide the failure
+                self.note(failure if failure.is_cause else await_cause(self.folder) or failure)
+        return failure
 
 
 @contextmanager
@@ -139,7 +150,6 @@ def read_failures(folder: Path) -> list[Failure]:
 
 
 def remove_reports(folder: Path) -> None:
-    """Remove the reports of an earlier start."""
     for path in folder.glob(f"{PREFIX}*"):
         path.unlink(missing_ok=True)
 
@@ -170,10 +180,8 @@ def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
             if left.wait(POLL_S):
                 return
         if not left.wait(END_S):
-            message = printable(others[0].message)
-            print(
-                f"rank {rank} was ended, because rank {others[0].rank} failed:\n{message}", file=sys.stderr, flush=True
-            )
+            why = f"rank {rank} was ended, because rank {others[0].rank} failed:\n{printable(others[0].message)}"
+            print(why, file=sys.stderr, flush=True)
             os._exit(DistributedError.exit_code)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -181,18 +189,6 @@ def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
         yield
     finally:
         left.set()
-
-
-def end_later(code: int, message: str) -> None:
-    """End this process in `END_S` seconds with an exit code, if it still runs then, and print the message."""
-
-    def end() -> None:
-        time.sleep(END_S)
-        if message:
-            print(message, file=sys.stderr, flush=True)
-        os._exit(code)
-
-    threading.Thread(target=end, daemon=True).start()
 
 
 def end_process(code: int) -> NoReturn:
@@ -203,20 +199,3 @@ def end_process(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _write(folder: Path, failure: Failure) -> None:
-    """Write a report whole: others look for it at any time."""
-    try:
-        with storage.atomic_file(folder / f"{PREFIX}{failure.rank}", durable=False) as temporary:
-            temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
-    except OSError:  # a full disk, say: the message is printed all the same
-        print(printable(failure.message), file=sys.stderr, flush=True)
-
-
-def _append(folder: Path, failure: Failure) -> None:
-    """Keep the message for whoever looks for it later; ranks append at once, each by one write."""
-    when = datetime.fromtimestamp(failure.time_ns / 1e9, UTC).isoformat(timespec="seconds")
-    entry = f"{when} rank {failure.rank} failed with exit code {failure.code}\n{failure.message.rstrip()}\n\n"
-    with suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
-        log.write(entry)

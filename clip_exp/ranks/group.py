@@ -3,7 +3,7 @@
 import importlib
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -63,7 +63,10 @@ def start(device_type: str, timeout_s: int) -> None:
     if dist.is_initialized():
         return
     _placement = outer_placement() or local_placement(0, 1, free_port())
-    _replace_environment(_placement)
+    # Libraries that read the environment find there what the group is, whatever was left over.
+    values = {**dict.fromkeys(LEFT_OVER), **_placement.variables()}
+    _environment.update({name: os.environ.get(name) for name in values})
+    _set_environment(values)
     # Imported later it would keep the group alive to the end of the process, where a thread of gloo's then may abort it.
     importlib.import_module("torch.distributed.nn.functional")
     backend, gpu = "gloo", None
@@ -85,17 +88,11 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _placement = None
-    for name, value in _environment.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    _set_environment(_environment)
     _environment.clear()
 
 
 class _GPU(NamedTuple):
-    """The GPU of a rank, for the others."""
-
     rank: int
     host: str
     visible: int  # GPUs that the rank sees
@@ -129,10 +126,7 @@ def _gpu_problem(gpus: list[_GPU]) -> str | None:
     return None
 
 
-def _replace_environment(placement: Placement) -> None:
-    """Let libraries that read the environment find there what the group is, whatever was left over."""
-    values = {**dict.fromkeys(LEFT_OVER), **placement.variables()}
-    _environment.update({name: os.environ.get(name) for name in values})
+def _set_environment(values: Mapping[str, str | None]) -> None:
     for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)
@@ -160,21 +154,17 @@ def local_world_size() -> int:
 
 def device(device_type: str) -> torch.device:
     """Return this process's device: on CUDA the current one, which `start` has chosen."""
-    return (
-        torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
-    )
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if device_type == "cuda" else device_type)
 
 
-def is_transport_error(error: BaseException) -> bool:
-    """Return whether a collective failed because another rank has ended, or did not come in time."""
+def lost_touch(error: BaseException) -> DistributedError | None:
+    """Return what to report of a collective that failed because another rank has ended, or did not come in time; None for others."""
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
-        return False
-    return isinstance(error, dist.DistError) or any(known in str(error) for known in (TIMED_OUT, *TRANSPORT_ERRORS))
-
-
-def lost_touch(error: BaseException) -> DistributedError:
-    """Return what to report of a transport error, which has its cause in another rank."""
-    why = "waited too long for another rank" if TIMED_OUT in str(error) else "lost touch with another rank that ended"
+        return None
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not any(known in text for known in (TIMED_OUT, *TRANSPORT_ERRORS)):
+        return None
+    why = "waited too long for another rank" if TIMED_OUT in text else "lost touch with another rank that ended"
     return DistributedError(f"rank {rank()} of {world_size()} {why}.")
 
 
@@ -244,6 +234,6 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_transport_error(error):
+        if (lost := lost_touch(error)) is None:
             raise
-        raise lost_touch(error) from error
+        raise lost from error

@@ -46,10 +46,6 @@ class Ended(NamedTuple):
     status: str  # finished, failed or preempted
     message: str = ""  # to be printed; empty where a rank has printed what there is to say
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a record of the work says about the end, besides its status."""
-        return _facts(self.message, self.code) if self.status == "failed" else {}
-
 
 class Work(ABC):
     """What a command does in a folder, on one or several devices."""
@@ -97,7 +93,7 @@ def launch_work(work: Work) -> tuple[Path, int]:
             return folder, work.run(folder)
         ended = run_ranks(work.rank, folder, count, devices.environment())
         if ended.status != "finished":
-            work.note(folder, ended.status, **ended.facts())
+            work.note(folder, ended.status, **(_facts(ended.message, ended.code) if ended.status == "failed" else {}))
         if ended.message:
             print(printable(ended.message), file=sys.stderr, flush=True)
         return folder, ended.code
@@ -113,30 +109,24 @@ def _join(work: Work) -> tuple[Path, int]:
         folder, finished = group.from_main(lambda: held.enter_context(work.open()))
         code = 0
         if not finished:
-            with failure.place_in(folder, rank):
-                group.gather_objects(rank)  # all have their places: nothing of an earlier start reports any more
-                group.from_main(lambda: failure.remove_reports(folder))
-                code = _work_unwatched(work, folder, rank)
+            held.enter_context(failure.place_in(folder, rank))
+            group.gather_objects(rank)  # all have their places: nothing of an earlier start reports any more
+            group.from_main(lambda: failure.remove_reports(folder))
+            # No launcher of ours watches the ranks: each reports to the others, and watches them.
+            reporter = Reporter(
+                folder, rank, lambda failed: work.note(folder, "failed", **_facts(failed.message, failed.code))
+            )
+            with failure.reporting_to(reporter), failure.ending_with_others(folder, rank):
+                try:
+                    code = work.run(folder)
+                except BaseException as error:
+                    reporter.report(error)
+                    if not isinstance(error, ClipExpError) or isinstance(error, DistributedError):
+                        raise
+                    raise type(error)(f"rank {rank}: {error}") from error
         if code == 0:
             group.stop()  # which waits for the others: only where all is well
         return folder, code
-
-
-def _work_unwatched(work: Work, folder: Path, rank: int) -> int:
-    """Do a rank's part of the work where no launcher of ours watches the ranks: each reports to the others, and watches them."""
-
-    def note(failed: Failure) -> None:
-        work.note(folder, "failed", **_facts(failed.message, failed.code))
-
-    reporter = Reporter(folder, rank, note)
-    with failure.reporting_to(reporter), failure.ending_with_others(folder, rank):
-        try:
-            return work.run(folder)
-        except BaseException as error:
-            reporter.report(error)
-            if not isinstance(error, ClipExpError) or isinstance(error, DistributedError):
-                raise
-            raise type(error)(f"rank {rank}: {error}") from error
 
 
 def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment: dict[str, str]) -> Ended:
@@ -159,9 +149,14 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
     with handle_signals(forward):
         try:
             _wait(processes, folder)
-            codes = _settle(processes)
+            _wait_for_end(processes, SETTLE_S)
+            codes = [process.poll() for process in processes]
         finally:
-            _end(processes)
+            for action in (subprocess.Popen.terminate, subprocess.Popen.kill):  # first politely
+                for process in processes:
+                    if process.poll() is None:
+                        action(process)
+                _wait_for_end(processes, GRACE_S)
     ended = _ended(codes, forwarded, failure.read_failures(folder))
     failure.remove_reports(folder)
     failure.remove_places(folder)
@@ -177,12 +172,8 @@ def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
         "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")])),
         **added,
     }
-    return [
-        subprocess.Popen(
-            command, env={**environment, **local_placement(rank, ranks, port).variables()}, start_new_session=True
-        )
-        for rank in range(ranks)
-    ]
+    placements = [local_placement(rank, ranks, port).variables() for rank in range(ranks)]
+    return [subprocess.Popen(command, env={**environment, **own}, start_new_session=True) for own in placements]
 
 
 def _wait(processes: Processes, folder: Path) -> None:
@@ -197,32 +188,16 @@ def _wait(processes: Processes, folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _settle(processes: Processes) -> list[int | None]:
-    """Return the exit codes, after a moment in which the ranks that a failure reaches end by themselves; None: still running."""
-    deadline = time.monotonic() + SETTLE_S
+def _wait_for_end(processes: Processes, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.05)
-    return [process.poll() for process in processes]
-
-
-def _end(processes: Processes) -> None:
-    """End what is still running: first politely."""
-    for action in (subprocess.Popen.terminate, subprocess.Popen.kill):
-        for process in processes:
-            if process.poll() is None:
-                action(process)
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-            time.sleep(0.05)
 
 
 def _ended(codes: list[int | None], forwarded: list[int], failures: list[Failure]) -> Ended:
     """Return the end of all: that of the rank that failed first by itself; the others only lost touch with it.
 
-    Args:
-        codes: of the ranks; None: had to be ended.
-        forwarded: signals that the launcher passed on.
-        failures: that ranks have reported, the earliest first.
+    A code of None is of a rank that had to be ended; `forwarded` are the signals that the launcher passed on.
     """
     if all(code == 0 for code in codes) and not failures:
         return Ended(0, "finished")
@@ -257,17 +232,13 @@ def _end_of_rank(rank: int, codes: list[int | None]) -> str:
     if code >= 0:
         return f"{who} ended with code {code} and no message; the others were stopped."
     number = signal.Signals(-code)
-    memory = (
-        " The system does that where memory runs out: use fewer devices or workers, or smaller batches."
-        if number == signal.SIGKILL
-        else ""
-    )
+    memory = " The system does that where memory runs out: use fewer devices or workers, or smaller batches."
     return (
-        f"{who} was ended by signal {number.value} ({number.name}); the others were stopped.{memory} "
-        "The same command goes on from what was saved."
+        f"{who} was ended by signal {number.value} ({number.name}); the others were stopped."
+        f"{memory if number == signal.SIGKILL else ''} The same command goes on from what was saved."
     )
 
 
 def _facts(message: str, code: int) -> dict[str, Any]:
-    """Return a failure for a record of the work."""
+
     return {"error": message.removeprefix("error: ").splitlines()[-20:], "exit_code": code}

@@ -56,12 +56,10 @@ def exit_on_signals(*, silent: bool = False) -> Iterator[None]:
     """
 
     def end(number: int) -> None:
-        message = (
-            ""
-            if silent
-            else f"stopped by {signal.Signals(number).name} before the work began; the same command starts it.\n"
-        )
-        os.write(sys.stderr.fileno(), message.encode())
+        if not silent:
+            name = signal.Signals(number).name
+            message = f"stopped by {name} before the work began; the same command starts it.\n"
+            os.write(sys.stderr.fileno(), message.encode())
         os._exit(PREEMPTED_EXIT_CODE)
 
     with handle_signals(end):

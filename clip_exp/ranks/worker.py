@@ -22,7 +22,9 @@ def main() -> NoReturn:
     """Call the function that the command line names, and end this process with its exit code or that of its failure."""
     module, function = sys.argv[1].split(":")
     folder, rank = Path(sys.argv[2]), int(os.environ["RANK"])
-    _end_with_parent()
+    if sys.platform == "linux":  # ends this process when the launcher dies, however it dies
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     reporter = Reporter(folder, rank)
     # Until the work has its own way to stop, a signal ends this rank at once: there is nothing yet that could be lost.
     with exit_on_signals(silent=rank > 0), reporting_to(reporter):
@@ -35,13 +37,6 @@ def main() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _end_with_parent() -> None:
-    """Make Linux end this process when the launcher dies, however it dies."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 if __name__ == "__main__":

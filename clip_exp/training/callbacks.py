@@ -496,7 +496,7 @@ def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> B
         return worker_failure
     if is_out_of_memory(error):
         return DeviceMemoryError(_out_of_memory(error, trainer, config))
-    return group.lost_touch(error) if group.is_transport_error(error) else error
+    return group.lost_touch(error) or error
 
 
 def _out_of_memory(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> str:
