@@ -139,27 +139,24 @@ def _source(
         found = source_of_checkpoint(path)
     elif path.is_dir() or source.startswith(HUB):
         found = source_of_file(None, source, activation, prefix)
-    else:
-        raise ConfigError(_needs_weights(source))
-    return (
-        found if activation is None else replace(found, model=found.model.model_copy(update={"activation": activation}))
-    )
-
-
-def _needs_weights(name: str) -> str:
-    """What to say of a name that is no place of weights."""
-    known = resolve(name) is not None
-    if not known and is_hub_name(HUB + name) and not difflib.get_close_matches(name, names(), n=1, cutoff=0.85):
-        return f"there is no file or folder '{name}'. If it is on the Hugging Face hub: load(\"{HUB}{name}\")."
-    if not known:
-        return (
-            f"there is no run folder, checkpoint or weights file '{name}', nor a model of that name: "
-            f"{nearest(name, names())}"
+    elif resolve(source) is None:
+        if is_hub_name(HUB + source) and not difflib.get_close_matches(source, names(), n=1, cutoff=0.85):
+            raise ConfigError(
+                f"there is no file or folder '{source}'. If it is on the Hugging Face hub: load(\"{HUB}{source}\")."
+            )
+        raise ConfigError(
+            f"there is no run folder, checkpoint or weights file '{source}', nor a model of that name: "
+            f"{nearest(source, names())}"
         )
-    tags = open_clip_files.tags(named_model(name).open_clip_name)
-    if not tags:
-        return f'{name} needs weights: load("{name}", pretrained=FILE), with a .safetensors or .pt file.'
-    return (
-        f'{name} needs weights: load("{name}", pretrained=TAG or FILE), with a file or folder of weights, or one of the tags '
-        f"{', '.join(tags)}."
-    )
+    elif tags := open_clip_files.tags(named_model(source).open_clip_name):
+        raise ConfigError(
+            f'{source} needs weights: load("{source}", pretrained=TAG or FILE), with a file or folder of weights, or one of the tags '
+            f"{', '.join(tags)}."
+        )
+    else:
+        raise ConfigError(
+            f'{source} needs weights: load("{source}", pretrained=FILE), with a .safetensors or .pt file.'
+        )
+    if activation is None:
+        return found
+    return replace(found, model=found.model.model_copy(update={"activation": activation}))

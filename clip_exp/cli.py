@@ -26,14 +26,17 @@ def main(command: str | None = None) -> NoReturn:
     arguments = sys.argv[1:]
     if command is None:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(_usage())
+            width = max(map(len, COMMANDS))
+            rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+            print(f"usage: clip-exp <command> [key=value …]\n\n{rows}\n")
+            print("`clip-exp <command> --help` lists a command's options and keys.")
             sys.exit(0)
         if arguments[0] == "--version":
             print(__version__)
             sys.exit(0)
         command, arguments = arguments[0], arguments[1:]
         if command not in COMMANDS:
-            _fail(f"{command} is no command of clip-exp: {nearest(command, COMMANDS)}")
+            sys.exit(_report(f"{command} is no command of clip-exp: {nearest(command, COMMANDS)}", 2))
     end_process(run(command, arguments))
 
 
@@ -51,7 +54,7 @@ def run(command: str, arguments: list[str]) -> int:
         gc.enable()
         if not STOPPED & set(codes):
             sweeping = bool(MULTIRUN_FLAGS & set(arguments))
-            codes.append(_guarded(lambda: COMMANDS[command][0](typed(), arguments), sweeping=sweeping))
+            codes.append(_guarded(lambda: _call(command, typed(), arguments), sweeping=sweeping))
 
     # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and `_guarded` prints.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -85,68 +88,54 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
         return _report(message, 2)
 
 
-# Each command imports its package when it runs: composing and `--help` need none of them.
-
-
-def _train(config: Any, arguments: list[str]) -> int:
-    from clip_exp.training.launch import launch
-
-    return launch(config, arguments, current_job(arguments))
-
-
-def _evaluate(config: Any, arguments: list[str]) -> int:
-    from clip_exp.evaluation.launch import launch
-
-    return launch(config, arguments)
-
-
-def _predict(config: Any, arguments: list[str]) -> int:
-    from clip_exp.inference.predict import predict
-
-    return predict(config)
-
-
-def _rank(config: Any, arguments: list[str]) -> int:
-    from clip_exp.inference.rank import rank
-
-    return rank(config)
-
-
-def _search(config: Any, arguments: list[str]) -> int:
-    from clip_exp.inference.search import search
-
-    return search(config)
-
-
-def _export(config: Any, arguments: list[str]) -> int:
-    from clip_exp.export.command import export
-
-    return export(config)
-
-
-def _models(config: Any, arguments: list[str]) -> int:
-    from clip_exp.inference.models import models
-
-    return models(config)
-
-
-def _check_data(config: Any, arguments: list[str]) -> int:
-    from clip_exp.checks.command import check_data
-
-    return check_data(config, arguments)
-
-
-Command = Callable[[Any, list[str]], int]  # of the command's typed configuration and the command line
-COMMANDS: dict[str, tuple[Command, str]] = {
-    "train": (_train, "train a CLIP on image-text pairs"),
-    "evaluate": (_evaluate, "score a trained CLIP: zero-shot classification, retrieval"),
-    "predict": (_predict, "how probable each text is for images or videos"),
-    "rank": (_rank, "the images that fit a text best"),
-    "search": (_search, "index images once, then look for them by text or by image"),
-    "models": (_models, "the models there are, and the weights published for them"),
-    "export": (_export, "a folder that open_clip, Hugging Face, ONNX or clip_exp loads"),
-    "check-data": (_check_data, "what is wrong with a data set, before training on it"),
+COMMANDS = {
+    "train": "train a CLIP on image-text pairs",
+    "evaluate": "score a trained CLIP: zero-shot classification, retrieval",
+    "predict": "how probable each text is for images or videos",
+    "rank": "the images that fit a text best",
+    "search": "index images once, then look for them by text or by image",
+    "models": "the models there are, and the weights published for them",
+    "export": "a folder that open_clip, Hugging Face, ONNX or clip_exp loads",
+    "check-data": "what is wrong with a data set, before training on it",
 }
+
+
+def _call(command: str, config: Any, arguments: list[str]) -> int:
+    """Run a command with its typed configuration; its package is imported here, as composing and `--help` need none of them."""
+    match command:
+        case "train":
+            from clip_exp.training.launch import launch as train
+
+            return train(config, arguments, current_job(arguments))
+        case "evaluate":
+            from clip_exp.evaluation.launch import launch as evaluate
+
+            return evaluate(config, arguments)
+        case "predict":
+            from clip_exp.inference.predict import predict
+
+            return predict(config)
+        case "rank":
+            from clip_exp.inference.rank import rank
+
+            return rank(config)
+        case "search":
+            from clip_exp.inference.search import search
+
+            return search(config)
+        case "models":
+            from clip_exp.inference.models import models
+
+            return models(config)
+        case "export":
+            from clip_exp.export.command import export
+
+            return export(config)
+        case "check-data":
+            from clip_exp.checks.command import check_data
+
+            return check_data(config, arguments)
+    raise KeyError(command)
 
 
 def _report(message: str, code: int) -> int:
@@ -158,13 +147,3 @@ def _report(message: str, code: int) -> int:
     if is_first_rank() or message.startswith("rank "):
         print(text, file=sys.stderr, flush=True)
     return code
-
-
-def _fail(message: str) -> NoReturn:
-    sys.exit(_report(message, 2))
-
-
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    return f"usage: clip-exp <command> [key=value …]\n\n{rows}\n\n`clip-exp <command> --help` lists a command's options and keys."

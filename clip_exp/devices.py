@@ -88,7 +88,8 @@ def parse_devices(accelerator: str, devices: Any, keys: str = "") -> Devices:
         check_accelerator(accelerator, keys)
     except ConfigError as error:
         problems.append(str(error))
-    if isinstance(devices, list) and devices and all(map(_is_index, devices)) and len({*devices}) == len(devices):
+    indices = isinstance(devices, list) and all(isinstance(device, int) and device >= 0 for device in devices)
+    if indices and devices and len({*devices}) == len(devices):
         requested, gpus = len(devices), devices
         if accelerator == "cpu":
             problems.append(f"{value} lists GPUs: on a CPU give a number.")
@@ -220,10 +221,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
 
 
 def _no_gpu(accelerator: str, keys: str) -> str:

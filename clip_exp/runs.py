@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,8 @@ TYPES: dict[str, Any] = {  # of what is read again from `run.json`
 MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
 COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
 PACKAGES = (  # whose versions are noted
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "deepspeed",
-    "hydra-core",
-    "omegaconf",
-    "open_clip_torch",
-    "Pillow",
-)
+    "torch", "torchvision", "pytorch-lightning", "deepspeed", "hydra-core", "omegaconf", "open_clip_torch", "Pillow",
+)  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -149,7 +143,7 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], str | None]:
     try:
         values = storage.read_json_object(path)
         _check_record(values)
-        return _unsealed(values), None
+        return {key: value for key, value in values.items() if key != storage.SEAL}, None
     except FileNotFoundError:
         problem = f"{path} is missing"
     except OSError as error:
@@ -166,7 +160,7 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _check_record(values: dict[str, Any]) -> None:
-    """Raises: ValueError."""
+    """Raise a ValueError that says what is wrong."""
     if not TYPES.keys() & values.keys():
         raise ValueError("it is not the record of a run")
     if storage.SEAL not in values and LAST_CHECKPOINT in values:
@@ -174,10 +168,6 @@ def _check_record(values: dict[str, Any]) -> None:
     for key, kind in TYPES.items():
         if key in values and not isinstance(values[key], kind):
             raise ValueError(f"{key} is not what a run writes there")
-
-
-def _unsealed(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != storage.SEAL}
 
 
 def _run_copies(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -266,8 +256,7 @@ class RunRecord:
 
     def _plain(self) -> dict[str, Any]:
         """The values as they are read again: plain, and without secrets."""
-        values: dict[str, Any] = json.loads(redact(json.dumps(self.values, default=str)))
-        return values
+        return dict(json.loads(redact(json.dumps(self.values, default=str))))
 
     def _text(self) -> str:
         return json.dumps(storage.sealed(self._plain()), indent=2) + "\n"
@@ -293,11 +282,15 @@ def _overwrite(path: Path, text: str, problem: BaseException | None) -> bool:
 
 
 def provenance() -> dict[str, Any]:
-    """Plain values for `run.json`."""
+    """Return plain values for `run.json`: versions, machine, and the state of the checkout that the code runs from."""
+    packages: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     return {
         "clip_exp": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": packages,
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -306,45 +299,45 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the checkout that the code runs from; None for an installed package."""
+    """Commit and cleanliness of the checkout; None for an installed package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=5, check=True)
     try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout
+        commit, changed = (
+            run(["git", "-C", str(root), *arguments]).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "dirty": bool(changed.strip())}
+    return {"commit": commit, "dirty": bool(changed)}
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock ends with the process, however it ends.
 
-    A file system without locks is reported, and the folder is used without one.
+    Where the file system has no locks, a warning is logged, and the folder is used without one.
 
     Raises:
         ConfigError: another process holds it.
         CheckpointError: the folder cannot be written, or has links (`refuse_links`).
     """
+
+    def warn_of_no_locks(folder: Path, reason: str) -> None:
+        warn(
+            folder,
+            f"{folder} cannot be locked, since its file system has no locks ({reason}; Lustre has them with the mount option flock). "
+            "Do not train in it with two processes at once: nothing would stop the second one, and each would overwrite the "
+            "other's checkpoints.",
+        )
+
     with ExitStack() as stack:
         try:
             refuse_links(folder)
-            stack.enter_context(storage.lock(folder / ".lock", on_no_locks=_warn_of_no_locks))
+            stack.enter_context(storage.lock(folder / ".lock", on_no_locks=warn_of_no_locks))
         except storage.InUse as error:
             raise ConfigError(
                 f"{folder} is in use by {error.owner}: wait for it, or start another run with resume=never."
@@ -374,21 +367,8 @@ def warn(folder: Path, message: str) -> None:
         file.write(f"{_now()} WARNING {message}\n")
 
 
-def _warn_of_no_locks(folder: Path, reason: str) -> None:
-    warn(
-        folder,
-        f"{folder} cannot be locked, since its file system has no locks ({reason}; Lustre has them with the mount option flock). "
-        "Do not train in it with two processes at once: nothing would stop the second one, and each would overwrite the "
-        "other's checkpoints.",
-    )
-
-
 def check_tokenizer(model: ModelConfig) -> None:
-    """Refuse a model whose tokenizer cannot be had.
-
-    Raises:
-        ConfigError: so it is, or it does not fit the text tower.
-    """
+    """Raise a ConfigError where a model's tokenizer is not available, or does not fit the text tower."""
     if model.text.tokenizer_source is not None:
         from clip_exp.text.tokenizer import HuggingFaceTokenizer  # imports torch
 
@@ -420,11 +400,9 @@ def save_tokenizer(model: ModelConfig, run_dir: Path) -> None:
 def with_saved_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:
     """The configuration of a run's model, with the run's own copy of the tokenizer if it has one."""
     folder = run_dir / TOKENIZER
-    return (
-        model.model_copy(update={"text": model.text.model_copy(update={"tokenizer": str(folder)})})
-        if folder.is_dir()
-        else model
-    )
+    if not folder.is_dir():
+        return model
+    return model.model_copy(update={"text": model.text.model_copy(update={"tokenizer": str(folder)})})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -432,10 +410,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     with path.open(newline="", encoding="utf-8", errors="replace") as handle, suppress(csv.Error):
         for row in csv.DictReader(handle):
-            try:
+            with suppress(TypeError, ValueError):
                 rows.append({key: (int if key in COUNTS else float)(value) for key, value in row.items() if value})
-            except (TypeError, ValueError):
-                continue
     return [row for row in rows if "step" in row]
 
 

@@ -20,10 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +45,11 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 class InUse(Exception):
-    """Another process holds a lock.
-
-    Attributes:
-        owner: who does, such as `process 123 on host`.
-    """
+    """Another process holds a lock."""
 
     def __init__(self, owner: str) -> None:
         super().__init__(f"in use by {owner}")
-        self.owner = owner
+        self.owner = owner  # such as `process 123 on host`
 
 
 def sync(path: Path) -> None:
@@ -126,7 +119,16 @@ def atomic_folder(target: Path, *, replace: bool = True, durable: bool = True) -
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _complete(temporary, durable)
+        mode = temporary.stat().st_mode & 0o666
+        for path in temporary.rglob("*"):
+            if path.is_symlink():
+                continue  # its target belongs to another folder
+            if path.is_file() and path.stat().st_mode & 0o777 != mode:
+                path.chmod(mode)  # as new files have here, see `atomic_file`
+            if durable:
+                sync(path)
+        if durable:
+            sync(temporary)
         _put_folder_in_place(temporary, target, replace)
         if durable:
             sync(target.parent)
@@ -197,10 +199,22 @@ def lock(
     held = FileLock(path, fallback_to_soft=False)
     if not path.parent.is_dir():  # which the library would create
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    wait_s = max(wait_s, REOPEN_S) if remove else wait_s
+    silent_s = min(wait_s, REPORT_AFTER_S)
     try:
-        _acquire(held, max(wait_s, REOPEN_S) if remove else wait_s, on_wait)
+        try:
+            held.acquire(timeout=silent_s)
+        except Timeout:
+            if wait_s <= silent_s:
+                raise
+            if on_wait is not None:
+                on_wait()
+            held.acquire(timeout=-1 if math.isinf(wait_s) else wait_s - silent_s)
     except Timeout:
-        raise InUse(_owner(path)) from None
+        owner = ""
+        with suppress(OSError, ValueError):
+            owner = path.read_text(encoding="utf-8").strip()
+        raise InUse(owner or "another process") from None
     except OSError as error:
         # An error with a file's name is of opening the file, not of locking it.
         if error.errno not in NO_LOCKS or error.filename is not None:
@@ -227,7 +241,7 @@ def file_sha256(path: Path) -> str:
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
     """Return plain values with a hash of them all, by which `read_json_object` notices any later change."""
     content = {key: value for key, value in values.items() if key != SEAL}
-    return {**content, SEAL: _json_sha256(content)}
+    return {**content, SEAL: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -254,26 +268,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _json_sha256(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def _temporary_name(target: Path) -> Path:
     return target.with_name(f"{TEMPORARY}{target.name}-{secrets.token_hex(6)}")
-
-
-def _complete(folder: Path, durable: bool) -> None:
-    """Give files the permissions that new ones have here, and bring everything to the disk."""
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            continue  # its target belongs to another folder
-        if path.is_file() and path.stat().st_mode & 0o777 != mode:
-            path.chmod(mode)
-        if durable:
-            sync(path)
-    if durable:
-        sync(folder)
 
 
 def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
@@ -297,27 +293,3 @@ def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _acquire(held: "FileLock", wait_s: float, on_wait: Callable[[], None] | None) -> None:
-    """Raises:
-    Timeout: another process still holds the lock after `wait_s` seconds.
-    """
-    from filelock import Timeout
-
-    silent_s = min(wait_s, REPORT_AFTER_S)
-    try:
-        held.acquire(timeout=silent_s)
-    except Timeout:
-        if wait_s <= silent_s:
-            raise
-        if on_wait is not None:
-            on_wait()
-        held.acquire(timeout=-1 if math.isinf(wait_s) else wait_s - silent_s)
-
-
-def _owner(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip() or "another process"
-    except (OSError, ValueError):
-        return "another process"
