@@ -55,7 +55,9 @@ def test_secrets_do_not_reach_a_run_folder(tmp_path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_API_KEY", "abcdef0123456789")
     config = train_config(f"output_dir={tmp_path}")
     folder, _ = choose(config)
-    opening.begin(folder, config, ["data.train=https://user:hunter2@host/x.csv", "x=abcdef0123456789"])
+    opening.Opening(folder, False, config, config, {}).begin(
+        ["data.train=https://user:hunter2@host/x.csv", "x=abcdef0123456789"]
+    )
     text = "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
     assert "abcdef0123456789" not in text
     assert "hunter2" not in text
@@ -87,11 +89,11 @@ def test_what_does_not_change_the_result_does_not_change_the_fingerprint() -> No
 def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}")
     folder, _ = choose(config)
-    opening.begin(folder, config, [])
+    opening.Opening(folder, False, config, config, {}).begin([])
     assert choose(config) == (folder, False), "a start without a checkpoint does not leave its folder behind"
     write(folder, 10)
     assert choose(config) == (folder, False)
-    opening.begin(folder, config, [])
+    opening.Opening(folder, False, config, config, {}).begin([])
     assert len(runs.RunRecord(folder).values["resumed"]) == 1
     runs.RunRecord(folder).finish("finished")
     assert choose(config) == (folder, True)
@@ -102,7 +104,7 @@ def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_pa
 def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}", "max_steps=6")
     folder, _ = choose(config)
-    opening.begin(folder, config, [])
+    opening.Opening(folder, False, config, config, {}).begin([])
     write(folder, 6)
     runs.RunRecord(folder).finish("finished")
     before = (folder / "config.yaml").read_text()
@@ -187,7 +189,7 @@ def test_a_run_is_opened_on_a_file_system_without_locks_and_both_terminal_and_lo
     folder, _ = choose(config)
     for _ in range(2):  # also where another process has it
         with runs.lock(folder), runs.lock(folder):
-            opening.begin(folder, config, [])
+            opening.Opening(folder, False, config, config, {}).begin([])
     expected = f"{folder} cannot be locked, since its file system has no locks (Function not implemented; "
     for text in (capsys.readouterr().err, (folder / "train.log").read_text(encoding="utf-8")):
         assert expected in text

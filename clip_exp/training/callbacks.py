@@ -8,8 +8,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import rich.progress
 import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import EarlyStopping
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from clip_exp.checkpoints.folders import MANIFEST, folder_of, manifests, step_of
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from clip_exp.training.tasks import TaskScores
 
 log = logging.getLogger(__name__)
-SHOWN: Mapping[str, Any] = {}  # by the terminal as well as in `train.log`
+
 KEEP_LAST = 2
 RETRY_PAUSE_S = 10.0  # between attempts to write the last checkpoint
 
@@ -47,95 +47,66 @@ RETRY_PAUSE_S = 10.0  # between attempts to write the last checkpoint
 # ---------------------------------------------------------------------------------------------- what the terminal shows
 
 
-def build_progress(kind: str, metrics: StepMetrics) -> "Progress":
-    """`bar`, `lines`, `none`, or `auto`: a bar where standard output is a terminal. `train.log` has the lines of all of them."""
-    if kind == "auto":
-        kind = "bar" if sys.stdout.isatty() else "lines"
-    if kind == "bar":
-        return BarProgress(metrics, steps=LOG_ONLY, values=SHOWN)
-    where = LOG_ONLY if kind == "none" else SHOWN
-    return Progress(metrics, steps=where, values=where)
-
-
 class Progress(pl.Callback):
-    """A line for every logged step, every validation and every scoring of tasks.
+    """A line for every logged step, every validation and every scoring of tasks, or one live line with a bar.
+
+    `train.log` has all lines, whatever the terminal shows.
 
     Args:
+        kind: `bar`, `lines`, `none`, or `auto`: a bar where standard output is a terminal.
         metrics: of the run.
-        steps: where the lines of steps are shown, `SHOWN` or `LOG_ONLY`.
-        values: where the results of validation and tasks are.
     """
 
-    def __init__(self, metrics: StepMetrics, *, steps: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    def __init__(self, kind: str, metrics: StepMetrics) -> None:
+        if kind == "auto":
+            kind = "bar" if sys.stdout.isatty() else "lines"
         self.metrics = metrics
-        self.steps = steps
-        self.values = values
+        self.with_bar = kind == "bar"
+        self.steps = {} if kind == "lines" else LOG_ONLY
+        self.values = LOG_ONLY if kind == "none" else {}
+        self.bar: rich.progress.Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.with_bar and trainer.is_global_zero:
+            description = TextColumn("{task.description}")
+            self.bar = rich.progress.Progress(
+                BarColumn(), MofNCompleteColumn(), description, TimeElapsedColumn(), TimeRemainingColumn()
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("", total=pl_module.total_steps, completed=trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        latest = self.metrics.latest
+        latest, description = self.metrics.latest, ""
         step, total = trainer.global_step, pl_module.total_steps
+        if latest:
+            times = f"{seconds(latest['data_wait_s'])} waiting for data + {seconds(latest['compute_s'])} computing"
+            description = f"loss {latest['train/loss']:.4f}  {latest['samples_per_s']:,.0f} samples/s  {times}"
         if latest.get("samples_seen") == step * self.metrics.global_batch_size:
             left_s = (total - step) * self.metrics.global_batch_size / latest["samples_per_s"]
-            line = f"step {step}/{total}  {_describe(latest)}  {int(left_s // 60)}:{int(left_s % 60):02d} left"
-            log.info(line, extra=self.steps)
+            left = f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
+            log.info(f"step {step}/{total}  {description}  {left}", extra=self.steps)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=description)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.show(last_validation(trainer))
 
     def scoring(self, tasks: list[str]) -> None:
-        """Say what training waits for: nothing, the next line will."""
+        """Say what the bar is waiting for."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=f"scoring {', '.join(tasks)}")
 
     def show(self, values: dict[str, float]) -> None:
         """Show results of validation or of tasks."""
         log.info("  ".join(f"{name} {value:.4f}" for name, value in values.items()), extra=self.values)
 
-
-class BarProgress(Progress):
-    """One live line with a bar on the terminal."""
-
-    bar: rich.progress.Progress | None = None
-    task: TaskID | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar = rich.progress.Progress(*columns)
-            self.bar.start()
-            self.task = self.bar.add_task("", total=pl_module.total_steps, completed=trainer.global_step)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=trainer.global_step, description=_describe(self.metrics.latest))
-
-    def scoring(self, tasks: list[str]) -> None:
-        """Say what the bar is waiting for."""
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, description=f"scoring {', '.join(tasks)}")
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
-
-def _describe(latest: dict[str, float]) -> str:
-    if not latest:
-        return ""
-    times = f"{seconds(latest['data_wait_s'])} waiting for data + {seconds(latest['compute_s'])} computing"
-    return f"loss {latest['train/loss']:.4f}  {latest['samples_per_s']:,.0f} samples/s  {times}"
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 # -------------------------------------------------------------------------------------------------------- the last step
@@ -149,10 +120,8 @@ class StopAtEnd(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         early = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
-        if (
-            any(callback.wait_count >= callback.patience for callback in early)
-            or trainer.global_step >= pl_module.total_steps
-        ):
+        lost = any(callback.wait_count >= callback.patience for callback in early)
+        if lost or trainer.global_step >= pl_module.total_steps:
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -219,47 +188,28 @@ def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
     return step % int(trainer.val_check_batch) == 0 or step == total_steps or trainer.should_stop
 
 
+@dataclass(eq=False, repr=False)
 class Checkpointer(pl.Callback):
     """Writes `checkpoints/step-<n>/` at ends of steps: every `every_n_steps`, at the end, and when `monitor` is best.
 
     A checkpoint of a step that is validated is written after the validation. The last two and the best stay. One that cannot
     be written is left out with a warning, but for the last one of a process, which is retried.
-
-    Args:
-        run_dir: the run's folder.
-        io: the trainer's checkpoint writer.
-        monitor: name of a metric of validation or of a task, or None.
-        mode: whether `min` or `max` of `monitor` is best; `auto` goes by the metric (`reports.names`).
-        metadata: noted in every manifest.
-        pause: called before anything at the end of a step that is not training.
-        scores: of the run's tasks, if it has any.
-        retry_s: seconds for which the last checkpoint is retried.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        io: SafeCheckpointIO,
-        every_n_steps: int,
-        monitor: str | None,
-        mode: str,
-        metadata: dict[str, Any],
-        pause: Callable[[], None],
-        scores: "TaskScores | None" = None,
-        *,
-        retry_s: float,
-    ) -> None:
-        self.run_dir = run_dir
-        self.io = io
-        self.every_n_steps = every_n_steps
-        self.monitor = monitor
-        self.mode = monitor_mode(monitor, mode)
-        self.metadata = metadata
-        self.pause = pause
-        self.scores = scores
-        self.retry_s = retry_s
-        self.best: float | None = None
-        self.saved_step: int | None = None
+    run_dir: Path
+    io: SafeCheckpointIO  # the trainer's
+    every_n_steps: int
+    monitor: str | None  # name of a metric of validation or of a task
+    mode: str  # whether `min` or `max` of `monitor` is best; `auto` goes by the metric (`reports.names`)
+    metadata: dict[str, Any]  # noted in every manifest
+    pause: Callable[[], None]  # called before anything at the end of a step that is not training
+    scores: "TaskScores | None" = None  # of the run's tasks, if it has any
+    retry_s: float = field(kw_only=True)  # seconds for which the last checkpoint is retried
+    best: float | None = field(default=None, init=False)
+    saved_step: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.mode = monitor_mode(self.monitor, self.mode)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -335,11 +285,7 @@ class Checkpointer(pl.Callback):
         return from_main(lambda: problem)
 
     def _retry(self, trainer: pl.Trainer, problem: str | None) -> None:
-        """Try again until the checkpoint is written.
-
-        Raises:
-            CheckpointError: `retry_s` are over.
-        """
+        """Try again until the checkpoint is written; raise a CheckpointError when `retry_s` are over."""
         end_s = time.monotonic() + self.retry_s
         log.warning("%s Trying again for %g s (callbacks.save_retry_s).", problem, self.retry_s)
         while problem is not None:
@@ -408,7 +354,12 @@ class Preemption(pl.Callback):
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._stopping = self._agreed() and trainer.global_step < pl_module.total_steps
+        requested = self.request.received
+        if group.world_size() > 1:
+            flag = torch.tensor([requested], dtype=torch.int32)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            requested = bool(flag.item())
+        self._stopping = requested and trainer.global_step < pl_module.total_steps
         if self._stopping and not validation_due(trainer, pl_module.total_steps):
             self._stop(trainer)
 
@@ -421,14 +372,6 @@ class Preemption(pl.Callback):
         if self.checkpointer.saved_step != trainer.global_step:
             self.checkpointer.save(trainer, last=True)
         raise Preempted
-
-    def _agreed(self) -> bool:
-        requested = self.request.received
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return requested
-        flag = torch.tensor([requested], dtype=torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 # ------------------------------------------------------------------------------------------------------------- failures
@@ -454,7 +397,7 @@ class SameRanks(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         device = trainer.strategy.root_device
         expected = (group.rank(), group.world_size(), str(group.device(device.type)))
-        found = {"Lightning": (trainer.global_rank, trainer.world_size, str(trainer.strategy.root_device))}
+        found = {"Lightning": (trainer.global_rank, trainer.world_size, str(device))}
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
         if engine is not None:
             found["DeepSpeed"] = (engine.global_rank, engine.world_size, str(engine.device))
@@ -477,35 +420,18 @@ def check_same_ranks(expected: tuple[int, int, str], found: dict[str, tuple[int,
             )
 
 
-@contextmanager
-def explained_failures(trainer: pl.Trainer, config: TrainConfig) -> Iterator[None]:
-    """Around training: raise what `explain` returns."""
-    try:
-        yield
-    except Exception as error:
-        explained = explain(error, trainer, config)
-        if explained is error:
-            raise
-        raise explained from error
-
-
 def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> BaseException:
     """Return what to report of an error in training: one of ours where the cause is known, else the error."""
     worker_failure = explain_worker_failure(error, "data.num_workers")
     if worker_failure is not None:
         return worker_failure
-    if is_out_of_memory(error):
-        return DeviceMemoryError(_out_of_memory(error, trainer, config))
-    return group.lost_touch(error) or error
-
-
-def _out_of_memory(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> str:
-    device = trainer.strategy.root_device
+    if not is_out_of_memory(error):
+        return group.lost_touch(error) or error
+    device, peak = trainer.strategy.root_device, ""
+    if device.type == "cuda":
+        peak = f" after a peak of {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
     per_rank = config.global_batch_size // group.world_size()
     micro = min(config.micro_batch_size or per_rank, per_rank)
-    peak = (
-        f" after a peak of {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
-    )
     remedies = []
     if micro > 1:
         remedies.append(f"set micro_batch_size={max(1, micro // 2)} (now {micro}), which gives the same gradients")
@@ -517,7 +443,7 @@ def _out_of_memory(error: BaseException, trainer: pl.Trainer, config: TrainConfi
         )
     remedies.append(f"lower global_batch_size={config.global_batch_size}")
     first = str(error).strip().splitlines() or [type(error).__name__]
-    return (
+    return DeviceMemoryError(
         f"out of memory on {device} in step {trainer.global_step + 1}, rank {group.rank()} of {group.world_size()}{peak}: "
         f"{'; or '.join(remedies)}.\n  {first[0]}"
     )

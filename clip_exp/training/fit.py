@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -45,11 +46,11 @@ from clip_exp.training.callbacks import (
     Checkpointer,
     Preempted,
     Preemption,
+    Progress,
     ReportFailure,
     SameRanks,
     StopAtEnd,
-    build_progress,
-    explained_failures,
+    explain,
 )
 from clip_exp.training.measures import check_validation_classes, is_of_task, monitor_mode, training_tasks
 from clip_exp.training.messages import LOG_ONLY
@@ -64,6 +65,7 @@ from clip_exp.training.tasks import TaskPatience, TaskScores, score_finished
 from clip_exp.weights.fit import load_weights
 
 log = logging.getLogger(__name__)
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 PARTS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")  # of a training state
 
 
@@ -86,10 +88,17 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
     with note_signals() as stop:
         try:
             with group.membership(device_type, config.strategy.timeout_s) if several else nullcontext():
-                if not finished:
-                    return _fit_or_stop(config, tables, run_dir, record, stop, device_type)
-                score_finished(config, run_dir, record, group.device(device_type))
-                return 0
+                if finished:
+                    score_finished(config, run_dir, record, group.device(device_type))
+                    return 0
+                try:
+                    _fit(config, tables, run_dir, record, stop, device_type)
+                    return 0
+                except Preempted:
+                    if is_main():
+                        record.finish("preempted")
+                        log.info("stopped by a signal; the same command resumes from %s", latest(run_dir))
+                    return PREEMPTED_EXIT_CODE
         except BaseException as error:
             if is_main():
                 # Of several ranks, whoever watches them notes the failure that was first.
@@ -101,25 +110,23 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
             raise
 
 
-def _fit_or_stop(
-    config: TrainConfig, tables: RunTables | None, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str
-) -> int:
-    try:
-        _fit(config, tables, run_dir, record, stop, device_type)
-        return 0
-    except Preempted:
-        if is_main():
-            record.finish("preempted")
-            log.info("stopped by a signal; the same command resumes from %s", latest(run_dir))
-        return PREEMPTED_EXIT_CODE
-
-
 def _fit(
     config: TrainConfig, tables: RunTables | None, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str
 ) -> None:
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)
-    datamodule = _build_data(config, tables, run_dir)
+    datamodule = PairsDataModule(
+        config.data,
+        preprocessing=preprocessing_of(config.model.image),
+        tokenizer=build_tokenizer(config.model.text),
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        output_dir=Path(config.output_dir),
+        run_dir=run_dir,
+        pad_multiple=8 if config.compile else 1,
+        tables=None if tables is None else tables.opened,
+    )
+    datamodule.setup("fit")  # after which it knows how many rows there are
     datamodule.require_same_tables(group.gather_objects)
     found = group.from_main(lambda: candidates(config, run_dir, record))
     resumes = bool(found.usable)
@@ -134,45 +141,28 @@ def _fit(
     model = _build_model(config, run_dir, resumes=resumes)
     torch.backends.cudnn.benchmark = benchmarks_convolutions(model.image, device_type, config.trainer.deterministic)
     module = CLIPModule(model, build_loss(config.loss), config, steps, zero_shot)
+    device, preemption = group.device(device_type), Preemption(stop)
     trainer = build_trainer(
-        config,
-        run_dir,
-        device=group.device(device_type),
-        steps=steps,
-        datamodule=datamodule,
-        preemption=Preemption(stop),
-        tasks=tasks,
+        config, run_dir, device=device, steps=steps, datamodule=datamodule, preemption=preemption, tasks=tasks
     )
     checkpoint = group.from_main(lambda: _start_from(found, config, run_dir, record, trainer, module, datamodule))
     started_s = time.perf_counter()
-    with explained_failures(trainer, config):
+    try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TaskScores):
                 names = callback.write(trainer.strategy.root_device)
                 record.values["scored_tasks"] = {name: plain(config.task[name]) for name in names}
+    except Exception as error:
+        explained = explain(error, trainer, config)
+        if explained is error:
+            raise
+        raise explained from error
     if is_main():
         conclude(run_dir, record, trainer, module, config, time.perf_counter() - started_s)
 
 
-# ------------------------------------------------------------------------------------------------------- data and model
-
-
-def _build_data(config: TrainConfig, tables: RunTables | None, run_dir: Path) -> PairsDataModule:
-    """The data module after its setup, which tells how many rows there are."""
-    datamodule = PairsDataModule(
-        config.data,
-        preprocessing=preprocessing_of(config.model.image),
-        tokenizer=build_tokenizer(config.model.text),
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-        output_dir=Path(config.output_dir),
-        run_dir=run_dir,
-        pad_multiple=8 if config.compile else 1,
-        tables=None if tables is None else tables.opened,
-    )
-    datamodule.setup("fit")
-    return datamodule
+# ---------------------------------------------------------------------------------------------------------------- model
 
 
 def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
@@ -180,13 +170,8 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
     loss = config.loss
     # Weights of timm and Hugging Face are for a run that begins, and from nothing else.
     begins = config.pretrained is None and not resumes
-    build = partial(
-        build_model,
-        config.model,
-        init_logit_scale=loss.init_logit_scale,
-        init_logit_bias=loss.logit_bias,
-        own_weights=begins,
-    )
+    scale, bias = loss.init_logit_scale, loss.logit_bias
+    build = partial(build_model, config.model, init_logit_scale=scale, init_logit_bias=bias, own_weights=begins)
     model = group.main_first(build) if begins and config.model.own_towers else build()
     if config.pretrained is not None and not resumes:
         start = start_weights(config, RunRecord(run_dir).values)
@@ -194,6 +179,7 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
             log.info(note)
     if not resumes:
         _limit_logit_scale(model, loss)
+    # Layers are frozen and adapted after the weights are in, whose names are those of a plain model.
     prepare(model, config.finetune, config.model)
     if config.compile:
         model.image.compile()
@@ -246,6 +232,7 @@ def build_trainer(
     validate = datamodule.has_validation
     deepspeed = isinstance(config.strategy, DeepSpeedConfig)
     callbacks = _build_callbacks(config, run_dir, io, steps, datamodule, tasks)
+    profiler = PROFILERS[config.trainer.profiler] if config.trainer.profiler is not None else None
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         # One device per process, on a node of its own: see `GroupEnvironment`.
@@ -253,6 +240,8 @@ def build_trainer(
         num_nodes=group.world_size(),
         strategy=build_strategy(config.strategy, device),
         precision=training_precision(config.precision, device.type),  # type: ignore[arg-type]
+        # A run is a stream of optimizer steps: sample k depends on the seed alone, and the only state is how many were seen. So
+        # workers, ranks and restarts cannot change what is trained on, and nothing is counted in epochs.
         max_steps=steps,
         max_epochs=-1,
         min_epochs=0,
@@ -260,14 +249,15 @@ def build_trainer(
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,
+        use_distributed_sampler=False,  # a rank takes its slice of each step's samples itself
+        # Otherwise `CLIPModule` clips, which logs the norm.
         gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
         deterministic=config.trainer.deterministic,
-        profiler=_profiler(config.trainer.profiler, run_dir),
+        profiler=profiler and profiler(dirpath=run_dir, filename="profile"),
         logger=start_loggers(build_loggers(config.logger, run_dir, config.name), config) if is_main() else False,
         callbacks=[*callbacks, preemption],
         plugins=[io, GroupEnvironment()],
-        enable_checkpointing=False,
+        enable_checkpointing=False,  # `Checkpointer` saves: every rank learns of a failed save, which need not end the run
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
@@ -291,66 +281,35 @@ def default_interval(steps: int) -> int:
 
 
 def _build_callbacks(
-    config: TrainConfig,
-    run_dir: Path,
-    io: SafeCheckpointIO,
-    steps: int,
-    datamodule: PairsDataModule,
-    tasks: list[Task],
+    config: TrainConfig, run_dir: Path, io: SafeCheckpointIO, steps: int, datamodule: PairsDataModule, tasks: list[Task]
 ) -> list[pl.Callback]:
     """In the order in which they act at the end of a step: measure, show, average, score, stop, save."""
     metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows)
-    progress = build_progress(config.callbacks.progress, metrics)
-    callbacks: list[pl.Callback] = [
-        ReportFailure(config),
-        SameRanks(),
-        metrics,
-        progress,
-        StopAtEnd(),
-    ]
+    progress = Progress(config.callbacks.progress, metrics)
+    callbacks: list[pl.Callback] = [ReportFailure(config), SameRanks(), metrics, progress, StopAtEnd()]
     if config.callbacks.ema_decay is not None:
         callbacks.append(AveragedWeights(config.callbacks.ema_decay, config.callbacks.ema_every_n_steps))
     scores = TaskScores(tasks, config, run_dir, progress, metrics.pause) if tasks else None
     callbacks += [scores] if scores else []
     if config.patience is not None and config.monitor is not None:
-        callbacks.append(_early_stopping(config.monitor, config.patience, config.monitor_mode, scores))
+        mode = monitor_mode(config.monitor, config.monitor_mode)
+        if scores is not None and is_of_task(config.monitor):
+            callbacks.append(TaskPatience(scores, config.monitor, config.patience, mode))
+        else:
+            callbacks.append(pl.callbacks.EarlyStopping(config.monitor, patience=config.patience, mode=mode))
     callbacks += build_extra(config.callbacks.extra, "callbacks.extra")
-    every = config.checkpoint_every_n_steps or default_interval(steps)
-    metadata = {"samples_per_step": config.global_batch_size, "seed": config.seed}
-    callbacks.append(
-        Checkpointer(
-            run_dir,
-            io,
-            every,
-            config.monitor,
-            config.monitor_mode,
-            metadata,
-            metrics.pause,
-            scores,
-            retry_s=config.callbacks.save_retry_s,
-        )
+    checkpointer = Checkpointer(
+        run_dir,
+        io,
+        config.checkpoint_every_n_steps or default_interval(steps),
+        config.monitor,
+        config.monitor_mode,
+        metadata={"samples_per_step": config.global_batch_size, "seed": config.seed},
+        pause=metrics.pause,
+        scores=scores,
+        retry_s=config.callbacks.save_retry_s,
     )
-    return callbacks
-
-
-def _early_stopping(monitor: str, patience: int, mode: str, scores: TaskScores | None) -> pl.Callback:
-    mode = monitor_mode(monitor, mode)
-    if scores is not None and is_of_task(monitor):
-        return TaskPatience(scores, monitor, patience, mode)
-    return pl.callbacks.EarlyStopping(monitor, patience=patience, mode=mode)
-
-
-def _profiler(name: str | None, run_dir: Path) -> Any:
-    if name is None:
-        return None
-    from pytorch_lightning import profilers
-
-    kinds = {
-        "simple": profilers.SimpleProfiler,
-        "advanced": profilers.AdvancedProfiler,
-        "pytorch": profilers.PyTorchProfiler,
-    }
-    return kinds[name](dirpath=run_dir, filename="profile")
+    return [*callbacks, checkpointer]
 
 
 def _quiet_lightning() -> None:
@@ -402,11 +361,7 @@ def candidates(config: TrainConfig, run_dir: Path, record: RunRecord) -> Candida
 
 
 def _require_same_data(datamodule: PairsDataModule, checkpoint: Path) -> None:
-    """On every rank, before Lightning takes over: what one rank finds ends all of them with the same code.
-
-    Raises:
-        CheckpointError: the data of a rank is not what the checkpoint was trained on.
-    """
+    """On every rank, before Lightning takes over: what one rank finds ends all of them with the same code."""
     if datamodule.config.allow_changed:
         return
     state = read_state(checkpoint, type(datamodule).__qualname__)
@@ -424,7 +379,10 @@ def _start_from(
     module: CLIPModule,
     datamodule: PairsDataModule,
 ) -> Path | None:
-    """Bring the run's folder to where the run starts; the checkpoint that it resumes from, None: it starts from step 0."""
+    """Bring the run's folder to where the run starts; the checkpoint that it resumes from, None: it starts from step 0.
+
+    The checkpoint is loaded here, on rank 0, before Lightning gets it: what fails inside `Trainer.fit` could not fall back to another.
+    """
     checkpoint = first_that_loads(found, run_dir, record, module, datamodule) if found.usable else None
     step = 0 if checkpoint is None else step_of(checkpoint)
     report_damage(found, run_dir, record, checkpoint)
@@ -436,9 +394,24 @@ def _start_from(
         if isinstance(logger, MetricsCSV):
             logger.continue_from(step)
     set_aside(run_dir, found.damaged, after=step)
-    facts = _facts(trainer, module, datamodule)
+    device, parameters = trainer.strategy.root_device, list(module.model.parameters())
+    facts = {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "ranks": trainer.world_size,
+        "strategy": type(trainer.strategy).__name__,
+        "precision": trainer.precision,
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "rows": datamodule.num_rows,
+        "steps": module.total_steps,
+    }
     record.update(**facts)
-    log.info(_headline(config, facts))
+    log.info(
+        f"{config.name}: model {config.model.name} ({facts['parameters']:,} parameters, {facts['trained_parameters']:,} trained), "
+        f"data {config.data.name} ({facts['rows']:,} rows), strategy {config.strategy.name} on {facts['ranks']} x {facts['device_name']}, "
+        f"precision {facts['precision']}, {facts['steps']:,} steps of {config.global_batch_size:,} pairs"
+    )
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, SafeCheckpointIO)
     io.run_copy, io.on_saved = record.run_copy(), record.acknowledge
@@ -460,7 +433,7 @@ def first_that_loads(
         except MemoryError:
             raise
         except Exception as error:  # whatever a state may lack
-            problems[checkpoint] = f"cannot be loaded: {_first_line(error)}"
+            problems[checkpoint] = f"cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
         else:
             if problems:
                 log.warning(_instead(problems, checkpoint))
@@ -473,10 +446,7 @@ def first_that_loads(
 
 
 def _load(checkpoint: Path, module: CLIPModule, datamodule: PairsDataModule) -> None:
-    """Load a checkpoint as Lightning will, as far as it can be done before training is set up.
-
-    Raises: any exception.
-    """
+    """Load a checkpoint as Lightning will, as far as it can be done before training is set up."""
     state = SafeCheckpointIO().load_checkpoint(checkpoint)
     position = type(datamodule).__qualname__
     if missing := [part for part in (*PARTS, position) if part not in state]:
@@ -513,31 +483,3 @@ def _instead(problems: Mapping[Path, str], used: Path) -> str:
 
 def _listed(problems: Mapping[Path, str]) -> str:
     return "".join(f"\n  {path.name}: {problem}" for path, problem in sorted(problems.items(), reverse=True))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _facts(trainer: pl.Trainer, module: CLIPModule, datamodule: PairsDataModule) -> dict[str, Any]:
-    """What `run.json` says about the run before its first step."""
-    return {
-        "device": str(trainer.strategy.root_device),
-        "device_name": torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "cpu",
-        "ranks": trainer.world_size,
-        "strategy": type(trainer.strategy).__name__,
-        "precision": trainer.precision,
-        "parameters": sum(p.numel() for p in module.model.parameters()),
-        "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
-        "rows": datamodule.num_rows,
-        "steps": module.total_steps,
-    }
-
-
-def _headline(config: TrainConfig, facts: dict[str, Any]) -> str:
-    """Return what is about to be trained, on what and how, in one line."""
-    return (
-        f"{config.name}: model {config.model.name} ({facts['parameters']:,} parameters, {facts['trained_parameters']:,} trained), "
-        f"data {config.data.name} ({facts['rows']:,} rows), strategy {config.strategy.name} on {facts['ranks']} x {facts['device_name']}, "
-        f"precision {facts['precision']}, {facts['steps']:,} steps of {config.global_batch_size:,} pairs"
-    )

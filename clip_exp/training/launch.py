@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from logging import LogRecord
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,31 +52,20 @@ def train_here(config: TrainConfig, arguments: list[str], job: "Job | None" = No
     return launch_work(Training(config, arguments, tables, job, messages))
 
 
+@dataclass
 class Training(Work):
-    """A run, in a folder of its own or one of an earlier run that it continues.
+    """A run, in a folder of its own or one of an earlier run that it continues."""
 
-    Args:
-        config, arguments, job: see `launch`.
-        tables: the run's.
-        messages: that were shown while these were opened.
-    """
+    config: TrainConfig
+    arguments: list[str]  # of the command line, for `run.json`
+    tables: RunTables
+    job: "Job | None"  # of a sweep
+    messages: Sequence[LogRecord] = ()  # that were shown while the tables were opened
+    resolved: TrainConfig | None = field(default=None, init=False)  # in the process that opened the folder
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        arguments: list[str],
-        tables: RunTables,
-        job: "Job | None",
-        messages: Sequence[LogRecord] = (),
-    ) -> None:
-        self.messages = messages
-        self.config = config
-        self.arguments = arguments
-        self.tables = tables
-        self.job = job
-        self.resolved: TrainConfig | None = None  # of the process that opened the folder
+    def __post_init__(self) -> None:
         self.rank = train_in
-        self.timeout_s = config.strategy.timeout_s
+        self.timeout_s = self.config.strategy.timeout_s
 
     @contextmanager
     def open(self) -> Iterator[Opened]:
@@ -92,11 +82,8 @@ class Training(Work):
             opening.begin(self.arguments)
             print(f"run folder: {folder}", flush=True)
             if opening.tasks:
-                names = ", ".join(opening.tasks)
-                print(
-                    f"The run has finished already: its last checkpoint is scored on {names}, nothing is trained.",
-                    flush=True,
-                )
+                scored = f"its last checkpoint is scored on {', '.join(opening.tasks)}"
+                print(f"The run has finished already: {scored}, nothing is trained.", flush=True)
             yield Opened(folder)
 
     def devices(self) -> Devices:
@@ -115,10 +102,7 @@ class Training(Work):
 
 
 def train_in(
-    folder: Path,
-    config: TrainConfig | None = None,
-    tables: RunTables | None = None,
-    messages: Sequence[LogRecord] = (),
+    folder: Path, config: TrainConfig | None = None, tables: RunTables | None = None, messages: Sequence[LogRecord] = ()
 ) -> int:
     """Train in a run folder, or score the finished run, as one rank; return the exit code.
 

@@ -34,8 +34,17 @@ def adapt(tower: nn.Module, config: LoRAConfig, example: Tensor, key: str) -> No
     inside = layers_to_adapt(tower, config, key)
     called = _called(tower, example)
     chosen = [name for name in inside if name in called]
-    if silent := [name for name in inside if name not in called]:
-        _tell_silent(silent, key, named=bool(config.targets))
+    silent = [name for name in inside if name not in called]
+    if silent and config.targets:
+        raise ConfigError(
+            f"finetune.lora.targets: {silent[0]} of the {key} tower is not called in a forward pass (another module reads its "
+            "weights), so an adapter would do nothing. Leave it out."
+        )
+    if silent:
+        log.warning(
+            f"finetune.lora: the {key} tower has {len(silent)} linear layers without adapters, {silent[0]} first: "
+            "the modules around them read their weights without calling them."
+        )
     if not chosen:
         raise _nothing(key, "that a forward pass calls")
     settings = LoraConfig(
@@ -70,7 +79,11 @@ def layers_to_adapt(tower: nn.Module, config: LoRAConfig, key: str) -> list[str]
     Raises:
         ConfigError: there is none.
     """
-    inside = named_layers(tower, config.targets) if config.targets else _layers_of_blocks(tower)
+    if config.targets:
+        inside = named_layers(tower, config.targets)
+    else:
+        of, blocks = depths(tower)
+        inside = [name for name in _linear(tower) if 0 < of.get(f"{name}.weight", 0) <= blocks]
     if not inside:
         raise _nothing(key, f"that end in {', '.join(config.targets)}" if config.targets else "in its blocks")
     return inside
@@ -85,26 +98,8 @@ def named_layers(tower: nn.Module, ends: list[str]) -> list[str]:
     return [name for name in _linear(tower) if any(f".{name}".endswith(f".{end}") for end in ends)]
 
 
-def _layers_of_blocks(tower: nn.Module) -> list[str]:
-    of, blocks = depths(tower)
-    return [name for name in _linear(tower) if 0 < of.get(f"{name}.weight", 0) <= blocks]
-
-
-def _linear(tower: nn.Module) -> list[str]:
-    return [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _tell_silent(silent: list[str], key: str, named: bool) -> None:
-    """What gets no adapters: an error where it was asked for by name."""
-    if named:
-        raise ConfigError(
-            f"finetune.lora.targets: {silent[0]} of the {key} tower is not called in a forward pass (another module reads its "
-            "weights), so an adapter would do nothing. Leave it out."
-        )
-    log.warning(
-        f"finetune.lora: the {key} tower has {len(silent)} linear layers without adapters, {silent[0]} first: "
-        "the modules around them read their weights without calling them."
-    )
+def _linear(tower: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in tower.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _called(tower: nn.Module, example: Tensor) -> set[str]:
@@ -114,9 +109,7 @@ def _called(tower: nn.Module, example: Tensor) -> set[str]:
     """
     called: set[str] = set()
     handles = [
-        module.register_forward_hook(lambda *_, name=name: called.add(name))
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.Linear)
+        module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in _linear(tower).items()
     ]
     training = {module: module.training for module in tower.modules()}
     with torch.no_grad():

@@ -11,7 +11,6 @@ from clip_exp.evaluation.tasks import prepare_tasks
 from clip_exp.reports.names import CERTAIN, RETRIEVAL, VALIDATION, better, of_classification
 
 OF_VALIDATION = [f"val/{name}" for name in VALIDATION]
-TAKEN = ("train", "val")  # what names of other metrics begin with
 
 
 def training_tasks(config: TrainConfig) -> list[Task]:
@@ -66,13 +65,9 @@ def _find_tasks(config: TrainConfig, *, fetch: bool) -> tuple[list[Task], list[C
     refused: list[ClipExpError] = []
     for name, task in config.task.items():
         if isinstance(task, AutoTaskConfig):
-            refused.append(
-                ConfigError(
-                    f"task.{name}.kind=auto scores a run on its validation data, which training does by itself. "
-                    "Choose another task, as task=retrieval."
-                )
-            )
-        elif name in TAKEN:
+            problem = f"task.{name}.kind=auto scores a run on its validation data, which training does by itself."
+            refused.append(ConfigError(f"{problem} Choose another task, as task=retrieval."))
+        elif name in ("train", "val"):
             refused.append(ConfigError(f"task.{name}: this name is taken by metrics of training: rename your task."))
     wanted = {name: task for name, task in config.task.items() if not isinstance(task, AutoTaskConfig)}
     tasks, errors = prepare_tasks(wanted, config.output_dir, None, fetch=fetch) if wanted else ([], [])
@@ -80,32 +75,25 @@ def _find_tasks(config: TrainConfig, *, fetch: bool) -> tuple[list[Task], list[C
 
 
 def _check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Iterator[str]:
-    measured = {f"{task.name}/{metric}" for task in tasks for metric in _metrics(task)}
+    measured: list[str] = []
+    top5: dict[str, int] = {}  # number of classes, by metric
+    for task in tasks:
+        if isinstance(task, RobustnessTask):
+            metrics = [f"{name}/top1" for name in (*task.sets, "mean_of_shifted")]
+        elif isinstance(task, RetrievalTask):
+            metrics = RETRIEVAL
+        else:
+            classes = len((task.images if isinstance(task, ClassificationTask) else task.test).class_names)
+            metrics, top5[f"{task.name}/top5"] = of_classification(classes), classes
+        measured += [f"{task.name}/{metric}" for metric in metrics]
     if monitor in measured:
         if config.task_every_n_steps is None:
             yield f"monitor={monitor} would be measured only once, at the end: set task_every_n_steps."
-        return
-    classes = {f"{task.name}/top5": count for task in tasks if (count := _classes(task)) is not None}
-    if monitor in classes:
-        yield _top5_problem(monitor, classes[monitor])
+    elif monitor in top5:
+        yield _top5_problem(monitor, top5[monitor])
     elif monitor not in OF_VALIDATION:
         yield f"monitor={monitor} is no metric of validation or of a task: {nearest(monitor, [*OF_VALIDATION, *measured])}"
     elif config.data.generate is None and not config.data.val:
         yield f"monitor={monitor} needs validation data: set data.val."
     elif monitor.startswith("val/zeroshot") and config.data.label_key is None:
         yield f"monitor={monitor} needs class names: set data.label_key."
-
-
-def _metrics(task: Task) -> list[str]:
-    """Names of what scoring the task yields."""
-    if isinstance(task, RobustnessTask):
-        return [f"{name}/top1" for name in (*task.sets, "mean_of_shifted")]
-    classes = _classes(task)
-    return RETRIEVAL if classes is None else of_classification(classes)
-
-
-def _classes(task: Task) -> int | None:
-    """Return the number of classes of a classification, None of other tasks."""
-    if isinstance(task, RetrievalTask | RobustnessTask):
-        return None
-    return len((task.images if isinstance(task, ClassificationTask) else task.test).class_names)

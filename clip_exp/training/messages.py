@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 from clip_exp.errors import printable
@@ -22,14 +23,14 @@ LOG_ONLY = {"on_terminal": False}
 @contextmanager
 def shown_and_kept() -> Iterator[list[logging.LogRecord]]:
     """Inside, before there is a run folder, rank 0 logs to the terminal and to a list, for `train.log`."""
-    own, kept = logging.getLogger("clip_exp"), _Kept()
+    own, kept = logging.getLogger("clip_exp"), BufferingHandler(sys.maxsize)
     handlers = [_Terminal(), kept] if is_first_rank() else [logging.NullHandler()]
     level = own.level
     own.setLevel(logging.INFO)
     for handler in handlers:
         own.addHandler(handler)
     try:
-        yield kept.records
+        yield kept.buffer
     finally:
         own.setLevel(level)
         for handler in handlers:
@@ -49,7 +50,14 @@ def logging_to(folder: Path, earlier: Sequence[logging.LogRecord] = ()) -> Itera
     main = is_first_rank()
     root.setLevel(logging.INFO if main else logging.ERROR)
     logging.captureWarnings(True)
-    file = _log_file(folder / "train.log") if main else logging.NullHandler()
+    file: logging.Handler = logging.NullHandler()
+    if main:
+        path = folder / "train.log"
+        try:
+            file = _LogFile(path, encoding="utf-8")
+            file.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        except OSError as error:
+            _print_unwritable(path, error)
     added = [(root, file), (own, _Terminal())] if main else [(root, file)]
     for record in earlier:
         file.handle(record)
@@ -73,16 +81,6 @@ def _log_thread(failed: threading.ExceptHookArgs) -> None:
     name = failed.thread.name if failed.thread else "a thread"
     about = (failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
     log.warning("%s failed: %s", name, failed.exc_value, exc_info=about)
-
-
-def _log_file(path: Path) -> logging.Handler:
-    try:
-        handler = _LogFile(path, encoding="utf-8")
-    except OSError as error:
-        _print_unwritable(path, error)
-        return logging.NullHandler()
-    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    return handler
 
 
 class _LogFile(logging.FileHandler):
@@ -113,17 +111,6 @@ class _Terminal(logging.Handler):
                 print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
             else:
                 print(text, flush=True)
-
-
-class _Kept(logging.Handler):
-    """A list of messages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
 
 
 class _Redacting(logging.Formatter):

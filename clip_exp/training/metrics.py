@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
@@ -41,26 +41,13 @@ from clip_exp.training.opening import flatten
 log = logging.getLogger(__name__)
 
 FIRST_COLUMNS = [
-    "step",
-    "samples_seen",
-    "epoch",
-    "train/loss",
-    "lr",
-    "grad_norm",
-    "logit_scale",
-    "samples_per_s",
-    "data_wait_s",
-    "compute_s",
-]
-# What a run and Lightning call of a logger.
-CALLED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize")
+    "step", "samples_seen", "epoch", "train/loss", "lr", "grad_norm", "logit_scale", "samples_per_s", "data_wait_s", "compute_s",
+]  # fmt: skip
 
 TOLERATED = 0.2  # share of the time that may go into waiting
 SETTLING_STEPS = 10  # workers start, and what they have prepared meanwhile is used up
 WINDOW_STEPS = 20  # workers deliver in bursts
 WINDOW_S = 2.0  # in less, a hiccup of the machine would be taken for the rule
-
-_timed_event = partial(torch.cuda.Event, enable_timing=True)
 
 
 # --------------------------------------------------------------------------------------------------- the times of steps
@@ -68,33 +55,25 @@ _timed_event = partial(torch.cuda.Event, enable_timing=True)
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of some steps together, in seconds.
-
-    Attributes:
-        waited_s: nothing was computed, because the next batch was not there.
-        computed_s: the batch's copy to the device, forward, backward and update.
-        wall_s: all of it by the wall clock, and what is neither: averaging of weights, logging, agreement of the ranks, a GPU
-            that idles because the process is slower than it.
-    """
+    """Times of some steps together, in seconds; `wait_s`, `compute_s` and `step_s` are their means per step."""
 
     steps: int = 0
-    waited_s: float = 0.0
-    computed_s: float = 0.0
+    waited_s: float = 0.0  # nothing was computed, because the next batch was not there
+    computed_s: float = 0.0  # the batch's copy to the device, forward, backward and update
+    # All of it by the wall clock, and what is neither: averaging of weights, logging, agreement of the ranks, a GPU that idles
+    # because the process is slower than it.
     wall_s: float = 0.0
 
     @property
     def wait_s(self) -> float:
-        """Per step."""
         return self.waited_s / max(self.steps, 1)
 
     @property
     def compute_s(self) -> float:
-        """Per step."""
         return self.computed_s / max(self.steps, 1)
 
     @property
     def step_s(self) -> float:
-        """Per step, by the wall clock."""
         return self.wall_s / max(self.steps, 1)
 
     @property
@@ -164,11 +143,9 @@ class StepClock:
 
 
 class _Marks(NamedTuple):
-    """Events before and after a step on a GPU, and how long the process waited for the step's batch."""
-
-    begin: Any
-    end: Any
-    waited_s: float
+    begin: Any  # an event before a step on the GPU
+    end: Any  # an event after it
+    waited_s: float  # by the process, for the step's batch
 
 
 class GPUClock(StepClock):
@@ -184,7 +161,7 @@ class GPUClock(StepClock):
         self,
         waited_s: float = 0.0,
         now: Callable[[], float] = time.perf_counter,
-        event: Callable[[], Any] = _timed_event,
+        event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
     ) -> None:
         super().__init__(waited_s, now)
         self._event = event
@@ -225,24 +202,12 @@ def step_clock(device: torch.device, waited_s: float) -> StepClock:
 
 @dataclass(frozen=True)
 class Loading:
-    """What a rank loads its batches with.
+    """What a rank loads its batches with."""
 
-    Attributes:
-        workers: processes; 0: training loads its own batches.
-        cores: of the machine, for this rank.
-        image_size: side of the pictures that training sees, pixels.
-        shares_cores: training computes on these cores too.
-    """
-
-    workers: int
-    cores: int
-    image_size: int
-    shares_cores: bool = False
-
-    @property
-    def most_workers(self) -> int:
-        """As many as have a core of their own, one kept for training."""
-        return max(1, self.cores - 1)
+    workers: int  # processes; 0: training loads its own batches
+    cores: int  # of the machine, for this rank
+    image_size: int  # side of the pictures that training sees, pixels
+    shares_cores: bool = False  # training computes on these cores too
 
 
 class LoaderWatch:
@@ -278,12 +243,14 @@ def workers_needed(times: StepTimes, workers: int) -> int:
 
 def advice(times: StepTimes, loading: Loading) -> str:
     """One message: what is slow, how much is lost, what to change."""
-    needed, most = workers_needed(times, loading.workers), loading.most_workers
+    needed = workers_needed(times, loading.workers)
+    most = max(1, loading.cores - 1)  # as many as have a core of their own, one kept for training
     lost = (
         f"The loader is the bottleneck: in the last {times.steps} steps training waited for data {100 * times.waiting:.0f} % of the time, "
         f"{seconds(times.wait_s)} of {seconds(times.step_s)} per step."
     )
-    now = f"data.num_workers is {loading.workers}, and there {'are' if loading.cores > 1 else 'is'} {_cores(loading.cores)} per rank"
+    cores = f"are {loading.cores} cores" if loading.cores > 1 else "is 1 core"
+    now = f"data.num_workers is {loading.workers}, and there {cores} per rank"
     side = round(loading.image_size * 256 / 224)
     smaller = f"make the pictures smaller once, to a shorter side of about {side} pixels"
     if needed <= most:
@@ -316,28 +283,18 @@ def seconds(value: float) -> str:
     return f"{1000 * value:.{0 if value >= 0.00995 else 1}f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def _cores(count: int) -> str:
-    return f"{count} core" if count == 1 else f"{count} cores"
-
-
 # --------------------------------------------------------------------------------------- what is measured, step by step
 
 
+@dataclass(eq=False, repr=False)
 class StepMetrics(pl.Callback):
-    """Measures every step, and logs every `every_n_steps` of them and every validation.
+    """Measures every step, and logs every `every_n_steps` of them and every validation."""
 
-    Args:
-        every_n_steps: optimizer steps between rows.
-        global_batch_size: pairs per step over all ranks.
-        epoch_rows: rows of an epoch.
-    """
-
-    def __init__(self, every_n_steps: int, global_batch_size: int, epoch_rows: int) -> None:
-        self.every_n_steps = every_n_steps
-        self.global_batch_size = global_batch_size
-        self.epoch_rows = epoch_rows
-        self.latest: dict[str, float] = {}
-        self._lr = 0.0
+    every_n_steps: int  # optimizer steps between rows
+    global_batch_size: int  # pairs per step over all ranks
+    epoch_rows: int  # rows of an epoch
+    latest: dict[str, float] = field(default_factory=dict, init=False)
+    _lr: float = field(default=0.0, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
@@ -359,14 +316,35 @@ class StepMetrics(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._clock.end()
         step = trainer.global_step
-        if step % self.every_n_steps == 0 or step in (1, pl_module.total_steps):
-            means = self._means(trainer, pl_module)
-            times = of_slowest_loader(self._clock.take(), trainer)
-            self.latest = self._collect(trainer, means, times)
-            log_metrics(trainer, self.latest, step)
-            advice = self._watch.add(times)
-            if advice is not None:
-                log.info(advice)
+        if step % self.every_n_steps and step not in (1, pl_module.total_steps):
+            return
+        names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
+        own = torch.stack([pl_module.step_metrics[name].float().reshape(()) for name in names])
+        means = dict(zip(names, trainer.strategy.reduce(own, reduce_op="mean").tolist(), strict=True))
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        if engine is not None:
+            means["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(loss := means["train/loss"]):
+            raise NumericError(
+                f"the loss became {loss} at step {step}. Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true; "
+                "the last checkpoint is from before."
+            )
+        times = of_slowest_loader(self._clock.take(), trainer)
+        seen = step * self.global_batch_size
+        self.latest = {
+            "samples_seen": seen,
+            "epoch": seen / self.epoch_rows,
+            **means,
+            "lr": self._lr,  # that the step was taken with
+            "samples_per_s": self.global_batch_size * times.steps / times.wall_s,
+            "data_wait_s": times.wait_s,
+            "compute_s": times.compute_s,
+        }
+        if trainer.strategy.root_device.type == "cuda":
+            self.latest["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        log_metrics(trainer, self.latest, step)
+        if (advice := self._watch.add(times)) is not None:
+            log.info(advice)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log_metrics(trainer, last_validation(trainer), trainer.global_step)
@@ -380,32 +358,6 @@ class StepMetrics(pl.Callback):
         """Leave what follows out of the times, until training asks for its next batch. All ranks call."""
         self._clock.pause()
 
-    def _means(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
-        """What the step measured, over all ranks."""
-        names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
-        own = torch.stack([pl_module.step_metrics[name].float().reshape(()) for name in names])
-        means = dict(zip(names, trainer.strategy.reduce(own, reduce_op="mean").tolist(), strict=True))
-        engine = getattr(trainer.strategy, "deepspeed_engine", None)
-        if engine is not None:
-            means["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
-        _require_finite(means["train/loss"], trainer.global_step)
-        return means
-
-    def _collect(self, trainer: pl.Trainer, means: dict[str, float], times: StepTimes) -> dict[str, float]:
-        seen = trainer.global_step * self.global_batch_size
-        metrics = {
-            "samples_seen": seen,
-            "epoch": seen / self.epoch_rows,
-            **means,
-            "lr": self._lr,  # that the step was taken with
-            "samples_per_s": self.global_batch_size * times.steps / times.wall_s,
-            "data_wait_s": times.wait_s,
-            "compute_s": times.compute_s,
-        }
-        if trainer.strategy.root_device.type == "cuda":
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        return metrics
-
 
 def of_slowest_loader(times: StepTimes, trainer: pl.Trainer) -> StepTimes:
     """Return the times of the rank that waited longest for its data; all ranks call.
@@ -413,18 +365,9 @@ def of_slowest_loader(times: StepTimes, trainer: pl.Trainer) -> StepTimes:
     The others wait for it in their collectives, which counts as computing there. Times of one rank belong together, and by the
     wall clock all ranks take equally long.
     """
-    own = torch.tensor(
-        [times.waited_s, times.computed_s, times.wall_s], device=trainer.strategy.root_device, dtype=torch.float64
-    )
+    values = [times.waited_s, times.computed_s, times.wall_s]
+    own = torch.tensor(values, device=trainer.strategy.root_device, dtype=torch.float64)
     return StepTimes(times.steps, *max(trainer.strategy.all_gather(own).reshape(-1, 3).tolist()))
-
-
-def _require_finite(loss: float, step: int) -> None:
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise NumericError(
-            f"the loss became {loss} at step {step}. Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true; "
-            "the last checkpoint is from before."
-        )
 
 
 def last_validation(trainer: pl.Trainer) -> dict[str, float]:
@@ -514,9 +457,8 @@ class MetricsCSV(Logger):
             raise
 
     def _header(self) -> list[str]:
-        return [name for name in FIRST_COLUMNS if name in self.columns] + [
-            name for name in self.columns if name not in FIRST_COLUMNS
-        ]
+        first = [name for name in FIRST_COLUMNS if name in self.columns]
+        return [*first, *(name for name in self.columns if name not in FIRST_COLUMNS)]
 
     def _rewrite(self) -> None:
         # Rows that are appended are not waited for either.
@@ -567,8 +509,11 @@ def start_loggers(loggers: list[Logger], config: TrainConfig) -> list[Logger]:
 def _starts(logger: Logger, values: dict[str, Any]) -> bool:
     """Give a logger the configuration, with which it opens its files or connection; return whether it could."""
     try:
-        # TensorBoard shows a table with a column per key, and drops what is not a number or a text.
-        logger.log_hyperparams(_as_table(values) if isinstance(logger, TensorBoardLogger) else values)
+        if isinstance(logger, TensorBoardLogger):
+            # It shows a table with a column per key, and drops what is not a number or a text.
+            flat = flatten(values).items()
+            values = {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in flat}
+        logger.log_hyperparams(values)
     except Exception as error:
         _leave_out(logger, logger.finalize, error)
         return False
@@ -594,7 +539,8 @@ def _expendable(logger: Logger) -> Logger:
 
         return guarded
 
-    for name in CALLED:
+    # What a run and Lightning call of a logger.
+    for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
         setattr(logger, name, guard(getattr(logger, name)))
     return logger
 
@@ -604,17 +550,8 @@ def _leave_out(logger: Logger, finalize: Callable[[str], None], error: Exception
     with suppress(Exception):
         finalize("failed")
     cause = error.__cause__ or error  # Lightning takes every failure of TensorBoard for a value that cannot be logged
-    log.warning(
-        "%s failed: %s. Training continues without it; metrics.csv has all metrics.", type(logger).__name__, cause
-    )
-
-
-def _as_table(values: dict[str, Any]) -> dict[str, str | float]:
-    """Return values by dotted key, those that are not a number or a text as JSON."""
-    return {
-        key: value if isinstance(value, str | int | float) else json.dumps(value)
-        for key, value in flatten(values).items()
-    }
+    name = type(logger).__name__
+    log.warning("%s failed: %s. Training continues without it; metrics.csv has all metrics.", name, cause)
 
 
 def _without_secrets(value: Any) -> Any:
@@ -632,23 +569,26 @@ def _wandb(config: WandbConfig, run_dir: Path, name: str) -> Logger:
 
     offline = config.mode == "offline"
     if not offline and not _reachable(config.init_timeout_s):
-        log.warning(
-            "Weights & Biases does not answer: logging offline. Later: wandb sync %s", run_dir / "wandb" / "latest-run"
-        )
-        offline = True
-    mode = "offline" if offline else "online"
-    settings = wandb.Settings(
-        mode=mode, init_timeout=config.init_timeout_s, console="off", save_code=False, disable_git=True
-    )
-    options: dict[str, Any] = {
-        "entity": config.entity,
-        "group": config.group,
-        "tags": config.tags,
-        "settings": settings,
-    }
+        offline, later = True, run_dir / "wandb" / "latest-run"
+        log.warning("Weights & Biases does not answer: logging offline. Later: wandb sync %s", later)
     run_id = f"{name}-{run_dir.name}"
     return WandbLogger(
-        name=run_id, id=run_id, save_dir=run_dir, project=config.project, offline=offline, resume="allow", **options
+        name=run_id,
+        id=run_id,
+        save_dir=run_dir,
+        project=config.project,
+        offline=offline,
+        resume="allow",
+        entity=config.entity,
+        group=config.group,
+        tags=config.tags,
+        settings=wandb.Settings(
+            mode="offline" if offline else "online",
+            init_timeout=config.init_timeout_s,
+            console="off",
+            save_code=False,
+            disable_git=True,
+        ),
     )
 
 

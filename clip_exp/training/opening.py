@@ -9,6 +9,7 @@ that it resumes, or a new folder, is opened.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -72,11 +73,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 def fingerprint(config: TrainConfig) -> str:
     """Return a hash of the run's identity without its paths."""
+    values = identity(config)
     paths = (*DATA_PATHS, START)  # which count by what lies there
-    values = {
-        key: value for key, value in identity(config).items() if key not in paths and not key.startswith("data.train.")
-    }
-    return _hash(values)
+    return _hash({key: values[key] for key in values if key not in paths and not key.startswith("data.train.")})
 
 
 def _hash(values: dict[str, Any]) -> str:
@@ -103,10 +102,6 @@ class Differences(NamedTuple):
     tables: list[str]  # their rows
     images: list[str]  # in equal tables
 
-    @property
-    def reasons(self) -> list[str]:
-        return list(dict.fromkeys(clause for clauses in self for clause in clauses))
-
     def is_other_run(self, finished: bool) -> bool:
         """Return whether the request is for another run.
 
@@ -116,17 +111,13 @@ class Differences(NamedTuple):
         return bool(self.job or self.weights or ((finished or self.paths) and (self.tables or self.images)))
 
 
+@dataclass(eq=False)
 class Request:
-    """What a command wants to be computed.
+    """What a command wants to be computed."""
 
-    Args:
-        config: as the command line gives it.
-        data: `data.fingerprint.describe` of its tables; None: generated, as the configuration says, or unknown.
-        job: of a sweep, or None.
-    """
-
-    def __init__(self, config: TrainConfig, data: dict[str, Any] | None = None, job: "Job | None" = None) -> None:
-        self.config, self.data, self.job = config, data, job
+    config: TrainConfig  # as the command line gives it
+    data: dict[str, Any] | None  # see `open_run`
+    job: "Job | None"  # of a sweep
 
     def facts(self) -> dict[str, Any]:
         """Return what `run.json` notes, for `differences`."""
@@ -136,10 +127,6 @@ class Request:
             **({} if self.job is None else {"job": self.job._asdict()}),
         }
 
-    def recognizes(self, noted: str | None) -> bool:
-        """Return whether a fingerprint is that of the configuration; older versions hashed the paths as well."""
-        return noted in self._fingerprints
-
     def differences(self, record: dict[str, Any]) -> Differences:
         """Compare with a run's `run.json`."""
         before = record.get("paths", self.paths)
@@ -148,6 +135,13 @@ class Request:
             key: f"{key} is {_listed(self.paths.get(key))} instead of {_listed(before.get(key))}" for key in keys
         }
         weights = [clauses.pop(START)] if START in clauses else []
+        noted = record.get(START)
+        sha256 = noted.get("sha256") if isinstance(noted, dict) else None
+        if sha256 is not None and sha256 == self.weights_sha256:
+            weights = []
+        elif sha256 is not None and self.weights_sha256 is not None and not weights:
+            other = f"sha256 {self.weights_sha256[:12]}… instead of {sha256[:12]}…"
+            weights = [f"{START}={self.config.pretrained} has other weights ({other})"]
         paths = list(clauses.values())
         noted = record.get("data")
         if noted is None or self.data is None:  # other paths of unknown contents are other data
@@ -155,7 +149,7 @@ class Request:
         else:
             tables = changes(noted, self.data)
             images = [] if tables else image_changes(noted, self.data)
-        return Differences(self._other_job(record), self._other_weights(record, weights), paths, tables, images)
+        return Differences(self._other_job(record), weights, paths, tables, images)
 
     @cached_property
     def paths(self) -> dict[str, list[str]]:
@@ -183,18 +177,9 @@ class Request:
             return None
 
     @cached_property
-    def _fingerprints(self) -> tuple[str, str]:
+    def fingerprints(self) -> tuple[str, str]:
+        """Of the configuration; the second, which has the paths in it, is that of older versions."""
         return fingerprint(self.config), _hash(identity(self.config))
-
-    def _other_weights(self, record: dict[str, Any], other_path: list[str]) -> list[str]:
-        noted = record.get(START)
-        before = noted.get("sha256") if isinstance(noted, dict) else None
-        if before is None or self.weights_sha256 is None:
-            return other_path
-        if before == self.weights_sha256:
-            return []
-        changed = f"{START}={self.config.pretrained} has other weights (sha256 {self.weights_sha256[:12]}… instead of {before[:12]}…)"
-        return other_path or [changed]
 
     def _other_job(self, record: dict[str, Any]) -> list[str]:
         theirs = record.get("job")
@@ -249,9 +234,11 @@ def _has_trained(folder: Path) -> bool:
 
 def newest(runs: list[EarlierRun]) -> EarlierRun | None:
     """The run that got furthest, and of equal ones the one that was started last, as they recorded it. Names and clocks may mislead."""
-    return max(
-        runs, key=lambda run: (inf if run.finished else run.step, str(run.record.get("start", ""))), default=None
-    )
+
+    def progress(run: EarlierRun) -> tuple[float, str]:
+        return inf if run.finished else run.step, str(run.record.get("start", ""))
+
+    return max(runs, key=progress, default=None)
 
 
 def earlier_runs(request: Request) -> list[EarlierRun]:
@@ -271,8 +258,8 @@ def earlier_runs(request: Request) -> list[EarlierRun]:
         )
     other = newest([run for run in recognized if run.folder in others and run.saved])
     if other is not None and not any(run.saved for run, _ in found):
-        reasons = "; ".join(others[other.folder].reasons)
-        print(f"{other.folder} is not resumed: {reasons}. A new run begins.", flush=True)
+        reasons = dict.fromkeys(clause for clauses in others[other.folder] for clause in clauses)
+        print(f"{other.folder} is not resumed: {'; '.join(reasons)}. A new run begins.", flush=True)
     # One in the same tables rather than one that would only be refused; in a sweep the same job's rather than another's.
     found = [(run, differences) for run, differences in found if not differences.tables] or found
     runs = [run for run, _ in found]
@@ -288,19 +275,15 @@ def _recognized(request: Request) -> tuple[list[EarlierRun], list[Path]]:
     for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
         run = EarlierRun(folder, read_record(folder))
         noted = run.record.get("fingerprint")
-        if request.recognizes(noted) if noted is not None else _computes_the_same(folder, request.config):
+        same = noted in request.fingerprints
+        if noted is None:
+            with suppress(CheckpointError, ConfigError):
+                same = not _different_keys(read_config(folder)[0], request.config)
+        if same:
             found.append(run)
         elif noted is None and run.saved:
             unknown.append(folder)
     return found, unknown
-
-
-def _computes_the_same(folder: Path, config: TrainConfig) -> bool:
-    """Whether the run in a folder has the identity of `config`, as far as its `config.yaml` can be read."""
-    try:
-        return not _different_keys(read_config(folder)[0], config)
-    except (CheckpointError, ConfigError):
-        return False
 
 
 def _different_keys(run: TrainConfig, config: TrainConfig) -> list[str]:
@@ -325,11 +308,8 @@ def run_to_resume(request: Request, runs: list[EarlierRun]) -> tuple[EarlierRun,
     run = newest([run for run in runs if run.saved]) if config.resume == "auto" else _named_run(request)
     if run is None:
         return None
-    if (
-        run.finished
-        and request.recognizes(run.record.get("fingerprint"))
-        and not request.differences(run.record).tables
-    ):
+    recognized = run.record.get("fingerprint") in request.fingerprints
+    if run.finished and recognized and not request.differences(run.record).tables:
         return run, True
     if run.saved and not checkpoints(run.folder):
         raise lost(run.folder, run.record)
@@ -339,11 +319,19 @@ def run_to_resume(request: Request, runs: list[EarlierRun]) -> tuple[EarlierRun,
 def _named_run(request: Request) -> EarlierRun:
     config = request.config
     path = Path(config.resume)
-    folder = next((p for p in (path, *path.parents[:2]) if _is_run(p)), None)
-    if folder is None:
+    for folder in (path, *path.parents[:2]):
+        if (folder / RECORD).is_file() or was_saved(folder) or ((folder / CONFIG).is_file() and _has_trained(folder)):
+            break
+    else:
         raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
     record = read_record(folder)
-    same = LENGTH | _moved(record, request.differences(record))
+    differences = request.differences(record)
+    same = {*LENGTH}
+    if (
+        "paths" in record
+    ):  # they may differ, where what lies there is the same; older versions did not note what that was
+        same |= set() if differences.tables or differences.images else {*DATA_PATHS}
+        same |= set() if differences.weights else {START}
     other = [key for key in _different_keys(read_config(folder)[0], config) if key not in same]
     if other:
         raise ConfigError(
@@ -351,18 +339,6 @@ def _named_run(request: Request) -> EarlierRun:
             "(resume=never pretrained=<its checkpoint>/model.safetensors)."
         )
     return EarlierRun(folder, record)
-
-
-def _moved(record: dict[str, Any], differences: Differences) -> set[str]:
-    """Return the keys of paths that may differ, since what lies there is the same; older versions did not note what that was."""
-    data = set() if differences.tables or differences.images else set(DATA_PATHS)
-    weights = set() if differences.weights else {START}
-    return data | weights if "paths" in record else set()
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or what is left of one."""
-    return (folder / RECORD).is_file() or was_saved(folder) or ((folder / CONFIG).is_file() and _has_trained(folder))
 
 
 def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointError:
@@ -388,7 +364,7 @@ class Opening:
 
     folder: Path
     finished: bool  # it has ended well before; there is nothing to train
-    asked: TrainConfig  # by which the run is found again
+    asked: TrainConfig  # by which the same command finds the run again; it may leave to the weights what `settled` has
     settled: TrainConfig  # by which it trains
     facts: dict[str, Any]  # for `run.json`
     warnings: tuple[str, ...] = ()  # about damage to an earlier run
@@ -400,14 +376,27 @@ class Opening:
         return self.finished and not self.tasks and (self.folder / REPORT).is_file()
 
     def begin(self, arguments: list[str]) -> None:
-        """Write what the run is into its folder, which this process holds.
+        """Write `config.yaml`, the beginning of `run.json` and the tokenizer into the folder, which this process holds.
 
         Args:
             arguments: of the command line.
         """
         for message in self.warnings:
             warn(self.folder, message)
-        begin(self.folder, self.settled, arguments, asked=self.asked, **self.facts)
+        write_text(self.folder / CONFIG, to_yaml(self.settled))
+        record = RunRecord(self.folder)
+        last = record.values.get(LAST_CHECKPOINT)
+        if last is None:  # an older version did not note it
+            last = max(map(step_of, checkpoints(self.folder)), default=None)
+        found_by = fingerprint(self.asked)
+        current = {
+            "fingerprint": found_by,
+            "config_sha256": file_sha256(self.folder / CONFIG),
+            LAST_CHECKPOINT: last,
+            "scored_tasks": {},  # the run's tasks are scored again after its last step, which is another one now
+            **self.facts,
+        }
+        record.start(arguments, current, fingerprint=found_by, seed=self.settled.seed)
         save_tokenizer(self.settled.model, self.folder)
 
     def claim(self) -> None:
@@ -420,7 +409,9 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
     """The folder to go on in, or a new one. Weights to start from are found, and fetched if need be, for a new one alone.
 
     Args:
-        data, job: see `Request`.
+        data: `data.fingerprint.describe` of its tables; None: generated, as the configuration says, or unknown.
+        job: of a sweep, or None.
+
     Raises:
         ConfigError: `resume` names no run, or another one; see `find_weights` and `settle`.
         CheckpointError: the weights cannot be fetched or are damaged; the folder cannot be made; see `run_to_resume`.
@@ -464,7 +455,13 @@ def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
         _say_again(folder)
     if differences.paths and not differences.tables:
         print(f"{folder}: the data has moved, and is the same: {'; '.join(differences.paths)}.", flush=True)
-    read, problem = _config_to_resume(folder)
+    try:
+        read, problem = read_config(folder)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be resumed, and no checkpoint has a copy of its {CONFIG}: {error} Restore the file, or start a new "
+            "run with resume=never."
+        ) from error
     settled = config.model_copy(update={"model": as_settled(config.model, read.model)})
     facts = request.facts()
     if differences.tables and not config.data.allow_changed:  # training will refuse them
@@ -485,50 +482,11 @@ def _say_again(folder: Path) -> None:
     print(f"{folder} was stopped before its first checkpoint: the run starts again in it.", flush=True)
 
 
-def _config_to_resume(folder: Path) -> tuple[TrainConfig, str | None]:
-    """As `read_config`; the error says what else can be done."""
-    try:
-        return read_config(folder)
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be resumed, and no checkpoint has a copy of its {CONFIG}: {error} Restore the file, or start a new "
-            "run with resume=never."
-        ) from error
-
-
 def _scores(run: EarlierRun, read: TrainConfig) -> Tasks:
-    """Return the tasks that a finished run was scored on, as its `config.yaml` has them; a record that was lost does not say which."""
+    """Return the tasks that a finished run was scored on; a record that was lost does not say which."""
     noted = run.record.get("scored_tasks", plain(read.task))
     there = {task_of(path.stem) for path in (run.folder / "eval").glob("*.json")}
     return {name: task for name, task in read.task.items() if name in there and plain(task) == noted.get(name)}
-
-
-def begin(
-    folder: Path, config: TrainConfig, arguments: list[str], asked: TrainConfig | None = None, **facts: Any
-) -> None:
-    """Write `config.yaml` and the beginning of `run.json` into a folder that this process holds.
-
-    Args:
-        config: by which the run trains.
-        asked: what the user gave, by which the same command finds the run again; it may leave to the weights what `config` has.
-        facts: further values of `run.json`.
-    """
-    write_text(folder / CONFIG, to_yaml(config))
-    record = RunRecord(folder)
-    last = record.values.get(LAST_CHECKPOINT)
-    if last is None:  # an older version did not note it
-        last = max(map(step_of, checkpoints(folder)), default=None)
-    found_by = fingerprint(asked or config)
-    record.start(
-        arguments,
-        # The run's tasks are scored again after its last step, which is another one now.
-        {
-            "fingerprint": found_by, "config_sha256": file_sha256(folder / CONFIG), LAST_CHECKPOINT: last, "scored_tasks": {},
-            **facts,
-        },
-        fingerprint=found_by,
-        seed=config.seed,
-    )  # fmt: skip
 
 
 def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
@@ -545,7 +503,6 @@ def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
         return Path(noted["path"])
     found = find_weights(str(config.pretrained), config.model).path
     if noted and hash_weights(found) != noted["sha256"]:
-        raise CheckpointError(
-            f"{found} is not what the run began with (sha256 {noted['sha256']}): give that, or start anew."
-        )
+        began = f"sha256 {noted['sha256']}"
+        raise CheckpointError(f"{found} is not what the run began with ({began}): give that, or start anew.")
     return found

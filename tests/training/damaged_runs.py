@@ -19,7 +19,7 @@ STEPS = (10, 20)
 def write_run(folder: Path, config: TrainConfig) -> None:
     """Write `config.yaml`, `run.json`, `metrics.csv` and two checkpoints as training does."""
     folder.mkdir(parents=True)
-    opening.begin(folder, config, ["max_steps=30"])
+    opening.Opening(folder, False, config, config, {}).begin(["max_steps=30"])
     (folder / "metrics.csv").write_text("step,train/loss\n" + "".join(f"{step},1.5\n" for step in range(1, 24)))
     record, io = RunRecord(folder), SafeCheckpointIO()
     io.metadata = {"best": False, "metrics": {"val/loss": 1.25}}

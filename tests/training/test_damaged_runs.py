@@ -210,7 +210,8 @@ def test_the_run_to_resume_is_chosen_by_progress_and_recorded_time_not_by_name(
         RunRecord(parent / name).update(**values)
         return parent / name
 
-    opening.begin(create_run_folder(config.output_dir, "train", config.name), config, [])  # has no checkpoint
+    unused = create_run_folder(config.output_dir, "train", config.name)  # has no checkpoint
+    opening.Opening(unused, False, config, config, {}).begin([])
     RunRecord(folder).update(start="2026-01-01T10:00:00+00:00")
     later = copy("2020-01-01_00-00-00_10", start="2026-01-01T12:00:00+00:00")  # the clock of its name was wrong
     copy("2026-11-30_00-00-00_2", start="2026-01-01T11:00:00+00:00")
@@ -293,7 +294,7 @@ def test_what_a_run_has_written_is_on_the_disk_before_its_checkpoint_counts(
     monkeypatch.setattr(os, "fsync", note)
     folder = create_run_folder(tmp_path / "out", "train", "x")
     assert {str(folder.parent), str(folder.parents[1]), str(folder.parents[2])} <= set(synced)
-    opening.begin(folder, config, [])
+    opening.Opening(folder, False, config, config, {}).begin([])
     names = [Path(path).name for path in synced]
     assert [name.split("-")[1] for name in names if name.startswith(".writing")] == ["config.yaml", "run.json"]
     (folder / "metrics.csv").write_text("step\n1\n")

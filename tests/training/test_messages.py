@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clip_exp.training import messages
-from clip_exp.training.callbacks import build_progress
+from clip_exp.training.callbacks import Progress
 from clip_exp.training.messages import LOG_ONLY, logging_to, shown_and_kept
 from clip_exp.training.metrics import StepMetrics
 from tests.runs import Finished
@@ -111,7 +111,7 @@ def test_the_log_has_the_lines_that_a_terminal_may_not_show(
     kind: str, shown: list[str], tmp_path: Path, capsys
 ) -> None:
     metrics = StepMetrics(1, 16, 96)
-    progress = build_progress(kind, metrics)
+    progress = Progress(kind, metrics)
     trainer: Any = SimpleNamespace(global_step=1, callback_metrics={"val/loss": SimpleNamespace(item=lambda: 1.25)})
     with logging_to(tmp_path):
         metrics.latest = LATEST
