@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -65,7 +65,7 @@ from clip_exp.training.tasks import TaskPatience, TaskScores, score_finished
 from clip_exp.weights.fit import load_weights
 
 log = logging.getLogger(__name__)
-PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+PROFILERS: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 PARTS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")  # of a training state
 
 
@@ -232,7 +232,9 @@ def build_trainer(
     validate = datamodule.has_validation
     deepspeed = isinstance(config.strategy, DeepSpeedConfig)
     callbacks = _build_callbacks(config, run_dir, io, steps, datamodule, tasks)
-    profiler = PROFILERS[config.trainer.profiler] if config.trainer.profiler is not None else None
+    profiler = None
+    if config.trainer.profiler is not None:
+        profiler = PROFILERS[config.trainer.profiler](dirpath=run_dir, filename="profile")
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         # One device per process, on a node of its own: see `GroupEnvironment`.
@@ -253,7 +255,7 @@ def build_trainer(
         # Otherwise `CLIPModule` clips, which logs the norm.
         gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
         deterministic=config.trainer.deterministic,
-        profiler=profiler and profiler(dirpath=run_dir, filename="profile"),
+        profiler=profiler,
         logger=start_loggers(build_loggers(config.logger, run_dir, config.name), config) if is_main() else False,
         callbacks=[*callbacks, preemption],
         plugins=[io, GroupEnvironment()],

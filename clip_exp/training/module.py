@@ -91,6 +91,8 @@ class CLIPModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.model(self._pixels(batch.image), batch.tokens, self.config.micro_batch_size)
+        # The loss of the global batch: features are gathered with their gradient, a rank scores its rows against all columns, and the
+        # strategy's averaging over ranks gives the exact gradient. So one process, DDP and ZeRO have the same curve.
         loss = self.loss(output, batch.caption_id, batch.image_id)
         self.step_metrics["train/loss"] = loss.detach()
         self.step_metrics["logit_scale"] = output.logit_scale.detach().clone()
@@ -104,8 +106,6 @@ class CLIPModule(pl.LightningModule):
             self.step_metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
 
     def configure_optimizers(self) -> Any:
-        offload = self.config.strategy.offloads
-        scaled = self.trainer.precision == "16-mixed"
         if self.start_logit_scale is None:
             self.start_logit_scale = self.model.logit_scale.item()
         optimizer = build_optimizer(
@@ -113,8 +113,8 @@ class CLIPModule(pl.LightningModule):
             self.config.optimizer,
             self.config.finetune,
             logit_scale_range=logit_scale_range(self.config.loss, self.start_logit_scale),
-            cpu_offload=offload,
-            scaled_gradients=scaled,
+            cpu_offload=self.config.strategy.offloads,
+            scaled_gradients=self.trainer.precision == "16-mixed",
         )
         scheduler = build_scheduler(optimizer, self.config.scheduler, self.total_steps, self.group_starts)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -122,7 +122,11 @@ class CLIPModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizer's state by parameter, add the random state of every rank, and merge adapters into the weights."""
+        """Name the optimizer's state by parameter, add the random state of every rank, and merge adapters into the weights.
+
+        Names, not numbers, so that any strategy can take the state up. Of adapted layers the base weights and factors are in the state,
+        bit by bit: resuming is exact, and nothing outside training needs to know of LoRA.
+        """
         checkpoint["optimizer_states"] = [
             name_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
@@ -181,14 +185,11 @@ class CLIPModule(pl.LightningModule):
         shares = gather_objects([torch.cat(column).cpu() for column in zip(*self._validation, strict=True)])
         self._validation = []
         features = deduplicate(*(torch.cat(column).to(self.device) for column in zip(*shares, strict=True)))
-        metrics = self._validation_loss(features) | validation_metrics(features, self._class_embeddings())
+        classes = None
+        if self.zero_shot is not None:
+            classes = build_classifier(self.model, self.tokenizer, *self.zero_shot, device=self.device)
+        metrics = self._validation_loss(features) | validation_metrics(features, classes)
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, logger=False, sync_dist=True)
-
-    def _class_embeddings(self) -> Tensor | None:
-        if self.zero_shot is None:
-            return None
-        names, templates = self.zero_shot
-        return build_classifier(self.model, self.tokenizer, names, templates, device=self.device)
 
     def _validation_loss(self, features: ValidationFeatures) -> dict[str, float]:
         """Mean loss over batches of the training size, each picture with its first caption: comparable with `train/loss`.
@@ -198,7 +199,8 @@ class CLIPModule(pl.LightningModule):
         pictures, first = features.first_captions()
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         share = min(self.config.global_batch_size, len(pictures)) // ranks
-        scale, bias = self._scale_and_bias()
+        scale = whole(self.model.logit_scale).exp()
+        bias = None if self.model.logit_bias is None else whole(self.model.logit_bias)
         losses = []
         for start in range(0, len(pictures) - share * ranks + 1, share * ranks) if share else ():
             rows = slice(start + share * rank, start + share * (rank + 1))
@@ -207,7 +209,3 @@ class CLIPModule(pl.LightningModule):
             )
             losses.append(self.loss(output, features.caption_id[first[rows]], pictures[rows]))
         return {"loss": torch.stack(losses).mean().item()} if losses else {}
-
-    def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        scale, bias = self.model.logit_scale, self.model.logit_bias
-        return whole(scale).exp(), None if bias is None else whole(bias)

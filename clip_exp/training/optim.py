@@ -1,12 +1,12 @@
 """What of a dual encoder is trained, how fast, and by what: frozen parts and adapters, groups of parameters, optimizer and schedule."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,12 +30,8 @@ from clip_exp.training.schedule import factor
 TOWERS = ("image", "text")
 # What the families call their embeddings of positions: ours and open_clip's, timm's, Hugging Face's.
 POSITIONS = {
-    "positional_embedding",
-    "pos_embed",
-    "position_embeddings",
-    "position_embedding",
-    "relative_position_bias_table",
-}
+    "positional_embedding", "pos_embed", "position_embeddings", "position_embedding", "relative_position_bias_table",
+}  # fmt: skip
 KINDS = ("decay", "no_decay", "logit_scale")
 
 
@@ -58,10 +54,15 @@ def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> N
             freeze(tower, getattr(config, name), f"finetune.{name}")
         return
     check_adapted(model, config.lora)
+    side, length = architecture.image.image_size, architecture.text.context_length
+    examples = {
+        "image": torch.zeros(1, 3, side, side),
+        "text": torch.full((1, length), 5),  # no token that a tokenizer of any library pads with
+    }
     for name, tower in towers.items():
         tower.requires_grad_(False)
         if getattr(config.lora, name):
-            adapt(tower, config.lora, _example(name, architecture), name)
+            adapt(tower, config.lora, examples[name], name)
 
 
 def freeze(tower: nn.Module, config: TowerTuningConfig, key: str) -> None:
@@ -113,14 +114,6 @@ def _towers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: getattr(model, name) for name in TOWERS}
 
 
-def _example(tower: str, architecture: ModelConfig) -> Tensor:
-    if tower == "image":
-        side = architecture.image.image_size
-        return torch.zeros(1, 3, side, side)
-    # No token that a tokenizer of any library pads with.
-    return torch.full((1, architecture.text.context_length), 5)
-
-
 def quiet(model: nn.Module, *, probing: bool) -> Iterator[nn.Module]:
     """The modules that stay in evaluation mode while the rest trains: those with weights, none of which learns.
 
@@ -151,47 +144,32 @@ class Group(NamedTuple):
 def named_groups(model: nn.Module, finetune: FineTuneConfig) -> dict[Group, list[tuple[str, nn.Parameter]]]:
     """Trained parameters by treatment, with their names; first all matrices, then the others, last the logit scale.
 
-    The logit scale has a group of its own, so that it can be clamped where a strategy flattens each group's parameters.
+    The rate of a tower's parameter over the base rate is lr_factor * layer_decay ** (L + 1 - depth). During the linear probe only
+    the projections of the towers learn. The logit scale has a group of its own: ZeRO flattens each group and steps a float32 copy,
+    which a clamp of the parameter itself would not reach.
     """
-    factor_of = factors(model, finetune)
-    late = late_names(model) if finetune.linear_probe_steps else set()
+    factors: dict[str, float] = {}
+    late: set[str] = set()
+    for tower in TOWERS:
+        tuning: TowerTuningConfig = getattr(finetune, tower)
+        if not tuning.lr_factor == tuning.layer_decay == 1:
+            deep, blocks = depths(getattr(model, tower))
+            for name, depth in deep.items():
+                factors[f"{tower}.{name}"] = tuning.lr_factor * tuning.layer_decay ** (blocks + 1 - depth)
+        if finetune.linear_probe_steps:
+            module: nn.Module = getattr(model, tower)
+            below = {name for name, _ in module.named_parameters()} - projection_names(module)
+            late |= {f"{tower}.{name}" for name in below}
     groups: dict[Group, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = Group(_kind(name, parameter), factor_of.get(name, 1.0), name in late)
+            # A class token of timm has two axes of length 1 before its channels.
+            token = parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
+            plain = parameter.ndim < 2 or token or POSITIONS & set(name.split("."))
+            kind = "logit_scale" if name.endswith("logit_scale") else "no_decay" if plain else "decay"
+            group = Group(kind, factors.get(name, 1.0), name in late)
             groups.setdefault(group, []).append((name, parameter))
     return dict(sorted(groups.items(), key=lambda item: KINDS.index(item[0].kind)))
-
-
-def _kind(name: str, parameter: nn.Parameter) -> str:
-    if name.endswith("logit_scale"):
-        return "logit_scale"
-    # A class token of timm has two axes of length 1 before its channels.
-    token = parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
-    return "no_decay" if parameter.ndim < 2 or token or POSITIONS & set(name.split(".")) else "decay"
-
-
-def factors(model: nn.Module, config: FineTuneConfig) -> dict[str, float]:
-    """The learning rate of each parameter of the towers over the base rate: lr_factor * layer_decay ** (L + 1 - depth)."""
-    found = {}
-    for tower in TOWERS:
-        tuning: TowerTuningConfig = getattr(config, tower)
-        if tuning.lr_factor == tuning.layer_decay == 1:
-            continue
-        deep, blocks = depths(getattr(model, tower))
-        for name, depth in deep.items():
-            found[f"{tower}.{name}"] = tuning.lr_factor * tuning.layer_decay ** (blocks + 1 - depth)
-    return found
-
-
-def late_names(model: nn.Module) -> set[str]:
-    """The parameters that do not learn during the linear probe: the towers' without their projections."""
-    names: set[str] = set()
-    for tower in TOWERS:
-        module: nn.Module = getattr(model, tower)
-        below = {name for name, _ in module.named_parameters()} - projection_names(module)
-        names |= {f"{tower}.{name}" for name in below}
-    return names
 
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
@@ -236,7 +214,15 @@ def build_optimizer(
         arguments["adamw_mode"] = target.endswith("AdamW")
         target = "deepspeed.ops.adam.DeepSpeedCPUAdam"
     optimizer: Optimizer = build(target, "optimizer", groups, **arguments)
-    optimizer.register_step_post_hook(partial(_clamp_logit_scale, logit_scale_range))
+
+    @torch.no_grad()
+    def clamp_logit_scale(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("name") == "logit_scale":
+                for parameter in group["params"]:
+                    parameter.clamp_(*logit_scale_range)
+
+    optimizer.register_step_post_hook(clamp_logit_scale)
     return optimizer
 
 
@@ -250,14 +236,6 @@ def logit_scale_range(loss: LossConfig, start: float) -> tuple[float, float]:
     """
     largest = max(loss.largest_logit_scale, start) if loss.max_logit_scale is None else loss.max_logit_scale
     return min(0.0, start, largest), largest
-
-
-def _clamp_logit_scale(limits: tuple[float, float], optimizer: Optimizer, *_: Any) -> None:
-    with torch.no_grad():
-        for group in optimizer.param_groups:
-            if group.get("name") == "logit_scale":
-                for parameter in group["params"]:
-                    parameter.clamp_(*limits)
 
 
 def build_scheduler(
@@ -278,22 +256,15 @@ def build_scheduler(
         raise ConfigError(
             f"scheduler._target_={config.target} must be a function from the share of the decay that is done (0 to 1) to a factor: {error}"
         ) from error
-    return LambdaLR(
-        optimizer,
-        [
-            partial(
-                factor,
-                start=start,
-                warmup_steps=warmup_steps(config, total_steps - start),
-                total_steps=total_steps,
-                decay=partial(decay, **config.kwargs),
-                final_factor=config.final_factor,
-            )
-            for start in starts or [0] * len(optimizer.param_groups)
-        ],
-    )
-
-
-def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
-    """The configured warm-up, or a tenth of the run."""
-    return total_steps // 10 if config.warmup_steps is None else config.warmup_steps
+    schedules: list[Callable[[int], float]] = [
+        partial(
+            factor,
+            start=start,
+            warmup_steps=(total_steps - start) // 10 if config.warmup_steps is None else config.warmup_steps,
+            total_steps=total_steps,
+            decay=partial(decay, **config.kwargs),
+            final_factor=config.final_factor,
+        )
+        for start in starts or [0] * len(optimizer.param_groups)
+    ]
+    return LambdaLR(optimizer, schedules)

@@ -37,19 +37,21 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         *leaks(plain(config)),
     ]
     try:
-        devices = requested_devices(config)
+        found += _check_batch(config, _ranks(config, requested_devices(config)) or 1)
     except ConfigError as error:
         found.append(str(error))
-    else:
-        found += _check_batch(config, _ranks(config, devices) or 1)
     # Downloaded once, before there is a folder: the ranks find the data where it lies.
     errors = [*map(ConfigError, found), *check_measures(config, fetch=not found and is_first_rank())]
     errors = errors or [*map(ConfigError, _check_devices(config))]
     if errors:
         raise gravest(errors)
     tables = check_tables(config)
-    if too_few := list(_check_rows(config, tables.rows)):
-        raise ConfigError("\n".join(too_few))
+    if tables.rows < config.global_batch_size:
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} is more than the {tables.rows:,} training rows: lower it or add data."
+        )
+    if config.epochs is not None and (wrong := list(config.length_problems(steps_of(config, tables.rows)))):
+        raise ConfigError("\n".join(wrong))
     return tables
 
 
@@ -85,13 +87,6 @@ def _check_devices(config: TrainConfig) -> Iterator[str]:
     yield from absent
     if not absent and _ranks(config, devices) is None:
         yield from _check_batch(config, devices.count() * (config.trainer.num_nodes or 1))
-
-
-def _check_rows(config: TrainConfig, rows: int) -> Iterator[str]:
-    if rows < config.global_batch_size:
-        yield f"global_batch_size={config.global_batch_size} is more than the {rows:,} training rows: lower it or add data."
-    elif config.epochs is not None:
-        yield from config.length_problems(steps_of(config, rows))
 
 
 def steps_of(config: TrainConfig, rows: int) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,6 @@ DEEPSPEED_DEFAULTS = {
 }
 # Where Lightning keeps the loss scale of float16 in a checkpoint, in the form of `GradScaler.state_dict()`.
 LOSS_SCALE = MixedPrecision.__qualname__
-LOSS_SCALER_COUNTERS = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class GroupEnvironment(ClusterEnvironment):
@@ -76,7 +76,10 @@ class GroupEnvironment(ClusterEnvironment):
 
 def deepspeed_strategy(config: DeepSpeedConfig, device: torch.device) -> "PortableDeepSpeedStrategy":
     """ZeRO as configured, with DeepSpeed's own configuration under `config.config`."""
-    prepare_deepspeed(device.type)
+    os.environ["DS_ACCELERATOR"] = device.type  # DeepSpeed reads it when it is imported
+    interpreter = str(Path(sys.executable).parent)
+    if interpreter not in os.environ["PATH"].split(os.pathsep):  # where alone it looks for ninja, for its CPU Adam
+        os.environ["PATH"] = interpreter + os.pathsep + os.environ["PATH"]
     strategy = PortableDeepSpeedStrategy(
         stage=config.stage,
         offload_optimizer=config.offload,
@@ -89,19 +92,12 @@ def deepspeed_strategy(config: DeepSpeedConfig, device: torch.device) -> "Portab
     return strategy
 
 
-def prepare_deepspeed(device_type: str) -> None:
-    """DeepSpeed reads its accelerator from the environment when imported, and finds ninja for its CPU Adam on PATH only."""
-    os.environ["DS_ACCELERATOR"] = device_type
-    interpreter = str(Path(sys.executable).parent)
-    if interpreter not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = interpreter + os.pathsep + os.environ["PATH"]
-
-
 class PortableDeepSpeedStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, on any device, with checkpoints that any other strategy can take up.
 
     Lightning refuses DeepSpeed off CUDA, though DeepSpeed itself runs on CPUs; and it saves DeepSpeed's own folders of pickled
-    shards. Here weights and optimizer state are gathered parameter by parameter, and saved and restored as without DeepSpeed.
+    shards. Here weights and optimizer state are gathered parameter by parameter, and saved and restored as without DeepSpeed: a run
+    can go on under another strategy, and its weights open without DeepSpeed.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -164,7 +160,12 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         return output
 
     def _update_exact(self) -> None:
-        """Give the model the logit scale and bias in float32: rounded, the temperature would change in steps of 1.6% and more."""
+        """Give the model the logit scale and bias in float32: rounded, the temperature would change in steps of 1.6% and more.
+
+        The optimizer steps a float32 copy, which is gathered here (one number); the gradient goes to the rounded parameter. DeepSpeed's
+        `torch_autocast` would keep all weights in float32, with twice the memory and traffic, and clips float16 gradients before it
+        unscales them.
+        """
         if self.rounds_weights:
             model: CLIP = self.lightning_module.model  # type: ignore[union-attr, assignment]
             scale_and_bias = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
@@ -218,15 +219,18 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         _link_optimizer_state(optimizer)
         inner: Optimizer = optimizer.optimizer  # type: ignore[attr-defined]
         flats = _flat_partitions(optimizer)
-        parameters = self._trained_parameters()
         shared = {key: value for key, value in inner.state[flats[0]].items() if not _is_elementwise(value, flats[0])}
-        keys = [key for key, value in inner.state[flats[0]].items() if _is_elementwise(value, flats[0])]
+        keys = [key for key in inner.state[flats[0]] if key not in shared]
         state: dict[int, dict[str, Any]] = {}
-        for index, parameter in enumerate(parameters):
+        for index, parameter in enumerate(self._trained_parameters()):
             full = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
             if self.is_global_zero:
                 state[index] = {**shared, **{key: value.cpu().clone() for key, value in full.items()}}
-        return {"state": state, "param_groups": self._numbered_groups(inner)}
+        # Parameters have numbers, where the inner optimizer's groups have flat tensors.
+        groups, numbers = [], itertools.count()
+        for group, size in zip(inner.param_groups, self.lightning_module.group_sizes, strict=True):  # type: ignore[union-attr, arg-type]
+            groups.append({**group, "params": list(itertools.islice(numbers, size))})
+        return {"state": state, "param_groups": groups}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load a whole state. ZeRO makes its flat state only at its first step, so it is made and linked here first."""
@@ -241,11 +245,8 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
             return
         first = saved["state"][0]
         parameters = self._trained_parameters()
-        keys = [
-            key
-            for key, value in first.items()
-            if isinstance(value, Tensor) and value.shape == _full_shape(parameters[0])
-        ]
+        whole_shape = getattr(parameters[0], "ds_shape", parameters[0].shape)
+        keys = [key for key, value in first.items() if isinstance(value, Tensor) and value.shape == whole_shape]
         for flat in _flat_partitions(optimizer):
             shared = {
                 key: _for_group(value, inner.param_groups[0], flat.device) if isinstance(value, Tensor) else value
@@ -264,25 +265,13 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         by_name = dict(module.model.named_parameters())
         return [by_name[name] for name in module.parameter_names]
 
-    def _numbered_groups(self, inner: Optimizer) -> list[dict[str, Any]]:
-        """The inner optimizer's groups, with the numbers of their parameters in the place of flat tensors."""
-        numbers: Iterator[int] = iter(range(len(self._trained_parameters())))
-        sizes: list[int] = self.lightning_module.group_sizes  # type: ignore[union-attr, assignment]
-        return [
-            {
-                **{key: value for key, value in group.items() if key != "params"},
-                "params": [next(numbers) for _ in range(size)],
-            }
-            for group, size in zip(inner.param_groups, sizes, strict=True)
-        ]
-
 
 def loss_scale_state(scaler: Any) -> dict[str, Any]:
     """Return the state of DeepSpeed's dynamic loss scaler as that of a `GradScaler`, which DDP's precision plugin loads.
 
     What a `GradScaler` does not have, and ignores, is under `deepspeed`.
     """
-    counters = {name: getattr(scaler, name) for name in LOSS_SCALER_COUNTERS}
+    counters = {name: getattr(scaler, name) for name in ("cur_iter", "last_overflow_iter", "cur_hysteresis")}
     return {**GradScaler("cpu", init_scale=float(scaler.cur_scale)).state_dict(), "deepspeed": counters}
 
 
@@ -330,10 +319,6 @@ def _is_elementwise(value: Any, flat: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == flat.shape and value.ndim > 0
 
 
-def _full_shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def _not_trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Copies of the weights that do not learn, and of the buffers of modules in which none does."""
     for name, part in module.named_modules():
@@ -369,16 +354,12 @@ def _set_whole(parameter: nn.Parameter, value: Tensor, key: str | None, ranks: i
 
     DeepSpeed 0.19's setter for ZeRO-3 fails for a parameter with fewer elements than ranks, so the part is cut out here.
     """
-    from deepspeed.utils import (
-        safe_get_local_optimizer_state,
-        safe_set_full_optimizer_state,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed import utils
 
     if not hasattr(parameter, "ds_id"):
-        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+        utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
         return
-    size = safe_get_local_optimizer_state(parameter, key).numel()
+    size = utils.safe_get_local_optimizer_state(parameter, key).numel()
     padded = torch.zeros(size * ranks, dtype=value.dtype)
     padded[: value.numel()] = value.flatten()
-    safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], key)
+    utils.safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], key)

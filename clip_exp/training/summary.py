@@ -2,7 +2,6 @@
 
 import io
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,41 +110,29 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
     tables = {"training": [source.table for source in datamodule.stream.sources]}
     if datamodule.val_table is not None:
         tables["validation"] = [datamodule.val_table]
-    pictures = {
-        "training": _kinds(datamodule.bad_samples, run_dir),
-        "validation": _kinds(datamodule.bad_val_samples, run_dir, VALIDATION),
-    }
     captions = (steps * datamodule.global_batch_size - datamodule.start_sample) // ranks
-    parts = {which: [part for table in found for part in table.parts] for which, found in tables.items()}
-    return {
-        "bad_pictures": {which: dict(kinds.most_common()) for which, kinds in pictures.items() if kinds},
-        "bad_rows": {
-            which: dict(kinds.most_common()) for which, of_table in parts.items() if (kinds := bad_rows(of_table))
-        },
-        "empty_captions": {
-            which: {"count": count, "fraction": count / sum(map(len, found))}
-            for which, found in tables.items()
-            if (count := sum(table.empty_captions for table in found))
-        },
-        "filter_values": {
-            which: values for which, of_table in parts.items() if (values := as_json(unlike_values(of_table)))
-        },
-        "truncated_share": min(1.0, datamodule.truncated / captions) if captions > 0 else None,
-    }
-
-
-def _kinds(own: BadSamples | None, run_dir: Path, mark: str = "") -> Counter[str]:
-    """Of all ranks, whose file it is; of this rank alone where the file could not be written."""
+    summary: dict[str, Any] = {"bad_pictures": {}, "bad_rows": {}, "empty_captions": {}, "filter_values": {}}
     file = run_dir / "bad_samples.csv"
-    if file.is_file():
-        return BadSamples(0, 1.0, what="", mark=mark, file=file).kinds()
-    return Counter() if own is None else own.kinds()
+    own = {"training": (datamodule.bad_samples, ""), "validation": (datamodule.bad_val_samples, VALIDATION)}
+    for which, (samples, mark) in own.items():
+        if file.is_file():  # of all ranks; where it could not be written, this rank has its own alone
+            samples = BadSamples(0, 1.0, what="", mark=mark, file=file)
+        if samples is not None and (kinds := samples.kinds()):
+            summary["bad_pictures"][which] = dict(kinds.most_common())
+    for which, found in tables.items():
+        parts = [part for table in found for part in table.parts]
+        if rows := bad_rows(parts):
+            summary["bad_rows"][which] = dict(rows.most_common())
+        if count := sum(table.empty_captions for table in found):
+            summary["empty_captions"][which] = {"count": count, "fraction": count / sum(map(len, found))}
+        if values := as_json(unlike_values(parts)):
+            summary["filter_values"][which] = values
+    return {**summary, "truncated_share": min(1.0, datamodule.truncated / captions) if captions > 0 else None}
 
 
 def _table(run_dir: Path, summary: dict[str, Any]) -> str:
-    table = Table(
-        title=f"{summary['name']}: {summary['steps']:,} steps of {summary['samples_seen'] // max(1, summary['steps'])} pairs in {summary['seconds']:.0f} s"
-    )
+    pairs = summary["samples_seen"] // max(1, summary["steps"])
+    table = Table(title=f"{summary['name']}: {summary['steps']:,} steps of {pairs} pairs in {summary['seconds']:.0f} s")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in summary["metrics"].items():

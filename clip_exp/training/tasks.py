@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,39 +40,24 @@ from clip_exp.training.strategies import PortableDeepSpeedStrategy
 from clip_exp.training.summary import add_scores
 
 log = logging.getLogger(__name__)
-CACHE_GB = 10.0
 
 
+@dataclass(eq=False, repr=False)
 class TaskScores(pl.Callback):
     """Scores tasks at the end of every `every_n_steps` steps and of the run, all ranks together.
 
     It acts before the step's validation and checkpoint, which find the values in `trainer.callback_metrics` as
     `<task>/<metric>`. Nothing of training changes: the model that is scored is a module of its own.
-
-    Args:
-        tasks: prepared by `evaluation.tasks`.
-        config: the run's.
-        run_dir: the run's folder.
-        progress: of the run, which shows the values.
-        pause: called before a scoring.
     """
 
-    def __init__(
-        self,
-        tasks: list[Task],
-        config: TrainConfig,
-        run_dir: Path,
-        progress: Progress,
-        pause: Callable[[], None],
-    ) -> None:
-        self.tasks = tasks
-        self.config = config
-        self.run_dir = run_dir
-        self.progress = progress
-        self.pause = pause
-        self.scored_step: int | None = None
-        self.values: dict[str, float] = {}  # of that step
-        self._results: dict[str, Result] = {}
+    tasks: list[Task]  # prepared by `evaluation.tasks`
+    config: TrainConfig
+    run_dir: Path
+    progress: Progress  # which shows the values
+    pause: Callable[[], None]  # called before a scoring
+    scored_step: int | None = field(default=None, init=False)
+    values: dict[str, float] = field(default_factory=dict, init=False)  # of that step
+    _results: dict[str, Result] = field(default_factory=dict, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         overlaps = {task.name: task.overlap for task in self.tasks if isinstance(task, ProbeTask | KNNTask)}
@@ -94,15 +80,12 @@ class TaskScores(pl.Callback):
         device = trainer.strategy.root_device
         self.progress.scoring([task.name for task in self.tasks])
         with _apart(device):
-            self._results = self._score(plain_model(trainer, pl_module), device)
+            self._results = score_tasks(self.tasks, self.config, plain_model(trainer, pl_module), device)
         self.scored_step = trainer.global_step
         self.values = metrics_of(self._results)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.values.items()})
         log_metrics(trainer, self.values, trainer.global_step)
         self.progress.show(self.values)
-
-    def _score(self, model: CLIP, device: torch.device) -> dict[str, Result]:
-        return score_tasks(self.tasks, self.config, model, device)
 
     def write(self, device: torch.device) -> list[str]:
         """After the run: the results of the last checkpoint's weights in `eval/`, with their pages. All ranks call.
@@ -130,17 +113,13 @@ def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device
     scored = record.values["scored_tasks"]
     new = {name: values for name, values in config.task.items() if name not in scored}
     source = source_of_checkpoint(from_main(lambda: latest(run_dir)))
-    results = score_tasks(
-        training_tasks(config.model_copy(update={"task": new})), config, load_model(source, device), device
-    )
+    tasks = training_tasks(config.model_copy(update={"task": new}))
+    results = score_tasks(tasks, config, load_model(source, device), device)
     write_results(results, source, run_dir, device)
     if is_main():
         record.update(scored_tasks={**scored, **plain(new)})
         add_scores(run_dir, metrics_of(results))
-        show(
-            {name: {"metrics": result.metrics, "protocol": result.protocol} for name, result in results.items()},
-            run_dir,
-        )
+        show({name: {"metrics": found.metrics, "protocol": found.protocol} for name, found in results.items()}, run_dir)
 
 
 def score_tasks(tasks: list[Task], config: TrainConfig, model: CLIP, device: torch.device) -> dict[str, Result]:
@@ -149,7 +128,7 @@ def score_tasks(tasks: list[Task], config: TrainConfig, model: CLIP, device: tor
     options = EncodeOptions(device, num_workers=data.num_workers, on_bad_image=data.on_bad_image)
     tokenizer = build_tokenizer(config.model.text)
     # The cache is for what stays the same from one scoring to the next: the network that `robustness` compares with.
-    cache = Cache(Path(config.output_dir) / "cache", CACHE_GB)
+    cache = Cache(Path(config.output_dir) / "cache", 10.0)
     subject = Subject(model, tokenizer, config.model, options, weights_sha256=None, cache=cache)
     return {task.name: score(task, subject) for task in tasks}
 
@@ -211,18 +190,13 @@ def plain_model(trainer: pl.Trainer, pl_module: Any) -> CLIP:
     with torch.device("meta"):
         model = build_model(pl_module.config.model, init_logit_bias=None if trained.logit_bias is None else 0.0)
     model.load_state_dict(merge(weights, pl_module.config.finetune.lora), assign=True)
-    _share_buffers(model, trained)
+    buffers = dict(trained.named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # no state dict holds it, such as the numbers of positions
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, _float32(buffers[name]))
     share_from_main(model.buffers())  # running statistics, which each rank has of its own share of the batches
     return model.eval().requires_grad_(False)
-
-
-def _share_buffers(model: CLIP, trained: CLIP) -> None:
-    """Give `model` the buffers that no state dict holds, such as the numbers of positions."""
-    theirs = dict(trained.named_buffers())
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
-            owner, _, key = name.rpartition(".")
-            setattr(model.get_submodule(owner), key, _float32(theirs[name]))
 
 
 def _float32(value: Tensor) -> Tensor:

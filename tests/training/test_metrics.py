@@ -24,7 +24,7 @@ from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.data import datamodule, loader
 from clip_exp.data.loader import Collate
 from clip_exp.runs import read_metrics
-from clip_exp.training import metrics, summary
+from clip_exp.training import metrics, summary, tasks
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer
 from clip_exp.training.metrics import (
     GPUClock,
@@ -43,7 +43,6 @@ from clip_exp.training.metrics import (
     workers_needed,
 )
 from clip_exp.training.module import CLIPModule
-from clip_exp.training.tasks import TaskScores
 from tests.compose import train_config
 from tests.runs import TINY, Train, unfinish
 from tests.training.tracking import tensorboard_hparams
@@ -85,7 +84,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock.slow(CLIPModule, "validation_step", 5000.0)
     clock.slow(SafeCheckpointIO, "save_checkpoint", 6000.0)
     clock.slow(Checkpointer, "_prune", 7000.0)
-    clock.slow(TaskScores, "_score", 8000.0, instead=lambda *_: {})
+    clock.slow(tasks, "score_tasks", 8000.0, instead=lambda *_: {})
     monkeypatch.setattr(summary, "write_report", lambda run_dir: run_dir / "report.html")
     return clock
 
