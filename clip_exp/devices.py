@@ -32,11 +32,7 @@ class Devices:
     value: str  # of `devices`, for messages
 
     def check_gpus(self) -> None:
-        """Check that this machine has the GPUs. Imports torch only where GPUs are needed or may be too few.
-
-        Raises:
-            ConfigError: there are no GPUs, or fewer than requested.
-        """
+        """Raise a ConfigError where this machine lacks the GPUs. Imports torch only where GPUs are needed or may be too few."""
         named = self.accelerator in ("gpu", "cuda")
         several = self.gpus is not None or (self.requested or 1) > 1
         if self.accelerator == "cpu" or not (named or several):
@@ -103,11 +99,7 @@ def parse_devices(accelerator: str, devices: Any, keys: str = "") -> Devices:
 
 
 def check_accelerator(accelerator: str, keys: str = "") -> None:
-    """Check the name of an accelerator, without torch.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
+    """Raise a ConfigError where the name of an accelerator is unknown, without torch."""
     if accelerator not in ACCELERATORS:
         raise ConfigError(f"{keys}accelerator={accelerator} must be one of {', '.join(ACCELERATORS)}.")
 

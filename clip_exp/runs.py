@@ -42,11 +42,7 @@ PACKAGES = (  # whose versions are noted
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, without secrets.
-
-    Raises:
-        CheckpointError: the disk is full, or the file cannot be written.
-    """
+    """Write a file whole or not at all, without secrets; raise a CheckpointError where it cannot be written."""
     try:
         with storage.atomic_file(path) as temporary:
             temporary.write_text(redact(text), encoding="utf-8")
@@ -68,11 +64,7 @@ def name_problems(name: str) -> Iterator[str]:
 
 
 def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: str = "") -> Path:
-    """Make `<output_dir>/<command>/<name>/<time><suffix>/`, a folder that nobody else has.
-
-    Raises:
-        CheckpointError: the folder cannot be made there.
-    """
+    """Make `<output_dir>/<command>/<name>/<time><suffix>/`, a folder that nobody else has, or raise a CheckpointError."""
     parent = Path(output_dir) / command / name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
@@ -214,8 +206,7 @@ class RunRecord:
     def start(self, arguments: list[str], current: dict[str, Any] | None = None, **values: Any) -> None:
         """Note the beginning; a continued run keeps its first beginning and gains a line in `resumed`.
 
-        Args:
-            current: values that are those of the last start.
+        The values of `current` are those of the last start.
         """
         if self.values:
             self.values.setdefault("resumed", []).append({"time": _now(), "argv": arguments, **values})
@@ -235,11 +226,7 @@ class RunRecord:
                 log.warning("%s", error)
 
     def finish(self, status: str, **values: Any) -> None:
-        """Note the end; the error of an earlier one is dropped.
-
-        Args:
-            status: finished, failed or preempted.
-        """
+        """Note the end, `finished`, `failed` or `preempted`; the error of an earlier one is dropped."""
         self.values = {key: value for key, value in self.values.items() if key not in ("error", "exit_code")}
         self.update(status=status, end=_now(), **values)
 

@@ -53,10 +53,7 @@ class InUse(Exception):
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlive a loss of power.
-
-    Raises: OSError.
-    """
+    """Wait until a file, or the names in a folder, would outlive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,8 +72,6 @@ def atomic_file(target: Path, *, durable: bool = True) -> Iterator[Path]:
     Args:
         target: in a folder that exists.
         durable: wait for the disk, so that a loss of power leaves the old or the new content. Not for what is easily made again.
-
-    Raises: OSError.
     """
     temporary = _temporary_name(target)
     try:
@@ -93,10 +88,7 @@ def atomic_file(target: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def put_in_place(file: Path, target: Path, *, durable: bool = True) -> None:
-    """Rename a complete file to `target`, in place of what is there.
-
-    Raises: OSError.
-    """
+    """Rename a complete file to `target`, in place of what is there."""
     if durable:
         sync(file)
     file.replace(target)
@@ -112,8 +104,6 @@ def atomic_folder(target: Path, *, replace: bool = True, durable: bool = True) -
         target: its parents are created.
         replace: an existing `target` is replaced; otherwise it stays, and what was written is dropped.
         durable: wait for the disk. Not for many files that are easily made again.
-
-    Raises: OSError.
     """
     temporary = _temporary_name(target)
     try:
@@ -137,10 +127,7 @@ def atomic_folder(target: Path, *, replace: bool = True, durable: bool = True) -
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that nobody ever finds a part of it under its name.
-
-    Raises: OSError.
-    """
+    """Remove a folder so that nobody ever finds a part of it under its name."""
     doomed = _temporary_name(path)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -117,10 +117,9 @@ class Manifest(NamedTuple):
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint; manifests of older versions carry no hash of themselves.
+    """Read and check the manifest of a checkpoint, or raise a CheckpointError that says what is wrong with it.
 
-    Raises:
-        CheckpointError: it is missing or damaged, or belongs to the checkpoint of another step.
+    Manifests of older versions carry no hash of themselves.
     """
     try:
         values = read_json_object(checkpoint / MANIFEST)
@@ -160,10 +159,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def changed(path: Path, entry: Entry) -> str | None:
-    """How a file differs from its entry in the manifest.
-
-    Raises: OSError.
-    """
+    """Return how a file differs from its entry in the manifest; None: it does not."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != entry.size:
@@ -220,11 +216,7 @@ def was_saved(run_dir: Path | str) -> bool:
 
 
 def latest(run_dir: Path | str) -> Path:
-    """The run's newest undamaged checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Return the run's newest undamaged checkpoint, or raise a CheckpointError."""
     damaged: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints(run_dir)):
         problem = damage(checkpoint)

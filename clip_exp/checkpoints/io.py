@@ -70,11 +70,7 @@ class SafeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the folder `path` back into a state as Lightning expects it.
-
-        Raises:
-            CheckpointError: a file is missing or cannot be read.
-        """
+        """Read the folder `path` back into a state as Lightning expects it, or raise a CheckpointError."""
         folder = Path(path)
         try:
             state = join(read_json_object(folder / STATE), load_file(folder / TENSORS))
@@ -91,11 +87,7 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 def read_state(checkpoint: Path, key: str) -> dict[str, Any]:
-    """A part of a checkpoint's state that has no tensors; empty where there is none.
-
-    Raises:
-        CheckpointError: the state cannot be read.
-    """
+    """Return a part of a checkpoint's state that has no tensors, empty where there is none, or raise a CheckpointError."""
     try:
         part = read_json_object(checkpoint / STATE).get(key, {})
     except (OSError, ValueError) as error:
@@ -117,11 +109,7 @@ def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Separate a state into what JSON holds and what safetensors hold.
-
-    Raises:
-        TypeError: the state has a value that neither can hold.
-    """
+    """Separate a state into what JSON holds and what safetensors hold; raise a TypeError for what neither can hold."""
     tensors: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, path: str) -> Any:
@@ -155,21 +143,15 @@ def join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def name_optimizer_state(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Torch numbers the parameters of an optimizer's state; name them, so that any strategy can take them up.
+    """Name the parameters of an `Optimizer.state_dict()`, which torch numbers, so that any strategy can take them up.
 
-    Args:
-        state: `torch.optim.Optimizer.state_dict()`.
-        names: of the parameters, in the order of the optimizer's groups.
+    `names` are in the order of the optimizer's groups.
     """
     return _relabel(state, dict(enumerate(names)))
 
 
 def number_optimizer_state(named: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The inverse of `name_optimizer_state`.
-
-    Raises:
-        CheckpointError: the state has a parameter that `names` lacks.
-    """
+    """Invert `name_optimizer_state`; raise a CheckpointError where the state has a parameter that `names` lacks."""
     numbers = {name: index for index, name in enumerate(names)}
     foreign = [name for group in named["param_groups"] for name in group["params"] if name not in numbers]
     if foreign:

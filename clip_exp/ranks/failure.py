@@ -89,11 +89,7 @@ class Reporter:
 
 @contextmanager
 def place_in(folder: Path, rank: int) -> Iterator[None]:
-    """Hold a rank's place in a folder, so that a run which is started again at once waits for the ranks of the one before.
-
-    Raises:
-        DistributedError: the rank of an earlier start still works there.
-    """
+    """Hold a rank's place in a folder; raise a DistributedError where the rank of an earlier start still works there after a while."""
     with ExitStack() as held:
         try:
             # What has no locks was warned of where the folder was opened.

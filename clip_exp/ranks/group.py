@@ -169,11 +169,7 @@ def lost_touch(error: BaseException) -> DistributedError | None:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in the order of the ranks; sizes may differ.
-
-    Raises:
-        DistributedError: another rank ended.
-    """
+    """Return every rank's value, in the order of the ranks; sizes may differ. Raise a DistributedError where a rank has ended."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

@@ -396,28 +396,17 @@ class SameRanks(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         device = trainer.strategy.root_device
-        expected = (group.rank(), group.world_size(), str(group.device(device.type)))
-        found = {"Lightning": (trainer.global_rank, trainer.world_size, str(device))}
+        ours = f"rank {group.rank()} of {group.world_size()} on {group.device(device.type)}"
+        found = {"Lightning": f"rank {trainer.global_rank} of {trainer.world_size} on {device}"}
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
         if engine is not None:
-            found["DeepSpeed"] = (engine.global_rank, engine.world_size, str(engine.device))
-        check_same_ranks(expected, found)
-
-
-def check_same_ranks(expected: tuple[int, int, str], found: dict[str, tuple[int, int, str]]) -> None:
-    """Check what libraries take for rank, number of ranks and device of this process.
-
-    Raises:
-        DistributedError: one of them differs from the process group's.
-    """
-    rank, ranks, device = expected
-    for library, values in found.items():
-        if values != expected:
-            other_rank, other_ranks, other_device = values
-            raise DistributedError(
-                f"rank {rank} of {ranks} on {device} is rank {other_rank} of {other_ranks} on {other_device} for {library}: "
-                "training would be wrong. Please report this with the environment variables of your launcher."
-            )
+            found["DeepSpeed"] = f"rank {engine.global_rank} of {engine.world_size} on {engine.device}"
+        for library, theirs in found.items():
+            if theirs != ours:
+                raise DistributedError(
+                    f"{ours} is {theirs} for {library}: training would be wrong. Please report this with the environment variables "
+                    "of your launcher."
+                )
 
 
 def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> BaseException:

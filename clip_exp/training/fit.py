@@ -65,7 +65,11 @@ from clip_exp.training.tasks import TaskPatience, TaskScores, score_finished
 from clip_exp.weights.fit import load_weights
 
 log = logging.getLogger(__name__)
-PROFILERS: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+PROFILERS: dict[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
 PARTS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")  # of a training state
 
 
@@ -339,11 +343,7 @@ class Candidates(NamedTuple):
 
 
 def candidates(config: TrainConfig, run_dir: Path, record: RunRecord) -> Candidates:
-    """Find the checkpoint that `resume` names, or those of the run.
-
-    Raises:
-        CheckpointError: the named one is damaged; or the run had a checkpoint, and all that are left are damaged.
-    """
+    """Find the checkpoint that `resume` names, or those of the run; raise a CheckpointError where all that it had are damaged."""
     recover(run_dir)
     damaged: dict[Path, str] = {}
     if config.resume not in ("auto", "never") and STEP.search(Path(config.resume).name):
@@ -423,11 +423,7 @@ def _start_from(
 def first_that_loads(
     found: Candidates, run_dir: Path, record: RunRecord, module: CLIPModule, datamodule: PairsDataModule
 ) -> Path:
-    """Return the newest usable checkpoint that the model takes, whose weights it then has.
-
-    Raises:
-        CheckpointError: none does, or the named one does not.
-    """
+    """Return the newest usable checkpoint that the model takes, whose weights it then has; raise a CheckpointError where none is."""
     problems: dict[Path, str] = {}
     for checkpoint in found.usable:
         try:

@@ -56,29 +56,24 @@ def adapt(tower: nn.Module, config: LoRAConfig, example: Tensor, key: str) -> No
     inject_adapter_in_model(settings, tower)
 
 
-def check_targets(targets: list[str], towers: dict[str, nn.Module]) -> None:
-    """See that each target is the end of a linear layer's name in one of the towers that get adapters.
-
-    Raises:
-        ConfigError: one is in none of them; the message has the ends that there are.
-    """
-    unknown = [end for end in targets if not any(named_layers(tower, [end]) for tower in towers.values())]
+def check_layers(towers: dict[str, nn.Module], config: LoRAConfig) -> None:
+    """Raise a ConfigError where a target is in none of the towers that get adapters, or one of these has nothing to adapt."""
+    adapted = {key: tower for key, tower in towers.items() if getattr(config, key)}
+    unknown = [end for end in config.targets if not any(named_layers(tower, [end]) for tower in adapted.values())]
     if unknown:
         found = [
             f"the {key} tower has {', '.join(sorted({name.rpartition('.')[2] for name in _linear(tower)}))}"
-            for key, tower in towers.items()
+            for key, tower in adapted.items()
         ]
         raise ConfigError(
             f"finetune.lora.targets={unknown}: there are no linear layers of that name; {'; '.join(found)}."
         )
+    for key, tower in adapted.items():
+        layers_to_adapt(tower, config, key)
 
 
 def layers_to_adapt(tower: nn.Module, config: LoRAConfig, key: str) -> list[str]:
-    """The linear layers that `targets` names, or all of the blocks.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the linear layers that `targets` names, or all of the blocks; raise a ConfigError where there is none."""
     if config.targets:
         inside = named_layers(tower, config.targets)
     else:

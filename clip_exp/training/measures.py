@@ -14,11 +14,7 @@ OF_VALIDATION = [f"val/{name}" for name in VALIDATION]
 
 
 def training_tasks(config: TrainConfig) -> list[Task]:
-    """The tasks of a run, ready to be scored.
-
-    Raises:
-        ClipExpError: of the class of the gravest problem, with a line for every problem.
-    """
+    """Return the tasks of a run, ready to be scored; raise the gravest of their problems, with a line for every problem."""
     tasks, errors = _find_tasks(config, fetch=True)
     if errors:
         raise gravest(errors)
@@ -26,11 +22,7 @@ def training_tasks(config: TrainConfig) -> list[Task]:
 
 
 def check_measures(config: TrainConfig, *, fetch: bool = False) -> list[ClipExpError]:
-    """Return what is wrong with a run's tasks and its `monitor`.
-
-    Args:
-        fetch: whether tasks may download their data, where nothing else is wrong with them.
-    """
+    """Return what is wrong with a run's tasks, which download data only where `fetch` is set and nothing else is wrong, and its `monitor`."""
     tasks, errors = _find_tasks(config, fetch=fetch)
     lost = {*config.task} - {task.name for task in tasks}
     if config.monitor is not None and config.monitor.partition("/")[0] not in lost:

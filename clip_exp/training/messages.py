@@ -100,11 +100,9 @@ class _LogFile(logging.FileHandler):
 class _Terminal(logging.Handler):
     """The terminal. One that is gone, or a full disk behind it, does not end the run."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.addFilter(lambda record: getattr(record, "on_terminal", True))
-
     def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(record, "on_terminal", True):
+            return
         with suppress(OSError):
             text = printable(redact(record.getMessage()))
             if record.levelno >= logging.WARNING:

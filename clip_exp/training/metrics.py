@@ -106,11 +106,7 @@ class StepClock:
         self._times = StepTimes()
 
     def begin(self, waited_s: float) -> None:
-        """Begin a step, whose batch is there and not yet copied to the device.
-
-        Args:
-            waited_s: seconds that the process has waited for batches so far.
-        """
+        """Begin a step, whose batch is there and not yet copied to the device; `waited_s` is the time waited for batches so far."""
         since_last_s, self._waited_s = waited_s - self._waited_s, waited_s
         if self._counted_to_s is None:
             self._counted_to_s = self._now() - since_last_s
@@ -265,10 +261,9 @@ def advice(times: StepTimes, loading: Loading) -> str:
 
 
 def waiting_share(rows: list[dict[str, Any]]) -> float | None:
-    """Return the fraction of a run's wall time that went into waiting for data, without what the first row measured: starting.
+    """Return the fraction of a run's wall time that went into waiting for data, by the rows of `metrics.csv`.
 
-    Args:
-        rows: of `metrics.csv`, with means over the steps since the row before.
+    A row has means over the steps since the row before. What the first one measured, starting, is left out.
     """
     timed = [row for row in rows if "data_wait_s" in row and "samples_per_s" in row]
     times = StepTimes()

@@ -214,7 +214,7 @@ class EarlierRun(NamedTuple):
     @property
     def saved(self) -> bool:
         """Whether it ever had a checkpoint; where `run.json` is lost, whether it may have had one."""
-        if self.record.get("status") == "finished" or self.record.get(LAST_CHECKPOINT) is not None:
+        if self.finished or self.record.get(LAST_CHECKPOINT) is not None:
             return True
         return was_saved(self.folder) or ("fingerprint" not in self.record and _has_trained(self.folder))
 
@@ -242,10 +242,9 @@ def newest(runs: list[EarlierRun]) -> EarlierRun | None:
 
 
 def earlier_runs(request: Request) -> list[EarlierRun]:
-    """The runs of the same name that compute what is requested. Where none has a checkpoint, another run of the same configuration is named.
+    """Return the runs of the same name that compute what is requested.
 
-    Raises:
-        CheckpointError: there is none, but one that has trained and can no longer be recognized.
+    Where none has a checkpoint, another run of the same configuration is named, or, where one can no longer be recognized, refused.
     """
     recognized, unknown = _recognized(request)
     compared = [(run, request.differences(run.record)) for run in recognized]
@@ -293,7 +292,7 @@ def _different_keys(run: TrainConfig, config: TrainConfig) -> list[str]:
 
 
 def run_to_resume(request: Request, runs: list[EarlierRun]) -> tuple[EarlierRun, bool] | None:
-    """The earlier run that this one resumes, and whether that has finished; None: it starts from the beginning.
+    """Return the earlier run that this one resumes, and whether that has finished; None: it starts from the beginning.
 
     Args:
         runs: that compute what is requested, for `resume=auto`.
@@ -327,11 +326,11 @@ def _named_run(request: Request) -> EarlierRun:
     record = read_record(folder)
     differences = request.differences(record)
     same = {*LENGTH}
-    if (
-        "paths" in record
-    ):  # they may differ, where what lies there is the same; older versions did not note what that was
-        same |= set() if differences.tables or differences.images else {*DATA_PATHS}
-        same |= set() if differences.weights else {START}
+    # Paths may differ where what lies there is the same; older versions did not note what that was.
+    if "paths" in record and not (differences.tables or differences.images):
+        same |= {*DATA_PATHS}
+    if "paths" in record and not differences.weights:
+        same.add(START)
     other = [key for key in _different_keys(read_config(folder)[0], config) if key not in same]
     if other:
         raise ConfigError(
@@ -342,11 +341,7 @@ def _named_run(request: Request) -> EarlierRun:
 
 
 def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointError:
-    """The error of a run that had a checkpoint, and has none now that can be used.
-
-    Args:
-        reasons: a line for each that is there.
-    """
+    """Return the error of a run that had a checkpoint, and has none now that can be used; `reasons` has a line for each that is there."""
     step = record.get(LAST_CHECKPOINT)
     had = "has trained before" if step is None else f"had a checkpoint of step {step:,}"
     return CheckpointError(
@@ -376,11 +371,7 @@ class Opening:
         return self.finished and not self.tasks and (self.folder / REPORT).is_file()
 
     def begin(self, arguments: list[str]) -> None:
-        """Write `config.yaml`, the beginning of `run.json` and the tokenizer into the folder, which this process holds.
-
-        Args:
-            arguments: of the command line.
-        """
+        """Write `config.yaml`, the beginning of `run.json` and the tokenizer into the folder, which this process holds."""
         for message in self.warnings:
             warn(self.folder, message)
         write_text(self.folder / CONFIG, to_yaml(self.settled))
@@ -490,13 +481,9 @@ def _scores(run: EarlierRun, read: TrainConfig) -> Tasks:
 
 
 def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
-    """The weights that a run starts from, on this machine.
+    """Return the weights that a run starts from, on this machine; raise a CheckpointError where they are not what rank 0 found.
 
-    Args:
-        record: the run's `run.json`. The file that it names was found on the machine of rank 0; another may have to fetch its own.
-    Raises:
-        ConfigError: see `find_weights`.
-        CheckpointError: likewise; or what is found here is not what rank 0 found.
+    The file that `run.json` names was found on the machine of rank 0; another may have to fetch its own.
     """
     noted = record.get("pretrained", {})
     if "path" in noted and Path(noted["path"]).exists():

@@ -14,17 +14,15 @@ from clip_exp.config.model import ModelConfig
 from clip_exp.config.targets import build, locate
 from clip_exp.config.training import (
     FineTuneConfig,
-    LoRAConfig,
     LossConfig,
     OptimizerConfig,
     SchedulerConfig,
     TowerTuningConfig,
 )
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.models.depth import depths, projection_names
-from clip_exp.training.lora import adapt, check_targets, layers_to_adapt
+from clip_exp.training.lora import adapt, check_layers
 from clip_exp.training.schedule import factor
 
 TOWERS = ("image", "text")
@@ -48,12 +46,12 @@ def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> N
     Raises:
         ConfigError: more unfrozen blocks than there are; no layers for adapters.
     """
-    towers = _towers(model)
+    towers = {name: getattr(model, name) for name in TOWERS}
     if config.lora is None:
         for name, tower in towers.items():
             freeze(tower, getattr(config, name), f"finetune.{name}")
         return
-    check_adapted(model, config.lora)
+    check_layers(towers, config.lora)
     side, length = architecture.image.image_size, architecture.text.context_length
     examples = {
         "image": torch.zeros(1, 3, side, side),
@@ -66,14 +64,7 @@ def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> N
 
 
 def freeze(tower: nn.Module, config: TowerTuningConfig, key: str) -> None:
-    """Keep a tower's weights as they are, but for its last `unfrozen_blocks` and what follows them.
-
-    Args:
-        key: of the tower's node, for messages.
-
-    Raises:
-        ConfigError: it has fewer blocks.
-    """
+    """Keep a tower's weights as they are, but for its last `unfrozen_blocks` and what follows them; `key` names its node in messages."""
     if not config.freeze:
         return
     deep, blocks = depths(tower)
@@ -84,46 +75,14 @@ def freeze(tower: nn.Module, config: TowerTuningConfig, key: str) -> None:
         parameter.requires_grad_(deep[name] > kept)
 
 
-def check_adapted(model: CLIP, config: LoRAConfig) -> None:
-    """See that the towers have the layers that are to be adapted, without running them.
-
-    Raises:
-        ConfigError: a target is in no tower, or a tower has none of them.
-    """
-    adapted = {name: tower for name, tower in _towers(model).items() if getattr(config, name)}
-    check_targets(config.targets, adapted)
-    for name, tower in adapted.items():
-        layers_to_adapt(tower, config, name)
-
-
-def rehearse_layers(architecture: ModelConfig, config: FineTuneConfig) -> None:
-    """Build the model without memory, and look for the layers that `config` counts or names.
-
-    Raises:
-        ConfigError: see `build_model`, `freeze` and `check_adapted`.
-    """
-    with torch.device("meta"):
-        model = build_model(architecture)
-    if config.lora is None:
-        prepare(model, config, architecture)
-    else:  # encoders of transformers do not run without memory
-        check_adapted(model, config.lora)
-
-
-def _towers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: getattr(model, name) for name in TOWERS}
-
-
 def quiet(model: nn.Module, *, probing: bool) -> Iterator[nn.Module]:
-    """The modules that stay in evaluation mode while the rest trains: those with weights, none of which learns.
+    """Yield the modules that stay in evaluation mode while the rest trains: those with weights, none of which learns.
 
-    There batch norms keep their statistics, and nothing is dropped out.
-
-    Args:
-        probing: only the projections learn: both towers are in evaluation mode.
+    There batch norms keep their statistics, and nothing is dropped out. While `probing`, when only the projections learn, these are
+    both towers, too.
     """
     if probing:
-        yield from _towers(model).values()
+        yield from (getattr(model, name) for name in TOWERS)
     for module in model.modules():
         weights = list(module.parameters())
         if weights and not any(weight.requires_grad for weight in weights):
@@ -227,12 +186,9 @@ def build_optimizer(
 
 
 def logit_scale_range(loss: LossConfig, start: float) -> tuple[float, float]:
-    """Return the least and the largest logit scale of a run, as natural logarithms.
+    """Return the least and the largest logit scale of a run that starts with `start`, as natural logarithms.
 
     What the run starts with is never outside, unless the configuration says so.
-
-    Args:
-        start: the logit scale that the run starts with.
     """
     largest = max(loss.largest_logit_scale, start) if loss.max_logit_scale is None else loss.max_logit_scale
     return min(0.0, start, largest), largest

@@ -42,7 +42,12 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         found.append(str(error))
     # Downloaded once, before there is a folder: the ranks find the data where it lies.
     errors = [*map(ConfigError, found), *check_measures(config, fetch=not found and is_first_rank())]
-    errors = errors or [*map(ConfigError, _check_devices(config))]
+    if not errors:
+        devices = requested_devices(config)
+        absent = [*device_problems(devices, config.trainer.num_nodes, "trainer.")]
+        if not absent and _ranks(config, devices) is None:  # the GPUs that there are decide
+            absent += _check_batch(config, devices.count() * (config.trainer.num_nodes or 1))
+        errors += map(ConfigError, absent)
     if errors:
         raise gravest(errors)
     tables = check_tables(config)
@@ -56,11 +61,7 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
 
 
 def requested_devices(config: TrainConfig) -> Devices:
-    """Return the devices of a node that the configuration requests.
-
-    Raises:
-        ConfigError: see `parse_devices`.
-    """
+    """Return the devices of a node that the configuration requests; see `parse_devices`."""
     return parse_devices(config.trainer.accelerator, config.trainer.devices, "trainer.")
 
 
@@ -81,14 +82,6 @@ def _check_batch(config: TrainConfig, ranks: int) -> Iterator[str]:
         )
 
 
-def _check_devices(config: TrainConfig) -> Iterator[str]:
-    devices = requested_devices(config)
-    absent = list(device_problems(devices, config.trainer.num_nodes, "trainer."))
-    yield from absent
-    if not absent and _ranks(config, devices) is None:
-        yield from _check_batch(config, devices.count() * (config.trainer.num_nodes or 1))
-
-
 def steps_of(config: TrainConfig, rows: int) -> int:
     """Return the optimizer steps of the run: `max_steps`, or the whole batches that `epochs` passes over `rows` fill, at least one."""
     if config.max_steps is not None:
@@ -104,11 +97,21 @@ def rehearse(config: TrainConfig) -> None:
         config: with the architectures of its encoders noted: nothing is fetched.
 
     Raises:
-        ConfigError: see `rehearse_layers`.
+        ConfigError: the model cannot be built, or lacks the layers.
     """
     tuning = config.finetune
     counts_layers = tuning.lora is not None or any(t.unfrozen_blocks is not None for t in (tuning.image, tuning.text))
-    if config.model.has_foreign_tower or counts_layers:
-        from clip_exp.training.optim import rehearse_layers  # imports torch
+    if not config.model.has_foreign_tower and not counts_layers:
+        return
+    import torch
 
-        rehearse_layers(config.model, config.finetune)
+    from clip_exp.models.build import build_model
+    from clip_exp.training.lora import check_layers
+    from clip_exp.training.optim import prepare
+
+    with torch.device("meta"):
+        model = build_model(config.model)
+    if tuning.lora is None:
+        prepare(model, tuning, config.model)
+    else:  # encoders of transformers do not run without memory
+        check_layers({"image": model.image, "text": model.text}, tuning.lora)

@@ -88,12 +88,9 @@ class TaskScores(pl.Callback):
         self.progress.show(self.values)
 
     def write(self, device: torch.device) -> list[str]:
-        """After the run: the results of the last checkpoint's weights in `eval/`, with their pages. All ranks call.
+        """Write the results of the last checkpoint's weights in `eval/`, with their pages; return the tasks' names. All ranks call.
 
         Where the run was killed between its last checkpoint and here, the checkpoint is scored.
-
-        Returns:
-            The tasks' names.
         """
         checkpoint = from_main(lambda: latest(self.run_dir))
         source = source_of_checkpoint(checkpoint)
@@ -105,11 +102,7 @@ class TaskScores(pl.Callback):
 
 
 def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device: torch.device) -> None:
-    """Score the last checkpoint of a finished run on the tasks of `config` that it was not scored on. All ranks call.
-
-    Raises:
-        ClipExpError: a task cannot be scored; the run stays finished.
-    """
+    """Score the last checkpoint of a finished run on the tasks of `config` that it was not scored on. All ranks call."""
     scored = record.values["scored_tasks"]
     new = {name: values for name, values in config.task.items() if name not in scored}
     source = source_of_checkpoint(from_main(lambda: latest(run_dir)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clip_exp.errors import DeviceMemoryError, DistributedError
-from clip_exp.training.callbacks import check_same_ranks, explain
+from clip_exp.training.callbacks import SameRanks, explain
 from tests.compose import train_config
 from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
@@ -121,7 +121,10 @@ def test_out_of_memory_names_the_step_and_what_to_change(arguments: tuple[str, .
 
 
 def test_a_library_with_another_rank_or_device_ends_the_run() -> None:
-    here = (5, 8, "cuda:5")
-    check_same_ranks(here, {"Lightning": here, "DeepSpeed": here})
-    with pytest.raises(DistributedError, match="rank 5 of 8 on cuda:5 is rank 0 of 1 on cuda:0 for DeepSpeed"):
-        check_same_ranks(here, {"Lightning": here, "DeepSpeed": (0, 1, "cuda:0")})
+    engine = SimpleNamespace(global_rank=0, world_size=1, device="cpu")
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), deepspeed_engine=engine)
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
+    SameRanks().on_train_start(trainer, None)
+    engine.global_rank, engine.world_size, engine.device = 5, 8, "cuda:5"
+    with pytest.raises(DistributedError, match="rank 0 of 1 on cpu is rank 5 of 8 on cuda:5 for DeepSpeed"):
+        SameRanks().on_train_start(trainer, None)
