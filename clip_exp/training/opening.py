@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.base import plain
-from clip_exp.config.evaluation import Tasks
 from clip_exp.config.files import to_yaml
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.fingerprint import changes, image_changes
@@ -223,9 +222,10 @@ class EarlierRun(NamedTuple):
         return self.record.get("status") == "finished"
 
     @property
-    def step(self) -> int:
-        """Of its last checkpoint; -1: it has none."""
-        return max([self.record.get(LAST_CHECKPOINT) or -1, *map(step_of, checkpoints(self.folder))])
+    def progress(self) -> tuple[float, str]:
+        """How far it got, and when it was started, as it recorded that itself: names and clocks may mislead."""
+        step = max([self.record.get(LAST_CHECKPOINT) or -1, *map(step_of, checkpoints(self.folder))])
+        return inf if self.finished else step, str(self.record.get("start", ""))
 
 
 def _has_trained(folder: Path) -> bool:
@@ -233,12 +233,8 @@ def _has_trained(folder: Path) -> bool:
 
 
 def newest(runs: list[EarlierRun]) -> EarlierRun | None:
-    """The run that got furthest, and of equal ones the one that was started last, as they recorded it. Names and clocks may mislead."""
-
-    def progress(run: EarlierRun) -> tuple[float, str]:
-        return inf if run.finished else run.step, str(run.record.get("start", ""))
-
-    return max(runs, key=progress, default=None)
+    """Return the run that got furthest, and of equal ones the one that was started last."""
+    return max(runs, key=lambda run: run.progress, default=None)
 
 
 def earlier_runs(request: Request) -> list[EarlierRun]:
@@ -461,7 +457,10 @@ def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
     warnings = tuple(filter(None, (record_problem(folder), problem, repaired)))
     tasks: tuple[str, ...] = ()
     if finished and (folder / REPORT).is_file():
-        scored = _scores(run, read)
+        # On these it was scored, as its `config.yaml` has them; a record that was lost does not say which.
+        noted = run.record.get("scored_tasks", plain(read.task))
+        there = {task_of(path.stem) for path in (folder / "eval").glob("*.json")}
+        scored = {name: task for name, task in read.task.items() if name in there and plain(task) == noted.get(name)}
         tasks = tuple(name for name, values in config.task.items() if scored.get(name) != values)
         settled.task = {**scored, **config.task}
         kept = plain({name: values for name, values in scored.items() if name not in tasks})
@@ -471,13 +470,6 @@ def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
 
 def _say_again(folder: Path) -> None:
     print(f"{folder} was stopped before its first checkpoint: the run starts again in it.", flush=True)
-
-
-def _scores(run: EarlierRun, read: TrainConfig) -> Tasks:
-    """Return the tasks that a finished run was scored on; a record that was lost does not say which."""
-    noted = run.record.get("scored_tasks", plain(read.task))
-    there = {task_of(path.stem) for path in (run.folder / "eval").glob("*.json")}
-    return {name: task for name, task in read.task.items() if name in there and plain(task) == noted.get(name)}
 
 
 def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
