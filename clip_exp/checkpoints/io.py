@@ -8,6 +8,7 @@ a tensor is `{"__tensor__": name}`, and a flat mapping of those tensors. Keys th
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,13 @@ TENSOR = "__tensor__"
 ITEMS = "__items__"
 
 
+@dataclass(eq=False)
 class SafeCheckpointIO(CheckpointIO):
-    """Writes and reads checkpoint folders.
+    """Writes and reads checkpoint folders."""
 
-    Attributes:
-        metadata: for the manifest of the next checkpoint written.
-        run_copy: what every checkpoint keeps of its run, or None.
-        on_saved: called with the step of a checkpoint that is on the disk.
-    """
-
-    def __init__(self) -> None:
-        self.metadata: dict[str, Any] = {}
-        self.run_copy: dict[str, Any] | None = None
-        self.on_saved: Callable[[int], None] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)  # for the manifest of the next checkpoint written
+    run_copy: dict[str, Any] | None = None  # what every checkpoint keeps of its run
+    on_saved: Callable[[int], None] | None = None  # called with the step of a checkpoint that is on the disk
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a state as Lightning dumps it into the folder `path`, whole or not at all.

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -44,19 +45,16 @@ class Failure(NamedTuple):
         return self.code != DistributedError.exit_code
 
 
+@dataclass
 class Reporter:
-    """Reports the failure of this process, a rank of several; the first report counts.
+    """Reports the failure of this process, a rank of several; the first report counts."""
 
-    Args:
-        folder: of the work, which all ranks share.
-        note: called with the failure to record, this rank's or the one that caused it.
-    """
-
-    def __init__(self, folder: Path, rank: int, note: Callable[[Failure], None] | None = None) -> None:
-        self.folder = folder
-        self.rank = rank
-        self.note = note
-        self.failure: Failure | None = None
+    folder: Path  # of the work, which all ranks share
+    rank: int
+    note: Callable[[Failure], None] | None = (
+        None  # called with the failure to record, this rank's or the one that caused it
+    )
+    failure: Failure | None = field(default=None, init=False)
 
     def report(self, error: BaseException) -> Failure:
         """Write the report of a failure, and see that this process ends soon."""

@@ -132,19 +132,14 @@ class StopAtEnd(pl.Callback):
 # ----------------------------------------------------------------------------------------------------- averaged weights
 
 
+@dataclass(eq=False, repr=False)
 class AveragedWeights(pl.Callback):
-    """An exponential moving average of the model's weights: `ema.safetensors` in every checkpoint.
+    """An exponential moving average of the model's weights: `ema.safetensors` in every checkpoint."""
 
-    Args:
-        decay: share of the old average that a step keeps.
-        every_n_steps: optimizer steps between updates.
-    """
-
-    def __init__(self, decay: float, every_n_steps: int = 1) -> None:
-        self.decay = decay
-        self.every_n_steps = every_n_steps
-        self.average: nn.Module | None = None
-        self._loaded: dict[str, Any] | None = None
+    decay: float  # share of the old average that a step keeps
+    every_n_steps: int = 1  # optimizer steps between updates
+    average: nn.Module | None = field(default=None, init=False)
+    _loaded: dict[str, Any] | None = field(default=None, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         model = pl_module.model
@@ -251,10 +246,8 @@ class Checkpointer(pl.Callback):
         Args:
             best: value of `monitor`, if it is the best so far.
             metrics: of the validation of this step.
-            last: of this process. If it cannot be written, that is retried for `retry_s`; any other is left to the next interval.
-
-        Raises:
-            CheckpointError: the last checkpoint could not be written.
+            last: of this process. If it cannot be written, that is retried for `retry_s`, and then a CheckpointError; any other is
+                left to the next interval.
         """
         self.pause()
         before = self.best
@@ -332,21 +325,18 @@ class Preempted(Exception):
     """Raised at the end of a step whose checkpoint is written."""
 
 
+@dataclass(eq=False, repr=False)
 class Preemption(pl.Callback):
     """Saves and ends the run at the end of the step in which a signal came.
 
     Lightning's own handling lets each rank stop when its signal arrives, and ranks that stop at different steps wait for
     each other forever. Here the ranks agree at every step, through a CPU tensor, which does not wait for a GPU. A step that
     is to be validated is validated first, so that resuming misses nothing. A save that fails is retried; see `Checkpointer.save`.
-
-    Args:
-        request: the signal, noted by `ranks.signals.note_signals`.
     """
 
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-        self.checkpointer: Checkpointer | None = None
-        self._stopping = False
+    request: StopRequest  # the signal, noted by `ranks.signals.note_signals`
+    checkpointer: Checkpointer | None = field(default=None, init=False)
+    _stopping: bool = field(default=False, init=False)
 
     def take_over(self, trainer: pl.Trainer, checkpointer: Checkpointer) -> None:
         """Act for `trainer`, in the place of Lightning's own signal handlers."""

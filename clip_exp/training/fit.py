@@ -220,15 +220,7 @@ def build_trainer(
     preemption: Preemption,
     tasks: list[Task],
 ) -> pl.Trainer:
-    """The Trainer of this rank.
-
-    Args:
-        device: of this rank.
-        steps: of the run.
-        datamodule: after its `setup`.
-        preemption: ends the run when a signal asks for it.
-        tasks: to score while training.
-    """
+    """Return the Trainer of this rank, for a data module that is set up; `tasks` are scored while it trains."""
     _quiet_lightning()
     # Lightning takes it from whatever variables a scheduler has left in the environment.
     rank_zero_only.rank = group.rank()  # type: ignore[attr-defined]
