@@ -168,7 +168,6 @@ def test_after_the_probe_the_towers_warm_up_from_there() -> None:
 
 RESNET = (
     "model.image.kind=resnet", "model.image.stages=[1,1,1,1]", "model.image.width=8", "model.image.heads=4",
-    "model.image.patch_size=null", "model.image.layers=null",
 )  # fmt: skip
 RUN = (
     "model=vit_nano", *RESNET, "data=digits", "data.generate.rows=96", "data.generate.val_rows=24", "global_batch_size=16",
