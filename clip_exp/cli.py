@@ -101,19 +101,19 @@ def _evaluate(config: Any, arguments: list[str]) -> int:
 
 
 def _predict(config: Any, arguments: list[str]) -> int:
-    from clip_exp.inference.predict import predict
+    from clip_exp.inference.commands import predict
 
     return predict(config)
 
 
 def _rank(config: Any, arguments: list[str]) -> int:
-    from clip_exp.inference.rank import rank
+    from clip_exp.inference.commands import rank
 
     return rank(config)
 
 
 def _search(config: Any, arguments: list[str]) -> int:
-    from clip_exp.inference.search import search
+    from clip_exp.inference.commands import search
 
     return search(config)
 
