@@ -97,7 +97,14 @@ def decode(data: bytearray, limits: ImageLimits) -> Image.Image:
             if picture.format == "WEBP" and (image := _decode_webp(data)) is not None:
                 return Image.fromarray(image.permute(1, 2, 0).numpy())
             picture.load()
-            return _in_eight_bits(picture) if picture.mode.startswith("I") else picture
+            if not picture.mode.startswith("I"):
+                return picture
+            pixels = np.empty((picture.height, picture.width), dtype=np.uint8)
+            for top, strip in _strips(picture):
+                pixels[top : top + strip.height] = _upper_byte(strip)
+            scaled = Image.fromarray(pixels)
+            scaled.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+            return scaled
         except Exception as error:
             raise bad_image(error) from error
 
@@ -196,15 +203,6 @@ def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Ten
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, _WHITE), strip.convert("RGBA"))
         stored[top : top + strip.height] = np.asarray(strip.convert("RGB"))
     return torch.from_numpy(upright).permute(2, 0, 1)
-
-
-def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    pixels = np.empty((picture.height, picture.width), dtype=np.uint8)
-    for top, strip in _strips(picture):
-        pixels[top : top + strip.height] = _upper_byte(strip)
-    scaled = Image.fromarray(pixels)
-    scaled.info = {key: value for key, value in picture.info.items() if key != "transparency"}
-    return scaled
 
 
 def _upper_byte(picture: Image.Image) -> np.ndarray:

@@ -92,7 +92,7 @@ class PictureFiles:
 
     def fingerprint(self) -> str:
         """Of names, sizes, times of change and samples of the content (`files.stamps`): reading all of it takes as long as encoding."""
-        return fingerprint_of([self.stored(index) for index in range(len(self))], f"border {self.border}")
+        return fingerprint_of(self, f"border {self.border}")
 
 
 def _decode(data: bytearray, limits: ImageLimits) -> Image.Image:
@@ -132,7 +132,7 @@ class TablePictures:
 
     def fingerprint(self) -> str:
         """As `PictureFiles` has it; of shards, with the pictures' places in them."""
-        return fingerprint_of([self.stored(index) for index in range(len(self))], "border 0")
+        return fingerprint_of(self, "border 0")
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,13 @@ class TorchvisionPictures:
         return digest.hexdigest()
 
 
-def fingerprint_of(places: Sequence[Stored], about: str) -> str:
-    """Return a hash that changes when a place is another one, or what is there.
+def fingerprint_of(pictures: PictureFiles | TablePictures, about: str) -> str:
+    """Return a hash that changes when a picture is in another place, or what is there.
 
     Args:
         about: what else it depends on.
     """
+    places = [pictures.stored(index) for index in range(len(pictures))]
     digest = hashlib.sha256(f"{about}\n".encode())
     for place, stamp in zip(places, stamps(places), strict=True):
         line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(stamp)}\n"

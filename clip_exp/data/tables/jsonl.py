@@ -34,7 +34,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 class JsonLinesReader:
     """A `tables.reader.Reader` of JSON Lines.
 
-    Captions and paths are strings, as `values.text_of` says; further keys are left alone, but no key may be there twice.
+    Captions and paths are strings, as `reader.text_of` says; further keys are left alone, but no key may be there twice.
     Blank lines are passed over. `NaN`, which Python writes though JSON has none, is a number that nothing matches.
 
     Args:
