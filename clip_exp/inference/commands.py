@@ -5,7 +5,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from clip_exp.config.commands import PredictConfig, RankConfig, SearchConfig
 from clip_exp.data.files import leaves_root
@@ -27,9 +27,6 @@ from clip_exp.inference.outputs import Report, about, check_output, number, writ
 from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.signals import Stopped, stop_on_signals
 from clip_exp.weights.find import hash_part, hash_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CHUNK = 8192  # pictures scored at a time: 33 MB of probabilities for 1,000 texts
 
@@ -66,15 +63,14 @@ def predict(config: PredictConfig) -> int:
     text_features = clip.encode_labels(texts, templates, f"{len(texts):,} labels")
     encoded = clip.encode_media(pictures, config.on_bad_image, f"{len(pictures):,} pictures")
     tell_left_out(encoded.left_out, len(pictures))
-    best: list[tuple[Tensor, Tensor]] = []
-    for features in encoded.features.split(CHUNK):
-        probabilities, order = clip.probabilities(features, text_features).sort(dim=1, descending=True, stable=True)
-        best += zip(order[:, : config.k], probabilities[:, : config.k], strict=True)
     rows, documents = [], []
-    for item, (order, probabilities) in zip(encoded.kept.tolist(), best, strict=True):
-        found = [(texts[text], number(p)) for text, p in zip(order.tolist(), probabilities.tolist(), strict=True)]
-        rows += [(pictures[item], place, text, p) for place, (text, p) in enumerate(found, start=1)]
-        documents.append({"path": pictures[item], "texts": [{"text": text, "probability": p} for text, p in found]})
+    for items, features in zip(encoded.kept.split(CHUNK), encoded.features.split(CHUNK), strict=True):
+        probabilities, order = clip.probabilities(features, text_features).sort(dim=1, descending=True, stable=True)
+        best = zip(items.tolist(), order[:, : config.k].tolist(), probabilities[:, : config.k].tolist(), strict=True)
+        for item, numbers, values in best:
+            found = [(texts[text], number(value)) for text, value in zip(numbers, values, strict=True)]
+            rows += [(pictures[item], place, text, p) for place, (text, p) in enumerate(found, start=1)]
+            documents.append({"path": pictures[item], "texts": [{"text": text, "probability": p} for text, p in found]})
     left_out = [{"path": path, "reason": reason} for path, reason in encoded.left_out]
     document = {**about(source), "pictures": documents, "left_out": left_out}
     write(Report(("picture", "rank", "text", "probability"), rows, document), config)
