@@ -112,15 +112,15 @@ def _call(command: str, config: Any, arguments: list[str]) -> int:
 
             return evaluate(config, arguments)
         case "predict":
-            from clip_exp.inference.predict import predict
+            from clip_exp.inference.commands import predict
 
             return predict(config)
         case "rank":
-            from clip_exp.inference.rank import rank
+            from clip_exp.inference.commands import rank
 
             return rank(config)
         case "search":
-            from clip_exp.inference.search import search
+            from clip_exp.inference.commands import search
 
             return search(config)
         case "models":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.checks.scanned import bad_samples_file
+from clip_exp.checks.scan import bad_samples_file
 from clip_exp.config.commands import OutputConfig, OutputFormat
 from clip_exp.inference.outputs import Report, write
 from clip_exp.reports.classification_page import as_csv

@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from clip_exp.checks.splits import open_splits
-from clip_exp.checks.terminal import show
+from clip_exp.checks.verdicts import Level, Verdict
 from clip_exp.config.base import broken_rules, plain
 from clip_exp.config.commands import CheckDataConfig, CheckFormat
 from clip_exp.config.files import to_yaml
 from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
+from clip_exp.reports.data_page import loaders
 from clip_exp.reports.page import command_line
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
@@ -74,3 +79,58 @@ def _next_command(report: dict[str, Any], arguments: list[str]) -> str:
     }
     kept += [text for key, text in advice.items() if text is not None and key not in given]
     return command_line("train", kept)
+
+
+# The short version, for the terminal.
+
+MARKS = {Level.error: ("✗", "bold red"), Level.warning: ("!", "yellow"), Level.note: ("·", "dim")}
+
+
+def show(report: dict[str, Any], verdicts: list[Verdict], folder: Path, next_command: str | None) -> None:
+    """Print what there is, what is wrong with it, and where to look next.
+
+    Args:
+        next_command: None where the data is to be repaired first.
+    """
+    splits, speed = report["splits"], report["speed"]
+    overview = Table("", *splits)
+    for column in overview.columns[1:]:
+        column.justify = "right"
+    for name, value in _FACTS.items():
+        overview.add_row(name, *(value(split) for split in splits.values()))
+    if speed["samples_per_s"] is not None:
+        overview.add_row(f"pairs/s, {loaders(speed['loader_workers'])}", f"{speed['samples_per_s']:,.0f}")
+    problems = Table("", "where", "what was found", "what to do", show_lines=True)
+    for column in problems.columns[2:]:
+        column.overflow = "fold"
+    for verdict in verdicts:
+        mark, style = MARKS[verdict.level]
+        problems.add_row(Text(mark, style), verdict.split, Text(verdict.text), Text(f"{verdict.fix}."))
+    console = Console()
+    console.print(overview)
+    console.print(problems if verdicts else Text("Nothing is wrong with it.", "green"))
+    following = {"Lists": folder, "Open": folder / "report.html"} | ({"Next": next_command} if next_command else {})
+    for name, value in following.items():
+        console.print(f"{name + ':':7}{value}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _number(quantiles: dict[str, float] | None, *names: str) -> str:
+    return "–" if quantiles is None else " / ".join(f"{quantiles[name]:,.0f}" for name in names)
+
+
+def _size(split: dict[str, Any]) -> str:
+    width, height = (split["sizes"][name] for name in ("width", "height"))
+    return "–" if width is None else f"{width['p50']:,.0f} x {height['p50']:,.0f}"
+
+
+_FACTS: dict[str, Any] = {
+    "rows": lambda split: f"{split['rows']:,}",
+    "pictures": lambda split: f"{split['pictures']:,}",
+    "of them checked": lambda split: f"{split['pictures_checked']:,}",
+    "bad rows": lambda split: f"{split['bad_rows']['count']:,}",
+    "bad pictures": lambda split: f"{split['bad_pictures']['count']:,}",
+    "middle size, pixels": _size,
+    "tokens: middle / 95 % / most": lambda split: _number(split["captions"]["tokens"], "p50", "p95", "max"),
+    "captions cut": lambda split: f"{split['captions']['truncated']['count']:,}",
+    "distinct captions": lambda split: f"{split['captions']['distinct']:,}",
+}

@@ -1,58 +1,32 @@
 """All that was found out, as plain values: `report.json`. Its keys stay."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from clip_exp.checks.captions import (
-    describe_lengths,
-    describe_repeats,
+from clip_exp.checks.duplicates import Equalities, Leakage, equal_groups
+from clip_exp.checks.scan import Scanned, Vocabulary
+from clip_exp.checks.statistics import (
+    NO_LETTERS,
+    SCRIPTS,
+    SPLIT_BADLY,
+    counted_share,
+    describe_pictures,
+    english_tokens_per_character,
     equal_pairs_in_batch,
-    number_captions,
-    spread_examples,
+    quantiles,
+    share,
+    whole_histogram,
 )
-from clip_exp.checks.distributions import share
-from clip_exp.checks.duplicates import Leakage, equal_groups, find_leakage, number_contents, number_pairs
-from clip_exp.checks.pictures import describe_pictures
-from clip_exp.checks.scanned import Scanned, Vocabulary
-from clip_exp.checks.scripts import describe_scripts, english_tokens_per_character
 from clip_exp.config.commands import CheckDataConfig
-from clip_exp.data.tables.comparisons import as_json
+from clip_exp.data.tables.filters import as_json
 from clip_exp.data.tables.table import bad_rows, unlike_values
 
 EXAMPLES = 20
 CUT_EXAMPLES = 5
+FREQUENT = 20
 BAD_ROW_EXAMPLES = 50
-
-
-class Equalities:
-    """Which pictures, captions and pairs are the same, over all splits.
-
-    Attributes:
-        contents: number of each picture's bytes, of each split.
-        captions: number of each row's caption.
-        pairs: number of each row's picture and caption together.
-        leakage: None without a validation split.
-    """
-
-    def __init__(self, scanned: list[Scanned]) -> None:
-        self.contents = number_contents(
-            [each.good["digest"] for each in scanned],
-            [each.good["picture"] for each in scanned],
-            [each.pictures for each in scanned],
-        )
-        self.captions = number_captions([each.rows for each in scanned])
-        captions = 1 + max(int(numbers.max()) for numbers in self.captions)
-        self.pairs = [
-            number_pairs(contents[each.split.picture_of_row], numbers, captions)
-            for each, contents, numbers in zip(scanned, self.contents, self.captions, strict=True)
-        ]
-        self.leakage: Leakage | None = None
-        if len(scanned) == 2:
-            train, val = (each.rows["path"][each.split.first_rows] for each in scanned)
-            self.leakage = find_leakage(
-                (self.contents[0], self.contents[1]), (train, val), (self.pairs[0], self.pairs[1])
-            )
 
 
 def describe(
@@ -62,7 +36,6 @@ def describe(
     return {
         each.split.name: {
             **_describe_rows(each),
-            "bad_pictures": _describe_bad_pictures(each),
             **describe_pictures(each.good, config.model.image.image_size),
             "captions": _describe_captions(each, equal, number, config, vocabulary),
             "duplicates": _describe_duplicates(each, equal, number),
@@ -77,10 +50,7 @@ def describe_leakage(scanned: list[Scanned], leakage: Leakage) -> dict[str, Any]
 
     def described(leaks: list[Any]) -> dict[str, Any]:
         examples = [
-            {
-                "val": val.path(int(val.first_rows[leak.val_picture])),
-                "train": train.path(int(train.first_rows[leak.train_picture])),
-            }
+            {"val": val.picture_path(leak.val_picture), "train": train.picture_path(leak.train_picture)}
             for leak in leaks[:EXAMPLES]
         ]
         return {"count": len(leaks), "examples": examples}
@@ -99,86 +69,110 @@ def describe_leakage(scanned: list[Scanned], leakage: Leakage) -> dict[str, Any]
 def _describe_rows(scanned: Scanned) -> dict[str, Any]:
     parts = list(scanned.split.parts)
     by_reason = bad_rows(parts)
-    bad = by_reason.total()
     examples = [
-        {"file": str(part.file), "number": line, "unit": part.unit, "reason": reason}
+        {"file": str(part.path), "number": line, "unit": part.unit, "reason": reason}
         for part in parts
         for line, reason in part.bad_examples
     ]
+    kinds = _commonest_first(scanned.bad.kinds)
     return {
-        "files": [{"file": str(part.file), "rows": part.rows, "bad_rows": sum(part.bad.values())} for part in parts],
+        "files": [{"file": str(part.path), "rows": part.rows, "bad_rows": sum(part.bad.values())} for part in parts],
         "rows": len(scanned.split),
         "pictures": scanned.pictures,
         "pictures_checked": scanned.checked,
         "bad_rows": {
-            "count": bad,
-            "share": share(bad, sum(part.seen for part in parts)),
-            "by_reason": dict(sorted(by_reason.items(), key=lambda item: (-item[1], item[0]))),
+            "count": by_reason.total(),
+            "share": share(by_reason.total(), sum(part.seen for part in parts)),
+            "by_reason": _commonest_first(by_reason),
             "examples": examples[:BAD_ROW_EXAMPLES],
         },
         "filter_values": as_json(unlike_values(parts)),
+        "bad_pictures": {
+            "count": scanned.bad.kinds.total(),
+            "share": share(scanned.bad.kinds.total(), scanned.checked),
+            "by_kind": kinds,
+            "examples": [example._asdict() for kind in kinds for example in scanned.bad.examples[kind]],
+        },
     }
 
 
-def _describe_bad_pictures(scanned: Scanned) -> dict[str, Any]:
-    kinds = scanned.bad.kinds
-    count = sum(kinds.values())
-    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    return {
-        "count": count,
-        "share": share(count, scanned.checked),
-        "by_kind": dict(ordered),
-        "examples": [example._asdict() for kind, _ in ordered for example in scanned.bad.examples[kind]],
-    }
+def _commonest_first(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _describe_captions(
     scanned: Scanned, equal: Equalities, number: int, config: CheckDataConfig, vocabulary: Vocabulary
 ) -> dict[str, Any]:
-    rows, split, special = scanned.rows, scanned.split, vocabulary.special
-    lengths = describe_lengths(rows, vocabulary.context_length, special)
-    cut = rows["tokens"] > vocabulary.context_length - special
-    lengths["truncated"]["examples"] = [
-        {"where": split.where(row), "tokens": int(rows["tokens"][row]) + special, "caption": split.caption(row)}
-        for row in spread_examples(cut, CUT_EXAMPLES)
-    ]
-    scripts = describe_scripts(rows, english_tokens_per_character(vocabulary.uncut, special))
-    for described in scripts.values():
-        row = described["example"]
-        described["example"] = {
-            "caption": split.caption(row),
-            "characters": int(rows["characters"][row]),
-            "tokens": int(rows["tokens"][row]),
-        }
-    pairs = equal_pairs_in_batch(
-        equal.captions[number], split.picture_of_row, config.global_batch_size, config.data.captions
-    )
+    rows, split, captions = scanned.rows, scanned.split, equal.captions[number]
+    tokens = rows["tokens"].astype(np.int64) + vocabulary.special
+    cut = tokens > vocabulary.context_length
+    cut_rows = np.flatnonzero(cut)
+    shown = cut_rows[np.linspace(0, len(cut_rows) - 1, min(len(cut_rows), CUT_EXAMPLES)).round().astype(np.int64)]
+    _, first, counts = np.unique(captions, return_index=True, return_counts=True)
+    frequent = np.lexsort((first, -counts))[:FREQUENT]
+    pairs = equal_pairs_in_batch(captions, split.picture_of_row, config.global_batch_size, config.data.captions)
     return {
-        **lengths,
-        **describe_repeats(equal.captions[number], split.caption),
+        "count": len(rows),
+        "context_length": vocabulary.context_length,
+        "tokens": quantiles(tokens),
+        "histogram": whole_histogram(tokens, vocabulary.context_length + 1),
+        "truncated": {
+            **counted_share(cut),
+            "examples": [
+                {"where": split.where(row), "tokens": int(tokens[row]), "caption": split.caption(row)}
+                for row in shown.tolist()
+            ],
+        },
+        "empty": counted_share(rows["characters"] == 0),
+        "distinct": len(counts),
+        "most_frequent": [
+            {"caption": split.caption(int(first[at])), "rows": int(counts[at])} for at in frequent if counts[at] > 1
+        ],
         "equal_in_batch": {"global_batch_size": config.global_batch_size, "pairs": pairs},
-        "scripts": scripts,
+        "scripts": _describe_scripts(scanned, vocabulary),
     }
+
+
+def _describe_scripts(scanned: Scanned, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
+    """By script, the most frequent first, with a caption of the middle length as an example."""
+    rows = scanned.rows
+    english = english_tokens_per_character(vocabulary.uncut, vocabulary.special)
+    count = np.bincount(rows["script"], minlength=len(SCRIPTS))
+    tokens = np.bincount(rows["script"], rows["tokens"], len(SCRIPTS))
+    characters = np.bincount(rows["script"], rows["characters"], len(SCRIPTS))
+    described: dict[str, dict[str, Any]] = {}
+    for script in sorted(np.flatnonzero(count).tolist(), key=lambda script: -int(count[script])):
+        ratio = float(tokens[script] / max(characters[script], 1))
+        found = np.flatnonzero(rows["script"] == script)
+        lengths = rows["characters"][found]
+        typical = int(found[np.argmin(np.abs(lengths - np.median(lengths)))])
+        described[SCRIPTS[script]] = {
+            "captions": int(count[script]),
+            "share": count[script] / len(rows),
+            "tokens_per_character": ratio,
+            "times_english": ratio / english,
+            "split_badly": script != NO_LETTERS and ratio / english >= SPLIT_BADLY,
+            "example": {
+                "caption": scanned.split.caption(typical),
+                "characters": int(rows["characters"][typical]),
+                "tokens": int(rows["tokens"][typical]),
+            },
+        }
+    return described
 
 
 def _describe_duplicates(scanned: Scanned, equal: Equalities, number: int) -> dict[str, Any]:
     split = scanned.split
     pictures, pairs = equal_groups(equal.contents[number]), equal_groups(equal.pairs[number])
-
-    def surplus(groups: list[np.ndarray]) -> int:
-        return sum(len(group) - 1 for group in groups)
-
     return {
         "pictures": {
             "groups": len(pictures),
-            "copies": surplus(pictures),
-            "examples": [
-                [split.path(int(split.first_rows[at])) for at in group[:EXAMPLES]] for group in pictures[:EXAMPLES]
-            ],
+            "copies": sum(len(group) - 1 for group in pictures),
+            "examples": [[split.picture_path(at) for at in group[:EXAMPLES]] for group in pictures[:EXAMPLES]],
         },
         "pairs": {
             "groups": len(pairs),
-            "copies": surplus(pairs),
+            "copies": sum(len(group) - 1 for group in pairs),
             "examples": [
                 {"caption": split.caption(int(group[0])), "where": [split.where(int(row)) for row in group[:EXAMPLES]]}
                 for group in pairs[:EXAMPLES]

@@ -1,11 +1,12 @@
-"""The same picture, and the same pair, more than once: within a split, and in both of them."""
+"""The same picture, caption or pair more than once: within a split, and in both of them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from clip_exp.checks.distributions import share
+from clip_exp.checks.scan import Scanned
+from clip_exp.checks.statistics import share
 
 
 class Leak(NamedTuple):
@@ -17,20 +18,44 @@ class Leak(NamedTuple):
 
 @dataclass(frozen=True)
 class Leakage:
-    """Pictures of one split that are in another.
+    """Pictures of one split that are in another."""
 
-    Attributes:
-        same_bytes, same_path: by number of the validation picture, in order.
-        pictures: distinct validation pictures in either.
-        share: of the validation pictures.
-        pairs: validation rows whose picture and caption both are in one row of training.
-    """
-
+    # By number of the validation picture, in order.
     same_bytes: list[Leak]
     same_path: list[Leak]
-    pictures: int
-    share: float
-    pairs: np.ndarray  # int64, rows
+    pictures: int  # distinct validation pictures in either
+    share: float  # of the validation pictures
+    pairs: np.ndarray  # int64: validation rows whose picture and caption both are in one row of training
+
+
+class Equalities:
+    """Which pictures, captions and pairs are the same, over all splits.
+
+    Attributes:
+        contents: number of each picture's bytes, of each split.
+        captions: number of each row's caption, int64, of each split: equal ones have equal numbers.
+        pairs: number of each row's picture and caption together, int64, of each split.
+        leakage: None without a validation split.
+    """
+
+    def __init__(self, scanned: list[Scanned]) -> None:
+        self.contents = number_contents(
+            [each.good["digest"] for each in scanned],
+            [each.good["picture"] for each in scanned],
+            [each.pictures for each in scanned],
+        )
+        found, numbers = np.unique(np.concatenate([each.rows["caption"] for each in scanned]), return_inverse=True)
+        self.captions = np.split(numbers, np.cumsum([len(each.rows) for each in scanned])[:-1])
+        self.pairs = [
+            contents[each.split.picture_of_row] * len(found) + captions
+            for each, contents, captions in zip(scanned, self.contents, self.captions, strict=True)
+        ]
+        self.leakage: Leakage | None = None
+        if len(scanned) == 2:
+            train, val = (each.rows["path"][each.split.first_rows] for each in scanned)
+            self.leakage = find_leakage(
+                (self.contents[0], self.contents[1]), (train, val), (self.pairs[0], self.pairs[1])
+            )
 
 
 def number_contents(digests: list[np.ndarray], numbers: list[np.ndarray], pictures: list[int]) -> list[np.ndarray]:
@@ -64,11 +89,6 @@ def equal_groups(numbers: np.ndarray) -> list[np.ndarray]:
     return [order[starts[at] : starts[at] + sizes[at]] for at in several]
 
 
-def number_pairs(contents: np.ndarray, captions: np.ndarray, all_captions: int) -> np.ndarray:
-    """int64 [rows]: equal for rows that have the same picture and the same caption."""
-    return contents * all_captions + captions
-
-
 def find_leakage(
     contents: tuple[np.ndarray, np.ndarray], paths: tuple[np.ndarray, np.ndarray], pairs: tuple[np.ndarray, np.ndarray]
 ) -> Leakage:
@@ -77,16 +97,16 @@ def find_leakage(
     Args:
         contents: `number_contents`.
         paths: a hash of each picture's path.
-        pairs: `number_pairs`.
+        pairs: `Equalities.pairs`.
     """
-    by_bytes, by_path = _common(*contents), _common(*paths)
+
+    def common(train: np.ndarray, val: np.ndarray) -> list[Leak]:
+        order = np.argsort(train, kind="stable")
+        places = np.minimum(np.searchsorted(train[order], val), len(train) - 1)
+        found = train[order[places]] == val
+        return [Leak(at, int(order[places[at]])) for at in np.flatnonzero(found).tolist()]
+
+    by_bytes, by_path = common(*contents), common(*paths)
     distinct = len({leak.val_picture for leak in (*by_bytes, *by_path)})
     leaked_rows = np.flatnonzero(np.isin(pairs[1], pairs[0]))
     return Leakage(by_bytes, by_path, distinct, share(distinct, len(contents[1])), leaked_rows)
-
-
-def _common(train: np.ndarray, val: np.ndarray) -> list[Leak]:
-    order = np.argsort(train, kind="stable")
-    places = np.minimum(np.searchsorted(train[order], val), len(train) - 1)
-    found = train[order[places]] == val
-    return [Leak(at, int(order[places[at]])) for at in np.flatnonzero(found).tolist()]

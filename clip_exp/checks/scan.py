@@ -1,27 +1,44 @@
-"""What worker processes say of pictures and captions: a record each, in arrays: 66 MB for a million pictures, 25 MB for a million rows."""
+"""A split as worker processes read it: a record of each row and picture in arrays, and its bad pictures written down as they come.
+
+A million pictures take 66 MB, a million rows 25 MB.
+"""
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torchvision.io  # noqa: F401 - imported when the first JPEG is decoded, it would count as time of that
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from clip_exp.checks.scripts import script_of
-from clip_exp.checks.splits import Split
+from clip_exp.checks.splits import VAL, Split
+from clip_exp.checks.statistics import script_of
+from clip_exp.config.commands import CheckDataConfig
 from clip_exp.config.data import AugmentationConfig
 from clip_exp.config.model import ResizeMode
-from clip_exp.data.files import JPEGS, ON_THEIR_SIDE, BadImage, ImageLimits, normal_path, open_picture, orientation_of
-from clip_exp.data.images import check_strip, decode_rgb, train_transform
+from clip_exp.data.files import (
+    JPEGS,
+    ON_THEIR_SIDE,
+    BadImage,
+    ImageLimits,
+    kind_of,
+    normal_path,
+    open_picture,
+    orientation_of,
+)
+from clip_exp.data.images import check_strip, decode_rgb, preprocessing_of, train_transform
 from clip_exp.data.loader import WorkerLoader, caption_id
 from clip_exp.data.randomness import Draws
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.progress import progress
+from clip_exp.spreadsheets import TextWriter
 from clip_exp.text.tokenizer import Tokenizes
 
 T = TypeVar("T")
@@ -49,37 +66,24 @@ PICTURE = np.dtype(
 ROW = np.dtype([("caption", "i8"), ("path", "u8"), ("tokens", "u4"), ("characters", "u4"), ("script", "u1")])
 
 
-class UnreadableImage(NamedTuple):
-    """A picture that training could not use."""
-
-    picture: int  # its number in the split
-    reason: str
-
-
 class PictureRecords(NamedTuple):
     """What is known of some pictures of a split."""
 
     good: np.ndarray  # of PICTURE
-    bad: list[UnreadableImage]
+    bad: list[tuple[int, str]]  # number in the split, and why training could not use it
 
 
 @dataclass(frozen=True)
 class PictureScan(Dataset[PictureRecords]):
-    """Chunks of a split's pictures, read once each.
-
-    Args:
-        pictures: numbers of distinct pictures (`Split.picture_of_row`).
-        decode: whether pixels are decoded, or only headers looked at.
-        image_size: side of the crop that is measured, pixels.
-        validated: how validation resizes the pictures, which refuses what it cannot; None: they are trained on.
-    """
+    """Chunks of a split's pictures, read once each."""
 
     split: Split
-    pictures: np.ndarray
+    pictures: np.ndarray  # numbers of distinct pictures (`Split.picture_of_row`)
     limits: ImageLimits
-    decode: bool
-    image_size: int
+    decode: bool  # whether pixels are decoded, or only headers looked at
+    image_size: int  # side of the crop that is measured, pixels
     augmentation: AugmentationConfig
+    # How validation resizes the pictures, which refuses what it cannot; None: they are trained on.
     validated: ResizeMode | None = None
 
     def __len__(self) -> int:
@@ -91,7 +95,7 @@ class PictureScan(Dataset[PictureRecords]):
             try:
                 good.append(self._look_at(picture))
             except BadImage as error:
-                bad.append(UnreadableImage(picture, str(error)))
+                bad.append((picture, str(error)))
         return PictureRecords(np.array(good, dtype=PICTURE), bad)
 
     def _look_at(self, picture: int) -> tuple[Any, ...]:
@@ -99,46 +103,34 @@ class PictureScan(Dataset[PictureRecords]):
         data = self.split.read_picture(int(self.split.first_rows[picture]), self.limits)
         image = decode_rgb(data, self.limits) if self.decode else None
         seconds, crop_seconds = time.perf_counter() - started_s, np.nan
-        header = describe_header(open_picture(data, self.limits))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = open_picture(data, self.limits)
+            orientation = orientation_of(header)
+            try:
+                animated = header.format not in JPEGS and bool(getattr(header, "is_animated", False))
+            except Exception:  # of a damaged animation the first frame is all that training looks at
+                animated = False
+        width, height = header.size[::-1] if orientation in ON_THEIR_SIDE else header.size
         if self.validated is not None:
-            check_strip(header[0], header[1], self.validated)
+            check_strip(width, height, self.validated)
         if image is not None and picture % CROPPED == 0:
             started_s = time.perf_counter()
             train_transform(image, self.image_size, Draws(picture), self.augmentation)
             crop_seconds = time.perf_counter() - started_s
         digest = np.frombuffer(blake2b(data, digest_size=16).digest(), "u8")
-        return (picture, digest, len(data), *header, seconds, crop_seconds)
-
-
-def describe_header(picture: Image.Image) -> tuple[int, int, bytes, bytes, bool, bool]:
-    """Width and height of the upright picture, format, mode, whether EXIF turns it, whether it is animated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        orientation = orientation_of(picture)
-        try:
-            animated = picture.format not in JPEGS and bool(getattr(picture, "is_animated", False))
-        except Exception:  # of a damaged animation the first frame is all that training looks at
-            animated = False
-    width, height = picture.size
-    if orientation in ON_THEIR_SIDE:
-        width, height = height, width
-    return width, height, str(picture.format).encode(), picture.mode.encode(), orientation in range(2, 9), animated
+        name, mode, rotated = str(header.format).encode(), header.mode.encode(), orientation in range(2, 9)
+        return picture, digest, len(data), width, height, name, mode, rotated, animated, seconds, crop_seconds
 
 
 @dataclass(frozen=True)
 class RowScan(Dataset[np.ndarray]):
-    """Chunks of a split's rows, of ROW.
-
-    Args:
-        tokenizer: one that does not cut.
-        context_length: ids of a caption that the model sees.
-        special: ids that every caption has.
-    """
+    """Chunks of a split's rows, of ROW."""
 
     split: Split
-    tokenizer: Tokenizes
-    context_length: int
-    special: int
+    tokenizer: Tokenizes  # one that does not cut
+    context_length: int  # ids of a caption that the model sees
+    special: int  # ids that every caption has
 
     def __len__(self) -> int:
         return -(-len(self.split) // ROWS_AT_ONCE)
@@ -175,14 +167,109 @@ def scan(dataset: Dataset[T], workers: int, what: str, total: int, at_once: int)
             advance(min(at_once, total - number * at_once))
 
 
-def joined(records: Sequence[np.ndarray], dtype: np.dtype[Any]) -> np.ndarray:
-    """Arrays one after the other; an empty one of `dtype` for none."""
-    return np.concatenate([np.empty(0, dtype), *records])
-
-
 def _as_it_is(chunk: T) -> T:
     return chunk
 
 
 def _path_key(path: str) -> int:
     return int.from_bytes(blake2b(normal_path(path).encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+
+
+UNCUT = 1 << 20  # tokens; more than the longest caption that a table may have
+EXAMPLES_OF_KIND = 10
+
+
+class BadExample(NamedTuple):
+    """A bad picture, for people."""
+
+    path: str  # as the table has it
+    reason: str
+    where: str  # file and line
+
+
+@dataclass
+class BadPictures:
+    """Bad pictures of a split, by kind of reason; each is appended to a CSV file."""
+
+    split: Split
+    writer: TextWriter
+    kinds: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[BadExample]] = field(default_factory=dict)  # the first of each kind
+
+    def add(self, picture: int, reason: str) -> None:
+        row, kind = int(self.split.first_rows[picture]), kind_of(reason)
+        example = BadExample(self.split.path(row), reason, self.split.where(row))
+        self.writer.writerow([example.path, example.reason, self.split.name, example.where])
+        self.kinds[kind] += 1
+        if self.kinds[kind] <= EXAMPLES_OF_KIND:
+            self.examples.setdefault(kind, []).append(example)
+
+
+@contextmanager
+def bad_samples_file(path: Path) -> Iterator[TextWriter]:
+    """A CSV writer to `path`; its first two columns are those of a training's `bad_samples.csv`."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = TextWriter(file)
+        writer.writerow(["path", "reason", "split", "where"])
+        yield writer
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer that does not cut, and what is known of it."""
+
+    uncut: Tokenizes
+    context_length: int  # tokens that the model sees
+    special: int  # tokens that every caption has
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizes) -> "Vocabulary":
+        uncut = copy(tokenizer)
+        uncut.context_length = UNCUT
+        return cls(uncut, tokenizer.context_length, len(uncut.encode("")))
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What was found out about a split."""
+
+    split: Split
+    rows: np.ndarray  # of `scan.ROW`, all of them
+    good: np.ndarray  # of `scan.PICTURE`, those that can be used among the checked ones
+    bad: BadPictures
+    checked: int  # pictures that were looked at
+
+    @property
+    def pictures(self) -> int:
+        """Distinct ones of the split."""
+        return len(self.split.first_rows)
+
+
+def scan_split(
+    split: Split, config: CheckDataConfig, vocabulary: Vocabulary, workers: int, bad_samples: TextWriter
+) -> Scanned:
+    """Read all captions of a split and all its pictures, or a sample of them."""
+    row_scan = RowScan(split, *vocabulary)
+    rows = [np.empty(0, ROW), *scan(row_scan, workers, f"{split.name}: captions", len(split), ROWS_AT_ONCE)]
+    chosen = choose(len(split.first_rows), config.max_pictures)
+    picture_scan = PictureScan(
+        split,
+        chosen,
+        ImageLimits.of(config.data),
+        config.decode,
+        config.model.image.image_size,
+        config.data.augmentation,
+        preprocessing_of(config.model.image).resize_mode if split.name == VAL else None,
+    )
+    good, bad = [np.empty(0, PICTURE)], BadPictures(split, bad_samples)
+    for records in scan(picture_scan, workers, f"{split.name}: pictures", len(chosen), PICTURES_AT_ONCE):
+        good.append(records.good)
+        for picture, reason in records.bad:
+            bad.add(picture, reason)
+    return Scanned(split, np.concatenate(rows), np.concatenate(good), bad, len(chosen))
+
+
+def choose(pictures: int, most: int | None) -> np.ndarray:
+    """int64: all numbers of pictures, or a random sample of `most` of them in order, the same each time."""
+    if most is None or pictures <= most:
+        return np.arange(pictures)
+    return np.sort(np.random.default_rng(0).choice(pictures, most, replace=False))

@@ -10,8 +10,7 @@ import numpy as np
 from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.generated import readable
-from clip_exp.data.stream import INDEX, open_sources
-from clip_exp.data.tables.open import open_configured
+from clip_exp.data.stream import INDEX, open_tables
 from clip_exp.data.tables.table import PairTable, Part
 
 TRAIN, VAL = "train", "val"
@@ -19,15 +18,10 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of `data.train` or of `data.val`, from one table or from several that are mixed.
+    """The rows of `data.train` or of `data.val`, from one table or from several that are mixed."""
 
-    Attributes:
-        name: `train` or `val`.
-        tables: their rows are numbered one after the other.
-    """
-
-    name: str
-    tables: tuple[PairTable, ...]
+    name: str  # `train` or `val`
+    tables: tuple[PairTable, ...]  # their rows are numbered one after the other
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -59,6 +53,10 @@ class Split:
         """The picture's path as it is written in the table."""
         table, local = self._locate(row)
         return table.path(local)
+
+    def picture_path(self, picture: int) -> str:
+        """The path of a distinct picture as its first row has it."""
+        return self.path(int(self.first_rows[picture]))
 
     def image_path(self, row: int) -> str:
         """The picture's path on the disk; in a shard, `<shard>/<member>`."""
@@ -95,10 +93,7 @@ def open_splits(config: DataConfig, output_dir: Path) -> list[Split]:
         ConfigError: a file does not exist.
         DataError: a column is missing, or there are no good rows.
     """
-    config = readable(config, output_dir).model_copy(update={"on_bad_row": OnBadRow.skip})
-    index_dir = output_dir / INDEX
-    splits = [Split(TRAIN, tuple(source.table for source in open_sources(config, index_dir)))]
-    if config.val:
-        val = open_configured(config, config.val, label_key=config.label_key, index_dir=index_dir)
-        splits.append(Split(VAL, (val,)))
-    return splits
+    config = readable(config, output_dir).model_copy(update={"on_bad_row": OnBadRow.skip, "val": config.val or None})
+    sources, val = open_tables(config, output_dir / INDEX)
+    splits = [Split(TRAIN, tuple(source.table for source in sources))]
+    return splits if val is None else [*splits, Split(VAL, (val,))]

@@ -30,76 +30,51 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A problem.
-
-    Attributes:
-        subject: a stable name of it.
-        text: what was found.
-        fix: what to do.
-    """
+    """A problem."""
 
     level: Level
     split: str
-    subject: str
-    text: str
-    fix: str
+    subject: str  # a stable name of it
+    text: str  # what was found
+    fix: str  # what to do
 
 
 def judge(report: dict[str, Any], config: CheckDataConfig) -> list[Verdict]:
     """The problems that a report tells of, the gravest first."""
     verdicts: list[Verdict] = []
     for name, split in report["splits"].items():
-        verdicts += [
-            *_bad_rows(name, split, config),
-            *_filter_values(name, split),
-            *_bad_pictures(name, split, config),
-            *_duplicates(name, split),
-            *_captions(name, split, config),
-            *_scripts(name, split),
-            *_sizes(name, split),
-        ]
+        verdicts += [*_rows_and_pictures(name, split, config), *_captions(name, split, config), *_sizes(name, split)]
     if report["leakage"] is not None:
         verdicts += _leakage(report["leakage"], config)
     return sorted(verdicts, key=lambda verdict: list(Level).index(verdict.level))
 
 
-def _bad_rows(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
+def _rows_and_pictures(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
+    """What is bad, and what is there twice."""
     bad = split["bad_rows"]
     if bad["count"]:
         over = bad["share"] > config.data.max_bad_fraction
         text = f"{counted(bad['count'], 'bad row')} ({probability(bad['share'])}): {_listed(bad['by_reason'])}"
         fix = "Repair them (bad_rows.csv), or leave them out: data.on_bad_row=skip"
         yield Verdict(Level.error if over else Level.warning, name, "bad_rows", text, fix)
-
-
-def _filter_values(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
     for column, found in split["filter_values"].items():
         if found["count"]:
             text = f"{counted(found['count'], 'value')} of {column} not {found['kind']}, such as {found['example']!r}"
-            yield Verdict(
-                Level.warning, name, "filter_values", text, "Write them so: data.filter matches no row by them"
-            )
-
-
-def _bad_pictures(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
+            fix = "Write them so: data.filter matches no row by them"
+            yield Verdict(Level.warning, name, "filter_values", text, fix)
     bad = split["bad_pictures"]
     if bad["count"]:
         over = bad["share"] > config.data.max_bad_fraction
+        kind = max(bad["by_kind"], key=bad["by_kind"].get)
         text = f"{counted(bad['count'], 'bad picture')} ({probability(bad['share'])}): {_listed(bad['by_kind'])}"
-        yield Verdict(Level.error if over else Level.warning, name, "bad_pictures", text, _picture_fix(name, bad, over))
-
-
-def _picture_fix(name: str, bad: dict[str, Any], over: bool) -> str:
-    kind = max(bad["by_kind"], key=bad["by_kind"].get)
-    if over and kind in REMEDIES and bad["by_kind"][kind] > bad["count"] / 2:
-        return f"{REMEDIES[kind]}; bad_samples.csv lists them all"
-    if over:
-        return "Repair or remove them (bad_samples.csv): above data.max_bad_fraction training stops"
-    use = "Training puts others in their place" if name == TRAIN else "Validation leaves them out"
-    return f"{use}; repair or remove them (bad_samples.csv)"
-
-
-def _duplicates(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
+        if over and kind in REMEDIES and bad["by_kind"][kind] > bad["count"] / 2:
+            fix = f"{REMEDIES[kind]}; bad_samples.csv lists them all"
+        elif over:
+            fix = "Repair or remove them (bad_samples.csv): above data.max_bad_fraction training stops"
+        else:
+            use = "Training puts others in their place" if name == TRAIN else "Validation leaves them out"
+            fix = f"{use}; repair or remove them (bad_samples.csv)"
+        yield Verdict(Level.error if over else Level.warning, name, "bad_pictures", text, fix)
     pictures, pairs = split["duplicates"]["pictures"], split["duplicates"]["pairs"]
     if pictures["copies"]:
         text = f"{counted(pictures['copies'], 'copy', 'copies')} of {counted(pictures['groups'], 'picture')}: the same bytes under another path"
@@ -133,10 +108,7 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
             "each taken for a wrong answer"
         )
         yield Verdict(Level.warning, name, "equal_captions", text, "Train with loss.same_caption=positive")
-
-
-def _scripts(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
-    badly = {script: found for script, found in split["captions"]["scripts"].items() if found["split_badly"]}
+    badly = {script: found for script, found in captions["scripts"].items() if found["split_badly"]}
     if badly:
         told = [
             f"{script} ({counted(found['captions'], 'caption')}, {probability(found['share'])}) at "

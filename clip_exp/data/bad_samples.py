@@ -61,7 +61,8 @@ class BadSamples:
 
         Raises: DataError above the permitted fraction.
         """
-        named = {_writable(picture.path): picture.reason for picture in bad}
+        # A name that the file gives back: no half of a surrogate pair.
+        named = {picture.path.encode("utf-8", errors="backslashreplace").decode(): picture.reason for picture in bad}
         new = {path: reason for path, reason in named.items() if path not in self.reasons}
         if not new:
             return
@@ -70,7 +71,14 @@ class BadSamples:
         before = len(self.reasons)
         self.reasons |= new
         self._tell(new, before)
-        self._check()
+        if len(self.reasons) > self._max_fraction * self._pictures:
+            path, reason = next(iter(self.reasons.items()))
+            listed = f" All of them are in {self._file}; remove it when they are repaired." if self._file else ""
+            raise DataError(
+                f"{len(self.reasons)} of {self._pictures} {self._what} pictures cannot be read, more than "
+                f"data.max_bad_fraction={self._max_fraction:g}; the first is {path} ({reason}). Repair the data (image_root?), or "
+                f"allow more of it to be bad.{listed}"
+            )
 
     def _tell(self, new: dict[str, str], before: int) -> None:
         for path, reason in list(new.items())[: max(0, TOLD_SINGLY - before)]:
@@ -100,8 +108,10 @@ class BadSamples:
             rows += [(path, self._mark + reason) for path, reason in new.items() if path not in self.reasons]
             buffer = io.StringIO()
             TextWriter(buffer).writerows(rows)
-            if _is_cut(stream, self._read_bytes):
-                stream.write(b"\n")
+            if self._read_bytes:
+                stream.seek(self._read_bytes - 1)
+                if stream.read(1) != b"\n":  # a process was killed while it wrote the last line
+                    stream.write(b"\n")
             stream.write(buffer.getvalue().encode("utf-8", errors="backslashreplace"))
             stream.flush()
             self._read_bytes = stream.seek(0, os.SEEK_END)
@@ -115,31 +125,7 @@ class BadSamples:
             if len(record) == 2 and tuple(record) != HEADER and record[1].startswith(VALIDATION) == bool(self._mark):
                 self.reasons.setdefault(original(record[0]), record[1].removeprefix(self._mark))
 
-    def _check(self) -> None:
-        if len(self.reasons) <= self._max_fraction * self._pictures:
-            return
-        path, reason = next(iter(self.reasons.items()))
-        listed = f" All of them are in {self._file}; remove it when they are repaired." if self._file else ""
-        raise DataError(
-            f"{len(self.reasons)} of {self._pictures} {self._what} pictures cannot be read, more than "
-            f"data.max_bad_fraction={self._max_fraction:g}; the first is {path} ({reason}). Repair the data (image_root?), or "
-            f"allow more of it to be bad.{listed}"
-        )
-
 
 def _alone(file: Path) -> AbstractContextManager[bool]:
     """Let no other rank read or write the file, which takes them a moment. Without locks some images may be listed twice."""
     return lock(file.with_name(f".{file.name}.lock"), wait_s=math.inf, remove=True)
-
-
-def _writable(path: str) -> str:
-    """Return a name that the file gives back: no half of a surrogate pair."""
-    return path.encode("utf-8", errors="backslashreplace").decode()
-
-
-def _is_cut(stream: BinaryIO, size: int) -> bool:
-    """Whether a process was killed while it wrote the last line."""
-    if not size:
-        return False
-    stream.seek(size - 1)
-    return stream.read(1) != b"\n"

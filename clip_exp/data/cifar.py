@@ -6,7 +6,7 @@ copy that was packed again is read here, where a pickle can make arrays, texts, 
 
 import pickle
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -59,21 +59,20 @@ def read_cifar(files: list[Path], meta: Path, classes_key: str) -> CifarPart:
     names = _read(meta).get(classes_key)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{meta} has no list {classes_key}")
-    parts = [_part(file, len(names)) for file in files]
-    return CifarPart(
-        np.concatenate([pixels for pixels, _ in parts]), [label for _, own in parts for label in own], names
-    )
-
-
-def _part(file: Path, classes: int) -> tuple[np.ndarray, list[int]]:
-    content = _read(file)
-    data, labels = content.get("data"), next((content[key] for key in LABELS if key in content), None)
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * SIDE * SIDE:
-        raise ValueError(f"{file} has no uint8 array data [n, {3 * SIDE * SIDE}]")
-    label_N = np.asarray(labels)
-    if label_N.shape != (len(data),) or label_N.dtype.kind not in "iu" or not np.isin(label_N, range(classes)).all():
-        raise ValueError(f"{file} has no label from 0 to {classes - 1} for each of its {len(data)} pictures")
-    return np.ascontiguousarray(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)), label_N.tolist()
+    pixels: list[np.ndarray] = []
+    labels: list[int] = []
+    for file in files:
+        content = _read(file)
+        data = content.get("data")
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3 * SIDE * SIDE,):
+            raise ValueError(f"{file} has no uint8 array data [n, {3 * SIDE * SIDE}]")
+        label_N = np.asarray(next((content[key] for key in LABELS if key in content), None))
+        is_whole = label_N.shape == (len(data),) and label_N.dtype.kind in "iu"
+        if not is_whole or not np.isin(label_N, range(len(names))).all():
+            raise ValueError(f"{file} has no label from 0 to {len(names) - 1} for each of its {len(data)} pictures")
+        pixels.append(np.ascontiguousarray(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)))
+        labels += label_N.tolist()
+    return CifarPart(np.concatenate(pixels), labels, names)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -94,9 +93,6 @@ class _Restricted(pickle._Unpickler):
 
     Python's own, since in the one written in C ten bytes can ask for a table of gigabytes.
     """
-
-    def __init__(self, file: IO[bytes], *, encoding: str) -> None:
-        super().__init__(file, encoding=encoding)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,51 +41,47 @@ log = logging.getLogger(__name__)
 EVAL_BATCH_SIZE = 64  # pictures
 
 
+@dataclass(eq=False)
 class StreamSampler(Sampler[list[int]]):
     """Positions of the stream in each of this rank's batches: a contiguous slice of every global batch.
 
-    It has a length only where `total_samples` is given. Batches straddle epochs, so no row is ever dropped.
-
-    Args:
-        global_batch_size: samples per optimizer step over all ranks; a multiple of `world_size`.
-        rank, world_size: of this process.
-        start_sample: samples of the stream that were seen before.
-        total_samples: where the stream ends, counted from its beginning; None: never.
+    Batches straddle epochs, so no row is ever dropped.
     """
 
-    def __init__(
-        self,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_sample: int = 0,
-        total_samples: int | None = None,
-    ) -> None:
-        if global_batch_size % world_size:
-            raise ValueError(f"a global batch of {global_batch_size} cannot be shared by {world_size} ranks")
-        self.global_batch_size = global_batch_size
-        self.local_batch_size = global_batch_size // world_size
-        self.rank = rank
-        self.start_sample = start_sample
-        self.total_samples = total_samples
+    global_batch_size: int  # samples per optimizer step over all ranks; a multiple of `world_size`
+    rank: int = 0
+    world_size: int = 1
+    start_sample: int = 0  # samples of the stream that were seen before
+    total_samples: int | None = None  # where the stream ends, counted from its beginning; None: never
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.world_size:
+            raise ValueError(f"a global batch of {self.global_batch_size} cannot be shared by {self.world_size} ranks")
+        self.local_batch_size = self.global_batch_size // self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         step_start = self.start_sample
+        # Slices of the global batch: it is the same samples on any number of ranks, and so is the loss over it.
         while self.total_samples is None or step_start < self.total_samples:
             first = step_start + self.rank * self.local_batch_size
             yield list(range(first, first + self.local_batch_size))
             step_start += self.global_batch_size
 
 
+@dataclass(eq=False)
 class EvalSampler(Sampler[list[int]]):
     """Indices of this rank's validation batches: as many on every rank, the last ones wrapped round where they do not come out.
 
     Whoever reads the results drops the repeated indices.
     """
 
-    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.count, self.batch_size, self.rank, self.world_size = count, batch_size, rank, world_size
-        self._per_rank = -(-count // world_size)
+    count: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self._per_rank = -(-self.count // self.world_size)
 
     def __len__(self) -> int:
         return -(-self._per_rank // self.batch_size)

@@ -12,7 +12,7 @@ import re
 import stat
 import struct
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,19 +63,12 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What pictures may be.
+    """What pictures may be."""
 
-    Attributes:
-        max_pixels: width times height; judged from the header, before any pixel is decoded.
-        max_bytes: of the file; judged before it is read.
-        formats: Pillow's names.
-        outside_root: whether a relative path of a table may leave its root by `..`.
-    """
-
-    max_pixels: int = 40_000_000
-    max_bytes: int = 64 << 20
-    formats: tuple[str, ...] = FORMATS
-    outside_root: bool = False
+    max_pixels: int = 40_000_000  # width times height; judged from the header, before any pixel is decoded
+    max_bytes: int = 64 << 20  # of the file; judged before it is read
+    formats: tuple[str, ...] = FORMATS  # Pillow's names
+    outside_root: bool = False  # whether a relative path of a table may leave its root by `..`
 
     @classmethod
     def of(cls, config: DataConfig) -> "ImageLimits":
@@ -104,6 +97,7 @@ def read_file(path: str | Path, limits: ImageLimits) -> bytearray:
 
     Raises: BadImage with the reason.
     """
+    # What is judged is what was opened: between a look at the path and its opening it may become another file.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -213,7 +207,16 @@ def open_picture(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
         raise BadImage(f"{TOO_MANY_PIXELS}: {reason_of(error)}") from error
     except Exception as error:
         raise bad_image(error, "header") from error
-    _check_pixels(picture, limits.max_pixels)
+    width, height = picture.size
+    # The decoder of an animated WebP holds four copies.
+    half = picture.format == "WEBP" and getattr(picture, "is_animated", False)
+    if width * height > (limits.max_pixels // 2 if half else limits.max_pixels):
+        most = f"{'half of ' * half}max_image_pixels={limits.max_pixels}"
+        raise BadImage(f"{TOO_MANY_PIXELS}: {width} x {height} pixels, more than {most}")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{TOO_LONG}: {width} x {height} pixels, a side of more than {MAX_SIDE:,}")
+    if not width * height:
+        raise BadImage(f"{DAMAGED}: {width} x {height} pixels")
     if picture.format in JPEGS:
         _check_jpeg(picture, data)
     elif picture.format == "PNG" and not 0 <= data.rfind(b"IEND") <= len(data) - 8:
@@ -273,18 +276,6 @@ class _Bytes(BytesIO):
         return super().read(size)
 
 
-def _check_pixels(picture: Image.Image, max_pixels: int) -> None:
-    width, height = picture.size
-    animated_webp = picture.format == "WEBP" and getattr(picture, "is_animated", False)
-    if width * height > (max_pixels // 2 if animated_webp else max_pixels):
-        half = "half of " * animated_webp  # its decoder holds four copies
-        raise BadImage(f"{TOO_MANY_PIXELS}: {width} x {height} pixels, more than {half}max_image_pixels={max_pixels}")
-    if max(width, height) > MAX_SIDE:
-        raise BadImage(f"{TOO_LONG}: {width} x {height} pixels, a side of more than {MAX_SIDE:,}")
-    if not width * height:
-        raise BadImage(f"{DAMAGED}: {width} x {height} pixels")
-
-
 def _check_jpeg(picture: ImageFile.ImageFile, data: bytearray) -> None:
     """Each scan passes over all blocks of a picture, and costs as few as ten bytes: thousands of them take minutes."""
     assert picture.fp is not None
@@ -298,29 +289,21 @@ def _check_jpeg(picture: ImageFile.ImageFile, data: bytearray) -> None:
 
 
 def _unidentified(data: bytearray, allowed: tuple[str, ...]) -> str:
-    found = _formats_by_magic(bytes(data[:16]))
-    if not found:
-        return f"{NOT_A_PICTURE}{_guess(data)}"
-    if known := [name for name in found if name in map(str.upper, allowed)]:
-        return f"{DAMAGED}: a {known[0]} whose header cannot be read"
-    return f"{NOT_ALLOWED}: {found[0]}, which is not in data.image_formats"
-
-
-def _guess(data: bytearray) -> str:
-    """Say what lies where an image should be, in the two usual cases."""
-    if data.startswith(LFS_POINTER):
-        return ": a Git-LFS pointer; run `git lfs pull` there"
-    return ": a web page" if data[:_GUESSED_BYTES].lstrip().startswith(b"<") else ""
-
-
-def _formats_by_magic(prefix: bytes) -> list[str]:
+    """Say what lies where an image should be, which Pillow has not recognized."""
     Image.init()
     found = []
     for name, (_, accept) in Image.OPEN.items():
         with suppress(IndexError, struct.error):  # a file of a few bytes
-            if accept is not None and accept(prefix) is True:
+            if accept is not None and accept(bytes(data[:16])) is True:
                 found.append(name)
-    return found
+    if known := [name for name in found if name in map(str.upper, allowed)]:
+        return f"{DAMAGED}: a {known[0]} whose header cannot be read"
+    if found:
+        return f"{NOT_ALLOWED}: {found[0]}, which is not in data.image_formats"
+    if data.startswith(LFS_POINTER):
+        return f"{NOT_A_PICTURE}: a Git-LFS pointer; run `git lfs pull` there"
+    is_page = data[:_GUESSED_BYTES].lstrip().startswith(b"<")
+    return f"{NOT_A_PICTURE}: a web page" if is_page else NOT_A_PICTURE
 
 
 # Names: when two are one file, without following every link; big tables have millions of them.
@@ -424,15 +407,13 @@ def equal_contents(places: Sequence[Stored]) -> list[list[int]]:
         for key in (_size, _sample, _digest):
             positions = [position for group in groups for position in group]
             found = dict(zip(positions, threads.map(key, [places[position] for position in positions]), strict=True))
-            groups = [part for group in groups for part in _split(group, found)]
+            parts: defaultdict[Hashable, list[int]] = defaultdict(list)
+            for number, group in enumerate(groups):
+                for position in group:
+                    if found[position] is not None:
+                        parts[number, found[position]].append(position)
+            groups = [part for part in parts.values() if len(part) > 1]
     return groups
-
-
-def _split(group: Iterable[int], key: Mapping[int, Hashable]) -> list[list[int]]:
-    parts: defaultdict[Hashable, list[int]] = defaultdict(list)
-    for position in group:
-        parts[key[position]].append(position)
-    return [part for found, part in parts.items() if found is not None and len(part) > 1]
 
 
 def _size(place: Stored) -> int | None:

@@ -32,19 +32,22 @@ def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: Da
         val: the table of `data.val`.
         config: the run's.
     """
-    return {
-        "data.captions": config.captions.value,
-        "data.max_rows": config.max_rows,
-        "sources": [
+    described = []
+    for source in sources:
+        blocks = blocks_of(config, source.table)
+        described.append(
             {
                 "files": source.table.fingerprint(),
                 "weight": source.spec.weight,
                 "filter": configured(source.spec, config).filter,
-                "shuffle": _shuffle(config, source),
+                "shuffle": "full" if blocks is None else f"{blocks.window} blocks of {blocks.rows} rows",
                 "pictures": source.rows.pictures,  # with another image root, equal paths may be different ones
             }
-            for source in sources
-        ],
+        )
+    return {
+        "data.captions": config.captions.value,
+        "data.max_rows": config.max_rows,
+        "sources": described,
         VAL: None if val is None else val.fingerprint(),
     }
 
@@ -66,7 +69,12 @@ def describe(sources: Sequence[OpenSource], val: PairTable | None, config: DataC
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return how two fingerprints, or what two records have of them, differ; each names the file or the key and begins a sentence."""
-    return [*stream_changes(before, now), *_validation_changes(before, now)]
+    found = stream_changes(before, now)
+    if VAL not in before or before[VAL] == now[VAL]:  # older versions did not keep it
+        return found
+    if before[VAL] is None or now[VAL] is None:
+        return [*found, f"data.val is {'no longer' if now[VAL] is None else 'now'} given"]
+    return [*found, *(f"data.val: {change}" for change in _file_changes(before[VAL], now[VAL]))]
 
 
 def stream_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -105,14 +113,6 @@ def image_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{changed} of {len(now['images'])} sampled images have other content"] if changed else []
 
 
-def _validation_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    if VAL not in before or before[VAL] == now[VAL]:  # older versions did not keep it
-        return []
-    if before[VAL] is None or now[VAL] is None:
-        return [f"data.val is {'no longer' if now[VAL] is None else 'now'} given"]
-    return [f"data.val: {change}" for change in _file_changes(before[VAL], now[VAL])]
-
-
 def _file_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for name in before:
         if name not in now:
@@ -129,11 +129,6 @@ def _file_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         elif old["digest"] != new["digest"]:
             size = "" if old["bytes"] == new["bytes"] else f" ({new['bytes']:,} bytes instead of {old['bytes']:,})"
             yield f"{name} has other content in its {new['rows']:,} rows{size}"
-
-
-def _shuffle(config: DataConfig, source: OpenSource) -> str:
-    blocks = blocks_of(config, source.table)
-    return "full" if blocks is None else f"{blocks.window} blocks of {blocks.rows} rows"
 
 
 def _brief(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

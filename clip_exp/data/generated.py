@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -55,10 +56,16 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
     data = GeneratedData(folder / "train.csv", folder / "val.csv")
     if folder.is_dir():
         return data
+    if config.kind is Generator.digits:
+        train, val = digits(config.seed)
+        splits: dict[str, Iterable[GeneratedSample]] = {"train": train[: config.rows], "val": val[: config.val_rows]}
+    else:
+        rows = {"train": count_rows(config), "val": config.val_rows or 400}
+        splits = {split: scenes(split, count, config.image_size, config.seed) for split, count in rows.items()}
     try:
         # Another process may be first, with the same bytes. Waiting for the disk at thousands of pictures would take long.
         with atomic_folder(folder, replace=False, durable=False) as partial:
-            for split, samples in _splits(config).items():
+            for split, samples in splits.items():
                 _write(partial, split, samples)
                 sync(partial / f"{split}.csv")
     except OSError as error:
@@ -89,14 +96,6 @@ def _name(config: GenerateConfig) -> str:
     if config.kind is Generator.shapes:
         parts.append(f"{config.image_size}px")
     return "-".join([*parts, f"seed{config.seed}"])
-
-
-def _splits(config: GenerateConfig) -> dict[str, Iterable[GeneratedSample]]:
-    if config.kind is Generator.digits:
-        train, val = digits(config.seed)
-        return {"train": train[: config.rows], "val": val[: config.val_rows]}
-    rows = {"train": count_rows(config), "val": config.val_rows or 400}
-    return {split: scenes(split, count, config.image_size, config.seed) for split, count in rows.items()}
 
 
 def _write(folder: Path, split: str, samples: Iterable[GeneratedSample]) -> None:
@@ -130,6 +129,27 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 SIZES = {"small": 0.11, "large": 0.21}  # half the side of the shape over the picture's
+_THIRD = 1 / 3
+_CORNERS = {  # in -1..1
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
+    "diamond": [(0.0, -1.0), (0.8, 0.0), (0.0, 1.0), (-0.8, 0.0)],
+    "star": [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate((1.0, 0.42) * 5)],
+    "cross": [
+        (-_THIRD, -1.0),
+        (_THIRD, -1.0),
+        (_THIRD, -_THIRD),
+        (1.0, -_THIRD),
+        (1.0, _THIRD),
+        (_THIRD, _THIRD),
+        (_THIRD, 1.0),
+        (-_THIRD, 1.0),
+        (-_THIRD, _THIRD),
+        (-1.0, _THIRD),
+        (-1.0, -_THIRD),
+        (-_THIRD, -_THIRD),
+    ],
+}  # fmt: skip
 RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}
 _SPLITS = {"train": 0, "val": 1}
 _SCENE = 5
@@ -159,8 +179,7 @@ def digits(seed: int) -> tuple[list[GeneratedSample], list[GeneratedSample]]:
     return train, val
 
 
-@dataclass(frozen=True)
-class _Thing:
+class _Thing(NamedTuple):
     size: str
     color: str
     shape: str
@@ -178,32 +197,28 @@ def scenes(split: str, count: int, image_size: int, seed: int) -> Iterator[Gener
         image_size: side of the pictures, pixels.
         seed: of the scenes.
     """
-    for i in range(count):
-        yield _scene(Draws(_SCENE, _SPLITS[split], seed, i), image_size)
-
-
-def _scene(draws: Draws, image_size: int) -> GeneratedSample:
-    grey = 215 + draws.integer(40)
     side = image_size * _SUPERSAMPLING
-    picture = Image.new("RGB", (side, side), (grey, grey, grey))
-    first = _thing(draws)
-    if draws.uniform() >= _PAIRS:
-        _draw(picture, first, 0.5 + draws.uniform(-0.2, 0.2), 0.5 + draws.uniform(-0.2, 0.2))
-        caption = str(first)
-    else:
-        second = _thing(draws)
-        relation = list(RELATIONS)[draws.integer(len(RELATIONS))]
-        x, y = RELATIONS[relation]
-        for thing, sign in ((first, 1), (second, -1)):
-            jitter_x, jitter_y = draws.uniform(-0.05, 0.05), draws.uniform(-0.05, 0.05)
-            _draw(picture, thing, 0.5 + sign * 0.23 * x + jitter_x, 0.5 + sign * 0.23 * y + jitter_y)
-        caption = f"{first} {relation} {second}"
-    return GeneratedSample(picture.reduce(_SUPERSAMPLING), {"title": caption})
+    for i in range(count):
+        draws = Draws(_SCENE, _SPLITS[split], seed, i)
+        grey = 215 + draws.integer(40)
+        picture = Image.new("RGB", (side, side), (grey, grey, grey))
+        first = _thing(draws)
+        if draws.uniform() >= _PAIRS:
+            _draw(picture, first, 0.5 + draws.uniform(-0.2, 0.2), 0.5 + draws.uniform(-0.2, 0.2))
+            caption = str(first)
+        else:
+            second = _thing(draws)
+            relation = list(RELATIONS)[draws.integer(len(RELATIONS))]
+            x, y = RELATIONS[relation]
+            for thing, sign in ((first, 1), (second, -1)):
+                jitter_x, jitter_y = draws.uniform(-0.05, 0.05), draws.uniform(-0.05, 0.05)
+                _draw(picture, thing, 0.5 + sign * 0.23 * x + jitter_x, 0.5 + sign * 0.23 * y + jitter_y)
+            caption = f"{first} {relation} {second}"
+        yield GeneratedSample(picture.reduce(_SUPERSAMPLING), {"title": caption})
 
 
 def _thing(draws: Draws) -> _Thing:
-    size, color, shape = (list(options)[draws.integer(len(options))] for options in (SIZES, COLORS, SHAPES))
-    return _Thing(size, color, shape)
+    return _Thing(*(list(options)[draws.integer(len(options))] for options in (SIZES, COLORS, SHAPES)))
 
 
 def _draw(picture: Image.Image, thing: _Thing, x: float, y: float) -> None:
@@ -213,33 +228,4 @@ def _draw(picture: Image.Image, thing: _Thing, x: float, y: float) -> None:
     if thing.shape == "circle":
         draw.ellipse([x * side - radius, y * side - radius, x * side + radius, y * side + radius], fill=color)
         return
-    draw.polygon([(x * side + radius * u, y * side + radius * v) for u, v in _outline(thing.shape)], fill=color)
-
-
-def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners in -1..1."""
-    if shape == "star":
-        radii = (1.0, 0.42)
-        return [
-            (radii[i % 2] * math.sin(math.pi * i / 5), -radii[i % 2] * math.cos(math.pi * i / 5)) for i in range(10)
-        ]
-    third = 1 / 3
-    return {
-        "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-        "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
-        "diamond": [(0.0, -1.0), (0.8, 0.0), (0.0, 1.0), (-0.8, 0.0)],
-        "cross": [
-            (-third, -1.0),
-            (third, -1.0),
-            (third, -third),
-            (1.0, -third),
-            (1.0, third),
-            (third, third),
-            (third, 1.0),
-            (-third, 1.0),
-            (-third, third),
-            (-1.0, third),
-            (-1.0, -third),
-            (-third, -third),
-        ],
-    }[shape]
+    draw.polygon([(x * side + radius * u, y * side + radius * v) for u, v in _CORNERS[thing.shape]], fill=color)

@@ -97,7 +97,14 @@ def decode(data: bytearray, limits: ImageLimits) -> Image.Image:
             if picture.format == "WEBP" and (image := _decode_webp(data)) is not None:
                 return Image.fromarray(image.permute(1, 2, 0).numpy())
             picture.load()
-            return _in_eight_bits(picture) if picture.mode.startswith("I") else picture
+            if not picture.mode.startswith("I"):
+                return picture
+            pixels = np.empty((picture.height, picture.width), dtype=np.uint8)
+            for top, strip in _strips(picture):
+                pixels[top : top + strip.height] = _upper_byte(strip)
+            scaled = Image.fromarray(pixels)
+            scaled.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+            return scaled
         except Exception as error:
             raise bad_image(error) from error
 
@@ -190,25 +197,12 @@ def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Ten
     upright = np.empty((width, height, 3), dtype=np.uint8)
     stored = _AS_STORED[orientation](upright) if orientation in _AS_STORED else upright
     for top, strip in strips:
-        stored[top : top + strip.height] = np.asarray(_to_rgb(strip))
+        if strip.mode.startswith("I"):
+            strip = Image.fromarray(_upper_byte(strip))
+        elif strip.mode in _HAS_ALPHA or "transparency" in strip.info:
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, _WHITE), strip.convert("RGBA"))
+        stored[top : top + strip.height] = np.asarray(strip.convert("RGB"))
     return torch.from_numpy(upright).permute(2, 0, 1)
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        return Image.fromarray(_upper_byte(picture)).convert("RGB")
-    if picture.mode in _HAS_ALPHA or "transparency" in picture.info:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture.convert("RGBA"))
-    return picture.convert("RGB")
-
-
-def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    pixels = np.empty((picture.height, picture.width), dtype=np.uint8)
-    for top, strip in _strips(picture):
-        pixels[top : top + strip.height] = _upper_byte(strip)
-    scaled = Image.fromarray(pixels)
-    scaled.info = {key: value for key, value in picture.info.items() if key != "transparency"}
-    return scaled
 
 
 def _upper_byte(picture: Image.Image) -> np.ndarray:
@@ -339,7 +333,10 @@ def jitter(image_CHW: Tensor, strengths: Sequence[float], draws: Draws) -> Tenso
 
     changes: list[Callable[[Tensor, float], Tensor]]
     changes = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
-    order = _shuffled(len(changes), draws)
+    order = list(range(len(changes)))
+    for last in range(len(changes) - 1, 0, -1):  # Fisher and Yates
+        other = draws.integer(last + 1)
+        order[last], order[other] = order[other], order[last]
     factors = [draws.uniform(max(0.0, 1 - strength), 1 + strength) for strength in strengths[:3]]
     factors.append(draws.uniform(-strengths[3], strengths[3]))
     for which in order:
@@ -351,15 +348,6 @@ def jitter(image_CHW: Tensor, strengths: Sequence[float], draws: Draws) -> Tenso
 def blur_kernel(size: int) -> int:
     """Side of the kernel, pixels: a tenth of the picture's, odd (SimCLR; Chen et al. 2020, appendix A)."""
     return 2 * max(1, size // 20) + 1
-
-
-def _shuffled(n: int, draws: Draws) -> list[int]:
-    """Fisher and Yates."""
-    order = list(range(n))
-    for last in range(n - 1, 0, -1):
-        other = draws.integer(last + 1)
-        order[last], order[other] = order[other], order[last]
-    return order
 
 
 def check_strip(width: int, height: int, resize_mode: ResizeMode) -> None:

@@ -16,7 +16,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,7 +31,7 @@ from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import Preprocessing, decode, decode_rgb, eval_transform, train_transform
 from clip_exp.data.pictures import Pictures, label_of_images
 from clip_exp.data.randomness import Draws, hash64
-from clip_exp.data.stream import Stream, StreamSource, needs_full_paths
+from clip_exp.data.stream import Stream, needs_full_paths
 from clip_exp.data.tables.table import PairTable
 from clip_exp.devices import usable_cores
 from clip_exp.errors import DataError
@@ -117,77 +117,51 @@ class PictureError(DataError):
         super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
 
 
+@dataclass(eq=False)
 class TrainPairs(Dataset[Sample]):
-    """Training samples by position in the stream, without end.
+    """Training samples by position in the stream, without end."""
 
-    Args:
-        stream: which rows they are.
-        image_size: side of the pictures, pixels.
-        tokenizer: of the captions.
-        augmentation: of the pictures.
-        on_bad_image: raise, or take another row of the same source that depends on the seed, the epoch and the bad row alone.
-        limits: of the pictures.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        *,
-        image_size: int,
-        tokenizer: Tokenizes,
-        augmentation: AugmentationConfig,
-        on_bad_image: OnBadImage = OnBadImage.replace,
-        limits: ImageLimits = DEFAULT_LIMITS,
-    ) -> None:
-        self.stream = stream
-        self.image_size, self.augmentation = image_size, augmentation
-        self.on_bad_image, self.limits = on_bad_image, limits
-        self.tokenizer = tokenizer
+    stream: Stream
+    _: KW_ONLY
+    image_size: int  # side of the pictures, pixels
+    tokenizer: Tokenizes
+    augmentation: AugmentationConfig
+    # Raise, or take another row of the same source that depends on the seed, the epoch and the bad row alone.
+    on_bad_image: OnBadImage = OnBadImage.replace
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def __getitem__(self, position: int) -> Sample:
+        # All that is drawn for a sample is keyed by what it is for, (seed, epoch, row), never by what was drawn before it.
         source, epoch, wanted = self.stream[position]
         row = wanted
         bad: list[BadPicture] = []
         while True:
             table_row = source.rows.table_row(row, source.seed, epoch)
             try:
-                image = self._image(source, table_row, epoch, row)
+                image = decode_rgb(source.table.read_picture(table_row, self.limits), self.limits)
+                draws = Draws(_CROP, source.seed, epoch, row)
+                image = train_transform(image, self.image_size, draws, self.augmentation)
+                break
             except BadImage as error:
                 bad.append(BadPicture(source.picture_name(table_row), str(error)))
-                self._check(bad, source.table, table_row)
-                row = hash64(_REPLACEMENT, source.seed, epoch, wanted, len(bad)) % len(source.rows)
-            else:
-                return self._sample(image, source, table_row, tuple(bad))
-
-    def _image(self, source: StreamSource, table_row: int, epoch: int, row: int) -> Tensor:
-        image = decode_rgb(source.table.read_picture(table_row, self.limits), self.limits)
-        return train_transform(image, self.image_size, Draws(_CROP, source.seed, epoch, row), self.augmentation)
-
-    def _sample(self, image: Tensor, source: StreamSource, table_row: int, bad: tuple[BadPicture, ...]) -> Sample:
+            if self.on_bad_image is OnBadImage.error:
+                raise PictureError(unreadable(source.table, table_row, bad[-1].reason, "data.on_bad_image=replace"))
+            if len(bad) >= _MAX_REPLACEMENTS:
+                raise PictureError(
+                    f"{len(bad)} pictures drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}): look at the "
+                    f"table {source.table.parts[0].path} and at data.image_root, now {source.table.root}."
+                )
+            # From the same source, so that the sources keep their shares; the caption comes with the new row.
+            row = hash64(_REPLACEMENT, source.seed, epoch, wanted, len(bad)) % len(source.rows)
         truncated_before = self.tokenizer.truncated
         tokens = self.tokenizer.encode(source.table.caption(table_row))
         truncated = self.tokenizer.truncated > truncated_before
-        return Sample(image, tokens, caption_id(tokens), source.image_id(table_row), bad, truncated)
-
-    def _check(self, bad: list[BadPicture], table: PairTable, table_row: int) -> None:
-        if self.on_bad_image is OnBadImage.error:
-            raise PictureError(unreadable(table, table_row, bad[-1].reason, "data.on_bad_image=replace"))
-        if len(bad) >= _MAX_REPLACEMENTS:
-            raise PictureError(
-                f"{len(bad)} pictures drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}): "
-                f"look at the table {table.parts[0].file} and at data.image_root, now {table.root}."
-            )
+        return Sample(image, tokens, caption_id(tokens), source.image_id(table_row), tuple(bad), truncated)
 
 
+@dataclass(eq=False)
 class EvalPairs(Dataset[EvalSample]):
     """The distinct pictures of a validation table, each with all its captions, by the published protocol.
-
-    Args:
-        table: of pairs, with labels or without.
-        preprocessing: of the pictures.
-        tokenizer: of the captions.
-        on_bad_image: raise, or leave the picture and its captions out.
-        limits: of the pictures.
 
     Attributes:
         class_names: distinct labels, sorted; a picture with an empty label belongs to none. Empty without labels.
@@ -195,18 +169,15 @@ class EvalPairs(Dataset[EvalSample]):
     Raises: DataError where two rows give a picture different labels.
     """
 
-    def __init__(
-        self,
-        table: PairTable,
-        *,
-        preprocessing: Preprocessing,
-        tokenizer: Tokenizes,
-        on_bad_image: OnBadImage = OnBadImage.replace,
-        limits: ImageLimits = DEFAULT_LIMITS,
-    ) -> None:
-        self.table, self.preprocessing = table, preprocessing
-        self.on_bad_image, self.limits = on_bad_image, limits
-        self.tokenizer = tokenizer
+    table: PairTable  # with labels or without
+    _: KW_ONLY
+    preprocessing: Preprocessing
+    tokenizer: Tokenizes
+    on_bad_image: OnBadImage = OnBadImage.replace  # raise, or leave the picture and its captions out
+    limits: ImageLimits = DEFAULT_LIMITS
+
+    def __post_init__(self) -> None:
+        table = self.table
         labels = [""] * table.pictures if table.labels is None else label_of_images(table)
         self.class_names: list[str] = sorted(set(labels) - {""})
         position = {"": -1, **{name: index for index, name in enumerate(self.class_names)}}
@@ -220,41 +191,28 @@ class EvalPairs(Dataset[EvalSample]):
         token_lists = (
             [] if self.table.captions is None else [self.tokenizer.encode(self.table.caption(r)) for r in rows]
         )
-        image, bad = self._image(rows[0])
-        return EvalSample(
-            index=index,
-            image=image,
-            token_lists=token_lists,
-            caption_indices=rows if token_lists else [],
-            label=int(self._labels[index]),
-            bad=bad,
-        )
-
-    def _image(self, row: int) -> tuple[Tensor | None, tuple[BadPicture, ...]]:
+        image: Tensor | None = None
+        bad: tuple[BadPicture, ...] = ()
         try:
-            picture = decode(self.table.read_picture(row, self.limits), self.limits)
+            picture = decode(self.table.read_picture(rows[0], self.limits), self.limits)
             size, _, _, interpolation, resize_mode = self.preprocessing
-            return eval_transform(picture, size, interpolation, resize_mode), ()
+            image = eval_transform(picture, size, interpolation, resize_mode)
         except BadImage as error:
             if self.on_bad_image is OnBadImage.error:
-                raise PictureError(unreadable(self.table, row, str(error), "data.on_bad_image=replace")) from error
-            name = self.table.image_path(row) if needs_full_paths(self.table) else self.table.path(row)
-            return None, (BadPicture(name, str(error)),)
+                raise PictureError(unreadable(self.table, rows[0], str(error), "data.on_bad_image=replace")) from error
+            name = self.table.image_path(rows[0]) if needs_full_paths(self.table) else self.table.path(rows[0])
+            bad = (BadPicture(name, str(error)),)
+        caption_indices = rows if token_lists else []
+        return EvalSample(index, image, token_lists, caption_indices, int(self._labels[index]), bad)
 
 
+@dataclass(eq=False)
 class EvalImages(Dataset[EvalSample]):
-    """Pictures without captions. One that cannot be used is passed on with its reason: what to do about it is decided later.
+    """Pictures without captions. One that cannot be used is passed on with its reason: what to do about it is decided later."""
 
-    Args:
-        pictures: where they come from.
-        transform: a picture to uint8 [3, S, S]; picklable.
-        max_image_pixels: see `open_image`.
-    """
-
-    def __init__(
-        self, pictures: Pictures, transform: Callable[[Image.Image], Tensor], max_image_pixels: int = 200_000_000
-    ) -> None:
-        self.pictures, self.transform, self.max_image_pixels = pictures, transform, max_image_pixels
+    pictures: Pictures
+    transform: Callable[[Image.Image], Tensor]  # a picture to uint8 [3, S, S]; picklable
+    max_image_pixels: int = 200_000_000  # see `open_image`
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -283,8 +241,10 @@ class Collate:
     multiple: int = 1
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
+        # Images are stacked as they lie in memory, uint8 [S, S, 3]: what takes them apart and makes them float runs on the device.
+        # In a worker, `default_collate` stacks into the memory that it shares with training, which saves a copy of the batch.
         return Batch(
-            image=stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
+            image=default_collate([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
             tokens=self.tokenizer.pad([sample.tokens for sample in samples], self.multiple),
             caption_id=_int64(sample.caption_id for sample in samples),
             image_id=_int64(sample.image_id for sample in samples),
@@ -305,9 +265,10 @@ class EvalCollate:
         good = [sample for sample in samples if sample.image is not None]
         images = [sample.image for sample in good if sample.image is not None]
         token_lists = [tokens for sample in good for tokens in sample.token_lists]
+        size = self.image_size
         return EvalBatch(
             index=_int64(sample.index for sample in good),
-            image=stack(images) if images else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8),
+            image=default_collate(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
             tokens=self.tokenizer.pad(token_lists, self.multiple),
             caption_image=_int64(sample.index for sample in good for _ in sample.token_lists),
             caption_index=_int64(index for sample in good for index in sample.caption_indices),
@@ -315,11 +276,6 @@ class EvalCollate:
             label=_int64(sample.label for sample in good),
             bad=tuple(bad for sample in samples for bad in sample.bad),
         )
-
-
-def stack(images: list[Tensor]) -> Tensor:
-    """Stack images; a worker process does so in the memory that it shares with training, which saves a copy of the batch."""
-    return default_collate(images)
 
 
 def caption_id(tokens: Sequence[int]) -> int:
@@ -414,14 +370,15 @@ def init_worker(_worker: int) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     parent = multiprocessing.parent_process()  # os.getppid() may be a fork server
     if parent is not None and hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+        parent_id = parent.pid
 
-
-def _end_with(parent: int) -> None:
-    while True:
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+        def end_with_parent() -> None:
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_id:
+                pass
             os._exit(0)
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def count_workers(requested: int | None, local_world_size: int, device_type: str = "cpu") -> int:
@@ -469,10 +426,18 @@ def explain_worker_failure(error: BaseException, key: str) -> DataError | None:
     Args:
         key: of the configuration, for the number of workers.
     """
-    if _tells_of_shared_memory(error):
+    from_loader = any(frame.f_code.co_filename == _LOADER for frame, _ in traceback.walk_tb(error.__traceback__))
+    if isinstance(error, OSError):  # by a loader that could not make its semaphores in /dev/shm
+        full = error.errno == errno.ENOSPC and from_loader
+    else:  # by torch's words, raised or as the cause
+        causes = (error, error.__cause__)
+        full = isinstance(error, RuntimeError) and any(_NO_SHARED_MEMORY.search(str(cause)) for cause in causes)
+    if full:
         largest = max(_loaders, key=lambda loader: loader.shared_bytes, default=None)
         return DataError(f"Shared memory ran out. {_advice(largest, _shared_memory(), key)}")
-    if not _tells_of_killed_worker(error):
+    # By torch's words, or by a connection that broke under its loader before the worker was seen to be dead.
+    killed = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    if not killed and not (isinstance(error, ConnectionError | EOFError) and from_loader):
         return None
     return DataError(
         "A worker process that reads images was killed from outside, mostly for lack of memory: use fewer of them "
@@ -513,22 +478,3 @@ def _advice(loader: WorkerLoader[Any] | None, memory: _SharedMemory | None, key:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.{0 if count >= 1e7 else 1}f} MB"
-
-
-def _tells_of_shared_memory(error: BaseException) -> bool:
-    """By torch's words for a full /dev/shm, raised or as the cause; or by a loader that could not make its semaphores there."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC and _is_from_loader(error)
-    causes = (error, error.__cause__)
-    return isinstance(error, RuntimeError) and any(_NO_SHARED_MEMORY.search(str(cause)) for cause in causes)
-
-
-def _tells_of_killed_worker(error: BaseException) -> bool:
-    """By torch's words, or by a connection that broke under its loader before the worker was seen to be dead."""
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker")
-    return isinstance(error, ConnectionError | EOFError) and _is_from_loader(error)
-
-
-def _is_from_loader(error: BaseException) -> bool:
-    return any(frame.f_code.co_filename == _LOADER for frame, _ in traceback.walk_tb(error.__traceback__))

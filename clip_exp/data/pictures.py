@@ -10,6 +10,7 @@ import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ class PictureFiles:
 
     def fingerprint(self) -> str:
         """Of names, sizes, times of change and samples of the content (`files.stamps`): reading all of it takes as long as encoding."""
-        return fingerprint_of([self.stored(index) for index in range(len(self))], f"border {self.border}")
+        return fingerprint_of(self, f"border {self.border}")
 
 
 def _decode(data: bytearray, limits: ImageLimits) -> Image.Image:
@@ -127,26 +128,20 @@ class TablePictures:
         if self.table.members is None:
             return Stored(self.table.image_path(row))
         offset, size = self.table.members[row].tolist()
-        return Stored(str(self.table.part(row).file), offset, size)
+        return Stored(str(self.table.part(row).path), offset, size)
 
     def fingerprint(self) -> str:
         """As `PictureFiles` has it; of shards, with the pictures' places in them."""
-        return fingerprint_of([self.stored(index) for index in range(len(self))], "border 0")
+        return fingerprint_of(self, "border 0")
 
 
+@dataclass(frozen=True)
 class TorchvisionPictures:
-    """The pictures of a data set of torchvision, or of anything whose items begin with a picture.
+    """The pictures of a data set of torchvision, or of anything whose items begin with a picture."""
 
-    Args:
-        dataset: `dataset[i][0]` is a PIL picture.
-        title: of the set and its part, as CIFAR10/test.
-        root: the folder that the set was given, absolute.
-    """
-
-    def __init__(self, dataset: Any, title: str, root: Path) -> None:
-        self.dataset = dataset
-        self.title = title
-        self.root = root
+    dataset: Any  # `dataset[i][0]` is a PIL picture
+    title: str  # of the set and its part, as CIFAR10/test
+    root: Path  # the folder that the set was given, absolute
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -180,13 +175,7 @@ class TorchvisionPictures:
 
     def fingerprint(self) -> str:
         """Of the set's name and length, and of names, sizes, times of change and samples of the content of its files."""
-        digest, files = hashlib.sha256(f"{self.title}\t{len(self)}\n".encode()), self._files()
-        for path in files:
-            digest.update(f"{path}\t{tuple(FileStamp.of(Path(path), len(files)))}\n".encode())
-        return digest.hexdigest()
-
-    def _files(self) -> list[str]:
-        """Below the set's own folders where it names them: `root` may hold many sets."""
+        # Files below the set's own folders where it names them: `root` may hold many sets.
         named = [getattr(self.dataset, name, None) for name in ("base_folder", "raw_folder", "filename")]
         named += [
             value for value in vars(self.dataset).values() if isinstance(value, str | Path) and os.path.isabs(value)
@@ -196,15 +185,19 @@ class TorchvisionPictures:
         found = {str(path) for path in own if path.is_file()}
         for folder in own:
             found |= {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}
-        return sorted(found)
+        digest = hashlib.sha256(f"{self.title}\t{len(self)}\n".encode())
+        for file in sorted(found):
+            digest.update(f"{file}\t{tuple(FileStamp.of(Path(file), len(found)))}\n".encode())
+        return digest.hexdigest()
 
 
-def fingerprint_of(places: Sequence[Stored], about: str) -> str:
-    """Return a hash that changes when a place is another one, or what is there.
+def fingerprint_of(pictures: PictureFiles | TablePictures, about: str) -> str:
+    """Return a hash that changes when a picture is in another place, or what is there.
 
     Args:
         about: what else it depends on.
     """
+    places = [pictures.stored(index) for index in range(len(pictures))]
     digest = hashlib.sha256(f"{about}\n".encode())
     for place, stamp in zip(places, stamps(places), strict=True):
         line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(stamp)}\n"

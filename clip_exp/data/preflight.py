@@ -78,11 +78,7 @@ def check_tables(config: TrainConfig) -> RunTables:
     problems = [
         problem
         for key, table in tables
-        for problem in (
-            *_check_bad_rows(key, table, data),
-            *_check_captions(key, table, data),
-            *_check_pictures(key, table, ImageLimits.of(data)),
-        )
+        for problem in (*_check_rows(key, table, data), *_check_pictures(key, table, ImageLimits.of(data)))
     ]
     if problems:
         raise DataError("\n".join(problems))
@@ -103,22 +99,18 @@ def _check_filter(condition: str) -> Iterator[str]:
         yield str(error)
 
 
-def _check_bad_rows(key: str, table: PairTable, data: DataConfig) -> Iterator[str]:
-    """Mostly a wrong separator, encoding or column, where most rows are bad."""
+def _check_rows(key: str, table: PairTable, data: DataConfig) -> Iterator[str]:
     seen = sum(part.seen for part in table.parts)
-    if table.skipped > data.max_bad_fraction * seen:
+    if table.skipped > data.max_bad_fraction * seen:  # mostly a wrong separator, encoding or column
         listed = ", ".join(f"{count:,} {reason}" for reason, count in bad_rows(table.parts).most_common(3))
         yield (
-            f"{key}: {table.skipped:,} of {seen:,} rows of {table.parts[0].file} are bad ({listed}), more than "
+            f"{key}: {table.skipped:,} of {seen:,} rows of {table.parts[0].path} are bad ({listed}), more than "
             f"data.max_bad_fraction={data.max_bad_fraction:g}. Repair them (clip-exp check-data lists them), or allow more to be bad."
         )
-
-
-def _check_captions(key: str, table: PairTable, data: DataConfig) -> Iterator[str]:
-    """Mostly a wrong column, or captions that were never written."""
+    # Mostly a wrong column, or captions that were never written.
     if table.empty_captions > data.max_empty_caption_fraction * len(table):
         yield (
-            f"{key}: {table.empty_captions:,} of {len(table):,} captions of {table.parts[0].file} are empty or blank, more than "
+            f"{key}: {table.empty_captions:,} of {len(table):,} captions of {table.parts[0].path} are empty or blank, more than "
             f"data.max_empty_caption_fraction={data.max_empty_caption_fraction:g}. Is data.caption_key the right column? Write captions, "
             "leave these rows out (data.filter), or allow them: data.max_empty_caption_fraction=1."
         )
@@ -136,7 +128,7 @@ def _check_pictures(key: str, table: PairTable, limits: ImageLimits) -> Iterator
             reasons.append(str(error))
     ((kind, _),) = Counter(map(kind_of, reasons)).most_common(1)
     yield (
-        f"{key}: none of {len(rows)} pictures from all over {table.parts[0].file} can be read; the first is "
+        f"{key}: none of {len(rows)} pictures from all over {table.parts[0].path} can be read; the first is "
         f"{table.image_path(rows[0])} ({table.where(rows[0])}): {reasons[0]}. {_remedy(kind, table, table.path(rows[0]))}"
     )
 

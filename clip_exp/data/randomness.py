@@ -141,11 +141,6 @@ class BlockShuffle:
         window = min(i // self._window_rows, self._windows - 1)
         first = window * self._window_rows
         size = self._window_rows if window < self._windows - 1 else self.n - first
-        block, place = divmod(first + _permutation(size, self._key, window)[i - first], self._rows)
+        block, place = divmod(first + epoch_order(size, self._key, window)[i - first], self._rows)
         moved = self._order[block] if block < self._whole else block
         return (moved * self._rows + place + self._start) % self.n
-
-
-@lru_cache(maxsize=256)
-def _permutation(n: int, seed: int, epoch: int) -> Permutation:
-    return Permutation(n, seed, epoch)

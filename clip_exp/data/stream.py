@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from clip_exp.config.data import Captions, DataConfig, Shuffle, Source
 from clip_exp.data.files import normal_path
@@ -28,51 +28,28 @@ SLOTS = 4096  # samples in which the sources have exactly their shares
 _CAPTION, _SOURCE, _SLOTS = 3, 11, 12  # what is drawn
 
 
-# Rows: what a sample of a source is, a picture with one of its captions or a pair of the table.
+# Rows: what a sample of a source is.
 
 
-class Rows(Protocol):
-    """The rows of the stream, 0 .. len-1."""
+class Rows:
+    """The rows of the stream, 0 .. len-1, as `data.captions` has them.
 
-    pictures: int  # distinct pictures among them
+    Every pair of the table is a row; or every distinct picture, and which of its captions it comes with is drawn anew in each epoch.
+    """
 
-    def __len__(self) -> int: ...
+    def __init__(self, table: PairTable, captions: Captions) -> None:
+        # Not its arrays: a table in an index is mapped into memory and pickles as its folder's name, so that workers share one copy.
+        self._table = table
+        self._captions = captions
+        self.pictures = table.pictures  # distinct ones
+
+    def __len__(self) -> int:
+        return self.pictures if self._captions is Captions.random else len(self._table)
 
     def table_row(self, row: int, seed: int, epoch: int) -> int:
         """The table's row that gives picture and caption."""
-        ...
-
-
-def build_rows(table: PairTable, captions: Captions) -> Rows:
-    """The rows of the stream for `data.captions`."""
-    return PictureRows(table) if captions is Captions.random else PairRows(table)
-
-
-class PairRows:
-    """Every pair of the table is a row."""
-
-    def __init__(self, table: PairTable) -> None:
-        self._table = table
-        self.pictures = table.pictures
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def table_row(self, row: int, seed: int, epoch: int) -> int:
-        return row
-
-
-class PictureRows:
-    """Every distinct picture is a row; which of its captions it comes with is drawn anew in each epoch."""
-
-    def __init__(self, table: PairTable) -> None:
-        self._table = table  # not its arrays: a table in an index is pickled as the folder's name
-        self.pictures = table.pictures
-
-    def __len__(self) -> int:
-        return self.pictures
-
-    def table_row(self, row: int, seed: int, epoch: int) -> int:
+        if self._captions is not Captions.random:
+            return row
         rows = self._table.rows_of(row)
         return int(rows[hash64(_CAPTION, seed, epoch, row) % len(rows)])
 
@@ -105,7 +82,7 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
     opened = []
     for spec in config.sources:
         table = open_configured(configured(spec, config), spec.paths, max_rows=config.max_rows, index_dir=index_dir)
-        opened.append(OpenSource(spec, table, build_rows(table, config.captions)))
+        opened.append(OpenSource(spec, table, Rows(table, config.captions)))
     if len(opened) > 1:
         quotas(opened)
     return opened
@@ -160,26 +137,18 @@ def quotas(sources: Sequence[OpenSource]) -> list[int]:
 
 @dataclass(frozen=True)
 class StreamSource:
-    """The samples of one source, in an order of its own.
+    """The samples of one source, in an order of its own."""
 
-    Attributes:
-        table: of pairs.
-        rows: of the stream.
-        seed: of order, captions, crops and replacements.
-        blocks: of its block shuffle; None: a full one.
-        full_paths: whether its pictures need their whole path to be told from others.
-        folder: that holds all sources, with a slash at its end; nodes may have it in different places.
-    """
-
-    table: PairTable
-    rows: Rows
-    seed: int
-    blocks: Blocks | None
-    full_paths: bool
-    folder: str
+    table: PairTable  # of pairs
+    rows: Rows  # of the stream
+    seed: int  # of order, captions, crops and replacements
+    blocks: Blocks | None  # of its block shuffle; None: a full one
+    full_paths: bool  # whether its pictures need their whole path to be told from others
+    folder: str  # that holds all sources, with a slash at its end; nodes may have it in different places
 
     def at(self, position: int) -> tuple[int, int]:
         """Epoch and row of a sample of this source."""
+        # The order is computed entry by entry: as an array it would take 3 GB in each worker for 400 million rows.
         epoch, i = divmod(position, len(self.rows))
         return epoch, epoch_order(len(self.rows), self.seed, epoch, self.blocks)[i]
 
@@ -187,6 +156,7 @@ class StreamSource:
         """Return an int64 that is equal for rows that show the same image, in all sources of the stream."""
         if not self.full_paths:
             return self.table.picture(table_row)
+        # Ranks compare these numbers, so they must not depend on where a node has the data.
         name = normal_path(self.table.image_path(table_row)).removeprefix(self.folder)
         digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
@@ -226,7 +196,7 @@ class Stream:
             StreamSource(
                 source.table,
                 source.rows,
-                hash64(_SOURCE, seed, i) if several else seed,
+                hash64(_SOURCE, seed, i) if several else seed,  # sources of equal length are not to go in step
                 blocks_of(config, source.table),
                 several or needs_full_paths(source.table),
                 folder,
@@ -242,19 +212,20 @@ class Stream:
         return sum(len(source.rows) for source in self.sources)
 
     def __getitem__(self, position: int) -> StreamSample:
-        i, own = self._locate(position) if len(self.sources) > 1 else (0, position)
-        return StreamSample(self.sources[i], *self.sources[i].at(own))
-
-    def _locate(self, position: int) -> tuple[int, int]:
-        """Which source a sample comes from, and its position among that source's."""
+        if len(self.sources) == 1:
+            return StreamSample(self.sources[0], *self.sources[0].at(position))
+        # Were each sample's source drawn on its own, only counting all samples before it would give its place in the source.
+        # With exact shares per round the place follows from the position, so a restart needs no other state.
         round_, slot = divmod(position, SLOTS)
         drawn = epoch_order(SLOTS, self._key, round_)[slot]
         i = bisect_right(self._ends, drawn)
-        return i, round_ * self._quotas[i] + drawn - (self._ends[i] - self._quotas[i])
+        own = round_ * self._quotas[i] + drawn - (self._ends[i] - self._quotas[i])
+        return StreamSample(self.sources[i], *self.sources[i].at(own))
 
 
 def blocks_of(config: DataConfig, table: PairTable) -> Blocks | None:
     """How a table is shuffled: by blocks where the configuration says so, or leaves it open and the table is of shards."""
+    # A full shuffle jumps between shards with every sample, which a disk or a network reads slowly.
     shuffle = config.shuffle or (Shuffle.full if table.members is None else Shuffle.block)
     return Blocks(config.shuffle_block, config.shuffle_window) if shuffle is Shuffle.block else None
 

@@ -1,4 +1,4 @@
-"""Features of pictures and videos: one vector each, a video's from its frames."""
+"""Features of pictures and videos: one vector each, a video's from its frames; and the best of many by their scores."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from clip_exp.config.data import OnBadImage
 from clip_exp.data.loader import killed_workers_are_told
+from clip_exp.devices import exact_float32
 from clip_exp.errors import DataError
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_pictures, load_batches, require_finite
 from clip_exp.inference.inputs import LeftOut
@@ -82,22 +83,56 @@ def encode_each(
             reasons = iter(batch.bad)
             for entry in batch_entries:
                 reason = "" if entry in encoded else next(reasons).reason
-                _check(media.name(entry), reason, options)
+                if reason and options.on_bad_image is OnBadImage.error:
+                    raise DataError(
+                        f"{media.name(entry)}: {reason}. Repair or remove it, or leave such pictures out: on_bad_image=replace."
+                    )
                 waiting.append((encoded.get(entry), reason))
                 item = int(media.owner[entry])
                 if len(waiting) == frames[item]:
-                    yield _mean(item, waiting)
+                    good = [vector for vector, _ in waiting if vector is not None]
+                    if len(good) > 1:
+                        yield Encoded(item, F.normalize(torch.stack(good).mean(dim=0), dim=-1))
+                    else:
+                        yield Encoded(item, good[0]) if good else Encoded(item, None, waiting[0][1])
                     waiting = []
             advance(len(batch_entries))
 
 
-def _check(path: str, reason: str, options: EncodeOptions) -> None:
-    if reason and options.on_bad_image is OnBadImage.error:
-        raise DataError(f"{path}: {reason}. Repair or remove it, or leave such pictures out: on_bad_image=replace.")
+# The best of many by their scores.
+
+ROWS = 1 << 16  # features scored at a time: 128 MB of 512 float32 values
 
 
-def _mean(item: int, frames: list[tuple[Tensor | None, str]]) -> Encoded:
-    vectors = [vector for vector, _ in frames if vector is not None]
-    if len(vectors) > 1:
-        return Encoded(item, F.normalize(torch.stack(vectors).mean(dim=0), dim=-1))
-    return Encoded(item, vectors[0]) if vectors else Encoded(item, None, frames[0][1])
+class Match(NamedTuple):
+    """A picture or video that fits a query."""
+
+    path: str  # "picture <position>" for one in memory
+    score: float  # cosine of its features with the query's, -1 to 1
+    position: int  # among what was given, or in the index
+
+
+def best(scores_N: Tensor, keep: int | None = None) -> Tensor:
+    """Positions of the highest scores, int64 [min(keep, N)], best first; equal ones in their order. `keep` None: all."""
+    if keep is not None and keep < len(scores_N):
+        candidates = (scores_N >= scores_N.topk(keep).values[-1]).nonzero().flatten()
+    else:
+        candidates = torch.arange(len(scores_N))
+    return candidates[scores_N[candidates].argsort(descending=True, stable=True)][:keep]
+
+
+@exact_float32()
+def best_matches(features_ND: Tensor, query_D: Tensor, keep: int | None = None) -> list[tuple[int, float]]:
+    """Return the rows whose features fit a query best and their exact cosines, best first; equal ones in their order.
+
+    Args:
+        features_ND: of unit norm; they may be mapped from a file, which is read in tiles.
+        query_D: float32, of unit norm.
+        keep: see `best`.
+
+    Raises:
+        NumericError: a score is not finite.
+    """
+    scores_N = torch.cat([tile.float() @ query_D for tile in features_ND.split(ROWS)])
+    require_finite(scores_N, "scores")
+    return [(row, scores_N[row].item()) for row in best(scores_N, keep).tolist()]

@@ -154,17 +154,15 @@ def _expand(entry: str, where: str) -> list[str]:
         return [str(path)]
     if not glob.has_magic(entry):
         raise ConfigError(f"{where}={entry}: no such file or folder (seen from {Path.cwd()}).")
-    matches = sorted(glob.glob(str(path), recursive=True))
-    files = [file for match in matches for file in _media_of(Path(match))]
+    files = []
+    for match in map(Path, sorted(glob.glob(str(path), recursive=True))):
+        if match.is_dir():
+            files += sorted(_below(match))
+        elif match.suffix.lower() in MEDIA_SUFFIXES:
+            files.append(str(match))
     if not files:
         raise ConfigError(f"{where}={entry} matches no picture or video (seen from {Path.cwd()}).")
     return files
-
-
-def _media_of(match: Path) -> list[str]:
-    if match.is_dir():
-        return sorted(_below(match))
-    return [str(match)] if match.suffix.lower() in MEDIA_SUFFIXES else []
 
 
 def _below(folder: Path) -> Iterator[str]:

@@ -3,14 +3,14 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from clip_exp.data.files import Stored, stamp_of
+from clip_exp.data.files import BadImage, Stored, stamp_of
 from clip_exp.data.images import open_image
 from clip_exp.inference.inputs import FRAMES, Picture, is_video
-from clip_exp.inference.video import read_frame
 
 
 class Media:
@@ -28,7 +28,10 @@ class Media:
         self.in_memory = [item if isinstance(item, Image.Image) else None for item in items]
         if not any(self.in_memory):
             self.in_memory = []
-        self.paths = np.array([_name(position, item) for position, item in enumerate(items)])  # shared by workers
+        # One array, which workers share.
+        self.paths = np.array(
+            [f"picture {i}" if isinstance(item, Image.Image) else str(item) for i, item in enumerate(items)]
+        )
         self.frames = frames
         counts = np.array([frames if is_video(item) else 1 for item in items], dtype=np.int64)
         self.owner = np.repeat(np.arange(len(items)), counts)
@@ -66,5 +69,65 @@ class Media:
         return digest.hexdigest()
 
 
-def _name(position: int, item: Picture) -> str:
-    return f"picture {position}" if isinstance(item, Image.Image) else str(item)
+# Frames of videos, decoded by PyAV (`pip install av`).
+
+BACK_S = (0.0, 2.0, 10.0, 60.0, 1e6)  # how far before a frame decoding may have to begin
+
+
+def read_frame(path: str, number: int, frames: int, max_pixels: int) -> Image.Image:
+    """The picture that a player shows in the middle of the `number`-th of `frames` equal parts of a video.
+
+    Returns: RGB, turned as the file asks for.
+
+    Raises: BadImage with the reason, as when PyAV is missing.
+    """
+    try:
+        import av
+    except ImportError:
+        raise BadImage("a video, which PyAV decodes: pip install av") from None
+    if not os.path.isfile(path):
+        raise BadImage("not a regular file" if os.path.exists(path) else "no such file")
+    # A name may hold a colon, and a file may name others: nothing but files is opened.
+    only_files = {"protocol_whitelist": "file"}
+    try:
+        with av.open(f"file:{path}", metadata_errors="ignore", container_options=only_files) as container:
+            if not container.streams.video:
+                raise BadImage("a video file without pictures")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > max_pixels:
+                raise BadImage(f"{stream.width} x {stream.height} pixels, more than max_image_pixels={max_pixels}")
+            start_s, duration_s = _extent(container, stream)
+            frame = _shown_at(container, stream, start_s, start_s + (number + 0.5) / frames * duration_s)
+            return frame.to_image().rotate(frame.rotation, expand=True)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise BadImage(f"no video that can be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _extent(container: Any, stream: Any) -> tuple[float, float]:
+    """Where the stream begins and how long it is, seconds."""
+    start_s = float((stream.start_time or 0) * stream.time_base)
+    if stream.duration:
+        return start_s, float(stream.duration * stream.time_base)
+    if container.duration:
+        return start_s, container.duration / 1e6
+    # No length in the header, as in raw streams: the packets tell, which costs reading but no decoding.
+    ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+    return start_s, float(max(ends, default=0) * stream.time_base) - start_s
+
+
+def _shown_at(container: Any, stream: Any, start_s: float, time_s: float) -> Any:
+    """The last frame that begins at or before a time; the first one if none does."""
+    first = None
+    for back_s in BACK_S:  # some formats jump to a frame after the time that was asked for
+        container.seek(int(max(start_s - 1, time_s - back_s) / stream.time_base), stream=stream)
+        shown = None
+        for frame in container.decode(stream):
+            if frame.time is not None and frame.time > time_s:
+                first = frame
+                break
+            shown = frame
+        if shown is not None:
+            return shown
+    if first is None:
+        raise BadImage("a video of which no frame can be decoded")
+    return first

@@ -57,7 +57,12 @@ def write(report: Report, config: OutputConfig) -> None:
     path = Path(config.output).expanduser() if config.output is not None else None
     chosen = config.format or (ENDINGS.get(path.suffix.lower()) if path else None) or OutputFormat.table
     if path is not None:
-        _write_file(path, _render(report, chosen, WIDE))
+        text = _render(report, chosen, WIDE)
+        try:
+            with atomic_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+        except OSError as error:
+            raise CheckpointError(f"output={path} cannot be written: {error.strerror}.") from error
         print(f"written: {path}")
         return
     if hasattr(sys.stdout, "reconfigure"):
@@ -71,14 +76,6 @@ def write(report: Report, config: OutputConfig) -> None:
 def number(value: float) -> float:
     """A float32 value without the digits that float64 adds."""
     return float(f"{value:.7g}")
-
-
-def _write_file(path: Path, text: str) -> None:
-    try:
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise CheckpointError(f"output={path} cannot be written: {error.strerror}.") from error
 
 
 def _render(report: Report, chosen: OutputFormat, width: int) -> str:

@@ -21,12 +21,10 @@ from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_opt
 from clip_exp.evaluation.sets.class_names import templates as read_templates
 from clip_exp.evaluation.subject import Subject
 from clip_exp.export.write import write_export
-from clip_exp.inference.features import Encoded, EncodedMedia, encode_each, encode_media
-from clip_exp.inference.index import agree, read_recipe, recipe_of
-from clip_exp.inference.indexing import PictureIndex, update_index
+from clip_exp.inference.features import Encoded, EncodedMedia, Match, best_matches, encode_each, encode_media
+from clip_exp.inference.index import PictureIndex, agree, read_recipe, recipe_of, update_index
 from clip_exp.inference.inputs import FRAMES, Picture, find_pictures, folders_of, tell_left_out
 from clip_exp.inference.media import Media
-from clip_exp.inference.ranking import Match, best_matches
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP

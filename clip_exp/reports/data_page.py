@@ -183,7 +183,7 @@ def _size_histograms(split: dict[str, Any]) -> list[Histogram]:
 def of_octaves(
     title: str, histogram: dict[str, list[Any]], named: Callable[[float], str], odd_below: float = 0.0
 ) -> Histogram:
-    """Of counts between steps of an octave (`checks.distributions.octave_histogram`), from one power of 2 to another.
+    """Of counts between steps of an octave (`checks.statistics.octave_histogram`), from one power of 2 to another.
 
     Args:
         named: a value for reading.
@@ -207,7 +207,7 @@ def of_octaves(
 
 
 def of_whole_numbers(title: str, histogram: dict[str, list[Any]], odd_from: int) -> Histogram:
-    """Of counts in equal steps, the last of which holds all above (`checks.distributions.whole_histogram`).
+    """Of counts in equal steps, the last of which holds all above (`checks.statistics.whole_histogram`).
 
     Args:
         odd_from: bars that begin at this value or above are pointed out.

@@ -16,7 +16,7 @@ from clip_exp.checkpoints.folders import best, latest
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import PairsDataModule
-from clip_exp.data.tables.comparisons import as_json
+from clip_exp.data.tables.filters import as_json
 from clip_exp.data.tables.table import bad_rows, unlike_values
 from clip_exp.errors import CheckpointError
 from clip_exp.reports.run_page import data_facts, next_command, renew_report, write_report
@@ -103,7 +103,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
     Returns:
         bad_pictures, bad_rows: by table (training, validation), and there by kind; what is faultless is left out.
         empty_captions: likewise, `count` and the `fraction` of all captions.
-        filter_values: likewise, by column what the filter could not compare (`tables.comparisons`).
+        filter_values: likewise, by column what the filter could not compare (`tables.filters`).
         truncated_share: of the captions that this rank has trained on since it started; None where that is none.
     """
     assert datamodule.stream is not None

@@ -6,11 +6,18 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from clip_exp.checks.captions import equal_pairs_in_batch
-from clip_exp.checks.distributions import octave_histogram, quantiles, whole_histogram
 from clip_exp.checks.duplicates import equal_groups, find_leakage, number_contents
-from clip_exp.checks.scanned import choose
-from clip_exp.checks.scripts import LATIN, SCRIPTS, english_tokens_per_character, script_of
+from clip_exp.checks.scan import choose
+from clip_exp.checks.statistics import (
+    LATIN,
+    SCRIPTS,
+    english_tokens_per_character,
+    equal_pairs_in_batch,
+    octave_histogram,
+    quantiles,
+    script_of,
+    whole_histogram,
+)
 from clip_exp.config.data import Captions
 from clip_exp.text.tokenizer import Tokenizer
 

@@ -15,8 +15,8 @@ from clip_exp.config.compose import compose
 from clip_exp.config.data import OnBadImage
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
+from clip_exp.inference.commands import predict
 from clip_exp.inference.pipeline import Pipeline
-from clip_exp.inference.predict import predict
 
 TEXTS = ["a diagram", "a dog, running", "一只猫"]
 

@@ -12,10 +12,10 @@ from PIL import Image
 from clip_exp.config.commands import OutputFormat, RankConfig
 from clip_exp.config.data import OnBadImage
 from clip_exp.errors import ConfigError, DataError
+from clip_exp.inference.commands import rank
+from clip_exp.inference.features import best
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.pipeline import Pipeline
-from clip_exp.inference.rank import rank
-from clip_exp.inference.ranking import best
 
 
 def asked(run_dir: Path, images: object, text: object, **values: object) -> RankConfig:

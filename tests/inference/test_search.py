@@ -17,13 +17,13 @@ import clip_exp
 from clip_exp.config.commands import OutputFormat, SearchConfig
 from clip_exp.config.data import OnBadImage
 from clip_exp.errors import CheckpointError, ConfigError, DataError
-from clip_exp.inference import indexing
+from clip_exp.inference import index as index_module
 from clip_exp.inference import pipeline as pipeline
+from clip_exp.inference.commands import search
 from clip_exp.inference.features import Encoded
 from clip_exp.inference.index import held, read_entries, read_recipe, write_index
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.pipeline import Pipeline
-from clip_exp.inference.search import search
 from clip_exp.models.build import build_model
 from tests.conftest import DOOR, Run
 from tests.data.tables.shard_files import jpeg, write_shard
@@ -64,7 +64,7 @@ def test_answers_equal_brute_force(index: Path, photos: Path, clip: Pipeline, mo
 
 def test_scores_do_not_depend_on_the_tiles(index: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch):
     whole = clip.index(path=index).search("two dogs", top=7)
-    monkeypatch.setattr("clip_exp.inference.ranking.ROWS", 2)
+    monkeypatch.setattr("clip_exp.inference.features.ROWS", 2)
     tiled = clip.index(path=index).search("two dogs", top=7)
     assert [match.path for match in tiled] == [match.path for match in whole]
     torch.testing.assert_close([m.score for m in tiled], [m.score for m in whole], atol=1e-6, rtol=0)
@@ -235,15 +235,15 @@ def test_a_killed_process_loses_only_what_it_had_not_saved(
     script = f"""
 import os, sys
 from clip_exp import cli
-from clip_exp.inference import indexing
-indexing.SAVE_EVERY_S, indexing.SAVE_SHARE = 0.0, 1e9
-write, saves = indexing.write_index, []
+from clip_exp.inference import index
+index.SAVE_EVERY_S, index.SAVE_SHARE = 0.0, 1e9
+write, saves = index.write_index, []
 def save(*arguments):
     write(*arguments)
     saves.append(1)
     if len(saves) == 2:
         os.kill(os.getpid(), {int(number)})
-indexing.write_index = save
+index.write_index = save
 sys.exit(cli.run("search", sys.argv[1:]))
 """
     again = tmp_path / "again.index"
@@ -407,9 +407,9 @@ def test_errors_are_one_message_with_their_exit_code(
 
 def test_saves_are_not_more_than_a_tenth_of_the_time(index: Path, photos: Path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(indexing.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(indexing, "write_index", lambda *_: now.__setitem__(0, now[0] + 30.0))
-    shelf = indexing._Shelf(index, read_recipe(index), [])
+    monkeypatch.setattr(index_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(index_module, "write_index", lambda *_: now.__setitem__(0, now[0] + 30.0))
+    shelf = index_module._Shelf(index, read_recipe(index), [])
     shelf.unsaved = True
     shelf.save()
     assert shelf.next_save == 30.0 + 300.0

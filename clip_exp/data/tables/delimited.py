@@ -7,11 +7,13 @@ Quoting is RFC 4180's: a quote that is never closed must not swallow the rows af
 taken as it is written where its first line alone has the right number of fields, and is a bad row elsewhere.
 """
 
+import contextlib
 import csv
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +23,17 @@ from pyarrow import csv as arrow_csv
 
 from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables.columns import string_array, string_buffers
-from clip_exp.data.tables.layouts import Columns, Layout, describe, find_layout, parse_separator
 from clip_exp.data.tables.lines import Lines, Utf8Blocks, count_lines, find_encoding
-from clip_exp.data.tables.reader import MAX_CAPTION, BadRows, BadValue, RowBlock, TableOptions, text_of
+from clip_exp.data.tables.reader import (
+    MAX_CAPTION,
+    BadRows,
+    BadValue,
+    RowBlock,
+    TableOptions,
+    no_column,
+    text_of,
+    unreadable,
+)
 from clip_exp.errors import ConfigError, DataError
 
 _SAMPLE_LINES = 50
@@ -31,6 +41,123 @@ _SAMPLE_LINES = 50
 log = logging.getLogger(__name__)
 
 MAX_FIELD = 131_072  # characters, the csv module's own limit: a longer one is most likely a quote that never closes
+
+
+# Layouts: which character separates the columns, whether there is a header, where the columns are.
+
+SEPARATORS = {"\t": "TAB", ",": "comma", ";": "semicolon", "|": "bar"}
+_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How to cut a table into the columns that are wanted."""
+
+    separator: str  # one character
+    header: bool  # whether the first record names the columns
+    width: int  # fields in every record
+    indices: dict[str, int]  # key of the configuration to the index of its field
+    names: dict[str, str]  # of the wanted columns, by key of the configuration
+    extra: dict[str, int] = field(default_factory=dict)  # name that the filter uses to the index of its field
+
+    @property
+    def wanted(self) -> list[int]:
+        """Indices of all fields that are read, ascending."""
+        return sorted({*self.indices.values(), *self.extra.values()})
+
+
+def parse_separator(separator: str) -> str | None:
+    """The character that `data.separator` means; None for `auto`.
+
+    Raises: ConfigError for anything but one character.
+    """
+    if separator == "auto":
+        return None
+    character = {"\\t": "\t", "tab": "\t", "TAB": "\t"}.get(separator, separator)
+    if len(character) != 1 or character in '"\r\n\0':
+        raise ConfigError(f"data.separator={separator!r} must be auto or one character (TAB is written \\t).")
+    return character
+
+
+def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, separator: str | None) -> Layout:
+    """The layout of a table from its first lines.
+
+    A header is recognized by the wanted names; a table without one by two columns of which one holds names of pictures.
+
+    Args:
+        path: for messages.
+        first_lines: some lines from the start, at least one.
+        options: which columns are wanted.
+        separator: a character, or None: whichever fits.
+
+    Raises: DataError where a wanted column is missing or there twice, naming the columns, the nearest and the key to set.
+    """
+    samples = {candidate: _records(first_lines, candidate) for candidate in ([separator] if separator else SEPARATORS)}
+    wanted, filtered = options.wanted, sorted(options.filtered)
+    found = {candidate: len(set(wanted.values()) & set(_names(records))) for candidate, records in samples.items()}
+
+    def regularity(records: list[list[str]]) -> float:
+        """Fraction of the records that have the commonest number of fields, where that is more than one."""
+        width, count = Counter(map(len, records)).most_common(1)[0]
+        return count / len(records) if width > 1 else 0.0
+
+    best = max(samples, key=lambda candidate: (found[candidate], regularity(samples[candidate])))
+    if found[best] == 0:
+        for candidate, records in samples.items():
+            if layout := _without_header(candidate, records, options):
+                return layout
+    names = _names(samples[best])
+    for setting, name in [*wanted.items(), *(("filter", name) for name in filtered)]:
+        if names.count(name) > 1:
+            repair = "rename one" if setting == "filter" else f"rename one, or set data.{setting}"
+            raise DataError(f"{path} has {names.count(name)} columns called {name!r}: {repair}.")
+        if name not in names:
+            raise DataError(f"{path} {_missing(name, setting, names, best)}")
+    indices = {setting: names.index(name) for setting, name in wanted.items()}
+    extra = {name: names.index(name) for name in filtered}
+    return Layout(best, True, len(names), indices, wanted, extra)
+
+
+def _records(lines: Sequence[str], separator: str) -> list[list[str]]:
+    records: list[list[str]] = []
+    with contextlib.suppress(csv.Error):  # a field over the limit: the records before it are sample enough
+        records.extend(filter(None, csv.reader(lines, delimiter=separator)))
+    return records or [[""]]
+
+
+def _names(records: list[list[str]]) -> list[str]:
+    return [name.strip() for name in records[0]]
+
+
+def _without_header(separator: str, records: list[list[str]], options: TableOptions) -> Layout | None:
+    if set(options.wanted) != {"image_key", "caption_key"} or options.filtered or len(records[0]) != 2:
+        return None
+    pairs = [record for record in records if len(record) == 2]
+    counts = [sum(record[i].strip().lower().endswith(_PICTURE_SUFFIXES) for record in pairs) for i in (0, 1)]
+    image = 0 if counts[0] >= counts[1] else 1
+    enough = counts[image] >= 0.9 * len(pairs) and counts[1 - image] < 0.5 * len(pairs)
+    if not enough or not records[0][image].strip().lower().endswith(_PICTURE_SUFFIXES):
+        return None
+    return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image}, options.wanted)
+
+
+def _missing(name: str, setting: str, names: list[str], separator: str) -> str:
+    message = no_column(name, setting, names)
+    if len(names) > 1:
+        return message.replace("Its columns:", f"Its columns, separated by {describe(separator)}:")
+    other = next((other for other in SEPARATORS if other != separator and other in names[0]), None)
+    if other is None:
+        between = " If that is more than one column, set data.separator to the character between them."
+        return message + between * (name in names[0])
+    return f"{message} The table looks separated by {describe(other)}: set data.separator=auto."
+
+
+def describe(separator: str) -> str:
+    """A separator in words."""
+    return SEPARATORS.get(separator, repr(separator))
+
+
+# The reader: encoding, layout and records put together.
 
 
 class DelimitedReader:
@@ -44,48 +171,46 @@ class DelimitedReader:
 
     def __init__(self, path: Path, options: TableOptions) -> None:
         self.path = path
-        self.columns = Columns.of(options)
+        self.options = options
         self.separator = parse_separator(options.separator)
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip)
         self.bytes_read = 0
-        self._encoding = options.encoding
 
     def blocks(self) -> Iterator[RowBlock]:
         """See `tables.reader.Reader`."""
         try:
-            source = Utf8Blocks(self.path, find_encoding(self.path, self._encoding))
+            source = Utf8Blocks(self.path, find_encoding(self.path, self.options.encoding))
             lines = Lines(source)
-            layout = find_layout(self.path, self._first_lines(lines), self.columns, self.separator)
+            first = lines.take(_SAMPLE_LINES)
+            lines.put_back(first)
+            first = [line for line in first if line.strip()]
+            if not first:
+                raise DataError(f"{self.path} is empty: it needs a header and a row per image-text pair.")
+            layout = find_layout(self.path, first, self.options, self.separator)
             for block in self._read(lines, layout):
                 self.bytes_read = source.bytes_read
                 yield block
         except OSError as error:
-            raise ConfigError(f"The table {self.path} cannot be read: {error.strerror or error}.") from error
+            raise unreadable(self.path, error) from error
 
     def _read(self, lines: Lines, layout: Layout) -> Iterator[RowBlock]:
         reader = RecordReader(self.path, layout, self.bad)
         if layout.header:
-            reader.skip_header(lines)
+            while (read := reader.read_record(lines)) and _is_blank(read[1]):
+                pass  # blank lines before the record that names the columns
         while block := lines.peek_block():
             if rows := parse_block(block, layout):
                 yield _row_block(layout, rows.columns, rows.lines + (lines.number + 1))
                 lines.skip(rows.size, rows.line_count)
                 continue
             for numbers, records in reader.blocks(lines, count_lines(block)):
-                yield _row_block(layout, _columns(records, layout), np.asarray(numbers, dtype=np.int64))
-        reader.report()
-
-    def _first_lines(self, lines: Lines) -> list[str]:
-        first = lines.take(_SAMPLE_LINES)
-        lines.put_back(first)
-        if not any(line.strip() for line in first):
-            raise DataError(f"{self.path} is empty: it needs a header and a row per image-text pair.")
-        return [line for line in first if line.strip()]
-
-
-def _columns(records: Sequence[Sequence[str]], layout: Layout) -> dict[int, pa.LargeStringArray]:
-    fields = list(zip(*records, strict=True))
-    return {index: string_array(fields[index]) for index in layout.wanted}
+                fields = list(zip(*records, strict=True))
+                columns = {index: string_array(fields[index]) for index in layout.wanted}
+                yield _row_block(layout, columns, np.asarray(numbers, dtype=np.int64))
+        if reader.taken_literally:
+            log.warning(
+                "%s: %d rows with broken quotes were read as they are written.", self.path, reader.taken_literally
+            )
 
 
 def _row_block(layout: Layout, fields: dict[int, pa.LargeStringArray], lines: np.ndarray) -> RowBlock:
@@ -108,14 +233,6 @@ class FastRows(NamedTuple):
     line_count: int
 
 
-class _Cut(NamedTuple):
-    """Where the records of a block end."""
-
-    newlines: np.ndarray  # all of them, up to the last record's end
-    ends: np.ndarray  # which of them end records: indices of `newlines`
-    quoting: bool  # whether quotes mean anything
-
-
 def parse_block(block: bytes, layout: Layout) -> FastRows | None:
     """The whole records of a block that starts with one; None if anything is unusual, and the strict reader must look.
 
@@ -123,48 +240,52 @@ def parse_block(block: bytes, layout: Layout) -> FastRows | None:
         block: UTF-8.
         layout: of the table.
     """
-    cut = _cut(block, layout.separator)
-    if cut is None:
+    if (cut := _cut(block, layout.separator)) is None:
         return None
-    ends = cut.newlines[cut.ends]
+    newlines, last, quoting = cut
+    ends = newlines[last]
     lengths = np.diff(ends, prepend=-1)
     size = int(ends[-1]) + 1
     text = memoryview(block)[:size]
-    if lengths.max() > MAX_FIELD or not _is_utf8(text):
+    if lengths.max() > MAX_FIELD:
         return None
-    columns = _fields(text, layout, cut.quoting)
+    try:
+        str(text, "utf-8")
+    except UnicodeDecodeError:
+        return None
+    columns = _fields(text, layout, quoting)
     if columns is None or not _are_good(columns, len(ends), layout):
         return None
-    lines = np.concatenate([[0], cut.ends[:-1] + 1])
-    return FastRows(columns, lines, size, len(cut.newlines))
+    lines = np.concatenate([[0], last[:-1] + 1])
+    return FastRows(columns, lines, size, len(newlines))
 
 
-def _cut(block: bytes, separator: str) -> _Cut | None:
+def _cut(block: bytes, separator: str) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """The newlines of a block up to its last record's end, which of them end records, and whether quotes mean anything."""
     if not separator.isascii() or b"\0" in block or block.startswith(b"\xef\xbb\xbf"):  # Arrow drops a mark anywhere
         return None
     data = np.frombuffer(block, dtype=np.uint8)
     newlines = np.flatnonzero(data == _NEWLINE)
-    if not len(newlines) or (b"\r" in block and not _only_before(data, _RETURN, _NEWLINE)):
+    if not len(newlines):
         return None
+    if b"\r" in block:  # each must have a newline after it
+        after = np.flatnonzero(data == _RETURN) + 1
+        if after[-1] == len(data) or (data[after] != _NEWLINE).any():
+            return None
     if b'"' not in block:
-        return _Cut(newlines, np.arange(len(newlines)), False)
+        return newlines, np.arange(len(newlines)), False
     quotes = np.flatnonzero(data == _QUOTE)
-    starts_field = _follows(data, quotes, separator)
+    before = data[quotes - 1]  # of the first byte: the last, whatever it is
+    starts_field = (before == ord(separator)) | (before == _NEWLINE) | (quotes == 0)  # outside quotes
     if not starts_field.any():
-        return _Cut(newlines, np.arange(len(newlines)), False)
+        return newlines, np.arange(len(newlines)), False
     ends = np.flatnonzero(np.searchsorted(quotes, newlines) % 2 == 0)
     if not len(ends):
         return None
     newlines = newlines[: ends[-1] + 1]
     inside = quotes < newlines[-1]
     good = _are_balanced(data, quotes[inside], starts_field[inside], separator)
-    return _Cut(newlines, ends, True) if good else None
-
-
-def _follows(data: np.ndarray, places: np.ndarray, separator: str) -> np.ndarray:
-    """Which places are at the start of a field, outside quotes."""
-    before = data[places - 1]  # of the first byte: the last, whatever it is
-    return (before == ord(separator)) | (before == _NEWLINE) | (places == 0)
+    return (newlines, ends, True) if good else None
 
 
 def _are_balanced(data: np.ndarray, quotes: np.ndarray, starts_field: np.ndarray, separator: str) -> bool:
@@ -175,20 +296,6 @@ def _are_balanced(data: np.ndarray, quotes: np.ndarray, starts_field: np.ndarray
     doubled_before = np.concatenate([[False], doubled[1::2]])
     doubled_after = np.concatenate([doubled[1::2], [False]])
     return bool((starts_field[0::2] | doubled_before).all() and (ends_field | doubled_after).all())
-
-
-def _only_before(data: np.ndarray, first: int, second: int) -> bool:
-    """Whether every `first` has `second` after it."""
-    places = np.flatnonzero(data == first) + 1
-    return bool(places[-1] < len(data) and (data[places] == second).all())
-
-
-def _is_utf8(text: memoryview) -> bool:
-    try:
-        str(text, "utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _fields(text: memoryview, layout: Layout, quoting: bool) -> dict[int, pa.LargeStringArray] | None:
@@ -238,24 +345,12 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 @dataclass
 class RecordReader:
-    """Reads the good rows of one file; its counts are complete when the rows are.
+    """Reads the good rows of one file; its counts are complete when the rows are."""
 
-    Attributes:
-        path: for messages.
-        layout: of the file.
-        bad: where bad rows are noted.
-        taken_literally: rows with broken quotes that were taken as they are written.
-    """
-
-    path: Path
-    layout: Layout
-    bad: BadRows
-    taken_literally: int = 0
-
-    def skip_header(self, lines: Lines) -> None:
-        """Take the record that names the columns, and blank lines before it."""
-        while (read := self._read_record(lines)) and _is_blank(read[1]):
-            pass
+    path: Path  # for messages
+    layout: Layout  # of the file
+    bad: BadRows  # where bad rows are noted
+    taken_literally: int = 0  # rows with broken quotes that were taken as they are written
 
     def blocks(self, lines: Lines, size: int) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
         """Line numbers (from 1) and fields of the rows, a block at a time.
@@ -274,17 +369,10 @@ class RecordReader:
                 continue
             lines.put_back(block)
             rows = []
-            while lines.number < end and (read := self._read_record(lines)):
+            while lines.number < end and (read := self.read_record(lines)):
                 rows += self._checked(*read)
             if rows:
                 yield [line for line, _ in rows], [record for _, record in rows]
-
-    def report(self) -> None:
-        """Say in the log what was read in spite of a fault."""
-        if self.taken_literally:
-            log.warning(
-                "%s: %d rows with broken quotes were read as they are written.", self.path, self.taken_literally
-            )
 
     def _parse_block(self, block: list[str]) -> list[list[str]] | None:
         """The records of the lines, where each line is plainly one good record."""
@@ -300,7 +388,7 @@ class RecordReader:
         image = self.layout.indices["image_key"]
         return records if all(record[image].strip() for record in records) else None
 
-    def _read_record(self, lines: Lines) -> tuple[int, list[str], str] | None:
+    def read_record(self, lines: Lines) -> tuple[int, list[str], str] | None:
         """Line, fields and what is wrong with the quotes of the next record; None at the end."""
         start = lines.number + 1
         taken: list[str] = []

@@ -28,10 +28,9 @@ import numpy as np
 import pyarrow as pa
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables.comparisons import Unlike
-from clip_exp.data.tables.formats import open_reader
-from clip_exp.data.tables.reader import FileStamp, TableOptions
-from clip_exp.data.tables.scan import BATCH_ROWS, RowBatch, Scan, ScannedFile, progress_of
+from clip_exp.data.tables.filters import Unlike
+from clip_exp.data.tables.reader import FileStamp, RowBlock, TableOptions
+from clip_exp.data.tables.scan import BATCH_ROWS, Scan, ScannedFile, open_reader, progress_of
 from clip_exp.data.tables.table import PictureGroups, group_pictures
 from clip_exp.errors import DataError
 from clip_exp.storage import atomic_folder, lock, remove_leftovers
@@ -43,17 +42,11 @@ _VERSION = 3  # of what the readers make of a file, and of the folder: a change 
 
 @dataclass(frozen=True)
 class TableSource:
-    """What an index is of.
+    """What an index is of."""
 
-    Attributes:
-        files: of the table, in order.
-        roots: folder that each file's relative image paths start from, absolute.
-        options: how they are read.
-    """
-
-    files: Sequence[Path]
-    roots: Sequence[Path]
-    options: TableOptions
+    files: Sequence[Path]  # of the table, in order
+    roots: Sequence[Path]  # folder that each file's relative image paths start from, absolute
+    options: TableOptions  # how they are read
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -83,29 +76,28 @@ class MappedRows:
             record = _read_record(folder)
             if record["content"] != content:
                 raise ValueError("other rows")
-            self._map(folder, record)
+            reader = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow")))
+            self.batches: Sequence[pa.RecordBatch] = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            mapped = {
+                name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+                for name in record["stored"]
+                if name.endswith(".npy")
+            }
+            self.lines = mapped["lines"]
+            self.members: np.ndarray | None = mapped.get("members")
+            sizes = [len(batch) for batch in self.batches]
+            if any(size != BATCH_ROWS for size in sizes[:-1]) or not sum(sizes) == len(self.lines) == record["rows"]:
+                raise ValueError("batches of a wrong size")
+            names = PictureGroups._fields
+            self.groups = PictureGroups(*(mapped[name] for name in names)) if names[0] in mapped else None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise DataError(
                 f"{folder}, the index of a table in use, is gone or was made anew ({error}): start again."
             ) from error
+        self._folder, self._content = folder, content
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MappedRows, (self._folder, self._content)
-
-    def _map(self, folder: Path, record: dict[str, Any]) -> None:
-        self._folder, self._content = folder, record["content"]
-        reader = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow")))
-        self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        arrays = {name.removesuffix(".npy"): folder / name for name in record["stored"] if name.endswith(".npy")}
-        mapped = {
-            name: np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name, file in arrays.items()
-        }
-        self.lines, self.members = mapped["lines"], mapped.get("members")
-        sizes = [len(batch) for batch in self.batches]
-        if any(size != BATCH_ROWS for size in sizes[:-1]) or not sum(sizes) == len(self.lines) == record["rows"]:
-            raise ValueError("batches of a wrong size")
-        names = PictureGroups._fields
-        self.groups = PictureGroups(*(mapped[name] for name in names)) if names[0] in mapped else None
 
 
 def open_index(source: TableSource, index_dir: Path) -> tuple[MappedRows, list[ScannedFile]]:
@@ -161,7 +153,15 @@ def _load(folder: Path, source: TableSource) -> tuple[MappedRows, list[ScannedFi
         for name, expected in record["stored"].items():
             if _stored(folder / name) != expected:
                 raise ValueError(name)
-        read = [_scanned(entry) for entry in record["files"]]
+        read = []
+        for entry in record["files"]:
+            values = {
+                "path": Path(entry["path"]),
+                "stamp": FileStamp(*entry["stamp"]),
+                "bad_examples": tuple((line, reason) for line, reason in entry["bad_examples"]),
+                "unlike": tuple(Unlike(**each) for each in entry["unlike"]),
+            }
+            read.append(ScannedFile(**{**entry, **values}))
         rows = MappedRows(folder, record["content"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         log.warning("%s is damaged: the index is made anew.", folder)
@@ -181,16 +181,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return content["record"]
 
 
-def _scanned(entry: dict[str, Any]) -> ScannedFile:
-    read = {
-        "path": Path(entry["path"]),
-        "stamp": FileStamp(*entry["stamp"]),
-        "bad_examples": tuple((line, reason) for line, reason in entry["bad_examples"]),
-        "unlike": tuple(Unlike(**each) for each in entry["unlike"]),
-    }
-    return ScannedFile(**{**entry, **read})
-
-
 # Writing an index.
 
 
@@ -204,7 +194,7 @@ def write_index(folder: Path, source: TableSource) -> None:
     with atomic_folder(folder) as partial:  # who has mapped files of the one that is replaced keeps them
         with progress_of(source.files) as advance:
             scan = Scan(source.files, source.options, advance)
-            rows = _write_rows(partial, scan.batches())
+            rows = _write_rows(partial, scan.blocks())
         if not (partial / "members.npy").exists():
             _write_groups(partial, scan, source.roots)
         names = sorted(file.name for file in partial.iterdir())
@@ -222,19 +212,19 @@ def write_index(folder: Path, source: TableSource) -> None:
         (partial / "index.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _write_rows(partial: Path, batches: Iterator[RowBatch]) -> int:
-    """Returns the number of rows."""
-    first = next(batches)
+def _write_rows(partial: Path, blocks: Iterator[RowBlock]) -> int:
+    """Write `rows.arrow`, `lines.npy` and `members.npy`; return the number of rows."""
+    first = next(blocks)
     with ExitStack() as stack:
         sink = stack.enter_context(pa.OSFile(str(partial / "rows.arrow"), "wb"))
-        strings = stack.enter_context(pa.ipc.new_file(sink, first.columns.schema))
+        strings = stack.enter_context(pa.ipc.new_file(sink, first.batch.schema))
         lines = stack.enter_context(_NpyFile(partial / "lines.npy", ()))
         members = None if first.members is None else stack.enter_context(_NpyFile(partial / "members.npy", (2,)))
-        for batch in chain([first], batches):
-            strings.write_batch(batch.columns)
-            lines.write(batch.lines)
-            if members is not None and batch.members is not None:
-                members.write(batch.members)
+        for block in chain([first], blocks):
+            strings.write_batch(block.batch)
+            lines.write(block.lines)
+            if members is not None and block.members is not None:
+                members.write(block.members)
     return lines.rows
 
 

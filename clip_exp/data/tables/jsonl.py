@@ -11,10 +11,18 @@ import numpy as np
 import pyarrow as pa
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import string_array
-from clip_exp.data.tables.reader import BadRows, BadValue, RowBlock, TableOptions, absent, no_column, text_of
-from clip_exp.errors import ConfigError, DataError
+from clip_exp.data.tables.reader import (
+    BadRows,
+    BadValue,
+    RowBlock,
+    TableOptions,
+    absent,
+    no_column,
+    text_of,
+    unreadable,
+)
+from clip_exp.errors import DataError
 
 _BLOCK_ROWS = 1 << 12
 _BLOCK_BYTES = 64 << 20  # of lines; a filter may look at texts of megabytes
@@ -26,7 +34,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 class JsonLinesReader:
     """A `tables.reader.Reader` of JSON Lines.
 
-    Captions and paths are strings, as `values.text_of` says; further keys are left alone, but no key may be there twice.
+    Captions and paths are strings, as `reader.text_of` says; further keys are left alone, but no key may be there twice.
     Blank lines are passed over. `NaN`, which Python writes though JSON has none, is a number that nothing matches.
 
     Args:
@@ -38,7 +46,7 @@ class JsonLinesReader:
         self.path, self.wanted = path, options.wanted
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip)
         self.bytes_read = 0
-        self._extra = NativeColumns.of(options)
+        self._extra = NativeColumns(options.filtered)
 
     def blocks(self) -> Iterator[RowBlock]:
         """See `tables.reader.Reader`."""
@@ -47,7 +55,7 @@ class JsonLinesReader:
                 self._check_kind(file)
                 yield from self._blocks(file)
         except OSError as error:
-            raise ConfigError(f"The table {self.path} cannot be read: {error.strerror or error}.") from error
+            raise unreadable(self.path, error) from error
         if missing := self._extra.never_seen():
             raise DataError(f"{self.path} {no_column(missing, 'filter', self._extra.seen)}")
 
@@ -76,13 +84,16 @@ class JsonLinesReader:
         records: list[dict[str, Any]] = []
         lines: list[int] = []
         before = self.bytes_read
-        for line, record in self._records(file):
+        for line, text in enumerate(_lines(file), 1):
+            self.bytes_read += len(text)
+            if text.isspace():
+                continue
             try:
-                row = [self._text(setting, name, record) for setting, name in self.wanted.items()]
+                record = parse_object(text)
+                values.append([self._text(setting, name, record) for setting, name in self.wanted.items()])
             except BadValue as bad:
                 self.bad.add(line, bad.reason, bad.detail)
                 continue
-            values.append(row)
             records.append(self._extra.of_record(record))
             lines.append(line)
             if len(lines) == _BLOCK_ROWS or self.bytes_read - before >= _BLOCK_BYTES:
@@ -95,17 +106,6 @@ class JsonLinesReader:
     def _block(self, values: list[list[str]], records: list[dict[str, Any]], lines: list[int]) -> RowBlock:
         columns = dict(zip(self.wanted, map(string_array, zip(*values, strict=True)), strict=True))
         return RowBlock(columns, np.array(lines, dtype=np.int64), None, self._extra.arrays(records))
-
-    def _records(self, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Line number and object of each line that holds one."""
-        for line, text in enumerate(_lines(file), 1):
-            self.bytes_read += len(text)
-            if text.isspace():
-                continue
-            try:
-                yield line, parse_object(text)
-            except BadValue as bad:
-                self.bad.add(line, bad.reason, bad.detail)
 
     def _text(self, setting: str, name: str, record: dict[str, Any]) -> str:
         if name in record:
@@ -168,10 +168,6 @@ class NativeColumns:
         self.seen: dict[str, None] = {}  # keys of the first record
         self._missing = set(self.names)
 
-    @classmethod
-    def of(cls, options: TableOptions) -> "NativeColumns":
-        return cls(filters.parse(options.filter).names if options.filter else ())
-
     def of_record(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """What the filter looks at of a record; the rest, an embedding maybe, need not be kept."""
         if not self.names:
@@ -202,8 +198,8 @@ def typed_array(values: Sequence[Any]) -> pa.Array:
             return pa.array(values)
     except (pa.ArrowException, ValueError, OverflowError, TypeError):
         pass  # a number beyond 64 bits, a list of unlike things, half a surrogate pair
-    return pa.array([None if value is None else _as_text(value) for value in values], pa.large_string())
 
+    def as_text(value: Any) -> str:
+        return value.encode("utf-8", "replace").decode() if isinstance(value, str) else json.dumps(value)
 
-def _as_text(value: Any) -> str:
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else json.dumps(value)
+    return pa.array([None if value is None else as_text(value) for value in values], pa.large_string())

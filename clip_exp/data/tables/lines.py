@@ -78,7 +78,8 @@ class Utf8Blocks:
             yield decoder.decode(b"", final=True).encode("utf-8")
         except UnicodeDecodeError as error:
             offset = self.bytes_read - len(error.object) + error.start
-            line = 1 + self._lines + _line_ends(error, self.encoding)
+            # Lines that end between the start of what was decoded and the fault.
+            line = 1 + self._lines + error.object[: error.start].decode(self.encoding, "ignore").count("\n")
             raise DataError(
                 f"{self.path}, about line {line}: byte {error.object[error.start]:#04x} at offset {offset:,} is not {self.encoding} "
                 f"({error.reason}). Set data.encoding (auto finds most), or repair the file."
@@ -87,11 +88,6 @@ class Utf8Blocks:
             raise DataError(
                 f"{self.path} is not {self.encoding}: {error}. Set data.encoding (auto finds most)."
             ) from error
-
-
-def _line_ends(error: UnicodeDecodeError, encoding: str) -> int:
-    """Lines that end between the start of what was decoded and the fault."""
-    return error.object[: error.start].decode(encoding, "ignore").count("\n")
 
 
 def count_lines(block: bytes) -> int:
@@ -188,22 +184,22 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
-    if guess := _unmarked_utf16(head):
-        return guess
+    # UTF-16 without a mark: in mostly Latin text every other byte is zero, and never is in UTF-8.
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if max(even, odd) * 8 > len(head):
+        return "utf-16-le" if odd > even else "utf-16-be"
     if _is_utf8(path):
         return "utf-8"
-    lines = _lines_beyond_ascii(path)
-    if _share_of_utf8(lines) > 0.5:
+    lines, size = [], 0  # the first that are not ASCII, which tell encodings apart
+    with open(path, "rb") as file:
+        while size < _SAMPLE and (line := file.readline(_SAMPLE)):
+            if not line.isascii():
+                lines.append(line)
+                size += len(line)
+    utf8 = sum(line.decode("utf-8", "ignore").encode() == line for line in lines)
+    if utf8 > len(lines) / 2:
         return "utf-8"  # with bad rows: another encoding's lines are hardly ever UTF-8 by chance
     return _guess(path, b"".join(lines))
-
-
-def _unmarked_utf16(head: bytes) -> str | None:
-    """UTF-16 without a mark: in mostly Latin text every other byte is zero, and never is in UTF-8."""
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    if max(even, odd) * 8 <= len(head):
-        return None
-    return "utf-16-le" if odd > even else "utf-16-be"
 
 
 def _is_utf8(path: Path) -> bool:
@@ -213,18 +209,6 @@ def _is_utf8(path: Path) -> bool:
             while block := file.read(_SCAN_BLOCK):
                 decoder.decode(block)
         decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _share_of_utf8(lines: list[bytes]) -> float:
-    return sum(_decodes(line) for line in lines) / max(1, len(lines))
-
-
-def _decodes(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
@@ -240,21 +224,8 @@ def _guess(path: Path, sample: bytes) -> str:
             f"{path} is not UTF-8 and its encoding could not be found out: set data.encoding (cp1252, gb18030, utf-16-le, …)."
         )
     as_good = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
-    western = any(
-        "cp1252" in match.could_be_from_charset for match in as_good
-    )  # the usual one, where nothing speaks against
+    # The usual one, where nothing speaks against.
+    western = any("cp1252" in match.could_be_from_charset for match in as_good)
     encoding = "cp1252" if western else best.encoding
     log.warning("%s is not UTF-8: read as %s. Set data.encoding if its captions look wrong.", path, encoding)
     return encoding
-
-
-def _lines_beyond_ascii(path: Path) -> list[bytes]:
-    """The first lines that tell encodings apart."""
-    lines: list[bytes] = []
-    size = 0
-    with open(path, "rb") as file:
-        while size < _SAMPLE and (line := file.readline(_SAMPLE)):
-            if not line.isascii():
-                lines.append(line)
-                size += len(line)
-    return lines

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from typing import Any
 from braceexpand import braceexpand
 
 from clip_exp.config.data import DataConfig, OnBadRow
-from clip_exp.data.tables.formats import SHARD
 from clip_exp.data.tables.index import TableSource, open_index
 from clip_exp.data.tables.reader import TableOptions
-from clip_exp.data.tables.scan import Scan, ScannedFile, progress_of
+from clip_exp.data.tables.scan import SHARD, Scan, ScannedFile, progress_of
 from clip_exp.data.tables.table import PairTable, Part, RowsInMemory, StoredRows
 from clip_exp.errors import CheckpointError, ConfigError
 
@@ -46,7 +46,13 @@ def open_table(
         CheckpointError: the index of a large table cannot be written.
     """
     files = expand(tables)
-    check_one_kind(files)
+    shard = next(filter(is_shard, files), None)
+    table = next((file for file in files if not is_shard(file)), None)
+    if shard is not None and table is not None:  # an image is a member of a file, or a file
+        raise ConfigError(
+            f"{shard} is a shard and {table} is not: they cannot be one table. Mix them as sources by weight: "
+            f"data.train=[{{path: {shard}, weight: 1}}, {{path: {table}, weight: 1}}]."
+        )
     # Absolute: a process that changes its working directory reads the same pictures.
     roots = [(Path(image_root) if image_root is not None else file.parent).absolute() for file in files]
     source = TableSource(files, roots, options)
@@ -63,7 +69,7 @@ def open_table(
             described = "; ".join(each.describe(found.unit) for each in found.unlike)
             log.log(level, "%s: values that match nothing in the filter: %s.", file, described)
         start = parts[-1].start + parts[-1].rows if parts else 0
-        parts.append(_part(file, root, start, found))
+        parts.append(Part(**{**vars(found), "path": file.absolute()}, root=root, start=start))
     return PairTable(rows, tuple(parts))
 
 
@@ -85,15 +91,24 @@ def open_configured(
     index_dir: Path | None = None,
 ) -> PairTable:
     """`open_table` as a run's configuration says."""
-    options = TableOptions.of(config, label_key=label_key, max_rows=max_rows)
+    options = TableOptions(
+        image_key=config.image_key,
+        caption_key=config.caption_key,
+        label_key=label_key,
+        separator=config.separator,
+        encoding=config.encoding,
+        on_bad_row=config.on_bad_row,
+        filter=config.filter,
+        max_rows=max_rows,
+    )
     return open_table(tables, options, image_root=config.image_root, index_dir=index_dir)
 
 
 def _in_memory(source: TableSource) -> tuple[StoredRows, list[ScannedFile]]:
     with progress_of(source.files) as advance:
         scan = Scan(source.files, source.options, advance)
-        batches = list(scan.batches())
-    return RowsInMemory(batches, [file.rows for file in scan.read], source.roots), scan.read
+        blocks = list(scan.blocks())
+    return RowsInMemory(blocks, [file.rows for file in scan.read], source.roots), scan.read
 
 
 def _in_index(source: TableSource, index_dir: Path) -> tuple[StoredRows, list[ScannedFile]]:
@@ -105,14 +120,6 @@ def _in_index(source: TableSource, index_dir: Path) -> tuple[StoredRows, list[Sc
             raise CheckpointError(f"{message}. Set output_dir to a folder that can be written to.") from error
         log.warning("%s; its rows are held in memory.", message)
         return _in_memory(source)
-
-
-def _part(file: Path, root: Path, start: int, found: ScannedFile) -> Part:
-    return Part(
-        file.absolute(), root, start, found.rows, found.bad, found.bad_examples, found.unit,
-        seen=found.seen, bytes=found.stamp.bytes, digest=found.digest,
-        empty_captions=found.empty_captions, unlike=found.unlike,
-    )  # fmt: skip
 
 
 # Which files a configuration names: paths, globs and brace patterns.
@@ -148,7 +155,15 @@ def expand(tables: str | Path | Sequence[str | Path]) -> list[Path]:
         raise ConfigError(
             "No table was given: name a file, a pattern (shards/*.tar, {0000..0019}.tar) or a list of them."
         )
-    _check_distinct(files)
+    seen: dict[str, Path] = {}
+    for file in files:  # a row that is there twice would be trained on twice an epoch
+        real = os.path.realpath(file)
+        if real in seen:
+            same = "" if seen[real] == file else f" (it is {seen[real]})"
+            raise ConfigError(
+                f"The table {file} is named twice{same}: name it once; give a source a weight to see it more often."
+            )
+        seen[real] = file
     return files
 
 
@@ -209,47 +224,17 @@ def _folders(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
 
 def _missing(pattern: str) -> str:
     if os.path.isdir(pattern):
-        return f"The table {pattern} is not a file: it is a folder{_inside(pattern)}."
+        found: set[str] = set()
+        with suppress(OSError):
+            found = {os.path.splitext(name)[1].lower() for name in os.listdir(pattern)}
+        kinds = [suffix for suffix in (".tar", ".parquet", ".jsonl", ".csv", ".tsv") if suffix in found]
+        inside = f"; for the tables in it write {os.path.join(pattern, '*' + kinds[0])}" if kinds else ""
+        return f"The table {pattern} is not a file: it is a folder{inside}."
     if os.path.lexists(pattern):
         why = "is not a file" if os.path.exists(pattern) else "is a link to what does not exist"
         return f"The table {pattern} {why}."
     verb = "finds no file" if glob.has_magic(pattern) else "does not exist"
     return f"The table {pattern} {verb} (seen from {Path.cwd()})."
-
-
-def _inside(folder: str) -> str:
-    """How to name the tables in a folder."""
-    suffixes = (".tar", ".parquet", ".jsonl", ".csv", ".tsv")
-    try:
-        found = {os.path.splitext(name)[1].lower() for name in os.listdir(folder)}
-    except OSError:
-        return ""
-    kinds = [suffix for suffix in suffixes if suffix in found]
-    return f"; for the tables in it write {os.path.join(folder, '*' + kinds[0])}" if kinds else ""
-
-
-def _check_distinct(files: Sequence[Path]) -> None:
-    """A row that is there twice would be trained on twice an epoch."""
-    seen: dict[str, Path] = {}
-    for file in files:
-        real = os.path.realpath(file)
-        if real in seen:
-            same = "" if seen[real] == file else f" (it is {seen[real]})"
-            raise ConfigError(
-                f"The table {file} is named twice{same}: name it once; give a source a weight to see it more often."
-            )
-        seen[real] = file
-
-
-def check_one_kind(files: Sequence[Path]) -> None:
-    """Raises ConfigError where shards and tables are given as one table: a picture is a member of a file or a file."""
-    shard = next(filter(is_shard, files), None)
-    table = next((file for file in files if not is_shard(file)), None)
-    if shard is not None and table is not None:
-        raise ConfigError(
-            f"{shard} is a shard and {table} is not: they cannot be one table. Mix them as sources by weight: "
-            f"data.train=[{{path: {shard}, weight: 1}}, {{path: {table}, weight: 1}}]."
-        )
 
 
 def is_shard(path: Path) -> bool:

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import bool_numpy
 from clip_exp.data.tables.reader import (
     MAX_CAPTION,
@@ -21,8 +20,9 @@ from clip_exp.data.tables.reader import (
     longer_than,
     no_column,
     text_of,
+    unreadable,
 )
-from clip_exp.errors import ConfigError, DataError
+from clip_exp.errors import DataError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -33,6 +33,12 @@ _BLOCK_BYTES = 64 << 20  # of texts
 _BUFFER_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 20  # of a row group's column, up to which reading it as a dictionary costs little
 _MAX_BYTES = 4 * MAX_CAPTION  # of a text; a longer one has too many characters whatever they are
+_WANTED_KINDS = {
+    "image_key": "but it must hold the paths of picture files, as strings; put pictures themselves into WebDataset shards",
+    "caption_key": "but captions are strings",
+    "label_key": "but labels are strings or whole numbers",
+    "filter": "which no filter can compare",
+}
 
 
 class ParquetReader:
@@ -48,7 +54,7 @@ class ParquetReader:
 
     def __init__(self, path: Path, options: TableOptions) -> None:
         self.path, self.wanted = path, options.wanted
-        self.filtered = sorted(filters.parse(options.filter).names) if options.filter else []
+        self.filtered = sorted(options.filtered)
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="row")
         self.bytes_read = 0
 
@@ -62,7 +68,7 @@ class ParquetReader:
                 rows += len(batch)
                 self.bytes_read = size * rows // of_all
         except PermissionError as error:
-            raise ConfigError(f"The table {self.path} cannot be read: {error.strerror or error}.") from error
+            raise unreadable(self.path, error) from error
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
             fix = "Decrypt it" if "crypt" in reason.lower() else "Was it copied or written to its end?"
@@ -95,7 +101,7 @@ class ParquetReader:
             kind = schema.field(name).type
             if not _fits(setting, kind):
                 raise DataError(
-                    f"{self.path}: its column {name!r} (data.{setting}) is {kind}, {_wanted_kind(setting)}."
+                    f"{self.path}: its column {name!r} (data.{setting}) is {kind}, {_WANTED_KINDS[setting]}."
                 )
 
     def _block(self, batch: pa.RecordBatch, before: int) -> RowBlock:
@@ -103,31 +109,32 @@ class ParquetReader:
         columns, too_long = {}, {}
         for setting, name in self.wanted.items():
             column, too_long[setting] = _without_long(batch.column(name))
-            columns[setting] = _as_text(setting, column)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            column = pc.cast(column, pa.large_string())
+            columns[setting] = pc.fill_null(column, "") if setting == "label_key" else column
         good = np.ones(len(batch), dtype=bool)
         suspicious = np.logical_or.reduce(list(too_long.values()))
         for setting, column in columns.items():
             suspicious |= _suspicious(setting, column)
         for row in np.flatnonzero(suspicious).tolist():
-            long = next((setting for setting, rows in too_long.items() if rows[row]), None)
-            good[row] = self._is_good(columns, row, int(lines[row]), long)
+            try:
+                for setting, name in self.wanted.items():
+                    if too_long[setting][row]:
+                        raise BadValue(*longer_than(setting, name, f"more than {_MAX_BYTES:,} bytes"))
+                for setting, name in self.wanted.items():
+                    text_of(setting, name, columns[setting][row].as_py())
+            except (BadValue, UnicodeDecodeError) as error:
+                good[row] = False
+                if isinstance(error, UnicodeDecodeError):
+                    error = BadValue("not UTF-8", f"a text is not UTF-8 ({error.reason} at byte {error.start})")
+                self.bad.add(int(lines[row]), error.reason, error.detail)
         extra = {name: batch.column(name) for name in self.filtered}
         if not good.all():
             keep = pa.Array.from_buffers(pa.int64(), int(good.sum()), [None, pa.py_buffer(np.flatnonzero(good))])
             columns = {setting: column.take(keep) for setting, column in columns.items()}
             extra = {name: column.take(keep) for name, column in extra.items()}
         return RowBlock(columns, lines[good], None, extra if self.filtered else None)
-
-    def _is_good(self, columns: dict[str, pa.Array], row: int, line: int, too_long: str | None) -> bool:
-        try:
-            if too_long is not None:
-                raise BadValue(*longer_than(too_long, self.wanted[too_long], f"more than {_MAX_BYTES:,} bytes"))
-            for setting, column in columns.items():
-                text_of(setting, self.wanted[setting], _value(column, row))
-        except BadValue as bad:
-            self.bad.add(line, bad.reason, bad.detail)
-            return False
-        return True
 
 
 def _way_to_read(coded: "ParquetFile", group: int, names: list[str]) -> tuple[int, bool]:
@@ -143,17 +150,14 @@ def _way_to_read(coded: "ParquetFile", group: int, names: list[str]) -> tuple[in
     chunks = [chunk for chunk in chunks if chunk.path_in_schema in names and chunk.num_values]
     # The first row brings the dictionary with it, and so all that is said more than once.
     first = next(coded.iter_batches(1, row_groups=[group], columns=names), None)
-    longest = 0 if first is None else max(_longest(first.column(name)) for name in names)
+    columns = [] if first is None else [first.column(name) for name in names]
+    dictionaries = [column.dictionary for column in columns if pa.types.is_dictionary(column.type)]
+    longest = max((pc.max(pc.binary_length(texts)).as_py() or 0 for texts in dictionaries), default=0)
     small = all(chunk.total_uncompressed_size <= _SMALL_BYTES for chunk in chunks)
     if longest > _MAX_BYTES and small:
         return _BLOCK_ROWS, True
     usual = max((chunk.total_uncompressed_size // chunk.num_values for chunk in chunks), default=0)
     return min(_BLOCK_ROWS, max(1, _BLOCK_BYTES // max(1, longest, usual))), False
-
-
-def _longest(column: pa.Array) -> int:
-    """Bytes of the longest text of a dictionary; 0 for other columns."""
-    return (pa.types.is_dictionary(column.type) and pc.max(pc.binary_length(column.dictionary)).as_py()) or 0
 
 
 def _fits(setting: str, kind: pa.DataType) -> bool:
@@ -185,24 +189,6 @@ def _without_long(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
     return pa.DictionaryArray.from_arrays(column.indices, pc.if_else(long, pa.scalar("", values.type), values)), rows
 
 
-def _wanted_kind(setting: str) -> str:
-    if setting == "filter":
-        return "which no filter can compare"
-    if setting == "label_key":
-        return "but labels are strings or whole numbers"
-    if setting == "image_key":
-        return "but it must hold the paths of picture files, as strings; put pictures themselves into WebDataset shards"
-    return "but captions are strings"
-
-
-def _as_text(setting: str, column: pa.Array) -> pa.LargeStringArray:
-    """The column as large strings; of labels, nulls are empty."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    column = pc.cast(column, pa.large_string())
-    return pc.fill_null(column, "") if setting == "label_key" else column
-
-
 def _suspicious(setting: str, column: pa.LargeStringArray) -> np.ndarray:
     """bool [rows]: where a value may be a bad one; `text_of` decides. UTF-8 is not checked by readers of Parquet."""
     try:
@@ -214,10 +200,3 @@ def _suspicious(setting: str, column: pa.LargeStringArray) -> np.ndarray:
     if setting == "image_key":
         found.append(pc.equal(sizes, 0))
     return np.logical_or.reduce([bool_numpy(pc.fill_null(mask, True)) for mask in found])
-
-
-def _value(column: pa.LargeStringArray, row: int) -> Any:
-    try:
-        return column[row].as_py()
-    except UnicodeDecodeError as error:
-        raise BadValue("not UTF-8", f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error

@@ -12,50 +12,36 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from clip_exp.config.data import DataConfig, OnBadRow
+from clip_exp.config.data import OnBadRow
+from clip_exp.data.tables import filters
 from clip_exp.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How a table is read. Two readings by equal options of an unchanged file give equal rows.
+    """How a table is read. Two readings by equal options of an unchanged file give equal rows."""
 
-    Attributes:
-        image_key, caption_key, label_key: names of the columns; captions and labels are optional.
-        separator, encoding: of delimited text: `auto`, or what they are.
-        on_bad_row: `error`, or `skip` to leave bad rows out and count them by reason.
-        filter: which rows are kept (`tables.filters`); None: all.
-        max_rows: stop after that many rows.
-    """
-
+    # Names of the columns; captions and labels are optional.
     image_key: str = "filepath"
     caption_key: str | None = "title"
     label_key: str | None = None
+    # Of delimited text: `auto`, or what they are.
     separator: str = "auto"
     encoding: str = "auto"
-    on_bad_row: OnBadRow = OnBadRow.error
-    filter: str | None = None
-    max_rows: int | None = None
-
-    @classmethod
-    def of(cls, config: DataConfig, *, label_key: str | None = None, max_rows: int | None = None) -> "TableOptions":
-        """As a run's configuration says."""
-        return cls(
-            config.image_key,
-            config.caption_key,
-            label_key,
-            config.separator,
-            config.encoding,
-            config.on_bad_row,
-            config.filter,
-            max_rows,
-        )
+    on_bad_row: OnBadRow = OnBadRow.error  # `error`, or `skip` to leave bad rows out and count them by reason
+    filter: str | None = None  # which rows are kept (`tables.filters`); None: all
+    max_rows: int | None = None  # stop after that many rows
 
     @property
     def wanted(self) -> dict[str, str]:
         """Key of the configuration (`image_key`, …) to the name of the column."""
         wanted = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
         return {setting: name for setting, name in wanted.items() if name is not None}
+
+    @property
+    def filtered(self) -> frozenset[str]:
+        """Names of the columns that the filter needs."""
+        return filters.parse(self.filter).names if self.filter else frozenset()
 
     def as_json(self) -> dict[str, Any]:
         """For the identity of an index. What happens to bad rows is not part of it: where there are none, the rows are the same."""
@@ -89,7 +75,11 @@ class FileStamp(NamedTuple):
         with open(file, "rb", buffering=0) as stream:
             status = os.fstat(stream.fileno())
             digest = hashlib.sha256()
-            for offset in _offsets(status.st_size, blocks):
+            if status.st_size <= blocks * _BLOCK:
+                offsets = list(range(0, status.st_size, _BLOCK))
+            else:
+                offsets = [(status.st_size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
+            for offset in offsets:
                 digest.update(os.pread(stream.fileno(), _BLOCK, offset))
         return cls(status.st_size, status.st_mtime_ns, digest.hexdigest())
 
@@ -102,13 +92,12 @@ class FileStamp(NamedTuple):
         try:
             return cls.of(file, files)
         except OSError as error:
-            raise ConfigError(f"The table {file} cannot be read: {error.strerror or error}.") from error
+            raise unreadable(file, error) from error
 
 
-def _offsets(size: int, blocks: int) -> list[int]:
-    if size <= blocks * _BLOCK:
-        return list(range(0, size, _BLOCK))
-    return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
+def unreadable(file: Path, error: OSError) -> ConfigError:
+    """Return what to report of a table's file that cannot be opened or read."""
+    return ConfigError(f"The table {file} cannot be read: {error.strerror or error}.")
 
 
 # Good rows, and an account of the bad ones.
@@ -128,18 +117,18 @@ class RowBlock(NamedTuple):
     def __len__(self) -> int:
         return len(self.lines)
 
+    @property
+    def batch(self) -> pa.RecordBatch:
+        """The columns as Arrow stores them."""
+        return pa.RecordBatch.from_arrays(list(self.columns.values()), list(self.columns))
+
 
 @dataclass
 class BadRows:
-    """Bad rows of one file: raised at the first, or counted by reason.
+    """Bad rows of one file: raised at the first, or counted by reason."""
 
-    Args:
-        file: for messages.
-        skip: leave bad rows out (`data.on_bad_row=skip`).
-    """
-
-    file: Path
-    skip: bool
+    file: Path  # for messages
+    skip: bool  # leave bad rows out (`data.on_bad_row=skip`)
     unit: str = "line"  # what the number of a row counts: line, row, sample
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[int, str]] = field(default_factory=list)  # the first ones: line and reason
@@ -211,7 +200,9 @@ def text_of(setting: str, name: str, value: object) -> str:
     if value is None:
         raise BadValue(*absent(setting, name))
     if not isinstance(value, str):
-        raise BadValue(f"the {what} is no text", f"the {what} {name!r} is no text but {_shown(value)}")
+        kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+        shown = f"{kinds.get(type(value), type(value).__name__)}: {_shortened(str(value))}"
+        raise BadValue(f"the {what} is no text", f"the {what} {name!r} is no text but {shown}")
     if not value and setting == "image_key":
         raise BadValue(f"no {what}", f"the {what} {name!r} is empty")
     if "\0" in value:
@@ -219,7 +210,10 @@ def text_of(setting: str, name: str, value: object) -> str:
     if len(value) > MAX_CAPTION:
         raise BadValue(*longer_than(setting, name, f"{len(value):,} characters, more than {MAX_CAPTION:,}"))
     if not value.isascii():
-        _check_unicode(what, name, value)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadValue("not Unicode", f"the {what} {name!r} holds half a surrogate pair") from error
     return value
 
 
@@ -239,23 +233,13 @@ def no_column(name: str, setting: str, names: Iterable[str]) -> str:
     listed = list(names)
     close = difflib.get_close_matches(name.lower(), [other.lower() for other in listed], n=1)
     nearest = next((other for other in listed if close and other.lower() == close[0] and other.isprintable()), None)
-    shown = ", ".join(repr(other if len(other) <= 40 else other[:40] + "…") for other in listed[:20]) or "none"
+    shown = ", ".join(repr(_shortened(other)) for other in listed[:20]) or "none"
     if setting == "filter":
-        return f"has no column {name!r} (data.filter). Its columns: {shown}." + (
-            f" Did you mean {nearest!r}?" if nearest else ""
-        )
-    return f"has no column {name!r} (data.{setting}). Its columns: {shown}. Set data.{setting}={nearest or '<one of them>'}."
+        fix = f" Did you mean {nearest!r}?" if nearest else ""
+    else:
+        fix = f" Set data.{setting}={nearest or '<one of them>'}."
+    return f"has no column {name!r} (data.{setting}). Its columns: {shown}.{fix}"
 
 
-def _check_unicode(what: str, name: str, value: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadValue("not Unicode", f"the {what} {name!r} holds half a surrogate pair") from error
-
-
-def _shown(value: object) -> str:
-    kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    kind = kinds.get(type(value), type(value).__name__)
-    text = str(value)
-    return f"{kind}: {text if len(text) <= 40 else text[:40] + '…'}"
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else text[:40] + "…"

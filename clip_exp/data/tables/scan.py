@@ -1,37 +1,33 @@
-"""The rows of several files in batches of a constant number of rows, and an account of each file."""
+"""The rows of several files of any format in batches of a constant number of rows, and an account of each file."""
 
 import hashlib
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import bool_array, count_blank, string_buffers, trimmed
-from clip_exp.data.tables.comparisons import Unlike, joined
-from clip_exp.data.tables.formats import open_reader
-from clip_exp.data.tables.reader import FileStamp, Reader, RowBlock, TableOptions
-from clip_exp.errors import DataError
+from clip_exp.data.tables.delimited import DelimitedReader
+from clip_exp.data.tables.filters import Unlike, joined
+from clip_exp.data.tables.jsonl import JsonLinesReader
+from clip_exp.data.tables.parquet import ParquetReader
+from clip_exp.data.tables.reader import FileStamp, Reader, RowBlock, TableOptions, unreadable
+from clip_exp.data.tables.shards import ShardReader
+from clip_exp.errors import ConfigError, DataError
 from clip_exp.progress import progress
 
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 1 << 16
 _BAR_FROM = 64 << 20  # bytes; smaller tables are read before a bar is seen
-
-
-class RowBatch(NamedTuple):
-    """`BATCH_ROWS` rows, or the last of a table."""
-
-    columns: pa.RecordBatch  # LargeString, by key of the configuration
-    lines: np.ndarray  # int64 [rows]
-    members: np.ndarray | None  # int64 [rows, 2]
 
 
 @dataclass(frozen=True)
@@ -41,11 +37,11 @@ class ScannedFile:
     path: Path
     stamp: FileStamp
     rows: int
-    seen: int  # bad rows and those that the filter leaves out included
-    digest: str
-    bad: dict[str, int]
-    bad_examples: tuple[tuple[int, str], ...]
-    unit: str
+    seen: int  # `rows`, bad ones, and those that the filter left out
+    digest: str  # of the rows: equal where paths, captions, labels and places in a shard are
+    bad: dict[str, int]  # rows that were left out, by reason
+    bad_examples: tuple[tuple[int, str], ...]  # the first of them: line and reason
+    unit: str  # what numbers the rows: line, row, sample
     empty_captions: int  # of `rows`, blank ones included
     unlike: tuple[Unlike, ...]  # values that the filter could not compare
 
@@ -68,12 +64,12 @@ class Scan:
         self._filter = None if options.filter is None else filters.parse(options.filter)
         self._rows = 0
 
-    def batches(self) -> Iterator[RowBatch]:
-        """All rows.
+    def blocks(self) -> Iterator[RowBlock]:
+        """All rows, in blocks of `BATCH_ROWS`, but for the last.
 
         Raises: DataError, ConfigError; see `tables.open`.
         """
-        yield from map(_as_batch, _rebatch(self._blocks()))
+        yield from _rebatch(block for file in self.files for block in self._blocks_of(file))
         if not self._rows:
             which = f"{self.files[0]}{' and the others' * (len(self.files) > 1)}"
             unlike = "; ".join(each.describe(file.unit) for file in self.read[:1] for each in file.unlike)
@@ -83,18 +79,16 @@ class Scan:
                 else f"{which}: there are no rows. It takes a row per image-text pair."
             )
 
-    def _blocks(self) -> Iterator[RowBlock]:
-        for file in self.files:
-            if self._rows == self.options.max_rows:
-                return
-            yield from self._blocks_of(file)
-
     def _blocks_of(self, file: Path) -> Iterator[RowBlock]:
+        if self._rows == self.options.max_rows:
+            return
         stamp = FileStamp.of_table(file, len(self.files))
         reader, digest = open_reader(file, self.options), _Digest()
-        before, found, empty_captions = self._rows, 0, 0
+        before, found, empty_captions, told = self._rows, 0, 0, 0
         unlike: list[Unlike] = []
-        for block in self._advancing(reader, stamp.bytes):
+        for block in reader.blocks():
+            self.advance(reader.bytes_read - told)
+            told = reader.bytes_read
             found += len(block)
             kept = self._kept(block, unlike)
             if len(kept):
@@ -104,6 +98,8 @@ class Scan:
                 yield kept
             if self._rows == self.options.max_rows:
                 break
+        else:
+            self.advance(stamp.bytes - told)
         bad = reader.bad
         if not found and (bad.counts or len(self.files) == 1):
             left_out = f" ({bad.counts.total()} bad ones were left out)" if bad.counts else ""
@@ -120,20 +116,15 @@ class Scan:
             )
         )  # fmt: skip
 
-    def _advancing(self, reader: Reader, size: int) -> Iterator[RowBlock]:
-        told = 0
-        for block in reader.blocks():
-            self.advance(reader.bytes_read - told)
-            told = reader.bytes_read
-            yield block
-        self.advance(size - told)
-
     def _kept(self, block: RowBlock, unlike: list[Unlike]) -> RowBlock:
         if self._filter is not None:
             mask, found = self._filter.select(block.extra or {}, block.lines)
             unlike += found
             if not mask.all():
-                block = _filtered(block, mask)
+                chosen = bool_array(mask)
+                columns = {name: array.filter(chosen) for name, array in block.columns.items()}
+                members = None if block.members is None else block.members[mask]
+                block = RowBlock(columns, block.lines[mask], members)
         if "label_key" in block.columns:
             columns = {**block.columns, "label_key": trimmed(block.columns["label_key"])}
             block = RowBlock(columns, block.lines, block.members)
@@ -153,22 +144,19 @@ class _Digest:
     """Of rows, however they are cut into blocks."""
 
     def __init__(self) -> None:
-        self._hashes: dict[str, Any] = {}
+        self._hashes: defaultdict[str, Any] = defaultdict(hashlib.sha256)
 
     def update(self, block: RowBlock) -> None:
         for name, array in block.columns.items():
             starts, data = string_buffers(array)
-            self._add(f"{name} lengths", np.diff(starts))
-            self._add(name, data[starts[0] : starts[-1]])
+            self._hashes[f"{name} lengths"].update(np.diff(starts).data)
+            self._hashes[name].update(data[starts[0] : starts[-1]].data)
         if block.members is not None:
-            self._add("members", np.ascontiguousarray(block.members))
+            self._hashes["members"].update(np.ascontiguousarray(block.members).data)
 
     def hex(self) -> str:
         parts = [f"{name} {self._hashes[name].hexdigest()}\n" for name in sorted(self._hashes)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-    def _add(self, name: str, values: np.ndarray) -> None:
-        self._hashes.setdefault(name, hashlib.sha256()).update(values.data)
 
 
 def _rebatch(blocks: Iterable[RowBlock]) -> Iterator[RowBlock]:
@@ -204,13 +192,89 @@ def _slice(block: RowBlock, start: int, rows: int) -> RowBlock:
     return RowBlock(columns, block.lines[start : start + rows], members)
 
 
-def _filtered(block: RowBlock, mask: np.ndarray) -> RowBlock:
-    chosen = bool_array(mask)
-    columns = {name: array.filter(chosen) for name, array in block.columns.items()}
-    members = None if block.members is None else block.members[mask]
-    return RowBlock(columns, block.lines[mask], members)
+# Formats: by the end of a file's name, which its first bytes must not contradict.
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+PARQUET = (".parquet", ".pq")
+SHARD = (".tar",)
+_HEAD = 512  # bytes
+_COMPRESSED = {
+    ".gz": "gunzip",
+    ".tgz": "gunzip",
+    ".zst": "unzstd",
+    ".bz2": "bunzip2",
+    ".xz": "unxz",
+    ".zip": "unzip",
+    ".lz4": "unlz4",
+}
+_OTHERS = {
+    ".xlsx": "an Excel workbook",
+    ".xls": "an Excel workbook",
+    ".ods": "a spreadsheet",
+    ".feather": "an Arrow file",
+    ".arrow": "an Arrow file",
+    ".orc": "an ORC file",
+    ".avro": "an Avro file",
+    ".h5": "an HDF5 file",
+    ".hdf5": "an HDF5 file",
+    ".npy": "a NumPy array",
+    ".npz": "a NumPy archive",
+    ".pkl": "a pickle, which is never opened",
+    ".pickle": "a pickle, which is never opened",
+    ".pt": "a pickle, which is never opened",
+    ".tfrecord": "a TensorFlow record",
+    ".sqlite": "a database",
+    ".db": "a database",
+}
+_MAGIC = {
+    b"PAR1": "Parquet",
+    b"\x1f\x8b": "compressed by gzip (decompress it: gunzip)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd (decompress it: unzstd)",
+    b"BZh": "compressed by bzip2 (decompress it: bunzip2)",
+    b"\xfd7zXZ\0": "compressed by xz (decompress it: unxz)",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook",
+    b"ARROW1": "an Arrow file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"SQLite format 3": "a database",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG picture",
+    b"%PDF": "a PDF",
+    b"version https://git-lfs": "a pointer of Git LFS (fetch the file itself: git lfs pull)",
+}
+_NAMED = {"Parquet": PARQUET, "a tar": SHARD}  # formats that are read, by what the first bytes say
 
 
-def _as_batch(block: RowBlock) -> RowBatch:
-    columns = pa.RecordBatch.from_arrays(list(block.columns.values()), list(block.columns))
-    return RowBatch(columns, block.lines, block.members)
+def open_reader(file: Path, options: TableOptions) -> Reader:
+    """The reader of a file: .jsonl .ndjson .json, .parquet .pq, .tar; anything else is delimited text.
+
+    Raises: ConfigError for a compressed file, for a format that is not read, and for a name that its content contradicts.
+    """
+    suffix = file.suffix.lower()
+    if suffix in _COMPRESSED:
+        raise ConfigError(
+            f"{file} is compressed, so rows cannot be found in it: decompress it ({_COMPRESSED[suffix]} {file})."
+        )
+    if suffix in _OTHERS:
+        raise ConfigError(f"{file} is {_OTHERS[suffix]}: write it as CSV, JSON Lines or Parquet.")
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(_HEAD)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    is_tar = head[257:262] == b"ustar"
+    content = "a tar" if is_tar else next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
+    if content is not None and suffix not in _NAMED.get(content, ()):
+        kinds = {"JSON Lines": JSON_LINES, "Parquet": PARQUET, "a shard": SHARD}
+        named = next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "text")
+        fix = "give a CSV, JSON Lines or Parquet file or a shard"
+        if content in _NAMED:
+            fix = f"rename it to {file.stem}{_NAMED[content][0]}"
+        raise ConfigError(f"{file} is named like {named}, but is {content}: {fix}.")
+    if suffix in JSON_LINES:
+        return JsonLinesReader(file, options)
+    if suffix in PARQUET:
+        return ParquetReader(file, options)
+    if suffix in SHARD:
+        return ShardReader(file, options)
+    return DelimitedReader(file, options)

@@ -1,11 +1,16 @@
-"""WebDataset shards as blocks of rows: a sample is the members of a tar that stand side by side and share their key."""
+"""WebDataset shards as blocks of rows: a sample is the members of a tar that stand side by side and share their key.
 
+Nothing is extracted, and no name is a path to anything.
+"""
+
+import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,8 +27,165 @@ from clip_exp.data.tables.reader import (
     no_column,
     text_of,
 )
-from clip_exp.data.tables.tars import Damaged, Member, members
 from clip_exp.errors import ConfigError, DataError
+
+# The members of a tar, found strictly and fast. `tarfile` takes a damaged header in the middle for the end of the archive, and
+# needs four times as long.
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 512
+_MAX_HEADER_DATA = 1 << 20  # bytes of a long name or of pax records
+_CHUNK = 1 << 20
+_PLAIN = b"0\x007"  # types of regular files
+_PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
+_FAULTS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file"}
+_WITHOUT_DATA = b"123456"  # whatever size their headers claim
+
+
+class Damaged(Exception):
+    """The tar breaks off, or is none; the message says where and how."""
+
+
+class Member(NamedTuple):
+    """A member that is no folder."""
+
+    name: str
+    offset: int  # of its bytes in the tar
+    size: int  # bytes
+    fault: str  # what it is, where it is no regular file
+
+
+class _Header(NamedTuple):
+    name: bytes
+    size: int
+    kind: bytes
+    data: int  # where its data starts
+
+
+def members(file: BinaryIO) -> Iterator[Member]:
+    """The members in order: ustar, GNU and pax.
+
+    Args:
+        file: of a tar, which is sought in.
+
+    Raises: Damaged.
+    """
+    end = os.fstat(file.fileno()).st_size
+    position, found = 0, False
+    overall: dict[str, bytes] = {}
+    following: dict[str, bytes] = {}  # what the headers before a member say of it
+    while (header := _header(file, position, end)) is not None:
+        found = True
+        if header.kind in b"xXgLK":
+            if header.size > _MAX_HEADER_DATA or header.data + header.size > end:
+                raise Damaged(f"the header at byte {position} claims {header.size:,} bytes")
+            file.seek(header.data)
+            data = file.read(header.size)
+            if header.kind == b"L":
+                following["path"] = _string(data)
+            elif header.kind in b"xX":
+                following |= _pax_records(data, position)
+            elif header.kind == b"g":
+                overall |= _pax_records(data, position)
+            position = header.data + _padded(header.size)
+            continue
+        facts = {**overall, **following}
+        following = {}
+        fault = "" if header.kind in _PLAIN else _FAULTS.get(header.kind, "no regular file")
+        if any(key.startswith("GNU.sparse") for key in facts):
+            fault = "a sparse file"
+        written = facts.get("size", b"")
+        size = int(written) if written.isdigit() and len(written) < 20 else header.size
+        size = 0 if header.kind in _WITHOUT_DATA else size
+        name = facts.get("path", header.name).decode("utf-8", "surrogateescape")
+        if header.data + size > end:
+            raise Damaged(f"it ends at byte {end}, inside the member {name!r}")
+        if header.kind != b"5" and not name.endswith("/"):
+            yield Member(name, header.data, size, fault)
+        position = header.data + _padded(size)
+    if not found:
+        raise Damaged("it holds nothing")
+    _check_end(file, position)
+    if position > end:
+        raise Damaged(f"it ends at byte {end}, where its last member has not ended")
+    if position == end:
+        log.warning("%s has no end mark, as if its writing was cut off.", file.name)
+
+
+def _check_end(file: BinaryIO, position: int) -> None:
+    """An end mark is the end: a header in a hole looks like one, as after a download that left pieces out."""
+    file.seek(position)
+    while chunk := file.read(_CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            more = file.tell() - len(rest)
+            raise Damaged(
+                f"byte {position} should begin a member, but is empty, and at byte {more} there is more (several tars in one file "
+                "are joined with tar -A)"
+            )
+
+
+def _header(file: BinaryIO, position: int, end: int) -> _Header | None:
+    """The header at a position; None at the end mark, or at the end of a file that has none."""
+    file.seek(position)
+    block = file.read(_BLOCK)
+    if not block or not any(block):
+        return None
+    if len(block) < _BLOCK:
+        raise Damaged(f"it ends at byte {end}, inside a header")
+    try:
+        checksum = int(block[148:156].strip(b" \0") or b"0", 8)
+    except ValueError:
+        checksum = -1
+    if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        raise Damaged(f"byte {position} should begin a member, but does not")
+    data = position + _BLOCK
+    if block[156:157] == b"S" and block[482]:  # GNU's sparse file, whose map goes on in blocks of its own
+        while len(more := file.read(_BLOCK)) == _BLOCK:
+            data += _BLOCK
+            if not more[504]:
+                break
+    name, prefix = _string(block[:100]), _string(block[345:500])
+    if prefix and block[257:263] == b"ustar\0":
+        name = prefix + b"/" + name
+    return _Header(name, _number(block[124:136], position), block[156:157], data)
+
+
+def _number(field: bytes, position: int) -> int:
+    """Octal digits, or GNU's bytes of a number that is too large for them."""
+    try:
+        number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1 << 62:
+        raise Damaged(f"the member at byte {position} has no size")
+    return number
+
+
+def _string(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _pax_records(data: bytes, position: int) -> dict[str, bytes]:
+    """`<length> <key>=<value>` and a line end, over and over; the length is the whole record's."""
+    records: dict[str, bytes] = {}
+    start = 0
+    while start < len(data):
+        match = _PAX_LENGTH.match(data, start)
+        end = start + int(match[1]) if match else 0
+        if match is None or not match.end() + 2 < end <= len(data):
+            raise Damaged(f"the pax header at byte {position} is broken")
+        key, _, value = data[match.end() : end - 1].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value
+        start = end
+    return records
+
+
+# Samples: the members that share a key, and what of them is wanted.
 
 PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first of them that a sample has, as in open_clip
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's key and extension
@@ -60,7 +222,7 @@ class ShardReader:
         self.path, self.options, self.wanted = path, options, options.wanted
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="sample")
         self.bytes_read = 0
-        self._extra = NativeColumns.of(options)
+        self._extra = NativeColumns(options.filtered)
         self.filtered = self._extra.names
 
     def blocks(self) -> Iterator[RowBlock]:
@@ -84,9 +246,8 @@ class ShardReader:
             raise DataError(f"{self.path} {no_column(missing, 'filter', self._extra.seen)}")
 
     def _block(self, rows: list[_Row], samples: list[int]) -> RowBlock:
-        columns = dict(
-            zip(self.wanted, map(string_array, zip(*(row.values for row in rows), strict=True)), strict=True)
-        )
+        values = zip(*(row.values for row in rows), strict=True)
+        columns = dict(zip(self.wanted, map(string_array, values), strict=True))
         places = np.array([(row.picture.offset, row.picture.size) for row in rows], dtype=np.int64)
         extra = self._extra.arrays([row.record for row in rows])
         return RowBlock(columns, np.array(samples, dtype=np.int64), places, extra)
@@ -113,12 +274,14 @@ class ShardReader:
             raise BadValue("no picture", f"there is no picture among {', '.join(sample)}")
         texts = {setting: name for setting, name in self.wanted.items() if setting != "image_key"}
         in_members = all(name.lower() in sample for name in texts.values())
-        record = _json(file, sample) if self.filtered or not in_members else {}
+        record: dict[str, Any] = {}
+        if "json" in sample and (self.filtered or not in_members):
+            record = parse_object(_read(file, sample["json"], _MAX_JSON, "JSON"))
         values = [picture.name, *(_value(file, sample, record, setting, name) for setting, name in texts.items())]
         if not self.filtered:
             return _Row(values, picture, {})
-        members = {name: sample[name.lower()] for name in self.filtered if name.lower() in sample}
-        read = {name: _text(file, member, "caption_key", name) for name, member in members.items()}
+        named = [name for name in self.filtered if name.lower() in sample]
+        read = {name: _text(file, sample[name.lower()], "caption_key", name) for name in named}
         columns = {**dict(zip(self.wanted.values(), values, strict=True)), **read, **record}
         return _Row(values, picture, self._extra.of_record(columns))
 
@@ -138,10 +301,7 @@ def _plain(name: str) -> str:
 
 
 def _sample(key: str, found: list[tuple[str, Member]], keys: set[str]) -> dict[str, Member]:
-    """Members by extension; the key is added to `keys`.
-
-    Raises: BadValue.
-    """
+    """Members by extension; the key is added to `keys`. Raises BadValue."""
     extensions = [extension for extension, _ in found]
     if key in keys or len(set(extensions)) < len(extensions):
         detail = "its key is there twice; the members of a sample must stand side by side (tar --sort=name)"
@@ -155,10 +315,6 @@ def _sample(key: str, found: list[tuple[str, Member]], keys: set[str]) -> dict[s
     if key.startswith("/") or ".." in PurePosixPath(key).parts:
         raise BadValue("unsafe name", "its name is absolute or has a '..'")
     return dict(found)
-
-
-def _json(file: BinaryIO, sample: dict[str, Member]) -> dict[str, Any]:
-    return parse_object(_read(file, sample["json"], _MAX_JSON, "JSON")) if "json" in sample else {}
 
 
 def _value(file: BinaryIO, sample: dict[str, Member], record: dict[str, Any], setting: str, name: str) -> str:

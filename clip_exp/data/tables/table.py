@@ -7,7 +7,7 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,26 +18,17 @@ import pyarrow.compute as pc
 
 from clip_exp.data.files import ImageLimits, normal_path, read_below, read_member
 from clip_exp.data.tables.columns import int32_numpy, string_array
-from clip_exp.data.tables.comparisons import Unlike, as_json, joined
-from clip_exp.data.tables.scan import BATCH_ROWS, RowBatch
+from clip_exp.data.tables.filters import Unlike, as_json, joined
+from clip_exp.data.tables.reader import RowBlock
+from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file of a table: its rows are `start` and the `rows - 1` after it."""
+class Part(ScannedFile):
+    """One file of a table, its `path` absolute: its rows are `start` and the `rows - 1` after it."""
 
-    file: Path  # absolute
     root: Path  # where its relative image paths start from; absolute
     start: int
-    rows: int
-    bad: dict[str, int] = field(default_factory=dict)  # bad rows that were left out, by reason
-    bad_examples: tuple[tuple[int, str], ...] = ()  # the first of them: line and reason
-    unit: str = "line"  # what numbers the rows: line, row, sample
-    seen: int = 0  # rows that were read: `rows`, bad ones, and those that the filter left out
-    bytes: int = 0  # size of the file
-    digest: str = ""  # of the rows: equal where paths, captions, labels and places in a shard are
-    empty_captions: int = 0  # of `rows`, blank ones included
-    unlike: tuple[Unlike, ...] = ()  # values that the filter could not compare
 
 
 def bad_rows(parts: Iterable[Part]) -> Counter[str]:
@@ -64,20 +55,12 @@ class PictureGroups(NamedTuple):
 class StoredRows(Protocol):
     """Where a table's rows are kept. It pickles as little as it can."""
 
-    @property
-    def batches(self) -> Sequence[pa.RecordBatch]:
-        """Batches of `BATCH_ROWS` rows, but for the last, with a column of strings per key of the configuration."""
-        ...
-
-    @property
-    def lines(self) -> np.ndarray:
-        """int64 [rows]: where each row starts in its file, counted from 1."""
-        ...
-
-    @property
-    def members(self) -> np.ndarray | None:
-        """int64 [rows, 2]: offset and size of each picture in its shard; None where pictures are files."""
-        ...
+    # Of `BATCH_ROWS` rows, but for the last, with a column of strings per key of the configuration.
+    batches: Sequence[pa.RecordBatch]
+    lines: np.ndarray  # int64 [rows]: where each row starts in its file, counted from 1
+    members: (
+        np.ndarray | None
+    )  # int64 [rows, 2]: offset and size of each picture in its shard; None where pictures are files
 
     @property
     def groups(self) -> PictureGroups | None:
@@ -122,7 +105,7 @@ class PairTable:
     @property
     def folders(self) -> set[Path]:
         """Where relative image paths start from, or where the shards are."""
-        return {part.root if self.members is None else part.file.parent for part in self.parts}
+        return {part.root if self.members is None else part.path.parent for part in self.parts}
 
     @property
     def skipped(self) -> int:
@@ -166,10 +149,10 @@ class PairTable:
         found: dict[str, dict[str, Any]] = {}
         times = Counter[str]()
         for part in self.parts:
-            name = part.file.name
+            name = part.path.name
             times[name] += 1
             key = name if times[name] == 1 else f"{name} ({times[name]})"
-            found[key] = {"rows": part.rows, "bytes": part.bytes, "digest": part.digest}
+            found[key] = {"rows": part.rows, "bytes": part.stamp.bytes, "digest": part.digest}
         return found
 
     def part(self, row: int) -> Part:
@@ -182,7 +165,7 @@ class PairTable:
 
     def image_path(self, row: int) -> str:
         """The picture's path, below the table's image root where it is relative; in a shard, `<shard>/<member>`."""
-        return str((self.part(row).root if self.members is None else self.part(row).file) / self.path(row))
+        return str((self.part(row).root if self.members is None else self.part(row).path) / self.path(row))
 
     def read_picture(self, row: int, limits: ImageLimits) -> bytearray:
         """The bytes of the picture's file.
@@ -192,7 +175,7 @@ class PairTable:
         if self.members is None:
             return read_below(self.part(row).root, self.path(row), limits)
         offset, size = self.members[row].tolist()
-        return read_member(self.part(row).file, offset, size, limits)
+        return read_member(self.part(row).path, offset, size, limits)
 
     def caption(self, row: int) -> str:
         """The caption, verbatim."""
@@ -209,7 +192,7 @@ class PairTable:
     def where(self, row: int) -> str:
         """File and line of a row, for messages."""
         part = self.part(row)
-        return f"{part.file}, {part.unit} {self.lines[row]}"
+        return f"{part.path}, {part.unit} {self.lines[row]}"
 
     def image_index(self) -> np.ndarray:
         """int32 [rows]: which picture a row shows, numbered by first appearance. Names of a file are the same picture."""
@@ -228,15 +211,15 @@ class RowsInMemory:
     """`StoredRows` without files.
 
     Args:
-        batches: as `tables.scan` gives them.
+        blocks: as `tables.scan` gives them, of `BATCH_ROWS` rows.
         rows, roots: of each file, see `group_pictures`.
     """
 
-    def __init__(self, batches: Sequence[RowBatch], rows: Sequence[int], roots: Sequence[Path]) -> None:
-        self.batches = [batch.columns for batch in batches]
-        self.lines = np.concatenate([batch.lines for batch in batches])
-        members = [batch.members for batch in batches if batch.members is not None]
-        self.members = np.concatenate(members) if members else None
+    def __init__(self, blocks: Sequence[RowBlock], rows: Sequence[int], roots: Sequence[Path]) -> None:
+        self.batches: Sequence[pa.RecordBatch] = [block.batch for block in blocks]
+        self.lines = np.concatenate([block.lines for block in blocks])
+        members = [block.members for block in blocks if block.members is not None]
+        self.members: np.ndarray | None = np.concatenate(members) if members else None
         self._rows, self._roots = rows, roots
 
     @cached_property

@@ -234,7 +234,7 @@ def test_a_file_whose_rows_all_fall_to_the_filter_may_stand_beside_others(tmp_pa
     files = [write(tmp_path / "a.csv", "filepath,title,score\nz.jpg,no,0\n"), write(tmp_path / "b.csv", SCORED)]
     table = read_table(files, filter="score > 0.3")
     assert [part.rows for part in table.parts] == [0, 2]
-    assert [table.part(row).file.name for row in range(2)] == ["b.csv", "b.csv"]
+    assert [table.part(row).path.name for row in range(2)] == ["b.csv", "b.csv"]
 
 
 def test_a_part_without_rows_may_stand_beside_others(tmp_path, caplog):

@@ -9,7 +9,7 @@ from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.tables import shards
 from clip_exp.data.tables.open import read_table
 from clip_exp.data.tables.reader import TableOptions
-from clip_exp.data.tables.tars import members
+from clip_exp.data.tables.shards import members
 from clip_exp.errors import DataError
 from tests.data.tables.shard_files import jpeg, write_shard
 

@@ -2,9 +2,9 @@ import gzip
 
 import pytest
 
-from clip_exp.data.tables.formats import open_reader
 from clip_exp.data.tables.open import is_shard, read_table
 from clip_exp.data.tables.reader import TableOptions
+from clip_exp.data.tables.scan import open_reader
 from clip_exp.errors import ConfigError
 from tests.data.tables.shard_files import write_shard
 

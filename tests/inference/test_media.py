@@ -13,11 +13,10 @@ from clip_exp.config.commands import OutputFormat, PredictConfig, SearchConfig
 from clip_exp.config.data import OnBadImage
 from clip_exp.data.files import BadImage
 from clip_exp.errors import DataError
+from clip_exp.inference.commands import predict, search
 from clip_exp.inference.index import read_entries
+from clip_exp.inference.media import read_frame
 from clip_exp.inference.pipeline import Pipeline
-from clip_exp.inference.predict import predict
-from clip_exp.inference.search import search
-from clip_exp.inference.video import read_frame
 
 av = pytest.importorskip("av", reason="PyAV is not installed (pip install av)")
 GREYS = (10, 70, 130, 190, 250)  # of the five seconds of a video

@@ -1,0 +1,185 @@
+"""What the records of a scan amount to: pure functions of arrays. Sizes of the pictures, lengths of the captions, their writing."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import regex  # type: ignore[import-untyped]
+
+from clip_exp.config.data import Captions
+from clip_exp.text.tokenizer import Tokenizes
+
+QUANTILES = {"min": 0.0, "p1": 0.01, "p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0}  # fmt: skip
+STEPS_PER_OCTAVE = 4
+MAX_BARS = 100
+
+
+def quantiles(values: np.ndarray) -> dict[str, float] | None:
+    """Quantiles that are among the values, and the mean; None of no values."""
+    if not len(values):
+        return None
+    found = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf").tolist()
+    return {**dict(zip(QUANTILES, found, strict=True)), "mean": float(np.mean(values))}
+
+
+def octave_histogram(values: np.ndarray) -> dict[str, list[Any]]:
+    """Counts of positive numbers between powers of 2 to the quarter: `edges`, one more than `counts`."""
+    if not len(values):
+        return {"edges": [], "counts": []}
+    places = np.floor(np.log2(values.astype(np.float64)) * STEPS_PER_OCTAVE + 1e-9).astype(np.int64)
+    low, high = int(places.min()), int(places.max())
+    edges = [2 ** (step / STEPS_PER_OCTAVE) for step in range(low, high + 2)]
+    return {"edges": edges, "counts": np.bincount(places - low).tolist()}
+
+
+def whole_histogram(values: np.ndarray, end: int) -> dict[str, list[Any]]:
+    """Counts of whole numbers in equal steps from 0 to `end` or beyond; the last holds all above, its edge the largest."""
+    step = max(1, math.ceil(end / MAX_BARS))
+    bars = -(-end // step)
+    counts = np.bincount(np.minimum(values // step, bars).astype(np.int64), minlength=bars + 1)
+    edges = [*range(0, bars * step + 1, step), max(bars * step, int(values.max(initial=0))) + 1]
+    return {"edges": edges, "counts": counts.tolist()}
+
+
+def share(count: int, total: int) -> float:
+    """0 of nothing."""
+    return count / total if total else 0.0
+
+
+def counted_share(mask: np.ndarray) -> dict[str, Any]:
+    """How many, and which part of all."""
+    count = int(np.count_nonzero(mask))
+    return {"count": count, "share": share(count, len(mask))}
+
+
+# Pictures: what those of a split are like, and how fast they can be had.
+
+
+def describe_pictures(good: np.ndarray, image_size: int) -> dict[str, Any]:
+    """Sizes, formats and oddities of the pictures that can be used.
+
+    Args:
+        good: of `scan.PICTURE`.
+        image_size: side of the model's input, pixels.
+    """
+
+    def by_name(names: np.ndarray) -> dict[str, int]:
+        return dict(Counter(map(bytes.decode, sorted(names.tolist()))).most_common())
+
+    width, height = good["width"], good["height"]
+    measures = {
+        "width": width,
+        "height": height,
+        "megapixels": width.astype(np.int64) * height / 1e6,
+        "bytes": good["bytes"],
+    }
+    return {
+        "sizes": {name: quantiles(values) for name, values in measures.items()},
+        "histograms": {name: octave_histogram(values) for name, values in measures.items()},
+        "smaller_than_input": {**counted_share(np.minimum(width, height) < image_size), "image_size": image_size},
+        "shorter_side": quantiles(np.minimum(width, height)),
+        "formats": by_name(good["format"]),
+        "modes": by_name(good["mode"]),
+        "exif_rotated": counted_share(good["rotated"]),
+        "animated": counted_share(good["animated"]),
+    }
+
+
+def describe_speed(good: list[np.ndarray], loader_workers: int, decoded: bool) -> dict[str, Any]:
+    """What the loader of a training could give.
+
+    Args:
+        good: of `scan.PICTURE`, of each split.
+        loader_workers: processes that it would have (`data.num_workers`).
+        decoded: whether pixels were decoded; without them nothing is known.
+
+    Returns: `pictures_per_s_per_core`: read and decoded; `samples_per_s_per_core`: also cropped and resized;
+        `samples_per_s`: of all of the loader's processes on one machine. None where nothing was measured.
+    """
+    seconds = np.concatenate([records["seconds"] for records in good])
+    crop_seconds = np.concatenate([records["crop_seconds"] for records in good])
+    crop_seconds = crop_seconds[~np.isnan(crop_seconds)]
+    speed: dict[str, Any] = {
+        "pictures_per_s_per_core": None,
+        "samples_per_s_per_core": None,
+        "loader_workers": loader_workers,
+        "samples_per_s": None,
+    }
+    if decoded and len(seconds):
+        decoding = float(np.mean(seconds, dtype=np.float64))
+        cropping = float(np.mean(crop_seconds, dtype=np.float64)) if len(crop_seconds) else 0.0
+        speed["pictures_per_s_per_core"] = 1 / decoding
+        speed["samples_per_s_per_core"] = 1 / (decoding + cropping)
+        speed["samples_per_s"] = max(1, loader_workers) / (decoding + cropping)
+    return speed
+
+
+# Captions: their lengths, and which of them are the same to the model.
+
+
+def equal_pairs_in_batch(captions: np.ndarray, pictures: np.ndarray, batch_size: int, drawn: Captions) -> float:
+    """How many pairs of different samples of a batch are expected to have equal captions.
+
+    A sample is a picture with one of its captions drawn evenly, or each row is one (`data.captions`); a batch holds
+    distinct samples.
+
+    Args:
+        captions, pictures: number of each row's.
+        batch_size: samples of a batch; more than there are count as all.
+    """
+    weight: np.ndarray
+    alone: np.ndarray
+    if drawn is Captions.random:
+        weight = 1 / np.bincount(pictures)[pictures]
+        samples = int(pictures.max()) + 1
+        # A picture is drawn once, so its own captions do not meet; equal ones of it are one choice of that weight.
+        _, of_pair = np.unique(captions * samples + pictures, return_inverse=True)
+        alone = np.bincount(of_pair, weight)
+    else:
+        weight = alone = np.ones(len(captions))
+        samples = len(captions)
+    both = np.bincount(captions, weight)
+    pairs_in_data = (float(np.sum(both**2)) - float(np.sum(alone**2))) / 2
+    batch_size = min(batch_size, samples)
+    return max(0.0, pairs_in_data) * batch_size * (batch_size - 1) / max(samples * (samples - 1), 1)
+
+
+# Scripts: which writing a caption is in, and what the tokenizer makes of it.
+
+# Names of Unicode's property Script (UAX 24). Captions are counted under the one that most of their letters have.
+SCRIPTS = (
+    "no letters", "Latin", "Han", "Hiragana", "Katakana", "Hangul", "Bopomofo", "Cyrillic", "Greek", "Armenian", "Georgian",
+    "Arabic", "Hebrew", "Syriac", "Thaana", "Devanagari", "Bengali", "Gurmukhi", "Gujarati", "Oriya", "Tamil", "Telugu",
+    "Kannada", "Malayalam", "Sinhala", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Mongolian", "Ethiopic", "Cherokee", "other",
+)  # fmt: skip
+NO_LETTERS, LATIN, OTHER = 0, 1, len(SCRIPTS) - 1
+# Times the tokens per character of English. OpenAI's BPE: Han 11, Arabic 4; XLM-R: Han 2.6, Arabic 1.2.
+SPLIT_BADLY = 3.0
+ENGLISH = (
+    "a photo of a dog running on the beach with a ball in its mouth",
+    "Two children in red jackets play in the snow.",
+    "A man is riding his bicycle along a street of old houses, and a woman waits at the corner with an umbrella.",
+    "close-up of fresh vegetables on a wooden table",
+)
+
+_RUNS = regex.compile(
+    "|".join(rf"(?P<{name}>\p{{Script={name}}}+)" for name in SCRIPTS[1:-1]) + rf"|(?P<{SCRIPTS[-1]}>\p{{L}})"
+)
+_NUMBER = {name: number for number, name in enumerate(SCRIPTS)}
+
+
+def script_of(caption: str) -> int:
+    """The number in `SCRIPTS` of the script that most of a caption's letters have."""
+    if caption.isascii():
+        return LATIN if any(map(str.isalpha, caption)) else NO_LETTERS
+    letters = [0] * len(SCRIPTS)
+    for run in _RUNS.finditer(caption):
+        letters[_NUMBER[run.lastgroup]] += run.end() - run.start()
+    return int(np.argmax(letters)) if any(letters) else NO_LETTERS
+
+
+def english_tokens_per_character(tokenizer: Tokenizes, special: int) -> float:
+    """Of plain English captions: what other scripts are compared with, whatever the data holds."""
+    tokens = sum(len(ids) - special for ids in tokenizer.encode_batch(ENGLISH))
+    return tokens / sum(map(len, ENGLISH))

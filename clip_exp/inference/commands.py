@@ -1,0 +1,332 @@
+"""`clip-exp predict`, `rank` and `search`: what is given is found and checked, without torch; then the model is loaded, and asked."""
+
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from clip_exp.config.commands import PredictConfig, RankConfig, SearchConfig
+from clip_exp.data.files import leaves_root
+from clip_exp.data.tables.open import read_table
+from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, DataError, Problems
+from clip_exp.evaluation.sets.class_names import templates as read_templates
+from clip_exp.inference.index import Recipe, agree, read_recipe, recipe_of
+from clip_exp.inference.inputs import (
+    FRAMES,
+    as_text_list,
+    as_texts,
+    check_videos,
+    find_pictures,
+    folders_of,
+    read_labels,
+    tell_left_out,
+)
+from clip_exp.inference.outputs import Report, about, check_output, number, write
+from clip_exp.loading.source import ModelSource, check_source, find_source
+from clip_exp.ranks.signals import Stopped, stop_on_signals
+from clip_exp.weights.find import hash_part, hash_weights
+
+CHUNK = 8192  # pictures scored at a time: 33 MB of probabilities for 1,000 texts
+
+Ranking = list[tuple[str, float]]  # path and cosine, best first
+
+
+def predict(config: PredictConfig) -> int:
+    """Print or write the most probable texts of every picture; return the exit code.
+
+    Raises:
+        ClipExpError: everything that is wrong with paths and names, before the model is loaded; later a picture that cannot
+            be read under `on_bad_image=error`.
+    """
+    problems = Problems()
+    checked, pictures = _model_and_pictures(config, problems)
+    texts: list[str] = []
+    templates = None
+    with problems:
+        if (config.texts is None) == (config.labels is None):
+            raise ConfigError("give exactly one of texts and labels: 'texts=[a diagram,a dog]', or labels=names.txt.")
+        texts = read_labels(config.labels) if config.labels is not None else as_text_list(config.texts, "texts")
+        if len(texts) == 1:
+            raise ConfigError(
+                "one text alone always has probability 1: give several, or ask for its cosine with clip-exp rank."
+            )
+    with problems:
+        templates = None if config.templates is None else read_templates(config.templates)
+    problems.tell()
+    source = checked or find_source(config)
+    # Torch takes seconds to import: only once the paths and names are known to be right.
+    from clip_exp.inference.pipeline import open_pipeline
+
+    clip = open_pipeline(config, source)
+    text_features = clip.encode_labels(texts, templates, f"{len(texts):,} labels")
+    encoded = clip.encode_media(pictures, config.on_bad_image, f"{len(pictures):,} pictures")
+    tell_left_out(encoded.left_out, len(pictures))
+    rows, documents = [], []
+    for items, features in zip(encoded.kept.split(CHUNK), encoded.features.split(CHUNK), strict=True):
+        probabilities, order = clip.probabilities(features, text_features).sort(dim=1, descending=True, stable=True)
+        best = zip(items.tolist(), order[:, : config.k].tolist(), probabilities[:, : config.k].tolist(), strict=True)
+        for item, numbers, values in best:
+            found = [(texts[text], number(value)) for text, value in zip(numbers, values, strict=True)]
+            rows += [(pictures[item], place, text, p) for place, (text, p) in enumerate(found, start=1)]
+            documents.append({"path": pictures[item], "texts": [{"text": text, "probability": p} for text, p in found]})
+    left_out = [{"path": path, "reason": reason} for path, reason in encoded.left_out]
+    document = {**about(source), "pictures": documents, "left_out": left_out}
+    write(Report(("picture", "rank", "text", "probability"), rows, document), config)
+    return 0
+
+
+def rank(config: RankConfig) -> int:
+    """Print or write a ranking for each text, copy the pictures if asked; return the exit code.
+
+    As DALL-E kept the best 32 of 512 pictures (Ramesh et al. 2021, section 2.6).
+
+    Raises:
+        ClipExpError: see `predict`.
+    """
+    problems = Problems()
+    checked, pictures = _model_and_pictures(config, problems)
+    texts: list[str] = []
+    with problems:
+        texts = list(dict.fromkeys(as_texts(config.text, "text")))
+    copy_to = Path(config.copy_to).expanduser() if config.copy_to is not None else None
+    if copy_to is not None and copy_to.exists() and not (copy_to.is_dir() and not any(copy_to.iterdir())):
+        problems.add(f"copy_to={config.copy_to} exists already and is no empty folder: give a new one.")
+    problems.tell()
+    source = checked or find_source(config)
+    # Torch takes seconds to import: only once the paths and names are known to be right.
+    from clip_exp.inference.features import best_matches
+    from clip_exp.inference.pipeline import open_pipeline
+
+    clip = open_pipeline(config, source)
+    text_features = clip.encode_text(texts)
+    encoded = clip.encode_media(pictures, config.on_bad_image, f"{len(pictures):,} pictures")
+    tell_left_out(encoded.left_out, len(pictures))
+    rankings: list[Ranking] = []
+    for query in text_features:
+        ranked = best_matches(encoded.features, query, config.keep)
+        rankings.append([(pictures[encoded.kept[row]], number(score)) for row, score in ranked])
+    if copy_to is not None:
+        copy_ranked(copy_to, dict(zip(texts, rankings, strict=True)))
+    left_out = [{"path": path, "reason": reason} for path, reason in encoded.left_out]
+    queries = [("text", text) for text in texts]
+    write(ranking_report(queries, rankings, {**about(source)}, {"left_out": left_out}), config)
+    return 0
+
+
+def _model_and_pictures(config: PredictConfig | RankConfig, problems: Problems) -> tuple[ModelSource | None, list[str]]:
+    """The model and the pictures; None for a model that is to be fetched, which is done when nothing is wrong."""
+    source, pictures = None, []
+    with problems:
+        check_output(config)
+    with problems:
+        source = check_source(config)
+    with problems:
+        pictures = find_pictures(config.images)
+        check_videos(pictures, config.on_bad_image)
+    return source, pictures
+
+
+def ranking_report(
+    queries: list[tuple[str, str]], rankings: list[Ranking], before: dict[str, object], after: dict[str, object]
+) -> Report:
+    """Rankings as a report.
+
+    Args:
+        queries: ("text" or "image", what was asked).
+        before, after: what else the JSON holds.
+    """
+    rows = [
+        (query, rank, score, path)
+        for (_, query), ranking in zip(queries, rankings, strict=True)
+        for rank, (path, score) in enumerate(ranking, start=1)
+    ]
+    documents = [
+        {kind: query, "matches": [{"path": path, "score": score} for path, score in ranking]}
+        for (kind, query), ranking in zip(queries, rankings, strict=True)
+    ]
+    return Report(("query", "rank", "score", "picture"), rows, {**before, "rankings": documents, **after})
+
+
+def copy_ranked(folder: Path, rankings: dict[str, Ranking]) -> None:
+    """Copies named in their order (`01_cat.jpg`); of several texts each in a folder of its own (`01_a_dog/`).
+
+    Raises:
+        CheckpointError: a file cannot be copied.
+    """
+    for position, (text, ranking) in enumerate(rankings.items(), start=1):
+        words = re.sub(r"[^\w]+", "_", text)[:40].strip("_")
+        below = f"{position:02d}_{words}" if len(rankings) > 1 else ""
+        digits = max(2, len(str(len(ranking))))
+        try:
+            (folder / below).mkdir(parents=True, exist_ok=True)
+            for place, (path, _) in enumerate(ranking, start=1):
+                shutil.copy2(path, folder / below / f"{place:0{digits}d}_{Path(path).name}")
+        except OSError as error:
+            raise CheckpointError(f"copy_to={folder} cannot be filled: {error.strerror}.") from error
+
+
+# `clip-exp search`: put pictures into an index, and look for them by text or by picture.
+
+
+class SearchRequest(NamedTuple):
+    """What was asked, found and checked."""
+
+    path: Path
+    source: ModelSource
+    recipe: Recipe
+    files: list[str]  # to put into the index
+    folders: list[str]  # that were searched for them
+    queries: list[tuple[str, str]]  # ("text", a text) or ("image", a path)
+
+
+def search(config: SearchConfig) -> int:
+    """Bring the index up to date with the pictures that are given, answer what is asked; return the exit code.
+
+    Raises:
+        ClipExpError: everything that is wrong with paths and names, before the model is loaded; see `predict`.
+    """
+    question = check(config)
+    path, source, recipe = question.path, question.source, question.recipe
+    settings = config.model_copy(update={"precision": recipe.precision, "frames": recipe.frames})
+    # Torch takes seconds to import: only once the paths and names are known to be right.
+    from clip_exp.inference.index import PictureIndex, update_index
+    from clip_exp.inference.pipeline import open_pipeline
+
+    clip = open_pipeline(settings, source) if question.queries else None
+    if question.files:
+        try:
+            with stop_on_signals():
+                update = update_index(
+                    path,
+                    recipe,
+                    question.files,
+                    question.folders,
+                    lambda: clip or open_pipeline(settings, source),
+                    config.on_bad_image,
+                    f"{path.name}: pictures",
+                )
+        except Stopped as stopped:
+            print(f"{stopped} The same command goes on from what is in {path}.", file=sys.stderr, flush=True)
+            return PREEMPTED_EXIT_CODE
+        tell_left_out(update.left_out, len(question.files))
+        print(f"{path}: {update}", file=sys.stderr if clip else sys.stdout, flush=True)
+    if clip is not None:
+        index = PictureIndex(path, clip)
+        rankings = [
+            [(match.path, number(match.score)) for match in index.search(**{kind: query}, top=config.top)]
+            for kind, query in question.queries
+        ]
+        described = {"index": str(path), "pictures": len(index), "model": source.model.name, "weights": recipe.weights}
+        write(ranking_report(question.queries, rankings, described, {}), config)
+    return 0
+
+
+def check(config: SearchConfig) -> SearchRequest:
+    """Find the model, the index, the pictures and the queries, without torch.
+
+    Raises:
+        ClipExpError: of the class of the gravest problem, with a line for every problem.
+    """
+    problems = Problems()
+    with problems:
+        check_output(config)
+    path = Path(config.index or "").expanduser()
+    files: list[str] = []
+    folders: list[str] = []
+    queries: list[tuple[str, str]] = []
+    filling, asking = (
+        any(value is not None for value in values)
+        for values in ((config.images, config.table), (config.text, config.image))
+    )
+    with problems:
+        if config.index is None:
+            raise ConfigError("index has no value: name the file, as index=photos.index.")
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+            raise ConfigError(f"index={config.index} {what}.")
+        if not filling and not asking:
+            raise ConfigError(
+                "nothing to do: give pictures to put into the index (images=DIR, table=CSV), or what to look for (text=…, image=…)."
+            )
+        if not filling and not path.exists():
+            raise ConfigError(f"index={config.index}: no such file. Make it: images=DIR run=DIR.")
+    with problems:
+        if filling:
+            files, folders = _files(config)
+            check_videos(files, config.on_bad_image)
+    with problems:
+        queries += [("text", text) for text in as_texts(config.text, "text")] if config.text is not None else []
+    with problems:
+        images = find_pictures(config.image, "image") if config.image is not None else []
+        check_videos(images, config.on_bad_image)
+        queries += [("image", image) for image in images]
+    found = None
+    with problems:
+        if config.pretrained is not None:
+            check_source(config)  # it is fetched when nothing else is wrong
+        elif config.index is not None:
+            found = _model(config, path, filling)
+    problems.tell()
+    source, recipe = found or _model(config, path, filling)
+    return SearchRequest(path, source, recipe, files, folders, queries)
+
+
+def _files(config: SearchConfig) -> tuple[list[str], list[str]]:
+    """The pictures to put into the index, and the folders that were searched for them."""
+    files = find_pictures(config.images) if config.images is not None else []
+    if config.table is not None:
+        table = read_table(
+            config.table,
+            image_key=config.image_key,
+            caption_key=None,
+            image_root=config.image_root,
+            separator=config.separator,
+            encoding=config.encoding,
+        )
+        if table.members is not None:
+            raise ConfigError(
+                f"table={config.table}: an index refers to picture files, and those in shards are none: unpack them (tar -xf)."
+            )
+        for row in range(len(table)):
+            if not config.allow_outside_root and leaves_root(table.path(row)):
+                raise DataError(
+                    f"{table.where(row)}: {table.path(row)!r} leaves the folder {table.part(row).root} by `..`: correct it, or set "
+                    "allow_outside_root=true."
+                )
+            files.append(table.image_path(row))
+    return list(dict.fromkeys(files)), folders_of(config.images)
+
+
+def _model(config: SearchConfig, path: Path, filling: bool) -> tuple[ModelSource, Recipe]:
+    """The model that is named, which must be the index's; or else the index's own."""
+    before = read_recipe(path) if path.is_file() else None
+    frames = config.frames or (before.frames if before else FRAMES)
+    if before is None or any((config.run, config.ckpt, config.model, config.pretrained)):
+        source = find_source(config)
+        recipe = recipe_of(source, config.precision, frames)
+        if before is None:
+            return source, recipe
+        agree(path, before, recipe)
+        before = replace(before, weights=recipe.weights)
+    else:
+        source, weights = before.source, Path(before.weights)
+        if not weights.exists():
+            raise CheckpointError(
+                f"index={path} was made by {before.model['name']} with {weights}, which is gone: "
+                "name the same weights where they are now (run=DIR, ckpt=PATH, or model=NAME pretrained=FILE)."
+            )
+        now = hash_part(hash_weights(weights), before.prefix)
+        if source.mix is not None:
+            source.mix.check()
+            now = source.mix.sha256(now)
+        if now != before.weights_sha256:
+            raise CheckpointError(
+                f"index={path} was made by {weights}, which has changed since: name the weights that made it, or make it anew."
+            )
+    if filling:
+        for key, value, is_ in (("precision", config.precision, before.precision), ("frames", frames, before.frames)):
+            if value != is_:
+                raise ConfigError(f"{key}={value}, but index={path} was made with {key}={is_}: give that.")
+    return source, before
