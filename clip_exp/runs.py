@@ -35,6 +35,7 @@ TYPES: dict[str, Any] = {  # of what is read again from `run.json`
     "paths": dict, "data": dict, "job": dict, "scored_tasks": dict, LAST_CHECKPOINT: int | None,
 }  # fmt: skip
 MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
+SHOWN_RUNS = 10  # of a folder of runs, in a message
 COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
 PACKAGES = (  # whose versions are noted
     "torch", "torchvision", "pytorch-lightning", "deepspeed", "hydra-core", "omegaconf", "open_clip_torch", "Pillow",
@@ -120,6 +121,22 @@ def read_config(folder: Path) -> tuple[TrainConfig, str | None]:
             copied = parse_run_config(str(copy.get("config")), str(checkpoint / RUN_COPY))
             return copied, f"{path} {reason}: the copy in {checkpoint.name} is used instead."
     return read_run_config(folder), f"{path} {reason}, and no checkpoint has a copy: it is used as it is."
+
+
+def require_run(folder: Path) -> None:
+    """Refuse a folder that is not a run's but holds runs, and name them.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if (folder / CONFIG).is_file():
+        return
+    below = [path.parent for pattern in ("*/", "*/*/") for path in folder.glob(f"{pattern}{RECORD}")]
+    if runs := sorted((run for run in below if (run / CONFIG).is_file()), key=lambda run: run.name, reverse=True):
+        more = f" and {len(runs) - SHOWN_RUNS} older ones" if len(runs) > SHOWN_RUNS else ""
+        raise CheckpointError(
+            f"{folder} holds runs, and is none itself. Name one, newest first: {', '.join(map(str, runs[:SHOWN_RUNS]))}{more}."
+        )
 
 
 def run_config(folder: Path) -> TrainConfig:

@@ -11,7 +11,7 @@ from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.wise_ft import Mix, mix_of
-from clip_exp.runs import CONFIG, run_config, with_saved_tokenizer
+from clip_exp.runs import CONFIG, require_run, run_config, with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_part, hash_weights
 from clip_exp.weights.settle import note_architecture, settle
 
@@ -96,6 +96,7 @@ def source_of_run(run_dir: Path, ema: bool = False) -> ModelSource:
         raise ConfigError(
             f"run={run_dir}: no such folder. Training prints its run folder: outputs/train/<name>/<time>."
         )
+    require_run(run_dir)
     run = run_config(run_dir)
     checkpoint = folders.best(run_dir) if run.monitor else folders.latest(run_dir)
     return _of_checkpoint_folder(checkpoint, run, run_dir, ema)

@@ -13,7 +13,7 @@ from clip_exp.config.base import nearest
 from clip_exp.config.model import Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.runs import CONFIG, run_config
+from clip_exp.runs import CONFIG, require_run, run_config
 from clip_exp.storage import file_sha256
 from clip_exp.weights.download import HUB, fetch, fetch_repository, is_hub_name, kept_at
 from clip_exp.weights.inspect import (
@@ -142,7 +142,11 @@ def _in_folder(folder: Path) -> Path:
         if problem := folders.damage(folder):
             raise CheckpointError(f"{folder} is damaged: {problem}. Give an earlier checkpoint of the run.")
         return folder / WEIGHTS
-    weight_files(folder)  # says what is missing
+    try:
+        weight_files(folder)
+    except CheckpointError:  # which says what is missing
+        require_run(folder)
+        raise
     return folder
 
 

@@ -15,6 +15,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.model import Activation, Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.loading.source import source_of_run
 from clip_exp.models.clip import CLIP
 from clip_exp.open_clip_files import Entry
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
@@ -181,6 +182,18 @@ def test_a_wrong_activation_is_told_before_a_tag_is_fetched() -> None:
         "model.activation=gelu, but openai of open_clip's ViT-B-32 was trained with quick_gelu: leave it out" in problem
     )
     assert check_pretrained("laion2b_s34b_b79k", model) == []
+
+
+def test_a_folder_of_runs_lists_them(run_dir: Path, tmp_path: Path) -> None:
+    parent = tmp_path / "outputs"
+    for stamp in ("2026-01-01_00-00-00", "2026-01-02_00-00-00"):
+        shutil.copytree(run_dir, parent / "name" / stamp)
+        (parent / "name" / stamp / "run.json").write_text("{}")
+    for folder in (parent, parent / "name"):
+        with pytest.raises(CheckpointError, match=r"holds runs.*newest first: \S+01-02_00-00-00, \S+01-01_00-00-00\.$"):
+            find_weights(str(folder), None)
+        with pytest.raises(CheckpointError, match="holds runs"):
+            source_of_run(folder)
 
 
 def test_what_can_be_found_is_no_problem(run_dir: Path) -> None:
