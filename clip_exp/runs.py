@@ -32,6 +32,7 @@ TOKENIZER = "tokenizer"  # the folder of a run's own copy
 LAST_CHECKPOINT = "last_checkpoint_step"  # in `run.json`; older versions did not have it
 TYPES: dict[str, Any] = {  # of what is read again from `run.json`
     "fingerprint": str, "config_sha256": str, "start": str, "status": str, "argv": list, "resumed": list, "pretrained": dict | str,
+    "pretrained_image": dict, "pretrained_text": dict,
     "paths": dict, "data": dict, "job": dict, "scored_tasks": dict, LAST_CHECKPOINT: int | None,
 }  # fmt: skip
 MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's

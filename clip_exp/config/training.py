@@ -26,6 +26,7 @@ from clip_exp.config.evaluation import Accelerator, Devices, Tasks
 from clip_exp.config.model import ModelConfig, Projection
 
 DEFAULT_EPOCHS = 30.0
+TOWERS = ("image", "text")
 MAX_LOGARITHM = 10.0  # of a logit scale: a factor of 22,000
 
 Logarithm = Annotated[
@@ -423,6 +424,15 @@ class LoggerConfig(Config):
 # ---------------------------------------------------------------------------------------------------- the command
 
 
+def _kept_from_file(tower: str) -> Unused:
+    return Unused(
+        f"model.{tower}.pretrained",
+        lambda config: tower in config.starts,
+        f"with pretrained_{tower}={{c.pretrained_{tower}}}, which has the weights of the {tower} tower",
+        typed_only=True,
+    )
+
+
 class TrainConfig(Config):
     """A training run."""
 
@@ -454,9 +464,14 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
         None,
         description="weights to start from: a tag of `clip-exp models`, hf-hub:org/name, a file, a folder, or a run",
     )
+    pretrained_image: str | None = Field(
+        None,
+        description="weights of the image tower alone to start from, out of a file of that tower or of a model; as `pretrained`",
+    )
+    pretrained_text: str | None = Field(None, description="likewise of the text tower")
     pretrained_prefix: str | None = Field(
         None,
-        description="which weights of the file, where several fit the model, such as a student and a teacher: a key of the file, a prefix of names, or both with a dot between them",
+        description="which weights of the file, where several fit the model or tower, such as a student and a teacher: a key of the file, a prefix of names, or both with a dot between them",
     )
     max_steps: Count | None = Field(
         None, description="optimizer steps; exactly one of max_steps and epochs (neither: epochs=30)"
@@ -492,7 +507,7 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
-        Unused("pretrained_prefix", lambda c: c.pretrained is None, "without pretrained"),
+        Unused("pretrained_prefix", lambda c: not c.starts, "without pretrained"),
         Unused(
             "loss.init_logit_scale",
             lambda c: c.pretrained is not None,
@@ -505,6 +520,7 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
             "with pretrained={c.pretrained}, which has the weights of both towers",
             typed_only=True,
         ),
+        *(_kept_from_file(tower) for tower in TOWERS),
         Unused(
             "patience monitor_mode",
             lambda c: c.monitor is None,
@@ -525,6 +541,17 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
             typed_only=True,
         ),
     )
+
+    @property
+    def starts(self) -> dict[str | None, str]:
+        """What names weights to start from, by tower; None: those of the model."""
+        given = {None: self.pretrained, "image": self.pretrained_image, "text": self.pretrained_text}
+        return {tower: value for tower, value in given.items() if value is not None}
+
+    @property
+    def own_towers(self) -> set[str]:
+        """Which towers start from the weights of their own library."""
+        return set() if self.pretrained is not None else self.model.own_towers - self.starts.keys()
 
     @model_validator(mode="after")
     def _have_a_length(self) -> Self:
@@ -547,6 +574,9 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
                 yield f"strategy.offload steps with DeepSpeed's CPU Adam: use optimizer=adamw or adam instead of {self.optimizer.target}."
             if self.callbacks.ema_decay is not None:
                 yield "callbacks.ema_decay needs whole weights in every process: use strategy=auto or ddp."
+        for tower in TOWERS:
+            if self.pretrained is not None and tower in self.starts:
+                yield f"pretrained and pretrained_{tower} exclude each other: pretrained has the weights of both towers. Leave one out."
         yield from self._check_start()
 
     def length_problems(self, steps: int) -> Iterator[str]:
@@ -564,23 +594,24 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
 
     def _check_start(self) -> Iterator[str]:
         """What stays as it is must come from somewhere."""
-        tuning, towers = self.finetune, ("image", "text")
-        begun = set(towers) if self.pretrained is not None else self.model.own_towers
-        for tower in towers:
+        tuning = self.finetune
+        begun = set(TOWERS) if self.pretrained is not None else self.own_towers | self.starts.keys()
+        for tower in TOWERS:
             frozen: TowerTuningConfig = getattr(tuning, tower)
             if tower not in begun and (frozen.freeze or tuning.lora is not None):
                 key = f"finetune.{tower}.freeze" if tuning.lora is None else "finetune.lora"
-                yield f"{key} would keep random weights in the {tower} tower: set pretrained=…"
+                yield f"{key} would keep random weights in the {tower} tower: set pretrained=… or pretrained_{tower}=…"
             elif (
-                self.pretrained is None
+                tower in self.own_towers
                 and getattr(getattr(self.model, tower), "projection", None) is not Projection.none
             ):
-                yield from self._check_projection(tower, frozen)
+                yield from self.projection_problems(tower)
         if tuning.linear_probe_steps and not begun:
             yield "finetune.linear_probe_steps would fit projections to towers of random weights: set pretrained=…"
 
-    def _check_projection(self, tower: str, tuning: TowerTuningConfig) -> Iterator[str]:
-        """A tower with its own library's weights has a projection that nobody trained."""
+    def projection_problems(self, tower: str) -> Iterator[str]:
+        """Yield why a tower cannot be tuned whose weights came without its projection, as those of its own library do."""
+        tuning: TowerTuningConfig = getattr(self.finetune, tower)
         if self.finetune.lora is not None:
             yield (
                 f"finetune.lora would keep the random projection of the {tower} tower: train that first "

@@ -15,6 +15,7 @@ from clip_exp.reports.names import task_of
 from clip_exp.reports.page import counted
 from clip_exp.reports.run_page import readable
 from clip_exp.runs import read_record
+from clip_exp.weights.find import key_of
 
 
 class Score(NamedTuple):
@@ -126,10 +127,11 @@ def _last(target: str) -> str:
 
 
 def _start(run: TrainConfig, record: dict[str, Any]) -> str:
-    if run.pretrained is None:
-        return "random"
-    sha256 = (record.get("pretrained") or {}).get("sha256")
-    return name_of(run.pretrained) + (f", sha256 {sha256}" if sha256 else "")
+    told = []
+    for tower, start in run.starts.items():
+        sha256 = (record.get(key_of(tower)) or {}).get("sha256")
+        told.append(f"{f'{tower} tower ' if tower else ''}{name_of(start)}{f', sha256 {sha256}' if sha256 else ''}")
+    return "; ".join(told) or "random"
 
 
 def _changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -162,7 +162,7 @@ def source_of_file(
             f'reads is in it, beside it, or in a run folder around it. Name the model: model=vit_b32 pretrained={pretrained}, or load("vit_b32", pretrained="{pretrained}").'
         )
     model = model.model_copy(update={"activation": activation or model.activation})
-    model = note_architecture(settle(model, found), str(pretrained))
+    model = note_architecture(settle(model, found), own_weights=())
     return ModelSource(model, found.path, told=found.told, prefix=prefix)
 
 

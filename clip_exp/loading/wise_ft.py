@@ -50,7 +50,13 @@ def mix_of(run_dir: Path, share: float) -> Mix:
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"wise_ft={share:g} must be a share of the run's weights, from 0 to 1.")
-    start = read_record(run_dir).get("pretrained")
+    record = read_record(run_dir)
+    if towers := sorted({"pretrained_image", "pretrained_text"} & record.keys()):
+        raise ConfigError(
+            f"wise_ft={share:g} goes between a run and weights of the whole model, and {run_dir} started from {' and '.join(towers)}. "
+            "Leave wise_ft out."
+        )
+    start = record.get("pretrained")
     if not isinstance(start, dict):
         raise ConfigError(
             f"wise_ft={share:g} goes between a run and the weights that it started from, and {run_dir} started from none: "

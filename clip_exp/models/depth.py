@@ -37,7 +37,7 @@ def depths(tower: nn.Module) -> Depths:
     for name in _inputs(tower, names, block_of):
         of[name] = 0
     for name in names:
-        if _projects(name):
+        if is_projection(name):
             of[name] = blocks + 1
     return Depths({name: of[name] for name in names}, blocks)
 
@@ -45,11 +45,12 @@ def depths(tower: nn.Module) -> Depths:
 def projection_names(tower: nn.Module) -> set[str]:
     """The parameters that map a tower's channels to the shared space; where none is called so, the deepest of all."""
     of = depths(tower).of
-    named = {name for name in of if _projects(name)}
+    named = {name for name in of if is_projection(name)}
     return named or {name for name, depth in of.items() if depth == max(of.values())}
 
 
-def _projects(name: str) -> bool:
+def is_projection(name: str) -> bool:
+    """Return whether a tower's parameter maps its channels to the shared space."""
     return name.split(".")[0] in PROJECTIONS
 
 
@@ -130,7 +131,7 @@ def _elements(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     holds = isinstance(module, nn.ModuleList | nn.Sequential)
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
-        if _projects(below) or not any(True for _ in child.parameters()):
+        if is_projection(below) or not any(True for _ in child.parameters()):
             continue
         if holds and not isinstance(child, nn.ModuleList | nn.Sequential):
             yield below, child

@@ -173,13 +173,13 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
     """Build the model with the weights that a new run starts from; those of a run that resumes come from its checkpoint."""
     loss = config.loss
     # Weights of timm and Hugging Face are for a run that begins, and from nothing else.
-    begins = config.pretrained is None and not resumes
+    own_weights = set() if resumes else config.own_towers
     scale, bias = loss.init_logit_scale, loss.logit_bias
-    build = partial(build_model, config.model, init_logit_scale=scale, init_logit_bias=bias, own_weights=begins)
-    model = group.main_first(build) if begins and config.model.own_towers else build()
-    if config.pretrained is not None and not resumes:
-        start = start_weights(config, RunRecord(run_dir).values)
-        for note in load_weights(model, start, config.model, config.pretrained_prefix):
+    build = partial(build_model, config.model, init_logit_scale=scale, init_logit_bias=bias, own_weights=own_weights)
+    model = group.main_first(build) if own_weights else build()
+    for tower in () if resumes else config.starts:
+        start = start_weights(config, RunRecord(run_dir).values, tower)
+        for note in load_weights(model, start, config.model, config.pretrained_prefix, tower):
             log.info(note)
     if not resumes:
         _limit_logit_scale(model, loss)

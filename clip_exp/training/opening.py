@@ -41,7 +41,7 @@ from clip_exp.runs import (
 )
 from clip_exp.storage import file_sha256
 from clip_exp.training.preflight import rehearse
-from clip_exp.weights.find import find_weights, hash_weights, local_weights
+from clip_exp.weights.find import find_weights, hash_weights, key_of, local_weights
 from clip_exp.weights.settle import as_settled, note_architecture, settle
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ NOT_IN_IDENTITY = (
 )  # fmt: skip
 IN_IDENTITY = ("trainer.gradient_clip_val",)
 DATA_PATHS = ("data.train", "data.val", "data.image_root")
-START = "pretrained"
+STARTS = ("pretrained", "pretrained_image", "pretrained_text")
 LISTED = 3  # paths of a difference
 LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may be given anew
 REPORT = "report.html"
@@ -73,7 +73,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 def fingerprint(config: TrainConfig) -> str:
     """Return a hash of the run's identity without its paths."""
     values = identity(config)
-    paths = (*DATA_PATHS, START)  # which count by what lies there
+    paths = (*DATA_PATHS, *STARTS)  # which count by what lies there
     return _hash({key: values[key] for key in values if key not in paths and not key.startswith("data.train.")})
 
 
@@ -129,18 +129,19 @@ class Request:
     def differences(self, record: dict[str, Any]) -> Differences:
         """Compare with a run's `run.json`."""
         before = record.get("paths", self.paths)
-        keys = [key for key in (*DATA_PATHS, START) if before.get(key) != self.paths.get(key)]
+        keys = [key for key in (*DATA_PATHS, *STARTS) if before.get(key) != self.paths.get(key)]
         clauses = {
             key: f"{key} is {_listed(self.paths.get(key))} instead of {_listed(before.get(key))}" for key in keys
         }
-        weights = [clauses.pop(START)] if START in clauses else []
-        noted = record.get(START)
-        sha256 = noted.get("sha256") if isinstance(noted, dict) else None
-        if sha256 is not None and sha256 == self.weights_sha256:
-            weights = []
-        elif sha256 is not None and self.weights_sha256 is not None and not weights:
-            other = f"sha256 {self.weights_sha256[:12]}… instead of {sha256[:12]}…"
-            weights = [f"{START}={self.config.pretrained} has other weights ({other})"]
+        weights = []
+        for key in STARTS:
+            clause, noted, now = clauses.pop(key, None), record.get(key), self.weights_sha256.get(key)
+            sha256 = noted.get("sha256") if isinstance(noted, dict) else None
+            if clause is None and sha256 is not None and now is not None:
+                other = f"sha256 {now[:12]}… instead of {sha256[:12]}…"
+                clause = f"{key}={getattr(self.config, key)} has other weights ({other})"
+            if clause is not None and (sha256 is None or sha256 != now):
+                weights.append(clause)
         paths = list(clauses.values())
         noted = record.get("data")
         if noted is None or self.data is None:  # other paths of unknown contents are other data
@@ -153,27 +154,26 @@ class Request:
     @cached_property
     def paths(self) -> dict[str, list[str]]:
         """Absolute paths by key; those of the sources of `data.train` are put together. A name that is no path stays as it is."""
-        data, start = self.config.data, self.config.pretrained
+        data = self.config.data
         found: dict[str, list[Any]] = {
             "data.train": [path for source in data.sources for path in source.paths],
             "data.val": data.val if isinstance(data.val, list) else [data.val],
             "data.image_root": [data.image_root, *(source.image_root for source in data.sources)],
         }
         paths = {key: [_absolute(path) for path in values if path is not None] for key, values in found.items()}
-        if start is not None:
-            paths[START] = [_absolute(start) if os.path.exists(os.path.expanduser(start)) else start]
+        for tower, start in self.config.starts.items():
+            paths[key_of(tower)] = [_absolute(start) if os.path.exists(os.path.expanduser(start)) else start]
         return {key: values for key, values in paths.items() if values}
 
     @cached_property
-    def weights_sha256(self) -> str | None:
-        """Hash of the weights to start from; None: they are not on this disk, or cannot be read."""
-        if self.config.pretrained is None:
-            return None
-        try:
-            found = local_weights(self.config.pretrained, self.config.model)
-            return None if found is None else hash_weights(found)
-        except (CheckpointError, OSError):  # a run that has begun needs them no more
-            return None
+    def weights_sha256(self) -> dict[str, str]:
+        """Hashes of the weights to start from, by key; those that are not on this disk, or cannot be read, have none."""
+        hashes = {}
+        for tower, start in self.config.starts.items():
+            with suppress(CheckpointError, OSError):  # a run that has begun needs them no more
+                if (found := local_weights(start, self.config.model)) is not None:
+                    hashes[key_of(tower)] = hash_weights(found)
+        return hashes
 
     @cached_property
     def fingerprints(self) -> tuple[str, str]:
@@ -326,7 +326,7 @@ def _named_run(request: Request) -> EarlierRun:
     if "paths" in record and not (differences.tables or differences.images):
         same |= {*DATA_PATHS}
     if "paths" in record and not differences.weights:
-        same.add(START)
+        same |= {*STARTS}
     other = [key for key in _different_keys(read_config(folder)[0], config) if key not in same]
     if other:
         raise ConfigError(
@@ -408,22 +408,24 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
     earlier = run_to_resume(request, runs)
     if earlier is not None:
         return _resume(request, *earlier)
-    model, facts = note_architecture(config.model, config.pretrained), request.facts()
+    model, facts = note_architecture(config.model, config.own_towers), request.facts()
     rehearse(config.model_copy(update={"model": model}))
-    if config.pretrained is not None:
-        found = find_weights(config.pretrained, model)
-        model = settle(model, found)
-        path = found.path.absolute()
-        facts["pretrained"] = {
+    starts = [find_weights(start, model, tower=tower) for tower, start in config.starts.items()]
+    model = settle(model, *starts)
+    for found in starts:
+        path, key = found.path.absolute(), key_of(found.tower)
+        facts[key] = {
             "told": found.told,
             "path": str(path),
-            "sha256": request.weights_sha256 or hash_weights(path),
+            "sha256": request.weights_sha256.get(key) or hash_weights(path),
             "format": found.about.format,
             **({} if config.pretrained_prefix is None else {"prefix": config.pretrained_prefix}),
         }
         from clip_exp.weights.fit import check_weights  # imports torch
 
-        check_weights(path, model, config.pretrained_prefix)
+        random_projection = check_weights(path, model, config.pretrained_prefix, found.tower)
+        if random_projection and (problems := list(config.projection_problems(str(found.tower)))):
+            raise ConfigError("\n".join(f"{path} has no projection: {problem}" for problem in problems))
     check_tokenizer(model)
     settled = config.model_copy(update={"model": model})
     unused = newest([run for run in runs if not run.saved and is_free(run.folder)])
@@ -472,15 +474,15 @@ def _say_again(folder: Path) -> None:
     print(f"{folder} was stopped before its first checkpoint: the run starts again in it.", flush=True)
 
 
-def start_weights(config: TrainConfig, record: dict[str, Any]) -> Path:
-    """Return the weights that a run starts from, on this machine; raise a CheckpointError where they are not what rank 0 found.
+def start_weights(config: TrainConfig, record: dict[str, Any], tower: str | None) -> Path:
+    """Return the weights that a run, or a tower of it, starts from, on this machine; raise a CheckpointError where they are not what rank 0 found.
 
     The file that `run.json` names was found on the machine of rank 0; another may have to fetch its own.
     """
-    noted = record.get("pretrained", {})
+    noted = record.get(key_of(tower), {})
     if "path" in noted and Path(noted["path"]).exists():
         return Path(noted["path"])
-    found = find_weights(str(config.pretrained), config.model).path
+    found = find_weights(config.starts[tower], config.model, tower=tower).path
     if noted and hash_weights(found) != noted["sha256"]:
         began = f"sha256 {noted['sha256']}"
         raise CheckpointError(f"{found} is not what the run began with ({began}): give that, or start anew.")

@@ -31,7 +31,7 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
     found = [
         *problems(config, typed),
         *config.model.text.training_problems(config.model),
-        *(check_pretrained(config.pretrained, config.model) if config.pretrained is not None else ()),
+        *(p for tower, start in config.starts.items() for p in check_pretrained(start, config.model, tower=tower)),
         *check_files(config.data),
         *name_problems(config.name),
         *leaks(plain(config)),

@@ -38,9 +38,20 @@ class Found:
     path: Path  # a file, or a folder that `read_weights` reads
     about: About
     told: str  # what they are, for people and for `run.json`
+    tower: str | None = None  # image or text: the weights are wanted for that tower alone
 
 
-def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = open_clip_files.entry) -> Found:
+def key_of(tower: str | None) -> str:
+    """Return the key that names weights: those of the model, or of one tower."""
+    return "pretrained" if tower is None else f"pretrained_{tower}"
+
+
+def find_weights(
+    pretrained: str,
+    model: ModelConfig | None,
+    look_up: LookUp = open_clip_files.entry,
+    tower: str | None = None,
+) -> Found:
     """The weights that `pretrained` names, downloaded where they are not on this disk.
 
     Tried in this order: a path that exists (a file; a run folder, of which the best checkpoint if it has a `monitor`, else the
@@ -50,22 +61,23 @@ def find_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = o
     Args:
         model: whose tags count; None where the weights must tell it themselves.
         look_up: the registry.
+        tower: image or text, for which alone the weights are wanted: `pretrained` is the value of `pretrained_image` or `pretrained_text`.
     Raises:
         ConfigError: none of these, the nearest tag is named; or a tag that contradicts the model.
         CheckpointError: the weights cannot be fetched, or are damaged.
     """
-    if problems := check_pretrained(pretrained, model, look_up):
+    if problems := check_pretrained(pretrained, model, look_up, tower):
         raise ConfigError("\n".join(problems))
     chosen = local_weights(pretrained, model, look_up)
     if chosen is not None:
-        return Found(chosen, describe(chosen), str(chosen))
+        return Found(chosen, describe(chosen), str(chosen), tower)
     if is_hub_name(pretrained):
         folder = fetch_repository(pretrained.removeprefix(HUB))
-        return Found(folder, describe(folder), pretrained)
+        return Found(folder, describe(folder), pretrained, tower)
     assert model is not None
     listed = look_up(model.open_clip_name, pretrained)
     assert listed is not None
-    return _published(listed, model)
+    return _published(listed, model, tower)
 
 
 def local_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = open_clip_files.entry) -> Path | None:
@@ -84,15 +96,21 @@ def local_weights(pretrained: str, model: ModelConfig | None, look_up: LookUp = 
     return _in_folder(path) if listed is None or _holds_weights(path) else None
 
 
-def check_pretrained(pretrained: str, model: ModelConfig | None, look_up: LookUp = open_clip_files.entry) -> list[str]:
-    """What can be seen to be wrong with `pretrained` before anything is fetched or read."""
+def check_pretrained(
+    pretrained: str,
+    model: ModelConfig | None,
+    look_up: LookUp = open_clip_files.entry,
+    tower: str | None = None,
+) -> list[str]:
+    """What can be seen to be wrong with `pretrained`, or with the weights of one tower, before anything is fetched or read."""
+    key = key_of(tower)
     if not pretrained.strip():
-        return ["pretrained has no value: give a tag, a file, a folder, or hf-hub:org/name."]
+        return [f"{key} has no value: give a tag, a file, a folder, or hf-hub:org/name."]
     if _place(pretrained) is not None or is_hub_name(pretrained):
         return []
     listed = look_up(model.open_clip_name, pretrained) if model is not None else None
     if model is None or listed is None:
-        return [_problem(pretrained, model)]
+        return [_problem(pretrained, model, key)]
     problem = activation_contradiction(model, activation_of_entry(listed, model), _told(listed))
     return [problem] if problem else []
 
@@ -150,7 +168,7 @@ def _in_folder(folder: Path) -> Path:
     return folder
 
 
-def _published(listed: open_clip_files.Entry, model: ModelConfig) -> Found:
+def _published(listed: open_clip_files.Entry, model: ModelConfig, tower: str | None) -> Found:
     """Weights of the registry. What it says about them holds, since a file alone may not tell."""
     path = _fetch(listed)
     about = replace(
@@ -161,7 +179,7 @@ def _published(listed: open_clip_files.Entry, model: ModelConfig) -> Found:
         interpolation=Interpolation(listed.interpolation),
         resize_mode=ResizeMode(listed.resize_mode),
     )
-    return Found(path, about, _told(listed))
+    return Found(path, about, _told(listed), tower)
 
 
 def _fetch(listed: open_clip_files.Entry) -> Path:
@@ -195,25 +213,23 @@ def _told(listed: open_clip_files.Entry) -> str:
     return f"{listed.tag} of open_clip's {listed.model}"
 
 
-def _problem(pretrained: str, model: ModelConfig | None) -> str:
+def _problem(pretrained: str, model: ModelConfig | None, key: str) -> str:
     looks_like_a_path = "/" in pretrained or Path(pretrained).suffix.lower() in FILE_ENDINGS
     others = "a file, a folder (a run, a checkpoint, Hugging Face's or open_clip's), or hf-hub:org/name"
     if pretrained.startswith(HUB):
-        return f"pretrained={pretrained} cannot be read: write hf-hub:org/name, or hf-hub:org/name@revision."
+        return f"{key}={pretrained} cannot be read: write hf-hub:org/name, or hf-hub:org/name@revision."
     if "://" in pretrained:
         page = pretrained.partition("://huggingface.co/")[2].strip("/")
-        hint = f" (pretrained={HUB}{page})" if is_hub_name(HUB + page) else ""
-        return f"pretrained={pretrained}: addresses are not fetched. Give {HUB}org/name{hint}, or download the file and give it."
+        hint = f" ({key}={HUB}{page})" if is_hub_name(HUB + page) else ""
+        return f"{key}={pretrained}: addresses are not fetched. Give {HUB}org/name{hint}, or download the file and give it."
     if is_hub_name(HUB + pretrained) and Path(pretrained).suffix.lower() not in FILE_ENDINGS:
         others = f"{HUB}{pretrained} if it is on the Hugging Face hub, or a file, or a folder"
     if looks_like_a_path or model is None:
         tag = " A tag needs its model=NAME." if not looks_like_a_path else ""
-        return f"pretrained={pretrained} does not exist (looked in {Path.cwd()}). Give {others}.{tag}"
+        return f"{key}={pretrained} does not exist (looked in {Path.cwd()}). Give {others}.{tag}"
     tags = open_clip_files.tags(model.open_clip_name)
     if not tags:
-        return (
-            f"pretrained={pretrained} does not exist, and model={model.name} has no published weights: give {others}."
-        )
+        return f"{key}={pretrained} does not exist, and model={model.name} has no published weights: give {others}."
     having = [
         other.name for other in known_models() if open_clip_files.entry(other.open_clip_name, pretrained) is not None
     ]
@@ -222,4 +238,4 @@ def _problem(pretrained: str, model: ModelConfig | None) -> str:
         if having
         else nearest(open_clip_files.clean(pretrained), tags)
     )
-    return f"pretrained={pretrained} does not exist, and is no tag of model={model.name}: {meant} Or give {others}."
+    return f"{key}={pretrained} does not exist, and is no tag of model={model.name}: {meant} Or give {others}."

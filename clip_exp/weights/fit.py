@@ -15,7 +15,7 @@ from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError
 from clip_exp.models.build import build_model
-from clip_exp.weights.names import tower_numbers
+from clip_exp.weights.names import projections, tower_numbers
 from clip_exp.weights.read import find_model_weights
 from clip_exp.weights.search import BIAS, POSITIONS, listing
 
@@ -27,12 +27,16 @@ INPUT_SIZES = {"image.image_size", "text.context_length"}  # a model may have be
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, config: ModelConfig | None = None, prefix: str | None = None
+    model: nn.Module,
+    path: str | Path,
+    config: ModelConfig | None = None,
+    prefix: str | None = None,
+    tower: str | None = None,
 ) -> list[str]:
     """Copy a file's weights into `model`, all of them or none.
 
     Args:
-        config, prefix: see `find_model_weights`.
+        config, prefix, tower: see `find_model_weights`.
 
     Returns:
         A sentence about each weight that was changed to fit, and about what else the file holds.
@@ -40,24 +44,36 @@ def load_weights(
     Raises:
         CheckpointError: as `find_model_weights` and `fit_weights`.
     """
-    weights = find_model_weights(path, config, model.state_dict(), prefix)
-    notes = fit_weights(model, weights.state, weights.source)
+    weights = find_model_weights(path, config, _own(model, tower), prefix, tower=tower)
+    notes = fit_weights(model, weights.state, weights.source, tower)
     return notes if weights.note is None else [weights.note, *notes]
 
 
-def check_weights(path: str | Path, config: ModelConfig, prefix: str | None = None) -> None:
+def check_weights(
+    path: str | Path, config: ModelConfig, prefix: str | None = None, tower: str | None = None
+) -> set[str]:
     """Refuse a file whose names or shapes do not fit the model. Neither takes memory.
+
+    Returns:
+        The weights of the tower's projection, where the file has none and they stay random.
 
     Raises:
         CheckpointError: as `load_weights`.
     """
     with torch.device("meta"):
         model = build_model(config)
-    weights = find_model_weights(path, config, model.state_dict(), prefix, numbers=False)
-    _fitted(model, weights.state, weights.source)
+    weights = find_model_weights(path, config, _own(model, tower), prefix, numbers=False, tower=tower)
+    _fitted(model, weights.state, weights.source, tower)
+    return set() if tower is None else projections(_own(model, tower)) - weights.state.keys()
 
 
-def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
+def _own(model: nn.Module, tower: str | None) -> dict[str, Tensor]:
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if tower is None or name.startswith(f"{tower}.")
+    }
+
+
+def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str, tower: str | None = None) -> list[str]:
     """Copy weights into `model`, all of them or none, in the model's dtype.
 
     Positional embeddings of another number of positions are made to fit, see `fit_positions`. The bias of the sigmoid loss goes with
@@ -66,6 +82,7 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> list
     Args:
         state: under our names, as `read_weights` returns it.
         source: where they are from, for messages.
+        tower: image or text: the weights are that tower's, possibly without its projection.
 
     Returns:
         A sentence about each weight that was changed to fit.
@@ -74,20 +91,25 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> list
         CheckpointError: the names or shapes of the weights and of the model differ, or a weight is not finite.
     """
     own = model.state_dict()
-    fitted, notes = _fitted(model, state, source)
+    fitted, notes = _fitted(model, state, source, tower)
     if wild := [name for name, tensor in fitted.items() if not torch.isfinite(tensor.to(own[name].dtype)).all()]:
         raise CheckpointError(
             f"{source}: has values that are not finite (NaN or infinite) in {listing(wild)}. The file is damaged or its "
             "training failed: use an earlier checkpoint."
         )
-    model.load_state_dict(fitted)
+    model.load_state_dict({**own, **fitted})
     return notes
 
 
-def _fitted(model: nn.Module, state: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
-    own = model.state_dict()
+def _fitted(
+    model: nn.Module, state: dict[str, Tensor], source: str, tower: str | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    own = _own(model, tower)
     fitted, notes = fit_positions(state, own, causal_text=getattr(model, "shares_prefixes", False))
     fitted, notes = _fit_bias(fitted, own, notes)
+    if tower is not None and (fresh := projections(own)) and not fresh & state.keys():
+        fitted |= {name: own[name] for name in fresh}
+        notes.append(f"{listing(grouped(fresh, own))}: not in the file, so the tower starts with a random projection.")
     if problems := list(_problems(fitted, own)):
         hints = _hints(state, own)
         raise CheckpointError("\n".join([f"{source}: does not fit the model.", *problems, *hints]))

@@ -23,6 +23,7 @@ from clip_exp.config.model import HERE, Activation, Interpolation, ModelConfig, 
 from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.models.families.published import (
+    ACTIVATIONS,
     describes,
     has_activation_of_description,
     is_huggingface_config,
@@ -393,8 +394,21 @@ def _of_config_json(path: Path) -> About | None:
     if is_open_clip_description(config):  # FlagAI's published weights are OpenAI's; its configuration may not say so
         return replace(_of_description(config, path.parent.name, default=Activation.quick_gelu), format="FlagAI folder")
     if not is_huggingface_config(config):
+        if isinstance(trained := config.get("pretrained_cfg"), dict):
+            interpolation = trained.get("interpolation")
+            return About(
+                "timm folder",
+                mean=_numbers(trained.get("mean")),
+                std=_numbers(trained.get("std")),
+                interpolation=Interpolation(interpolation) if interpolation in list(Interpolation) else None,
+            )
         kind = config.get("model_type")
-        return About(f"file of weights beside a config.json of model_type={kind}") if isinstance(kind, str) else None
+        if not isinstance(kind, str):
+            return None
+        told = f"file of weights beside a config.json of model_type={kind}"
+        return replace(
+            _picture_processing(path.parent), format=told, activation=ACTIVATIONS.get(str(config.get("hidden_act")))
+        )
     model = model_config_of(config, path.parent).model_copy(update={"name": path.parent.name})
     return _with_model(_picture_processing(path.parent), model.activation, model)
 

@@ -3,15 +3,18 @@
 open_clip's classes are also the layout of OpenAI's, FlagAI's and Chinese-CLIP's checkpoints: the image tower is below `visual.`, the text
 tower below `text.` (CustomTextCLIP) or below nothing (CLIP). transformers' CLIPModel, SiglipModel and ChineseCLIPModel have a layout of
 their own, and so has big_vision, where names are written with slashes. A tower's own table is in its family (`Tower.names`).
+A file of one tower may have its names in any of its tables, and also without the part that they all begin with: `Reading`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from clip_exp.config.model import ImageTowerConfig, ModelConfig, TextTowerConfig
 from clip_exp.errors import ConfigError
+from clip_exp.models.depth import is_projection
 from clip_exp.models.families.published import transformers_class
 from clip_exp.renaming import SCALAR, Names, Row, rename
 
@@ -51,16 +54,71 @@ LAYOUTS = {  # by name; those of files that have both towers
 }
 
 
-def to_ours(layout: str | None, state: dict[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
+class Reading(NamedTuple):
+    """How a file may name the weights of one tower."""
+
+    tower: str  # image or text
+    rows: tuple[Row, ...]
+    lacks: str  # what all names of the table begin with and those of the file do not, such as `trunk.`; or empty
+    names: dict[str, str]  # of the file's names of the tower's weights, the table's
+    branches: tuple[str, ...]  # beginnings of names of the tower, also of weights that the model does not have
+
+    def has(self, name: str) -> bool:
+        """Return whether a name in the file is one of the tower's."""
+        return name in self.names or (name.startswith(self.branches) and name.rpartition(".")[2] not in NOT_WEIGHTS)
+
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        theirs = {self.names.get(name, self.lacks + name): tensor for name, tensor in state.items()}
+        return _below(f"{self.tower}.", rename(theirs, self.rows, to_theirs=False))
+
+
+def readings(tower: str, config: ModelConfig, own: Mapping[str, Tensor]) -> Iterator[Reading]:
+    """Yield the names that a file may have for a tower's weights.
+
+    A backbone's own library writes them without the part of the model that holds it, and transformers' CLIPVisionModel without
+    `vision_model.`.
+
+    Args:
+        tower: image or text.
+        own: state dict of the tower, by name in the model.
+    """
+    bare = {name.removeprefix(f"{tower}."): torch.empty(tensor.shape, device="meta") for name, tensor in own.items()}
+    needed = {name: tensor for name, tensor in bare.items() if not is_projection(name)}
+    for rows in dict.fromkeys([(), *(names.rows for names in getattr(config, tower).names.values())]):
+        theirs = rename(bare, rows, to_theirs=True)
+        body = rename(needed, rows, to_theirs=True)
+        common = {f"{name.partition('.')[0]}." for name in body}
+        part = common.pop() if len(common) == 1 else ""
+        modules = {name.rpartition(".")[0] or name for name in theirs}
+        modules |= {
+            part + name.removeprefix(part).partition(".")[0]
+            for name in body
+            if not is_projection(name.removeprefix(part))
+        }
+        for lacks in dict.fromkeys(["", part]):
+            branches = tuple(f"{module}.".removeprefix(lacks) for module in modules if f"{module}." != part)
+            yield Reading(tower, rows, lacks, {name.removeprefix(lacks): name for name in theirs}, branches)
+
+
+def projections(names: Iterable[str]) -> set[str]:
+    """Return those of a model's weights that map a tower's channels to the shared space."""
+    return {name for name in names if is_projection(name.partition(".")[2])}
+
+
+def to_ours(
+    layout: "str | Reading | None", state: dict[str, Tensor], config: ModelConfig | None = None
+) -> dict[str, Tensor]:
     """Return a state dict under our names; names that the layout does not have pass through.
 
     Args:
-        layout: one of LAYOUTS; None: no model's.
+        layout: one of LAYOUTS; of one tower, its reading; None: no model's.
         config: of the model that the weights are for. It counts for towers of other libraries, whose names it must tell; towers of
             ours are told by the weights' names.
     """
     if layout is None or layout == "clip_exp":
         return state
+    if isinstance(layout, Reading):
+        return layout.to_ours(state)
     of = LAYOUTS[layout]
     weights = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in NOT_WEIGHTS}
     image, text, top = _by_tower(of, weights)

@@ -56,6 +56,7 @@ def find_model_weights(
     prefix: str | None = None,
     *,
     numbers: bool = True,
+    tower: str | None = None,
 ) -> Weights:
     """Find the model's weights in a file or folder, on the CPU, in the file's dtype.
 
@@ -67,6 +68,7 @@ def find_model_weights(
         own: state dict of that model; None: any with both towers.
         prefix: `pretrained_prefix`, where several fit.
         numbers: False: names and shapes alone, without memory.
+        tower: image or text: the weights of that tower alone, out of a file of one tower or of a model; `own` is then that tower's.
 
     Raises:
         CheckpointError: no such file, not readable, or it holds something other than weights; see `search`.
@@ -77,7 +79,7 @@ def find_model_weights(
         content |= _read(file, numbers)
     if not content:
         raise CheckpointError(f"{path}: holds no weights. Fetch or write it again.")
-    place, averaged = search(content, path, own, config, prefix)
+    place, averaged = search(content, path, own, config, prefix, tower)
     if wrong := [name for name, tensor in place.weights.items() if not _dense(tensor, numbers)]:
         raise CheckpointError(
             f"{path}: holds sparse, nested or quantized tensors, which no model here takes: {listing(wrong)}"

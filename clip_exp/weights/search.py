@@ -2,7 +2,8 @@
 
 A trainer keeps the model in an attribute of its module, that in a wrapper, and the whole next to an optimizer, a teacher or an average.
 No trainer is known here. Every mapping of tensors, with every prefix behind which the names of a model begin, is a place; read is
-the one in which no name of the model is missing. What else the file holds is reported.
+the one in which no name of the model is missing. What else the file holds is reported. The weights of one tower are searched for in
+the same way, under every `Reading` of its names; its projection into the shared space may be missing.
 """
 
 import re
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from clip_exp.config.model import ModelConfig
 from clip_exp.errors import CheckpointError
-from clip_exp.weights.names import LAYOUTS, to_ours
+from clip_exp.weights.names import LAYOUTS, Reading, projections, readings, to_ours
 
 KEY = "pretrained_prefix"
 DEPTH = 2  # of mappings below the top of a file
@@ -35,12 +36,17 @@ class Place(NamedTuple):
     keys: tuple[str, ...]  # that lead to the mapping
     mapping: dict[str, Tensor]  # by name without wrappers
     prefix: str  # empty, or with a dot at its end
-    layout: str | None  # one of LAYOUTS; None: the names are not those of a model
-    weights: dict[str, Tensor]  # of the model, by name behind the prefix
+    layout: str | Reading | None  # one of LAYOUTS; of one tower, its reading; None: the names are not those of a model
+    weights: dict[str, Tensor]  # of the model or tower, by name behind the prefix
 
     @property
     def label(self) -> str:
         return ".".join([*self.keys, self.prefix]).strip(".")
+
+    def is_within(self, other: "Place") -> bool:
+        """Return whether another place has all weights of this one."""
+        within = {other.prefix + name for name in other.weights}
+        return self.keys == other.keys and all(self.prefix + name in within for name in self.weights)
 
     def answers(self, wanted: str) -> bool:
         """Return whether `pretrained_prefix` names this place, by its whole label or the end of it."""
@@ -49,7 +55,10 @@ class Place(NamedTuple):
     def left_over(self, content: Mapping[Any, Any]) -> list[str]:
         """Return what else the file holds that has tensors, in few words."""
         used = {self.prefix + name for name in self.weights}
-        other = Counter(name.partition(".")[0] for name in self.mapping if name not in used)
+        starts = {
+            name: self.prefix if name.startswith(self.prefix) else "" for name in self.mapping if name not in used
+        }
+        other = Counter(start + name.removeprefix(start).partition(".")[0] for name, start in starts.items())
         found = [f"{part} ({count} tensors)" if count > 1 else part for part, count in other.items()]
         for depth, key in enumerate((*self.keys, None)):
             found += [
@@ -67,6 +76,7 @@ def search(
     own: Mapping[str, Tensor] | None = None,
     config: ModelConfig | None = None,
     wanted: str | None = None,
+    tower: str | None = None,
 ) -> tuple[Place, list[str]]:
     """Return the place of the model's weights, and the labels of averaged copies that are as complete.
 
@@ -76,32 +86,56 @@ def search(
         own: state dict of the model; None: any model that has both towers.
         config: of the model, where its towers are other libraries'.
         wanted: `pretrained_prefix`.
+        tower: image or text, whose weights alone are searched for; it needs `own` and `config`.
 
     Raises:
         CheckpointError: no place holds weights, or several hold all of the model's, or none is the one that is `wanted`.
     """
     parts = {part for name in own or () for part in name.split(".")}
-    places = list(_places(content, WRAPPERS - parts))
+    what = "model" if tower is None else f"{tower} tower"
+    if tower is None:
+        places = list(_places(content, WRAPPERS - parts))
+    else:
+        assert own is not None
+        assert config is not None
+        places = list(_places_of_tower(content, WRAPPERS - parts, list(readings(tower, config, own))))
     if wanted is not None:
         named = [place for place in places if place.answers(wanted.strip("."))]
         if not named:
-            there = _options(places) or "none: no names in it are those of a model"
-            raise CheckpointError(f"{source}: {KEY}={wanted} names no weights of a model. The file has {there}.")
+            # nearly every prefix has some names of a tower behind it
+            listed = [place for place in places if tower is None or not _misfits(place, own, config)[0]]
+            there = _options(listed) or f"none: no names in it are those of a {what}"
+            raise CheckpointError(f"{source}: {KEY}={wanted} names no weights of a {what}. The file has {there}.")
         places = [place for place in named if place.label == wanted.strip(".")] or named
+    if not places and tower is not None:
+        raise CheckpointError(
+            f"{source}: no names in it are those of the {what}, model.{tower}.kind={getattr(config, tower).kind}."
+        )
     if not places:
         return _whole(content, source, own is None), []
     misfits = [_misfits(place, own, config) for place in places]
     best = min(misfits)
     fitting = [place for place, count in zip(places, misfits, strict=True) if count == best]
+    if tower is not None:
+        fitting = _distinct(fitting)
     if best[0]:  # incomplete: the first of the nearest, which fitting will refuse by its missing names
         return fitting[0], []
     averaged = [place for place in fitting if AVERAGED.search(place.label)]
     chosen = [place for place in fitting if place not in averaged] or averaged
     if len(chosen) > 1:
         raise CheckpointError(
-            f"{source}: has all weights of the model in {len(chosen)} places. Choose one: {_options(chosen)}."
+            f"{source}: has all weights of the {what} in {len(chosen)} places. Choose one: {_options(chosen)}."
         )
     return chosen[0], [place.label for place in averaged if place is not chosen[0]]
+
+
+def _distinct(places: list[Place]) -> list[Place]:
+    """Return the places that are no part of another: a backbone's weights also fit without the prefix of its tower."""
+    kept: list[Place] = []
+    for place in sorted(places, key=lambda place: (-len(place.weights), -len(place.prefix))):
+        if not any(place.is_within(other) for other in kept):
+            kept.append(place)
+    return kept
 
 
 def _options(places: Iterable[Place]) -> str:
@@ -137,6 +171,20 @@ def _places(content: Mapping[Any, Any], wrappers: set[str]) -> Iterator[Place]:
             yield Place(keys, tensors, prefix, layout, weights)
 
 
+def _places_of_tower(content: Mapping[Any, Any], wrappers: set[str], ways: list[Reading]) -> Iterator[Place]:
+    for keys, mapping in _mappings(content):
+        tensors = _without(wrappers, mapping)
+        cuts = [(prefix, rest, tensor) for name, tensor in tensors.items() for prefix, _, rest in _cuts(name)]
+        for reading in ways:
+            prefixes = dict.fromkeys(prefix for prefix, rest, _ in cuts if rest in reading.names)
+            found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+            for prefix, rest, tensor in cuts:
+                if prefix in found and reading.has(rest):
+                    found[prefix][rest] = tensor
+            for prefix, weights in found.items():
+                yield Place(keys, tensors, prefix, reading, weights)
+
+
 def _cuts(name: str) -> Iterator[tuple[str, str, str]]:
     """Yield every prefix of a dotted name, the part behind it, and the name behind it."""
     start = 0
@@ -167,7 +215,10 @@ def _misfits(place: Place, own: Mapping[str, Tensor] | None, config: ModelConfig
         return sum(not any(name.startswith(tower) for name in ours) for tower in ("image.", "text.")), 0
     shared = [name for name in own if name in ours and not name.endswith(POSITIONS)]
     other_shape = sum(ours[name].shape != own[name].shape for name in shared)
-    return len(own.keys() - ours.keys() - {BIAS}), other_shape
+    missing = own.keys() - ours.keys() - {BIAS}
+    if isinstance(place.layout, Reading):
+        missing -= projections(missing)
+    return len(missing), other_shape
 
 
 def _whole(content: Mapping[Any, Any], source: Path, any_model: bool) -> Place:

@@ -186,7 +186,7 @@ def test_patch_dropout_acts_in_training_only(small) -> None:
 def test_a_noted_encoder_is_built_where_its_folder_is_gone(small, tmp_path: Path) -> None:
     folder = write_encoder(tmp_path / "encoder", "roberta", seed=3)
     config = configured("small-roberta", f"model.text.name={folder}")
-    own = build_model(config, own_weights=True).eval().text
+    own = build_model(config, own_weights={"text"}).eval().text
     tokens_BL = build_tokenizer(config.text)(CAPTIONS)
     twin = open_clip.hf_model.HFTextEncoder(str(folder), 24, pooler_type="mean_pooler", proj_type="mlp").eval()
     twin.proj.load_state_dict(own.proj.state_dict())

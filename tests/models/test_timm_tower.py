@@ -138,7 +138,7 @@ def test_weights_that_cannot_be_fetched_are_an_error_and_leave_no_random_ones(mo
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
     with pytest.raises(ConfigError, match=r"cannot be had \(OSError: no route to the hub\)"):
-        build_model(small("test_vit", 160, pretrained=True), own_weights=True)
+        build_model(small("test_vit", 160, pretrained=True), own_weights={"image"})
     build_model(small("test_vit", 160, pretrained=True))
 
 
@@ -154,7 +154,7 @@ def test_null_preprocessing_is_that_of_the_backbones_weights_where_they_are_used
     assert (noted.mean, noted.std, noted.interpolation) == ([0.5] * 3, [0.5] * 3, Interpolation.bicubic)
     assert preprocessing_of(noted).mean == [0.5] * 3
     assert note_architecture(small("mobilenetv3_large_100", pretrained=True)).image.interpolation == "bicubic"
-    assert note_architecture(config, pretrained="weights.safetensors") == config
+    assert note_architecture(config, own_weights=()) == config
     assert preprocessing_of(note_architecture(small("test_vit")).image).mean == OPENAI_MEAN
     mine = small("test_vit", pretrained=True, mean=[0.1] * 3)
     assert note_architecture(mine).image.mean == [0.1] * 3

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 KEY = "model.text.name"
+CHINESE_CLIP = (Row("encoder.", "bert."), Row("projection.weight", "text_projection", TRANSPOSED))
 
 
 class EncoderConfig(TextTowerConfig):
@@ -81,14 +82,15 @@ class HuggingFaceTextConfig(EncoderConfig):
     openai_tokenizer: ClassVar[bool] = False
     names: ClassVar[dict[str, Names]] = {
         "clip_exp": Names((), ("encoder.",)),
-        "open_clip": Names(
+        "open_clip": Names((Row("encoder.", "transformer."), Row("projection.", "proj."), *CHINESE_CLIP), ()),
+        "chinese_clip": Names(CHINESE_CLIP, ("bert.",)),
+        "bert": Names(  # as Google published it, from TensorFlow
             (
-                Row("encoder.", "transformer."),
-                Row("projection.", "proj."),
-                Row("encoder.", "bert."),  # of Chinese-CLIP's own files, as the next one
-                Row("projection.weight", "text_projection", TRANSPOSED),
+                Row("encoder.", "bert."),
+                Row(".LayerNorm.weight", ".LayerNorm.gamma"),
+                Row(".LayerNorm.bias", ".LayerNorm.beta"),
             ),
-            (),
+            ("bert.",),
         ),
         "transformers": Names(
             (Row("encoder.", "text_model."), Row("projection.", "text_projection.")), ("text_model.",)
