@@ -172,6 +172,8 @@ CHANGES: dict[str, Changes] = {
     "callbacks.ema_every_n_steps": Changes("2", given=("callbacks.ema_decay=0.5",)),
     "seed": Changes("1"),
     "pretrained": Changes("<start>"),
+    "pretrained_image": Changes("<start>"),
+    "pretrained_text": Changes("<start>"),
     "pretrained_prefix": Changes("state_dict_ema", given=("pretrained=<averaged>",)),
     "max_steps": Changes("2"),
     "epochs": Changes("1", also=("max_steps=null",)),
