@@ -92,7 +92,7 @@ def search(
         CheckpointError: no place holds weights, or several hold all of the model's, or none is the one that is `wanted`.
     """
     parts = {part for name in own or () for part in name.split(".")}
-    what = "model" if tower is None else f"{tower} tower"
+    what = "the model" if tower is None else f"the {tower} tower"
     if tower is None:
         places = list(_places(content, WRAPPERS - parts))
     else:
@@ -104,12 +104,12 @@ def search(
         if not named:
             # nearly every prefix has some names of a tower behind it
             listed = [place for place in places if tower is None or not _misfits(place, own, config)[0]]
-            there = _options(listed) or f"none: no names in it are those of a {what}"
-            raise CheckpointError(f"{source}: {KEY}={wanted} names no weights of a {what}. The file has {there}.")
+            there = _options(listed) or f"none: no names in it are those of {what}"
+            raise CheckpointError(f"{source}: {KEY}={wanted} names no weights of {what}. The file has {there}.")
         places = [place for place in named if place.label == wanted.strip(".")] or named
     if not places and tower is not None:
         raise CheckpointError(
-            f"{source}: no names in it are those of the {what}, model.{tower}.kind={getattr(config, tower).kind}."
+            f"{source}: no names in it are those of {what}, model.{tower}.kind={getattr(config, tower).kind}."
         )
     if not places:
         return _whole(content, source, own is None), []
@@ -124,7 +124,7 @@ def search(
     chosen = [place for place in fitting if place not in averaged] or averaged
     if len(chosen) > 1:
         raise CheckpointError(
-            f"{source}: has all weights of the {what} in {len(chosen)} places. Choose one: {_options(chosen)}."
+            f"{source}: has all weights of {what} in {len(chosen)} places. Choose one: {_options(chosen)}."
         )
     return chosen[0], [place.label for place in averaged if place is not chosen[0]]
 

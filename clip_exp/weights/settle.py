@@ -38,17 +38,15 @@ def settle(model: ModelConfig, *starts: Found) -> ModelConfig:
         return settled
     trained = {activation: found.told for found in acting if (activation := _activation_of(model, found)) is not None}
     if len(trained) > 1:
-        told = " and ".join(f"{name} with {activation}" for activation, name in trained.items())
-        raise ConfigError(
-            f"model.activation is that of both towers, but {told} was trained: give weights of one activation."
-        )
+        told = " and ".join(f"{name} was trained with {activation}" for activation, name in trained.items())
+        raise ConfigError(f"{told}, and model.activation is that of both towers: give weights of one activation.")
     for activation, name in trained.items():
         _tell(f"activation {activation}, as the weights {name}")
         return settled.model_copy(update={"activation": activation})
     if any(tower.takes_activation and not tower.own_activation for found in acting for tower in _of(model, found)):
         _tell(
-            f"activation gelu: {' and '.join(found.told for found in acting)} does not say which its training used. If that was quick_gelu, as in OpenAI's models "
-            "and their descendants, set model.activation=quick_gelu."
+            f"activation gelu: {' and '.join(found.told for found in acting)} does not say which its training used. If that was "
+            "quick_gelu, as in OpenAI's models and their descendants, set model.activation=quick_gelu."
         )
         return settled.model_copy(update={"activation": Activation.gelu})
     return settled

@@ -290,7 +290,7 @@ def test_of_two_towers_that_fit_one_is_chosen(tmp_path: Path) -> None:
         "pretrained_prefix=teacher.backbone."
     )
     named = refusal(path, with_image(), "image", "teacher")
-    assert "pretrained_prefix=teacher names no weights of a image tower. The file has pretrained_prefix=stud" in named
+    assert "pretrained_prefix=teacher names no weights of the image tower. The file has pretrained_prefix=stud" in named
     model = build_model(with_image())
     load_weights(model, path, with_image(), "teacher.backbone", "image")
     assert torch.equal(model.image.trunk.cls_token, teacher["cls_token"])
@@ -391,9 +391,7 @@ def test_files_of_towers_settle_the_activation_and_must_agree(tmp_path: Path, ca
     assert open_run(train_config(*nano)).settled.model.activation is Activation.quick_gelu
     assert f"activation quick_gelu, as the weights {quick}" in capsys.readouterr().err
     before = run_folders(tmp_path / "out")
-    with pytest.raises(
-        ConfigError, match=r"model\.activation is that of both towers, but .* with quick_gelu and .* with gelu"
-    ):
+    with pytest.raises(ConfigError, match=r"with quick_gelu and .* with gelu, and model\.activation is that of"):
         open_run(train_config(*nano, f"pretrained_text={gelu}"))
     with pytest.raises(
         ConfigError, match=r"model\.activation=gelu, but .*quick\.safetensors was trained with quick_gelu"

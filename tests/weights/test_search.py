@@ -188,10 +188,10 @@ def test_weights_of_a_larger_model_are_not_cut_to_a_smaller_one(tmp_path: Path) 
 def test_a_prefix_that_is_not_there_is_answered_with_those_that_are(model: CLIP, tmp_path: Path) -> None:
     message = refusal({"state_dict": below("net.", model.state_dict())}, tmp_path / "a.pt", "student")
     assert message.endswith(
-        "pretrained_prefix=student names no weights of a model. The file has pretrained_prefix=state_dict.net."
+        "pretrained_prefix=student names no weights of the model. The file has pretrained_prefix=state_dict.net."
     )
     message = refusal({"a": torch.ones(1)}, tmp_path / "a.pt", "a")
-    assert message.endswith("The file has none: no names in it are those of a model.")
+    assert message.endswith("The file has none: no names in it are those of the model.")
 
 
 def test_an_object_beside_weights_is_still_refused(model: CLIP, tmp_path: Path) -> None:
