@@ -84,7 +84,7 @@ class Tower(Member):
     ] = ()  # fields that make other weights, or other numbers out of the same ones
     names: ClassVar[
         dict[str, Names]
-    ] = {}  # its parameters in other libraries' files, by layout (`clip_exp.weights.names`)
+    ] = {}  # its parameters in other libraries' files, by layout (`clip_exp.weights.names`), or by any name for files of one tower
 
     kind: str = Field(description="kind of tower")
 
