@@ -14,7 +14,7 @@ from clip_exp.evaluation.prepared import RetrievalTask
 from clip_exp.evaluation.subject import Subject
 from clip_exp.inference.pipeline import Pipeline
 from clip_exp.models.build import build_model
-from clip_exp.reports.results import Result
+from clip_exp.reports.evaluation import Result
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.compose import train_config
 

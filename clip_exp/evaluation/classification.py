@@ -22,8 +22,9 @@ from clip_exp.evaluation.subject import (
     hash_of,
     source_of,
 )
+from clip_exp.reports.classification_page import Classified
+from clip_exp.reports.evaluation import Result
 from clip_exp.reports.names import CERTAIN
-from clip_exp.reports.results import Classified, Result
 from clip_exp.text.tokenizer import Tokenizes
 
 SCALE = 100.0  # the published factor of the cosines: the upper bound of the logit scale

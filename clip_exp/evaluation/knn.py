@@ -10,7 +10,7 @@ from clip_exp.evaluation.frozen import Frozen, encode_halves, protocol_of
 from clip_exp.evaluation.prepared import KNNTask
 from clip_exp.evaluation.subject import Judge, Subject
 from clip_exp.progress import progress
-from clip_exp.reports.results import Result
+from clip_exp.reports.evaluation import Result
 
 TILE_ELEMENTS = 2**24  # products held at a time: 64 MB in float32
 SHOWN = 5  # best classes of a picture

@@ -25,7 +25,7 @@ from clip_exp.evaluation.splits import require_division
 from clip_exp.evaluation.subject import Judge, Subject
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main
-from clip_exp.reports.results import Result, TensorFile
+from clip_exp.reports.evaluation import Result, TensorFile
 
 # The paper's search, in powers of ten: its ends, its first step, and the last one.
 FARTHEST, FIRST_STEP, LAST_STEP = 6.0, 2.0, 1 / 8

@@ -15,7 +15,8 @@ from clip_exp.data.pictures import Pictures
 from clip_exp.evaluation.features import encode_texts, require_finite
 from clip_exp.evaluation.prepared import RetrievalTask
 from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, counts, encode_set
-from clip_exp.reports.results import Query, Result, Retrieved
+from clip_exp.reports.evaluation import Result
+from clip_exp.reports.retrieval_page import Query, Retrieved
 
 RECALL_AT = (1, 5, 10)
 TILE = 1024  # pictures of a tile, which comes with all their captions

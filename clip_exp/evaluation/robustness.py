@@ -12,7 +12,8 @@ from clip_exp.evaluation.sets.imagenet_sets import UNSHIFTED
 from clip_exp.evaluation.subject import Judge, Subject, encode_set, hash_of
 from clip_exp.evaluation.supervised import Supervised, load_supervised, restrict
 from clip_exp.ranks.group import from_main
-from clip_exp.reports.results import Compared, Result
+from clip_exp.reports.comparison_page import Compared
+from clip_exp.reports.evaluation import Result
 
 MEAN = "mean_of_shifted"
 

@@ -21,9 +21,8 @@ from clip_exp.evaluation.subject import Judge, Subject
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.ranks.group import from_main, is_main
-from clip_exp.reports.evaluation import write_result
+from clip_exp.reports.evaluation import Result, write_result
 from clip_exp.reports.names import name_in_run
-from clip_exp.reports.results import Result
 from clip_exp.text.tokenizer import build_tokenizer
 
 

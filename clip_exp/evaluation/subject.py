@@ -24,7 +24,7 @@ from clip_exp.evaluation.features import (
 )
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main
-from clip_exp.reports.results import Result
+from clip_exp.reports.evaluation import Result
 from clip_exp.text.tokenizer import Tokenizes
 
 TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of a picture

@@ -27,9 +27,8 @@ from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.progress import silence
 from clip_exp.ranks.group import from_main, is_main, share_from_main
-from clip_exp.reports.evaluation import overlap_warning, show, write_result
+from clip_exp.reports.evaluation import Result, overlap_warning, show, write_result
 from clip_exp.reports.names import name_in_run
-from clip_exp.reports.results import Result
 from clip_exp.runs import RunRecord
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.callbacks import Progress
