@@ -7,8 +7,8 @@ from torch import Tensor
 
 from clip_exp.errors import DataError
 from clip_exp.evaluation.features import EncodedImages, require_finite
-from clip_exp.evaluation.prepared import KNNTask, ProbeTask
-from clip_exp.evaluation.subject import LISTED, Subject, absolute, counts, encode_set, hash_of, source_of
+from clip_exp.evaluation.subject import LISTED, Subject, absolute, counts, hash_of, source_of
+from clip_exp.evaluation.task import LearnedTask
 
 FEATURES = "of unit norm, as encode_image returns them"
 
@@ -22,15 +22,15 @@ class Frozen(NamedTuple):
     test_labels: Tensor  # int64 [M]
 
 
-def encode_halves(task: ProbeTask | KNNTask, subject: Subject) -> Frozen:
+def encode_halves(task: LearnedTask, subject: Subject) -> Frozen:
     """Features of the pictures to learn from and of those to score. Every rank calls, and gets all of them.
 
     Raises:
         DataError: no picture of a class to learn from can be read.
         NumericError: a feature is not finite.
     """
-    train = encode_set(f"{task.name}: train", task.train.pictures, subject)
-    test = encode_set(task.name, task.test.pictures, subject)
+    train = subject.encode_images(f"{task.name}: train", task.train.pictures)
+    test = subject.encode_images(task.name, task.test.pictures)
     require_finite(train.features, "image features")
     require_finite(test.features, "image features")
     train_labels = torch.tensor(task.train.labels)[train.kept]
@@ -43,7 +43,7 @@ def encode_halves(task: ProbeTask | KNNTask, subject: Subject) -> Frozen:
     return Frozen(train, train_labels, test, torch.tensor(task.test.labels)[test.kept])
 
 
-def protocol_of(task: ProbeTask | KNNTask, frozen: Frozen) -> dict[str, Any]:
+def protocol_of(task: LearnedTask, frozen: Frozen) -> dict[str, Any]:
     """The data of both halves, for a protocol."""
     test, names = task.test, task.test.class_names
     return {
@@ -59,7 +59,7 @@ def protocol_of(task: ProbeTask | KNNTask, frozen: Frozen) -> dict[str, Any]:
         },
         "overlap": None if task.overlap is None else task.overlap.protocol(),
         "classes": len(names),
-        "classes_source": source_of(task.config.classes),
+        "classes_source": source_of(task.labeled.classes),
         "classes_sha256": hash_of(names),
         "classes_without_pictures": len(test.missing),
         "names": dict(zip(task.train.keys, names, strict=True)) if len(names) <= LISTED else None,

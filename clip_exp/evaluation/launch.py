@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from clip_exp.config.base import plain, problems, typed_keys
-from clip_exp.config.evaluation import AutoTaskConfig, EvaluateConfig
+from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.files import read_evaluate_config, to_yaml
 from clip_exp.devices import Devices, is_out_of_memory, parse_devices, resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DeviceMemoryError, gravest
-from clip_exp.evaluation.prepared import Task
-from clip_exp.evaluation.tasks import prepare_tasks
+from clip_exp.evaluation.prepare import prepare_tasks
+from clip_exp.evaluation.task import Task
 from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.environment import device_problems, is_first_rank
 from clip_exp.ranks.launch import Opened, Work, launch_work
@@ -114,7 +114,7 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
     except ClipExpError as error:
         errors.append(error)
         # What a model that was not found validated on is not known.
-        wanted = {name: task for name, task in wanted.items() if not isinstance(task, AutoTaskConfig)}
+        wanted = {name: task for name, task in wanted.items() if not task.of_validation}
     tasks: list[Task] = []
     if wanted or not config.task:
         run = source.run if source is not None else None  # weights that are yet to be fetched have no run
@@ -195,7 +195,11 @@ def evaluate_in(
 
             score_tasks(folder, config, source, tasks, results)
         except BaseException as failed:
-            error = _explain(failed, config)
+            error: BaseException = failed
+            if is_out_of_memory(failed):
+                error = DeviceMemoryError(
+                    f"out of memory while encoding with batch_size={config.batch_size}: lower batch_size. {str(failed).splitlines()[0]}"
+                )
             if main:
                 code = PREEMPTED_EXIT_CODE if isinstance(error, Stopped) else getattr(error, "exit_code", 1)
                 status = "preempted" if isinstance(error, Stopped) else "failed"
@@ -207,12 +211,3 @@ def evaluate_in(
             record.finish("finished", tasks=list(results))
             show(results, folder)
     return results
-
-
-def _explain(error: BaseException, config: EvaluateConfig) -> BaseException:
-    """Return what to report of an error: out of memory in words that say what to change."""
-    if not is_out_of_memory(error):
-        return error
-    return DeviceMemoryError(
-        f"out of memory while encoding with batch_size={config.batch_size}: lower batch_size. {str(error).splitlines()[0]}"
-    )

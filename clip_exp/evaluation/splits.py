@@ -5,42 +5,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from clip_exp.config.evaluation import KNNTaskConfig, LabeledDataConfig, LinearProbeTaskConfig
+from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.prepared import KNNTask, ProbeTask
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages, listing
 from clip_exp.evaluation.sets.overlap import Overlap, find_overlap
+from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig
 
 
-def prepare_probe(name: str, task: LinearProbeTaskConfig, output_dir: str) -> ProbeTask:
-    """Find and match the pictures of a linear probe.
+def prepare_halves(
+    name: str, task: LabeledDataConfig, train: LabeledDataConfig, output_dir: str
+) -> tuple[LabeledImages, LabeledImages, Overlap | None]:
+    """Find and match the images to learn from and those to score; how many are in both, None where they cannot be compared.
 
     Raises:
         ConfigError: the images to score are those to learn from.
-        DataError: see `match_classes` and `require_division`.
-    """
-    train, test, overlap = _prepare(name, task, task.train, output_dir)
-    require_division(train.labels, train.class_names, task, name)
-    return ProbeTask(name, train, test, task, overlap)
-
-
-def prepare_knn(name: str, task: KNNTaskConfig, output_dir: str) -> KNNTask:
-    """Find and match the pictures of a k-NN classification.
-
-    Raises:
-        ConfigError: more neighbors than images, or the images to score are those to learn from.
         DataError: see `match_classes`.
     """
-    train, test, overlap = _prepare(name, task, task.train, output_dir)
-    if task.k > len(train.labels):
-        raise ConfigError(f"task.{name}.k={task.k} must be between 1 and {len(train.labels)}, the pictures of train.")
-    return KNNTask(name, train, test, task, overlap)
-
-
-def _prepare(
-    name: str, task: LabeledDataConfig, train: LabeledDataConfig, output_dir: str
-) -> tuple[LabeledImages, LabeledImages, Overlap | None]:
     where = f"task.{name}"
     learned, scored = match_classes(
         labeled_images(train, f"{where}.train", output_dir, split="train"),

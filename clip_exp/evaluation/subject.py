@@ -1,4 +1,4 @@
-"""What is evaluated, and what every scorer makes with it: features of pictures and texts, parts of a protocol."""
+"""What is evaluated, and what every task makes with it: features of pictures and texts, classifiers, parts of a protocol."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.model import ModelConfig, ResizeMode
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.pictures import Pictures
+from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.features import (
     Cache,
     EncodedImages,
@@ -21,6 +22,7 @@ from clip_exp.evaluation.features import (
     ImageEncoder,
     encode_pictures,
     encode_pixels,
+    encode_texts,
 )
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main
@@ -74,7 +76,47 @@ class Subject:
             "std": std,
         }
 
-    def kept_texts(self, texts: Sequence[str], compute: Callable[[], Tensor], **about: Any) -> Tensor:
+    def encode_images(self, name: str, pictures: Pictures) -> EncodedImages:
+        """Features of all pictures that can be read, from the cache where they are there. Every rank calls, and encodes a shard of them.
+
+        Args:
+            name: of the task, for the progress bar.
+        """
+        what = f"{name}: {len(pictures):,} pictures"
+        return encode_pictures(self.image_encoder(), pictures, self.options, self.cache, what)
+
+    def encode_texts(self, what: str, texts: Sequence[str]) -> Tensor:
+        """Features [N, D] of texts, of unit norm, on the device; from the cache where they are there. Every rank calls.
+
+        Args:
+            what: name of the progress bar.
+        """
+        device = self.options.device
+
+        def encode() -> Tensor:
+            return encode_texts(self.model, self.tokenizer, texts, TEXT_BATCH[device.type], device, what, shared=True)
+
+        return self._kept_texts(texts, encode)
+
+    def classifier(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """`classification.build_classifier` [C, D] on the device, from the cache where it is there. Every rank calls."""
+        device = self.options.device
+
+        def build() -> Tensor:
+            return build_classifier(
+                self.model,
+                self.tokenizer,
+                class_names,
+                templates,
+                TEXT_BATCH[device.type],
+                device,
+                what=f"{len(class_names):,} classes",
+                shared=True,
+            )
+
+        return self._kept_texts(class_names, build, templates=hash_of(templates))
+
+    def _kept_texts(self, texts: Sequence[str], compute: Callable[[], Tensor], **about: Any) -> Tensor:
         """What `compute` makes of texts, from the cache where it is there. On the device. All ranks call.
 
         The tokenizer's count of cut texts rises as if they had been encoded.
@@ -94,13 +136,6 @@ class Subject:
         metadata = {"truncated": str(self.tokenizer.truncated - before)}
         from_main(lambda: cache.write(entry, "features", {"features": features.cpu()}, metadata))
         return features
-
-
-def encode_set(name: str, pictures: Pictures, subject: Subject) -> EncodedImages:
-    """Features of a task's pictures."""
-    return encode_pictures(
-        subject.image_encoder(), pictures, subject.options, subject.cache, f"{name}: {len(pictures):,} pictures"
-    )
 
 
 def counts(encoded: EncodedImages) -> dict[str, Any]:

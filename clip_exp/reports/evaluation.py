@@ -16,8 +16,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from clip_exp.config.evaluation import Scale
 from clip_exp.errors import CheckpointError
-from clip_exp.reports.names import Scale, name_of_weights, scale_of
+from clip_exp.reports.names import name_of_weights, scale_of
 from clip_exp.reports.page import fact_rows, heading, is_train_run, render
 from clip_exp.reports.run_page import readable, renew_report, write_index
 from clip_exp.runs import refuse_links, write_json, write_text

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from clip_exp.config.evaluation import TaskConfig
 from clip_exp.data.files import BadImage
 from clip_exp.data.pictures import Pictures
 from clip_exp.runs import read_record
@@ -31,14 +32,6 @@ SIDE = 200  # pixels of a thumbnail's longest side
 QUALITY = 82  # of its JPEG
 SMALL = 64  # pixels; a picture with shorter sides is shown enlarged, and its pixels as squares
 NO_LIMIT = 2**62  # of pixels: a picture that was scored has passed the evaluation's own limit
-KINDS = {
-    "zero_shot": "Zero-shot classification",
-    "linear_probe": "Linear probe",
-    "knn": "Nearest neighbours",
-    "retrieval": "Retrieval",
-    "robustness": "Robustness",
-}
-
 FACT_NAMES = {
     "kind": "task",
     "data": "data",
@@ -85,7 +78,6 @@ def _environment() -> Environment:
 
 def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the template of every evaluation's page begins and ends with."""
-    kind = str(protocol.get("kind", ""))
     weights = protocol.get("weights_sha256")
     about = [
         protocol.get("model"),
@@ -97,11 +89,17 @@ def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]
     made_by = [f"clip_exp {record['clip_exp']}" if "clip_exp" in record else None, record.get("start"), str(folder)]
     return {
         "title": name,
-        "kind": KINDS.get(kind, kind.replace("_", " ")),
+        "kind": title_of(protocol.get("kind")),
         "about": [str(part) for part in about if part],
         "made_by": " · ".join(filter(None, made_by)),
         "command": command_of(folder),
     }
+
+
+def title_of(kind: Any) -> str:
+    """Return what a kind of task is called on pages."""
+    task = TaskConfig.kinds().get(kind)
+    return (task.title if task is not None else "") or str(kind or "").replace("_", " ")
 
 
 def which_weights(protocol: dict[str, Any]) -> str | None:
@@ -182,7 +180,13 @@ def fact_rows(protocol: dict[str, Any]) -> list[dict[str, Any]]:
     for key in [key for key in protocol if key not in LAST] + [key for key in LAST if key in protocol]:
         if (value := protocol[key]) is None:
             continue
-        fact = {"name": FACT_NAMES.get(key, key.replace("_", " ")), "text": "", "lines": [], "parts": [], "summary": ""}
+        fact: dict[str, Any] = {
+            "name": FACT_NAMES.get(key, key.replace("_", " ")),
+            "text": "",
+            "lines": [],
+            "parts": [],
+            "summary": "",
+        }
         if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
             fact["parts"] = [{"name": name, "facts": fact_rows(item)} for name, item in value.items()]
         elif isinstance(value, dict):

@@ -10,7 +10,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from clip_exp.reports.names import Scale, scale_of
+from clip_exp.config.evaluation import Scale
+from clip_exp.reports.names import scale_of
 
 LABELS = {"data_wait_s": "waiting for data", "compute_s": "computing"}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from clip_exp.reports.names import Scale, scale_of, task_of
+from clip_exp.config.evaluation import Scale, TaskConfig
+from clip_exp.reports.names import scale_of, task_of
 from clip_exp.reports.page import (
-    KINDS,
     command_line,
     command_of,
     counted,
@@ -18,12 +18,12 @@ from clip_exp.reports.page import (
     percent,
     probability,
     render,
+    title_of,
     which_weights,
 )
 from clip_exp.runs import read_metrics, read_record, write_text
 
 METRICS_SHOWN = 4
-FIRST = ("recall@1_i2t", "recall@1_t2i", "median_rank_i2t", "median_rank_t2i", "mean_of_shifted/top1")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -145,12 +145,14 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
     for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):  # a run's own weights come first
         result = json.loads(path.read_text(encoding="utf-8"))
         protocol = result["protocol"]
-        metrics = sorted(result["metrics"].items(), key=lambda item: item[0] not in FIRST)
+        task = TaskConfig.kinds().get(protocol.get("kind"))
+        first = task.headline if task is not None else ()
+        metrics = sorted(result["metrics"].items(), key=lambda item: item[0] not in first)
         page = path.with_suffix(".html")
         found.append(
             {
                 "name": task_of(path.stem),
-                "kind": KINDS.get(protocol.get("kind"), ""),
+                "kind": title_of(protocol.get("kind")),
                 "weights": which_weights(protocol),
                 "metrics": [(name, readable(name, value)) for name, value in metrics[:METRICS_SHOWN]],
                 "link": f"eval/{quote(page.name)}" if page.is_file() else None,

@@ -31,7 +31,7 @@ from clip_exp.data.images import preprocessing_of
 from clip_exp.data.preflight import RunTables
 from clip_exp.devices import benchmarks_convolutions, resolve_accelerator, training_precision
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError
-from clip_exp.evaluation.prepared import Task
+from clip_exp.evaluation.task import Task
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks import group

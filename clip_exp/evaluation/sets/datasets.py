@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.data import OnBadRow
-from clip_exp.config.evaluation import LabeledDataConfig
+from clip_exp.config.evaluation import SOURCES, LabeledDataConfig, TableConfig
 from clip_exp.data.generated import generate
 from clip_exp.data.pictures import PictureFiles, TablePictures, label_of_images
 from clip_exp.data.tables.columns import BLANKS
@@ -18,7 +17,6 @@ from clip_exp.evaluation.sets.labeled import LabeledImages, find_pictures, in_or
 from clip_exp.evaluation.sets.objectnet import from_objectnet
 from clip_exp.evaluation.sets.torchvision_sets import from_torchvision
 
-SOURCES = ("root", "table", "generate", "torchvision")
 PARTS = ("train", "val")  # of a generated data set
 SPLIT = re.compile(
     r"(test(ing)?|val(id(ation)?)?|dev|eval(uation)?|train(ing)?)([ _-]?(set|split|data|images?|\d+))*", re.IGNORECASE
@@ -55,21 +53,14 @@ def labeled_images(
         return from_flat_folder(data.root, data.ground_truth, data.classes, where)
     if data.root is not None:
         return from_folder(data.root, data.classes, where)
-    table = data.table if data.generate is None else _generated(data, where, output_dir, split)
+    table: Any = data.table
+    if data.generate is not None:
+        part = data.split or split or "val"
+        if part not in PARTS:
+            raise ConfigError(f"{where}.split={part} must be one of {', '.join(PARTS)}.")
+        table = str(getattr(generate(data.generate, Path(output_dir)), part))
     require_tables(table, where)
-    return from_table(
-        table,
-        image_key=data.image_key,
-        label_key=data.label_key,
-        image_root=data.image_root,
-        allow_outside_root=data.allow_outside_root,
-        separator=data.separator,
-        encoding=data.encoding,
-        on_bad_row=data.on_bad_row,
-        filter=data.filter,
-        classes=data.classes,
-        where=where,
-    )
+    return from_table(table, data, where)
 
 
 def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") -> LabeledImages:
@@ -177,14 +168,6 @@ def _rank(folder: str) -> int:
     return starts.index(True) if SPLIT.fullmatch(folder) else len(starts)
 
 
-def _generated(data: LabeledDataConfig, where: str, output_dir: str, split: str | None) -> str:
-    assert data.generate is not None
-    part = data.split or split or "val"
-    if part not in PARTS:
-        raise ConfigError(f"{where}.split={part} must be one of {', '.join(PARTS)}.")
-    return str(getattr(generate(data.generate, Path(output_dir)), part))
-
-
 def require_tables(tables: Any, where: str) -> None:
     """Raises ConfigError if a table or a pattern names no file; `where` is the task."""
     given = [tables] if isinstance(tables, str) else tables
@@ -196,29 +179,28 @@ def require_tables(tables: Any, where: str) -> None:
         raise ConfigError(f"{where}.table: {error}") from error
 
 
-def read_pairs(table: Any, where: str, **options: Any) -> PairTable:
+def read_pairs(
+    table: Any, where: str, data: TableConfig, *, caption_key: str | None = None, label_key: str | None = None
+) -> PairTable:
     """`data.tables.read_table`, whose messages name the task's keys instead of a run's."""
     try:
-        return read_table(table, **options)
+        return read_table(
+            table,
+            image_key=data.image_key,
+            caption_key=caption_key,
+            label_key=label_key,
+            image_root=data.image_root,
+            separator=data.separator,
+            encoding=data.encoding,
+            on_bad_row=data.on_bad_row,
+            filter=data.filter,
+        )
     except (ConfigError, DataError) as error:
         keys = "image_key|caption_key|label_key|image_root|separator|encoding|on_bad_row|filter"
         raise type(error)(re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))) from error
 
 
-def from_table(
-    table: Any,
-    *,
-    image_key: str,
-    label_key: str,
-    image_root: str | None = None,
-    allow_outside_root: bool = False,
-    separator: str = "auto",
-    encoding: str = "auto",
-    on_bad_row: OnBadRow = OnBadRow.error,
-    filter: str | None = None,
-    classes: Any = "labels",
-    where: str = "task",
-) -> LabeledImages:
+def from_table(table: Any, data: LabeledDataConfig, where: str = "task") -> LabeledImages:
     """Pictures of a table, labelled by a column; the classes are its distinct values.
 
     Values that are all numbers are ordered by value, others by code point. A picture in several rows, as with several
@@ -228,26 +210,15 @@ def from_table(
         ConfigError: no such file; `classes` does not fit the labels.
         DataError: a column is missing, a row is bad, a label contradicts another, or there are none.
     """
-    pairs = read_pairs(
-        table,
-        where,
-        image_key=image_key,
-        caption_key=None,
-        label_key=label_key,
-        image_root=image_root,
-        separator=separator,
-        encoding=encoding,
-        on_bad_row=on_bad_row,
-        filter=filter,
-    )
+    pairs = read_pairs(table, where, data, label_key=data.label_key)
     labels = label_of_images(pairs)
     labeled = [picture for picture, label in enumerate(labels) if label]
     if not labeled:
-        raise DataError(f"{table}: the column {label_key} is empty in every row.")
+        raise DataError(f"{table}: the column {data.label_key} is empty in every row.")
     present = in_order(labels[picture] for picture in labeled)
-    matched = match(present, present, classes, str(table), where)
+    matched = match(present, present, data.classes, str(table), where)
     return LabeledImages(
-        TablePictures(pairs, [int(pairs.rows_of(picture)[0]) for picture in labeled], allow_outside_root),
+        TablePictures(pairs, [int(pairs.rows_of(picture)[0]) for picture in labeled], data.allow_outside_root),
         [matched.position[labels[picture]] for picture in labeled],
         matched.names,
         str(table),

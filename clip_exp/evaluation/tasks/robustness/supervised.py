@@ -15,7 +15,7 @@ from clip_exp.data.images import MAX_ASPECT, normalize, pil_to_tensor
 from clip_exp.devices import inference
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder
-from clip_exp.evaluation.sets.imagenet_sets import weights_file
+from clip_exp.evaluation.tasks.robustness import weights_file
 from clip_exp.ranks.group import from_main
 from clip_exp.storage import file_sha256
 from clip_exp.weights.read import read_weights

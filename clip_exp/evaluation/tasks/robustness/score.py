@@ -1,16 +1,18 @@
 """Robustness to natural shifts: the ImageNet sets together, beside a supervised network (CLIP paper, figure 13)."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clip_exp.evaluation.classification import CHUNK, best_classes, judge_classification, top_k, zero_shot_classifier
-from clip_exp.evaluation.features import encode_pictures, require_finite
-from clip_exp.evaluation.prepared import ClassificationTask, RobustnessTask
-from clip_exp.evaluation.sets.imagenet_sets import UNSHIFTED
-from clip_exp.evaluation.subject import Judge, Subject, encode_set, hash_of
-from clip_exp.evaluation.supervised import Supervised, load_supervised, restrict
+from clip_exp.evaluation.classification import CHUNK, best_classes, top_k
+from clip_exp.evaluation.features import EncodedImages, encode_pictures, require_finite
+from clip_exp.evaluation.subject import Judge, Subject, hash_of
+from clip_exp.evaluation.tasks.robustness import UNSHIFTED, RobustnessTask
+from clip_exp.evaluation.tasks.robustness.supervised import Supervised, load_supervised, restrict
+from clip_exp.evaluation.tasks.zero_shot import ClassificationTask
+from clip_exp.evaluation.tasks.zero_shot.score import judge_classification
 from clip_exp.ranks.group import from_main
 from clip_exp.reports.comparison_page import Compared
 from clip_exp.reports.evaluation import Result
@@ -23,22 +25,24 @@ def score_robustness(task: RobustnessTask, subject: Subject) -> Judge:
 
     Each set is scored as soon as it is encoded, so that the features of one are held at a time.
     """
-    baseline = _baseline(task, subject)
+    config, baseline = task.config, None
+    if config.baseline is not None:
+        where = f"task.{task.name}"
+        baseline = load_supervised(config.baseline, config.baseline_weights, where, subject.options)
     classifiers = _classifiers(task.sets, subject)
     own: dict[str, Result] = {}
     beside: dict[str, float] = {}
     for name, of_set in task.sets.items():
-        own[name] = _zero_shot(of_set, classifiers[name], subject)
+        encoded = subject.encode_images(of_set.name, of_set.images.pictures)
+        own[name] = from_main(partial(_without_details, of_set, encoded, classifiers[name]))
         if baseline is not None:
             beside[name] = _supervised(of_set, baseline, subject)
     return lambda: _result(subject.config.name, own, baseline, beside)
 
 
-def _baseline(task: RobustnessTask, subject: Subject) -> Supervised | None:
-    config = task.config
-    if config.baseline is None:
-        return None
-    return load_supervised(config.baseline, config.baseline_weights, f"task.{task.name}", subject.options)
+def _without_details(task: ClassificationTask, encoded: EncodedImages, classifier_CD: Tensor) -> Result:
+    result = judge_classification(task, encoded, classifier_CD)
+    return Result(result.metrics, result.protocol)
 
 
 def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[str, Tensor]:
@@ -50,7 +54,7 @@ def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[
     for task in sorted(sets.values(), key=lambda task: -len(task.images.class_names)):
         prompts = hash_of(task.templates)
         if new := [name for name in task.images.class_names if (prompts, name) not in known]:
-            classifier = zero_shot_classifier(new, task.templates, subject)
+            classifier = subject.classifier(new, task.templates)
             known |= {(prompts, name): row for name, row in zip(new, classifier, strict=True)}
     return {
         name: torch.stack([known[hash_of(task.templates), own] for own in task.images.class_names])
@@ -58,19 +62,9 @@ def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[
     }
 
 
-def _zero_shot(task: ClassificationTask, classifier_CD: Tensor, subject: Subject) -> Result:
-    encoded = encode_set(task.name, task.images.pictures, subject)
-
-    def judge() -> Result:
-        result = judge_classification(task, encoded, classifier_CD)
-        return Result(result.metrics, result.protocol)
-
-    return from_main(judge)
-
-
 def _supervised(task: ClassificationTask, baseline: Supervised, subject: Subject) -> float:
     images, classes = task.images, task.images.imagenet
-    assert classes is not None  # `tasks.prepare_robustness`
+    assert classes is not None  # `RobustnessTaskConfig.prepare`
     encoded = encode_pictures(
         baseline.encoder, images.pictures, subject.options, subject.cache, f"{task.name}: {baseline.name}"
     )
@@ -91,7 +85,6 @@ def _result(model: str, own: dict[str, Result], baseline: Supervised | None, bes
         metrics |= {f"{baseline.name}/{name}": value for name, value in _with_mean(beside).items()}
     protocols = {name: result.protocol for name, result in own.items()}
     protocol: dict[str, Any] = {
-        "kind": "robustness",
         **{key: sum(of_set[key] for of_set in protocols.values()) for key in ("pictures", "bad_pictures")},
         "mean_of": [name for name in own if name != UNSHIFTED],
         "baseline": None if baseline is None else baseline.about,

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.data.pictures import Pictures
-from clip_exp.evaluation.features import encode_texts, require_finite
-from clip_exp.evaluation.prepared import RetrievalTask
-from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, counts, encode_set
+from clip_exp.evaluation.features import require_finite
+from clip_exp.evaluation.subject import Judge, Subject, absolute, counts
+from clip_exp.evaluation.tasks.retrieval import RetrievalTask
 from clip_exp.reports.evaluation import Result
 from clip_exp.reports.retrieval_page import Query, Retrieved
 
@@ -28,23 +28,16 @@ FOUND = 8  # results of a query
 def score_retrieval(task: RetrievalTask, subject: Subject) -> Judge:
     """Recall and median rank both ways. The captions of a picture that is left out are left out too."""
     device = subject.options.device
-    encoded = encode_set(task.name, task.pictures, subject)
+    encoded = subject.encode_images(task.name, task.pictures)
     caption_image = torch.tensor(task.caption_image)
     kept = torch.isin(caption_image, encoded.kept)
     captions = [task.captions[i] for i in kept.nonzero().flatten().tolist()]
-
-    def encode() -> Tensor:
-        return encode_texts(
-            subject.model, subject.tokenizer, captions, TEXT_BATCH[device.type], device, f"{task.name}: captions", True
-        )
-
-    text_features = subject.kept_texts(captions, encode)
+    text_features = subject.encode_texts(f"{task.name}: captions", captions)
 
     def judge() -> Result:
         rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
         image_features = encoded.features.to(device)
         protocol = {
-            "kind": "retrieval",
             "data": absolute(task.where),
             **counts(encoded),
             "captions": len(captions),
