@@ -4,27 +4,30 @@ For one device there is no process but this one.
 """
 
 import logging
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clip_exp.config.base import plain, problems, typed_keys
-from clip_exp.config.evaluation import EvaluateConfig
-from clip_exp.config.files import read_evaluate_config, to_yaml
+from clip_exp.config.evaluation import EvaluateConfig, TaskConfig
+from clip_exp.config.files import options, read_evaluate_config, to_yaml
+from clip_exp.config.training import TrainConfig
 from clip_exp.devices import Devices, is_out_of_memory, parse_devices, resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DeviceMemoryError, gravest
-from clip_exp.evaluation.prepare import prepare_tasks
 from clip_exp.evaluation.task import Task
 from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.environment import device_problems, is_first_rank
 from clip_exp.ranks.launch import Opened, Work, launch_work
 from clip_exp.ranks.signals import Stopped, exit_on_signals, stop_on_signals
 from clip_exp.reports.evaluation import show
-from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
+from clip_exp.reports.names import task_of
+from clip_exp.runs import MAX_NAME, RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
 
+NAME = re.compile(r"[\w.@+-]+")  # of a task, which becomes a file's name
 TIMEOUT_S = 7200  # of a collective: a rank waits this long for the slowest
 
 
@@ -137,6 +140,50 @@ def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
     checked = check(config)
     root.setLevel(logging.WARNING if is_first_rank() else logging.ERROR)
     return checked
+
+
+def prepare_tasks(
+    wanted: Mapping[str, TaskConfig], output_dir: str, run: TrainConfig | None, *, fetch: bool = True
+) -> tuple[list[Task], list[ClipExpError]]:
+    """Return everything that `task` of a configuration asks for, and everything that is wrong with it.
+
+    Args:
+        wanted: tasks by name.
+        run: run of the model, which tells `auto` tasks what to score; None: the model is no run's.
+        fetch: whether data may be downloaded where nothing else is wrong.
+    """
+    prepared: dict[str, list[Task]] = {}
+    errors: list[ClipExpError] = []
+    for name in wanted:
+        if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
+            errors.append(
+                ConfigError(
+                    f"task.{name}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
+                )
+            )
+        elif task_of(name) != name:
+            errors.append(
+                ConfigError(
+                    f"task.{name}: this name ends like those of a run's results of other checkpoints: rename your task."
+                )
+            )
+    if not wanted:
+        errors.append(ConfigError(f"no task: choose from task=[{','.join(options('task'))}]."))
+    for name, task in sorted(wanted.items(), key=lambda item: item[1].fetches):
+        if task.fetches and (errors or not fetch):
+            continue  # what else is wrong is reported before hours of fetching
+        try:
+            prepared[name] = list(task.prepare(name, output_dir, run))
+        except ClipExpError as error:
+            errors.append(error)
+    tasks = [task for name in wanted for task in prepared.get(name, [])]
+    names = [task.name for task in tasks]
+    errors += [
+        ConfigError(f"two tasks are called {name}: rename yours.")
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    return tasks, errors
 
 
 def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str]) -> Path:

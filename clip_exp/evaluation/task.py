@@ -8,7 +8,7 @@ from clip_exp.config.evaluation import LabeledDataConfig, TaskConfig
 
 if TYPE_CHECKING:
     from clip_exp.evaluation.sets.labeled import LabeledImages
-    from clip_exp.evaluation.sets.overlap import Overlap
+    from clip_exp.evaluation.sets.splits import Overlap
     from clip_exp.evaluation.subject import Judge, Subject
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from clip_exp.config.base import nearest
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, gravest
-from clip_exp.evaluation.prepare import prepare_tasks
+from clip_exp.evaluation.launch import prepare_tasks
 from clip_exp.evaluation.task import Task
 from clip_exp.reports.names import CERTAIN, VALIDATION, better
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from clip_exp.config.evaluation import EvaluateConfig
-from clip_exp.evaluation.launch import evaluate
-from clip_exp.evaluation.prepare import prepare_tasks
+from clip_exp.evaluation.launch import evaluate, prepare_tasks
 from clip_exp.evaluation.tasks.zero_shot import ZeroShotTaskConfig
 from clip_exp.models.clip import CLIP
 from clip_exp.reports.run_page import evaluations

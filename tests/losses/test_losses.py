@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from clip_exp.config.data import PairLabel
 from clip_exp.config.training import LossConfig
-from clip_exp.losses.matches import ALL, Matches
-from clip_exp.losses.outputs import CLIPOutput
+from clip_exp.losses.batch import ALL, CLIPOutput, Matches
 from clip_exp.losses.sigmoid import SigmoidLossConfig
 from clip_exp.losses.sigmoid.loss import sigmoid_loss
 from clip_exp.losses.softmax import SoftmaxLossConfig

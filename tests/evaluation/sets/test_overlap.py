@@ -12,7 +12,7 @@ from clip_exp.data import files
 from clip_exp.data.files import Stamp, Stored, stamp_of
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import ConfigError
-from clip_exp.evaluation.sets.overlap import find_overlap
+from clip_exp.evaluation.sets.splits import find_overlap
 from clip_exp.evaluation.tasks.knn import KNNTask, KNNTaskConfig
 from tests.data.tables.shard_files import write_shard
 from tests.evaluation.cifar import write_cifar10

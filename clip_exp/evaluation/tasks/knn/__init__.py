@@ -31,7 +31,7 @@ class KNNTaskConfig(LabeledDataConfig, TaskConfig):
             ConfigError: more neighbors than images, or the images to score are those to learn from.
             DataError: see `splits.match_classes`.
         """
-        from clip_exp.evaluation.splits import prepare_halves
+        from clip_exp.evaluation.sets.splits import prepare_halves
 
         train, test, overlap = prepare_halves(name, self, self.train, output_dir)
         if self.k > len(train.labels):

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, classified
-from clip_exp.evaluation.frozen import encode_halves, protocol_of
-from clip_exp.evaluation.subject import Judge, Subject
+from clip_exp.evaluation.subject import Judge, Subject, encode_halves, protocol_of
 from clip_exp.evaluation.tasks.knn import KNNTask
 from clip_exp.progress import progress
 from clip_exp.reports.evaluation import Result

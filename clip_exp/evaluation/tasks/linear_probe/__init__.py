@@ -45,7 +45,7 @@ class LinearProbeTaskConfig(LabeledDataConfig, TaskConfig):
             ConfigError: the images to score are those to learn from.
             DataError: see `splits.match_classes` and `splits.require_division`.
         """
-        from clip_exp.evaluation.splits import prepare_halves, require_division
+        from clip_exp.evaluation.sets.splits import prepare_halves, require_division
 
         train, test, overlap = prepare_halves(name, self, self.train, output_dir)
         require_division(train.labels, train.class_names, self, name)
