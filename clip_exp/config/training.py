@@ -88,7 +88,7 @@ class LossConfig(Member):
 
     @property
     def matches(self) -> dict[str, bool]:
-        """Which pairs of a batch match besides the own one: arguments of `losses.matches.repeated_matches`."""
+        """Which pairs of a batch match besides the own one: arguments of `losses.batch.repeated_matches`."""
         return {
             "same_caption": self.same_caption is PairLabel.positive,
             "same_image": self.same_image is PairLabel.positive,
@@ -97,7 +97,7 @@ class LossConfig(Member):
     def build(self) -> "nn.Module":
         """Return a module that takes (CLIPOutput, caption_id_B, image_id_B) of this rank's pairs and returns a scalar.
 
-        The mean over the ranks of its values, and of their gradients, must be that of the global batch; `losses.collectives` gathers.
+        The mean over the ranks of its values, and of their gradients, must be that of the global batch; `losses.batch` gathers.
         """
         raise NotImplementedError
 
