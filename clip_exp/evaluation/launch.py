@@ -153,22 +153,19 @@ def prepare_tasks(
         fetch: whether data may be downloaded where nothing else is wrong.
     """
     prepared: dict[str, list[Task]] = {}
-    errors: list[ClipExpError] = []
+    found: list[str] = []
     for name in wanted:
         if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
-            errors.append(
-                ConfigError(
-                    f"task.{name}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
-                )
+            found.append(
+                f"task.{name}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
             )
         elif task_of(name) != name:
-            errors.append(
-                ConfigError(
-                    f"task.{name}: this name ends like those of a run's results of other checkpoints: rename your task."
-                )
+            found.append(
+                f"task.{name}: this name ends like those of a run's results of other checkpoints: rename your task."
             )
     if not wanted:
-        errors.append(ConfigError(f"no task: choose from task=[{','.join(options('task'))}]."))
+        found.append(f"no task: choose from task=[{','.join(options('task'))}].")
+    errors: list[ClipExpError] = [ConfigError(problem) for problem in found]
     for name, task in sorted(wanted.items(), key=lambda item: item[1].fetches):
         if task.fetches and (errors or not fetch):
             continue  # what else is wrong is reported before hours of fetching
@@ -178,11 +175,8 @@ def prepare_tasks(
             errors.append(error)
     tasks = [task for name in wanted for task in prepared.get(name, [])]
     names = [task.name for task in tasks]
-    errors += [
-        ConfigError(f"two tasks are called {name}: rename yours.")
-        for name in sorted(set(names))
-        if names.count(name) > 1
-    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    errors += [ConfigError(f"two tasks are called {name}: rename yours.") for name in twice]
     return tasks, errors
 
 

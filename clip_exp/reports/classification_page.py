@@ -139,11 +139,7 @@ def as_csv(details: Classified) -> str:
 
 
 def classification_page(result: Result, details: Classified, heading: dict[str, Any]) -> str:
-    """The HTML of a classification's page.
-
-    Args:
-        heading: `page.heading`.
-    """
+    """The HTML of a classification's page."""
     from scipy.stats import binomtest  # takes half a second
 
     counts, wrong, names = per_class(details), mistakes(details), distinct_names(details)
@@ -281,7 +277,6 @@ def groups(similarity_CC: np.ndarray, tree: np.ndarray, classes: np.ndarray) -> 
     They are the largest branches of the tree whose classes are alike, on average over the pairs in it.
 
     Args:
-        similarity_CC, tree: see `similarity` and `cluster`.
         classes: the class of each row.
     """
     members: list[list[int]] = [[row] for row in range(len(classes))]

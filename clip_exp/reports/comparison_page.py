@@ -21,11 +21,7 @@ class Compared:
 
 
 def comparison_page(result: Result, details: Compared, heading: dict[str, Any]) -> str:
-    """The HTML of a comparison's page.
-
-    Args:
-        heading: `page.heading`.
-    """
+    """The HTML of a comparison's page."""
     models, sets = list(details.top1), details.sets
     rows = [_row(each, [details.top1[model][at] for model in models]) for at, each in enumerate(sets)]
     averaged = result.protocol.get("mean_of", sets)

@@ -17,12 +17,7 @@ LABELS = {"data_wait_s": "waiting for data", "compute_s": "computing"}
 
 
 def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, metrics of validation and of tasks, learning rate, speed and where the time goes over the steps of a run.
-
-    Args:
-        rows: of `metrics.csv` (`training.metrics.read_metrics`).
-        path: of the PNG.
-    """
+    """Loss, metrics of validation and of tasks, learning rate, speed and where the time goes over the steps of a run."""
     names = sorted({name for row in rows for name in row})
     of_tasks: dict[str, list[str]] = {}
     for name in names:

@@ -38,11 +38,7 @@ class Retrieved:
 
 
 def retrieval_page(result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
-    """The HTML of a retrieval's page.
-
-    Args:
-        heading: `page.heading`.
-    """
+    """The HTML of a retrieval's page."""
     metrics, pictures, captions = result.metrics, result.protocol["pictures"], len(details.captions)
     ks = sorted({int(key.removeprefix("recall@").partition("_")[0]) for key in metrics if key.startswith("recall@")})
     thumbnails = Thumbnails(details.pictures)

@@ -87,11 +87,7 @@ def next_command(run_dir: Path) -> str:
 
 
 def data_facts(summary: dict[str, Any]) -> dict[str, str]:
-    """Name to text; what was faultless, or was not counted yet when the summary was written, is left out.
-
-    Args:
-        summary: of a run, as `summary.json` has it.
-    """
+    """Name to text; what was faultless, or was not counted yet when the summary was written, is left out."""
 
     def bad(key: str, what_became: str) -> str:
         """`4 of training (3 no such file, 1 empty file), left out`."""

@@ -81,10 +81,6 @@ def match_classes(train: LabeledImages, test: LabeledImages, where: str) -> tupl
 
     A class of `test` is the class of `train` with the same key (folder or label), else the one with the same name. Classes
     of which `test` has no pictures may be predicted, as in zero-shot classification. Names are `test`'s where it has them.
-
-    Raises:
-        DataError: pictures of `test` belong to no class of `train`; two of its classes are the same one of `train`; `train`
-            has fewer than two classes.
     """
     present = sorted(set(train.labels))
     if len(present) < 2:
@@ -131,11 +127,7 @@ def _positions(train: LabeledImages, test: LabeledImages, present: list[int]) ->
 
 
 def require_division(labels: Sequence[int], class_names: list[str], task: LinearProbeTaskConfig, name: str) -> None:
-    """That a share of every class can be held out, where several strengths are to choose from.
-
-    Raises:
-        DataError: a class has one picture, or a part would have fewer pictures than there are classes.
-    """
+    """That a share of every class can be held out, where several strengths are to choose from."""
     if task.c is not None and len(task.c) == 1:
         return
     counts = Counter(labels)
@@ -176,8 +168,18 @@ def find_overlap(train: Pictures, test: Pictures, what: str | None = None) -> Ov
         return Overlap(len(test), len(test), 0, [test.name(0)]) if twice else None
     with progress(len(train) + len(test), what) as advance:
         of_train, of_test = _places(train, advance), _places(test, advance)
-    same = _same_files(of_train, of_test)
-    copied = _copies(train, test, of_train[:, SIZE], np.where(same, 0, of_test[:, SIZE]))
+    number = np.unique(np.concatenate([of_train, of_test])[:, :SIZE], axis=0, return_inverse=True)[1].reshape(-1)
+    known, own = number[: len(of_train)], number[len(of_train) :]
+    same = np.isin(own, known[of_train[:, SIZE] > 0]) & (of_test[:, SIZE] > 0)
+    # Contents: of other files of test and files of train that have a size in common.
+    size_of_train, size_of_test = of_train[:, SIZE], np.where(same, 0, of_test[:, SIZE])
+    ours = np.flatnonzero(np.isin(size_of_test, size_of_train) & (size_of_test > 0))
+    theirs = np.flatnonzero(np.isin(size_of_train, size_of_test[ours]))
+    found = [*map(test.stored, ours.tolist()), *map(train.stored, theirs.tolist())]
+    copied = np.zeros(len(test), dtype=bool)
+    for group in equal_contents([place for place in found if place is not None]):  # all of them: they have sizes
+        if group[-1] >= len(ours):
+            copied[ours[[position for position in group if position < len(ours)]]] = True
     examples = [test.name(index) for index in np.flatnonzero(same | copied)[:EXAMPLES].tolist()]
     return Overlap(len(test), int(same.sum()), int(copied.sum()), examples)
 
@@ -200,23 +202,3 @@ def _place(stored: Stored | None) -> tuple[int, int, int, int]:
     if stored is None or status is None or not stat.S_ISREG(status.st_mode):  # a pipe would block who reads it
         return 0, 0, 0, 0
     return status.st_dev, status.st_ino, stored.offset, status.st_size if stored.size is None else stored.size
-
-
-def _same_files(of_train: np.ndarray, of_test: np.ndarray) -> np.ndarray:
-    """bool [test]: the image is one to learn from."""
-    number = np.unique(np.concatenate([of_train, of_test])[:, :SIZE], axis=0, return_inverse=True)[1].reshape(-1)
-    known, own = number[: len(of_train)], number[len(of_train) :]
-    return np.isin(own, known[of_train[:, SIZE] > 0]) & (of_test[:, SIZE] > 0)
-
-
-def _copies(train: Pictures, test: Pictures, size_of_train: np.ndarray, size_of_test: np.ndarray) -> np.ndarray:
-    """bool [test]: an image to learn from has the same bytes. Sizes of 0 are not compared."""
-    ours = np.flatnonzero(np.isin(size_of_test, size_of_train) & (size_of_test > 0))
-    theirs = np.flatnonzero(np.isin(size_of_train, size_of_test[ours]))
-    found = [*map(test.stored, ours.tolist()), *map(train.stored, theirs.tolist())]
-    places = [place for place in found if place is not None]  # all of them: they have sizes
-    copied = np.zeros(len(test), dtype=bool)
-    for group in equal_contents(places):
-        if group[-1] >= len(ours):
-            copied[ours[[position for position in group if position < len(ours)]]] = True
-    return copied

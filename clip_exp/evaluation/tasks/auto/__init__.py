@@ -21,11 +21,7 @@ class AutoTaskConfig(TaskConfig):
     of_validation: ClassVar[bool] = True
 
     def prepare(self, name: str, output_dir: str, run: "TrainConfig | None" = None) -> list[Task]:
-        """`val_retrieval`, and `val_zero_shot` where the validation data have labels.
-
-        Raises:
-            ConfigError: there is no run, or it has no validation data.
-        """
+        """`val_retrieval`, and `val_zero_shot` where the validation data have labels."""
         from clip_exp.data.generated import generate
 
         if run is None:

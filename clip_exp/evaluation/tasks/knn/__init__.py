@@ -25,12 +25,7 @@ class KNNTaskConfig(LabeledDataConfig, TaskConfig):
     title: ClassVar[str] = "Nearest neighbours"
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[KNNTask]":
-        """Find and match the pictures.
-
-        Raises:
-            ConfigError: more neighbors than images, or the images to score are those to learn from.
-            DataError: see `splits.match_classes`.
-        """
+        """Find and match the pictures."""
         from clip_exp.evaluation.sets.splits import prepare_halves
 
         train, test, overlap = prepare_halves(name, self, self.train, output_dir)

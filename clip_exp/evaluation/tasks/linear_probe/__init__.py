@@ -39,12 +39,7 @@ class LinearProbeTaskConfig(LabeledDataConfig, TaskConfig):
     )
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ProbeTask]":
-        """Find and match the pictures.
-
-        Raises:
-            ConfigError: the images to score are those to learn from.
-            DataError: see `splits.match_classes` and `splits.require_division`.
-        """
+        """Find and match the pictures."""
         from clip_exp.evaluation.sets.splits import prepare_halves, require_division
 
         train, test, overlap = prepare_halves(name, self, self.train, output_dir)

@@ -98,8 +98,6 @@ def choose_c(
     Args:
         candidates: all are tried; None: the paper's search, which tries 1e-6, 1e-4, …, 1e6 and then both sides of the best
             at half the distance, until it is an eighth of a decade.
-        seed: of the choice of the share.
-        advance: called with 1 after each fit.
     """
     from sklearn.model_selection import train_test_split
 

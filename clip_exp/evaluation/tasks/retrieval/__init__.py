@@ -30,11 +30,7 @@ class RetrievalTaskConfig(TableConfig, TaskConfig):
     scales: ClassVar[dict[str, Scale]] = {"median_rank_i2t": Scale.rank, "median_rank_t2i": Scale.rank}
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[RetrievalTask]":
-        """Find the pictures and captions; rows that name the same file are captions of one picture.
-
-        Raises:
-            ConfigError, DataError: see `data.tables.read_table`.
-        """
+        """Find the pictures and captions; rows that name the same file are captions of one picture."""
         from clip_exp.data.pictures import TablePictures
         from clip_exp.evaluation.sets.datasets import read_pairs, require_tables
 

@@ -37,26 +37,25 @@ def score_retrieval(task: RetrievalTask, subject: Subject) -> Judge:
     def judge() -> Result:
         rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
         image_features = encoded.features.to(device)
+        copies: dict[str, Any] = {}
+        if task.copies:  # under several names: each is a wrong answer for the captions of the others
+            copies = {
+                "copied_images": len(task.copies),
+                "copies": sum(len(names) - 1 for names in task.copies),
+                "copies_listed": [" = ".join(names[:LISTED_COPIES]) for names in task.copies[:LISTED_COPIES]],
+            }
         protocol = {
             "data": absolute(task.where),
             **counts(encoded),
             "captions": len(captions),
             **task.about,
-            **about_copies(task.copies),
+            **copies,
             "image_to_text": "a hit if any caption of the picture is among the first k",
         }
         details = examples(image_features, text_features, rows, encoded.kept, captions, task.pictures)
         return Result(retrieval(image_features, text_features, rows), protocol, details)
 
     return judge
-
-
-def about_copies(copies: list[list[str]]) -> dict[str, Any]:
-    """For a protocol: pictures that are there under several names, each a wrong answer for the captions of the others."""
-    if not copies:
-        return {}
-    listed = [" = ".join(names[:LISTED_COPIES]) for names in copies[:LISTED_COPIES]]
-    return {"copied_images": len(copies), "copies": sum(len(names) - 1 for names in copies), "copies_listed": listed}
 
 
 def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> dict[str, float]:
@@ -111,10 +110,6 @@ def places(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M:
 
     A score is computed once and compared with the right one's both ways. The right ones' scores are taken from the same
     products first: computed otherwise they could differ in the last bit, and ties would be lost.
-
-    Args:
-        image_features_ND, text_features_MD: unit norm, float32.
-        caption_image_M: row of the picture that each caption belongs to.
     """
     order = caption_image_M.argsort(stable=True)
     owner = caption_image_M[order]
@@ -124,7 +119,15 @@ def places(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M:
     own_tied = torch.zeros_like(images.better)
     for tile in tiles:
         scores = tile.scores(tile)
-        images.right[tile.images], own_tied[tile.images], texts.right[tile.texts] = _right(scores, tile, owner)
+        rows = owner[tile.texts] - tile.images.start
+        of_texts = scores[rows, torch.arange(len(rows), device=rows.device)]
+        best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, of_texts, "amax")
+        # Of each picture its best caption's score (infinity without captions: nothing beats it) and how many have it.
+        images.right[tile.images] = best.masked_fill(best == -torch.inf, torch.inf)
+        own_tied[tile.images] = torch.zeros_like(best, dtype=torch.int64).scatter_add(
+            0, rows, (of_texts == best[rows]).long()
+        )
+        texts.right[tile.texts] = of_texts
         _compare(scores, tile, tile, images, texts)
     for row, column in permutations(tiles, 2):
         _compare(row.scores(column), row, column, images, texts)
@@ -168,15 +171,6 @@ def _padded(rows: Tensor, size: int) -> Tensor:
     return rows if len(rows) == size else F.pad(rows, (0, 0, 0, size - len(rows)))
 
 
-def _right(scores: Tensor, tile: _Tile, owner_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each picture its best caption's score (infinity without captions: nothing beats it) and how many have it; of each caption its picture's."""
-    rows = owner_M[tile.texts] - tile.images.start
-    of_texts = scores[rows, torch.arange(len(rows), device=rows.device)]
-    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, of_texts, "amax")
-    tied = torch.zeros_like(best, dtype=torch.int64).scatter_add(0, rows, (of_texts == best[rows]).long())
-    return best.masked_fill(best == -torch.inf, torch.inf), tied, of_texts
-
-
 def _summary(better: Tensor, tied: Tensor, own_tied: Tensor, way: str) -> dict[str, float]:
     better, tied, own_tied = better.double(), tied.double(), own_tied.double()
     metrics = {f"recall@{k}_{way}": _hit_probability(k - better, tied, own_tied).mean().item() for k in RECALL_AT}
@@ -212,8 +206,6 @@ def examples(
     """Queries spread evenly over the set, both ways.
 
     Args:
-        image_features_ND, text_features_MD: unit norm.
-        caption_image_M: row of the picture that each caption belongs to.
         kept_N: which of `pictures` each row is.
     """
     images = caption_image_M.unique()

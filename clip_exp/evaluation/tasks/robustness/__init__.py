@@ -92,12 +92,7 @@ class RobustnessTaskConfig(TaskConfig):
     )
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[RobustnessTask]":
-        """Find the ImageNet sets.
-
-        Raises:
-            ConfigError: see `configure_sets`; a set whose classes are not known to be ImageNet's, beside a baseline.
-            DataError: see `evaluation.sets.datasets`. Several problems are told at once.
-        """
+        """Find the ImageNet sets."""
         if self.baseline is not None:
             weights_file(self.baseline_weights, f"task.{name}")
         sets: dict[str, ClassificationTask] = {}
@@ -137,11 +132,7 @@ class RobustnessTask(Task):
 
 
 def configure_sets(task_name: str, task: RobustnessTaskConfig) -> dict[str, ZeroShotTaskConfig]:
-    """The zero-shot task of each set that is wanted, in the order of figure 13.
-
-    Raises:
-        ConfigError: unknown sets, and sets that were not found, all at once.
-    """
+    """The zero-shot task of each set that is wanted, in the order of figure 13."""
     where = f"task.{task_name}"
     errors: list[ClipExpError] = [
         ConfigError(f"{where}.sets.{given} does not exist: {nearest(given, SETS)}")
@@ -194,11 +185,7 @@ def _find(root: Path, name: str) -> Path | None:
 
 
 def weights_file(weights: str, where: str) -> Path | None:
-    """The file that `baseline_weights` names; None for torchvision's name of published weights.
-
-    Raises:
-        ConfigError: no such file.
-    """
+    """The file that `baseline_weights` names; None for torchvision's name of published weights."""
     path = Path(weights).expanduser()
     if path.suffix not in WEIGHTS_SUFFIXES and not path.is_file():
         return None

@@ -10,7 +10,7 @@ from clip_exp.evaluation.classification import CHUNK, best_classes, top_k
 from clip_exp.evaluation.features import EncodedImages, encode_pictures, require_finite
 from clip_exp.evaluation.subject import Judge, Subject, hash_of
 from clip_exp.evaluation.tasks.robustness import UNSHIFTED, RobustnessTask
-from clip_exp.evaluation.tasks.robustness.supervised import Supervised, load_supervised, restrict
+from clip_exp.evaluation.tasks.robustness.supervised import load_supervised, restrict
 from clip_exp.evaluation.tasks.zero_shot import ClassificationTask
 from clip_exp.evaluation.tasks.zero_shot.score import judge_classification
 from clip_exp.ranks.group import from_main
@@ -36,13 +36,41 @@ def score_robustness(task: RobustnessTask, subject: Subject) -> Judge:
         encoded = subject.encode_images(of_set.name, of_set.images.pictures)
         own[name] = from_main(partial(_without_details, of_set, encoded, classifiers[name]))
         if baseline is not None:
-            beside[name] = _supervised(of_set, baseline, subject)
-    return lambda: _result(subject.config.name, own, baseline, beside)
+            what = f"{of_set.name}: {baseline.name}"
+            logits = encode_pictures(baseline.encoder, of_set.images.pictures, subject.options, subject.cache, what)
+            beside[name] = from_main(partial(_supervised, of_set, logits, baseline.name))
+
+    def judge() -> Result:
+        model, sets, protocols = subject.config.name, list(own), {name: result.protocol for name, result in own.items()}
+        top1 = {model: {name: result.metrics["top1"] for name, result in own.items()}}
+        metrics = _with_mean(top1[model])
+        if baseline is not None:
+            top1[baseline.name] = beside
+            metrics |= {f"{baseline.name}/{name}": value for name, value in _with_mean(beside).items()}
+        protocol: dict[str, Any] = {
+            **{key: sum(of_set[key] for of_set in protocols.values()) for key in ("pictures", "bad_pictures")},
+            "mean_of": [name for name in own if name != UNSHIFTED],
+            "baseline": None if baseline is None else baseline.about,
+            "sets": protocols,
+        }
+        compared = Compared(sets, {name: [of[each] for each in sets] for name, of in top1.items()})
+        return Result(metrics, protocol, compared)
+
+    return judge
 
 
 def _without_details(task: ClassificationTask, encoded: EncodedImages, classifier_CD: Tensor) -> Result:
     result = judge_classification(task, encoded, classifier_CD)
     return Result(result.metrics, result.protocol)
+
+
+def _supervised(task: ClassificationTask, encoded: EncodedImages, baseline: str) -> float:
+    """Top-1 of the logits of a network that was trained on ImageNet-1k."""
+    images, classes = task.images, task.images.imagenet
+    assert classes is not None  # `RobustnessTaskConfig.prepare`
+    require_finite(encoded.features, f"logits of {baseline}")
+    best = [best_classes(restrict(logits, classes)) for logits in encoded.features.split(CHUNK)]
+    return top_k(torch.cat(best), torch.tensor(images.labels)[encoded.kept], len(classes))["top1"]
 
 
 def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[str, Tensor]:
@@ -60,38 +88,6 @@ def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[
         name: torch.stack([known[hash_of(task.templates), own] for own in task.images.class_names])
         for name, task in sets.items()
     }
-
-
-def _supervised(task: ClassificationTask, baseline: Supervised, subject: Subject) -> float:
-    images, classes = task.images, task.images.imagenet
-    assert classes is not None  # `RobustnessTaskConfig.prepare`
-    encoded = encode_pictures(
-        baseline.encoder, images.pictures, subject.options, subject.cache, f"{task.name}: {baseline.name}"
-    )
-
-    def judge() -> float:
-        require_finite(encoded.features, f"logits of {baseline.name}")
-        best = [best_classes(restrict(logits, classes)) for logits in encoded.features.split(CHUNK)]
-        return top_k(torch.cat(best), torch.tensor(images.labels)[encoded.kept], len(classes))["top1"]
-
-    return from_main(judge)
-
-
-def _result(model: str, own: dict[str, Result], baseline: Supervised | None, beside: dict[str, float]) -> Result:
-    top1 = {model: {name: result.metrics["top1"] for name, result in own.items()}}
-    metrics = _with_mean(top1[model])
-    if baseline is not None:
-        top1[baseline.name] = beside
-        metrics |= {f"{baseline.name}/{name}": value for name, value in _with_mean(beside).items()}
-    protocols = {name: result.protocol for name, result in own.items()}
-    protocol: dict[str, Any] = {
-        **{key: sum(of_set[key] for of_set in protocols.values()) for key in ("pictures", "bad_pictures")},
-        "mean_of": [name for name in own if name != UNSHIFTED],
-        "baseline": None if baseline is None else baseline.about,
-        "sets": protocols,
-    }
-    sets = list(own)
-    return Result(metrics, protocol, Compared(sets, {name: [of[each] for each in sets] for name, of in top1.items()}))
 
 
 def _with_mean(top1: dict[str, float]) -> dict[str, float]:

@@ -25,11 +25,7 @@ class ZeroShotTaskConfig(LabeledDataConfig, TaskConfig):
     title: ClassVar[str] = "Zero-shot classification"
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ClassificationTask]":
-        """Find the pictures, labels, names and templates.
-
-        Raises:
-            ConfigError, DataError: see `evaluation.sets.datasets` and `evaluation.sets.class_names`.
-        """
+        """Find the pictures, labels, names and templates."""
         from clip_exp.evaluation.sets.class_names import templates
         from clip_exp.evaluation.sets.datasets import labeled_images
 
