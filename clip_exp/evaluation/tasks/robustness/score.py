@@ -12,7 +12,6 @@ from clip_exp.evaluation.subject import Judge, Subject, hash_of
 from clip_exp.evaluation.tasks.robustness import UNSHIFTED, RobustnessTask
 from clip_exp.evaluation.tasks.robustness.supervised import load_supervised, restrict
 from clip_exp.evaluation.tasks.zero_shot import ClassificationTask
-from clip_exp.evaluation.tasks.zero_shot.score import judge_classification
 from clip_exp.ranks.group import from_main
 from clip_exp.reports.comparison_page import Compared
 from clip_exp.reports.evaluation import Result
@@ -60,7 +59,7 @@ def score_robustness(task: RobustnessTask, subject: Subject) -> Judge:
 
 
 def _without_details(task: ClassificationTask, encoded: EncodedImages, classifier_CD: Tensor) -> Result:
-    result = judge_classification(task, encoded, classifier_CD)
+    result = task.judge(encoded, classifier_CD)
     return Result(result.metrics, result.protocol)
 
 
