@@ -86,9 +86,8 @@ def _written(model: type[C], config: DictConfig, where: str) -> C:
         return parse(model, values)
     except ConfigError as error:
         raise ConfigError(
-            f"{where} does not fit this version of clip_exp: it was written by another one, was edited, or names custom components. Use that "
-            "version, give the folder of the components (--config-dir FOLDER), or start again: resume=never.\n"
-            + "\n".join(f"  {line}" for line in str(error).splitlines())
+            f"{where} does not fit this version of clip_exp: it was written by another one, or edited. Use that version, or start "
+            "again: resume=never.\n" + "\n".join(f"  {line}" for line in str(error).splitlines())
         ) from None
 
 

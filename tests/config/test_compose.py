@@ -219,9 +219,7 @@ def test_a_configuration_is_the_same_after_its_yaml(overrides: tuple[str, ...], 
 
 def test_a_run_of_another_version_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(train_config()) + "accumulate: 2\n")
-    with pytest.raises(
-        ConfigError, match="was written by another one, was edited, or names custom components"
-    ) as caught:
+    with pytest.raises(ConfigError, match="was written by another one, or edited") as caught:
         read_run_config(tmp_path)
     assert "accumulate does not exist" in str(caught.value)
 
