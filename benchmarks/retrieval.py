@@ -37,7 +37,7 @@ def serve(side: str, count: int, threads: int) -> None:
     torch.set_num_threads(threads)
     image, text = make_features(count)
     if side == "ours":
-        from clip_exp.evaluation.tasks.retrieval.score import retrieval
+        from clip_exp.evaluation.retrieval import retrieval
 
         own = torch.arange(count)
         measure = lambda: retrieval(image, text, own)  # noqa: E731

@@ -1,5 +1,6 @@
 """A loss and a task of the user, each one file and its YAML as `docs/configuration.md` has them, found by `--config-dir`."""
 
+import ast
 import json
 import os
 import re
@@ -16,8 +17,30 @@ from clip_exp.config.training import LossConfig
 from tests.conftest import REPOSITORY
 from tests.runs import TINY, Finished, Train, run_folders
 
+PACKAGE = Path(registry.__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "configuration.md"
 BLOCK = re.compile(r"```(?:python|yaml)\n# mine/(\S+)\n(.*?)```", re.DOTALL)
+
+
+def test_no_other_module_names_a_kind_of_loss_or_task() -> None:
+    bases = (LossConfig, TaskConfig)
+    classes = {model.__name__: model for base in bases for model in base.members()}
+    names = {model.model_fields[base.key].default for base in bases for model in base.members()} - {"auto"}
+    assert names >= {"softmax", "sigmoid", "zero_shot", "retrieval", "linear_probe", "knn", "robustness"}
+    packages = tuple(model.__module__ for model in classes.values())
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        at = f"clip_exp.{'.'.join(file.relative_to(PACKAGE).with_suffix('').parts)}"
+        if not at.startswith(packages):
+            nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            found += [
+                f"{at}: {ast.unparse(node)}"
+                for node in nodes
+                if (isinstance(node, ast.ImportFrom) and str(node.module).startswith(packages))
+                or (isinstance(node, ast.Name) and node.id in classes)
+                or (isinstance(node, ast.Constant) and node.value in names)
+            ]
+    assert found == []
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.evaluation.features import EncodeOptions, encode_pictures
 from clip_exp.evaluation.launch import check, evaluate
+from clip_exp.evaluation.retrieval import retrieval
 from clip_exp.evaluation.sets.class_names import class_prompts, imagenet_classes, templates
 from clip_exp.evaluation.subject import Subject
-from clip_exp.evaluation.tasks.retrieval.score import retrieval
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.tables.shard_files import write_shard

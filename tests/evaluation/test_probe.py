@@ -22,8 +22,7 @@ from clip_exp.config.data import OnBadImage
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
-from clip_exp.evaluation.sets.splits import require_division
-from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig
+from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig, require_division
 from clip_exp.evaluation.tasks.linear_probe.score import choose_c, fit_probe, predict, search
 from tests.evaluation.tinted import CLASSES, blobs, direct, tinted
 from tests.runs import Finished

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from clip_exp.errors import NumericError
+from clip_exp.evaluation import retrieval as retrieval_module
 from clip_exp.evaluation.classification import accuracies, best_classes
-from clip_exp.evaluation.tasks.retrieval import score as retrieval_module
-from clip_exp.evaluation.tasks.retrieval.score import retrieval
+from clip_exp.evaluation.retrieval import retrieval
 from clip_exp.reports.names import CLASSIFICATION, RETRIEVAL, SCALES
 
 

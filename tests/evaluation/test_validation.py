@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from clip_exp.evaluation.classification import accuracy, class_scores
-from clip_exp.evaluation.tasks.retrieval.score import retrieval
+from clip_exp.evaluation.retrieval import retrieval
 from clip_exp.evaluation.validation import deduplicate, validation_metrics
 
 

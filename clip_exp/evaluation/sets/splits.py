@@ -5,11 +5,10 @@ then, where these are equal, all bytes. With sizes as those of ImageNet (1.3 mil
 nearly every validation image and of a quarter of the training images; next to nothing is read whole.
 """
 
-import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,6 @@ from clip_exp.data.pictures import Pictures
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages, listing
-from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig
 from clip_exp.progress import progress
 
 CHUNK = 4096  # images between updates of the progress bar
@@ -124,23 +122,6 @@ def _positions(train: LabeledImages, test: LabeledImages, present: list[int]) ->
         elif name in by_name:
             found[label] = by_name[name]
     return found
-
-
-def require_division(labels: Sequence[int], class_names: list[str], task: LinearProbeTaskConfig, name: str) -> None:
-    """That a share of every class can be held out, where several strengths are to choose from."""
-    if task.c is not None and len(task.c) == 1:
-        return
-    counts = Counter(labels)
-    fix = f"Give one strength (task.{name}.c=[10]): then all pictures are fitted, and none are needed to choose."
-    if single := sorted(label for label, count in counts.items() if count == 1):
-        listed = listing([class_names[label] for label in single])
-        raise DataError(f"task.{name}.train: {listed} has one picture, so no share of it can be held out. {fix}")
-    held_out = math.ceil(len(labels) * task.val_fraction)
-    if min(held_out, len(labels) - held_out) < len(counts):
-        raise DataError(
-            f"task.{name}.val_fraction={task.val_fraction} of {len(labels)} pictures: a part would have fewer than one "
-            f"of each of the {len(counts)} classes. {fix}"
-        )
 
 
 def _key(images: LabeledImages, label: int) -> str | None:

@@ -1,5 +1,8 @@
 """Linear probe: its configuration, and how its two sets of images are found. No torch."""
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -7,6 +10,7 @@ from pydantic import Field
 
 from clip_exp.config.base import NOT_EMPTY, Count, Index, Positive, Proportion, Unused
 from clip_exp.config.evaluation import LabeledDataConfig, TaskConfig
+from clip_exp.errors import DataError
 from clip_exp.evaluation.task import LearnedTask
 
 if TYPE_CHECKING:
@@ -40,11 +44,30 @@ class LinearProbeTaskConfig(LabeledDataConfig, TaskConfig):
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ProbeTask]":
         """Find and match the pictures."""
-        from clip_exp.evaluation.sets.splits import prepare_halves, require_division
+        from clip_exp.evaluation.sets.splits import prepare_halves
 
         train, test, overlap = prepare_halves(name, self, self.train, output_dir)
         require_division(train.labels, train.class_names, self, name)
         return [ProbeTask(name, self, train, test, overlap)]
+
+
+def require_division(labels: Sequence[int], class_names: list[str], task: LinearProbeTaskConfig, name: str) -> None:
+    """That a share of every class can be held out, where several strengths are to choose from."""
+    from clip_exp.evaluation.sets.labeled import listing
+
+    if task.c is not None and len(task.c) == 1:
+        return
+    counts = Counter(labels)
+    fix = f"Give one strength (task.{name}.c=[10]): then all pictures are fitted, and none are needed to choose."
+    if single := sorted(label for label, count in counts.items() if count == 1):
+        listed = listing([class_names[label] for label in single])
+        raise DataError(f"task.{name}.train: {listed} has one picture, so no share of it can be held out. {fix}")
+    held_out = math.ceil(len(labels) * task.val_fraction)
+    if min(held_out, len(labels) - held_out) < len(counts):
+        raise DataError(
+            f"task.{name}.val_fraction={task.val_fraction} of {len(labels)} pictures: a part would have fewer than one "
+            f"of each of the {len(counts)} classes. {fix}"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, best_classes, classified
-from clip_exp.evaluation.sets.splits import require_division
 from clip_exp.evaluation.subject import Judge, Subject, encode_halves, protocol_of
-from clip_exp.evaluation.tasks.linear_probe import ProbeTask
+from clip_exp.evaluation.tasks.linear_probe import ProbeTask, require_division
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main
 from clip_exp.reports.evaluation import Result, TensorFile

@@ -1,4 +1,4 @@
-"""Retrieval between images and captions: its configuration, and how its pairs are found. No torch."""
+"""Retrieval between images and captions: its configuration, how its pairs are found, and its score. Torch is imported to score."""
 
 import logging
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clip_exp.evaluation.subject import Judge, Subject
 
 log = logging.getLogger(__name__)
+LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
 
 
 class RetrievalTaskConfig(TableConfig, TaskConfig):
@@ -76,6 +77,39 @@ class RetrievalTask(Task):
         return named
 
     def score(self, subject: "Subject") -> "Judge":
-        from clip_exp.evaluation.tasks.retrieval.score import score_retrieval  # imports torch
+        """Recall and median rank both ways. The captions of a picture that is left out are left out too."""
+        import torch
 
-        return score_retrieval(self, subject)
+        from clip_exp.evaluation.retrieval import examples, retrieval
+        from clip_exp.evaluation.subject import absolute, counts
+        from clip_exp.reports.evaluation import Result
+
+        device = subject.options.device
+        encoded = subject.encode_images(self.name, self.pictures)
+        caption_image = torch.tensor(self.caption_image)
+        kept = torch.isin(caption_image, encoded.kept)
+        captions = [self.captions[i] for i in kept.nonzero().flatten().tolist()]
+        text_features = subject.encode_texts(f"{self.name}: captions", captions)
+
+        def judge() -> Result:
+            rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
+            image_features = encoded.features.to(device)
+            copies: dict[str, Any] = {}
+            if self.copies:  # under several names: each is a wrong answer for the captions of the others
+                copies = {
+                    "copied_images": len(self.copies),
+                    "copies": sum(len(names) - 1 for names in self.copies),
+                    "copies_listed": [" = ".join(names[:LISTED_COPIES]) for names in self.copies[:LISTED_COPIES]],
+                }
+            protocol = {
+                "data": absolute(self.where),
+                **counts(encoded),
+                "captions": len(captions),
+                **self.about,
+                **copies,
+                "image_to_text": "a hit if any caption of the picture is among the first k",
+            }
+            details = examples(image_features, text_features, rows, encoded.kept, captions, self.pictures)
+            return Result(retrieval(image_features, text_features, rows), protocol, details)
+
+        return judge

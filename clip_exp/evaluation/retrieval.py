@@ -5,7 +5,7 @@ Places are counted without sorting and without the whole matrix of scores.
 
 from collections.abc import Iterator
 from itertools import pairwise, permutations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,49 +13,12 @@ from torch.nn import functional as F
 
 from clip_exp.data.pictures import Pictures
 from clip_exp.evaluation.features import require_finite
-from clip_exp.evaluation.subject import Judge, Subject, absolute, counts
-from clip_exp.evaluation.tasks.retrieval import RetrievalTask
-from clip_exp.reports.evaluation import Result
 from clip_exp.reports.retrieval_page import Query, Retrieved
 
 RECALL_AT = (1, 5, 10)
 TILE = 1024  # pictures of a tile, which comes with all their captions
-LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
 SHOWN = 24  # queries each way
 FOUND = 8  # results of a query
-
-
-def score_retrieval(task: RetrievalTask, subject: Subject) -> Judge:
-    """Recall and median rank both ways. The captions of a picture that is left out are left out too."""
-    device = subject.options.device
-    encoded = subject.encode_images(task.name, task.pictures)
-    caption_image = torch.tensor(task.caption_image)
-    kept = torch.isin(caption_image, encoded.kept)
-    captions = [task.captions[i] for i in kept.nonzero().flatten().tolist()]
-    text_features = subject.encode_texts(f"{task.name}: captions", captions)
-
-    def judge() -> Result:
-        rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
-        image_features = encoded.features.to(device)
-        copies: dict[str, Any] = {}
-        if task.copies:  # under several names: each is a wrong answer for the captions of the others
-            copies = {
-                "copied_images": len(task.copies),
-                "copies": sum(len(names) - 1 for names in task.copies),
-                "copies_listed": [" = ".join(names[:LISTED_COPIES]) for names in task.copies[:LISTED_COPIES]],
-            }
-        protocol = {
-            "data": absolute(task.where),
-            **counts(encoded),
-            "captions": len(captions),
-            **task.about,
-            **copies,
-            "image_to_text": "a hit if any caption of the picture is among the first k",
-        }
-        details = examples(image_features, text_features, rows, encoded.kept, captions, task.pictures)
-        return Result(retrieval(image_features, text_features, rows), protocol, details)
-
-    return judge
 
 
 def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> dict[str, float]:
