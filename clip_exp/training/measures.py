@@ -56,7 +56,9 @@ def _find_tasks(config: TrainConfig, *, fetch: bool) -> tuple[list[Task], list[C
     refused: list[ClipExpError] = []
     for name, task in config.task.items():
         if task.of_validation:
-            problem = f"task.{name}.kind={task.kind} scores a run on its validation data, which training does by itself."
+            problem = (
+                f"task.{name}.kind={task.kind} scores a run on its validation data, which training does by itself."
+            )
             refused.append(ConfigError(f"{problem} Choose another task, as task=retrieval."))
         elif name in ("train", "val"):
             refused.append(ConfigError(f"task.{name}: this name is taken by metrics of training: rename your task."))
