@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from train_step import make_captions
 
 from clip_exp.config.names import named_model
-from clip_exp.losses.softmax import SoftmaxLoss
+from clip_exp.losses.softmax.loss import SoftmaxLoss
 from clip_exp.models.build import build_model
 from clip_exp.text.tokenizer import Tokenizer
 

@@ -27,7 +27,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from clip_exp.config.names import named_model
-from clip_exp.losses.softmax import SoftmaxLoss
+from clip_exp.losses.softmax.loss import SoftmaxLoss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer

@@ -10,11 +10,12 @@ from clip_exp.data.images import preprocessing_of
 from clip_exp.devices import benchmarks_convolutions, exact_float32, inference_precision, training_precision
 from clip_exp.evaluation import scoring
 from clip_exp.evaluation.features import EncodeOptions, encode_pixels, encode_texts
-from clip_exp.evaluation.prepared import RetrievalTask
 from clip_exp.evaluation.subject import Subject
+from clip_exp.evaluation.task import Task
+from clip_exp.evaluation.tasks.auto import AutoTaskConfig
 from clip_exp.inference.pipeline import Pipeline
 from clip_exp.models.build import build_model
-from clip_exp.reports.results import Result
+from clip_exp.reports.evaluation import Result
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.compose import train_config
 
@@ -71,22 +72,23 @@ def test_towers_of_an_evaluation_compute_exact_float32_products(config: ModelCon
     assert set(found) == {EXACT}
 
 
-def test_a_task_is_scored_with_exact_float32_products(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_is_scored_with_exact_float32_products(config: ModelConfig) -> None:
     found = []
 
-    def score_retrieval(task: RetrievalTask, subject: Subject):
-        found.append(switches())
-
-        def judge() -> Result:
+    class Noting(Task):
+        def score(self, subject: Subject):
             found.append(switches())
-            return Result({}, {}, None)
 
-        return judge
+            def judge() -> Result:
+                found.append(switches())
+                return Result({}, {}, None)
 
-    monkeypatch.setitem(scoring.SCORERS, RetrievalTask, score_retrieval)
-    task = RetrievalTask("retrieval", pictures=None, captions=[], caption_image=[], where="")  # type: ignore[arg-type]
+            return judge
+
     options = EncodeOptions(torch.device("cpu"))
-    scoring.score(task, Subject(build_model(config), build_tokenizer(config.text), config, options))
+    scoring.score(
+        Noting("auto", AutoTaskConfig()), Subject(build_model(config), build_tokenizer(config.text), config, options)
+    )
     assert found == [EXACT, EXACT]
 
 

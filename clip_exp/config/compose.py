@@ -48,7 +48,7 @@ from clip_exp.config.base import (
     values_of,
 )
 from clip_exp.config.commands import SCHEMAS
-from clip_exp.config.evaluation import TaskKind
+from clip_exp.config.evaluation import TaskConfig
 from clip_exp.config.files import addresses, conf_dir, options
 from clip_exp.config.names import names, open_clip_field, translate
 from clip_exp.errors import ConfigError
@@ -294,10 +294,11 @@ def _part_of_list(key: str) -> bool:
 def _not_chosen(tasks: Any, given: dict[str, Any]) -> Iterator[str]:
     """Yield the tasks that keys are given of, and that are neither chosen nor the user's own."""
     names = {parts[1] for key in given if len(parts := key.split(".")) > 2 and parts[0] == "task"}
+    kinds = ", ".join(TaskConfig.kinds())
     for name in sorted(names - set(tasks or ())):
         if f"task.{name}.kind" not in given and f"task.{name}" not in given:
             choose = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
-            yield f"task.{name} is not chosen: {choose} A task of your own needs a kind: {', '.join(TaskKind)}."
+            yield f"task.{name} is not chosen: {choose} A task of your own needs a kind: {kinds}."
 
 
 HINTS = {

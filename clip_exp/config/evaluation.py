@@ -1,7 +1,8 @@
 """The schema of an evaluation: which model, which tasks, on which labeled images or pairs."""
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -12,27 +13,19 @@ from clip_exp.config.base import (
     Count,
     Fraction,
     Index,
+    Member,
     Name,
     NonNegative,
     Paths,
     PathText,
-    Positive,
-    Proportion,
-    Texts,
     Unused,
     must_be,
 )
 from clip_exp.config.data import GenerateConfig, OnBadImage, OnBadRow
 from clip_exp.config.model import ModelConfig
 
-
-class TaskKind(StrEnum):
-    auto = "auto"
-    zero_shot = "zero_shot"
-    retrieval = "retrieval"
-    linear_probe = "linear_probe"
-    knn = "knn"
-    robustness = "robustness"
+if TYPE_CHECKING:
+    from clip_exp.config.training import TrainConfig
 
 
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
@@ -42,6 +35,8 @@ ClassNames = Annotated[
         "labels, the name of a published list, a list, a mapping of label to name, or a file of one of these; odd names in quotes"
     ),
 ]
+
+SOURCES = ("root", "table", "generate", "torchvision")  # of labeled images
 
 # ---------------------------------------------------------------------------------------------------------- model
 
@@ -161,111 +156,62 @@ class LabeledDataConfig(TableConfig):
 # ---------------------------------------------------------------------------------------------------------- tasks
 
 
-class AutoTaskConfig(Config):
-    """What the run validated on: retrieval on `data.val`, and zero-shot classification where it has labels."""
+class Scale(StrEnum):
+    """How the values of a metric are read."""
 
-    kind: Literal[TaskKind.auto] = TaskKind.auto
-
-
-class ZeroShotTaskConfig(LabeledDataConfig):
-    """Zero-shot classification: each class is the average of its name in every template."""
-
-    kind: Literal[TaskKind.zero_shot] = TaskKind.zero_shot
-    templates: Texts = Field(
-        "openai", description="openai (80), simple (7), a list, or a file with one template per line"
-    )
+    fraction = "fraction"  # 0 to 1, higher is better
+    rank = "rank"  # from 1, lower is better
+    loss = "loss"  # lower is better
 
 
-class RetrievalTaskConfig(TableConfig):
-    """Recall@k between images and their captions, both ways; any of an image's captions is a hit."""
+class TaskConfig(Member):
+    """What every evaluation task has: how its data are found, and how its results are shown."""
 
-    kind: Literal[TaskKind.retrieval] = TaskKind.retrieval
-    table: Paths = Field(description="table with `image_key` and `caption_key`, shards, a pattern, or a list of them")
-    caption_key: str = Field("title", description="column of captions")
+    group: ClassVar[str] = "task"
+    key: ClassVar[str] = "kind"
 
+    kind: str
 
-class LinearProbeTaskConfig(LabeledDataConfig):
-    """Logistic regression on frozen features, fitted on `train`, scored on the task's own images."""
+    title: ClassVar[str] = ""  # of the kind, on pages; empty: its name
+    headline: ClassVar[tuple[str, ...]] = ()  # metrics that stand first where not all are shown
+    scales: ClassVar[
+        dict[str, Scale]
+    ] = {}  # of metrics that are not fractions, by the part of their names after the last slash
+    of_validation: ClassVar[bool] = False  # scores a run on the data that its training validates on
 
-    kind: Literal[TaskKind.linear_probe] = TaskKind.linear_probe
-    train: LabeledDataConfig = Field(default_factory=LabeledDataConfig)
-    c: Annotated[list[Positive], NOT_EMPTY] | None = Field(
-        None,
-        description="inverse regularization to choose from, as [0.1,1,10]; null: the CLIP paper's search, 1e-6 to 1e6",
-    )
-    val_fraction: Annotated[Proportion, Field(gt=0)] = Field(
-        0.2, description="fraction of `train` that chooses; the best is then fitted on all of it"
-    )
-    max_iter: Count = Field(1000, description="iterations of a fit at most")
-    seed: Index = Field(0, description="seed of the choice of that fraction")
+    @property
+    def fetches(self) -> bool:
+        """Whether `prepare` may download data."""
+        return any(isinstance(part, LabeledDataConfig) and part.download for part in (self, *vars(self).values()))
 
-    unused: ClassVar[tuple[Unused, ...]] = (
-        *LabeledDataConfig.unused,
-        Unused(
-            "val_fraction seed",
-            lambda task: task.c is not None and len(task.c) == 1,
-            "where {at}c={c.c} leaves no choice",
-        ),
-    )
+    def prepare(self, name: str, output_dir: str, run: "TrainConfig | None" = None) -> Sequence[Any]:
+        """Find files and match names, without torch; return what is to be scored (`evaluation.task.Task`).
 
+        Args:
+            name: of the task; `task.<name>` is the beginning of its keys, for messages.
+            output_dir: of the command; generated data are written below it.
+            run: run of the model; None: the model is no run's.
+        Raises:
+            ClipExpError: a value does not fit the data, or the data cannot be used.
+        """
+        raise NotImplementedError
 
-class KNNTaskConfig(LabeledDataConfig):
-    """Vote of the k nearest images of `train` by cosine."""
-
-    kind: Literal[TaskKind.knn] = TaskKind.knn
-    train: LabeledDataConfig = Field(default_factory=LabeledDataConfig)
-    k: Count = Field(20, description="neighbors that vote")
-    temperature: Positive = Field(0.07, description="a neighbor's vote weighs exp(cosine / temperature)")
-
-
-class ImageNetSetConfig(LabeledDataConfig):
-    """One set of a robustness task; null: as the set and the task have it."""
-
-    classes: ClassNames | None = Field(None, description="see classes of a zero_shot task; null: the set's own")  # type: ignore[assignment]
-    templates: Texts | None = Field(None, description="see templates of a zero_shot task; null: the task's")
-
-    unused: ClassVar = ()  # judged when its folder is known, below the task's root: `prepare_robustness`
-
-
-class RobustnessTaskConfig(Config):
-    """Zero-shot on ImageNet and its five shifted versions, next to a supervised network (CLIP paper, figure 13)."""
-
-    kind: Literal[TaskKind.robustness] = TaskKind.robustness
-    root: PathText | None = Field(None, description="folder that holds the sets under their usual names")
-    sets: dict[str, ImageNetSetConfig | None] = Field(
-        {}, description="name of a set: what is different of it; null leaves the set out"
-    )
-    templates: Texts = Field(
-        "openai", description="openai (80), simple (7), a list, or a file with one template per line"
-    )
-    baseline: str | None = Field(
-        "resnet101", description="classifier of torchvision.models trained on ImageNet-1k; null: none"
-    )
-    baseline_weights: str = Field("IMAGENET1K_V1", description="torchvision's name for its weights, or a file")
-
-    unused: ClassVar[tuple[Unused, ...]] = (
-        Unused("baseline_weights", lambda task: task.baseline is None, "without {at}baseline"),
-    )
+    @classmethod
+    def kinds(cls) -> dict[str, "type[TaskConfig]"]:
+        """Return the kinds of tasks by their names, those of the user included."""
+        return {model.model_fields["kind"].default: model for model in cls.members()}  # type: ignore[misc]
 
 
 def _is_chosen(values: Any) -> Any:
     if isinstance(values, dict) and "kind" not in values:
-        kinds = ", ".join(TaskKind)
+        kinds = ", ".join(TaskConfig.kinds())
         raise PydanticCustomError(
             "task", "is not chosen: name it in task=[…]. A task of your own needs a kind: {kinds}", {"kinds": kinds}
         )
     return values
 
 
-TaskConfig = (
-    AutoTaskConfig
-    | ZeroShotTaskConfig
-    | RetrievalTaskConfig
-    | LinearProbeTaskConfig
-    | KNNTaskConfig
-    | RobustnessTaskConfig
-)
-Tasks = dict[str, Annotated[TaskConfig, Field(discriminator="kind"), BeforeValidator(_is_chosen)]]
+Tasks = dict[str, Annotated[TaskConfig, BeforeValidator(_is_chosen)]]
 
 # ---------------------------------------------------------------------------------------------------- the command
 

@@ -47,9 +47,10 @@ def load(group: str) -> None:
 
 @cache
 def _load_package(package: str) -> None:
-    """Import what a package has next to its `__init__`: packages, and of modules those that do not begin with an underscore."""
+    """Import the packages in a package, whose `__init__` has members; other modules have what these share, and may import torch."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
-        importlib.import_module(module.name)
+        if module.ispkg:
+            importlib.import_module(module.name)
 
 
 @cache

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
@@ -12,6 +12,7 @@ from clip_exp.config.base import (
     Count,
     Float,
     Index,
+    Member,
     NonNegative,
     Positive,
     Proportion,
@@ -25,6 +26,9 @@ from clip_exp.config.data import DataConfig, PairLabel
 from clip_exp.config.evaluation import Accelerator, Devices, Tasks
 from clip_exp.config.model import ModelConfig, Projection
 
+if TYPE_CHECKING:
+    from torch import nn
+
 DEFAULT_EPOCHS = 30.0
 TOWERS = ("image", "text")
 MAX_LOGARITHM = 10.0  # of a logit scale: a factor of 22,000
@@ -33,11 +37,6 @@ Logarithm = Annotated[
     Float, Field(ge=0, le=MAX_LOGARITHM), must_be(f"between 0 and {MAX_LOGARITHM:g}: it is a natural logarithm")
 ]
 Betas = Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], exactly(2)]
-
-
-class LossName(StrEnum):
-    softmax = "softmax"
-    sigmoid = "sigmoid"
 
 
 class StrategyName(StrEnum):
@@ -58,70 +57,51 @@ class Precision(StrEnum):
 # ----------------------------------------------------------------------------------------------------------- loss
 
 
-class LossConfig(Config):
+class LossConfig(Member):
     """What every loss has."""
 
-    name: LossName
+    group: ClassVar[str] = "loss"
+    key: ClassVar[str] = "name"
+
+    name: str
     same_caption: PairLabel = Field(
         PairLabel.negative, description="positive: equal captions in a batch are matches too"
     )
     same_image: PairLabel = Field(PairLabel.negative, description="positive: equal images in a batch are matches too")
-    init_logit_scale: Logarithm = Field(description="natural logarithm of the scale of random weights")
-    max_logit_scale: Logarithm | None = Field(description="natural logarithm of the largest scale")
+    init_logit_scale: Logarithm = Field(
+        math.log(1 / 0.07), description="natural logarithm of the scale of random weights"
+    )
+    max_logit_scale: Logarithm | None = Field(
+        None, description="natural logarithm of the largest scale; null: the limit of the loss"
+    )
+
+    published_limit: ClassVar[float] = math.log(100)  # of the scale, a natural logarithm, where none is set
 
     @property
     def largest_logit_scale(self) -> float:
         """Natural logarithm of the largest scale of random weights while they train."""
-        return self._published_limit if self.max_logit_scale is None else self.max_logit_scale
-
-    @property
-    def _published_limit(self) -> float:
-        raise NotImplementedError
+        return self.published_limit if self.max_logit_scale is None else self.max_logit_scale
 
     @property
     def logit_bias(self) -> float | None:
         """Bias that random weights start with; None: the loss has none."""
         return None
 
-
-class SoftmaxLossConfig(LossConfig):
-    """Symmetric cross-entropy over the global batch (Radford et al. 2021)."""
-
-    name: Literal[LossName.softmax] = LossName.softmax
-    init_logit_scale: Logarithm = Field(
-        math.log(1 / 0.07), description="natural logarithm, ln(1 / 0.07), of random weights"
-    )
-    max_logit_scale: Logarithm | None = Field(
-        None,
-        description="natural logarithm of the largest scale; null: ln 100, or what `pretrained` weights have if that is more",
-    )
-
     @property
-    def _published_limit(self) -> float:
-        return math.log(100)  # Radford et al. 2021, section 2.5
+    def matches(self) -> dict[str, bool]:
+        """Which pairs of a batch match besides the own one: arguments of `losses.batch.repeated_matches`."""
+        return {
+            "same_caption": self.same_caption is PairLabel.positive,
+            "same_image": self.same_image is PairLabel.positive,
+        }
 
+    def build(self) -> "nn.Module":
+        """Return a module that takes (CLIPOutput, caption_id_B, image_id_B) of this rank's pairs and returns a scalar.
 
-class SigmoidLossConfig(LossConfig):
-    """A binary decision for every pair of the global batch (SigLIP, Zhai et al. 2023)."""
+        The mean over the ranks of its values, and of their gradients, must be that of the global batch; `losses.batch` gathers.
+        """
+        raise NotImplementedError
 
-    name: Literal[LossName.sigmoid] = LossName.sigmoid
-    init_logit_scale: Logarithm = Field(math.log(10), description="natural logarithm, ln 10, of random weights")
-    max_logit_scale: Logarithm | None = Field(
-        None, description="natural logarithm of the largest scale; null: no limit, as SigLIP was trained"
-    )
-    init_logit_bias: Annotated[Float, Field(ge=-1e3, le=1e3)] = Field(-10.0, description="bias of random weights")
-    chunk_size: Count = Field(1024, description="images scored at a time: less, less memory")
-
-    @property
-    def _published_limit(self) -> float:
-        return math.inf  # big_vision; its published weights have 112 and more
-
-    @property
-    def logit_bias(self) -> float | None:
-        return self.init_logit_bias
-
-
-Loss = Annotated[SoftmaxLossConfig | SigmoidLossConfig, Field(discriminator="name")]
 
 # -------------------------------------------------------------------------------------------------- optimization
 
@@ -444,7 +424,7 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
 
     model: ModelConfig
     data: DataConfig
-    loss: Loss
+    loss: LossConfig
     optimizer: Optimizer
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     strategy: Strategy

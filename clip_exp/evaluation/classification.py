@@ -1,59 +1,20 @@
 """Zero-shot classification by the published protocol (Radford et al. 2021, section 3.1.4, and their notebook), and the accuracy of any other."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.evaluation.features import EncodedImages, TextModel, encode_distinct_texts, require_finite
-from clip_exp.evaluation.prepared import ClassificationTask
 from clip_exp.evaluation.sets.class_names import class_prompts
 from clip_exp.evaluation.sets.labeled import LabeledImages
-from clip_exp.evaluation.subject import (
-    LISTED,
-    TEXT_BATCH,
-    Judge,
-    Subject,
-    absolute,
-    counts,
-    encode_set,
-    hash_of,
-    source_of,
-)
+from clip_exp.reports.classification_page import Classified
 from clip_exp.reports.names import CERTAIN
-from clip_exp.reports.results import Classified, Result
 from clip_exp.text.tokenizer import Tokenizes
 
 SCALE = 100.0  # the published factor of the cosines: the upper bound of the logit scale
 CHUNK = 8192  # pictures scored at a time: 33 MB of scores for 1,000 classes
-
-
-def score_classification(task: ClassificationTask, subject: Subject) -> Judge:
-    """Return what scores zero-shot classification: see `accuracies`."""
-    classifier = zero_shot_classifier(task.images.class_names, task.templates, subject)
-    encoded = encode_set(task.name, task.images.pictures, subject)
-    return lambda: judge_classification(task, encoded, classifier)
-
-
-def zero_shot_classifier(class_names: Sequence[str], templates: Sequence[str], subject: Subject) -> Tensor:
-    """`build_classifier` with the subject's towers, the ranks sharing the prompts; from the cache where it is there."""
-    device = subject.options.device
-
-    def build() -> Tensor:
-        return build_classifier(
-            subject.model,
-            subject.tokenizer,
-            class_names,
-            templates,
-            TEXT_BATCH[device.type],
-            device,
-            what=f"{len(class_names):,} classes",
-            shared=True,
-        )
-
-    return subject.kept_texts(class_names, build, templates=hash_of(templates))
 
 
 def build_classifier(
@@ -83,15 +44,6 @@ def build_classifier(
     features_PD, index = encode_distinct_texts(model, tokenizer, prompts, batch_size, device, what, shared)
     mean_CD = F.embedding_bag(index.view(len(class_names), len(templates)), features_PD, mode="mean")
     return F.normalize(mean_CD, dim=-1)
-
-
-def judge_classification(task: ClassificationTask, encoded: EncodedImages, classifier_CD: Tensor) -> Result:
-    """The result of a zero-shot task whose pictures and classes are encoded."""
-    images = task.images
-    labels = torch.tensor(images.labels)[encoded.kept]
-    best, probabilities = classify(encoded.features, classifier_CD)
-    details = classified(images, encoded, labels, best, probabilities)
-    return Result(accuracies(best, labels, len(images.class_names)), _protocol(task, encoded), details)
 
 
 def class_scores(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> Tensor:
@@ -173,27 +125,3 @@ def classified(
         images.class_names,
         images.keys,
     )
-
-
-def _protocol(task: ClassificationTask, encoded: EncodedImages) -> dict[str, Any]:
-    images = task.images
-    protocol = {
-        "kind": "zero_shot",
-        "data": absolute(images.where),
-        **counts(encoded),
-        "unlabeled_pictures": images.unlabeled,
-        **images.about,
-        "classes": len(images.class_names),
-        "classes_source": source_of(task.config.classes),
-        "classes_sha256": hash_of(images.class_names),
-        "classes_without_pictures": len(images.missing),
-        "templates": len(task.templates),
-        "templates_source": source_of(task.config.templates),
-        "templates_sha256": hash_of(task.templates),
-    }
-    if task.config.classes != "imagenet":
-        pairs = zip(images.keys, images.class_names, strict=True)
-        protocol["names"] = (
-            {key: name for key, name in pairs if key is not None} if len(images.keys) <= LISTED else None
-        )
-    return protocol

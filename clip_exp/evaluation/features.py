@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,7 +42,7 @@ from clip_exp.errors import DataError, NumericError
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main, gather_objects, local_world_size, rank, world_size
 from clip_exp.storage import atomic_file
-from clip_exp.text.prefixes import NODES, TokenTrees, TreeLayout, grow, pack
+from clip_exp.text.prefixes import NODES, TreeLayout, grow, pack
 from clip_exp.text.tokenizer import Tokenizer, Tokenizes
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,7 @@ class EncodeOptions:
 
 
 def encode_options(config: SubjectConfig) -> EncodeOptions:
-    """How a command's configuration reads and encodes pictures, with device and precision chosen.
-
-    Raises:
-        ConfigError: no such accelerator here.
-    """
+    """How a command's configuration reads and encodes pictures, with device and precision chosen."""
     device = torch.device(resolve_accelerator(config.accelerator))
     return EncodeOptions(
         device,
@@ -113,13 +110,6 @@ def encode_texts(
     return features_PD[index_N]
 
 
-class _TextGroup(NamedTuple):
-    """Texts that are encoded together."""
-
-    texts: list[int]
-    encode: Callable[[], Tensor]
-
-
 def encode_distinct_texts(
     model: TextModel,
     tokenizer: Tokenizes,
@@ -143,20 +133,38 @@ def encode_distinct_texts(
     """
     row = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     tokens = tokenizer.encode_batch(list(row))
+    groups: list[tuple[list[int], Callable[[], Tensor]]]  # texts that are encoded together
     if getattr(model, "shares_prefixes", False):
-        groups = _tree_groups(model, tokens, batch_size, device)
+        trees = grow(tokens)
+        size = max(1, batch_size * 5 // NODES)  # a prompt has about five nodes of its own
+
+        def encode_trees(group: list[Any]) -> Tensor:
+            tokens, *layout = (_send(part, device) for part in pack(group))
+            return model.encode_text_trees(tokens, TreeLayout(*layout))  # type: ignore[attr-defined]
+
+        groups = [
+            ([text for tree in group for text in tree.texts], partial(encode_trees, group))
+            for group in (trees[start : start + size] for start in range(0, len(trees), size))
+        ]
     else:
-        groups = _batch_groups(model, tokens, tokenizer, batch_size, device)
+
+        def encode(group: list[int]) -> Tensor:
+            padded = tokenizer.pad([tokens[position] for position in group])
+            return model.encode_text(_send(padded, device), normalize=True)
+
+        order = sorted(range(len(tokens)), key=lambda position: len(tokens[position]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        groups = [(batch, partial(encode, batch)) for batch in batches]
     mine = groups[rank() :: world_size()] if shared else groups
     encoded = []
     with (
         inference("32-true", torch.device(device)),
-        progress(sum(len(group.texts) for group in mine), what, len(tokens)) as advance,
+        progress(sum(len(group) for group, _ in mine), what, len(tokens)) as advance,
     ):
-        for group in mine:
-            encoded.append(group.encode().float())
-            advance(len(group.texts))
-    positions = [position for group in mine for position in group.texts]
+        for group, encode_group in mine:
+            encoded.append(encode_group().float())
+            advance(len(group))
+    positions = [position for group, _ in mine for position in group]
     if shared and world_size() > 1:
         ranks = gather_objects((positions, [features.cpu() for features in encoded]))
         positions = [position for of_rank, _ in ranks for position in of_rank]
@@ -165,36 +173,6 @@ def encode_distinct_texts(
     features_PD = torch.empty_like(encoded_PD)
     features_PD[torch.tensor(positions, device=device)] = encoded_PD
     return features_PD, torch.tensor([row[text] for text in texts], device=device)
-
-
-def _tree_groups(
-    model: TextModel, tokens: list[list[int]], batch_size: int, device: torch.device | str
-) -> list[_TextGroup]:
-    trees = grow(tokens)
-    at_once = max(1, batch_size * 5 // NODES)  # a prompt has about five nodes of its own
-
-    def encode(packed: TokenTrees) -> Tensor:
-        tokens, *layout = (_send(part, device) for part in packed)
-        return model.encode_text_trees(tokens, TreeLayout(*layout))  # type: ignore[attr-defined]
-
-    groups = [trees[start : start + at_once] for start in range(0, len(trees), at_once)]
-    return [
-        _TextGroup([text for tree in group for text in tree.texts], lambda group=group: encode(pack(group)))  # type: ignore[misc]
-        for group in groups
-    ]
-
-
-def _batch_groups(
-    model: TextModel, tokens: list[list[int]], tokenizer: Tokenizes, batch_size: int, device: torch.device | str
-) -> list[_TextGroup]:
-    order = sorted(range(len(tokens)), key=lambda position: len(tokens[position]))
-    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-    def encode(group: list[int]) -> Tensor:
-        padded = tokenizer.pad([tokens[position] for position in group])
-        return model.encode_text(_send(padded, device), normalize=True)
-
-    return [_TextGroup(group, lambda group=group: encode(group)) for group in groups]  # type: ignore[misc]
 
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -292,7 +270,18 @@ class Cache:
 
     def prune(self) -> None:
         """Remove what was not used for longest, down to the limit; what was used within the hour stays."""
-        entries = [found for folder in self.folder.glob("*/*/") if (found := _usage(folder)) is not None]
+        entries: list[tuple[float, int, Path]] = []  # when it was last used, its bytes
+        for folder in self.folder.glob("*/*/"):
+            with suppress(OSError):  # it has just gone
+                used, size = folder.stat().st_mtime, 0
+                for path in folder.iterdir():
+                    status = path.stat()
+                    if path.name.startswith(".") and time.time() - status.st_mtime > IN_USE_S:
+                        path.unlink(missing_ok=True)  # a killed writer left it
+                        os.utime(folder, (used, used))
+                    else:
+                        size += status.st_size
+                entries.append((used, size, folder))
         total = sum(size for _, size, _ in entries)
         for used, size, folder in sorted(entries):
             if total <= self.limit_gb * 1e9:
@@ -307,22 +296,6 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for _, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(tensor.numpy(), checksum)  # type: ignore[arg-type]
     return f"{checksum:08x}"
-
-
-def _usage(folder: Path) -> tuple[float, int, Path] | None:
-    """When an entry was last used, its bytes, and the folder, less what a killed writer left; None if it has just gone."""
-    try:
-        used, size = folder.stat().st_mtime, 0
-        for path in folder.iterdir():
-            status = path.stat()
-            if path.name.startswith(".") and time.time() - status.st_mtime > IN_USE_S:
-                path.unlink(missing_ok=True)
-                os.utime(folder, (used, used))
-            else:
-                size += status.st_size
-    except OSError:
-        return None
-    return used, size, folder
 
 
 class EncodedImages(NamedTuple):
@@ -348,9 +321,14 @@ def encode_pictures(
     Raises:
         DataError: a picture cannot be read and `on_bad_image` is `error`, or none can be read.
     """
-    blocks = _blocks(len(pictures))
+    size = min(max(-(-len(pictures) // BLOCKS), SMALLEST), LARGEST)
+    blocks = [range(start, min(start + size, len(pictures))) for start in range(0, len(pictures), size)]
     store = _Store(cache, encoder, pictures, options, len(blocks[0]))
-    mine = _of_this_rank(len(blocks), from_main(store.numbers))
+    there = from_main(store.numbers)
+    kept = [number for number in range(len(blocks)) if number in there]
+    lacking = [number for number in range(len(blocks)) if number not in there]
+    # This rank's shard of the blocks that are on disk, and of those that are not.
+    mine = kept[rank() :: world_size()] + lacking[rank() :: world_size()]
     found: dict[int, EncodedImages] = {number: block for number in mine if (block := store.read(number)) is not None}
     for block in found.values():
         _refuse_bad(block.bad, options)
@@ -405,18 +383,6 @@ class _Store:
                 {"features": block.features, "kept": block.kept},
                 {"bad": json.dumps(block.bad)},
             )
-
-
-def _blocks(pictures: int) -> list[range]:
-    size = min(max(-(-pictures // BLOCKS), SMALLEST), LARGEST)
-    return [range(start, min(start + size, pictures)) for start in range(0, pictures, size)]
-
-
-def _of_this_rank(blocks: int, kept: set[int]) -> list[int]:
-    """The blocks of this rank: its share of those that are on disk, and of those that are not."""
-    there = [number for number in range(blocks) if number in kept]
-    missing = [number for number in range(blocks) if number not in kept]
-    return there[rank() :: world_size()] + missing[rank() :: world_size()]
 
 
 def _encode_blocks(

@@ -4,27 +4,30 @@ For one device there is no process but this one.
 """
 
 import logging
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clip_exp.config.base import plain, problems, typed_keys
-from clip_exp.config.evaluation import AutoTaskConfig, EvaluateConfig
-from clip_exp.config.files import read_evaluate_config, to_yaml
+from clip_exp.config.evaluation import EvaluateConfig, TaskConfig
+from clip_exp.config.files import options, read_evaluate_config, to_yaml
+from clip_exp.config.training import TrainConfig
 from clip_exp.devices import Devices, is_out_of_memory, parse_devices, resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DeviceMemoryError, gravest
-from clip_exp.evaluation.prepared import Task
-from clip_exp.evaluation.tasks import prepare_tasks
+from clip_exp.evaluation.task import Task
 from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.environment import device_problems, is_first_rank
 from clip_exp.ranks.launch import Opened, Work, launch_work
 from clip_exp.ranks.signals import Stopped, exit_on_signals, stop_on_signals
 from clip_exp.reports.evaluation import show
-from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
+from clip_exp.reports.names import task_of
+from clip_exp.runs import MAX_NAME, RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
 
+NAME = re.compile(r"[\w.@+-]+")  # of a task, which becomes a file's name
 TIMEOUT_S = 7200  # of a collective: a rank waits this long for the slowest
 
 
@@ -114,7 +117,7 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
     except ClipExpError as error:
         errors.append(error)
         # What a model that was not found validated on is not known.
-        wanted = {name: task for name, task in wanted.items() if not isinstance(task, AutoTaskConfig)}
+        wanted = {name: task for name, task in wanted.items() if not task.of_validation}
     tasks: list[Task] = []
     if wanted or not config.task:
         run = source.run if source is not None else None  # weights that are yet to be fetched have no run
@@ -137,6 +140,44 @@ def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
     checked = check(config)
     root.setLevel(logging.WARNING if is_first_rank() else logging.ERROR)
     return checked
+
+
+def prepare_tasks(
+    wanted: Mapping[str, TaskConfig], output_dir: str, run: TrainConfig | None, *, fetch: bool = True
+) -> tuple[list[Task], list[ClipExpError]]:
+    """Return everything that `task` of a configuration asks for, and everything that is wrong with it.
+
+    Args:
+        wanted: tasks by name.
+        run: run of the model, which tells `auto` tasks what to score; None: the model is no run's.
+        fetch: whether data may be downloaded where nothing else is wrong.
+    """
+    prepared: dict[str, list[Task]] = {}
+    found: list[str] = []
+    for name in wanted:
+        if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
+            found.append(
+                f"task.{name}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
+            )
+        elif task_of(name) != name:
+            found.append(
+                f"task.{name}: this name ends like those of a run's results of other checkpoints: rename your task."
+            )
+    if not wanted:
+        found.append(f"no task: choose from task=[{','.join(options('task'))}].")
+    errors: list[ClipExpError] = [ConfigError(problem) for problem in found]
+    for name, task in sorted(wanted.items(), key=lambda item: item[1].fetches):
+        if task.fetches and (errors or not fetch):
+            continue  # what else is wrong is reported before hours of fetching
+        try:
+            prepared[name] = list(task.prepare(name, output_dir, run))
+        except ClipExpError as error:
+            errors.append(error)
+    tasks = [task for name in wanted for task in prepared.get(name, [])]
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    errors += [ConfigError(f"two tasks are called {name}: rename yours.") for name in twice]
+    return tasks, errors
 
 
 def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str]) -> Path:
@@ -195,7 +236,11 @@ def evaluate_in(
 
             score_tasks(folder, config, source, tasks, results)
         except BaseException as failed:
-            error = _explain(failed, config)
+            error: BaseException = failed
+            if is_out_of_memory(failed):
+                error = DeviceMemoryError(
+                    f"out of memory while encoding with batch_size={config.batch_size}: lower batch_size. {str(failed).splitlines()[0]}"
+                )
             if main:
                 code = PREEMPTED_EXIT_CODE if isinstance(error, Stopped) else getattr(error, "exit_code", 1)
                 status = "preempted" if isinstance(error, Stopped) else "failed"
@@ -207,12 +252,3 @@ def evaluate_in(
             record.finish("finished", tasks=list(results))
             show(results, folder)
     return results
-
-
-def _explain(error: BaseException, config: EvaluateConfig) -> BaseException:
-    """Return what to report of an error: out of memory in words that say what to change."""
-    if not is_out_of_memory(error):
-        return error
-    return DeviceMemoryError(
-        f"out of memory while encoding with batch_size={config.batch_size}: lower batch_size. {str(error).splitlines()[0]}"
-    )

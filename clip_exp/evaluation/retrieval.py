@@ -5,64 +5,20 @@ Places are counted without sorting and without the whole matrix of scores.
 
 from collections.abc import Iterator
 from itertools import pairwise, permutations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.data.pictures import Pictures
-from clip_exp.evaluation.features import encode_texts, require_finite
-from clip_exp.evaluation.prepared import RetrievalTask
-from clip_exp.evaluation.subject import TEXT_BATCH, Judge, Subject, absolute, counts, encode_set
-from clip_exp.reports.results import Query, Result, Retrieved
+from clip_exp.evaluation.features import require_finite
+from clip_exp.reports.retrieval_page import Query, Retrieved
 
 RECALL_AT = (1, 5, 10)
 TILE = 1024  # pictures of a tile, which comes with all their captions
-LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
 SHOWN = 24  # queries each way
 FOUND = 8  # results of a query
-
-
-def score_retrieval(task: RetrievalTask, subject: Subject) -> Judge:
-    """Recall and median rank both ways. The captions of a picture that is left out are left out too."""
-    device = subject.options.device
-    encoded = encode_set(task.name, task.pictures, subject)
-    caption_image = torch.tensor(task.caption_image)
-    kept = torch.isin(caption_image, encoded.kept)
-    captions = [task.captions[i] for i in kept.nonzero().flatten().tolist()]
-
-    def encode() -> Tensor:
-        return encode_texts(
-            subject.model, subject.tokenizer, captions, TEXT_BATCH[device.type], device, f"{task.name}: captions", True
-        )
-
-    text_features = subject.kept_texts(captions, encode)
-
-    def judge() -> Result:
-        rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
-        image_features = encoded.features.to(device)
-        protocol = {
-            "kind": "retrieval",
-            "data": absolute(task.where),
-            **counts(encoded),
-            "captions": len(captions),
-            **task.about,
-            **about_copies(task.copies),
-            "image_to_text": "a hit if any caption of the picture is among the first k",
-        }
-        details = examples(image_features, text_features, rows, encoded.kept, captions, task.pictures)
-        return Result(retrieval(image_features, text_features, rows), protocol, details)
-
-    return judge
-
-
-def about_copies(copies: list[list[str]]) -> dict[str, Any]:
-    """For a protocol: pictures that are there under several names, each a wrong answer for the captions of the others."""
-    if not copies:
-        return {}
-    listed = [" = ".join(names[:LISTED_COPIES]) for names in copies[:LISTED_COPIES]]
-    return {"copied_images": len(copies), "copies": sum(len(names) - 1 for names in copies), "copies_listed": listed}
 
 
 def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> dict[str, float]:
@@ -117,10 +73,6 @@ def places(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M:
 
     A score is computed once and compared with the right one's both ways. The right ones' scores are taken from the same
     products first: computed otherwise they could differ in the last bit, and ties would be lost.
-
-    Args:
-        image_features_ND, text_features_MD: unit norm, float32.
-        caption_image_M: row of the picture that each caption belongs to.
     """
     order = caption_image_M.argsort(stable=True)
     owner = caption_image_M[order]
@@ -130,7 +82,15 @@ def places(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M:
     own_tied = torch.zeros_like(images.better)
     for tile in tiles:
         scores = tile.scores(tile)
-        images.right[tile.images], own_tied[tile.images], texts.right[tile.texts] = _right(scores, tile, owner)
+        rows = owner[tile.texts] - tile.images.start
+        of_texts = scores[rows, torch.arange(len(rows), device=rows.device)]
+        best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, of_texts, "amax")
+        # Of each picture its best caption's score (infinity without captions: nothing beats it) and how many have it.
+        images.right[tile.images] = best.masked_fill(best == -torch.inf, torch.inf)
+        own_tied[tile.images] = torch.zeros_like(best, dtype=torch.int64).scatter_add(
+            0, rows, (of_texts == best[rows]).long()
+        )
+        texts.right[tile.texts] = of_texts
         _compare(scores, tile, tile, images, texts)
     for row, column in permutations(tiles, 2):
         _compare(row.scores(column), row, column, images, texts)
@@ -174,15 +134,6 @@ def _padded(rows: Tensor, size: int) -> Tensor:
     return rows if len(rows) == size else F.pad(rows, (0, 0, 0, size - len(rows)))
 
 
-def _right(scores: Tensor, tile: _Tile, owner_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each picture its best caption's score (infinity without captions: nothing beats it) and how many have it; of each caption its picture's."""
-    rows = owner_M[tile.texts] - tile.images.start
-    of_texts = scores[rows, torch.arange(len(rows), device=rows.device)]
-    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, of_texts, "amax")
-    tied = torch.zeros_like(best, dtype=torch.int64).scatter_add(0, rows, (of_texts == best[rows]).long())
-    return best.masked_fill(best == -torch.inf, torch.inf), tied, of_texts
-
-
 def _summary(better: Tensor, tied: Tensor, own_tied: Tensor, way: str) -> dict[str, float]:
     better, tied, own_tied = better.double(), tied.double(), own_tied.double()
     metrics = {f"recall@{k}_{way}": _hit_probability(k - better, tied, own_tied).mean().item() for k in RECALL_AT}
@@ -218,8 +169,6 @@ def examples(
     """Queries spread evenly over the set, both ways.
 
     Args:
-        image_features_ND, text_features_MD: unit norm.
-        caption_image_M: row of the picture that each caption belongs to.
         kept_N: which of `pictures` each row is.
     """
     images = caption_image_M.unique()

@@ -1,6 +1,5 @@
 """From prepared tasks and a model to results. Every rank encodes a share; rank 0 scores the whole."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,14 @@ import torch
 from clip_exp._version import __version__
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.devices import exact_float32
-from clip_exp.evaluation.classification import score_classification
 from clip_exp.evaluation.features import Cache, encode_options
-from clip_exp.evaluation.knn import score_knn
-from clip_exp.evaluation.prepared import ClassificationTask, KNNTask, ProbeTask, RetrievalTask, RobustnessTask, Task
-from clip_exp.evaluation.probe import score_probe
-from clip_exp.evaluation.retrieval import score_retrieval
-from clip_exp.evaluation.robustness import score_robustness
-from clip_exp.evaluation.subject import Judge, Subject
+from clip_exp.evaluation.subject import Subject
+from clip_exp.evaluation.task import Task
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource
 from clip_exp.ranks.group import from_main, is_main
-from clip_exp.reports.evaluation import write_result
+from clip_exp.reports.evaluation import Result, write_result
 from clip_exp.reports.names import name_in_run
-from clip_exp.reports.results import Result
 from clip_exp.text.tokenizer import build_tokenizer
 
 
@@ -78,7 +71,7 @@ def score(task: Task, subject: Subject) -> Result:
         NumericError: features are not finite.
     """
     truncated = subject.tokenizer.truncated
-    judge = SCORERS[type(task)](task, subject)
+    judge = task.score(subject)
     here: list[Result] = []
 
     def judged() -> Result:
@@ -90,14 +83,6 @@ def score(task: Task, subject: Subject) -> Result:
         "truncated_texts": subject.tokenizer.truncated - truncated,
         "preprocessing": subject.preprocessing(),
         "precision": subject.options.precision,
+        "kind": task.config.kind,
     }
     return replace(here[0] if here else result, protocol={**common, **result.protocol})
-
-
-SCORERS: dict[type[Task], Callable[[Any, Subject], Judge]] = {
-    ClassificationTask: score_classification,
-    RetrievalTask: score_retrieval,
-    ProbeTask: score_probe,
-    KNNTask: score_knn,
-    RobustnessTask: score_robustness,
-}

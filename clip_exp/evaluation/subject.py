@@ -1,4 +1,4 @@
-"""What is evaluated, and what every scorer makes with it: features of pictures and texts, parts of a protocol."""
+"""What is evaluated, and what every task makes with it: features of pictures and texts, classifiers, parts of a protocol."""
 
 import hashlib
 import json
@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from clip_exp.config.base import plain
 from clip_exp.config.model import ModelConfig, ResizeMode
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.pictures import Pictures
+from clip_exp.errors import DataError
+from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.features import (
     Cache,
     EncodedImages,
@@ -21,14 +24,18 @@ from clip_exp.evaluation.features import (
     ImageEncoder,
     encode_pictures,
     encode_pixels,
+    encode_texts,
+    require_finite,
 )
+from clip_exp.evaluation.task import LearnedTask
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main
-from clip_exp.reports.results import Result
+from clip_exp.reports.evaluation import Result
 from clip_exp.text.tokenizer import Tokenizes
 
 TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of a picture
 LISTED = 100  # names written into a protocol
+FEATURES = "of unit norm, as encode_image returns them"
 
 Judge = Callable[[], Result]  # what remains of scoring after the encoding, for rank 0 alone
 
@@ -74,7 +81,47 @@ class Subject:
             "std": std,
         }
 
-    def kept_texts(self, texts: Sequence[str], compute: Callable[[], Tensor], **about: Any) -> Tensor:
+    def encode_images(self, name: str, pictures: Pictures) -> EncodedImages:
+        """Features of all pictures that can be read, from the cache where they are there. Every rank calls, and encodes a shard of them.
+
+        Args:
+            name: of the task, for the progress bar.
+        """
+        what = f"{name}: {len(pictures):,} pictures"
+        return encode_pictures(self.image_encoder(), pictures, self.options, self.cache, what)
+
+    def encode_texts(self, what: str, texts: Sequence[str]) -> Tensor:
+        """Features [N, D] of texts, of unit norm, on the device; from the cache where they are there. Every rank calls.
+
+        Args:
+            what: name of the progress bar.
+        """
+        device = self.options.device
+
+        def encode() -> Tensor:
+            return encode_texts(self.model, self.tokenizer, texts, TEXT_BATCH[device.type], device, what, shared=True)
+
+        return self._kept_texts(texts, encode)
+
+    def classifier(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """`classification.build_classifier` [C, D] on the device, from the cache where it is there. Every rank calls."""
+        device = self.options.device
+
+        def build() -> Tensor:
+            return build_classifier(
+                self.model,
+                self.tokenizer,
+                class_names,
+                templates,
+                TEXT_BATCH[device.type],
+                device,
+                what=f"{len(class_names):,} classes",
+                shared=True,
+            )
+
+        return self._kept_texts(class_names, build, templates=hash_of(templates))
+
+    def _kept_texts(self, texts: Sequence[str], compute: Callable[[], Tensor], **about: Any) -> Tensor:
         """What `compute` makes of texts, from the cache where it is there. On the device. All ranks call.
 
         The tokenizer's count of cut texts rises as if they had been encoded.
@@ -96,13 +143,6 @@ class Subject:
         return features
 
 
-def encode_set(name: str, pictures: Pictures, subject: Subject) -> EncodedImages:
-    """Features of a task's pictures."""
-    return encode_pictures(
-        subject.image_encoder(), pictures, subject.options, subject.cache, f"{name}: {len(pictures):,} pictures"
-    )
-
-
 def counts(encoded: EncodedImages) -> dict[str, Any]:
     """For a protocol: pictures that were scored and left out."""
     bad = encoded.bad
@@ -122,3 +162,57 @@ def source_of(value: Any) -> Any:
 def hash_of(texts: Sequence[str]) -> str:
     """Of their JSON: texts may hold line breaks."""
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
+
+
+class Frozen(NamedTuple):
+    """Features and labels of the pictures that could be read."""
+
+    train: EncodedImages
+    train_labels: Tensor  # int64 [N]
+    test: EncodedImages
+    test_labels: Tensor  # int64 [M]
+
+
+def encode_halves(task: LearnedTask, subject: Subject) -> Frozen:
+    """Features of the pictures to learn from and of those to score. Every rank calls, and gets all of them.
+
+    Raises:
+        DataError: no picture of a class to learn from can be read.
+        NumericError: a feature is not finite.
+    """
+    train = subject.encode_images(f"{task.name}: train", task.train.pictures)
+    test = subject.encode_images(task.name, task.test.pictures)
+    require_finite(train.features, "image features")
+    require_finite(test.features, "image features")
+    train_labels = torch.tensor(task.train.labels)[train.kept]
+    count_C = torch.bincount(train_labels, minlength=len(task.train.class_names))
+    if not count_C.all():
+        name = task.train.class_names[int(count_C.argmin())]
+        raise DataError(
+            f"task.{task.name}.train: no picture of '{name}' can be read; the first of all: {train.bad[0]}."
+        )
+    return Frozen(train, train_labels, test, torch.tensor(task.test.labels)[test.kept])
+
+
+def protocol_of(task: LearnedTask, frozen: Frozen) -> dict[str, Any]:
+    """The data of both halves, for a protocol."""
+    test, names = task.test, task.test.class_names
+    return {
+        "data": absolute(test.where),
+        **counts(frozen.test),
+        "unlabeled_pictures": test.unlabeled,
+        **test.about,
+        "train": {
+            "data": absolute(task.train.where),
+            **counts(frozen.train),
+            "unlabeled_pictures": task.train.unlabeled,
+            **task.train.about,
+        },
+        "overlap": None if task.overlap is None else task.overlap.protocol(),
+        "classes": len(names),
+        "classes_source": source_of(task.labeled.classes),
+        "classes_sha256": hash_of(names),
+        "classes_without_pictures": len(test.missing),
+        "names": dict(zip(task.train.keys, names, strict=True)) if len(names) <= LISTED else None,
+        "features": FEATURES,
+    }

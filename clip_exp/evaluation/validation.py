@@ -56,7 +56,7 @@ def deduplicate(
 
 
 def validation_metrics(features: ValidationFeatures, class_embeddings_CD: Tensor | None = None) -> dict[str, float]:
-    """Recall and median rank both ways over the whole set (`evaluation.retrieval.retrieval`).
+    """Recall and median rank both ways over the whole set (`evaluation.retrieval`).
 
     With the class embeddings of `evaluation.classification.build_classifier` also `zeroshot_top1` and, of more than
     five classes, `zeroshot_top5`, over the images that have a label.

@@ -107,7 +107,7 @@ def _recipe(run: TrainConfig, record: dict[str, Any], step: int | None) -> dict[
     facts = {
         "start weights": _start(run, record),
         "fine-tuning": ", ".join(_changed(plain(run.finetune), plain(FineTuneConfig()))),
-        "loss": run.loss.name.value,
+        "loss": run.loss.name,
         "steps": "" if steps is None else f"{steps:,} of {counted(run.global_batch_size, 'pair')} each{whole}",
         "optimizer": f"{_last(optimizer.target)}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
         "schedule": f"{_last(scheduler.target)}, warm-up {warmup}",

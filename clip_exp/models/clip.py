@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from clip_exp.losses.outputs import CLIPOutput
+from clip_exp.losses.batch import CLIPOutput
 
 
 class HeldStatistics(AbstractContextManager[None]):

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from clip_exp.data.pictures import Pictures
+from clip_exp.reports.evaluation import Result
 from clip_exp.reports.names import CERTAIN
 from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
-from clip_exp.reports.results import Classified, Result
 from clip_exp.spreadsheets import TextWriter
 
 COLUMNS = ("key", "name", "pictures", "top1", "top5", "most_often_taken_for", "share", "predicted")
@@ -38,6 +39,22 @@ ON_A_MAP = 1000  # classes; of more, those with the most mistakes
 IN_A_GROUP = 8
 GROUPS = 6
 ALIKE = 0.03  # share of a class's pictures that go to each other one of its group, on average
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Every picture of a classification, with its best classes."""
+
+    pictures: Pictures
+    kept: np.ndarray  # int64 [N], which of `pictures` the rows are
+    labels: np.ndarray  # int64 [N], position in `class_names`
+    best: np.ndarray  # int64 [N, K], best first; K = 5, or all classes if they are fewer; -1 where no class got a vote
+    probabilities: np.ndarray  # float32 [N, K], of `best`, among all classes
+    class_names: list[str]
+    keys: list[str | None]  # folder or label of each class; None: the data lacks it
+
+    def pages(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
+        return {".csv": as_csv(self), ".html": classification_page(result, self, heading)}
 
 
 @dataclass(frozen=True)
@@ -122,29 +139,11 @@ def as_csv(details: Classified) -> str:
 
 
 def classification_page(result: Result, details: Classified, heading: dict[str, Any]) -> str:
-    """The HTML of a classification's page.
+    """The HTML of a classification's page."""
+    from scipy.stats import binomtest  # takes half a second
 
-    Args:
-        heading: `page.heading`.
-    """
     counts, wrong, names = per_class(details), mistakes(details), distinct_names(details)
-    values = {
-        "tiles": _tiles(result.metrics),
-        "lead": _lead(details, len(names)),
-        "counts": _counts(result.protocol, details, counts),
-        "names": names,
-        "pictures": counts.pictures.tolist(),
-        "classes": len(names),
-        "show_top5": "top5" in result.metrics,
-        "protocol": fact_rows(result.protocol),
-        **_confusions(details, counts, wrong, names),
-        **_classes(details, counts, names),
-        **_examples(details, names),
-    }
-    return render("classification.html", **heading, **values)
-
-
-def _tiles(metrics: dict[str, float]) -> list[dict[str, str]]:
+    metrics, protocol = result.metrics, result.protocol
     meanings = {
         "top1": ("Top-1", "of the pictures: the first choice is right"),
         "top5": ("Top-5", "of the pictures: the right class is among the first five choices"),
@@ -153,70 +152,70 @@ def _tiles(metrics: dict[str, float]) -> list[dict[str, str]]:
             "top-1 within each class, averaged: all classes count the same",
         ),
     }
-    shown = [key for key in meanings if key in metrics]
-    return [{"name": meanings[key][0], "value": percent(metrics[key]), "meaning": meanings[key][1]} for key in shown]
-
-
-def _lead(details: Classified, classes: int) -> str:
-    from scipy.stats import binomtest  # takes half a second
-
-    total = len(details.labels)
-    hits = int((details.best[:, 0] == details.labels).sum())
+    total, hits, classes = len(details.labels), int(counts.right.sum()), len(names)
     interval = binomtest(hits, total).proportion_ci(CONFIDENCE, "wilson")
-    return (
-        f"The first of {classes:,} choices is right for {hits:,} of {counted(total, 'picture')}. "
+    left_out = protocol.get("bad_pictures", 0) + protocol.get("unlabeled_pictures", 0)
+    overlap = (protocol.get("overlap") or {"images": 0})["images"]
+    empty = int((counts.pictures == 0).sum())
+    return render(
+        "classification.html",
+        **heading,
+        tiles=[
+            {"name": name, "value": percent(metrics[key]), "meaning": meaning}
+            for key, (name, meaning) in meanings.items()
+            if key in metrics
+        ],
+        lead=f"The first of {classes:,} choices is right for {hits:,} of {counted(total, 'picture')}. "
         f"Guessing would be right for {percent(1 / classes, 1 if classes <= 1000 else 3)} of them. With {'so few' if total < 1000 else 'this many'} "
-        f"pictures, the {percent(CONFIDENCE, 0)} confidence interval of top-1 reaches from {percent(interval.low)} to {percent(interval.high)}."
+        f"pictures, the {percent(CONFIDENCE, 0)} confidence interval of top-1 reaches from {percent(interval.low)} to {percent(interval.high)}.",
+        counts=[
+            (total, "picture" if total == 1 else "pictures"),
+            (left_out, "left out"),
+            *([(overlap, "in the training images too")] if overlap else []),
+            (classes, "class" if classes == 1 else "classes"),
+            (empty, "class without pictures" if empty == 1 else "classes without pictures"),
+        ],
+        names=names,
+        pictures=counts.pictures.tolist(),
+        classes=classes,
+        show_top5="top5" in metrics,
+        protocol=fact_rows(protocol),
+        **_confusions(details, counts, wrong, names),
+        **_classes(details, counts, names),
+        **_examples(details, names),
     )
 
 
-def _counts(protocol: dict[str, Any], details: Classified, counts: PerClass) -> list[tuple[int, str]]:
-    left_out = protocol.get("bad_pictures", 0) + protocol.get("unlabeled_pictures", 0)
-    overlap = (protocol.get("overlap") or {"images": 0})["images"]
-    pictures, classes = len(details.labels), len(details.class_names)
-    empty = int((counts.pictures == 0).sum())
-    return [
-        (pictures, "picture" if pictures == 1 else "pictures"),
-        (left_out, "left out"),
-        *([(overlap, "in the training images too")] if overlap else []),
-        (classes, "class" if classes == 1 else "classes"),
-        (empty, "class without pictures" if empty == 1 else "classes without pictures"),
-    ]
-
-
 def _confusions(details: Classified, counts: PerClass, wrong: Mistakes, names: list[str]) -> dict[str, Any]:
+    pairs = zip(
+        wrong.true[:PAIRS_SHOWN], wrong.predicted[:PAIRS_SHOWN], wrong.count[:PAIRS_SHOWN].tolist(), strict=True
+    )
     values: dict[str, Any] = {
-        "pairs": [_pair(place, counts, wrong, names) for place in range(min(PAIRS_SHOWN, len(wrong.count)))],
+        "pairs": [
+            {
+                "true": names[true],
+                "predicted": names[predicted],
+                "count": count,
+                "of": int(counts.pictures[true]),
+                "share": count / int(counts.pictures[true]),
+            }
+            for true, predicted, count in pairs
+        ],
         "more_pairs": max(0, len(wrong.count) - PAIRS_SHOWN),
         "matrix": None,
         "groups": [],
         "map_data": None,
     }
     if len(names) <= IN_A_MATRIX:
-        return {**values, "matrix": matrix(details, list(range(len(names))))}
-    if not values["pairs"]:
-        return values
-    classes = involved(counts, wrong)
-    alike = similarity(wrong, counts.pictures, classes)
-    tree, order = cluster(alike)
-    found = [matrix(details, group) for group in groups(alike, tree, classes)]
-    return {
-        **values,
-        "groups": [group for group in found if group.mistakes > 1],
-        "map_data": map_data(details, classes[order], names),
-    }
-
-
-def _pair(place: int, counts: PerClass, wrong: Mistakes, names: list[str]) -> dict[str, Any]:
-    true, count = wrong.true[place], int(wrong.count[place])
-    of = int(counts.pictures[true])
-    return {
-        "true": names[true],
-        "predicted": names[wrong.predicted[place]],
-        "count": count,
-        "of": of,
-        "share": count / of,
-    }
+        values["matrix"] = matrix(details, list(range(len(names))))
+    elif values["pairs"]:
+        classes = involved(counts, wrong)
+        alike = similarity(wrong, counts.pictures, classes)
+        tree, order = cluster(alike)
+        found = [matrix(details, group) for group in groups(alike, tree, classes)]
+        values["groups"] = [group for group in found if group.mistakes > 1]
+        values["map_data"] = map_data(details, classes[order], names)
+    return values
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,6 @@ def groups(similarity_CC: np.ndarray, tree: np.ndarray, classes: np.ndarray) -> 
     They are the largest branches of the tree whose classes are alike, on average over the pairs in it.
 
     Args:
-        similarity_CC, tree: see `similarity` and `cluster`.
         classes: the class of each row.
     """
     members: list[list[int]] = [[row] for row in range(len(classes))]
@@ -317,27 +315,24 @@ def _classes(details: Classified, counts: PerClass, names: list[str]) -> dict[st
     listed = np.arange(len(names)) if len(names) <= ROWS_SHOWN else np.sort(worst[:ROWS_SHOWN])
     ends = ENDS_SHOWN if len(names) > IN_A_MATRIX else 0
 
-    def rows(positions: np.ndarray) -> list[dict[str, Any]]:
-        return [_class_row(int(position), details, counts, names) for position in positions]
+    def row(position: int) -> dict[str, Any]:
+        key, name, pictures = details.keys[position], names[position], int(counts.pictures[position])
+        tells_more = key is not None and key.replace("_", " ") != details.class_names[position] and key not in name
+        taken_for = counts.mistaken_for[position]
+        of = max(1, pictures)
+        return {
+            "name": name,
+            "key": key if tells_more else None,
+            "pictures": pictures,
+            "predicted": int(counts.predicted[position]),
+            "top1": float(counts.right[position] / of),
+            "top5": float(counts.among_five[position] / of),
+            "mistaken_for": names[taken_for] if taken_for >= 0 else None,
+            "share": float(counts.mistaken[position] / of),
+        }
 
-    return {"rows": rows(listed), "listed": len(listed), "worst": rows(worst[:ends]), "best": rows(best[:ends])}
-
-
-def _class_row(position: int, details: Classified, counts: PerClass, names: list[str]) -> dict[str, Any]:
-    key, name, pictures = details.keys[position], names[position], int(counts.pictures[position])
-    tells_more = key is not None and key.replace("_", " ") != details.class_names[position] and key not in name
-    taken_for = counts.mistaken_for[position]
-    of = max(1, pictures)
-    return {
-        "name": name,
-        "key": key if tells_more else None,
-        "pictures": pictures,
-        "predicted": int(counts.predicted[position]),
-        "top1": float(counts.right[position] / of),
-        "top5": float(counts.among_five[position] / of),
-        "mistaken_for": names[taken_for] if taken_for >= 0 else None,
-        "share": float(counts.mistaken[position] / of),
-    }
+    shown = {"rows": listed, "worst": worst[:ends], "best": best[:ends]}
+    return {"listed": len(listed)} | {part: [row(at) for at in rows.tolist()] for part, rows in shown.items()}
 
 
 def _examples(details: Classified, names: list[str]) -> dict[str, Any]:
@@ -347,24 +342,23 @@ def _examples(details: Classified, names: list[str]) -> dict[str, Any]:
     surest = np.lexsort((second, -confidence))  # the second, since many of the first are 1 in float32
     of_right = surest[right[surest]]
     _, first = np.unique(details.labels[of_right], return_index=True)  # one per class
-    shown = {
-        "wrong_examples": surest[~right[surest]][:WRONG_SHOWN],
-        "right_examples": of_right[np.sort(first)[:RIGHT_SHOWN]],
-    }
-    return {kind: [_example(int(row), details, names, thumbnails) for row in rows] for kind, rows in shown.items()}
 
+    def example(row: int) -> dict[str, Any]:
+        label = int(details.labels[row])
+        ranked = zip(details.best[row].tolist(), details.probabilities[row].tolist(), strict=True)
+        choices = [
+            {"name": names[position], "probability": probability, "right": position == label}
+            for position, probability in ranked
+            if position >= 0  # -1: no further class was in question
+        ]
+        return {
+            "thumbnail": thumbnails[int(details.kept[row])],
+            "true": names[label],
+            "choices": choices,
+            "among_shown": any(choice["right"] for choice in choices),
+        }
 
-def _example(row: int, details: Classified, names: list[str], thumbnails: Thumbnails) -> dict[str, Any]:
-    label = int(details.labels[row])
-    ranked = zip(details.best[row].tolist(), details.probabilities[row].tolist(), strict=True)
-    choices = [
-        {"name": names[position], "probability": probability, "right": position == label}
-        for position, probability in ranked
-        if position >= 0  # -1: no further class was in question
-    ]
     return {
-        "thumbnail": thumbnails[int(details.kept[row])],
-        "true": names[label],
-        "choices": choices,
-        "among_shown": any(choice["right"] for choice in choices),
+        "wrong_examples": [example(row) for row in surest[~right[surest]][:WRONG_SHOWN]],
+        "right_examples": [example(row) for row in of_right[np.sort(first)[:RIGHT_SHOWN]]],
     }

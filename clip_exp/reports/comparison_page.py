@@ -1,34 +1,50 @@
 """The page of several models on the same sets: a figure as in the CLIP paper (Radford et al. 2021, figure 13), and a table."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from clip_exp.reports.evaluation import Result
 from clip_exp.reports.page import counted, fact_rows, listing, percent, render
-from clip_exp.reports.results import Compared, Result
 
 MINUS = "\u2212"
 
 
-def comparison_page(result: Result, details: Compared, heading: dict[str, Any]) -> str:
-    """The HTML of a comparison's page.
+@dataclass(frozen=True)
+class Compared:
+    """The same sets scored with several models."""
 
-    Args:
-        heading: `page.heading`.
-    """
-    models = list(details.top1)
-    averaged = result.protocol.get("mean_of", details.sets)
-    rows = [_row(each, [details.top1[model][at] for model in models]) for at, each in enumerate(details.sets)]
+    sets: list[str]
+    top1: dict[str, list[float | None]]  # model: a fraction per set; None where it has none
+
+    def pages(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
+        return {".html": comparison_page(result, self, heading)}
+
+
+def comparison_page(result: Result, details: Compared, heading: dict[str, Any]) -> str:
+    """The HTML of a comparison's page."""
+    models, sets = list(details.top1), details.sets
+    rows = [_row(each, [details.top1[model][at] for model in models]) for at, each in enumerate(sets)]
+    averaged = result.protocol.get("mean_of", sets)
     if len(averaged) > 1:
-        shifted = "shifted " if len(averaged) < len(details.sets) else ""
-        means = [_mean(details, model, averaged) for model in models]
+        of_models = [[details.top1[model][sets.index(each)] for each in averaged] for model in models]
+        known = [[share for share in shares if share is not None] for shares in of_models]
+        means = [sum(shares) / len(shares) if len(shares) == len(averaged) else None for shares in known]
+        shifted = "shifted " if len(averaged) < len(sets) else ""
         rows.append(_row(f"mean of the {len(averaged)} {shifted}sets", means, total=True))
+    first = [(model, share) for model in models if (share := details.top1[model][0]) is not None]
+    on_first = f" On {sets[0]}, top-1 is {listing([f'{percent(share)} for {model}' for model, share in first])}."
     return render(
         "comparison.html",
         **heading,
         models=models,
         rows=rows,
         gaps=len(models) == 2,
-        tiles=_tiles(models, rows[-1]) if rows else [],
-        lead=_lead(models, details),
+        tiles=[
+            {"name": model, "value": "–" if share is None else percent(share), "meaning": f"top-1, {rows[-1]['name']}"}
+            for model, share in zip(models, rows[-1]["shares"], strict=True)
+        ],
+        lead=f"{counted(len(models), 'model')} on {counted(len(sets), 'set')}, scored by the same code."
+        + (on_first if first else ""),
         protocol=fact_rows(result.protocol),
     )
 
@@ -50,26 +66,3 @@ def signed(difference: float) -> str:
     """A difference of fractions in points: 0.1234 is `+12.3`."""
     points = f"{abs(100 * difference):.1f}"
     return points if points == "0.0" else ("+" if difference > 0 else MINUS) + points
-
-
-def _mean(details: Compared, model: str, sets: list[str]) -> float | None:
-    shares = [details.top1[model][details.sets.index(each)] for each in sets]
-    known = [share for share in shares if share is not None]
-    return sum(known) / len(known) if len(known) == len(shares) else None
-
-
-def _tiles(models: list[str], row: dict[str, Any]) -> list[dict[str, str]]:
-    return [
-        {"name": model, "value": "–" if share is None else percent(share), "meaning": f"top-1, {row['name']}"}
-        for model, share in zip(models, row["shares"], strict=True)
-    ]
-
-
-def _lead(models: list[str], details: Compared) -> str:
-    first = [
-        f"{percent(details.top1[model][0])} for {model}"  # type: ignore[arg-type]
-        for model in models
-        if details.top1[model][0] is not None
-    ]
-    on_first = f" On {details.sets[0]}, top-1 is {listing(first)}." if first else ""
-    return f"{counted(len(models), 'model')} on {counted(len(details.sets), 'set')}, scored by the same code.{on_first}"

@@ -48,29 +48,58 @@ def data_page(report: dict[str, Any], gallery: Gallery, folder: Path, command: s
         folder: where it lies.
         command: that made it.
     """
+    model, settings, speed, splits = report["model"], report["settings"], report["speed"], report["splits"]
+    files = [Path(file["file"]).name for split in splits.values() for file in split["files"]]
+    more = f" and {counted(len(files) - 3, 'more file')}" if len(files) > 3 else ""
+    overview: dict[str, Callable[[dict[str, Any]], str]] = {
+        "files": lambda split: f"{len(split['files']):,}",
+        "rows": lambda split: f"{split['rows']:,}",
+        "bad rows": lambda split: _count(split["bad_rows"]),
+        "distinct pictures": lambda split: f"{split['pictures']:,}",
+        "of them checked": lambda split: f"{split['pictures_checked']:,}",
+        "bad pictures": lambda split: _count(split["bad_pictures"]),
+        "copies of pictures": lambda split: f"{split['duplicates']['pictures']['copies']:,}",
+        "repeated pairs": lambda split: f"{split['duplicates']['pairs']['copies']:,}",
+        "smaller than the input": lambda split: _count(split["smaller_than_input"]),
+        "turned by EXIF": lambda split: _count(split["exif_rotated"]),
+        "animated": lambda split: _count(split["animated"]),
+        "distinct captions": lambda split: f"{split['captions']['distinct']:,}",
+        "captions cut": lambda split: _count(split["captions"]["truncated"]),
+        "empty captions": lambda split: _count(split["captions"]["empty"]),
+        "equal pairs in a batch": lambda split: f"{split['captions']['equal_in_batch']['pairs']:,.1f}",
+    }
+    facts = {
+        "model": f"{model['name']}: pictures of {model['image_size']} pixels, {model['context_length']} tokens",
+        "pictures decoded": "yes" if settings["decode"] else "no: read, and their headers looked at (decode=false)",
+        "pictures checked": "all"
+        if settings["max_pictures"] is None
+        else f"a random sample of at most {settings['max_pictures']:,} of each split (max_pictures)",
+        "pictures per second": speed["pictures_per_s_per_core"]
+        and f"{speed['pictures_per_s_per_core']:,.0f} read and decoded by one core, {speed['samples_per_s_per_core']:,.0f} cropped too",
+        "files": {
+            name: {"tables": [f"{file['file']}: {file['rows']:,} rows" for file in split["files"]]}
+            for name, split in splits.items()
+        },
+    }
     return render(
         "data.html",
         title=report["name"],
         kind="Data check",
-        about=_about(report),
+        about=[
+            ", ".join(files[:3]) + more,
+            f"for {model['name']}: {model['image_size']} pixels, {model['context_length']} tokens",
+        ],
         made_by=str(folder),
         tiles=_tiles(report),
         verdicts=report["verdicts"],
-        overview=_overview(report),
-        names=list(report["splits"]),
-        splits=[_split(name, split) for name, split in report["splits"].items()],
+        overview=[(name, [value(split) for split in splits.values()]) for name, value in overview.items()],
+        names=list(splits),
+        splits=[_split(name, split) for name, split in splits.items()],
         leakage=report["leakage"],
         gallery=gallery,
-        facts=fact_rows(_facts(report)),
+        facts=fact_rows(facts),
         command=command,
     )
-
-
-def _about(report: dict[str, Any]) -> list[str]:
-    model = report["model"]
-    files = [Path(file["file"]).name for split in report["splits"].values() for file in split["files"]]
-    shown = ", ".join(files[:3]) + (f" and {counted(len(files) - 3, 'more file')}" if len(files) > 3 else "")
-    return [shown, f"for {model['name']}: {model['image_size']} pixels, {model['context_length']} tokens"]
 
 
 def _tiles(report: dict[str, Any]) -> list[dict[str, str]]:
@@ -96,27 +125,6 @@ def loaders(workers: int) -> str:
     return counted(workers, "loader process", "loader processes") if workers else "training's own process"
 
 
-def _overview(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "files": lambda split: f"{len(split['files']):,}",
-        "rows": lambda split: f"{split['rows']:,}",
-        "bad rows": lambda split: _count(split["bad_rows"]),
-        "distinct pictures": lambda split: f"{split['pictures']:,}",
-        "of them checked": lambda split: f"{split['pictures_checked']:,}",
-        "bad pictures": lambda split: _count(split["bad_pictures"]),
-        "copies of pictures": lambda split: f"{split['duplicates']['pictures']['copies']:,}",
-        "repeated pairs": lambda split: f"{split['duplicates']['pairs']['copies']:,}",
-        "smaller than the input": lambda split: _count(split["smaller_than_input"]),
-        "turned by EXIF": lambda split: _count(split["exif_rotated"]),
-        "animated": lambda split: _count(split["animated"]),
-        "distinct captions": lambda split: f"{split['captions']['distinct']:,}",
-        "captions cut": lambda split: _count(split["captions"]["truncated"]),
-        "empty captions": lambda split: _count(split["captions"]["empty"]),
-        "equal pairs in a batch": lambda split: f"{split['captions']['equal_in_batch']['pairs']:,.1f}",
-    }
-    return [(name, [value(split) for split in report["splits"].values()]) for name, value in rows.items()]
-
-
 def _share(part: dict[str, Any]) -> str:
     return probability(part["share"]) if part["count"] else "none"
 
@@ -126,15 +134,27 @@ def _count(part: dict[str, Any]) -> str:
 
 
 def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
-    captions = split["captions"]
+    captions, histograms, input_size = split["captions"], split["histograms"], split["smaller_than_input"]["image_size"]
     room = captions["context_length"]
+    named = {"width": _whole, "height": _whole, "megapixels": _short, "bytes": _file_size}
     return {
         "name": name,
         "bad_pictures": split["bad_pictures"],
         "bad_rows": split["bad_rows"],
         "repeated": split["duplicates"]["pairs"],
-        "histograms": _size_histograms(split),
-        "quantiles": _size_quantiles(split),
+        "histograms": [
+            of_octaves("width, pixels", histograms["width"], _whole, input_size),
+            of_octaves("height, pixels", histograms["height"], _whole, input_size),
+            of_octaves("megapixels", histograms["megapixels"], _short),
+            of_octaves("size of the file", histograms["bytes"], _file_size),
+        ]
+        if split["sizes"]["width"] is not None
+        else [],
+        "quantiles": [
+            ("file" if name == "bytes" else name, [named[name](found[quantile]) for quantile in QUANTILES])
+            for name, found in split["sizes"].items()
+            if found is not None
+        ],
         "quantile_names": QUANTILES,
         "formats": [*split["formats"].items()],
         "modes": [*split["modes"].items()],
@@ -166,18 +186,6 @@ class Histogram:
     title: str
     bars: list[Bar]
     ticks: list[Tick]
-
-
-def _size_histograms(split: dict[str, Any]) -> list[Histogram]:
-    if split["sizes"]["width"] is None:
-        return []
-    input_size = split["smaller_than_input"]["image_size"]
-    return [
-        of_octaves("width, pixels", split["histograms"]["width"], _whole, input_size),
-        of_octaves("height, pixels", split["histograms"]["height"], _whole, input_size),
-        of_octaves("megapixels", split["histograms"]["megapixels"], _short),
-        of_octaves("size of the file", split["histograms"]["bytes"], _file_size),
-    ]
 
 
 def of_octaves(
@@ -229,16 +237,6 @@ def of_whole_numbers(title: str, histogram: dict[str, list[Any]], odd_from: int)
     return Histogram(title, bars, ticks)
 
 
-def _size_quantiles(split: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    named = {"width": _whole, "height": _whole, "megapixels": _short, "bytes": _file_size}
-    titles = {"bytes": "file"}
-    return [
-        (titles.get(name, name), [named[name](found[quantile]) for quantile in QUANTILES])
-        for name, found in split["sizes"].items()
-        if found is not None
-    ]
-
-
 def _whole(value: float) -> str:
     return f"{value:,.0f}"
 
@@ -252,20 +250,3 @@ def _file_size(value: float) -> str:
         if value >= size:
             return f"{_short(value / size)} {unit}"
     return f"{value:.0f} B"
-
-
-def _facts(report: dict[str, Any]) -> dict[str, Any]:
-    model, settings, speed = report["model"], report["settings"], report["speed"]
-    return {
-        "model": f"{model['name']}: pictures of {model['image_size']} pixels, {model['context_length']} tokens",
-        "pictures decoded": "yes" if settings["decode"] else "no: read, and their headers looked at (decode=false)",
-        "pictures checked": "all"
-        if settings["max_pictures"] is None
-        else f"a random sample of at most {settings['max_pictures']:,} of each split (max_pictures)",
-        "pictures per second": speed["pictures_per_s_per_core"]
-        and f"{speed['pictures_per_s_per_core']:,.0f} read and decoded by one core, {speed['samples_per_s_per_core']:,.0f} cropped too",
-        "files": {
-            name: {"tables": [f"{file['file']}: {file['rows']:,} rows" for file in split["files"]]}
-            for name, split in report["splits"].items()
-        },
-    }

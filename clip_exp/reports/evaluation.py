@@ -1,4 +1,4 @@
-"""What an evaluation leaves of each task, in its own folder and in the run's, and a table on the terminal.
+"""What scoring a task yields, what an evaluation leaves of it in its own folder and in the run's, and a table on the terminal.
 
 `eval/<task>.json` has the metrics and the protocol, `eval/<task>.html` is for looking at, and a classification has a
 row per class in `eval/<task>.csv` (`reports.classification_page`). In the run's folder the names of results of other weights than its own tell
@@ -6,8 +6,9 @@ which these are (`reports.names`).
 """
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -15,18 +16,44 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from clip_exp.config.evaluation import Scale
 from clip_exp.errors import CheckpointError
-from clip_exp.reports.classification_page import as_csv, classification_page
-from clip_exp.reports.comparison_page import comparison_page
-from clip_exp.reports.names import Scale, name_of_weights, scale_of
-from clip_exp.reports.page import heading, is_train_run
-from clip_exp.reports.results import Classified, Compared, Result, Retrieved
-from clip_exp.reports.retrieval_page import retrieval_page
-from clip_exp.reports.run_page import renew_report, write_index
+from clip_exp.reports.names import name_of_weights, scale_of
+from clip_exp.reports.page import fact_rows, heading, is_train_run, render
+from clip_exp.reports.run_page import readable, renew_report, write_index
 from clip_exp.runs import refuse_links, write_json, write_text
 from clip_exp.storage import atomic_file, read_json_object
 
 log = logging.getLogger(__name__)
+
+
+class Details(Protocol):
+    """What a page shows beyond the numbers, such as examples."""
+
+    def pages(self, result: "Result", heading: dict[str, Any]) -> dict[str, str]:
+        """Return the texts of a task's files for people, by their suffix, such as `.html`.
+
+        Args:
+            heading: `page.heading`.
+        """
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What `eval/<task>.<name>.safetensors` holds, for use elsewhere."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Numbers, how they were made, and what a page about them shows."""
+
+    metrics: dict[str, float]  # shares are fractions
+    protocol: dict[str, Any]  # JSON values
+    details: Details | None = None  # on rank 0 only; None: the page has the numbers alone
+    files: dict[str, TensorFile] = field(default_factory=dict)  # by name; on rank 0 only
 
 
 def write_result(
@@ -42,7 +69,8 @@ def write_result(
     Raises:
         CheckpointError: `folder` cannot be written.
     """
-    pages = _pages(result, task, folder)
+    top = heading(task, result.protocol, folder)
+    pages = result.details.pages(result, top) if result.details is not None else {".html": _plain_page(result, top)}
     names = {folder: task} | ({} if run_dir is None else {run_dir: name_in_run or task})
     for target, name in names.items():
         try:
@@ -51,7 +79,6 @@ def write_result(
             if target == run_dir and name == task:
                 _set_earlier_aside(result, task, target)
             _write(result, name, pages, target)
-            _renew_report(target)
         except (OSError, SafetensorError, CheckpointError) as error:
             if target == folder:
                 raise CheckpointError(f"{target / 'eval'} cannot be written: {error}") from error
@@ -64,10 +91,10 @@ def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
     table.columns[1].justify = table.columns[2].justify = table.columns[3].justify = "right"
     for task, result in results.items():
         protocol = result["protocol"]
-        left_out = protocol["bad_pictures"] + protocol.get("unlabeled_pictures", 0)
+        left_out = protocol.get("bad_pictures", 0) + protocol.get("unlabeled_pictures", 0)
         for name, value in result["metrics"].items():
             shown = f"{value:.0f}" if scale_of(name) is Scale.rank else f"{value:.4f}"
-            table.add_row(f"{task}/{name}", shown, str(protocol["pictures"]), str(left_out))
+            table.add_row(f"{task}/{name}", shown, str(protocol.get("pictures", "")), str(left_out))
         if protocol.get("classes_without_pictures"):
             log.warning(
                 "%s: %d of the %d classes have no pictures.",
@@ -101,16 +128,10 @@ def overlap_warning(task: str, protocol: dict[str, Any]) -> str | None:
     )
 
 
-def _pages(result: Result, name: str, folder: Path) -> dict[str, str]:
-    """The texts of a task's files for people, by their suffix."""
-    details, top = result.details, heading(name, result.protocol, folder)
-    if isinstance(details, Classified):
-        return {".csv": as_csv(details), ".html": classification_page(result, details, top)}
-    if isinstance(details, Retrieved):
-        return {".html": retrieval_page(result, details, top)}
-    if isinstance(details, Compared):
-        return {".html": comparison_page(result, details, top)}
-    return {}
+def _plain_page(result: Result, heading: dict[str, Any]) -> str:
+    """Return the page of a result that has nothing but numbers."""
+    tiles = [{"name": name, "value": readable(name, value), "meaning": ""} for name, value in result.metrics.items()]
+    return render("result.html", **heading, tiles=tiles, protocol=fact_rows(result.protocol))
 
 
 def _set_earlier_aside(result: Result, task: str, run_dir: Path) -> None:
@@ -138,13 +159,9 @@ def _write(result: Result, name: str, pages: dict[str, str], target: Path) -> No
             save_file(tensors, temporary, file.metadata)
     for suffix, text in pages.items():
         write_text(place / f"{name}{suffix}", text)
-
-
-def _renew_report(folder: Path) -> None:
-    """Let a finished run's report link the new page. What the run's files lack is no reason to lose an evaluation."""
-    if not is_train_run(folder) or not (folder / "report.html").is_file():
-        return
-    try:
-        renew_report(folder)
-    except (OSError, ValueError, KeyError, CheckpointError) as error:
-        log.warning("%s could not be renewed: %r", folder / "report.html", error)
+    if is_train_run(target) and (target / "report.html").is_file():
+        try:
+            renew_report(target)
+        except (OSError, ValueError, KeyError, CheckpointError) as error:
+            # What the run's files lack is no reason to lose an evaluation.
+            log.warning("%s could not be renewed: %r", target / "report.html", error)

@@ -8,18 +8,11 @@ are those that `run=DIR` names. So an evaluation of others, with `ckpt` or `ema`
 """
 
 import re
-from enum import StrEnum
 from pathlib import Path
 
 from clip_exp.checkpoints.folders import EMA_WEIGHTS
+from clip_exp.config.evaluation import Scale, TaskConfig
 from clip_exp.loading.source import ModelSource, is_own
-
-
-class Scale(StrEnum):
-    fraction = "fraction"  # 0 to 1, higher is better
-    rank = "rank"  # from 1, lower is better
-    loss = "loss"  # lower is better
-
 
 RANKS = ["median_rank_i2t", "median_rank_t2i"]
 RECALLS = [f"recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")]
@@ -41,7 +34,11 @@ def of_classification(classes: int) -> list[str]:
 
 def scale_of(name: str) -> Scale:
     """Return the scale of a metric, which may follow the names of a task and a set. Other files may hold other metrics: fractions."""
-    return SCALES.get(name.rpartition("/")[2], Scale.fraction)
+    metric = name.rpartition("/")[2]
+    if metric in SCALES:
+        return SCALES[metric]
+    of_tasks = [scales[metric] for scales in (task.scales for task in TaskConfig.kinds().values()) if metric in scales]
+    return of_tasks[0] if of_tasks else Scale.fraction
 
 
 def better(name: str) -> str:

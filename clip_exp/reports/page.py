@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from clip_exp.config.evaluation import TaskConfig
 from clip_exp.data.files import BadImage
 from clip_exp.data.pictures import Pictures
 from clip_exp.runs import read_record
@@ -31,14 +32,6 @@ SIDE = 200  # pixels of a thumbnail's longest side
 QUALITY = 82  # of its JPEG
 SMALL = 64  # pixels; a picture with shorter sides is shown enlarged, and its pixels as squares
 NO_LIMIT = 2**62  # of pixels: a picture that was scored has passed the evaluation's own limit
-KINDS = {
-    "zero_shot": "Zero-shot classification",
-    "linear_probe": "Linear probe",
-    "knn": "Nearest neighbours",
-    "retrieval": "Retrieval",
-    "robustness": "Robustness",
-}
-
 FACT_NAMES = {
     "kind": "task",
     "data": "data",
@@ -75,21 +68,16 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = _source(environment, "page.css"), _source(environment, "page.js")
+    assert environment.loader is not None
+    style, script = (environment.loader.get_source(environment, name)[0] for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals.update(style=Markup(style), script=Markup(script), script_sha256=digest, counted=counted)
     environment.filters.update(percent=percent, number=number, probability=probability)
     return environment
 
 
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
 def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the template of every evaluation's page begins and ends with."""
-    kind = str(protocol.get("kind", ""))
     weights = protocol.get("weights_sha256")
     about = [
         protocol.get("model"),
@@ -101,11 +89,17 @@ def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]
     made_by = [f"clip_exp {record['clip_exp']}" if "clip_exp" in record else None, record.get("start"), str(folder)]
     return {
         "title": name,
-        "kind": KINDS.get(kind, kind.replace("_", " ")),
+        "kind": title_of(protocol.get("kind")),
         "about": [str(part) for part in about if part],
         "made_by": " · ".join(filter(None, made_by)),
         "command": command_of(folder),
     }
+
+
+def title_of(kind: Any) -> str:
+    """Return what a kind of task is called on pages."""
+    task = TaskConfig.kinds().get(kind)
+    return (task.title if task is not None else "") or str(kind or "").replace("_", " ")
 
 
 def which_weights(protocol: dict[str, Any]) -> str | None:
@@ -133,27 +127,21 @@ def command_of(folder: Path) -> str | None:
 
 def command_line(command: str, arguments: list[str]) -> str:
     """Return what to type here to run a command: the script of this checkout, the installed program, or the module."""
-    script = CHECKOUT / f"{command}.py"
-    program = shutil.which("clip-exp")
-    if script.is_file() and Path.cwd() == CHECKOUT:
-        words = [_python(), script.name]
-    elif program is not None and Path(program).parent == Path(sys.executable).parent:
+    here, interpreter, script = Path.cwd(), Path(sys.executable), CHECKOUT / f"{command}.py"
+    program, python = shutil.which("clip-exp"), shutil.which("python")
+    if python is None or Path(python) != interpreter:  # not what `python` runs
+        python = str(interpreter.relative_to(here) if interpreter.is_relative_to(here) else interpreter)
+    else:
+        python = "python"
+    if script.is_file() and here == CHECKOUT:
+        words = [python, script.name]
+    elif program is not None and Path(program).parent == interpreter.parent:
         words = ["clip-exp", command]
     elif script.is_file():
-        words = [_python(), str(script)]
+        words = [python, str(script)]
     else:
-        words = [_python(), "-m", "clip_exp", command]
+        words = [python, "-m", "clip_exp", command]
     return shlex.join([*words, *arguments])
-
-
-def _python() -> str:
-    """Return how to call this interpreter from here: `python` where that is it."""
-    interpreter = Path(sys.executable)
-    found = shutil.which("python")
-    if found is not None and Path(found) == interpreter:
-        return "python"
-    here = Path.cwd()
-    return str(interpreter.relative_to(here) if interpreter.is_relative_to(here) else interpreter)
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -188,21 +176,29 @@ def fact_rows(protocol: dict[str, Any]) -> list[dict[str, Any]]:
 
     A `summary` says that it is long, and is to be folded under these words.
     """
-    ordered = [key for key in protocol if key not in LAST] + [key for key in LAST if key in protocol]
-    return [_fact(key, protocol[key]) for key in ordered if protocol[key] is not None]
-
-
-def _fact(key: str, value: Any) -> dict[str, Any]:
-    fact = {"name": FACT_NAMES.get(key, key.replace("_", " ")), "text": "", "lines": [], "parts": [], "summary": ""}
-    if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
-        return {**fact, "parts": [{"name": name, "facts": fact_rows(item)} for name, item in value.items()]}
-    if isinstance(value, dict):
-        lines = [f"{label}: {_text(item)}" for label, item in value.items() if item is not None]
-    elif isinstance(value, list):
-        lines = [_text(item) for item in value]
-    else:
-        return {**fact, "text": _text(value)}
-    return {**fact, "lines": lines, "summary": f"{len(lines):,} of them" if len(lines) > 8 or key in LAST else ""}
+    rows = []
+    for key in [key for key in protocol if key not in LAST] + [key for key in LAST if key in protocol]:
+        if (value := protocol[key]) is None:
+            continue
+        fact: dict[str, Any] = {
+            "name": FACT_NAMES.get(key, key.replace("_", " ")),
+            "text": "",
+            "lines": [],
+            "parts": [],
+            "summary": "",
+        }
+        if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+            fact["parts"] = [{"name": name, "facts": fact_rows(item)} for name, item in value.items()]
+        elif isinstance(value, dict):
+            fact["lines"] = [f"{label}: {_text(item)}" for label, item in value.items() if item is not None]
+        elif isinstance(value, list):
+            fact["lines"] = [_text(item) for item in value]
+        else:
+            fact["text"] = _text(value)
+        if isinstance(value, dict | list) and not fact["parts"] and (len(fact["lines"]) > 8 or key in LAST):
+            fact["summary"] = f"{len(fact['lines']):,} of them"
+        rows.append(fact)
+    return rows
 
 
 def _text(value: Any) -> str:
@@ -244,16 +240,12 @@ class Thumbnails:
 
     def __getitem__(self, index: int) -> Thumbnail:
         if index not in self._made:
-            self._made[index] = self._make(index)
+            path = self._pictures.name(index)
+            try:
+                self._made[index] = shrunk(self._pictures.open(index, NO_LIMIT).convert("RGB"), path)
+            except BadImage as error:
+                self._made[index] = Thumbnail(None, SIDE, SIDE, path, str(error))
         return self._made[index]
-
-    def _make(self, index: int) -> Thumbnail:
-        path = self._pictures.name(index)
-        try:
-            picture = self._pictures.open(index, NO_LIMIT).convert("RGB")
-        except BadImage as error:
-            return Thumbnail(None, SIDE, SIDE, path, str(error))
-        return shrunk(picture, path)
 
 
 def shrunk(picture: Image.Image, path: str) -> Thumbnail:

@@ -10,24 +10,26 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from clip_exp.reports.names import Scale, scale_of
+from clip_exp.config.evaluation import Scale
+from clip_exp.reports.names import scale_of
 
 LABELS = {"data_wait_s": "waiting for data", "compute_s": "computing"}
 
 
 def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, metrics of validation and of tasks, learning rate, speed and where the time goes over the steps of a run.
-
-    Args:
-        rows: of `metrics.csv` (`training.metrics.read_metrics`).
-        path: of the PNG.
-    """
-    names = {name for row in rows for name in row if name.startswith("val/")}
+    """Loss, metrics of validation and of tasks, learning rate, speed and where the time goes over the steps of a run."""
+    names = sorted({name for row in rows for name in row})
+    of_tasks: dict[str, list[str]] = {}
+    for name in names:
+        task, _, metric = name.partition("/")
+        # A median rank has another scale than fractions.
+        if metric and task not in ("train", "val") and scale_of(metric) is Scale.fraction:
+            of_tasks.setdefault(task, []).append(name)
     panels = {
         "loss": ["train/loss", "val/loss"],
         "recall on validation": [f"val/recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")],
-        "zero-shot accuracy on validation": sorted(name for name in names if "zeroshot" in name),
-        **_task_panels({name for row in rows for name in row}),
+        "zero-shot accuracy on validation": [name for name in names if name.startswith("val/") and "zeroshot" in name],
+        **of_tasks,
         "learning rate": ["lr"],
         "logit scale and gradient norm": ["logit_scale", "grad_norm"],
         "samples per second": ["samples_per_s"],
@@ -43,16 +45,6 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _task_panels(names: set[str]) -> dict[str, list[str]]:
-    """A panel for every task, of its metrics that are fractions: a median rank has another scale."""
-    panels: dict[str, list[str]] = {}
-    for name in sorted(names):
-        task, _, metric = name.partition("/")
-        if metric and task not in ("train", "val") and scale_of(metric) is Scale.fraction:
-            panels.setdefault(task, []).append(name)
-    return panels
 
 
 def _draw(axis: Axes, title: str, series: list[str], rows: list[dict[str, Any]]) -> None:

@@ -1,9 +1,11 @@
 """The page of a retrieval: recall both ways, and some queries with what they found."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from clip_exp.data.pictures import Pictures
+from clip_exp.reports.evaluation import Result
 from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
-from clip_exp.reports.results import Query, Result, Retrieved
 
 QUERIES = 12  # shown each way
 PICTURES = 6  # that a caption found
@@ -11,12 +13,32 @@ CAPTIONS = 6  # that a picture found
 WAYS = {"i2t": "a picture finds captions", "t2i": "a caption finds pictures"}
 
 
-def retrieval_page(result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
-    """The HTML of a retrieval's page.
+@dataclass(frozen=True)
+class Query:
+    """A picture with the captions that it found, or a caption with the pictures."""
 
-    Args:
-        heading: `page.heading`.
-    """
+    query: int
+    found: list[int]  # best first
+    scores: list[float]  # cosines
+    right: list[bool]
+    rank: int  # place of the first right one, 1 is best
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A few queries of a retrieval, spread evenly over the set. Pictures are positions in `pictures`, captions in `captions`."""
+
+    pictures: Pictures
+    captions: list[str]
+    image_to_text: list[Query]
+    text_to_image: list[Query]
+
+    def pages(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
+        return {".html": retrieval_page(result, self, heading)}
+
+
+def retrieval_page(result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
+    """The HTML of a retrieval's page."""
     metrics, pictures, captions = result.metrics, result.protocol["pictures"], len(details.captions)
     ks = sorted({int(key.removeprefix("recall@").partition("_")[0]) for key in metrics if key.startswith("recall@")})
     thumbnails = Thumbnails(details.pictures)
@@ -28,8 +50,24 @@ def retrieval_page(result: Result, details: Retrieved, heading: dict[str, Any]) 
         f"A guessed picture would be right for {percent(1 / pictures, 2)} of the captions.",
         ks=ks,
         recall=_recall(metrics, ks, pictures, captions),
-        text_queries=[_text_query(query, details, thumbnails) for query in _spread(details.text_to_image)],
-        image_queries=[_image_query(query, details, thumbnails) for query in _spread(details.image_to_text)],
+        text_queries=[
+            {
+                "caption": details.captions[query.query],
+                "rank": query.rank,
+                "shown_right": any(query.right[:PICTURES]),
+                "found": [{"thumbnail": thumbnails[index], **rest} for index, rest in _found(query, PICTURES)],
+            }
+            for query in _spread(details.text_to_image)
+        ],
+        image_queries=[
+            {
+                "thumbnail": thumbnails[query.query],
+                "rank": query.rank,
+                "shown_right": any(query.right[:CAPTIONS]),
+                "found": [{"caption": details.captions[index], **rest} for index, rest in _found(query, CAPTIONS)],
+            }
+            for query in _spread(details.image_to_text)
+        ],
         protocol=fact_rows(result.protocol),
     )
 
@@ -75,26 +113,9 @@ def _recall(metrics: dict[str, float], ks: list[int], pictures: int, captions: i
     return [*rows, guess]
 
 
-def _text_query(query: Query, details: Retrieved, thumbnails: Thumbnails) -> dict[str, Any]:
-    found = zip(query.found[:PICTURES], query.scores[:PICTURES], query.right[:PICTURES], strict=True)
-    return {
-        "caption": details.captions[query.query],
-        "rank": query.rank,
-        "shown_right": any(query.right[:PICTURES]),
-        "found": [{"thumbnail": thumbnails[index], "score": score, "right": right} for index, score, right in found],
-    }
-
-
-def _image_query(query: Query, details: Retrieved, thumbnails: Thumbnails) -> dict[str, Any]:
-    found = zip(query.found[:CAPTIONS], query.scores[:CAPTIONS], query.right[:CAPTIONS], strict=True)
-    return {
-        "thumbnail": thumbnails[query.query],
-        "rank": query.rank,
-        "shown_right": any(query.right[:CAPTIONS]),
-        "found": [
-            {"caption": details.captions[index], "score": score, "right": right} for index, score, right in found
-        ],
-    }
+def _found(query: Query, limit: int) -> list[tuple[int, dict[str, Any]]]:
+    columns = zip(query.found[:limit], query.scores[:limit], query.right[:limit], strict=True)
+    return [(index, {"score": score, "right": right}) for index, score, right in columns]
 
 
 def _spread(queries: list[Query]) -> list[Query]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from clip_exp.reports.names import Scale, scale_of, task_of
+from clip_exp.config.evaluation import Scale, TaskConfig
+from clip_exp.reports.names import scale_of, task_of
 from clip_exp.reports.page import (
-    KINDS,
     command_line,
     command_of,
     counted,
@@ -18,12 +18,12 @@ from clip_exp.reports.page import (
     percent,
     probability,
     render,
+    title_of,
     which_weights,
 )
 from clip_exp.runs import read_metrics, read_record, write_text
 
 METRICS_SHOWN = 4
-FIRST = ("recall@1_i2t", "recall@1_t2i", "median_rank_i2t", "median_rank_t2i", "mean_of_shifted/top1")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -38,6 +38,19 @@ def write_report(run_dir: Path) -> Path:
 def renew_report(run_dir: Path) -> Path:
     """Write `report.html` with the curves that are there, and the evaluations of now."""
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    record, epochs = read_record(run_dir), summary["epochs"]
+    facts = {
+        "model": f"{summary['model']}, {summary['parameters']:,} parameters",
+        "data": f"{summary['data']}, {counted(record.get('rows', 0), 'row')}",
+        "length": f"{counted(summary['steps'], 'step')}, {counted(summary['samples_seen'], 'pair')}"
+        + (f", {epochs:.1f} epochs" if epochs is not None else ""),
+        **data_facts(summary),
+        "time": f"{summary['seconds']:,.0f} s",
+        "device": f"{record.get('ranks')} × {record.get('device_name')}, {record.get('strategy')}, {record.get('precision')}",
+        "started": record.get("start"),
+        "git": (record.get("git") or {}).get("commit"),
+        "versions": ", ".join(f"{name} {version}" for name, version in record.get("packages", {}).items()),
+    }
     path = run_dir / "report.html"
     write_text(
         path,
@@ -45,12 +58,21 @@ def renew_report(run_dir: Path) -> Path:
             "run.html",
             title=str(summary["name"]),
             kind="Training run",
-            about=_about(summary),
+            about=[
+                str(summary["model"]),
+                str(summary["data"]),
+                counted(summary["steps"], "step"),
+                f"{number(round(summary['seconds']))} s",
+            ],
             made_by=str(run_dir),
-            metrics=[(name, _metric(name, value)) for name, value in summary["metrics"].items() if value is not None],
+            metrics=[
+                (name, f"{value:,.0f}" if scale_of(name) is Scale.rank else f"{value:,.4f}")
+                for name, value in summary["metrics"].items()
+                if value is not None
+            ],
             curves=base64.b64encode((run_dir / "report.png").read_bytes()).decode(),
             evaluations=evaluations(run_dir),
-            facts=fact_rows(_facts(summary, read_record(run_dir))),
+            facts=fact_rows(facts),
             command=command_of(run_dir),
             next_command=next_command(run_dir),
             config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
@@ -64,84 +86,43 @@ def next_command(run_dir: Path) -> str:
     return command_line("evaluate", [f"run={run_dir}"])
 
 
-def _about(summary: dict[str, Any]) -> list[str]:
-    return [
-        str(summary["model"]),
-        str(summary["data"]),
-        counted(summary["steps"], "step"),
-        f"{number(round(summary['seconds']))} s",
-    ]
-
-
-def _metric(name: str, value: float) -> str:
-    return f"{value:,.0f}" if scale_of(name) is Scale.rank else f"{value:,.4f}"
-
-
-def _facts(summary: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    epochs = summary["epochs"]
-    return {
-        "model": f"{summary['model']}, {summary['parameters']:,} parameters",
-        "data": f"{summary['data']}, {counted(record.get('rows', 0), 'row')}",
-        "length": f"{counted(summary['steps'], 'step')}, {counted(summary['samples_seen'], 'pair')}"
-        + (f", {epochs:.1f} epochs" if epochs is not None else ""),
-        **data_facts(summary),
-        "time": f"{summary['seconds']:,.0f} s",
-        "device": f"{record.get('ranks')} × {record.get('device_name')}, {record.get('strategy')}, {record.get('precision')}",
-        "started": record.get("start"),
-        "git": (record.get("git") or {}).get("commit"),
-        "versions": ", ".join(f"{name} {version}" for name, version in record.get("packages", {}).items()),
-    }
-
-
 def data_facts(summary: dict[str, Any]) -> dict[str, str]:
-    """Name to text; what was faultless, or was not counted yet when the summary was written, is left out.
+    """Name to text; what was faultless, or was not counted yet when the summary was written, is left out."""
 
-    Args:
-        summary: of a run, as `summary.json` has it.
-    """
-    facts = {
-        "bad pictures": _bad(summary.get("bad_pictures") or {}, "listed in bad_samples.csv"),
-        "bad rows": _bad(summary.get("bad_rows") or {}, "left out"),
-        "empty captions": _empty(summary.get("empty_captions") or {}),
-        "filter": _filter_values(summary.get("filter_values") or {}),
-        "cut captions": _share(summary.get("truncated_share"), "of those trained on"),
-        "waiting for data": _share(summary.get("data_wait_share"), "of the time of steps"),
-    }
-    return {name: text for name, text in facts.items() if text}
+    def bad(key: str, what_became: str) -> str:
+        """`4 of training (3 no such file, 1 empty file), left out`."""
+        texts = [
+            f"{sum(kinds.values()):,} of {table} ({', '.join(f'{count:,} {kind}' for kind, count in kinds.items())})"
+            for table, kinds in (summary.get(key) or {}).items()
+        ]
+        return f"{'; '.join(texts)}, {what_became}" if texts else ""
 
+    def share(key: str, of_what: str) -> str:
+        value = summary.get(key)
+        if not value:
+            return ""
+        return f"{percent(value)} {of_what}" if value >= 0.001 else f"less than {percent(0.001)} {of_what}"
 
-def _bad(tables: dict[str, dict[str, int]], what_became: str) -> str:
-    """`4 of training (3 no such file, 1 empty file), left out`."""
-    texts = [
-        f"{sum(kinds.values()):,} of {table} ({', '.join(f'{count:,} {kind}' for kind, count in kinds.items())})"
-        for table, kinds in tables.items()
+    empty = [  # `28 of training (66.7 %)`
+        f"{found['count']:,} of {table} ({probability(found['fraction'])})"
+        for table, found in (summary.get("empty_captions") or {}).items()
     ]
-    return f"{'; '.join(texts)}, {what_became}" if texts else ""
-
-
-def _empty(tables: dict[str, dict[str, Any]]) -> str:
-    """`28 of training (66.7 %)`."""
-    return "; ".join(
-        f"{found['count']:,} of {table} ({probability(found['fraction'])})" for table, found in tables.items()
-    )
-
-
-def _filter_values(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """`width of training: 3 not numbers, such as '1,024', 2 missing; these match nothing`."""
-    texts = []
-    for table, columns in tables.items():
+    filters = []  # `width of training: 3 not numbers, such as '1,024', 2 missing`
+    for table, columns in (summary.get("filter_values") or {}).items():
         for column, found in columns.items():
             parts = [f"{found['missing']:,} missing"] if found["missing"] else []
             if found["count"]:
                 parts.insert(0, f"{found['count']:,} not {found['kind']}, such as {found['example']!r}")
-            texts.append(f"{column} of {table}: {', '.join(parts)}")
-    return f"{'; '.join(texts)}; these match nothing" if texts else ""
-
-
-def _share(value: float | None, of_what: str) -> str:
-    if not value:
-        return ""
-    return f"{percent(value)} {of_what}" if value >= 0.001 else f"less than {percent(0.001)} {of_what}"
+            filters.append(f"{column} of {table}: {', '.join(parts)}")
+    facts = {
+        "bad pictures": bad("bad_pictures", "listed in bad_samples.csv"),
+        "bad rows": bad("bad_rows", "left out"),
+        "empty captions": "; ".join(empty),
+        "filter": f"{'; '.join(filters)}; these match nothing" if filters else "",
+        "cut captions": share("truncated_share", "of those trained on"),
+        "waiting for data": share("data_wait_share", "of the time of steps"),
+    }
+    return {name: text for name, text in facts.items() if text}
 
 
 def write_index(folder: Path) -> Path:
@@ -160,12 +141,14 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
     for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):  # a run's own weights come first
         result = json.loads(path.read_text(encoding="utf-8"))
         protocol = result["protocol"]
-        metrics = sorted(result["metrics"].items(), key=lambda item: item[0] not in FIRST)
+        task = TaskConfig.kinds().get(protocol.get("kind"))
+        first = task.headline if task is not None else ()
+        metrics = sorted(result["metrics"].items(), key=lambda item: item[0] not in first)
         page = path.with_suffix(".html")
         found.append(
             {
                 "name": task_of(path.stem),
-                "kind": KINDS.get(protocol.get("kind"), ""),
+                "kind": title_of(protocol.get("kind")),
                 "weights": which_weights(protocol),
                 "metrics": [(name, readable(name, value)) for name, value in metrics[:METRICS_SHOWN]],
                 "link": f"eval/{quote(page.name)}" if page.is_file() else None,

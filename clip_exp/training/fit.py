@@ -31,8 +31,7 @@ from clip_exp.data.images import preprocessing_of
 from clip_exp.data.preflight import RunTables
 from clip_exp.devices import benchmarks_convolutions, resolve_accelerator, training_precision
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError
-from clip_exp.evaluation.prepared import Task
-from clip_exp.losses.build import build_loss
+from clip_exp.evaluation.task import Task
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks import group
@@ -144,7 +143,7 @@ def _fit(
     zero_shot = ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
     model = _build_model(config, run_dir, resumes=resumes)
     torch.backends.cudnn.benchmark = benchmarks_convolutions(model.image, device_type, config.trainer.deterministic)
-    module = CLIPModule(model, build_loss(config.loss), config, steps, zero_shot)
+    module = CLIPModule(model, config.loss.build(), config, steps, zero_shot)
     device, preemption = group.device(device_type), Preemption(stop)
     trainer = build_trainer(
         config, run_dir, device=device, steps=steps, datamodule=datamodule, preemption=preemption, tasks=tasks

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 
 from clip_exp.config.base import nearest
-from clip_exp.config.evaluation import AutoTaskConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ClipExpError, ConfigError, gravest
-from clip_exp.evaluation.prepared import ClassificationTask, RetrievalTask, RobustnessTask, Task
-from clip_exp.evaluation.tasks import prepare_tasks
-from clip_exp.reports.names import CERTAIN, RETRIEVAL, VALIDATION, better, of_classification
+from clip_exp.evaluation.launch import prepare_tasks
+from clip_exp.evaluation.task import Task
+from clip_exp.reports.names import CERTAIN, VALIDATION, better
 
 OF_VALIDATION = [f"val/{name}" for name in VALIDATION]
 
@@ -56,28 +55,21 @@ def _top5_problem(monitor: str, classes: int) -> str:
 def _find_tasks(config: TrainConfig, *, fetch: bool) -> tuple[list[Task], list[ClipExpError]]:
     refused: list[ClipExpError] = []
     for name, task in config.task.items():
-        if isinstance(task, AutoTaskConfig):
-            problem = f"task.{name}.kind=auto scores a run on its validation data, which training does by itself."
+        if task.of_validation:
+            problem = (
+                f"task.{name}.kind={task.kind} scores a run on its validation data, which training does by itself."
+            )
             refused.append(ConfigError(f"{problem} Choose another task, as task=retrieval."))
         elif name in ("train", "val"):
             refused.append(ConfigError(f"task.{name}: this name is taken by metrics of training: rename your task."))
-    wanted = {name: task for name, task in config.task.items() if not isinstance(task, AutoTaskConfig)}
+    wanted = {name: task for name, task in config.task.items() if not task.of_validation}
     tasks, errors = prepare_tasks(wanted, config.output_dir, None, fetch=fetch) if wanted else ([], [])
     return tasks, [*refused, *errors]
 
 
 def _check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Iterator[str]:
-    measured: list[str] = []
-    top5: dict[str, int] = {}  # number of classes, by metric
-    for task in tasks:
-        if isinstance(task, RobustnessTask):
-            metrics = [f"{name}/top1" for name in (*task.sets, "mean_of_shifted")]
-        elif isinstance(task, RetrievalTask):
-            metrics = RETRIEVAL
-        else:
-            classes = len((task.images if isinstance(task, ClassificationTask) else task.test).class_names)
-            metrics, top5[f"{task.name}/top5"] = of_classification(classes), classes
-        measured += [f"{task.name}/{metric}" for metric in metrics]
+    measured = [f"{task.name}/{metric}" for task in tasks for metric in task.metrics]
+    top5 = {f"{task.name}/top5": task.num_classes for task in tasks if task.num_classes is not None}
     if monitor in measured:
         if config.task_every_n_steps is None:
             yield f"monitor={monitor} would be measured only once, at the end: set task_every_n_steps."

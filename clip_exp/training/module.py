@@ -19,7 +19,7 @@ from clip_exp.data.loader import Batch, EvalBatch
 from clip_exp.devices import exact_float32
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
-from clip_exp.losses.outputs import CLIPOutput
+from clip_exp.losses.batch import CLIPOutput
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import gather_objects, share_from_main
 from clip_exp.text.tokenizer import build_tokenizer

@@ -18,18 +18,17 @@ from clip_exp.config.base import plain
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.features import Cache, EncodeOptions
-from clip_exp.evaluation.prepared import KNNTask, ProbeTask, Task
 from clip_exp.evaluation.scoring import about_weights, score
 from clip_exp.evaluation.subject import Subject
+from clip_exp.evaluation.task import Task
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource, source_of_checkpoint
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from clip_exp.progress import silence
 from clip_exp.ranks.group import from_main, is_main, share_from_main
-from clip_exp.reports.evaluation import overlap_warning, show, write_result
+from clip_exp.reports.evaluation import Result, show, write_result
 from clip_exp.reports.names import name_in_run
-from clip_exp.reports.results import Result
 from clip_exp.runs import RunRecord
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.callbacks import Progress
@@ -50,7 +49,7 @@ class TaskScores(pl.Callback):
     `<task>/<metric>`. Nothing of training changes: the model that is scored is a module of its own.
     """
 
-    tasks: list[Task]  # prepared by `evaluation.tasks`
+    tasks: list[Task]  # prepared by `evaluation.launch`
     config: TrainConfig
     run_dir: Path
     progress: Progress  # which shows the values
@@ -60,9 +59,8 @@ class TaskScores(pl.Callback):
     _results: dict[str, Result] = field(default_factory=dict, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        overlaps = {task.name: task.overlap for task in self.tasks if isinstance(task, ProbeTask | KNNTask)}
-        for name, overlap in overlaps.items() if is_main() else []:
-            if overlap is not None and (warning := overlap_warning(name, {"overlap": overlap.protocol()})) is not None:
+        for task in self.tasks if is_main() else []:
+            for warning in task.warnings():
                 log.warning(warning)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -14,7 +14,6 @@ from clip_exp.config.files import conf_dir, options
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import StrategyName
 from clip_exp.errors import ConfigError
-from clip_exp.losses.build import build_loss
 from clip_exp.models.build import build_model
 from clip_exp.training.fit import build_strategy
 from clip_exp.training.metrics import build_loggers
@@ -86,7 +85,7 @@ def test_every_loss_is_built(option: str) -> None:
     config = train_config(f"loss={option}").loss
     assert config.name == option
     assert (config.logit_bias is not None) == (option == "sigmoid")
-    assert isinstance(build_loss(config), nn.Module)
+    assert isinstance(config.build(), nn.Module)
 
 
 @pytest.mark.parametrize("option", options("strategy"))

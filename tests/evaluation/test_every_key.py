@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from clip_exp.config.base import members
 from clip_exp.config.compose import compose
-from clip_exp.config.evaluation import EvaluateConfig, TaskConfig, TaskKind
+from clip_exp.config.evaluation import EvaluateConfig, TaskConfig
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import ClipExpError
@@ -124,7 +124,7 @@ NOT_THE_RESULT = {
     "model.name": "a label",
     "model.open_clip_name": "the name under which `pretrained` knows tags",
     "model.text.trim": "saves time: the features are the same",
-    **{f"task.{kind}.kind": "the task itself" for kind in TaskKind},
+    **{f"task.{kind}.kind": "the task itself" for kind in TaskConfig.kinds()},
     **{
         f"task.{at}{key}": reason
         for at in ("zero_shot.", "retrieval.", "knn.", "knn.train.", "linear_probe.", "linear_probe.train.")

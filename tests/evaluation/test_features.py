@@ -24,7 +24,6 @@ from clip_exp.config.names import named_model
 from clip_exp.data.images import preprocessing_of
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import DataError
-from clip_exp.evaluation.classification import zero_shot_classifier
 from clip_exp.evaluation.features import (
     Cache,
     EncodeOptions,
@@ -373,14 +372,14 @@ def test_a_classifier_is_kept_for_its_weights_names_and_templates(
     nano: CLIP, cache: Cache, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["cat", "dog\nwolf", "bird"] if change == "a line break in a name" else ["cat", "dog", "wolf"]
-    first = zero_shot_classifier(names, ["a {}."], subject(nano, cache))
+    first = subject(nano, cache).classifier(names, ["a {}."])
     encoded: list[int] = []
     encode_trees = nano.encode_text_trees
     monkeypatch.setattr(nano, "encode_text_trees", lambda *trees: encoded.append(1) or encode_trees(*trees))
     names = ["cat", "dog", "fox"] if change == "names" else names
     names = ["cat", "dog", "wolf\nbird"] if change == "a line break in a name" else names
     weights, templates = "b" if change == "weights" else "a", ["one {}." if change == "templates" else "a {}."]
-    second = zero_shot_classifier(names, templates, subject(nano, cache, weights))
+    second = subject(nano, cache, weights).classifier(names, templates)
     assert bool(encoded) == (change != "nothing")
     if change in ("nothing", "weights"):
         assert torch.equal(second, first)
@@ -390,7 +389,7 @@ def test_cut_texts_are_counted_from_the_cache_too(nano: CLIP, cache: Cache) -> N
     counts = []
     for _ in range(2):
         using = subject(nano, cache)
-        zero_shot_classifier(["cat", "very " * 100], ["a {}.", "the {}."], using)
+        using.classifier(["cat", "very " * 100], ["a {}.", "the {}."])
         counts.append(using.tokenizer.truncated)
     assert counts == [2, 2]
 

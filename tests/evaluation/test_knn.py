@@ -13,9 +13,9 @@ import clip_exp
 from clip_exp.config.base import parse
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
-from clip_exp.evaluation import knn
-from clip_exp.evaluation.knn import nearest, vote
 from clip_exp.evaluation.launch import check, evaluate
+from clip_exp.evaluation.tasks.knn import score as knn
+from clip_exp.evaluation.tasks.knn.score import nearest, vote
 from tests.evaluation.tinted import CLASSES, blobs, direct, tinted
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from clip_exp.config.evaluation import EvaluateConfig, ZeroShotTaskConfig
-from clip_exp.evaluation.launch import evaluate
-from clip_exp.evaluation.tasks import prepare_tasks
+from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.evaluation.launch import evaluate, prepare_tasks
+from clip_exp.evaluation.tasks.zero_shot import ZeroShotTaskConfig
 from clip_exp.models.clip import CLIP
 from clip_exp.reports.run_page import evaluations
 from tests.small_runs import write_checkpoint, write_run

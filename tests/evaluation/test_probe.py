@@ -19,11 +19,11 @@ from torchvision import models
 import clip_exp
 from clip_exp.config.base import parse
 from clip_exp.config.data import OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig, LinearProbeTaskConfig
+from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
-from clip_exp.evaluation.probe import choose_c, fit_probe, predict, search
-from clip_exp.evaluation.splits import require_division
+from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig, require_division
+from clip_exp.evaluation.tasks.linear_probe.score import choose_c, fit_probe, predict, search
 from tests.evaluation.tinted import CLASSES, blobs, direct, tinted
 from tests.runs import Finished
 from tests.small_runs import write_picture

@@ -20,7 +20,7 @@ from clip_exp.evaluation import classification
 from clip_exp.evaluation.features import EncodeOptions
 from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.sets.class_names import class_set, imagenet_classes
-from clip_exp.evaluation.supervised import Preset, load_supervised, restrict
+from clip_exp.evaluation.tasks.robustness.supervised import Preset, load_supervised, restrict
 from tests.small_runs import write_picture
 
 SETS = ("imagenet", "imagenet_v2", "imagenet_r", "objectnet", "imagenet_sketch", "imagenet_a")
@@ -197,7 +197,7 @@ def test_a_name_is_embedded_once_however_many_sets_have_it(
         built.extend(class_names)
         return build(model, tokenizer, class_names, *rest, **others)
 
-    monkeypatch.setattr(classification, "build_classifier", spy)
+    monkeypatch.setattr("clip_exp.evaluation.subject.build_classifier", spy)
     evaluate(config(tmp_path, run_dir, {"root": str(root), "baseline": None}, cache_gb=0.0))
     assert built[:1000] == [name for _, name in imagenet_classes()]
     assert len(built) == 1002, "ObjectNet has two names of its own here"

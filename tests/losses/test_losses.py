@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.config.data import PairLabel
-from clip_exp.config.training import LossConfig, SigmoidLossConfig, SoftmaxLossConfig
-from clip_exp.losses.build import build_loss
-from clip_exp.losses.matches import ALL, Matches
-from clip_exp.losses.outputs import CLIPOutput
-from clip_exp.losses.sigmoid import sigmoid_loss
-from clip_exp.losses.softmax import softmax_loss
+from clip_exp.config.training import LossConfig
+from clip_exp.losses.batch import ALL, CLIPOutput, Matches
+from clip_exp.losses.sigmoid import SigmoidLossConfig
+from clip_exp.losses.sigmoid.loss import sigmoid_loss
+from clip_exp.losses.softmax import SoftmaxLossConfig
+from clip_exp.losses.softmax.loss import softmax_loss
 from tests.losses.largest import LargestTensor
 
 B, D = 12, 16
@@ -136,7 +136,7 @@ def test_repeated_captions_and_pictures_match_as_configured(
 ) -> None:
     """Pairs 0 and 1 share a caption, 1 and 2 a picture."""
     image_BD, text_BD, scale, bias = leaves()
-    loss = build_loss(kind(same_caption=same_caption, same_image=same_image))
+    loss = kind(same_caption=same_caption, same_image=same_image).build()
     actual = loss(CLIPOutput(image_BD, text_BD, scale, bias), ids(7, 7), ids(5, 9, 9))
     matches_BB = torch.eye(B, dtype=torch.bool)
     for i, j in pairs:
@@ -151,7 +151,7 @@ def test_repeated_captions_and_pictures_match_as_configured(
 
 @pytest.mark.parametrize("kind", [SoftmaxLossConfig, SigmoidLossConfig])
 def test_loss_is_computed_in_float32_under_autocast(kind: type[LossConfig]) -> None:
-    loss = build_loss(kind())
+    loss = kind().build()
     output = CLIPOutput(*leaves(scale=100.0))
     expected = loss(output, ids(), ids())
     with torch.autocast("cpu", dtype=torch.bfloat16):

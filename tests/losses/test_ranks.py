@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.config.data import PairLabel
-from clip_exp.config.training import LossConfig, SigmoidLossConfig, SoftmaxLossConfig
-from clip_exp.losses.build import build_loss
-from clip_exp.losses.collectives import gather, gather_with_grad
-from clip_exp.losses.outputs import CLIPOutput
-from clip_exp.losses.sigmoid import sigmoid_loss
+from clip_exp.config.training import LossConfig
+from clip_exp.losses.batch import CLIPOutput, gather, gather_with_grad
+from clip_exp.losses.sigmoid import SigmoidLossConfig
+from clip_exp.losses.sigmoid.loss import sigmoid_loss
+from clip_exp.losses.softmax import SoftmaxLossConfig
 from tests.losses.largest import LargestTensor
 from tests.processes import run_on_ranks
 
@@ -38,7 +38,7 @@ def step(config: LossConfig, rows: slice) -> dict[str, Tensor]:
     output = CLIPOutput(
         F.normalize(image_BD @ weight_DD, dim=-1), F.normalize(text_BD @ weight_DD.T, dim=-1), scale, bias
     )
-    loss = build_loss(config)(output, caption_id_B, image_id_B)
+    loss = config.build()(output, caption_id_B, image_id_B)
     loss.backward()
     leaves = {"weight": weight_DD, "logit_scale": scale, "logit_bias": bias}
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.config.model import Activation
-from clip_exp.losses.softmax import softmax_loss
+from clip_exp.losses.softmax.loss import softmax_loss
 from clip_exp.models.build import build_model
 from clip_exp.models.clip import CLIP
 from tests.models.small import CONTEXT_LENGTH, batch, open_clip_twin, small_config, trim

@@ -8,7 +8,10 @@ import torch
 
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.evaluation.classification import accuracies
-from clip_exp.reports.results import Classified, Compared, Query, Result, Retrieved
+from clip_exp.reports.classification_page import Classified
+from clip_exp.reports.comparison_page import Compared
+from clip_exp.reports.evaluation import Result
+from clip_exp.reports.retrieval_page import Query, Retrieved
 from tests.small_runs import write_picture
 
 ATTACK = "\"'><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7 * 7 }}"

@@ -10,8 +10,7 @@ import pytest
 from sklearn.metrics import confusion_matrix, recall_score
 
 from clip_exp.reports import classification_page
-from clip_exp.reports.classification_page import as_csv, distinct_names, mistakes, per_class
-from clip_exp.reports.results import Classified
+from clip_exp.reports.classification_page import Classified, as_csv, distinct_names, mistakes, per_class
 from tests.reports.examples import classified, noise_files
 
 

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from clip_exp.reports.evaluation import show, write_result
-from clip_exp.reports.results import Result, TensorFile
+from clip_exp.reports.evaluation import Result, TensorFile, show, write_result
 from clip_exp.reports.run_page import renew_report
 from tests.reports.examples import (
     classification_result,

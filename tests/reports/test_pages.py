@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from clip_exp.reports.classification_page import classification_page
-from clip_exp.reports.comparison_page import comparison_page
+from clip_exp.reports.comparison_page import Compared, comparison_page
+from clip_exp.reports.evaluation import Result
 from clip_exp.reports.page import fact_rows, probability
-from clip_exp.reports.results import Compared, Result
 from clip_exp.reports.retrieval_page import retrieval_page
 from tests.reports.examples import (
     ATTACK,

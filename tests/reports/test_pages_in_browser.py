@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from clip_exp.reports.evaluation import show, write_result
-from clip_exp.reports.results import Result
+from clip_exp.reports.evaluation import Result, show, write_result
 from tests.reports.examples import (
     ATTACK,
     classification_result,

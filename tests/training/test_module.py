@@ -8,7 +8,6 @@ import torch
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.loader import Batch, EvalBatch
 from clip_exp.evaluation.validation import ValidationFeatures
-from clip_exp.losses.build import build_loss
 from clip_exp.training import module as training_module
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.optim import build_optimizer
@@ -23,7 +22,7 @@ def build_module(config: TrainConfig) -> CLIPModule:
     """A module of fake tensors on a GPU, with as much of a Trainer as its steps ask for."""
     bias = config.loss.logit_bias
     module = CLIPModule(
-        fake_model(config.model, "cuda", init_logit_bias=bias), build_loss(config.loss), config, total_steps=100
+        fake_model(config.model, "cuda", init_logit_bias=bias), config.loss.build(), config, total_steps=100
     )
     module._device = torch.device("cuda:0")
     module._trainer = SimpleNamespace(strategy=object())  # type: ignore[assignment]

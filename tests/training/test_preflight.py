@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 
 from clip_exp.errors import ConfigError
+from clip_exp.evaluation.tasks.zero_shot import ZeroShotTaskConfig
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config
 
@@ -31,7 +32,7 @@ def test_devices_are_counted_before_the_run_begins(gpus: int, overrides: tuple[s
 
 def test_a_task_downloads_its_data_once_and_where_nothing_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[str] = []
-    monkeypatch.setattr("clip_exp.evaluation.tasks._prepare", lambda name, *_: prepared.append(name) or [])
+    monkeypatch.setattr(ZeroShotTaskConfig, "prepare", lambda self, name, *_: prepared.append(name) or [])
     task = ("task=cifar10", "task.cifar10.root=x", "task.cifar10.download=true")
     check_train(train_config(*task))
     assert prepared == ["cifar10"]

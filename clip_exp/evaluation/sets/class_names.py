@@ -31,9 +31,6 @@ def templates(source: str | list[str], where: str = "templates") -> list[str]:
     Args:
         source: `openai` (80), `simple` (7), a list, one template, or a file: plain text with one template per line, or a
             list as YAML or JSON.
-        where: the configuration key, for messages.
-    Raises:
-        ConfigError: no such file, no templates, or one without `{}`.
     """
     if isinstance(source, str) and source in NAMED_TEMPLATES:
         return [template(PLACEHOLDER) for template in getattr(zero_shot_metadata(), NAMED_TEMPLATES[source])]
@@ -102,10 +99,6 @@ def read_lines(source: Any, where: str, accepted: str) -> list[str]:
 
     Args:
         source: a list, or a file: plain text with a text per line, or a list as YAML or JSON.
-        where: the configuration key, for messages.
-        accepted: what `where` may be, for messages.
-    Raises:
-        ConfigError: neither a list of texts nor a file of one, or nothing in it.
     """
     found, where = _found(source, where, accepted)
     if isinstance(found, Pairs):
@@ -118,13 +111,15 @@ def read_names(source: Any, where: str, accepted: str) -> list[str] | dict[str, 
 
     Args:
         source: a list, a mapping, or a file: plain text with `name` or `label<tab>name` per line, YAML, or JSON.
-        where, accepted: see `read_lines`.
-    Raises:
-        ConfigError: neither of them, nothing in it, or a label twice.
     """
     found, where = _found(source, where, accepted)
     if isinstance(found, list) and not isinstance(found, Pairs) and isinstance(source, str):
-        found = _split_at_tabs(found, where)
+        tabs = [isinstance(line, str) and "\t" in line.strip() for line in found]
+        if any(tabs) and not all(tabs):
+            raise ConfigError(
+                f"{where}: '{found[tabs.index(False)]}' has no tab between label and name, as others have."
+            )
+        found = Pairs(tuple(line.strip().split("\t", 1)) for line in found) if any(tabs) else found
     if not isinstance(found, Pairs):
         return _texts(found, where, accepted)
     labels = _texts([label for label, _ in found], where, accepted)
@@ -152,39 +147,23 @@ def _found(source: Any, where: str, accepted: str) -> tuple[Any, str]:
         ) from error
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {error.strerror or error}.") from error
-    return _parse(path.suffix.lower(), text, where), where
-
-
-def _parse(suffix: str, text: str, where: str) -> Any:
+    suffix = path.suffix.lower()
     try:
         if suffix == ".json":
-            return json.loads(text, object_pairs_hook=Pairs)
+            return json.loads(text, object_pairs_hook=Pairs), where
         if suffix in (".yaml", ".yml"):
-            return _yaml(text)
+            node = yaml.compose(text, Loader=yaml.BaseLoader)
+            if isinstance(node, yaml.MappingNode):
+                return Pairs((_scalar(key), _scalar(value)) for key, value in node.value), where
+            return [_scalar(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else None, where
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         kind = "JSON" if suffix == ".json" else "YAML"
         raise ConfigError(f"{where} is not valid {kind}: {' '.join(str(error).split())}.") from error
-    return [line for line in text.split("\n") if line.strip()]
-
-
-def _yaml(text: str) -> Any:
-    node = yaml.compose(text, Loader=yaml.BaseLoader)
-    if isinstance(node, yaml.MappingNode):
-        return Pairs((_scalar(key), _scalar(value)) for key, value in node.value)
-    return [_scalar(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else None
+    return [line for line in text.split("\n") if line.strip()], where
 
 
 def _scalar(node: yaml.Node) -> str | None:
     return node.value if isinstance(node, yaml.ScalarNode) else None
-
-
-def _split_at_tabs(lines: list[Any], where: str) -> list[Any] | Pairs:
-    tabs = [isinstance(line, str) and "\t" in line.strip() for line in lines]
-    if not any(tabs):
-        return lines
-    if not all(tabs):
-        raise ConfigError(f"{where}: '{lines[tabs.index(False)]}' has no tab between label and name, as others have.")
-    return Pairs(tuple(line.strip().split("\t", 1)) for line in lines)
 
 
 def _texts(values: Any, where: str, accepted: str) -> list[str]:
@@ -192,12 +171,9 @@ def _texts(values: Any, where: str, accepted: str) -> list[str]:
         raise ConfigError(f"{where} holds no texts; it may be {accepted}.")
     for number, value in enumerate(values, start=1):
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip(BLANKS):
+            shown = repr(value)
+            if value is None or isinstance(value, list | dict):
+                shown = "nothing" if value is None else "a list" if type(value) is list else "a mapping"
             hint = " Put it in quotes." if isinstance(value, bool | float) else ""
-            raise ConfigError(f"{where}: entry {number} is {_shown(value)}, not a text.{hint}")
+            raise ConfigError(f"{where}: entry {number} is {shown}, not a text.{hint}")
     return [str(value).strip(BLANKS) for value in values]
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, list | dict):
-        return "nothing" if value is None else "a list" if type(value) is list else "a mapping"
-    return repr(value)

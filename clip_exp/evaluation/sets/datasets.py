@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config.data import OnBadRow
-from clip_exp.config.evaluation import LabeledDataConfig
+from clip_exp.config.evaluation import SOURCES, LabeledDataConfig, TableConfig
 from clip_exp.data.generated import generate
 from clip_exp.data.pictures import PictureFiles, TablePictures, label_of_images
 from clip_exp.data.tables.columns import BLANKS
@@ -18,7 +17,6 @@ from clip_exp.evaluation.sets.labeled import LabeledImages, find_pictures, in_or
 from clip_exp.evaluation.sets.objectnet import from_objectnet
 from clip_exp.evaluation.sets.torchvision_sets import from_torchvision
 
-SOURCES = ("root", "table", "generate", "torchvision")
 PARTS = ("train", "val")  # of a generated data set
 SPLIT = re.compile(
     r"(test(ing)?|val(id(ation)?)?|dev|eval(uation)?|train(ing)?)([ _-]?(set|split|data|images?|\d+))*", re.IGNORECASE
@@ -55,21 +53,14 @@ def labeled_images(
         return from_flat_folder(data.root, data.ground_truth, data.classes, where)
     if data.root is not None:
         return from_folder(data.root, data.classes, where)
-    table = data.table if data.generate is None else _generated(data, where, output_dir, split)
+    table: Any = data.table
+    if data.generate is not None:
+        part = data.split or split or "val"
+        if part not in PARTS:
+            raise ConfigError(f"{where}.split={part} must be one of {', '.join(PARTS)}.")
+        table = str(getattr(generate(data.generate, Path(output_dir)), part))
     require_tables(table, where)
-    return from_table(
-        table,
-        image_key=data.image_key,
-        label_key=data.label_key,
-        image_root=data.image_root,
-        allow_outside_root=data.allow_outside_root,
-        separator=data.separator,
-        encoding=data.encoding,
-        on_bad_row=data.on_bad_row,
-        filter=data.filter,
-        classes=data.classes,
-        where=where,
-    )
+    return from_table(table, data, where)
 
 
 def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") -> LabeledImages:
@@ -77,10 +68,6 @@ def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") 
 
     Names that are all numbers are ordered by value, as ImageNetV2's, others by code point. Hidden files and files that are
     no pictures are left out. Under `labels` a name is its folder's with `_` as a space.
-
-    Raises:
-        ConfigError: no such folder, or one above the classes; `classes` does not fit the folders.
-        DataError: no class folders, no pictures, or under a published list a folder that is no class of it.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -89,25 +76,22 @@ def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") 
         )
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     folders = in_order(name.strip(BLANKS) for name in found)
-    published = isinstance(classes, str) and classes in CLASS_SETS
     files: dict[str, list[str]] = {folder: [] for folder in folders}
     for name in found:
         files[name.strip(BLANKS)] += find_pictures(root / name)
     if not isinstance(classes, dict):  # which names the folders that are classes
         require_class_folders(root, files, where)
     if not any(files.values()):
-        raise DataError(f"{where}.root={root} holds no folder with pictures.{_about_loose(root, published, where)}")
+        loose = ""
+        if find_pictures(root, below=False):
+            published = isinstance(classes, str) and classes in CLASS_SETS
+            with_file = f", or name a file of their labels: {where}.ground_truth=FILE" if published else ""
+            loose = f" There are pictures in the folder itself: sort them into one folder per class{with_file}."
+        raise DataError(f"{where}.root={root} holds no folder with pictures.{loose}")
     matched = match(folders, [folder.replace("_", " ") for folder in folders], classes, str(root), where)
     paths = [path for folder in folders for path in files[folder]]
     labels = [matched.position[folder] for folder in folders for _ in files[folder]]
     return LabeledImages(PictureFiles(paths), labels, matched.names, str(root), matched.keys, imagenet=matched.imagenet)
-
-
-def _about_loose(root: Path, published: bool, where: str) -> str:
-    if not find_pictures(root, below=False):
-        return ""
-    labels = f", or name a file of their labels: {where}.ground_truth=FILE" if published else ""
-    return f" There are pictures in the folder itself: sort them into one folder per class{labels}."
 
 
 def require_class_folders(root: Path, files: dict[str, list[str]], where: str) -> None:
@@ -119,11 +103,11 @@ def require_class_folders(root: Path, files: dict[str, list[str]], where: str) -
 
     Args:
         files: of each folder all images in it and below.
-        where: the task's key, for messages.
-    Raises:
-        ConfigError: it is; the message names the folder to give instead.
     """
-    holding = {folder: _places(root, paths) for folder, paths in files.items() if paths}
+    start = len(str(root / "_")) - 1
+    holding: dict[str, list[Place]] = {
+        folder: [tuple(path[start:].split("/")) for path in paths] for folder, paths in files.items() if paths
+    }
     if not holding:
         return
     key = f"{where}.root={root}"
@@ -134,8 +118,11 @@ def require_class_folders(root: Path, files: dict[str, list[str]], where: str) -
             f"{key} is above the classes: {listing(splits)} {'is a split' if len(splits) == 1 else 'are splits'}. Give "
             f"{where}.root={_class_level(root, holding)}."
         )
-    if len(nested) < len(holding) or _has_inner_folder(holding):
+    if len(nested) < len(holding):
         return
+    places = [place for places in holding.values() for place in places]
+    if len({place[1:-1] for place in places}) == 1 and all(len(place) == 3 for place in places):
+        return  # all images are in `<class>/<name>/`, of one name
     first = next(iter(holding))
     raise ConfigError(
         f"{key} is above the classes: its folders ({listing([*holding])}) hold no images, only folders of images, such as "
@@ -144,24 +131,16 @@ def require_class_folders(root: Path, files: dict[str, list[str]], where: str) -
     )
 
 
-def _places(root: Path, paths: list[str]) -> list[Place]:
-    start = len(str(root / "_")) - 1
-    return [tuple(path[start:].split("/")) for path in paths]
-
-
-def _has_inner_folder(holding: dict[str, list[Place]]) -> bool:
-    """Whether all images are in `<class>/<name>/`, of one name."""
-    return len({place[1:-1] for places in holding.values() for place in places}) == 1 and all(
-        len(place) == 3 for places in holding.values() for place in places
-    )
-
-
 def _class_level(root: Path, holding: dict[str, list[Place]]) -> Path:
     """Return the folder to give instead: down from the root until folders hold images; a held-out split with classes, if there is one."""
+
+    def preference(folder: str) -> tuple[bool, int]:
+        starts = [folder.lower().startswith(name) for name in SCORED_FIRST]
+        rank = starts.index(True) if SPLIT.fullmatch(folder) else len(starts)
+        return len({place[1] for place in holding[folder] if len(place) > 2}) < 2, rank
+
     while True:
-        folder = min(
-            holding, key=lambda name: (len({place[1] for place in holding[name] if len(place) > 2}) < 2, _rank(name))
-        )
+        folder = min(holding, key=preference)
         root, places = root / folder, [place[1:] for place in holding[folder]]
         holding = {}
         for place in places:
@@ -169,20 +148,6 @@ def _class_level(root: Path, holding: dict[str, list[Place]]) -> Path:
         is_split = all(SPLIT.fullmatch(name) for name in holding)
         if any(len(place) < 2 for place in places) or (not is_split and any(len(place) == 2 for place in places)):
             return root
-
-
-def _rank(folder: str) -> int:
-    """Return the place of a split among `SCORED_FIRST`, after all of them for what is no split."""
-    starts = [folder.lower().startswith(name) for name in SCORED_FIRST]
-    return starts.index(True) if SPLIT.fullmatch(folder) else len(starts)
-
-
-def _generated(data: LabeledDataConfig, where: str, output_dir: str, split: str | None) -> str:
-    assert data.generate is not None
-    part = data.split or split or "val"
-    if part not in PARTS:
-        raise ConfigError(f"{where}.split={part} must be one of {', '.join(PARTS)}.")
-    return str(getattr(generate(data.generate, Path(output_dir)), part))
 
 
 def require_tables(tables: Any, where: str) -> None:
@@ -196,58 +161,42 @@ def require_tables(tables: Any, where: str) -> None:
         raise ConfigError(f"{where}.table: {error}") from error
 
 
-def read_pairs(table: Any, where: str, **options: Any) -> PairTable:
+def read_pairs(
+    table: Any, where: str, data: TableConfig, *, caption_key: str | None = None, label_key: str | None = None
+) -> PairTable:
     """`data.tables.read_table`, whose messages name the task's keys instead of a run's."""
     try:
-        return read_table(table, **options)
+        return read_table(
+            table,
+            image_key=data.image_key,
+            caption_key=caption_key,
+            label_key=label_key,
+            image_root=data.image_root,
+            separator=data.separator,
+            encoding=data.encoding,
+            on_bad_row=data.on_bad_row,
+            filter=data.filter,
+        )
     except (ConfigError, DataError) as error:
         keys = "image_key|caption_key|label_key|image_root|separator|encoding|on_bad_row|filter"
         raise type(error)(re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))) from error
 
 
-def from_table(
-    table: Any,
-    *,
-    image_key: str,
-    label_key: str,
-    image_root: str | None = None,
-    allow_outside_root: bool = False,
-    separator: str = "auto",
-    encoding: str = "auto",
-    on_bad_row: OnBadRow = OnBadRow.error,
-    filter: str | None = None,
-    classes: Any = "labels",
-    where: str = "task",
-) -> LabeledImages:
+def from_table(table: Any, data: LabeledDataConfig, where: str = "task") -> LabeledImages:
     """Pictures of a table, labelled by a column; the classes are its distinct values.
 
     Values that are all numbers are ordered by value, others by code point. A picture in several rows, as with several
     captions, counts once; one without a label is left out, as in validation.
-
-    Raises:
-        ConfigError: no such file; `classes` does not fit the labels.
-        DataError: a column is missing, a row is bad, a label contradicts another, or there are none.
     """
-    pairs = read_pairs(
-        table,
-        where,
-        image_key=image_key,
-        caption_key=None,
-        label_key=label_key,
-        image_root=image_root,
-        separator=separator,
-        encoding=encoding,
-        on_bad_row=on_bad_row,
-        filter=filter,
-    )
+    pairs = read_pairs(table, where, data, label_key=data.label_key)
     labels = label_of_images(pairs)
     labeled = [picture for picture, label in enumerate(labels) if label]
     if not labeled:
-        raise DataError(f"{table}: the column {label_key} is empty in every row.")
+        raise DataError(f"{table}: the column {data.label_key} is empty in every row.")
     present = in_order(labels[picture] for picture in labeled)
-    matched = match(present, present, classes, str(table), where)
+    matched = match(present, present, data.classes, str(table), where)
     return LabeledImages(
-        TablePictures(pairs, [int(pairs.rows_of(picture)[0]) for picture in labeled], allow_outside_root),
+        TablePictures(pairs, [int(pairs.rows_of(picture)[0]) for picture in labeled], data.allow_outside_root),
         [matched.position[labels[picture]] for picture in labeled],
         matched.names,
         str(table),

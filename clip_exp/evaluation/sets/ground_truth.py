@@ -6,7 +6,7 @@ import os
 import re
 import tarfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables.columns import BLANKS
@@ -28,14 +28,6 @@ def from_flat_folder(root: str | Path, ground_truth: str | Path, classes: Any, w
     """`<root>/<picture>`, labelled by a file.
 
     Labels without names belong to the pictures in the order of their names, numbers in names by value.
-
-    Args:
-        ground_truth: see `read_ground_truth`.
-        classes: see `labeled.match`.
-        where: the task's key, for messages.
-    Raises:
-        ConfigError: no such folder or file; `classes` does not fit the labels.
-        DataError: no pictures, another number of labels than pictures, a picture without a label, a label that is no class.
     """
     root, key = Path(root).expanduser(), f"{where}.ground_truth"
     if not root.is_dir():
@@ -73,14 +65,15 @@ def read_ground_truth(path: str | Path, key: str) -> Labels:
         path: ImageNet's devkit as a folder or as its archive, whose ids 1 to 1000 become wnids by its `meta.mat`; Kaggle's
             LOC_val_solution.csv; text with `picture label` per line, as Caffe's val.txt; or text with a label per line.
             Labels are wnids, or numbers that count the wnids in their order from 0.
-        key: of the configuration, for messages.
-    Raises:
-        ConfigError: no such file, or one that is none of these.
-        DataError: a label in it cannot be read.
     """
     file, where = Path(path).expanduser(), f"{key}={path}"
     if file.is_dir() or (file.name == DEVKIT_IDS and (file.parent / DEVKIT_CLASSES).is_file()):
-        return _from_devkit(*_devkit_folder(file if file.is_dir() else file.parent, where), where)
+        folder = file if file.is_dir() else file.parent
+        for below in DEVKIT_FOLDERS:
+            ids, classes = folder / below / DEVKIT_IDS, folder / below / DEVKIT_CLASSES
+            if ids.is_file() and classes.is_file():
+                return _from_devkit(ids.read_bytes(), classes.read_bytes(), where)
+        raise ConfigError(f"{where} holds no data/{DEVKIT_IDS} with data/{DEVKIT_CLASSES}: it may be {ACCEPTED}.")
     if not file.is_file():
         raise ConfigError(f"{where}: no such file. It may be {ACCEPTED}.")
     if file.name == DEVKIT_IDS:
@@ -93,23 +86,15 @@ def read_ground_truth(path: str | Path, key: str) -> Labels:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not text. It may be {ACCEPTED}.") from error
-    return _from_text([stripped for line in text.split("\n") if (stripped := line.strip(BLANKS))], where)
-
-
-def _from_text(lines: list[str], where: str) -> Labels:
+    lines = [stripped for line in text.split("\n") if (stripped := line.strip(BLANKS))]
     if not lines:
         raise DataError(f"{where} is empty. It may be {ACCEPTED}.")
     if [field.strip().lower() for field in lines[0].split(",")] == ["imageid", "predictionstring"]:
-        return _by_name(
-            [(row[0], (row[1].split() or [""])[0]) for row in csv.reader(lines[1:]) if len(row) == 2], where
-        )
-    pairs = [line.rsplit(None, 1) for line in lines]
-    if all(len(pair) == 2 and Path(pair[0]).suffix.lower() in IMAGE_SUFFIXES for pair in pairs):
-        return _by_name([(pair[0], pair[1]) for pair in pairs], where)
-    return lines
-
-
-def _by_name(pairs: list[tuple[str, str]], where: str) -> dict[str, str]:
+        pairs = [[row[0], (row[1].split() or [""])[0]] for row in csv.reader(lines[1:]) if len(row) == 2]
+    else:
+        pairs = [line.rsplit(None, 1) for line in lines]
+        if not all(len(pair) == 2 and Path(pair[0]).suffix.lower() in IMAGE_SUFFIXES for pair in pairs):
+            return lines
     labels: dict[str, str] = {}
     for picture, label in pairs:
         name = _stem(picture)
@@ -118,14 +103,6 @@ def _by_name(pairs: list[tuple[str, str]], where: str) -> dict[str, str]:
         if labels.setdefault(name, label) != label:
             raise DataError(f"{where} has two labels for {picture}: {labels[name]} and {label}.")
     return labels
-
-
-def _devkit_folder(folder: Path, where: str) -> tuple[bytes, bytes]:
-    for below in DEVKIT_FOLDERS:
-        ids, classes = folder / below / DEVKIT_IDS, folder / below / DEVKIT_CLASSES
-        if ids.is_file() and classes.is_file():
-            return ids.read_bytes(), classes.read_bytes()
-    raise ConfigError(f"{where} holds no data/{DEVKIT_IDS} with data/{DEVKIT_CLASSES}: it may be {ACCEPTED}.")
 
 
 def _devkit_archive(file: Path, where: str) -> tuple[bytes, bytes]:
@@ -147,25 +124,21 @@ def _devkit_archive(file: Path, where: str) -> tuple[bytes, bytes]:
 
 
 def _from_devkit(ids: bytes, classes: bytes, where: str) -> list[str]:
-    wnid = _wnid_by_id(io.BytesIO(classes), where)
-    lines = ids.decode("ascii", errors="replace").split()
-    if unknown := [line for line in lines if line not in wnid]:
-        raise DataError(f"{where}: {DEVKIT_IDS} has {listing(unknown)}, which {DEVKIT_CLASSES} does not know.")
-    return [wnid[line] for line in lines]
-
-
-def _wnid_by_id(meta: IO[bytes], where: str) -> dict[str, str]:
-    """Of the classes without children: the others are groups of them."""
+    """The wnids of a list of ids, by the classes without children: the others are groups of them."""
     from scipy.io import loadmat  # 0.2 s to import
 
     try:
-        synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        synsets = loadmat(io.BytesIO(classes), squeeze_me=True)["synsets"]
         columns = (synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"])
-        return {str(int(number)): str(wnid) for number, wnid, children in zip(*columns, strict=True) if children == 0}
+        wnid = {str(int(number)): str(name) for number, name, children in zip(*columns, strict=True) if children == 0}
     except Exception as error:  # scipy raises what it meets in a damaged file
         raise DataError(
             f"{where}: its {DEVKIT_CLASSES} cannot be read ({error}). Download the devkit again."
         ) from error
+    lines = ids.decode("ascii", errors="replace").split()
+    if unknown := [line for line in lines if line not in wnid]:
+        raise DataError(f"{where}: {DEVKIT_IDS} has {listing(unknown)}, which {DEVKIT_CLASSES} does not know.")
+    return [wnid[line] for line in lines]
 
 
 def _stem(path: str) -> str:

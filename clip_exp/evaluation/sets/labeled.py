@@ -47,11 +47,7 @@ class LabeledImages:
 
 
 def find_pictures(folder: Path, below: bool = True) -> list[str]:
-    """Picture files of a folder, sorted; links are followed, hidden files and folders are not.
-
-    Args:
-        below: those in its folders too.
-    """
+    """Picture files of a folder, sorted; links are followed, hidden files and folders are not."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if below and not name.startswith(".")]
@@ -106,56 +102,38 @@ def match(labels: list[str], own_names: list[str], classes: Any, data: str, wher
     Args:
         labels: distinct, in the order of the classes.
         own_names: what they are called where `classes` is `labels`.
-        classes: see `LabeledDataConfig`.
-        data: the folder or table, for messages.
-        where: the task's key, for messages.
-    Raises:
-        ConfigError: the names do not fit the labels.
-        DataError: under a published list a label that is no class of it.
     """
     warn_alike(labels, data)
     if classes == "labels":
         return Matched({label: index for index, label in enumerate(labels)}, own_names, _by_wnid(labels))
     if isinstance(classes, str) and classes in CLASS_SETS:
-        return _match_set(labels, classes, data)
+        published, by_number = class_set(classes), are_numbers(labels)
+        key_of = {label: str(int(label)) if by_number else label for label in labels}
+        known = [str(number) for number in range(len(published.wnids))] if by_number else published.wnids
+        position = {key: index for index, key in enumerate(known)}
+        if unknown := [label for label in labels if key_of[label] not in position]:
+            wnid = by_number or WNID.match(unknown[0])
+            what = f"no class of {published.title}" if wnid else "no WordNet id such as n01440764"
+            raise DataError(
+                f"{data}: {listing(unknown)} {'is' if len(unknown) == 1 else 'are'} {what}. Remove it, or score against the data's own names: classes=labels."
+            )
+        found = {label: position[key] for label, key in key_of.items()}
+        return Matched(found, published.names, [[index] for index in published.indices])
     if classes == "objectnet":
         raise ConfigError(f"{where}.classes=objectnet is for ObjectNet's own folder: give {where}.root.")
     given = read_names(classes, f"{where}.classes", ACCEPTED)
     warn_alike(given.values() if isinstance(given, dict) else given, f"{where}.classes")
     if isinstance(given, dict):
-        return _match_mapping(labels, given, data, where)
+        if unknown := [label for label in labels if label not in given]:
+            raise ConfigError(f"{where}.classes names nothing for {listing(unknown)} of {data}.")
+        position = {label: index for index, label in enumerate(given)}
+        return Matched({label: position[label] for label in labels}, list(given.values()), _by_wnid(list(given)))
     return _match_list(labels, own_names, given, data, where)
 
 
 def _by_wnid(labels: list[str]) -> list[list[int]] | None:
     index = imagenet_index()
     return [[index[label]] for label in labels] if all(label in index for label in labels) else None
-
-
-def _match_set(labels: list[str], name: str, data: str) -> Matched:
-    published = class_set(name)
-    by_number = are_numbers(labels)
-    keys = [str(int(label)) for label in labels] if by_number else labels
-    known = [str(number) for number in range(len(published.wnids))] if by_number else published.wnids
-    position = {key: index for index, key in enumerate(known)}
-    if unknown := [label for label, key in zip(labels, keys, strict=True) if key not in position]:
-        wnid = by_number or WNID.match(unknown[0])
-        what = f"no class of {published.title}" if wnid else "no WordNet id such as n01440764"
-        raise DataError(
-            f"{data}: {listing(unknown)} {'is' if len(unknown) == 1 else 'are'} {what}. Remove it, or score against the data's own names: classes=labels."
-        )
-    return Matched(
-        {label: position[key] for label, key in zip(labels, keys, strict=True)},
-        published.names,
-        [[index] for index in published.indices],
-    )
-
-
-def _match_mapping(labels: list[str], mapping: dict[str, str], data: str, where: str) -> Matched:
-    if unknown := [label for label in labels if label not in mapping]:
-        raise ConfigError(f"{where}.classes names nothing for {listing(unknown)} of {data}.")
-    position = {label: index for index, label in enumerate(mapping)}
-    return Matched({label: position[label] for label in labels}, list(mapping.values()), _by_wnid(list(mapping)))
 
 
 def _match_list(labels: list[str], own_names: list[str], names: list[str], data: str, where: str) -> Matched:

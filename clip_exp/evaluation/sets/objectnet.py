@@ -24,14 +24,19 @@ def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
 
     Args:
         root: the folder objectnet-1.0, the one around it, or its images.
-        where: the task's key, for messages.
-    Raises:
-        ConfigError: no such folder, or no mappings.
-        DataError: a mapping cannot be read, a folder is none of ObjectNet's, or there are no pictures.
     """
-    images, mappings = _find(Path(root).expanduser(), where)
-    label_of_folder = _read_json(mappings / FOLDERS)
-    overlap = _imagenet_of_label(mappings)
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{where}.root={folder}: no such folder. Give the folder objectnet-1.0.")
+    images = next(place for place in (folder / "objectnet-1.0/images", folder / "images", folder) if place.is_dir())
+    places = (images.parent / "mappings", images.parent, folder)
+    mappings = next((place for place in places if all((place / name).is_file() for name in MAPPINGS)), None)
+    if mappings is None:
+        raise ConfigError(
+            f"{where}.root={folder}: ObjectNet's mappings are missing. Keep the folder as objectnet-1.0.zip holds it: images/ "
+            f"beside mappings/ with {', '.join(MAPPINGS)}."
+        )
+    label_of_folder, overlap = _read_json(mappings / FOLDERS), _imagenet_of_label(mappings)
     folders = sorted(entry.name for entry in images.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if unknown := [folder for folder in folders if folder not in label_of_folder]:
         raise DataError(f"{images}: {listing(unknown)} is no class of ObjectNet. Move it away.")
@@ -54,22 +59,6 @@ def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
             "left_out_pictures": sum(len(files[folder]) for folder in others),
             "cut_off": f"{FRAME} pixels on each side",
         },
-    )
-
-
-def _find(root: Path, where: str) -> tuple[Path, Path]:
-    """The folders of the pictures and of the mappings."""
-    if not root.is_dir():
-        raise ConfigError(f"{where}.root={root}: no such folder. Give the folder objectnet-1.0.")
-    candidates = (root / "objectnet-1.0/images", root / "images", root)
-    images = next(folder for folder in candidates if folder.is_dir())
-    places = (images.parent / "mappings", images.parent, root)
-    for place in places:
-        if all((place / name).is_file() for name in MAPPINGS):
-            return images, place
-    raise ConfigError(
-        f"{where}.root={root}: ObjectNet's mappings are missing. Keep the folder as objectnet-1.0.zip holds it: images/ "
-        f"beside mappings/ with {', '.join(MAPPINGS)}."
     )
 
 

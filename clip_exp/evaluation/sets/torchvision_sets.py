@@ -4,7 +4,6 @@ import ast
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,21 +42,29 @@ def from_torchvision(data: LabeledDataConfig, where: str, split: str | None = No
 
     The part is `data.split`, else the training part where `split` is "train", else the held-out one. Names are the class's
     own with `_` as a space; a user's names are given in the order of the labels.
-
-    Args:
-        where: the task's key, for messages.
-    Raises:
-        ConfigError: an unknown class or part; no such folder or no data in it, without `data.download`; no names.
-        DataError: the data are damaged, cannot be fetched, or are no pictures with one label each.
     """
-    name = _known(data, where)
-    root = _root(data, name, where)
+    given, known = str(data.torchvision), _all_names()
+    if given.lower() not in known:
+        raise ConfigError(
+            f"{where}.torchvision={given} is no classification set of torchvision.datasets: {nearest(given.lower(), known)}"
+        )
+    name = known[given.lower()]
+    if data.root is None:
+        raise ConfigError(f"{where}.root has no value: the folder where {name} lies, or is to be fetched to.")
+    root = Path(data.root).expanduser().resolve()
+    if not root.is_dir() and not data.download:
+        raise ConfigError(f"{where}.root={root}: no such folder. To fetch {name} into it: {where}.download=true.")
     import torchvision.datasets
 
     cls = getattr(torchvision.datasets, name)
     arguments, part = _arguments(cls, data.split, split, where)
     dataset, about = _make(cls, {"root": str(root), **arguments}, part, data.download, where)
-    _fix_order(dataset)
+    # Two sets list their files as the file system does, which is another order on another machine.
+    if name == "SUN397":
+        pairs = sorted(zip(dataset._image_files, dataset._labels, strict=True))
+        dataset._image_files, dataset._labels = [path for path, _ in pairs], [label for _, label in pairs]
+    elif name == "INaturalist":
+        dataset.index.sort()
     title = f"{name}/{part}" if part else name
     labels = _labels(dataset, title, where)
     keys, names = _classes(dataset, labels, data, where)
@@ -83,25 +90,6 @@ def _all_names() -> dict[str, str]:
     ]
     names = [alias.name for node in imports for alias in node.names if alias.name != "LFWPairs"]
     return {name.lower(): name for name in names}
-
-
-def _known(data: LabeledDataConfig, where: str) -> str:
-    given = str(data.torchvision)
-    if given.lower() not in _all_names():
-        raise ConfigError(
-            f"{where}.torchvision={given} is no classification set of torchvision.datasets: "
-            f"{nearest(given.lower(), _all_names())}"
-        )
-    return _all_names()[given.lower()]
-
-
-def _root(data: LabeledDataConfig, name: str, where: str) -> Path:
-    if data.root is None:
-        raise ConfigError(f"{where}.root has no value: the folder where {name} lies, or is to be fetched to.")
-    root = Path(data.root).expanduser().resolve()
-    if not root.is_dir() and not data.download:
-        raise ConfigError(f"{where}.root={root}: no such folder. To fetch {name} into it: {where}.download=true.")
-    return root
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
@@ -182,7 +170,11 @@ def _repacked(cls: Any, arguments: dict[str, Any], where: str) -> tuple[Any, dic
         return None
     try:
         part = read_cifar([folder / file for file in known], meta, cls.meta["key"])
-        changed = [file for file, md5 in known.items() if _md5(folder / file) != md5]
+        changed = []
+        for file, md5 in known.items():
+            with open(folder / file, "rb") as stream:
+                found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            changed += [file] if found != md5 else []
     except (ValueError, OSError) as error:
         raise DataError(f"{where}: {error}. To fetch {cls.__name__} again: {where}.download=true.") from error
     if changed:
@@ -192,22 +184,14 @@ def _repacked(cls: Any, arguments: dict[str, Any], where: str) -> tuple[Any, dic
     return CifarPictures(part, folder), ({"files_of_other_checksum": changed} if changed else {})
 
 
-def _md5(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
 def _labels(dataset: Any, title: str, where: str) -> list[int]:
-    """From where the class keeps them, else by reading every item.
-
-    Raises:
-        DataError: items are not pictures with one label each.
-    """
+    """From where the class keeps them, else by reading every item."""
     refused = f"{where}: items of torchvision's {title} are not pictures with one label each"
     if not len(dataset):
         raise DataError(f"{where}: torchvision's {title} has no pictures.")
-    for kept in _kept(dataset):
-        labels = np.asarray(kept)
+    kept = [getattr(dataset, name) for name in LABELS if hasattr(dataset, name)]
+    kept += [[sample[-1] for sample in getattr(dataset, name)] for name in SAMPLES if hasattr(dataset, name)]
+    for labels in map(np.asarray, kept):
         if labels.shape == (len(dataset),) and labels.dtype.kind in "iu":
             return labels.tolist()
     labels_read: list[int] = []
@@ -221,13 +205,6 @@ def _labels(dataset: Any, title: str, where: str) -> list[int]:
                 raise DataError(f"{refused} ({type(error).__name__}: {error}). Choose another split or set.") from error
             advance(1)
     return labels_read
-
-
-def _kept(dataset: Any) -> Iterator[Any]:
-    yield from (getattr(dataset, name) for name in LABELS if hasattr(dataset, name))
-    for name in SAMPLES:
-        if hasattr(dataset, name):
-            yield [sample[-1] for sample in getattr(dataset, name)]
 
 
 def _classes(dataset: Any, labels: list[int], data: LabeledDataConfig, where: str) -> tuple[dict[int, str], list[str]]:
@@ -250,13 +227,3 @@ def _classes(dataset: Any, labels: list[int], data: LabeledDataConfig, where: st
     names = [name if isinstance(name, str) else name[0] for name in own]  # ImageNet has several for a class
     keys = [str(key) for key in getattr(dataset, "wnids", names)]
     return dict(enumerate(keys)), [name.replace("_", " ") for name in names]
-
-
-def _fix_order(dataset: Any) -> None:
-    """Two sets list their files as the file system does, which is another order on another machine."""
-    name = type(dataset).__name__
-    if name == "SUN397":
-        pairs = sorted(zip(dataset._image_files, dataset._labels, strict=True))
-        dataset._image_files, dataset._labels = [path for path, _ in pairs], [label for _, label in pairs]
-    elif name == "INaturalist":
-        dataset.index.sort()

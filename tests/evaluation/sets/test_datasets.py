@@ -39,7 +39,7 @@ def test_labels_lose_their_blanks_and_those_that_are_alike_are_told(tmp_path: Pa
     ]  # fmt: skip
     assert "'Cat' and 'cat'" in caplog.text
     (tmp_path / "labels.csv").write_text("filepath,label\na.png,cat\nb.png,cat \n./a.png,\u00a0cat\nc.png,dog\n")
-    table = from_table(str(tmp_path / "labels.csv"), image_key="filepath", label_key="label")
+    table = from_table(str(tmp_path / "labels.csv"), LabeledDataConfig())
     assert (table.class_names, table.labels) == (["cat", "dog"], [0, 0, 1])
 
 
@@ -113,7 +113,7 @@ def test_empty_and_absent_folders_are_told_apart(tmp_path: Path):
 def test_a_table_gives_its_distinct_labels_as_written(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("filepath,label\nb.png,tabby_cat\na.png,dog\nc.png,dog\n")
-    images = from_table(str(table), image_key="filepath", label_key="label")
+    images = from_table(str(table), LabeledDataConfig())
     assert images.class_names == ["dog", "tabby_cat"]
     assert images.labels == [1, 0, 0]
     assert names(images) == [str(tmp_path / name) for name in ("b.png", "a.png", "c.png")]
@@ -122,7 +122,7 @@ def test_a_table_gives_its_distinct_labels_as_written(tmp_path: Path):
 def test_labels_that_are_numbers_are_in_the_order_of_their_values(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("filepath,label\na.png,10\nb.png,2\n")
-    images = from_table(str(table), image_key="filepath", label_key="label", classes=["two", "ten"])
+    images = from_table(str(table), LabeledDataConfig(classes=["two", "ten"]))
     assert (images.labels, images.keys) == ([1, 0], ["2", "10"])
 
 
@@ -141,21 +141,21 @@ def test_generated_data_give_their_held_out_part_unless_asked_for_training(tmp_p
 def test_a_picture_in_several_rows_counts_once_and_has_one_label(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("filepath,label\na.png,dog\nb.png,cat\na.png,dog\n")
-    images = from_table(str(table), image_key="filepath", label_key="label")
+    images = from_table(str(table), LabeledDataConfig())
     assert (names(images), images.labels) == ([str(tmp_path / "a.png"), str(tmp_path / "b.png")], [1, 0])
     table.write_text("filepath,label\na.png,dog\nb.png,cat\na.png,cat\n")
     with pytest.raises(DataError, match=r"line 4: a\.png is 'cat' here and 'dog' before"):
-        from_table(str(table), image_key="filepath", label_key="label")
+        from_table(str(table), LabeledDataConfig())
 
 
 def test_pictures_without_a_label_are_left_out_and_counted(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("filepath,label\na.png,dog\nb.png,\nb.png,\n")
-    images = from_table(str(table), image_key="filepath", label_key="label")
+    images = from_table(str(table), LabeledDataConfig())
     assert (images.class_names, images.labels, images.unlabeled) == (["dog"], [0], 1)
     table.write_text("filepath,label\nb.png,\n")
     with pytest.raises(DataError, match="the column label is empty in every row"):
-        from_table(str(table), image_key="filepath", label_key="label")
+        from_table(str(table), LabeledDataConfig())
 
 
 def test_a_missing_column_is_told_with_the_tasks_own_key(tmp_path: Path):

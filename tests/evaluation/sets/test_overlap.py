@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from clip_exp.config.evaluation import KNNTaskConfig, LabeledDataConfig
+from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.data import files
 from clip_exp.data.files import Stamp, Stored, stamp_of
 from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import ConfigError
-from clip_exp.evaluation.prepared import KNNTask
-from clip_exp.evaluation.sets.overlap import find_overlap
-from clip_exp.evaluation.splits import prepare_knn
+from clip_exp.evaluation.sets.splits import find_overlap
+from clip_exp.evaluation.tasks.knn import KNNTask, KNNTaskConfig
 from tests.data.tables.shard_files import write_shard
 from tests.evaluation.cifar import write_cifar10
 from tests.evaluation.sets.test_torchvision_sets import write_food
@@ -33,7 +32,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def prepare(own: dict[str, Any], train: dict[str, Any]) -> KNNTask:
-    return prepare_knn("knn", KNNTaskConfig(**own, train=LabeledDataConfig(**train), k=1), "outputs")
+    return KNNTaskConfig(**own, train=LabeledDataConfig(**train), k=1).prepare("knn", "outputs")[0]
 
 
 def counts(task: KNNTask) -> tuple[int, int]:

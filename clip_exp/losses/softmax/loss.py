@@ -4,9 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_exp.losses.collectives import gather_with_grad
-from clip_exp.losses.matches import own_columns, repeated_matches
-from clip_exp.losses.outputs import CLIPOutput
+from clip_exp.losses.batch import CLIPOutput, gather_with_grad, own_columns, repeated_matches
 from clip_exp.ranks.group import world_size
 
 

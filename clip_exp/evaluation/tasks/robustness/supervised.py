@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from clip_exp.config.base import nearest
 from clip_exp.data.files import BadImage
@@ -15,7 +15,7 @@ from clip_exp.data.images import MAX_ASPECT, normalize, pil_to_tensor
 from clip_exp.devices import inference
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder
-from clip_exp.evaluation.sets.imagenet_sets import weights_file
+from clip_exp.evaluation.tasks.robustness import weights_file
 from clip_exp.ranks.group import from_main
 from clip_exp.storage import file_sha256
 from clip_exp.weights.read import read_weights
@@ -80,30 +80,20 @@ def load_supervised(name: str, weights: str, where: str, options: EncodeOptions)
             f"{where}.baseline_weights={weights} is neither a file nor weights of {name} "
             f"({', '.join(entry.name for entry in published)})."
         )
-    chosen = published[weights] if file is None else _of_file(published, file)
+    by_file = {Path(entry.url).name: entry for entry in published}
+    chosen = published[weights] if file is None else by_file.get(file.name, published[DEFAULT_WEIGHTS])
     state, identity = from_main(lambda: _read(name, chosen, file, where))
     arguments = {"transform_input": True, "init_weights": False} if name in INCEPTIONS else {}
     model = models.get_model(name, weights=None, **arguments)
-    _load(model, state, f"{file or weights}", name)
-    return _supervised(
-        name, model.to(options.device).eval().requires_grad_(False), chosen.transforms(), identity, options
-    )
-
-
-def restrict(logits_NC: Tensor, classes: list[list[int]]) -> Tensor:
-    """[N, K]: of each class of a set, the highest logit of the ImageNet classes that it stands for.
-
-    The best class is then right where the best of all those ImageNet classes is one that the label stands for, which is
-    how ObjectNet and the sets with a part of the classes are scored (Taori et al. 2020). A class that stands for none has
-    minus infinity.
-    """
-    none = logits_NC.new_full((len(logits_NC),), -torch.inf)
-    return torch.stack([logits_NC[:, indices].amax(dim=1) if indices else none for indices in classes], dim=1)
-
-
-def _supervised(
-    name: str, model: nn.Module, preset: Any, identity: dict[str, str], options: EncodeOptions
-) -> Supervised:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise CheckpointError(
+            f"{file or weights} does not fit torchvision's {name}: {' '.join(problems)[:300]}"
+        ) from None
+    model = model.to(options.device).eval().requires_grad_(False)
+    preset = chosen.transforms()
     (resize_size,), (crop_size,) = preset.resize_size, preset.crop_size
 
     def encode(pixels_BCHW: Tensor) -> Tensor:
@@ -124,10 +114,15 @@ def _supervised(
     return Supervised(name, ImageEncoder(encode, transform, crop_size, decisive), about)
 
 
-def _of_file(published: Any, file: Path) -> Any:
-    """The published weights that a file's name stands for."""
-    by_name = {Path(entry.url).name: entry for entry in published}
-    return by_name.get(file.name, published[DEFAULT_WEIGHTS])
+def restrict(logits_NC: Tensor, classes: list[list[int]]) -> Tensor:
+    """[N, K]: of each class of a set, the highest logit of the ImageNet classes that it stands for.
+
+    The best class is then right where the best of all those ImageNet classes is one that the label stands for, which is
+    how ObjectNet and the sets with a part of the classes are scored (Taori et al. 2020). A class that stands for none has
+    minus infinity.
+    """
+    none = logits_NC.new_full((len(logits_NC),), -torch.inf)
+    return torch.stack([logits_NC[:, indices].amax(dim=1) if indices else none for indices in classes], dim=1)
 
 
 def _read(name: str, chosen: Any, file: Path | None, where: str) -> tuple[Mapping[str, Tensor], dict[str, str]]:
@@ -142,11 +137,3 @@ def _read(name: str, chosen: Any, file: Path | None, where: str) -> tuple[Mappin
             f"give it ({where}.baseline_weights=FILE), or go without a network to compare with: {where}.baseline=null."
         ) from error
     return state, {"weights": chosen.name, "weights_url": chosen.url}
-
-
-def _load(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        problems = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise CheckpointError(f"{source} does not fit torchvision's {name}: {' '.join(problems)[:300]}") from None

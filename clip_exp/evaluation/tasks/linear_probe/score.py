@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, best_classes, classified
-from clip_exp.evaluation.frozen import Frozen, encode_halves, protocol_of
-from clip_exp.evaluation.prepared import ProbeTask
-from clip_exp.evaluation.splits import require_division
-from clip_exp.evaluation.subject import Judge, Subject
+from clip_exp.evaluation.subject import Judge, Subject, encode_halves, protocol_of
+from clip_exp.evaluation.tasks.linear_probe import ProbeTask, require_division
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main
-from clip_exp.reports.results import Result, TensorFile
+from clip_exp.reports.evaluation import Result, TensorFile
 
 # The paper's search, in powers of ten: its ends, its first step, and the last one.
 FARTHEST, FIRST_STEP, LAST_STEP = 6.0, 2.0, 1 / 8
@@ -99,8 +97,6 @@ def choose_c(
     Args:
         candidates: all are tried; None: the paper's search, which tries 1e-6, 1e-4, …, 1e6 and then both sides of the best
             at half the distance, until it is an eighth of a decade.
-        seed: of the choice of the share.
-        advance: called with 1 after each fit.
     """
     from sklearn.model_selection import train_test_split
 
@@ -137,36 +133,6 @@ def search(best: Callable[[], float]) -> Iterator[float]:
                 yield float(10.0 ** (round(power / LAST_STEP) * LAST_STEP))
 
 
-def score_probe(task: ProbeTask, subject: Subject) -> Judge:
-    """Return what scores a linear probe on frozen features: see `classification.accuracies`. Its weights become a file."""
-    frozen = encode_halves(task, subject)
-    choice = _choose(task, frozen)
-    return lambda: _judge(task, frozen, choice, subject)
-
-
-def _choose(task: ProbeTask, frozen: Frozen) -> Choice:
-    config, labels = task.config, frozen.train_labels
-    if config.c is not None and len(config.c) == 1:
-        return Choice(config.c[0], {}, [])
-    require_division(labels.tolist(), task.train.class_names, config, task.name)
-    with progress(FITS if config.c is None else len(config.c), f"{task.name}: choosing C") as advance:
-        return choose_c(
-            frozen.train.features, labels, config.c, config.val_fraction, config.seed, config.max_iter, advance
-        )
-
-
-def _judge(task: ProbeTask, frozen: Frozen, choice: Choice, subject: Subject) -> Result:
-    probe = fit_probe(frozen.train.features, frozen.train_labels, choice.c, task.config.max_iter)
-    best, probabilities = predict(probe, frozen.test.features)
-    protocol = {"kind": "linear_probe", **protocol_of(task, frozen), **_fit_protocol(task, probe, choice)}
-    return Result(
-        accuracies(best, frozen.test_labels, len(task.test.class_names)),
-        protocol,
-        classified(task.test, frozen.test, frozen.test_labels, best, probabilities),
-        {"probe": _file(task, probe, choice.c, subject)},
-    )
-
-
 def predict(probe: Probe, features_ND: Tensor) -> tuple[Tensor, Tensor]:
     """The five best classes of each picture (all, if they are fewer), best first, and their probabilities among all.
 
@@ -181,33 +147,49 @@ def predict(probe: Probe, features_ND: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(best), torch.cat(probabilities)
 
 
-def _fit_protocol(task: ProbeTask, probe: Probe, choice: Choice) -> dict[str, Any]:
-    config = task.config
-    protocol: dict[str, Any] = {
-        "classifier": f"scikit-learn {version('scikit-learn')} LogisticRegression, lbfgs, float64",
-        "c": choice.c,
-        "max_iter": config.max_iter,
-        "iterations": probe.iterations,
-        "converged": probe.converged,
-    }
-    if choice.accuracy:
-        protocol["choice_of_c"] = {
-            "val_fraction": config.val_fraction,
-            "seed": config.seed,
-            "accuracy": {f"{c:.4g}": round(share, 6) for c, share in choice.accuracy.items()},
-            "not_converged": [f"{c:.4g}" for c in choice.unconverged],
+def score_probe(task: ProbeTask, subject: Subject) -> Judge:
+    """Return what scores a linear probe on frozen features: see `classification.accuracies`. Its weights become a file."""
+    config, frozen = task.config, encode_halves(task, subject)
+    train, labels = frozen.train.features, frozen.train_labels
+    if config.c is not None and len(config.c) == 1:
+        choice = Choice(config.c[0], {}, [])
+    else:
+        require_division(labels.tolist(), task.train.class_names, config, task.name)
+        with progress(FITS if config.c is None else len(config.c), f"{task.name}: choosing C") as advance:
+            choice = choose_c(train, labels, config.c, config.val_fraction, config.seed, config.max_iter, advance)
+
+    def judge() -> Result:
+        probe = fit_probe(train, labels, choice.c, config.max_iter)
+        best, probabilities = predict(probe, frozen.test.features)
+        protocol: dict[str, Any] = {
+            **protocol_of(task, frozen),
+            "classifier": f"scikit-learn {version('scikit-learn')} LogisticRegression, lbfgs, float64",
+            "c": choice.c,
+            "max_iter": config.max_iter,
+            "iterations": probe.iterations,
+            "converged": probe.converged,
         }
-    return protocol
+        if choice.accuracy:
+            protocol["choice_of_c"] = {
+                "val_fraction": config.val_fraction,
+                "seed": config.seed,
+                "accuracy": {f"{c:.4g}": round(share, 6) for c, share in choice.accuracy.items()},
+                "not_converged": [f"{c:.4g}" for c in choice.unconverged],
+            }
+        # For features of unit norm: `features @ coefficients.T + intercept` are the scores of the classes.
+        tensors = {"coefficients": probe.coefficients.float().numpy(), "intercept": probe.intercept.float().numpy()}
+        metadata = {
+            "class_names": json.dumps(task.test.class_names, ensure_ascii=False),
+            "keys": json.dumps(task.train.keys, ensure_ascii=False),
+            "c": str(choice.c),
+            "model": subject.config.name,
+            "weights_sha256": subject.weights_sha256 or "",
+        }
+        return Result(
+            accuracies(best, frozen.test_labels, len(task.test.class_names)),
+            protocol,
+            classified(task.test, frozen.test, frozen.test_labels, best, probabilities),
+            {"probe": TensorFile(tensors, metadata)},
+        )
 
-
-def _file(task: ProbeTask, probe: Probe, c: float, subject: Subject) -> TensorFile:
-    """Weights for features of unit norm: `features @ coefficients.T + intercept` are the scores of the classes."""
-    metadata = {
-        "class_names": json.dumps(task.test.class_names, ensure_ascii=False),
-        "keys": json.dumps(task.train.keys, ensure_ascii=False),
-        "c": str(c),
-        "model": subject.config.name,
-        "weights_sha256": subject.weights_sha256 or "",
-    }
-    tensors = {"coefficients": probe.coefficients.float().numpy(), "intercept": probe.intercept.float().numpy()}
-    return TensorFile(tensors, metadata)
+    return judge

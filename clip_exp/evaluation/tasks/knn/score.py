@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, classified
-from clip_exp.evaluation.frozen import Frozen, encode_halves, protocol_of
-from clip_exp.evaluation.prepared import KNNTask
-from clip_exp.evaluation.subject import Judge, Subject
+from clip_exp.evaluation.subject import Judge, Subject, encode_halves, protocol_of
+from clip_exp.evaluation.tasks.knn import KNNTask
 from clip_exp.progress import progress
-from clip_exp.reports.results import Result
+from clip_exp.reports.evaluation import Result
 
 TILE_ELEMENTS = 2**24  # products held at a time: 64 MB in float32
 SHOWN = 5  # best classes of a picture
@@ -66,20 +65,19 @@ def vote(labels_MK: Tensor, cosines_MK: Tensor, num_classes: int, temperature: f
 def score_knn(task: KNNTask, subject: Subject) -> Judge:
     """Return what scores k-NN on frozen features: see `classification.accuracies`. A class without a vote is no hit in `top5`."""
     frozen = encode_halves(task, subject)
-    return lambda: _judge(task, frozen, subject)
 
+    def judge() -> Result:
+        config, device, classes = task.config, subject.options.device, len(task.test.class_names)
+        k = min(config.k, len(frozen.train_labels))
+        with progress(len(frozen.test_labels), f"{task.name}: neighbours") as advance:
+            query, train = frozen.test.features.to(device), frozen.train.features.to(device)
+            rows, cosines = nearest(query, train, k, advance)
+        ordered, shares = vote(frozen.train_labels[rows], cosines, classes, config.temperature)
+        best = ordered.where(shares > 0, -1)
+        return Result(
+            accuracies(best, frozen.test_labels, classes),
+            {**protocol_of(task, frozen), "k": k, "temperature": config.temperature},
+            classified(task.test, frozen.test, frozen.test_labels, best, shares),
+        )
 
-def _judge(task: KNNTask, frozen: Frozen, subject: Subject) -> Result:
-    config, device, classes = task.config, subject.options.device, len(task.test.class_names)
-    k = min(config.k, len(frozen.train_labels))
-    with progress(len(frozen.test_labels), f"{task.name}: neighbours") as advance:
-        query, train = frozen.test.features.to(device), frozen.train.features.to(device)
-        rows, cosines = nearest(query, train, k, advance)
-    ordered, shares = vote(frozen.train_labels[rows], cosines, classes, config.temperature)
-    best = ordered.where(shares > 0, -1)
-    protocol = {"kind": "knn", **protocol_of(task, frozen), "k": k, "temperature": config.temperature}
-    return Result(
-        accuracies(best, frozen.test_labels, classes),
-        protocol,
-        classified(task.test, frozen.test, frozen.test_labels, best, shares),
-    )
+    return judge

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from clip_exp.losses.matches import Matches, repeated_matches
-from clip_exp.losses.outputs import CLIPOutput
+from clip_exp.losses.batch import CLIPOutput, Matches, repeated_matches
 from clip_exp.ranks.group import rank, world_size
 
 CHUNK_SIZE = 1024

@@ -1,0 +1,115 @@
+"""Retrieval between images and captions: its configuration, how its pairs are found, and its score. Torch is imported to score."""
+
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from clip_exp.config.base import Paths
+from clip_exp.config.evaluation import Scale, TableConfig, TaskConfig
+from clip_exp.evaluation.task import Task
+
+if TYPE_CHECKING:
+    from clip_exp.data.pictures import TablePictures
+    from clip_exp.evaluation.subject import Judge, Subject
+
+log = logging.getLogger(__name__)
+LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
+
+
+class RetrievalTaskConfig(TableConfig, TaskConfig):
+    """Recall@k between images and their captions, both ways; any of an image's captions is a hit."""
+
+    kind: Literal["retrieval"] = "retrieval"
+    table: Paths = Field(description="table with `image_key` and `caption_key`, shards, a pattern, or a list of them")
+    caption_key: str = Field("title", description="column of captions")
+
+    title: ClassVar[str] = "Retrieval"
+    headline: ClassVar[tuple[str, ...]] = ("recall@1_i2t", "recall@1_t2i", "median_rank_i2t", "median_rank_t2i")
+    scales: ClassVar[dict[str, Scale]] = {"median_rank_i2t": Scale.rank, "median_rank_t2i": Scale.rank}
+
+    def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[RetrievalTask]":
+        """Find the pictures and captions; rows that name the same file are captions of one picture."""
+        from clip_exp.data.pictures import TablePictures
+        from clip_exp.evaluation.sets.datasets import read_pairs, require_tables
+
+        require_tables(self.table, f"task.{name}")
+        pairs = read_pairs(self.table, f"task.{name}", self, caption_key=self.caption_key)
+        assert pairs.captions is not None
+        caption_image = pairs.image_index().tolist()
+        first_row = {picture: row for row, picture in reversed(list(enumerate(caption_image)))}
+        rows = [first_row[picture] for picture in range(len(first_row))]
+        pictures = TablePictures(pairs, rows, self.allow_outside_root)
+        about = pairs.shortcomings()
+        return [RetrievalTask(name, self, pictures, pairs.captions.to_pylist(), caption_image, str(self.table), about)]
+
+
+@dataclass(frozen=True)
+class RetrievalTask(Task):
+    pictures: "TablePictures"  # each once
+    captions: list[str]
+    caption_image: list[int]  # position in `pictures` of each caption's picture
+    where: str
+    about: dict[str, Any] = field(default_factory=dict)  # what else a protocol says of the data
+
+    @property
+    def metrics(self) -> list[str]:
+        from clip_exp.reports.names import RETRIEVAL
+
+        return RETRIEVAL
+
+    @cached_property
+    def copies(self) -> list[list[str]]:
+        """Names of pictures that are the same bytes, a list for each content that is there more than once; it may read them all."""
+        from clip_exp.data.files import equal_contents
+
+        groups = equal_contents([self.pictures.stored(index) for index in range(len(self.pictures))])
+        named = [[self.pictures.name(index) for index in group] for group in groups]
+        if named:
+            log.warning(
+                "%s: copies of pictures under other names: %d, such as %s; a caption of one counts as wrong for the other.",
+                self.name,
+                sum(len(group) - 1 for group in named),
+                " and ".join(named[0][:2]),
+            )
+        return named
+
+    def score(self, subject: "Subject") -> "Judge":
+        """Recall and median rank both ways. The captions of a picture that is left out are left out too."""
+        import torch
+
+        from clip_exp.evaluation.retrieval import examples, retrieval
+        from clip_exp.evaluation.subject import absolute, counts
+        from clip_exp.reports.evaluation import Result
+
+        device = subject.options.device
+        encoded = subject.encode_images(self.name, self.pictures)
+        caption_image = torch.tensor(self.caption_image)
+        kept = torch.isin(caption_image, encoded.kept)
+        captions = [self.captions[i] for i in kept.nonzero().flatten().tolist()]
+        text_features = subject.encode_texts(f"{self.name}: captions", captions)
+
+        def judge() -> Result:
+            rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
+            image_features = encoded.features.to(device)
+            copies: dict[str, Any] = {}
+            if self.copies:  # under several names: each is a wrong answer for the captions of the others
+                copies = {
+                    "copied_images": len(self.copies),
+                    "copies": sum(len(names) - 1 for names in self.copies),
+                    "copies_listed": [" = ".join(names[:LISTED_COPIES]) for names in self.copies[:LISTED_COPIES]],
+                }
+            protocol = {
+                "data": absolute(self.where),
+                **counts(encoded),
+                "captions": len(captions),
+                **self.about,
+                **copies,
+                "image_to_text": "a hit if any caption of the picture is among the first k",
+            }
+            details = examples(image_features, text_features, rows, encoded.kept, captions, self.pictures)
+            return Result(retrieval(image_features, text_features, rows), protocol, details)
+
+        return judge

@@ -1,0 +1,95 @@
+"""Robustness to natural shifts: the ImageNet sets together, beside a supervised network (CLIP paper, figure 13)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_exp.evaluation.classification import CHUNK, best_classes, top_k
+from clip_exp.evaluation.features import EncodedImages, encode_pictures, require_finite
+from clip_exp.evaluation.subject import Judge, Subject, hash_of
+from clip_exp.evaluation.tasks.robustness import UNSHIFTED, RobustnessTask
+from clip_exp.evaluation.tasks.robustness.supervised import load_supervised, restrict
+from clip_exp.evaluation.tasks.zero_shot import ClassificationTask
+from clip_exp.ranks.group import from_main
+from clip_exp.reports.comparison_page import Compared
+from clip_exp.reports.evaluation import Result
+
+MEAN = "mean_of_shifted"
+
+
+def score_robustness(task: RobustnessTask, subject: Subject) -> Judge:
+    """`<set>/top1` and `mean_of_shifted/top1` of zero-shot classification, and `<baseline>/…` of the supervised network.
+
+    Each set is scored as soon as it is encoded, so that the features of one are held at a time.
+    """
+    config, baseline = task.config, None
+    if config.baseline is not None:
+        where = f"task.{task.name}"
+        baseline = load_supervised(config.baseline, config.baseline_weights, where, subject.options)
+    classifiers = _classifiers(task.sets, subject)
+    own: dict[str, Result] = {}
+    beside: dict[str, float] = {}
+    for name, of_set in task.sets.items():
+        encoded = subject.encode_images(of_set.name, of_set.images.pictures)
+        own[name] = from_main(partial(_without_details, of_set, encoded, classifiers[name]))
+        if baseline is not None:
+            what = f"{of_set.name}: {baseline.name}"
+            logits = encode_pictures(baseline.encoder, of_set.images.pictures, subject.options, subject.cache, what)
+            beside[name] = from_main(partial(_supervised, of_set, logits, baseline.name))
+
+    def judge() -> Result:
+        model, sets, protocols = subject.config.name, list(own), {name: result.protocol for name, result in own.items()}
+        top1 = {model: {name: result.metrics["top1"] for name, result in own.items()}}
+        metrics = _with_mean(top1[model])
+        if baseline is not None:
+            top1[baseline.name] = beside
+            metrics |= {f"{baseline.name}/{name}": value for name, value in _with_mean(beside).items()}
+        protocol: dict[str, Any] = {
+            **{key: sum(of_set[key] for of_set in protocols.values()) for key in ("pictures", "bad_pictures")},
+            "mean_of": [name for name in own if name != UNSHIFTED],
+            "baseline": None if baseline is None else baseline.about,
+            "sets": protocols,
+        }
+        compared = Compared(sets, {name: [of[each] for each in sets] for name, of in top1.items()})
+        return Result(metrics, protocol, compared)
+
+    return judge
+
+
+def _without_details(task: ClassificationTask, encoded: EncodedImages, classifier_CD: Tensor) -> Result:
+    result = task.judge(encoded, classifier_CD)
+    return Result(result.metrics, result.protocol)
+
+
+def _supervised(task: ClassificationTask, encoded: EncodedImages, baseline: str) -> float:
+    """Top-1 of the logits of a network that was trained on ImageNet-1k."""
+    images, classes = task.images, task.images.imagenet
+    assert classes is not None  # `RobustnessTaskConfig.prepare`
+    require_finite(encoded.features, f"logits of {baseline}")
+    best = [best_classes(restrict(logits, classes)) for logits in encoded.features.split(CHUNK)]
+    return top_k(torch.cat(best), torch.tensor(images.labels)[encoded.kept], len(classes))["top1"]
+
+
+def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[str, Tensor]:
+    """The classifier [C, D] of each set. A name is embedded once, however many sets have it.
+
+    The longest list is built first and whole, so that it is the one of `task=imagenet`, and is kept under the same key.
+    """
+    known: dict[tuple[str, str], Tensor] = {}
+    for task in sorted(sets.values(), key=lambda task: -len(task.images.class_names)):
+        prompts = hash_of(task.templates)
+        if new := [name for name in task.images.class_names if (prompts, name) not in known]:
+            classifier = subject.classifier(new, task.templates)
+            known |= {(prompts, name): row for name, row in zip(new, classifier, strict=True)}
+    return {
+        name: torch.stack([known[hash_of(task.templates), own] for own in task.images.class_names])
+        for name, task in sets.items()
+    }
+
+
+def _with_mean(top1: dict[str, float]) -> dict[str, float]:
+    shifted = [value for name, value in top1.items() if name != UNSHIFTED]
+    mean = {f"{MEAN}/top1": sum(shifted) / len(shifted)} if shifted else {}
+    return {**{f"{name}/top1": value for name, value in top1.items()}, **mean}

@@ -1,0 +1,85 @@
+"""Zero-shot classification: its configuration, how its images, names and templates are found, and its score. Torch is imported to score."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from clip_exp.config.base import Texts
+from clip_exp.config.evaluation import LabeledDataConfig, TaskConfig
+from clip_exp.evaluation.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clip_exp.evaluation.features import EncodedImages
+    from clip_exp.evaluation.sets.labeled import LabeledImages
+    from clip_exp.evaluation.subject import Judge, Subject
+    from clip_exp.reports.evaluation import Result
+
+
+class ZeroShotTaskConfig(LabeledDataConfig, TaskConfig):
+    """Zero-shot classification: each class is the average of its name in every template."""
+
+    kind: Literal["zero_shot"] = "zero_shot"
+    templates: Texts = Field(
+        "openai", description="openai (80), simple (7), a list, or a file with one template per line"
+    )
+
+    title: ClassVar[str] = "Zero-shot classification"
+
+    def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ClassificationTask]":
+        """Find the pictures, labels, names and templates."""
+        from clip_exp.evaluation.sets.class_names import templates
+        from clip_exp.evaluation.sets.datasets import labeled_images
+
+        where = f"task.{name}"
+        prompts = templates(self.templates, f"{where}.templates")
+        return [ClassificationTask(name, self, labeled_images(self, where, output_dir), prompts)]
+
+
+@dataclass(frozen=True)
+class ClassificationTask(Task):
+    config: ZeroShotTaskConfig
+    images: "LabeledImages"
+    templates: list[str]
+
+    @property
+    def num_classes(self) -> int | None:
+        return len(self.images.class_names)
+
+    def score(self, subject: "Subject") -> "Judge":
+        classifier = subject.classifier(self.images.class_names, self.templates)
+        encoded = subject.encode_images(self.name, self.images.pictures)
+        return lambda: self.judge(encoded, classifier)
+
+    def judge(self, encoded: "EncodedImages", classifier_CD: "Tensor") -> "Result":
+        """Return the result of pictures and classes that are encoded."""
+        import torch
+
+        from clip_exp.evaluation.classification import accuracies, classified, classify
+        from clip_exp.evaluation.subject import LISTED, absolute, counts, hash_of, source_of
+        from clip_exp.reports.evaluation import Result
+
+        images = self.images
+        labels = torch.tensor(images.labels)[encoded.kept]
+        best, probabilities = classify(encoded.features, classifier_CD)
+        protocol = {
+            "kind": self.config.kind,
+            "data": absolute(images.where),
+            **counts(encoded),
+            "unlabeled_pictures": images.unlabeled,
+            **images.about,
+            "classes": len(images.class_names),
+            "classes_source": source_of(self.config.classes),
+            "classes_sha256": hash_of(images.class_names),
+            "classes_without_pictures": len(images.missing),
+            "templates": len(self.templates),
+            "templates_source": source_of(self.config.templates),
+            "templates_sha256": hash_of(self.templates),
+        }
+        if self.config.classes != "imagenet":
+            named = {key: name for key, name in zip(images.keys, images.class_names, strict=True) if key is not None}
+            protocol["names"] = named if len(images.keys) <= LISTED else None
+        details = classified(images, encoded, labels, best, probabilities)
+        return Result(accuracies(best, labels, len(images.class_names)), protocol, details)

@@ -1,0 +1,142 @@
+"""A loss and a task of the user, each one file and its YAML as `docs/configuration.md` has them, found by `--config-dir`."""
+
+import ast
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clip_exp.config import registry
+from clip_exp.config.base import Member
+from clip_exp.config.evaluation import TaskConfig
+from clip_exp.config.training import LossConfig
+from tests.conftest import REPOSITORY
+from tests.runs import TINY, Finished, Train, run_folders
+
+PACKAGE = Path(registry.__file__).parents[1]
+PAGE = REPOSITORY / "docs" / "configuration.md"
+BLOCK = re.compile(r"```(?:python|yaml)\n# mine/(\S+)\n(.*?)```", re.DOTALL)
+
+
+def test_no_other_module_names_a_kind_of_loss_or_task() -> None:
+    bases = (LossConfig, TaskConfig)
+    classes = {model.__name__: model for base in bases for model in base.members()}
+    names = {model.model_fields[base.key].default for base in bases for model in base.members()} - {"auto"}
+    assert names >= {"softmax", "sigmoid", "zero_shot", "retrieval", "linear_probe", "knn", "robustness"}
+    packages = tuple(model.__module__ for model in classes.values())
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        at = f"clip_exp.{'.'.join(file.relative_to(PACKAGE).with_suffix('').parts)}"
+        if not at.startswith(packages):
+            nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            found += [
+                f"{at}: {ast.unparse(node)}"
+                for node in nodes
+                if (isinstance(node, ast.ImportFrom) and str(node.module).startswith(packages))
+                or (isinstance(node, ast.Name) and node.id in classes)
+                or (isinstance(node, ast.Constant) and node.value in names)
+            ]
+    assert found == []
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the page."""
+    folder = tmp_path_factory.mktemp("custom") / "mine"
+    for name, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
+        "loss/smoothed.py", "loss/smoothed.yaml", "task/hits.py", "task/hits.yaml",
+    ]  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command in this process finds is not there afterwards."""
+    monkeypatch.setitem(os.environ, registry.FOLDERS, "")
+    registry._load_file.cache_clear()
+    for base in (LossConfig, TaskConfig):
+        assert issubclass(base, Member)
+        base.members()
+        monkeypatch.setattr(base, "registered", {**base.registered})
+
+
+@pytest.fixture(scope="module")
+def runs(mine: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Finished]:
+    """Runs with the loss, and with the task at their end, by the number of their processes."""
+    custom = ("--config-dir", str(mine), *TINY, "loss=smoothed", "loss.smoothing=0.2", "max_steps=3")
+    task = (
+        "task=hits",
+        "+task.hits.generate={kind: digits, rows: 40, val_rows: 30}",
+        "monitor=hits/hits",
+        "task_every_n_steps=3",
+    )
+    return {
+        devices: train(*custom, *task, f"trainer.devices={devices}", output_dir=tmp_path_factory.mktemp("runs"))
+        for devices in (1, 2)
+    }
+
+
+def test_a_users_loss_trains_on_one_process_and_on_two_alike(runs: dict[int, Finished]) -> None:
+    assert "name: smoothed" in (runs[1].folder / "config.yaml").read_text()
+    assert len(runs[1].losses) > 0
+    assert runs[2].losses == pytest.approx(runs[1].losses, rel=1e-4)
+    assert runs[2].summary["metrics"]["hits/hits"] == runs[1].summary["metrics"]["hits/hits"]
+
+
+def test_a_users_task_scores_a_run_and_leaves_numbers_and_a_page(
+    runs: dict[int, Finished], mine: Path, command: Callable, tmp_path: Path
+) -> None:
+    found = {}
+    for devices in (1, 2):
+        done = command(
+            "evaluate.py", "--config-dir", str(mine), f"run={runs[1].folder}", "task=hits", "task.hits.top_k=10",
+            "+task.hits.generate={kind: digits, rows: 40, val_rows: 30}", "num_workers=0", "accelerator=cpu",
+            f"devices={devices}", f"output_dir={tmp_path / str(devices)}", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "hits/hits" in done.stdout
+        (folder,) = (tmp_path / str(devices)).glob("evaluate/*/*/eval")
+        found[devices] = json.loads((folder / "hits.json").read_text())
+        page = (folder / "hits.html").read_text()
+        assert "100.0" in page
+    assert found[1]["metrics"] == found[2]["metrics"] == {"hits": 1.0}, "each of ten classes is among the best ten"
+    assert found[1]["protocol"]["kind"] == "hits"
+    assert (found[1]["protocol"]["pictures"], found[1]["protocol"]["top_k"]) == (30, 10)
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(
+    ("script", "overrides", "message"),
+    [
+        ("train.py", ("loss=smoothed", "loss.smothing=0.2"), "loss.smothing does not exist: did you mean 'loss.smoothing'?"),
+        ("train.py", ("loss=smoothed", "loss.smoothing=2"), "loss.smoothing=2"),
+        ("train.py", ("task=hits", "task.hits.tpo_k=2"), "task.hits.tpo_k does not exist: did you mean 'task.hits.top_k'?"),
+        ("evaluate.py", ("run=x", "task=hits", "task.hits.tpo_k=2"), "task.hits.tpo_k does not exist: did you mean 'task.hits.top_k'?"),
+        ("train.py", ("loss=smothed",), "smothed"),
+    ],
+)  # fmt: skip
+def test_wrong_keys_of_a_users_loss_and_task_are_refused_by_their_full_names(
+    mine: Path, refused: Callable, tmp_path: Path, script: str, overrides: tuple[str, ...], message: str
+) -> None:
+    done = refused(script, "--config-dir", str(mine), *overrides, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert not run_folders(tmp_path / "outputs")
+
+
+def test_a_typo_is_answered_without_torch(mine: Path, command: Callable, tmp_path: Path) -> None:
+    script = tmp_path / "probe.py"
+    script.write_text(
+        "import sys\nfrom clip_exp.cli import run\n"
+        f"assert run('train', ['--config-dir', {str(mine)!r}, 'loss=smoothed', 'task=hits', '--cfg', 'job']) == 0\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = command(str(script), cwd=tmp_path, cold=True, PYTHONPATH=sys.path[0])
+    assert done.returncode == 0, done.stderr
