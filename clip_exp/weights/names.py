@@ -41,7 +41,10 @@ LAYOUTS = {  # by name; those of files that have both towers
         | {"ln_final", "text_projection", "text_decoder", "bert"},
         "visual.",
         "text.",
-        ignored=("text_decoder.",),  # CoCa's
+        ignored=(
+            "text_decoder.",
+            "bert.pooler.",
+        ),  # CoCa's, and of Chinese-CLIP's encoder, which is pooled at its first token
     ),
     "transformers": Layout(
         "vision_model",
