@@ -51,6 +51,13 @@ LAYOUTS = {  # by name; those of files that have both towers
         frozenset({*LOGITS, "vision_model", "text_model", "visual_projection", "text_projection"}),
         image_parts=("visual_projection",),
     ),
+    "big_vision": Layout(
+        "img",
+        frozenset({"img", "txt", "t", "b"}),
+        "img.",
+        "txt.",
+        top=(Row("logit_scale", "t", SCALAR), Row("logit_bias", "b", SCALAR)),
+    ),
 }
 
 
@@ -143,7 +150,11 @@ def _by_tower(layout: Layout, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
             continue
         if part == layout.image or part in layout.image_parts:
             image[name.removeprefix(layout.image_prefix)] = tensor
-        elif part in LOGITS or (layout is LAYOUTS["clip_exp"] and part != "text"):
+        elif (
+            part in LOGITS
+            or any(part == row.theirs for row in layout.top)
+            or (layout is LAYOUTS["clip_exp"] and part != "text")
+        ):
             top[name] = tensor
         else:
             text[name.removeprefix(layout.text_prefix)] = tensor
