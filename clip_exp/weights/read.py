@@ -52,6 +52,10 @@ NUMPY_DTYPES = {
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
+class UnsafePickle(CheckpointError):
+    """A torch file whose pickle asks for something other than weights."""
+
+
 class _Pickled(Exception):
     """An array of objects; its message is the array's name."""
 
@@ -95,7 +99,7 @@ def find_model_weights(
     path = Path(path).expanduser()
     content: dict[Any, Any] = {}
     for file in weight_files(path):
-        content |= _read(file, numbers)
+        content |= read_content(file, numbers)
     if not content:
         raise CheckpointError(f"{path}: holds no weights. Fetch or write it again.")
     place, averaged = search(content, path, own, config, prefix)
@@ -114,7 +118,16 @@ def find_model_weights(
         raise CheckpointError(f"{path}: holds weights of shapes that their names do not have ({error}).") from error
 
 
-def _read(path: Path, numbers: bool) -> dict[Any, Any]:
+def read_content(path: Path, numbers: bool = True) -> dict[Any, Any]:
+    """Return what a file holds: tensors, in nested dictionaries if it is torch's.
+
+    Args:
+        numbers: see `find_model_weights`.
+
+    Raises:
+        UnsafePickle: reading it would need code in it.
+        CheckpointError: not readable, or no dictionary.
+    """
     match format_of(path):
         case Format.safetensors:
             return _read_safetensors(path)
@@ -198,11 +211,12 @@ def _read_torch(path: Path, numbers: bool) -> Any:
             return torch.load(file, map_location="cpu" if numbers else "meta", weights_only=True)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{path}: refused, because its pickle asks for {named[1]}, which is no weight and could run code. "
-                "Fetch the file again, or convert it to safetensors where you trust it."
+            raise UnsafePickle(
+                f"{path}: refused, because its pickle asks for {named[1]}, which is no weight and could run code. Fetch the file "
+                f"again, or rewrite it where you trust its author: clip-exp convert {path} output={path.stem}.safetensors "
+                "trust_pickle=true"
             ) from error
-        raise CheckpointError(
+        raise UnsafePickle(
             f"{path}: refused, because torch finds no weights in this pickle. Fetch or write the file again."
         ) from error
     except Exception as error:  # a damaged file can break the unpickler in any way
