@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -213,7 +214,7 @@ def _read_torch(path: Path, numbers: bool) -> Any:
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UnsafePickle(
                 f"{path}: refused, because its pickle asks for {named[1]}, which is no weight and could run code. Fetch the file "
-                f"again, or rewrite it where you trust its author: clip-exp convert {path} output={path.stem}.safetensors "
+                f"again, or rewrite it where you trust its author: clip-exp convert {quote(str(path))} output={quote(path.stem)}.safetensors "
                 "trust_pickle=true"
             ) from error
         raise UnsafePickle(
