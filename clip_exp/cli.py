@@ -37,7 +37,18 @@ def main(command: str | None = None) -> NoReturn:
         command, arguments = arguments[0], arguments[1:]
         if command not in COMMANDS:
             sys.exit(_report(f"{command} is no command of clip-exp: {nearest(command, COMMANDS)}", 2))
+    if command in POSITIONAL:
+        arguments = _named(arguments, POSITIONAL[command])
     end_process(run(command, arguments))
+
+
+def _named(arguments: list[str], key: str) -> list[str]:
+    """Return the arguments with a key for a bare path; what follows a flag may be the flag's."""
+    flags = [False, *(argument.startswith("-") for argument in arguments)]
+    return [
+        argument if "=" in argument or argument.startswith(("-", "+", "~")) or flag else f"{key}={argument}"
+        for argument, flag in zip(arguments, flags, strict=False)
+    ]
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -96,8 +107,10 @@ COMMANDS = {
     "search": "index images once, then look for them by text or by image",
     "models": "the models there are, and the weights published for them",
     "export": "a folder that open_clip, Hugging Face, ONNX or clip_exp loads",
+    "convert": "a torch file as safetensors, which cannot run code",
     "check-data": "what is wrong with a data set, before training on it",
 }
+POSITIONAL = {"convert": "file"}  # the key of a command's argument that has none
 
 
 def _call(command: str, config: Any, arguments: list[str]) -> int:
@@ -131,6 +144,10 @@ def _call(command: str, config: Any, arguments: list[str]) -> int:
             from clip_exp.export.command import export
 
             return export(config)
+        case "convert":
+            from clip_exp.weights.convert import convert
+
+            return convert(config)
         case "check-data":
             from clip_exp.checks.command import check_data
 

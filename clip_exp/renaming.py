@@ -27,12 +27,30 @@ def _transposed(matrix: "Tensor") -> "Tensor":
     return matrix.T.contiguous()
 
 
+def _from_flax_kernel(kernel: "Tensor") -> "Tensor":
+    return kernel.permute(3, 2, 0, 1).contiguous()
+
+
+def _to_flax_kernel(kernel_DCHW: "Tensor") -> "Tensor":
+    return kernel_DCHW.permute(2, 3, 1, 0).contiguous()
+
+
 SAME: Reshape = (lambda x: x, lambda x: x)
 KERNEL: Reshape = (_to_kernel, lambda kernel: kernel.flatten(1))  # of a convolution over patches, [D, 3, H, W]
 TRANSPOSED: Reshape = (_transposed, _transposed)
 BATCHED: Reshape = (lambda x: x.unsqueeze(0), lambda x: x.squeeze(0))
 TOKEN: Reshape = (lambda x_D: x_D[None, None], lambda x_11D: x_11D.flatten())
 SCALAR: Reshape = (lambda x: x.squeeze(0), lambda x: x.reshape(1))
+# Flax keeps a matrix as [in, out], a convolution's kernel as [H, W, 3, D], and those of attention with an axis for the heads: [D, heads, E]
+# into them, [heads, E, D] out of them. How many heads there are is in no weight of ours: that axis is not made on the way to theirs.
+FLAX_CONVOLUTION: Reshape = (_to_flax_kernel, _from_flax_kernel)
+FLAX_PATCHES: Reshape = (
+    lambda patches_DP: _to_flax_kernel(_to_kernel(patches_DP)),
+    lambda kernel: _from_flax_kernel(kernel).flatten(1),
+)
+INTO_HEADS: Reshape = (_transposed, lambda kernel: _transposed(kernel.flatten(1)))
+OUT_OF_HEADS: Reshape = (_transposed, lambda kernel: _transposed(kernel.flatten(0, -2)))
+HEADS: Reshape = (lambda bias_D: bias_D, lambda bias: bias.flatten())
 
 
 class Row(NamedTuple):
@@ -60,6 +78,27 @@ class Names(NamedTuple):
         return all(any(name.startswith(mark) for name in names) for mark in self.marks)
 
 
+def norm(ours: str, theirs: str) -> tuple[Row, ...]:
+    """Return the rows of a layer norm of Flax."""
+    return Row(f"{ours}weight", f"{theirs}scale"), Row(f"{ours}bias", f"{theirs}bias")
+
+
+def dense(ours: str, theirs: str) -> tuple[Row, ...]:
+    """Return the rows of a linear layer of Flax."""
+    return Row(f"{ours}weight", f"{theirs}kernel", TRANSPOSED), Row(f"{ours}bias", f"{theirs}bias")
+
+
+def into_heads(ours: str, theirs: str, *parts: str) -> tuple[Row, ...]:
+    """Return the rows of linear layers of attention in Flax, such as query, key and value, that are one layer in ours."""
+    kernels, biases = (tuple(f"{theirs}{part}.{kind}" for part in parts) for kind in ("kernel", "bias"))
+    return Row(f"{ours}weight", kernels, INTO_HEADS), Row(f"{ours}bias", biases, HEADS)
+
+
+def out_of_heads(ours: str, theirs: str) -> tuple[Row, ...]:
+    """Return the rows of the linear layer of Flax that puts the heads of attention together."""
+    return Row(f"{ours}weight", f"{theirs}kernel", OUT_OF_HEADS), Row(f"{ours}bias", f"{theirs}bias")
+
+
 def rename(state: Mapping[str, "Tensor"], rows: Iterable[Row], *, to_theirs: bool) -> dict[str, "Tensor"]:
     """Return tensors under the names of the other side of a table; names that it does not have pass through.
 
@@ -78,8 +117,8 @@ def rename(state: Mapping[str, "Tensor"], rows: Iterable[Row], *, to_theirs: boo
         elif len(names) == 1:
             renamed[names[0]] = reshape(tensor)
         else:  # copies, because files do not take tensors that share memory
-            parts = zip(names, reshape(tensor).chunk(len(names)), strict=True)
-            renamed |= {part_name: part.clone() for part_name, part in parts}
+            parts = zip(names, tensor.chunk(len(names)), strict=True)
+            renamed |= {part_name: reshape(part).clone() for part_name, part in parts}
     for whole, found in pieces.items():
         if len(found) == wanted[whole]:
             renamed[whole] = torch.cat([found[i][1] for i in range(wanted[whole])])

@@ -8,6 +8,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoModel,
     BertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPImageProcessor,
+    ChineseCLIPModel,
     MT5Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -88,3 +91,30 @@ def write_encoder(folder: Path, kind: str, seed: int = 0) -> Path:
     AutoModel.from_config(small_encoder(kind)).save_pretrained(folder)
     write_bert_tokenizer(folder) if kind in ("bert", "mt5") else write_roberta_tokenizer(folder)
     return folder
+
+
+CHINESE_CLIP: dict[str, Any] = {
+    "model_type": "chinese_clip",
+    "projection_dim": 40,
+    "vision_config": {
+        "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+    },
+    "text_config": {**SMALL, "vocab_size": 300, "max_position_embeddings": 64},
+}  # fmt: skip
+
+
+def small_chinese_clip() -> ChineseCLIPModel:
+    """transformers' model, every weight of it drawn at random."""
+    torch.manual_seed(0)
+    model = ChineseCLIPModel(ChineseCLIPConfig.from_dict(CHINESE_CLIP)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def write_chinese_clip(folder: Path) -> Path:
+    """A folder as transformers' classes save it: model, image processor and tokenizer."""
+    small_chinese_clip().save_pretrained(folder)
+    size = CHINESE_CLIP["vision_config"]["image_size"]
+    ChineseCLIPImageProcessor(size={"height": size, "width": size}, do_center_crop=False).save_pretrained(folder)
+    return write_bert_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""The schema of the commands that put a model or a data set to work: predict, rank, search, export, models, check-data."""
+"""The schema of the commands that put a model or a data set to work: predict, rank, search, export, convert, models, check-data."""
 
 from enum import StrEnum
 from typing import Annotated, ClassVar
@@ -134,6 +134,23 @@ A folder with weights, preprocessing, tokenizer and model card:
     overwrite: bool = Field(False, description="replace what is there")
 
 
+class ConvertConfig(Config):
+    """A torch file, rewritten as safetensors."""
+
+    usage: ClassVar = """\
+clip-exp convert FILE output=NAME.safetensors [trust_pickle=true]
+
+The tensors of a torch file (.pt, .pth, .bin, .ckpt) as safetensors, whose names stay: pretrained=NAME.safetensors reads them.
+Nested dictionaries become names with dots; what is no tensor is left out and listed."""
+
+    file: PathText | None = Field(None, description="the torch file; `clip-exp convert FILE` is file=FILE")
+    output: PathText | None = Field(None, description="the safetensors file; a new one")
+    trust_pickle: bool = Field(
+        False,
+        description="load a pickle that asks for more than weights, which runs the code in it: only a file of someone you trust",
+    )
+
+
 class ModelsConfig(OutputConfig):
     """The models that there are, and the weights that are published for them."""
 
@@ -189,6 +206,7 @@ SCHEMAS: dict[str, type[Config]] = {  # by command
     "rank": RankConfig,
     "search": SearchConfig,
     "export": ExportConfig,
+    "convert": ConvertConfig,
     "models": ModelsConfig,
     "check-data": CheckDataConfig,
 }

@@ -29,7 +29,7 @@ NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the name of a large file in the hub's cache
 # How the weights were made, and what their texts are made into tokens with.
 ABOUT = ("open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "vocab.txt")
 
 PAUSES_S = (1.0, 2.0, None)  # after each attempt that failed
 TIMEOUT_S = 30.0  # for an answer of a server

@@ -60,6 +60,7 @@ class Format(StrEnum):
     safetensors = "safetensors"
     torch = "torch"
     torchscript = "TorchScript"
+    npz = "NumPy"
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -152,22 +153,53 @@ def format_of(path: Path) -> Format:
         return Format.safetensors
     if start.startswith(PICKLE):
         return Format.torch
-    raise CheckpointError(f"{path}: not weights: neither a safetensors file, a torch file nor a TorchScript archive.")
+    raise CheckpointError(
+        f"{path}: not weights: neither a safetensors file, a torch file, a TorchScript archive nor NumPy's .npz."
+    )
 
 
 def _format_of_zip(path: Path) -> Format:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: cut short: its end is missing. Fetch it again.")
+    if arrays := npz_members(path):
+        _refuse_packed(path, arrays, "numpy.savez")
+        return Format.npz
     names = zip_members(path)
     if PICKLED not in names:
-        raise CheckpointError(f"{path}: a zip archive without weights of torch. Give a .safetensors, .pt or .bin file.")
-    told = sum(info.file_size for name, info in names.items() if name == PICKLED or name.startswith("data/"))
-    if told > (size := path.stat().st_size):
         raise CheckpointError(
-            f"{path}: its records would be {told:,} bytes, out of a file of {size:,}: packed, as torch never writes them. Fetch "
-            "it again, or write it with torch.save."
+            f"{path}: a zip archive without weights of torch or NumPy. Give a .safetensors, .pt, .bin or .npz file."
         )
+    _refuse_packed(
+        path, [info for name, info in names.items() if name == PICKLED or name.startswith("data/")], "torch.save"
+    )
     return Format.torchscript if TORCHSCRIPT in names else Format.torch
+
+
+def _refuse_packed(path: Path, records: list[zipfile.ZipInfo], writer: str) -> None:
+    """A few bytes of an archive can claim to be any number of them."""
+    told, size = sum(info.file_size for info in records), path.stat().st_size
+    if told > size:
+        raise CheckpointError(
+            f"{path}: its records would be {told:,} bytes, out of a file of {size:,}: packed, as weights never are. Fetch "
+            f"it again, or write it with {writer}."
+        )
+
+
+def npz_members(path: Path) -> list[zipfile.ZipInfo]:
+    """Return the members of an archive of NumPy's arrays; none where it is another kind of archive, or a damaged one.
+
+    Raises:
+        CheckpointError: it has two members of a name, of which readers take one or the other.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception:  # `zip_members` says what is wrong
+        return []
+    if not all(info.filename.endswith(".npy") for info in members):
+        return []
+    _refuse_twice(path, [info.filename for info in members])
+    return members
 
 
 def zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -181,9 +213,13 @@ def zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
             members = [(info.filename.partition("/")[2], info) for info in archive.infolist()]
     except Exception as error:  # a damaged directory can break the reader in any way
         raise CheckpointError(f"{path}: a damaged archive ({error}). Fetch it again.") from error
-    if twice := [name for name, count in Counter(name for name, _ in members).items() if name and count > 1]:
-        raise CheckpointError(f"{path}: a damaged archive (its record {twice[0]} is there twice). Fetch it again.")
+    _refuse_twice(path, [name for name, _ in members])
     return dict(members)
+
+
+def _refuse_twice(path: Path, names: list[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise CheckpointError(f"{path}: a damaged archive (its record {twice[0]} is there twice). Fetch it again.")
 
 
 def read_safetensors_header(path: Path, size: int) -> dict[str, Any]:
@@ -298,6 +334,11 @@ def _describe(path: Path) -> About:
         return about
     if kind is Format.torchscript:
         return About("TorchScript archive", _activation_in_program(file))
+    if kind is Format.npz and _is_siglip(
+        file
+    ):  # both sides of an image to size, pixels in -1..1; Flax's gelu is that of tanh
+        half = [0.5] * 3
+        return About("big_vision's SigLIP", Activation.gelu_tanh, half, half, resize_mode=ResizeMode.squash)
     if kind is Format.torch and _is_openai(file):
         return About("OpenAI's state dict", Activation.quick_gelu)
     return About(f"{kind} file")
@@ -456,6 +497,12 @@ def _is_openai(file: Path) -> bool:
     pickled = zip_members(file)[PICKLED]
     with zipfile.ZipFile(file) as opened:
         return pickled.file_size < MAX_TEXT and b"input_resolution" in opened.read(pickled)
+
+
+def _is_siglip(file: Path) -> bool:
+    """Return whether an archive of NumPy's names an image tower that pools by attention, and a text tower."""
+    names = [info.filename.removeprefix("params/") for info in npz_members(file)]
+    return any(name.startswith("img/MAPHead_0/") for name in names) and any(name.startswith("txt/") for name in names)
 
 
 def _numbers(values: Any) -> list[float] | None:

@@ -44,12 +44,22 @@ LAYOUTS = {  # by name; those of files that have both towers
         | {"ln_final", "text_projection", "text_decoder", "bert"},
         "visual.",
         "text.",
-        ignored=("text_decoder.",),  # CoCa's
+        ignored=(
+            "text_decoder.",
+            "bert.pooler.",
+        ),  # CoCa's, and of Chinese-CLIP's encoder, which is pooled at its first token
     ),
     "transformers": Layout(
         "vision_model",
         frozenset({*LOGITS, "vision_model", "text_model", "visual_projection", "text_projection"}),
         image_parts=("visual_projection",),
+    ),
+    "big_vision": Layout(
+        "img",
+        frozenset({"img", "txt", "t", "b"}),
+        "img.",
+        "txt.",
+        top=(Row("logit_scale", "t", SCALAR), Row("logit_bias", "b", SCALAR)),
     ),
 }
 
@@ -198,7 +208,11 @@ def _by_tower(layout: Layout, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
             continue
         if part == layout.image or part in layout.image_parts:
             image[name.removeprefix(layout.image_prefix)] = tensor
-        elif part in LOGITS or (layout is LAYOUTS["clip_exp"] and part != "text"):
+        elif (
+            part in LOGITS
+            or any(part == row.theirs for row in layout.top)
+            or (layout is LAYOUTS["clip_exp"] and part != "text")
+        ):
             top[name] = tensor
         else:
             text[name.removeprefix(layout.text_prefix)] = tensor

@@ -71,7 +71,8 @@ def _contradictions(model: ModelConfig, found: Found) -> Iterator[str]:
     theirs = found.about.model
     if theirs is None or not (differing := list(_differing(model, theirs, found.tower))):
         return
-    known = [each for each in known_models() if not list(_differing(each, theirs, found.tower))]
+    alike = (each for each in known_models() if _kinds(each) == _kinds(theirs))
+    known = [each for each in alike if not list(_differing(each, theirs, found.tower))]
     known.sort(key=lambda each: each.image.image_size != theirs.image.image_size)
     way_out = f"Choose model={known[0].name}." if known else "Set these, or choose the `model` that it is of."
     yield f"{found.told} is of another model than model={model.name}: {', '.join(differing)}. {way_out}"
@@ -87,12 +88,18 @@ def _differing(ours: ModelConfig, theirs: ModelConfig, tower: str | None) -> Ite
     if ours.embed_dim != theirs.embed_dim and tower is None:
         yield f"model.embed_dim={theirs.embed_dim} instead of {ours.embed_dim}"
     for name, here, there in zip(("image", "text"), ours.towers, theirs.towers, strict=True):
-        if here.foreign or there.foreign or tower not in (None, name):
+        if tower not in (None, name):
+            continue
+        if here.kind != there.kind and (here.foreign or there.foreign):  # open_clip's may be any of the others
             continue
         keys = ("kind", *here.architecture_keys) if here.kind == there.kind else ("kind",)
         for key in keys:
             if getattr(here, key) != getattr(there, key):
                 yield f"model.{name}.{key}={getattr(there, key)} instead of {getattr(here, key)}"
+
+
+def _kinds(model: ModelConfig) -> list[str]:
+    return [tower.kind for tower in model.towers]
 
 
 def _activation_of(model: ModelConfig, found: Found) -> Activation | None:

@@ -42,7 +42,10 @@ def test_every_model_is_built_as_its_file_says(option: str) -> None:
         model = build_model(config)
     assert config.name == named.get(option, option)
     assert model.logit_scale.shape == (1,)
-    assert model.encode_text(torch.zeros(2, 5, dtype=torch.long, device="meta")).shape == (2, config.embed_dim)
+    if config.text.kind == "huggingface":  # transformers looks at the numbers of a mask, which nothing has here
+        assert model.text.projection.weight.shape[0] == config.embed_dim  # type: ignore[union-attr]
+    else:
+        assert model.encode_text(torch.zeros(2, 5, dtype=torch.long, device="meta")).shape == (2, config.embed_dim)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "rank", "search", "export"])

@@ -12,7 +12,7 @@ from tests.conftest import DOOR, Run
 COMMANDS = ("predict", "rank", "search")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "export", "models"])
+@pytest.mark.parametrize("command", [*COMMANDS, "export", "convert", "models"])
 def test_the_file_and_the_dataclass_have_the_same_defaults(command: str) -> None:
     assert compose(command, []) == SCHEMAS[command]()
 

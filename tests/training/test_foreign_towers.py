@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ChineseCLIPModel, ChineseCLIPProcessor
 
 import clip_exp
 from clip_exp.checkpoints.folders import latest
-from tests.encoders import write_encoder
+from tests.encoders import CHINESE, write_chinese_clip, write_encoder
 from tests.exhaustive import repeat_beyond
 from tests.runs import Finished, Train
+from tests.small_runs import write_picture
 
 SHORT = (
     "model=vit_nano", "data=digits", "task=digits", "max_steps=3", "global_batch_size=16", "log_every_n_steps=1",
@@ -85,6 +87,44 @@ def test_a_configuration_of_open_clip_trains_and_scores_the_same_afterwards(trai
     run = train(*SHORT[1:], "model=open_clip", "model.name=ViT-S-32-alt", "model.image.image_size=64", "optimizer=sgd")
     assert "image.transformer.resblocks.0.attn.in_proj_weight" in run.weights
     assert evaluated(run.folder, tmp_path) == pytest.approx(scored(run.folder))
+
+
+def test_a_folder_of_chinese_clip_is_trained_scored_and_exported_to_transformers(train: Train, tmp_path: Path) -> None:
+    """With captions in Chinese, from weights as ChineseCLIPModel saves them to such a folder again."""
+    start = write_chinese_clip(tmp_path / "start")
+    rows = [f"{write_picture(tmp_path / f'{i}.png', i)},{CHINESE[i % 3]}，数字{i}" for i in range(12)]
+    table = tmp_path / "pairs.csv"
+    table.write_text("\n".join(["filepath,title", *rows]) + "\n", encoding="utf-8")
+    config = clip_exp.load(start, accelerator="cpu").config
+    sizes = [
+        f"model.image.{key}={getattr(config.image, key)}"
+        for key in ("image_size", "patch_size", "width", "layers", "heads")
+    ]
+    sizes += [f"model.text.architecture.{key}={value}" for key, value in config.text.architecture.items()]  # type: ignore[attr-defined]
+    run = train(
+        *("model=chinese_clip_b16", f"model.embed_dim={config.embed_dim}", *sizes, f"model.text.tokenizer={start}"),
+        *(
+            f"pretrained={start}",
+            "data=csv",
+            f"data.train={table}",
+            f"data.val={table}",
+            "max_steps=2",
+            "global_batch_size=4",
+        ),
+        *("precision=32-true", "trainer.accelerator=cpu", "resume=never", "data.num_workers=0"),
+    )
+    assert {"val/loss", "val/recall@1_i2t"} <= set(run.metrics[-1])
+    clip = clip_exp.load(run.folder, accelerator="cpu")
+    exported = clip.export(tmp_path / "exported", format="huggingface")
+    theirs, told = ChineseCLIPModel.from_pretrained(exported, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    texts = [*CHINESE, "Pokémon 皮卡丘！", "狗" * 100]
+    inputs = ChineseCLIPProcessor.from_pretrained(exported)(
+        text=texts, padding=True, truncation=True, return_tensors="pt"
+    )
+    assert torch.equal(inputs["input_ids"], clip.tokenizer(texts))
+    features = theirs.eval().get_text_features(**inputs).pooler_output.detach()
+    torch.testing.assert_close(torch.nn.functional.normalize(features), clip.encode_text(texts), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clip_exp import open_clip_files
-from clip_exp.config.model import Activation, Interpolation, ModelConfig, ResizeMode
+from clip_exp.config.model import Activation, Interpolation, ModelConfig, Pooler, ResizeMode
 from clip_exp.config.names import named_model
 from clip_exp.errors import ConfigError
 from clip_exp.models.families.clip import CLIPTextConfig
@@ -79,7 +79,7 @@ def test_heads_that_shapes_do_not_tell_are_compared() -> None:
         settle(MODEL, found(model=theirs, activation=Activation.gelu))
 
 
-@pytest.mark.parametrize("name", ["vit_l14_336", "rn50", "siglip_b16"])
+@pytest.mark.parametrize("name", ["vit_l14_336", "rn50", "siglip_b16", "chinese_clip_h14"])
 def test_weights_that_tell_another_model_are_refused_with_its_name_before_they_are_read(name: str) -> None:
     theirs = named_model(name).model_copy(update={"name": "downloads"})
     with pytest.raises(
@@ -93,6 +93,14 @@ def test_weights_that_tell_another_model_are_refused_with_its_name_before_they_a
 def test_towers_of_other_libraries_are_compared_by_their_weights_alone() -> None:
     model = named_model("convnext_base")
     assert settle(model, found(model=named_model("vit_b32"))).image == model.image
+
+
+def test_the_pooling_of_an_encoder_is_compared_since_no_shape_tells_it() -> None:
+    model = named_model("chinese_clip_b16")
+    assert settle(model, found(model=model)).text == model.text
+    theirs = model.model_copy(update={"text": model.text.model_copy(update={"pooler": Pooler.mean})})
+    with pytest.raises(ConfigError, match=r"model\.text\.pooler=mean instead of cls"):
+        settle(model, found(model=theirs))
 
 
 def test_open_clips_architectures_have_their_own_activation_unless_the_weights_have_another(capsys) -> None:

@@ -103,7 +103,7 @@ TEXT_DEFAULTS: dict[str, Values] = {
         "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12, "max_position_embeddings": 64, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
     },
-    # BERT's: the fields of transformers' BertConfig that change its weights or numbers.
+    # BERT's: the fields of transformers' ChineseCLIPTextConfig that change its weights or numbers, which BertConfig has too.
     "chinese_clip": {
         "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "pad_token_id": 0,
@@ -274,6 +274,8 @@ def _problems(family: str, text: Values, vision: Values, embed_dim: int) -> list
         problems.append(f"text features of {text.get('projection_size')} channels beside {embed_dim} of pictures.")
     if family == "siglip" and not vision.get("vision_use_head", True):
         problems.append("vision_use_head=false: a tower without its pooling head.")
+    if family == "chinese_clip" and text.get("position_embedding_type", "absolute") != "absolute":
+        problems.append(f"position_embedding_type={text['position_embedding_type']} of texts must be absolute.")
     if vision.get("num_channels", 3) != 3 or not isinstance(vision["image_size"], int):
         problems.append("pictures must be square and have three channels.")
     return problems

@@ -80,6 +80,7 @@ class HuggingFaceTextConfig(EncoderConfig):
     )
 
     openai_tokenizer: ClassVar[bool] = False
+    architecture_keys: ClassVar[tuple[str, ...]] = ("pooler", "projection")
     names: ClassVar[dict[str, Names]] = {
         "clip_exp": Names((), ("encoder.",)),
         "open_clip": Names((Row("encoder.", "transformer."), Row("projection.", "proj."), *CHINESE_CLIP), ()),

@@ -13,13 +13,34 @@ from clip_exp.models.families.clip import (
     TokenTransformerConfig,
 )
 from clip_exp.open_clip_files import published
-from clip_exp.renaming import BATCHED, KERNEL, TOKEN, Names, Row
+from clip_exp.renaming import (
+    BATCHED,
+    FLAX_PATCHES,
+    KERNEL,
+    TOKEN,
+    Names,
+    Row,
+    dense,
+    into_heads,
+    norm,
+    out_of_heads,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
 # Queries, keys and values of the pooling are apart in ours: its query is learned.
 POOL_PARTS = ("pool.attention.q.", "pool.attention.key_", "pool.attention.value_")
+
+POOL, ATTENTION = "MAPHead_0.", "MultiHeadDotProductAttention_0."
+BIG_VISION_BLOCK = (
+    *norm(".ln_1.", ".LayerNorm_0."),
+    *norm(".ln_2.", ".LayerNorm_1."),
+    *into_heads(".attention.qkv.", f".{ATTENTION}", "query", "key", "value"),
+    *out_of_heads(".attention.out.", f".{ATTENTION}out."),
+    *dense(".mlp.fc.", ".MlpBlock_0.Dense_0."),
+    *dense(".mlp.proj.", ".MlpBlock_0.Dense_1."),
+)
 
 
 class SigLIPImageConfig(PatchTransformerConfig):
@@ -68,6 +89,25 @@ class SigLIPImageConfig(PatchTransformerConfig):
                 *TRANSFORMERS_BLOCK,
             ),
             ("vision_model.head.probe",),
+        ),
+        "big_vision": Names(
+            (
+                Row("patch_embedding.weight", "embedding.kernel", FLAX_PATCHES),
+                Row("patch_embedding.bias", "embedding.bias"),
+                Row("positional_embedding", "pos_embedding", BATCHED),
+                Row("transformer.blocks.", "Transformer.encoderblock_"),
+                *norm("ln_post.", "Transformer.encoder_norm."),
+                Row("pool.latent", f"{POOL}probe", TOKEN),
+                *into_heads("pool.attention.q.", f"{POOL}{ATTENTION}", "query"),
+                *into_heads("pool.attention.key_", f"{POOL}{ATTENTION}", "key"),
+                *into_heads("pool.attention.value_", f"{POOL}{ATTENTION}", "value"),
+                *out_of_heads("pool.attention.out.", f"{POOL}{ATTENTION}out."),
+                *norm("pool.ln.", f"{POOL}LayerNorm_0."),
+                *dense("pool.mlp.fc.", f"{POOL}MlpBlock_0.Dense_0."),
+                *dense("pool.mlp.proj.", f"{POOL}MlpBlock_0.Dense_1."),
+                *BIG_VISION_BLOCK,
+            ),
+            ("embedding.kernel", f"{POOL}probe"),
         ),
     }
 
@@ -119,6 +159,17 @@ class SigLIPTextConfig(TokenTransformerConfig):
                 *TRANSFORMERS_BLOCK,
             ),
             ("text_model.embeddings.token_embedding.", "text_model.head."),
+        ),
+        "big_vision": Names(
+            (
+                Row("token_embedding.weight", "Embed_0.embedding"),
+                Row("positional_embedding", "pos_embedding", BATCHED),
+                Row("transformer.blocks.", "Encoder_0.encoderblock_"),
+                *norm("ln_final.", "Encoder_0.encoder_norm."),
+                *dense("projection.", "head."),
+                *BIG_VISION_BLOCK,
+            ),
+            ("Embed_0.", "head."),
         ),
     }
 

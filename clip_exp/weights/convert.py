@@ -1,0 +1,131 @@
+"""`clip-exp convert`: the tensors of a torch file as safetensors, which cannot run code."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_exp.config.commands import ConvertConfig
+from clip_exp.errors import CheckpointError, ConfigError, Problems
+from clip_exp.storage import atomic_file
+from clip_exp.weights.inspect import Format, format_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENDING = ".safetensors"
+
+
+def convert(config: ConvertConfig) -> int:
+    """Write the file; return the exit code.
+
+    Raises:
+        ConfigError: `file` or `output` has no value, or `output` exists or is no place for a file.
+        CheckpointError: `file` cannot be read, is refused without `trust_pickle`, or has no tensors; `output` cannot be written.
+    """
+    file, output = _check(config)
+    from safetensors.torch import save_file  # imports torch
+
+    found, left_out = _tensors(_read(file, config.trust_pickle))
+    if not found:
+        raise CheckpointError(f"{file}: holds no tensors: nothing is written.")
+    try:
+        with atomic_file(output) as temporary:
+            save_file(found, temporary, {"format": "pt"})
+    except OSError as error:
+        raise CheckpointError(f"output={output} cannot be written: {error.strerror or error}.") from error
+    print(f"written: {output} ({len(found)} tensors, {output.stat().st_size / 1e6:,.1f} MB)")
+    if left_out:
+        from clip_exp.weights.search import listing
+
+        print(f"left out, as no tensors: {listing(left_out)}")
+    print(f"next:    pretrained={output}")
+    return 0
+
+
+def _check(config: ConvertConfig) -> tuple[Path, Path]:
+    """Return the two paths, without torch."""
+    problems = Problems()
+    if config.file is None:
+        problems.add(f"file has no value: name the file to convert (clip-exp convert FILE output=NAME{ENDING}).")
+    if config.output is None:
+        problems.add(f"output has no value: name the file to write (output=NAME{ENDING}).")
+    file, output = (Path(path or ".").expanduser() for path in (config.file, config.output))
+    if config.output is not None and output.suffix != ENDING:
+        problems.add(f"output={output} must end with {ENDING}, which is the only format that is written.")
+    elif config.output is not None and (output.exists() or output.is_symlink()):
+        problems.add(f"output={output} exists, and is not replaced: name another file, or remove it.")
+    elif config.output is not None and not output.parent.is_dir():
+        problems.add(f"output={output}: there is no folder {output.parent}. Make it, or name another file.")
+    with problems:
+        if config.file is not None and not file.is_file():
+            raise CheckpointError(f"file={file} does not exist or is a folder: name a file (.pt, .pth, .bin or .ckpt).")
+        if config.file is not None and format_of(file) is Format.safetensors:
+            raise ConfigError(f"file={file} is safetensors already: give it as it is (pretrained={file}).")
+    problems.tell()
+    return file, output
+
+
+def _read(file: Path, trusted: bool) -> Any:
+    """Return what a file holds; only a pickle that torch refuses needs to be trusted."""
+    from clip_exp.weights.read import UnsafePickle, read_content
+
+    try:
+        return read_content(file)
+    except UnsafePickle:
+        if not trusted:
+            raise
+    import torch
+
+    print(
+        f"warning: loading {file} runs the code in its pickle, since trust_pickle=true says that you trust its author.",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        with file.open("rb") as opened:
+            return torch.load(opened, map_location="cpu", weights_only=False)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{file}: its pickle needs code that is not here ({error}). Run this where the project that wrote it is installed."
+        ) from error
+    except Exception as error:  # what a pickle runs can fail in any way
+        raise CheckpointError(f"{file}: cannot be loaded ({type(error).__name__}: {error}).") from error
+
+
+def _tensors(content: Any) -> tuple[dict[str, "Tensor"], list[str]]:
+    """Return the tensors under their names, each with memory of its own, and the names of what else there is."""
+    from torch import Tensor
+
+    found: dict[str, Tensor] = {}
+    left_out, seen = [], set()
+    for name, value in _flat(content):
+        if name in found or not isinstance(value, Tensor) or not _fits(value):
+            left_out.append(name)
+            continue
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return found, left_out
+
+
+def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what is in nested dictionaries, and in the weights of modules, by the keys with dots between them."""
+    from torch import nn
+
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
+    if isinstance(content, Mapping) and content:
+        for key, value in content.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name or type(content).__name__, content
+
+
+def _fits(tensor: "Tensor") -> bool:
+    """Return whether safetensors has a place for it: dense numbers, on a device that has them."""
+    import torch
+
+    dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized and not tensor.is_meta
+    return dense and not tensor.is_complex()

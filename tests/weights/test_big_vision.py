@@ -1,0 +1,318 @@
+"""Files of big_vision and of Google's Vision Transformers load with the features that open_clip's and timm's own loaders give them."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from open_clip.convert import load_big_vision_weights
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from clip_exp.config.model import Activation, ModelConfig, ResizeMode
+from clip_exp.errors import CheckpointError
+from clip_exp.models.build import build_model
+from clip_exp.models.families.timm import TimmConfig
+from clip_exp.renaming import rename
+from clip_exp.weights.fit import load_weights
+from clip_exp.weights.inspect import describe
+from clip_exp.weights.read import _read_npz, read_weights
+from tests.models.twins import inputs, load_config, shallow_timm
+
+WIDTH, HEADS, LAYERS, PATCH, GRID, CONTEXT, VOCABULARY = 48, 3, 2, 16, 3, 64, 300
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def drawn(*shape: int) -> np.ndarray[Any, Any]:
+    return (0.2 * np.random.default_rng(sum(shape)).standard_normal(shape)).astype(np.float32)
+
+
+def block(
+    prefix: str, norm_2: str = "LayerNorm_1", attention: str = "0", mlp: str = "MlpBlock_0", scale: float = 1.0
+) -> Arrays:
+    """A block of a Vision Transformer as Flax has it."""
+    heads, wide = (HEADS, WIDTH // HEADS), 4 * WIDTH
+    multi = f"MultiHeadDotProductAttention_{attention}"
+    shapes: dict[str, tuple[int, ...]] = {
+        **{f"{norm}/{kind}": (WIDTH,) for norm in ("LayerNorm_0", norm_2) for kind in ("scale", "bias")},
+        **{f"{multi}/{part}/kernel": (WIDTH, *heads) for part in ("query", "key", "value")},
+        **{f"{multi}/{part}/bias": heads for part in ("query", "key", "value")},
+        f"{multi}/out/kernel": (*heads, WIDTH),
+        f"{multi}/out/bias": (WIDTH,),
+        f"{mlp}/Dense_0/kernel": (WIDTH, wide),
+        f"{mlp}/Dense_0/bias": (wide,),
+        f"{mlp}/Dense_1/kernel": (wide, WIDTH),
+        f"{mlp}/Dense_1/bias": (WIDTH,),
+    }
+    draw = np.random.default_rng(int(100 * scale))
+    return {
+        f"{prefix}/{name}": (0.2 * scale * draw.standard_normal(shape)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def blocks(prefix: str, stacked: bool, **names: Any) -> Arrays:
+    """Blocks each by itself, or all of them along a first axis."""
+    each = [block("block", scale=1 + i / 4, **names) for i in range(LAYERS)]
+    if stacked:
+        return {
+            name.replace("block", f"{prefix}encoderblock", 1): np.stack([part[name] for part in each])
+            for name in each[0]
+        }
+    return {
+        name.replace("block", f"{prefix}encoderblock_{i}", 1): array
+        for i, part in enumerate(each)
+        for name, array in part.items()
+    }
+
+
+def image_tower(stacked: bool) -> Arrays:
+    """SigLIP's: no class token, and a head that pools by attention, made of what a block is made of."""
+    head = {name: array for name, array in block("MAPHead_0").items() if "/LayerNorm_1/" not in name}
+    return {
+        "embedding/kernel": drawn(PATCH, PATCH, 3, WIDTH),
+        "embedding/bias": drawn(WIDTH),
+        "pos_embedding": drawn(1, GRID**2, WIDTH),
+        **blocks("Transformer/", stacked),
+        "Transformer/encoder_norm/scale": drawn(WIDTH),
+        "Transformer/encoder_norm/bias": drawn(WIDTH),
+        "MAPHead_0/probe": drawn(1, 1, WIDTH),
+        **head,
+    }
+
+
+def siglip(stacked: bool = False) -> Arrays:
+    text = {
+        "Embed_0/embedding": drawn(VOCABULARY, WIDTH),
+        "pos_embedding": drawn(1, CONTEXT, WIDTH),
+        **blocks("Encoder_0/", stacked),
+        "Encoder_0/encoder_norm/scale": drawn(WIDTH),
+        "Encoder_0/encoder_norm/bias": drawn(WIDTH),
+        "head/kernel": drawn(WIDTH, WIDTH),
+        "head/bias": drawn(WIDTH),
+    }
+    return {
+        **{f"img/{name}": array for name, array in image_tower(stacked).items()},
+        **{f"txt/{name}": array for name, array in text.items()},
+        "t": np.array([2.5], dtype=np.float32),
+        "b": np.array([-9.0], dtype=np.float32),
+    }
+
+
+def below(prefix: str, arrays: Arrays) -> Arrays:
+    return {prefix + name: array for name, array in arrays.items()}
+
+
+def small_config() -> ModelConfig:
+    """SigLIP with the activation that open_clip's own configuration of it has."""
+    config: Any = load_config("siglip_b16")
+    config.embed_dim, config.activation = WIDTH, Activation.gelu
+    for tower in config.towers:
+        tower.width, tower.layers, tower.heads = WIDTH, LAYERS, HEADS
+    config.image.image_size, config.text.vocab_size = PATCH * GRID, VOCABULARY
+    return config
+
+
+def open_clip_model(path: Path) -> nn.Module:
+    settings: dict[str, Any] = open_clip.get_model_config("ViT-B-16-SigLIP")
+    settings["text_cfg"] |= {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "vocab_size": VOCABULARY}
+    with shallow_timm(depth=LAYERS, embed_dim=WIDTH, num_heads=HEADS, img_size=PATCH * GRID):
+        model = open_clip.model.CustomTextCLIP(WIDTH, settings["vision_cfg"], settings["text_cfg"], init_logit_bias=0.0)
+    load_big_vision_weights(model, str(path))
+    return model.eval()
+
+
+LAYOUTS: dict[str, Callable[[], Arrays]] = {
+    "with params": lambda: below("params/", siglip()),
+    "without params": siglip,
+    "with stacked blocks": lambda: below("params/", siglip(stacked=True)),
+    "with an optimizer": lambda: below("params/", siglip()) | below("opt/0/mu/", siglip()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_siglip_has_the_features_that_open_clips_loader_gives_it(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / "siglip.npz"
+    np.savez(path, **LAYOUTS[layout]())
+    theirs, config = open_clip_model(path), small_config()
+    model = build_model(config, init_logit_bias=0.0).eval()
+    assert load_weights(model, path, config) == []
+    image_BCHW, tokens_BL = inputs(config)
+    torch.testing.assert_close(model.encode_image(image_BCHW), theirs.encode_image(image_BCHW), rtol=0, atol=1e-5)  # type: ignore[operator]
+    torch.testing.assert_close(model.encode_text(tokens_BL), theirs.encode_text(tokens_BL), rtol=0, atol=1e-5)  # type: ignore[operator]
+    assert (model.logit_scale.item(), model.logit_bias.item()) == (2.5, -9.0)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_siglip_loads_into_a_backbone_of_timm_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "siglip.npz"
+    np.savez(path, **below("params/", siglip()))
+    config = small_config()
+    ours = build_model(config, init_logit_bias=0.0).eval()
+    load_weights(ours, path, config)
+    image = TimmConfig(name="vit_base_patch16_siglip_224", image_size=PATCH * GRID, projection="none")  # type: ignore[arg-type]
+    with_timm = config.model_copy(update={"image": image})
+    with shallow_timm(depth=LAYERS, embed_dim=WIDTH, num_heads=HEADS, img_size=PATCH * GRID):
+        model = build_model(with_timm, init_logit_bias=0.0).eval()
+    load_weights(model, path, with_timm)
+    image_BCHW, _ = inputs(config)
+    torch.testing.assert_close(model.encode_image(image_BCHW), ours.encode_image(image_BCHW), rtol=0, atol=1e-5)
+
+
+VITS: dict[str, tuple[str, str, dict[str, str]]] = {  # by layout: where the positions are, and what a block is made of
+    "big_vision": ("pos_embedding", "params/", {}),
+    "vision_transformer": (
+        "Transformer/posembed_input/pos_embedding",
+        "",
+        {"norm_2": "LayerNorm_2", "attention": "1", "mlp": "MlpBlock_3"},
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "opt/target/"])
+@pytest.mark.parametrize("layout", VITS)
+@torch.no_grad()
+def test_a_vision_transformer_has_the_features_that_timms_loader_gives_it(
+    layout: str, prefix: str, tmp_path: Path
+) -> None:
+    positions, own_prefix, names = VITS[layout]
+    arrays = {
+        "embedding/kernel": drawn(PATCH, PATCH, 3, WIDTH),
+        "embedding/bias": drawn(WIDTH),
+        "cls": drawn(1, 1, WIDTH),
+        positions: drawn(1, GRID**2 + 1, WIDTH),
+        **blocks("Transformer/", stacked=False, **names),
+        "Transformer/encoder_norm/scale": drawn(WIDTH),
+        "Transformer/encoder_norm/bias": drawn(WIDTH),
+        "head/kernel": drawn(WIDTH, 10),
+        "head/bias": drawn(10),
+    }
+    path = tmp_path / "vit.npz"
+    np.savez(path, **below(prefix or own_prefix, arrays))
+    sizes = {"img_size": PATCH * GRID, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
+    ours, theirs = (VisionTransformer(**sizes, num_classes=0).eval() for _ in range(2))  # type: ignore[arg-type]
+    theirs.load_pretrained(str(path))
+    start = (prefix or own_prefix).replace("/", ".")
+    state = {name.removeprefix(start): tensor for name, tensor in _read_npz(path, numbers=True).items()}
+    found = rename(state, TimmConfig.names[layout].rows, to_theirs=False)
+    missing = ours.load_state_dict(
+        {name.removeprefix("trunk."): tensor for name, tensor in found.items() if not name.startswith("head")}
+    )
+    assert not missing.missing_keys
+    assert not missing.unexpected_keys
+    image_BCHW = torch.randn(2, 3, PATCH * GRID, PATCH * GRID)
+    torch.testing.assert_close(ours(image_BCHW), theirs(image_BCHW), rtol=0, atol=1e-5)
+
+
+def test_a_table_names_every_weight_of_timms_vision_transformers_both_ways() -> None:
+    """But for the heads of attention, of which our weights do not tell how many there are."""
+    ours = timm.create_model("test_vit", num_classes=0).state_dict()
+    state = {f"trunk.{name}": tensor for name, tensor in ours.items()}
+    for layout in VITS:
+        rows = TimmConfig.names[layout].rows
+        back = rename(rename(state, rows, to_theirs=True), rows, to_theirs=False)
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_siglip_tells_what_its_training_did(tmp_path: Path) -> None:
+    """gelu as Flax computes it; open_clip's registry has the other one."""
+    path = tmp_path / "siglip.npz"
+    np.savez(path, **below("params/", siglip()))
+    about = describe(path)
+    assert (about.activation, about.mean, about.std) == (Activation.gelu_tanh, [0.5] * 3, [0.5] * 3)
+    assert about.resize_mode is ResizeMode.squash
+    np.savez(path, **image_tower(stacked=False))
+    assert describe(path).activation is None
+
+
+def test_numbers_of_every_kind_are_read(tmp_path: Path) -> None:
+    """bfloat16, which NumPy has no type for, columns first, and the other order of bytes; texts and dates are left out."""
+    expected = torch.arange(6.0).reshape(2, 3)
+    array = expected.numpy()
+    np.savez(
+        tmp_path / "a.npz",
+        bfloat16=expected.bfloat16().view(torch.int16).numpy().view("V2"),
+        columns=np.asfortranarray(array),
+        bytes_swapped=array.astype(">f4"),
+        half=array.astype(np.float16),
+        scalar=np.float32(3.0),
+        text=np.array("a note"),
+        **{"img/embedding/kernel": array, "txt/a": array},
+    )
+    found = _read_npz(tmp_path / "a.npz", numbers=True)
+    assert set(found) == {"bfloat16", "columns", "bytes_swapped", "half", "scalar", "img.embedding.kernel", "txt.a"}
+    assert found["bfloat16"].dtype is torch.bfloat16
+    assert found["scalar"].shape == ()
+    assert all(torch.equal(found[name].float(), expected) for name in ("bfloat16", "columns", "bytes_swapped", "half"))
+    shapes = _read_npz(tmp_path / "a.npz", numbers=False)
+    assert {(name, value.shape, value.dtype) for name, value in shapes.items()} == {
+        (name, value.shape, value.dtype) for name, value in found.items()
+    }
+    assert all(value.is_meta for value in shapes.values())
+
+
+def with_header(shape: tuple[int, ...]) -> bytes:
+    """An array of four bytes whose header tells `shape`."""
+    buffer = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue() + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"a.npy": with_header((10**12,))}, "not a readable file of NumPy's (a.npy: its header tells another size)"),
+        ({"a.npy": b"not an array"}, "not a readable file of NumPy's"),
+        ({"a.npy": b""}, "not a readable file of NumPy's"),
+        ({"a.npy": with_header((1,)), "b.txt": b""}, "a zip archive without weights of torch or NumPy"),
+        ({"a.npy": with_header((1,))[:-3]}, "its header tells another size"),
+    ],
+)
+def test_damaged_files_are_named(members: dict[str, bytes], reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError) as caught:
+        read_weights(path)
+    assert reason in str(caught.value)
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "short.npz"
+    np.savez(path, **siglip())
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(CheckpointError, match="cut short: its end is missing"):
+        read_weights(path)
+
+
+def test_packed_arrays_are_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "packed.npz"
+    np.savez_compressed(path, zeros=np.zeros(10**6))
+    with pytest.raises(CheckpointError, match=r"its records would be 8,\d+,\d+ bytes.* write it with numpy\.savez"):
+        read_weights(path)
+
+
+class RunsCode:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_an_array_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    path, ran = tmp_path / "bad.npz", tmp_path / "ran"
+    np.savez(path, **{"img/embedding/kernel": np.array([RunsCode(ran)], dtype=object)})
+    with pytest.raises(CheckpointError, match=r"refused, because its array img/embedding/kernel\.npy is a pickle"):
+        read_weights(path)
+    assert not ran.exists()
