@@ -129,7 +129,7 @@ def test_towers_of_timm_and_hugging_face_give_the_same_features_here_and_go_back
         name="foreign",
         embed_dim=24,
         image=TimmConfig(name="resnet10t", image_size=64, projection=projection),
-        text=HuggingFaceTextConfig(name=folder, context_length=30, vocab_size=500, projection=projection),
+        text=HuggingFaceTextConfig(name=folder, context_length=30, projection=projection),
     )
     twin = open_clip.model.CustomTextCLIP(
         24,
