@@ -19,7 +19,7 @@ from train_step import make_captions
 
 from clip_exp.config.names import named_model
 from clip_exp.losses.softmax.loss import SoftmaxLoss
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.text.tokenizer import Tokenizer
 
 TARGET_RATIO = 2.5

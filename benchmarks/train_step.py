@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from clip_exp.config.names import named_model
 from clip_exp.losses.softmax.loss import SoftmaxLoss
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.text.tokenizer import Tokenizer
 from clip_exp.weights.names import to_open_clip
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from clip_exp.config.names import named_model
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.sets.class_names import imagenet_classes, templates
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.text.tokenizer import Tokenizer
 from clip_exp.weights.names import to_open_clip
 

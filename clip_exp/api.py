@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_exp import open_clip_files
+import clip_exp.open_clip_files as open_clip_files
 from clip_exp.checkpoints.folders import STEP, was_saved
-from clip_exp.config.base import nearest
 from clip_exp.config.compose import compose
 from clip_exp.config.model import Activation
 from clip_exp.config.names import named_model, names, resolve
 from clip_exp.devices import check_accelerator
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, nearest
 from clip_exp.evaluation.launch import evaluate as evaluate_here
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.loading.source import (
@@ -26,7 +25,7 @@ from clip_exp.loading.source import (
     source_of_weights,
 )
 from clip_exp.ranks.environment import started_by_launcher
-from clip_exp.ranks.signals import Stopped
+from clip_exp.ranks.failure import Stopped
 from clip_exp.runs import RunRecord
 from clip_exp.training.launch import train_here
 from clip_exp.weights.download import HUB, is_hub_name

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from clip_exp._version import __version__
-from clip_exp.config.base import nearest
 from clip_exp.config.compose import MULTIRUN_FLAGS, current_job, explain, run_hydra, secrets_refused
 from clip_exp.devices import is_out_of_memory
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError, printable
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError, nearest, printable
 from clip_exp.ranks.environment import is_first_rank, started_by_launcher
 from clip_exp.ranks.failure import end_process
 

@@ -3,11 +3,20 @@
 A message says what is wrong, where, and how to fix it. It is printed once, at the door (`clip_exp.cli`), without a traceback.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 PREEMPTED_EXIT_CODE = 143
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # line ends and tabs are left
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return a sentence that helps after a typo: the closest valid name, or all of them where none is close."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}."
 
 
 def printable(message: str) -> str:

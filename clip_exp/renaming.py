@@ -99,6 +99,32 @@ def out_of_heads(ours: str, theirs: str) -> tuple[Row, ...]:
     return Row(f"{ours}weight", f"{theirs}kernel", OUT_OF_HEADS), Row(f"{ours}bias", f"{theirs}bias")
 
 
+def flax_vit(positions: str, norm_2: str, attention: str, mlp: str) -> tuple[Row, ...]:
+    """Return the table of a Vision Transformer that Google trained: timm's names, and Flax's numbers for what a block is made of."""
+    pool, pool_attention = "MAPHead_0.", "MAPHead_0.MultiHeadDotProductAttention_0."
+    return (
+        Row("trunk.patch_embed.proj.weight", "embedding.kernel", FLAX_CONVOLUTION),
+        Row("trunk.patch_embed.proj.bias", "embedding.bias"),
+        Row("trunk.cls_token", "cls"),
+        Row("trunk.pos_embed", positions),
+        Row("trunk.blocks.", "Transformer.encoderblock_"),
+        *norm("trunk.norm.", "Transformer.encoder_norm."),
+        Row("trunk.attn_pool.latent", f"{pool}probe"),
+        *into_heads("trunk.attn_pool.q.", pool_attention, "query"),
+        *into_heads("trunk.attn_pool.kv.", pool_attention, "key", "value"),
+        *out_of_heads("trunk.attn_pool.proj.", f"{pool_attention}out."),
+        *norm("trunk.attn_pool.norm.", f"{pool}LayerNorm_0."),
+        *dense("trunk.attn_pool.mlp.fc1.", f"{pool}MlpBlock_0.Dense_0."),
+        *dense("trunk.attn_pool.mlp.fc2.", f"{pool}MlpBlock_0.Dense_1."),
+        *norm(".norm1.", ".LayerNorm_0."),
+        *norm(".norm2.", f".{norm_2}."),
+        *into_heads(".attn.qkv.", f".{attention}.", "query", "key", "value"),
+        *out_of_heads(".attn.proj.", f".{attention}.out."),
+        *dense(".mlp.fc1.", f".{mlp}.Dense_0."),
+        *dense(".mlp.fc2.", f".{mlp}.Dense_1."),
+    )
+
+
 def rename(state: Mapping[str, "Tensor"], rows: Iterable[Row], *, to_theirs: bool) -> dict[str, "Tensor"]:
     """Return tensors under the names of the other side of a table; names that it does not have pass through.
 

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from clip_exp import storage
+import clip_exp.storage as storage
 from clip_exp._version import __version__
 from clip_exp.checkpoints.folders import RUN_COPY, changed, manifests
 from clip_exp.config.files import parse_run_config, read_run_config

@@ -5,6 +5,7 @@ What is being written has a temporary name next to its target: `.writing-<name>-
 else writes the target (as it holds a lock) removes them. Errors are OSErrors, and `InUse`: the callers know what to tell the user.
 """
 
+import csv
 import errno
 import glob
 import hashlib
@@ -16,11 +17,11 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
@@ -280,3 +281,34 @@ def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are the full-width forms of = + - @
+
+
+class TextWriter:
+    """A CSV writer whose texts stay texts; numbers are written as they are."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._writer = csv.writer(file, lineterminator="\n")
+        self._quoting = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+    def writerow(self, row: Iterable[Any]) -> None:
+        cells = [as_text(cell) for cell in row]
+        # The csv module does not quote a carriage return, which would begin a row, and with it a cell.
+        odd = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+        (self._quoting if odd else self._writer).writerow(cells)
+
+    def writerows(self, rows: Iterable[Iterable[Any]]) -> None:
+        for row in rows:
+            self.writerow(row)
+
+
+def as_text(cell: Any) -> Any:
+    """Return a cell that a spreadsheet shows as it is."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def original(cell: str) -> str:
+    """Return what `as_text` was given."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell

@@ -14,8 +14,7 @@ from clip_exp.config.files import to_yaml
 from clip_exp.config.names import named_model
 from clip_exp.config.training import AdamWConfig, AutoConfig, TrainConfig
 from clip_exp.losses.softmax import SoftmaxLossConfig
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from tests.checkpoints.test_folders import write_state
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clip_exp.checkpoints.folders import checkpoints, step_of
 from clip_exp.config.names import named_model
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from tests.conftest import REPOSITORY, Run
 from tests.runs import TINY, Finished, run_folders
 from tests.small_runs import write_picture

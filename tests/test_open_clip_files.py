@@ -51,7 +51,7 @@ def test_checksums_are_those_in_the_addresses() -> None:
 
 def test_reading_it_imports_neither_torch_nor_open_clip() -> None:
     code = (
-        "import sys; from clip_exp import open_clip_files; import clip_exp.weights.find, clip_exp.weights.settle\n"
+        "import sys; from clip_exp import open_clip_files; import clip_exp.weights.find, clip_exp.weights.inspect\n"
         "assert open_clip_files.entry('ViT-B-32', 'openai')\n"
         "print([name for name in ('torch', 'open_clip', 'timm', 'transformers', 'huggingface_hub') if name in sys.modules])"
     )

@@ -77,7 +77,7 @@ def test_building_a_model_loads_neither_configuration_files_nor_weights() -> Non
         "clip_exp.training",
     )
     code = (
-        "import sys; import clip_exp.losses, clip_exp.models, clip_exp.models.build\n"
+        "import sys; import clip_exp.losses, clip_exp.models, clip_exp.models.clip\n"
         f"print([name for name in {unwanted} if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -8,13 +8,13 @@ import torch
 from clip_exp.config.model import ModelConfig
 from clip_exp.data.images import preprocessing_of
 from clip_exp.devices import benchmarks_convolutions, exact_float32, inference_precision, training_precision
-from clip_exp.evaluation import scoring
+from clip_exp.evaluation import subject as scoring
 from clip_exp.evaluation.features import EncodeOptions, encode_pixels, encode_texts
 from clip_exp.evaluation.subject import Subject
 from clip_exp.evaluation.task import Task
 from clip_exp.evaluation.tasks.auto import AutoTaskConfig
 from clip_exp.inference.pipeline import Pipeline
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.reports.evaluation import Result
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.compose import train_config

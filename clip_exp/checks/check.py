@@ -24,8 +24,7 @@ from clip_exp.errors import DataError
 from clip_exp.reports.data_page import Equal, Gallery, ImageExample, data_page
 from clip_exp.reports.page import SIDE, Thumbnail, shrunk
 from clip_exp.runs import write_json, write_text
-from clip_exp.spreadsheets import TextWriter
-from clip_exp.storage import atomic_file
+from clip_exp.storage import TextWriter, atomic_file
 from clip_exp.text.tokenizer import build_tokenizer
 
 VERSION = 1  # of report.json

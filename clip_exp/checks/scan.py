@@ -38,7 +38,7 @@ from clip_exp.data.loader import WorkerLoader, caption_id
 from clip_exp.data.randomness import Draws
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.progress import progress
-from clip_exp.spreadsheets import TextWriter
+from clip_exp.storage import TextWriter
 from clip_exp.text.tokenizer import Tokenizes
 
 T = TypeVar("T")

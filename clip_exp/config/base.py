@@ -401,13 +401,6 @@ def typed_keys(arguments: Iterable[str]) -> set[str]:
     return {argument.partition("=")[0].lstrip("+") for argument in arguments if "=" in argument}
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a sentence that helps after a typo: the closest valid name, or all of them where none is close."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}."
-
-
 def shown(value: Any) -> str:
     """Return a value as it is typed."""
     value = plain(value)

@@ -42,7 +42,6 @@ from clip_exp.config.base import (
     key_of,
     member_names,
     members,
-    nearest,
     parse,
     typed_keys,
     values_of,
@@ -51,7 +50,7 @@ from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.evaluation import TaskConfig
 from clip_exp.config.files import addresses, conf_dir, options
 from clip_exp.config.names import names, open_clip_field, translate
-from clip_exp.errors import ConfigError
+from clip_exp.errors import ConfigError, nearest
 from clip_exp.secrets import leaks, names_secret
 
 Work = Callable[[Callable[[], Any]], None]

@@ -7,10 +7,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from clip_exp.config.base import MISSING, nearest, parse
+from clip_exp.config.base import MISSING, parse
 from clip_exp.config.files import conf_dir, options
 from clip_exp.config.model import VOCABULARY, ModelConfig
-from clip_exp.errors import ConfigError
+from clip_exp.errors import ConfigError, nearest
 from clip_exp.open_clip_files import can_be_trimmed, configurations, open_clip_values
 
 ALIASES = {

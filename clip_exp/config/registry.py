@@ -1,19 +1,25 @@
-"""Where the members of the open groups are: towers, losses and tasks, each declared beside its code, and found here by its name alone.
+"""Names in a configuration to code: members of the open groups (towers, losses, tasks), and objects named by `_target_`.
 
 A member is a model of the schema (a subclass of its group's base) in a module that does not import torch, so that a typo is answered
 before torch is there. Those of clip_exp are in one package per group. Those of a user stand next to their options: with
 `--config-dir DIR`, `model/image=mine` is `DIR/model/image/mine.yaml` and the class in `DIR/model/image/mine.py`.
+
+A configuration may come from somebody else, so `_target_` imports only below a module prefix that is allowed;
+`CLIP_EXP_ALLOWED_TARGETS` adds prefixes, separated by commas: `export CLIP_EXP_ALLOWED_TARGETS=my_lab.optim`.
 """
 
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from clip_exp.errors import ConfigError
+from clip_exp.errors import ConfigError, nearest
 
 PACKAGES = {  # by group
     "model/image": "clip_exp.models.families",
@@ -68,3 +74,66 @@ def _load_file(group: str, file: Path) -> None:
         raise ConfigError(
             f"{file} cannot be imported ({type(error).__name__}: {error}). Fix it, or remove it."
         ) from error
+
+
+ALLOWED_PREFIXES = ("torch.optim", "timm.optim", "deepspeed.ops", "pytorch_lightning.", "clip_exp.training.")
+ALLOWED_VARIABLE = "CLIP_EXP_ALLOWED_TARGETS"
+
+
+def locate(target: str, where: str) -> Callable[..., Any]:
+    """The class or function that `target` names.
+
+    Raises:
+        ConfigError: the name is outside the allowed prefixes, or there is nothing of that name.
+    """
+    module_name, _, name = target.rpartition(".")
+    extra = [prefix.strip() for prefix in os.environ.get(ALLOWED_VARIABLE, "").split(",") if prefix.strip()]
+    allowed = (*ALLOWED_PREFIXES, *extra)
+    if not any(f"{target}.".startswith(f"{prefix.rstrip('.')}.") for prefix in allowed):
+        raise ConfigError(
+            f"{where}._target_={target} is not below an allowed module ({', '.join(p.rstrip('.') for p in allowed)}); "
+            f"to allow your own, put its module into the environment variable {ALLOWED_VARIABLE}."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{where}._target_={target} cannot be imported: {error}.") from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        valid = (n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n)))
+        raise ConfigError(f"{where}._target_: {module_name} has no {name}: {nearest(name, valid)}")
+    origin = getattr(found, "__module__", None) or ""
+    if not any(f"{origin}.".startswith(f"{prefix.rstrip('.').split('.')[0]}.") for prefix in allowed):
+        raise ConfigError(f"{where}._target_={target} is {origin}.{name}, which is outside the allowed modules.")
+    return found
+
+
+def build(target: str, where: str, *args: Any, **kwargs: Any) -> Any:
+    """Call what `target` names.
+
+    Raises:
+        ConfigError: see `locate`; or an argument that its signature does not have.
+    """
+    function = locate(target, where)
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        unknown = [
+            f"{where}.{key} is no argument of {target}: {nearest(key, parameters)}"
+            for key in kwargs
+            if key not in parameters
+        ]
+        if unknown:
+            raise ConfigError("\n".join(unknown))
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {target} refused its arguments: {error}") from error
+
+
+def build_extra(nodes: Mapping[str, Any], where: str) -> list[Any]:
+    """Return the objects of an `extra` node.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    return [build(node.target, f"{where}.{name}", **node.arguments) for name, node in nodes.items()]

@@ -14,8 +14,7 @@ from typing import BinaryIO
 from clip_exp.data.files import kind_of
 from clip_exp.data.loader import BadPicture
 from clip_exp.errors import DataError
-from clip_exp.spreadsheets import TextWriter, original
-from clip_exp.storage import lock
+from clip_exp.storage import TextWriter, lock, original
 
 log = logging.getLogger(__name__)
 

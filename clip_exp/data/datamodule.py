@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Sampler
 from clip_exp.config.data import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.fingerprint import VAL, changes, fingerprint, stream_changes
 from clip_exp.data.generated import readable
 from clip_exp.data.images import Preprocessing
 from clip_exp.data.loader import (
@@ -30,6 +29,7 @@ from clip_exp.data.loader import (
     count_workers,
 )
 from clip_exp.data.pictures import warn_alike
+from clip_exp.data.preflight import VAL, changes, fingerprint, stream_changes
 from clip_exp.data.stream import INDEX, Stream, Tables, open_tables
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import CheckpointError, ConfigError, DataError

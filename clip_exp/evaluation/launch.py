@@ -20,8 +20,8 @@ from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, Devi
 from clip_exp.evaluation.task import Task
 from clip_exp.loading.source import ModelSource, check_source, find_source
 from clip_exp.ranks.environment import device_problems, is_first_rank
+from clip_exp.ranks.failure import Stopped, exit_on_signals, stop_on_signals
 from clip_exp.ranks.launch import Opened, Work, launch_work
-from clip_exp.ranks.signals import Stopped, exit_on_signals, stop_on_signals
 from clip_exp.reports.evaluation import show
 from clip_exp.reports.names import task_of
 from clip_exp.runs import MAX_NAME, RunRecord, create_run_folder, name_problems, write_text
@@ -232,7 +232,7 @@ def evaluate_in(
     with stop_on_signals():
         try:
             # Torch takes seconds to import: only once the configuration is known to be right.
-            from clip_exp.evaluation.scoring import score_tasks
+            from clip_exp.evaluation.subject import score_tasks
 
             score_tasks(folder, config, source, tasks, results)
         except BaseException as failed:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clip_exp._version import __version__
 from clip_exp.config.base import plain
+from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.model import ModelConfig, ResizeMode
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.pictures import Pictures
+from clip_exp.devices import exact_float32
 from clip_exp.errors import DataError
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.features import (
@@ -22,16 +25,20 @@ from clip_exp.evaluation.features import (
     EncodedImages,
     EncodeOptions,
     ImageEncoder,
+    encode_options,
     encode_pictures,
     encode_pixels,
     encode_texts,
     require_finite,
 )
-from clip_exp.evaluation.task import LearnedTask
+from clip_exp.evaluation.task import LearnedTask, Task
+from clip_exp.loading.model import load_model
+from clip_exp.loading.source import ModelSource
 from clip_exp.models.clip import CLIP
-from clip_exp.ranks.group import from_main
-from clip_exp.reports.evaluation import Result
-from clip_exp.text.tokenizer import Tokenizes
+from clip_exp.ranks.group import from_main, is_main
+from clip_exp.reports.evaluation import Result, write_result
+from clip_exp.reports.names import name_in_run
+from clip_exp.text.tokenizer import Tokenizes, build_tokenizer
 
 TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of a picture
 LISTED = 100  # names written into a protocol
@@ -216,3 +223,71 @@ def protocol_of(task: LearnedTask, frozen: Frozen) -> dict[str, Any]:
         "names": dict(zip(task.train.keys, names, strict=True)) if len(names) <= LISTED else None,
         "features": FEATURES,
     }
+
+
+def score_tasks(
+    folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task], results: dict[str, dict[str, Any]]
+) -> None:
+    """Score one task after the other into `results`; what one of them found is written before the next begins."""
+    subject, about = _load_subject(config, source)
+    for task in tasks:
+        result = score(task, subject)
+        result.protocol.update(about)
+        if is_main():
+            # A mixture's scores are not the run's.
+            run_dir = None if source.mix else source.run_dir
+            write_result(result, task.name, folder, run_dir, name_in_run(task.name, source))
+        results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
+    if subject.cache is not None and is_main():
+        subject.cache.prune()
+
+
+def _load_subject(config: EvaluateConfig, source: ModelSource) -> tuple[Subject, dict[str, Any]]:
+    options = encode_options(config)
+    sha256 = from_main(source.sha256)
+    about = about_weights(source, sha256, options.device)
+    cache = Cache(Path(config.output_dir) / "cache", config.cache_gb) if config.cache_gb else None
+    model = load_model(source, options.device)
+    tokenizer = build_tokenizer(source.model.text)
+    return Subject(model, tokenizer, source.model, options, sha256, cache), about
+
+
+def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dict[str, Any]:
+    """For a protocol: which weights were scored, on which kind of device."""
+    return {
+        "model": source.model.name,
+        "weights": str(source.weights.resolve()),
+        "weights_sha256": sha256,
+        **({} if source.told is None else {"pretrained": source.told}),
+        **({} if source.mix is None else {"wise_ft": asdict(source.mix)}),
+        "step": source.step,
+        **({} if source.run_dir is None else {"ema": source.ema}),
+        "device": device.type,
+        "clip_exp": __version__,
+    }
+
+
+@exact_float32()  # scores too: towers see to it themselves
+def score(task: Task, subject: Subject) -> Result:
+    """Return the result of one task. Every rank calls and gets it; only rank 0's has details and files.
+
+    Raises:
+        DataError: a picture cannot be read and `on_bad_image` is `error`, or none can be read.
+        NumericError: features are not finite.
+    """
+    truncated = subject.tokenizer.truncated
+    judge = task.score(subject)
+    here: list[Result] = []
+
+    def judged() -> Result:
+        here.append(judge())
+        return replace(here[0], details=None, files={})
+
+    result = from_main(judged)
+    common = {
+        "truncated_texts": subject.tokenizer.truncated - truncated,
+        "preprocessing": subject.preprocessing(),
+        "precision": subject.options.precision,
+        "kind": task.config.kind,
+    }
+    return replace(here[0] if here else result, protocol={**common, **result.protocol})

@@ -25,7 +25,7 @@ from clip_exp.inference.inputs import (
 )
 from clip_exp.inference.outputs import Report, about, check_output, number, write
 from clip_exp.loading.source import ModelSource, check_source, find_source
-from clip_exp.ranks.signals import Stopped, stop_on_signals
+from clip_exp.ranks.failure import Stopped, stop_on_signals
 from clip_exp.weights.find import hash_part, hash_weights
 
 CHUNK = 8192  # pictures scored at a time: 33 MB of probabilities for 1,000 texts

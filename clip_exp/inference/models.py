@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from clip_exp import open_clip_files
+import clip_exp.open_clip_files as open_clip_files
 from clip_exp.config.commands import ModelsConfig
 from clip_exp.config.files import options
 from clip_exp.config.model import ModelConfig
@@ -127,7 +127,7 @@ def _count(name: str) -> int:
     # Torch takes seconds to import: a mistyped name is answered without it.
     import torch
 
-    from clip_exp.models.build import build_model
+    from clip_exp.models.clip import build_model
 
     model = named_model(name)
     has_bias = model.text.sigmoid

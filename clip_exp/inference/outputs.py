@@ -16,8 +16,7 @@ from rich.text import Text
 from clip_exp.config.commands import OutputConfig, OutputFormat
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.source import ModelSource
-from clip_exp.spreadsheets import TextWriter
-from clip_exp.storage import atomic_file
+from clip_exp.storage import TextWriter, atomic_file
 
 ENDINGS = {".json": OutputFormat.json, ".csv": OutputFormat.csv}
 WIDE = 100_000  # columns of a table that no terminal cuts

@@ -7,11 +7,9 @@ from torch import nn
 
 from clip_exp.loading.source import ModelSource
 from clip_exp.loading.wise_ft import interpolate
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.weights.fit import fit_weights, load_weights
-from clip_exp.weights.read import find_model_weights
-from clip_exp.weights.search import BIAS
+from clip_exp.weights.read import BIAS, find_model_weights
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.loading.wise_ft import Mix, mix_of
 from clip_exp.runs import CONFIG, require_run, run_config, with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_part, hash_weights
-from clip_exp.weights.settle import note_architecture, settle
+from clip_exp.weights.inspect import note_architecture, settle
 
 NO_START = "wise_ft needs a run or its checkpoint: other weights do not tell what they started from."
 

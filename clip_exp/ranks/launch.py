@@ -19,8 +19,7 @@ from clip_exp.devices import Devices, usable_cores
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DistributedError, printable
 from clip_exp.ranks import failure
 from clip_exp.ranks.environment import free_port, local_placement, outer_placement
-from clip_exp.ranks.failure import Failure, Reporter
-from clip_exp.ranks.signals import handle_signals
+from clip_exp.ranks.failure import Failure, Reporter, handle_signals
 from clip_exp.ranks.worker import command_line
 
 SETTLE_S = 8.0  # for the ranks that a failure reaches to end by themselves

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from clip_exp.ranks.failure import Reporter, place_in, reporting_to
-from clip_exp.ranks.signals import exit_on_signals
+from clip_exp.ranks.failure import Reporter, exit_on_signals, place_in, reporting_to
 
 
 def command_line(work: Callable[[Path], int], folder: Path) -> list[str]:

@@ -25,7 +25,7 @@ from clip_exp.data.pictures import Pictures
 from clip_exp.reports.evaluation import Result
 from clip_exp.reports.names import CERTAIN
 from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
-from clip_exp.spreadsheets import TextWriter
+from clip_exp.storage import TextWriter
 
 COLUMNS = ("key", "name", "pictures", "top1", "top5", "most_often_taken_for", "share", "predicted")
 WRONG_SHOWN = 16

@@ -28,12 +28,12 @@ from clip_exp.data.loader import explain_worker_failure
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import CheckpointError, ConfigError, DeviceMemoryError, DistributedError
 from clip_exp.ranks import failure, group
+from clip_exp.ranks.failure import StopRequest
 from clip_exp.ranks.group import from_main
-from clip_exp.ranks.signals import StopRequest
 from clip_exp.storage import remove_folder
-from clip_exp.training.measures import is_of_task, monitor_mode
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.metrics import StepMetrics, last_validation, seconds
+from clip_exp.training.preflight import is_of_task, monitor_mode
 
 if TYPE_CHECKING:
     from clip_exp.training.tasks import TaskScores

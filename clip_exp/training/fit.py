@@ -24,7 +24,7 @@ from clip_exp.checkpoints.folders import STEP, checkpoints, damage, latest, reco
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
 from clip_exp.config.base import plain
 from clip_exp.config.files import read_run_config
-from clip_exp.config.targets import build_extra
+from clip_exp.config.registry import build_extra
 from clip_exp.config.training import DDPConfig, DeepSpeedConfig, LossConfig, StrategyConfig, StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
@@ -32,12 +32,11 @@ from clip_exp.data.preflight import RunTables
 from clip_exp.devices import benchmarks_convolutions, resolve_accelerator, training_precision
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError
 from clip_exp.evaluation.task import Task
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.ranks import group
 from clip_exp.ranks.environment import started_by_launcher
+from clip_exp.ranks.failure import StopRequest, note_signals
 from clip_exp.ranks.group import is_main
-from clip_exp.ranks.signals import StopRequest, note_signals
 from clip_exp.runs import LAST_CHECKPOINT, RunRecord, with_saved_tokenizer
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.callbacks import (
@@ -51,13 +50,12 @@ from clip_exp.training.callbacks import (
     StopAtEnd,
     explain,
 )
-from clip_exp.training.measures import check_validation_classes, is_of_task, monitor_mode, training_tasks
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.metrics import MetricsCSV, StepMetrics, build_loggers, start_loggers
 from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import EarlierRun, lost, start_weights
 from clip_exp.training.optim import prepare
-from clip_exp.training.preflight import steps_of
+from clip_exp.training.preflight import check_validation_classes, is_of_task, monitor_mode, steps_of, training_tasks
 from clip_exp.training.strategies import GroupEnvironment, deepspeed_strategy
 from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskPatience, TaskScores, score_finished

@@ -12,8 +12,8 @@ from clip_exp.data.preflight import RunTables
 from clip_exp.devices import Devices, resolve_accelerator
 from clip_exp.errors import ConfigError
 from clip_exp.ranks.environment import started_by_launcher
+from clip_exp.ranks.failure import exit_on_signals
 from clip_exp.ranks.launch import Opened, Work, launch_work
-from clip_exp.ranks.signals import exit_on_signals
 from clip_exp.runs import RunRecord, lock
 from clip_exp.training.messages import logging_to, shown_and_kept
 from clip_exp.training.opening import open_run

@@ -20,7 +20,7 @@ from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.base import plain
 from clip_exp.config.files import to_yaml
 from clip_exp.config.training import TrainConfig
-from clip_exp.data.fingerprint import changes, image_changes
+from clip_exp.data.preflight import changes, image_changes
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.reports.names import task_of
 from clip_exp.runs import (
@@ -42,7 +42,7 @@ from clip_exp.runs import (
 from clip_exp.storage import file_sha256
 from clip_exp.training.preflight import rehearse
 from clip_exp.weights.find import find_weights, hash_weights, key_of, local_weights
-from clip_exp.weights.settle import as_settled, note_architecture, settle
+from clip_exp.weights.inspect import as_settled, note_architecture, settle
 
 if TYPE_CHECKING:
     from clip_exp.config.compose import Job  # imports Hydra

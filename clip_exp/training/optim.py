@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_exp.config.model import ModelConfig
-from clip_exp.config.targets import build, locate
+from clip_exp.config.registry import build, locate
 from clip_exp.config.training import (
     FineTuneConfig,
     LossConfig,

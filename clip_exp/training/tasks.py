@@ -18,13 +18,11 @@ from clip_exp.config.base import plain
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.features import Cache, EncodeOptions
-from clip_exp.evaluation.scoring import about_weights, score
-from clip_exp.evaluation.subject import Subject
+from clip_exp.evaluation.subject import Subject, about_weights, score
 from clip_exp.evaluation.task import Task
 from clip_exp.loading.model import load_model
 from clip_exp.loading.source import ModelSource, source_of_checkpoint
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.progress import silence
 from clip_exp.ranks.group import from_main, is_main, share_from_main
 from clip_exp.reports.evaluation import Result, show, write_result
@@ -33,8 +31,8 @@ from clip_exp.runs import RunRecord
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.callbacks import Progress
 from clip_exp.training.lora import merge
-from clip_exp.training.measures import training_tasks
 from clip_exp.training.metrics import log_metrics
+from clip_exp.training.preflight import training_tasks
 from clip_exp.training.strategies import PortableDeepSpeedStrategy
 from clip_exp.training.summary import add_scores
 

@@ -36,7 +36,7 @@ def convert(config: ConvertConfig) -> int:
         raise CheckpointError(f"output={output} cannot be written: {error.strerror or error}.") from error
     print(f"written: {output} ({len(found)} tensors, {output.stat().st_size / 1e6:,.1f} MB)")
     if left_out:
-        from clip_exp.weights.search import listing
+        from clip_exp.weights.read import listing
 
         print(f"left out, as no tensors: {listing(left_out)}")
     print(f"next:    pretrained={output}")

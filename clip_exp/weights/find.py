@@ -3,21 +3,20 @@
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from clip_exp import open_clip_files
+import clip_exp.open_clip_files as open_clip_files
 from clip_exp.checkpoints import folders
 from clip_exp.checkpoints.folders import MANIFEST, WEIGHTS
-from clip_exp.config.base import nearest
 from clip_exp.config.model import Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.names import known_models
-from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.errors import CheckpointError, ConfigError, nearest
 from clip_exp.runs import CONFIG, require_run, run_config
 from clip_exp.storage import file_sha256
 from clip_exp.weights.download import HUB, fetch, fetch_repository, is_hub_name, kept_at
 from clip_exp.weights.inspect import (
-    About,
+    Found,
     activation_contradiction,
     activation_of_entry,
     describe,
@@ -29,16 +28,6 @@ log = logging.getLogger(__name__)
 FILE_ENDINGS = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
 
 LookUp = Callable[[str | None, str], open_clip_files.Entry | None]  # (open_clip's name of the architecture, tag)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Weights on this disk."""
-
-    path: Path  # a file, or a folder that `read_weights` reads
-    about: About
-    told: str  # what they are, for people and for `run.json`
-    tower: str | None = None  # image or text: the weights are wanted for that tower alone
 
 
 def key_of(tower: str | None) -> str:

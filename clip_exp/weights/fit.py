@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import known_models
 from clip_exp.errors import CheckpointError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.weights.names import projections, tower_numbers
-from clip_exp.weights.read import find_model_weights
-from clip_exp.weights.search import BIAS, POSITIONS, listing
+from clip_exp.weights.read import BIAS, POSITIONS, find_model_weights, listing
 
 # Narrower ones go with a scale that is elsewhere.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

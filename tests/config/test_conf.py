@@ -14,7 +14,7 @@ from clip_exp.config.files import conf_dir, options
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import StrategyName
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.training.fit import build_strategy
 from clip_exp.training.metrics import build_loggers
 from clip_exp.training.optim import build_optimizer, build_scheduler

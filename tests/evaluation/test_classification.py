@@ -14,8 +14,7 @@ from clip_exp.evaluation.classification import (
     mean_per_class_recall,
 )
 from clip_exp.evaluation.sets.class_names import class_prompts, imagenet_classes, templates
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.reports.names import of_classification
 from clip_exp.text.tokenizer import Tokenizer
 from clip_exp.weights.names import to_ours

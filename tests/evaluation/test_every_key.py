@@ -21,8 +21,8 @@ from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import ClipExpError
 from clip_exp.evaluation.launch import check
-from clip_exp.evaluation.scoring import _load_subject, score
-from clip_exp.models.build import build_model
+from clip_exp.evaluation.subject import _load_subject, score
+from clip_exp.models.clip import build_model
 from clip_exp.weights.find import hash_weights
 from tests.exhaustive import repeat_beyond
 from tests.keys import Changes, explained, leaf_keys, without_expectation

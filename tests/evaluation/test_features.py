@@ -33,8 +33,7 @@ from clip_exp.evaluation.features import (
     encode_texts,
 )
 from clip_exp.evaluation.subject import Subject
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.text.tokenizer import Tokenizer, build_tokenizer
 from tests.compose import train_config
 from tests.fake_cuda import fake_model, fake_tensors

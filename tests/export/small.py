@@ -7,8 +7,7 @@ from torch import Tensor
 
 from clip_exp.config.model import Activation, Cleaning, ModelConfig, ResizeMode
 from clip_exp.config.names import named_model
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.models.families.clip import CLIPTextConfig, ResNetConfig
 from clip_exp.models.families.siglip import SigLIPImageConfig, SigLIPTextConfig
 from tests.encoders import write_siglip_tokenizer

@@ -24,7 +24,7 @@ from clip_exp.inference.features import Encoded
 from clip_exp.inference.index import held, read_entries, read_recipe, write_index
 from clip_exp.inference.inputs import find_pictures
 from clip_exp.inference.pipeline import Pipeline
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from tests.conftest import DOOR, Run
 from tests.data.tables.shard_files import jpeg, write_shard
 from tests.small_runs import write_picture, write_run

@@ -8,8 +8,7 @@ from torch import nn
 from clip_exp.config.base import parse, plain
 from clip_exp.config.model import ModelConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.models.families.clip import CLIPTextConfig, ResNetConfig, ViTConfig
 from clip_exp.weights.names import to_open_clip
 from tests.models.twins import FOLDER, inputs, load_config, names, names_with_twin, shallow_timm, twin_of

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from clip_exp.config.model import Activation
 from clip_exp.losses.softmax.loss import softmax_loss
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from tests.models.small import CONTEXT_LENGTH, batch, open_clip_twin, small_config, trim
 
 

@@ -17,7 +17,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.model import ModelConfig, Pooler, Projection
 from clip_exp.config.training import TowerTuningConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.models.depth import depths, projection_names
 from clip_exp.models.families.huggingface.tower import HuggingFaceText, build_encoder
 from clip_exp.models.families.timm.tower import TimmTower

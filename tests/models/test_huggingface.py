@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from clip_exp.config.base import plain
 from clip_exp.config.model import ModelConfig, Pooler, Projection
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.models.families.clip import ViTConfig
 from clip_exp.models.families.huggingface import HuggingFaceTextConfig, note_architecture
 from clip_exp.models.families.huggingface.tower import HuggingFaceText
 from clip_exp.text.tokenizer import build_tokenizer
-from clip_exp.weights.settle import note_architecture as noted
+from clip_exp.weights.inspect import note_architecture as noted
 from tests.encoders import CAPTIONS, SMALL, small_encoder, write_encoder
 
 POOLERS = {Pooler.mean: "mean_pooler", Pooler.cls: "cls_last_hidden_state_pooler", Pooler.own: "cls_pooler"}

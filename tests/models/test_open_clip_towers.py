@@ -12,13 +12,11 @@ from clip_exp import open_clip_files
 from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.errors import ConfigError
 from clip_exp.export.write import write_export
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.text.tokenizer import build_tokenizer
-from clip_exp.weights.find import Found
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.inspect import About
+from clip_exp.weights.inspect import About, Found, note_architecture, settle
 from clip_exp.weights.names import to_ours
-from clip_exp.weights.settle import note_architecture, settle
 from tests.compose import train_config
 from tests.encoders import CAPTIONS, write_encoder, write_siglip_tokenizer
 

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.models.layers import LayerNorm
 from tests.compose import train_config
 from tests.fake_cuda import autocast, fake_model, fake_tensors

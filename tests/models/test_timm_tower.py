@@ -7,11 +7,11 @@ from torch import nn
 from clip_exp.config.model import Interpolation, ModelConfig, Projection
 from clip_exp.data.images import OPENAI_MEAN, preprocessing_of
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.models.families.clip import CLIPTextConfig
 from clip_exp.models.families.timm import TimmConfig
 from clip_exp.models.families.timm.tower import TimmTower
-from clip_exp.weights.settle import note_architecture
+from clip_exp.weights.inspect import note_architecture
 
 BACKBONES = ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
 

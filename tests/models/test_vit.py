@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP, encode
+from clip_exp.models.clip import CLIP, build_model, encode
 from clip_exp.models.families.clip import ViTConfig
 from clip_exp.models.families.clip.vit import PatchDropout
 from clip_exp.models.families.siglip import SigLIPImageConfig

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from clip_exp.config.base import parse
 from clip_exp.config.model import ModelConfig
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.weights.names import to_ours
 
 FOLDER = Path(__file__).parents[2] / "conf" / "model"

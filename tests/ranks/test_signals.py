@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from clip_exp.ranks import signals
-from clip_exp.ranks.signals import STOP_SIGNALS, Stopped, note_signals, stop_on_signals
+from clip_exp.ranks import failure as signals
+from clip_exp.ranks.failure import STOP_SIGNALS, Stopped, note_signals, stop_on_signals
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_a_signal_is_noted_and_its_repetition_is_the_same_request(number: signal
 @pytest.mark.parametrize("context", ["stop_on_signals", "note_signals"])
 def test_a_later_signal_ends_the_process_at_once(context: str) -> None:
     code = (
-        "import signal\nfrom clip_exp.ranks import signals\nsignals.REPEAT_S = 0.0\n"
+        "import signal\nfrom clip_exp.ranks import failure as signals\nsignals.REPEAT_S = 0.0\n"
         f"with signals.{context}():\n"
         "    for attempt in range(2):\n"
         "        try:\n            signal.raise_signal(signal.SIGTERM)\n"
@@ -48,7 +48,7 @@ def test_a_later_signal_ends_the_process_at_once(context: str) -> None:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_before_the_work_begins_a_signal_ends_the_process_as_preempted(number: signal.Signals) -> None:
-    code = f"import signal\nfrom clip_exp.ranks import signals\nwith signals.exit_on_signals():\n    signal.raise_signal({number.value})"
+    code = f"import signal\nfrom clip_exp.ranks import failure as signals\nwith signals.exit_on_signals():\n    signal.raise_signal({number.value})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 143
     assert done.stderr == f"stopped by {number.name} before the work began; the same command starts it.\n"

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from clip_exp.config.model import ModelConfig
 from clip_exp.data.loader import Batch
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 
 STEPS, BATCH = 8, 12
 PROBE_STEPS = 3

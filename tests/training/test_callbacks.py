@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from clip_exp.checkpoints.folders import checkpoints, folder_of, manifests
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
 from clip_exp.errors import CheckpointError
-from clip_exp.ranks.signals import StopRequest
+from clip_exp.ranks.failure import StopRequest
 from clip_exp.training import callbacks
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer, Preemption
 from tests.checkpoints.test_folders import write

@@ -19,7 +19,7 @@ from clip_exp.checkpoints.folders import latest
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
 from clip_exp.data.loader import Batch
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.compose import train_config
 from tests.conftest import Run

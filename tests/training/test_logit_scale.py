@@ -13,7 +13,7 @@ from torch import nn
 from clip_exp.config.names import named_model
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.training.module import CLIPModule
 from clip_exp.training.optim import logit_scale_range
 from clip_exp.training.preflight import check_train

@@ -13,8 +13,7 @@ from torch import nn
 from clip_exp.checkpoints.folders import latest
 from clip_exp.config.training import FineTuneConfig, LoRAConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.training.lora import adapt, adapted_part, merge, unmerge
 from clip_exp.training.optim import prepare
 from clip_exp.training.preflight import rehearse

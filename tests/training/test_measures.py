@@ -8,7 +8,7 @@ import pytest
 from clip_exp.config.base import parse
 from clip_exp.config.data import GenerateConfig, Generator
 from clip_exp.config.evaluation import EvaluateConfig
-from clip_exp.training.measures import check_measures, check_validation_classes, monitor_mode
+from clip_exp.training.preflight import check_measures, check_validation_classes, monitor_mode
 from tests.compose import train_config
 from tests.small_runs import write_picture
 

@@ -11,8 +11,7 @@ from clip_exp.checkpoints.folders import latest
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import AdamWConfig, FineTuneConfig, TowerTuningConfig
 from clip_exp.errors import ConfigError
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP, encode
+from clip_exp.models.clip import CLIP, build_model, encode
 from clip_exp.models.families.clip import ResNetConfig
 from clip_exp.models.families.huggingface import HuggingFaceTextConfig
 from clip_exp.models.families.timm import TimmConfig

@@ -19,7 +19,7 @@ from clip_exp.config.model import Activation
 from clip_exp.config.names import named_model
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.runs import RunRecord
 from clip_exp.training.opening import Opening, fingerprint, open_run
 from tests.checkpoints.test_folders import write

@@ -15,8 +15,7 @@ from clip_exp.config.files import read_run_config
 from clip_exp.data.generated import generate
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import evaluate
-from clip_exp.training.measures import training_tasks
-from clip_exp.training.preflight import check_train
+from clip_exp.training.preflight import check_train, training_tasks
 from clip_exp.training.tasks import TaskScores
 from tests.compose import train_config
 from tests.exhaustive import repeat_beyond

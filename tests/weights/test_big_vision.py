@@ -17,7 +17,7 @@ from torch import nn
 
 from clip_exp.config.model import Activation, ModelConfig, ResizeMode
 from clip_exp.errors import CheckpointError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.models.families.timm import TimmConfig
 from clip_exp.renaming import rename
 from clip_exp.weights.fit import load_weights

@@ -13,7 +13,7 @@ import clip_exp
 from clip_exp.config.model import Activation, ModelConfig, Pooler, Projection, ResizeMode
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.models.families.published import huggingface_config, model_config_of
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.inspect import describe

@@ -13,7 +13,7 @@ from torch import nn
 
 from clip_exp.config.commands import ConvertConfig
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.weights.convert import convert
 from clip_exp.weights.fit import load_weights
 from tests.conftest import DOOR, Run

@@ -19,8 +19,8 @@ from clip_exp.loading.source import source_of_run
 from clip_exp.models.clip import CLIP
 from clip_exp.open_clip_files import Entry
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
+from clip_exp.weights.inspect import settle
 from clip_exp.weights.names import to_open_clip
-from clip_exp.weights.settle import settle
 from tests.small_runs import write_checkpoint, write_run
 from tests.weights.server import Served, serving
 from tests.weights.test_hub import publish

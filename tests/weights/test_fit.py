@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.models.families.siglip import SigLIPImageConfig, SigLIPTextConfig
 from clip_exp.models.families.timm import TimmConfig
 from clip_exp.weights.fit import fit_weights, grouped, load_weights, resize_grid

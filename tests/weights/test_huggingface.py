@@ -12,8 +12,7 @@ from torch import nn
 from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.models.families.published import huggingface_config, model_config_of
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.inspect import describe

@@ -15,7 +15,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.model import Activation, Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.names import known_models, named_model
 from clip_exp.errors import CheckpointError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.inspect import About, describe, described_model
 from clip_exp.weights.names import to_open_clip

@@ -7,8 +7,7 @@ from torch import nn
 
 from clip_exp.config.model import ModelConfig, Projection
 from clip_exp.export import open_clip as open_clip_format
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.models.families.huggingface import HuggingFaceTextConfig
 from clip_exp.models.families.timm import TimmConfig
 from clip_exp.weights.names import to_open_clip, to_ours

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_exp.errors import CheckpointError
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.names import to_open_clip
 from clip_exp.weights.read import read_weights

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from clip_exp.config.model import ModelConfig
 from clip_exp.errors import CheckpointError
-from clip_exp.models.build import build_model
-from clip_exp.models.clip import CLIP
+from clip_exp.models.clip import CLIP, build_model
 from clip_exp.models.families.siglip import SigLIPImageConfig, SigLIPTextConfig
 from clip_exp.weights.fit import check_weights, load_weights
 from clip_exp.weights.names import to_huggingface, to_open_clip

@@ -10,9 +10,7 @@ from clip_exp.config.names import named_model
 from clip_exp.errors import ConfigError
 from clip_exp.models.families.clip import CLIPTextConfig
 from clip_exp.models.families.timm import TimmConfig
-from clip_exp.weights.find import Found
-from clip_exp.weights.inspect import About, activation_of_entry
-from clip_exp.weights.settle import as_settled, note_architecture, settle
+from clip_exp.weights.inspect import About, Found, activation_of_entry, as_settled, note_architecture, settle
 
 
 def found(**about) -> Found:

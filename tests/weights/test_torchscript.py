@@ -14,7 +14,7 @@ from open_clip.openai import load_openai_model
 from torch import nn
 
 from clip_exp.errors import CheckpointError
-from clip_exp.models.build import build_model
+from clip_exp.models.clip import build_model
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.torchscript import read_torchscript
 from tests.weights.published import (

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.config.base import nearest
 from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.data.cifar import CifarPictures, read_cifar
 from clip_exp.data.pictures import TorchvisionPictures
-from clip_exp.errors import ConfigError, DataError
+from clip_exp.errors import ConfigError, DataError, nearest
 from clip_exp.evaluation.sets.labeled import LabeledImages, match
 from clip_exp.open_clip_files import package_folder
 from clip_exp.progress import progress

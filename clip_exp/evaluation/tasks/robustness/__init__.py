@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from clip_exp.config.base import PathText, Texts, Unused, idle_keys, nearest
+from clip_exp.config.base import PathText, Texts, Unused, idle_keys
 from clip_exp.config.evaluation import SOURCES, ClassNames, LabeledDataConfig, TaskConfig
-from clip_exp.errors import ClipExpError, ConfigError, gravest
+from clip_exp.errors import ClipExpError, ConfigError, gravest, nearest
 from clip_exp.evaluation.task import Task
 from clip_exp.evaluation.tasks.zero_shot import ClassificationTask, ZeroShotTaskConfig
 

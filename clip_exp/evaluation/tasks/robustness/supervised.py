@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_exp.config.base import nearest
 from clip_exp.data.files import BadImage
 from clip_exp.data.images import MAX_ASPECT, normalize, pil_to_tensor
 from clip_exp.devices import inference
-from clip_exp.errors import CheckpointError, ConfigError
+from clip_exp.errors import CheckpointError, ConfigError, nearest
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder
 from clip_exp.evaluation.tasks.robustness import weights_file
 from clip_exp.ranks.group import from_main

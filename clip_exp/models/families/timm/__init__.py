@@ -10,7 +10,7 @@ from pydantic import Field
 from clip_exp.config.base import Proportion
 from clip_exp.config.model import ImageTowerConfig, Interpolation, ModelConfig, Projection
 from clip_exp.errors import ConfigError
-from clip_exp.renaming import FLAX_CONVOLUTION, Names, Row, dense, into_heads, norm, out_of_heads
+from clip_exp.renaming import Names, Row, flax_vit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,32 +18,6 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=ImageTowerConfig)
 KEY = "model.image.name"
 QUICK = "_clip_quickgelu_"  # in timm's names of backbones that compute what OpenAI's and its descendants' weights need
-
-
-def _flax_vit(positions: str, norm_2: str, attention: str, mlp: str) -> tuple[Row, ...]:
-    """Return the table of a Vision Transformer that Google trained: timm's names, and Flax's numbers for what a block is made of."""
-    pool, pool_attention = "MAPHead_0.", "MAPHead_0.MultiHeadDotProductAttention_0."
-    return (
-        Row("trunk.patch_embed.proj.weight", "embedding.kernel", FLAX_CONVOLUTION),
-        Row("trunk.patch_embed.proj.bias", "embedding.bias"),
-        Row("trunk.cls_token", "cls"),
-        Row("trunk.pos_embed", positions),
-        Row("trunk.blocks.", "Transformer.encoderblock_"),
-        *norm("trunk.norm.", "Transformer.encoder_norm."),
-        Row("trunk.attn_pool.latent", f"{pool}probe"),
-        *into_heads("trunk.attn_pool.q.", pool_attention, "query"),
-        *into_heads("trunk.attn_pool.kv.", pool_attention, "key", "value"),
-        *out_of_heads("trunk.attn_pool.proj.", f"{pool_attention}out."),
-        *norm("trunk.attn_pool.norm.", f"{pool}LayerNorm_0."),
-        *dense("trunk.attn_pool.mlp.fc1.", f"{pool}MlpBlock_0.Dense_0."),
-        *dense("trunk.attn_pool.mlp.fc2.", f"{pool}MlpBlock_0.Dense_1."),
-        *norm(".norm1.", ".LayerNorm_0."),
-        *norm(".norm2.", f".{norm_2}."),
-        *into_heads(".attn.qkv.", f".{attention}.", "query", "key", "value"),
-        *out_of_heads(".attn.proj.", f".{attention}.out."),
-        *dense(".mlp.fc1.", f".{mlp}.Dense_0."),
-        *dense(".mlp.fc2.", f".{mlp}.Dense_1."),
-    )
 
 
 class TimmConfig(ImageTowerConfig):
@@ -75,12 +49,12 @@ class TimmConfig(ImageTowerConfig):
         ),
         # Of a Vision Transformer, alone or as the image tower of SigLIP.
         "big_vision": Names(
-            _flax_vit("pos_embedding", "LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0"),
+            flax_vit("pos_embedding", "LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0"),
             ("embedding.kernel",),
         ),
         # Of google-research/vision_transformer, whose dropouts count as parts of a block: ViT, and "How to train your ViT".
         "vision_transformer": Names(
-            _flax_vit(
+            flax_vit(
                 "Transformer.posembed_input.pos_embedding",
                 "LayerNorm_2",
                 "MultiHeadDotProductAttention_1",

@@ -11,7 +11,7 @@ from clip_exp.checks.scan import bad_samples_file
 from clip_exp.config.commands import OutputConfig, OutputFormat
 from clip_exp.inference.outputs import Report, write
 from clip_exp.reports.classification_page import as_csv
-from clip_exp.spreadsheets import TextWriter, original
+from clip_exp.storage import TextWriter, original
 from tests.reports.examples import classified, noise_files
 
 FORMULAS = [
