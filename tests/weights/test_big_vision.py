@@ -222,6 +222,33 @@ def test_a_table_names_every_weight_of_timms_vision_transformers_both_ways() -> 
         assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
+def test_siglips_tables_name_every_weight_both_ways() -> None:
+    config = small_config()
+    model = build_model(config)
+    for name, tower in (("image", config.image), ("text", config.text)):
+        state = getattr(model, name).state_dict()
+        rows = tower.names["big_vision"].rows
+        theirs = rename(state, rows, to_theirs=True)
+        start = ("img/" if name == "image" else "txt/",)
+        assert set(theirs) == {part[4:].replace("/", ".") for part in siglip() if part.startswith(start)}
+        back = rename(theirs, rows, to_theirs=False)
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", "test_efficientnet", "mlp_mixer", "swin"])
+def test_a_table_can_be_asked_about_any_backbone(backbone: str) -> None:
+    """A file of one tower is looked at under every table of its family, which most backbones are not of."""
+    name = {"mlp_mixer": "mixer_s32_224", "swin": "swin_tiny_patch4_window7_224"}.get(backbone, backbone)
+    with torch.device("meta"):
+        state = timm.create_model(name, num_classes=0).state_dict()
+    for layout in VITS:
+        theirs = rename(
+            {f"trunk.{key}": value for key, value in state.items()}, TimmConfig.names[layout].rows, to_theirs=True
+        )
+        assert len(theirs) >= len(state)
+
+
 def test_siglip_tells_what_its_training_did(tmp_path: Path) -> None:
     """gelu as Flax computes it; open_clip's registry has the other one."""
     path = tmp_path / "siglip.npz"
