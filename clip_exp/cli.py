@@ -36,13 +36,14 @@ def main(command: str | None = None) -> NoReturn:
         command, arguments = arguments[0], arguments[1:]
         if command not in COMMANDS:
             sys.exit(_report(f"{command} is no command of clip-exp: {nearest(command, COMMANDS)}", 2))
-    if command in POSITIONAL:
-        arguments = _named(arguments, POSITIONAL[command])
-    end_process(run(command, arguments))
+    end_process(run(command, named(command, arguments)))
 
 
-def _named(arguments: list[str], key: str) -> list[str]:
-    """Return the arguments with a key for a bare path; what follows a flag may be the flag's."""
+def named(command: str, arguments: list[str]) -> list[str]:
+    """Return the arguments with a key for a bare path, where the command takes one; what follows a flag may be the flag's."""
+    key = POSITIONAL.get(command)
+    if key is None:
+        return arguments
     flags = [False, *(argument.startswith("-") for argument in arguments)]
     return [
         argument if "=" in argument or argument.startswith(("-", "+", "~")) or flag else f"{key}={argument}"

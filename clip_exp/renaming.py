@@ -24,15 +24,15 @@ def _to_kernel(patches_DP: "Tensor") -> "Tensor":
 
 
 def _transposed(matrix: "Tensor") -> "Tensor":
-    return matrix.T.contiguous()
+    return matrix.transpose(0, -1).contiguous()
 
 
 def _from_flax_kernel(kernel: "Tensor") -> "Tensor":
-    return kernel.permute(3, 2, 0, 1).contiguous()
+    return kernel.permute(kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)).contiguous()
 
 
 def _to_flax_kernel(kernel_DCHW: "Tensor") -> "Tensor":
-    return kernel_DCHW.permute(2, 3, 1, 0).contiguous()
+    return kernel_DCHW.permute(*range(2, kernel_DCHW.ndim), 1, 0).contiguous()
 
 
 SAME: Reshape = (lambda x: x, lambda x: x)

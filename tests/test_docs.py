@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clip_exp.cli import COMMANDS as CLI_COMMANDS
+from clip_exp.cli import named
 from clip_exp.config.base import idle_keys, typed_keys
 from clip_exp.config.compose import compose
 from clip_exp.config.evaluation import EvaluateConfig
@@ -47,7 +48,8 @@ def test_every_documented_command_composes(page: str, command: str) -> None:
     name = words[1].removesuffix(".py")
     # A sweep's choices are one value here: the first.
     sweeping = "-m" in command.split()
-    overrides = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
+    given = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
+    overrides = named(name, given)
     assert idle_keys(compose(name, overrides), typed_keys(overrides)) == []
 
 

@@ -107,8 +107,9 @@ def with_weights_of(twin: nn.Module, config: ModelConfig) -> CLIP:
 def inputs(config: ModelConfig, size: int = 2) -> tuple[Tensor, Tensor]:
     """Pictures, and texts of different lengths that fill the context with padding."""
     image_BCHW = torch.randn(size, 3, config.image.image_size, config.image.image_size)
-    tokens_BL = torch.randint(2, config.text.vocab_size - 1, (size, config.text.context_length))
+    vocabulary = getattr(config.text, "vocab_size", 500)  # of the encoders in tests/encoders.py
+    tokens_BL = torch.randint(2, vocabulary - 1, (size, config.text.context_length))
     for row_L, length in zip(tokens_BL, range(5, 5 + size), strict=True):
-        row_L[length - 1] = config.text.vocab_size - 1
+        row_L[length - 1] = vocabulary - 1
         row_L[length:] = 0
     return image_BCHW, tokens_BL

@@ -22,7 +22,7 @@ from clip_exp.models.families.timm import TimmConfig
 from clip_exp.renaming import rename
 from clip_exp.weights.fit import load_weights
 from clip_exp.weights.inspect import describe
-from clip_exp.weights.read import _read_npz, read_weights
+from clip_exp.weights.read import _read_npz, find_model_weights, read_weights
 from tests.models.twins import inputs, load_config, shallow_timm
 
 WIDTH, HEADS, LAYERS, PATCH, GRID, CONTEXT, VOCABULARY = 48, 3, 2, 16, 3, 64, 300
@@ -220,6 +220,52 @@ def test_a_table_names_every_weight_of_timms_vision_transformers_both_ways() -> 
         back = rename(rename(state, rows, to_theirs=True), rows, to_theirs=False)
         assert back.keys() == state.keys()
         assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("layout", VITS)
+def test_a_vision_transformer_is_the_image_tower_of_a_model(layout: str, tmp_path: Path) -> None:
+    """As `pretrained_image` reads it: without its classifier, and without a projection, which the file does not have."""
+    image = TimmConfig(name="test_vit", image_size=64)
+    config = small_config().model_copy(update={"image": image})
+    own = build_model(config).image.state_dict()
+    theirs = rename(own, TimmConfig.names[layout].rows, to_theirs=True)
+    arrays = {
+        name.replace(".", "/"): tensor.numpy() for name, tensor in theirs.items() if not name.startswith("projection")
+    }
+    np.savez(
+        tmp_path / "vit.npz", **below(VITS[layout][1], arrays | {"head/kernel": drawn(3, 3), "head/bias": drawn(3)})
+    )
+    named = {f"image.{name}": tensor for name, tensor in own.items()}
+    found = find_model_weights(tmp_path / "vit.npz", config, named, tower="image").state
+    assert named.keys() - found.keys() == {"image.projection.weight"}
+    assert all(torch.equal(found[name], named[name]) for name in found)
+
+
+def test_siglips_tables_name_every_weight_both_ways() -> None:
+    config = small_config()
+    model = build_model(config)
+    for name, tower in (("image", config.image), ("text", config.text)):
+        state = getattr(model, name).state_dict()
+        rows = tower.names["big_vision"].rows
+        theirs = rename(state, rows, to_theirs=True)
+        start = ("img/" if name == "image" else "txt/",)
+        assert set(theirs) == {part[4:].replace("/", ".") for part in siglip() if part.startswith(start)}
+        back = rename(theirs, rows, to_theirs=False)
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", "test_efficientnet", "mlp_mixer", "swin"])
+def test_a_table_can_be_asked_about_any_backbone(backbone: str) -> None:
+    """A file of one tower is looked at under every table of its family, which most backbones are not of."""
+    name = {"mlp_mixer": "mixer_s32_224", "swin": "swin_tiny_patch4_window7_224"}.get(backbone, backbone)
+    with torch.device("meta"):
+        state = timm.create_model(name, num_classes=0).state_dict()
+    for layout in VITS:
+        theirs = rename(
+            {f"trunk.{key}": value for key, value in state.items()}, TimmConfig.names[layout].rows, to_theirs=True
+        )
+        assert len(theirs) >= len(state)
 
 
 def test_siglip_tells_what_its_training_did(tmp_path: Path) -> None:
