@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,36 +10,14 @@ import pytest
 
 import clip_exp
 from clip_exp.config.model import ImageTowerConfig, TextTowerConfig
-from tests.conftest import DOOR, Run
+from tests.conftest import DOOR, REPOSITORY, Run
 
 PACKAGE = Path(clip_exp.__file__).parent
 FAMILIES = "clip_exp.models.families"
 GENERAL = f"{FAMILIES}.published"  # what is known of pairs of towers, for those who read and write whole models
 NAMES_OF_OTHER_THINGS = {"clip", "open_clip", "huggingface", "timm"}  # a model, libraries, formats
 
-FAMILY = '''"""An image tower of one convolution, to show what a family needs."""
-
-from typing import Any, Literal
-
-from pydantic import Field
-
-from clip_exp.config.base import Size
-from clip_exp.config.model import ImageTowerConfig, ModelConfig
-
-
-class PoolConfig(ImageTowerConfig):
-    """A convolution and a mean over its output."""
-
-    kind: Literal["pool"] = "pool"
-    channels: Size = Field(16, description="channels of the convolution")
-
-    def build(self, model: ModelConfig, own_weights: bool = False) -> Any:
-        from torch import nn
-
-        layers = (nn.Conv2d(3, self.channels, 4, stride=4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return nn.Sequential(*layers, nn.Linear(self.channels, model.embed_dim))
-'''
-OPTION = "# @package model\nopen_clip_name: null\nimage:\n  kind: pool\n  channels: 24\n"
+BLOCK = re.compile(r"```(?:python|yaml)\n# mine/(\S+)\n(.*?)```", re.DOTALL)
 
 
 def mentions(tree: ast.Module) -> Iterator[str]:
@@ -85,10 +64,11 @@ def test_the_search_for_kinds_finds_them() -> None:
 
 @pytest.fixture
 def config_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "mine" / "model" / "image"
-    folder.mkdir(parents=True)
-    (folder / "pool.py").write_text(FAMILY)
-    (folder / "pool.yaml").write_text(OPTION)
+    """The folder of the page."""
+    page = (REPOSITORY / "docs/models.md").read_text(encoding="utf-8")
+    for name, text in BLOCK.findall(page):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text(text)
     return tmp_path / "mine"
 
 
