@@ -8,6 +8,7 @@ line of its table (`Config.unused`). The modules of the schema import neither to
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import Enum
 from operator import attrgetter
@@ -30,6 +31,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 from clip_exp.config import registry
 from clip_exp.errors import ConfigError
 
+OWN_FOLDER = "the --config-dir (or CLIP_EXP_CONFIG_DIR)"  # of a member that is not clip_exp's
 MISSING = "???"  # OmegaConf's mark of a value that must be set
 UNKNOWN = "???…"  # mark of a value that depends on one that must be set
 EXPLAINED = {  # keys of other frameworks that have no counterpart of the same meaning
@@ -211,15 +213,18 @@ class Member(Config):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         if "group" in cls.__dict__:
             cls.registered, cls.default_member = {}, None
-        elif (named := _names(cls)) is not None and "[" not in cls.__name__:
-            other = cls.registered.setdefault(named[1][0], cls)
-            if other.__module__ != cls.__module__:
-                raise ConfigError(
-                    f"{cls.group}: {other.__module__} and {cls.__module__} both declare {named[1][0]}: rename yours."
-                )
-            cls.registered[named[1][0]] = cls
-            if cls.is_default:
-                next(base for base in cls.__mro__ if "registered" in base.__dict__).default_member = named[1][0]  # type: ignore[attr-defined]
+        elif get_origin((named := cls.model_fields[cls.key]).annotation) is Literal:
+            name = str(get_args(named.annotation)[0])
+            other = cls.registered.get(name, cls)
+            if (other.__module__, other.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):  # the same: its file was read again
+                places = [f"{each.__qualname__} of {sys.modules[each.__module__].__file__}" for each in (other, cls)]
+                raise ConfigError(f"{cls.group}: {' and '.join(places)} both declare {cls.key}={name}: rename yours.")
+            cls.registered[name] = cls
+            if cls.__dict__.get("is_default"):
+                next(base for base in cls.__mro__ if "registered" in base.__dict__).default_member = name  # type: ignore[attr-defined]
 
     @classmethod
     def members(cls) -> list[type[Config]]:
@@ -450,7 +455,7 @@ def _sentences(error: ValidationError, model: type[Config], values: dict[str, An
             sentence = f"{key} has no value: set it ({key}=…)."
         elif problem["type"] == "no_member":
             about = problem["ctx"]
-            own = f"One of your own needs the --config-dir that holds {about['group']}/{about['tag']}.py."
+            own = f"One of your own needs {OWN_FOLDER} in whose {about['group']}/ a file declares it."
             sentence = f"{key}.{about['key']}={about['tag']} {_one_of(about['tag'], about['names'])} {own}"
         elif problem["type"] == "union_tag_invalid":
             about = problem["ctx"]

@@ -364,14 +364,22 @@ def _leave_other_kind(model: type[Config], before: Any, after: Any, typed: set[s
     return removed
 
 
-def _hydra(command: str, config_dir: str | None = None) -> Hydra:
+def _hydra(command: str, config_dir: str | None = None, config_name: str | None = None) -> Hydra:
+    """Return Hydra over `conf/` and the user's folders.
+
+    Args:
+        config_name: of a file in `config_dir`, which may be a run that is repeated: options are found there, code is not run.
+    """
     version.setbase("1.3")
     search_path = create_config_search_path(str(conf_dir()))
+    for own in registry.folders():
+        search_path.prepend(str(own), f"file://{own}", SearchPathQuery(provider="schema", path=None))
     if config_dir is not None:
         folder = Path(config_dir).absolute()
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {config_dir} is not a folder.")
-        registry.add_folder(folder)
+        if config_name is None:
+            registry.add_folder(folder)
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema", path=None))
     hydra = Hydra(command, Loader(search_path, SCHEMAS[command]))
     OmegaConf.register_new_resolver("open_clip", open_clip_field, replace=True)
@@ -391,7 +399,7 @@ def run_hydra(command: str, arguments: list[str], job: Work) -> None:
     check_arguments(arguments)
     parser = get_args_parser()
     args = parser.parse_args(quote(translate(arguments)))
-    hydra = _hydra(command, args.config_dir)
+    hydra = _hydra(command, args.config_dir, args.config_name)
     name, overrides = args.config_name or config_name(command), args.overrides
     if args.help:
         text = help_of(command, hydra, name, overrides)

@@ -10,7 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_exp.config.base import Config, parse, plain
+from clip_exp.config import registry
+from clip_exp.config.base import OWN_FOLDER, Config, parse, plain
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
@@ -36,9 +37,20 @@ def conf_dir() -> Path:
     )
 
 
-def options(group: str) -> list[str]:
-    """Return the names of a configuration group's options, sorted: `options("model")` -> ["vit_b16", ...]."""
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+def options(group: str, *, own: bool = True) -> list[str]:
+    """Return the names of a configuration group's options, sorted: `options("model")` -> ["vit_b16", ...].
+
+    Args:
+        own: with those in the user's folders.
+    """
+    folders = [conf_dir(), *(registry.folders() if own else ())]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def option_file(group: str, option: str) -> Path:
+    """Return the file of an option; the user's own comes first, as in a composition."""
+    places = [folder / group / f"{option}.yaml" for folder in (*registry.folders(), conf_dir())]
+    return next((place for place in places if place.is_file()), places[-1])
 
 
 def to_yaml(config: Config) -> str:
@@ -85,6 +97,8 @@ def _written(model: type[C], config: DictConfig, where: str) -> C:
     try:
         return parse(model, values)
     except ConfigError as error:
+        if own := [line for line in str(error).splitlines() if OWN_FOLDER in line]:
+            raise ConfigError("\n".join(f"{where}: {line}" for line in own)) from None
         raise ConfigError(
             f"{where} does not fit this version of clip_exp: it was written by another one, or edited. Use that version, or start "
             "again: resume=never.\n" + "\n".join(f"  {line}" for line in str(error).splitlines())

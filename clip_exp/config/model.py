@@ -78,7 +78,6 @@ class Tower(Member):
     in_open_clip: ClassVar[bool] = False  # open_clip's configurations can describe it
     takes_activation: ClassVar[bool] = False  # `model.activation` changes it
     own_activation: ClassVar[bool] = False  # its library says which, where `model.activation` is null
-    sigmoid: ClassVar[bool] = False  # published with the bias of the sigmoid loss
     architecture_keys: ClassVar[
         tuple[str, ...]
     ] = ()  # fields that make other weights, or other numbers out of the same ones
@@ -177,6 +176,7 @@ class TextTowerConfig(Tower):
     openai_tokenizer: ClassVar[bool] = (
         True  # the tokenizer where `tokenizer` is null; else the tower has one of its own
     )
+    sigmoid: ClassVar[bool] = False  # published with the bias of the sigmoid loss
     may_trim: ClassVar[bool] = False  # a batch may be cut to its longest text
     open_clip_prefix: ClassVar[str] = "text."  # of its names in open_clip's files
 

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clip_exp.config.base import MISSING, parse
-from clip_exp.config.files import conf_dir, options
+from clip_exp.config.files import option_file, options
 from clip_exp.config.model import VOCABULARY, ModelConfig
 from clip_exp.errors import ConfigError, nearest
 from clip_exp.open_clip_files import can_be_trimmed, configurations, open_clip_values
@@ -67,15 +67,15 @@ def named_model(name: str) -> ModelConfig:
     if named == Named(ADAPTER):
         raise ConfigError(f"{name} stands for all architectures of open_clip: name one, such as convnext_base.")
     OmegaConf.register_new_resolver("open_clip", open_clip_field, replace=True)
-    values = OmegaConf.load(conf_dir() / "model" / f"{named.option}.yaml")
+    values = OmegaConf.load(option_file("model", named.option))
     resolved: Any = OmegaConf.to_container(OmegaConf.merge(values, named.keys), resolve=True)
     return parse(ModelConfig, resolved, "model.")
 
 
 def known_models() -> Iterator[ModelConfig]:
     """Yield the complete models of `conf/model/`: not the options that take the name of an architecture."""
-    for option in options("model"):
-        values: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "model" / f"{option}.yaml"))
+    for option in options("model", own=False):
+        values: Any = OmegaConf.to_container(OmegaConf.load(option_file("model", option)))
         if values["name"] != MISSING:
             yield parse(ModelConfig, values, "model.")
 
@@ -115,8 +115,8 @@ def _overrides(named: Named) -> list[str]:
 def _by_open_clip_name() -> dict[str, str]:
     """open_clip's name of each of our architectures to ours."""
     found = {}
-    for option in (option for option in options("model") if option != ADAPTER):
-        values: Any = OmegaConf.load(conf_dir() / "model" / f"{option}.yaml")
+    for option in (option for option in options("model", own=False) if option != ADAPTER):
+        values: Any = OmegaConf.load(option_file("model", option))
         name = values.get("open_clip_name")
         if name is not None:
             found[str(name)] = option

@@ -14,6 +14,7 @@ import inspect
 import os
 import pkgutil
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -28,27 +29,46 @@ PACKAGES = {  # by group
     "task": "clip_exp.evaluation.tasks",
 }
 FOLDERS = "CLIP_EXP_CONFIG_DIR"  # environment variable, which ranks, workers and the jobs of a sweep inherit
-RUN_FILES = ("run.json", "manifest.json")  # of folders that hold results: nothing of a run is executed
+OF_A_RUN = ("run.json", "config.yaml", "checkpoints", "manifest.json")
+
+
+def folders() -> list[Path]:
+    """Return the user's folders of options and members."""
+    return [Path(path) for path in os.environ.get(FOLDERS, "").split(os.pathsep) if path]
 
 
 def add_folder(folder: str | Path) -> None:
-    """Let members be found in a user's configuration folder as well, in this process and in those that it starts."""
-    known = [path for path in os.environ.get(FOLDERS, "").split(os.pathsep) if path]
-    if (path := str(Path(folder).absolute())) not in known:
-        os.environ[FOLDERS] = os.pathsep.join([*known, path])
+    """Let members be found in a user's folder as well, in this process and in those that it starts.
+
+    Raises:
+        ConfigError: its path cannot be listed with others.
+    """
+    path = Path(folder).absolute()
+    if os.pathsep in str(path):
+        raise ConfigError(
+            f"--config-dir {folder}: a path with {os.pathsep!r} cannot be listed with others: rename the folder."
+        )
+    if path not in folders():
+        os.environ[FOLDERS] = os.pathsep.join(map(str, [*folders(), path]))
 
 
 def load(group: str) -> None:
     """Import the modules that hold the members of a group; importing a member registers it with its group's base.
 
+    A folder that holds a run may be a third party's, so its code is refused.
+
     Raises:
-        ConfigError: a module of the user cannot be imported.
+        ConfigError: a module of the user cannot be imported, or lies in the folder of a run.
     """
     _load_package(PACKAGES[group])
-    for folder in filter(None, os.environ.get(FOLDERS, "").split(os.pathsep)):
-        if not any((Path(folder) / name).exists() for name in RUN_FILES):
-            for file in sorted((Path(folder) / group).glob("*.py")):
-                _load_file(group, file)
+    for folder in folders():
+        files = sorted(file for file in (folder / group).glob("*.py") if not file.name.startswith("_"))
+        if files and (found := next((name for name in OF_A_RUN if (folder / name).exists()), None)):
+            raise ConfigError(
+                f"{files[0]} is not run, since {folder} holds a run ({found}): put options and code of your own into another folder."
+            )
+        for file in files:
+            _load_file(group, file)
 
 
 @cache
@@ -61,12 +81,13 @@ def _load_package(package: str) -> None:
 
 @cache
 def _load_file(group: str, file: Path) -> None:
-    name = f"clip_exp_custom.{group.replace('/', '.')}.{file.stem}"
+    # Without dots, and its own for each folder: classes in it can be pickled, and files of one name do not meet.
+    name = f"clip_exp_custom_{zlib.crc32(str(file).encode()):08x}_{group.replace('/', '_')}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that its classes can be pickled
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from clip_exp.config import registry
 from clip_exp.config.evaluation import TaskConfig
 from clip_exp.data.files import BadImage
 from clip_exp.data.pictures import Pictures
@@ -141,7 +142,8 @@ def command_line(command: str, arguments: list[str]) -> str:
         words = [python, str(script)]
     else:
         words = [python, "-m", "clip_exp", command]
-    return shlex.join([*words, *arguments])
+    own = [word for folder in registry.folders() for word in ("--config-dir", str(folder))]
+    return shlex.join([*words, *own, *arguments])
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENDING = ".safetensors"
+DTYPES = {f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64)} | {
+    "bool", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+}  # fmt: skip
+MAX_DEPTH = 20  # of dictionaries in each other
 
 
 def convert(config: ConvertConfig) -> int:
@@ -24,6 +28,7 @@ def convert(config: ConvertConfig) -> int:
         CheckpointError: `file` cannot be read, is refused without `trust_pickle`, or has no tensors; `output` cannot be written.
     """
     file, output = _check(config)
+    from safetensors import SafetensorError
     from safetensors.torch import save_file  # imports torch
 
     found, left_out = _tensors(_read(file, config.trust_pickle))
@@ -32,8 +37,9 @@ def convert(config: ConvertConfig) -> int:
     try:
         with atomic_file(output) as temporary:
             save_file(found, temporary, {"format": "pt"})
-    except OSError as error:
-        raise CheckpointError(f"output={output} cannot be written: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"output={output} cannot be written: {reason}.") from error
     print(f"written: {output} ({len(found)} tensors, {output.stat().st_size / 1e6:,.1f} MB)")
     if left_out:
         from clip_exp.weights.read import listing
@@ -100,7 +106,7 @@ def _tensors(content: Any) -> tuple[dict[str, "Tensor"], list[str]]:
     found: dict[str, Tensor] = {}
     left_out, seen = [], set()
     for name, value in _flat(content):
-        if name in found or not isinstance(value, Tensor) or not _fits(value):
+        if name in found or name == "__metadata__" or not isinstance(value, Tensor) or not _fits(value):
             left_out.append(name)
             continue
         tensor = value.detach().cpu().contiguous()
@@ -110,15 +116,15 @@ def _tensors(content: Any) -> tuple[dict[str, "Tensor"], list[str]]:
     return found, left_out
 
 
-def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield what is in nested dictionaries, and in the weights of modules, by the keys with dots between them."""
     from torch import nn
 
     if isinstance(content, nn.Module):
         content = content.state_dict()
-    if isinstance(content, Mapping) and content:
+    if isinstance(content, Mapping) and content and depth < MAX_DEPTH:  # a dictionary may hold itself
         for key, value in content.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
+            yield from _flat(value, f"{name}.{key}" if name else str(key), depth + 1)
     else:
         yield name or type(content).__name__, content
 
@@ -128,4 +134,4 @@ def _fits(tensor: "Tensor") -> bool:
     import torch
 
     dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized and not tensor.is_meta
-    return dense and not tensor.is_complex()
+    return dense and str(tensor.dtype).removeprefix("torch.") in DTYPES

@@ -133,8 +133,8 @@ def to_ours(
     weights = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in NOT_WEIGHTS}
     image, text, top = _by_tower(of, weights)
     theirs = config if config is not None and config.has_foreign_tower else None
-    image_names = theirs.image.names.get(layout) if theirs else _recognized(ImageTowerConfig, layout, image)
-    text_names = theirs.text.names.get(layout) if theirs else _recognized(TextTowerConfig, layout, text)
+    image_names = theirs.image.names.get(layout) if theirs else _recognized(ImageTowerConfig, layout, image, config)
+    text_names = theirs.text.names.get(layout) if theirs else _recognized(TextTowerConfig, layout, text, config)
     return {
         **_below("image.", rename(image, _rows(image_names), to_theirs=False)),
         **_below("text.", rename(text, _rows(text_names), to_theirs=False)),
@@ -238,8 +238,12 @@ def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def _recognized(base: Any, layout: str, names: Iterable[str]) -> Names | None:
+def _recognized(base: Any, layout: str, names: Iterable[str], config: ModelConfig | None) -> Names | None:
+    """Return the table of the kind of tower that the names tell; of an incomplete one, which may lack its marks, the model's own."""
     member = _member(base, layout, names)
+    own = next((tower for tower in config.towers if isinstance(tower, base)), None) if config else None
+    if own is not None and (member is None or not member.names[layout].marks):
+        return own.names.get(layout)
     return None if member is None else member.names[layout]
 
 

@@ -124,3 +124,37 @@ def test_code_in_a_run_folder_is_not_run(config_dir: Path, tmp_path: Path, comma
     result = command("train.py", *words(config_dir, *SHORT), cwd=tmp_path)
     assert result.returncode == 2
     assert not (tmp_path / "ran").exists()
+
+
+SUBCLASS = """from typing import Literal
+
+from clip_exp.models.families.clip import ViTConfig
+
+
+class MyViTConfig(ViTConfig):
+    kind: Literal["myvit"] = "myvit"
+"""
+
+
+def test_a_kind_that_extends_a_built_in_one_takes_nothing_over(config_dir: Path, tmp_path: Path, command: Run) -> None:
+    (config_dir / "model/image/pool.py").write_text(SUBCLASS)
+    result = command("train.py", *words(config_dir, "--cfg", "job", "model=vit_nano"), cwd=tmp_path)
+    assert "kind: vit\n" in result.stdout
+
+
+def test_two_files_that_declare_one_kind_are_named(config_dir: Path, tmp_path: Path, command: Run) -> None:
+    (config_dir / "model/image/other.py").write_text((config_dir / "model/image/pool.py").read_text())
+    result = command("train.py", *words(config_dir, *SHORT), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "other.py" in result.stderr
+    assert "pool.py both declare kind=pool: rename yours" in result.stderr
+
+
+def test_a_repeated_run_runs_no_code(config_dir: Path, tmp_path: Path, command: Run) -> None:
+    (config_dir / "model/image/pool.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (config_dir / "config.yaml").write_text("defaults: [train, _self_]\n")
+    for given in (("--config-name", "config"), ()):
+        result = command("train.py", *words(config_dir, *given, *SHORT), cwd=tmp_path)
+        assert result.returncode == 2
+        assert not (tmp_path / "ran").exists()
+    assert "is not run, since" in result.stderr

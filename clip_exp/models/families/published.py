@@ -5,6 +5,7 @@ Of transformers there are CLIPModel, SiglipModel and ChineseCLIPModel. What a pa
 its family. No torch.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -121,6 +122,7 @@ VISION_DEFAULTS: dict[str, Values] = {
 }  # fmt: skip
 VISION_DEFAULTS["chinese_clip"] = VISION_DEFAULTS["clip"]
 ARGMAX_POOLING = 2  # the end token's id in CLIP configurations before transformers 4.31: "the highest id of the text"
+BERT_POSITIONS = 512
 CHINESE_CLIP_CONTEXT = 52  # tokens of the texts that Chinese-CLIP was trained on (Yang et al. 2022)
 
 
@@ -261,7 +263,7 @@ def _problems(family: str, text: Values, vision: Values, embed_dim: int) -> list
         family != "chinese_clip" and text["hidden_act"] != vision["hidden_act"]
     ):
         problems.append(
-            f"hidden_act={vision['hidden_act']} of pictures and {text['hidden_act']} of texts must be the same and one of "
+            f"hidden_act={vision['hidden_act']} of images and {text['hidden_act']} of texts must be the same and one of "
             f"{', '.join(ACTIVATIONS)}."
         )
     if vision["layer_norm_eps"] != eps or (family != "chinese_clip" and text["layer_norm_eps"] != eps):
@@ -271,13 +273,13 @@ def _problems(family: str, text: Values, vision: Values, embed_dim: int) -> list
             f"eos_token_id={text['eos_token_id']} must be the highest of {text['vocab_size']} ids, which the text tower pools at."
         )
     if family == "siglip" and (text.get("projection_size") or text["hidden_size"]) != embed_dim:
-        problems.append(f"text features of {text.get('projection_size')} channels beside {embed_dim} of pictures.")
+        problems.append(f"text features of {text.get('projection_size')} channels next to {embed_dim} of images.")
     if family == "siglip" and not vision.get("vision_use_head", True):
         problems.append("vision_use_head=false: a tower without its pooling head.")
     if family == "chinese_clip" and text.get("position_embedding_type", "absolute") != "absolute":
         problems.append(f"position_embedding_type={text['position_embedding_type']} of texts must be absolute.")
     if vision.get("num_channels", 3) != 3 or not isinstance(vision["image_size"], int):
-        problems.append("pictures must be square and have three channels.")
+        problems.append("images must be square and have three channels.")
     return problems
 
 
@@ -298,11 +300,20 @@ def _read_bert(text: Values, folder: Path) -> TextTowerConfig:
         name=str(folder),
         pretrained=False,
         architecture=architecture,
-        context_length=min(CHINESE_CLIP_CONTEXT, text["max_position_embeddings"]),
+        context_length=min(_written_length(folder) or CHINESE_CLIP_CONTEXT, text["max_position_embeddings"]),
         pooler=Pooler.cls,
         projection=Projection.linear,
         tokenizer=str(folder),
     )
+
+
+def _written_length(folder: Path) -> int | None:
+    """Return the length of texts that an export has written for the tokenizer; transformers has BERT's 512 or none there."""
+    try:
+        length = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return length if isinstance(length, int) and 3 <= length < BERT_POSITIONS else None
 
 
 def _is_bert(text: HuggingFaceTextConfig) -> bool:

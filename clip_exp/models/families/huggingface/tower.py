@@ -20,6 +20,7 @@ from clip_exp.models.families.huggingface import (
 
 INPUTS = ("input_ids", "attention_mask")
 # Whose attention or convolution takes padding in despite the mask: the features depend on how much of it there is.
+NAMES_CODE = ("auto_map", "attn_implementation", "experts_implementation", "trust_remote_code", "quantization_config")
 SEE_PADDING = ("convbert", "nystromformer", "yoso")
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -112,11 +113,15 @@ def encoder_config(text: EncoderConfig, dropout: float = 0.0) -> Any:
     """
     from transformers import AutoConfig
 
-    values = {**(text.architecture or note_architecture(text.name or ""))}
+    noted = text.architecture or note_architecture(text.name or "")
+    # A third party's file may note an architecture: what names code to load is left out.
+    values: dict[str, Any] = {
+        key: value for key, value in noted.items() if not key.startswith("_") and key not in NAMES_CODE
+    }
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"model.text.architecture is of no encoder that transformers knows ({error}).") from error
+    except Exception as error:  # each architecture checks its numbers in a way of its own
+        raise ConfigError(f"model.text.architecture is not of an encoder that transformers knows ({error}).") from error
     for key, value in config.to_dict().items():
         if "dropout" in key and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, key, dropout)
@@ -188,7 +193,12 @@ def build_encoder(config: Any, with_pooler: bool, weights_of: str | None = None)
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     options = {"add_pooling_layer": with_pooler} if takes_pooler else {}
     if weights_of is None:
-        model = AutoModel.from_config(config, dtype=torch.float32, **options)
+        try:
+            model = AutoModel.from_config(config, dtype=torch.float32, **options)
+        except Exception as error:  # likewise
+            raise ConfigError(
+                f"model.text.architecture cannot be built ({type(error).__name__}: {error}). Check its numbers against the encoder's config.json."
+            ) from error
     else:
         model = _fetch(weights_of, config, options)
     return model.get_encoder() if config.is_encoder_decoder else model

@@ -49,7 +49,6 @@ class SigLIPImageConfig(PatchTransformerConfig):
     kind: Literal["siglip"] = "siglip"
 
     in_open_clip: ClassVar[bool] = True
-    sigmoid: ClassVar[bool] = True
     names: ClassVar[dict[str, Names]] = {
         "clip_exp": Names((), ("pool.latent",)),
         "open_clip": Names(
