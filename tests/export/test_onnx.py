@@ -71,6 +71,7 @@ def test_a_resnet(export: Export) -> None:
     assert_same_towers(export(model, config, "onnx"), model, config, lengths=[5])
 
 
+@pytest.mark.exhaustive
 def test_siglip_towers_and_texts_as_long_as_the_context(export: Export, tmp_path: Path) -> None:
     config = siglip(tmp_path / "tokenizer")
     model = build(config, bias=-10.0)

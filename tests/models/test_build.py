@@ -11,6 +11,7 @@ from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP, build_model
 from clip_exp.models.families.clip import CLIPTextConfig, ResNetConfig, ViTConfig
 from clip_exp.weights.names import to_open_clip
+from tests.exhaustive import repeat_beyond
 from tests.models.twins import FOLDER, inputs, load_config, names, names_with_twin, shallow_timm, twin_of
 
 # Their configurations in open_clip, each of which has a file here.
@@ -19,6 +20,8 @@ ARCHITECTURES = {
     "ViT-B-32-256", "ViT-B-16", "ViT-B-16-plus-240", "ViT-L-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-H-14-378",
     "ViT-g-14", "ViT-bigG-14", "ViT-B-16-SigLIP", "ViT-L-16-SigLIP-256", "ViT-SO400M-14-SigLIP",
 }  # fmt: skip
+
+WITHOUT_TWIN = ("vit_nano", "vit_tiny", "chinese_clip_rn50")
 
 
 def test_every_architecture_of_open_clip_has_a_file() -> None:
@@ -38,7 +41,7 @@ def test_model_has_the_weights_of_its_open_clip_twin_and_the_size_that_its_file_
     assert header.endswith(f": {sum(p.numel() for p in model.parameters()):,} parameters.")
 
 
-@pytest.mark.parametrize("name", sorted(set(names()) - set(names_with_twin())))
+@pytest.mark.parametrize("name", repeat_beyond(WITHOUT_TWIN, sorted(set(names()) - set(names_with_twin()))))
 def test_model_without_a_twin_ends_in_the_shared_space(name: str) -> None:
     config = load_config(name)
     assert config.name == name

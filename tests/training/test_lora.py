@@ -256,6 +256,7 @@ def test_tasks_and_averages_see_merged_weights_and_dropout_goes_on_bitwise(
     assert scored["metrics"] == pytest.approx(result["metrics"], abs=1e-9)
 
 
+@pytest.mark.exhaustive
 def test_base_weights_stay_float32_where_a_strategy_trains_in_bf16(start: Path, train: Train) -> None:
     """DeepSpeed keeps float32 copies of what learns only."""
     run = train(*RUN, f"pretrained={start}", "precision=bf16-mixed", *STRATEGIES["ZeRO-2"])

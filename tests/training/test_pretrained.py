@@ -179,6 +179,7 @@ def test_a_run_resumes_wherever_the_weights_lie_that_it_started_from(
     assert all(torch.equal(on.weights[name], value) for name, value in one.weights.items())
 
 
+@pytest.mark.exhaustive
 def test_the_folder_of_a_sharded_run_is_a_start_and_a_model_like_any_other(
     started: tuple[Finished, Finished], train: Train
 ) -> None:

@@ -146,9 +146,7 @@ def test_a_finished_run_is_scored_on_new_tasks_and_not_trained(
     assert "has finished this run already; resume=never" in train(*RUN, output_dir=tmp_path).output
 
 
-@pytest.mark.parametrize(
-    "strategy", repeat_beyond(("deepspeed_stage_3",), ("ddp", "deepspeed_stage_2", "deepspeed_stage_3"))
-)
+@pytest.mark.parametrize("strategy", repeat_beyond(("ddp",), ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")))
 def test_two_devices_have_the_scores_of_one(
     strategy: str, one_device: Finished, train: Train, tasks: tuple[str, ...]
 ) -> None:
