@@ -1,4 +1,9 @@
-"""Reading weights from files and folders. Nothing that a file holds is ever executed."""
+"""Reading weights from files and folders, and where in a file those of a model are. Nothing that a file holds is ever executed.
+
+A trainer keeps the model in an attribute of its module, that in a wrapper, and the whole next to an optimizer, a teacher or an average.
+No trainer is known here. Every mapping of tensors, with every prefix behind which the names of a model begin, is a place; read is
+the one in which no name of the model is missing (`search`). What else the file holds is reported.
+"""
 
 import math
 import pickle
