@@ -14,7 +14,7 @@ from clip_exp.devices import check_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, nearest
 from clip_exp.evaluation.launch import evaluate as evaluate_here
 from clip_exp.inference.inputs import find_pictures
-from clip_exp.loading.source import (
+from clip_exp.loading import (
     CONFIG,
     NO_START,
     ModelSource,

@@ -18,7 +18,7 @@ from clip_exp.config.training import TrainConfig
 from clip_exp.devices import Devices, is_out_of_memory, parse_devices, resolve_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DeviceMemoryError, gravest
 from clip_exp.evaluation.task import Task
-from clip_exp.loading.source import ModelSource, check_source, find_source
+from clip_exp.loading import ModelSource, check_source, find_source
 from clip_exp.ranks.environment import device_problems, is_first_rank
 from clip_exp.ranks.failure import Stopped, exit_on_signals, stop_on_signals
 from clip_exp.ranks.launch import Opened, Work, launch_work

@@ -32,8 +32,7 @@ from clip_exp.evaluation.features import (
     require_finite,
 )
 from clip_exp.evaluation.task import LearnedTask, Task
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import ModelSource
+from clip_exp.loading import ModelSource, load_model
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import from_main, is_main
 from clip_exp.reports.evaluation import Result, write_result

@@ -14,7 +14,7 @@ from clip_exp.data.images import preprocessing_of
 from clip_exp.export.folder import CARD
 from clip_exp.export.history import history_of
 from clip_exp.export.onnx import any_length
-from clip_exp.loading.source import ModelSource
+from clip_exp.loading import ModelSource
 from clip_exp.models.clip import CLIP
 from clip_exp.models.families.published import transformers_class
 from clip_exp.reports.page import number

@@ -7,7 +7,7 @@ from clip_exp.config.commands import ExportConfig
 from clip_exp.errors import PREEMPTED_EXIT_CODE, Problems
 from clip_exp.export.folder import check_target
 from clip_exp.export.formats import problems_of
-from clip_exp.loading.source import ModelSource, check_source, find_source
+from clip_exp.loading import ModelSource, check_source, find_source
 from clip_exp.ranks.failure import Stopped, stop_on_signals
 
 

@@ -10,7 +10,7 @@ from clip_exp.checkpoints.folders import WEIGHTS
 from clip_exp.config.base import plain
 from clip_exp.config.data import DataConfig
 from clip_exp.config.training import DeepSpeedConfig, FineTuneConfig, TrainConfig
-from clip_exp.loading.source import ModelSource
+from clip_exp.loading import ModelSource
 from clip_exp.reports.names import task_of
 from clip_exp.reports.page import counted
 from clip_exp.reports.run_page import readable

@@ -9,8 +9,7 @@ from clip_exp.config.model import ModelConfig
 from clip_exp.export.compare import Encoders
 from clip_exp.export.preprocessor import write_preprocessor
 from clip_exp.export.tokenizer_files import write_for_clip, write_own
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import source_of_file
+from clip_exp.loading import load_model, source_of_file
 from clip_exp.models.clip import CLIP
 from clip_exp.models.families.published import huggingface_config, transformers_class
 from clip_exp.weights.names import to_huggingface

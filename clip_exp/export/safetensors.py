@@ -10,8 +10,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.export.compare import Encoders
 from clip_exp.export.tokenizer_files import write_own
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import source_of_file
+from clip_exp.loading import load_model, source_of_file
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.inspect import OUR_METADATA
 

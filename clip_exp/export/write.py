@@ -11,8 +11,7 @@ from clip_exp.export.card import write_card
 from clip_exp.export.compare import TOLERANCE, TOLERANCE_ONNX, Encoders, require_same
 from clip_exp.export.folder import check_target, whole_folder
 from clip_exp.export.formats import problems_of
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import ModelSource
+from clip_exp.loading import ModelSource, load_model
 from clip_exp.models.clip import CLIP
 
 

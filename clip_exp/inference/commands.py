@@ -24,7 +24,7 @@ from clip_exp.inference.inputs import (
     tell_left_out,
 )
 from clip_exp.inference.outputs import Report, about, check_output, number, write
-from clip_exp.loading.source import ModelSource, check_source, find_source
+from clip_exp.loading import ModelSource, check_source, find_source
 from clip_exp.ranks.failure import Stopped, stop_on_signals
 from clip_exp.weights.find import hash_part, hash_weights
 

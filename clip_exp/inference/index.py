@@ -22,8 +22,7 @@ from clip_exp.config.model import ModelConfig
 from clip_exp.data.files import Stamp, Stored, normal_path, stamps
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference.inputs import LeftOut, Picture
-from clip_exp.loading.source import ModelSource
-from clip_exp.loading.wise_ft import Mix
+from clip_exp.loading import Mix, ModelSource
 from clip_exp.storage import InUse, atomic_file, lock, remove_leftovers
 
 if TYPE_CHECKING:

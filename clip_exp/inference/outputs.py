@@ -15,7 +15,7 @@ from rich.text import Text
 
 from clip_exp.config.commands import OutputConfig, OutputFormat
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.loading.source import ModelSource
+from clip_exp.loading import ModelSource
 from clip_exp.storage import TextWriter, atomic_file
 
 ENDINGS = {".json": OutputFormat.json, ".csv": OutputFormat.csv}

@@ -25,8 +25,7 @@ from clip_exp.inference.features import Encoded, EncodedMedia, Match, best_match
 from clip_exp.inference.index import PictureIndex, agree, read_recipe, recipe_of, update_index
 from clip_exp.inference.inputs import FRAMES, Picture, find_pictures, folders_of, tell_left_out
 from clip_exp.inference.media import Media
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import ModelSource
+from clip_exp.loading import ModelSource, load_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import build_tokenizer
 

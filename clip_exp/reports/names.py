@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clip_exp.checkpoints.folders import EMA_WEIGHTS
 from clip_exp.config.evaluation import Scale, TaskConfig
-from clip_exp.loading.source import ModelSource, is_own
+from clip_exp.loading import ModelSource, is_own
 
 RANKS = ["median_rank_i2t", "median_rank_t2i"]
 RECALLS = [f"recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")]

@@ -20,8 +20,7 @@ from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.features import Cache, EncodeOptions
 from clip_exp.evaluation.subject import Subject, about_weights, score
 from clip_exp.evaluation.task import Task
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import ModelSource, source_of_checkpoint
+from clip_exp.loading import ModelSource, load_model, source_of_checkpoint
 from clip_exp.models.clip import CLIP, build_model
 from clip_exp.progress import silence
 from clip_exp.ranks.group import from_main, is_main, share_from_main

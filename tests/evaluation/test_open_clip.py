@@ -18,8 +18,7 @@ from clip_exp.evaluation.features import EncodeOptions, encode_pictures
 from clip_exp.evaluation.launch import evaluate
 from clip_exp.evaluation.sets.class_names import imagenet_classes, templates
 from clip_exp.evaluation.subject import Subject
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import source_of_file
+from clip_exp.loading import load_model, source_of_file
 from clip_exp.text.tokenizer import Tokenizer
 
 

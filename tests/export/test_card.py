@@ -21,8 +21,7 @@ from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import FineTuneConfig, TowerTuningConfig
 from clip_exp.export.history import _recipe
 from clip_exp.export.write import write_export
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import find_source, source_of_run
+from clip_exp.loading import find_source, load_model, source_of_run
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.find import hash_weights
 from tests.exhaustive import repeat_beyond

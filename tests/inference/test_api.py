@@ -14,7 +14,7 @@ import clip_exp
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference.index import recipe_of
-from clip_exp.loading.source import source_of_file
+from clip_exp.loading import source_of_file
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.names import to_open_clip
 from tests.runs import TINY, Finished, Train

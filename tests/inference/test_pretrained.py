@@ -21,8 +21,7 @@ from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.export.write import write_export
 from clip_exp.inference.index import read_recipe
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import ModelSource
+from clip_exp.loading import ModelSource, load_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.weights.find import hash_weights

@@ -14,8 +14,7 @@ from clip_exp.config.evaluation import SubjectConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.inference.index import Entries, read_recipe, recipe_of, write_index
-from clip_exp.loading.model import load_model
-from clip_exp.loading.source import find_source
+from clip_exp.loading import find_source, load_model
 from clip_exp.models.clip import CLIP, build_model
 from clip_exp.weights.find import hash_weights
 from tests.small_runs import write_run

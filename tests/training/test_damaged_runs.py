@@ -16,7 +16,7 @@ from clip_exp.checkpoints.io import SafeCheckpointIO
 from clip_exp.config.files import read_run_config
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
-from clip_exp.loading.source import source_of_checkpoint, source_of_run
+from clip_exp.loading import source_of_checkpoint, source_of_run
 from clip_exp.models.clip import build_model
 from clip_exp.runs import RunRecord, create_run_folder
 from clip_exp.training import opening

@@ -15,7 +15,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.model import Activation, Interpolation, ModelConfig, ResizeMode
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.loading.source import source_of_run
+from clip_exp.loading import source_of_run
 from clip_exp.models.clip import CLIP
 from clip_exp.open_clip_files import Entry
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights

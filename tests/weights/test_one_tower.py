@@ -29,7 +29,7 @@ from clip_exp.config.base import plain
 from clip_exp.config.model import Activation, ModelConfig, Pooler
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.loading.wise_ft import mix_of
+from clip_exp.loading import mix_of
 from clip_exp.models.clip import build_model
 from clip_exp.models.families.huggingface import HuggingFaceTextConfig
 from clip_exp.models.families.siglip import SigLIPImageConfig

@@ -1,7 +1,14 @@
-"""Which model: found and checked from paths and names, before torch is imported and weights are read."""
+"""A run, a checkpoint, a file or a name to a model in memory: found and checked without torch, loaded when all is known to be right.
 
+With `wise_ft` the weights are a mixture of a run's and of those that it started from (Wortsman et al. 2022).
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clip_exp.checkpoints import folders
 from clip_exp.checkpoints.folders import EMA_WEIGHTS, MANIFEST, RUN_COPY, WEIGHTS, read_manifest
@@ -10,12 +17,79 @@ from clip_exp.config.files import read_run_config
 from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.loading.wise_ft import Mix, mix_of
-from clip_exp.runs import CONFIG, require_run, run_config, with_saved_tokenizer
+from clip_exp.runs import CONFIG, read_record, require_run, run_config, with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_part, hash_weights
 from clip_exp.weights.inspect import note_architecture, settle
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from clip_exp.models.clip import CLIP
+
+log = logging.getLogger(__name__)
 NO_START = "wise_ft needs a run or its checkpoint: other weights do not tell what they started from."
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How much of a run's weights is taken, the rest from its start."""
+
+    share: float  # 0: the start, 1: the run
+    start: str  # file or folder of its weights
+    start_sha256: str
+    prefix: str | None = None  # `pretrained_prefix` of the run
+
+    def sha256(self, weights_sha256: str) -> str:
+        """A hash that stands for the mixture, from that of the run's weights."""
+        start = hash_part(self.start_sha256, self.prefix)
+        return hashlib.sha256(f"{weights_sha256} {start} {self.share!r}".encode()).hexdigest()
+
+    def check(self) -> None:
+        """See that the start is what it was.
+
+        Raises:
+            CheckpointError: it is no longer there, or others' weights are.
+        """
+        where = f"wise_ft={self.share:g}: {self.start}, which the run started from,"
+        if not Path(self.start).exists():
+            raise CheckpointError(f"{where} is no longer there: put it back, or leave wise_ft out.")
+        if hash_weights(Path(self.start)) != self.start_sha256:
+            raise CheckpointError(f"{where} holds other weights now: its sha256 was {self.start_sha256}.")
+
+
+def mix_of(run_dir: Path, share: float) -> Mix:
+    """The weights that a run started from, as its `run.json` tells, found and checked.
+
+    Raises:
+        ConfigError: the share is not in 0..1, or the run did not start from weights.
+        CheckpointError: they are no longer there, or others.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"wise_ft={share:g} must be a share of the run's weights, from 0 to 1.")
+    record = read_record(run_dir)
+    if towers := sorted({"pretrained_image", "pretrained_text"} & record.keys()):
+        raise ConfigError(
+            f"wise_ft={share:g} goes between a run and weights of the whole model, and {run_dir} started from {' and '.join(towers)}. "
+            "Leave wise_ft out."
+        )
+    start = record.get("pretrained")
+    if not isinstance(start, dict):
+        raise ConfigError(
+            f"wise_ft={share:g} goes between a run and the weights that it started from, and {run_dir} started from none: "
+            "its run.json has no `pretrained`. Leave wise_ft out."
+        )
+    mix = Mix(share, start["path"], start["sha256"], start.get("prefix"))
+    mix.check()
+    return mix
+
+
+def interpolate(start: "Mapping[str, Tensor]", tuned: "Mapping[str, Tensor]", share: float) -> "dict[str, Tensor]":
+    """(1 - share) * start + share * tuned of every tensor of two state dicts with the same names; integers are the tuned ones'."""
+    return {
+        name: (1 - share) * start[name] + share * value if value.is_floating_point() else value
+        for name, value in tuned.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -202,3 +276,29 @@ def _of_checkpoint_folder(folder: Path, run: TrainConfig, run_dir: Path, ema: bo
         raise CheckpointError(f"{folder} has no {weights.name}: {fix}.")
     step = folders.step_of(folder) if folders.STEP.search(folder.name) else None
     return ModelSource(with_saved_tokenizer(run.model, run_dir), weights, run, run_dir, step)
+
+
+def load_model(source: ModelSource, device: "torch.device | str" = "cpu") -> "CLIP":
+    """The model with its weights, in float32, in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds another model's weights.
+    """
+    import torch
+    from torch import nn
+
+    from clip_exp.models.clip import build_model
+    from clip_exp.weights.fit import fit_weights, load_weights
+    from clip_exp.weights.read import BIAS, find_model_weights
+
+    model = build_model(source.model)
+    weights = find_model_weights(source.weights, source.model, model.state_dict(), source.prefix)
+    if BIAS in weights.state:
+        model.logit_bias = nn.Parameter(torch.zeros(1))
+    for note in filter(None, (weights.note, *fit_weights(model, weights.state, weights.source))):
+        log.warning(note)
+    if source.mix is not None:
+        tuned = {name: value.clone() for name, value in model.state_dict().items()}
+        load_weights(model, source.mix.start, source.model, source.mix.prefix)
+        model.load_state_dict(interpolate(model.state_dict(), tuned, source.mix.share))
+    return model.to(device).eval().requires_grad_(False)
