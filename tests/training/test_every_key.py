@@ -40,13 +40,12 @@ BASE = (
     "trainer.accelerator=cpu", "callbacks.progress=none", "name=run", "resume=never",
 )  # fmt: skip
 BOTH = tuple(MODELS)
-TIMM = (
-    "model/image=timm", "model.image.name=test_resnet", "model.image.image_size=64",
-    *(f"model.image.{key}=null" for key in ("width", "layers", "heads", "stages")),
-)  # fmt: skip
-BERT = (
-    "model/text=huggingface", "model.text.name=<bert>", *(f"model.text.{key}=null" for key in ("width", "layers", "heads")),
-)  # fmt: skip
+TIMM = ("model/image=timm", "model.image.name=test_resnet", "model.image.image_size=64")
+BERT = ("model/text=huggingface", "model.text.name=<bert>")
+OWN = {  # keys of towers of ours, which others do not have
+    TIMM[0]: {f"model.image.{key}" for key in ("width", "layers", "heads", "stages")},
+    BERT[0]: {f"model.text.{key}" for key in ("width", "layers", "heads")},
+}
 SHAPES = (
     "data=shapes", "data.train=null", "data.val=null", "data.label_key=null", "data.generate.rows=24", "data.generate.val_rows=8",
 )  # fmt: skip
@@ -301,9 +300,9 @@ class Runs:
             average = {name: tensor * 0.9 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
             places["averaged"] = str(self.folder / "averaged.pt")
             torch.save({"state_dict": state, "state_dict_ema": average}, places["averaged"])
-        own = {key_of(word) for word in overrides}
+        own = {key_of(word) for word in overrides}.union(*(OWN.get(word, ()) for word in overrides))
         words = [
-            *MODELS[model],
+            *(word for word in MODELS[model] if key_of(word) not in own),
             *(word for word in BASE if key_of(word) not in own),
             *overrides,
             f"output_dir={output_dir}",
