@@ -196,7 +196,7 @@ def test_a_pooler_that_an_encoder_cannot_do_without_and_nobody_reads_does_not_le
 REFUSED = {
     "too long a context": ({"context_length": 39}, "model.text.context_length=39 is more than the 38 tokens"),
     "no projection to another width": ({"projection": Projection.none}, "Set model.embed_dim=32, or a projection"),
-    "no encoder": ({"architecture": {"model_type": "nonsense"}}, "no encoder that transformers knows"),
+    "no encoder": ({"architecture": {"model_type": "nonsense"}}, "not of an encoder that transformers knows"),
     "no such folder": ({"name": "/nowhere/encoder"}, "model.text.name=/nowhere/encoder cannot be had"),
 }
 
