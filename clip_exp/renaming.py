@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-Reshape = tuple[
-    Callable[["Tensor"], "Tensor"], Callable[["Tensor"], "Tensor"]
-]  # from ours to theirs, from theirs to ours
+# From ours to theirs, and from theirs to ours.
+Reshape = tuple[Callable[["Tensor"], "Tensor"], Callable[["Tensor"], "Tensor"]]
 Parts = str | tuple[str, ...]
 
 
@@ -66,12 +65,14 @@ class Row(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The parameters of a tower in one layout of files."""
+    """The parameters of a tower in one layout of files.
+
+    Attributes:
+        marks: beginnings of names that distinguish this kind of tower from others in the layout; all must be there.
+    """
 
     rows: tuple[Row, ...]
-    marks: tuple[
-        str, ...
-    ]  # beginnings of names that tell this kind of tower from others in the layout; all must be there
+    marks: tuple[str, ...]
 
     def answers(self, names: Iterable[str]) -> bool:
         names = list(names)

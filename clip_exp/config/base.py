@@ -197,7 +197,7 @@ def default_of(field: FieldInfo) -> Any:
 
 
 class Member(Config):
-    """Base of the bases of open groups: a field of the type of such a base takes any member of the group, told apart by `key`.
+    """Base of the bases of open groups: a field of the type of such a base takes any member of the group, distinguished by `key`.
 
     A member subclasses the base of its group and names itself: `kind: Literal["mine"] = "mine"`. See `config.registry` for where it
     may stand.
@@ -216,10 +216,8 @@ class Member(Config):
         elif get_origin((named := cls.model_fields[cls.key]).annotation) is Literal:
             name = str(get_args(named.annotation)[0])
             other = cls.registered.get(name, cls)
-            if (other.__module__, other.__qualname__) != (
-                cls.__module__,
-                cls.__qualname__,
-            ):  # the same: its file was read again
+            # Of the same place is a class whose file was read again.
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 places = [f"{each.__qualname__} of {sys.modules[each.__module__].__file__}" for each in (other, cls)]
                 raise ConfigError(f"{cls.group}: {' and '.join(places)} both declare {cls.key}={name}: rename yours.")
             cls.registered[name] = cls
@@ -237,7 +235,7 @@ class Member(Config):
         """Return values as the member that they name.
 
         Raises:
-            ValidationError, PydanticKnownError: no such member, or wrong values; for pydantic.
+            ValidationError, PydanticKnownError, PydanticCustomError: no such member, or wrong values; for pydantic.
         """
         if isinstance(values, cls):
             return values
@@ -288,7 +286,7 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
 
 
 def member_names(models: list[type[Config]]) -> list[str]:
-    """Return the names that tell the members of a union apart; none where it has one member."""
+    """Return the names that distinguish the members of a union; none where it has one member."""
     return [name for model in models if len(models) > 1 and (named := _names(model)) for name in named[1]]
 
 
@@ -417,8 +415,8 @@ def _idle_keys(config: Config, typed: Collection[str], at: str) -> Iterator[str]
         for key in unused.keys.split():
             node, _, name = key.rpartition(".")
             parent = attrgetter(node)(config) if node else config
-            if name not in type(parent).model_fields:
-                continue  # a key of another member of a group
+            if isinstance(parent, Member) and name not in type(parent).model_fields:
+                continue  # a key of another member of the group
             value = getattr(parent, name)
             is_default = value == default_of(type(parent).model_fields[name])
             is_set = f"{at}{key}" in typed or (not unused.typed_only and not is_default)

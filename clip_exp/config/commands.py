@@ -141,7 +141,7 @@ class ConvertConfig(Config):
 clip-exp convert FILE output=NAME.safetensors [trust_pickle=true]
 
 The tensors of a torch file (.pt, .pth, .bin, .ckpt) as safetensors, whose names stay: pretrained=NAME.safetensors reads them.
-Nested dictionaries become names with dots; what is no tensor is left out and listed."""
+Nested dictionaries become names with dots; what is not a tensor is left out and listed."""
 
     file: PathText | None = Field(None, description="the torch file; `clip-exp convert FILE` is file=FILE")
     output: PathText | None = Field(None, description="the safetensors file; a new one")

@@ -174,9 +174,8 @@ class TaskConfig(Member):
 
     title: ClassVar[str] = ""  # of the kind, on pages; empty: its name
     headline: ClassVar[tuple[str, ...]] = ()  # metrics that stand first where not all are shown
-    scales: ClassVar[
-        dict[str, Scale]
-    ] = {}  # of metrics that are not fractions, by the part of their names after the last slash
+    # Of metrics that are not fractions, by the part of their names after the last slash.
+    scales: ClassVar[dict[str, Scale]] = {}
     of_validation: ClassVar[bool] = False  # scores a run on the data that its training validates on
 
     @property

@@ -225,6 +225,15 @@ class TextTowerConfig(Tower):
         """Return what the tower's names in open_clip's files begin with."""
         return self.open_clip_prefix
 
+    def embedding_problems(self, where: str, tokenizer: Any, embedded: int) -> Iterator[str]:
+        """Yield that a tokenizer has ids without an embedding.
+
+        Args:
+            embedded: number of ids that the tower embeds.
+        """
+        if (highest := max(tokenizer.get_vocab().values())) >= embedded:
+            yield f"{where} has ids up to {highest}, and the text tower embeds {embedded}: give its own tokenizer."
+
     def tokenizer_problems(self, where: str, tokenizer: Any) -> Iterator[str]:
         """Yield why a tokenizer of transformers is not the tower's.
 

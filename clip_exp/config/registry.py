@@ -4,7 +4,7 @@ A member is a model of the schema (a subclass of its group's base) in a module t
 before torch is there. Those of clip_exp are in one package per group. Those of a user stand next to their options: with
 `--config-dir DIR`, `model/image=mine` is `DIR/model/image/mine.yaml` and the class in `DIR/model/image/mine.py`.
 
-A configuration may come from somebody else, so `_target_` imports only below a module prefix that is allowed;
+A configuration may come from a third party, so `_target_` imports only below a module prefix that is allowed;
 `CLIP_EXP_ALLOWED_TARGETS` adds prefixes, separated by commas: `export CLIP_EXP_ALLOWED_TARGETS=my_lab.optim`.
 """
 
@@ -34,7 +34,7 @@ OF_A_RUN = ("run.json", "config.yaml", "checkpoints", "manifest.json")
 
 def folders() -> list[Path]:
     """Return the user's folders of options and members."""
-    return [Path(path) for path in os.environ.get(FOLDERS, "").split(os.pathsep) if path]
+    return [Path(path).absolute() for path in os.environ.get(FOLDERS, "").split(os.pathsep) if path]
 
 
 def add_folder(folder: str | Path) -> None:

@@ -346,9 +346,8 @@ def _describe(path: Path) -> About:
         return about
     if kind is Format.torchscript:
         return About("TorchScript archive", _activation_in_program(file))
-    if kind is Format.npz and _is_siglip(
-        file
-    ):  # both sides of an image to size, pixels in -1..1; Flax's gelu is that of tanh
+    if kind is Format.npz and _is_siglip(file):
+        # Both sides of an image to size, pixels in -1..1; Flax's gelu is that of tanh.
         half = [0.5] * 3
         return About("big_vision's SigLIP", Activation.gelu_tanh, half, half, resize_mode=ResizeMode.squash)
     if kind is Format.torch and _is_openai(file):

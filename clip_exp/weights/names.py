@@ -44,10 +44,8 @@ LAYOUTS = {  # by name; those of files that have both towers
         | {"ln_final", "text_projection", "text_decoder", "bert"},
         "visual.",
         "text.",
-        ignored=(
-            "text_decoder.",
-            "bert.pooler.",
-        ),  # CoCa's, and of Chinese-CLIP's encoder, which is pooled at its first token
+        # CoCa's, and of Chinese-CLIP's encoder, which is pooled at its first token.
+        ignored=("text_decoder.", "bert.pooler."),
     ),
     "transformers": Layout(
         "vision_model",
@@ -123,7 +121,7 @@ def to_ours(
     Args:
         layout: one of LAYOUTS; of one tower, its reading; None: no model's.
         config: of the model that the weights are for. It counts for towers of other libraries, whose names it must tell; towers of
-            ours are told by the weights' names.
+            ours are recognized by the weights' names.
     """
     if layout is None or layout == "clip_exp":
         return state

@@ -119,8 +119,7 @@ class TokenTransformerConfig(TransformerConfig, TextTowerConfig):
         return own | self.transformer(model)
 
     def tokenizer_problems(self, where: str, tokenizer: Any) -> Iterator[str]:
-        if (highest := max(tokenizer.get_vocab().values())) >= self.vocab_size:
-            yield f"{where} has ids up to {highest}, and the text tower embeds {self.vocab_size}: give its own tokenizer."
+        yield from self.embedding_problems(where, tokenizer, self.vocab_size)
 
     def open_clip_cfg(self, model: ModelConfig) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in ("context_length", "vocab_size", "width", "heads", "layers")}

@@ -55,9 +55,8 @@ class EncoderConfig(TextTowerConfig):
 
     def tokenizer_problems(self, where: str, tokenizer: Any) -> Iterator[str]:
         embedded, expected = self.architecture.get("vocab_size"), self.architecture.get("pad_token_id")
-        highest = max(tokenizer.get_vocab().values())
-        if isinstance(embedded, int) and highest >= embedded:
-            yield f"{where} has ids up to {highest}, and the text tower embeds {embedded}: give its own tokenizer."
+        if isinstance(embedded, int):
+            yield from self.embedding_problems(where, tokenizer, embedded)
         if expected is not None and tokenizer.pad_token_id != expected:
             yield (
                 f"{where} pads with {tokenizer.pad_token_id}, and the encoder takes {expected} for padding: give its own "

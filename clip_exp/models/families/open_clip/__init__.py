@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from clip_exp.config.base import Proportion, Size, Unused
-from clip_exp.config.model import VOCABULARY, Activation, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.config.model import VOCABULARY, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_exp.models.families.clip import open_clip_activation
 from clip_exp.models.families.huggingface import EncoderConfig
 from clip_exp.models.families.timm import as_trained
 from clip_exp.open_clip_files import can_be_trimmed, has_text_below, open_clip_values, published
@@ -26,8 +27,8 @@ def _together(model: ModelConfig, at: str) -> Iterator[str]:
 
 def _cfg(model: ModelConfig, tower: str, **changed: Any) -> dict[str, Any]:
     # Of CoCa there is no decoder, for which alone its towers return their tokens too.
-    act = {"act_kwargs": {"approximate": "tanh"}} if model.activation is Activation.gelu_tanh else {}
-    return {**published(model.open_clip_name)[tower], **changed, "output_tokens": False, **act}
+    activation = open_clip_activation(model)
+    return {**published(model.open_clip_name)[tower], **changed, "output_tokens": False, **activation}
 
 
 class OpenCLIPImageConfig(ImageTowerConfig):
@@ -104,8 +105,8 @@ class OpenCLIPTextConfig(EncoderConfig):
     def tokenizer_problems(self, where: str, tokenizer: Any) -> Iterator[str]:
         if self.name is not None:
             yield from super().tokenizer_problems(where, tokenizer)
-        elif (highest := max(tokenizer.get_vocab().values())) >= self.vocab_size:
-            yield f"{where} has ids up to {highest}, and the text tower embeds {self.vocab_size}: give its own tokenizer."
+        else:
+            yield from self.embedding_problems(where, tokenizer, self.vocab_size)
 
     def training_problems(self, model: ModelConfig) -> Iterator[str]:
         if self.trim and not can_be_trimmed(open_clip_values(model.open_clip_name)["text_cfg"]):
