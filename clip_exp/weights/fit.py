@@ -225,9 +225,11 @@ def _hints(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
             f"  {TEXT_POSITIONS}: no position was trained beyond the file's {theirs['text.context_length']}, and a text tower that is "
             f"not causal needs all of them: set model.text.context_length={theirs['text.context_length']}."
         )
-    if not hints and theirs == ours and own.keys() - state.keys():
-        there = len(own.keys() & state.keys())
-        return [f"  it has {there} of the model's {len(own)} weights, of the same sizes: it is not complete."]
+    there = own.keys() & state.keys()
+    # The missing weights may be those whose shapes would have told the numbers.
+    fits = state.keys() - own.keys() <= {BIAS} and all(own[name].shape == state[name].shape for name in there)
+    if not hints and (fits or theirs == ours) and own.keys() - state.keys():
+        return [f"  it has {len(there)} of the model's {len(own)} weights, of the same sizes: it is not complete."]
     return hints or ["  choose the `model` that the weights were trained as."]
 
 

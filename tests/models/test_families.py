@@ -2,13 +2,18 @@
 
 import ast
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import clip_exp
+from clip_exp.config import registry
 from clip_exp.config.model import ImageTowerConfig, TextTowerConfig
 from tests.conftest import DOOR, REPOSITORY, Run
 
@@ -93,6 +98,7 @@ def test_a_family_is_one_file_and_one_option(config_dir: Path, tmp_path: Path, c
             "train.py", *words(config_dir, *SHORT, f"trainer.devices={devices}", f"name=on{devices}"), cwd=tmp_path
         )
         assert result.returncode == 0, result.stderr
+        trained = result
     (run,) = (tmp_path / "outputs/train/on2").iterdir()
     assert "kind: pool" in (run / "config.yaml").read_text()
     result = command("evaluate.py", *words(config_dir, f"run={run}"), cwd=tmp_path)
@@ -104,6 +110,12 @@ def test_a_family_is_one_file_and_one_option(config_dir: Path, tmp_path: Path, c
     assert without.returncode == 2
     assert "model.image.kind=pool" in without.stderr
     assert "--config-dir" in without.stderr
+    assert "another version" not in without.stderr
+    assert f"evaluate.py --config-dir {config_dir} run=" in trained.stdout
+    code = f"import clip_exp; print(clip_exp.load({str(run)!r}, accelerator='cpu').config.image.kind)"
+    environment = {**os.environ, registry.FOLDERS: str(config_dir)}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert loaded.stdout == "pool\n", loaded.stderr
 
 
 def test_a_mistyped_key_of_a_family_is_refused_with_its_full_name(
@@ -158,3 +170,24 @@ def test_a_repeated_run_runs_no_code(config_dir: Path, tmp_path: Path, command: 
         assert result.returncode == 2
         assert not (tmp_path / "ran").exists()
     assert "is not run, since" in result.stderr
+
+
+def test_files_of_one_name_in_two_folders_do_not_meet(config_dir: Path, tmp_path: Path, command: Run) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(config_dir, other)
+    result = command("train.py", *words(config_dir, *SHORT), cwd=tmp_path, CLIP_EXP_CONFIG_DIR=str(other))
+    assert result.returncode == 2
+    assert "both declare kind=pool: rename yours" in result.stderr
+
+
+def test_a_path_that_cannot_be_listed_is_refused(config_dir: Path, tmp_path: Path, command: Run) -> None:
+    shutil.copytree(config_dir, tmp_path / "mi:ne")
+    result = command("train.py", *words(tmp_path / "mi:ne", *SHORT), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "rename the folder" in result.stderr
+
+
+def test_a_helper_next_to_a_member_is_not_taken_for_one(config_dir: Path, tmp_path: Path, command: Run) -> None:
+    (config_dir / "model/image/_helper.py").write_text("raise RuntimeError")
+    result = command("train.py", *words(config_dir, "--cfg", "job", *SHORT), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

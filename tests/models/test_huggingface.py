@@ -197,6 +197,10 @@ REFUSED = {
     "too long a context": ({"context_length": 39}, "model.text.context_length=39 is more than the 38 tokens"),
     "no projection to another width": ({"projection": Projection.none}, "Set model.embed_dim=32, or a projection"),
     "no encoder": ({"architecture": {"model_type": "nonsense"}}, "not of an encoder that transformers knows"),
+    "heads that do not divide": (
+        {"architecture": {"model_type": "bert", "vocab_size": 300, **SMALL, "num_attention_heads": 7}},
+        "model.text.architecture cannot be built",
+    ),
     "no such folder": ({"name": "/nowhere/encoder"}, "model.text.name=/nowhere/encoder cannot be had"),
 }
 
@@ -232,3 +236,17 @@ def test_weights_that_do_not_cover_the_encoder_are_refused(tmp_path: Path) -> No
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"do not cover the encoder: encoder.layer.1.attention.self.query.weight"):
         build_text_tower(small(folder), own_weights=True)
+
+
+def test_a_noted_architecture_names_no_code(folders) -> None:
+    """It may come with a third party's weights: transformers would load what these keys name."""
+    architecture = {"model_type": "bert", "vocab_size": 300, "pad_token_id": 0, **SMALL}
+    named = {
+        "attn_implementation": "org/kernel",
+        "auto_map": {"AutoModel": "org/code--model.Model"},
+        "_attn_implementation": "org/kernel",
+    }
+    config = small(folders["bert"], architecture={**architecture, **named}, pretrained=False)
+    tower = build_text_tower(config)
+    assert tower.encoder.config._attn_implementation != "org/kernel"
+    assert not hasattr(tower.encoder.config, "auto_map")

@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
 import clip_exp
+from clip_exp.config.commands import ExportFormat
 from clip_exp.config.model import Activation, ModelConfig, Pooler, Projection, ResizeMode
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError
+from clip_exp.export.write import write_export
 from clip_exp.models.clip import build_model
 from clip_exp.models.families.published import huggingface_config, model_config_of
 from clip_exp.weights.fit import load_weights
@@ -164,3 +166,12 @@ def test_positions_of_another_kind_are_refused() -> None:
     text = TEXT | {"position_embedding_type": "relative_key"}
     with pytest.raises(CheckpointError, match="position_embedding_type=relative_key of texts must be absolute"):
         model_config_of(CHINESE_CLIP | {"text_config": text})
+
+
+def test_the_length_of_texts_goes_into_an_export_and_comes_back(folder: Path, tmp_path: Path) -> None:
+    """transformers' configuration has no place for it; the tokenizer's has."""
+    config = clip_exp.load(folder, accelerator="cpu").config
+    text = config.text.model_copy(update={"context_length": 17})
+    model = build_model(changed := config.model_copy(update={"text": text})).eval()
+    exported = write_export(model, changed, None, tmp_path / "out", ExportFormat.huggingface).folder
+    assert describe(exported).model.text.context_length == 17  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -148,3 +149,28 @@ def test_on_the_command_line_a_bare_path_is_the_file(command: Run, tmp_path: Pat
     shown = command(DOOR, "convert", "--help", cwd=tmp_path)
     assert shown.stdout.startswith("clip-exp convert FILE output=NAME.safetensors")
     assert "\ntrust_pickle: " in shown.stdout
+
+
+def test_what_safetensors_has_no_place_for_is_left_out(tmp_path: Path, capsys) -> None:
+    """A dictionary that holds itself, the name of the format's own metadata, numbers that the format lacks."""
+    content: dict[str, Any] = {
+        "weight": torch.ones(2),
+        "__metadata__": torch.ones(1),
+        "complex": torch.ones(1, dtype=torch.complex64),
+    }
+    content["itself"] = content
+    found = converted(saved(tmp_path, content))
+    assert torch.equal(found["weight"], torch.ones(2))
+    assert not {"__metadata__", "complex"} & found.keys()
+    assert "__metadata__, complex" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    file = saved(tmp_path, {"weight": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"output=.* cannot be written: .*No space left on device"):
+        converted(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.pt"]

@@ -231,3 +231,17 @@ def test_a_siglip_of_transformers_is_found_below_a_prefix(tmp_path: Path) -> Non
     check_weights(tmp_path / "a.ckpt", config)
     load_weights(loaded, tmp_path / "a.ckpt", config)
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("missing", ["visual.class_embedding", "token_embedding.weight"])
+def test_what_an_incomplete_file_lacks_is_named_by_our_names(missing: str, tmp_path: Path) -> None:
+    """Also where it is what the kind of tower is recognized by."""
+    state = to_open_clip(drawn(0, CONFIG).state_dict(), CONFIG)
+    del state[missing]
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        check_weights(tmp_path / "a.pt", CONFIG)
+    ours = {"visual.class_embedding": "image.class_embedding"}.get(missing, f"text.{missing}")
+    assert f"missing in the file: {ours}" in str(caught.value)
+    assert "not in the model" not in str(caught.value)
+    assert "it is not complete" in str(caught.value)
