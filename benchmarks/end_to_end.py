@@ -31,12 +31,12 @@ class Timing(NamedTuple):
 
 
 def write_rows(source: Path, target: Path) -> None:
-    """The first rows of a table whose pictures differ, with absolute paths, as both trainers read them."""
+    """The first rows of a table whose images differ, with absolute paths, as both trainers read them."""
     with source.open(newline="", encoding="utf-8") as handle:
         distinct = {row["filepath"]: row for row in csv.DictReader(handle)}
     rows = list(distinct.values())[: STEPS * BATCH]
     if len(rows) < STEPS * BATCH:
-        sys.exit(f"{source} has {len(rows)} pictures; {STEPS * BATCH} are needed.")
+        sys.exit(f"{source} has {len(rows)} images; {STEPS * BATCH} are needed.")
     with target.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, ["filepath", "title"])
         writer.writeheader()
@@ -82,7 +82,7 @@ def theirs(pairs: Path, folder: Path) -> Timing:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--csv", type=Path, required=True, help="comma-separated, columns filepath and title, at least 640 pictures"
+        "--csv", type=Path, required=True, help="comma-separated, columns filepath and title, at least 640 images"
     )
     parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args()

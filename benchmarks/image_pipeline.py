@@ -1,8 +1,8 @@
 """Photographs to training tensors: clip_exp against open_clip's CSV dataset with its training transform, alternately in one process.
 
-200 photographs of about 500 x 375 pixels and 40 of 1,600 are written as JPEG files: made from those of --pictures, or drawn. Their
+200 photographs of about 500 x 375 pixels and 40 of 1,600 are written as JPEG files: made from those of --images, or drawn. Their
 quality of 85 gives about 2 bits per pixel at 500 x 375, as the median JPEG of that size on the web has (2.07; HTTP Archive, 2024).
-The more bits, the more of the time is Huffman decoding, which is the same on both sides: --pictures also measures the files as they
+The more bits, the more of the time is Huffman decoding, which is the same on both sides: --images also measures the files as they
 are, without a target.
 
 Each side makes whole samples from the same table, path to pixels and caption to ids, each in its own way: clip_exp decodes with
@@ -10,7 +10,7 @@ torchvision, crops, resizes bytes and leaves normalizing to the device (timed ap
 Pillow and normalizes floats. First on one core, in seconds of CPU; then through two DataLoader workers each, by the clock. A
 median is taken over the rounds. Last, the largest difference of a pixel for the same crop, in levels of 255.
 
-    python benchmarks/image_pipeline.py --pictures $CLIP_EXP_DATA/imagenet_val_sample
+    python benchmarks/image_pipeline.py --images $CLIP_EXP_DATA/imagenet_val_sample
 """
 
 import argparse
@@ -36,11 +36,11 @@ from clip_exp.data.randomness import Draws
 from clip_exp.models.families.clip import ViTConfig
 from clip_exp.text.tokenizer import Tokenizer
 
-SETS = {"500 px": (500, 200, 2.5), "1600 px": (1600, 40, 2.0)}  # longer side, pictures, target ratio
+SETS = {"500 px": (500, 200, 2.5), "1600 px": (1600, 40, 2.0)}  # longer side, images, target ratio
 AS_THEY_ARE = "as they are"
 SIZE = 224
 CAPTION = "A little girl in a red dress climbs a rope while her dog waits in the grass."
-LOADED = 800  # pictures through the workers in a round
+LOADED = 800  # images through the workers in a round
 
 
 def draw_photograph(seed: int) -> Image.Image:
@@ -69,7 +69,7 @@ def find_photographs(folder: str | None) -> list[Path]:
         sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")) if folder else []
     )
     if folder and not found:
-        raise SystemExit(f"--pictures={folder} has no .jpg or .jpeg files.")
+        raise SystemExit(f"--images={folder} has no .jpg or .jpeg files.")
     return found
 
 
@@ -81,7 +81,7 @@ def write_table(folder: Path, paths: list[Path]) -> Path:
 
 
 def make_photographs(folder: Path, side: int, count: int, photographs: list[Path], quality: int) -> Path:
-    """A table of `count` pictures whose longer side is `side`."""
+    """A table of `count` images whose longer side is `side`."""
     folder.mkdir()
     paths = []
     for i in range(count):
@@ -122,7 +122,7 @@ def cpu_ms(sample: Callable[[int], object], count: int) -> float:
 
 
 def wall_ms(batches: Iterator[object], batch_size: int) -> float:
-    """Per picture, from the second batch on: the first waits for the workers to start."""
+    """Per image, from the second batch on: the first waits for the workers to start."""
     next(batches)
     start = time.perf_counter()
     count = sum(1 for _ in batches)
@@ -141,7 +141,7 @@ def their_batches(table: Path, batch_size: int) -> Iterator[object]:
 
 
 def compare(table: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds per picture of both sides, on one core and through two workers."""
+    """Milliseconds per image of both sides, on one core and through two workers."""
     ours, theirs = our_samples(table), their_dataset(table)
     measures = {
         "core": (lambda: cpu_ms(ours, len(theirs)), lambda: cpu_ms(theirs.__getitem__, len(theirs))),
@@ -167,8 +167,8 @@ def largest_difference(table: Path) -> tuple[int, float]:
         path = record["filepath"]
         image = decode_rgb(read_file(path, ImageLimits()), ImageLimits())
         top, left, height, width = crop_box(*image.shape[1:], Draws(0), augmentation.scale, augmentation.ratio)
-        with Image.open(path) as picture:
-            crop = picture.convert("RGB").crop((left, top, left + width, top + height))
+        with Image.open(path) as opened:
+            crop = opened.convert("RGB").crop((left, top, left + width, top + height))
         theirs = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
         difference = np.abs(train_transform(image, SIZE, Draws(0), augmentation).numpy() - theirs)
         largest = max(largest, int(difference.max()))
@@ -179,7 +179,7 @@ def largest_difference(table: Path) -> tuple[int, float]:
 def report(name: str, table: Path, args: argparse.Namespace) -> None:
     paths = [Path(record["filepath"]) for record in csv.DictReader(table.read_text().splitlines())]
     bits = 8 * sum(path.stat().st_size for path in paths) / sum(np.prod(Image.open(path).size) for path in paths)
-    print(f"{name}: {len(paths)} pictures, {bits:.2f} bits per pixel; ms per picture")
+    print(f"{name}: {len(paths)} images, {bits:.2f} bits per pixel; ms per image")
     target = SETS[name][2] if name in SETS else None
     for where, (ours, theirs) in compare(table, args).items():
         label = "one core" if where == "core" else "two workers"
@@ -191,17 +191,17 @@ def report(name: str, table: Path, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", help="a folder of photographs, searched with its subfolders")
+    parser.add_argument("--images", help="a folder of photographs, searched with its subfolders")
     parser.add_argument("--quality", type=int, default=85, help="of the JPEG files that are written")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=40, help="through the workers")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    photographs = find_photographs(args.pictures)
+    photographs = find_photographs(args.images)
     batch = torch.randint(0, 256, (64, 3, SIZE, SIZE), dtype=torch.uint8)
     preprocessing = preprocessing_of(ViTConfig(image_size=SIZE, patch_size=8, width=8, layers=1, heads=1))
     device_ms = cpu_ms(lambda _: normalize(batch, preprocessing.mean, preprocessing.std), 20) / 64
-    print(f"normalizing, which clip_exp leaves to the device: {device_ms:.3f} ms per picture on one core of this CPU")
+    print(f"normalizing, which clip_exp leaves to the device: {device_ms:.3f} ms per image on one core of this CPU")
     with tempfile.TemporaryDirectory() as folder:
         for name, (side, count, _) in SETS.items():
             report(name, make_photographs(Path(folder) / str(side), side, count, photographs, args.quality), args)

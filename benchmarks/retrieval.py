@@ -1,8 +1,8 @@
-"""Ranks of 5,000 pictures and 5,000 captions both ways: clip_exp against the metric of open_clip's trainer, side by side.
+"""Ranks of 5,000 images and 5,000 captions both ways: clip_exp against the metric of open_clip's trainer, side by side.
 
 Each side runs in a child process that is asked for one measurement at a time, so that the peak of its memory is its own: the
 peak of resident memory during the call, less what was held before (VmHWM, set back through /proc/self/clear_refs; Linux).
-clip_exp counts better scores in tiles; open_clip sorts the whole matrix twice. One caption per picture, because their metric
+clip_exp counts better scores in tiles; open_clip sorts the whole matrix twice. One caption per image, because their metric
 knows no other; the same features on both sides.
 
     python benchmarks/retrieval.py --pairs 5
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace) -> None:
     memory_mb = {name: found[0][1] for name, found in rows.items()}
     equal = all(ours[2:] == theirs[2:] for ours, theirs in zip(rows["ours"], rows["theirs"], strict=True))
     labels = {"ours": "clip_exp:", "theirs": "open_clip_torch:"}
-    print(f"{args.count:,} pictures, {args.count:,} captions; recall@1, 5, 10 and median rank both ways")
+    print(f"{args.count:,} images, {args.count:,} captions; recall@1, 5, 10 and median rank both ways")
     for name, label in labels.items():
         print(f"{label:<16} {seconds[name]:7.3f} s, {memory_mb[name]:7.0f} MB more at the peak")
     ratio = seconds["theirs"] / seconds["ours"]

@@ -9,7 +9,7 @@ from statistics import mean
 
 from clip_exp.data.randomness import Blocks, Order, epoch_order
 
-PICTURE_KB = 50
+IMAGE_KB = 50
 REGION_MB = 4  # what a disk or a file system reads at once
 
 
@@ -27,13 +27,13 @@ def same_block_pairs(order: Order, batch: int, block: int, batches: int = 200) -
 
 def regions(order: Order, reads: int, start: int = 0) -> int:
     """Regions of the shards that so many reads in a row touch."""
-    rows_per_region = REGION_MB * 1000 // PICTURE_KB
+    rows_per_region = REGION_MB * 1000 // IMAGE_KB
     return len({order[i] // rows_per_region for i in range(start, start + reads)})
 
 
 def reused(order: Order, batch: int, cache: int, batches: int = 400) -> float:
     """Share of reads whose region is among the last `cache` regions that were read."""
-    rows_per_region = REGION_MB * 1000 // PICTURE_KB
+    rows_per_region = REGION_MB * 1000 // IMAGE_KB
     recent: dict[int, None] = {}
     hits = 0
     for i in range(batch * batches):
@@ -49,9 +49,9 @@ def reused(order: Order, batch: int, cache: int, batches: int = 400) -> float:
 def main() -> None:
     rows, batch, block, window = [*map(int, sys.argv[1:]), *(1_000_000, 256, 256, 64)[len(sys.argv) - 1 :]]
     blocks = Blocks(block, window)
-    held = 2 * block * window * PICTURE_KB // 1000  # MB
+    held = 2 * block * window * IMAGE_KB // 1000  # MB
     print(
-        f"{rows:,} rows of {PICTURE_KB} kB ({rows * PICTURE_KB / 1e6:.0f} GB), batches of {batch}, {window} blocks of {block} rows"
+        f"{rows:,} rows of {IMAGE_KB} kB ({rows * IMAGE_KB / 1e6:.0f} GB), batches of {batch}, {window} blocks of {block} rows"
     )
     print(f"of {comb(batch, 2):,} pairs of a batch, those of rows fewer than {block} apart;")
     print(

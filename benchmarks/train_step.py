@@ -6,7 +6,7 @@ convolutions over channels-last memory, fused AdamW. open_clip_torch does it its
 trainer builds.
 
 Captions come from the `title` column of --csv. Without it sentences are made whose lengths follow Flickr8k's: 14.2
-tokens in the mean, 21 at the 95th percentile, at most 42, start and end included. Pictures are noise: a step costs the
+tokens in the mean, 21 at the 95th percentile, at most 42, start and end included. Images are noise: a step costs the
 same. The two sides take turns in going first, and a median is taken over the pairs; only the ratio means something on a
 shared machine.
 

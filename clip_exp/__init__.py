@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from clip_exp._version import __version__
 
-__all__ = ["__version__", "evaluate", "find_pictures", "load", "train"]
+__all__ = ["__version__", "evaluate", "find_images", "load", "train"]
 
 if TYPE_CHECKING:
-    from clip_exp.api import evaluate, find_pictures, load, train
+    from clip_exp.api import evaluate, find_images, load, train
 
 
 def __getattr__(name: str) -> Any:

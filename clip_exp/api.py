@@ -13,7 +13,7 @@ from clip_exp.config.names import named_model, names, resolve
 from clip_exp.devices import check_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, nearest
 from clip_exp.evaluation.launch import evaluate as evaluate_here
-from clip_exp.inference.inputs import find_pictures
+from clip_exp.inference.inputs import find_images
 from clip_exp.loading import (
     CONFIG,
     NO_START,
@@ -33,7 +33,7 @@ from clip_exp.weights.download import HUB, is_hub_name
 if TYPE_CHECKING:
     from clip_exp.inference.pipeline import Pipeline
 
-__all__ = ["evaluate", "find_pictures", "load", "train"]
+__all__ = ["evaluate", "find_images", "load", "train"]
 
 
 def load(

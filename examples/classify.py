@@ -1,4 +1,4 @@
-"""Which of some texts fits pictures: python examples/classify.py outputs/train/<name>/<time> a.jpg b.jpg"""
+"""Which of some texts fits images: python examples/classify.py outputs/train/<name>/<time> a.jpg b.jpg"""
 
 import sys
 
@@ -6,6 +6,6 @@ import clip_exp
 
 clip = clip_exp.load(sys.argv[1])
 labels = ["a diagram", "a dog", "a cat"]
-for picture, probabilities in zip(sys.argv[2:], clip.classify(sys.argv[2:], labels), strict=True):
+for image, probabilities in zip(sys.argv[2:], clip.classify(sys.argv[2:], labels), strict=True):
     best = probabilities.argmax()
-    print(f"{picture}: {labels[best]} ({probabilities[best]:.1%})")
+    print(f"{image}: {labels[best]} ({probabilities[best]:.1%})")

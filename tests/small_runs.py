@@ -1,4 +1,4 @@
-"""A run folder with random weights, and pictures of noise: what evaluation and the Python API start from."""
+"""A run folder with random weights, and images of noise: what evaluation and the Python API start from."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def write_checkpoint(
     return target
 
 
-def write_picture(path: Path, seed: int, size: tuple[int, int] = (40, 36)) -> str:
+def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 36)) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)

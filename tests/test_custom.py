@@ -108,7 +108,7 @@ def test_a_users_task_scores_a_run_and_leaves_numbers_and_a_page(
         assert "100.0" in page
     assert found[1]["metrics"] == found[2]["metrics"] == {"hits": 1.0}, "each of ten classes is among the best ten"
     assert found[1]["protocol"]["kind"] == "hits"
-    assert (found[1]["protocol"]["pictures"], found[1]["protocol"]["top_k"]) == (30, 10)
+    assert (found[1]["protocol"]["images"], found[1]["protocol"]["top_k"]) == (30, 10)
 
 
 @pytest.mark.usefixtures("forgotten")

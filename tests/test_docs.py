@@ -117,7 +117,7 @@ def test_the_way_from_a_csv_to_a_scored_model(command, single, tmp_path, monkeyp
     assert 0 <= results["imagenet"]["top5"] <= 1
     snippet = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     assert snippet is not None
-    shutil.copy(tmp_path / "val" / "000000.png", tmp_path / "picture.jpg")
+    shutil.copy(tmp_path / "val" / "000000.png", tmp_path / "image.jpg")
     shutil.copy(tmp_path / "val" / "000001.png", tmp_path / "a.jpg")
     shutil.copy(tmp_path / "val" / "000002.png", tmp_path / "b.jpg")
     script = tmp_path / "snippet.py"

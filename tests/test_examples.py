@@ -11,7 +11,7 @@ import pytest
 
 import clip_exp
 from tests.conftest import REPOSITORY
-from tests.small_runs import nano, run_dir, write_picture
+from tests.small_runs import nano, run_dir, write_image
 
 __all__ = ["nano", "run_dir"]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
@@ -41,7 +41,7 @@ def test_an_example_has_at_most_ten_lines_and_begins_with_its_command(path: Path
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     for number in range(3):
-        write_picture(tmp_path / "photos" / f"{number}.png", number)
+        write_image(tmp_path / "photos" / f"{number}.png", number)
     return tmp_path / "photos"
 
 
@@ -55,7 +55,7 @@ def test_classify_names_the_most_probable_text(command: Callable, run_dir: Path,
     )
 
 
-def test_rank_and_search_find_the_same_pictures(command: Callable, run_dir: Path, photos: Path, tmp_path: Path) -> None:
+def test_rank_and_search_find_the_same_images(command: Callable, run_dir: Path, photos: Path, tmp_path: Path) -> None:
     ranked = command("examples/rank.py", str(run_dir), "two dogs", "photos", cwd=tmp_path)
     searched = command("examples/search.py", str(run_dir), "photos", "two dogs", "a car", cwd=tmp_path)
     assert ranked.returncode == 0, ranked.stderr

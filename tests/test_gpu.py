@@ -19,7 +19,7 @@ from clip_exp.config.names import named_model
 from clip_exp.models.clip import build_model
 from tests.conftest import REPOSITORY, Run
 from tests.runs import TINY, Finished, run_folders
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 pytestmark = [
     pytest.mark.gpu,
@@ -154,7 +154,7 @@ def test_features_of_a_resnet_in_float32_are_those_of_a_cpu(command: Run, tmp_pa
         rows = csv.writer(file)
         rows.writerow(["filepath", "title"])
         for number in range(16):
-            rows.writerow([write_picture(tmp_path / f"{number}.png", number, (240, 230)), f"image {number}"])
+            rows.writerow([write_image(tmp_path / f"{number}.png", number, (240, 230)), f"image {number}"])
     on_cpu, on_gpu = features_of(command, "cpu", tmp_path), features_of(command, "gpu", tmp_path)
     assert on_cpu.shape == (16, 1024)
     assert on_cpu.norm(dim=1).tolist() == pytest.approx([1] * 16, abs=1e-5)

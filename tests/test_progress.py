@@ -18,14 +18,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 
 def work() -> None:
-    with progress(4, "flowers: 8 pictures", total=8) as advance:
+    with progress(4, "flowers: 8 images", total=8) as advance:
         advance(1)
         advance(3)
 
 
 def test_rank_0_shows_the_whole_set(terminal: io.StringIO) -> None:
     work()
-    assert "flowers: 8 pictures" in terminal.getvalue()
+    assert "flowers: 8 images" in terminal.getvalue()
     assert "8/8" in terminal.getvalue()
 
 

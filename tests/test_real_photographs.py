@@ -39,9 +39,9 @@ def test_a_sharded_run_on_photographs_is_scored_in_one_process_without_deepspeed
         assert results["val_retrieval"]["metrics"][name] == pytest.approx(
             run.summary["metrics"][f"val/{name}"], abs=0.01
         )
-    assert results["image_folder"]["protocol"]["pictures"] == 200
+    assert results["image_folder"]["protocol"]["images"] == 200
     imagenet = results["imagenet"]["protocol"]
-    assert (imagenet["pictures"], imagenet["classes"], imagenet["classes_without_pictures"]) == (150, 1000, 850)
+    assert (imagenet["images"], imagenet["classes"], imagenet["classes_without_images"]) == (150, 1000, 850)
 
 
 def test_flagai_tables_train_unchanged(real_data: Path, train: Train) -> None:

@@ -28,7 +28,7 @@ from clip_exp.storage import TextWriter, atomic_file
 from clip_exp.text.tokenizer import build_tokenizer
 
 VERSION = 1  # of report.json
-SETTINGS = ("decode", "max_pictures", "max_leakage", "global_batch_size")
+SETTINGS = ("decode", "max_images", "max_leakage", "global_batch_size")
 
 
 def run(
@@ -88,7 +88,7 @@ def write_lists(folder: Path, scanned: list[Scanned], equal: Equalities) -> None
     if equal.leakage is not None:
         train, val = (each.split for each in scanned)
         leaked = (
-            [val.picture_path(leak.val_picture), train.picture_path(leak.train_picture), same]
+            [val.path_of(leak.val_image), train.path_of(leak.train_image), same]
             for same, leaks in (("bytes", equal.leakage.same_bytes), ("path", equal.leakage.same_path))
             for leak in leaks
         )
@@ -98,8 +98,8 @@ def write_lists(folder: Path, scanned: list[Scanned], equal: Equalities) -> None
 def _duplicates(scanned: list[Scanned], equal: Equalities) -> Iterable[list[Any]]:
     for each, contents, pairs in zip(scanned, equal.contents, equal.pairs, strict=True):
         split = each.split
-        pictures = [split.first_rows[group] for group in equal_groups(contents)]
-        for what, groups in (("picture", pictures), ("pair", equal_groups(pairs))):
+        images = [split.first_rows[group] for group in equal_groups(contents)]
+        for what, groups in (("image", images), ("pair", equal_groups(pairs))):
             for number, rows in enumerate(groups, start=1):
                 yield from ([split.name, what, number, split.path(row), split.where(row)] for row in rows.tolist())
 
@@ -116,10 +116,10 @@ def _write(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
 
 # Images for the page: some good ones with their captions, and some that there are more than once.
 
-PICTURES = {TRAIN: 12, VAL: 8}
-CAPTIONS = 5  # of a picture
-EQUAL = 8  # pictures that there are more than once
-PATHS = 6  # of such a picture
+IMAGES = {TRAIN: 12, VAL: 8}
+CAPTIONS = 5  # of an image
+EQUAL = 8  # images that there are more than once
+PATHS = 6  # of such an image
 
 
 def collect(scanned: list[Scanned], equal: Equalities, limits: ImageLimits) -> Gallery:
@@ -127,11 +127,11 @@ def collect(scanned: list[Scanned], equal: Equalities, limits: ImageLimits) -> G
     samples: dict[str, list[ImageExample]] = {}
     copies: list[Equal] = []
     for each, contents in zip(scanned, equal.contents, strict=True):
-        split, good = each.split, each.good["picture"]
+        split, good = each.split, each.good["image"]
         samples[split.name] = []
-        chosen = np.random.default_rng(0).choice(good, min(len(good), PICTURES[split.name]), replace=False)
-        for picture in np.sort(chosen).tolist():
-            rows = np.flatnonzero(split.picture_of_row == picture).tolist()
+        chosen = np.random.default_rng(0).choice(good, min(len(good), IMAGES[split.name]), replace=False)
+        for image in np.sort(chosen).tolist():
+            rows = np.flatnonzero(split.image_of_row == image).tolist()
             captions = [split.caption(row) for row in rows[:CAPTIONS]]
             example = ImageExample(_thumbnail(split, rows[0], limits), captions, len(rows) - len(captions))
             samples[split.name].append(example)
@@ -142,18 +142,18 @@ def collect(scanned: list[Scanned], equal: Equalities, limits: ImageLimits) -> G
     leaks: list[Equal] = []
     if equal.leakage is not None:
         train, val = (each.split for each in scanned)
-        of_val = {leak.val_picture: leak for leak in (*equal.leakage.same_path, *equal.leakage.same_bytes)}
-        for picture in sorted(of_val)[:EQUAL]:
-            paths = [(VAL, val.picture_path(picture)), (TRAIN, train.picture_path(of_val[picture].train_picture))]
-            leaks.append(Equal(_thumbnail(val, int(val.first_rows[picture]), limits), paths))
+        of_val = {leak.val_image: leak for leak in (*equal.leakage.same_path, *equal.leakage.same_bytes)}
+        for image in sorted(of_val)[:EQUAL]:
+            paths = [(VAL, val.path_of(image)), (TRAIN, train.path_of(of_val[image].train_image))]
+            leaks.append(Equal(_thumbnail(val, int(val.first_rows[image]), limits), paths))
     return Gallery(samples, copies, leaks)
 
 
 def _thumbnail(split: Split, row: int, limits: ImageLimits) -> Thumbnail:
-    """What training sees of a picture, before its crop."""
+    """What training sees of an image, before its crop."""
     path = split.path(row)
     try:
-        image = decode_rgb(split.read_picture(row, limits), limits)
+        image = decode_rgb(split.read_image(row, limits), limits)
     except BadImage as error:
         return Thumbnail(None, SIDE, SIDE, path, str(error))
     return shrunk(Image.fromarray(image.permute(1, 2, 0).numpy()), path)

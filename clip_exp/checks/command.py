@@ -20,7 +20,7 @@ from clip_exp.reports.page import command_line
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
 
-ONLY_HERE = ("name", "output_dir", "decode", "max_pictures", "max_leakage", "num_workers", "format")  # keys
+ONLY_HERE = ("name", "output_dir", "decode", "max_images", "max_leakage", "num_workers", "format")  # keys
 
 
 def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
@@ -125,10 +125,10 @@ def _size(split: dict[str, Any]) -> str:
 
 _FACTS: dict[str, Any] = {
     "rows": lambda split: f"{split['rows']:,}",
-    "pictures": lambda split: f"{split['pictures']:,}",
-    "of them checked": lambda split: f"{split['pictures_checked']:,}",
+    "images": lambda split: f"{split['images']:,}",
+    "of them checked": lambda split: f"{split['images_checked']:,}",
     "bad rows": lambda split: f"{split['bad_rows']['count']:,}",
-    "bad pictures": lambda split: f"{split['bad_pictures']['count']:,}",
+    "bad images": lambda split: f"{split['bad_images']['count']:,}",
     "middle size, pixels": _size,
     "tokens: middle / 95 % / most": lambda split: _number(split["captions"]["tokens"], "p50", "p95", "max"),
     "captions cut": lambda split: f"{split['captions']['truncated']['count']:,}",

@@ -12,7 +12,7 @@ from clip_exp.checks.statistics import (
     SCRIPTS,
     SPLIT_BADLY,
     counted_share,
-    describe_pictures,
+    describe_images,
     english_tokens_per_character,
     equal_pairs_in_batch,
     quantiles,
@@ -36,7 +36,7 @@ def describe(
     return {
         each.split.name: {
             **_describe_rows(each),
-            **describe_pictures(each.good, config.model.image.image_size),
+            **describe_images(each.good, config.model.image.image_size),
             "captions": _describe_captions(each, equal, number, config, vocabulary),
             "duplicates": _describe_duplicates(each, equal, number),
         }
@@ -50,19 +50,18 @@ def describe_leakage(scanned: list[Scanned], leakage: Leakage) -> dict[str, Any]
 
     def described(leaks: list[Any]) -> dict[str, Any]:
         examples = [
-            {"val": val.picture_path(leak.val_picture), "train": train.picture_path(leak.train_picture)}
-            for leak in leaks[:EXAMPLES]
+            {"val": val.path_of(leak.val_image), "train": train.path_of(leak.train_image)} for leak in leaks[:EXAMPLES]
         ]
         return {"count": len(leaks), "examples": examples}
 
     pairs = [{"path": val.path(row), "caption": val.caption(row)} for row in leakage.pairs[:EXAMPLES].tolist()]
     return {
-        "pictures": leakage.pictures,
+        "images": leakage.images,
         "share": leakage.share,
         "same_bytes": described(leakage.same_bytes),
         "same_path": described(leakage.same_path),
-        "same_picture_and_caption": {"count": len(leakage.pairs), "examples": pairs},
-        "sampled": any(each.checked < each.pictures for each in scanned),
+        "same_image_and_caption": {"count": len(leakage.pairs), "examples": pairs},
+        "sampled": any(each.checked < each.images for each in scanned),
     }
 
 
@@ -78,8 +77,8 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
     return {
         "files": [{"file": str(part.path), "rows": part.rows, "bad_rows": sum(part.bad.values())} for part in parts],
         "rows": len(scanned.split),
-        "pictures": scanned.pictures,
-        "pictures_checked": scanned.checked,
+        "images": scanned.images,
+        "images_checked": scanned.checked,
         "bad_rows": {
             "count": by_reason.total(),
             "share": share(by_reason.total(), sum(part.seen for part in parts)),
@@ -87,7 +86,7 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
             "examples": examples[:BAD_ROW_EXAMPLES],
         },
         "filter_values": as_json(unlike_values(parts)),
-        "bad_pictures": {
+        "bad_images": {
             "count": scanned.bad.kinds.total(),
             "share": share(scanned.bad.kinds.total(), scanned.checked),
             "by_kind": kinds,
@@ -110,7 +109,7 @@ def _describe_captions(
     shown = cut_rows[np.linspace(0, len(cut_rows) - 1, min(len(cut_rows), CUT_EXAMPLES)).round().astype(np.int64)]
     _, first, counts = np.unique(captions, return_index=True, return_counts=True)
     frequent = np.lexsort((first, -counts))[:FREQUENT]
-    pairs = equal_pairs_in_batch(captions, split.picture_of_row, config.global_batch_size, config.data.captions)
+    pairs = equal_pairs_in_batch(captions, split.image_of_row, config.global_batch_size, config.data.captions)
     return {
         "count": len(rows),
         "context_length": vocabulary.context_length,
@@ -163,12 +162,12 @@ def _describe_scripts(scanned: Scanned, vocabulary: Vocabulary) -> dict[str, dic
 
 def _describe_duplicates(scanned: Scanned, equal: Equalities, number: int) -> dict[str, Any]:
     split = scanned.split
-    pictures, pairs = equal_groups(equal.contents[number]), equal_groups(equal.pairs[number])
+    images, pairs = equal_groups(equal.contents[number]), equal_groups(equal.pairs[number])
     return {
-        "pictures": {
-            "groups": len(pictures),
-            "copies": sum(len(group) - 1 for group in pictures),
-            "examples": [[split.picture_path(at) for at in group[:EXAMPLES]] for group in pictures[:EXAMPLES]],
+        "images": {
+            "groups": len(images),
+            "copies": sum(len(group) - 1 for group in images),
+            "examples": [[split.path_of(at) for at in group[:EXAMPLES]] for group in images[:EXAMPLES]],
         },
         "pairs": {
             "groups": len(pairs),

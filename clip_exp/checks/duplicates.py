@@ -1,4 +1,4 @@
-"""The same picture, caption or pair more than once: within a split, and in both of them."""
+"""The same image, caption or pair more than once: within a split, and in both of them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,44 +10,44 @@ from clip_exp.checks.statistics import share
 
 
 class Leak(NamedTuple):
-    """A validation picture that training sees too."""
+    """A validation image that training sees too."""
 
-    val_picture: int
-    train_picture: int
+    val_image: int
+    train_image: int
 
 
 @dataclass(frozen=True)
 class Leakage:
-    """Pictures of one split that are in another."""
+    """Images of one split that are in another."""
 
-    # By number of the validation picture, in order.
+    # By number of the validation image, in order.
     same_bytes: list[Leak]
     same_path: list[Leak]
-    pictures: int  # distinct validation pictures in either
-    share: float  # of the validation pictures
-    pairs: np.ndarray  # int64: validation rows whose picture and caption both are in one row of training
+    images: int  # distinct validation images in either
+    share: float  # of the validation images
+    pairs: np.ndarray  # int64: validation rows whose image and caption both are in one row of training
 
 
 class Equalities:
-    """Which pictures, captions and pairs are the same, over all splits.
+    """Which images, captions and pairs are the same, over all splits.
 
     Attributes:
-        contents: number of each picture's bytes, of each split.
+        contents: number of each image's bytes, of each split.
         captions: number of each row's caption, int64, of each split: equal ones have equal numbers.
-        pairs: number of each row's picture and caption together, int64, of each split.
+        pairs: number of each row's image and caption together, int64, of each split.
         leakage: None without a validation split.
     """
 
     def __init__(self, scanned: list[Scanned]) -> None:
         self.contents = number_contents(
             [each.good["digest"] for each in scanned],
-            [each.good["picture"] for each in scanned],
-            [each.pictures for each in scanned],
+            [each.good["image"] for each in scanned],
+            [each.images for each in scanned],
         )
         found, numbers = np.unique(np.concatenate([each.rows["caption"] for each in scanned]), return_inverse=True)
         self.captions = np.split(numbers, np.cumsum([len(each.rows) for each in scanned])[:-1])
         self.pairs = [
-            contents[each.split.picture_of_row] * len(found) + captions
+            contents[each.split.image_of_row] * len(found) + captions
             for each, contents, captions in zip(scanned, self.contents, self.captions, strict=True)
         ]
         self.leakage: Leakage | None = None
@@ -58,19 +58,19 @@ class Equalities:
             )
 
 
-def number_contents(digests: list[np.ndarray], numbers: list[np.ndarray], pictures: list[int]) -> list[np.ndarray]:
-    """int64 [pictures], of each split: equal bytes have equal numbers over all splits.
+def number_contents(digests: list[np.ndarray], numbers: list[np.ndarray], images: list[int]) -> list[np.ndarray]:
+    """int64 [images], of each split: equal bytes have equal numbers over all splits.
 
     Args:
-        digests: uint64 [N, 2], of the pictures of each split that were read.
+        digests: uint64 [N, 2], of the images of each split that were read.
         numbers: which ones these are, int64 [N].
-        pictures: how many each split has; those that were not read are taken to be unlike any other.
+        images: how many each split has; those that were not read are taken to be unlike any other.
     """
     inverse = np.unique(np.concatenate(digests), axis=0, return_inverse=True)[1].reshape(-1)
     fresh = len(inverse)
     contents = []
     for count, read, same in zip(
-        pictures, numbers, np.split(inverse, np.cumsum([len(n) for n in numbers])[:-1]), strict=True
+        images, numbers, np.split(inverse, np.cumsum([len(n) for n in numbers])[:-1]), strict=True
     ):
         of_split = np.arange(fresh, fresh + count)
         of_split[read] = same
@@ -96,7 +96,7 @@ def find_leakage(
 
     Args:
         contents: `number_contents`.
-        paths: a hash of each picture's path.
+        paths: a hash of each image's path.
         pairs: `Equalities.pairs`.
     """
 
@@ -107,6 +107,6 @@ def find_leakage(
         return [Leak(at, int(order[places[at]])) for at in np.flatnonzero(found).tolist()]
 
     by_bytes, by_path = common(*contents), common(*paths)
-    distinct = len({leak.val_picture for leak in (*by_bytes, *by_path)})
+    distinct = len({leak.val_image for leak in (*by_bytes, *by_path)})
     leaked_rows = np.flatnonzero(np.isin(pairs[1], pairs[0]))
     return Leakage(by_bytes, by_path, distinct, share(distinct, len(contents[1])), leaked_rows)

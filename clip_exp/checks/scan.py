@@ -1,6 +1,6 @@
-"""A split as worker processes read it: a record of each row and picture in arrays, and its bad pictures written down as they come.
+"""A split as worker processes read it: a record of each row and image in arrays, and its bad images written down as they come.
 
-A million pictures take 66 MB, a million rows 25 MB.
+A million images take 66 MB, a million rows 25 MB.
 """
 
 import time
@@ -30,7 +30,7 @@ from clip_exp.data.files import (
     ImageLimits,
     kind_of,
     normal_path,
-    open_picture,
+    open_image_bytes,
     orientation_of,
 )
 from clip_exp.data.images import check_strip, decode_rgb, preprocessing_of, train_transform
@@ -43,13 +43,13 @@ from clip_exp.text.tokenizer import Tokenizes
 
 T = TypeVar("T")
 
-PICTURES_AT_ONCE, ROWS_AT_ONCE = 32, 2048
-CROPPED = 16  # every so many pictures are cropped too, to measure what that takes
+IMAGES_AT_ONCE, ROWS_AT_ONCE = 32, 2048
+CROPPED = 16  # every so many images are cropped too, to measure what that takes
 
-# A good picture. `seconds`: reading and decoding; `crop_seconds`: NaN where it was not measured.
-PICTURE = np.dtype(
+# A good image. `seconds`: reading and decoding; `crop_seconds`: NaN where it was not measured.
+IMAGE = np.dtype(
     [
-        ("picture", "i8"),
+        ("image", "i8"),
         ("digest", "u8", (2,)),
         ("bytes", "i8"),
         ("width", "i4"),
@@ -66,46 +66,46 @@ PICTURE = np.dtype(
 ROW = np.dtype([("caption", "i8"), ("path", "u8"), ("tokens", "u4"), ("characters", "u4"), ("script", "u1")])
 
 
-class PictureRecords(NamedTuple):
-    """What is known of some pictures of a split."""
+class ImageRecords(NamedTuple):
+    """What is known of some images of a split."""
 
-    good: np.ndarray  # of PICTURE
+    good: np.ndarray  # of IMAGE
     bad: list[tuple[int, str]]  # number in the split, and why training could not use it
 
 
 @dataclass(frozen=True)
-class PictureScan(Dataset[PictureRecords]):
-    """Chunks of a split's pictures, read once each."""
+class ImageScan(Dataset[ImageRecords]):
+    """Chunks of a split's images, read once each."""
 
     split: Split
-    pictures: np.ndarray  # numbers of distinct pictures (`Split.picture_of_row`)
+    images: np.ndarray  # numbers of distinct images (`Split.image_of_row`)
     limits: ImageLimits
     decode: bool  # whether pixels are decoded, or only headers looked at
     image_size: int  # side of the crop that is measured, pixels
     augmentation: AugmentationConfig
-    # How validation resizes the pictures, which refuses what it cannot; None: they are trained on.
+    # How validation resizes the images, which refuses what it cannot; None: they are trained on.
     validated: ResizeMode | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.pictures) // PICTURES_AT_ONCE)
+        return -(-len(self.images) // IMAGES_AT_ONCE)
 
-    def __getitem__(self, chunk: int) -> PictureRecords:
+    def __getitem__(self, chunk: int) -> ImageRecords:
         good, bad = [], []
-        for picture in self.pictures[chunk * PICTURES_AT_ONCE : (chunk + 1) * PICTURES_AT_ONCE].tolist():
+        for image in self.images[chunk * IMAGES_AT_ONCE : (chunk + 1) * IMAGES_AT_ONCE].tolist():
             try:
-                good.append(self._look_at(picture))
+                good.append(self._look_at(image))
             except BadImage as error:
-                bad.append((picture, str(error)))
-        return PictureRecords(np.array(good, dtype=PICTURE), bad)
+                bad.append((image, str(error)))
+        return ImageRecords(np.array(good, dtype=IMAGE), bad)
 
-    def _look_at(self, picture: int) -> tuple[Any, ...]:
+    def _look_at(self, image: int) -> tuple[Any, ...]:
         started_s = time.perf_counter()
-        data = self.split.read_picture(int(self.split.first_rows[picture]), self.limits)
-        image = decode_rgb(data, self.limits) if self.decode else None
+        data = self.split.read_image(int(self.split.first_rows[image]), self.limits)
+        pixels = decode_rgb(data, self.limits) if self.decode else None
         seconds, crop_seconds = time.perf_counter() - started_s, np.nan
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            header = open_picture(data, self.limits)
+            header = open_image_bytes(data, self.limits)
             orientation = orientation_of(header)
             try:
                 animated = header.format not in JPEGS and bool(getattr(header, "is_animated", False))
@@ -114,13 +114,13 @@ class PictureScan(Dataset[PictureRecords]):
         width, height = header.size[::-1] if orientation in ON_THEIR_SIDE else header.size
         if self.validated is not None:
             check_strip(width, height, self.validated)
-        if image is not None and picture % CROPPED == 0:
+        if pixels is not None and image % CROPPED == 0:
             started_s = time.perf_counter()
-            train_transform(image, self.image_size, Draws(picture), self.augmentation)
+            train_transform(pixels, self.image_size, Draws(image), self.augmentation)
             crop_seconds = time.perf_counter() - started_s
         digest = np.frombuffer(blake2b(data, digest_size=16).digest(), "u8")
         name, mode, rotated = str(header.format).encode(), header.mode.encode(), orientation in range(2, 9)
-        return picture, digest, len(data), width, height, name, mode, rotated, animated, seconds, crop_seconds
+        return image, digest, len(data), width, height, name, mode, rotated, animated, seconds, crop_seconds
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ EXAMPLES_OF_KIND = 10
 
 
 class BadExample(NamedTuple):
-    """A bad picture, for people."""
+    """A bad image, for people."""
 
     path: str  # as the table has it
     reason: str
@@ -188,16 +188,16 @@ class BadExample(NamedTuple):
 
 
 @dataclass
-class BadPictures:
-    """Bad pictures of a split, by kind of reason; each is appended to a CSV file."""
+class BadImages:
+    """Bad images of a split, by kind of reason; each is appended to a CSV file."""
 
     split: Split
     writer: TextWriter
     kinds: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[BadExample]] = field(default_factory=dict)  # the first of each kind
 
-    def add(self, picture: int, reason: str) -> None:
-        row, kind = int(self.split.first_rows[picture]), kind_of(reason)
+    def add(self, image: int, reason: str) -> None:
+        row, kind = int(self.split.first_rows[image]), kind_of(reason)
         example = BadExample(self.split.path(row), reason, self.split.where(row))
         self.writer.writerow([example.path, example.reason, self.split.name, example.where])
         self.kinds[kind] += 1
@@ -234,12 +234,12 @@ class Scanned:
 
     split: Split
     rows: np.ndarray  # of `scan.ROW`, all of them
-    good: np.ndarray  # of `scan.PICTURE`, those that can be used among the checked ones
-    bad: BadPictures
-    checked: int  # pictures that were looked at
+    good: np.ndarray  # of `scan.IMAGE`, those that can be used among the checked ones
+    bad: BadImages
+    checked: int  # images that were looked at
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """Distinct ones of the split."""
         return len(self.split.first_rows)
 
@@ -247,11 +247,11 @@ class Scanned:
 def scan_split(
     split: Split, config: CheckDataConfig, vocabulary: Vocabulary, workers: int, bad_samples: TextWriter
 ) -> Scanned:
-    """Read all captions of a split and all its pictures, or a sample of them."""
+    """Read all captions of a split and all its images, or a sample of them."""
     row_scan = RowScan(split, *vocabulary)
     rows = [np.empty(0, ROW), *scan(row_scan, workers, f"{split.name}: captions", len(split), ROWS_AT_ONCE)]
-    chosen = choose(len(split.first_rows), config.max_pictures)
-    picture_scan = PictureScan(
+    chosen = choose(len(split.first_rows), config.max_images)
+    image_scan = ImageScan(
         split,
         chosen,
         ImageLimits.of(config.data),
@@ -260,16 +260,16 @@ def scan_split(
         config.data.augmentation,
         preprocessing_of(config.model.image).resize_mode if split.name == VAL else None,
     )
-    good, bad = [np.empty(0, PICTURE)], BadPictures(split, bad_samples)
-    for records in scan(picture_scan, workers, f"{split.name}: pictures", len(chosen), PICTURES_AT_ONCE):
+    good, bad = [np.empty(0, IMAGE)], BadImages(split, bad_samples)
+    for records in scan(image_scan, workers, f"{split.name}: images", len(chosen), IMAGES_AT_ONCE):
         good.append(records.good)
-        for picture, reason in records.bad:
-            bad.add(picture, reason)
+        for image, reason in records.bad:
+            bad.add(image, reason)
     return Scanned(split, np.concatenate(rows), np.concatenate(good), bad, len(chosen))
 
 
-def choose(pictures: int, most: int | None) -> np.ndarray:
-    """int64: all numbers of pictures, or a random sample of `most` of them in order, the same each time."""
-    if most is None or pictures <= most:
-        return np.arange(pictures)
-    return np.sort(np.random.default_rng(0).choice(pictures, most, replace=False))
+def choose(images: int, most: int | None) -> np.ndarray:
+    """int64: all numbers of images, or a random sample of `most` of them in order, the same each time."""
+    if most is None or images <= most:
+        return np.arange(images)
+    return np.sort(np.random.default_rng(0).choice(images, most, replace=False))

@@ -36,30 +36,30 @@ class Split:
         return (part for table in self.tables for part in table.parts)
 
     @cached_property
-    def picture_of_row(self) -> np.ndarray:
-        """int64 [rows]: which distinct picture a row shows, numbered by first appearance. Names of a file are the same picture."""
-        numbers, pictures = [], 0
+    def image_of_row(self) -> np.ndarray:
+        """int64 [rows]: which distinct image a row shows, numbered by first appearance. Names of a file are the same image."""
+        numbers, images = [], 0
         for table in self.tables:
-            numbers.append(table.image_index().astype(np.int64) + pictures)
-            pictures = int(numbers[-1].max()) + 1
+            numbers.append(table.image_index().astype(np.int64) + images)
+            images = int(numbers[-1].max()) + 1
         return np.concatenate(numbers)
 
     @cached_property
     def first_rows(self) -> np.ndarray:
-        """int64 [pictures]: the first row that shows each distinct picture."""
-        return np.unique(self.picture_of_row, return_index=True)[1]
+        """int64 [images]: the first row that shows each distinct image."""
+        return np.unique(self.image_of_row, return_index=True)[1]
 
     def path(self, row: int) -> str:
-        """The picture's path as it is written in the table."""
+        """The image's path as it is written in the table."""
         table, local = self._locate(row)
         return table.path(local)
 
-    def picture_path(self, picture: int) -> str:
-        """The path of a distinct picture as its first row has it."""
-        return self.path(int(self.first_rows[picture]))
+    def path_of(self, image: int) -> str:
+        """The path of a distinct image as its first row has it."""
+        return self.path(int(self.first_rows[image]))
 
     def image_path(self, row: int) -> str:
-        """The picture's path on the disk; in a shard, `<shard>/<member>`."""
+        """The image's path on the disk; in a shard, `<shard>/<member>`."""
         table, local = self._locate(row)
         return table.image_path(local)
 
@@ -73,13 +73,13 @@ class Split:
         table, local = self._locate(row)
         return table.where(local)
 
-    def read_picture(self, row: int, limits: ImageLimits) -> bytearray:
-        """The bytes of the picture's file.
+    def read_image(self, row: int, limits: ImageLimits) -> bytearray:
+        """The bytes of the image's file.
 
         Raises: BadImage with the reason.
         """
         table, local = self._locate(row)
-        return table.read_picture(local, limits)
+        return table.read_image(local, limits)
 
     def _locate(self, row: int) -> tuple[PairTable, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -1,4 +1,4 @@
-"""What the records of a scan amount to: pure functions of arrays. Sizes of the pictures, lengths of the captions, their writing."""
+"""What the records of a scan amount to: pure functions of arrays. Sizes of the images, lengths of the captions, their writing."""
 
 import math
 from collections import Counter
@@ -53,14 +53,14 @@ def counted_share(mask: np.ndarray) -> dict[str, Any]:
     return {"count": count, "share": share(count, len(mask))}
 
 
-# Pictures: what those of a split are like, and how fast they can be had.
+# Images: what those of a split are like, and how fast they can be had.
 
 
-def describe_pictures(good: np.ndarray, image_size: int) -> dict[str, Any]:
-    """Sizes, formats and oddities of the pictures that can be used.
+def describe_images(good: np.ndarray, image_size: int) -> dict[str, Any]:
+    """Sizes, formats and oddities of the images that can be used.
 
     Args:
-        good: of `scan.PICTURE`.
+        good: of `scan.IMAGE`.
         image_size: side of the model's input, pixels.
     """
 
@@ -90,18 +90,18 @@ def describe_speed(good: list[np.ndarray], loader_workers: int, decoded: bool) -
     """What the loader of a training could give.
 
     Args:
-        good: of `scan.PICTURE`, of each split.
+        good: of `scan.IMAGE`, of each split.
         loader_workers: processes that it would have (`data.num_workers`).
         decoded: whether pixels were decoded; without them nothing is known.
 
-    Returns: `pictures_per_s_per_core`: read and decoded; `samples_per_s_per_core`: also cropped and resized;
+    Returns: `images_per_s_per_core`: read and decoded; `samples_per_s_per_core`: also cropped and resized;
         `samples_per_s`: of all of the loader's processes on one machine. None where nothing was measured.
     """
     seconds = np.concatenate([records["seconds"] for records in good])
     crop_seconds = np.concatenate([records["crop_seconds"] for records in good])
     crop_seconds = crop_seconds[~np.isnan(crop_seconds)]
     speed: dict[str, Any] = {
-        "pictures_per_s_per_core": None,
+        "images_per_s_per_core": None,
         "samples_per_s_per_core": None,
         "loader_workers": loader_workers,
         "samples_per_s": None,
@@ -109,7 +109,7 @@ def describe_speed(good: list[np.ndarray], loader_workers: int, decoded: bool) -
     if decoded and len(seconds):
         decoding = float(np.mean(seconds, dtype=np.float64))
         cropping = float(np.mean(crop_seconds, dtype=np.float64)) if len(crop_seconds) else 0.0
-        speed["pictures_per_s_per_core"] = 1 / decoding
+        speed["images_per_s_per_core"] = 1 / decoding
         speed["samples_per_s_per_core"] = 1 / (decoding + cropping)
         speed["samples_per_s"] = max(1, loader_workers) / (decoding + cropping)
     return speed
@@ -118,23 +118,23 @@ def describe_speed(good: list[np.ndarray], loader_workers: int, decoded: bool) -
 # Captions: their lengths, and which of them are the same to the model.
 
 
-def equal_pairs_in_batch(captions: np.ndarray, pictures: np.ndarray, batch_size: int, drawn: Captions) -> float:
+def equal_pairs_in_batch(captions: np.ndarray, images: np.ndarray, batch_size: int, drawn: Captions) -> float:
     """How many pairs of different samples of a batch are expected to have equal captions.
 
-    A sample is a picture with one of its captions drawn evenly, or each row is one (`data.captions`); a batch holds
+    A sample is an image with one of its captions drawn evenly, or each row is one (`data.captions`); a batch holds
     distinct samples.
 
     Args:
-        captions, pictures: number of each row's.
+        captions, images: number of each row's.
         batch_size: samples of a batch; more than there are count as all.
     """
     weight: np.ndarray
     alone: np.ndarray
     if drawn is Captions.random:
-        weight = 1 / np.bincount(pictures)[pictures]
-        samples = int(pictures.max()) + 1
-        # A picture is drawn once, so its own captions do not meet; equal ones of it are one choice of that weight.
-        _, of_pair = np.unique(captions * samples + pictures, return_inverse=True)
+        weight = 1 / np.bincount(images)[images]
+        samples = int(images.max()) + 1
+        # An image is drawn once, so its own captions do not meet; equal ones of it are one choice of that weight.
+        _, of_pair = np.unique(captions * samples + images, return_inverse=True)
         alone = np.bincount(of_pair, weight)
     else:
         weight = alone = np.ones(len(captions))

@@ -11,9 +11,9 @@ from clip_exp.config.data import PairLabel
 from clip_exp.data.files import NO_SUCH_FILE, NOT_ALLOWED, OUTSIDE_ROOT, TOO_MANY_BYTES, TOO_MANY_PIXELS
 from clip_exp.reports.page import counted, probability
 
-WORTH_TELLING = 0.01  # share of pictures or captions
+WORTH_TELLING = 0.01  # share of images or captions
 MUCH_LARGER = 4  # times the model's input, from where decoding is most of the loader's work
-REMEDIES = {  # where most bad pictures are of one kind
+REMEDIES = {  # where most bad images are of one kind
     NO_SUCH_FILE: "Set data.image_root to the folder that relative paths start from",
     OUTSIDE_ROOT: "Correct the relative paths that leave data.image_root by `..`, or set data.allow_outside_root=true",
     TOO_MANY_BYTES: "Raise data.max_image_bytes",
@@ -43,13 +43,13 @@ def judge(report: dict[str, Any], config: CheckDataConfig) -> list[Verdict]:
     """The problems that a report tells of, the gravest first."""
     verdicts: list[Verdict] = []
     for name, split in report["splits"].items():
-        verdicts += [*_rows_and_pictures(name, split, config), *_captions(name, split, config), *_sizes(name, split)]
+        verdicts += [*_rows_and_images(name, split, config), *_captions(name, split, config), *_sizes(name, split)]
     if report["leakage"] is not None:
         verdicts += _leakage(report["leakage"], config)
     return sorted(verdicts, key=lambda verdict: list(Level).index(verdict.level))
 
 
-def _rows_and_pictures(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
+def _rows_and_images(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
     """What is bad, and what is there twice."""
     bad = split["bad_rows"]
     if bad["count"]:
@@ -62,11 +62,11 @@ def _rows_and_pictures(name: str, split: dict[str, Any], config: CheckDataConfig
             text = f"{counted(found['count'], 'value')} of {column} not {found['kind']}, such as {found['example']!r}"
             fix = "Write them so: data.filter matches no row by them"
             yield Verdict(Level.warning, name, "filter_values", text, fix)
-    bad = split["bad_pictures"]
+    bad = split["bad_images"]
     if bad["count"]:
         over = bad["share"] > config.data.max_bad_fraction
         kind = max(bad["by_kind"], key=bad["by_kind"].get)
-        text = f"{counted(bad['count'], 'bad picture')} ({probability(bad['share'])}): {_listed(bad['by_kind'])}"
+        text = f"{counted(bad['count'], 'bad image')} ({probability(bad['share'])}): {_listed(bad['by_kind'])}"
         if over and kind in REMEDIES and bad["by_kind"][kind] > bad["count"] / 2:
             fix = f"{REMEDIES[kind]}; bad_samples.csv lists them all"
         elif over:
@@ -74,14 +74,14 @@ def _rows_and_pictures(name: str, split: dict[str, Any], config: CheckDataConfig
         else:
             use = "Training puts others in their place" if name == TRAIN else "Validation leaves them out"
             fix = f"{use}; repair or remove them (bad_samples.csv)"
-        yield Verdict(Level.error if over else Level.warning, name, "bad_pictures", text, fix)
-    pictures, pairs = split["duplicates"]["pictures"], split["duplicates"]["pairs"]
-    if pictures["copies"]:
-        text = f"{counted(pictures['copies'], 'copy', 'copies')} of {counted(pictures['groups'], 'picture')}: the same bytes under another path"
-        fix = "Give each picture one path (duplicates.csv): in a batch a copy counts as a wrong answer"
-        yield Verdict(Level.warning, name, "duplicate_pictures", text, fix)
+        yield Verdict(Level.error if over else Level.warning, name, "bad_images", text, fix)
+    images, pairs = split["duplicates"]["images"], split["duplicates"]["pairs"]
+    if images["copies"]:
+        text = f"{counted(images['copies'], 'copy', 'copies')} of {counted(images['groups'], 'image')}: the same bytes under another path"
+        fix = "Give each image one path (duplicates.csv): in a batch a copy counts as a wrong answer"
+        yield Verdict(Level.warning, name, "duplicate_images", text, fix)
     if pairs["copies"]:
-        text = f"{counted(pairs['copies'], 'repeated row')}: the same picture with the same caption again"
+        text = f"{counted(pairs['copies'], 'repeated row')}: the same image with the same caption again"
         yield Verdict(Level.warning, name, "duplicate_pairs", text, "Remove the repeated rows (duplicates.csv)")
 
 
@@ -98,7 +98,7 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
     if empty["count"]:
         over = empty["share"] > config.data.max_empty_caption_fraction
         text = f"{counted(empty['count'], 'empty or blank caption')} ({probability(empty['share'])})"
-        fix = "Remove these rows: they say nothing of their pictures, and all are equal"
+        fix = "Remove these rows: they say nothing of their images, and all are equal"
         if over:
             fix += ". Above data.max_empty_caption_fraction training does not start"
         yield Verdict(Level.error if over else Level.warning, name, "empty_captions", text, fix)
@@ -124,29 +124,29 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
 def _sizes(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
     small, shorter = split["smaller_than_input"], split["shorter_side"]
     if small["share"] >= WORTH_TELLING:
-        text = f"{counted(small['count'], 'picture')} ({probability(small['share'])}) smaller than the model's {small['image_size']} pixels"
+        text = f"{counted(small['count'], 'image')} ({probability(small['share'])}) smaller than the model's {small['image_size']} pixels"
         fix = "They are enlarged: leave them out, or choose a model with a smaller input"
-        yield Verdict(Level.note, name, "small_pictures", text, fix)
+        yield Verdict(Level.note, name, "small_images", text, fix)
     if shorter is not None and shorter["p50"] >= MUCH_LARGER * small["image_size"]:
-        text = f"half of the pictures have a shorter side of {shorter['p50']:,.0f} pixels or more, the model's has {small['image_size']}"
+        text = f"half of the images have a shorter side of {shorter['p50']:,.0f} pixels or more, the model's has {small['image_size']}"
         fix = f"Decoding is most of the loader's work: keep copies of about {2 * small['image_size']} pixels"
-        yield Verdict(Level.note, name, "large_pictures", text, fix)
+        yield Verdict(Level.note, name, "large_images", text, fix)
     if split["exif_rotated"]["share"] >= WORTH_TELLING:
-        text = f"{counted(split['exif_rotated']['count'], 'picture')} ({probability(split['exif_rotated']['share'])}) turned by EXIF"
+        text = f"{counted(split['exif_rotated']['count'], 'image')} ({probability(split['exif_rotated']['share'])}) turned by EXIF"
         fix = "Training turns them upright; the published evaluation protocols do not: store them upright"
         yield Verdict(Level.note, name, "exif_rotated", text, fix)
     if split["animated"]["count"]:
-        text = counted(split["animated"]["count"], "animated picture")
+        text = counted(split["animated"]["count"], "animated image")
         yield Verdict(Level.note, name, "animated", text, "Only the first frame is used")
 
 
 def _leakage(leakage: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
-    if leakage["pictures"]:
+    if leakage["images"]:
         over = config.max_leakage is not None and leakage["share"] > config.max_leakage
         sampled = " at least, since not all were checked" if leakage["sampled"] else ""
-        pairs = leakage["same_picture_and_caption"]["count"]
+        pairs = leakage["same_image_and_caption"]["count"]
         text = (
-            f"{counted(leakage['pictures'], 'picture')} ({probability(leakage['share'])}) shared with training{sampled}; "
+            f"{counted(leakage['images'], 'image')} ({probability(leakage['share'])}) shared with training{sampled}; "
             f"in {counted(pairs, 'row')} the caption is the same too"
         )
         fix = "Take them out of data.val or of data.train (leakage.csv): validation would look better than it is"

@@ -171,7 +171,7 @@ class CheckDataConfig(Config):
 
     usage: ClassVar = """\
 clip-exp check-data data=csv data.train=pairs.csv data.val=held_out.csv model=vit_b32
-clip-exp check-data data=csv 'data.train=shards/{000..099}.tar' max_pictures=100000      a sample of a huge set
+clip-exp check-data data=csv 'data.train=shards/{000..099}.tar' max_images=100000      a sample of a huge set
 
 Prints what is wrong and how to repair it; the folder it names holds report.html, report.json, bad_samples.csv,
 bad_rows.csv, duplicates.csv and leakage.csv. Exit code 3: more than data.max_bad_fraction of the images or rows
@@ -185,7 +185,7 @@ are bad, more than data.max_empty_caption_fraction of the captions are empty, or
         1024, description="of the training that is planned: how many equal captions meet in a batch"
     )
     decode: bool = Field(True, description="false: images are read and their headers looked at, no pixel is decoded")
-    max_pictures: Count | None = Field(
+    max_images: Count | None = Field(
         None,
         description="of data.train and of data.val: check a random sample of that many, the same each time; null: all",
     )

@@ -1,4 +1,4 @@
-"""The record of pictures that could not be used: who they are, why, and when they are too many."""
+"""The record of images that could not be used: who they are, why, and when they are too many."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from clip_exp.data.files import kind_of
-from clip_exp.data.loader import BadPicture
+from clip_exp.data.loader import UnreadableImage
 from clip_exp.errors import DataError
 from clip_exp.storage import TextWriter, lock, original
 
@@ -20,28 +20,28 @@ log = logging.getLogger(__name__)
 
 HEADER = ("path", "reason")
 VALIDATION = "validation: "
-TOLD_SINGLY = 10  # bad pictures; after those the log has a line at 100, 1,000, …
+TOLD_SINGLY = 10  # bad images; after those the log has a line at 100, 1,000, …
 
 
 class BadSamples:
-    """Distinct bad pictures, appended to a CSV file that all ranks and restarts of a run share.
+    """Distinct bad images, appended to a CSV file that all ranks and restarts of a run share.
 
     Args:
-        pictures: distinct pictures that there are.
+        images: distinct images that there are.
         max_fraction: of them that may be bad.
         what: for messages, such as `training`.
         mark: what the reasons in the file begin with; it tells the tables of a run apart.
         file: `bad_samples.csv` of the run, or None.
 
     Attributes:
-        reasons: name of each bad picture to why it is one.
+        reasons: name of each bad image to why it is one.
     """
 
     def __init__(
-        self, pictures: int, max_fraction: float, *, what: str, mark: str = "", file: Path | None = None
+        self, images: int, max_fraction: float, *, what: str, mark: str = "", file: Path | None = None
     ) -> None:
         self.reasons: dict[str, str] = {}
-        self._pictures, self._max_fraction = pictures, max_fraction
+        self._images, self._max_fraction = images, max_fraction
         self._what, self._mark, self._file = what, mark, file
         self._read_bytes = 0
         if file is not None and file.is_file():
@@ -55,13 +55,13 @@ class BadSamples:
         """How many there are by the kind of their reason."""
         return Counter(map(kind_of, self.reasons.values()))
 
-    def add(self, bad: Iterable[BadPicture]) -> None:
-        """Record pictures that were not known to be bad.
+    def add(self, bad: Iterable[UnreadableImage]) -> None:
+        """Record images that were not known to be bad.
 
         Raises: DataError above the permitted fraction.
         """
         # A name that the file gives back: no half of a surrogate pair.
-        named = {picture.path.encode("utf-8", errors="backslashreplace").decode(): picture.reason for picture in bad}
+        named = {image.path.encode("utf-8", errors="backslashreplace").decode(): image.reason for image in bad}
         new = {path: reason for path, reason in named.items() if path not in self.reasons}
         if not new:
             return
@@ -70,24 +70,24 @@ class BadSamples:
         before = len(self.reasons)
         self.reasons |= new
         self._tell(new, before)
-        if len(self.reasons) > self._max_fraction * self._pictures:
+        if len(self.reasons) > self._max_fraction * self._images:
             path, reason = next(iter(self.reasons.items()))
             listed = f" All of them are in {self._file}; remove it when they are repaired." if self._file else ""
             raise DataError(
-                f"{len(self.reasons)} of {self._pictures} {self._what} pictures cannot be read, more than "
+                f"{len(self.reasons)} of {self._images} {self._what} images cannot be read, more than "
                 f"data.max_bad_fraction={self._max_fraction:g}; the first is {path} ({reason}). Repair the data (image_root?), or "
                 f"allow more of it to be bad.{listed}"
             )
 
     def _tell(self, new: dict[str, str], before: int) -> None:
         for path, reason in list(new.items())[: max(0, TOLD_SINGLY - before)]:
-            log.warning("The %s picture %r cannot be read: %s.", self._what, path, reason)
+            log.warning("The %s image %r cannot be read: %s.", self._what, path, reason)
         if before < TOLD_SINGLY <= len(self):
-            log.warning("Further bad pictures are counted%s.", f" and listed in {self._file}" if self._file else "")
+            log.warning("Further bad images are counted%s.", f" and listed in {self._file}" if self._file else "")
         reached = 10 ** (len(str(len(self))) - 1)
         if before < reached <= len(self) and reached > TOLD_SINGLY:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds().most_common())
-            log.warning("%s %s pictures cannot be read so far: %s.", f"{len(self):,}", self._what, kinds)
+            log.warning("%s %s images cannot be read so far: %s.", f"{len(self):,}", self._what, kinds)
 
     @contextmanager
     def _shared(self) -> Iterator[None]:
@@ -95,7 +95,7 @@ class BadSamples:
         try:
             yield
         except OSError as error:
-            log.warning("Bad pictures are not listed: %s cannot be used (%s).", self._file, error.strerror or error)
+            log.warning("Bad images are not listed: %s cannot be used (%s).", self._file, error.strerror or error)
             self._file = None
 
     def _append(self, new: dict[str, str]) -> None:

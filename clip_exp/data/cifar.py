@@ -25,15 +25,15 @@ _ALLOWED = {
 
 
 class CifarPart(NamedTuple):
-    """Pictures and labels of some files."""
+    """Images and labels of some files."""
 
     pixels: np.ndarray  # uint8 [N, 32, 32, 3]
     labels: list[int]
     classes: list[str]
 
 
-class CifarPictures:
-    """A `CifarPart` in the manner of a data set of torchvision: items are a picture and its label."""
+class CifarImages:
+    """A `CifarPart` in the manner of a data set of torchvision: items are an image and its label."""
 
     def __init__(self, part: CifarPart, folder: Path) -> None:
         self.pixels, self.targets, self.classes = part
@@ -47,7 +47,7 @@ class CifarPictures:
 
 
 def read_cifar(files: list[Path], meta: Path, classes_key: str) -> CifarPart:
-    """Read the pictures of some files and the names of the classes.
+    """Read the images of some files and the names of the classes.
 
     Args:
         files: each a dictionary with `data`, uint8 [n, 3072], and `labels` or `fine_labels`.
@@ -69,7 +69,7 @@ def read_cifar(files: list[Path], meta: Path, classes_key: str) -> CifarPart:
         label_N = np.asarray(next((content[key] for key in LABELS if key in content), None))
         is_whole = label_N.shape == (len(data),) and label_N.dtype.kind in "iu"
         if not is_whole or not np.isin(label_N, range(len(names))).all():
-            raise ValueError(f"{file} has no label from 0 to {len(names) - 1} for each of its {len(data)} pictures")
+            raise ValueError(f"{file} has no label from 0 to {len(names) - 1} for each of its {len(data)} images")
         pixels.append(np.ascontiguousarray(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)))
         labels += label_N.tolist()
     return CifarPart(np.concatenate(pixels), labels, names)
@@ -96,5 +96,5 @@ class _Restricted(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise ValueError(f"it asks for {module}.{name}, which no picture needs")
+            raise ValueError(f"it asks for {module}.{name}, which no image needs")
         return super().find_class(module, name)

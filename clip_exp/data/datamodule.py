@@ -1,4 +1,4 @@
-"""Tables, order and pictures put together as what Lightning's Trainer asks for."""
+"""Tables, order and images put together as what Lightning's Trainer asks for."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from clip_exp.config.data import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.generated import readable
+from clip_exp.data.image_sets import warn_alike
 from clip_exp.data.images import Preprocessing
 from clip_exp.data.loader import (
     Batch,
@@ -28,7 +29,6 @@ from clip_exp.data.loader import (
     WorkerLoader,
     count_workers,
 )
-from clip_exp.data.pictures import warn_alike
 from clip_exp.data.preflight import VAL, changes, fingerprint, stream_changes
 from clip_exp.data.stream import INDEX, Stream, Tables, open_tables
 from clip_exp.data.tables.table import PairTable
@@ -38,7 +38,7 @@ from clip_exp.text.tokenizer import Tokenizes
 
 log = logging.getLogger(__name__)
 
-EVAL_BATCH_SIZE = 64  # pictures
+EVAL_BATCH_SIZE = 64  # images
 
 
 @dataclass(eq=False)
@@ -120,7 +120,7 @@ class PairsDataModule(LightningDataModule):
 
     Args:
         config: see `DataConfig`.
-        preprocessing: of the pictures.
+        preprocessing: of the images.
         tokenizer: of the captions.
         global_batch_size: samples per optimizer step over all ranks.
         total_steps: where the stream ends; None: never. May be set after `setup`, which tells `num_rows`.
@@ -133,7 +133,7 @@ class PairsDataModule(LightningDataModule):
     Attributes:
         stream, val_table: after `setup`.
         class_names: labels of the validation table, in the order of `EvalBatch.label`; empty without `data.label_key`.
-        bad_samples, bad_val_samples: distinct pictures that could not be used, with their reasons.
+        bad_samples, bad_val_samples: distinct images that could not be used, with their reasons.
         truncated: captions that were cut, counted over the samples seen.
         on_train_batch: called when a training batch is there, before it is copied to the device.
     """
@@ -218,7 +218,7 @@ class PairsDataModule(LightningDataModule):
     def train_dataloader(self) -> TimedLoader:
         """Batches of this rank from `start_sample` on, to `total_steps` or without end."""
         stream, config = self._stream, self.config
-        self.bad_samples = self._record_of_bad(stream.pictures, "training")
+        self.bad_samples = self._record_of_bad(stream.images, "training")
         dataset = TrainPairs(
             stream,
             image_size=self.preprocessing.size,
@@ -238,7 +238,7 @@ class PairsDataModule(LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> "DataLoader[EvalBatch] | list[Any]":
-        """Batches of this rank's share of the validation pictures; an empty list without `data.val`."""
+        """Batches of this rank's share of the validation images; an empty list without `data.val`."""
         self.setup()
         if self.val_table is None:
             return []
@@ -249,14 +249,14 @@ class PairsDataModule(LightningDataModule):
         collate = EvalCollate(self.tokenizer, self.preprocessing.size, self.pad_multiple)
         return self._loader(dataset, sampler, collate, EVAL_BATCH_SIZE)
 
-    def _record_of_bad(self, pictures: int, what: str, mark: str = "") -> BadSamples:
+    def _record_of_bad(self, images: int, what: str, mark: str = "") -> BadSamples:
         file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
-        return BadSamples(pictures, self.config.max_bad_fraction, what=what, mark=mark, file=file)
+        return BadSamples(images, self.config.max_bad_fraction, what=what, mark=mark, file=file)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Record what happened in the workers on the way to this batch.
 
-        Raises: DataError where too many pictures are bad.
+        Raises: DataError where too many images are bad.
         """
         if isinstance(batch, Batch):
             self.on_train_batch()

@@ -1,7 +1,7 @@
 """Image files, before a pixel is decoded: their bytes, their headers, and when two are the same. No torch.
 
 Nothing is trusted: only what may be read is, and each refusal has a reason. A reason is one of the kinds below, and mostly a colon and
-what is known beyond that: `too many bytes: 70000000, more than max_image_bytes=67108864`. Bad pictures are counted by kind (`kind_of`).
+what is known beyond that: `too many bytes: 70000000, more than max_image_bytes=67108864`. Bad images are counted by kind (`kind_of`).
 """
 
 import difflib
@@ -35,14 +35,14 @@ EMPTY_FILE = "empty file"
 TOO_MANY_BYTES = "too many bytes"
 TOO_MANY_PIXELS = "too many pixels"
 TOO_LONG = "too long a strip"  # for a decoder, or for evaluation, whose resizing would make it longer still
-NOT_A_PICTURE = "not a picture"
+NOT_A_IMAGE = "not an image"
 NOT_ALLOWED = "format not allowed"
 TRUNCATED = "truncated"
 DAMAGED = "damaged"
 OUT_OF_MEMORY = "out of memory"
 KINDS = (
     NO_SUCH_FILE, NOT_A_FILE, CANNOT_OPEN, OUTSIDE_ROOT, EMPTY_FILE, TOO_MANY_BYTES,
-    TOO_MANY_PIXELS, TOO_LONG, NOT_A_PICTURE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY,
+    TOO_MANY_PIXELS, TOO_LONG, NOT_A_IMAGE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY,
 )  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -58,12 +58,12 @@ _UNLIKE_FILES = {
 
 
 class BadImage(Exception):
-    """A picture that cannot be used; the message is the reason, without the file's name."""
+    """An image that cannot be used; the message is the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What pictures may be."""
+    """What images may be."""
 
     max_pixels: int = 40_000_000  # width times height; judged from the header, before any pixel is decoded
     max_bytes: int = 64 << 20  # of the file; judged before it is read
@@ -182,7 +182,7 @@ def _read(descriptor: int, size: int) -> bytearray:
 
 # Headers: what an image is, its size, and whether its end is there.
 
-JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind it
+JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further images behind it
 ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 RUNS_PROGRAMS = ("EPS",)
 MAX_SIDE = 65_535  # pixels, the most that JPEG and GIF can say; millions of rows of a pixel would take more memory than the pixels
@@ -193,23 +193,23 @@ _COUNTED_BYTES = 1 << 20
 _GUESSED_BYTES = 64
 
 
-def open_picture(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
-    """Pillow's view of a picture whose header passes the limits; nothing is decoded yet.
+def open_image_bytes(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
+    """Pillow's view of an image whose header passes the limits; nothing is decoded yet.
 
     Raises: BadImage with the reason.
     """
     try:
         stream = _Bytes(data) if len(data) > _COUNTED_BYTES else BytesIO(data)
-        picture = Image.open(stream, formats=limits.formats)
+        image = Image.open(stream, formats=limits.formats)
     except Image.UnidentifiedImageError as error:
         raise BadImage(_unidentified(data, limits.formats)) from error
     except Image.DecompressionBombError as error:
         raise BadImage(f"{TOO_MANY_PIXELS}: {reason_of(error)}") from error
     except Exception as error:
         raise bad_image(error, "header") from error
-    width, height = picture.size
+    width, height = image.size
     # The decoder of an animated WebP holds four copies.
-    half = picture.format == "WEBP" and getattr(picture, "is_animated", False)
+    half = image.format == "WEBP" and getattr(image, "is_animated", False)
     if width * height > (limits.max_pixels // 2 if half else limits.max_pixels):
         most = f"{'half of ' * half}max_image_pixels={limits.max_pixels}"
         raise BadImage(f"{TOO_MANY_PIXELS}: {width} x {height} pixels, more than {most}")
@@ -217,17 +217,17 @@ def open_picture(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
         raise BadImage(f"{TOO_LONG}: {width} x {height} pixels, a side of more than {MAX_SIDE:,}")
     if not width * height:
         raise BadImage(f"{DAMAGED}: {width} x {height} pixels")
-    if picture.format in JPEGS:
-        _check_jpeg(picture, data)
-    elif picture.format == "PNG" and not 0 <= data.rfind(b"IEND") <= len(data) - 8:
+    if image.format in JPEGS:
+        _check_jpeg(image, data)
+    elif image.format == "PNG" and not 0 <= data.rfind(b"IEND") <= len(data) - 8:
         raise BadImage(f"{TRUNCATED}: a PNG without its end")
-    return picture
+    return image
 
 
-def orientation_of(picture: Image.Image) -> int:
-    """How EXIF says that a picture lies in its file: 1 is upright, 2 to 8 are turned or mirrored."""
+def orientation_of(image: Image.Image) -> int:
+    """How EXIF says that an image lies in its file: 1 is upright, 2 to 8 are turned or mirrored."""
     try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return 1
 
@@ -241,7 +241,7 @@ def bad_image(error: Exception, part: str = "pixels") -> BadImage:
     if isinstance(error, BadImage):
         return error
     if isinstance(error, Image.UnidentifiedImageError):
-        return BadImage(NOT_A_PICTURE)
+        return BadImage(NOT_A_IMAGE)
     if isinstance(error, OSError) and error.errno is not None:
         return BadImage(unopened(error))
     text = str(error).lower()
@@ -253,11 +253,11 @@ def check_formats(names: Iterable[str]) -> Iterator[str]:
     """What is wrong with `data.image_formats`, a line each."""
     names = list(names)
     if not names:
-        yield "data.image_formats is empty: no picture could be read."
+        yield "data.image_formats is empty: no image could be read."
     Image.init()
     for name in names:
         if name.upper() in RUNS_PROGRAMS:
-            yield f"data.image_formats: {name} pictures are programs, which Ghostscript would run; leave it out."
+            yield f"data.image_formats: {name} images are programs, which Ghostscript would run; leave it out."
         elif name.upper() not in Image.OPEN:
             aliases = {suffix.strip(".").upper(): known for suffix, known in Image.registered_extensions().items()}
             near = aliases.get(name.upper()) or next(iter(difflib.get_close_matches(name.upper(), Image.OPEN, 1)), None)
@@ -276,14 +276,14 @@ class _Bytes(BytesIO):
         return super().read(size)
 
 
-def _check_jpeg(picture: ImageFile.ImageFile, data: bytearray) -> None:
-    """Each scan passes over all blocks of a picture, and costs as few as ten bytes: thousands of them take minutes."""
-    assert picture.fp is not None
-    pixels = picture.fp.tell() if picture.format == "JPEG" else 0  # where they begin; of an MPO Pillow does not tell
+def _check_jpeg(image: ImageFile.ImageFile, data: bytearray) -> None:
+    """Each scan passes over all blocks of an image, and costs as few as ten bytes: thousands of them take minutes."""
+    assert image.fp is not None
+    pixels = image.fp.tell() if image.format == "JPEG" else 0  # where they begin; of an MPO Pillow does not tell
     if data.rfind(b"\xff\xd9", pixels) < 0:
         raise BadImage(f"{TRUNCATED}: a JPEG without its end")
     scan = data.rfind(b"\xff\xda", 0, pixels)
-    all_at_once = scan >= 0 and "progressive" not in picture.info and data[scan + 4] == getattr(picture, "layers", 0)
+    all_at_once = scan >= 0 and "progressive" not in image.info and data[scan + 4] == getattr(image, "layers", 0)
     if not all_at_once and (scans := len(_SCAN.findall(data, max(scan, 0)))) > _MAX_SCANS:
         raise BadImage(f"{DAMAGED}: {scans} scans")
 
@@ -301,9 +301,9 @@ def _unidentified(data: bytearray, allowed: tuple[str, ...]) -> str:
     if found:
         return f"{NOT_ALLOWED}: {found[0]}, which is not in data.image_formats"
     if data.startswith(LFS_POINTER):
-        return f"{NOT_A_PICTURE}: a Git-LFS pointer; run `git lfs pull` there"
+        return f"{NOT_A_IMAGE}: a Git-LFS pointer; run `git lfs pull` there"
     is_page = data[:_GUESSED_BYTES].lstrip().startswith(b"<")
-    return f"{NOT_A_PICTURE}: a web page" if is_page else NOT_A_PICTURE
+    return f"{NOT_A_IMAGE}: a web page" if is_page else NOT_A_IMAGE
 
 
 # Names: when two are one file, without following every link; big tables have millions of them.
@@ -360,7 +360,7 @@ class Stored(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """What is known of a image without reading all of it; a image that is replaced has another."""
+    """What is known of an image without reading all of it; an image that is replaced has another."""
 
     size: int  # bytes, -1 where the file cannot be read
     mtime_ns: int  # of the file
@@ -370,7 +370,7 @@ class Stamp(NamedTuple):
 def stamps(places: Sequence[Stored]) -> list[Stamp]:
     """Return the stamp of each place.
 
-    The sample notices a image that was replaced by one of the same size and time. It takes 31 us per file (from the system's
+    The sample notices an image that was replaced by one of the same size and time. It takes 31 us per file (from the system's
     cache, on one core) where size and time alone take 3: 1.4 % of reading and decoding a JPEG of 50 kB, 2.2 ms.
     """
     parts = [places[start : start + _AT_ONCE] for start in range(0, len(places), _AT_ONCE)]

@@ -1,4 +1,4 @@
-"""Data sets that clip_exp makes itself, written once below the output folder as pictures and tables like anybody's.
+"""Data sets that clip_exp makes itself, written once below the output folder as images and tables like anybody's.
 
 They are scikit-learn's handwritten digits, and drawn scenes of one or two colored shapes. The digits (Alpaydin and Kaynak 1998) are
 1,797 gray images of 8 x 8. The captions of a scene take size, color, shape and place together to tell it apart.
@@ -22,20 +22,20 @@ from clip_exp.storage import atomic_folder, sync
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """A picture and the other columns of its row."""
+    """An image and the other columns of its row."""
 
-    picture: Image.Image
+    image: Image.Image
     columns: dict[str, str]
 
 
-DIGITS_ROWS = 1442  # of the 1,797 pictures; the others are held out
+DIGITS_ROWS = 1442  # of the 1,797 images; the others are held out
 SHAPES_ROWS = 2000
 _VERSION = 1  # of what the generators draw: a change makes new folders
 
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """Tables of a generated data set; pictures are relative to their folder."""
+    """Tables of a generated data set; images are relative to their folder."""
 
     train: Path
     val: Path
@@ -63,7 +63,7 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
         rows = {"train": count_rows(config), "val": config.val_rows or 400}
         splits = {split: scenes(split, count, config.image_size, config.seed) for split, count in rows.items()}
     try:
-        # Another process may be first, with the same bytes. Waiting for the disk at thousands of pictures would take long.
+        # Another process may be first, with the same bytes. Waiting for the disk at thousands of images would take long.
         with atomic_folder(folder, replace=False, durable=False) as partial:
             for split, samples in splits.items():
                 _write(partial, split, samples)
@@ -106,7 +106,7 @@ def _write(folder: Path, split: str, samples: Iterable[GeneratedSample]) -> None
             if i == 0:
                 table.writerow(["filepath", *sample.columns])
             path = f"{split}/{i:06d}.png"
-            sample.picture.save(folder / path, compress_level=1)
+            sample.image.save(folder / path, compress_level=1)
             table.writerow([path, *sample.columns.values()])
 
 
@@ -128,7 +128,7 @@ COLORS = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-SIZES = {"small": 0.11, "large": 0.21}  # half the side of the shape over the picture's
+SIZES = {"small": 0.11, "large": 0.21}  # half the side of the shape over the image's
 _THIRD = 1 / 3
 _CORNERS = {  # in -1..1
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
@@ -158,10 +158,10 @@ _PAIRS = 0.75  # share of scenes with two shapes
 
 
 def digits(seed: int) -> tuple[list[GeneratedSample], list[GeneratedSample]]:
-    """Training and held-out samples with columns `title` and `label`; every fifth picture of each class is held out.
+    """Training and held-out samples with columns `title` and `label`; every fifth image of each class is held out.
 
     Args:
-        seed: of the choice of each caption's template; pictures and split do not depend on it.
+        seed: of the choice of each caption's template; images and split do not depend on it.
     """
     from sklearn.datasets import load_digits
 
@@ -172,9 +172,9 @@ def digits(seed: int) -> tuple[list[GeneratedSample], list[GeneratedSample]]:
     for i, (pixels, target) in enumerate(zip(data.images, data.target, strict=True)):
         word = WORDS[target]
         template = TEMPLATES[hash64(_TEMPLATE, seed, i) % len(TEMPLATES)]
-        picture = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
+        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         held_out = seen[target] % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-        (val if held_out else train).append(GeneratedSample(picture, {"title": template.format(word), "label": word}))
+        (val if held_out else train).append(GeneratedSample(image, {"title": template.format(word), "label": word}))
         seen[target] += 1
     return train, val
 
@@ -194,17 +194,17 @@ def scenes(split: str, count: int, image_size: int, seed: int) -> Iterator[Gener
     Args:
         split: `train` or `val`; other scenes are drawn in each.
         count: how many.
-        image_size: side of the pictures, pixels.
+        image_size: side of the images, pixels.
         seed: of the scenes.
     """
     side = image_size * _SUPERSAMPLING
     for i in range(count):
         draws = Draws(_SCENE, _SPLITS[split], seed, i)
         grey = 215 + draws.integer(40)
-        picture = Image.new("RGB", (side, side), (grey, grey, grey))
+        image = Image.new("RGB", (side, side), (grey, grey, grey))
         first = _thing(draws)
         if draws.uniform() >= _PAIRS:
-            _draw(picture, first, 0.5 + draws.uniform(-0.2, 0.2), 0.5 + draws.uniform(-0.2, 0.2))
+            _draw(image, first, 0.5 + draws.uniform(-0.2, 0.2), 0.5 + draws.uniform(-0.2, 0.2))
             caption = str(first)
         else:
             second = _thing(draws)
@@ -212,19 +212,19 @@ def scenes(split: str, count: int, image_size: int, seed: int) -> Iterator[Gener
             x, y = RELATIONS[relation]
             for thing, sign in ((first, 1), (second, -1)):
                 jitter_x, jitter_y = draws.uniform(-0.05, 0.05), draws.uniform(-0.05, 0.05)
-                _draw(picture, thing, 0.5 + sign * 0.23 * x + jitter_x, 0.5 + sign * 0.23 * y + jitter_y)
+                _draw(image, thing, 0.5 + sign * 0.23 * x + jitter_x, 0.5 + sign * 0.23 * y + jitter_y)
             caption = f"{first} {relation} {second}"
-        yield GeneratedSample(picture.reduce(_SUPERSAMPLING), {"title": caption})
+        yield GeneratedSample(image.reduce(_SUPERSAMPLING), {"title": caption})
 
 
 def _thing(draws: Draws) -> _Thing:
     return _Thing(*(list(options)[draws.integer(len(options))] for options in (SIZES, COLORS, SHAPES)))
 
 
-def _draw(picture: Image.Image, thing: _Thing, x: float, y: float) -> None:
-    side = picture.width
+def _draw(image: Image.Image, thing: _Thing, x: float, y: float) -> None:
+    side = image.width
     radius = SIZES[thing.size] * side
-    draw, color = ImageDraw.Draw(picture), COLORS[thing.color]
+    draw, color = ImageDraw.Draw(image), COLORS[thing.color]
     if thing.shape == "circle":
         draw.ellipse([x * side - radius, y * side - radius, x * side + radius, y * side + radius], fill=color)
         return

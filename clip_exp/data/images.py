@@ -1,9 +1,9 @@
 """From the bytes of an image to the model's input: decoding, random crops for training, the published protocol for evaluation.
 
 What passes the limits is decoded, and each refusal has a reason. No decoder is trusted: whatever it raises is a reason, its
-warnings are not shown, and what it needs beyond the libraries stays below 500 MB for pictures within the default limits.
+warnings are not shown, and what it needs beyond the libraries stays below 500 MB for images within the default limits.
 
-Pictures stay uint8 until they are on the device; `normalize` makes them float there.
+Images stay uint8 until they are on the device; `normalize` makes them float there.
 """
 
 import math
@@ -33,7 +33,7 @@ from clip_exp.data.files import (
     BadImage,
     ImageLimits,
     bad_image,
-    open_picture,
+    open_image_bytes,
     orientation_of,
     read_file,
 )
@@ -43,7 +43,7 @@ _WHITE = (255, 255, 255, 255)
 _HAS_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _STRIP_PIXELS = 1 << 20
 
-# From an upright picture [H, W, 3] to a view of it as it lies in the file, by EXIF orientation.
+# From an upright image [H, W, 3] to a view of it as it lies in the file, by EXIF orientation.
 _AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda upright: upright[:, ::-1],
     3: lambda upright: upright[::-1, ::-1],
@@ -56,54 +56,54 @@ _AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
-    """A picture as training sees it: RGB, upright (EXIF), transparency on white, 16 bits scaled to 8.
+    """An image as training sees it: RGB, upright (EXIF), transparency on white, 16 bits scaled to 8.
 
     JPEG and WebP go through torchvision, whose decoders give Pillow's pixels faster and in less memory; the rest, and what they
     refuse, through Pillow.
 
     Args:
         data: the bytes of its file; of an animation the first frame counts.
-        limits: larger pictures and other formats are refused from the header.
+        limits: larger images and other formats are refused from the header.
 
     Returns: uint8 [3, H, W], in memory [H, W, 3].
 
     Raises: BadImage with the reason.
     """
     with _without_warnings():
-        picture = open_picture(data, limits)
+        image = open_image_bytes(data, limits)
         try:
-            if picture.format in JPEGS and (image := _decode_jpeg(data)) is not None:
-                if sorted(image.shape[1:]) != sorted(picture.size):
+            if image.format in JPEGS and (pixels := _decode_jpeg(data)) is not None:
+                if sorted(pixels.shape[1:]) != sorted(image.size):
                     raise BadImage(f"{DAMAGED}: its header contradicts itself")
-                return image
-            if picture.format == "WEBP" and (image := _decode_webp(data)) is not None:
-                return _upright_rgb(_strips_of_tensor(image), picture.size, orientation_of(picture))
-            picture.load()
-            return _upright_rgb(_strips(picture), picture.size, orientation_of(picture))
+                return pixels
+            if image.format == "WEBP" and (pixels := _decode_webp(data)) is not None:
+                return _upright_rgb(_strips_of_tensor(pixels), image.size, orientation_of(image))
+            image.load()
+            return _upright_rgb(_strips(image), image.size, orientation_of(image))
         except Exception as error:
             raise bad_image(error) from error
 
 
 def decode(data: bytearray, limits: ImageLimits) -> Image.Image:
-    """A picture as the published evaluation protocol sees it: Pillow's pixels, in its own mode, EXIF ignored.
+    """An image as the published evaluation protocol sees it: Pillow's pixels, in its own mode, EXIF ignored.
 
     16 bits are scaled to 8, which Pillow's own conversion to RGB would clip.
 
     Raises: BadImage with the reason.
     """
     with _without_warnings():
-        picture = open_picture(data, limits)
+        image = open_image_bytes(data, limits)
         try:
-            if picture.format == "WEBP" and (image := _decode_webp(data)) is not None:
-                return Image.fromarray(image.permute(1, 2, 0).numpy())
-            picture.load()
-            if not picture.mode.startswith("I"):
-                return picture
-            pixels = np.empty((picture.height, picture.width), dtype=np.uint8)
-            for top, strip in _strips(picture):
-                pixels[top : top + strip.height] = _upper_byte(strip)
-            scaled = Image.fromarray(pixels)
-            scaled.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+            if image.format == "WEBP" and (pixels := _decode_webp(data)) is not None:
+                return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            image.load()
+            if not image.mode.startswith("I"):
+                return image
+            scaled_HW = np.empty((image.height, image.width), dtype=np.uint8)
+            for top, strip in _strips(image):
+                scaled_HW[top : top + strip.height] = _upper_byte(strip)
+            scaled = Image.fromarray(scaled_HW)
+            scaled.info = {key: value for key, value in image.info.items() if key != "transparency"}
             return scaled
         except Exception as error:
             raise bad_image(error) from error
@@ -118,9 +118,9 @@ def open_image(path: str | Path, max_pixels: int) -> Image.Image:
     return decode(read_file(path, limits), limits)
 
 
-def pil_to_tensor(picture: Image.Image) -> Tensor:
-    """uint8 [3, H, W], in memory [H, W, 3], of an RGB picture."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    """uint8 [3, H, W], in memory [H, W, 3], of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _decode_jpeg(data: bytearray) -> Tensor | None:
-    """None where torchvision does not decode this picture, or no longer has a decoder (deprecated since 0.29)."""
+    """None where torchvision does not decode this image, or no longer has a decoder (deprecated since 0.29)."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg  # 0.9 s to import, and only some files need it
 
@@ -177,11 +177,11 @@ def _decode_webp(data: bytearray) -> Tensor | None:
 Strips = Iterator[tuple[int, Image.Image]]  # first row of each, in order
 
 
-def _strips(picture: Image.Image) -> Strips:
-    """A picture in pieces: conversions make copies of what they are given."""
-    rows = max(1, _STRIP_PIXELS // picture.width)
-    for top in range(0, picture.height, rows):
-        yield top, picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+def _strips(image: Image.Image) -> Strips:
+    """An image in pieces: conversions make copies of what they are given."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _strips_of_tensor(image_CHW: Tensor) -> Strips:
@@ -192,7 +192,7 @@ def _strips_of_tensor(image_CHW: Tensor) -> Strips:
 
 
 def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Tensor:
-    """uint8 [3, H, W], in memory [H, W, 3], of a picture whose stored width and height are `size`."""
+    """uint8 [3, H, W], in memory [H, W, 3], of an image whose stored width and height are `size`."""
     width, height = size if orientation in ON_THEIR_SIDE else size[::-1]
     upright = np.empty((width, height, 3), dtype=np.uint8)
     stored = _AS_STORED[orientation](upright) if orientation in _AS_STORED else upright
@@ -205,9 +205,9 @@ def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Ten
     return torch.from_numpy(upright).permute(2, 0, 1)
 
 
-def _upper_byte(picture: Image.Image) -> np.ndarray:
+def _upper_byte(image: Image.Image) -> np.ndarray:
     """uint8 of 16-bit grey, as Pillow itself does for 16-bit color."""
-    return (np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+    return (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
 
 
 # Transforms: to the size that the model expects.
@@ -218,7 +218,7 @@ RESAMPLING = {Interpolation.bicubic: Image.Resampling.BICUBIC, Interpolation.bil
 
 
 class Preprocessing(NamedTuple):
-    """What an image tower expects of a picture."""
+    """What an image tower expects of an image."""
 
     size: int  # side, pixels
     mean: list[float]  # of RGB in 0..1
@@ -244,10 +244,10 @@ def train_transform(
     draws: Draws,
     augmentation: AugmentationConfig,
 ) -> Tensor:
-    """A random crop of a picture, resized (bicubic, antialiased, within 2 levels of Pillow), and what else is drawn.
+    """A random crop of an image, resized (bicubic, antialiased, within 2 levels of Pillow), and what else is drawn.
 
     Crop, flip, color jitter, grey and blur are drawn and applied in this order, each only where it is switched on: crops do not
-    change with what comes after them. All but the crop see the resized picture.
+    change with what comes after them. All but the crop see the resized image.
 
     Args:
         image_CHW: uint8 [3, H, W].
@@ -273,9 +273,9 @@ def crop_box(
     """A random crop (top, left, height, width), drawn as torchvision's RandomResizedCrop does (Szegedy et al. 2014).
 
     Args:
-        height, width: of the picture, pixels.
+        height, width: of the image, pixels.
         draws: where the random numbers come from.
-        scale: smallest and largest area of the crop over the picture's.
+        scale: smallest and largest area of the crop over the image's.
         ratio: smallest and largest width over height of the crop.
     """
     log_ratio = [math.log(bound) for bound in ratio]
@@ -346,12 +346,12 @@ def jitter(image_CHW: Tensor, strengths: Sequence[float], draws: Draws) -> Tenso
 
 
 def blur_kernel(size: int) -> int:
-    """Side of the kernel, pixels: a tenth of the picture's, odd (SimCLR; Chen et al. 2020, appendix A)."""
+    """Side of the kernel, pixels: a tenth of the image's, odd (SimCLR; Chen et al. 2020, appendix A)."""
     return 2 * max(1, size // 20) + 1
 
 
 def check_strip(width: int, height: int, resize_mode: ResizeMode) -> None:
-    """What `eval_transform` asks of a picture's size, pixels.
+    """What `eval_transform` asks of an image's size, pixels.
 
     Raises: BadImage for a strip whose resized long side would not fit in memory.
     """
@@ -360,7 +360,7 @@ def check_strip(width: int, height: int, resize_mode: ResizeMode) -> None:
 
 
 def eval_transform(
-    picture: Image.Image,
+    image: Image.Image,
     size: int,
     interpolation: Interpolation = Interpolation.bicubic,
     resize_mode: ResizeMode = ResizeMode.shortest,
@@ -369,22 +369,22 @@ def eval_transform(
 
     Under `squash` both sides become `size`, as SigLIP's numbers were measured.
 
-    Its order is kept, so palette pictures are resized by nearest neighbor and transparency is dropped, as there.
+    Its order is kept, so palette images are resized by nearest neighbor and transparency is dropped, as there.
 
     Returns: uint8 [3, size, size], contiguous.
 
     Raises: BadImage for a strip whose resized long side would not fit in memory.
     """
     if resize_mode is ResizeMode.squash:
-        return pil_to_tensor(picture.resize((size, size), RESAMPLING[interpolation]).convert("RGB")).contiguous()
-    width, height = picture.size
+        return pil_to_tensor(image.resize((size, size), RESAMPLING[interpolation]).convert("RGB")).contiguous()
+    width, height = image.size
     shorter = min(width, height)
     check_strip(width, height, resize_mode)
     target = (int(size * width / shorter), int(size * height / shorter))
-    if picture.size != target:
-        picture = picture.resize(target, RESAMPLING[interpolation])
+    if image.size != target:
+        image = image.resize(target, RESAMPLING[interpolation])
     left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
-    return pil_to_tensor(picture.crop((left, top, left + size, top + size)).convert("RGB")).contiguous()
+    return pil_to_tensor(image.crop((left, top, left + size, top + size)).convert("RGB")).contiguous()
 
 
 def normalize(image_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

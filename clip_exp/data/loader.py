@@ -1,6 +1,6 @@
 """Samples by position, the batches that they become, and the worker processes that make them.
 
-A sample is of the training stream, of a validation table, or of a list of pictures. What it holds depends on its position, the table
+A sample is of the training stream, of a validation table, or of a list of images. What it holds depends on its position, the table
 and the seed alone, so it is the same in whichever worker, rank or restart it is made.
 """
 
@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from clip_exp.config.data import AugmentationConfig, OnBadImage
 from clip_exp.data.files import BadImage, ImageLimits
+from clip_exp.data.image_sets import ImageSet, label_of_images
 from clip_exp.data.images import Preprocessing, decode, decode_rgb, eval_transform, train_transform
-from clip_exp.data.pictures import Pictures, label_of_images
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.data.stream import Stream, needs_full_paths
 from clip_exp.data.tables.table import PairTable
@@ -41,8 +41,8 @@ from clip_exp.text.tokenizer import Tokenizes
 # Samples and batches.
 
 
-class BadPicture(NamedTuple):
-    """A picture that could not be used."""
+class UnreadableImage(NamedTuple):
+    """An image that could not be used."""
 
     path: str  # as it is written in the table
     reason: str
@@ -56,47 +56,47 @@ class Sample:
     tokens: list[int]
     caption_id: int
     image_id: int
-    bad: tuple[BadPicture, ...] = ()
+    bad: tuple[UnreadableImage, ...] = ()
     truncated: bool = False
 
 
 @dataclass(frozen=True)
 class EvalSample:
-    """A validation picture, uint8 [3, S, S], with its captions; None for a picture that was left out."""
+    """A validation image, uint8 [3, S, S], with its captions; None for an image that was left out."""
 
     index: int
     image: Tensor | None
     token_lists: list[list[int]]
     caption_indices: list[int]
     label: int
-    bad: tuple[BadPicture, ...] = ()
+    bad: tuple[UnreadableImage, ...] = ()
 
 
 class Batch(NamedTuple):
     """A training batch of one rank.
 
-    Equal captions have equal `caption_id`, equal pictures equal `image_id`, on every rank.
+    Equal captions have equal `caption_id`, equal images equal `image_id`, on every rank.
     """
 
     image: Tensor  # uint8 [B, 3, S, S], in memory [B, S, S, 3]
     tokens: Tensor  # int64 [B, L], padded by the tokenizer
     caption_id: Tensor  # int64 [B]
     image_id: Tensor  # int64 [B]
-    bad: tuple[BadPicture, ...] = ()  # pictures that were replaced on the way to this batch
+    bad: tuple[UnreadableImage, ...] = ()  # images that were replaced on the way to this batch
     truncated: int = 0  # captions that were cut to the context length
 
 
 class EvalBatch(NamedTuple):
-    """A validation batch of one rank: B pictures with all their captions, T in total."""
+    """A validation batch of one rank: B images with all their captions, T in total."""
 
-    index: Tensor  # type: ignore[assignment]  # int64 [B], which picture of the validation set
+    index: Tensor  # type: ignore[assignment]  # int64 [B], which image of the validation set
     image: Tensor  # uint8 [B, 3, S, S]
     tokens: Tensor  # int64 [T, L]
-    caption_image: Tensor  # int64 [T], the picture that a caption belongs to, as in `index`
+    caption_image: Tensor  # int64 [T], the image that a caption belongs to, as in `index`
     caption_index: Tensor  # int64 [T], which caption of the validation set
     caption_id: Tensor  # int64 [T], equal for equal captions
     label: Tensor  # int64 [B], index of the class, -1 without one
-    bad: tuple[BadPicture, ...] = ()  # pictures that were left out
+    bad: tuple[UnreadableImage, ...] = ()  # images that were left out
 
 
 # Datasets: samples by position.
@@ -106,8 +106,8 @@ _MAX_REPLACEMENTS = 100
 DEFAULT_LIMITS = ImageLimits()
 
 
-class PictureError(DataError):
-    """A picture that the policy does not forgive.
+class UnreadableImageError(DataError):
+    """An image that the policy does not forgive.
 
     A DataLoader raises a worker's error again as its class with the worker's traceback as the message; this class takes its
     own message back out of that.
@@ -123,7 +123,7 @@ class TrainPairs(Dataset[Sample]):
 
     stream: Stream
     _: KW_ONLY
-    image_size: int  # side of the pictures, pixels
+    image_size: int  # side of the images, pixels
     tokenizer: Tokenizes
     augmentation: AugmentationConfig
     # Raise, or take another row of the same source that depends on the seed, the epoch and the bad row alone.
@@ -134,21 +134,23 @@ class TrainPairs(Dataset[Sample]):
         # All that is drawn for a sample is keyed by what it is for, (seed, epoch, row), never by what was drawn before it.
         source, epoch, wanted = self.stream[position]
         row = wanted
-        bad: list[BadPicture] = []
+        bad: list[UnreadableImage] = []
         while True:
             table_row = source.rows.table_row(row, source.seed, epoch)
             try:
-                image = decode_rgb(source.table.read_picture(table_row, self.limits), self.limits)
+                image = decode_rgb(source.table.read_image(table_row, self.limits), self.limits)
                 draws = Draws(_CROP, source.seed, epoch, row)
                 image = train_transform(image, self.image_size, draws, self.augmentation)
                 break
             except BadImage as error:
-                bad.append(BadPicture(source.picture_name(table_row), str(error)))
+                bad.append(UnreadableImage(source.image_name(table_row), str(error)))
             if self.on_bad_image is OnBadImage.error:
-                raise PictureError(unreadable(source.table, table_row, bad[-1].reason, "data.on_bad_image=replace"))
+                raise UnreadableImageError(
+                    unreadable(source.table, table_row, bad[-1].reason, "data.on_bad_image=replace")
+                )
             if len(bad) >= _MAX_REPLACEMENTS:
-                raise PictureError(
-                    f"{len(bad)} pictures drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}): look at the "
+                raise UnreadableImageError(
+                    f"{len(bad)} images drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}): look at the "
                     f"table {source.table.parts[0].path} and at data.image_root, now {source.table.root}."
                 )
             # From the same source, so that the sources keep their shares; the caption comes with the new row.
@@ -161,30 +163,30 @@ class TrainPairs(Dataset[Sample]):
 
 @dataclass(eq=False)
 class EvalPairs(Dataset[EvalSample]):
-    """The distinct pictures of a validation table, each with all its captions, by the published protocol.
+    """The distinct images of a validation table, each with all its captions, by the published protocol.
 
     Attributes:
-        class_names: distinct labels, sorted; a picture with an empty label belongs to none. Empty without labels.
+        class_names: distinct labels, sorted; an image with an empty label belongs to none. Empty without labels.
 
-    Raises: DataError where two rows give a picture different labels.
+    Raises: DataError where two rows give an image different labels.
     """
 
     table: PairTable  # with labels or without
     _: KW_ONLY
     preprocessing: Preprocessing
     tokenizer: Tokenizes
-    on_bad_image: OnBadImage = OnBadImage.replace  # raise, or leave the picture and its captions out
+    on_bad_image: OnBadImage = OnBadImage.replace  # raise, or leave the image and its captions out
     limits: ImageLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         table = self.table
-        labels = [""] * table.pictures if table.labels is None else label_of_images(table)
+        labels = [""] * table.images if table.labels is None else label_of_images(table)
         self.class_names: list[str] = sorted(set(labels) - {""})
         position = {"": -1, **{name: index for index, name in enumerate(self.class_names)}}
         self._labels = np.array([position[label] for label in labels], dtype=np.int32)
 
     def __len__(self) -> int:
-        return self.table.pictures
+        return self.table.images
 
     def __getitem__(self, index: int) -> EvalSample:
         rows: list[int] = self.table.rows_of(index).tolist()
@@ -192,44 +194,46 @@ class EvalPairs(Dataset[EvalSample]):
             [] if self.table.captions is None else [self.tokenizer.encode(self.table.caption(r)) for r in rows]
         )
         image: Tensor | None = None
-        bad: tuple[BadPicture, ...] = ()
+        bad: tuple[UnreadableImage, ...] = ()
         try:
-            picture = decode(self.table.read_picture(rows[0], self.limits), self.limits)
+            decoded = decode(self.table.read_image(rows[0], self.limits), self.limits)
             size, _, _, interpolation, resize_mode = self.preprocessing
-            image = eval_transform(picture, size, interpolation, resize_mode)
+            image = eval_transform(decoded, size, interpolation, resize_mode)
         except BadImage as error:
             if self.on_bad_image is OnBadImage.error:
-                raise PictureError(unreadable(self.table, rows[0], str(error), "data.on_bad_image=replace")) from error
+                raise UnreadableImageError(
+                    unreadable(self.table, rows[0], str(error), "data.on_bad_image=replace")
+                ) from error
             name = self.table.image_path(rows[0]) if needs_full_paths(self.table) else self.table.path(rows[0])
-            bad = (BadPicture(name, str(error)),)
+            bad = (UnreadableImage(name, str(error)),)
         caption_indices = rows if token_lists else []
         return EvalSample(index, image, token_lists, caption_indices, int(self._labels[index]), bad)
 
 
 @dataclass(eq=False)
 class EvalImages(Dataset[EvalSample]):
-    """Pictures without captions. One that cannot be used is passed on with its reason: what to do about it is decided later."""
+    """Images without captions. One that cannot be used is passed on with its reason: what to do about it is decided later."""
 
-    pictures: Pictures
-    transform: Callable[[Image.Image], Tensor]  # a picture to uint8 [3, S, S]; picklable
+    images: ImageSet
+    transform: Callable[[Image.Image], Tensor]  # an image to uint8 [3, S, S]; picklable
     max_image_pixels: int = 200_000_000  # see `open_image`
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> EvalSample:
         try:
-            image = self.transform(self.pictures.open(index, self.max_image_pixels))
+            image = self.transform(self.images.open(index, self.max_image_pixels))
         except BadImage as error:
-            return EvalSample(index, None, [], [], -1, (BadPicture(self.pictures.name(index), str(error)),))
+            return EvalSample(index, None, [], [], -1, (UnreadableImage(self.images.name(index), str(error)),))
         return EvalSample(index, image, [], [], -1)
 
 
 def unreadable(table: PairTable, row: int, reason: str, forgiving: str) -> str:
-    """The message for a picture of a table that cannot be used."""
+    """The message for an image of a table that cannot be used."""
     return (
-        f"The picture {table.path(row)!r} ({table.where(row)}) cannot be read: {reason}. Relative paths start from "
-        f"{table.part(row).root} (data.image_root). Repair it, or go on without such pictures: {forgiving}."
+        f"The image {table.path(row)!r} ({table.where(row)}) cannot be read: {reason}. Relative paths start from "
+        f"{table.part(row).root} (data.image_root). Repair it, or go on without such images: {forgiving}."
     )
 
 
@@ -255,7 +259,7 @@ class Collate:
 
 @dataclass(frozen=True)
 class EvalCollate:
-    """Samples to an `EvalBatch`, pictures that were left out not counted; it may hold none at all."""
+    """Samples to an `EvalBatch`, images that were left out not counted; it may hold none at all."""
 
     tokenizer: Tokenizes
     image_size: int

@@ -1,4 +1,4 @@
-"""The data of a run before anything is trained: its files, its tables, and whether their pictures are where they are looked for. No torch."""
+"""The data of a run before anything is trained: its files, its tables, and whether their images are where they are looked for. No torch."""
 
 import hashlib
 import json
@@ -22,14 +22,14 @@ from clip_exp.data.files import (
     kind_of,
 )
 from clip_exp.data.generated import count_rows
-from clip_exp.data.pictures import label_of_images
+from clip_exp.data.image_sets import label_of_images
 from clip_exp.data.stream import INDEX, OpenSource, Tables, blocks_of, configured, open_tables
 from clip_exp.data.tables.filters import parse as parse_filter
 from clip_exp.data.tables.open import expand
 from clip_exp.data.tables.table import PairTable, bad_rows
 from clip_exp.errors import ConfigError, DataError
 
-TRIED = 20  # pictures of a table
+TRIED = 20  # images of a table
 
 
 def check_files(data: DataConfig) -> Iterator[str]:
@@ -65,7 +65,7 @@ def check_tables(config: TrainConfig) -> RunTables:
 
     Raises:
         DataError: a table cannot be read, more of its rows are bad than `data.max_bad_fraction`, more of its captions are empty than
-            `data.max_empty_caption_fraction`, none of its pictures can be read, or a picture of `data.val` has several labels.
+            `data.max_empty_caption_fraction`, none of its images can be read, or an image of `data.val` has several labels.
         ConfigError: see `open_sources`.
     """
     data = config.data
@@ -80,7 +80,7 @@ def check_tables(config: TrainConfig) -> RunTables:
     problems = [
         problem
         for key, table in tables
-        for problem in (*_check_rows(key, table, data), *_check_pictures(key, table, ImageLimits.of(data)))
+        for problem in (*_check_rows(key, table, data), *_check_images(key, table, ImageLimits.of(data)))
     ]
     if problems:
         raise DataError("\n".join(problems))
@@ -118,19 +118,19 @@ def _check_rows(key: str, table: PairTable, data: DataConfig) -> Iterator[str]:
         )
 
 
-def _check_pictures(key: str, table: PairTable, limits: ImageLimits) -> Iterator[str]:
-    """A wrong image root, told at the start. A table of which only some pictures are missing trains without them."""
+def _check_images(key: str, table: PairTable, limits: ImageLimits) -> Iterator[str]:
+    """A wrong image root, told at the start. A table of which only some images are missing trains without them."""
     rows = np.unique(np.linspace(0, len(table) - 1, TRIED).astype(int)).tolist()
     reasons: list[str] = []
     for row in rows:
         try:
-            table.read_picture(row, limits)
+            table.read_image(row, limits)
             return
         except BadImage as error:
             reasons.append(str(error))
     ((kind, _),) = Counter(map(kind_of, reasons)).most_common(1)
     yield (
-        f"{key}: none of {len(rows)} pictures from all over {table.parts[0].path} can be read; the first is "
+        f"{key}: none of {len(rows)} images from all over {table.parts[0].path} can be read; the first is "
         f"{table.image_path(rows[0])} ({table.where(rows[0])}): {reasons[0]}. {_remedy(kind, table, table.path(rows[0]))}"
     )
 
@@ -139,7 +139,7 @@ def _remedy(kind: str, table: PairTable, path: str) -> str:
     if kind == OUTSIDE_ROOT:
         return f"The root is now {table.root}."
     if kind == NO_SUCH_FILE and "://" in path:
-        return "Pictures are read from files, not from addresses: fetch them first (img2dataset makes shards of such a table)."
+        return "Images are read from files, not from addresses: fetch them first (img2dataset makes shards of such a table)."
     if kind == NO_SUCH_FILE and "\\" in path:
         return "Paths are written with slashes, not with backslashes."
     if kind == NO_SUCH_FILE and table.members is None:
@@ -172,7 +172,7 @@ def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: Da
                 "weight": source.spec.weight,
                 "filter": configured(source.spec, config).filter,
                 "shuffle": "full" if blocks is None else f"{blocks.window} blocks of {blocks.rows} rows",
-                "pictures": source.rows.pictures,  # with another image root, equal paths may be different ones
+                "images": source.rows.images,  # with another image root, equal paths may be different ones
             }
         )
     return {
@@ -227,9 +227,9 @@ def stream_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if source[name] != old.get(name)
         ]
         found += _file_changes(old.get("files", {}), source["files"])
-        before_pictures = old.get("pictures", source["pictures"])
-        if not found and source["pictures"] != before_pictures:
-            found.append(f"{first} has {source['pictures']:,} distinct pictures instead of {before_pictures:,}")
+        before_images = old.get("images", source["images"])
+        if not found and source["images"] != before_images:
+            found.append(f"{first} has {source['images']:,} distinct images instead of {before_images:,}")
     return found
 
 
@@ -277,7 +277,7 @@ def _sample(table: PairTable, count: int, limits: ImageLimits) -> Iterator[str]:
     small = replace(limits, max_bytes=min(limits.max_bytes, SAMPLED_BYTES))
     for row in np.unique(np.linspace(0, len(table) - 1, count).astype(int)).tolist():
         try:
-            content: bytes | bytearray = table.read_picture(row, small)
+            content: bytes | bytearray = table.read_image(row, small)
         except BadImage as error:  # which has the size of an image that is too large
             content = str(error).encode()
         yield hashlib.sha256(content).hexdigest()[:16]

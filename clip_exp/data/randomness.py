@@ -1,6 +1,6 @@
 """Random numbers and permutations that are a function of what they are for, never of what was drawn before.
 
-A crop or a caption depends on (seed, epoch, row) alone, so pictures and order are the same whatever the worker, rank or
+A crop or a caption depends on (seed, epoch, row) alone, so images and order are the same whatever the worker, rank or
 restart. Plain integers: the same on every platform and in every version of every library.
 """
 

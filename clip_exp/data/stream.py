@@ -1,6 +1,6 @@
 """The stream of a run: which source and which of its rows each sample is, for one source or several that are mixed. No torch.
 
-`data.train` names sources, each a table; a row of a source is a picture with one of its captions, or a pair of the table. The order
+`data.train` names sources, each a table; a row of a source is an image with one of its captions, or a pair of the table. The order
 is an endless stream that every rank and worker can compute from a position: sample k of a source of N rows belongs to epoch k // N
 and is row `epoch_order(N, seed, epoch)[k % N]`. The global batch of step s is samples [s * G, (s + 1) * G), whatever the number of
 ranks, so the only state of training's data is how many were seen.
@@ -34,20 +34,20 @@ _CAPTION, _SOURCE, _SLOTS = 3, 11, 12  # what is drawn
 class Rows:
     """The rows of the stream, 0 .. len-1, as `data.captions` has them.
 
-    Every pair of the table is a row; or every distinct picture, and which of its captions it comes with is drawn anew in each epoch.
+    Every pair of the table is a row; or every distinct image, and which of its captions it comes with is drawn anew in each epoch.
     """
 
     def __init__(self, table: PairTable, captions: Captions) -> None:
         # Not its arrays: a table in an index is mapped into memory and pickles as its folder's name, so that workers share one copy.
         self._table = table
         self._captions = captions
-        self.pictures = table.pictures  # distinct ones
+        self.images = table.images  # distinct ones
 
     def __len__(self) -> int:
-        return self.pictures if self._captions is Captions.random else len(self._table)
+        return self.images if self._captions is Captions.random else len(self._table)
 
     def table_row(self, row: int, seed: int, epoch: int) -> int:
-        """The table's row that gives picture and caption."""
+        """The table's row that gives image and caption."""
         if self._captions is not Captions.random:
             return row
         rows = self._table.rows_of(row)
@@ -143,7 +143,7 @@ class StreamSource:
     rows: Rows  # of the stream
     seed: int  # of order, captions, crops and replacements
     blocks: Blocks | None  # of its block shuffle; None: a full one
-    full_paths: bool  # whether its pictures need their whole path to be told from others
+    full_paths: bool  # whether its images need their whole path to be told from others
     folder: str  # that holds all sources, with a slash at its end; nodes may have it in different places
 
     def at(self, position: int) -> tuple[int, int]:
@@ -155,15 +155,15 @@ class StreamSource:
     def image_id(self, table_row: int) -> int:
         """Return an int64 that is equal for rows that show the same image, in all sources of the stream."""
         if not self.full_paths:
-            return self.table.picture(table_row)
+            return self.table.image(table_row)
         # Ranks compare these numbers, so they must not depend on where a node has the data.
         name = normal_path(self.table.image_path(table_row)).removeprefix(self.folder)
         digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
-    def picture_name(self, table_row: int) -> str:
-        """What a bad picture is listed as: its path as its first row has it, the whole one where that names several."""
-        first = int(self.table.rows_of(self.table.picture(table_row))[0])
+    def image_name(self, table_row: int) -> str:
+        """What a bad image is listed as: its path as its first row has it, the whole one where that names several."""
+        first = int(self.table.rows_of(self.table.image(table_row))[0])
         return self.table.image_path(first) if self.full_paths else self.table.path(first)
 
 
@@ -191,7 +191,7 @@ class Stream:
         several = len(sources) > 1
         folders = [normal_path(str(folder)) for source in sources for folder in source.table.folders]
         folder = os.path.join(os.path.commonpath(folders), "")
-        self.pictures = sum(source.rows.pictures for source in sources)
+        self.images = sum(source.rows.images for source in sources)
         self.sources = [
             StreamSource(
                 source.table,
@@ -231,5 +231,5 @@ def blocks_of(config: DataConfig, table: PairTable) -> Blocks | None:
 
 
 def needs_full_paths(table: PairTable) -> bool:
-    """Whether equal paths of a table may be different pictures: in several folders or shards."""
+    """Whether equal paths of a table may be different images: in several folders or shards."""
     return table.members is not None or len({part.root for part in table.parts}) > 1

@@ -14,7 +14,7 @@ from clip_exp.reports.names import CERTAIN
 from clip_exp.text.tokenizer import Tokenizes
 
 SCALE = 100.0  # the published factor of the cosines: the upper bound of the logit scale
-CHUNK = 8192  # pictures scored at a time: 33 MB of scores for 1,000 classes
+CHUNK = 8192  # images scored at a time: 33 MB of scores for 1,000 classes
 
 
 def build_classifier(
@@ -52,7 +52,7 @@ def class_scores(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> Tens
 
 
 def classify(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """The five best classes of each picture (all, if they are fewer), best first, and their probabilities among all.
+    """The five best classes of each image (all, if they are fewer), best first, and their probabilities among all.
 
     Args:
         image_features_ND: unit norm.
@@ -81,7 +81,7 @@ def accuracies(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str,
 
     Args:
         best_NK: `best_classes`.
-        labels_N: the class of each picture.
+        labels_N: the class of each image.
     """
     recall = mean_per_class_recall(best_NK[:, 0], labels_N, num_classes)
     return {**top_k(best_NK, labels_N, num_classes), "mean_per_class_recall": recall}
@@ -100,16 +100,14 @@ def top_k(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, floa
 
 
 def mean_per_class_recall(predicted_N: Tensor, labels_N: Tensor, num_classes: int) -> float:
-    """Accuracy within each class, averaged over the classes that have pictures."""
+    """Accuracy within each class, averaged over the classes that have images."""
     count_C = torch.bincount(labels_N, minlength=num_classes)
     hits_C = torch.bincount(labels_N[predicted_N == labels_N], minlength=num_classes)
     present = count_C > 0
     return (hits_C[present].double() / count_C[present]).mean().item()
 
 
-def classified(
-    images: LabeledImages, encoded: EncodedImages, labels: Tensor, best: Tensor, shares: Tensor
-) -> Classified:
+def classified(data: LabeledImages, encoded: EncodedImages, labels: Tensor, best: Tensor, shares: Tensor) -> Classified:
     """What pages show of a classification, zero-shot or learned.
 
     Args:
@@ -117,11 +115,11 @@ def classified(
         shares: [N, K] of the best ones: probabilities.
     """
     return Classified(
-        images.pictures,
+        data.images,
         encoded.kept.numpy(),
         labels.numpy(),
         best.numpy(),
         shares.float().numpy(),
-        images.class_names,
-        images.keys,
+        data.class_names,
+        data.keys,
     )

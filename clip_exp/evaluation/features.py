@@ -1,6 +1,6 @@
 """From texts and images to features of unit norm: of a batch, and of a whole set, computed once and kept on disk.
 
-A set is cut into blocks that depend on its size alone. A block is encoded by one rank, in batches of its own, so a picture's
+A set is cut into blocks that depend on its size alone. A block is encoded by one rank, in batches of its own, so an image's
 batch, and with it every bit of its features, is the same whichever rank computes it; a block that is on disk is read.
 """
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from clip_exp._version import __version__
 from clip_exp.config.data import OnBadImage
 from clip_exp.config.evaluation import SubjectConfig
+from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, normalize
 from clip_exp.data.loader import (
     EvalBatch,
@@ -36,7 +37,6 @@ from clip_exp.data.loader import (
     count_workers,
     killed_workers_are_told,
 )
-from clip_exp.data.pictures import Pictures
 from clip_exp.devices import inference, inference_precision, resolve_accelerator
 from clip_exp.errors import DataError, NumericError
 from clip_exp.progress import progress
@@ -47,7 +47,7 @@ from clip_exp.text.tokenizer import Tokenizer, Tokenizes
 
 log = logging.getLogger(__name__)
 BLOCKS = 64  # of a set: the most ranks that share it evenly
-SMALLEST, LARGEST = 32, 1024  # pictures of a block
+SMALLEST, LARGEST = 32, 1024  # images of a block
 IN_USE_S = 3600.0  # an entry that was used this recently may be another process's
 SUFFIX = ".safetensors"
 CHECKSUM = "crc32"
@@ -55,7 +55,7 @@ CHECKSUM = "crc32"
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How pictures are read and encoded; the fields of `SubjectConfig`, resolved."""
+    """How images are read and encoded; the fields of `SubjectConfig`, resolved."""
 
     device: torch.device
     precision: str = "32-true"  # 32-true, bf16-mixed, 16-mixed
@@ -66,7 +66,7 @@ class EncodeOptions:
 
 
 def encode_options(config: SubjectConfig) -> EncodeOptions:
-    """How a command's configuration reads and encodes pictures, with device and precision chosen."""
+    """How a command's configuration reads and encodes images, with device and precision chosen."""
     device = torch.device(resolve_accelerator(config.accelerator))
     return EncodeOptions(
         device,
@@ -88,10 +88,10 @@ class ImageModel(Protocol):
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """Anything that turns pictures into vectors."""
+    """Anything that turns images into vectors."""
 
     encode: Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] on the CPU -> float32 [B, D]
-    transform: Callable[[Image.Image], Tensor]  # a picture to uint8 [3, S, S]; picklable
+    transform: Callable[[Image.Image], Tensor]  # an image to uint8 [3, S, S]; picklable
     image_size: int  # S
     identity: dict[str, object] | None = None  # what decides the vectors, as JSON; None: they are not kept
 
@@ -188,7 +188,7 @@ def encode_pixels(
     device: torch.device,
     precision: str = "32-true",
 ) -> Tensor:
-    """[B, D] float32 of unit norm, of uint8 pictures that went through the evaluation transform."""
+    """[B, D] float32 of unit norm, of uint8 images that went through the evaluation transform."""
     image_BCHW = normalize(pixels_BCHW.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
     with inference(precision, device):
         return model.encode_image(image_BCHW, normalize=True).float()
@@ -207,7 +207,7 @@ def require_finite(features: Tensor, what: str) -> None:
 
 
 class Cache:
-    """A folder of what was computed once: features of pictures and texts, and classifiers.
+    """A folder of what was computed once: features of images and texts, and classifiers.
 
     An entry is a folder named by a hash of everything its contents depend on, so nothing in it is ever out of date. Files are
     written whole or not at all; two processes that make the same one write the same contents, and the later takes the place.
@@ -299,31 +299,31 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 class EncodedImages(NamedTuple):
-    """Features of the pictures that could be read."""
+    """Features of the images that could be read."""
 
     features: Tensor  # [N, D] float32, on the CPU
-    kept: Tensor  # [N] which of the given pictures, ascending
-    bad: list[str]  # "path: reason" of each picture that was left out
+    kept: Tensor  # [N] which of the given images, ascending
+    bad: list[str]  # "path: reason" of each image that was left out
 
 
-def encode_pictures(
+def encode_images(
     encoder: ImageEncoder,
-    pictures: Pictures,
+    images: ImageSet,
     options: EncodeOptions,
     cache: Cache | None = None,
     what: str | None = None,
 ) -> EncodedImages:
-    """Read, transform and encode every picture once. Every rank calls, and gets all the features.
+    """Read, transform and encode every image once. Every rank calls, and gets all the features.
 
     Args:
         cache: where blocks are kept, if the encoder has an identity.
         what: name of the progress bar; None for none.
     Raises:
-        DataError: a picture cannot be read and `on_bad_image` is `error`, or none can be read.
+        DataError: an image cannot be read and `on_bad_image` is `error`, or none can be read.
     """
-    size = min(max(-(-len(pictures) // BLOCKS), SMALLEST), LARGEST)
-    blocks = [range(start, min(start + size, len(pictures))) for start in range(0, len(pictures), size)]
-    store = _Store(cache, encoder, pictures, options, len(blocks[0]))
+    size = min(max(-(-len(images) // BLOCKS), SMALLEST), LARGEST)
+    blocks = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
+    store = _Store(cache, encoder, images, options, len(blocks[0]))
     there = from_main(store.numbers)
     kept = [number for number in range(len(blocks)) if number in there]
     lacking = [number for number in range(len(blocks)) if number not in there]
@@ -334,15 +334,15 @@ def encode_pictures(
         _refuse_bad(block.bad, options)
     missing = {number: blocks[number] for number in mine if number not in found}
     total = sum(len(blocks[number]) for number in mine)
-    with killed_workers_are_told("num_workers"), progress(total, what, len(pictures)) as advance:
+    with killed_workers_are_told("num_workers"), progress(total, what, len(images)) as advance:
         advance(sum(len(blocks[number]) for number in found))
-        for number, block in _encode_blocks(encoder, pictures, options, missing, advance):
+        for number, block in _encode_blocks(encoder, images, options, missing, advance):
             store.write(number, block)
             found[number] = block
     everywhere = {number: block for share in gather_objects(found) for number, block in share.items()}
     whole = _join([everywhere[number] for number in range(len(blocks))])
     if not len(whole.kept):
-        raise DataError(f"none of the {len(pictures)} pictures can be read; the first: {whole.bad[0]}.")
+        raise DataError(f"none of the {len(images)} images can be read; the first: {whole.bad[0]}.")
     return whole
 
 
@@ -350,14 +350,14 @@ class _Store:
     """The blocks of one set on disk; nothing where there is no cache."""
 
     def __init__(
-        self, cache: Cache | None, encoder: ImageEncoder, pictures: Pictures, options: EncodeOptions, block: int
+        self, cache: Cache | None, encoder: ImageEncoder, images: ImageSet, options: EncodeOptions, block: int
     ) -> None:
         self.cache = cache if encoder.identity is not None else None
         if self.cache is not None:
             self.entry = self.cache.entry(
                 "features",
                 encoder=encoder.identity,
-                pictures=from_main(pictures.fingerprint),
+                images=from_main(images.fingerprint),
                 block=block,
                 device=options.device.type,
                 precision=options.precision,
@@ -387,7 +387,7 @@ class _Store:
 
 def _encode_blocks(
     encoder: ImageEncoder,
-    pictures: Pictures,
+    images: ImageSet,
     options: EncodeOptions,
     blocks: dict[int, range],
     advance: Callable[[int], None],
@@ -401,8 +401,8 @@ def _encode_blocks(
         for start in range(0, len(block), options.batch_size)
     ]
     waiting: list[EncodedImages] = []  # their features still on the device
-    for position, batch in enumerate(load_batches(encoder, pictures, options, [indices for _, indices in batches])):
-        bad = [f"{picture.path}: {picture.reason}" for picture in batch.bad]
+    for position, batch in enumerate(load_batches(encoder, images, options, [indices for _, indices in batches])):
+        bad = [f"{image.path}: {image.reason}" for image in batch.bad]
         _refuse_bad(bad, options)
         features = encoder.encode(batch.image) if len(batch.index) else torch.empty(0, 0)
         waiting.append(EncodedImages(features, batch.index, bad))
@@ -414,14 +414,14 @@ def _encode_blocks(
 
 
 def load_batches(
-    encoder: ImageEncoder, pictures: Pictures, options: EncodeOptions, batches: list[list[int]]
+    encoder: ImageEncoder, images: ImageSet, options: EncodeOptions, batches: list[list[int]]
 ) -> Iterator[EvalBatch]:
-    """Pictures read and transformed by worker processes, in the given batches of positions; bad ones are passed on."""
+    """Images read and transformed by worker processes, in the given batches of positions; bad ones are passed on."""
     workers = count_workers(options.num_workers, local_world_size(), options.device.type)
     few = len(batches) == 1  # starting processes would take longer than the work
     return iter(
         WorkerLoader(
-            EvalImages(pictures, encoder.transform, options.max_image_pixels),
+            EvalImages(images, encoder.transform, options.max_image_pixels),
             batch_bytes=3 * encoder.image_size**2 * max(map(len, batches)),
             batch_sampler=batches,
             collate_fn=EvalCollate(Tokenizer(), encoder.image_size),
@@ -444,4 +444,4 @@ def _join(parts: list[EncodedImages]) -> EncodedImages:
 
 def _refuse_bad(bad: list[str], options: EncodeOptions) -> None:
     if bad and options.on_bad_image is OnBadImage.error:
-        raise DataError(f"{bad[0]}. Repair or remove it, or leave such pictures out: on_bad_image=replace.")
+        raise DataError(f"{bad[0]}. Repair or remove it, or leave such images out: on_bad_image=replace.")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.data.pictures import Pictures
+from clip_exp.data.image_sets import ImageSet
 from clip_exp.evaluation.features import require_finite
 from clip_exp.reports.retrieval_page import Query, Retrieved
 
 RECALL_AT = (1, 5, 10)
-TILE = 1024  # pictures of a tile, which comes with all their captions
+TILE = 1024  # images of a tile, which comes with all their captions
 SHOWN = 24  # queries each way
 FOUND = 8  # results of a query
 
@@ -24,14 +24,14 @@ FOUND = 8  # results of a query
 def retrieval(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> dict[str, float]:
     """Recall@1, 5, 10 and median rank of image-to-text and text-to-image retrieval over the whole set.
 
-    Image to text, a picture is a hit if any of its captions is among the first k; text to image, a caption has one
-    picture. Pictures without a caption are candidates for text to image, and do not count in image to text. Equal
+    Image to text, an image is a hit if any of its captions is among the first k; text to image, a caption has one
+    image. Images without a caption are candidates for text to image, and do not count in image to text. Equal
     scores stand in random order, and a recall is its expected value over that order: a model that gives every pair the
     same score gets chance, not 0 or 1. Scores come in tiles, so memory does not grow with N * M.
 
     Args:
         image_features_ND, text_features_MD: unit norm, float32.
-        caption_image_M: row of the picture that each caption belongs to.
+        caption_image_M: row of the image that each caption belongs to.
     Returns:
         `recall@1_i2t`, `recall@1_t2i`, …: fractions. `median_rank_i2t`, `median_rank_t2i`: 1 is best.
     Raises:
@@ -53,23 +53,23 @@ class Places(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Some pictures and their captions."""
+    """Some images and their captions."""
 
     images: slice
-    texts: slice  # of the captions in the order of their pictures
+    texts: slice  # of the captions in the order of their images
     image_features: (
         Tensor  # [TILE, D]; all tiles have one shape, so that equal features have equal scores in every product
     )
     text_features: Tensor  # [most captions of a tile, D]
 
     def scores(self, of_texts: "_Tile") -> Tensor:
-        """Of this tile's pictures with another's captions, without the padding."""
+        """Of this tile's images with another's captions, without the padding."""
         scores = self.image_features @ of_texts.text_features.T
         return scores[: self.images.stop - self.images.start, : of_texts.texts.stop - of_texts.texts.start]
 
 
 def places(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M: Tensor) -> tuple[Places, Places]:
-    """Of the pictures that have captions, in ascending order, and of the captions.
+    """Of the images that have captions, in ascending order, and of the captions.
 
     A score is computed once and compared with the right one's both ways. The right ones' scores are taken from the same
     products first: computed otherwise they could differ in the last bit, and ties would be lost.
@@ -85,7 +85,7 @@ def places(image_features_ND: Tensor, text_features_MD: Tensor, caption_image_M:
         rows = owner[tile.texts] - tile.images.start
         of_texts = scores[rows, torch.arange(len(rows), device=rows.device)]
         best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, of_texts, "amax")
-        # Of each picture its best caption's score (infinity without captions: nothing beats it) and how many have it.
+        # Of each image its best caption's score (infinity without captions: nothing beats it) and how many have it.
         images.right[tile.images] = best.masked_fill(best == -torch.inf, torch.inf)
         own_tied[tile.images] = torch.zeros_like(best, dtype=torch.int64).scatter_add(
             0, rows, (of_texts == best[rows]).long()
@@ -164,25 +164,25 @@ def examples(
     caption_image_M: Tensor,
     kept_N: Tensor,
     captions: list[str],
-    pictures: Pictures,
+    images: ImageSet,
 ) -> Retrieved:
     """Queries spread evenly over the set, both ways.
 
     Args:
-        kept_N: which of `pictures` each row is.
+        kept_N: which of `images` each row is.
     """
-    images = caption_image_M.unique()
-    images = images[_spread(len(images)).to(images.device)]
-    texts = _spread(len(captions)).to(images.device)
-    own_images = caption_image_M[None, :] == images[:, None]
+    queries = caption_image_M.unique()
+    queries = queries[_spread(len(queries)).to(queries.device)]
+    texts = _spread(len(captions)).to(queries.device)
+    own_images = caption_image_M[None, :] == queries[:, None]
     own_texts = F.one_hot(caption_image_M[texts], len(image_features_ND)).bool()
-    i2t = _queries(image_features_ND[images] @ text_features_MD.T, own_images)
+    i2t = _queries(image_features_ND[queries] @ text_features_MD.T, own_images)
     t2i = _queries(text_features_MD[texts] @ image_features_ND.T, own_texts)
     numbers = kept_N.tolist()
     return Retrieved(
-        pictures,
+        images,
         captions,
-        [Query(numbers[query], *rest) for query, rest in zip(images.tolist(), i2t, strict=True)],
+        [Query(numbers[query], *rest) for query, rest in zip(queries.tolist(), i2t, strict=True)],
         [
             Query(query, [numbers[row] for row in found], scores, right, rank)
             for query, (found, scores, right, rank) in zip(texts.tolist(), t2i, strict=True)

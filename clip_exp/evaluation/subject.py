@@ -1,4 +1,4 @@
-"""What is evaluated, and what every task makes with it: features of pictures and texts, classifiers, parts of a protocol."""
+"""What is evaluated, and what every task makes with it: features of images and texts, classifiers, parts of a protocol."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from clip_exp._version import __version__
 from clip_exp.config.base import plain
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.model import ModelConfig, ResizeMode
+from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import eval_transform, preprocessing_of
-from clip_exp.data.pictures import Pictures
 from clip_exp.devices import exact_float32
 from clip_exp.errors import DataError
 from clip_exp.evaluation.classification import build_classifier
@@ -25,8 +25,8 @@ from clip_exp.evaluation.features import (
     EncodedImages,
     EncodeOptions,
     ImageEncoder,
+    encode_images,
     encode_options,
-    encode_pictures,
     encode_pixels,
     encode_texts,
     require_finite,
@@ -39,7 +39,7 @@ from clip_exp.reports.evaluation import Result, write_result
 from clip_exp.reports.names import name_in_run
 from clip_exp.text.tokenizer import Tokenizes, build_tokenizer
 
-TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of a picture
+TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of an image
 LISTED = 100  # names written into a protocol
 FEATURES = "of unit norm, as encode_image returns them"
 
@@ -77,7 +77,7 @@ class Subject:
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """For a protocol: what happens to a picture before the image tower."""
+        """For a protocol: what happens to an image before the image tower."""
         size, mean, std, interpolation, resize_mode = preprocessing_of(self.config.image)
         squash = resize_mode is ResizeMode.squash
         return {
@@ -87,14 +87,14 @@ class Subject:
             "std": std,
         }
 
-    def encode_images(self, name: str, pictures: Pictures) -> EncodedImages:
-        """Features of all pictures that can be read, from the cache where they are there. Every rank calls, and encodes a shard of them.
+    def encode_images(self, name: str, images: ImageSet) -> EncodedImages:
+        """Features of all images that can be read, from the cache where they are there. Every rank calls, and encodes a shard of them.
 
         Args:
             name: of the task, for the progress bar.
         """
-        what = f"{name}: {len(pictures):,} pictures"
-        return encode_pictures(self.image_encoder(), pictures, self.options, self.cache, what)
+        what = f"{name}: {len(images):,} images"
+        return encode_images(self.image_encoder(), images, self.options, self.cache, what)
 
     def encode_texts(self, what: str, texts: Sequence[str]) -> Tensor:
         """Features [N, D] of texts, of unit norm, on the device; from the cache where they are there. Every rank calls.
@@ -150,9 +150,9 @@ class Subject:
 
 
 def counts(encoded: EncodedImages) -> dict[str, Any]:
-    """For a protocol: pictures that were scored and left out."""
+    """For a protocol: images that were scored and left out."""
     bad = encoded.bad
-    return {"pictures": len(encoded.kept), "bad_pictures": len(bad), **({"bad": bad[:LISTED]} if bad else {})}
+    return {"images": len(encoded.kept), "bad_images": len(bad), **({"bad": bad[:LISTED]} if bad else {})}
 
 
 def absolute(where: str) -> str:
@@ -171,7 +171,7 @@ def hash_of(texts: Sequence[str]) -> str:
 
 
 class Frozen(NamedTuple):
-    """Features and labels of the pictures that could be read."""
+    """Features and labels of the images that could be read."""
 
     train: EncodedImages
     train_labels: Tensor  # int64 [N]
@@ -180,23 +180,21 @@ class Frozen(NamedTuple):
 
 
 def encode_halves(task: LearnedTask, subject: Subject) -> Frozen:
-    """Features of the pictures to learn from and of those to score. Every rank calls, and gets all of them.
+    """Features of the images to learn from and of those to score. Every rank calls, and gets all of them.
 
     Raises:
-        DataError: no picture of a class to learn from can be read.
+        DataError: no image of a class to learn from can be read.
         NumericError: a feature is not finite.
     """
-    train = subject.encode_images(f"{task.name}: train", task.train.pictures)
-    test = subject.encode_images(task.name, task.test.pictures)
+    train = subject.encode_images(f"{task.name}: train", task.train.images)
+    test = subject.encode_images(task.name, task.test.images)
     require_finite(train.features, "image features")
     require_finite(test.features, "image features")
     train_labels = torch.tensor(task.train.labels)[train.kept]
     count_C = torch.bincount(train_labels, minlength=len(task.train.class_names))
     if not count_C.all():
         name = task.train.class_names[int(count_C.argmin())]
-        raise DataError(
-            f"task.{task.name}.train: no picture of '{name}' can be read; the first of all: {train.bad[0]}."
-        )
+        raise DataError(f"task.{task.name}.train: no image of '{name}' can be read; the first of all: {train.bad[0]}.")
     return Frozen(train, train_labels, test, torch.tensor(task.test.labels)[test.kept])
 
 
@@ -206,19 +204,19 @@ def protocol_of(task: LearnedTask, frozen: Frozen) -> dict[str, Any]:
     return {
         "data": absolute(test.where),
         **counts(frozen.test),
-        "unlabeled_pictures": test.unlabeled,
+        "unlabeled_images": test.unlabeled,
         **test.about,
         "train": {
             "data": absolute(task.train.where),
             **counts(frozen.train),
-            "unlabeled_pictures": task.train.unlabeled,
+            "unlabeled_images": task.train.unlabeled,
             **task.train.about,
         },
         "overlap": None if task.overlap is None else task.overlap.protocol(),
         "classes": len(names),
         "classes_source": source_of(task.labeled.classes),
         "classes_sha256": hash_of(names),
-        "classes_without_pictures": len(test.missing),
+        "classes_without_images": len(test.missing),
         "names": dict(zip(task.train.keys, names, strict=True)) if len(names) <= LISTED else None,
         "features": FEATURES,
     }
@@ -271,7 +269,7 @@ def score(task: Task, subject: Subject) -> Result:
     """Return the result of one task. Every rank calls and gets it; only rank 0's has details and files.
 
     Raises:
-        DataError: a picture cannot be read and `on_bad_image` is `error`, or none can be read.
+        DataError: an image cannot be read and `on_bad_image` is `error`, or none can be read.
         NumericError: features are not finite.
     """
     truncated = subject.tokenizer.truncated

@@ -10,16 +10,16 @@ from clip_exp.evaluation.retrieval import retrieval
 
 
 class ValidationFeatures(NamedTuple):
-    """The validation set, each picture and each caption once."""
+    """The validation set, each image and each caption once."""
 
     image_features: Tensor  # [N, D] unit norm
     text_features: Tensor  # [M, D] unit norm
     caption_image: Tensor  # [M] row of `image_features` that each caption belongs to
-    labels: Tensor  # [N] class of each picture, -1 for none
+    labels: Tensor  # [N] class of each image, -1 for none
     caption_id: Tensor  # [M] equal for equal captions
 
     def first_captions(self) -> tuple[Tensor, Tensor]:
-        """The pictures that have a caption, and the row of `text_features` of each one's first: int64 [P], [P]."""
+        """The images that have a caption, and the row of `text_features` of each one's first: int64 [P], [P]."""
         return _first_rows(self.caption_image)
 
 
@@ -34,22 +34,22 @@ def deduplicate(
 ) -> ValidationFeatures:
     """Drop what the ranks saw twice, so that it counts once.
 
-    Ranks get equally many batches, wrapped round, so gathered rows repeat. Captions of missing pictures go too.
+    Ranks get equally many batches, wrapped round, so gathered rows repeat. Captions of missing images go too.
 
     Args:
-        index_N: number of each picture in the validation set; repeats allowed, any order.
-        label_N: class of each picture, -1 for none.
+        index_N: number of each image in the validation set; repeats allowed, any order.
+        label_N: class of each image, -1 for none.
         caption_index_M: number of each caption; repeats allowed.
-        caption_image_M: number of the picture that each caption belongs to.
+        caption_image_M: number of the image that each caption belongs to.
         caption_id_M: equal for equal captions.
     """
-    pictures, image_rows = _first_rows(index_N)
+    images, image_rows = _first_rows(index_N)
     _, text_rows = _first_rows(caption_index_M)
-    text_rows = text_rows[torch.isin(caption_image_M[text_rows], pictures)]
+    text_rows = text_rows[torch.isin(caption_image_M[text_rows], images)]
     return ValidationFeatures(
         image_features_ND[image_rows],
         text_features_MD[text_rows],
-        torch.searchsorted(pictures, caption_image_M[text_rows]),
+        torch.searchsorted(images, caption_image_M[text_rows]),
         label_N[image_rows],
         caption_id_M[text_rows],
     )

@@ -68,7 +68,7 @@ def _facts(model: CLIP, config: ModelConfig) -> dict[str, Any]:
         "text tower": _tower(config.text),
         "shared space": f"{config.embed_dim} channels; features are compared with unit norm",
         "activation": (config.activation or Activation.gelu).value,
-        "pictures": f"RGB, {'both sides' if squash else 'shorter side'} resized to {size} ({interpolation})"
+        "images": f"RGB, {'both sides' if squash else 'shorter side'} resized to {size} ({interpolation})"
         + ("" if squash else f", center crop of {size} x {size}"),
         "mean of pixels in 0..1": ", ".join(map(str, mean)),
         "standard deviation": ", ".join(map(str, std)),

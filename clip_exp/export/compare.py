@@ -20,7 +20,7 @@ TEXTS = ["a photo of a cat", "two dogs run along the beach", "7"]  # not as many
 class Encoders(NamedTuple):
     """Two towers that were read back."""
 
-    image: Callable[[Tensor], Tensor]  # normalised pictures [B, 3, S, S] to [B, D]
+    image: Callable[[Tensor], Tensor]  # normalised images [B, 3, S, S] to [B, D]
     text: Callable[[Tensor], Tensor]  # tokens [B, L] to [B, D]
 
 
@@ -51,7 +51,7 @@ def require_same(model: CLIP, written: Encoders, config: ModelConfig, tolerance:
 
 
 def sample_input(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Pictures of noise, and short texts padded to the whole context, which every tower takes."""
+    """Images of noise, and short texts padded to the whole context, which every tower takes."""
     size = config.image.image_size
     image_BCHW = torch.randn(len(TEXTS), 3, size, size, generator=torch.Generator().manual_seed(0))
     tokenizer = build_tokenizer(config.text)

@@ -85,7 +85,7 @@ def _data(data: DataConfig, record: dict[str, Any]) -> dict[str, str]:
     if data.val is not None:
         facts["validation data"] = ", ".join(map(name_of, [data.val] if isinstance(data.val, str) else data.val))
     facts["captions"] = (
-        "one per picture, drawn anew each epoch" if data.captions == "random" else "every pair of the table"
+        "one per image, drawn anew each epoch" if data.captions == "random" else "every pair of the table"
     )
     return facts
 

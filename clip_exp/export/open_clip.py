@@ -67,7 +67,7 @@ def model_cfg(config: ModelConfig, bias: float | None) -> dict[str, Any]:
 
 
 def preprocess_cfg(config: ModelConfig) -> dict[str, Any]:
-    """What happens to a picture before the image tower."""
+    """What happens to an image before the image tower."""
     size, mean, std, interpolation, resize_mode = preprocessing_of(config.image)
     return {
         "size": [size, size],

@@ -1,4 +1,4 @@
-"""What happens to a picture before the image tower, as Hugging Face's image processors read it."""
+"""What happens to an image before the image tower, as Hugging Face's image processors read it."""
 
 import json
 from pathlib import Path

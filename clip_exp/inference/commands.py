@@ -18,7 +18,7 @@ from clip_exp.inference.inputs import (
     as_text_list,
     as_texts,
     check_videos,
-    find_pictures,
+    find_images,
     folders_of,
     read_labels,
     tell_left_out,
@@ -28,20 +28,20 @@ from clip_exp.loading import ModelSource, check_source, find_source
 from clip_exp.ranks.failure import Stopped, stop_on_signals
 from clip_exp.weights.find import hash_part, hash_weights
 
-CHUNK = 8192  # pictures scored at a time: 33 MB of probabilities for 1,000 texts
+CHUNK = 8192  # images scored at a time: 33 MB of probabilities for 1,000 texts
 
 Ranking = list[tuple[str, float]]  # path and cosine, best first
 
 
 def predict(config: PredictConfig) -> int:
-    """Print or write the most probable texts of every picture; return the exit code.
+    """Print or write the most probable texts of every image; return the exit code.
 
     Raises:
-        ClipExpError: everything that is wrong with paths and names, before the model is loaded; later a picture that cannot
+        ClipExpError: everything that is wrong with paths and names, before the model is loaded; later an image that cannot
             be read under `on_bad_image=error`.
     """
     problems = Problems()
-    checked, pictures = _model_and_pictures(config, problems)
+    checked, images = _model_and_images(config, problems)
     texts: list[str] = []
     templates = None
     with problems:
@@ -61,32 +61,32 @@ def predict(config: PredictConfig) -> int:
 
     clip = open_pipeline(config, source)
     text_features = clip.encode_labels(texts, templates, f"{len(texts):,} labels")
-    encoded = clip.encode_media(pictures, config.on_bad_image, f"{len(pictures):,} pictures")
-    tell_left_out(encoded.left_out, len(pictures))
+    encoded = clip.encode_media(images, config.on_bad_image, f"{len(images):,} images")
+    tell_left_out(encoded.left_out, len(images))
     rows, documents = [], []
     for items, features in zip(encoded.kept.split(CHUNK), encoded.features.split(CHUNK), strict=True):
         probabilities, order = clip.probabilities(features, text_features).sort(dim=1, descending=True, stable=True)
         best = zip(items.tolist(), order[:, : config.k].tolist(), probabilities[:, : config.k].tolist(), strict=True)
         for item, numbers, values in best:
             found = [(texts[text], number(value)) for text, value in zip(numbers, values, strict=True)]
-            rows += [(pictures[item], place, text, p) for place, (text, p) in enumerate(found, start=1)]
-            documents.append({"path": pictures[item], "texts": [{"text": text, "probability": p} for text, p in found]})
+            rows += [(images[item], place, text, p) for place, (text, p) in enumerate(found, start=1)]
+            documents.append({"path": images[item], "texts": [{"text": text, "probability": p} for text, p in found]})
     left_out = [{"path": path, "reason": reason} for path, reason in encoded.left_out]
-    document = {**about(source), "pictures": documents, "left_out": left_out}
-    write(Report(("picture", "rank", "text", "probability"), rows, document), config)
+    document = {**about(source), "images": documents, "left_out": left_out}
+    write(Report(("image", "rank", "text", "probability"), rows, document), config)
     return 0
 
 
 def rank(config: RankConfig) -> int:
-    """Print or write a ranking for each text, copy the pictures if asked; return the exit code.
+    """Print or write a ranking for each text, copy the images if asked; return the exit code.
 
-    As DALL-E kept the best 32 of 512 pictures (Ramesh et al. 2021, section 2.6).
+    As DALL-E kept the best 32 of 512 images (Ramesh et al. 2021, section 2.6).
 
     Raises:
         ClipExpError: see `predict`.
     """
     problems = Problems()
-    checked, pictures = _model_and_pictures(config, problems)
+    checked, images = _model_and_images(config, problems)
     texts: list[str] = []
     with problems:
         texts = list(dict.fromkeys(as_texts(config.text, "text")))
@@ -101,12 +101,12 @@ def rank(config: RankConfig) -> int:
 
     clip = open_pipeline(config, source)
     text_features = clip.encode_text(texts)
-    encoded = clip.encode_media(pictures, config.on_bad_image, f"{len(pictures):,} pictures")
-    tell_left_out(encoded.left_out, len(pictures))
+    encoded = clip.encode_media(images, config.on_bad_image, f"{len(images):,} images")
+    tell_left_out(encoded.left_out, len(images))
     rankings: list[Ranking] = []
     for query in text_features:
         ranked = best_matches(encoded.features, query, config.keep)
-        rankings.append([(pictures[encoded.kept[row]], number(score)) for row, score in ranked])
+        rankings.append([(images[encoded.kept[row]], number(score)) for row, score in ranked])
     if copy_to is not None:
         copy_ranked(copy_to, dict(zip(texts, rankings, strict=True)))
     left_out = [{"path": path, "reason": reason} for path, reason in encoded.left_out]
@@ -115,17 +115,17 @@ def rank(config: RankConfig) -> int:
     return 0
 
 
-def _model_and_pictures(config: PredictConfig | RankConfig, problems: Problems) -> tuple[ModelSource | None, list[str]]:
-    """The model and the pictures; None for a model that is to be fetched, which is done when nothing is wrong."""
-    source, pictures = None, []
+def _model_and_images(config: PredictConfig | RankConfig, problems: Problems) -> tuple[ModelSource | None, list[str]]:
+    """The model and the images; None for a model that is to be fetched, which is done when nothing is wrong."""
+    source, images = None, []
     with problems:
         check_output(config)
     with problems:
         source = check_source(config)
     with problems:
-        pictures = find_pictures(config.images)
-        check_videos(pictures, config.on_bad_image)
-    return source, pictures
+        images = find_images(config.images)
+        check_videos(images, config.on_bad_image)
+    return source, images
 
 
 def ranking_report(
@@ -146,7 +146,7 @@ def ranking_report(
         {kind: query, "matches": [{"path": path, "score": score} for path, score in ranking]}
         for (kind, query), ranking in zip(queries, rankings, strict=True)
     ]
-    return Report(("query", "rank", "score", "picture"), rows, {**before, "rankings": documents, **after})
+    return Report(("query", "rank", "score", "image"), rows, {**before, "rankings": documents, **after})
 
 
 def copy_ranked(folder: Path, rankings: dict[str, Ranking]) -> None:
@@ -167,7 +167,7 @@ def copy_ranked(folder: Path, rankings: dict[str, Ranking]) -> None:
             raise CheckpointError(f"copy_to={folder} cannot be filled: {error.strerror}.") from error
 
 
-# `clip-exp search`: put pictures into an index, and look for them by text or by picture.
+# `clip-exp search`: put images into an index, and look for them by text or by image.
 
 
 class SearchRequest(NamedTuple):
@@ -182,7 +182,7 @@ class SearchRequest(NamedTuple):
 
 
 def search(config: SearchConfig) -> int:
-    """Bring the index up to date with the pictures that are given, answer what is asked; return the exit code.
+    """Bring the index up to date with the images that are given, answer what is asked; return the exit code.
 
     Raises:
         ClipExpError: everything that is wrong with paths and names, before the model is loaded; see `predict`.
@@ -191,7 +191,7 @@ def search(config: SearchConfig) -> int:
     path, source, recipe = question.path, question.source, question.recipe
     settings = config.model_copy(update={"precision": recipe.precision, "frames": recipe.frames})
     # Torch takes seconds to import: only once the paths and names are known to be right.
-    from clip_exp.inference.index import PictureIndex, update_index
+    from clip_exp.inference.index import ImageIndex, update_index
     from clip_exp.inference.pipeline import open_pipeline
 
     clip = open_pipeline(settings, source) if question.queries else None
@@ -205,7 +205,7 @@ def search(config: SearchConfig) -> int:
                     question.folders,
                     lambda: clip or open_pipeline(settings, source),
                     config.on_bad_image,
-                    f"{path.name}: pictures",
+                    f"{path.name}: images",
                 )
         except Stopped as stopped:
             print(f"{stopped} The same command goes on from what is in {path}.", file=sys.stderr, flush=True)
@@ -213,18 +213,18 @@ def search(config: SearchConfig) -> int:
         tell_left_out(update.left_out, len(question.files))
         print(f"{path}: {update}", file=sys.stderr if clip else sys.stdout, flush=True)
     if clip is not None:
-        index = PictureIndex(path, clip)
+        index = ImageIndex(path, clip)
         rankings = [
             [(match.path, number(match.score)) for match in index.search(**{kind: query}, top=config.top)]
             for kind, query in question.queries
         ]
-        described = {"index": str(path), "pictures": len(index), "model": source.model.name, "weights": recipe.weights}
+        described = {"index": str(path), "images": len(index), "model": source.model.name, "weights": recipe.weights}
         write(ranking_report(question.queries, rankings, described, {}), config)
     return 0
 
 
 def check(config: SearchConfig) -> SearchRequest:
-    """Find the model, the index, the pictures and the queries, without torch.
+    """Find the model, the index, the images and the queries, without torch.
 
     Raises:
         ClipExpError: of the class of the gravest problem, with a line for every problem.
@@ -248,7 +248,7 @@ def check(config: SearchConfig) -> SearchRequest:
             raise ConfigError(f"index={config.index} {what}.")
         if not filling and not asking:
             raise ConfigError(
-                "nothing to do: give pictures to put into the index (images=DIR, table=CSV), or what to look for (text=…, image=…)."
+                "nothing to do: give images to put into the index (images=DIR, table=CSV), or what to look for (text=…, image=…)."
             )
         if not filling and not path.exists():
             raise ConfigError(f"index={config.index}: no such file. Make it: images=DIR run=DIR.")
@@ -259,7 +259,7 @@ def check(config: SearchConfig) -> SearchRequest:
     with problems:
         queries += [("text", text) for text in as_texts(config.text, "text")] if config.text is not None else []
     with problems:
-        images = find_pictures(config.image, "image") if config.image is not None else []
+        images = find_images(config.image, "image") if config.image is not None else []
         check_videos(images, config.on_bad_image)
         queries += [("image", image) for image in images]
     found = None
@@ -274,8 +274,8 @@ def check(config: SearchConfig) -> SearchRequest:
 
 
 def _files(config: SearchConfig) -> tuple[list[str], list[str]]:
-    """The pictures to put into the index, and the folders that were searched for them."""
-    files = find_pictures(config.images) if config.images is not None else []
+    """The images to put into the index, and the folders that were searched for them."""
+    files = find_images(config.images) if config.images is not None else []
     if config.table is not None:
         table = read_table(
             config.table,
@@ -287,7 +287,7 @@ def _files(config: SearchConfig) -> tuple[list[str], list[str]]:
         )
         if table.members is not None:
             raise ConfigError(
-                f"table={config.table}: an index refers to picture files, and those in shards are none: unpack them (tar -xf)."
+                f"table={config.table}: an index refers to image files, and those in shards are none: unpack them (tar -xf)."
             )
         for row in range(len(table)):
             if not config.allow_outside_root and leaves_root(table.path(row)):

@@ -1,4 +1,4 @@
-"""Features of pictures and videos: one vector each, a video's from its frames; and the best of many by their scores."""
+"""Features of images and videos: one vector each, a video's from its frames; and the best of many by their scores."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from clip_exp.config.data import OnBadImage
 from clip_exp.data.loader import killed_workers_are_told
 from clip_exp.devices import exact_float32
 from clip_exp.errors import DataError
-from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_pictures, load_batches, require_finite
+from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_images, load_batches, require_finite
 from clip_exp.inference.inputs import LeftOut
 from clip_exp.inference.media import Media
 from clip_exp.progress import progress
 
 
 class EncodedMedia(NamedTuple):
-    """Features of the pictures and videos that could be read."""
+    """Features of the images and videos that could be read."""
 
     features: Tensor  # [N, D] float32 of unit norm, on the CPU
     kept: Tensor  # int64 [N], which of the given items, ascending
@@ -35,14 +35,14 @@ class Encoded(NamedTuple):
 
 
 def encode_media(encoder: ImageEncoder, media: Media, options: EncodeOptions, what: str | None = None) -> EncodedMedia:
-    """Encode every picture, and of every video the frames, whose mean it is. Frames that cannot be read are not in the mean.
+    """Encode every image, and of every video the frames, whose mean it is. Frames that cannot be read are not in the mean.
 
     Args:
         what: name of the progress bar; None for none.
     Raises:
         DataError: one cannot be read and `on_bad_image` is `error`, or none can be read.
     """
-    encoded = encode_pictures(encoder, media, options, what=what)
+    encoded = encode_images(encoder, media, options, what=what)
     owner = torch.from_numpy(media.owner)
     kept, position, frames = torch.unique(owner[encoded.kept], return_inverse=True, return_counts=True)
     features = torch.zeros(len(kept), encoded.features.shape[1]).index_add_(0, position, encoded.features)
@@ -85,7 +85,7 @@ def encode_each(
                 reason = "" if entry in encoded else next(reasons).reason
                 if reason and options.on_bad_image is OnBadImage.error:
                     raise DataError(
-                        f"{media.name(entry)}: {reason}. Repair or remove it, or leave such pictures out: on_bad_image=replace."
+                        f"{media.name(entry)}: {reason}. Repair or remove it, or leave such images out: on_bad_image=replace."
                     )
                 waiting.append((encoded.get(entry), reason))
                 item = int(media.owner[entry])
@@ -105,9 +105,9 @@ ROWS = 1 << 16  # features scored at a time: 128 MB of 512 float32 values
 
 
 class Match(NamedTuple):
-    """A picture or video that fits a query."""
+    """An image or video that fits a query."""
 
-    path: str  # "picture <position>" for one in memory
+    path: str  # "image <position>" for one in memory
     score: float  # cosine of its features with the query's, -1 to 1
     position: int  # among what was given, or in the index
 

@@ -1,8 +1,8 @@
-"""An index of pictures: one safetensors file that holds their features, what made them, and which files they are of.
+"""An index of images: one safetensors file that holds their features, what made them, and which files they are of.
 
 Tensors: `features` float32 [N, D] of unit norm, `size` int64 [N] in bytes, `mtime_ns` int64 [N], `sample` int64 [N], a hash of a
 part of the content (`data.files`), and `paths`, the names' bytes with a NUL between; rows are in the order of the paths. Metadata: `clip_exp.index`, JSON of a `Recipe`. A path is relative to the
-index's folder where the picture lies below it, so that both can be moved together.
+index's folder where the image lies below it, so that both can be moved together.
 """
 
 import json
@@ -21,7 +21,7 @@ from clip_exp.config.data import OnBadImage
 from clip_exp.config.model import ModelConfig
 from clip_exp.data.files import Stamp, Stored, normal_path, stamps
 from clip_exp.errors import CheckpointError, ConfigError, DataError
-from clip_exp.inference.inputs import LeftOut, Picture
+from clip_exp.inference.inputs import ImageInput, LeftOut
 from clip_exp.loading import Mix, ModelSource
 from clip_exp.storage import InUse, atomic_file, lock, remove_leftovers
 
@@ -40,7 +40,7 @@ class Recipe:
 
     weights_sha256: str
     weights: str  # the file, absolute
-    model: dict[str, Any]  # its configuration; it says what happens to a picture before the image tower
+    model: dict[str, Any]  # its configuration; it says what happens to an image before the image tower
     precision: str
     frames: int  # of a video
     version: int = VERSION
@@ -189,7 +189,7 @@ SAVE_SHARE = 0.1  # of the time that saving may take
 class Update:
     """What was done to an index."""
 
-    total: int = 0  # pictures and videos in it
+    total: int = 0  # images and videos in it
     new: int = 0
     changed: int = 0
     dropped: int = 0
@@ -198,7 +198,7 @@ class Update:
     def __str__(self) -> str:
         counts = {"new": self.new, "changed": self.changed, "dropped": self.dropped, "left out": len(self.left_out)}
         told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "nothing new"
-        return f"{self.total:,} pictures ({told})"
+        return f"{self.total:,} images ({told})"
 
 
 def update_index(
@@ -217,7 +217,7 @@ def update_index(
         make_clip: called if there is something to encode.
         what: name of the progress bar; None for none.
     Raises:
-        DataError: a picture cannot be read and `on_bad_image` is `error`, or none can.
+        DataError: an image cannot be read and `on_bad_image` is `error`, or none can.
         ConfigError, CheckpointError: another process changes the index, or it cannot be written.
     """
     from clip_exp.inference.media import Media  # imports torch
@@ -236,7 +236,7 @@ def update_index(
         if not shelf.update.total:
             first = shelf.update.left_out[0]
             raise DataError(
-                f"none of the {len(files)} pictures can be read; the first: {first.path}: {first.reason}. The index is not written."
+                f"none of the {len(files)} images can be read; the first: {first.path}: {first.reason}. The index is not written."
             )
         return shelf.update
 
@@ -284,7 +284,7 @@ class _Shelf:
         return missing
 
     def add(self, name: str, stamp: Stamp, file: str, encoded: "Encoded") -> None:
-        """Take in a picture, or note that it cannot be read; save if it is time."""
+        """Take in an image, or note that it cannot be read; save if it is time."""
         known = self.rows.pop(name, None) is not None
         if encoded.features is None:
             self.update.left_out.append(LeftOut(file, encoded.reason))
@@ -324,7 +324,7 @@ class _Shelf:
         self.next_save = time.monotonic() + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
 
 
-class PictureIndex:
+class ImageIndex:
     """Made by `Pipeline.index`, or `clip-exp search`. Its features stay in the file, which is mapped into memory.
 
     Args:
@@ -341,22 +341,22 @@ class PictureIndex:
 
     @property
     def paths(self) -> list[str]:
-        """Of the pictures and videos, sorted; relative to the current folder where they are below it."""
+        """Of the images and videos, sorted; relative to the current folder where they are below it."""
         return [self._shown(index) for index in range(len(self))]
 
-    def search(self, text: str | None = None, *, image: Picture | None = None, top: int = 10) -> "list[Match]":
-        """The pictures that fit a text, or are most like a picture or video: by exact cosine, best first.
+    def search(self, text: str | None = None, *, image: ImageInput | None = None, top: int = 10) -> "list[Match]":
+        """The images that fit a text, or are most like an image or video: by exact cosine, best first.
 
         Raises:
             ConfigError: not exactly one of text and image, or `top` is below 1.
-            DataError: the picture cannot be read.
+            DataError: the image cannot be read.
             NumericError: features or scores are not finite.
         """
         from clip_exp.evaluation.features import require_finite  # imports torch
         from clip_exp.inference.features import Match, best_matches
 
         if (text is None) == (image is None) or top < 1:
-            raise ConfigError('give a text or a picture, and a top above 0: search("two dogs"), search(image="a.jpg").')
+            raise ConfigError('give a text or an image, and a top above 0: search("two dogs"), search(image="a.jpg").')
         query = self.clip.encode_text(text) if text is not None else self.clip.encode_image(image)  # type: ignore[arg-type]
         require_finite(query, "features of the query")
         ranked = best_matches(self._entries.features, query[0], top)

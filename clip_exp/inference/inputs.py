@@ -1,4 +1,4 @@
-"""What a command is given: pictures and videos by path, texts, class names. No torch."""
+"""What a command is given: images and videos by path, texts, class names. No torch."""
 
 import glob
 import importlib.util
@@ -22,20 +22,20 @@ VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".m2ts", ".3gp", ".ogv")
 )
 MEDIA_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-Picture = str | Path | Image.Image
+ImageInput = str | Path | Image.Image
 FRAMES = 8  # of a video
 LISTED_LEFT_OUT = 20  # images that could not be read, named in one warning
 LISTED = 5  # problems of a kind that are told one by one
 
 
 class LeftOut(NamedTuple):
-    """A picture or video that could not be read."""
+    """An image or video that could not be read."""
 
     path: str
     reason: str
 
 
-def is_video(item: Picture) -> bool:
+def is_video(item: ImageInput) -> bool:
     """Whether a path is a video's, by its ending."""
     return not isinstance(item, Image.Image) and Path(item).suffix.lower() in VIDEO_SUFFIXES
 
@@ -45,8 +45,8 @@ def can_decode_videos() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
-def find_pictures(wanted: Any, where: str = "images") -> list[str]:
-    """Paths of the pictures and videos that are meant, each once: in the order given, sorted within a folder or a glob.
+def find_images(wanted: Any, where: str = "images") -> list[str]:
+    """Paths of the images and videos that are meant, each once: in the order given, sorted within a folder or a glob.
 
     Args:
         wanted: a file, a folder (with the folders in it; hidden ones and other files are passed over), a glob
@@ -54,7 +54,7 @@ def find_pictures(wanted: Any, where: str = "images") -> list[str]:
         where: the configuration key, for messages.
     Raises:
         ConfigError: nothing given, or no such file or folder; a line each.
-        DataError: a folder without pictures.
+        DataError: a folder without images.
     """
     entries = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
     if wanted is None or not entries:
@@ -74,7 +74,7 @@ def find_pictures(wanted: Any, where: str = "images") -> list[str]:
 
 
 def folders_of(wanted: Any) -> list[str]:
-    """The folders among what `find_pictures` is given."""
+    """The folders among what `find_images` is given."""
     entries = wanted if isinstance(wanted, list | tuple) else [] if wanted is None else [wanted]
     paths = [Path(str(entry)).expanduser() for entry in entries]
     return [str(path) for path in paths if path.is_dir()]
@@ -97,7 +97,7 @@ def tell_left_out(left_out: list[LeftOut], given: int) -> None:
     if left_out:
         lines = [f"  {path}: {reason}" for path, reason in left_out[:LISTED_LEFT_OUT]]
         more = [f"  and {len(left_out) - LISTED_LEFT_OUT:,} more"] if len(left_out) > LISTED_LEFT_OUT else []
-        count = f"left out {len(left_out):,} of {given:,} pictures, which cannot be read:"
+        count = f"left out {len(left_out):,} of {given:,} images, which cannot be read:"
         log.warning("\n".join([count, *lines, *more]))
 
 
@@ -148,7 +148,7 @@ def _expand(entry: str, where: str) -> list[str]:
     if path.is_dir():
         files = sorted(_below(path))
         if not files:
-            raise DataError(f"{where}={entry} holds no pictures or videos.")
+            raise DataError(f"{where}={entry} holds no images or videos.")
         return files
     if os.path.lexists(path):
         return [str(path)]
@@ -161,12 +161,12 @@ def _expand(entry: str, where: str) -> list[str]:
         elif match.suffix.lower() in MEDIA_SUFFIXES:
             files.append(str(match))
     if not files:
-        raise ConfigError(f"{where}={entry} matches no picture or video (seen from {Path.cwd()}).")
+        raise ConfigError(f"{where}={entry} matches no image or video (seen from {Path.cwd()}).")
     return files
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """Pictures and videos in a folder and the folders in it, through links, each folder once."""
+    """Images and videos in a folder and the folders in it, through links, each folder once."""
     seen: set[tuple[int, int]] = set()
 
     def tell(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""Pictures and videos as a sequence of pictures to encode: a picture is one, a video is a few frames."""
+"""Images and videos as a sequence of images to encode: an image is one, a video is a few frames."""
 
 import hashlib
 import os
@@ -10,27 +10,27 @@ from PIL import Image
 
 from clip_exp.data.files import BadImage, Stored, stamp_of
 from clip_exp.data.images import open_image
-from clip_exp.inference.inputs import FRAMES, Picture, is_video
+from clip_exp.inference.inputs import FRAMES, ImageInput, is_video
 
 
 class Media:
-    """Pictures (paths or in memory) and videos (paths), laid out as the pictures to encode: `data.pictures.Pictures`.
+    """Images (paths or in memory) and videos (paths), laid out as the images to encode: `data.image_sets.ImageSet`.
 
     Args:
         items: what was given.
         frames: of each video, spread evenly over it.
 
     Attributes:
-        owner: int64 [E], which item each of the E pictures to encode belongs to; ascending.
+        owner: int64 [E], which item each of the E images to encode belongs to; ascending.
     """
 
-    def __init__(self, items: Sequence[Picture], frames: int = FRAMES) -> None:
+    def __init__(self, items: Sequence[ImageInput], frames: int = FRAMES) -> None:
         self.in_memory = [item if isinstance(item, Image.Image) else None for item in items]
         if not any(self.in_memory):
             self.in_memory = []
         # One array, which workers share.
         self.paths = np.array(
-            [f"picture {i}" if isinstance(item, Image.Image) else str(item) for i, item in enumerate(items)]
+            [f"image {i}" if isinstance(item, Image.Image) else str(item) for i, item in enumerate(items)]
         )
         self.frames = frames
         counts = np.array([frames if is_video(item) else 1 for item in items], dtype=np.int64)
@@ -41,28 +41,28 @@ class Media:
         return len(self.owner)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        """See `Pictures.open`."""
+        """See `ImageSet.open`."""
         item = self.owner[index]
-        if self.in_memory and (picture := self.in_memory[item]) is not None:
-            return picture
+        if self.in_memory and (image := self.in_memory[item]) is not None:
+            return image
         path = str(self.paths[item])
         if not is_video(path):
             return open_image(path, max_pixels)
         return read_frame(path, index - int(self._first[item]), self.frames, max_pixels)
 
     def name(self, index: int) -> str:
-        """The path of the picture or video."""
+        """The path of the image or video."""
         return str(self.paths[self.owner[index]])
 
     def stored(self, index: int) -> None:
-        """See `Pictures.stored`: frames and images in memory have no bytes of their own."""
+        """See `ImageSet.stored`: frames and images in memory have no bytes of their own."""
 
     def fingerprint(self) -> str:
-        """See `Pictures.fingerprint`."""
+        """See `ImageSet.fingerprint`."""
         digest = hashlib.sha256(f"frames {self.frames}\n".encode())
         for position, path in enumerate(self.paths):
-            if self.in_memory and (picture := self.in_memory[position]) is not None:
-                digest.update(f"{picture.mode} {picture.size}\n".encode() + picture.tobytes())
+            if self.in_memory and (image := self.in_memory[position]) is not None:
+                digest.update(f"{image.mode} {image.size}\n".encode() + image.tobytes())
             else:
                 stamp = stamp_of(Stored(str(path)))
                 digest.update(f"{os.path.abspath(path)}\t{stamp}\n".encode(errors="surrogateescape"))
@@ -75,7 +75,7 @@ BACK_S = (0.0, 2.0, 10.0, 60.0, 1e6)  # how far before a frame decoding may have
 
 
 def read_frame(path: str, number: int, frames: int, max_pixels: int) -> Image.Image:
-    """The picture that a player shows in the middle of the `number`-th of `frames` equal parts of a video.
+    """The image that a player shows in the middle of the `number`-th of `frames` equal parts of a video.
 
     Returns: RGB, turned as the file asks for.
 
@@ -92,7 +92,7 @@ def read_frame(path: str, number: int, frames: int, max_pixels: int) -> Image.Im
     try:
         with av.open(f"file:{path}", metadata_errors="ignore", container_options=only_files) as container:
             if not container.streams.video:
-                raise BadImage("a video file without pictures")
+                raise BadImage("a video file without images")
             stream = container.streams.video[0]
             if stream.width * stream.height > max_pixels:
                 raise BadImage(f"{stream.width} x {stream.height} pixels, more than max_image_pixels={max_pixels}")

@@ -12,7 +12,7 @@ from clip_exp.inference.outputs import Report, check_output, write
 from clip_exp.weights.inspect import activation_of_entry
 
 OVERVIEW = ("model", "open_clip", "image tower", "pixels", "parameters (M)", "tags")
-ONE = ("tag", "activation", "pictures", "mean", "std", "from")
+ONE = ("tag", "activation", "images", "mean", "std", "from")
 SHOWN_TAGS = 3
 
 
@@ -100,7 +100,7 @@ def _of_open_clip(name: str) -> dict[str, Any]:
 
 
 def _is_another(open_clip_name: str, ours: list[dict[str, Any]]) -> bool:
-    """Whether a configuration is of pictures and texts, and none that clip_exp builds itself."""
+    """Whether a configuration is of images and texts, and none that clip_exp builds itself."""
     known = {document["open_clip_name"] for document in ours}
     return open_clip_name.removesuffix(QUICK_GELU) not in known and "vision_cfg" in open_clip_files.configuration(
         open_clip_name

@@ -1,4 +1,4 @@
-"""A CLIP to use: pictures, videos and texts in, features, probabilities and rankings out."""
+"""A CLIP to use: images, videos and texts in, features, probabilities and rankings out."""
 
 import copy
 import logging
@@ -22,32 +22,32 @@ from clip_exp.evaluation.sets.class_names import templates as read_templates
 from clip_exp.evaluation.subject import Subject
 from clip_exp.export.write import write_export
 from clip_exp.inference.features import Encoded, EncodedMedia, Match, best_matches, encode_each, encode_media
-from clip_exp.inference.index import PictureIndex, agree, read_recipe, recipe_of, update_index
-from clip_exp.inference.inputs import FRAMES, Picture, find_pictures, folders_of, tell_left_out
+from clip_exp.inference.index import ImageIndex, agree, read_recipe, recipe_of, update_index
+from clip_exp.inference.inputs import FRAMES, ImageInput, find_images, folders_of, tell_left_out
 from clip_exp.inference.media import Media
 from clip_exp.loading import ModelSource, load_model
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import build_tokenizer
 
 log = logging.getLogger(__name__)
-Pictures = Picture | Iterable[Picture]
+ImageInputs = ImageInput | Iterable[ImageInput]
 
 
 class Pipeline:
     """A model with the tokenizer and the transform that belong to it; made by `clip_exp.load`.
 
-    Wherever a picture is taken, a path may be a video's (`pip install av`): its vector is the mean of `frames` frames.
+    Wherever an image is taken, a path may be a video's (`pip install av`): its vector is the mean of `frames` frames.
 
     Args:
         model: in evaluation mode, on `device`.
         config: what the model was built from.
-        source: where its weights are; an index of pictures remembers it.
+        source: where its weights are; an index of images remembers it.
 
     Attributes:
-        model: the torch module; `encode_image(image_BCHW)` of normalised pictures, `encode_text(tokens_BL)`.
+        model: the torch module; `encode_image(image_BCHW)` of normalised images, `encode_text(tokens_BL)`.
         tokenizer: texts to `tokens_BL`.
-        options: how pictures are read and encoded.
-        batch_size: pictures per forward pass.
+        options: how images are read and encoded.
+        batch_size: images per forward pass.
         frames: of a video.
     """
 
@@ -68,11 +68,11 @@ class Pipeline:
         self.batch_size = self.options.batch_size
         self.frames = FRAMES
 
-    def encode_image(self, images: Pictures) -> Tensor:
-        """Features [N, D] of one or many paths or pictures: float32, unit norm, on the CPU.
+    def encode_image(self, images: ImageInputs) -> Tensor:
+        """Features [N, D] of one or many paths or images: float32, unit norm, on the CPU.
 
         Raises:
-            DataError: a picture cannot be read, or there are none.
+            DataError: an image cannot be read, or there are none.
         """
         return self.encode_media(images).features
 
@@ -88,7 +88,7 @@ class Pipeline:
 
     def classify(
         self,
-        images: Pictures,
+        images: ImageInputs,
         labels: Sequence[str],
         templates: str | Sequence[str] | None = None,
     ) -> Tensor:
@@ -101,17 +101,17 @@ class Pipeline:
         label_features = self.encode_labels(labels, templates)
         return self.probabilities(self.encode_image(images), label_features)
 
-    def rank(self, text: str, images: Pictures, keep: int | None = None) -> list[Match]:
-        """The pictures that fit a text best, best first; equal ones in the order given.
+    def rank(self, text: str, images: ImageInputs, keep: int | None = None) -> list[Match]:
+        """The images that fit a text best, best first; equal ones in the order given.
 
         Args:
-            images: paths and pictures, or one folder or glob.
+            images: paths and images, or one folder or glob.
             keep: the most to return; None: all.
         """
         if not isinstance(text, str):
             raise ConfigError("text must be one text.")
         if isinstance(images, str | Path):
-            images = find_pictures(images)
+            images = find_images(images)
         items = self._items(images)
         ranked = best_matches(self.encode_media(items).features, self.encode_text(text)[0], keep)
         paths = Media(items).paths
@@ -122,19 +122,19 @@ class Pipeline:
         images: str | Path | Sequence[str | Path] | None = None,
         path: str | Path = "photos.index",
         on_bad_image: str = "replace",
-        what: str | None = "pictures",
-    ) -> PictureIndex:
-        """An index of pictures, made or brought up to date: only what is new or changed is encoded.
+        what: str | None = "images",
+    ) -> ImageIndex:
+        """An index of images, made or brought up to date: only what is new or changed is encoded.
 
         Args:
             images: paths, folders and globs; what is gone from a folder is dropped. None: the index as it is.
             path: of the file that keeps it.
-            on_bad_image: `replace` leaves pictures that cannot be read out, and warns; or `error`.
+            on_bad_image: `replace` leaves images that cannot be read out, and warns; or `error`.
             what: name of the progress bar; None for none.
         Raises:
             ConfigError: no such file or folder, or another process changes the index.
             CheckpointError: the index is damaged, was made by another model, or cannot be written.
-            DataError: a picture cannot be read under `error`, or none can.
+            DataError: an image cannot be read under `error`, or none can.
         """
         path = Path(path).expanduser()
         if self.source is None:
@@ -143,12 +143,12 @@ class Pipeline:
         if path.exists():
             agree(path, read_recipe(path), recipe)
         elif images is None:
-            raise ConfigError(f"{path}: no such file. Give the pictures to make it from.")
+            raise ConfigError(f"{path}: no such file. Give the images to make it from.")
         if images is not None:
-            files = find_pictures(images)
+            files = find_images(images)
             update = update_index(path, recipe, files, folders_of(images), lambda: self, OnBadImage(on_bad_image), what)
             tell_left_out(update.left_out, len(files))
-        return PictureIndex(path, self)
+        return ImageIndex(path, self)
 
     def export(self, output: str | Path, format: str = "open_clip", overwrite: bool = False) -> Path:
         """Write the model as a folder that another library loads, with preprocessing, tokenizer and model card.
@@ -197,9 +197,9 @@ class Pipeline:
         return (scale * image_features_ND @ label_features_CD.T).softmax(dim=-1)
 
     def encode_media(
-        self, images: Pictures, on_bad_image: OnBadImage = OnBadImage.error, what: str | None = None
+        self, images: ImageInputs, on_bad_image: OnBadImage = OnBadImage.error, what: str | None = None
     ) -> EncodedMedia:
-        """Features of pictures and videos, with what was left out under `replace`.
+        """Features of images and videos, with what was left out under `replace`.
 
         Args:
             what: name of the progress bar; None for none.
@@ -208,7 +208,7 @@ class Pipeline:
         """
         media = Media(self._items(images), self.frames)
         if not len(media):
-            raise DataError("no pictures: give one or many paths or PIL pictures.")
+            raise DataError("no images: give one or many paths or PIL images.")
         encoder, options = self._encoder(media, on_bad_image)
         return encode_media(encoder, media, options, what)
 
@@ -219,14 +219,14 @@ class Pipeline:
 
     def _encoder(self, media: Media, on_bad_image: OnBadImage) -> tuple[ImageEncoder, EncodeOptions]:
         options = replace(self.options, batch_size=self.batch_size, on_bad_image=on_bad_image)
-        # Pictures in memory need no decoding; where processes are spawned, the caller's script would have to expect it.
+        # Images in memory need no decoding; where processes are spawned, the caller's script would have to expect it.
         if media.in_memory or (options.num_workers is None and multiprocessing.get_start_method() != "fork"):
             options = replace(options, num_workers=0)
         return Subject(self.model, self.tokenizer, self.config, options).image_encoder(), options
 
-    def _items(self, images: Pictures) -> list[Picture]:
+    def _items(self, images: ImageInputs) -> list[ImageInput]:
         if isinstance(images, str | Path) and Path(images).is_dir():
-            raise ConfigError(f'{images} is a folder: list its pictures with clip_exp.find_pictures("{images}").')
+            raise ConfigError(f'{images} is a folder: list its images with clip_exp.find_images("{images}").')
         return [images] if isinstance(images, str | Path | Image.Image) else list(images)
 
     def _tell_cut(self, before: int) -> None:

@@ -82,9 +82,9 @@ def repeated_matches(
 
     Args:
         caption_id_B: int64, equal where captions are equal.
-        image_id_B: int64, equal where pictures are equal.
+        image_id_B: int64, equal where images are equal.
         same_caption: pairs of equal captions match.
-        same_image: pairs of equal pictures match.
+        same_image: pairs of equal images match.
     """
     chosen = [ids_B for ids_B, use in [(caption_id_B, same_caption), (image_id_B, same_image)] if use]
     return Matches(chosen) if chosen else None

@@ -63,7 +63,7 @@ class CLIP(nn.Module):
     """Any two towers whose outputs have the same width.
 
     Args:
-        image: pictures to [B, D].
+        image: images to [B, D].
         text: token ids to [B, D].
         init_logit_scale: natural logarithm of the initial factor.
         init_logit_bias: none for the softmax loss, where a bias would cancel out.

@@ -6,12 +6,12 @@ read: a matrix for a few classes; pairs, groups and a map for many.
 Columns of the file, in the order of the classes:
     key: the folder or label of the class in the data; empty where the data lack it.
     name: what it was scored as.
-    pictures: how many of them were scored.
-    top1, top5: share of these whose first choice, or one of whose first five choices, is right; empty without pictures, top5 also
+    images: how many of them were scored.
+    top1, top5: share of these whose first choice, or one of whose first five choices, is right; empty without images, top5 also
         of five classes or fewer, where it would be 1 for any model.
-    most_often_taken_for: the class that its wrong pictures were given most often; empty without mistakes.
-    share: of its pictures that were given that class.
-    predicted: pictures of any class whose first choice it is.
+    most_often_taken_for: the class that its wrong images were given most often; empty without mistakes.
+    share: of its images that were given that class.
+    predicted: images of any class whose first choice it is.
 """
 
 from collections import Counter
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from clip_exp.data.pictures import Pictures
+from clip_exp.data.image_sets import ImageSet
 from clip_exp.reports.evaluation import Result
 from clip_exp.reports.names import CERTAIN
 from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
 from clip_exp.storage import TextWriter
 
-COLUMNS = ("key", "name", "pictures", "top1", "top5", "most_often_taken_for", "share", "predicted")
+COLUMNS = ("key", "name", "images", "top1", "top5", "most_often_taken_for", "share", "predicted")
 WRONG_SHOWN = 16
 RIGHT_SHOWN = 4
 PAIRS_SHOWN = 60
@@ -38,15 +38,15 @@ IN_A_MATRIX = 40  # classes whose whole matrix can be read
 ON_A_MAP = 1000  # classes; of more, those with the most mistakes
 IN_A_GROUP = 8
 GROUPS = 6
-ALIKE = 0.03  # share of a class's pictures that go to each other one of its group, on average
+ALIKE = 0.03  # share of a class's images that go to each other one of its group, on average
 
 
 @dataclass(frozen=True)
 class Classified:
-    """Every picture of a classification, with its best classes."""
+    """Every image of a classification, with its best classes."""
 
-    pictures: Pictures
-    kept: np.ndarray  # int64 [N], which of `pictures` the rows are
+    images: ImageSet
+    kept: np.ndarray  # int64 [N], which of `images` the rows are
     labels: np.ndarray  # int64 [N], position in `class_names`
     best: np.ndarray  # int64 [N, K], best first; K = 5, or all classes if they are fewer; -1 where no class got a vote
     probabilities: np.ndarray  # float32 [N, K], of `best`, among all classes
@@ -59,9 +59,9 @@ class Classified:
 
 @dataclass(frozen=True)
 class PerClass:
-    """Counts of pictures, each int64 [C]."""
+    """Counts of images, each int64 [C]."""
 
-    pictures: np.ndarray
+    images: np.ndarray
     right: np.ndarray  # first choice
     among_five: np.ndarray
     predicted: np.ndarray  # of any class, first choice
@@ -71,7 +71,7 @@ class PerClass:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """How often pictures of one class were given another, the most frequent first; each int64 [P]."""
+    """How often images of one class were given another, the most frequent first; each int64 [P]."""
 
     true: np.ndarray
     predicted: np.ndarray
@@ -79,7 +79,7 @@ class Mistakes:
 
 
 def per_class(details: Classified) -> PerClass:
-    """Counts for every class, also for those without pictures."""
+    """Counts for every class, also for those without images."""
     classes = len(details.class_names)
     hit = details.best == details.labels[:, None]
     wrong = mistakes(details)
@@ -91,7 +91,7 @@ def per_class(details: Classified) -> PerClass:
         return np.bincount(positions, minlength=classes)
 
     return PerClass(
-        pictures=count(details.labels),
+        images=count(details.labels),
         right=count(details.labels[hit[:, 0]]),
         among_five=count(details.labels[hit.any(axis=1)]),
         predicted=count(details.best[:, 0]),
@@ -101,7 +101,7 @@ def per_class(details: Classified) -> PerClass:
 
 
 def mistakes(details: Classified) -> Mistakes:
-    """All pairs of a class and another that its pictures were given; of equally frequent ones the first classes."""
+    """All pairs of a class and another that its images were given; of equally frequent ones the first classes."""
     classes = len(details.class_names)
     predicted = details.best[:, 0]
     wrong = predicted != details.labels
@@ -127,14 +127,12 @@ def as_csv(details: Classified) -> str:
     writer = TextWriter(text)
     writer.writerow(COLUMNS)
     for position, name in enumerate(details.class_names):
-        pictures, taken_for = int(counts.pictures[position]), int(counts.mistaken_for[position])
-        of_pictures = [counts.right[position], counts.among_five[position]]
-        top1, top5 = (f"{hits / pictures:.6g}" if pictures else "" for hits in of_pictures)
+        images, taken_for = int(counts.images[position]), int(counts.mistaken_for[position])
+        of_images = [counts.right[position], counts.among_five[position]]
+        top1, top5 = (f"{hits / images:.6g}" if images else "" for hits in of_images)
         top5 = top5 if len(names) > CERTAIN else ""
-        mistaken = [names[taken_for], f"{counts.mistaken[position] / pictures:.6g}"] if taken_for >= 0 else ["", ""]
-        writer.writerow(
-            [details.keys[position] or "", name, pictures, top1, top5, *mistaken, counts.predicted[position]]
-        )
+        mistaken = [names[taken_for], f"{counts.mistaken[position] / images:.6g}"] if taken_for >= 0 else ["", ""]
+        writer.writerow([details.keys[position] or "", name, images, top1, top5, *mistaken, counts.predicted[position]])
     return text.getvalue()
 
 
@@ -145,8 +143,8 @@ def classification_page(result: Result, details: Classified, heading: dict[str, 
     counts, wrong, names = per_class(details), mistakes(details), distinct_names(details)
     metrics, protocol = result.metrics, result.protocol
     meanings = {
-        "top1": ("Top-1", "of the pictures: the first choice is right"),
-        "top5": ("Top-5", "of the pictures: the right class is among the first five choices"),
+        "top1": ("Top-1", "of the images: the first choice is right"),
+        "top5": ("Top-5", "of the images: the right class is among the first five choices"),
         "mean_per_class_recall": (
             "Mean per class recall",
             "top-1 within each class, averaged: all classes count the same",
@@ -154,9 +152,9 @@ def classification_page(result: Result, details: Classified, heading: dict[str, 
     }
     total, hits, classes = len(details.labels), int(counts.right.sum()), len(names)
     interval = binomtest(hits, total).proportion_ci(CONFIDENCE, "wilson")
-    left_out = protocol.get("bad_pictures", 0) + protocol.get("unlabeled_pictures", 0)
+    left_out = protocol.get("bad_images", 0) + protocol.get("unlabeled_images", 0)
     overlap = (protocol.get("overlap") or {"images": 0})["images"]
-    empty = int((counts.pictures == 0).sum())
+    empty = int((counts.images == 0).sum())
     return render(
         "classification.html",
         **heading,
@@ -165,18 +163,18 @@ def classification_page(result: Result, details: Classified, heading: dict[str, 
             for key, (name, meaning) in meanings.items()
             if key in metrics
         ],
-        lead=f"The first of {classes:,} choices is right for {hits:,} of {counted(total, 'picture')}. "
+        lead=f"The first of {classes:,} choices is right for {hits:,} of {counted(total, 'image')}. "
         f"Guessing would be right for {percent(1 / classes, 1 if classes <= 1000 else 3)} of them. With {'so few' if total < 1000 else 'this many'} "
-        f"pictures, the {percent(CONFIDENCE, 0)} confidence interval of top-1 reaches from {percent(interval.low)} to {percent(interval.high)}.",
+        f"images, the {percent(CONFIDENCE, 0)} confidence interval of top-1 reaches from {percent(interval.low)} to {percent(interval.high)}.",
         counts=[
-            (total, "picture" if total == 1 else "pictures"),
+            (total, "image" if total == 1 else "images"),
             (left_out, "left out"),
             *([(overlap, "in the training images too")] if overlap else []),
             (classes, "class" if classes == 1 else "classes"),
-            (empty, "class without pictures" if empty == 1 else "classes without pictures"),
+            (empty, "class without images" if empty == 1 else "classes without images"),
         ],
         names=names,
-        pictures=counts.pictures.tolist(),
+        images=counts.images.tolist(),
         classes=classes,
         show_top5="top5" in metrics,
         protocol=fact_rows(protocol),
@@ -196,8 +194,8 @@ def _confusions(details: Classified, counts: PerClass, wrong: Mistakes, names: l
                 "true": names[true],
                 "predicted": names[predicted],
                 "count": count,
-                "of": int(counts.pictures[true]),
-                "share": count / int(counts.pictures[true]),
+                "of": int(counts.images[true]),
+                "share": count / int(counts.images[true]),
             }
             for true, predicted, count in pairs
         ],
@@ -210,7 +208,7 @@ def _confusions(details: Classified, counts: PerClass, wrong: Mistakes, names: l
         values["matrix"] = matrix(details, list(range(len(names))))
     elif values["pairs"]:
         classes = involved(counts, wrong)
-        alike = similarity(wrong, counts.pictures, classes)
+        alike = similarity(wrong, counts.images, classes)
         tree, order = cluster(alike)
         found = [matrix(details, group) for group in groups(alike, tree, classes)]
         values["groups"] = [group for group in found if group.mistakes > 1]
@@ -220,7 +218,7 @@ def _confusions(details: Classified, counts: PerClass, wrong: Mistakes, names: l
 
 @dataclass(frozen=True)
 class Matrix:
-    """`cells[i][j]`: pictures of class `classes[i]` that were given `classes[j]`; `elsewhere[i]`: any other class."""
+    """`cells[i][j]`: images of class `classes[i]` that were given `classes[j]`; `elsewhere[i]`: any other class."""
 
     classes: list[int]
     cells: list[list[int]]
@@ -240,23 +238,23 @@ def matrix(details: Classified, classes: list[int]) -> Matrix:
 
 
 def involved(counts: PerClass, wrong: Mistakes) -> np.ndarray:
-    """The classes for a map: those that have pictures or were given to some, at most `ON_A_MAP`, in their order."""
-    classes = np.flatnonzero((counts.pictures > 0) | (counts.predicted > 0))
+    """The classes for a map: those that have images or were given to some, at most `ON_A_MAP`, in their order."""
+    classes = np.flatnonzero((counts.images > 0) | (counts.predicted > 0))
     if len(classes) <= ON_A_MAP:
         return classes
-    total = np.bincount(wrong.true, wrong.count, len(counts.pictures))
-    total += np.bincount(wrong.predicted, wrong.count, len(counts.pictures))
+    total = np.bincount(wrong.true, wrong.count, len(counts.images))
+    total += np.bincount(wrong.predicted, wrong.count, len(counts.images))
     return np.sort(classes[np.argsort(-total[classes], kind="stable")[:ON_A_MAP]])
 
 
-def similarity(wrong: Mistakes, pictures_C: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """[len(classes), len(classes)]: the share of one class's pictures that were given the other, both ways added, at most 1."""
-    place = np.full(len(pictures_C), -1)
+def similarity(wrong: Mistakes, images_C: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """[len(classes), len(classes)]: the share of one class's images that were given the other, both ways added, at most 1."""
+    place = np.full(len(images_C), -1)
     place[classes] = np.arange(len(classes))
     known = (place[wrong.true] >= 0) & (place[wrong.predicted] >= 0)
     rows, columns = place[wrong.true[known]], place[wrong.predicted[known]]
     shares = np.zeros((len(classes), len(classes)))
-    shares[rows, columns] = wrong.count[known] / pictures_C[wrong.true[known]]
+    shares[rows, columns] = wrong.count[known] / images_C[wrong.true[known]]
     return np.minimum(shares + shares.T, 1.0)
 
 
@@ -294,7 +292,7 @@ def groups(similarity_CC: np.ndarray, tree: np.ndarray, classes: np.ndarray) -> 
 
 
 def map_data(details: Classified, classes_ordered: np.ndarray, names: list[str]) -> dict[str, Any]:
-    """What the page's script draws a map from: names, pictures of each class, and cells as flat [row, column, count, …]."""
+    """What the page's script draws a map from: names, images of each class, and cells as flat [row, column, count, …]."""
     place = np.full(len(details.class_names), -1)
     place[classes_ordered] = np.arange(len(classes_ordered))
     rows, columns = place[details.labels], place[details.best[:, 0]]
@@ -303,27 +301,27 @@ def map_data(details: Classified, classes_ordered: np.ndarray, names: list[str])
     cells, count = np.unique(rows[known] * size + columns[known], return_counts=True)
     return {
         "names": [names[position] for position in classes_ordered],
-        "pictures": np.bincount(rows[rows >= 0], minlength=size).tolist(),
+        "images": np.bincount(rows[rows >= 0], minlength=size).tolist(),
         "cells": np.stack([cells // size, cells % size, count], axis=1).ravel().tolist(),
     }
 
 
 def _classes(details: Classified, counts: PerClass, names: list[str]) -> dict[str, Any]:
-    scored = np.flatnonzero(counts.pictures > 0)
-    top1, many_first = counts.right[scored] / counts.pictures[scored], -counts.pictures[scored]
+    scored = np.flatnonzero(counts.images > 0)
+    top1, many_first = counts.right[scored] / counts.images[scored], -counts.images[scored]
     worst, best = scored[np.lexsort((many_first, top1))], scored[np.lexsort((many_first, -top1))]
     listed = np.arange(len(names)) if len(names) <= ROWS_SHOWN else np.sort(worst[:ROWS_SHOWN])
     ends = ENDS_SHOWN if len(names) > IN_A_MATRIX else 0
 
     def row(position: int) -> dict[str, Any]:
-        key, name, pictures = details.keys[position], names[position], int(counts.pictures[position])
+        key, name, images = details.keys[position], names[position], int(counts.images[position])
         tells_more = key is not None and key.replace("_", " ") != details.class_names[position] and key not in name
         taken_for = counts.mistaken_for[position]
-        of = max(1, pictures)
+        of = max(1, images)
         return {
             "name": name,
             "key": key if tells_more else None,
-            "pictures": pictures,
+            "images": images,
             "predicted": int(counts.predicted[position]),
             "top1": float(counts.right[position] / of),
             "top5": float(counts.among_five[position] / of),
@@ -336,7 +334,7 @@ def _classes(details: Classified, counts: PerClass, names: list[str]) -> dict[st
 
 
 def _examples(details: Classified, names: list[str]) -> dict[str, Any]:
-    thumbnails = Thumbnails(details.pictures)
+    thumbnails = Thumbnails(details.images)
     confidence, right = details.probabilities[:, 0], details.best[:, 0] == details.labels
     second = details.probabilities[:, 1] if details.probabilities.shape[1] > 1 else confidence
     surest = np.lexsort((second, -confidence))  # the second, since many of the first are 1 in float32

@@ -1,4 +1,4 @@
-"""The page of a data check: what was found, the data in figures, and some of its pictures."""
+"""The page of a data check: what was found, the data in figures, and some of its images."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ FEWEST_OCTAVES = 4
 
 @dataclass(frozen=True)
 class ImageExample:
-    """A picture with some of its captions."""
+    """An image with some of its captions."""
 
     thumbnail: Thumbnail
     captions: list[str]
@@ -25,7 +25,7 @@ class ImageExample:
 
 @dataclass(frozen=True)
 class Equal:
-    """A picture that there is more than once, shown once."""
+    """An image that there is more than once, shown once."""
 
     thumbnail: Thumbnail
     paths: list[tuple[str, str]]  # split and path of each
@@ -33,7 +33,7 @@ class Equal:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures for the page."""
+    """Images for the page."""
 
     samples: dict[str, list[ImageExample]]  # by split
     copies: list[Equal]
@@ -55,10 +55,10 @@ def data_page(report: dict[str, Any], gallery: Gallery, folder: Path, command: s
         "files": lambda split: f"{len(split['files']):,}",
         "rows": lambda split: f"{split['rows']:,}",
         "bad rows": lambda split: _count(split["bad_rows"]),
-        "distinct pictures": lambda split: f"{split['pictures']:,}",
-        "of them checked": lambda split: f"{split['pictures_checked']:,}",
-        "bad pictures": lambda split: _count(split["bad_pictures"]),
-        "copies of pictures": lambda split: f"{split['duplicates']['pictures']['copies']:,}",
+        "distinct images": lambda split: f"{split['images']:,}",
+        "of them checked": lambda split: f"{split['images_checked']:,}",
+        "bad images": lambda split: _count(split["bad_images"]),
+        "copies of images": lambda split: f"{split['duplicates']['images']['copies']:,}",
         "repeated pairs": lambda split: f"{split['duplicates']['pairs']['copies']:,}",
         "smaller than the input": lambda split: _count(split["smaller_than_input"]),
         "turned by EXIF": lambda split: _count(split["exif_rotated"]),
@@ -69,13 +69,13 @@ def data_page(report: dict[str, Any], gallery: Gallery, folder: Path, command: s
         "equal pairs in a batch": lambda split: f"{split['captions']['equal_in_batch']['pairs']:,.1f}",
     }
     facts = {
-        "model": f"{model['name']}: pictures of {model['image_size']} pixels, {model['context_length']} tokens",
-        "pictures decoded": "yes" if settings["decode"] else "no: read, and their headers looked at (decode=false)",
-        "pictures checked": "all"
-        if settings["max_pictures"] is None
-        else f"a random sample of at most {settings['max_pictures']:,} of each split (max_pictures)",
-        "pictures per second": speed["pictures_per_s_per_core"]
-        and f"{speed['pictures_per_s_per_core']:,.0f} read and decoded by one core, {speed['samples_per_s_per_core']:,.0f} cropped too",
+        "model": f"{model['name']}: images of {model['image_size']} pixels, {model['context_length']} tokens",
+        "images decoded": "yes" if settings["decode"] else "no: read, and their headers looked at (decode=false)",
+        "images checked": "all"
+        if settings["max_images"] is None
+        else f"a random sample of at most {settings['max_images']:,} of each split (max_images)",
+        "images per second": speed["images_per_s_per_core"]
+        and f"{speed['images_per_s_per_core']:,.0f} read and decoded by one core, {speed['samples_per_s_per_core']:,.0f} cropped too",
         "files": {
             name: {"tables": [f"{file['file']}: {file['rows']:,} rows" for file in split["files"]]}
             for name, split in splits.items()
@@ -110,8 +110,8 @@ def _tiles(report: dict[str, Any]) -> list[dict[str, str]]:
         return {"name": name, "value": value(train), "meaning": meaning + (f"; {value(val)} in val" if val else "")}
 
     tiles = [
-        tile("Pairs", lambda split: f"{split['rows']:,}", f"of {counted(train['pictures'], 'picture')}"),
-        tile("Bad pictures", lambda split: _share(split["bad_pictures"]), "cannot be used"),
+        tile("Pairs", lambda split: f"{split['rows']:,}", f"of {counted(train['images'], 'image')}"),
+        tile("Bad images", lambda split: _share(split["bad_images"]), "cannot be used"),
         tile("Captions cut", lambda split: _share(split["captions"]["truncated"]), "longer than the context"),
     ]
     if speed["samples_per_s"] is not None:
@@ -121,7 +121,7 @@ def _tiles(report: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def loaders(workers: int) -> str:
-    """Who loads training's pictures, where `data.num_workers` is `workers`."""
+    """Who loads training's images, where `data.num_workers` is `workers`."""
     return counted(workers, "loader process", "loader processes") if workers else "training's own process"
 
 
@@ -139,7 +139,7 @@ def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
     named = {"width": _whole, "height": _whole, "megapixels": _short, "bytes": _file_size}
     return {
         "name": name,
-        "bad_pictures": split["bad_pictures"],
+        "bad_images": split["bad_images"],
         "bad_rows": split["bad_rows"],
         "repeated": split["duplicates"]["pairs"],
         "histograms": [

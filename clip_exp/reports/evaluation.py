@@ -87,19 +87,19 @@ def write_result(
 
 def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
     """Print the metrics of every task, and the page to open; of several tasks, one that leads to theirs."""
-    table = Table("metric", "value", "pictures", "left out")
+    table = Table("metric", "value", "images", "left out")
     table.columns[1].justify = table.columns[2].justify = table.columns[3].justify = "right"
     for task, result in results.items():
         protocol = result["protocol"]
-        left_out = protocol.get("bad_pictures", 0) + protocol.get("unlabeled_pictures", 0)
+        left_out = protocol.get("bad_images", 0) + protocol.get("unlabeled_images", 0)
         for name, value in result["metrics"].items():
             shown = f"{value:.0f}" if scale_of(name) is Scale.rank else f"{value:.4f}"
-            table.add_row(f"{task}/{name}", shown, str(protocol.get("pictures", "")), str(left_out))
-        if protocol.get("classes_without_pictures"):
+            table.add_row(f"{task}/{name}", shown, str(protocol.get("images", "")), str(left_out))
+        if protocol.get("classes_without_images"):
             log.warning(
-                "%s: %d of the %d classes have no pictures.",
+                "%s: %d of the %d classes have no images.",
                 task,
-                protocol["classes_without_pictures"],
+                protocol["classes_without_images"],
                 protocol["classes"],
             )
         if (warning := overlap_warning(task, protocol)) is not None:

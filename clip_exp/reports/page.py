@@ -23,7 +23,7 @@ from PIL import Image
 from clip_exp.config import registry
 from clip_exp.config.evaluation import TaskConfig
 from clip_exp.data.files import BadImage
-from clip_exp.data.pictures import Pictures
+from clip_exp.data.image_sets import ImageSet
 from clip_exp.runs import read_record
 
 NARROW_SPACE = "\u202f"  # between a number and its unit; no line breaks there
@@ -31,13 +31,13 @@ LONG = 80  # characters, or entries, that a table of facts shows unfolded
 CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one: it has the scripts beside the package
 SIDE = 200  # pixels of a thumbnail's longest side
 QUALITY = 82  # of its JPEG
-SMALL = 64  # pixels; a picture with shorter sides is shown enlarged, and its pixels as squares
-NO_LIMIT = 2**62  # of pixels: a picture that was scored has passed the evaluation's own limit
+SMALL = 64  # pixels; an image with shorter sides is shown enlarged, and its pixels as squares
+NO_LIMIT = 2**62  # of pixels: an image that was scored has passed the evaluation's own limit
 FACT_NAMES = {
     "kind": "task",
     "data": "data",
-    "bad_pictures": "pictures that cannot be read",
-    "unlabeled_pictures": "pictures without a label",
+    "bad_images": "images that cannot be read",
+    "unlabeled_images": "images without a label",
     "bad": "left out",
     "overlap": "scored images that are in train too",
     "classes_source": "class names from",
@@ -164,7 +164,7 @@ def number(value: float) -> str:
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """`1 picture`, `2 pictures`, `2 classes`."""
+    """`1 image`, `2 images`, `2 classes`."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
@@ -215,7 +215,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture for a page. Where it cannot be read any more, `uri` is None and `reason` says why."""
+    """An image for a page. Where it cannot be read any more, `uri` is None and `reason` says why."""
 
     uri: str | None  # data:image/jpeg;base64,…
     width: int
@@ -236,26 +236,26 @@ class Thumbnail:
 class Thumbnails:
     """Thumbnails of a set, each made once: what the model saw (EXIF ignored, RGB), before its crop; nothing of the file but pixels."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self._pictures = pictures
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
         self._made: dict[int, Thumbnail] = {}
 
     def __getitem__(self, index: int) -> Thumbnail:
         if index not in self._made:
-            path = self._pictures.name(index)
+            path = self._images.name(index)
             try:
-                self._made[index] = shrunk(self._pictures.open(index, NO_LIMIT).convert("RGB"), path)
+                self._made[index] = shrunk(self._images.open(index, NO_LIMIT).convert("RGB"), path)
             except BadImage as error:
                 self._made[index] = Thumbnail(None, SIDE, SIDE, path, str(error))
         return self._made[index]
 
 
-def shrunk(picture: Image.Image, path: str) -> Thumbnail:
-    """A thumbnail of an RGB picture, which is made small in place."""
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    bare = Image.new("RGB", picture.size)
-    bare.paste(picture)
+def shrunk(image: Image.Image, path: str) -> Thumbnail:
+    """A thumbnail of an RGB image, which is made small in place."""
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    bare = Image.new("RGB", image.size)
+    bare.paste(image)
     buffer = BytesIO()
     bare.save(buffer, "JPEG", quality=QUALITY, optimize=True)
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    return Thumbnail(f"data:image/jpeg;base64,{encoded}", *picture.size, path)
+    return Thumbnail(f"data:image/jpeg;base64,{encoded}", *image.size, path)

@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
-from clip_exp.data.pictures import Pictures
+from clip_exp.data.image_sets import ImageSet
 from clip_exp.reports.evaluation import Result
 from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
 
 QUERIES = 12  # shown each way
-PICTURES = 6  # that a caption found
-CAPTIONS = 6  # that a picture found
-WAYS = {"i2t": "a picture finds captions", "t2i": "a caption finds pictures"}
+IMAGES = 6  # that a caption found
+CAPTIONS = 6  # that an image found
+WAYS = {"i2t": "an image finds captions", "t2i": "a caption finds images"}
 
 
 @dataclass(frozen=True)
 class Query:
-    """A picture with the captions that it found, or a caption with the pictures."""
+    """An image with the captions that it found, or a caption with the images."""
 
     query: int
     found: list[int]  # best first
@@ -26,9 +26,9 @@ class Query:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """A few queries of a retrieval, spread evenly over the set. Pictures are positions in `pictures`, captions in `captions`."""
+    """A few queries of a retrieval, spread evenly over the set. Images are positions in `images`, captions in `captions`."""
 
-    pictures: Pictures
+    images: ImageSet
     captions: list[str]
     image_to_text: list[Query]
     text_to_image: list[Query]
@@ -39,23 +39,23 @@ class Retrieved:
 
 def retrieval_page(result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
     """The HTML of a retrieval's page."""
-    metrics, pictures, captions = result.metrics, result.protocol["pictures"], len(details.captions)
+    metrics, images, captions = result.metrics, result.protocol["images"], len(details.captions)
     ks = sorted({int(key.removeprefix("recall@").partition("_")[0]) for key in metrics if key.startswith("recall@")})
-    thumbnails = Thumbnails(details.pictures)
+    thumbnails = Thumbnails(details.images)
     return render(
         "retrieval.html",
         **heading,
         tiles=_tiles(metrics),
-        lead=f"{counted(pictures, 'picture')} and {counted(captions, 'caption')}, each a candidate for all of the other kind. "
-        f"A guessed picture would be right for {percent(1 / pictures, 2)} of the captions.",
+        lead=f"{counted(images, 'image')} and {counted(captions, 'caption')}, each a candidate for all of the other kind. "
+        f"A guessed image would be right for {percent(1 / images, 2)} of the captions.",
         ks=ks,
-        recall=_recall(metrics, ks, pictures, captions),
+        recall=_recall(metrics, ks, images, captions),
         text_queries=[
             {
                 "caption": details.captions[query.query],
                 "rank": query.rank,
-                "shown_right": any(query.right[:PICTURES]),
-                "found": [{"thumbnail": thumbnails[index], **rest} for index, rest in _found(query, PICTURES)],
+                "shown_right": any(query.right[:IMAGES]),
+                "found": [{"thumbnail": thumbnails[index], **rest} for index, rest in _found(query, IMAGES)],
             }
             for query in _spread(details.text_to_image)
         ],
@@ -74,8 +74,8 @@ def retrieval_page(result: Result, details: Retrieved, heading: dict[str, Any]) 
 
 def _tiles(metrics: dict[str, float]) -> list[dict[str, str]]:
     meanings = {
-        "recall@1_i2t": ("Picture → caption, recall@1", "of the pictures: the first caption found is one of theirs"),
-        "recall@1_t2i": ("Caption → picture, recall@1", "of the captions: the first picture found is theirs"),
+        "recall@1_i2t": ("Image → caption, recall@1", "of the images: the first caption found is one of theirs"),
+        "recall@1_t2i": ("Caption → image, recall@1", "of the captions: the first image found is theirs"),
     }
     tiles = [
         {"name": title, "value": percent(metrics[key]), "meaning": meaning}
@@ -84,13 +84,13 @@ def _tiles(metrics: dict[str, float]) -> list[dict[str, str]]:
     ]
     places = [f"{metrics[key]:,.0f}" for key in ("median_rank_i2t", "median_rank_t2i") if key in metrics]
     if places:
-        meaning = "place of the first right answer: picture → caption / caption → picture; 1 is best"
+        meaning = "place of the first right answer: image → caption / caption → image; 1 is best"
         tiles.append({"name": "Median rank", "value": " / ".join(places), "meaning": meaning})
     return tiles
 
 
-def _recall(metrics: dict[str, float], ks: list[int], pictures: int, captions: int) -> list[dict[str, Any]]:
-    sizes = {"i2t": (pictures, captions), "t2i": (captions, pictures)}
+def _recall(metrics: dict[str, float], ks: list[int], images: int, captions: int) -> list[dict[str, Any]]:
+    sizes = {"i2t": (images, captions), "t2i": (captions, images)}
     rows: list[dict[str, Any]] = [
         {
             "name": what[0].upper() + what[1:],
@@ -103,11 +103,11 @@ def _recall(metrics: dict[str, float], ks: list[int], pictures: int, captions: i
         for way, what in WAYS.items()
     ]
     guess = {
-        "name": "Guessing, a caption finds pictures",
+        "name": "Guessing, a caption finds images",
         "queries": "",
-        "recall": [min(1.0, k / pictures) for k in ks],
-        "median": (pictures + 1) // 2,
-        "candidates": f"{pictures:,}",
+        "recall": [min(1.0, k / images) for k in ks],
+        "median": (images + 1) // 2,
+        "candidates": f"{images:,}",
         "quiet": True,
     }
     return [*rows, guess]

@@ -115,7 +115,7 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
                 parts.insert(0, f"{found['count']:,} not {found['kind']}, such as {found['example']!r}")
             filters.append(f"{column} of {table}: {', '.join(parts)}")
     facts = {
-        "bad pictures": bad("bad_pictures", "listed in bad_samples.csv"),
+        "bad images": bad("bad_images", "listed in bad_samples.csv"),
         "bad rows": bad("bad_rows", "left out"),
         "empty captions": "; ".join(empty),
         "filter": f"{'; '.join(filters)}; these match nothing" if filters else "",

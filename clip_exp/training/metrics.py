@@ -202,7 +202,7 @@ class Loading:
 
     workers: int  # processes; 0: training loads its own batches
     cores: int  # of the machine, for this rank
-    image_size: int  # side of the pictures that training sees, pixels
+    image_size: int  # side of the images that training sees, pixels
     shares_cores: bool = False  # training computes on these cores too
 
 
@@ -248,7 +248,7 @@ def advice(times: StepTimes, loading: Loading) -> str:
     cores = f"are {loading.cores} cores" if loading.cores > 1 else "is 1 core"
     now = f"data.num_workers is {loading.workers}, and there {cores} per rank"
     side = round(loading.image_size * 256 / 224)
-    smaller = f"make the pictures smaller once, to a shorter side of about {side} pixels"
+    smaller = f"make the images smaller once, to a shorter side of about {side} pixels"
     if needed <= most:
         shared = ", as far as training on the CPU leaves them cores" if loading.shares_cores else ""
         return f"{lost} {now}: data.num_workers={needed} would keep up{shared}."

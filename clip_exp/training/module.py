@@ -32,7 +32,7 @@ START_LOGIT_SCALE = "start_logit_scale"
 
 
 class ZeroShot(NamedTuple):
-    """Class names and templates that validation pictures are classified with."""
+    """Class names and templates that validation images are classified with."""
 
     class_names: list[str]
     templates: list[str]
@@ -86,7 +86,7 @@ class CLIPModule(pl.LightningModule):
             self.train()
 
     def _pixels(self, image_BCHW: Tensor) -> Tensor:
-        """uint8 pictures to what the image tower takes, in the precision that its weights have."""
+        """uint8 images to what the image tower takes, in the precision that its weights have."""
         return normalize(image_BCHW, self.preprocessing.mean, self.preprocessing.std).to(self.model.logit_scale.dtype)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -192,20 +192,18 @@ class CLIPModule(pl.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, logger=False, sync_dist=True)
 
     def _validation_loss(self, features: ValidationFeatures) -> dict[str, float]:
-        """Mean loss over batches of the training size, each picture with its first caption: comparable with `train/loss`.
+        """Mean loss over batches of the training size, each image with its first caption: comparable with `train/loss`.
 
-        The pictures that fill no batch are left out; a set smaller than a batch is one batch; fewer pictures than ranks: no loss.
+        The images that fill no batch are left out; a set smaller than a batch is one batch; fewer images than ranks: no loss.
         """
-        pictures, first = features.first_captions()
+        images, first = features.first_captions()
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        share = min(self.config.global_batch_size, len(pictures)) // ranks
+        share = min(self.config.global_batch_size, len(images)) // ranks
         scale = whole(self.model.logit_scale).exp()
         bias = None if self.model.logit_bias is None else whole(self.model.logit_bias)
         losses = []
-        for start in range(0, len(pictures) - share * ranks + 1, share * ranks) if share else ():
+        for start in range(0, len(images) - share * ranks + 1, share * ranks) if share else ():
             rows = slice(start + share * rank, start + share * (rank + 1))
-            output = CLIPOutput(
-                features.image_features[pictures[rows]], features.text_features[first[rows]], scale, bias
-            )
-            losses.append(self.loss(output, features.caption_id[first[rows]], pictures[rows]))
+            output = CLIPOutput(features.image_features[images[rows]], features.text_features[first[rows]], scale, bias)
+            losses.append(self.loss(output, features.caption_id[first[rows]], images[rows]))
         return {"loss": torch.stack(losses).mean().item()} if losses else {}

@@ -101,7 +101,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
         steps: of the run, those before a restart included.
 
     Returns:
-        bad_pictures, bad_rows: by table (training, validation), and there by kind; what is faultless is left out.
+        bad_images, bad_rows: by table (training, validation), and there by kind; what is faultless is left out.
         empty_captions: likewise, `count` and the `fraction` of all captions.
         filter_values: likewise, by column what the filter could not compare (`tables.filters`).
         truncated_share: of the captions that this rank has trained on since it started; None where that is none.
@@ -111,14 +111,14 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
     if datamodule.val_table is not None:
         tables["validation"] = [datamodule.val_table]
     captions = (steps * datamodule.global_batch_size - datamodule.start_sample) // ranks
-    summary: dict[str, Any] = {"bad_pictures": {}, "bad_rows": {}, "empty_captions": {}, "filter_values": {}}
+    summary: dict[str, Any] = {"bad_images": {}, "bad_rows": {}, "empty_captions": {}, "filter_values": {}}
     file = run_dir / "bad_samples.csv"
     own = {"training": (datamodule.bad_samples, ""), "validation": (datamodule.bad_val_samples, VALIDATION)}
     for which, (samples, mark) in own.items():
         if file.is_file():  # of all ranks; where it could not be written, this rank has its own alone
             samples = BadSamples(0, 1.0, what="", mark=mark, file=file)
         if samples is not None and (kinds := samples.kinds()):
-            summary["bad_pictures"][which] = dict(kinds.most_common())
+            summary["bad_images"][which] = dict(kinds.most_common())
     for which, found in tables.items():
         parts = [part for table in found for part in table.parts]
         if rows := bad_rows(parts):

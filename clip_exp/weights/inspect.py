@@ -1,6 +1,6 @@
 """What a file or folder of weights is, and what it tells about how they were made: looked up in names, first bytes and descriptions.
 
-Without torch, and nothing that a file holds is executed. Shapes do not tell a model's nonlinearity, nor what happened to the pictures it
+Without torch, and nothing that a file holds is executed. Shapes do not tell a model's nonlinearity, nor what happened to the images it
 was trained on: weights of `quick_gelu` load into a model of `gelu` and score worse. Formats that come with a configuration do tell, and so
 do OpenAI's own files.
 """
@@ -400,7 +400,7 @@ def _of_open_clip(path: Path) -> About:
     description, preprocessing = content.get("model_cfg", {}), content.get("preprocess_cfg", {})
     about = _of_description(description, path.parent.name, default=Activation.gelu)
     try:
-        pictures = About(
+        images = About(
             "open_clip folder",
             mean=_numbers(preprocessing.get("mean")),
             std=_numbers(preprocessing.get("std")),
@@ -409,16 +409,16 @@ def _of_open_clip(path: Path) -> About:
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: preprocess_cfg asks for something that is not there: {error}.") from error
-    return _with_model(pictures, about.activation, about.model)
+    return _with_model(images, about.activation, about.model)
 
 
-def _with_model(pictures: About, activation: Activation | None, model: ModelConfig | None) -> About:
-    """What is known of the pictures, together with a model whose configuration says the same."""
+def _with_model(images: About, activation: Activation | None, model: ModelConfig | None) -> About:
+    """What is known of the images, together with a model whose configuration says the same."""
     names = ("mean", "std", "interpolation", "resize_mode")
-    known = {name: getattr(pictures, name) for name in names if getattr(pictures, name) is not None}
+    known = {name: getattr(images, name) for name in names if getattr(images, name) is not None}
     if model is not None:
         model = model.model_copy(update={"image": model.image.model_copy(update=known)})
-    return replace(pictures, activation=activation, model=model)
+    return replace(images, activation=activation, model=model)
 
 
 def _of_description(description: dict[str, Any], name: str, default: Activation) -> About:
@@ -459,13 +459,13 @@ def _of_config_json(path: Path) -> About | None:
             return None
         told = f"file of weights beside a config.json of model_type={kind}"
         return replace(
-            _picture_processing(path.parent), format=told, activation=ACTIVATIONS.get(str(config.get("hidden_act")))
+            _image_processing(path.parent), format=told, activation=ACTIVATIONS.get(str(config.get("hidden_act")))
         )
     model = model_config_of(config, path.parent).model_copy(update={"name": path.parent.name})
-    return _with_model(_picture_processing(path.parent), model.activation, model)
+    return _with_model(_image_processing(path.parent), model.activation, model)
 
 
-def _picture_processing(folder: Path) -> About:
+def _image_processing(folder: Path) -> About:
     """Of a Hugging Face folder: from `preprocessor_config.json`, or `processor_config.json` as newer versions write."""
     found = next(
         (folder / name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()),
@@ -555,7 +555,7 @@ PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 def settle(model: ModelConfig, *starts: Found) -> ModelConfig:
     """The configuration with what it leaves open filled in from the weights; what was decided is printed.
 
-    What pictures go through may be set to something else than in training; the nonlinearity may not.
+    What images go through may be set to something else than in training; the nonlinearity may not.
 
     Args:
         starts: weights of the model, or of its towers.

@@ -28,7 +28,7 @@ class Planted(NamedTuple):
 
 
 def plant(root: Path) -> Planted:
-    """Write `data/train.csv`, `data/val.csv` and their pictures below `root`."""
+    """Write `data/train.csv`, `data/val.csv` and their images below `root`."""
     folder = root / "data"
     folder.mkdir(parents=True)
     good = [_noise(folder / f"good/{number:02}.jpg", number, (320 + 8 * number, 240)) for number in range(GOOD)]
@@ -37,8 +37,8 @@ def plant(root: Path) -> Planted:
     rows += [(good[0], "a photo")] * 2  # repeated pairs
     rows += [(path, caption) for path, caption in zip(good, (*CHINESE, *ARABIC, *DEVANAGARI), strict=False)]
     rows += [(good[7], LONG), (good[8], LONG.replace("house", "horse")), (good[9], ""), (good[10], "  ")]
-    rows += [(path, f"bad {number}") for number, path in enumerate(_bad_pictures(root, folder))]
-    rows += [(path, f"odd {number}") for number, path in enumerate(_odd_pictures(folder))]
+    rows += [(path, f"bad {number}") for number, path in enumerate(_bad_images(root, folder))]
+    rows += [(path, f"odd {number}") for number, path in enumerate(_odd_images(folder))]
     for number in range(2):
         shutil.copy(folder / good[0], folder / f"copy{number}.jpg")
         rows.append((f"copy{number}.jpg", f"copied {number}"))
@@ -49,7 +49,7 @@ def plant(root: Path) -> Planted:
 
 
 def _leaking(folder: Path, good: list[str]) -> list[tuple[str, str]]:
-    """Eight good rows, two copies of training pictures, of which one keeps its caption, one training picture itself, and a strip."""
+    """Eight good rows, two copies of training images, of which one keeps its caption, one training image itself, and a strip."""
     rows = [
         (_noise(folder / f"val/{number}.jpg", 100 + number, (300, 300)), f"held out {number}") for number in range(8)
     ]
@@ -60,7 +60,7 @@ def _leaking(folder: Path, good: list[str]) -> list[tuple[str, str]]:
     return [*rows, (good[4], "a third caption")]
 
 
-def _bad_pictures(root: Path, folder: Path) -> list[str]:
+def _bad_images(root: Path, folder: Path) -> list[str]:
     (folder / "bad").mkdir()
     whole = (folder / "good/00.jpg").read_bytes()
     (folder / "bad/truncated.jpg").write_bytes(whole[: len(whole) // 2])
@@ -72,18 +72,18 @@ def _bad_pictures(root: Path, folder: Path) -> list[str]:
     return [*(f"bad/{name}" for name in names), "../outside.jpg"]
 
 
-def _odd_pictures(folder: Path) -> list[str]:
+def _odd_images(folder: Path) -> list[str]:
     """Three tiny ones, two that EXIF turns, an animation, a grey one and one with alpha."""
     (folder / "odd").mkdir()
     names = [_noise(folder / f"odd/tiny{number}.png", 60 + number, (16, 12)) for number in range(3)]
     for number in range(2):
         exif = Image.Exif()
         exif[0x0112] = 6
-        _picture(70 + number, (400, 250)).save(folder / f"odd/turned{number}.jpg", exif=exif)
-    frames = [_picture(80 + number, (240, 240)) for number in range(3)]
+        _image(70 + number, (400, 250)).save(folder / f"odd/turned{number}.jpg", exif=exif)
+    frames = [_image(80 + number, (240, 240)) for number in range(3)]
     frames[0].save(folder / "odd/animated.gif", save_all=True, append_images=frames[1:])
-    _picture(90, (240, 240)).convert("L").save(folder / "odd/grey.png")
-    _picture(91, (240, 240)).convert("RGBA").save(folder / "odd/alpha.webp")
+    _image(90, (240, 240)).convert("L").save(folder / "odd/grey.png")
+    _image(91, (240, 240)).convert("RGBA").save(folder / "odd/alpha.webp")
     return [
         *names,
         *(f"odd/{name}" for name in ("turned0.jpg", "turned1.jpg", "animated.gif", "grey.png", "alpha.webp")),
@@ -96,7 +96,7 @@ def _write(path: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
-def _picture(seed: int, size: tuple[int, int]) -> Image.Image:
+def _image(seed: int, size: tuple[int, int]) -> Image.Image:
     """Smooth noise: photographs compress too."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
@@ -104,5 +104,5 @@ def _picture(seed: int, size: tuple[int, int]) -> Image.Image:
 
 def _noise(path: Path, seed: int, size: tuple[int, int]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _picture(seed, size).save(path)
+    _image(seed, size).save(path)
     return str(path.relative_to(path.parents[1]))

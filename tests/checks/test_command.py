@@ -20,7 +20,7 @@ from clip_exp.config.compose import compose
 from tests.checks.planted import plant
 from tests.checks.test_planted import folder_of
 from tests.conftest import DOOR, Run
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 def test_the_table_names_problems_page_and_next_command(command: Run, tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_the_table_names_problems_page_and_next_command(command: Run, tmp_path: 
         "data/augmentation=strong", "data.max_bad_fraction=0.5", cwd=tmp_path,
     )  # fmt: skip
     assert (done.returncode, "error" in done.stderr) == (0, False), done.stderr
-    assert "7 bad pictures (18.9" in done.stdout
+    assert "7 bad images (18.9" in done.stdout
     opened, following = done.stdout.splitlines()[-2:]
     assert (tmp_path / opened.removeprefix("Open:").strip()).is_file()
     assert "train data.train=" in following.replace(".py", "")
@@ -56,13 +56,13 @@ def test_json_is_all_that_is_printed_and_equals_the_file(command: Run, tmp_path:
     [
         ([], 2, "data.train has no value"),
         (["data.train=missing.csv"], 2, "missing.csv does not exist"),
-        (["data.train=pairs.csv", "max_pictures=0"], 2, "max_pictures=0"),
+        (["data.train=pairs.csv", "max_images=0"], 2, "max_images=0"),
         (["data.train=pairs.csv", "max_leakage=2"], 2, "max_leakage=2"),
         (["data.train=pairs.csv", "data.max_image_bytes=0"], 2, "data.max_image_bytes=0"),
         (["data.train=pairs.csv", "data.num_workers=-1"], 2, "data.num_workers=-1"),
         (["data.train=pairs.csv", "name=a/b"], 2, "plain folder name"),
         (["data.train=pairs.csv", "data.caption_key=caption"], 3, "caption"),
-        (["data.train=pairs.csv", "maxpictures=3"], 2, "did you mean 'max_pictures'"),
+        (["data.train=pairs.csv", "maximages=3"], 2, "did you mean 'max_images'"),
     ],
 )
 def test_errors_are_told_with_their_code_and_leave_no_folder(
@@ -74,11 +74,11 @@ def test_errors_are_told_with_their_code_and_leave_no_folder(
     assert not (tmp_path / "outputs" / "check_data").exists()
 
 
-def test_a_table_of_missing_pictures_is_a_report_and_not_a_failure(command: Run, tmp_path: Path) -> None:
+def test_a_table_of_missing_images_is_a_report_and_not_a_failure(command: Run, tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\nb.jpg,a cat\n")
     done = command(DOOR, "check-data", "data.train=pairs.csv", cwd=tmp_path)
     assert done.returncode == 3
-    assert done.stderr.startswith("error: train: 2 bad pictures (100.0")
+    assert done.stderr.startswith("error: train: 2 bad images (100.0")
     assert "data.image_root" in done.stderr
     assert "report.html" in done.stdout
     assert "Next:" not in done.stdout, "training would end at once"
@@ -86,15 +86,15 @@ def test_a_table_of_missing_pictures_is_a_report_and_not_a_failure(command: Run,
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar", "sources"])
 def test_other_forms_of_the_same_pairs_are_found_alike(tmp_path: Path, kind: str) -> None:
-    pairs = [(write_picture(tmp_path / f"pictures/{number}.png", number), f"picture {number}") for number in range(4)]
-    pairs[3] = (str((tmp_path / "pictures/3.png").rename(tmp_path / "pictures/odd.png")), "picture 3")
-    (tmp_path / "pictures/odd.png").write_bytes((tmp_path / "pictures/0.png").read_bytes())
+    pairs = [(write_image(tmp_path / f"images/{number}.png", number), f"image {number}") for number in range(4)]
+    pairs[3] = (str((tmp_path / "images/3.png").rename(tmp_path / "images/odd.png")), "image 3")
+    (tmp_path / "images/odd.png").write_bytes((tmp_path / "images/0.png").read_bytes())
     train = _written(tmp_path, kind, pairs)
     config = compose("check-data", [f"data.train={train}", f"output_dir={tmp_path}/outputs", "num_workers=2"])
     check_data(config, [])
     split = json.loads((folder_of(config) / "report.json").read_text())["splits"]["train"]
-    assert (split["rows"], split["pictures"], split["bad_pictures"]["count"]) == (4, 4, 0)
-    assert split["duplicates"]["pictures"]["copies"] == 1
+    assert (split["rows"], split["images"], split["bad_images"]["count"]) == (4, 4, 0)
+    assert split["duplicates"]["images"]["copies"] == 1
     assert split["captions"]["distinct"] == 4
 
 
@@ -106,9 +106,9 @@ def _written(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> str:
         path.write_text("".join(json.dumps({"filepath": pair[0], "title": pair[1]}) + "\n" for pair in pairs))
     elif kind == "tar":
         with tarfile.open(path, "w") as shard:
-            for number, (picture, caption) in enumerate(pairs):
+            for number, (image, caption) in enumerate(pairs):
                 (folder / "caption.txt").write_text(caption)
-                shard.add(picture, f"{number:03}.png")
+                shard.add(image, f"{number:03}.png")
                 shard.add(folder / "caption.txt", f"{number:03}.txt")
     else:
         for name, part in (("a", pairs[:2]), ("b", pairs[2:])):
@@ -123,20 +123,20 @@ def test_flickr8k_is_what_its_readme_says(real_data: Path, tmp_path: Path) -> No
     config = compose("check-data", overrides)
     assert check_data(config, []) == 0
     report = json.loads((folder_of(config) / "report.json").read_text())
-    for name, pictures in (("train", 2000), ("val", 400)):
+    for name, images in (("train", 2000), ("val", 400)):
         split = report["splits"][name]
-        assert (split["rows"], split["pictures"], split["bad_rows"]["count"]) == (5 * pictures, pictures, 0)
-        assert split["bad_pictures"]["count"] == split["captions"]["truncated"]["count"] == 0
-        assert split["formats"] == {"JPEG": pictures}
+        assert (split["rows"], split["images"], split["bad_rows"]["count"]) == (5 * images, images, 0)
+        assert split["bad_images"]["count"] == split["captions"]["truncated"]["count"] == 0
+        assert split["formats"] == {"JPEG": images}
         assert split["sizes"]["width"]["min"] == split["sizes"]["height"]["max"] == 224
         assert list(split["captions"]["scripts"]) == ["Latin"]
-    assert report["leakage"]["pictures"] == 0
+    assert report["leakage"]["images"] == 0
 
 
 @contextmanager
 def scanning(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command in a session of its own, once its two workers read pictures."""
-    original = write_picture(folder / "original.png", 0, (1200, 1200))
+    """The command in a session of its own, once its two workers read images."""
+    original = write_image(folder / "original.png", 0, (1200, 1200))
     for number in range(3000):
         os.link(original, folder / f"{number}.png")
     (folder / "pairs.csv").write_text("filepath,title\n" + "".join(f"{n}.png,number {n}\n" for n in range(3000)))

@@ -9,7 +9,7 @@ from tests.checks.planted import plant
 from tests.checks.test_planted import config_of, folder_of
 from tests.reports.examples import ATTACK
 from tests.reports.test_pages_in_browser import Browse, browse
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 __all__ = ["browse"]
 
@@ -26,9 +26,9 @@ def test_the_page_opens_without_a_word_on_the_console(browse: Browse, tmp_path: 
 
 
 def test_an_attackers_caption_and_path_do_nothing(browse: Browse, tmp_path: Path) -> None:
-    picture = write_picture(tmp_path / "it's <b>bold<b>.png", 0)
+    image = write_image(tmp_path / "it's <b>bold<b>.png", 0)
     quoted = ATTACK.replace('"', '""')
-    (tmp_path / "pairs.csv").write_text(f'filepath,title\n"{picture}","{quoted}"\n"{quoted}.png","{quoted}"\n')
+    (tmp_path / "pairs.csv").write_text(f'filepath,title\n"{image}","{quoted}"\n"{quoted}.png","{quoted}"\n')
     arguments = [f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1"]
     config = compose("check-data", arguments)
     check_data(config, [ATTACK])
@@ -38,9 +38,9 @@ def test_an_attackers_caption_and_path_do_nothing(browse: Browse, tmp_path: Path
     assert "<title>csv" in opened.dom
 
 
-def test_a_check_of_nothing_but_bad_pictures_has_a_page(tmp_path: Path) -> None:
+def test_a_check_of_nothing_but_bad_images_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\n")
     arguments = [f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1"]
     config = compose("check-data", arguments)
     check_data(config, [])
-    assert "There is no picture that can be used." in (folder_of(config) / "report.html").read_text(encoding="utf-8")
+    assert "There is no image that can be used." in (folder_of(config) / "report.html").read_text(encoding="utf-8")

@@ -52,9 +52,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_rows_and_pictures_are_counted(train: dict[str, Any]) -> None:
+def test_rows_and_images_are_counted(train: dict[str, Any]) -> None:
     assert train["rows"] == 56
-    assert train["pictures"] == train["pictures_checked"] == GOOD + 7 + 8 + 2
+    assert train["images"] == train["images_checked"] == GOOD + 7 + 8 + 2
 
 
 def test_bad_rows_are_counted_by_reason_and_listed(train: dict[str, Any], checked: Checked) -> None:
@@ -63,17 +63,17 @@ def test_bad_rows_are_counted_by_reason_and_listed(train: dict[str, Any], checke
     assert [row["line"] for row in rows_of(checked.folder / "bad_rows.csv")] == ["58", "59", "60", "61"]
 
 
-def test_bad_pictures_are_counted_by_kind_and_listed(train: dict[str, Any], checked: Checked) -> None:
+def test_bad_images_are_counted_by_kind_and_listed(train: dict[str, Any], checked: Checked) -> None:
     """Those that training or, for the strip, validation would not use."""
-    kinds = {"no such file": 2, "empty file": 1, "not a picture": 1, "outside the data root": 1, "too many pixels": 1}
-    assert train["bad_pictures"]["by_kind"] == {**kinds, "truncated": 1}
-    assert checked.report["splits"]["val"]["bad_pictures"]["by_kind"] == {"too long a strip": 1}
+    kinds = {"no such file": 2, "empty file": 1, "not an image": 1, "outside the data root": 1, "too many pixels": 1}
+    assert train["bad_images"]["by_kind"] == {**kinds, "truncated": 1}
+    assert checked.report["splits"]["val"]["bad_images"]["by_kind"] == {"too long a strip": 1}
     listed = {row["path"]: row["reason"].partition(":")[0] for row in rows_of(checked.folder / "bad_samples.csv")}
     assert listed == {
         "bad/missing1.jpg": "no such file",
         "bad/missing2.jpg": "no such file",
         "bad/truncated.jpg": "truncated",
-        "bad/page.jpg": "not a picture",
+        "bad/page.jpg": "not an image",
         "bad/empty.jpg": "empty file",
         "bad/huge.png": "too many pixels",
         "../outside.jpg": "outside the data root",
@@ -116,20 +116,20 @@ def test_scripts_that_the_tokenizer_takes_apart_are_named(train: dict[str, Any])
 
 
 def test_copies_and_repeated_pairs_are_found(train: dict[str, Any], checked: Checked) -> None:
-    copies, pairs = train["duplicates"]["pictures"], train["duplicates"]["pairs"]
+    copies, pairs = train["duplicates"]["images"], train["duplicates"]["pairs"]
     assert (copies["groups"], copies["copies"]) == (1, 2)
     assert copies["examples"] == [["good/00.jpg", "copy0.jpg", "copy1.jpg"]]
     assert (pairs["groups"], pairs["copies"]) == (1, 2)
     listed = rows_of(checked.folder / "duplicates.csv")
-    assert [row["path"] for row in listed if row["what"] == "picture"] == copies["examples"][0]
+    assert [row["path"] for row in listed if row["what"] == "image"] == copies["examples"][0]
 
 
 def test_leakage_is_found_by_bytes_path_and_pair(checked: Checked) -> None:
     leakage = checked.report["leakage"]
-    assert (leakage["pictures"], leakage["share"]) == (3, pytest.approx(3 / 12))
+    assert (leakage["images"], leakage["share"]) == (3, pytest.approx(3 / 12))
     assert leakage["same_bytes"]["count"] == 3
     assert leakage["same_path"]["examples"] == [{"val": "good/04.jpg", "train": "good/04.jpg"}]
-    assert leakage["same_picture_and_caption"]["examples"] == [
+    assert leakage["same_image_and_caption"]["examples"] == [
         {"path": "val/leak2.jpg", "caption": "a red bicycle, number 2"}
     ]
     assert len(rows_of(checked.folder / "leakage.csv")) == 4
@@ -137,15 +137,15 @@ def test_leakage_is_found_by_bytes_path_and_pair(checked: Checked) -> None:
 
 def test_each_problem_has_a_verdict_with_a_fix(checked: Checked) -> None:
     assert {(verdict["split"], verdict["subject"]) for verdict in checked.report["verdicts"]} == {
-        *(("train", subject) for subject in ("bad_rows", "bad_pictures", "duplicate_pictures", "duplicate_pairs")),
+        *(("train", subject) for subject in ("bad_rows", "bad_images", "duplicate_images", "duplicate_pairs")),
         *(("train", subject) for subject in ("truncated_captions", "empty_captions", "equal_captions")),
-        *(("train", subject) for subject in ("badly_split_scripts", "small_pictures", "exif_rotated", "animated")),
-        *(("val", subject) for subject in ("leakage", "bad_pictures")),
+        *(("train", subject) for subject in ("badly_split_scripts", "small_images", "exif_rotated", "animated")),
+        *(("val", subject) for subject in ("leakage", "bad_images")),
     }
     fixes = {(verdict["split"], verdict["subject"]): verdict["fix"] for verdict in checked.report["verdicts"]}
     assert all(fixes.values())
-    assert "Training puts others in their place" in fixes["train", "bad_pictures"]
-    assert "Validation leaves them out" in fixes["val", "bad_pictures"]
+    assert "Training puts others in their place" in fixes["train", "bad_images"]
+    assert "Validation leaves them out" in fixes["val", "bad_images"]
     assert checked.report["exit_code"] == 0
 
 
@@ -159,11 +159,11 @@ def test_two_workers_find_what_none_finds(planted: Planted, checked: Checked) ->
 def test_a_sample_is_the_same_each_time_and_says_that_it_is_one(planted: Planted) -> None:
     reports = []
     for _ in range(2):
-        config = config_of(planted, "num_workers=0", "max_pictures=12", "data.max_bad_fraction=1")
+        config = config_of(planted, "num_workers=0", "max_images=12", "data.max_bad_fraction=1")
         check_data(config, [])
         reports.append(json.loads((folder_of(config) / "report.json").read_text()))
     assert reports[0]["splits"] == reports[1]["splits"]
-    assert reports[0]["splits"]["train"]["pictures_checked"] == 12
+    assert reports[0]["splits"]["train"]["images_checked"] == 12
     assert reports[0]["splits"]["train"]["captions"]["count"] == 56
     assert reports[0]["leakage"]["sampled"]
 
@@ -172,7 +172,7 @@ def test_without_decoding_headers_still_tell(planted: Planted) -> None:
     config = config_of(planted, "num_workers=0", "decode=false", "data.max_bad_fraction=1")
     check_data(config, [])
     report = json.loads((folder_of(config) / "report.json").read_text())
-    assert report["splits"]["train"]["bad_pictures"]["by_kind"]["too many pixels"] == 1
+    assert report["splits"]["train"]["bad_images"]["by_kind"]["too many pixels"] == 1
     assert report["splits"]["train"]["exif_rotated"]["count"] == 2
     assert report["speed"]["samples_per_s"] is None
 
@@ -180,7 +180,7 @@ def test_without_decoding_headers_still_tell(planted: Planted) -> None:
 @pytest.mark.parametrize(
     ("override", "subject"),
     [
-        ("data.max_bad_fraction=0.1", "bad_pictures"),
+        ("data.max_bad_fraction=0.1", "bad_images"),
         ("data.max_empty_caption_fraction=0.01", "empty_captions"),
         ("max_leakage=0.1", "leakage"),
     ],
@@ -189,7 +189,7 @@ def test_above_a_threshold_the_findings_are_written_and_the_data_refused(
     planted: Planted, override: str, subject: str
 ) -> None:
     config = config_of(planted, "num_workers=0", "decode=false", "data.max_bad_fraction=0.5", override)
-    with pytest.raises(DataError, match="picture"):
+    with pytest.raises(DataError, match="image"):
         check_data(config, [])
     report = json.loads((folder_of(config) / "report.json").read_text())
     assert report["exit_code"] == 3

@@ -25,19 +25,16 @@ from clip_exp.text.tokenizer import Tokenizer
 @pytest.mark.parametrize("drawn", Captions)
 def test_expected_equal_captions_are_the_mean_of_many_batches(drawn: Captions) -> None:
     rng = np.random.default_rng(0)
-    pictures = np.sort(rng.integers(0, 30, 90))
-    pictures = np.unique(pictures, return_inverse=True)[1]
+    images = np.sort(rng.integers(0, 30, 90))
+    images = np.unique(images, return_inverse=True)[1]
     captions = rng.integers(0, 12, 90)
-    rows_of = [np.flatnonzero(pictures == picture) for picture in range(pictures.max() + 1)]
+    rows_of = [np.flatnonzero(images == image) for image in range(images.max() + 1)]
     found = []
     for _ in range(4000):
-        if drawn is Captions.random:
-            rows = np.array([rng.choice(of_picture) for of_picture in rows_of])
-        else:
-            rows = np.arange(90)
+        rows = np.array([rng.choice(of_image) for of_image in rows_of]) if drawn is Captions.random else np.arange(90)
         batch = captions[rng.choice(rows, 10, replace=False)]
         found.append(sum(a == b for a, b in combinations(batch.tolist(), 2)))
-    expected = equal_pairs_in_batch(captions, pictures, 10, drawn)
+    expected = equal_pairs_in_batch(captions, images, 10, drawn)
     assert expected == pytest.approx(np.mean(found), abs=4 * np.std(found) / math.sqrt(len(found)))
 
 
@@ -76,14 +73,14 @@ def test_equal_groups_are_found_largest_first() -> None:
     assert equal_groups(np.empty(0, np.int64)) == []
 
 
-def test_pictures_that_were_not_read_are_like_no_other() -> None:
+def test_images_that_were_not_read_are_like_no_other() -> None:
     digests = [np.array([[1, 1], [1, 2]], "u8"), np.array([[1, 2]], "u8")]
     train, val = number_contents(digests, [np.array([0, 2]), np.array([1])], [3, 2])
     assert train[2] == val[1]
     assert len({*train.tolist(), *val.tolist()}) == 4
 
 
-def test_leaks_are_told_once_for_each_picture() -> None:
+def test_leaks_are_told_once_for_each_image() -> None:
     leakage = find_leakage(
         (np.array([7, 8, 8]), np.array([8, 1, 2])),
         (np.array([10, 11, 12], "u8"), np.array([20, 12, 21], "u8")),
@@ -91,7 +88,7 @@ def test_leaks_are_told_once_for_each_picture() -> None:
     )
     assert leakage.same_bytes == [(0, 1)]
     assert leakage.same_path == [(1, 2)]
-    assert (leakage.pictures, leakage.share, leakage.pairs.tolist()) == (2, pytest.approx(2 / 3), [0])
+    assert (leakage.images, leakage.share, leakage.pairs.tolist()) == (2, pytest.approx(2 / 3), [0])
 
 
 @pytest.mark.parametrize(

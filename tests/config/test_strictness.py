@@ -147,7 +147,7 @@ CROSS_FIELD = {
     "unknown metric": (["monitor=val/recal@1_i2t"], "did you mean 'val/recall@1_i2t'"),
     "labels that are not there": (["data=shapes", "monitor=val/zeroshot_top1"], "data.label_key"),
     "bias of a softmax": (["loss.init_logit_bias=1"], "a key of loss.name=sigmoid"),
-    "crop larger than the picture": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
+    "crop larger than the image": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
     "flip more often than always": (["data.augmentation.horizontal_flip=2"], "must be at most 1"),
     "folder as a table": (["data=csv", "data.train=/tmp"], "data.train: The table /tmp is not a file: it is a folder"),
     "pattern that finds nothing": (["data=csv", "data.train=*.none"], "data.train: The table *.none finds no file"),

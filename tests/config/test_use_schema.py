@@ -30,7 +30,7 @@ def test_help_of_check_data_lists_its_keys_and_what_it_writes(command: Run, tmp_
     done = command(DOOR, "check-data", "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("clip-exp check-data ")
-    for key in ("max_pictures", "max_leakage", "decode", "global_batch_size", "format", "data", "model"):
+    for key in ("max_images", "max_leakage", "decode", "global_batch_size", "format", "data", "model"):
         assert f"\n{key}:" in done.stdout
     assert "bad_samples.csv" in done.stdout
 

@@ -1,4 +1,4 @@
-"""Pictures and tables that tests make themselves."""
+"""Images and tables that tests make themselves."""
 
 import csv
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from clip_exp.text.tokenizer import Tokenizer
 
 
 def noise(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth random RGB picture."""
+    """A smooth random RGB image."""
     draw = np.random.default_rng(seed)
     return Image.fromarray(draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height))
 
 
 def load(file: str | Path) -> Image.Image:
-    with Image.open(file) as picture:
-        picture.load()
-    return picture
+    with Image.open(file) as image:
+        image.load()
+    return image
 
 
 def write_table(file: Path, records: list[list[str]], separator: str = ",", encoding: str = "utf-8") -> Path:
@@ -36,12 +36,12 @@ def write_table(file: Path, records: list[list[str]], separator: str = ",", enco
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """23 pictures, JPEG and PNG, the third with three captions and the others with one: 25 rows."""
+    """23 images, JPEG and PNG, the third with three captions and the others with one: 25 rows."""
     records = [["filepath", "title"]]
     for i in range(23):
         name = f"{i:02d}.{'jpg' if i % 2 else 'png'}"
         noise(i).save(tmp_path / name)
-        records += [[name, f"caption {variant} of picture {i}"] for variant in range(3 if i == 3 else 1)]
+        records += [[name, f"caption {variant} of image {i}"] for variant in range(3 if i == 3 else 1)]
     return write_table(tmp_path / "pairs.csv", records)
 
 
@@ -64,7 +64,7 @@ def data_module(
     run_dir: Path | None = None,
     **values: object,
 ) -> PairsDataModule:
-    """A data module of pictures of 16 pixels in batches of 4; keywords are `DataConfig`'s, but for those named here."""
+    """A data module of images of 16 pixels in batches of 4; keywords are `DataConfig`'s, but for those named here."""
     config = DataConfig(name="csv", train=train, **{"num_workers": 0, **values})  # type: ignore[arg-type]
     return PairsDataModule(
         config,

@@ -28,7 +28,7 @@ CAPTIONS = (
 
 
 def damaged_tables(folder: Path, count: int, seed: int) -> list[Path]:
-    """Write `count` tables into `folder`, beside the picture `a.png` that some of their rows name."""
+    """Write `count` tables into `folder`, beside the image `a.png` that some of their rows name."""
     Image.new("RGB", (8, 8), "red").save(folder / "a.png")
     return [damaged_table(folder, number, Random(f"{seed} {number}")) for number in range(count)]
 
@@ -60,8 +60,8 @@ def apply(damages: list[Callable], draw: Random, value, done: list[str]):
 
 
 def sound_rows(draw: Random) -> Rows:
-    picture = ("a.png", "missing.png", "folder/b.jpg")
-    rows = [[draw.choice(picture), draw.choice(CAPTIONS)] for _ in range(draw.choice([1, 3, 20, 60]))]
+    image = ("a.png", "missing.png", "folder/b.jpg")
+    rows = [[draw.choice(image), draw.choice(CAPTIONS)] for _ in range(draw.choice([1, 3, 20, 60]))]
     return [["filepath", "title"], *rows]
 
 

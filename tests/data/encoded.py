@@ -1,4 +1,4 @@
-"""Files of pictures, as bytes: by Pillow, and PNGs from any pieces."""
+"""Files of images, as bytes: by Pillow, and PNGs from any pieces."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "b
 Draw = np.random.Generator
 
 
-def picture(draw: Draw, mode: str = "RGB") -> Image.Image:
+def image(draw: Draw, mode: str = "RGB") -> Image.Image:
     width, height = draw.integers(9, 80, 2).tolist()
     coarse = Image.fromarray(draw.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return coarse.resize((width, height)).convert(mode)
@@ -27,7 +27,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def any_format(draw: Draw) -> bytes:
     kind = str(draw.choice(list(SUFFIXES)))
-    return encoded(picture(draw), kind, **({"progressive": bool(draw.integers(2))} if kind == "JPEG" else {}))
+    return encoded(image(draw), kind, **({"progressive": bool(draw.integers(2))} if kind == "JPEG" else {}))
 
 
 def png(width: int, height: int, pixels: bytes, *, depth: int = 8, color: int = 2, extra: bytes = b"") -> bytes:

@@ -4,23 +4,24 @@ import logging
 import pytest
 
 from clip_exp.data.bad_samples import TOLD_SINGLY, VALIDATION, BadSamples
-from clip_exp.data.loader import BadPicture
+from clip_exp.data.loader import UnreadableImage
 from clip_exp.errors import DataError
 
 
-def test_the_log_names_the_first_bad_pictures_and_counts_the_others(tmp_path, caplog):
+def test_the_log_names_the_first_bad_images_and_counts_the_others(tmp_path, caplog):
     bad = BadSamples(200_000, 1, what="training", file=tmp_path / "bad_samples.csv")
     with caplog.at_level(logging.WARNING):
         for i in range(0, 1100, 5):
             bad.add(
-                BadPicture(f"{k}.jpg", "no such file" if k % 3 else f"truncated: at byte {k}") for k in range(i, i + 5)
+                UnreadableImage(f"{k}.jpg", "no such file" if k % 3 else f"truncated: at byte {k}")
+                for k in range(i, i + 5)
             )
     told = [record.getMessage() for record in caplog.records]
-    assert sum("cannot be read: " in line and "picture " in line for line in told) == TOLD_SINGLY
-    assert f"Further bad pictures are counted and listed in {tmp_path}/bad_samples.csv." in told
+    assert sum("cannot be read: " in line and "image " in line for line in told) == TOLD_SINGLY
+    assert f"Further bad images are counted and listed in {tmp_path}/bad_samples.csv." in told
     assert told[-2:] == [
-        "100 training pictures cannot be read so far: 66 no such file, 34 truncated.",
-        "1,000 training pictures cannot be read so far: 666 no such file, 334 truncated.",
+        "100 training images cannot be read so far: 66 no such file, 34 truncated.",
+        "1,000 training images cannot be read so far: 666 no such file, 334 truncated.",
     ]
     assert len(told) == TOLD_SINGLY + 3
     assert dict(bad.kinds()) == {"no such file": 733, "truncated": 367}
@@ -29,11 +30,11 @@ def test_the_log_names_the_first_bad_pictures_and_counts_the_others(tmp_path, ca
 
 def test_a_restart_knows_what_was_bad_before_it(tmp_path, caplog):
     file = tmp_path / "bad_samples.csv"
-    BadSamples(10, 1, what="training", file=file).add([BadPicture("a.jpg", "empty file")])
-    BadSamples(10, 1, what="validation", mark=VALIDATION, file=file).add([BadPicture("v.jpg", "no such file")])
+    BadSamples(10, 1, what="training", file=file).add([UnreadableImage("a.jpg", "empty file")])
+    BadSamples(10, 1, what="validation", mark=VALIDATION, file=file).add([UnreadableImage("v.jpg", "no such file")])
     caplog.clear()
     again = BadSamples(10, 1, what="training", file=file)
-    again.add([BadPicture("a.jpg", "empty file")])
+    again.add([UnreadableImage("a.jpg", "empty file")])
     assert again.reasons == {"a.jpg": "empty file"}
     assert caplog.records == []
     assert BadSamples(10, 1, what="validation", mark=VALIDATION, file=file).reasons == {"v.jpg": "no such file"}
@@ -43,18 +44,16 @@ def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path):
     file = tmp_path / "bad_samples.csv"
     file.write_text("path,reason\na.jpg,empty file\nb.j")
     bad = BadSamples(10, 1, what="training", file=file)
-    bad.add([BadPicture("c.jpg", "no such file")])
+    bad.add([UnreadableImage("c.jpg", "no such file")])
     assert bad.reasons == {"a.jpg": "empty file", "c.jpg": "no such file"}
     assert BadSamples(10, 1, what="training", file=file).reasons == bad.reasons
 
 
 def test_the_way_out_after_too_many_names_the_list(tmp_path):
     bad = BadSamples(10, 0.1, what="training", file=tmp_path / "bad_samples.csv")
-    bad.add([BadPicture("a.jpg", "empty file")])
-    with pytest.raises(
-        DataError, match=r"2 of 10 training pictures.*bad_samples\.csv; remove it when they are repaired"
-    ):
-        bad.add([BadPicture("b.jpg", "empty file")])
+    bad.add([UnreadableImage("a.jpg", "empty file")])
+    with pytest.raises(DataError, match=r"2 of 10 training images.*bad_samples\.csv; remove it when they are repaired"):
+        bad.add([UnreadableImage("b.jpg", "empty file")])
 
 
 @pytest.mark.parametrize(
@@ -77,18 +76,18 @@ def test_the_way_out_after_too_many_names_the_list(tmp_path):
         "''@x",
     ],
 )
-def test_odd_names_are_the_same_picture_after_a_restart(name, tmp_path):
+def test_odd_names_are_the_same_image_after_a_restart(name, tmp_path):
     bad = BadSamples(10, 1, what="training", file=tmp_path / "bad_samples.csv")
-    bad.add([BadPicture(name, "no such file")])
+    bad.add([UnreadableImage(name, "no such file")])
     again = BadSamples(10, 1, what="training", file=tmp_path / "bad_samples.csv")
     assert again.reasons == bad.reasons
-    again.add([BadPicture(name, "no such file")])
+    again.add([UnreadableImage(name, "no such file")])
     assert len(again) == 1
 
 
 def test_a_name_that_a_spreadsheet_would_compute_is_listed_as_text(tmp_path):
     file = tmp_path / "bad_samples.csv"
-    BadSamples(10, 1, what="training", file=file).add([BadPicture('=HYPERLINK("http://x","y")', "no such file")])
+    BadSamples(10, 1, what="training", file=file).add([UnreadableImage('=HYPERLINK("http://x","y")', "no such file")])
     with file.open(newline="", encoding="utf-8") as stream:
         assert list(csv.reader(stream))[1] == ['\'=HYPERLINK("http://x","y")', "no such file"]
 
@@ -97,6 +96,6 @@ def test_a_list_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, c
     (tmp_path / "bad_samples.csv").symlink_to(tmp_path / "gone" / "bad_samples.csv")
     bad = BadSamples(10, 1, what="training", file=tmp_path / "bad_samples.csv")
     for i in range(3):
-        bad.add([BadPicture(f"{i}.jpg", "no such file")])
+        bad.add([UnreadableImage(f"{i}.jpg", "no such file")])
     assert len(bad) == 3
-    assert caplog.text.count("Bad pictures are not listed") == 1
+    assert caplog.text.count("Bad images are not listed") == 1

@@ -1,4 +1,4 @@
-"""A corpus of damaged pictures and tables, each of which is read or refused with a reason, soon and small."""
+"""A corpus of damaged images and tables, each of which is read or refused with a reason, soon and small."""
 
 import csv
 import logging
@@ -21,14 +21,14 @@ from clip_exp.errors import ClipExpError
 from clip_exp.models.families.clip import ViTConfig
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.conftest import noise, write_table
-from tests.data.damaged_pictures import damaged_pictures
+from tests.data.damaged_images import damaged_images
 from tests.data.damaged_tables import damaged_tables
 from tests.data.test_loader import Place
 from tests.processes import start_apart
 from tests.runs import Train
 
 SEED = 20_261_124
-PICTURES = [300, pytest.param(3000, marks=pytest.mark.exhaustive)]
+IMAGES = [300, pytest.param(3000, marks=pytest.mark.exhaustive)]
 TABLES = [200, pytest.param(2000, marks=pytest.mark.exhaustive)]
 LONGEST_S, MOST_MB = 5.0, 600
 BATCH = 50
@@ -36,17 +36,17 @@ OPTIONS = TableOptions(on_bad_row=OnBadRow.skip)
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """A table of `count` damaged pictures, each followed by a sound one."""
+    """A table of `count` damaged images, each followed by a sound one."""
     rows = [["filepath", "title"]]
-    for i, made in enumerate(damaged_pictures(folder, count, SEED)):
+    for i, made in enumerate(damaged_images(folder, count, SEED)):
         noise(i).save(folder / f"sound-{i}.jpg")
         rows += [[made.name, f"damaged {i}"], [f"sound-{i}.jpg", f"sound {i}"]]
     return write_table(folder / "pairs.csv", rows)
 
 
-@pytest.fixture(scope="module", params=PICTURES)
+@pytest.fixture(scope="module", params=IMAGES)
 def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("damage") / "pictures", request.param)
+    return write_pairs(tmp_path_factory.mktemp("damage") / "images", request.param)
 
 
 @pytest.fixture(scope="module", params=TABLES)
@@ -72,7 +72,7 @@ def memory_mb(what: str, process: int | str = "self") -> float:
     return int(status[what].split()[0]) / 1024
 
 
-# Pictures
+# Images
 
 
 def reason(read: Callable[..., Any], *arguments: Any) -> str | None:
@@ -84,13 +84,13 @@ def reason(read: Callable[..., Any], *arguments: Any) -> str | None:
 
 
 def read_each(pairs: Path) -> tuple[dict[str, tuple[Read, Read]], float]:
-    """Every picture as training and as evaluation read it: why it was refused, if it was. And the memory that this took."""
+    """Every image as training and as evaluation read it: why it was refused, if it was. And the memory that this took."""
     before_mb = memory_mb("RssAnon")
     table, limits = read_table(pairs), ImageLimits()
     found = {
         table.path(row): (
-            timed(reason, lambda row=row: decode_rgb(table.read_picture(row, limits), limits)),
-            timed(reason, lambda row=row: decode(table.read_picture(row, limits), limits)),
+            timed(reason, lambda row=row: decode_rgb(table.read_image(row, limits), limits)),
+            timed(reason, lambda row=row: decode(table.read_image(row, limits), limits)),
         )
         for row in range(len(table))
     }
@@ -98,7 +98,7 @@ def read_each(pairs: Path) -> tuple[dict[str, tuple[Read, Read]], float]:
 
 
 def read_epoch(pairs: Path, run_dir: Path, workers: int, ranks: int) -> tuple[Counter[str], list[float]]:
-    """Bad pictures by kind as a run's data module counts them in an epoch, and the memory that each worker took."""
+    """Bad images by kind as a run's data module counts them in an epoch, and the memory that each worker took."""
     before_mb = memory_mb("RssAnon")
     total = (len(read_table(pairs)) - 1) // BATCH + 1
     for rank in range(ranks):
@@ -121,11 +121,11 @@ def read_epoch(pairs: Path, run_dir: Path, workers: int, ranks: int) -> tuple[Co
 
 @pytest.fixture(scope="module")
 def each(pairs: Path) -> tuple[dict[str, tuple[Read, Read]], float]:
-    """Every picture, read in a process of its own."""
+    """Every image, read in a process of its own."""
     return start_apart(read_each, pairs).result()
 
 
-def test_each_picture_is_read_or_refused_with_a_reason_in_time(pairs: Path, each) -> None:
+def test_each_image_is_read_or_refused_with_a_reason_in_time(pairs: Path, each) -> None:
     found, peak_mb = each
     assert 0 < peak_mb < MOST_MB
     assert len(found) == len(read_table(pairs))
@@ -150,8 +150,8 @@ def test_the_counts_by_kind_are_the_same_for_any_workers_and_ranks(pairs: Path, 
 
 
 @pytest.mark.exhaustive
-def test_two_ranks_of_a_run_list_the_bad_pictures_that_one_lists(train: Train, tmp_path: Path) -> None:
-    pairs = write_pairs(tmp_path / "pictures", 100)
+def test_two_ranks_of_a_run_list_the_bad_images_that_one_lists(train: Train, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "images", 100)
     listed = []
     for ranks in (1, 2):
         run = train(
@@ -160,7 +160,7 @@ def test_two_ranks_of_a_run_list_the_bad_pictures_that_one_lists(train: Train, t
         )  # fmt: skip
         with (run.folder / "bad_samples.csv").open(newline="", encoding="utf-8") as stream:
             listed.append(sorted(csv.reader(stream)))
-        assert sum(run.summary["bad_pictures"]["training"].values()) == len(listed[-1]) - 1
+        assert sum(run.summary["bad_images"]["training"].values()) == len(listed[-1]) - 1
     assert listed[0] == listed[1]
     assert len(listed[0]) > 50
 
@@ -175,7 +175,7 @@ def read_rows(file: Path, options: TableOptions, index_dir: Path | None) -> Any:
         table = open_table(file, options, index_dir=index_dir)
     except ClipExpError as error:
         return str(error)
-    refused = [reason(table.read_picture, row, limits) for row in range(len(table))]
+    refused = [reason(table.read_image, row, limits) for row in range(len(table))]
     rows = [(table.path(row), table.caption(row), table.where(row)) for row in range(len(table))]
     return rows, refused, table.image_index().tolist(), [part.bad for part in table.parts]
 

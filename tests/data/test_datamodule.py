@@ -11,7 +11,7 @@ from clip_exp.config.data import Captions, GenerateConfig, Generator
 from clip_exp.data import loader
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import EvalSampler, TimedLoader
-from clip_exp.data.loader import BadPicture
+from clip_exp.data.loader import UnreadableImage
 from clip_exp.errors import ConfigError, DataError
 from tests.data.conftest import noise, write_table
 from tests.data.test_loader import Place
@@ -36,7 +36,7 @@ def labeled(folder: Path) -> Path:
     return write_table(folder / "val.csv", records)
 
 
-def test_validation_batches_hold_pictures_captions_and_labels(pairs, build, tmp_path):
+def test_validation_batches_hold_images_captions_and_labels(pairs, build, tmp_path):
     module = build(pairs, val=labeled(tmp_path), label_key="kind")
     (batch,) = module.val_dataloader()
     assert module.class_names == ["cat", "dog"]
@@ -59,7 +59,7 @@ def test_validation_labels_lose_their_blanks_and_those_that_are_alike_are_told(p
     assert "'Dog' and 'dog'" in caplog.text
 
 
-def test_bad_validation_pictures_are_left_out_and_counted(pairs, build, tmp_path):
+def test_bad_validation_images_are_left_out_and_counted(pairs, build, tmp_path):
     val = labeled(tmp_path)
     (tmp_path / "v1.png").unlink()
     module = build(pairs, val=val, label_key="kind", run_dir=tmp_path, max_bad_fraction=0.3)
@@ -81,14 +81,14 @@ def test_batches_of_training_are_announced_before_their_copy_to_the_device_and_n
     assert len(announced) == 1
 
 
-def test_a_validation_batch_of_bad_pictures_alone_is_empty(pairs, build, tmp_path):
+def test_a_validation_batch_of_bad_images_alone_is_empty(pairs, build, tmp_path):
     val = labeled(tmp_path)
     for i in range(5):
         (tmp_path / f"v{i}.png").unlink()
     module = build(pairs, val=val)
     (batch,) = module.val_dataloader()
     assert batch.image.shape == (0, 3, 16, 16)
-    with pytest.raises(DataError, match="5 of 5 validation pictures"):
+    with pytest.raises(DataError, match="5 of 5 validation images"):
         module.on_before_batch_transfer(batch, 0)
 
 
@@ -135,7 +135,7 @@ def test_ranks_that_read_different_tables_are_refused_on_all_of_them(pairs, buil
     module = build(str(pairs), val=str(pairs))
     tables = []
     module.require_same_tables(lambda own: tables.append(own) or [own, own])
-    pairs.write_text(pairs.read_text().replace("caption 0 of picture 7", "another caption"))
+    pairs.write_text(pairs.read_text().replace("caption 0 of image 7", "another caption"))
     module = build(str(pairs), val=str(pairs))
     with pytest.raises(DataError, match=r"data\.train has not the same rows on all ranks"):
         module.require_same_tables(lambda own: [*tables, own])
@@ -159,7 +159,7 @@ def test_the_loaders_have_a_worker_per_core_on_a_gpu_and_none_without_a_batch(
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_training_warns_before_its_batches_are_more_than_the_shared_memory(pairs, build, monkeypatch, caplog):
-    """Four pictures of 16 x 16 in each of 2 x 3 batches."""
+    """Four images of 16 x 16 in each of 2 x 3 batches."""
     for free, warns in ((3 * 16 * 16 * 4 * 6, False), (3 * 16 * 16 * 4 * 6 - 1, True)):
         monkeypatch.setattr(loader, "_shared_memory", lambda free=free: loader._SharedMemory(64 << 20, free))
         build(pairs, num_workers=3).train_dataloader()
@@ -170,15 +170,15 @@ def test_training_warns_before_its_batches_are_more_than_the_shared_memory(pairs
     assert not caplog.text
 
 
-def test_ranks_and_restarts_share_one_record_of_bad_pictures(tmp_path, caplog):
+def test_ranks_and_restarts_share_one_record_of_bad_images(tmp_path, caplog):
     file = tmp_path / "bad_samples.csv"
     one, two = (BadSamples(100, 0.03, what="training", file=file) for _ in range(2))
     val = BadSamples(10, 0.5, what="validation", mark=VALIDATION, file=file)
     with caplog.at_level(logging.WARNING):
-        one.add([BadPicture("a.jpg", "no such file"), BadPicture('odd, "name".jpg', "empty file")])
-        val.add([BadPicture("v.jpg", "empty file")])
-        two.add([BadPicture("a.jpg", "no such file"), BadPicture("b.jpg", "cut, short")])
-        one.add([BadPicture("a.jpg", "no such file")])
+        one.add([UnreadableImage("a.jpg", "no such file"), UnreadableImage('odd, "name".jpg', "empty file")])
+        val.add([UnreadableImage("v.jpg", "empty file")])
+        two.add([UnreadableImage("a.jpg", "no such file"), UnreadableImage("b.jpg", "cut, short")])
+        one.add([UnreadableImage("a.jpg", "no such file")])
     with open(file, newline="", encoding="utf-8") as stream:
         records = list(csv.reader(stream))
     assert records[0] == ["path", "reason"]
@@ -187,14 +187,14 @@ def test_ranks_and_restarts_share_one_record_of_bad_pictures(tmp_path, caplog):
     assert len(val) == 1
     restarted = BadSamples(100, 0.03, what="training", file=file)
     with pytest.raises(DataError, match="4 of 100"):
-        restarted.add([BadPicture("c.jpg", "empty file")])
+        restarted.add([UnreadableImage("c.jpg", "empty file")])
 
 
-def test_without_locks_ranks_still_share_one_record_of_bad_pictures(tmp_path, no_locks):
+def test_without_locks_ranks_still_share_one_record_of_bad_images(tmp_path, no_locks):
     file = tmp_path / "bad_samples.csv"
     one, two = (BadSamples(100, 0.5, what="training", file=file) for _ in range(2))
-    one.add([BadPicture("a.jpg", "no such file")])
-    two.add([BadPicture("b.jpg", "empty file")])
+    one.add([UnreadableImage("a.jpg", "no such file")])
+    two.add([UnreadableImage("b.jpg", "empty file")])
     assert set(two.reasons) == {"a.jpg", "b.jpg"}
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 

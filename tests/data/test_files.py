@@ -1,4 +1,4 @@
-"""Which files are read as pictures, and the reasons for the others."""
+"""Which files are read as images, and the reasons for the others."""
 
 import os
 import socket

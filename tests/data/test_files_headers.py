@@ -82,11 +82,11 @@ def test_formats_are_opened_only_where_they_are_allowed():
 
 
 def test_no_message_has_a_byte_of_the_file(monkeypatch: pytest.MonkeyPatch):
-    assert reason(b"  <!DOCTYPE html><html>") == "not a picture: a web page"
+    assert reason(b"  <!DOCTYPE html><html>") == "not an image: a web page"
     assert reason(b"version https://git-lfs.github.com/spec/v1\noid sha256:0") == (
-        "not a picture: a Git-LFS pointer; run `git lfs pull` there"
+        "not an image: a Git-LFS pointer; run `git lfs pull` there"
     )
-    assert reason(b"root:x:0:0:root:/root:/bin/bash\n") == reason(bytes(500)) == "not a picture"
+    assert reason(b"root:x:0:0:root:/root:/bin/bash\n") == reason(bytes(500)) == "not an image"
 
     def quote(*_: object) -> None:
         raise ValueError("invalid literal for int() with base 10: 'root:x:0:0'")
@@ -145,4 +145,4 @@ def test_names_of_formats_are_checked_against_pillows():
         "data.image_formats: Pillow reads no 'qqq'.",
     ]
     assert "Ghostscript" in next(check_formats(["EPS"]))
-    assert list(check_formats([])) == ["data.image_formats is empty: no picture could be read."]
+    assert list(check_formats([])) == ["data.image_formats is empty: no image could be read."]

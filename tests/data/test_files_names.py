@@ -1,4 +1,4 @@
-"""Names of one file are one picture, and no other file is opened for it."""
+"""Names of one file are one image, and no other file is opened for it."""
 
 import os
 from pathlib import Path
@@ -55,11 +55,11 @@ def test_what_lies_behind_a_link_and_what_is_not_there_keep_their_names(files, m
 
 
 def groups(table: PairTable) -> list[list[str]]:
-    return [[table.path(row) for row in table.rows_of(picture)] for picture in range(table.pictures)]
+    return [[table.path(row) for row in table.rows_of(image)] for image in range(table.images)]
 
 
 @pytest.mark.parametrize("kept", ["in memory", "in an index"])
-def test_names_of_a_file_are_one_picture_with_several_captions(files, tmp_path, kept):
+def test_names_of_a_file_are_one_image_with_several_captions(files, tmp_path, kept):
     paths = [written.format(root=files) for name, others in SAME.items() for written in (name, *others)]
     rows = [["filepath", "title"], *([path, f"caption {i}"] for i, path in enumerate([*paths, *NAMES[-2:]]))]
     index_dir = None if kept == "in memory" else tmp_path / "index"
@@ -67,11 +67,11 @@ def test_names_of_a_file_are_one_picture_with_several_captions(files, tmp_path, 
     assert [len(group) for group in groups(table)] == [7, 5, 5, 1, 1]
     assert len(Rows(table, Captions.random)) == 5
     limits = ImageLimits(outside_root=True)
-    for picture in range(3):
-        assert len({bytes(table.read_picture(row, limits)) for row in table.rows_of(picture)}) == 1
+    for image in range(3):
+        assert len({bytes(table.read_image(row, limits)) for row in table.rows_of(image)}) == 1
 
 
-def test_files_of_a_table_in_several_folders_agree_on_their_pictures(files, tmp_path):
+def test_files_of_a_table_in_several_folders_agree_on_their_images(files, tmp_path):
     tables = [
         write_table(files / "pairs.csv", [["filepath", "title"], ["img/1.png", "a"], ["1.png", "b"]]),
         write_table(files / "img" / "pairs.csv", [["filepath", "title"], ["1.png", "c"], ["../1.png", "d"]]),
@@ -85,7 +85,7 @@ def test_another_root_is_another_index_since_names_may_be_other_files(files, tmp
     rows = [["filepath", "title"], ["1.png", "a"], [f"{files}/1.png", "b"]]
     table = write_table(files / "pairs.csv", rows)
     found = [
-        open_table(table, TableOptions(), image_root=root, index_dir=tmp_path / "index").pictures
+        open_table(table, TableOptions(), image_root=root, index_dir=tmp_path / "index").images
         for root in (files, files / "img", files)
     ]
     assert found == [1, 2, 1]

@@ -42,10 +42,10 @@ def test_a_row_more_is_told_with_the_file(pairs, build: Build):
 def test_another_caption_is_told_with_the_size(pairs, build: Build):
     state = saved(build, pairs)
     size = pairs.stat().st_size
-    text = pairs.read_bytes().replace(b"caption 0 of picture 5", b"caption 0 of picture 6")
+    text = pairs.read_bytes().replace(b"caption 0 of image 5", b"caption 0 of image 6")
     pairs.write_bytes(text)
     assert "pairs.csv has other content in its 25 rows." in refusal(build, state, pairs)
-    pairs.write_bytes(text.replace(b"caption 0 of picture 6", b"caption 0 of a picture 6", 1))
+    pairs.write_bytes(text.replace(b"caption 0 of image 6", b"caption 0 of an image 6", 1))
     told = refusal(build, state, pairs)
     assert f"pairs.csv has other content in its 25 rows ({size + 2} bytes instead of {size})" in told
 
@@ -76,7 +76,7 @@ def test_files_that_come_go_or_change_places_are_told_by_name(pairs, build: Buil
     alone, both = saved(build, pairs), saved(build, [pairs, other])
     assert "other.csv was not among the files" in refusal(build, alone, [pairs, other])
     assert "other.csv is no longer among the files" in refusal(build, both, pairs)
-    assert "pictures" not in refusal(build, both, pairs)  # which follows from that
+    assert "images" not in refusal(build, both, pairs)  # which follows from that
     assert "the files are in another order, other.csv first" in refusal(build, both, [other, pairs])
 
 
@@ -85,19 +85,19 @@ def test_what_decides_the_stream_counts_too(pairs, build: Build):
     told = refusal(build, state, pairs, captions=Captions.all, max_rows=20)
     assert "data.captions is all instead of random" in told
     assert "data.max_rows is 20 instead of None" in told
-    told = refusal(build, state, pairs, shuffle=Shuffle.block, filter="'picture' in title")
+    told = refusal(build, state, pairs, shuffle=Shuffle.block, filter="'image' in title")
     assert "shuffle is 256 blocks of 64 rows instead of full" in told
-    assert "filter is 'picture' in title instead of None" in told
+    assert "filter is 'image' in title instead of None" in told
 
 
-def test_an_image_root_that_makes_equal_paths_one_picture_counts_too(pairs, build: Build):
+def test_an_image_root_that_makes_equal_paths_one_image_counts_too(pairs, build: Build):
     """Nothing in the files tells that."""
     folder = pairs.parent / "folder"
     folder.mkdir()
     other = write_table(folder / "other.csv", [["filepath", "title"], ["00.png", "another"]])
     state = saved(build, [pairs, other])
     told = refusal(build, state, [pairs, other], image_root=str(pairs.parent))
-    assert "pairs.csv has 23 distinct pictures instead of 24" in told
+    assert "pairs.csv has 23 distinct images instead of 24" in told
 
 
 def test_sources_and_their_weights_count_too(pairs, build: Build):
@@ -121,7 +121,7 @@ def test_an_exchanged_validation_table_is_told(pairs, build: Build):
     build(pairs, val=str(val)).load_state_dict(state)
 
 
-def test_pictures_may_be_repaired_meanwhile(pairs, build: Build):
+def test_images_may_be_repaired_meanwhile(pairs, build: Build):
     (pairs.parent / "04.png").unlink()
     state = saved(build, pairs)
     (pairs.parent / "04.png").write_bytes((pairs.parent / "02.png").read_bytes())

@@ -51,7 +51,7 @@ def test_digit_captions_come_from_the_templates_of_the_configuration(made, repos
     assert min(used.values()) > 400
 
 
-def test_digit_pictures_are_the_ones_of_scikit_learn(made):
+def test_digit_images_are_the_ones_of_scikit_learn(made):
     from sklearn.datasets import load_digits
 
     table = read_table(made.train, label_key="label")
@@ -90,11 +90,11 @@ def test_captions_of_shapes_say_what_is_drawn_where(tmp_path):
         words = table.caption(row).split()
         if "above" not in words or words[2] == words[7]:
             continue
-        picture = load(table.image_path(row))
-        assert picture.size == (48, 48)
+        image = load(table.image_path(row))
+        assert image.size == (48, 48)
         centers = []
         for color in (COLORS[words[2]], COLORS[words[7]]):
-            rows = [y for y in range(48) for x in range(48) if picture.getpixel((x, y)) == color]
+            rows = [y for y in range(48) for x in range(48) if image.getpixel((x, y)) == color]
             centers.append(sum(rows) / len(rows))
         assert centers[0] < centers[1]
         checked += 1

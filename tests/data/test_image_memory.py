@@ -1,4 +1,4 @@
-"""What the largest pictures within the default limits cost a worker."""
+"""What the largest images within the default limits cost a worker."""
 
 import re
 import struct

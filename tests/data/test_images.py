@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from clip_exp.data.files import KINDS, OUT_OF_MEMORY, OUTSIDE_ROOT, TOO_LONG, BadImage, ImageLimits, kind_of, read_file
 from clip_exp.data.images import decode, decode_rgb, open_image
 from tests.data.conftest import load, noise
-from tests.data.damaged_pictures import damaged_pictures
+from tests.data.damaged_images import damaged_images
 from tests.data.encoded import ORIENTATION, encoded, png
 
 LIMIT = 1_000_000
@@ -25,8 +25,8 @@ def read_image(file: Path, max_pixels: int) -> torch.Tensor:
     return decode_rgb(read_file(file, limits), limits)
 
 
-def pixels(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -53,10 +53,10 @@ def test_real_photographs_have_pillows_pixels(real_data):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_exif_orientation_is_applied_for_training_and_ignored_for_evaluation(tmp_path, orientation, suffix):
-    picture, file = noise(2, 40, 24), tmp_path / f"a.{suffix}"
-    exif = picture.getexif()
+    image, file = noise(2, 40, 24), tmp_path / f"a.{suffix}"
+    exif = image.getexif()
     exif[ORIENTATION] = orientation
-    picture.save(file, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    image.save(file, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
     stored = load(file)
     assert torch.equal(read_image(file, LIMIT), pixels(ImageOps.exif_transpose(stored)))
     assert torch.equal(pixels(open_image(file, LIMIT)), pixels(stored))
@@ -71,13 +71,13 @@ def test_sixteen_bit_grey_is_scaled_by_depth_not_clipped(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_shows_white(tmp_path, mode):
-    picture = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
+    drawn = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    drawn.putpixel((1, 0), (0, 0, 0, 0))
     file = tmp_path / "a.png"
-    picture.convert(mode).save(file)
+    drawn.convert(mode).save(file)
     image = read_image(file, LIMIT)
     assert image[:, 0, 1].tolist() == [255, 255, 255]
-    assert torch.equal(image[:, 0, 0], pixels(picture.convert(mode))[:, 0, 0])
+    assert torch.equal(image[:, 0, 0], pixels(drawn.convert(mode))[:, 0, 0])
 
 
 def test_a_key_color_is_transparent(tmp_path):
@@ -108,7 +108,7 @@ def test_cut_files_are_refused(tmp_path, suffix, keep):
             read(file, LIMIT)
 
 
-def test_what_is_not_a_picture_is_refused_with_a_reason(tmp_path):
+def test_what_is_not_an_image_is_refused_with_a_reason(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -118,7 +118,7 @@ def test_what_is_not_a_picture_is_refused_with_a_reason(tmp_path):
         "missing.jpg": "no such file",
         "dangling.jpg": "no such file",
         "empty.jpg": "empty file",
-        "page.jpg": "not a picture: a web page",
+        "page.jpg": "not an image: a web page",
         "pipe.jpg": "not a regular file",
         "renamed.jpg": "format not allowed: TIFF, which is not in data.image_formats",
     }
@@ -145,12 +145,12 @@ def test_too_many_pixels_are_refused_from_the_header(tmp_path):
 
 @pytest.mark.parametrize("kind", ["plain", "lossless", "alpha"])
 def test_webp_has_pillows_pixels(kind, monkeypatch):
-    picture = noise(5, 301, 203)
+    image = noise(5, 301, 203)
     if kind == "alpha":
-        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
-    exif = picture.getexif()
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    exif = image.getexif()
     exif[ORIENTATION] = 6
-    data = bytearray(encoded(picture, "WEBP", lossless=kind == "lossless", exif=exif))
+    data = bytearray(encoded(image, "WEBP", lossless=kind == "lossless", exif=exif))
     fast, fast_in_its_mode = decode_rgb(data, ImageLimits()), decode(data, ImageLimits())
     monkeypatch.setattr("clip_exp.data.images._decode_webp", lambda data: None)
     assert torch.equal(fast, decode_rgb(data, ImageLimits()))
@@ -168,14 +168,14 @@ def test_without_torchvisions_decoders_the_pixels_are_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
-def test_large_pictures_are_converted_in_pieces_with_the_same_pixels(mode, monkeypatch):
-    picture = noise(7, 53, 41).convert("L" if mode == "I;16" else mode)
+def test_large_images_are_converted_in_pieces_with_the_same_pixels(mode, monkeypatch):
+    image = noise(7, 53, 41).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
-        picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 200)
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 200)
     exif = Image.Exif()
     exif[ORIENTATION] = 8
     options = {"transparency": bytes(range(256))} if mode == "P" else {}
-    data = bytearray(encoded(picture, "TIFF" if mode in ("CMYK", "F") else "PNG", exif=exif, **options))
+    data = bytearray(encoded(image, "TIFF" if mode in ("CMYK", "F") else "PNG", exif=exif, **options))
     limits = ImageLimits(formats=("PNG", "TIFF"))
     whole = decode_rgb(data, limits)
     monkeypatch.setattr("clip_exp.data.images._STRIP_PIXELS", 300)
@@ -252,9 +252,9 @@ def test_a_jpeg_that_lacks_its_last_bytes_is_truncated(progressive):
                 read(data[:-missing], ImageLimits())
 
 
-def test_a_corpus_of_damaged_pictures_gives_pixels_or_reasons(tmp_path):
-    folder, found = tmp_path / "pictures", {}
-    made = damaged_pictures(folder, 300, seed=0)
+def test_a_corpus_of_damaged_images_gives_pixels_or_reasons(tmp_path):
+    folder, found = tmp_path / "images", {}
+    made = damaged_images(folder, 300, seed=0)
     for file in made:
         answers = set()
         for read in (decode_rgb, decode):
@@ -273,7 +273,7 @@ def test_a_corpus_of_damaged_pictures_gives_pixels_or_reasons(tmp_path):
 
 
 def test_a_seed_makes_the_same_corpus(tmp_path):
-    one, same, other = (damaged_pictures(tmp_path / name, 80, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    one, same, other = (damaged_images(tmp_path / name, 80, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert one == same
     assert one != other
     regular = [file.name for file in one if file.way in ("plain", "flipped_bits", "cut", "turned")]

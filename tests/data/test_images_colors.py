@@ -82,7 +82,7 @@ def test_blur_is_torchvisions():
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(16, 3), (32, 3), (64, 7), (224, 23), (336, 33)])
-def test_the_kernel_is_a_tenth_of_the_picture(size, kernel):
+def test_the_kernel_is_a_tenth_of_the_image(size, kernel):
     assert blur_kernel(size) == kernel
 
 

@@ -15,7 +15,7 @@ from clip_exp.data.randomness import Draws
 from tests.data.conftest import load, noise
 
 MEAN, STD = open_clip.constants.OPENAI_DATASET_MEAN, open_clip.constants.OPENAI_DATASET_STD
-PICTURES = {
+IMAGES = {
     "wide": noise(0, 301, 123),
     "tall": noise(1, 97, 411),
     "square": noise(2, 224, 224),
@@ -28,13 +28,13 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("size", [32, 224, 225])
 def test_evaluation_is_bit_equal_to_open_clip(name, size):
-    picture = PICTURES[name]
-    image = eval_transform(picture, size)
+    original = IMAGES[name]
+    image = eval_transform(original, size)
     assert image.dtype == torch.uint8
-    expected = open_clip.image_transform(size, is_train=False)(picture)
+    expected = open_clip.image_transform(size, is_train=False)(original)
     assert torch.equal(normalize(image[None], MEAN, STD)[0], expected)
 
 
@@ -51,17 +51,17 @@ def test_a_strip_that_would_fill_the_memory_is_refused():
 
 
 def test_training_crop_is_within_two_levels_of_pillow():
-    picture = noise(9, 320, 240)
-    image = pil_to_tensor(picture)
+    original = noise(9, 320, 240)
+    image = pil_to_tensor(original)
     for k in range(10):
         top, left, height, width = crop_box(240, 320, Draws(k), (0.2, 1.0), (0.75, 4 / 3))
         box = (left, top, left + width, top + height)
-        pillow = pil_to_tensor(picture.crop(box).resize((64, 64), Image.Resampling.BICUBIC)).int()
+        pillow = pil_to_tensor(original.crop(box).resize((64, 64), Image.Resampling.BICUBIC)).int()
         ours = train_transform(image, 64, Draws(k), AugmentationConfig(scale=[0.2, 1.0])).int()
         assert (ours - pillow).abs().max() <= 2
 
 
-def test_training_transform_of_the_whole_picture_is_torchvisions():
+def test_training_transform_of_the_whole_image_is_torchvisions():
     image = pil_to_tensor(noise(10, 90, 90))
     whole = RandomResizedCrop(32, (1.0, 1.0), (1.0, 1.0), InterpolationMode.BICUBIC, antialias=True)(image)
     assert torch.equal(
@@ -86,7 +86,7 @@ def test_crops_are_distributed_as_torchvisions():
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (2, 3)])
-def test_crops_of_tiny_and_elongated_pictures_lie_inside(height, width):
+def test_crops_of_tiny_and_elongated_images_lie_inside(height, width):
     for k in range(50):
         top, left, crop_height, crop_width = crop_box(height, width, Draws(k), (0.9, 1.0), (0.75, 4 / 3))
         assert 0 <= top < top + crop_height <= height

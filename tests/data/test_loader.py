@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.data.loader import (
-    BadPicture,
     Batch,
     EvalImages,
     EvalPairs,
-    PictureError,
+    UnreadableImage,
+    UnreadableImageError,
     WorkerLoader,
     killed_workers_are_told,
 )
-from clip_exp.data.pictures import PictureFiles
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
 from clip_exp.models.families.clip import ViTConfig
@@ -85,7 +85,7 @@ def test_a_restart_in_the_middle_of_an_epoch_sees_the_same_samples(pairs, build)
         assert digest(read(second)) == digest(whole[step:])
 
 
-def test_every_picture_comes_once_per_epoch_with_one_of_its_captions(pairs, build):
+def test_every_image_comes_once_per_epoch_with_one_of_its_captions(pairs, build):
     module = build(pairs, global_batch_size=23, total_steps=12)
     assert module.num_rows == 23
     third = set()
@@ -106,7 +106,7 @@ def test_every_pair_comes_once_per_epoch_where_all_captions_are_asked_for(pairs,
         assert batch.image_id.bincount().tolist() == [1, 1, 1, 3, *[1] * 19]
 
 
-def test_pictures_are_cropped_differently_in_each_epoch(pairs, build):
+def test_images_are_cropped_differently_in_each_epoch(pairs, build):
     one, two = read(build(pairs, global_batch_size=23, total_steps=2))
     by_id = [batch.image[batch.image_id.argsort()] for batch in (one, two)]
     assert not torch.equal(*by_id)
@@ -140,7 +140,7 @@ def spoil(pairs: Path) -> dict[str, str]:
     return {"04.png": "no such file", "07.jpg": "empty file"}
 
 
-def test_bad_pictures_are_replaced_alike_on_workers_ranks_and_restarts(pairs, build):
+def test_bad_images_are_replaced_alike_on_workers_ranks_and_restarts(pairs, build):
     spoiled = spoil(pairs)
     whole = read(build(pairs, total_steps=15))
     assert {path for batch in whole for path, _ in batch.bad} == set(spoiled)
@@ -163,11 +163,11 @@ def test_each_bad_file_is_recorded_once_with_its_reason(pairs, build, tmp_path):
     assert sorted(lines[1:]) == sorted(f"{path},{reason}" for path, reason in spoiled.items())
 
 
-def test_too_many_bad_pictures_end_the_run(pairs, build):
+def test_too_many_bad_images_end_the_run(pairs, build):
     spoil(pairs)
     module = build(pairs, total_steps=20, max_bad_fraction=0.05)
     batches = read(module)
-    with pytest.raises(DataError, match=r"2 of 23 training pictures.*data\.max_bad_fraction=0\.05"):
+    with pytest.raises(DataError, match=r"2 of 23 training images.*data\.max_bad_fraction=0\.05"):
         list(map(module.on_before_batch_transfer, batches, range(20)))
 
 
@@ -181,7 +181,7 @@ def test_error_policy_names_file_line_reason_and_the_way_out(pairs, build, worke
     with pytest.raises(DataError) as error:
         read(module)
     message = str(error.value)
-    assert message.startswith(f"The picture '04.png' ({pairs}, line 8) cannot be read: no such file.")
+    assert message.startswith(f"The image '04.png' ({pairs}, line 8) cannot be read: no such file.")
     assert "data.on_bad_image=replace" in message
     assert "data.image_root" in message
     assert "Traceback" not in message
@@ -190,7 +190,7 @@ def test_error_policy_names_file_line_reason_and_the_way_out(pairs, build, worke
 
 def test_a_wrong_image_root_is_told_instead_of_searched_for_ever(pairs, build):
     with pytest.raises(
-        PictureError, match=r"100 pictures drawn in a row cannot be read.*no such file.*data\.image_root"
+        UnreadableImageError, match=r"100 images drawn in a row cannot be read.*no such file.*data\.image_root"
     ):
         read(build(pairs, image_root=str(pairs.parent / "elsewhere")))
 
@@ -199,15 +199,15 @@ def test_an_error_keeps_its_message_through_a_workers_wrapping():
     from torch._utils import ExceptionWrapper
 
     try:
-        raise PictureError("The picture is bad: really.\nSecond line: too.")
-    except PictureError:
+        raise UnreadableImageError("The image is bad: really.\nSecond line: too.")
+    except UnreadableImageError:
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(UnreadableImageError) as error:
         wrapped.reraise()
-    assert str(error.value) == "The picture is bad: really.\nSecond line: too."
+    assert str(error.value) == "The image is bad: really.\nSecond line: too."
 
 
-def test_validation_pictures_come_with_all_their_captions(pairs):
+def test_validation_images_come_with_all_their_captions(pairs):
     table = read_table(pairs)
     dataset = EvalPairs(
         table,
@@ -221,14 +221,14 @@ def test_validation_pictures_come_with_all_their_captions(pairs):
     assert sample.label == -1
 
 
-def test_pictures_are_read_without_captions_and_bad_ones_are_passed_on_with_their_reason(pairs):
+def test_images_are_read_without_captions_and_bad_ones_are_passed_on_with_their_reason(pairs):
     dataset = EvalImages(
-        PictureFiles([pairs.parent / "00.png", pairs.parent / "missing.png"]), partial(eval_transform, size=16)
+        ImageFiles([pairs.parent / "00.png", pairs.parent / "missing.png"]), partial(eval_transform, size=16)
     )
     good, bad = dataset[0], dataset[1]
     assert good.image is not None
     assert good.image.shape == (3, 16, 16)
-    assert (bad.image, bad.bad) == (None, (BadPicture(str(pairs.parent / "missing.png"), "no such file"),))
+    assert (bad.image, bad.bad) == (None, (UnreadableImage(str(pairs.parent / "missing.png"), "no such file"),))
 
 
 def test_signals_for_the_run_leave_the_workers_alone(pairs, build, monkeypatch):

@@ -33,7 +33,7 @@ def refusal(folder: Path, train: Any, error: type[ClipExpError] = ConfigError, *
 def table(tmp_path: Path) -> Path:
     for i in range(4):
         noise(i).save(tmp_path / f"{i}.png")
-    return write_table(tmp_path / "pairs.csv", [["filepath", "title"], *([f"{i}.png", "a picture"] for i in range(4))])
+    return write_table(tmp_path / "pairs.csv", [["filepath", "title"], *([f"{i}.png", "an image"] for i in range(4))])
 
 
 def test_patterns_lists_and_sources_pass(tmp_path, table):
@@ -71,7 +71,7 @@ def test_validation_is_one_table(tmp_path, table):
 def test_a_wrong_image_root_is_told_at_the_start(tmp_path, table):
     (tmp_path / "empty").mkdir()
     told = refusal(tmp_path, str(table), DataError, image_root=str(tmp_path / "empty"))
-    assert f"data.train: none of 4 pictures from all over {table} can be read" in told
+    assert f"data.train: none of 4 images from all over {table} can be read" in told
     assert f"{tmp_path}/empty/0.png ({table}, line 2): no such file" in told
     assert f"Relative paths start from {tmp_path}/empty: set data.image_root." in told
 
@@ -81,19 +81,17 @@ def test_more_bad_rows_than_may_be_bad_end_the_start_as_they_end_a_check(tmp_pat
     with table.open("a") as file:
         file.write("one field\n,no path\n" + "0.png,more\n" * 6)
     told = refusal(tmp_path, str(table), DataError, on_bad_row=OnBadRow.skip)
-    assert (
-        f"data.train: 2 of 12 rows of {table} are bad (1 wrong number of fields, 1 no picture path), more than" in told
-    )
+    assert f"data.train: 2 of 12 rows of {table} are bad (1 wrong number of fields, 1 no image path), more than" in told
     assert "data.max_bad_fraction=0.1" in told
     check_train(config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17))
     check_train(
-        config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17, filter="title == 'a picture'")
+        config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17, filter="title == 'an image'")
     )
 
 
 @pytest.mark.parametrize("which", ["train", "val"])
 def test_more_empty_captions_than_may_be_end_the_start(tmp_path, table, which):
-    captions = ["a caption", "a picture", "", "\u00a0\u200b \t"]
+    captions = ["a caption", "an image", "", "\u00a0\u200b \t"]
     empty = write_table(
         tmp_path / "empty.csv", [["filepath", "title"], *([f"{i}.png", text] for i, text in enumerate(captions))]
     )
@@ -103,10 +101,10 @@ def test_more_empty_captions_than_may_be_end_the_start(tmp_path, table, which):
     assert "data.max_empty_caption_fraction=0.1" in told
     assert told.endswith("or allow them: data.max_empty_caption_fraction=1.")
     check_train(config_of(tmp_path, train, val=val, max_empty_caption_fraction=0.5))
-    check_train(config_of(tmp_path, train, val=val, filter="title == 'a picture' or title == 'a caption'"))
+    check_train(config_of(tmp_path, train, val=val, filter="title == 'an image' or title == 'a caption'"))
 
 
-def test_a_picture_with_two_labels_ends_the_start(tmp_path, table):
+def test_an_image_with_two_labels_ends_the_start(tmp_path, table):
     rows = [["filepath", "title", "kind"], ["0.png", "a", "dog"], ["1.png", "b", "cat"], ["0.png", "c", "Dog"]]
     val = write_table(tmp_path / "val.csv", rows)
     told = refusal(tmp_path, str(table), DataError, val=str(val), label_key="kind")
@@ -114,7 +112,7 @@ def test_a_picture_with_two_labels_ends_the_start(tmp_path, table):
     check_train(config_of(tmp_path, str(table), val=str(val)))
 
 
-def test_the_way_out_fits_the_fault_of_the_pictures(tmp_path, table):
+def test_the_way_out_fits_the_fault_of_the_images(tmp_path, table):
     told = refusal(tmp_path, str(table), DataError, max_image_bytes=10)
     assert told.endswith("Raise data.max_image_bytes, or make them smaller.")
     for i in range(4):
@@ -129,19 +127,19 @@ def test_the_way_out_fits_the_fault_of_the_pictures(tmp_path, table):
     [("https://somewhere/a.jpg", r"not from addresses: fetch them first"), ("img\\a.jpg", "not with backslashes")],
 )
 def test_paths_of_another_kind_are_told(tmp_path, table, path, remedy):
-    write_table(table, [["filepath", "title"], *[[path, "a picture"]] * 4])
+    write_table(table, [["filepath", "title"], *[[path, "an image"]] * 4])
     assert remedy in refusal(tmp_path, str(table), DataError)
 
 
 def test_the_validation_table_is_looked_at_too(tmp_path, table):
-    val = write_table(tmp_path / "val.csv", [["filepath", "title"], ["img/0.png", "a picture"]])
-    assert "data.val: none of 1 pictures" in refusal(tmp_path, str(table), DataError, val=str(val))
+    val = write_table(tmp_path / "val.csv", [["filepath", "title"], ["img/0.png", "an image"]])
+    assert "data.val: none of 1 images" in refusal(tmp_path, str(table), DataError, val=str(val))
 
 
-def test_pictures_outside_the_root_are_told_at_the_start_with_the_way_out(tmp_path, table):
+def test_images_outside_the_root_are_told_at_the_start_with_the_way_out(tmp_path, table):
     elsewhere = tmp_path / "tables"
     elsewhere.mkdir()
-    rows = [["filepath", "title"], *([f"../{i}.png", "a picture"] for i in range(4))]
+    rows = [["filepath", "title"], *([f"../{i}.png", "an image"] for i in range(4))]
     moved = write_table(elsewhere / "pairs.csv", rows)
     told = refusal(tmp_path, str(moved), DataError)
     assert f"The root is now {elsewhere}." in told
@@ -153,18 +151,18 @@ def test_absolute_paths_and_links_pass_wherever_they_lead(tmp_path, table):
     elsewhere = tmp_path / "tables"
     elsewhere.mkdir()
     (elsewhere / "link.png").symlink_to(tmp_path / "1.png")
-    rows = [["filepath", "title"], [str(tmp_path / "0.png"), "a picture"], ["link.png", "a picture"]]
+    rows = [["filepath", "title"], [str(tmp_path / "0.png"), "an image"], ["link.png", "an image"]]
     check_train(config_of(tmp_path, str(write_table(elsewhere / "pairs.csv", rows))))
 
 
-def test_a_table_of_which_some_pictures_are_missing_passes(tmp_path, table):
+def test_a_table_of_which_some_images_are_missing_passes(tmp_path, table):
     for i in range(3):
         (tmp_path / f"{i}.png").unlink()
     check_train(config_of(tmp_path, str(table), captions="all"))
 
 
 def test_an_empty_path_is_a_bad_row(tmp_path, table):
-    write_table(table, [["filepath", "title"], ["", "a picture"], *([f"{i}.png", "a picture"] for i in range(4))])
+    write_table(table, [["filepath", "title"], ["", "an image"], *([f"{i}.png", "an image"] for i in range(4))])
     assert f"{table}, line 2:" in refusal(tmp_path, str(table), DataError)
 
 

@@ -27,7 +27,7 @@ pytestmark = [
 
 WORKERS = (0, 1, 2, 4)
 RANKS = (1, 2, 4)
-PICTURES, BATCH = 23, 4
+IMAGES, BATCH = 23, 4
 STEPS = 8  # an epoch and two steps more
 AUGMENTATION = AugmentationConfig(
     scale=[0.5, 1.0],
@@ -36,10 +36,10 @@ AUGMENTATION = AugmentationConfig(
     gray_scale_prob=0.3,
     gaussian_blur_prob=0.3,
 )
-BAD = {4: None, 17: b"<html>not found</html>"}  # picture: its bytes, None for a missing one
+BAD = {4: None, 17: b"<html>not found</html>"}  # image: its bytes, None for a missing one
 
 
-def picture(i: int) -> bytes | None:
+def image(i: int) -> bytes | None:
     if i in BAD:
         return BAD[i]
     file = io.BytesIO()
@@ -51,9 +51,9 @@ def picture(i: int) -> bytes | None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same pairs as a CSV file, a Parquet file and three shards; and a table of other captions, as a second source."""
     folder = tmp_path_factory.mktemp("pairs")
-    names = [f"{i:02d}.{'jpg' if i % 2 else 'png'}" for i in range(PICTURES)]
-    captions = [f"caption of {i}" + " and more" * (i % 5) for i in range(PICTURES)]
-    contents = [picture(i) for i in range(PICTURES)]
+    names = [f"{i:02d}.{'jpg' if i % 2 else 'png'}" for i in range(IMAGES)]
+    captions = [f"caption of {i}" + " and more" * (i % 5) for i in range(IMAGES)]
+    contents = [image(i) for i in range(IMAGES)]
     for name, data in zip(names, contents, strict=True):
         if data is not None:
             (folder / name).write_bytes(data)
@@ -113,24 +113,24 @@ class Reading:
         return [samples(next(batches)) for _ in range(step, end)]
 
     def on_ranks(self, ranks: int, step: int, end: int = STEPS, workers: int = 0) -> list[list[str]]:
-        """Likewise, of all ranks together: the samples of a global batch in their order, then its bad pictures."""
+        """Likewise, of all ranks together: the samples of a global batch in their order, then its bad images."""
         parts = [self.read(step, workers, end, rank, ranks) for rank in range(ranks)]
         return [sorted(chain.from_iterable(batches), key=is_bad) for batches in zip(*parts, strict=True)]
 
 
 def samples(batch: Batch) -> list[str]:
-    """A hash for each sample of a batch, and the bad pictures that were met on the way."""
+    """A hash for each sample of a batch, and the bad images that were met on the way."""
     hashes = []
-    for image, tokens, caption, picture in zip(
+    for image, tokens, caption, image_id in zip(
         batch.image, batch.tokens, batch.caption_id, batch.image_id, strict=True
     ):
         content = image.numpy().tobytes() + tokens[tokens != 0].numpy().tobytes()
-        hashes.append(hashlib.sha256(content + bytes(f"{caption} {picture}", "ascii")).hexdigest())
+        hashes.append(hashlib.sha256(content + bytes(f"{caption} {image_id}", "ascii")).hexdigest())
     return [*hashes, *(f"{Path(path).name} {reason}" for path, reason in batch.bad)]
 
 
 def is_bad(sample: str) -> bool:
-    """Whether it is a picture's name with a reason, not a hash."""
+    """Whether it is an image's name with a reason, not a hash."""
     return " " in sample
 
 
@@ -140,7 +140,7 @@ def reading(request: pytest.FixtureRequest, folder: Path) -> Reading:
 
 
 def test_the_stream_is_worth_comparing(reading: Reading) -> None:
-    """Bad pictures are among the samples, and all samples are different but those that stand in for them."""
+    """Bad images are among the samples, and all samples are different but those that stand in for them."""
     flat = [sample for batch in reading.whole for sample in batch]
     bad = [sample for sample in flat if is_bad(sample)]
     assert len({*bad}) == len(BAD)

@@ -93,7 +93,7 @@ def test_all_problems_of_all_sources_are_told_at_once():
 
 
 def table(folder: Path, name: str, rows: int) -> str:
-    """Pictures that are not there, which an order does not need."""
+    """Images that are not there, which an order does not need."""
     return str(
         write_table(folder / f"{name}.csv", [["filepath", "title"], *([f"{name}{i}.png", name] for i in range(rows))])
     )
@@ -157,8 +157,8 @@ def test_the_rows_of_each_source_can_be_limited(tmp_path):
     assert [len(source.rows) for source in mixture(tmp_path, [30, 4], None, max_rows=10).sources] == [10, 4]
 
 
-def pictures(folder: Path, color: int, bad: int | None = None) -> Path:
-    """A table of six pictures, named alike in every folder."""
+def images(folder: Path, color: int, bad: int | None = None) -> Path:
+    """A table of six images, named alike in every folder."""
     folder.mkdir()
     for i in range(6):
         if i != bad:
@@ -170,11 +170,11 @@ def pictures(folder: Path, color: int, bad: int | None = None) -> Path:
 
 @pytest.fixture
 def two(tmp_path: Path) -> list[dict[str, object]]:
-    one, other = pictures(tmp_path / "one", 1, bad=2), pictures(tmp_path / "other", 2, bad=2)
+    one, other = images(tmp_path / "one", 1, bad=2), images(tmp_path / "other", 2, bad=2)
     return [{"path": str(one), "weight": 2}, {"path": str(other), "weight": 1}]
 
 
-def test_equal_paths_of_two_sources_are_different_pictures(two, build: Build, tmp_path):
+def test_equal_paths_of_two_sources_are_different_images(two, build: Build, tmp_path):
     module = build(two, image_key="image", global_batch_size=32, run_dir=tmp_path, max_bad_fraction=0.5)
     batches = read(module)
     for batch in batches:
@@ -199,14 +199,14 @@ def test_an_image_of_two_sources_is_one_image(two, build: Build, tmp_path):
     ]  # fmt: skip
     assert len({source.image_id(row) for source in sources[:2] for row in range(6)}) == 12
     (tmp_path / "copy").mkdir()
-    elsewhere = pictures(tmp_path / "copy" / "one", 1), pictures(tmp_path / "copy" / "other", 2)
+    elsewhere = images(tmp_path / "copy" / "one", 1), images(tmp_path / "copy" / "other", 2)
     moved = build(
         [{**two[i], "path": str(table)} for i, table in enumerate(elsewhere)], image_key="image"
     )._stream.sources
     assert [source.image_id(3) for source in moved] == [source.image_id(3) for source in sources[:2]]
 
 
-def test_a_bad_picture_is_replaced_from_its_own_source(two, build: Build):
+def test_a_bad_image_is_replaced_from_its_own_source(two, build: Build):
     shares = Counter[bool]()
     module = build(two, image_key="image", global_batch_size=SLOTS // 8, total_steps=8)
     stream = module._stream
@@ -217,11 +217,11 @@ def test_a_bad_picture_is_replaced_from_its_own_source(two, build: Build):
     assert got == shares == {True: 2731, False: 1365}
 
 
-def test_the_share_of_bad_pictures_is_that_of_all_sources(two, build: Build):
+def test_the_share_of_bad_images_is_that_of_all_sources(two, build: Build):
     module = build(two, image_key="image", global_batch_size=64, max_bad_fraction=2 / 12)
     list(map(module.on_before_batch_transfer, read(module), range(3)))
     module = build(two, image_key="image", global_batch_size=64, max_bad_fraction=0.1)
-    with pytest.raises(DataError, match="2 of 12 training pictures"):
+    with pytest.raises(DataError, match="2 of 12 training images"):
         list(map(module.on_before_batch_transfer, read(module), range(3)))
 
 

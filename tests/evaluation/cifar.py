@@ -1,4 +1,4 @@
-"""CIFAR-10 in its authors' files, as torchvision keeps it: `<root>/cifar-10-batches-py`, with pictures drawn here."""
+"""CIFAR-10 in its authors' files, as torchvision keeps it: `<root>/cifar-10-batches-py`, with images drawn here."""
 
 import pickle
 from pathlib import Path
@@ -9,7 +9,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def write_cifar10(root: Path, count: int, seed: int = 0) -> None:
-    """`count` test pictures and five batches of `count` training pictures; the labels 0 to 9 in turn, the pixels noise."""
+    """`count` test images and five batches of `count` training images; the labels 0 to 9 in turn, the pixels noise."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)

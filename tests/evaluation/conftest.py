@@ -2,19 +2,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import nano, run_dir, write_picture
+from tests.small_runs import nano, run_dir, write_image
 
 __all__ = ["nano", "run_dir"]
 
 
 @pytest.fixture
 def class_folders(tmp_path: Path) -> Path:
-    """Three classes of four pictures, with files and folders around them that are not pictures."""
-    root = tmp_path / "pictures"
+    """Three classes of four images, with files and folders around them that are not images."""
+    root = tmp_path / "images"
     for position, name in enumerate(["tabby_cat", "dog", "Zebra"]):
         for number in range(4):
-            write_picture(root / name / f"{number}.png", 10 * position + number)
-    (root / "dog" / "notes.txt").write_text("no picture")
-    (root / "dog" / ".hidden.png").write_text("no picture")
+            write_image(root / name / f"{number}.png", 10 * position + number)
+    (root / "dog" / "notes.txt").write_text("no image")
+    (root / "dog" / ".hidden.png").write_text("no image")
     (root / ".cache").mkdir()
     return root

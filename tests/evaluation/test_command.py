@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 def test_a_run_is_evaluated_from_another_folder(run_dir: Path, class_folders: Path, tmp_path: Path, command: Callable):
@@ -31,18 +31,18 @@ def test_a_run_is_evaluated_from_another_folder(run_dir: Path, class_folders: Pa
     [
         (["run={run}", "task=image_folder"], 2, "task.image_folder.root has no value"),
         (["run={run}", "task=image_folder", "task.image_folder.root=absent"], 2, "root=absent: no such folder"),
-        (["task=image_folder", "task.image_folder.root={pictures}"], 2, "which model?"),
-        (["run={run}", "task=imagenet", "task.imagenet.root={pictures}"], 3, "'n99999999' is no class of ImageNet-1k"),
-        (["run={pictures}", "task=digits"], 4, "is not a run folder"),
+        (["task=image_folder", "task.image_folder.root={images}"], 2, "which model?"),
+        (["run={run}", "task=imagenet", "task.imagenet.root={images}"], 3, "'n99999999' is no class of ImageNet-1k"),
+        (["run={images}", "task=digits"], 4, "is not a run folder"),
         (["run={run}", "task=[digits,imagnet]"], 2, "task=imagnet does not exist: did you mean 'imagenet'?"),
-        (["run={run}", "task.imagnet.root={pictures}"], 2, "task.imagnet is not chosen: did you mean 'imagenet'?"),
+        (["run={run}", "task.imagnet.root={images}"], 2, "task.imagnet is not chosen: did you mean 'imagenet'?"),
     ],
 )
 def test_errors_are_one_message_with_their_exit_code(
     run_dir: Path, tmp_path: Path, refused: Callable, overrides: list[str], code: int, message: str
 ):
-    write_picture(tmp_path / "pictures" / "n99999999" / "1.png", 0)
-    places = {"run": run_dir, "pictures": tmp_path / "pictures"}
+    write_image(tmp_path / "images" / "n99999999" / "1.png", 0)
+    places = {"run": run_dir, "images": tmp_path / "images"}
     done = refused("evaluate.py", *(override.format(**places) for override in overrides), cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert message in done.stderr

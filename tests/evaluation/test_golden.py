@@ -1,4 +1,4 @@
-"""Published numbers of OpenAI's ViT-B/32, wherever its weights and pictures are.
+"""Published numbers of OpenAI's ViT-B/32, wherever its weights and images are.
 
     CLIP_EXP_OPENAI_VIT_B32=open_clip_model.safetensors CLIP_EXP_CLIP_PNG=CLIP.png \
     CLIP_EXP_IMAGENET_V2=imagenetv2-matched-frequency-format-val python -m pytest tests/evaluation/test_golden.py
@@ -36,9 +36,9 @@ def weights() -> Path:
 
 def test_the_probabilities_of_openais_example(weights: Path) -> None:
     """README of github.com/openai/CLIP: `CLIP.png` against three texts."""
-    picture = found("CLIP_EXP_CLIP_PNG", "the picture CLIP.png of github.com/openai/CLIP")
+    image = found("CLIP_EXP_CLIP_PNG", "the image CLIP.png of github.com/openai/CLIP")
     clip = clip_exp.load("vit_b32", pretrained=weights, activation="quick_gelu", accelerator="cpu")
-    probabilities = clip.classify(picture, ["a diagram", "a dog", "a cat"])
+    probabilities = clip.classify(image, ["a diagram", "a dog", "a cat"])
     assert probabilities[0].tolist() == pytest.approx([0.9927937, 0.00421068, 0.00299572], abs=2e-4)
 
 
@@ -51,6 +51,6 @@ def test_imagenet_v2_as_in_openais_notebook(weights: Path, tmp_path: Path) -> No
     task = {"imagenet_v2": {"kind": "zero_shot", "root": str(root), "classes": "imagenet", "templates": "openai"}}
     config = EvaluateConfig(model=model, pretrained=str(weights), task=task, output_dir=str(tmp_path))
     result = evaluate(config)["imagenet_v2"]
-    assert result["protocol"]["pictures"] == 10_000
+    assert result["protocol"]["images"] == 10_000
     assert 100 * result["metrics"]["top1"] == pytest.approx(55.93, abs=0.15)
     assert 100 * result["metrics"]["top5"] == pytest.approx(83.36, abs=0.15)

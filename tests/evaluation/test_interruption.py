@@ -14,18 +14,18 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.exhaustive import repeat_beyond
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
-PICTURES = 1601
-BLOCKS = 51  # of at most 32 pictures
+IMAGES = 1601
+BLOCKS = 51  # of at most 32 images
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of pictures that take a moment to decode; links, since only their paths need to differ."""
-    root = tmp_path_factory.mktemp("pictures")
-    originals = [write_picture(root / f"{name}.png", seed, (400, 400)) for seed, name in enumerate("ab")]
-    for number in range(PICTURES):
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of images that take a moment to decode; links, since only their paths need to differ."""
+    root = tmp_path_factory.mktemp("images")
+    originals = [write_image(root / f"{name}.png", seed, (400, 400)) for seed, name in enumerate("ab")]
+    for number in range(IMAGES):
         link = root / "classes" / ("cat", "dog")[number % 2] / f"{number:04d}.png"
         link.parent.mkdir(parents=True, exist_ok=True)
         os.link(originals[number % 2], link)
@@ -33,9 +33,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, run_dir: Path, pictures: Path) -> list[str]:
+def arguments(tmp_path: Path, run_dir: Path, images: Path) -> list[str]:
     return [
-        f"run={run_dir}", "task=image_folder", f"task.image_folder.root={pictures}", "accelerator=cpu", "num_workers=1",
+        f"run={run_dir}", "task=image_folder", f"task.image_folder.root={images}", "accelerator=cpu", "num_workers=1",
         "task.image_folder.templates=simple", f"output_dir={tmp_path / 'outputs'}", "name=interrupted",
     ]  # fmt: skip
 
@@ -90,7 +90,7 @@ def assert_nothing_runs(tmp_path: Path) -> None:
 
 
 def assert_goes_on(tmp_path: Path, run_dir: Path, command, arguments: list[str]) -> None:
-    """The same command writes the blocks that are missing, no other, and counts every picture once."""
+    """The same command writes the blocks that are missing, no other, and counts every image once."""
     kept = blocks(tmp_path)
     assert 4 <= len(kept) < BLOCKS
     done = command("evaluate.py", *arguments, cwd=tmp_path)
@@ -99,7 +99,7 @@ def assert_goes_on(tmp_path: Path, run_dir: Path, command, arguments: list[str])
     assert len(after) == BLOCKS
     assert {name: after[name] for name in kept} == kept
     result = json.loads((run_dir / "eval" / "image_folder.json").read_text())
-    assert result["protocol"]["pictures"] == PICTURES
+    assert result["protocol"]["images"] == IMAGES
 
 
 @pytest.mark.parametrize(

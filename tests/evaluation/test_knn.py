@@ -44,7 +44,7 @@ def test_the_result_equals_scikit_learns_weighted_neighbours(tmp_path: Path, run
     recalls = [np.mean(predicted[labels == name] == name) for name in CLASSES]
     assert result["metrics"]["mean_per_class_recall"] == pytest.approx(np.mean(recalls))
     protocol = result["protocol"]
-    assert (protocol["k"], protocol["temperature"], protocol["pictures"]) == (7, 0.07, 30)
+    assert (protocol["k"], protocol["temperature"], protocol["images"]) == (7, 0.07, 30)
 
 
 def test_tiles_do_not_change_the_neighbours(monkeypatch: pytest.MonkeyPatch):

@@ -16,10 +16,10 @@ from clip_exp.config.base import parse
 from clip_exp.config.data import DataConfig, OnBadImage
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.names import named_model
+from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import preprocessing_of
-from clip_exp.data.pictures import PictureFiles
 from clip_exp.errors import CheckpointError, ConfigError, DataError
-from clip_exp.evaluation.features import EncodeOptions, encode_pictures
+from clip_exp.evaluation.features import EncodeOptions, encode_images
 from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.retrieval import retrieval
 from clip_exp.evaluation.sets.class_names import class_prompts, imagenet_classes, templates
@@ -27,7 +27,7 @@ from clip_exp.evaluation.subject import Subject
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.tables.shard_files import write_shard
-from tests.small_runs import write_checkpoint, write_picture, write_run
+from tests.small_runs import write_checkpoint, write_image, write_run
 
 
 def config(tmp_path: Path, task: dict, **values) -> EvaluateConfig:
@@ -41,7 +41,7 @@ def direct_image_features(model: CLIP, paths: list[Path]) -> torch.Tensor:
         [
             transforms.Resize(wanted.size, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(wanted.size),
-            lambda picture: picture.convert("RGB"),
+            lambda image: image.convert("RGB"),
             transforms.ToTensor(),
             transforms.Normalize(wanted.mean, wanted.std),
         ]
@@ -77,10 +77,10 @@ def test_zero_shot_on_folders_equals_a_direct_computation(
     assert result["metrics"]["mean_per_class_recall"] == pytest.approx(hits.view(3, 4).double().mean().item())
     assert "top5" not in result["metrics"]  # of three classes
     protocol = result["protocol"]
-    assert protocol["pictures"] == 12
+    assert protocol["images"] == 12
     assert protocol["templates_source"] == prompts
     assert protocol["names"] == {"Zebra": "Zebra", "dog": "dog", "tabby_cat": "tabby cat"}
-    assert (protocol["precision"], protocol["step"], protocol["bad_pictures"]) == ("32-true", 1, 0)
+    assert (protocol["precision"], protocol["step"], protocol["bad_images"]) == ("32-true", 1, 0)
 
 
 def test_results_and_record_are_files_of_the_evaluation_and_of_the_run(
@@ -104,7 +104,7 @@ def test_imagenet_is_scored_against_1000_names_by_wnid(tmp_path: Path, nano: CLI
     wnids = ["n04356056", "n01440764", "n03773504"]
     for position, wnid in enumerate(wnids):
         for number in range(3):
-            write_picture(tmp_path / "val" / wnid / f"{number}.JPEG", 10 * position + number)
+            write_image(tmp_path / "val" / wnid / f"{number}.JPEG", 10 * position + number)
     task = {
         "imagenet": {"kind": "zero_shot", "root": str(tmp_path / "val"), "classes": "imagenet", "templates": "simple"}
     }
@@ -117,43 +117,43 @@ def test_imagenet_is_scored_against_1000_names_by_wnid(tmp_path: Path, nano: CLI
     best = (direct_image_features(nano, paths) @ classifier.T).topk(5, dim=1).indices
     assert result["metrics"]["top5"] == pytest.approx((best == labels[:, None]).any(dim=1).double().mean().item())
     protocol = result["protocol"]
-    assert (protocol["classes"], protocol["classes_without_pictures"], protocol["pictures"]) == (1000, 997, 9)
+    assert (protocol["classes"], protocol["classes_without_images"], protocol["images"]) == (1000, 997, 9)
 
 
 def pairs_csv(tmp_path: Path) -> tuple[Path, list[str], list[int]]:
-    captions, pictures = [], []
+    captions, images = [], []
     lines = ["filepath,title"]
     for i in range(14):
-        write_picture(tmp_path / f"{i}.png", i)
+        write_image(tmp_path / f"{i}.png", i)
         for j in range(1 + i % 3):
-            captions.append(f"caption {j} of picture number {i}")
-            pictures.append(i)
+            captions.append(f"caption {j} of image number {i}")
+            images.append(i)
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
-    captions, pictures = [captions[k] for k in order], [pictures[k] for k in order]
-    # A picture is the same one however its path is written.
-    lines += [f"{'./' * (k % 2)}{i}.png,{captions[k]}" for k, i in enumerate(pictures)]
+    captions, images = [captions[k] for k in order], [images[k] for k in order]
+    # An image is the same one however its path is written.
+    lines += [f"{'./' * (k % 2)}{i}.png,{captions[k]}" for k, i in enumerate(images)]
     (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return tmp_path / "pairs.csv", captions, pictures
+    return tmp_path / "pairs.csv", captions, images
 
 
 def test_retrieval_on_a_table_equals_a_direct_computation_from_a_weights_file(
     tmp_path: Path, nano: CLIP, run_dir: Path
 ):
-    table, captions, pictures = pairs_csv(tmp_path)
+    table, captions, images = pairs_csv(tmp_path)
     weights = str(run_dir / "checkpoints" / "step-000001" / "model.safetensors")
     task = {"pairs": {"kind": "retrieval", "table": str(table)}}
     result = evaluate(config(tmp_path, task, model=named_model("vit_nano"), pretrained=weights))["pairs"]
     image = direct_image_features(nano, [tmp_path / f"{i}.png" for i in range(14)])
-    expected = retrieval(image, direct_text_features(nano, captions), torch.tensor(pictures))
+    expected = retrieval(image, direct_text_features(nano, captions), torch.tensor(images))
     assert result["metrics"] == pytest.approx(expected)
-    assert (result["protocol"]["pictures"], result["protocol"]["captions"]) == (14, len(captions))
+    assert (result["protocol"]["images"], result["protocol"]["captions"]) == (14, len(captions))
 
 
 def test_copies_empty_captions_and_values_that_no_filter_compares_are_in_the_protocol(
     tmp_path: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
 ):
     for i in range(3):
-        write_picture(tmp_path / f"{i}.png", i)
+        write_image(tmp_path / f"{i}.png", i)
     shutil.copy(tmp_path / "1.png", tmp_path / "copy.png")
     rows = [
         ("0", "one", "300"),
@@ -168,19 +168,19 @@ def test_copies_empty_captions_and_values_that_no_filter_compares_are_in_the_pro
     protocol = evaluate(config(tmp_path, {"pairs": {"kind": "retrieval", **given}}, run=str(run_dir)))["pairs"][
         "protocol"
     ]
-    assert (protocol["pictures"], protocol["captions"], protocol["empty_captions"]) == (3, 4, 1)
+    assert (protocol["images"], protocol["captions"], protocol["empty_captions"]) == (3, 4, 1)
     assert protocol["filter_values"] == {"width": {"kind": "numbers", "count": 1, "missing": 0, "example": "1,024"}}
     assert (protocol["copied_images"], protocol["copies"]) == (1, 1)
     assert protocol["copies_listed"] == [f"{tmp_path}/1.png = {tmp_path}/copy.png"]
-    assert caplog.text.count("pairs: copies of pictures under other names: 1, such as") == 1
+    assert caplog.text.count("pairs: copies of images under other names: 1, such as") == 1
 
 
 def test_shards_parquet_and_json_lines_score_as_the_same_pairs_in_a_csv(tmp_path: Path, run_dir: Path):
-    rows = [{"filepath": f"{i}.png", "title": f"a picture of {i}", "label": ("cat", "dog")[i % 2]} for i in range(6)]
+    rows = [{"filepath": f"{i}.png", "title": f"an image of {i}", "label": ("cat", "dog")[i % 2]} for i in range(6)]
     members: dict = {}
     for i, row in enumerate(rows):
-        picture = Path(write_picture(tmp_path / f"{i}.png", i))
-        members |= {f"{i}.png": picture.read_bytes(), f"{i}.txt": row["title"], f"{i}.json": {"label": row["label"]}}
+        image = Path(write_image(tmp_path / f"{i}.png", i))
+        members |= {f"{i}.png": image.read_bytes(), f"{i}.txt": row["title"], f"{i}.json": {"label": row["label"]}}
     for half in range(2):
         write_shard(tmp_path / f"s-{half}.tar", list(members.items())[9 * half : 9 * half + 9])
     (tmp_path / "t.csv").write_text("\n".join(map(",".join, [rows[0], *(row.values() for row in rows)])) + "\n")
@@ -194,14 +194,14 @@ def test_shards_parquet_and_json_lines_score_as_the_same_pairs_in_a_csv(tmp_path
             "pets": {"kind": "zero_shot", **given, "templates": "a {}."},
         }
         scored = evaluate(config(tmp_path, tasks, run=str(run_dir)))
-        assert [scored[task]["protocol"]["pictures"] for task in tasks] == [5, 4]
+        assert [scored[task]["protocol"]["images"] for task in tasks] == [5, 4]
         results[name] = [scored[task]["metrics"] for task in tasks]
     assert all(result == results["t.csv"] for result in results.values())
 
 
-def test_a_broken_picture_stops_by_name_or_is_left_out_and_counted(tmp_path: Path, nano: CLIP, run_dir: Path):
-    table, captions, pictures = pairs_csv(tmp_path)
-    (tmp_path / "5.png").write_bytes(b"not a picture")
+def test_a_broken_image_stops_by_name_or_is_left_out_and_counted(tmp_path: Path, nano: CLIP, run_dir: Path):
+    table, captions, images = pairs_csv(tmp_path)
+    (tmp_path / "5.png").write_bytes(b"not an image")
     strict = config(tmp_path, {"pairs": {"kind": "retrieval", "table": str(table)}}, run=str(run_dir))
     with pytest.raises(DataError, match=r"5\.png: .*on_bad_image=replace"):
         evaluate(strict)
@@ -209,18 +209,18 @@ def test_a_broken_picture_stops_by_name_or_is_left_out_and_counted(tmp_path: Pat
     result = evaluate(strict.model_copy(update={"on_bad_image": OnBadImage.replace}))["pairs"]
     kept = [i for i in range(14) if i != 5]
     image = direct_image_features(nano, [tmp_path / f"{i}.png" for i in kept])
-    rows = [k for k, i in enumerate(pictures) if i != 5]
+    rows = [k for k, i in enumerate(images) if i != 5]
     text = direct_text_features(nano, [captions[k] for k in rows])
-    expected = retrieval(image, text, torch.tensor([kept.index(pictures[k]) for k in rows]))
+    expected = retrieval(image, text, torch.tensor([kept.index(images[k]) for k in rows]))
     assert result["metrics"] == pytest.approx(expected)
-    assert (result["protocol"]["pictures"], result["protocol"]["bad_pictures"]) == (13, 1)
+    assert (result["protocol"]["images"], result["protocol"]["bad_images"]) == (13, 1)
     assert str(tmp_path / "5.png") in result["protocol"]["bad"][0]
 
 
 def test_auto_scores_the_validation_data_of_the_run(tmp_path: Path, nano: CLIP):
-    rows = [f"{i}.png;a picture of {i};{('cat', 'dog')[i % 2]}" for i in range(6)]
+    rows = [f"{i}.png;an image of {i};{('cat', 'dog')[i % 2]}" for i in range(6)]
     for i in range(6):
-        write_picture(tmp_path / f"{i}.png", i)
+        write_image(tmp_path / f"{i}.png", i)
     (tmp_path / "val.csv").write_text("\n".join(["file;text;class", *rows]) + "\n")
     data = DataConfig(
         name="csv",
@@ -396,7 +396,7 @@ def test_low_precision_is_for_the_image_tower_and_features_stay_float32(
     options = EncodeOptions(torch.device("cpu"), "bf16-mixed")
     subject = Subject(nano, Tokenizer(77), named_model("vit_nano"), options)
     paths = [str(path) for path in sorted(class_folders.glob("dog/[0-9].png"))]
-    low = encode_pictures(subject.image_encoder(), PictureFiles(paths), subject.options)
+    low = encode_images(subject.image_encoder(), ImageFiles(paths), subject.options)
     exact = direct_image_features(nano, [Path(path) for path in paths])
     assert low.features.dtype == torch.float32
     torch.testing.assert_close(low.features.norm(dim=1), torch.ones(4))

@@ -12,9 +12,9 @@ from torchvision.datasets import ImageFolder
 
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.names import named_model
-from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.image_sets import ImageFiles
 from clip_exp.evaluation.classification import build_classifier, class_scores
-from clip_exp.evaluation.features import EncodeOptions, encode_pictures
+from clip_exp.evaluation.features import EncodeOptions, encode_images
 from clip_exp.evaluation.launch import evaluate
 from clip_exp.evaluation.sets.class_names import imagenet_classes, templates
 from clip_exp.evaluation.subject import Subject
@@ -44,7 +44,7 @@ def test_classifier_and_logits_equal_open_clips_on_imagenet_photographs(peer, re
     torch.testing.assert_close(classifier, expected, rtol=0, atol=1e-5)
 
     subject = Subject(ours, Tokenizer(77), config, EncodeOptions(torch.device("cpu"), num_workers=0))
-    features = encode_pictures(subject.image_encoder(), PictureFiles(photographs), subject.options).features
+    features = encode_images(subject.image_encoder(), ImageFiles(photographs), subject.options).features
     dataset = ImageFolder(str(real_data / "imagenet_val_sample"), transform=_their_transform(theirs))
     position = {name: number for number, (name, _) in enumerate(dataset.samples)}
     pixels = torch.stack([dataset[position[str(name)]][0] for name in photographs])
@@ -86,7 +86,7 @@ def test_the_counts_of_an_evaluation_equal_those_of_open_clips_trainer(
             accelerator="cpu",
         )
     )["sample"]
-    assert result["protocol"]["pictures"] == len(dataset) == 150
+    assert result["protocol"]["images"] == len(dataset) == 150
     assert 0.2 < top1 < top5 < 1
     assert (result["metrics"]["top1"], result["metrics"]["top5"]) == (top1, top5)
 

@@ -26,7 +26,7 @@ from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig, requir
 from clip_exp.evaluation.tasks.linear_probe.score import choose_c, fit_probe, predict, search
 from tests.evaluation.tinted import CLASSES, blobs, direct, tinted
 from tests.runs import Finished
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 def config(tmp_path: Path, run_dir: Path, values: dict, **others) -> EvaluateConfig:
@@ -107,7 +107,7 @@ def test_a_fit_that_does_not_converge_is_told_and_not_warned_of():
     assert choose_c(features, labels, candidates=[1e-3, 1e6], max_iter=8).unconverged == [1e6]
 
 
-def test_the_result_equals_scikit_learn_called_directly_on_encoded_pictures(tmp_path: Path, run_dir: Path):
+def test_the_result_equals_scikit_learn_called_directly_on_encoded_images(tmp_path: Path, run_dir: Path):
     train, test = tinted(tmp_path / "train", 12), tinted(tmp_path / "test", 5, first=50)
     result = evaluate(config(tmp_path, run_dir, {"c": [0.1, 10.0, 1000.0]}))["probe"]
 
@@ -134,7 +134,7 @@ def test_the_result_equals_scikit_learn_called_directly_on_encoded_pictures(tmp_
     assert result["metrics"]["top5"] == np.mean(
         [name in expected.classes_[row] for name, row in zip(test_labels, best, strict=True)]
     )
-    assert (result["protocol"]["pictures"], result["protocol"]["train"]["pictures"]) == (30, 72)
+    assert (result["protocol"]["images"], result["protocol"]["train"]["images"]) == (30, 72)
 
 
 def test_the_weights_are_a_file_that_classifies_features(tmp_path: Path, run_dir: Path):
@@ -163,7 +163,7 @@ def test_classes_are_matched_by_folder_and_named_as_the_task_names_them(tmp_path
     features, labels = direct(clip, test)
     expected = LogisticRegression(C=10.0, max_iter=1000).fit(*direct(clip, tmp_path / "train"))
     assert result["metrics"]["top1"] == expected.score(features, labels)
-    assert result["protocol"]["classes_without_pictures"] == 3
+    assert result["protocol"]["classes_without_images"] == 3
     assert result["protocol"]["names"] == {"ant": "ant", "cow": "cow", "elk": "elk", **names}
 
 
@@ -179,10 +179,10 @@ def test_a_table_is_matched_to_folders_by_label(tmp_path: Path, run_dir: Path):
     assert result["metrics"]["top1"] == expected.score(*direct(clip, test))
 
 
-def test_broken_pictures_of_both_halves_are_left_out_and_counted(tmp_path: Path, run_dir: Path):
+def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, run_dir: Path):
     train, test = tinted(tmp_path / "train", 6), tinted(tmp_path / "test", 4, first=50)
     for path in (train / "bee" / "2.png", test / "cow" / "51.png"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     result = evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=OnBadImage.replace))["probe"]
     for path in (train / "bee" / "2.png", test / "cow" / "51.png"):
         path.unlink()
@@ -190,11 +190,11 @@ def test_broken_pictures_of_both_halves_are_left_out_and_counted(tmp_path: Path,
     expected = LogisticRegression(C=10.0, max_iter=1000).fit(*direct(clip, train))
     assert result["metrics"]["top1"] == expected.score(*direct(clip, test))
     protocol = result["protocol"]
-    assert (protocol["pictures"], protocol["bad_pictures"]) == (23, 1)
-    assert (protocol["train"]["pictures"], protocol["train"]["bad_pictures"]) == (35, 1)
+    assert (protocol["images"], protocol["bad_images"]) == (23, 1)
+    assert (protocol["train"]["images"], protocol["train"]["bad_images"]) == (35, 1)
     for path in (train / "bee").glob("*.png"):
-        path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="no picture of 'bee' can be read"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="no image of 'bee' can be read"):
         evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=OnBadImage.replace))
 
 
@@ -207,8 +207,8 @@ def test_broken_pictures_of_both_halves_are_left_out_and_counted(tmp_path: Path,
         ({"train": {"root": "{tmp}/test"}}, ConfigError, "train is the data that is scored"),
         ({"root": "{tmp}/more"}, DataError, r"'fox' of .*more is no class of .*train: 'ant', 'bee', 'cow', 'dog', 'elk'"),
         ({"train": {"root": "{tmp}/one"}}, DataError, "of one class; there is nothing to learn"),
-        ({"train": {"root": "{tmp}/single"}}, DataError, r"'elk' has one picture.*task\.probe\.c=\[10\]"),
-        ({"val_fraction": 0.01}, DataError, r"val_fraction=0\.01 of 20 pictures: a part would have fewer"),
+        ({"train": {"root": "{tmp}/single"}}, DataError, r"'elk' has one image.*task\.probe\.c=\[10\]"),
+        ({"val_fraction": 0.01}, DataError, r"val_fraction=0\.01 of 20 images: a part would have fewer"),
         ({"val_fraction": 1.0}, ConfigError, r"task\.probe\.val_fraction=1\.0 must be below 1"),
         ({"c": [1.0, -1.0]}, ConfigError, r"task\.probe\.c\[1\]=-1\.0 must be above 0"),
         ({"c": []}, ConfigError, r"task\.probe\.c=\[\] must not be empty"),
@@ -276,14 +276,14 @@ def test_on_the_digits_run_both_reach_97_percent_and_the_probe_equals_scikit_lea
 
 @pytest.mark.exhaustive
 def test_two_ranks_give_the_numbers_of_one(tmp_path: Path, run_dir: Path, command: Callable):
-    """All that learns, and the network beside CLIP: 31 and 11 pictures, so that no share is even."""
+    """All that learns, and the network beside CLIP: 31 and 11 images, so that no share is even."""
     train, test = tinted(tmp_path / "train", 5), tinted(tmp_path / "test", 2, first=50)
     tinted(tmp_path / "train", 1, first=70, classes=("ant",))
     (test / "bee" / "50.png").unlink()
     wnids = ("n01440764", "n01443537")
     for position, wnid in enumerate(wnids):
         for number in range(20):
-            write_picture(tmp_path / "imagenet" / wnid / f"{number}.png", 100 * position + number)
+            write_image(tmp_path / "imagenet" / wnid / f"{number}.png", 100 * position + number)
     torch.manual_seed(0)
     torch.save(models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
     sets = ",".join(

@@ -1,4 +1,4 @@
-"""One call, five kinds of data, numbers of pictures that nothing divides: the same result on any number of ranks."""
+"""One call, five kinds of data, numbers of images that nothing divides: the same result on any number of ranks."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.evaluation.cifar import write_cifar10
 from tests.exhaustive import repeat_beyond
-from tests.small_runs import nano, write_picture, write_run
+from tests.small_runs import nano, write_image, write_run
 
 __all__ = ["nano"]
 
@@ -21,23 +21,23 @@ LONG = "a very " + "long " * 100 + "caption"
 
 
 def imagenet(root: Path) -> None:
-    """7 pictures of three classes, two of which have the same name."""
+    """7 images of three classes, two of which have the same name."""
     for number, wnid in enumerate(["n03773504", "n04008634", "n01440764"] * 2 + ["n01440764"]):
-        write_picture(root / wnid / f"{number}.JPEG", number, (50, 41))
+        write_image(root / wnid / f"{number}.JPEG", number, (50, 41))
 
 
 def flowers(root: Path) -> None:
-    """101 pictures of five classes; one is broken."""
+    """101 images of five classes; one is broken."""
     names = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
     for number in range(101):
-        write_picture(root / names[number % 5] / f"{number:03d}.png", number)
-    (root / "rose" / "052.png").write_bytes(b"not a picture")
+        write_image(root / names[number % 5] / f"{number:03d}.png", number)
+    (root / "rose" / "052.png").write_bytes(b"not an image")
 
 
 def tables(root: Path) -> None:
-    """13 pictures with a label, and 17 with one to three captions, one of them longer than 77 tokens."""
+    """13 images with a label, and 17 with one to three captions, one of them longer than 77 tokens."""
     for number in range(17):
-        write_picture(root / f"{number}.png", number)
+        write_image(root / f"{number}.png", number)
     labels = [f"{number}.png,{('red', 'green')[number % 2]}" for number in range(13)]
     (root / "labels.csv").write_text("\n".join(["filepath,label", *labels]) + "\n")
     captions = [f"{n}.png,caption {j} of number {n}" for n in range(17) for j in range(1 + n % 3)]
@@ -103,7 +103,7 @@ def test_cut_texts_are_counted_once_on_any_rank_count_and_from_the_cache(
         assert results(output_dir) == alone
 
 
-def test_a_bad_picture_of_one_rank_ends_all_with_its_message(
+def test_a_bad_image_of_one_rank_ends_all_with_its_message(
     arguments: list[str], command: Callable, tmp_path: Path
 ) -> None:
     strict = [argument for argument in arguments if not argument.startswith("on_bad_image")]

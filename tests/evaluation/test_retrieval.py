@@ -33,7 +33,7 @@ def test_any_of_several_captions_is_a_hit_and_tiles_do_not_matter(monkeypatch):
     order_i2t = (image @ text.T).argsort(dim=1, descending=True)
     order_t2i = (text @ image.T).argsort(dim=1, descending=True)
     captioned = caption_image.unique().tolist()
-    assert len(captioned) < 23  # one picture has no caption: it counts in neither numerator nor denominator
+    assert len(captioned) < 23  # one image has no caption: it counts in neither numerator nor denominator
     whole = retrieval(image, text, caption_image)
     for k in (1, 5, 10):
         hits = [(caption_image[order_i2t[i, :k]] == i).any().item() for i in captioned]

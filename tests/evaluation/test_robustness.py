@@ -21,7 +21,7 @@ from clip_exp.evaluation.features import EncodeOptions
 from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.sets.class_names import class_set, imagenet_classes
 from clip_exp.evaluation.tasks.robustness.supervised import Preset, load_supervised, restrict
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 SETS = ("imagenet", "imagenet_v2", "imagenet_r", "objectnet", "imagenet_sketch", "imagenet_a")
 CPU = EncodeOptions(torch.device("cpu"))
@@ -46,7 +46,7 @@ def weights(tmp_path: Path, resnet: torch.nn.Module) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """All six sets under their usual names, a few pictures each; the network is right on some of them."""
+    """All six sets under their usual names, a few images each; the network is right on some of them."""
     root = tmp_path / "data"
     wnids = [wnid for wnid, _ in imagenet_classes()]
     write_set(root / "ImageNet/val", [*wnids[:2], wnids[657]], 0)
@@ -62,7 +62,7 @@ def root(tmp_path: Path) -> Path:
 def write_set(folder: Path, classes: list[str], seed: int) -> None:
     for position, name in enumerate(classes):
         for number in range(3):
-            write_picture(folder / name / f"{number}.png", seed + 3 * position + number, (50 + 10 * number, 60))
+            write_image(folder / name / f"{number}.png", seed + 3 * position + number, (50 + 10 * number, 60))
 
 
 def write_mappings(folder: Path) -> None:
@@ -92,7 +92,7 @@ def direct_logits(model: torch.nn.Module, paths: list[Path]) -> torch.Tensor:
 
 
 def move_to_best(model: torch.nn.Module, folder: Path, classes: dict[str, list[int]]) -> float:
-    """File every second picture under the class that the network ranks first; the share that is right then."""
+    """File every second image under the class that the network ranks first; the share that is right then."""
     right = 0
     paths = sorted(folder.glob("*/*.png"))
     logits = direct_logits(model, paths)
@@ -152,7 +152,7 @@ def test_sets_are_scored_beside_the_network_as_torchvision_scores_it(
     assert metrics["mean_of_shifted/top1"] == pytest.approx(sum(own) / 4)
     protocol = results["robustness"]["protocol"]
     assert list(protocol["sets"]) == given
-    assert (protocol["pictures"], protocol["sets"]["imagenet"]["classes"]) == (45, 1000)
+    assert (protocol["images"], protocol["sets"]["imagenet"]["classes"]) == (45, 1000)
     assert protocol["baseline"]["weights"] == str(Path(weights).resolve())
     for name in alone:
         assert metrics[f"{name}/top1"] == results[name]["metrics"]["top1"]
@@ -168,8 +168,8 @@ def test_objectnet_takes_the_best_of_the_imagenet_classes_that_a_label_stands_fo
     with torch.no_grad():
         logits = torch.stack(
             [
-                resnet(transform(picture.convert("RGB").crop((2, 2, picture.width - 2, picture.height - 2)))[None])[0]
-                for picture in map(Image.open, framed)
+                resnet(transform(image.convert("RGB").crop((2, 2, image.width - 2, image.height - 2)))[None])[0]
+                for image in map(Image.open, framed)
             ]
         )
     chair = logits[:, CHAIRS].amax(dim=1) > logits[:, LAMP]
@@ -206,9 +206,9 @@ def test_a_name_is_embedded_once_however_many_sets_have_it(
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK"])
 @pytest.mark.parametrize("size", [(300, 200), (61, 400), (31, 17), (224, 256)])
 def test_pixels_are_those_of_torchvisions_preset(tmp_path: Path, mode: str, size: tuple[int, int]):
-    picture = Image.open(write_picture(tmp_path / "1.png", 3, size)).convert(mode)
-    expected = WEIGHTS.transforms()(picture.convert("RGB"))
-    pixels = Preset(256, 224, "bilinear")(picture)
+    image = Image.open(write_image(tmp_path / "1.png", 3, size)).convert(mode)
+    expected = WEIGHTS.transforms()(image.convert("RGB"))
+    pixels = Preset(256, 224, "bilinear")(image)
     assert torch.equal(normalize(pixels[None], WEIGHTS.transforms().mean, WEIGHTS.transforms().std)[0], expected)
 
 
@@ -220,15 +220,15 @@ def test_a_file_under_a_published_name_has_those_weights_own_preprocessing(tmp_p
     name = Path(published.url).name
     torch.save(large.state_dict(), tmp_path / name)
     save_file(large.state_dict(), tmp_path / "mine.safetensors")
-    picture = Image.open(write_picture(tmp_path / "1.png", 3, (300, 260)))
+    image = Image.open(write_image(tmp_path / "1.png", 3, (300, 260)))
     for file, transforms in (
         (name, published.transforms()),
         ("mine.safetensors", models.MobileNet_V3_Large_Weights.IMAGENET1K_V1.transforms()),
     ):
         encoder = load_supervised("mobilenet_v3_large", str(tmp_path / file), "task.robustness", CPU).encoder
         with torch.no_grad():
-            expected = large(transforms(picture)[None])
-        assert torch.allclose(encoder.encode(encoder.transform(picture)[None]), expected, atol=1e-6)
+            expected = large(transforms(image)[None])
+        assert torch.allclose(encoder.encode(encoder.transform(image)[None]), expected, atol=1e-6)
     torch.save(model.state_dict(), tmp_path / "small.pth")
     with pytest.raises(CheckpointError, match=r"small\.pth does not fit torchvision's mobilenet_v3_large"):
         load_supervised("mobilenet_v3_large", str(tmp_path / "small.pth"), "task.robustness", CPU)
@@ -241,7 +241,7 @@ def test_weights_that_torchvision_has_fetched_are_used_by_name_without_a_network
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     torch.save(resnet.state_dict(), tmp_path / "hub/checkpoints" / Path(WEIGHTS.url).name)
     baseline = load_supervised("resnet18", "IMAGENET1K_V1", "task.robustness", CPU)
-    path = Path(write_picture(tmp_path / "1.png", 3, (300, 260)))
+    path = Path(write_image(tmp_path / "1.png", 3, (300, 260)))
     pixels = baseline.encoder.transform(Image.open(path))
     assert torch.allclose(baseline.encoder.encode(pixels[None]), direct_logits(resnet, [path]), atol=1e-5)
     assert baseline.about["weights_url"] == WEIGHTS.url
@@ -256,10 +256,10 @@ def test_networks_that_transform_their_input_do_so(tmp_path: Path, name: str):
     direct = models.get_model(name, weights=None, transform_input=True, init_weights=False).eval()
     torch.save(direct.state_dict(), tmp_path / "weights.pth")
     encoder = load_supervised(name, str(tmp_path / "weights.pth"), "task.robustness", CPU).encoder
-    picture = Image.open(write_picture(tmp_path / "1.png", 3, (300, 360)))
+    image = Image.open(write_image(tmp_path / "1.png", 3, (300, 360)))
     with torch.no_grad():
-        expected = direct(models.get_model_weights(name).IMAGENET1K_V1.transforms()(picture)[None])
-    assert torch.allclose(encoder.encode(encoder.transform(picture)[None]), expected, atol=1e-5)
+        expected = direct(models.get_model_weights(name).IMAGENET1K_V1.transforms()(image)[None])
+    assert torch.allclose(encoder.encode(encoder.transform(image)[None]), expected, atol=1e-5)
 
 
 def test_without_a_network_one_message_names_the_file_and_the_way_without(
@@ -315,7 +315,7 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
             {"root": "{tmp}/data", "sets": {"imagenet": {"ground_truth": "{tmp}/absent.txt", "split": "val"}}},
             ConfigError,
             [
-                "data/ImageNet/val holds no pictures itself; a folder per class needs no ground_truth",
+                "data/ImageNet/val holds no images itself; a folder per class needs no ground_truth",
                 "task.robustness.sets.imagenet.split=val has no effect without",
             ],
         ),
@@ -339,7 +339,7 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
 def test_what_cannot_work_is_told_before_the_model_is_loaded(
     tmp_path: Path, run_dir: Path, root: Path, values: dict, error: type[ClipExpError], messages: list[str]
 ):
-    write_picture(tmp_path / "some" / "sparrow" / "1.png", 1)
+    write_image(tmp_path / "some" / "sparrow" / "1.png", 1)
     filled = json.loads(json.dumps(values).replace("{tmp}", str(tmp_path)))
     with pytest.raises(error) as caught:
         check(config(tmp_path, run_dir, filled))

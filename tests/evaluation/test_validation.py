@@ -32,7 +32,7 @@ def test_rows_that_ranks_saw_twice_in_any_order_count_once():
     assert "zeroshot_top5" in validation_metrics(features, unit(6, 4, seed=3))
 
 
-def test_captions_of_a_picture_that_is_missing_go_with_it():
+def test_captions_of_an_image_that_is_missing_go_with_it():
     image, text = unit(4, 4, seed=0), unit(4, 4, seed=1)
     present = torch.tensor([0, 1, 3])
     features = deduplicate(

@@ -14,7 +14,7 @@ from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
 from tests.evaluation.cifar import write_cifar10
 from tests.evaluation.sets.test_torchvision_sets import write_eurosat
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 def config(tmp_path: Path, run: Path, **tasks: dict[str, Any]) -> EvaluateConfig:
@@ -29,13 +29,13 @@ def data(tmp_path: Path) -> Path:
     """A folder of everything that the tasks below name."""
     root = tmp_path / "data"
     for number, name in enumerate(["n01440764", "n01443537", "n99999999"]):
-        write_picture(root / "unknown_class" / name / "1.JPEG", number)
+        write_image(root / "unknown_class" / name / "1.JPEG", number)
     for number in range(3):
-        write_picture(root / "flat" / f"{number}.JPEG", number)
-        write_picture(root / "pets" / ("cat", "dog", "cow")[number] / f"{number}.png", number)
-    write_picture(root / "pets" / "dog" / "3.png", 3)
+        write_image(root / "flat" / f"{number}.JPEG", number)
+        write_image(root / "pets" / ("cat", "dog", "cow")[number] / f"{number}.png", number)
+    write_image(root / "pets" / "dog" / "3.png", 3)
     (root / "empty" / "n01440764").mkdir(parents=True)
-    write_picture(root / "objectnet-1.0" / "images" / "banana" / "1.png", 0)
+    write_image(root / "objectnet-1.0" / "images" / "banana" / "1.png", 0)
     (root / "labels.txt").write_text("0\n1\n")
     (root / "names.txt").write_text("\n")
     (root / "names.json").write_text('["cat"')
@@ -47,12 +47,12 @@ def data(tmp_path: Path) -> Path:
 WRONG = {
     "unknown class": (3, {"root": "unknown_class", "classes": "imagenet"}, "'n99999999' is no class of ImageNet-1k"),
     "no folder": (2, {"root": "absent"}, r"task\.t\.root=.*absent: no such folder"),
-    "empty folders": (3, {"root": "empty", "classes": "imagenet"}, "holds no folder with pictures"),
+    "empty folders": (3, {"root": "empty", "classes": "imagenet"}, "holds no folder with images"),
     "flat": (3, {"root": "flat", "classes": "imagenet"}, r"sort them .* task\.t\.ground_truth=FILE"),
     "short labels": (
         3,
         {"root": "flat", "classes": "imagenet", "ground_truth": "labels.txt"},
-        "has 2 labels, .*flat has 3 pictures",
+        "has 2 labels, .*flat has 3 images",
     ),
     "no labels": (2, {"root": "flat", "ground_truth": "absent.txt"}, r"task\.t\.ground_truth=.*no such file"),
     "names of an empty file": (2, {"root": "pets", "classes": "names.txt"}, "names.txt holds no texts"),
@@ -106,11 +106,11 @@ def test_wrong_data_end_in_one_message_of_their_kind(tmp_path: Path, run_dir: Pa
     assert not (run_dir / "eval").exists()
 
 
-def test_classes_without_pictures_are_counted_and_scored_against(tmp_path: Path, run_dir: Path, data: Path) -> None:
+def test_classes_without_images_are_counted_and_scored_against(tmp_path: Path, run_dir: Path, data: Path) -> None:
     (data / "unknown_class" / "n99999999" / "1.JPEG").unlink()
     (data / "unknown_class" / "n99999999").rmdir()
     _, [task] = check(config(tmp_path, run_dir, t={"root": str(data / "unknown_class"), "classes": "imagenet"}))
-    assert (len(task.images.class_names), len(task.images.missing), len(task.images.labels)) == (1000, 998, 2)
+    assert (len(task.data.class_names), len(task.data.missing), len(task.data.labels)) == (1000, 998, 2)
 
 
 def test_nothing_is_fetched_while_something_else_is_wrong(tmp_path: Path, run_dir: Path, monkeypatch) -> None:
@@ -125,7 +125,7 @@ def test_nothing_is_fetched_while_something_else_is_wrong(tmp_path: Path, run_di
     assert "EuroSAT" not in str(caught.value)
     assert not fetched
     _, tasks = check(config(tmp_path, run_dir, good=good))
-    assert (len(fetched), len(tasks[0].images.labels)) == (1, 3)
+    assert (len(fetched), len(tasks[0].data.labels)) == (1, 3)
     check(config(tmp_path, run_dir, good=good))
     assert len(fetched) == 1
 
@@ -139,7 +139,7 @@ def test_a_table_reads_what_leaves_its_folder_only_where_that_is_allowed(
     values = {"table": str(data / "t" / "t.csv"), "templates": "a {}."}
     with pytest.raises(DataError, match=r"outside the data root: .*allow_outside_root=true"):
         evaluate(config(tmp_path, run_dir, t=values))
-    with pytest.raises(DataError, match=r"secret: not a picture\. ") as caught:
+    with pytest.raises(DataError, match=r"secret: not an image\. ") as caught:
         evaluate(config(tmp_path, run_dir, t={**values, "allow_outside_root": True}))
     assert "root:x" not in str(caught.value)
 
@@ -153,16 +153,16 @@ def test_an_evaluations_name_is_one_of_a_folder(tmp_path: Path, run_dir: Path, d
         check(good.model_copy(update={"task": {"x" * 300: good.task["t"]}}))
 
 
-def test_a_broken_picture_stops_or_is_counted_by_the_policy_of_training(
+def test_a_broken_image_stops_or_is_counted_by_the_policy_of_training(
     tmp_path: Path, run_dir: Path, data: Path
 ) -> None:
-    (data / "pets" / "cow" / "2.png").write_bytes(b"no picture")
+    (data / "pets" / "cow" / "2.png").write_bytes(b"no image")
     strict = config(tmp_path, run_dir, pets={"root": str(data / "pets"), "templates": "a {}."})
-    with pytest.raises(DataError, match=r"cow/2\.png: not a picture\."):
+    with pytest.raises(DataError, match=r"cow/2\.png: not an image\."):
         evaluate(strict)
     assert not (run_dir / "eval").exists()
     result = evaluate(strict.model_copy(update={"on_bad_image": OnBadImage.replace}))["pets"]
-    assert (result["protocol"]["pictures"], result["protocol"]["bad_pictures"]) == (3, 1)
+    assert (result["protocol"]["images"], result["protocol"]["bad_images"]) == (3, 1)
     assert "cow/2.png" in result["protocol"]["bad"][0]
     assert list(result["metrics"]) == ["top1", "mean_per_class_recall"]  # in three classes
 
@@ -176,7 +176,7 @@ def test_wrong_data_are_told_by_the_command_without_a_folder(
         f"task.cifar10.root={data}", f"task.objectnet.root={data / 'objectnet-1.0'}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    for part in ("has 2 labels, ", "has 3 pictures", "task.cifar10.download=true", "mappings are missing"):
+    for part in ("has 2 labels, ", "has 3 images", "task.cifar10.download=true", "mappings are missing"):
         assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "outputs").exists()
@@ -185,23 +185,23 @@ def test_wrong_data_are_told_by_the_command_without_a_folder(
 def test_cifar10_and_imagenet_v2_are_scored_by_the_command(tmp_path: Path, run_dir: Path, command: Callable) -> None:
     write_cifar10(tmp_path, 17)
     for number in (2, 10, 999):
-        write_picture(tmp_path / "v2" / str(number) / "1.jpeg", number)
+        write_image(tmp_path / "v2" / str(number) / "1.jpeg", number)
     done = command(
         "evaluate.py", f"run={run_dir}", "task=[cifar10,imagenet_v2]", "task.cifar10.root=.", "task.imagenet_v2.root=v2",
         "task.imagenet_v2.templates=['a {}.']", "num_workers=0", "accelerator=cpu", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     protocol = json.loads((run_dir / "eval" / "cifar10.json").read_text())["protocol"]
-    assert (protocol["pictures"], protocol["classes"], protocol["templates"]) == (17, 10, 18)
+    assert (protocol["images"], protocol["classes"], protocol["templates"]) == (17, 10, 18)
     assert (protocol["split"], protocol["files_of_other_checksum"]) == ("test", ["test_batch"])
     protocol = json.loads((run_dir / "eval" / "imagenet_v2.json").read_text())["protocol"]
-    assert (protocol["pictures"], protocol["classes"], protocol["classes_without_pictures"]) == (3, 1000, 997)
+    assert (protocol["images"], protocol["classes"], protocol["classes_without_images"]) == (3, 1000, 997)
 
 
 def test_a_bad_row_of_a_tasks_table_is_told_with_the_tasks_key_or_left_out_and_counted(
     tmp_path: Path, run_dir: Path
 ) -> None:
-    write_picture(tmp_path / "a.png", 0)
+    write_image(tmp_path / "a.png", 0)
     (tmp_path / "pairs.csv").write_text("filepath,title,label\na.png,a cat,cat\na.png,two, commas, here\n")
     tables = {"table": str(tmp_path / "pairs.csv"), "separator": ","}
     tasks = {"labels": {"kind": "zero_shot", **tables}, "pairs": {"kind": "retrieval", **tables}}

@@ -1,4 +1,4 @@
-"""Features and pictures with a little of their class in them, for classifiers that learn."""
+"""Features and images with a little of their class in them, for classifiers that learn."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def blobs(classes: int, each: int, noise: float = 1.0, seed: int = 0) -> tuple[t
 
 
 def tinted(root: Path, each: int, first: int = 0, classes: tuple[str, ...] = CLASSES) -> Path:
-    """A folder per class with pictures of noise around a colour near the class's: near enough to be often right."""
+    """A folder per class with images of noise around a colour near the class's: near enough to be often right."""
     for name in classes:
         position = CLASSES.index(name)
         colour = np.random.default_rng(1000 + position).integers(60, 196, 3)

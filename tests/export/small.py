@@ -64,6 +64,6 @@ def build(config: ModelConfig, bias: float | None = None) -> CLIP:
     return model.eval().requires_grad_(False)
 
 
-def pictures(config: ModelConfig, count: int = 3) -> Tensor:
+def images(config: ModelConfig, count: int = 3) -> Tensor:
     size = config.image.image_size
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(2))

@@ -179,20 +179,20 @@ MODELS: dict[str, Callable[[Path], tuple[ModelConfig, float | None]]] = {
 def test_its_snippet_runs_and_gives_our_probabilities(
     chosen: str, name: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a picture of one color, where ways to resize do not differ."""
+    """On an image of one color, where ways to resize do not differ."""
     config, bias = MODELS[name](tmp_path)
     folder = export(build(config, bias), config, chosen)
     (snippet,) = re.findall(r"```python\n(.*?)```", read_card(folder)[1], re.DOTALL)
-    Image.new("RGB", (50, 40), "teal").save(tmp_path / "picture.jpg")
+    Image.new("RGB", (50, 40), "teal").save(tmp_path / "image.jpg")
     (tmp_path / "snippet.py").write_text(snippet.replace("print(clip.", "probabilities = (clip."))
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="unclosed file.*picture.jpg", category=ResourceWarning)
+        warnings.filterwarnings("ignore", message="unclosed file.*image.jpg", category=ResourceWarning)
         found = runpy.run_path("snippet.py")["probabilities"]
     labels = ["a diagram", "a dog", "a cat"]
     clip = clip_exp.load(folder, accelerator="cpu") if chosen != "onnx" else None
     if clip is not None:
-        cosines = clip.encode_image("picture.jpg") @ clip.encode_text(labels).T
+        cosines = clip.encode_image("image.jpg") @ clip.encode_text(labels).T
         logits = clip.model.logit_scale.exp() * cosines
         expected = logits.softmax(dim=-1) if bias is None or chosen == "safetensors" else (logits + bias).sigmoid()
         assert found.tolist()[0] == pytest.approx(expected.tolist()[0], abs=1e-4)

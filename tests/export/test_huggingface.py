@@ -15,8 +15,8 @@ from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP
 from clip_exp.models.families.timm import TimmConfig
 from clip_exp.text.tokenizer import build_tokenizer
-from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
-from tests.small_runs import write_picture
+from tests.export.small import TEXTS, build, images, resnet, siglip, vit
+from tests.small_runs import write_image
 
 Export = Callable[..., Path]
 
@@ -35,7 +35,7 @@ def test_a_vit_is_loaded_with_equal_features(activation: Activation | None, expo
     model = build(config)
     theirs, told = CLIPModel.from_pretrained(export(model, config, "huggingface"), output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    image, tokens = pictures(config), build_tokenizer(config.text)(TEXTS)
+    image, tokens = images(config), build_tokenizer(config.text)(TEXTS)
     torch.testing.assert_close(image_features(theirs.eval(), image), model.encode_image(image), atol=1e-5, rtol=0)
     torch.testing.assert_close(text_features(theirs, tokens), model.encode_text(tokens), atol=1e-5, rtol=0)
     torch.testing.assert_close(theirs.logit_scale.reshape(1), model.logit_scale)
@@ -51,9 +51,9 @@ def test_its_processor_gives_our_ids(load: Callable, export: Export) -> None:
         assert processor(text=text, truncation=True)["input_ids"] == ours.encode(text)
 
 
-def pixels_of(picture: Image.Image, config: ModelConfig) -> torch.Tensor:
+def pixels_of(image: Image.Image, config: ModelConfig) -> torch.Tensor:
     wanted = preprocessing_of(config.image)
-    pixels = eval_transform(picture, wanted.size, wanted.interpolation, wanted.resize_mode)
+    pixels = eval_transform(image, wanted.size, wanted.interpolation, wanted.resize_mode)
     return normalize(pixels[None], wanted.mean, wanted.std)[0]
 
 
@@ -70,9 +70,9 @@ def test_its_processor_gives_our_pixels(resize_mode: ResizeMode, export: Export,
     for backend, tolerance in (("pil", 1e-5), ("torchvision", 2.01 / 255 / std)):
         processor = AutoProcessor.from_pretrained(folder, backend=backend)
         for number, size in enumerate([(34, 32), (90, 203), (20, 31)]):
-            with Image.open(write_picture(tmp_path / f"{number}.png", number, size)) as picture:
-                theirs = processor(images=picture, return_tensors="pt")["pixel_values"][0]
-                torch.testing.assert_close(theirs, pixels_of(picture, config), atol=tolerance, rtol=0)
+            with Image.open(write_image(tmp_path / f"{number}.png", number, size)) as image:
+                theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
+                torch.testing.assert_close(theirs, pixels_of(image, config), atol=tolerance, rtol=0)
 
 
 def test_a_siglip_model_is_loaded_with_its_processor(export: Export, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_siglip_model_is_loaded_with_its_processor(export: Export, tmp_path: P
     folder = export(model, config, "huggingface")
     theirs, told = SiglipModel.from_pretrained(folder, output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    image, tokens = pictures(config), build_tokenizer(config.text)(TEXTS)
+    image, tokens = images(config), build_tokenizer(config.text)(TEXTS)
     torch.testing.assert_close(image_features(theirs.eval(), image), model.encode_image(image), atol=1e-5, rtol=0)
     torch.testing.assert_close(text_features(theirs, tokens), model.encode_text(tokens), atol=1e-5, rtol=0)
     assert theirs.logit_bias.item() == -10.0
@@ -91,9 +91,9 @@ def test_a_siglip_model_is_loaded_with_its_processor(export: Export, tmp_path: P
         "input_ids"
     ]
     assert torch.equal(ids, build_tokenizer(config.text)(cleaned))
-    with Image.open(write_picture(tmp_path / "a.png", 1, (50, 40))) as picture:
-        pixels = processor(images=picture, return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(pixels, pixels_of(picture, config), atol=2.01 / 255 / 0.5, rtol=0)
+    with Image.open(write_image(tmp_path / "a.png", 1, (50, 40))) as opened:
+        pixels = processor(images=opened, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(pixels, pixels_of(opened, config), atol=2.01 / 255 / 0.5, rtol=0)
 
 
 def test_clip_exp_reads_its_export_back_as_the_same_model(export: Export, tmp_path: Path) -> None:

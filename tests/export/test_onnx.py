@@ -24,7 +24,7 @@ from clip_exp.models.families.timm import TimmConfig
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_encoder, write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
-from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
+from tests.export.small import TEXTS, build, images, resnet, siglip, vit
 
 Export = Callable[..., Path]
 
@@ -40,7 +40,7 @@ def assert_same_towers(
         torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
 
     for count in batches:
-        seen = pictures(config, count)
+        seen = images(config, count)
         assert_close("image", seen, model.encode_image(seen, True))
         for length in lengths:
             tokens = torch.randint(3, 200, (count, length), generator=torch.Generator().manual_seed(length))

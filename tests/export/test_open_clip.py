@@ -23,28 +23,28 @@ from clip_exp.models.families.timm import TimmConfig
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_siglip_tokenizer
 from tests.exhaustive import repeat_beyond
-from tests.export.small import TEXTS, build, pictures, resnet, siglip, vit
+from tests.export.small import TEXTS, build, images, resnet, siglip, vit
 from tests.models.twins import names_with_twin
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 Export = Callable[..., Path]
 
 
 def assert_same_features(theirs: nn.Module, model: CLIP, config: ModelConfig) -> None:
-    image, tokens = pictures(config), build_tokenizer(config.text)(TEXTS)
+    image, tokens = images(config), build_tokenizer(config.text)(TEXTS)
     whole = torch.nn.functional.pad(tokens, (0, config.text.context_length - tokens.shape[1]))  # what open_clip takes
     torch.testing.assert_close(theirs.encode_image(image), model.encode_image(image), atol=1e-5, rtol=0)
     torch.testing.assert_close(theirs.encode_text(whole), model.encode_text(tokens), atol=1e-5, rtol=0)
     torch.testing.assert_close(theirs.logit_scale.reshape(1), model.logit_scale)
 
 
-def assert_same_picture(preprocess: Callable, config: ModelConfig, tmp_path: Path) -> None:
+def assert_same_image(preprocess: Callable, config: ModelConfig, tmp_path: Path) -> None:
     for number, size in enumerate([(40, 36), (90, 201), (20, 31)]):
-        with Image.open(write_picture(tmp_path / f"{number}.png", number, size)) as picture:
+        with Image.open(write_image(tmp_path / f"{number}.png", number, size)) as image:
             wanted = preprocessing_of(config.image)
-            pixels = eval_transform(picture, wanted.size, wanted.interpolation, wanted.resize_mode)
+            pixels = eval_transform(image, wanted.size, wanted.interpolation, wanted.resize_mode)
             ours = normalize(pixels[None], wanted.mean, wanted.std)[0]
-            torch.testing.assert_close(preprocess(picture), ours, atol=0, rtol=0)
+            torch.testing.assert_close(preprocess(image), ours, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("activation", [None, *Activation])
@@ -56,7 +56,7 @@ def test_a_vit_is_loaded_from_the_folder_with_equal_features_pixels_and_ids(
     folder = export(model, config, "open_clip")
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     assert_same_features(theirs.eval(), model, config)
-    assert_same_picture(preprocess, config, tmp_path)
+    assert_same_image(preprocess, config, tmp_path)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     assert torch.equal(tokenizer(TEXTS), build_tokenizer(config.text)(TEXTS, trim=False))
 
@@ -66,7 +66,7 @@ def test_a_resnet_is_loaded_from_the_folder(export: Export, tmp_path: Path) -> N
     model = build(config)
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{export(model, config, 'open_clip')}")
     assert_same_features(theirs.eval(), model, config)
-    assert_same_picture(preprocess, config, tmp_path)
+    assert_same_image(preprocess, config, tmp_path)
 
 
 def test_the_file_is_loaded_strictly_as_an_architecture_of_that_name(
@@ -145,7 +145,7 @@ def test_a_siglip_model_is_loaded_with_its_tokenizer(export: Export, tmp_path: P
     folder = export(model, config, "open_clip")
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     assert_same_features(theirs.eval(), model, config)
-    assert_same_picture(preprocess, config, tmp_path)
+    assert_same_image(preprocess, config, tmp_path)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     assert torch.equal(
         tokenizer([*TEXTS, "It's UPPER_case!"]), build_tokenizer(config.text)([*TEXTS, "It's UPPER_case!"])

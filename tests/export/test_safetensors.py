@@ -17,7 +17,7 @@ from clip_exp.models.families.timm import TimmConfig
 from clip_exp.text.tokenizer import build_tokenizer
 from tests.encoders import write_encoder
 from tests.export.small import TEXTS, build, resnet, siglip, vit
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 Export = Callable[..., Path]
 
@@ -82,11 +82,11 @@ def test_others_may_read_the_files_of_exports_and_checkpoints_as_the_umask_says(
 @pytest.mark.parametrize("chosen", ["open_clip", "huggingface", "safetensors"])
 def test_an_export_is_weights_that_an_evaluation_takes(chosen: str, run_dir: Path, tmp_path: Path) -> None:
     for number in range(2):
-        write_picture(tmp_path / "pictures" / f"class {number}" / "a.png", number)
+        write_image(tmp_path / "images" / f"class {number}" / "a.png", number)
     folder = clip_exp.load(run_dir, accelerator="cpu").export(tmp_path / "exported", chosen)
     task = [
         "task=image_folder",
-        f"task.image_folder.root={tmp_path / 'pictures'}",
+        f"task.image_folder.root={tmp_path / 'images'}",
         "task.image_folder.templates=simple",
     ]
     common = [*task, "num_workers=0", "accelerator=cpu", "cache_gb=0", f"output_dir={tmp_path}"]

@@ -7,7 +7,7 @@ import pytest
 import clip_exp
 from clip_exp.inference.pipeline import Pipeline
 from tests.conftest import DOOR, Run
-from tests.small_runs import nano, run_dir, write_picture
+from tests.small_runs import nano, run_dir, write_image
 
 __all__ = ["nano", "run_dir"]
 
@@ -19,14 +19,14 @@ def clip(run_dir: Path) -> Pipeline:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Seven pictures, two of them in a folder below, among files that are none."""
+    """Seven images, two of them in a folder below, among files that are none."""
     folder = tmp_path / "photos"
     for number in range(5):
-        write_picture(folder / f"{number}.png", number)
+        write_image(folder / f"{number}.png", number)
     for number in range(5, 7):
-        write_picture(folder / "more" / f"{number}.png", number)
-    (folder / "notes.txt").write_text("no picture")
-    (folder / ".hidden.png").write_text("no picture")
+        write_image(folder / "more" / f"{number}.png", number)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
     return folder
 
 

@@ -18,7 +18,7 @@ from clip_exp.loading import source_of_file
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.names import to_open_clip
 from tests.runs import TINY, Finished, Train
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 def test_every_way_to_name_a_model_loads_the_same_weights(tmp_path: Path, nano: CLIP, run_dir: Path):
@@ -61,9 +61,9 @@ def test_of_two_models_in_a_file_one_is_chosen_and_its_features_are_told_apart(t
 
 
 def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(run_dir: Path):
-    picture = Image.new("RGB", (32, 32), "red")
+    image = Image.new("RGB", (32, 32), "red")
     own, other = (clip_exp.load(run_dir, accelerator="cpu", activation=name) for name in ("gelu", "quick_gelu"))
-    assert (own.encode_image(picture) - other.encode_image(picture)).abs().max() > 1e-5
+    assert (own.encode_image(image) - other.encode_image(image)).abs().max() > 1e-5
     with pytest.raises(ConfigError, match="activation=relu must be one of gelu, quick_gelu"):
         clip_exp.load(run_dir, activation="relu")
 
@@ -106,9 +106,9 @@ def test_preparing_an_evaluation_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_pictures_and_paths_give_the_same_features(run_dir: Path, tmp_path: Path):
+def test_images_and_paths_give_the_same_features(run_dir: Path, tmp_path: Path):
     clip = clip_exp.load(run_dir, accelerator="cpu")
-    paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
+    paths = [write_image(tmp_path / f"{i}.png", i) for i in range(3)]
     from_paths = clip.encode_image(paths)
     torch.testing.assert_close(clip.encode_image([Image.open(path) for path in paths]), from_paths, atol=0, rtol=0)
     torch.testing.assert_close(clip.encode_image(Path(paths[1])), from_paths[1:2])
@@ -141,7 +141,7 @@ def test_train_refuses_what_the_command_line_refuses(overrides: list[str], messa
 
 def test_evaluate_gives_the_results_that_it_writes(run_dir: Path, tmp_path: Path):
     for number in range(4):
-        write_picture(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
+        write_image(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
     arguments = [
         f"run={run_dir}", "task=image_folder", f"task.image_folder.root={tmp_path}/classes", f"output_dir={tmp_path}/out",
         "task.image_folder.templates=[a photo of a {}.]", "accelerator=cpu", "num_workers=0",
@@ -169,7 +169,7 @@ def test_train_trains_as_the_command_line_and_leaves_the_process_as_it_was(tmp_p
 
 
 def test_a_failed_run_raises_what_its_exit_code_means(tmp_path: Path):
-    write_picture(tmp_path / "0.png", 0)
+    write_image(tmp_path / "0.png", 0)
     (tmp_path / "pairs.csv").write_text("filepath,title\n0.png,a\nabsent.png,b\n")
     arguments = [
         "model=vit_nano", "data=csv", f"data.train={tmp_path}/pairs.csv", "data.on_bad_image=error", "global_batch_size=2",

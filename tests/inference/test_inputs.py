@@ -5,7 +5,7 @@ import pytest
 from clip_exp.config.data import OnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference import inputs
-from clip_exp.inference.inputs import as_text_list, as_texts, check_videos, find_pictures, read_labels
+from clip_exp.inference.inputs import as_text_list, as_texts, check_videos, find_images, read_labels
 
 
 def names(paths: list[str]) -> list[str]:
@@ -13,40 +13,40 @@ def names(paths: list[str]) -> list[str]:
 
 
 def test_a_folder_is_searched_to_the_bottom_in_the_same_order_every_time(photos: Path):
-    assert names(find_pictures(photos)) == [f"{number}.png" for number in range(7)]
+    assert names(find_images(photos)) == [f"{number}.png" for number in range(7)]
 
 
-def test_folders_files_and_globs_can_be_mixed_and_every_picture_counts_once(photos: Path):
+def test_folders_files_and_globs_can_be_mixed_and_every_image_counts_once(photos: Path):
     wanted = [str(photos / "3.png"), f"{photos}/./3.png", f"{photos}/**/[56].png", f"{photos}//*", str(photos)]
-    assert names(find_pictures(wanted)) == ["3.png", "5.png", "6.png", "0.png", "1.png", "2.png", "4.png"]
+    assert names(find_images(wanted)) == ["3.png", "5.png", "6.png", "0.png", "1.png", "2.png", "4.png"]
 
 
 def test_a_file_that_is_named_is_taken_whatever_its_ending(photos: Path):
-    assert names(find_pictures(photos / "notes.txt")) == ["notes.txt"]
+    assert names(find_images(photos / "notes.txt")) == ["notes.txt"]
 
 
 def test_links_are_followed_and_a_circle_of_them_ends(photos: Path):
     (photos / "more" / "again").symlink_to(photos, target_is_directory=True)
-    assert len(find_pictures(photos)) == 7
+    assert len(find_images(photos)) == 7
 
 
 def test_everything_that_is_missing_is_told_at_once(photos: Path):
     with pytest.raises(ConfigError) as caught:
-        find_pictures([f"{photos}/no{number}.png" for number in range(7)] + [f"{photos}/*.jpg"])
+        find_images([f"{photos}/no{number}.png" for number in range(7)] + [f"{photos}/*.jpg"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 6
     assert "no0.png: no such file or folder" in lines[0]
     assert "3 more" in lines[-1]
-    with pytest.raises(ConfigError, match="matches no picture or video"):
-        find_pictures(f"{photos}/*.jpg")
+    with pytest.raises(ConfigError, match="matches no image or video"):
+        find_images(f"{photos}/*.jpg")
     with pytest.raises(ConfigError, match="images has no value"):
-        find_pictures(None)
+        find_images(None)
 
 
-def test_a_folder_without_pictures_is_told(tmp_path: Path):
+def test_a_folder_without_images_is_told(tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no pictures or videos"):
-        find_pictures(tmp_path / "empty")
+    with pytest.raises(DataError, match="holds no images or videos"):
+        find_images(tmp_path / "empty")
 
 
 def test_texts_that_yaml_takes_for_something_else_are_texts():

@@ -40,8 +40,8 @@ def write_video(path: Path, levels: tuple[int, ...] = GREYS, codec: str = "mpeg4
     return path
 
 
-def right_half(picture: Image.Image) -> float:
-    return float(np.asarray(picture)[:, 40:].mean())
+def right_half(image: Image.Image) -> float:
+    return float(np.asarray(image)[:, 40:].mean())
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "mov", "wmv", "flv", "mts"])
@@ -61,10 +61,10 @@ def test_a_video_is_turned_as_its_file_asks(tmp_path: Path):
     quarter = [0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000]  # a quarter clockwise
     data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in quarter)
     path.write_bytes(data)
-    picture = read_frame(str(path), 0, 1, LIMIT)
-    assert picture.size == (48, 64)
-    assert np.asarray(picture)[:24].mean() > 240  # the white left half is on top
-    assert np.asarray(picture)[40:].mean() == pytest.approx(130, abs=12)
+    image = read_frame(str(path), 0, 1, LIMIT)
+    assert image.size == (48, 64)
+    assert np.asarray(image)[:24].mean() > 240  # the white left half is on top
+    assert np.asarray(image)[40:].mean() == pytest.approx(130, abs=12)
 
 
 def test_a_stream_without_a_header_is_measured_by_its_packets(tmp_path: Path):
@@ -76,12 +76,12 @@ def test_a_video_is_the_mean_of_its_frames(tmp_path: Path, clip: Pipeline):
     path = write_video(tmp_path / "a.mp4")
     for frames in (1, 3, 8):
         clip.frames = frames
-        pictures = [read_frame(str(path), number, frames, LIMIT) for number in range(frames)]
-        expected = F.normalize(clip.encode_image(pictures).mean(dim=0, keepdim=True), dim=-1)
+        images = [read_frame(str(path), number, frames, LIMIT) for number in range(frames)]
+        expected = F.normalize(clip.encode_image(images).mean(dim=0, keepdim=True), dim=-1)
         torch.testing.assert_close(clip.encode_image(path), expected, atol=1e-6, rtol=0)
 
 
-def test_videos_and_pictures_mix_in_any_order(tmp_path: Path, clip: Pipeline, photos: Path):
+def test_videos_and_images_mix_in_any_order(tmp_path: Path, clip: Pipeline, photos: Path):
     videos = [write_video(tmp_path / f"{level}.mp4", (level,) * 2) for level in (0, 200)]
     items = [photos / "0.png", videos[0], Image.open(photos / "1.png"), videos[1]]
     expected = torch.cat([clip.encode_image(item) for item in items])
@@ -100,7 +100,7 @@ def test_worker_processes_read_videos_too(tmp_path: Path, clip: Pipeline, photos
     torch.testing.assert_close(clip.encode_image(paths), alone, atol=1e-6, rtol=0)
 
 
-def test_the_commands_take_videos_where_they_take_pictures(run_dir: Path, photos: Path, clip: Pipeline, capsys):
+def test_the_commands_take_videos_where_they_take_images(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     video = write_video(photos / "clip.MP4")
     predict(
         PredictConfig(
@@ -115,7 +115,7 @@ def test_the_commands_take_videos_where_they_take_pictures(run_dir: Path, photos
     document = json.loads(capsys.readouterr().out)
     clip.frames = 4
     expected = clip.classify(video, ["a", "b"])[0].tolist()
-    found = {p["path"]: {t["text"]: t["probability"] for t in p["texts"]} for p in document["pictures"]}
+    found = {p["path"]: {t["text"]: t["probability"] for t in p["texts"]} for p in document["images"]}
     assert [found[str(video)][text] for text in ("a", "b")] == pytest.approx(expected, abs=1e-6)
     index = photos.parent / "photos.index"
     search(SearchConfig(index=str(index), run=str(run_dir), images=str(photos), frames=4, accelerator="cpu"))
@@ -162,8 +162,8 @@ def test_a_broken_video_is_told_and_counted_once(
         predict(PredictConfig(**values))
     predict(PredictConfig(**values, on_bad_image=OnBadImage.replace, format=OutputFormat.json))
     document = json.loads(capsys.readouterr().out)
-    assert (len(document["pictures"]), len(document["left_out"])) == (7, 1)
-    assert "left out 1 of 8 pictures" in caplog.text
+    assert (len(document["images"]), len(document["left_out"])) == (7, 1)
+    assert "left out 1 of 8 images" in caplog.text
 
 
 def test_a_file_with_sound_alone_and_one_that_is_too_large_are_told(tmp_path: Path):
@@ -174,7 +174,7 @@ def test_a_file_with_sound_alone_and_one_that_is_too_large_are_told(tmp_path: Pa
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(BadImage, match="without pictures"):
+    with pytest.raises(BadImage, match="without images"):
         read_frame(str(path), 0, 1, LIMIT)
     with pytest.raises(BadImage, match="64 x 48 pixels, more than"):
         read_frame(str(write_video(tmp_path / "b.mp4")), 0, 1, 1000)

@@ -11,7 +11,7 @@ from clip_exp.evaluation.classification import build_classifier
 from clip_exp.inference.pipeline import Pipeline
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 @pytest.fixture
@@ -20,58 +20,58 @@ def clip(nano: CLIP) -> Pipeline:
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [Image.new("RGB", (50, 40), color) for color in ("red", "green", "blue", "white", "black")]
 
 
-def test_features_are_float32_of_unit_norm_and_do_not_depend_on_batches(clip: Pipeline, pictures: list[Image.Image]):
-    whole = clip.encode_image(pictures)
+def test_features_are_float32_of_unit_norm_and_do_not_depend_on_batches(clip: Pipeline, images: list[Image.Image]):
+    whole = clip.encode_image(images)
     assert (whole.dtype, tuple(whole.shape)) == (torch.float32, (5, 64))
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(5))
     clip.batch_size = 2
-    torch.testing.assert_close(clip.encode_image(iter(pictures)), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(clip.encode_image(iter(images)), whole, atol=1e-6, rtol=0)
     text = clip.encode_text(["a dog", "a very long sentence about " + "many " * 100 + "dogs"])
     torch.testing.assert_close(text.norm(dim=1), torch.ones(2))
     torch.testing.assert_close(clip.encode_text("a dog"), text[:1], atol=1e-6, rtol=0)
 
 
-def test_probabilities_are_a_softmax_of_the_scaled_cosines(clip: Pipeline, nano: CLIP, pictures: list[Image.Image]):
+def test_probabilities_are_a_softmax_of_the_scaled_cosines(clip: Pipeline, nano: CLIP, images: list[Image.Image]):
     labels = ["a red square", "a dog"]
-    expected = (nano.logit_scale.exp() * clip.encode_image(pictures) @ clip.encode_text(labels).T).softmax(dim=1)
-    found = clip.classify(pictures, labels)
+    expected = (nano.logit_scale.exp() * clip.encode_image(images) @ clip.encode_text(labels).T).softmax(dim=1)
+    found = clip.classify(images, labels)
     torch.testing.assert_close(found, expected.detach())
     torch.testing.assert_close(found.sum(dim=1), torch.ones(5))
-    assert clip.classify(pictures[0], labels).shape == (1, 2)
+    assert clip.classify(images[0], labels).shape == (1, 2)
 
 
-def test_templates_make_an_ensemble_for_each_label(clip: Pipeline, nano: CLIP, pictures: list[Image.Image]):
+def test_templates_make_an_ensemble_for_each_label(clip: Pipeline, nano: CLIP, images: list[Image.Image]):
     names, prompts = ["cat", "dog", "cow"], ["a photo of a {}.", "art of the {}."]
     classifier = build_classifier(nano, Tokenizer(77), names, prompts)
-    expected = (nano.logit_scale.detach().exp() * clip.encode_image(pictures) @ classifier.T).softmax(dim=1)
-    torch.testing.assert_close(clip.classify(pictures, names, templates=prompts), expected)
-    assert not torch.equal(clip.classify(pictures, names), expected)
+    expected = (nano.logit_scale.detach().exp() * clip.encode_image(images) @ classifier.T).softmax(dim=1)
+    torch.testing.assert_close(clip.classify(images, names, templates=prompts), expected)
+    assert not torch.equal(clip.classify(images, names), expected)
 
 
-def test_the_module_takes_normalised_pictures_and_tokens(clip: Pipeline, pictures: list[Image.Image]):
+def test_the_module_takes_normalised_images_and_tokens(clip: Pipeline, images: list[Image.Image]):
     tokens = clip.tokenizer(["a dog"])
     torch.testing.assert_close(F.normalize(clip.model.encode_text(tokens), dim=-1).detach(), clip.encode_text("a dog"))
 
 
-def test_features_can_train_something_on_top(clip: Pipeline, pictures: list[Image.Image]):
+def test_features_can_train_something_on_top(clip: Pipeline, images: list[Image.Image]):
     probe = torch.nn.Linear(64, 1)
-    probe(clip.encode_image(pictures)).sum().backward()
+    probe(clip.encode_image(images)).sum().backward()
     assert probe.weight.grad is not None
 
 
 def test_input_that_cannot_be_used_is_told(clip: Pipeline, tmp_path: Path):
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"broken\.jpg: not a picture"):
-        clip.encode_image([write_picture(tmp_path / "a.png", 0), tmp_path / "broken.jpg"])
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"broken\.jpg: not an image"):
+        clip.encode_image([write_image(tmp_path / "a.png", 0), tmp_path / "broken.jpg"])
     with pytest.raises(DataError, match=r"absent\.png: no such file"):
         clip.encode_image("absent.png")
-    with pytest.raises(ConfigError, match=r"is a folder: list its pictures with clip_exp\.find_pictures"):
+    with pytest.raises(ConfigError, match=r"is a folder: list its images with clip_exp\.find_images"):
         clip.encode_image(tmp_path)
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         clip.encode_image([])
     with pytest.raises(ConfigError, match="must be a list"):
-        clip.classify(write_picture(tmp_path / "a.png", 0), "a dog")
+        clip.classify(write_image(tmp_path / "a.png", 0), "a dog")

@@ -27,33 +27,33 @@ def asked(run_dir: Path, images: object, **values: object) -> PredictConfig:
 
 
 def probabilities(document: dict, texts: list[str] = TEXTS) -> torch.Tensor:
-    """[pictures, texts] in the order of the texts."""
-    rows = [{entry["text"]: entry["probability"] for entry in picture["texts"]} for picture in document["pictures"]]
+    """[images, texts] in the order of the texts."""
+    rows = [{entry["text"]: entry["probability"] for entry in image["texts"]} for image in document["images"]]
     return torch.tensor([[row[text] for text in texts] for row in rows])
 
 
 def test_probabilities_are_the_softmax_of_logit_scale_times_cosine(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     assert predict(asked(run_dir, str(photos))) == 0
     document = json.loads(capsys.readouterr().out)
-    paths = [picture["path"] for picture in document["pictures"]]
+    paths = [image["path"] for image in document["images"]]
     assert paths == sorted(paths)
     assert len(paths) == 7
     tower = preprocessing_of(clip.config.image)
     pixels = torch.stack([eval_transform(Image.open(path), tower.size) for path in paths])
     with torch.no_grad():
-        image = F.normalize(clip.model.encode_image(normalize(pixels, tower.mean, tower.std)), dim=-1)
+        image_features = F.normalize(clip.model.encode_image(normalize(pixels, tower.mean, tower.std)), dim=-1)
         text = F.normalize(clip.model.encode_text(clip.tokenizer(TEXTS)), dim=-1)
-    expected = (clip.model.logit_scale.exp() * image @ text.T).softmax(dim=-1)
+    expected = (clip.model.logit_scale.exp() * image_features @ text.T).softmax(dim=-1)
     torch.testing.assert_close(probabilities(document), expected, atol=1e-6, rtol=1e-5)
-    for picture in document["pictures"]:
-        shown = [entry["probability"] for entry in picture["texts"]]
+    for image in document["images"]:
+        shown = [entry["probability"] for entry in image["texts"]]
         assert shown == sorted(shown, reverse=True)
 
 
 def test_the_command_and_the_python_api_agree_to_the_last_digit(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     predict(asked(run_dir, str(photos)))
     document = json.loads(capsys.readouterr().out)
-    expected = clip.classify([picture["path"] for picture in document["pictures"]], TEXTS)
+    expected = clip.classify([image["path"] for image in document["images"]], TEXTS)
     assert torch.equal(probabilities(document), torch.tensor([[float(f"{p:.7g}") for p in row] for row in expected]))
 
 
@@ -72,7 +72,7 @@ def test_only_the_k_most_probable_texts_are_shown(run_dir: Path, photos: Path, c
     whole = json.loads(capsys.readouterr().out)
     predict(asked(run_dir, str(photos), k=2))
     best = json.loads(capsys.readouterr().out)
-    assert [p["texts"] for p in best["pictures"]] == [p["texts"][:2] for p in whole["pictures"]]
+    assert [p["texts"] for p in best["images"]] == [p["texts"][:2] for p in whole["images"]]
 
 
 def test_csv_json_and_the_table_hold_the_same(run_dir: Path, photos: Path, tmp_path: Path, capsys):
@@ -84,8 +84,8 @@ def test_csv_json_and_the_table_hold_the_same(run_dir: Path, photos: Path, tmp_p
     document = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    flat = [(p["path"], t["text"], t["probability"]) for p in document["pictures"] for t in p["texts"]]
-    assert [(row["picture"], row["text"], float(row["probability"])) for row in rows] == flat
+    flat = [(p["path"], t["text"], t["probability"]) for p in document["images"] for t in p["texts"]]
+    assert [(row["image"], row["text"], float(row["probability"])) for row in rows] == flat
     for path, text, probability in flat:
         assert path in shown
         assert text in shown
@@ -93,17 +93,17 @@ def test_csv_json_and_the_table_hold_the_same(run_dir: Path, photos: Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "photos", "run"]
 
 
-def test_a_broken_picture_stops_the_command_or_is_left_out_and_told(run_dir: Path, photos: Path, capsys, caplog):
+def test_a_broken_image_stops_the_command_or_is_left_out_and_told(run_dir: Path, photos: Path, capsys, caplog):
     (photos / "2.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"2\.png: not a picture.*on_bad_image=replace"):
+    with pytest.raises(DataError, match=r"2\.png: not an image.*on_bad_image=replace"):
         predict(asked(run_dir, str(photos)))
     assert capsys.readouterr().out == ""
     predict(asked(run_dir, str(photos), on_bad_image=OnBadImage.replace))
     document = json.loads(capsys.readouterr().out)
-    assert len(document["pictures"]) == 6
+    assert len(document["images"]) == 6
     assert [left_out["path"] for left_out in document["left_out"]] == [str(photos / "2.png")]
-    assert "left out 1 of 7 pictures" in caplog.text
-    assert "2.png: not a picture" in caplog.text
+    assert "left out 1 of 7 images" in caplog.text
+    assert "2.png: not an image" in caplog.text
 
 
 def test_texts_that_are_cut_are_told_with_their_number(run_dir: Path, photos: Path, capsys, caplog):
@@ -149,6 +149,6 @@ def test_the_command_line_takes_texts_as_people_type_them_and_leaves_no_folder(
     texts = "texts=[a (small) dog, it's a cat!,x=1,一只狗]"
     done = clip_exp_command("predict", f"run={run_dir}", f"images={photos}", "format=json", texts)
     assert done.returncode == 0, done.stderr
-    found = {entry["text"] for entry in json.loads(done.stdout)["pictures"][0]["texts"]}
+    found = {entry["text"] for entry in json.loads(done.stdout)["images"][0]["texts"]}
     assert found == {"a (small) dog", "it's a cat!", "x=1", "一只狗"}
     assert sorted(tmp_path.rglob("*")) == before

@@ -26,7 +26,7 @@ from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.weights.find import hash_weights
 from tests.export.small import build, siglip
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 from tests.weights.server import Served, serving
 from tests.weights.test_hub import publish
 
@@ -49,7 +49,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """Of the size that the tower takes: libraries resize differently."""
     return Image.effect_noise((32, 32), 80).convert("RGB")
 
@@ -57,12 +57,12 @@ def picture() -> Image.Image:
 def test_a_folder_of_transformers_gives_the_features_that_transformers_gives(theirs: Path) -> None:
     clip = clip_exp.load(theirs, accelerator="cpu")
     model = CLIPModel.from_pretrained(theirs)
-    shown = picture()
+    shown = image()
     pixels = CLIPImageProcessor.from_pretrained(theirs)(shown, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        image = model.get_image_features(pixels)
-        image = getattr(image, "pooler_output", image)
-    expected = torch.nn.functional.normalize(image, dim=1)
+        features = model.get_image_features(pixels)
+        features = getattr(features, "pooler_output", features)
+    expected = torch.nn.functional.normalize(features, dim=1)
     torch.testing.assert_close(clip.encode_image(shown), expected, atol=1e-5, rtol=0)
 
 
@@ -73,7 +73,7 @@ def test_a_name_on_the_hub_is_a_model(theirs: Path, tmp_path: Path, monkeypatch)
         server.files["/"] = Served(b"")
         publish(server, {path.name: path.read_bytes() for path in theirs.iterdir()}, large=("model.safetensors",))
         fetched, local = (clip_exp.load(name, accelerator="cpu") for name in ("hf-hub:org/clip", theirs))
-    shown = picture()
+    shown = image()
     assert torch.equal(fetched.encode_image(shown), local.encode_image(shown))
 
 
@@ -174,11 +174,11 @@ def test_positions_that_are_made_to_fit_are_told(nano: CLIP, tmp_path: Path, cap
 
 def test_every_command_takes_a_folder_and_records_its_hash(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
     for number in range(4):
-        write_picture(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
+        write_image(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
     model = f"pretrained={theirs}"
     probable = clip_exp_command("predict", model, "images=classes", "texts=[a dog,a cat]", "format=json")
     assert probable.returncode == 0, probable.stderr
-    assert len(json.loads(probable.stdout)["pictures"]) == 4
+    assert len(json.loads(probable.stdout)["images"]) == 4
     assert "activation" not in probable.stderr, "nothing was left to decide"
     made = clip_exp_command("search", model, "images=classes", "index=photos.index")
     assert made.returncode == 0, made.stderr
@@ -189,7 +189,7 @@ def test_every_command_takes_a_folder_and_records_its_hash(theirs: Path, tmp_pat
 
 def test_an_evaluation_by_several_ranks_settles_the_model_once(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
     for number in range(4):
-        write_picture(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
+        write_image(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
     done = clip_exp_command(
         "evaluate", f"pretrained={theirs}", "task=image_folder", "task.image_folder.root=classes", "devices=2"
     )

@@ -14,7 +14,7 @@ from clip_exp.config.data import OnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference.commands import rank
 from clip_exp.inference.features import best
-from clip_exp.inference.inputs import find_pictures
+from clip_exp.inference.inputs import find_images
 from clip_exp.inference.pipeline import Pipeline
 
 
@@ -28,7 +28,7 @@ def ranking(document: dict, number: int = 0) -> list[tuple[str, float]]:
 
 
 def brute_force(clip: Pipeline, folder: Path, text: str) -> list[tuple[str, float]]:
-    paths = find_pictures(folder)
+    paths = find_images(folder)
     scores = (clip.encode_image(paths) @ clip.encode_text(text)[0]).tolist()
     return sorted(zip(paths, scores, strict=True), key=lambda pair: -pair[1])
 
@@ -46,11 +46,11 @@ def test_a_ranking_is_every_cosine_sorted(run_dir: Path, photos: Path, clip: Pip
     assert_same(ranking(json.loads(capsys.readouterr().out)), expected[:3])
 
 
-def test_the_python_api_ranks_folders_paths_and_pictures_alike(photos: Path, clip: Pipeline):
+def test_the_python_api_ranks_folders_paths_and_images_alike(photos: Path, clip: Pipeline):
     expected = brute_force(clip, photos, "a cat")
     found = clip.rank("a cat", photos)
     assert_same([(match.path, match.score) for match in found], expected)
-    paths = find_pictures(photos)
+    paths = find_images(photos)
     assert [paths[match.position] for match in found] == [path for path, _ in expected]
     kept = clip.rank("a cat", [Image.open(path) for path in paths], keep=2)
     assert [match.position for match in kept] == [match.position for match in found[:2]]
@@ -58,10 +58,10 @@ def test_the_python_api_ranks_folders_paths_and_pictures_alike(photos: Path, cli
         clip.rank(["a", "b"], photos)  # type: ignore[arg-type]
 
 
-def test_equal_pictures_stay_in_their_order(photos: Path, clip: Pipeline):
+def test_equal_images_stay_in_their_order(photos: Path, clip: Pipeline):
     for number in range(7, 12):
         shutil.copy(photos / "0.png", photos / f"{number:02d}.png")
-    paths = find_pictures(photos)
+    paths = find_images(photos)
     copies = [path for path in paths if Path(path).read_bytes() == (photos / "0.png").read_bytes()]
     assert [match.path for match in clip.rank("a cat", paths) if match.path in copies] == copies
 
@@ -82,16 +82,14 @@ def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: 
         assert_same(ranking(document, number), brute_force(clip, photos, text))
     rank(asked(run_dir, str(photos), texts, format=OutputFormat.csv, keep=2))
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [(row["query"], row["rank"], row["picture"]) for row in rows] == [
+    assert [(row["query"], row["rank"], row["image"]) for row in rows] == [
         (text, str(place + 1), ranking(document, number)[place][0])
         for number, text in enumerate(texts)
         for place in range(2)
     ]
 
 
-def test_the_kept_pictures_are_copied_in_their_order(
-    run_dir: Path, photos: Path, clip: Pipeline, tmp_path: Path, capsys
-):
+def test_the_kept_images_are_copied_in_their_order(run_dir: Path, photos: Path, clip: Pipeline, tmp_path: Path, capsys):
     rank(asked(run_dir, str(photos), "a dog", keep=3, copy_to=str(tmp_path / "best")))
     expected = [path for path, _ in brute_force(clip, photos, "a dog")[:3]]
     copies = sorted((tmp_path / "best").iterdir())
@@ -105,7 +103,7 @@ def test_the_kept_pictures_are_copied_in_their_order(
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["01_a_dog", "02_猫_狗"]
 
 
-def test_a_broken_picture_is_left_out_of_the_ranking_and_told(run_dir: Path, photos: Path, capsys, caplog):
+def test_a_broken_image_is_left_out_of_the_ranking_and_told(run_dir: Path, photos: Path, capsys, caplog):
     (photos / "2.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"2\.png: empty file"):
         rank(asked(run_dir, str(photos), "a dog"))
@@ -113,7 +111,7 @@ def test_a_broken_picture_is_left_out_of_the_ranking_and_told(run_dir: Path, pho
     document = json.loads(capsys.readouterr().out)
     assert len(ranking(document)) == 6
     assert document["left_out"] == [{"path": str(photos / "2.png"), "reason": "empty file"}]
-    assert "left out 1 of 7 pictures" in caplog.text
+    assert "left out 1 of 7 images" in caplog.text
 
 
 def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photos: Path, clip: Pipeline):
@@ -122,7 +120,7 @@ def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photo
     )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    assert [row["picture"] for row in rows] == [
+    assert [row["image"] for row in rows] == [
         str(Path(path).relative_to(photos.parent)) for path, _ in brute_force(clip, photos, "a dog, running (fast)")[:2]
     ]
     refused = clip_exp_command("rank", "images=absent")

@@ -22,12 +22,12 @@ from clip_exp.inference import pipeline as pipeline
 from clip_exp.inference.commands import search
 from clip_exp.inference.features import Encoded
 from clip_exp.inference.index import held, read_entries, read_recipe, write_index
-from clip_exp.inference.inputs import find_pictures
+from clip_exp.inference.inputs import find_images
 from clip_exp.inference.pipeline import Pipeline
 from clip_exp.models.clip import build_model
 from tests.conftest import DOOR, Run
 from tests.data.tables.shard_files import jpeg, write_shard
-from tests.small_runs import write_picture, write_run
+from tests.small_runs import write_image, write_run
 
 
 def asked(index: Path, **values: object) -> SearchConfig:
@@ -40,7 +40,7 @@ def index(tmp_path: Path, run_dir: Path, photos: Path, capsys) -> Path:
     """Of the seven photos."""
     path = tmp_path / "photos.index"
     assert search(asked(path, run=str(run_dir), images=str(photos))) == 0
-    assert "7 pictures (7 new)" in capsys.readouterr().out
+    assert "7 images (7 new)" in capsys.readouterr().out
     return path
 
 
@@ -51,7 +51,7 @@ def matches(capsys, number: int = 0) -> list[tuple[str, float]]:
 
 def test_answers_equal_brute_force(index: Path, photos: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(photos.parent)
-    paths = find_pictures("photos")
+    paths = find_images("photos")
     features = clip.encode_image(paths)
     for query, kind in (("two dogs", "text"), ("photos/3.png", "image")):
         assert search(asked(index, **{kind: query}, top=4)) == 0
@@ -71,7 +71,7 @@ def test_scores_do_not_depend_on_the_tiles(index: Path, clip: Pipeline, monkeypa
 
 
 def assert_equal(one: Path, other: Path) -> None:
-    """The same pictures, and features within what the place in a batch changes."""
+    """The same images, and features within what the place in a batch changes."""
     first, second = read_entries(one), read_entries(other)
     assert (first.paths, first.size.tolist(), first.mtime_ns.tolist()) == (
         second.paths,
@@ -83,23 +83,23 @@ def assert_equal(one: Path, other: Path) -> None:
 
 def test_an_index_that_was_extended_equals_one_that_was_made_at_once(index: Path, run_dir: Path, photos: Path, capsys):
     for number in (10, 11, 12):
-        write_picture(photos / f"new{number}.png", number)
-    write_picture(photos / "2.png", 99)
+        write_image(photos / f"new{number}.png", number)
+    write_image(photos / "2.png", 99)
     (photos / "4.png").unlink()
     (photos / "broken.png").write_bytes(b"broken")
     assert search(asked(index, images=str(photos))) == 0
-    assert "9 pictures (3 new, 1 changed, 1 dropped, 1 left out)" in capsys.readouterr().out
+    assert "9 images (3 new, 1 changed, 1 dropped, 1 left out)" in capsys.readouterr().out
     at_once = index.with_name("at_once.index")
     search(asked(at_once, run=str(run_dir), images=str(photos)))
     assert_equal(at_once, index)
 
 
-def test_a_picture_replaced_by_one_of_equal_size_and_time_is_encoded_again(index: Path, photos: Path, capsys):
+def test_an_image_replaced_by_one_of_equal_size_and_time_is_encoded_again(index: Path, photos: Path, capsys):
     file, before = photos / "2.png", read_entries(index)
     data, status = file.read_bytes(), file.stat()
-    write_picture(file, 99)
+    write_image(file, 99)
     new = file.read_bytes()
-    size = max(len(data), len(new))  # what comes after a PNG's end is no part of the picture
+    size = max(len(data), len(new))  # what comes after a PNG's end is no part of the image
     file.write_bytes(data.ljust(size, b"\0"))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     search(asked(index, images=str(photos)))
@@ -107,7 +107,7 @@ def test_a_picture_replaced_by_one_of_equal_size_and_time_is_encoded_again(index
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     capsys.readouterr()
     search(asked(index, images=str(photos)))
-    assert "7 pictures (1 changed)" in capsys.readouterr().out
+    assert "7 images (1 changed)" in capsys.readouterr().out
     after = read_entries(index)
     row = after.paths.index("photos/2.png")
     assert not torch.equal(after.features[row], before.features[row])
@@ -115,19 +115,19 @@ def test_a_picture_replaced_by_one_of_equal_size_and_time_is_encoded_again(index
 
 def test_nothing_new_changes_nothing_and_encodes_nothing(index: Path, photos: Path, monkeypatch, capsys):
     before = index.read_bytes(), index.stat().st_mtime_ns
-    monkeypatch.setattr(pipeline.Pipeline, "encode_each", lambda *_: pytest.fail("a picture was encoded"))
+    monkeypatch.setattr(pipeline.Pipeline, "encode_each", lambda *_: pytest.fail("an image was encoded"))
     assert search(asked(index, images=[str(photos), f"{photos}/*.png"])) == 0
-    assert "7 pictures (nothing new)" in capsys.readouterr().out
+    assert "7 images (nothing new)" in capsys.readouterr().out
     assert (index.read_bytes(), index.stat().st_mtime_ns) == before
 
 
-def test_pictures_outside_the_given_folders_stay(index: Path, photos: Path, tmp_path: Path, capsys):
-    write_picture(tmp_path / "other" / "a.png", 50)
+def test_images_outside_the_given_folders_stay(index: Path, photos: Path, tmp_path: Path, capsys):
+    write_image(tmp_path / "other" / "a.png", 50)
     shutil.rmtree(photos)  # as a disk that is not there today
     search(asked(index, images=str(tmp_path / "other")))
-    assert "8 pictures (1 new)" in capsys.readouterr().out
+    assert "8 images (1 new)" in capsys.readouterr().out
     photos.mkdir()
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         search(asked(index, images=str(photos)))
     assert len(read_entries(index).paths) == 8
 
@@ -137,14 +137,14 @@ def test_a_table_fills_an_index_which_keeps_what_cannot_be_reached_today(
 ):
     (tmp_path / "list.csv").write_text("path,title\nphotos/0.png,x\nphotos/1.png,y\nphotos/0.png,z\nabsent.png,a\n")
     search(asked(tmp_path / "t.index", run=str(run_dir), table=str(tmp_path / "list.csv"), image_key="path"))
-    assert "2 pictures (2 new, 1 left out)" in capsys.readouterr().out
+    assert "2 images (2 new, 1 left out)" in capsys.readouterr().out
     assert read_entries(tmp_path / "t.index").paths == ["photos/0.png", "photos/1.png"]
     (photos / "1.png").unlink()
     search(asked(tmp_path / "t.index", table=str(tmp_path / "list.csv"), image_key="path"))
-    assert "2 pictures (1 left out)" in capsys.readouterr().out
+    assert "2 images (1 left out)" in capsys.readouterr().out
     (photos / "0.png").write_bytes(b"broken")
     search(asked(tmp_path / "t.index", table=str(tmp_path / "list.csv"), image_key="path"))
-    assert "1 pictures (1 dropped, 2 left out)" in capsys.readouterr().out
+    assert "1 images (1 dropped, 2 left out)" in capsys.readouterr().out
 
 
 def test_a_table_indexes_what_leaves_its_folder_only_where_that_is_allowed(run_dir: Path, photos: Path, tmp_path: Path):
@@ -158,7 +158,7 @@ def test_a_table_indexes_what_leaves_its_folder_only_where_that_is_allowed(run_d
     assert read_entries(tmp_path / "t.index").paths == ["photos/0.png", "photos/1.png"]
 
 
-def test_pictures_and_their_index_can_be_moved_together(index: Path, tmp_path: Path, run_dir: Path, capsys):
+def test_images_and_their_index_can_be_moved_together(index: Path, tmp_path: Path, run_dir: Path, capsys):
     (tmp_path / "moved").mkdir()
     shutil.move(tmp_path / "photos", tmp_path / "moved" / "photos")
     moved = Path(shutil.move(index, tmp_path / "moved" / "photos.index"))
@@ -313,7 +313,7 @@ def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path,
     opened = clip.index(path=index)
     before = opened.search("a dog", top=7)
     for number in range(20, 25):
-        write_picture(photos / f"{number}.png", number)
+        write_image(photos / f"{number}.png", number)
     assert len(clip.index(photos, index)) == 12
     assert len(opened) == 7
     assert opened.search("a dog", top=7) == before
@@ -322,31 +322,31 @@ def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path,
 def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Pipeline, tmp_path: Path, caplog):
     index = clip.index(photos, path=tmp_path / "api.index")
     assert len(index) == 7
-    assert index.paths == [str(photos / Path(name).relative_to(photos)) for name in find_pictures(photos)]
+    assert index.paths == [str(photos / Path(name).relative_to(photos)) for name in find_images(photos)]
     best = index.search(image=photos / "3.png", top=1)[0]
     assert (best.path, round(best.score, 5)) == (str(photos / "3.png"), 1.0)
     assert [m.path for m in index.search("two dogs", top=3)] == [m.path for m in clip.rank("two dogs", photos, keep=3)]
     (photos / "broken.png").write_bytes(b"broken")
     assert len(clip.index([photos], path=tmp_path / "api.index")) == 7
-    assert "left out 1 of 8 pictures" in caplog.text
+    assert "left out 1 of 8 images" in caplog.text
     with pytest.raises(DataError, match=r"broken\.png"):
         clip.index(photos, path=tmp_path / "api.index", on_bad_image="error")
     with pytest.raises(ConfigError, match="no such file"):
         clip.index(path=tmp_path / "absent.index")
-    with pytest.raises(ConfigError, match="a text or a picture"):
+    with pytest.raises(ConfigError, match="a text or an image"):
         index.search()
 
 
-def test_pictures_in_shards_are_refused_since_an_index_refers_to_files(run_dir: Path, tmp_path: Path):
+def test_images_in_shards_are_refused_since_an_index_refers_to_files(run_dir: Path, tmp_path: Path):
     shard = write_shard(tmp_path / "s.tar", {"1.jpg": jpeg(1), "1.txt": "x"})
-    with pytest.raises(ConfigError, match=r"s\.tar: an index refers to picture files.*unpack them"):
+    with pytest.raises(ConfigError, match=r"s\.tar: an index refers to image files.*unpack them"):
         search(asked(tmp_path / "x.index", table=str(shard), run=str(run_dir)))
 
 
-def test_an_index_without_a_readable_picture_is_not_written(run_dir: Path, tmp_path: Path):
+def test_an_index_without_a_readable_image_is_not_written(run_dir: Path, tmp_path: Path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"none of the 1 pictures can be read.*a\.png: not a picture"):
+    with pytest.raises(DataError, match=r"none of the 1 images can be read.*a\.png: not an image"):
         search(asked(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad")))
     with pytest.raises(DataError, match="on_bad_image=replace"):
         search(

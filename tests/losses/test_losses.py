@@ -131,10 +131,10 @@ def test_sigmoid_holds_no_more_similarities_than_a_chunk() -> None:
         (PairLabel.positive, PairLabel.positive, [(0, 1), (1, 2)]),
     ],
 )
-def test_repeated_captions_and_pictures_match_as_configured(
+def test_repeated_captions_and_images_match_as_configured(
     kind: type[LossConfig], same_caption: PairLabel, same_image: PairLabel, pairs: list[tuple[int, int]]
 ) -> None:
-    """Pairs 0 and 1 share a caption, 1 and 2 a picture."""
+    """Pairs 0 and 1 share a caption, 1 and 2 an image."""
     image_BD, text_BD, scale, bias = leaves()
     loss = kind(same_caption=same_caption, same_image=same_image).build()
     actual = loss(CLIPOutput(image_BD, text_BD, scale, bias), ids(7, 7), ids(5, 9, 9))

@@ -28,7 +28,7 @@ CONFIGS: list[LossConfig] = [
 
 
 def step(config: LossConfig, rows: slice) -> dict[str, Tensor]:
-    """Value and gradients of a loss on some rows of a fixed batch, in which captions and pictures occur twice."""
+    """Value and gradients of a loss on some rows of a fixed batch, in which captions and images occur twice."""
     draw = torch.Generator().manual_seed(0)
     weight_DD = torch.randn(D, D, generator=draw).requires_grad_()  # stands for a tower
     image_BD, text_BD = (torch.randn(GLOBAL_BATCH, D, generator=draw)[rows] for _ in range(2))

@@ -35,7 +35,7 @@ def open_clip_twin(model: CLIP, quick_gelu: bool = False) -> nn.Module:
 
 
 def batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Pictures, and texts of 3 to 12 tokens padded to the whole context."""
+    """Images, and texts of 3 to 12 tokens padded to the whole context."""
     draw = torch.Generator().manual_seed(seed)
     image_BCHW = torch.randn(size, 3, 32, 32, generator=draw)
     tokens_BL = torch.zeros(size, CONTEXT_LENGTH, dtype=torch.int64)

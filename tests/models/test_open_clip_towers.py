@@ -88,7 +88,7 @@ def configured(name: str, *overrides: str) -> ModelConfig:
     return note_architecture(config.model)
 
 
-def pictures(size: int) -> torch.Tensor:
+def images(size: int) -> torch.Tensor:
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -103,7 +103,7 @@ def test_features_equal_open_clip(small, name: str) -> None:
     bias = None if twin.logit_bias is None else 0.0
     model = build_model(config, init_logit_bias=bias).eval()
     model.load_state_dict(to_ours("open_clip", twin.state_dict(), config))
-    image_BCHW = pictures(config.image.image_size)
+    image_BCHW = images(config.image.image_size)
     tokens_BL = build_tokenizer(config.text)(SHORT)
     padded_BL = open_clip.get_tokenizer(name, context_length=20)(SHORT)
     torch.testing.assert_close(
@@ -132,7 +132,7 @@ def test_every_weight_gets_a_gradient(small, name: str) -> None:
     """Distributed training waits for every one of them."""
     config = configured(name)
     model = build_model(config)
-    output = model(pictures(config.image.image_size), build_tokenizer(config.text)(CAPTIONS[:3]), 2)
+    output = model(images(config.image.image_size), build_tokenizer(config.text)(CAPTIONS[:3]), 2)
     (output.logit_scale * output.image_features @ output.text_features.T).square().sum().backward()
     assert [parameter for parameter, p in model.named_parameters() if p.grad is None] == []
 
@@ -143,9 +143,7 @@ def test_the_image_size_can_be_another(small) -> None:
         twin = twin_of(name, force_image_size=size)
         model = build_model(config).eval()
         model.load_state_dict(to_ours("open_clip", twin.state_dict(), config))
-        torch.testing.assert_close(
-            model.encode_image(pictures(size)), twin.encode_image(pictures(size)), rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(model.encode_image(images(size)), twin.encode_image(images(size)), rtol=0, atol=1e-5)
 
 
 def test_the_activation_is_the_configurations_unless_it_is_set(small) -> None:
@@ -176,9 +174,9 @@ def test_weights_that_tell_their_activation_decide_it(small, tmp_path: Path) -> 
 
 def test_patch_dropout_acts_in_training_only(small) -> None:
     model = build_model(configured("small-vit", "model.image.patch_dropout=0.5"))
-    assert not torch.equal(model.encode_image(pictures(32)), model.encode_image(pictures(32)))
+    assert not torch.equal(model.encode_image(images(32)), model.encode_image(images(32)))
     model.eval()
-    assert torch.equal(model.encode_image(pictures(32)), model.encode_image(pictures(32)))
+    assert torch.equal(model.encode_image(images(32)), model.encode_image(images(32)))
 
 
 def test_a_noted_encoder_is_built_where_its_folder_is_gone(small, tmp_path: Path) -> None:
@@ -228,9 +226,9 @@ def test_an_export_is_a_model_that_open_clip_builds_by_itself(
     model = build_model(config).eval().requires_grad_(False)
     folder = write_export(model, config, None, tmp_path / "exported").folder
     twin = open_clip.create_model(f"local-dir:{folder}").eval()
-    images, tokens_BL = pictures(config.image.image_size), build_tokenizer(config.text)(SHORT)
+    images_BCHW, tokens_BL = images(config.image.image_size), build_tokenizer(config.text)(SHORT)
     whole_BL = build_tokenizer(config.text.model_copy(update={"trim": False}))(SHORT)
-    torch.testing.assert_close(twin.encode_image(images), model.encode_image(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(twin.encode_image(images_BCHW), model.encode_image(images_BCHW), rtol=0, atol=1e-5)
     torch.testing.assert_close(twin.encode_text(whole_BL), model.encode_text(tokens_BL), rtol=0, atol=1e-5)
     # In towers this small the approximation by tanh is closer than that.
     assert activations(twin) == activations(model)

@@ -32,7 +32,7 @@ def build_image_tower(config: ModelConfig, own_weights: bool = False) -> TimmTow
     return tower
 
 
-def pictures(size: int = 64, count: int = 3) -> torch.Tensor:
+def images(size: int = 64, count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -51,28 +51,28 @@ def test_features_equal_open_clip(name: str, projection: Projection) -> None:
     twin = TimmModel(name, 24, size, pool="", proj=projection.value).eval()
     mlp = {"projection.0": "head.mlp.fc1", "projection.2": "head.mlp.fc2"}
     load_twin(twin, tower, {"projection.weight": "head.proj.weight"} if projection is Projection.linear else mlp)
-    torch.testing.assert_close(tower(pictures(size)), twin(pictures(size)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(tower(images(size)), twin(images(size)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_backbone_takes_the_size_that_is_asked_for(name: str) -> None:
     tower = build_image_tower(small(name, 96)).eval()
-    assert tower(pictures(96)).shape == (3, 24)
+    assert tower(images(96)).shape == (3, 24)
 
 
 def test_without_a_projection_the_channels_are_the_space() -> None:
     with pytest.raises(ConfigError, match=r"test_vit has 64, and model.embed_dim=24. Set model.embed_dim=64"):
         build_image_tower(small("test_vit", projection=Projection.none))
     tower = build_image_tower(small("test_vit", projection=Projection.none).model_copy(update={"embed_dim": 64})).eval()
-    torch.testing.assert_close(tower(pictures()), tower.trunk(pictures()))
+    torch.testing.assert_close(tower(images()), tower.trunk(images()))
 
 
 def test_patch_dropout_and_dropout_act_in_training_only() -> None:
     for options in ({"patch_dropout": 0.5}, {"dropout": 0.5}):
         tower = build_image_tower(small("test_vit", **options))  # type: ignore[arg-type]
-        assert not torch.equal(tower(pictures()), tower(pictures()))
+        assert not torch.equal(tower(images()), tower(images()))
         tower.eval()
-        assert torch.equal(tower(pictures()), tower(pictures()))
+        assert torch.equal(tower(images()), tower(images()))
 
 
 def test_a_backbone_brings_no_dropout_of_its_own() -> None:

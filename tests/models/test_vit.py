@@ -66,7 +66,7 @@ def test_micro_batches_backpropagate_through_the_patches_that_they_kept(kind: st
         torch.testing.assert_close(gradients(tower)[name], expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_each_picture_keeps_its_own_patches_each_as_often_as_any_other() -> None:
+def test_each_image_keeps_its_own_patches_each_as_often_as_any_other() -> None:
     torch.manual_seed(0)
     patch_BND = torch.arange(10.0).expand(4000, 10)[..., None]
     kept_BK1 = PatchDropout(0.75)(patch_BND)

@@ -105,7 +105,7 @@ def with_weights_of(twin: nn.Module, config: ModelConfig) -> CLIP:
 
 
 def inputs(config: ModelConfig, size: int = 2) -> tuple[Tensor, Tensor]:
-    """Pictures, and texts of different lengths that fill the context with padding."""
+    """Images, and texts of different lengths that fill the context with padding."""
     image_BCHW = torch.randn(size, 3, config.image.image_size, config.image.image_size)
     vocabulary = getattr(config.text, "vocab_size", 500)  # of the encoders in tests/encoders.py
     tokens_BL = torch.randint(2, vocabulary - 1, (size, config.text.context_length))

@@ -19,16 +19,16 @@ from clip_exp.ranks.launch import Opened, Work, launch_work
 def work(folder: Path) -> int:
     plan = json.loads((folder / "plan.json").read_text())[int(os.environ.get("RANK", "0"))]
     if plan == "bad data":
-        raise DataError("picture 7 cannot be read.")
+        raise DataError("image 7 cannot be read.")
     if plan == "bad name":
-        raise DataError("picture \x1b[2J.jpg cannot be read.")
+        raise DataError("image \x1b[2J.jpg cannot be read.")
     if plan == "lost touch":
         raise DistributedError("lost touch with another rank that ended.")
     if plan == "bug":
         raise ValueError("a bug")
     if plan == "later bad data":
         time.sleep(0.5)
-        raise DataError("picture 7 cannot be read.")
+        raise DataError("image 7 cannot be read.")
     if plan == "blocked bug":  # in what tidies up: the failure is reported before
         try:
             raise ValueError("a bug")

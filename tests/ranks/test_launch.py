@@ -48,15 +48,15 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("plan", "code", "message"),
     [
-        (("lost touch", "bad data"), 3, "error: picture 7 cannot be read."),
-        (("lost touch", "lost touch", "bad data"), 3, "error: picture 7 cannot be read."),
-        (("bad name", "lost touch"), 3, r"error: picture \x1b[2J.jpg cannot be read."),
+        (("lost touch", "bad data"), 3, "error: image 7 cannot be read."),
+        (("lost touch", "lost touch", "bad data"), 3, "error: image 7 cannot be read."),
+        (("bad name", "lost touch"), 3, r"error: image \x1b[2J.jpg cannot be read."),
         (("bug", "later bad data"), 1, "ValueError: a bug"),
         (("blocked bug", "wait"), 1, "ValueError: a bug"),
         (("aborted", "bug"), 1, "ValueError: a bug"),
         (("wait", "exits"), 5, "SystemExit: 5"),
         (("lost touch", "bug"), 1, "ValueError: a bug"),
-        (("wait", "bad data"), 3, "error: picture 7 cannot be read."),
+        (("wait", "bad data"), 3, "error: image 7 cannot be read."),
         (("lost touch", "lost touch"), 6, "error: lost touch with another rank that ended."),
     ],
 )
@@ -72,7 +72,7 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
     kept = (tmp_path / LOG).read_text(encoding="utf-8")
     messages = {
         "lost touch": "lost touch with",
-        "bad data": "picture 7",
+        "bad data": "image 7",
         "bug": "ValueError: a bug",
         "exits": "SystemExit: 5",
     }
@@ -175,7 +175,7 @@ def test_one_device_is_this_process_and_a_finished_folder_needs_none(tmp_path: P
     ("plan", "expected"),
     [
         (("7", "8"), ["{} 7", "{} 8"]),
-        (("0", "bad data"), ["{} 0", "rank 1: picture 7 cannot be read."]),
+        (("0", "bad data"), ["{} 0", "rank 1: image 7 cannot be read."]),
         (("0", "lost touch"), ["{} 0", "lost touch with another rank that ended."]),
         (("finished", "finished"), ["{} 0", "{} 0"]),
     ],

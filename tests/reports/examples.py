@@ -1,4 +1,4 @@
-"""Results as scoring leaves them, with pictures of noise in files."""
+"""Results as scoring leaves them, with images of noise in files."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.image_sets import ImageFiles
 from clip_exp.evaluation.classification import accuracies
 from clip_exp.reports.classification_page import Classified
 from clip_exp.reports.comparison_page import Compared
 from clip_exp.reports.evaluation import Result
 from clip_exp.reports.retrieval_page import Query, Retrieved
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 ATTACK = "\"'><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7 * 7 }}"
 HEADING: dict[str, Any] = {
@@ -24,11 +24,11 @@ HEADING: dict[str, Any] = {
 }
 
 
-def noise_files(folder: Path, count: int, size: tuple[int, int] = (40, 36)) -> PictureFiles:
-    return PictureFiles([write_picture(folder / f"{number}.png", number, size) for number in range(count)])
+def noise_files(folder: Path, count: int, size: tuple[int, int] = (40, 36)) -> ImageFiles:
+    return ImageFiles([write_image(folder / f"{number}.png", number, size) for number in range(count)])
 
 
-def classified(pictures: PictureFiles, classes: int, rows: int, seed: int = 0, right: float = 0.6) -> Classified:
+def classified(images: ImageFiles, classes: int, rows: int, seed: int = 0, right: float = 0.6) -> Classified:
     """Rows whose first choice is right with a given chance, else the next class."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, rows)
@@ -40,7 +40,7 @@ def classified(pictures: PictureFiles, classes: int, rows: int, seed: int = 0, r
     probabilities = -np.sort(-rng.dirichlet(np.ones(order.shape[1]), rows), axis=1).astype(np.float32)
     names = [f"class {number}" for number in range(classes)]
     return Classified(
-        pictures, rng.integers(0, len(pictures), rows), labels, order, probabilities, names, [f"k{n}" for n in names]
+        images, rng.integers(0, len(images), rows), labels, order, probabilities, names, [f"k{n}" for n in names]
     )
 
 
@@ -49,8 +49,8 @@ def classification_result(details: Classified, **protocol: Any) -> Result:
     about = {
         "kind": "zero_shot",
         "data": "/data/pets",
-        "pictures": len(labels),
-        "bad_pictures": 0,
+        "images": len(labels),
+        "bad_images": 0,
         "classes": len(details.class_names),
         "weights_sha256": "0123456789abcdef" * 4,
         "preprocessing": {"resize": "shorter side 32", "mean": [0.5, 0.5, 0.5]},
@@ -59,9 +59,9 @@ def classification_result(details: Classified, **protocol: Any) -> Result:
     return Result(accuracies(best, labels, len(details.class_names)), about, details)
 
 
-def retrieved(pictures: PictureFiles, captions: list[str]) -> Retrieved:
-    """Caption number i belongs to picture number i, and is found at place i + 1."""
-    count = len(pictures)
+def retrieved(images: ImageFiles, captions: list[str]) -> Retrieved:
+    """Caption number i belongs to image number i, and is found at place i + 1."""
+    count = len(images)
 
     def query(number: int) -> Query:
         others = [other for other in range(count) if other != number]
@@ -70,18 +70,18 @@ def retrieved(pictures: PictureFiles, captions: list[str]) -> Retrieved:
         return Query(number, order, scores, [other == number for other in order], number + 1)
 
     queries = [query(number) for number in range(count)]
-    return Retrieved(pictures, captions, queries, queries)
+    return Retrieved(images, captions, queries, queries)
 
 
 def retrieval_result(details: Retrieved) -> Result:
     metrics = {f"recall@{k}_{way}": 0.1 * k for k in (1, 5, 10) for way in ("i2t", "t2i")}
     medians = {"median_rank_i2t": 3.0, "median_rank_t2i": 4.0}
-    protocol = {"kind": "retrieval", "data": "pairs.csv", "pictures": len(details.pictures), "bad_pictures": 0}
+    protocol = {"kind": "retrieval", "data": "pairs.csv", "images": len(details.images), "bad_images": 0}
     return Result({**metrics, **medians}, protocol, details)
 
 
 def compared_result() -> Result:
     sets = ["imagenet", "imagenet_v2", "imagenet_a"]
     top1: dict[str, list[float | None]] = {"ours": [0.762, 0.701, 0.771], "resnet101": [0.762, 0.643, 0.027]}
-    protocol = {"kind": "robustness", "pictures": 30, "bad_pictures": 0, "mean_of": sets[1:]}
+    protocol = {"kind": "robustness", "images": 30, "bad_images": 0, "mean_of": sets[1:]}
     return Result({"imagenet/top1": 0.762}, protocol, Compared(sets, top1))

@@ -29,7 +29,7 @@ def test_the_file_has_scikit_learns_recall_and_confusions_of_every_class(seven: 
     counts = confusion_matrix(seven.labels, predicted)
     for number, row in enumerate(rows_of(seven)):
         assert (row["key"], row["name"]) == (seven.keys[number], seven.class_names[number])
-        assert int(row["pictures"]) == counts[number].sum()
+        assert int(row["images"]) == counts[number].sum()
         assert int(row["predicted"]) == counts[:, number].sum()
         assert float(row["top1"]) == pytest.approx(recall[number], abs=1e-6)
         of_class = seven.best[seven.labels == number]
@@ -40,10 +40,10 @@ def test_the_file_has_scikit_learns_recall_and_confusions_of_every_class(seven: 
         assert float(row["share"]) == pytest.approx(wrong.max() / counts[number].sum(), abs=1e-6)
 
 
-def test_classes_without_pictures_or_mistakes_have_empty_fields(seven: Classified):
+def test_classes_without_images_or_mistakes_have_empty_fields(seven: Classified):
     extended = replace(seven, class_names=[*seven.class_names, "unseen"], keys=[*seven.keys, None])
     last = rows_of(extended)[-1]
-    assert last == dict.fromkeys(last, "") | {"name": "unseen", "pictures": "0", "predicted": "0"}
+    assert last == dict.fromkeys(last, "") | {"name": "unseen", "images": "0", "predicted": "0"}
     right = replace(seven, best=np.stack([seven.labels, (seven.labels + 1) % 7], axis=1))
     assert {(row["top1"], row["most_often_taken_for"], row["share"]) for row in rows_of(right)} == {("1", "", "")}
 
@@ -96,7 +96,7 @@ def test_groups_are_the_classes_that_are_taken_for_each_other(tmp_path: Path):
     details, families = planted(tmp_path)
     counts, wrong = per_class(details), mistakes(details)
     classes = classification_page.involved(counts, wrong)
-    alike = classification_page.similarity(wrong, counts.pictures, classes)
+    alike = classification_page.similarity(wrong, counts.images, classes)
     tree, order = classification_page.cluster(alike)
     assert sorted(classification_page.groups(alike, tree, classes)) == sorted(families)
     place = {int(number): position for position, number in enumerate(classes[order])}
@@ -114,7 +114,7 @@ def test_the_map_holds_the_whole_confusion_matrix(tmp_path: Path):
         drawn[order[row], order[column]] = count
     assert (drawn == confusion_matrix(details.labels, details.best[:, 0], labels=range(60))).all()
     assert data["names"] == [details.class_names[number] for number in order]
-    assert data["pictures"] == np.bincount(details.labels, minlength=60)[order].tolist()
+    assert data["images"] == np.bincount(details.labels, minlength=60)[order].tolist()
 
 
 def test_a_map_of_too_many_classes_keeps_those_with_the_most_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,13 +23,13 @@ from tests.reports.examples import (
 
 @pytest.fixture
 def pets(tmp_path: Path) -> Result:
-    return classification_result(classified(noise_files(tmp_path / "pictures", 8), 5, 60))
+    return classification_result(classified(noise_files(tmp_path / "images", 8), 5, 60))
 
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Result:
     return retrieval_result(
-        retrieved(noise_files(tmp_path / "pictures", 10), [f"caption {number}" for number in range(10)])
+        retrieved(noise_files(tmp_path / "images", 10), [f"caption {number}" for number in range(10)])
     )
 
 

@@ -101,14 +101,14 @@ def test_pages_can_be_read_aloud(tmp_path: Path):
 
 def test_a_classification_says_its_numbers(tmp_path: Path):
     details = classified(noise_files(tmp_path, 8), 5, 60)
-    result = classification_result(details, bad_pictures=2, unlabeled_pictures=1, bad=["/data/a.jpg: truncated"])
+    result = classification_result(details, bad_images=2, unlabeled_images=1, bad=["/data/a.jpg: truncated"])
     text = Page(classification_page(result, details, {**HEADING, "command": "python evaluate.py run=x"})).text
     hits = int((details.best[:, 0] == details.labels).sum())
-    assert f"right for {hits} of 60 pictures" in text
+    assert f"right for {hits} of 60 images" in text
     assert "Guessing would be right for 20.0 %" in text
     assert f"{100 * result.metrics['top1']:.1f} %" in text
     assert f"{100 * result.metrics['mean_per_class_recall']:.1f} %" in text
-    assert "60 pictures 3 left out 5 classes 0 classes without pictures" in text
+    assert "60 images 3 left out 5 classes 0 classes without images" in text
     assert "/data/a.jpg: truncated" in text
     assert "0123456789abcdef" in text
     assert "python evaluate.py run=x" in text
@@ -141,13 +141,13 @@ def test_mistakes_are_the_most_confident_ones_with_their_right_class_marked(tmp_
     assert card.count("✓") == 2  # once in the explanation
 
 
-def test_a_picture_that_is_gone_leaves_a_page(tmp_path: Path):
-    pictures = noise_files(tmp_path, 8)
-    details = classified(pictures, 5, 60)
-    for path in pictures.paths:
+def test_an_image_that_is_gone_leaves_a_page(tmp_path: Path):
+    images = noise_files(tmp_path, 8)
+    details = classified(images, 5, 60)
+    for path in images.paths:
         Path(path).unlink()
     page = Page(classification_page(classification_result(details), details, HEADING))
-    assert "This picture cannot be shown: no such file." in page.text
+    assert "This image cannot be shown: no such file." in page.text
     assert not page.all("img")
 
 
@@ -187,8 +187,8 @@ def test_right_answers_are_marked_and_places_told(tmp_path: Path):
     text = Page(html).text
     assert "The first right one is at place 3." in text
     assert "The first right one is at place 10, not shown here." in text
-    assert "A picture finds captions 10 10.0 % 50.0 % 100.0 % 3 10" in text
-    assert "A caption finds pictures 10 10.0 % 50.0 % 100.0 % 4 10" in text
+    assert "An image finds captions 10 10.0 % 50.0 % 100.0 % 3 10" in text
+    assert "A caption finds images 10 10.0 % 50.0 % 100.0 % 4 10" in text
 
 
 def test_a_comparison_has_every_number_and_difference(tmp_path: Path):
@@ -208,7 +208,7 @@ def test_a_comparison_of_models_that_lack_sets_leaves_gaps():
     assert "difference" not in text
 
 
-def test_pages_stay_small_with_large_pictures_and_many_classes(tmp_path: Path):
+def test_pages_stay_small_with_large_images_and_many_classes(tmp_path: Path):
     noise = retrieval(tmp_path / "large", [f"caption {number}" for number in range(24)], (640, 480))
     assert len(noise) < 3 * MEGABYTE  # noise is what JPEG compresses least
     assert len(classification(tmp_path / "small", 1000, 5000)) < 1.5 * MEGABYTE
@@ -227,8 +227,8 @@ def test_a_protocol_is_shown_in_whole():
             "kind": "knn",
             "weights_sha256": "ab",
             "names": {str(number): f"name {number}" for number in range(20)},
-            "train": {"data": "a.csv", "pictures": 1234},
-            "sets": {"v2": {"data": "v2", "pictures": 10}},
+            "train": {"data": "a.csv", "images": 1234},
+            "sets": {"v2": {"data": "v2", "images": 10}},
             "mean": [0.48145466, 0.4578275],
             "seed": None,
         }
@@ -236,7 +236,7 @@ def test_a_protocol_is_shown_in_whole():
     found = {row["name"]: row for row in rows}
     assert found["task"]["text"] == "knn"
     assert found["weights, sha256"]["text"] == "ab"
-    assert found["train"]["lines"] == ["data: a.csv", "pictures: 1,234"]
+    assert found["train"]["lines"] == ["data: a.csv", "images: 1,234"]
     assert found["sets"]["parts"][0]["facts"][1]["text"] == "10"
     assert found["mean"]["lines"] == ["0.48145466", "0.4578275"]
     assert rows[-1]["name"] == "name of each label"

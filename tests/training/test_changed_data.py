@@ -20,7 +20,7 @@ RUN = (
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    rows = [[f"{i}.png", f"picture {i}"] for i in range(12)]
+    rows = [[f"{i}.png", f"image {i}"] for i in range(12)]
     for i in range(12):
         noise(i).save(tmp_path / f"{i}.png")
     return write_table(tmp_path / "pairs.csv", [["filepath", "title"], *rows])

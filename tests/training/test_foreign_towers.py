@@ -13,7 +13,7 @@ from clip_exp.checkpoints.folders import latest
 from tests.encoders import CHINESE, write_chinese_clip, write_encoder
 from tests.exhaustive import repeat_beyond
 from tests.runs import Finished, Train
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 SHORT = (
     "model=vit_nano", "data=digits", "task=digits", "max_steps=3", "global_batch_size=16", "log_every_n_steps=1",
@@ -92,7 +92,7 @@ def test_a_configuration_of_open_clip_trains_and_scores_the_same_afterwards(trai
 def test_a_folder_of_chinese_clip_is_trained_scored_and_exported_to_transformers(train: Train, tmp_path: Path) -> None:
     """With captions in Chinese, from weights as ChineseCLIPModel saves them to such a folder again."""
     start = write_chinese_clip(tmp_path / "start")
-    rows = [f"{write_picture(tmp_path / f'{i}.png', i)},{CHINESE[i % 3]}，数字{i}" for i in range(12)]
+    rows = [f"{write_image(tmp_path / f'{i}.png', i)},{CHINESE[i % 3]}，数字{i}" for i in range(12)]
     table = tmp_path / "pairs.csv"
     table.write_text("\n".join(["filepath,title", *rows]) + "\n", encoding="utf-8")
     config = clip_exp.load(start, accelerator="cpu").config

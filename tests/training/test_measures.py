@@ -10,7 +10,7 @@ from clip_exp.config.data import GenerateConfig, Generator
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.training.preflight import check_measures, check_validation_classes, monitor_mode
 from tests.compose import train_config
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_metric_decides_what_is_better_not_the_name_of_the_task(monitor: str
 
 def folders(root: Path, classes: int) -> dict[str, Any]:
     for number in range(classes):
-        write_picture(root / f"class {number}" / "1.png", number)
+        write_image(root / f"class {number}" / "1.png", number)
     return {"kind": "zero_shot", "root": str(root), "templates": ["a {}."]}
 
 

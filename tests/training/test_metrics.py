@@ -405,7 +405,7 @@ def test_waiting_is_judged_by_the_wall_clock() -> None:
     assert "60 % of the time, 600 ms of 1.00 s per step" in advice(StepTimes(10, 6.0, 1.0, 10.0), ROOMY)
 
 
-def test_where_the_cores_do_not_suffice_smaller_pictures_are_advised() -> None:
+def test_where_the_cores_do_not_suffice_smaller_images_are_advised() -> None:
     text = advice(STARVED, Loading(workers=2, cores=4, image_size=224))
     assert "set data.num_workers=3" in text
     assert "about 5 workers" in text
@@ -433,14 +433,14 @@ def test_seconds_are_written_as_one_reads_them() -> None:
 
 @pytest.fixture
 def slow_pairs(tmp_path: Path) -> Path:
-    """Pictures that take much longer to read than a tiny model takes to learn from them."""
+    """Images that take much longer to read than a tiny model takes to learn from them."""
     noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.png", compress_level=1)
     rows = ["filepath,title"]
     for i in range(8):
         if i:
             (tmp_path / f"{i}.png").hardlink_to(tmp_path / "0.png")
-        rows.append(f"{i}.png,a picture of noise number {i}")
+        rows.append(f"{i}.png,an image of noise number {i}")
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
     return tmp_path / "pairs.csv"
 

@@ -29,8 +29,8 @@ def test_two_ranks_on_twenty_shards_compute_what_one_process_does(train: Train, 
         contents = {}
         for sample in range(3):
             key = f"{shard:02d}{sample:04d}"
-            picture = b"<html>" if (shard, sample) == (7, 1) else jpeg(3 * shard + sample)
-            contents |= {f"{key}.jpg": picture, f"{key}.txt": f"picture {sample} of shard {shard}", f"{key}.json": {}}
+            image = b"<html>" if (shard, sample) == (7, 1) else jpeg(3 * shard + sample)
+            contents |= {f"{key}.jpg": image, f"{key}.txt": f"image {sample} of shard {shard}", f"{key}.json": {}}
         write_shard(tmp_path / f"pairs-{shard:04d}.tar", contents)
     overrides = (*OVERRIDES, f"data.train={tmp_path}/pairs-{{0000..0019}}.tar", "max_steps=8")
     alone = train(*overrides, "data.num_workers=0")
@@ -40,4 +40,4 @@ def test_two_ranks_on_twenty_shards_compute_what_one_process_does(train: Train, 
     torch.testing.assert_close(ranks.weights, alone.weights, rtol=0, atol=1e-4)
     for run in (alone, ranks):
         (_, bad) = (run.folder / "bad_samples.csv").read_text().splitlines()
-        assert bad.startswith(f"{tmp_path}/pairs-0007.tar/070001.jpg,not a picture")
+        assert bad.startswith(f"{tmp_path}/pairs-0007.tar/070001.jpg,not an image")

@@ -20,7 +20,7 @@ from clip_exp.training.tasks import TaskScores
 from tests.compose import train_config
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, unfinish
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 TIMING = ("samples_per_s", "data_wait_s", "compute_s")
 STEPS = ("max_steps=12", "log_every_n_steps=1", "val_every_n_steps=6", "checkpoint_every_n_steps=6")
@@ -29,7 +29,7 @@ RUN = (*(o for o in TINY if not o.startswith("resume")), *STEPS, "model.dropout=
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of 23 pictures with captions, other than those of the run."""
+    """A table of 23 images with captions, other than those of the run."""
     config = GenerateConfig(kind=Generator.shapes, rows=31, val_rows=23, seed=1)
     return generate(config, tmp_path_factory.mktemp("pairs")).val
 
@@ -178,7 +178,7 @@ def test_a_monitor_of_a_task_keeps_its_best_checkpoint_without_validation_data(
 
 
 def test_patience_counts_the_scorings_of_the_task_that_it_watches(train: Train, tmp_path: Path) -> None:
-    write_picture(tmp_path / "only" / "class" / "picture.png", 0)  # top1 is 1 from the start
+    write_image(tmp_path / "only" / "class" / "image.png", 0)  # top1 is 1 from the start
     run = train(
         *TINY, "max_steps=12", "val_every_n_steps=1", "task=image_folder", f"task.image_folder.root={tmp_path / 'only'}",
         "task.image_folder.templates=['a {}.']", "task_every_n_steps=3", "monitor=image_folder/top1", "patience=2",
@@ -194,7 +194,7 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number, place in enumerate(("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png")):
-        write_picture(tmp_path / place, number)
+        write_image(tmp_path / place, number)
     shutil.copy(tmp_path / "train/cat/1.png", tmp_path / "test/cat/copy.png")
     config = train_config(
         "task=knn", "task.knn.k=1", f"task.knn.root={tmp_path / 'test'}", f"task.knn.train.root={tmp_path / 'train'}"
@@ -212,7 +212,7 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
     [
         (["task=auto"], ConfigError, "task.auto.kind=auto scores a run on its validation data"),
         (["task=image_folder", "task.image_folder.root=absent"], ConfigError, "task.image_folder.root=absent: no such folder"),
-        (["task=imagenet", "task.imagenet.root={pictures}"], DataError, "'n99999999' is no class of ImageNet-1k"),
+        (["task=imagenet", "task.imagenet.root={images}"], DataError, "'n99999999' is no class of ImageNet-1k"),
         (["+task.val={{kind: retrieval, table: {table}}}"], ConfigError, "task.val: this name is taken"),
         (["+task.mine={{kind: retrieval, tabel: x.csv}}"], ConfigError, "task.mine.tabel does not exist: did you mean 'task.mine.table'?"),
         (["task_every_n_steps=5"], ConfigError, "task_every_n_steps=5 has no effect without a task"),
@@ -226,9 +226,9 @@ def test_a_task_that_cannot_be_scored_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], error: type[ClipExpError], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_picture(tmp_path / "pictures" / "n99999999" / "1.png", 0)
-    (tmp_path / "pairs.csv").write_text("filepath,title\npictures/n99999999/1.png,a picture\n")
-    places = {"pictures": tmp_path / "pictures", "table": tmp_path / "pairs.csv"}
+    write_image(tmp_path / "images" / "n99999999" / "1.png", 0)
+    (tmp_path / "pairs.csv").write_text("filepath,title\nimages/n99999999/1.png,an image\n")
+    places = {"images": tmp_path / "images", "table": tmp_path / "pairs.csv"}
     with pytest.raises(error) as caught:
         check_train(train_config(*(override.format(**places) for override in overrides)))
     assert message in str(caught.value)

@@ -238,7 +238,7 @@ def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Fini
         reasons = {row["path"]: row["reason"] for row in csv.DictReader(handle)}
     assert sorted(reasons) == ["train/000003.png", "train/000005.png"]
     kinds = {kind_of(reason): 1 for reason in reasons.values()}
-    assert run.summary["bad_pictures"] == {"training": kinds}
+    assert run.summary["bad_images"] == {"training": kinds}
     assert "no such file" in kinds
     assert list(run.summary["bad_rows"]["training"].values()) == [1]
     assert run.summary["empty_captions"] == {"training": {"count": 1, "fraction": pytest.approx(1 / 34)}}
@@ -255,7 +255,7 @@ def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Fini
         assert "of those trained on" in told, "the captions that were cut"
 
 
-def test_an_unreadable_picture_under_error_ends_with_code_3(single: Finished, command, tmp_path) -> None:
+def test_an_unreadable_image_under_error_ends_with_code_3(single: Finished, command, tmp_path) -> None:
     pairs = write_pairs(tmp_path, single)
     (tmp_path / "train" / "000003.png").unlink()
     result = command(

@@ -51,7 +51,7 @@ def our_config(image: str = "vit", activation: Activation | None = Activation.qu
 
 
 def inputs(size: int = 3, image_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Pictures, and texts of different lengths that end with the highest id."""
+    """Images, and texts of different lengths that end with the highest id."""
     draw = torch.Generator().manual_seed(1)
     image_BCHW = torch.randn(size, 3, image_size, image_size, generator=draw)
     tokens_BL = torch.zeros(size, CONTEXT, dtype=torch.int64)

@@ -78,7 +78,7 @@ def test_open_clip_weights_of_a_whole_model_give_the_same_features_here_and_go_b
 
 
 @pytest.mark.parametrize("name", [name for name in names_with_twin() if name.startswith("siglip")])
-def test_siglip_pictures_and_texts_are_prepared_as_its_weights_need(name: str) -> None:
+def test_siglip_images_and_texts_are_prepared_as_its_weights_need(name: str) -> None:
     config = load_config(name)
     published = open_clip.get_pretrained_cfg(config.open_clip_name, "webli")
     assert {key: getattr(config.image, key) for key in ("interpolation", "resize_mode")} == {

@@ -53,7 +53,7 @@ def test_a_configuration_beside_the_weights_means_gelu_where_it_names_no_other(c
         settle(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found(model=MODEL))
 
 
-def test_pictures_go_through_what_they_did_in_training_unless_the_user_says_otherwise() -> None:
+def test_images_go_through_what_they_did_in_training_unless_the_user_says_otherwise() -> None:
     about = {
         "mean": [0.5] * 3,
         "std": [0.25] * 3,

@@ -46,7 +46,7 @@ MAX_FIELD = 131_072  # characters, the csv module's own limit: a longer one is m
 # Layouts: which character separates the columns, whether there is a header, where the columns are.
 
 SEPARATORS = {"\t": "TAB", ",": "comma", ";": "semicolon", "|": "bar"}
-_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def parse_separator(separator: str) -> str | None:
 def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, separator: str | None) -> Layout:
     """The layout of a table from its first lines.
 
-    A header is recognized by the wanted names; a table without one by two columns of which one holds names of pictures.
+    A header is recognized by the wanted names; a table without one by two columns of which one holds names of images.
 
     Args:
         path: for messages.
@@ -133,10 +133,10 @@ def _without_header(separator: str, records: list[list[str]], options: TableOpti
     if set(options.wanted) != {"image_key", "caption_key"} or options.filtered or len(records[0]) != 2:
         return None
     pairs = [record for record in records if len(record) == 2]
-    counts = [sum(record[i].strip().lower().endswith(_PICTURE_SUFFIXES) for record in pairs) for i in (0, 1)]
+    counts = [sum(record[i].strip().lower().endswith(_IMAGE_SUFFIXES) for record in pairs) for i in (0, 1)]
     image = 0 if counts[0] >= counts[1] else 1
     enough = counts[image] >= 0.9 * len(pairs) and counts[1 - image] < 0.5 * len(pairs)
-    if not enough or not records[0][image].strip().lower().endswith(_PICTURE_SUFFIXES):
+    if not enough or not records[0][image].strip().lower().endswith(_IMAGE_SUFFIXES):
         return None
     return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image}, options.wanted)
 

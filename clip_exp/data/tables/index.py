@@ -6,7 +6,7 @@ An index is a folder `<stem of the first file>-<16 hex digits>`:
     rows.arrow     Arrow IPC: the strings, in batches of `BATCH_ROWS` rows
     lines.npy      int64 [rows]
     members.npy    int64 [rows, 2], of shards
-    image_index.npy, order.npy, offsets.npy    see `PictureGroups`; absent where every row has a picture of its own
+    image_index.npy, order.npy, offsets.npy    see `ImageGroups`; absent where every row has an image of its own
 
 It appears complete or not at all. Nothing in it is unpickled.
 """
@@ -31,7 +31,7 @@ from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables.filters import Unlike
 from clip_exp.data.tables.reader import FileStamp, RowBlock, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS, Scan, ScannedFile, open_reader, progress_of
-from clip_exp.data.tables.table import PictureGroups, group_pictures
+from clip_exp.data.tables.table import ImageGroups, group_images
 from clip_exp.errors import DataError
 from clip_exp.storage import atomic_folder, lock, remove_leftovers
 
@@ -88,8 +88,8 @@ class MappedRows:
             sizes = [len(batch) for batch in self.batches]
             if any(size != BATCH_ROWS for size in sizes[:-1]) or not sum(sizes) == len(self.lines) == record["rows"]:
                 raise ValueError("batches of a wrong size")
-            names = PictureGroups._fields
-            self.groups = PictureGroups(*(mapped[name] for name in names)) if names[0] in mapped else None
+            names = ImageGroups._fields
+            self.groups = ImageGroups(*(mapped[name] for name in names)) if names[0] in mapped else None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise DataError(
                 f"{folder}, the index of a table in use, is gone or was made anew ({error}): start again."
@@ -259,7 +259,7 @@ class _NpyFile:
 def _write_groups(partial: Path, scan: Scan, roots: Sequence[Path]) -> None:
     with pa.memory_map(str(partial / "rows.arrow")) as source:
         paths = pa.ipc.open_file(source).read_all()["image_key"]
-        groups = group_pictures(paths, [file.rows for file in scan.read], roots)
+        groups = group_images(paths, [file.rows for file in scan.read], roots)
     pa.default_memory_pool().release_unused()  # 0.1 GB per million distinct paths, which a long run has better uses for
     if groups is not None:
         for name, values in groups._asdict().items():

@@ -53,7 +53,7 @@ def open_table(
             f"{shard} is a shard and {table} is not: they cannot be one table. Mix them as sources by weight: "
             f"data.train=[{{path: {shard}, weight: 1}}, {{path: {table}, weight: 1}}]."
         )
-    # Absolute: a process that changes its working directory reads the same pictures.
+    # Absolute: a process that changes its working directory reads the same images.
     roots = [(Path(image_root) if image_root is not None else file.parent).absolute() for file in files]
     source = TableSource(files, roots, options)
     rows, read = _in_memory(source) if index_dir is None else _in_index(source, index_dir)

@@ -34,7 +34,7 @@ _BUFFER_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 20  # of a row group's column, up to which reading it as a dictionary costs little
 _MAX_BYTES = 4 * MAX_CAPTION  # of a text; a longer one has too many characters whatever they are
 _WANTED_KINDS = {
-    "image_key": "but it must hold the paths of picture files, as strings; put pictures themselves into WebDataset shards",
+    "image_key": "but it must hold the paths of image files, as strings; put images themselves into WebDataset shards",
     "caption_key": "but captions are strings",
     "label_key": "but labels are strings or whole numbers",
     "filter": "which no filter can compare",

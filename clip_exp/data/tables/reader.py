@@ -111,7 +111,7 @@ class RowBlock(NamedTuple):
 
     columns: dict[str, pa.Array]  # by key of the configuration (image_key, …): LargeString, no nulls
     lines: np.ndarray  # int64: where each row starts, counted from 1: a line, a row of Parquet, a sample of a shard
-    members: np.ndarray | None = None  # int64 [rows, 2]: offset and size of each picture in its shard, bytes
+    members: np.ndarray | None = None  # int64 [rows, 2]: offset and size of each image in its shard, bytes
     extra: dict[str, pa.Array] | None = None  # columns that the filter names, as the file has them
 
     def __len__(self) -> int:
@@ -169,9 +169,9 @@ class Reader(Protocol):
         ...
 
 
-# Values: what a row's picture path, caption and label may be, where a format holds more than text.
+# Values: what a row's image path, caption and label may be, where a format holds more than text.
 
-_WHAT = {"image_key": "picture path", "caption_key": "caption", "label_key": "label"}
+_WHAT = {"image_key": "image path", "caption_key": "caption", "label_key": "label"}
 
 
 class BadValue(Exception):

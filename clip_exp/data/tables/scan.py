@@ -237,8 +237,8 @@ _MAGIC = {
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array",
     b"SQLite format 3": "a database",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
     b"%PDF": "a PDF",
     b"version https://git-lfs": "a pointer of Git LFS (fetch the file itself: git lfs pull)",
 }

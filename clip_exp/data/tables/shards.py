@@ -187,7 +187,7 @@ def _pax_records(data: bytes, position: int) -> dict[str, bytes]:
 
 # Samples: the members that share a key, and what of them is wanted.
 
-PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first of them that a sample has, as in open_clip
+IMAGES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first of them that a sample has, as in open_clip
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's key and extension
 _BLOCK_ROWS = 1 << 12
 _BLOCK_BYTES = 64 << 20  # of a shard; a filter may look at long lists in the JSON
@@ -197,8 +197,8 @@ _MAX_JSON = 1 << 20  # bytes
 
 @dataclass
 class _Row:
-    values: list[str]  # picture's name, caption, label: what is wanted of them
-    picture: Member
+    values: list[str]  # image's name, caption, label: what is wanted of them
+    image: Member
     record: dict[str, Any]  # what the filter looks at
 
 
@@ -207,7 +207,7 @@ class ShardReader:
 
     The key of a member is its name up to the first dot after the last slash, without `./`; names without a key, and hidden files, are left
     alone as webdataset does. Of a sample the reader takes
-    - the picture: the member whose extension is `image_key`, else the first of `PICTURES`;
+    - the image: the member whose extension is `image_key`, else the first of `IMAGES`;
     - caption and label: the member whose extension is `caption_key` (`label_key`), else that key of the sample's .json, else
       for the caption the .txt;
     - for the filter: the keys of the .json, the members by their extensions, and what was taken as above.
@@ -226,7 +226,7 @@ class ShardReader:
         self.filtered = self._extra.names
 
     def blocks(self) -> Iterator[RowBlock]:
-        """See `tables.reader.Reader`. `members` has the offset and the size of each picture."""
+        """See `tables.reader.Reader`. `members` has the offset and the size of each image."""
         rows: list[_Row] = []
         samples: list[int] = []
         try:
@@ -234,8 +234,8 @@ class ShardReader:
                 for sample, row in self._rows(file):
                     rows.append(row)
                     samples.append(sample)
-                    if len(rows) == _BLOCK_ROWS or row.picture.offset - self.bytes_read >= _BLOCK_BYTES:
-                        self.bytes_read = row.picture.offset
+                    if len(rows) == _BLOCK_ROWS or row.image.offset - self.bytes_read >= _BLOCK_BYTES:
+                        self.bytes_read = row.image.offset
                         yield self._block(rows, samples)
                         rows, samples = [], []
         except OSError as error:
@@ -248,7 +248,7 @@ class ShardReader:
     def _block(self, rows: list[_Row], samples: list[int]) -> RowBlock:
         values = zip(*(row.values for row in rows), strict=True)
         columns = dict(zip(self.wanted, map(string_array, values), strict=True))
-        places = np.array([(row.picture.offset, row.picture.size) for row in rows], dtype=np.int64)
+        places = np.array([(row.image.offset, row.image.size) for row in rows], dtype=np.int64)
         extra = self._extra.arrays([row.record for row in rows])
         return RowBlock(columns, np.array(samples, dtype=np.int64), places, extra)
 
@@ -269,21 +269,21 @@ class ShardReader:
             self.bad.add(number, "the shard breaks off", f"the shard breaks off here: {error}", "Fetch it again")
 
     def _row(self, file: BinaryIO, sample: dict[str, Member]) -> _Row:
-        picture = next((sample[each] for each in (self.options.image_key.lower(), *PICTURES) if each in sample), None)
-        if picture is None:
-            raise BadValue("no picture", f"there is no picture among {', '.join(sample)}")
+        image = next((sample[each] for each in (self.options.image_key.lower(), *IMAGES) if each in sample), None)
+        if image is None:
+            raise BadValue("no image", f"there is no image among {', '.join(sample)}")
         texts = {setting: name for setting, name in self.wanted.items() if setting != "image_key"}
         in_members = all(name.lower() in sample for name in texts.values())
         record: dict[str, Any] = {}
         if "json" in sample and (self.filtered or not in_members):
             record = parse_object(_read(file, sample["json"], _MAX_JSON, "JSON"))
-        values = [picture.name, *(_value(file, sample, record, setting, name) for setting, name in texts.items())]
+        values = [image.name, *(_value(file, sample, record, setting, name) for setting, name in texts.items())]
         if not self.filtered:
-            return _Row(values, picture, {})
+            return _Row(values, image, {})
         named = [name for name in self.filtered if name.lower() in sample]
         read = {name: _text(file, sample[name.lower()], "caption_key", name) for name in named}
         columns = {**dict(zip(self.wanted.values(), values, strict=True)), **read, **record}
-        return _Row(values, picture, self._extra.of_record(columns))
+        return _Row(values, image, self._extra.of_record(columns))
 
 
 def _keyed(found: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:

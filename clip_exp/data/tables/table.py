@@ -1,4 +1,4 @@
-"""Rows of pictures with captions, kept as Arrow batches that worker processes share. Made by `tables.open`.
+"""Rows of images with captions, kept as Arrow batches that worker processes share. Made by `tables.open`.
 
 Captions stay as they are in the file: `null`, `NA`, `007` and the empty caption are text. Labels lose the blanks around them.
 """
@@ -44,12 +44,12 @@ def unlike_values(parts: Iterable[Part]) -> list[Unlike]:
     return joined(each for part in parts for each in part.unlike)
 
 
-class PictureGroups(NamedTuple):
-    """The pictures of a table, numbered by first appearance, where some have several rows."""
+class ImageGroups(NamedTuple):
+    """The images of a table, numbered by first appearance, where some have several rows."""
 
-    image_index: np.ndarray  # int32 [rows]: the picture of each row
-    order: np.ndarray  # int32 [rows]: the rows sorted by picture, each picture's in the table's order
-    offsets: np.ndarray  # int64 [pictures + 1]: where each picture's begin in `order`
+    image_index: np.ndarray  # int32 [rows]: the image of each row
+    order: np.ndarray  # int32 [rows]: the rows sorted by image, each image's in the table's order
+    offsets: np.ndarray  # int64 [images + 1]: where each image's begin in `order`
 
 
 class StoredRows(Protocol):
@@ -60,16 +60,16 @@ class StoredRows(Protocol):
     lines: np.ndarray  # int64 [rows]: where each row starts in its file, counted from 1
     members: (
         np.ndarray | None
-    )  # int64 [rows, 2]: offset and size of each picture in its shard; None where pictures are files
+    )  # int64 [rows, 2]: offset and size of each image in its shard; None where images are files
 
     @property
-    def groups(self) -> PictureGroups | None:
-        """Rows by picture; None where every row has a picture of its own."""
+    def groups(self) -> ImageGroups | None:
+        """Rows by image; None where every row has an image of its own."""
         ...
 
 
 class PairTable:
-    """Rows of pictures with captions, labels or both.
+    """Rows of images with captions, labels or both.
 
     Args:
         rows: where they are kept.
@@ -78,7 +78,7 @@ class PairTable:
     Attributes:
         paths, captions, labels: Arrow strings, a value per row; captions and labels only where they were asked for.
         lines: int64 [rows]: where each row starts in its file, counted from 1.
-        members: int64 [rows, 2]: offset and size of each picture in its shard; None where pictures are files.
+        members: int64 [rows, 2]: offset and size of each image in its shard; None where images are files.
     """
 
     def __init__(self, rows: StoredRows, parts: tuple[Part, ...]) -> None:
@@ -127,20 +127,20 @@ class PairTable:
         return {name: value for name, value in found.items() if value}
 
     @property
-    def pictures(self) -> int:
-        """Distinct pictures."""
+    def images(self) -> int:
+        """Distinct images."""
         groups = self._rows.groups
         return len(self) if groups is None else len(groups.offsets) - 1
 
-    def rows_of(self, picture: int) -> np.ndarray:
-        """int32 [n]: the rows that show a picture, which is counted by first appearance."""
+    def rows_of(self, image: int) -> np.ndarray:
+        """int32 [n]: the rows that show an image, which is counted by first appearance."""
         groups = self._rows.groups
         if groups is None:
-            return np.array([picture], dtype=np.int32)
-        return groups.order[groups.offsets[picture] : groups.offsets[picture + 1]]
+            return np.array([image], dtype=np.int32)
+        return groups.order[groups.offsets[image] : groups.offsets[image + 1]]
 
-    def picture(self, row: int) -> int:
-        """The number of the picture that a row shows, counted by first appearance."""
+    def image(self, row: int) -> int:
+        """The number of the image that a row shows, counted by first appearance."""
         groups = self._rows.groups
         return row if groups is None else int(groups.image_index[row])
 
@@ -160,15 +160,15 @@ class PairTable:
         return self.parts[bisect_right(self._ends, row)]
 
     def path(self, row: int) -> str:
-        """The picture's path as it is written in the table."""
+        """The image's path as it is written in the table."""
         return self._value("image_key", row)
 
     def image_path(self, row: int) -> str:
-        """The picture's path, below the table's image root where it is relative; in a shard, `<shard>/<member>`."""
+        """The image's path, below the table's image root where it is relative; in a shard, `<shard>/<member>`."""
         return str((self.part(row).root if self.members is None else self.part(row).path) / self.path(row))
 
-    def read_picture(self, row: int, limits: ImageLimits) -> bytearray:
-        """The bytes of the picture's file.
+    def read_image(self, row: int, limits: ImageLimits) -> bytearray:
+        """The bytes of the image's file.
 
         Raises: BadImage with the reason.
         """
@@ -195,7 +195,7 @@ class PairTable:
         return f"{part.path}, {part.unit} {self.lines[row]}"
 
     def image_index(self) -> np.ndarray:
-        """int32 [rows]: which picture a row shows, numbered by first appearance. Names of a file are the same picture."""
+        """int32 [rows]: which image a row shows, numbered by first appearance. Names of a file are the same image."""
         groups = self._rows.groups
         return np.arange(len(self), dtype=np.int32) if groups is None else groups.image_index
 
@@ -212,7 +212,7 @@ class RowsInMemory:
 
     Args:
         blocks: as `tables.scan` gives them, of `BATCH_ROWS` rows.
-        rows, roots: of each file, see `group_pictures`.
+        rows, roots: of each file, see `group_images`.
     """
 
     def __init__(self, blocks: Sequence[RowBlock], rows: Sequence[int], roots: Sequence[Path]) -> None:
@@ -223,22 +223,22 @@ class RowsInMemory:
         self._rows, self._roots = rows, roots
 
     @cached_property
-    def groups(self) -> PictureGroups | None:
+    def groups(self) -> ImageGroups | None:
         if self.members is not None:
             return None
         paths = pa.chunked_array([batch.column("image_key") for batch in self.batches])
-        return group_pictures(paths, self._rows, self._roots)
+        return group_images(paths, self._rows, self._roots)
 
 
-# Which rows show the same picture.
+# Which rows show the same image.
 
 
-def group_pictures(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[Path]) -> PictureGroups | None:
-    """Group the rows by picture; None where every row has a picture of its own.
+def group_images(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[Path]) -> ImageGroups | None:
+    """Group the rows by image; None where every row has an image of its own.
 
     Args:
         paths: a string per row, as it is written; equal ones of a file, and names of the same file (`normal_path`), are the
-            same picture.
+            same image.
         rows: of each of the table's files.
         roots: folder that each file's relative paths start from, absolute; there may be more of them than of `rows`.
     """
@@ -249,7 +249,7 @@ def group_pictures(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[
     if int(image_index.max()) + 1 == len(image_index):
         return None
     order = np.argsort(image_index, kind="stable").astype(np.int32)
-    return PictureGroups(image_index, order, offsets=np.concatenate([[0], np.cumsum(np.bincount(image_index))]))
+    return ImageGroups(image_index, order, offsets=np.concatenate([[0], np.cumsum(np.bincount(image_index))]))
 
 
 def _normal_paths(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[str]) -> pa.ChunkedArray:

@@ -1,4 +1,4 @@
-"""Labelled pictures to evaluate on: `LabeledDataConfig` to `LabeledImages`. No torch."""
+"""Labelled images to evaluate on: `LabeledDataConfig` to `LabeledImages`. No torch."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 from clip_exp.config.evaluation import SOURCES, LabeledDataConfig, TableConfig
 from clip_exp.data.generated import generate
-from clip_exp.data.pictures import PictureFiles, TablePictures, label_of_images
+from clip_exp.data.image_sets import ImageFiles, TableImages, label_of_images
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.data.tables.open import expand, read_table
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_names import CLASS_SETS
 from clip_exp.evaluation.sets.ground_truth import from_flat_folder
-from clip_exp.evaluation.sets.labeled import LabeledImages, find_pictures, in_order, listing, match
+from clip_exp.evaluation.sets.labeled import LabeledImages, find_images, in_order, listing, match
 from clip_exp.evaluation.sets.objectnet import from_objectnet
 from clip_exp.evaluation.sets.torchvision_sets import from_torchvision
 
@@ -32,7 +32,7 @@ def labeled_images(
     output_dir: str,
     split: str | None = None,
 ) -> LabeledImages:
-    """The labelled pictures that a part of the configuration describes.
+    """The labelled images that a part of the configuration describes.
 
     Args:
         where: the part's key, as `task.flowers`, for messages.
@@ -64,34 +64,34 @@ def labeled_images(
 
 
 def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") -> LabeledImages:
-    """`<root>/<class>/…/<picture>`: a class per folder, in the order of the folders' names.
+    """`<root>/<class>/…/<image>`: a class per folder, in the order of the folders' names.
 
     Names that are all numbers are ordered by value, as ImageNetV2's, others by code point. Hidden files and files that are
-    no pictures are left out. Under `labels` a name is its folder's with `_` as a space.
+    no images are left out. Under `labels` a name is its folder's with `_` as a space.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
         raise ConfigError(
-            f"{where}.root={root}: no such folder. Give a folder that holds one folder of pictures per class."
+            f"{where}.root={root}: no such folder. Give a folder that holds one folder of images per class."
         )
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     folders = in_order(name.strip(BLANKS) for name in found)
     files: dict[str, list[str]] = {folder: [] for folder in folders}
     for name in found:
-        files[name.strip(BLANKS)] += find_pictures(root / name)
+        files[name.strip(BLANKS)] += find_images(root / name)
     if not isinstance(classes, dict):  # which names the folders that are classes
         require_class_folders(root, files, where)
     if not any(files.values()):
         loose = ""
-        if find_pictures(root, below=False):
+        if find_images(root, below=False):
             published = isinstance(classes, str) and classes in CLASS_SETS
             with_file = f", or name a file of their labels: {where}.ground_truth=FILE" if published else ""
-            loose = f" There are pictures in the folder itself: sort them into one folder per class{with_file}."
-        raise DataError(f"{where}.root={root} holds no folder with pictures.{loose}")
+            loose = f" There are images in the folder itself: sort them into one folder per class{with_file}."
+        raise DataError(f"{where}.root={root} holds no folder with images.{loose}")
     matched = match(folders, [folder.replace("_", " ") for folder in folders], classes, str(root), where)
     paths = [path for folder in folders for path in files[folder]]
     labels = [matched.position[folder] for folder in folders for _ in files[folder]]
-    return LabeledImages(PictureFiles(paths), labels, matched.names, str(root), matched.keys, imagenet=matched.imagenet)
+    return LabeledImages(ImageFiles(paths), labels, matched.names, str(root), matched.keys, imagenet=matched.imagenet)
 
 
 def require_class_folders(root: Path, files: dict[str, list[str]], where: str) -> None:
@@ -183,21 +183,21 @@ def read_pairs(
 
 
 def from_table(table: Any, data: LabeledDataConfig, where: str = "task") -> LabeledImages:
-    """Pictures of a table, labelled by a column; the classes are its distinct values.
+    """Images of a table, labelled by a column; the classes are its distinct values.
 
-    Values that are all numbers are ordered by value, others by code point. A picture in several rows, as with several
+    Values that are all numbers are ordered by value, others by code point. An image in several rows, as with several
     captions, counts once; one without a label is left out, as in validation.
     """
     pairs = read_pairs(table, where, data, label_key=data.label_key)
     labels = label_of_images(pairs)
-    labeled = [picture for picture, label in enumerate(labels) if label]
+    labeled = [image for image, label in enumerate(labels) if label]
     if not labeled:
         raise DataError(f"{table}: the column {data.label_key} is empty in every row.")
-    present = in_order(labels[picture] for picture in labeled)
+    present = in_order(labels[image] for image in labeled)
     matched = match(present, present, data.classes, str(table), where)
     return LabeledImages(
-        TablePictures(pairs, [int(pairs.rows_of(picture)[0]) for picture in labeled], data.allow_outside_root),
-        [matched.position[labels[picture]] for picture in labeled],
+        TableImages(pairs, [int(pairs.rows_of(image)[0]) for image in labeled], data.allow_outside_root),
+        [matched.position[labels[image]] for image in labeled],
         matched.names,
         str(table),
         matched.keys,

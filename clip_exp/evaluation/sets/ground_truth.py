@@ -1,4 +1,4 @@
-"""Flat pictures with a file of labels, as ImageNet's validation pictures are distributed. No torch."""
+"""Flat images with a file of labels, as ImageNet's validation images are distributed. No torch."""
 
 import csv
 import io
@@ -8,37 +8,37 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_pictures, in_order, listing, match
+from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_images, in_order, listing, match
 
 DEVKIT_IDS, DEVKIT_CLASSES = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data")  # where a devkit's folder may hold them
 LARGEST = 64 * 1024 * 1024  # bytes of a label file or a member of an archive
 ACCEPTED = (
-    "ImageNet's devkit (its folder or ILSVRC2012_devkit_t12.tar.gz), LOC_val_solution.csv, a file with `picture label` per "
+    "ImageNet's devkit (its folder or ILSVRC2012_devkit_t12.tar.gz), LOC_val_solution.csv, a file with `image label` per "
     "line, or one with a wnid or a number from 0 per line"
 )
 
-Labels = list[str] | dict[str, str]  # in the order of the pictures' names, or by name without its suffix
+Labels = list[str] | dict[str, str]  # in the order of the images' names, or by name without its suffix
 
 
 def from_flat_folder(root: str | Path, ground_truth: str | Path, classes: Any, where: str) -> LabeledImages:
-    """`<root>/<picture>`, labelled by a file.
+    """`<root>/<image>`, labelled by a file.
 
-    Labels without names belong to the pictures in the order of their names, numbers in names by value.
+    Labels without names belong to the images in the order of their names, numbers in names by value.
     """
     root, key = Path(root).expanduser(), f"{where}.ground_truth"
     if not root.is_dir():
-        raise ConfigError(f"{where}.root={root}: no such folder. Give the folder of the pictures.")
-    paths = sorted(find_pictures(root, below=False), key=_natural)
+        raise ConfigError(f"{where}.root={root}: no such folder. Give the folder of the images.")
+    paths = sorted(find_images(root, below=False), key=_natural)
     if not paths:
-        raise DataError(f"{where}.root={root} holds no pictures itself; a folder per class needs no ground_truth.")
+        raise DataError(f"{where}.root={root} holds no images itself; a folder per class needs no ground_truth.")
     labels = read_ground_truth(ground_truth, key)
     if len(labels) != len(paths):
         raise DataError(
-            f"{key}={ground_truth} has {len(labels):,} labels, {root} has {len(paths):,} pictures: these must be as many."
+            f"{key}={ground_truth} has {len(labels):,} labels, {root} has {len(paths):,} images: these must be as many."
         )
     if isinstance(labels, dict):
         names = [_stem(path) for path in paths]
@@ -48,7 +48,7 @@ def from_flat_folder(root: str | Path, ground_truth: str | Path, classes: Any, w
     present = in_order(labels)
     matched = match(present, present, classes, str(ground_truth), where)
     return LabeledImages(
-        PictureFiles(paths),
+        ImageFiles(paths),
         [matched.position[label] for label in labels],
         matched.names,
         str(root),
@@ -59,11 +59,11 @@ def from_flat_folder(root: str | Path, ground_truth: str | Path, classes: Any, w
 
 
 def read_ground_truth(path: str | Path, key: str) -> Labels:
-    """Labels of flat pictures.
+    """Labels of flat images.
 
     Args:
         path: ImageNet's devkit as a folder or as its archive, whose ids 1 to 1000 become wnids by its `meta.mat`; Kaggle's
-            LOC_val_solution.csv; text with `picture label` per line, as Caffe's val.txt; or text with a label per line.
+            LOC_val_solution.csv; text with `image label` per line, as Caffe's val.txt; or text with a label per line.
             Labels are wnids, or numbers that count the wnids in their order from 0.
     """
     file, where = Path(path).expanduser(), f"{key}={path}"
@@ -96,12 +96,12 @@ def read_ground_truth(path: str | Path, key: str) -> Labels:
         if not all(len(pair) == 2 and Path(pair[0]).suffix.lower() in IMAGE_SUFFIXES for pair in pairs):
             return lines
     labels: dict[str, str] = {}
-    for picture, label in pairs:
-        name = _stem(picture)
+    for image, label in pairs:
+        name = _stem(image)
         if not label:
-            raise DataError(f"{where} has no label for {picture}.")
+            raise DataError(f"{where} has no label for {image}.")
         if labels.setdefault(name, label) != label:
-            raise DataError(f"{where} has two labels for {picture}: {labels[name]} and {label}.")
+            raise DataError(f"{where} has two labels for {image}: {labels[name]} and {label}.")
     return labels
 
 

@@ -1,4 +1,4 @@
-"""Labelled pictures, whatever they come from: found below a folder, their labels in order and matched with the names that they are scored against. No torch.
+"""Labelled images, whatever they come from: found below a folder, their labels in order and matched with the names that they are scored against. No torch.
 
 A name is a position, never a key: `missile` and `sunglasses` are each the name of two classes of ImageNet.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_exp.data.pictures import Pictures, warn_alike
+from clip_exp.data.image_sets import ImageSet, warn_alike
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_names import CLASS_SETS, class_set, imagenet_index, read_names
 
@@ -26,14 +26,14 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Pictures and the class that each belongs to."""
+    """Images and the class that each belongs to."""
 
-    pictures: Pictures
+    images: ImageSet
     labels: Sequence[int]  # positions in `class_names`
-    class_names: list[str]  # what pictures are scored against
+    class_names: list[str]  # what images are scored against
     where: str  # for people: the folder, the table, or what else it is
     keys: list[str | None] = field(default_factory=list)  # folder or label of each class; None: the data lacks it
-    unlabeled: int = 0  # pictures of the table that have no label, and are left out
+    unlabeled: int = 0  # images of the table that have no label, and are left out
     imagenet: list[list[int]] | None = (
         None  # of each class the classes of ImageNet-1k that it stands for, where it does
     )
@@ -41,22 +41,22 @@ class LabeledImages:
 
     @property
     def missing(self) -> list[str]:
-        """Names that pictures are scored against though none belongs to them."""
+        """Names that images are scored against though none belongs to them."""
         present = set(self.labels)
         return [name for position, name in enumerate(self.class_names) if position not in present]
 
 
-def find_pictures(folder: Path, below: bool = True) -> list[str]:
-    """Picture files of a folder, sorted; links are followed, hidden files and folders are not."""
+def find_images(folder: Path, below: bool = True) -> list[str]:
+    """Image files of a folder, sorted; links are followed, hidden files and folders are not."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if below and not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in files if is_picture(name)]
+        found += [os.path.join(parent, name) for name in files if is_image(name)]
     return sorted(found)
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file's name is a picture's."""
+def is_image(name: str) -> bool:
+    """Whether a file's name is an image's."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 

@@ -1,6 +1,6 @@
 """ObjectNet (Barbu et al. 2019), from the user's copy: its 113 classes that are ImageNet's too. No torch.
 
-As in the published evaluations of CLIP (wise-ft's code, which CLIP_benchmark and with it OpenCLIP's table use): pictures of
+As in the published evaluations of CLIP (wise-ft's code, which CLIP_benchmark and with it OpenCLIP's table use): images of
 the 113 classes only, scored against ObjectNet's own 113 labels, in the order of their folders. Those codes write the labels
 in lower case, which CLIP's tokenizer does to every text. The red frame of two pixels is cut off first.
 """
@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.image_sets import ImageFiles
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.evaluation.sets.labeled import LabeledImages, find_pictures, listing
+from clip_exp.evaluation.sets.labeled import LabeledImages, find_images, listing
 
 FRAME = 2  # pixels on each side
 FOLDERS, OVERLAP = "folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"
@@ -20,7 +20,7 @@ MAPPINGS = (FOLDERS, OVERLAP, IDS, IMAGENET)
 
 
 def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
-    """`<root>/images/<class>/<picture>` with `<root>/mappings/`, as objectnet-1.0.zip holds them.
+    """`<root>/images/<class>/<image>` with `<root>/mappings/`, as objectnet-1.0.zip holds them.
 
     Args:
         root: the folder objectnet-1.0, the one around it, or its images.
@@ -41,14 +41,14 @@ def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
     if unknown := [folder for folder in folders if folder not in label_of_folder]:
         raise DataError(f"{images}: {listing(unknown)} is no class of ObjectNet. Move it away.")
     classes = sorted(folder for folder, label in label_of_folder.items() if label in overlap)
-    files = {folder: find_pictures(images / folder) for folder in folders}
+    files = {folder: find_images(images / folder) for folder in folders}
     scored = [folder for folder in classes if files.get(folder)]
     if not scored:
-        raise DataError(f"{images} holds no pictures of the {len(classes)} classes that are ImageNet's too.")
+        raise DataError(f"{images} holds no images of the {len(classes)} classes that are ImageNet's too.")
     position = {folder: index for index, folder in enumerate(classes)}
     others = [folder for folder in folders if folder not in position]
     return LabeledImages(
-        PictureFiles([path for folder in scored for path in files[folder]], border=FRAME),
+        ImageFiles([path for folder in scored for path in files[folder]], border=FRAME),
         [position[folder] for folder in scored for _ in files[folder]],
         [label_of_folder[folder] for folder in classes],
         str(root),
@@ -56,7 +56,7 @@ def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
         imagenet=[overlap[label_of_folder[folder]] for folder in classes],
         about={
             "left_out_classes": len(others),
-            "left_out_pictures": sum(len(files[folder]) for folder in others),
+            "left_out_images": sum(len(files[folder]) for folder in others),
             "cut_off": f"{FRAME} pixels on each side",
         },
     )

@@ -1,4 +1,4 @@
-"""Labelled pictures to learn from and labelled pictures to score on: their classes are made the same ones, and how many are in both. No torch.
+"""Labelled images to learn from and labelled images to score on: their classes are made the same ones, and how many are in both. No torch.
 
 Every image costs a look at its file's size and number (`os.stat`). The contents are compared only of images whose sizes are equal: first a sample,
 then, where these are equal, all bytes. With sizes as those of ImageNet (1.3 million and 50 thousand images, log-normal) that is a sample of
@@ -16,7 +16,7 @@ import numpy as np
 
 from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.data.files import Stored, equal_contents
-from clip_exp.data.pictures import Pictures
+from clip_exp.data.image_sets import ImageSet
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages, listing
@@ -64,7 +64,7 @@ def prepare_halves(
         labeled_images(task, where, output_dir),
         where,
     )
-    overlap = find_overlap(learned.pictures, scored.pictures, f"{name}: comparing the images of both parts")
+    overlap = find_overlap(learned.images, scored.images, f"{name}: comparing the images of both parts")
     if overlap is not None and overlap.images == overlap.scored:
         copies = f", {overlap.equal_content:,} of them as copies" if overlap.equal_content else ""
         raise ConfigError(
@@ -75,19 +75,19 @@ def prepare_halves(
 
 
 def match_classes(train: LabeledImages, test: LabeledImages, where: str) -> tuple[LabeledImages, LabeledImages]:
-    """Both with the same classes: those of which `train` has pictures, in its order.
+    """Both with the same classes: those of which `train` has images, in its order.
 
     A class of `test` is the class of `train` with the same key (folder or label), else the one with the same name. Classes
-    of which `test` has no pictures may be predicted, as in zero-shot classification. Names are `test`'s where it has them.
+    of which `test` has no images may be predicted, as in zero-shot classification. Names are `test`'s where it has them.
     """
     present = sorted(set(train.labels))
     if len(present) < 2:
-        raise DataError(f"{where}.train: all pictures of {train.where} are of one class; there is nothing to learn.")
+        raise DataError(f"{where}.train: all images of {train.where} are of one class; there is nothing to learn.")
     position = _positions(train, test, present)
     scored = sorted(set(test.labels))
     if unknown := [label for label in scored if label not in position]:
         raise DataError(
-            f"{where}: {listing(_labels_of(test, unknown))} of {test.where} is no class of the pictures to learn from, "
+            f"{where}: {listing(_labels_of(test, unknown))} of {test.where} is no class of the images to learn from, "
             f"{train.where}: {listing(_labels_of(train, present))}. Give both the same folders or labels, or the same "
             "names by `classes`."
         )
@@ -135,7 +135,7 @@ def _labels_of(images: LabeledImages, labels: list[int]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- overlap
 
 
-def find_overlap(train: Pictures, test: Pictures, what: str | None = None) -> Overlap | None:
+def find_overlap(train: ImageSet, test: ImageSet, what: str | None = None) -> Overlap | None:
     """Compare the images to learn from with those to score.
 
     Args:
@@ -165,12 +165,12 @@ def find_overlap(train: Pictures, test: Pictures, what: str | None = None) -> Ov
     return Overlap(len(test), int(same.sum()), int(copied.sum()), examples)
 
 
-def _places(pictures: Pictures, advance: Callable[[int], None]) -> np.ndarray:
+def _places(images: ImageSet, advance: Callable[[int], None]) -> np.ndarray:
     """uint64 [N, 4]: of each image the device and the number of its file, and offset and size in it. A size of 0: there is no such file."""
-    places = np.zeros((len(pictures), 4), dtype=np.uint64)
-    for start in range(0, len(pictures), CHUNK):
-        indices = range(start, min(start + CHUNK, len(pictures)))
-        places[start : indices.stop] = [_place(pictures.stored(index)) for index in indices]
+    places = np.zeros((len(images), 4), dtype=np.uint64)
+    for start in range(0, len(images), CHUNK):
+        indices = range(start, min(start + CHUNK, len(images)))
+        places[start : indices.stop] = [_place(images.stored(index)) for index in indices]
         advance(len(indices))
     return places
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from clip_exp.config.evaluation import LabeledDataConfig
-from clip_exp.data.cifar import CifarPictures, read_cifar
-from clip_exp.data.pictures import TorchvisionPictures
+from clip_exp.data.cifar import CifarImages, read_cifar
+from clip_exp.data.image_sets import TorchvisionImages
 from clip_exp.errors import ConfigError, DataError, nearest
 from clip_exp.evaluation.sets.labeled import LabeledImages, match
 from clip_exp.open_clip_files import package_folder
@@ -20,12 +20,12 @@ from clip_exp.progress import progress
 
 log = logging.getLogger(__name__)
 
-# The held-out part where it is not called `test`. CLEVR's test pictures have no labels.
+# The held-out part where it is not called `test`. CLEVR's test images have no labels.
 HELD_OUT = {
     "CLEVRClassification": "val", "EMNIST": "balanced", "Imagenette": "val", "ImageNet": "val", "INaturalist": "2021_valid",
     "Places365": "val",
 }  # fmt: skip
-# Modules of torchvision.datasets whose items are not pictures with one label each.
+# Modules of torchvision.datasets whose items are not images with one label each.
 OTHERS = (
     "_optical_flow", "_stereo_matching", "celeba", "cityscapes", "coco", "fakedata", "flickr", "folder", "hmdb51", "kinetics",
     "kitti", "lsun", "moving_mnist", "phototour", "sbd", "sbu", "ucf101", "vision", "voc", "widerface",
@@ -70,7 +70,7 @@ def from_torchvision(data: LabeledDataConfig, where: str, split: str | None = No
     data_name = f"torchvision's {title} in {root}"
     matched = match(list(keys.values()), names, data.classes, data_name, where)
     return LabeledImages(
-        TorchvisionPictures(dataset, title, root),
+        TorchvisionImages(dataset, title, root),
         [matched.position[keys[label]] for label in labels],
         matched.names,
         data_name,
@@ -178,16 +178,16 @@ def _repacked(cls: Any, arguments: dict[str, Any], where: str) -> tuple[Any, dic
         raise DataError(f"{where}: {error}. To fetch {cls.__name__} again: {where}.download=true.") from error
     if changed:
         log.warning(
-            "%s: files in %s are not those that torchvision knows; read as pictures and labels only.", where, folder
+            "%s: files in %s are not those that torchvision knows; read as images and labels only.", where, folder
         )
-    return CifarPictures(part, folder), ({"files_of_other_checksum": changed} if changed else {})
+    return CifarImages(part, folder), ({"files_of_other_checksum": changed} if changed else {})
 
 
 def _labels(dataset: Any, title: str, where: str) -> list[int]:
     """From where the class keeps them, else by reading every item."""
-    refused = f"{where}: items of torchvision's {title} are not pictures with one label each"
+    refused = f"{where}: items of torchvision's {title} are not images with one label each"
     if not len(dataset):
-        raise DataError(f"{where}: torchvision's {title} has no pictures.")
+        raise DataError(f"{where}: torchvision's {title} has no images.")
     kept = [getattr(dataset, name) for name in LABELS if hasattr(dataset, name)]
     kept += [[sample[-1] for sample in getattr(dataset, name)] for name in SAMPLES if hasattr(dataset, name)]
     for labels in map(np.asarray, kept):
@@ -197,8 +197,8 @@ def _labels(dataset: Any, title: str, where: str) -> list[int]:
     with progress(len(dataset), f"{title}: labels") as advance:
         for index in range(len(dataset)):
             try:
-                picture, label = dataset[index]
-                picture.close()  # some classes open the file and decode nothing
+                image, label = dataset[index]
+                image.close()  # some classes open the file and decode nothing
                 labels_read.append(int(label))
             except Exception as error:  # whatever its items are
                 raise DataError(f"{refused} ({type(error).__name__}: {error}). Choose another split or set.") from error
@@ -219,7 +219,7 @@ def _classes(dataset: Any, labels: list[int], data: LabeledDataConfig, where: st
         return numbers, list(numbers.values())
     own = list(own)
     if min(labels) < 0 or max(labels) >= len(own):
-        raise DataError(f"{where}: {data.torchvision} has pictures without a label. Choose another split.")
+        raise DataError(f"{where}: {data.torchvision} has images without a label. Choose another split.")
     index_of = getattr(dataset, "class_to_idx", {})
     if wrong := [name for index, name in enumerate(own) if index_of.get(name, index) != index]:
         raise DataError(f"{where}: {data.torchvision} contradicts itself about the label of {wrong[0]}.")

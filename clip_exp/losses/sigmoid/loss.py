@@ -1,6 +1,6 @@
-"""A binary decision for each pair of a picture and a text (SigLIP; Zhai et al. 2023, algorithm 1 and section 3.3).
+"""A binary decision for each pair of an image and a text (SigLIP; Zhai et al. 2023, algorithm 1 and section 3.3).
 
-The texts go round the ring of ranks, and each rank scores its pictures against what it holds, a chunk of rows at a time: however
+The texts go round the ring of ranks, and each rank scores its images against what it holds, a chunk of rows at a time: however
 many ranks there are, one holds a chunk of similarities, and beside its own features those of the rank that it scores and the next.
 """
 
@@ -26,7 +26,7 @@ def sigmoid_loss(
     matches: Matches | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """Sum over the texts of the global batch, mean over this rank's pictures, of -log sigmoid(label * logit).
+    """Sum over the texts of the global batch, mean over this rank's images, of -log sigmoid(label * logit).
 
     The mean over the ranks, and of their gradients, is that of the global batch. The gradient is computed on the way, so the
     backward pass needs no similarities and no communication.
@@ -36,8 +36,8 @@ def sigmoid_loss(
         text_features_BD: unit norm, as many on every rank.
         logit_scale: [1] or scalar, factor of the cosines.
         logit_bias: [1] or scalar, added after.
-        matches: which pairs have the label +1. None: each picture with its own text.
-        chunk_size: pictures that are scored at a time, against the texts of one rank.
+        matches: which pairs have the label +1. None: each image with its own text.
+        chunk_size: images that are scored at a time, against the texts of one rank.
 
     Returns:
         scalar, float32 whatever the autocast around.
@@ -111,7 +111,7 @@ def _score(
     sums: _Sums,
     needed: bool,
 ) -> None:
-    """Add one chunk of pictures against one block of texts to the sums, and to the gradient of the texts."""
+    """Add one chunk of images against one block of texts to the sums, and to the gradient of the texts."""
     scale, bias = scale_and_bias
     image_RD = image_BD[rows]
     cosine_RC = image_RD @ block_CD.T
@@ -130,7 +130,7 @@ def _score(
 
 
 def _label(rows: slice, owner: int, columns: int, matches: Matches | None, device: torch.device) -> Tensor | None:
-    """Which texts of rank `owner` match this rank's pictures `rows`: bool [R, C]; None: none of them."""
+    """Which texts of rank `owner` match this rank's images `rows`: bool [R, C]; None: none of them."""
     if matches is not None:
         return matches.block(rows, slice(owner * columns, (owner + 1) * columns))
     if owner != rank():
@@ -161,7 +161,7 @@ class SigmoidLoss(nn.Module):
 
     Args:
         same_caption: equal captions in the global batch match each other.
-        same_image: equal pictures in the global batch match each other.
+        same_image: equal images in the global batch match each other.
         chunk_size: see `sigmoid_loss`.
     """
 
@@ -172,6 +172,6 @@ class SigmoidLoss(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(self, output: CLIPOutput, caption_id_B: Tensor, image_id_B: Tensor) -> Tensor:
-        """Scalar float32 from a model's output and the int64 ids of its captions and pictures."""
+        """Scalar float32 from a model's output and the int64 ids of its captions and images."""
         matches = repeated_matches(caption_id_B, image_id_B, same_caption=self.same_caption, same_image=self.same_image)
         return sigmoid_loss(*output, matches, self.chunk_size)

@@ -11,7 +11,7 @@ from clip_exp.ranks.group import world_size
 def softmax_loss(
     image_features_BD: Tensor, text_features_BD: Tensor, logit_scale: Tensor, matches_BG: Tensor | None = None
 ) -> Tensor:
-    """Mean over this rank's rows of the cross-entropy from picture to text and from text to picture.
+    """Mean over this rank's rows of the cross-entropy from image to text and from text to image.
 
     A rank scores its rows against the columns of all ranks, so the mean over the ranks, and of their gradients, is that
     of the global batch, for the logit scale too.
@@ -48,7 +48,7 @@ class SoftmaxLoss(nn.Module):
 
     Args:
         same_caption: equal captions in the global batch match each other.
-        same_image: equal pictures in the global batch match each other.
+        same_image: equal images in the global batch match each other.
     """
 
     def __init__(self, *, same_caption: bool = False, same_image: bool = False) -> None:
@@ -57,7 +57,7 @@ class SoftmaxLoss(nn.Module):
         self.same_image = same_image
 
     def forward(self, output: CLIPOutput, caption_id_B: Tensor, image_id_B: Tensor) -> Tensor:
-        """Scalar float32 from a model's output and the int64 ids of its captions and pictures."""
+        """Scalar float32 from a model's output and the int64 ids of its captions and images."""
         matches = repeated_matches(caption_id_B, image_id_B, same_caption=self.same_caption, same_image=self.same_image)
         matches_BG = None if matches is None else matches.block()
         return softmax_loss(output.image_features, output.text_features, output.logit_scale, matches_BG)

@@ -124,7 +124,7 @@ def test_lines_are_exact_across_blocks(tmp_path, monkeypatch):
 BAD_ROWS = {
     "NUL character": b"b.jpg,nul \0 here",
     "not UTF-8": b"b.jpg,caf\xe9",
-    "no picture path": b",no path",
+    "no image path": b",no path",
     "caption too long": b"b.jpg," + b"x" * (MAX_CAPTION + 1),
     "wrong number of fields": b"b.jpg,x,y",
     "broken quotes": b'b.jpg,"open, here',

@@ -32,8 +32,8 @@ SPAWN = multiprocessing.get_context("spawn")
 MANY = BATCH_ROWS + 5_000
 
 
-def write_rows(file: Path, rows: int, captions_per_picture: int = 1) -> Path:
-    text = "".join(f"{i // captions_per_picture}.jpg,caption {i}\n" for i in range(rows))
+def write_rows(file: Path, rows: int, captions_per_image: int = 1) -> Path:
+    text = "".join(f"{i // captions_per_image}.jpg,caption {i}\n" for i in range(rows))
     file.write_text(f"filepath,title\n{text}")
     return file
 
@@ -66,34 +66,34 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return made
 
 
-@pytest.mark.parametrize("captions_per_picture", [1, 3])
-def test_an_index_holds_what_the_table_does_and_is_made_once(tmp_path, builds, captions_per_picture):
-    file = write_rows(tmp_path / "pairs.csv", MANY, captions_per_picture)
+@pytest.mark.parametrize("captions_per_image", [1, 3])
+def test_an_index_holds_what_the_table_does_and_is_made_once(tmp_path, builds, captions_per_image):
+    file = write_rows(tmp_path / "pairs.csv", MANY, captions_per_image)
     in_memory, made, again = read_table(file), open_indexed(file), open_indexed(file)
     assert len(builds) == 1
     assert index_folder(file).name.startswith("pairs-")
     for table in (made, again):
         assert contents(table) == contents(in_memory)
-        assert table.image_index().tolist() == [row // captions_per_picture for row in range(MANY)]
+        assert table.image_index().tolist() == [row // captions_per_image for row in range(MANY)]
         assert table.fingerprint() == in_memory.fingerprint()
         assert table.captions.to_pylist() == in_memory.captions.to_pylist()
 
 
 def test_the_stream_is_the_same_from_the_index(tmp_path):
-    file = write_rows(tmp_path / "pairs.csv", 1000, captions_per_picture=3)
+    file = write_rows(tmp_path / "pairs.csv", 1000, captions_per_image=3)
     for captions in Captions:
         rows, indexed = (Rows(table, captions) for table in (read_table(file), open_indexed(file)))
         assert len(rows) == len(indexed)
-        assert rows.pictures == indexed.pictures == 334
+        assert rows.images == indexed.images == 334
         for row in range(len(rows)):
             assert rows.table_row(row, 1, 2) == indexed.table_row(row, 1, 2)
 
 
-def test_pictures_are_numbered_by_first_appearance_across_files_and_batches(tmp_path):
+def test_images_are_numbered_by_first_appearance_across_files_and_batches(tmp_path):
     files = []
     for name, rows in (("one", BATCH_ROWS - 10), ("two", 3000)):
         (tmp_path / name).mkdir()
-        files.append(write_rows(tmp_path / name / "pairs.csv", rows, captions_per_picture=2))
+        files.append(write_rows(tmp_path / name / "pairs.csv", rows, captions_per_image=2))
     for roots, key in (
         (None, lambda table, row: table.image_path(row)),
         (tmp_path, lambda table, row: table.path(row)),
@@ -102,18 +102,18 @@ def test_pictures_are_numbered_by_first_appearance_across_files_and_batches(tmp_
         numbers: dict[str, int] = {}
         expected = [numbers.setdefault(key(table, row), len(numbers)) for row in range(len(table))]
         assert table.image_index().tolist() == expected
-        for picture in (0, table.pictures - 1):
-            assert table.rows_of(picture).tolist() == [row for row, each in enumerate(expected) if each == picture]
+        for image in (0, table.images - 1):
+            assert table.rows_of(image).tolist() == [row for row, each in enumerate(expected) if each == image]
     assert list(table.fingerprint()) == ["pairs.csv", "pairs.csv (2)"]
 
 
-def test_shards_keep_the_places_of_their_pictures(tmp_path):
+def test_shards_keep_the_places_of_their_images(tmp_path):
     files = [tmp_path / f"{number}.tar" for number in range(2)]
     for file in files:
         with tarfile.open(file, "w") as tar:
             for sample in range(5):
                 for name, data in (
-                    (f"{sample}.jpg", b"picture %d of " % sample + file.name.encode()),
+                    (f"{sample}.jpg", b"image %d of " % sample + file.name.encode()),
                     (f"{sample}.txt", b"x"),
                 ):
                     member = tarfile.TarInfo(name)
@@ -122,8 +122,8 @@ def test_shards_keep_the_places_of_their_pictures(tmp_path):
     in_memory, indexed = read_table(files), open_indexed(files)
     for table in (in_memory, indexed, pickle.loads(pickle.dumps(indexed))):
         assert table.members.shape == (10, 2)
-        assert table.read_picture(7, ImageLimits()) == b"picture 2 of 1.tar"
-        assert table.image_index().tolist() == list(range(10))  # equal names in two shards are two pictures
+        assert table.read_image(7, ImageLimits()) == b"image 2 of 1.tar"
+        assert table.image_index().tolist() == list(range(10))  # equal names in two shards are two images
     assert indexed.fingerprint() == in_memory.fingerprint()
     assert contents(indexed) == contents(in_memory)
 
@@ -136,8 +136,8 @@ def test_bad_rows_are_told_again_from_the_index(tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             table = open_indexed(file, on_bad_row=OnBadRow.skip)
         assert table.skipped == 2
-        assert table.parts[0].bad == {"wrong number of fields": 1, "no picture path": 1}
-        assert table.parts[0].bad_examples == ((3, "wrong number of fields"), (4, "no picture path"))
+        assert table.parts[0].bad == {"wrong number of fields": 1, "no image path": 1}
+        assert table.parts[0].bad_examples == ((3, "wrong number of fields"), (4, "no image path"))
         assert "2 bad rows were left out" in caplog.text
 
 
@@ -152,14 +152,14 @@ def test_a_link_before_two_dots_is_followed_not_cut_out_of_the_name(tmp_path, bu
     assert len(builds) == 2
 
 
-def test_pictures_are_found_from_another_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "0.jpg").write_bytes(b"a picture")
+def test_images_are_found_from_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "0.jpg").write_bytes(b"an image")
     write_rows(tmp_path / "pairs.csv", 1)
     monkeypatch.chdir(tmp_path)
     tables = [read_table("pairs.csv"), open_table("pairs.csv", TableOptions(), index_dir=Path("index"))]
     monkeypatch.chdir("/")
     for table in (*tables, *map(pickle.loads, map(pickle.dumps, tables))):
-        assert table.read_picture(0, ImageLimits()) == b"a picture"
+        assert table.read_image(0, ImageLimits()) == b"an image"
 
 
 def test_a_policy_for_bad_rows_finds_the_index_that_another_one_made(tmp_path, builds):
@@ -254,7 +254,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_index_is_made_anew(tmp_path, builds, damage):
-    file = write_rows(tmp_path / "pairs.csv", 100, captions_per_picture=2)
+    file = write_rows(tmp_path / "pairs.csv", 100, captions_per_image=2)
     open_indexed(file)
     damage(index_folder(file))
     assert contents(open_indexed(file)) == contents(read_table(file))
@@ -385,7 +385,7 @@ def touch_all(pickled: bytes, results: "multiprocessing.SimpleQueue[tuple[int, i
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells a process's own memory")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_map_the_index_instead_of_a_copy(tmp_path, start):
-    file = write_rows(tmp_path / "pairs.csv", 200_000, captions_per_picture=2)
+    file = write_rows(tmp_path / "pairs.csv", 200_000, captions_per_image=2)
     table = open_indexed(file)
     pickled = pickle.dumps(table)
     assert len(pickled) < 2000
@@ -413,7 +413,7 @@ def test_an_index_that_was_replaced_is_not_taken_for_the_one_in_use(tmp_path):
 
 
 def test_a_table_in_memory_can_be_pickled_too(tmp_path):
-    file = write_rows(tmp_path / "pairs.csv", 100, captions_per_picture=2)
+    file = write_rows(tmp_path / "pairs.csv", 100, captions_per_image=2)
     table = pickle.loads(pickle.dumps(read_table(file)))
     assert contents(table) == contents(read_table(file))
     assert table.image_index().max() == 49

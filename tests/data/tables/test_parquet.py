@@ -45,8 +45,8 @@ def raw_text(*values: bytes | None) -> pa.Array:
 
 BAD = [
     ("title", None, "no caption", "no caption .*'title' is missing or null"),
-    ("filepath", None, "no picture path", "no picture path"),
-    ("filepath", b"", "no picture path", "'filepath' is empty"),
+    ("filepath", None, "no image path", "no image path"),
+    ("filepath", b"", "no image path", "'filepath' is empty"),
     ("title", b"x\0y", "NUL character", "holds a NUL character"),
     ("title", b"x" * 32_769, "caption too long", "32,769 characters, more than 32,768"),
     ("title", b"\xe9t\xe9", "not UTF-8", "is not UTF-8"),

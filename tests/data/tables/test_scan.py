@@ -24,7 +24,7 @@ from tests.data.tables.shard_files import write_shard
         ("t.tar", gzip.compress(b"x", mtime=0), "named like a shard, but is compressed by gzip"),
         ("t.txt", b"PK\x03\x04", "is a ZIP archive or an Excel workbook"),
         ("t.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        ("t.csv", b"\xff\xd8\xff\xe0", "is a JPEG picture"),
+        ("t.csv", b"\xff\xd8\xff\xe0", "is a JPEG image"),
     ],
 )
 def test_files_that_are_no_table_are_refused_with_the_repair(tmp_path, name, content, told):

@@ -14,11 +14,11 @@ from clip_exp.errors import DataError
 from tests.data.tables.shard_files import jpeg, write_shard
 
 LIMITS = ImageLimits()
-SAMPLE = {"1.jpg": b"picture 1", "1.txt": "a dog"}
+SAMPLE = {"1.jpg": b"image 1", "1.txt": "a dog"}
 
 
 def rows(table):
-    return [(table.path(row), table.caption(row), bytes(table.read_picture(row, LIMITS))) for row in range(len(table))]
+    return [(table.path(row), table.caption(row), bytes(table.read_image(row, LIMITS))) for row in range(len(table))]
 
 
 def read(tmp_path, contents, **options):
@@ -42,7 +42,7 @@ def test_a_real_shard_has_the_samples_that_tarfile_finds(real_data):
     assert rows(wide)[0] in rows(table)
 
 
-def test_the_picture_is_the_first_kind_that_a_sample_has_and_names_are_webdatasets(tmp_path):
+def test_the_image_is_the_first_kind_that_a_sample_has_and_names_are_webdatasets(tmp_path):
     contents = {
         "README": "no sample", ".hidden.jpg": b"", "dir/": tarfile.TarInfo(), "dir/.x.txt": "no",
         "./a/1.PNG": b"png", "./a/1.seg.jpg": b"mask", "./a/1.JPG": b"jpg", "./a/1.TXT": "upper case",
@@ -91,7 +91,7 @@ def odd(kind: bytes, linkname: str = "") -> tarfile.TarInfo:
 
 
 BAD = [
-    ({"b.txt": "x"}, "no picture", "no picture among txt"),
+    ({"b.txt": "x"}, "no image", "no image among txt"),
     ({"b.jpg": b"x"}, "no caption", r"no member \.title; data.caption_key"),
     ({"b.jpg": b"x", "b.json": {"caption": "x"}}, "no caption", "its .json has only 'caption'"),
     ({"b.jpg": b"x", "b.json": {"title": None}}, "no caption", "missing or null"),
@@ -121,16 +121,16 @@ BAD = [
     ("sample", "reason", "told"), BAD, ids=[f"{bad[1]} {number}" for number, bad in enumerate(BAD)]
 )
 def test_a_bad_sample_is_told_with_its_number_or_left_out_by_reason(tmp_path, sample, reason, told):
-    first, last = list(SAMPLE.items()), [("3.jpg", b"picture 3"), ("3.txt", "a cat")]
+    first, last = list(SAMPLE.items()), [("3.jpg", b"image 3"), ("3.txt", "a cat")]
     contents = [*first, *(sample.items() if isinstance(sample, dict) else sample), *last]
     if "1.jpg" in sample:
-        contents[2:2] = [("2.jpg", b"picture 2"), ("2.txt", "x")]
+        contents[2:2] = [("2.jpg", b"image 2"), ("2.txt", "x")]
     file = write_shard(tmp_path / "s.tar", contents, tarfile.GNU_FORMAT)
     with pytest.raises(DataError, match=rf"s\.tar, sample [23]: .*{told}.*\(sample '.*'\).*data\.on_bad_row=skip"):
         read_table(file)
     table = read_table(file, on_bad_row="skip")
-    assert rows(table)[0] == ("1.jpg", "a dog", b"picture 1")
-    assert rows(table)[-1] == ("3.jpg", "a cat", b"picture 3")
+    assert rows(table)[0] == ("1.jpg", "a dog", b"image 1")
+    assert rows(table)[-1] == ("3.jpg", "a cat", b"image 3")
     assert table.parts[0].bad == {reason: 1}
 
 
@@ -264,7 +264,7 @@ def test_a_shard_without_an_end_mark_is_read_with_a_warning(tmp_path, caplog):
     assert "s.tar has no end mark" in caplog.text
 
 
-def test_equal_names_in_two_shards_are_two_pictures(tmp_path):
+def test_equal_names_in_two_shards_are_two_images(tmp_path):
     files = [write_shard(tmp_path / f"{i}.tar", {"1.jpg": jpeg(i), "1.txt": f"{i}"}) for i in range(2)]
     table = read_table(files)
     assert table.image_index().tolist() == [0, 1]
@@ -283,11 +283,11 @@ def test_a_filter_sees_the_json_the_members_and_the_caption(tmp_path):
         read(tmp_path, contents, filter="widht >= 256")
 
 
-def test_a_shard_that_vanishes_or_shrinks_makes_bad_pictures(tmp_path):
+def test_a_shard_that_vanishes_or_shrinks_makes_bad_images(tmp_path):
     table = read(tmp_path, SAMPLE)
     os.truncate(tmp_path / "s.tar", 515)
     with pytest.raises(BadImage):
-        table.read_picture(0, LIMITS)
+        table.read_image(0, LIMITS)
     (tmp_path / "s.tar").unlink()
     with pytest.raises(BadImage):
-        table.read_picture(0, LIMITS)
+        table.read_image(0, LIMITS)

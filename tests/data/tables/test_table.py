@@ -49,7 +49,7 @@ def test_real_tables_are_read_whole(real_data):
 
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("separator", [",", "\t"])
-def test_two_columns_without_header_are_recognized_by_names_of_pictures(tmp_path, swapped, separator):
+def test_two_columns_without_header_are_recognized_by_names_of_images(tmp_path, swapped, separator):
     rows = [("images/a.JPG", "first caption"), ("images/b.png", "second, with comma"), ("c.webp", "third")]
     file = write_table(tmp_path / "t.csv", [list(row[::-1] if swapped else row) for row in rows], separator)
     assert columns(read_table(file)) == rows

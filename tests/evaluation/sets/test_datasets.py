@@ -1,4 +1,4 @@
-"""Labelled pictures from folders and tables. Roots above the classes are refused with the folder to give instead; folders of classes are
+"""Labelled images from folders and tables. Roots above the classes are refused with the folder to give instead; folders of classes are
 taken, however their images lie in them.
 """
 
@@ -12,26 +12,26 @@ from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import from_folder, from_table, labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 def names(images: LabeledImages) -> list[str]:
-    return [images.pictures.name(index) for index in range(len(images.pictures))]
+    return [images.images.name(index) for index in range(len(images.images))]
 
 
 def test_folders_are_classes_in_code_point_order_and_underscores_are_spaces(class_folders: Path):
     images = from_folder(class_folders)
     assert images.class_names == ["Zebra", "dog", "tabby cat"]
     assert images.labels == [0] * 4 + [1] * 4 + [2] * 4
-    assert [Path(path).parent.name for path in list(images.pictures.paths)] == ["Zebra"] * 4 + ["dog"] * 4 + [
+    assert [Path(path).parent.name for path in list(images.images.paths)] == ["Zebra"] * 4 + ["dog"] * 4 + [
         "tabby_cat"
     ] * 4
-    assert not [path for path in list(images.pictures.paths) if "hidden" in path or "notes" in path]
+    assert not [path for path in list(images.images.paths) if "hidden" in path or "notes" in path]
 
 
 def test_labels_lose_their_blanks_and_those_that_are_alike_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for number, folder in enumerate(("cat", "cat ", "Cat", "\u00a0guinea_pig")):
-        write_picture(tmp_path / "root" / folder / f"{number}.png", number)
+        write_image(tmp_path / "root" / folder / f"{number}.png", number)
     images = from_folder(tmp_path / "root", ["Cat", " cat\u200b", "guinea pig"])
     assert (images.class_names, images.keys) == (["Cat", "cat", "guinea pig"], ["Cat", "cat", "guinea_pig"])
     assert sorted(zip([Path(name).name for name in names(images)], images.labels, strict=True)) == [
@@ -43,9 +43,9 @@ def test_labels_lose_their_blanks_and_those_that_are_alike_are_told(tmp_path: Pa
     assert (table.class_names, table.labels) == (["cat", "dog"], [0, 0, 1])
 
 
-def test_pictures_in_folders_below_a_class_belong_to_it(tmp_path: Path):
-    write_picture(tmp_path / "cat" / "images" / "1.JPEG", 0)
-    assert list(from_folder(tmp_path).pictures.paths) == [str(tmp_path / "cat" / "images" / "1.JPEG")]
+def test_images_in_folders_below_a_class_belong_to_it(tmp_path: Path):
+    write_image(tmp_path / "cat" / "images" / "1.JPEG", 0)
+    assert list(from_folder(tmp_path).images.paths) == [str(tmp_path / "cat" / "images" / "1.JPEG")]
 
 
 def test_names_are_matched_by_name_before_they_are_matched_by_order(class_folders: Path):
@@ -82,7 +82,7 @@ def test_names_that_do_not_fit_the_folders_are_refused(class_folders: Path, clas
 
 def test_an_imagenet_folder_is_scored_against_all_1000_names_in_the_order_of_wnids(tmp_path: Path):
     for wnid in ("n04356056", "n01440764", "n03773504"):
-        write_picture(tmp_path / wnid / "a.JPEG", 0)
+        write_image(tmp_path / wnid / "a.JPEG", 0)
     images = from_folder(tmp_path, "imagenet")
     assert len(images.class_names) == 1000
     assert images.labels == [0, 657, 837]
@@ -94,16 +94,16 @@ def test_an_imagenet_folder_is_scored_against_all_1000_names_in_the_order_of_wni
     ("folder", "message"), [("cat", "'cat' is no WordNet id"), ("n99999999", "'n99999999' is no class of ImageNet")]
 )
 def test_a_folder_that_is_no_class_of_imagenet_is_refused_by_name(tmp_path: Path, folder: str, message: str):
-    write_picture(tmp_path / "n01440764" / "a.png", 0)
-    write_picture(tmp_path / folder / "a.png", 0)
+    write_image(tmp_path / "n01440764" / "a.png", 0)
+    write_image(tmp_path / folder / "a.png", 0)
     with pytest.raises(DataError, match=message):
         from_folder(tmp_path, "imagenet")
 
 
 def test_empty_and_absent_folders_are_told_apart(tmp_path: Path):
-    with pytest.raises(DataError, match="no folder with pictures"):
+    with pytest.raises(DataError, match="no folder with images"):
         from_folder(tmp_path)
-    write_picture(tmp_path / "loose.png", 0)
+    write_image(tmp_path / "loose.png", 0)
     with pytest.raises(DataError, match="sort them into one folder per class"):
         from_folder(tmp_path)
     with pytest.raises(ConfigError, match=r"task\.x\.root=.*absent: no such folder"):
@@ -138,7 +138,7 @@ def test_generated_data_give_their_held_out_part_unless_asked_for_training(tmp_p
         assert len(labeled_images(data, "task.t", str(tmp_path), split=split).labels) == count
 
 
-def test_a_picture_in_several_rows_counts_once_and_has_one_label(tmp_path: Path):
+def test_an_image_in_several_rows_counts_once_and_has_one_label(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("filepath,label\na.png,dog\nb.png,cat\na.png,dog\n")
     images = from_table(str(table), LabeledDataConfig())
@@ -148,7 +148,7 @@ def test_a_picture_in_several_rows_counts_once_and_has_one_label(tmp_path: Path)
         from_table(str(table), LabeledDataConfig())
 
 
-def test_pictures_without_a_label_are_left_out_and_counted(tmp_path: Path):
+def test_images_without_a_label_are_left_out_and_counted(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("filepath,label\na.png,dog\nb.png,\nb.png,\n")
     images = from_table(str(table), LabeledDataConfig())
@@ -167,7 +167,7 @@ def test_a_missing_column_is_told_with_the_tasks_own_key(tmp_path: Path):
 
 def write(root: Path, *places: str) -> Path:
     for number, place in enumerate(places):
-        write_picture(root / place, number)
+        write_image(root / place, number)
     return root
 
 

@@ -14,11 +14,11 @@ from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 # Ids of the devkit are in another order than wnids: kit fox is 1 and tench is 449.
 IDS = {1: "n02119789", 449: "n01440764", 450: "n01443537", 1001: "n01317541"}
-WNIDS = ["n01443537", "n02119789", "n01440764", "n02119789"]  # of the four pictures; goldfish 1, kit fox 278, tench 0
+WNIDS = ["n01443537", "n02119789", "n01440764", "n02119789"]  # of the four images; goldfish 1, kit fox 278, tench 0
 LABELS = [1, 278, 0, 278]
 
 
@@ -30,7 +30,7 @@ def read(root: Path, classes: str = "imagenet", **values) -> LabeledImages:
 @pytest.fixture
 def flat(tmp_path: Path) -> Path:
     for number in range(1, 5):
-        write_picture(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG", number)
+        write_image(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG", number)
     return tmp_path / "val"
 
 
@@ -55,7 +55,7 @@ def pack(folder: Path, archive: Path) -> Path:
     return archive
 
 
-def test_the_devkit_labels_flat_pictures_from_its_folder_and_from_its_archive(
+def test_the_devkit_labels_flat_images_from_its_folder_and_from_its_archive(
     flat: Path, devkit: Path, tmp_path: Path
 ) -> None:
     archive = pack(devkit, tmp_path / "ILSVRC2012_devkit_t12.tar.gz")
@@ -82,19 +82,19 @@ def test_every_other_form_of_ground_truth_gives_the_same_labels(flat: Path, tmp_
         assert read(flat, ground_truth=tmp_path / file).labels == LABELS, file
 
 
-def test_numbers_in_names_order_pictures_by_value(tmp_path: Path) -> None:
+def test_numbers_in_names_order_images_by_value(tmp_path: Path) -> None:
     for number in (1, 2, 10):
-        write_picture(tmp_path / "flat" / f"{number}.png", number)
+        write_image(tmp_path / "flat" / f"{number}.png", number)
     (tmp_path / "labels.txt").write_text("cat\ndog\nbird\n")
     images = read(tmp_path / "flat", "labels", ground_truth=tmp_path / "labels.txt")
-    assert [Path(images.pictures.name(index)).name for index in range(3)] == ["1.png", "2.png", "10.png"]
+    assert [Path(images.images.name(index)).name for index in range(3)] == ["1.png", "2.png", "10.png"]
     assert [images.class_names[label] for label in images.labels] == ["cat", "dog", "bird"]
 
 
-def test_another_number_of_labels_than_pictures_is_refused_with_both_counts(flat: Path, tmp_path: Path) -> None:
+def test_another_number_of_labels_than_images_is_refused_with_both_counts(flat: Path, tmp_path: Path) -> None:
     for content in ("0\n1\n2\n", "\n".join(f"ILSVRC2012_val_{number:08d}.JPEG 0" for number in range(1, 4))):
         (tmp_path / "short.txt").write_text(content)
-        with pytest.raises(DataError, match=r"has 3 labels, .*val has 4 pictures"):
+        with pytest.raises(DataError, match=r"has 3 labels, .*val has 4 images"):
             read(flat, ground_truth=tmp_path / "short.txt")
 
 
@@ -136,23 +136,23 @@ def test_a_devkit_that_lacks_its_classes_or_is_damaged_is_told(flat: Path, devki
         read(flat, ground_truth=archive)
 
 
-def test_flat_pictures_and_folders_are_not_taken_for_each_other(flat: Path, tmp_path: Path) -> None:
+def test_flat_images_and_folders_are_not_taken_for_each_other(flat: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"in the folder itself: sort them .* task\.imagenet\.ground_truth=FILE"):
         read(flat)
     with pytest.raises(ConfigError, match=r"'val' is a split\. Give task\.imagenet\.root=.*/val\.$"):
         read(tmp_path)
-    write_picture(tmp_path / "folders" / "n01440764" / "1.JPEG", 1)
+    write_image(tmp_path / "folders" / "n01440764" / "1.JPEG", 1)
     (tmp_path / "labels.txt").write_text("0\n")
-    with pytest.raises(DataError, match="holds no pictures itself; a folder per class needs no ground_truth"):
+    with pytest.raises(DataError, match="holds no images itself; a folder per class needs no ground_truth"):
         read(tmp_path / "folders", ground_truth=tmp_path / "labels.txt")
 
 
 def test_folders_of_imagenet_v2_are_numbers_not_texts(tmp_path: Path) -> None:
     for number in (0, 2, 10, 100, 657, 744):
-        write_picture(tmp_path / str(number) / "a.jpeg", number)
+        write_image(tmp_path / str(number) / "a.jpeg", number)
     images = read(tmp_path)
     assert images.labels == [0, 2, 10, 100, 657, 744]
-    assert [Path(images.pictures.name(index)).parent.name for index in range(6)] == [
+    assert [Path(images.images.name(index)).parent.name for index in range(6)] == [
         "0",
         "2",
         "10",
@@ -166,9 +166,9 @@ def test_folders_of_imagenet_v2_are_numbers_not_texts(tmp_path: Path) -> None:
 
 
 def test_imagenet_v2_by_wnid_works_too_but_not_mixed(tmp_path: Path) -> None:
-    write_picture(tmp_path / "n01443537" / "a.jpeg", 0)
+    write_image(tmp_path / "n01443537" / "a.jpeg", 0)
     assert read(tmp_path).labels == [1]
-    write_picture(tmp_path / "7" / "a.jpeg", 0)
+    write_image(tmp_path / "7" / "a.jpeg", 0)
     with pytest.raises(DataError, match="'7' is no WordNet id"):
         read(tmp_path)
 
@@ -182,7 +182,7 @@ PYTORCH = {"954": 230, "409": 426, "530": 427}
 def objectnet(tmp_path: Path) -> Path:
     root = tmp_path / "objectnet-1.0"
     for number, folder in enumerate(["banana", "alarm_clock", "squeegee", "squeegee"]):
-        write_picture(root / "images" / folder / f"{number}.png", number, size=(20, 16))
+        write_image(root / "images" / folder / f"{number}.png", number, size=(20, 16))
     mappings = {
         "folder_to_objectnet_label.json": {
             "squeegee": "Squeegee",
@@ -207,13 +207,13 @@ def test_objectnet_is_its_overlap_with_imagenet_without_the_frame(objectnet: Pat
         assert images.class_names == ["Alarm clock", "Banana"]
         assert images.imagenet == [[409, 530], [954]]
         assert images.labels == [0, 1]
-        assert (images.about["left_out_classes"], images.about["left_out_pictures"]) == (1, 2)
-        picture = images.pictures.open(0, 10**6)
+        assert (images.about["left_out_classes"], images.about["left_out_images"]) == (1, 2)
+        image = images.images.open(0, 10**6)
         whole = Image.open(objectnet / "images" / "alarm_clock" / "1.png")
-        assert np.array_equal(np.asarray(picture), np.asarray(whole)[2:-2, 2:-2])
+        assert np.array_equal(np.asarray(image), np.asarray(whole)[2:-2, 2:-2])
 
 
-def test_a_class_of_objectnet_without_pictures_is_still_scored_against(objectnet: Path) -> None:
+def test_a_class_of_objectnet_without_images_is_still_scored_against(objectnet: Path) -> None:
     (objectnet / "images" / "banana" / "0.png").unlink()
     (objectnet / "images" / "banana").rmdir()
     images = read(objectnet, "objectnet")
@@ -221,7 +221,7 @@ def test_a_class_of_objectnet_without_pictures_is_still_scored_against(objectnet
 
 
 def test_objectnet_without_its_mappings_or_with_other_folders_is_refused(objectnet: Path) -> None:
-    write_picture(objectnet / "images" / "unicorn" / "1.png", 0)
+    write_image(objectnet / "images" / "unicorn" / "1.png", 0)
     with pytest.raises(DataError, match="'unicorn' is no class of ObjectNet"):
         read(objectnet, "objectnet")
     overlap = objectnet / "mappings" / "objectnet_to_imagenet_1k.json"

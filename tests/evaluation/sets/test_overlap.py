@@ -10,14 +10,14 @@ import pytest
 from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.data import files
 from clip_exp.data.files import Stamp, Stored, stamp_of
-from clip_exp.data.pictures import PictureFiles
+from clip_exp.data.image_sets import ImageFiles
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.sets.splits import find_overlap
 from clip_exp.evaluation.tasks.knn import KNNTask, KNNTaskConfig
 from tests.data.tables.shard_files import write_shard
 from tests.evaluation.cifar import write_cifar10
 from tests.evaluation.sets.test_torchvision_sets import write_food
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for number, place in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
         for image in range(2):
-            write_picture(tmp_path / place / f"{image}.png", 10 * number + image)
+            write_image(tmp_path / place / f"{image}.png", 10 * number + image)
             os.truncate(tmp_path / place / f"{image}.png", 6000)
     return tmp_path
 
@@ -67,8 +67,8 @@ def test_a_copy_of_everything_is_refused(data: Path) -> None:
 def test_images_of_one_size_and_one_sample_are_told_apart_by_all_their_bytes(tmp_path: Path) -> None:
     for name, byte in (("a", b"y"), ("b", b"z"), ("c", b"y")):
         (tmp_path / name).write_bytes(bytes(20_000) + byte + bytes(80_000))
-    assert not find_overlap(PictureFiles([tmp_path / "a"]), PictureFiles([tmp_path / "b"])).images
-    assert find_overlap(PictureFiles([tmp_path / "a"]), PictureFiles([tmp_path / "c"])).equal_content == 1
+    assert not find_overlap(ImageFiles([tmp_path / "a"]), ImageFiles([tmp_path / "b"])).images
+    assert find_overlap(ImageFiles([tmp_path / "a"]), ImageFiles([tmp_path / "c"])).equal_content == 1
 
 
 def test_only_images_of_equal_size_are_opened(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +80,7 @@ def test_only_images_of_equal_size_are_opened(data: Path, monkeypatch: pytest.Mo
         return stamp_of(place)
 
     monkeypatch.setattr(files, "stamp_of", recorded)
-    find_overlap(
-        PictureFiles([data / "train/cat/0.png"]), PictureFiles([data / "test/cat/0.png", data / "test/cat/1.png"])
-    )
+    find_overlap(ImageFiles([data / "train/cat/0.png"]), ImageFiles([data / "test/cat/0.png", data / "test/cat/1.png"]))
     assert sorted({*opened}) == [str(data / "test/cat/0.png"), str(data / "train/cat/0.png")]
 
 
@@ -90,7 +88,7 @@ def test_missing_and_empty_files_are_no_copies_of_each_other(tmp_path: Path) -> 
     for name in ("a", "b"):
         (tmp_path / name).touch()
     ours, theirs = ([tmp_path / name, tmp_path / f"no {name}"] for name in ("a", "b"))
-    assert not find_overlap(PictureFiles(ours), PictureFiles(theirs)).images
+    assert not find_overlap(ImageFiles(ours), ImageFiles(theirs)).images
 
 
 def test_tables_and_shards_are_compared_with_folders(data: Path) -> None:
@@ -121,10 +119,10 @@ def test_a_set_in_a_form_of_its_own_is_known_by_its_place(data: Path) -> None:
     cifar = {"torchvision": "CIFAR10", "root": "."}
     with pytest.raises(ConfigError, match="all 17 images"):
         prepare(cifar, {**cifar, "root": "link", "split": "test"})
-    assert find_overlap(PictureFiles(["train/cat/0.png"]), _Array()) is None
+    assert find_overlap(ImageFiles(["train/cat/0.png"]), _Array()) is None
 
 
-class _Array(PictureFiles):
+class _Array(ImageFiles):
     def __init__(self) -> None:
         super().__init__(["0"])
 

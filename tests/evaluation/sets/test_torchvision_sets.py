@@ -18,7 +18,7 @@ from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.datasets import labeled_images
 from clip_exp.evaluation.sets.labeled import LabeledImages
 from tests.evaluation.cifar import CLASSES, cifar10_pixels, write_cifar10
-from tests.small_runs import write_picture
+from tests.small_runs import write_image
 
 
 def read(root: Path, name: str, part: str | None = None, **values) -> LabeledImages:
@@ -44,7 +44,7 @@ def write_food(root: Path) -> None:
     for part in ("train", "test"):
         (root / "food-101" / "meta" / f"{part}.json").write_text(json.dumps(files))
     for number, file in enumerate(file for own in files.values() for file in own):
-        write_picture(root / "food-101" / "images" / f"{file}.jpg", number)
+        write_image(root / "food-101" / "images" / f"{file}.jpg", number)
 
 
 def write_pets(root: Path) -> None:
@@ -54,18 +54,18 @@ def write_pets(root: Path) -> None:
     for part in ("trainval", "test"):
         (folder / "annotations" / f"{part}.txt").write_text("\n".join(lines) + "\n")
     for number, line in enumerate(lines):
-        write_picture(folder / "images" / f"{line.split()[0]}.jpg", number)
+        write_image(folder / "images" / f"{line.split()[0]}.jpg", number)
 
 
 def write_eurosat(root: Path) -> None:
     for number, name in enumerate(["AnnualCrop", "AnnualCrop", "SeaLake"]):
-        write_picture(root / "eurosat" / "2750" / name / f"{number}.jpg", number)
+        write_image(root / "eurosat" / "2750" / name / f"{number}.jpg", number)
 
 
 def write_sun(root: Path) -> None:
     folder = root / "SUN397"
     for number, name in enumerate(["a/abbey", "a/abbey", "b/bath/indoor"]):
-        write_picture(folder / name / f"sun_{number}.jpg", number)
+        write_image(folder / name / f"sun_{number}.jpg", number)
     (folder / "ClassName.txt").write_text("/a/abbey\n/b/bath/indoor\n")
 
 
@@ -73,7 +73,7 @@ def write_gtsrb(root: Path) -> None:
     folder = root / "gtsrb"
     rows = [("0.ppm", 2), ("1.ppm", 0), ("2.ppm", 1)]
     for number, (file, _) in enumerate(rows):
-        write_picture(folder / "GTSRB" / "Final_Test" / "Images" / file, number)
+        write_image(folder / "GTSRB" / "Final_Test" / "Images" / file, number)
     with open(folder / "GT-final_test.csv", "w", newline="") as file:
         csv.writer(file, delimiter=";").writerows([("Filename", "ClassId"), *rows])
 
@@ -82,7 +82,7 @@ def write_clevr(root: Path) -> None:
     folder = root / "clevr" / "CLEVR_v1.0"
     counts = {"CLEVR_val_0.png": 3, "CLEVR_val_1.png": 10, "CLEVR_val_2.png": 4}
     for number, file in enumerate(counts):
-        write_picture(folder / "images" / "val" / file, number)
+        write_image(folder / "images" / "val" / file, number)
     scenes = [{"image_filename": file, "objects": [{}] * count} for file, count in counts.items()]
     (folder / "scenes").mkdir()
     (folder / "scenes" / "CLEVR_val_scenes.json").write_text(json.dumps({"scenes": scenes}))
@@ -92,7 +92,7 @@ def write_caltech(root: Path) -> None:
     folder = root / "caltech101" / "101_ObjectCategories"
     for name, count in (("BACKGROUND_Google", 1), ("Faces_easy", 2), ("accordion", 1)):
         for number in range(1, count + 1):
-            write_picture(folder / name / f"image_{number:04d}.jpg", number)
+            write_image(folder / name / f"image_{number:04d}.jpg", number)
 
 
 SETS: dict[str, tuple[Callable[[Path], None], dict, list[str]]] = {
@@ -106,7 +106,7 @@ SETS: dict[str, tuple[Callable[[Path], None], dict, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_pictures_labels_and_names_are_those_of_torchvisions_class(tmp_path: Path, name: str) -> None:
+def test_image_sets_labels_and_names_are_those_of_torchvisions_class(tmp_path: Path, name: str) -> None:
     write, arguments, names = SETS[name]
     write(tmp_path)
     dataset = getattr(torchvision.datasets, name)(str(tmp_path), **arguments)
@@ -119,7 +119,7 @@ def test_pictures_labels_and_names_are_those_of_torchvisions_class(tmp_path: Pat
     for position, index in enumerate(order):
         theirs, label = dataset[index]
         assert images.labels[position] == label
-        mine = images.pictures.open(position, 10**9)
+        mine = images.images.open(position, 10**9)
         assert np.array_equal(np.asarray(mine.convert("RGB")), np.asarray(theirs.convert("RGB")))
 
 
@@ -127,7 +127,7 @@ def test_a_name_in_lower_case_and_the_training_part_are_found(tmp_path: Path) ->
     write_mnist(tmp_path)
     assert [len(read(tmp_path, "mnist", part).labels) for part in (None, "train")] == [5, 7]
     assert len(read(tmp_path, "mnist", split="train").labels) == 7
-    assert read(tmp_path, "mnist").pictures.name(3) == "MNIST/test/3"
+    assert read(tmp_path, "mnist").images.name(3) == "MNIST/test/3"
 
 
 def test_a_set_without_names_takes_the_users_in_the_order_of_its_labels(tmp_path: Path) -> None:
@@ -150,12 +150,12 @@ def test_files_of_cifar_that_torchvision_does_not_know_are_read_and_named_in_the
     images = read(tmp_path, "CIFAR10")
     assert images.class_names == CLASSES
     assert list(images.labels) == [index % 10 for index in range(13)]
-    assert np.array_equal(np.asarray(images.pictures.open(12, 10**9)), cifar10_pixels(tmp_path)[12])
+    assert np.array_equal(np.asarray(images.images.open(12, 10**9)), cifar10_pixels(tmp_path)[12])
     assert images.about["files_of_other_checksum"] == ["test_batch"]
     assert "not those that torchvision knows" in caplog.text
     train = read(tmp_path, "CIFAR10", "train")
     assert len(train.labels) == 65
-    assert np.array_equal(np.asarray(train.pictures.open(14, 10**9)), cifar10_pixels(tmp_path, "data_batch_2")[1])
+    assert np.array_equal(np.asarray(train.images.open(14, 10**9)), cifar10_pixels(tmp_path, "data_batch_2")[1])
 
 
 class Command:
@@ -172,7 +172,7 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_does_not(tmp_path: Pat
     write_cifar10(tmp_path, 3)
     batch = tmp_path / "cifar-10-batches-py" / "test_batch"
     batch.write_bytes(pickle.dumps({"data": Command(f"touch {tmp_path / 'ran'}"), "labels": []}))
-    with pytest.raises(DataError, match=r"test_batch cannot be read: it asks for .*system, which no picture needs"):
+    with pytest.raises(DataError, match=r"test_batch cannot be read: it asks for .*system, which no image needs"):
         read(tmp_path, "CIFAR10")
     assert not (tmp_path / "ran").exists()
 
@@ -185,7 +185,7 @@ def test_damaged_files_of_cifar_are_named(tmp_path: Path) -> None:
         read(tmp_path, "CIFAR10")
     content = {"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 10]}
     batch.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(DataError, match="no label from 0 to 9 for each of its 3 pictures"):
+    with pytest.raises(DataError, match="no label from 0 to 9 for each of its 3 images"):
         read(tmp_path, "CIFAR10")
 
 
@@ -245,16 +245,16 @@ def test_a_probe_cannot_train_on_the_set_that_it_is_scored_on(tmp_path: Path) ->
         read(tmp_path, "EuroSAT", "train")
 
 
-def test_a_broken_file_is_a_bad_picture_and_a_change_changes_the_fingerprint(tmp_path: Path) -> None:
+def test_a_broken_file_is_a_bad_image_and_a_change_changes_the_fingerprint(tmp_path: Path) -> None:
     write_food(tmp_path)
     (tmp_path / "other_set.zip").write_text("not Food101's")
     images = read(tmp_path, "Food101")
-    before = images.pictures.fingerprint()
+    before = images.images.fingerprint()
     (tmp_path / "other_set.zip").write_text("changed, but not Food101's")
-    assert images.pictures.fingerprint() == before
-    (tmp_path / "food-101" / "images" / "apple_pie" / "2.jpg").write_bytes(b"no picture")
-    assert images.pictures.fingerprint() != before
-    with pytest.raises(BadImage, match=r"^not a picture$"):
-        images.pictures.open(1, 10**9)
+    assert images.images.fingerprint() == before
+    (tmp_path / "food-101" / "images" / "apple_pie" / "2.jpg").write_bytes(b"no image")
+    assert images.images.fingerprint() != before
+    with pytest.raises(BadImage, match=r"^not an image$"):
+        images.images.open(1, 10**9)
     with pytest.raises(BadImage, match="more than max_image_pixels=100"):
-        images.pictures.open(0, 100)
+        images.images.open(0, 100)

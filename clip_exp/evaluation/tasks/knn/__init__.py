@@ -25,14 +25,12 @@ class KNNTaskConfig(LabeledDataConfig, TaskConfig):
     title: ClassVar[str] = "Nearest neighbours"
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[KNNTask]":
-        """Find and match the pictures."""
+        """Find and match the images."""
         from clip_exp.evaluation.sets.splits import prepare_halves
 
         train, test, overlap = prepare_halves(name, self, self.train, output_dir)
         if self.k > len(train.labels):
-            raise ConfigError(
-                f"task.{name}.k={self.k} must be between 1 and {len(train.labels)}, the pictures of train."
-            )
+            raise ConfigError(f"task.{name}.k={self.k} must be between 1 and {len(train.labels)}, the images of train.")
         return [KNNTask(name, self, train, test, overlap)]
 
 

@@ -12,7 +12,7 @@ from clip_exp.progress import progress
 from clip_exp.reports.evaluation import Result
 
 TILE_ELEMENTS = 2**24  # products held at a time: 64 MB in float32
-SHOWN = 5  # best classes of a picture
+SHOWN = 5  # best classes of an image
 
 
 def nearest(
@@ -43,7 +43,7 @@ def nearest(
 
 
 def vote(labels_MK: Tensor, cosines_MK: Tensor, num_classes: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The five best classes of each picture (all, if they are fewer), best first, and their shares of the votes.
+    """The five best classes of each image (all, if they are fewer), best first, and their shares of the votes.
 
     A neighbour's vote weighs exp(cosine / temperature). Of classes with equal votes the first is first.
 

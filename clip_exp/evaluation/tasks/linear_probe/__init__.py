@@ -43,7 +43,7 @@ class LinearProbeTaskConfig(LabeledDataConfig, TaskConfig):
     )
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ProbeTask]":
-        """Find and match the pictures."""
+        """Find and match the images."""
         from clip_exp.evaluation.sets.splits import prepare_halves
 
         train, test, overlap = prepare_halves(name, self, self.train, output_dir)
@@ -58,14 +58,14 @@ def require_division(labels: Sequence[int], class_names: list[str], task: Linear
     if task.c is not None and len(task.c) == 1:
         return
     counts = Counter(labels)
-    fix = f"Give one strength (task.{name}.c=[10]): then all pictures are fitted, and none are needed to choose."
+    fix = f"Give one strength (task.{name}.c=[10]): then all images are fitted, and none are needed to choose."
     if single := sorted(label for label, count in counts.items() if count == 1):
         listed = listing([class_names[label] for label in single])
-        raise DataError(f"task.{name}.train: {listed} has one picture, so no share of it can be held out. {fix}")
+        raise DataError(f"task.{name}.train: {listed} has one image, so no share of it can be held out. {fix}")
     held_out = math.ceil(len(labels) * task.val_fraction)
     if min(held_out, len(labels) - held_out) < len(counts):
         raise DataError(
-            f"task.{name}.val_fraction={task.val_fraction} of {len(labels)} pictures: a part would have fewer than one "
+            f"task.{name}.val_fraction={task.val_fraction} of {len(labels)} images: a part would have fewer than one "
             f"of each of the {len(counts)} classes. {fix}"
         )
 

@@ -2,7 +2,7 @@
 
 The paper fits the features before the last projection, CLIP's README those after it, neither of unit norm. Here they are
 what `encode_image` returns, of unit norm, and are fitted as they are: a factor s on every feature would be a factor s² on C,
-which the search covers. Only how the norms of pictures differ is lost.
+which the search covers. Only how the norms of images differ is lost.
 """
 
 import json
@@ -50,7 +50,7 @@ class Choice:
     """The strength of the regularisation that was chosen, and what from."""
 
     c: float
-    accuracy: dict[float, float]  # of each C that was tried: share of the held-out pictures that are right
+    accuracy: dict[float, float]  # of each C that was tried: share of the held-out images that are right
     unconverged: list[float]  # each C whose fit reached the limit of iterations
 
 
@@ -134,7 +134,7 @@ def search(best: Callable[[], float]) -> Iterator[float]:
 
 
 def predict(probe: Probe, features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The five best classes of each picture (all, if they are fewer), best first, and their probabilities among all.
+    """The five best classes of each image (all, if they are fewer), best first, and their probabilities among all.
 
     Returns:
         int64 [N, K] and float64 [N, K].

@@ -12,7 +12,7 @@ from clip_exp.config.evaluation import Scale, TableConfig, TaskConfig
 from clip_exp.evaluation.task import Task
 
 if TYPE_CHECKING:
-    from clip_exp.data.pictures import TablePictures
+    from clip_exp.data.image_sets import TableImages
     from clip_exp.evaluation.subject import Judge, Subject
 
 log = logging.getLogger(__name__)
@@ -31,26 +31,26 @@ class RetrievalTaskConfig(TableConfig, TaskConfig):
     scales: ClassVar[dict[str, Scale]] = {"median_rank_i2t": Scale.rank, "median_rank_t2i": Scale.rank}
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[RetrievalTask]":
-        """Find the pictures and captions; rows that name the same file are captions of one picture."""
-        from clip_exp.data.pictures import TablePictures
+        """Find the images and captions; rows that name the same file are captions of one image."""
+        from clip_exp.data.image_sets import TableImages
         from clip_exp.evaluation.sets.datasets import read_pairs, require_tables
 
         require_tables(self.table, f"task.{name}")
         pairs = read_pairs(self.table, f"task.{name}", self, caption_key=self.caption_key)
         assert pairs.captions is not None
         caption_image = pairs.image_index().tolist()
-        first_row = {picture: row for row, picture in reversed(list(enumerate(caption_image)))}
-        rows = [first_row[picture] for picture in range(len(first_row))]
-        pictures = TablePictures(pairs, rows, self.allow_outside_root)
+        first_row = {image: row for row, image in reversed(list(enumerate(caption_image)))}
+        rows = [first_row[image] for image in range(len(first_row))]
+        images = TableImages(pairs, rows, self.allow_outside_root)
         about = pairs.shortcomings()
-        return [RetrievalTask(name, self, pictures, pairs.captions.to_pylist(), caption_image, str(self.table), about)]
+        return [RetrievalTask(name, self, images, pairs.captions.to_pylist(), caption_image, str(self.table), about)]
 
 
 @dataclass(frozen=True)
 class RetrievalTask(Task):
-    pictures: "TablePictures"  # each once
+    images: "TableImages"  # each once
     captions: list[str]
-    caption_image: list[int]  # position in `pictures` of each caption's picture
+    caption_image: list[int]  # position in `images` of each caption's image
     where: str
     about: dict[str, Any] = field(default_factory=dict)  # what else a protocol says of the data
 
@@ -62,14 +62,14 @@ class RetrievalTask(Task):
 
     @cached_property
     def copies(self) -> list[list[str]]:
-        """Names of pictures that are the same bytes, a list for each content that is there more than once; it may read them all."""
+        """Names of images that are the same bytes, a list for each content that is there more than once; it may read them all."""
         from clip_exp.data.files import equal_contents
 
-        groups = equal_contents([self.pictures.stored(index) for index in range(len(self.pictures))])
-        named = [[self.pictures.name(index) for index in group] for group in groups]
+        groups = equal_contents([self.images.stored(index) for index in range(len(self.images))])
+        named = [[self.images.name(index) for index in group] for group in groups]
         if named:
             log.warning(
-                "%s: copies of pictures under other names: %d, such as %s; a caption of one counts as wrong for the other.",
+                "%s: copies of images under other names: %d, such as %s; a caption of one counts as wrong for the other.",
                 self.name,
                 sum(len(group) - 1 for group in named),
                 " and ".join(named[0][:2]),
@@ -77,7 +77,7 @@ class RetrievalTask(Task):
         return named
 
     def score(self, subject: "Subject") -> "Judge":
-        """Recall and median rank both ways. The captions of a picture that is left out are left out too."""
+        """Recall and median rank both ways. The captions of an image that is left out are left out too."""
         import torch
 
         from clip_exp.evaluation.retrieval import examples, retrieval
@@ -85,7 +85,7 @@ class RetrievalTask(Task):
         from clip_exp.reports.evaluation import Result
 
         device = subject.options.device
-        encoded = subject.encode_images(self.name, self.pictures)
+        encoded = subject.encode_images(self.name, self.images)
         caption_image = torch.tensor(self.caption_image)
         kept = torch.isin(caption_image, encoded.kept)
         captions = [self.captions[i] for i in kept.nonzero().flatten().tolist()]
@@ -107,9 +107,9 @@ class RetrievalTask(Task):
                 "captions": len(captions),
                 **self.about,
                 **copies,
-                "image_to_text": "a hit if any caption of the picture is among the first k",
+                "image_to_text": "a hit if any caption of the image is among the first k",
             }
-            details = examples(image_features, text_features, rows, encoded.kept, captions, self.pictures)
+            details = examples(image_features, text_features, rows, encoded.kept, captions, self.images)
             return Result(retrieval(image_features, text_features, rows), protocol, details)
 
         return judge

@@ -15,7 +15,7 @@ from clip_exp.evaluation.tasks.zero_shot import ClassificationTask, ZeroShotTask
 if TYPE_CHECKING:
     from clip_exp.evaluation.subject import Judge, Subject
 
-UNSHIFTED = "imagenet"  # the set whose distribution ImageNet's training pictures have
+UNSHIFTED = "imagenet"  # the set whose distribution ImageNet's training images have
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -104,7 +104,7 @@ class RobustnessTaskConfig(TaskConfig):
             except ClipExpError as error:
                 errors.append(error)
                 continue
-            if self.baseline is not None and sets[each].images.imagenet is None:
+            if self.baseline is not None and sets[each].data.imagenet is None:
                 errors.append(
                     ConfigError(
                         f"task.{name}.sets.{each}.classes: which of ImageNet's 1,000 classes these are is not known, so "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, best_classes, top_k
-from clip_exp.evaluation.features import EncodedImages, encode_pictures, require_finite
+from clip_exp.evaluation.features import EncodedImages, encode_images, require_finite
 from clip_exp.evaluation.subject import Judge, Subject, hash_of
 from clip_exp.evaluation.tasks.robustness import UNSHIFTED, RobustnessTask
 from clip_exp.evaluation.tasks.robustness.supervised import load_supervised, restrict
@@ -32,11 +32,11 @@ def score_robustness(task: RobustnessTask, subject: Subject) -> Judge:
     own: dict[str, Result] = {}
     beside: dict[str, float] = {}
     for name, of_set in task.sets.items():
-        encoded = subject.encode_images(of_set.name, of_set.images.pictures)
+        encoded = subject.encode_images(of_set.name, of_set.data.images)
         own[name] = from_main(partial(_without_details, of_set, encoded, classifiers[name]))
         if baseline is not None:
             what = f"{of_set.name}: {baseline.name}"
-            logits = encode_pictures(baseline.encoder, of_set.images.pictures, subject.options, subject.cache, what)
+            logits = encode_images(baseline.encoder, of_set.data.images, subject.options, subject.cache, what)
             beside[name] = from_main(partial(_supervised, of_set, logits, baseline.name))
 
     def judge() -> Result:
@@ -47,7 +47,7 @@ def score_robustness(task: RobustnessTask, subject: Subject) -> Judge:
             top1[baseline.name] = beside
             metrics |= {f"{baseline.name}/{name}": value for name, value in _with_mean(beside).items()}
         protocol: dict[str, Any] = {
-            **{key: sum(of_set[key] for of_set in protocols.values()) for key in ("pictures", "bad_pictures")},
+            **{key: sum(of_set[key] for of_set in protocols.values()) for key in ("images", "bad_images")},
             "mean_of": [name for name in own if name != UNSHIFTED],
             "baseline": None if baseline is None else baseline.about,
             "sets": protocols,
@@ -65,11 +65,11 @@ def _without_details(task: ClassificationTask, encoded: EncodedImages, classifie
 
 def _supervised(task: ClassificationTask, encoded: EncodedImages, baseline: str) -> float:
     """Top-1 of the logits of a network that was trained on ImageNet-1k."""
-    images, classes = task.images, task.images.imagenet
+    data, classes = task.data, task.data.imagenet
     assert classes is not None  # `RobustnessTaskConfig.prepare`
     require_finite(encoded.features, f"logits of {baseline}")
     best = [best_classes(restrict(logits, classes)) for logits in encoded.features.split(CHUNK)]
-    return top_k(torch.cat(best), torch.tensor(images.labels)[encoded.kept], len(classes))["top1"]
+    return top_k(torch.cat(best), torch.tensor(data.labels)[encoded.kept], len(classes))["top1"]
 
 
 def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[str, Tensor]:
@@ -78,13 +78,13 @@ def _classifiers(sets: dict[str, ClassificationTask], subject: Subject) -> dict[
     The longest list is built first and whole, so that it is the one of `task=imagenet`, and is kept under the same key.
     """
     known: dict[tuple[str, str], Tensor] = {}
-    for task in sorted(sets.values(), key=lambda task: -len(task.images.class_names)):
+    for task in sorted(sets.values(), key=lambda task: -len(task.data.class_names)):
         prompts = hash_of(task.templates)
-        if new := [name for name in task.images.class_names if (prompts, name) not in known]:
+        if new := [name for name in task.data.class_names if (prompts, name) not in known]:
             classifier = subject.classifier(new, task.templates)
             known |= {(prompts, name): row for name, row in zip(new, classifier, strict=True)}
     return {
-        name: torch.stack([known[hash_of(task.templates), own] for own in task.images.class_names])
+        name: torch.stack([known[hash_of(task.templates), own] for own in task.data.class_names])
         for name, task in sets.items()
     }
 

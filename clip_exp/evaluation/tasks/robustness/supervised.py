@@ -40,7 +40,7 @@ class Preset:
     crop_size: int
     interpolation: str
 
-    def __call__(self, picture: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         """uint8 [3, crop_size, crop_size].
 
         Raises:
@@ -49,11 +49,9 @@ class Preset:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
 
-        if max(picture.size) > MAX_ASPECT * min(picture.size):
-            raise BadImage(
-                f"{picture.width} x {picture.height} pixels, longer than {MAX_ASPECT} times its shorter side"
-            )
-        resized = F.resize(picture.convert("RGB"), [self.resize_size], InterpolationMode(self.interpolation))
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise BadImage(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT} times its shorter side")
+        resized = F.resize(image.convert("RGB"), [self.resize_size], InterpolationMode(self.interpolation))
         return pil_to_tensor(F.center_crop(resized, [self.crop_size])).contiguous()
 
 

@@ -29,7 +29,7 @@ class ZeroShotTaskConfig(LabeledDataConfig, TaskConfig):
     title: ClassVar[str] = "Zero-shot classification"
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ClassificationTask]":
-        """Find the pictures, labels, names and templates."""
+        """Find the images, labels, names and templates."""
         from clip_exp.evaluation.sets.class_names import templates
         from clip_exp.evaluation.sets.datasets import labeled_images
 
@@ -41,45 +41,45 @@ class ZeroShotTaskConfig(LabeledDataConfig, TaskConfig):
 @dataclass(frozen=True)
 class ClassificationTask(Task):
     config: ZeroShotTaskConfig
-    images: "LabeledImages"
+    data: "LabeledImages"
     templates: list[str]
 
     @property
     def num_classes(self) -> int | None:
-        return len(self.images.class_names)
+        return len(self.data.class_names)
 
     def score(self, subject: "Subject") -> "Judge":
-        classifier = subject.classifier(self.images.class_names, self.templates)
-        encoded = subject.encode_images(self.name, self.images.pictures)
+        classifier = subject.classifier(self.data.class_names, self.templates)
+        encoded = subject.encode_images(self.name, self.data.images)
         return lambda: self.judge(encoded, classifier)
 
     def judge(self, encoded: "EncodedImages", classifier_CD: "Tensor") -> "Result":
-        """Return the result of pictures and classes that are encoded."""
+        """Return the result of images and classes that are encoded."""
         import torch
 
         from clip_exp.evaluation.classification import accuracies, classified, classify
         from clip_exp.evaluation.subject import LISTED, absolute, counts, hash_of, source_of
         from clip_exp.reports.evaluation import Result
 
-        images = self.images
-        labels = torch.tensor(images.labels)[encoded.kept]
+        data = self.data
+        labels = torch.tensor(data.labels)[encoded.kept]
         best, probabilities = classify(encoded.features, classifier_CD)
         protocol = {
             "kind": self.config.kind,
-            "data": absolute(images.where),
+            "data": absolute(data.where),
             **counts(encoded),
-            "unlabeled_pictures": images.unlabeled,
-            **images.about,
-            "classes": len(images.class_names),
+            "unlabeled_images": data.unlabeled,
+            **data.about,
+            "classes": len(data.class_names),
             "classes_source": source_of(self.config.classes),
-            "classes_sha256": hash_of(images.class_names),
-            "classes_without_pictures": len(images.missing),
+            "classes_sha256": hash_of(data.class_names),
+            "classes_without_images": len(data.missing),
             "templates": len(self.templates),
             "templates_source": source_of(self.config.templates),
             "templates_sha256": hash_of(self.templates),
         }
         if self.config.classes != "imagenet":
-            named = {key: name for key, name in zip(images.keys, images.class_names, strict=True) if key is not None}
-            protocol["names"] = named if len(images.keys) <= LISTED else None
-        details = classified(images, encoded, labels, best, probabilities)
-        return Result(accuracies(best, labels, len(images.class_names)), protocol, details)
+            named = {key: name for key, name in zip(data.keys, data.class_names, strict=True) if key is not None}
+            protocol["names"] = named if len(data.keys) <= LISTED else None
+        details = classified(data, encoded, labels, best, probabilities)
+        return Result(accuracies(best, labels, len(data.class_names)), protocol, details)

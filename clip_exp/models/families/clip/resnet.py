@@ -1,7 +1,7 @@
 """The image tower of the RN models: a ResNet pooled by attention (He et al. 2016, as CLIP changed it).
 
 The changes (Radford et al. 2021, section 2.4): a stem of three convolutions, an average pool before every convolution
-that would have a stride, and attention pooling, whose query is the mean of the picture.
+that would have a stride, and attention pooling, whose query is the mean of the image.
 
 Batch normalization takes its statistics from what a device sees at once: a device's share of the batch, or a micro-batch.
 Losses therefore depend a little on the number of devices and on `micro_batch_size`, unlike those of transformers.
@@ -101,13 +101,13 @@ class MeanPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Pictures to embeddings.
+    """Images to embeddings.
 
     Initial weights are those of open_clip: torch's defaults for convolutions, zero for the last norm of every block, and
     N(0, 1 / channels) for the positions and the matrices of the attention pooling.
 
     Args:
-        image_size: side of a picture, a multiple of 32 pixels.
+        image_size: side of an image, a multiple of 32 pixels.
         stages: blocks of each of the four stages.
         width: channels of the stem; the last feature map has 32 times as many.
         heads: of the attention pooling; OpenAI took half of `width`.

@@ -7,14 +7,14 @@ from clip_exp.models.layers import LayerNorm, Transformer
 
 
 def to_patches(image_BCHW: Tensor, patch_size: int) -> Tensor:
-    """The picture's patches, row by row, each flattened like a convolution's kernel: [B, N, C * patch_size**2]."""
+    """The image's patches, row by row, each flattened like a convolution's kernel: [B, N, C * patch_size**2]."""
     B, C, H, W = image_BCHW.shape
     grid = image_BCHW.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class PatchDropout(nn.Module):
-    """A training step sees some of the patches of each picture, drawn anew, and costs that much less (Li et al. 2023, FLIP).
+    """A training step sees some of the patches of each image, drawn anew, and costs that much less (Li et al. 2023, FLIP).
 
     Args:
         share: of the patches, left out; at least one patch stays.
@@ -35,7 +35,7 @@ class PatchDropout(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pictures to embeddings.
+    """Images to embeddings.
 
     Initial weights are those of open_clip: torch's defaults inside the blocks, N(0, 1 / width) for the class token, the
     positions and the projection.

@@ -55,7 +55,7 @@ def _timm_tower(
         return visual
 
     try:
-        with torch.device("meta"), torch.no_grad():  # whether it takes such pictures, without computing anything
+        with torch.device("meta"), torch.no_grad():  # whether it takes such images, without computing anything
             build(False).eval()(torch.zeros(1, 3, size, size))
         return build(pretrained)
     except Exception as error:  # timm's backbones, and the hub where their weights are, fail in ways of their own

@@ -29,7 +29,7 @@ class LatentPool(nn.Module):
 
 
 class SigLIPImage(nn.Module):
-    """Pictures to embeddings of `width` channels: there is no projection, so `embed_dim` is `width`.
+    """Images to embeddings of `width` channels: there is no projection, so `embed_dim` is `width`.
 
     Initial weights are those of timm, which open_clip takes this tower from: N(0, 0.02²) for matrices and positions, zero
     biases, torch's defaults for the patches, and a normal of deviation width**-0.5 cut at two deviations for the query.

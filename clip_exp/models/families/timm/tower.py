@@ -13,10 +13,10 @@ OPTIONS = {"patch_drop_rate": "model.image.patch_dropout", "proj_drop_rate": "mo
 
 
 class TimmTower(nn.Module):
-    """Pictures to embeddings.
+    """Images to embeddings.
 
     Args:
-        trunk: pictures to [B, channels].
+        trunk: images to [B, channels].
         channels: of the trunk.
         embed_dim: of the shared space.
         projection: linear, or an MLP as wide as twice the shared space; both end without a bias, as open_clip's.
@@ -64,7 +64,7 @@ def build_tower(image: TimmConfig, model: ModelConfig, own_weights: bool = False
         options["patch_drop_rate"] = image.patch_dropout
     if model.dropout:
         options["proj_drop_rate"] = model.dropout
-    with torch.device("meta"):  # what the backbone makes of a picture is found out without computing anything
+    with torch.device("meta"):  # what the backbone makes of an image is found out without computing anything
         probe = _create(name, image.image_size, options)
     channels = _channels(probe, name, image.image_size)
     if image.projection is Projection.none and channels != model.embed_dim:

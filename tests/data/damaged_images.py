@@ -1,6 +1,6 @@
-"""Odd and damaged pictures by the thousand, from a seed: what a loader must survive.
+"""Odd and damaged images by the thousand, from a seed: what a loader must survive.
 
-Every way in which a file can be wrong is a function below; `damaged_pictures` goes through all of them in turn.
+Every way in which a file can be wrong is a function below; `damaged_images` goes through all of them in turn.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from clip_exp.data import files
-from tests.data.encoded import ORIENTATION, SUFFIXES, Draw, any_format, bomb, chunk, encoded, picture, png
+from tests.data.encoded import ORIENTATION, SUFFIXES, Draw, any_format, bomb, chunk, encoded, image, png
 
 Maker = Callable[[Path, Draw], str | None]
 
@@ -27,11 +27,11 @@ class Made(NamedTuple):
     expected: str | None  # good; or bad, by the kind of its reason; None: not known
 
 
-def damaged_pictures(folder: Path, count: int, seed: int) -> list[Made]:
+def damaged_images(folder: Path, count: int, seed: int) -> list[Made]:
     """Write `count` files of a few kB into `folder`, which is their data root; some link to what is beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     outside = folder.parent / f"outside-{folder.name}.jpg"
-    outside.write_bytes(encoded(picture(np.random.default_rng(0)), "JPEG"))
+    outside.write_bytes(encoded(image(np.random.default_rng(0)), "JPEG"))
     draw = np.random.default_rng(seed)
     made = []
     for i in range(count):
@@ -51,59 +51,59 @@ def plain(file: Path, draw: Draw) -> str | None:
 
 def odd_mode(file: Path, draw: Draw) -> str | None:
     mode = str(draw.choice(["1", "L", "LA", "P", "RGBA", "I;16"]))
-    image = picture(draw, "L" if mode == "I;16" else mode)
+    drawn = image(draw, "L" if mode == "I;16" else mode)
     if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-    file.write_bytes(encoded(image, "PNG"))
+        drawn = Image.fromarray(np.asarray(drawn).astype(np.uint16) * 257)
+    file.write_bytes(encoded(drawn, "PNG"))
     return "good"
 
 
 def cmyk(file: Path, draw: Draw) -> str | None:
-    file.write_bytes(encoded(picture(draw, "CMYK"), "JPEG", progressive=bool(draw.integers(2))))
+    file.write_bytes(encoded(image(draw, "CMYK"), "JPEG", progressive=bool(draw.integers(2))))
     return "good"
 
 
 def palette_with_alpha(file: Path, draw: Draw) -> str | None:
-    image = picture(draw).quantize(16)
-    file.write_bytes(encoded(image, "PNG", transparency=draw.bytes(16)))
+    drawn = image(draw).quantize(16)
+    file.write_bytes(encoded(drawn, "PNG", transparency=draw.bytes(16)))
     return "good"
 
 
 def animated(file: Path, draw: Draw) -> str | None:
-    frames = [picture(draw).resize((20, 20)) for _ in range(4)]
+    frames = [image(draw).resize((20, 20)) for _ in range(4)]
     kind = str(draw.choice(["GIF", "WEBP", "PNG"]))
     file.write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
     return "good"
 
 
 def two_in_one(file: Path, draw: Draw) -> str | None:
-    file.write_bytes(encoded(picture(draw), "MPO", save_all=True, append_images=[picture(draw)]))
+    file.write_bytes(encoded(image(draw), "MPO", save_all=True, append_images=[image(draw)]))
     return "good"
 
 
 def turned(file: Path, draw: Draw) -> str | None:
-    image = picture(draw)
-    exif = image.getexif()
+    drawn = image(draw)
+    exif = drawn.getexif()
     exif[ORIENTATION] = int(draw.integers(0, 12))
-    file.write_bytes(encoded(image, str(draw.choice(["JPEG", "PNG", "WEBP"])), exif=exif))
+    file.write_bytes(encoded(drawn, str(draw.choice(["JPEG", "PNG", "WEBP"])), exif=exif))
     return "good"
 
 
 def garbage_in_exif(file: Path, draw: Draw) -> str | None:
     kind = str(draw.choice(["JPEG", "PNG", "WEBP"]))
-    file.write_bytes(encoded(picture(draw), kind, exif=b"Exif\0\0" + draw.bytes(200)))
+    file.write_bytes(encoded(image(draw), kind, exif=b"Exif\0\0" + draw.bytes(200)))
     return "good"
 
 
 def garbage_behind(file: Path, draw: Draw) -> str | None:
-    file.write_bytes(encoded(picture(draw), str(draw.choice(["JPEG", "PNG"]))) + draw.bytes(300))
+    file.write_bytes(encoded(image(draw), str(draw.choice(["JPEG", "PNG"]))) + draw.bytes(300))
     return "good"
 
 
 def tiny_or_long(file: Path, draw: Draw) -> str | None:
     sizes = [(1, 1), (1, 3000), (3000, 1), (2, 1)]
-    image = picture(draw).resize(sizes[draw.integers(len(sizes))])
-    file.write_bytes(encoded(image, str(draw.choice(list(SUFFIXES)))))
+    drawn = image(draw).resize(sizes[draw.integers(len(sizes))])
+    file.write_bytes(encoded(drawn, str(draw.choice(list(SUFFIXES)))))
     return "good"
 
 
@@ -114,7 +114,7 @@ def link_inside(file: Path, draw: Draw) -> str | None:
     return "good"
 
 
-# ------------------------------------------------------------------------------------------------------- no pictures
+# ------------------------------------------------------------------------------------------------------- no images
 
 
 def missing(file: Path, draw: Draw) -> str | None:
@@ -164,12 +164,12 @@ def too_large(file: Path, draw: Draw) -> str | None:
 
 def html(file: Path, draw: Draw) -> str | None:
     file.write_text(f"<!DOCTYPE html><html><body>{draw.integers(1000)}: Not Found</body></html>")
-    return files.NOT_A_PICTURE
+    return files.NOT_A_IMAGE
 
 
 def zeros(file: Path, draw: Draw) -> str | None:
     file.write_bytes(bytes(int(draw.integers(1, 4000))))
-    return files.NOT_A_PICTURE
+    return files.NOT_A_IMAGE
 
 
 def noise(file: Path, draw: Draw) -> str | None:
@@ -178,16 +178,16 @@ def noise(file: Path, draw: Draw) -> str | None:
 
 
 def other_format(file: Path, draw: Draw) -> str | None:
-    file.write_bytes(encoded(picture(draw), str(draw.choice(["TIFF", "ICO", "PPM", "PCX"]))))
+    file.write_bytes(encoded(image(draw), str(draw.choice(["TIFF", "ICO", "PPM", "PCX"]))))
     return files.NOT_ALLOWED
 
 
-# -------------------------------------------------------------------------------------------------- damaged pictures
+# -------------------------------------------------------------------------------------------------- damaged images
 
 
 def cut(file: Path, draw: Draw) -> str | None:
     kind = str(draw.choice(["JPEG", "PNG"]))
-    data = encoded(picture(draw), kind)
+    data = encoded(image(draw), kind)
     file.write_bytes(data[: int(draw.integers(len(data) // 2, len(data)))])
     return None if kind == "JPEG" else files.TRUNCATED  # half a small JPEG may be all header
 
@@ -200,7 +200,7 @@ def cut_anywhere(file: Path, draw: Draw) -> str | None:
 
 def filled_with_zeros(file: Path, draw: Draw) -> str | None:
     """As a download that stopped into a file of its final size."""
-    data = encoded(picture(draw), "JPEG")
+    data = encoded(image(draw), "JPEG")
     kept = int(draw.integers(len(data) - 8, len(data) - 2))
     file.write_bytes(data[:kept].ljust(len(data), b"\0"))
     return files.TRUNCATED
@@ -231,7 +231,7 @@ def flipped_header(file: Path, draw: Draw) -> str | None:
 
 
 def checksum_wrong(file: Path, draw: Draw) -> str | None:
-    data = bytearray(encoded(picture(draw), "PNG"))
+    data = bytearray(encoded(image(draw), "PNG"))
     data[29 + int(draw.integers(4))] ^= 0xFF  # of the header
     file.write_bytes(data)
     return files.DAMAGED
@@ -244,7 +244,7 @@ def huge_png(file: Path, draw: Draw) -> str | None:
 
 
 def huge_jpeg(file: Path, draw: Draw) -> str | None:
-    data = bytearray(encoded(picture(draw), "JPEG"))
+    data = bytearray(encoded(image(draw), "JPEG"))
     size = data.index(b"\xff\xc0") + 5
     data[size : size + 4] = struct.pack(">HH", *draw.integers(6_400, 65_500, 2).tolist())
     file.write_bytes(data)
@@ -269,7 +269,7 @@ def profile_bomb(file: Path, draw: Draw) -> str | None:
 
 
 def scans_without_end(file: Path, draw: Draw) -> str | None:
-    data = encoded(picture(draw), "JPEG", progressive=True)
+    data = encoded(image(draw), "JPEG", progressive=True)
     scan = data.rindex(b"\xff\xda")
     file.write_bytes(data[:scan] + data[scan:-2] * 200 + data[-2:])
     return files.DAMAGED

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_exp.data.pictures import label_of_images, warn_alike
+from clip_exp.data.image_sets import label_of_images, warn_alike
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
 from tests.data.conftest import write_table
@@ -36,7 +36,7 @@ def test_labels_lose_the_blanks_around_them_in_every_format_and_captions_do_not(
         assert {table.caption(row) for row in range(len(table))} == {" x "}
 
 
-def test_a_picture_has_the_label_of_those_rows_that_have_one_and_no_second_one(tmp_path):
+def test_an_image_has_the_label_of_those_rows_that_have_one_and_no_second_one(tmp_path):
     rows = [
         ["filepath", "title", "label"],
         ["a.png", "x", ""],

@@ -36,13 +36,13 @@ from clip_exp.errors import DataError
 log = logging.getLogger(__name__)
 
 
-class Pictures(Protocol):
-    """A sequence of pictures; picklable, since worker processes open them."""
+class ImageSet(Protocol):
+    """A sequence of images; picklable, since worker processes open them."""
 
     def __len__(self) -> int: ...
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        """The picture in its own mode, as the published protocol sees it (`data.images.open_image`).
+        """The image in its own mode, as the published protocol sees it (`data.images.open_image`).
 
         Raises:
             BadImage: it cannot be used; the message is the reason.
@@ -58,16 +58,16 @@ class Pictures(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when a picture does; what is cached about the pictures is filed under it."""
+        """A hash that changes when an image does; what is cached about the images is filed under it."""
         ...
 
 
-class PictureFiles:
-    """Pictures in files.
+class ImageFiles:
+    """Images in files.
 
     Args:
         paths: of the files.
-        border: pixels that are cut off on every side; ObjectNet's pictures have a red frame.
+        border: pixels that are cut off on every side; ObjectNet's images have a red frame.
     """
 
     def __init__(self, paths: Sequence[str | Path], border: int = 0) -> None:
@@ -79,10 +79,10 @@ class PictureFiles:
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
         limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES)
-        picture = _decode(read_file(self.name(index), limits), limits)
+        image = _decode(read_file(self.name(index), limits), limits)
         if not self.border:
-            return picture
-        return picture.crop((self.border, self.border, picture.width - self.border, picture.height - self.border))
+            return image
+        return image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
@@ -101,12 +101,12 @@ def _decode(data: bytearray, limits: ImageLimits) -> Image.Image:
     return decode(data, limits)
 
 
-class TablePictures:
-    """Pictures of a table's rows, in files anywhere or in shards.
+class TableImages:
+    """Images of a table's rows, in files anywhere or in shards.
 
     Args:
-        table: of pictures.
-        rows: one for each picture.
+        table: of images.
+        rows: one for each image.
         outside_root: see `ImageLimits`.
     """
 
@@ -118,7 +118,7 @@ class TablePictures:
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
         limits = ImageLimits(max_pixels, max_bytes=MAX_EVALUATED_BYTES, outside_root=self.outside_root)
-        return _decode(self.table.read_picture(int(self.rows[index]), limits), limits)
+        return _decode(self.table.read_image(int(self.rows[index]), limits), limits)
 
     def name(self, index: int) -> str:
         return self.table.image_path(int(self.rows[index]))
@@ -131,15 +131,15 @@ class TablePictures:
         return Stored(str(self.table.part(row).path), offset, size)
 
     def fingerprint(self) -> str:
-        """As `PictureFiles` has it; of shards, with the pictures' places in them."""
+        """As `ImageFiles` has it; of shards, with the images' places in them."""
         return fingerprint_of(self, "border 0")
 
 
 @dataclass(frozen=True)
-class TorchvisionPictures:
-    """The pictures of a data set of torchvision, or of anything whose items begin with a picture."""
+class TorchvisionImages:
+    """The images of a data set of torchvision, or of anything whose items begin with an image."""
 
-    dataset: Any  # `dataset[i][0]` is a PIL picture
+    dataset: Any  # `dataset[i][0]` is a PIL image
     title: str  # of the set and its part, as CIFAR10/test
     root: Path  # the folder that the set was given, absolute
 
@@ -150,15 +150,15 @@ class TorchvisionPictures:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                picture = self.dataset[index][0]
-                picture.load()
+                image = self.dataset[index][0]
+                image.load()
             except Exception as error:  # whatever this class meets in a damaged file
                 raise bad_image(error) from error
-        if picture.width * picture.height > max_pixels:
+        if image.width * image.height > max_pixels:
             raise BadImage(
-                f"{TOO_MANY_PIXELS}: {picture.width} x {picture.height} pixels, more than max_image_pixels={max_pixels}"
+                f"{TOO_MANY_PIXELS}: {image.width} x {image.height} pixels, more than max_image_pixels={max_pixels}"
             )
-        return picture
+        return image
 
     def name(self, index: int) -> str:
         return f"{self.title}/{index}"
@@ -191,13 +191,13 @@ class TorchvisionPictures:
         return digest.hexdigest()
 
 
-def fingerprint_of(pictures: PictureFiles | TablePictures, about: str) -> str:
-    """Return a hash that changes when a picture is in another place, or what is there.
+def fingerprint_of(images: ImageFiles | TableImages, about: str) -> str:
+    """Return a hash that changes when an image is in another place, or what is there.
 
     Args:
         about: what else it depends on.
     """
-    places = [pictures.stored(index) for index in range(len(pictures))]
+    places = [images.stored(index) for index in range(len(images))]
     digest = hashlib.sha256(f"{about}\n".encode())
     for place, stamp in zip(places, stamps(places), strict=True):
         line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(stamp)}\n"
@@ -219,13 +219,13 @@ def label_of_images(table: PairTable) -> list[str]:
     encoded = table.labels.dictionary_encode()
     names: list[str] = encoded.chunk(0).dictionary.to_pylist()
     code = np.concatenate([int32_numpy(chunk.indices) for chunk in encoded.chunks])
-    pictures = table.image_index()
+    images = table.image_index()
     rows = np.flatnonzero(code != names.index("")) if "" in names else np.arange(len(code))
-    first = np.full(table.pictures, -1, dtype=np.int64)  # row that labels each image
-    first[pictures[rows[::-1]]] = rows[::-1]
-    other = rows[code[rows] != code[first[pictures[rows]]]]
+    first = np.full(table.images, -1, dtype=np.int64)  # row that labels each image
+    first[images[rows[::-1]]] = rows[::-1]
+    other = rows[code[rows] != code[first[images[rows]]]]
     if len(other):
-        row, before = int(other[0]), int(first[pictures[other[0]]])
+        row, before = int(other[0]), int(first[images[other[0]]])
         raise DataError(
             f"{table.where(row)}: {table.path(row)} is '{table.label(row)}' here and '{table.label(before)}' before "
             f"({table.where(before)}); give one label."
