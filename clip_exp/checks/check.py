@@ -18,10 +18,10 @@ from clip_exp.config.base import plain
 from clip_exp.config.commands import CheckDataConfig
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import decode_rgb
-from clip_exp.data.loader import cores_per_rank, count_workers, killed_workers_are_told
+from clip_exp.data.loader import cores_per_rank, count_workers, report_killed_workers
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import DataError
-from clip_exp.reports.data_page import Equal, Gallery, ImageExample, data_page
+from clip_exp.reports.data_report import Equal, Gallery, ImageExample, data_report
 from clip_exp.reports.page import SIDE, Thumbnail, shrunk
 from clip_exp.runs import write_json, write_text
 from clip_exp.storage import TextWriter, atomic_file
@@ -45,7 +45,7 @@ def run(
     """
     workers = cores_per_rank(1) if config.num_workers is None else config.num_workers
     vocabulary = Vocabulary.of(build_tokenizer(config.model.text))
-    with bad_samples_file(folder / "bad_samples.csv") as bad_samples, killed_workers_are_told("num_workers"):
+    with bad_samples_file(folder / "bad_samples.csv") as bad_samples, report_killed_workers("num_workers"):
         scanned = [scan_split(split, config, vocabulary, workers, bad_samples) for split in splits]
     equal = Equalities(scanned)
     loader_workers = count_workers(config.data.num_workers, 1, resolve_accelerator("auto"))
@@ -68,7 +68,7 @@ def run(
     write_json(folder / "report.json", report)
     write_lists(folder, scanned, equal)
     gallery = collect(scanned, equal, ImageLimits.of(config.data))
-    write_text(folder / "report.html", data_page(report, gallery, folder, command))
+    write_text(folder / "report.html", data_report(report, gallery, folder, command))
     return report, verdicts
 
 

@@ -11,17 +11,17 @@ from clip_exp.checks.statistics import (
     NO_LETTERS,
     SCRIPTS,
     SPLIT_BADLY,
-    counted_share,
+    counted_fraction,
     describe_images,
     english_tokens_per_character,
     equal_pairs_in_batch,
+    fraction,
     quantiles,
-    share,
     whole_histogram,
 )
 from clip_exp.config.commands import CheckDataConfig
 from clip_exp.data.tables.filters import as_json
-from clip_exp.data.tables.table import bad_rows, unlike_values
+from clip_exp.data.tables.table import bad_rows, unconverted_values
 
 EXAMPLES = 20
 CUT_EXAMPLES = 5
@@ -57,7 +57,7 @@ def describe_leakage(scanned: list[Scanned], leakage: Leakage) -> dict[str, Any]
     pairs = [{"path": val.path(row), "caption": val.caption(row)} for row in leakage.pairs[:EXAMPLES].tolist()]
     return {
         "images": leakage.images,
-        "share": leakage.share,
+        "fraction": leakage.fraction,
         "same_bytes": described(leakage.same_bytes),
         "same_path": described(leakage.same_path),
         "same_image_and_caption": {"count": len(leakage.pairs), "examples": pairs},
@@ -81,14 +81,14 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
         "images_checked": scanned.checked,
         "bad_rows": {
             "count": by_reason.total(),
-            "share": share(by_reason.total(), sum(part.seen for part in parts)),
+            "fraction": fraction(by_reason.total(), sum(part.seen for part in parts)),
             "by_reason": _commonest_first(by_reason),
             "examples": examples[:BAD_ROW_EXAMPLES],
         },
-        "filter_values": as_json(unlike_values(parts)),
+        "filter_values": as_json(unconverted_values(parts)),
         "bad_images": {
             "count": scanned.bad.kinds.total(),
-            "share": share(scanned.bad.kinds.total(), scanned.checked),
+            "fraction": fraction(scanned.bad.kinds.total(), scanned.checked),
             "by_kind": kinds,
             "examples": [example._asdict() for kind in kinds for example in scanned.bad.examples[kind]],
         },
@@ -116,13 +116,13 @@ def _describe_captions(
         "tokens": quantiles(tokens),
         "histogram": whole_histogram(tokens, vocabulary.context_length + 1),
         "truncated": {
-            **counted_share(cut),
+            **counted_fraction(cut),
             "examples": [
                 {"where": split.where(row), "tokens": int(tokens[row]), "caption": split.caption(row)}
                 for row in shown.tolist()
             ],
         },
-        "empty": counted_share(rows["characters"] == 0),
+        "empty": counted_fraction(rows["characters"] == 0),
         "distinct": len(counts),
         "most_frequent": [
             {"caption": split.caption(int(first[at])), "rows": int(counts[at])} for at in frequent if counts[at] > 1
@@ -147,7 +147,7 @@ def _describe_scripts(scanned: Scanned, vocabulary: Vocabulary) -> dict[str, dic
         typical = int(found[np.argmin(np.abs(lengths - np.median(lengths)))])
         described[SCRIPTS[script]] = {
             "captions": int(count[script]),
-            "share": count[script] / len(rows),
+            "fraction": count[script] / len(rows),
             "tokens_per_character": ratio,
             "times_english": ratio / english,
             "split_badly": script != NO_LETTERS and ratio / english >= SPLIT_BADLY,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clip_exp.checks.scan import Scanned
-from clip_exp.checks.statistics import share
+from clip_exp.checks.statistics import fraction
 
 
 class Leak(NamedTuple):
@@ -24,7 +24,7 @@ class Leakage:
     same_bytes: list[Leak]
     same_path: list[Leak]
     images: int  # distinct validation images in either
-    share: float  # of the validation images
+    fraction: float  # of the validation images
     pairs: np.ndarray  # int64: validation rows whose image and caption both are in one row of training
 
 
@@ -109,4 +109,4 @@ def find_leakage(
     by_bytes, by_path = common(*contents), common(*paths)
     distinct = len({leak.val_image for leak in (*by_bytes, *by_path)})
     leaked_rows = np.flatnonzero(np.isin(pairs[1], pairs[0]))
-    return Leakage(by_bytes, by_path, distinct, share(distinct, len(contents[1])), leaked_rows)
+    return Leakage(by_bytes, by_path, distinct, fraction(distinct, len(contents[1])), leaked_rows)

@@ -42,15 +42,15 @@ def whole_histogram(values: np.ndarray, end: int) -> dict[str, list[Any]]:
     return {"edges": edges, "counts": counts.tolist()}
 
 
-def share(count: int, total: int) -> float:
+def fraction(count: int, total: int) -> float:
     """0 of nothing."""
     return count / total if total else 0.0
 
 
-def counted_share(mask: np.ndarray) -> dict[str, Any]:
+def counted_fraction(mask: np.ndarray) -> dict[str, Any]:
     """How many, and which part of all."""
     count = int(np.count_nonzero(mask))
-    return {"count": count, "share": share(count, len(mask))}
+    return {"count": count, "fraction": fraction(count, len(mask))}
 
 
 # Images: what those of a split are like, and how fast they can be had.
@@ -77,12 +77,12 @@ def describe_images(good: np.ndarray, image_size: int) -> dict[str, Any]:
     return {
         "sizes": {name: quantiles(values) for name, values in measures.items()},
         "histograms": {name: octave_histogram(values) for name, values in measures.items()},
-        "smaller_than_input": {**counted_share(np.minimum(width, height) < image_size), "image_size": image_size},
+        "smaller_than_input": {**counted_fraction(np.minimum(width, height) < image_size), "image_size": image_size},
         "shorter_side": quantiles(np.minimum(width, height)),
         "formats": by_name(good["format"]),
         "modes": by_name(good["mode"]),
-        "exif_rotated": counted_share(good["rotated"]),
-        "animated": counted_share(good["animated"]),
+        "exif_rotated": counted_fraction(good["rotated"]),
+        "animated": counted_fraction(good["animated"]),
     }
 
 

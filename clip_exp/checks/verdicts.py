@@ -53,8 +53,8 @@ def _rows_and_images(name: str, split: dict[str, Any], config: CheckDataConfig) 
     """What is bad, and what is there twice."""
     bad = split["bad_rows"]
     if bad["count"]:
-        over = bad["share"] > config.data.max_bad_fraction
-        text = f"{counted(bad['count'], 'bad row')} ({probability(bad['share'])}): {_listed(bad['by_reason'])}"
+        over = bad["fraction"] > config.data.max_bad_fraction
+        text = f"{counted(bad['count'], 'bad row')} ({probability(bad['fraction'])}): {_listed(bad['by_reason'])}"
         fix = "Repair them (bad_rows.csv), or leave them out: data.on_bad_row=skip"
         yield Verdict(Level.error if over else Level.warning, name, "bad_rows", text, fix)
     for column, found in split["filter_values"].items():
@@ -64,9 +64,9 @@ def _rows_and_images(name: str, split: dict[str, Any], config: CheckDataConfig) 
             yield Verdict(Level.warning, name, "filter_values", text, fix)
     bad = split["bad_images"]
     if bad["count"]:
-        over = bad["share"] > config.data.max_bad_fraction
+        over = bad["fraction"] > config.data.max_bad_fraction
         kind = max(bad["by_kind"], key=bad["by_kind"].get)
-        text = f"{counted(bad['count'], 'bad image')} ({probability(bad['share'])}): {_listed(bad['by_kind'])}"
+        text = f"{counted(bad['count'], 'bad image')} ({probability(bad['fraction'])}): {_listed(bad['by_kind'])}"
         if over and kind in REMEDIES and bad["by_kind"][kind] > bad["count"] / 2:
             fix = f"{REMEDIES[kind]}; bad_samples.csv lists them all"
         elif over:
@@ -90,14 +90,14 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
     cut, empty, pairs = captions["truncated"], captions["empty"], captions["equal_in_batch"]["pairs"]
     if cut["count"]:
         text = (
-            f"{counted(cut['count'], 'caption')} ({probability(cut['share'])}) longer than {captions['context_length']} tokens: "
+            f"{counted(cut['count'], 'caption')} ({probability(cut['fraction'])}) longer than {captions['context_length']} tokens: "
             f"the end is cut off; the longest has {captions['tokens']['max']:,.0f}"
         )
         fix = "Shorten them, or raise model.text.context_length"
-        yield Verdict(_by_share(cut["share"]), name, "truncated_captions", text, fix)
+        yield Verdict(_level_of(cut["fraction"]), name, "truncated_captions", text, fix)
     if empty["count"]:
-        over = empty["share"] > config.data.max_empty_caption_fraction
-        text = f"{counted(empty['count'], 'empty or blank caption')} ({probability(empty['share'])})"
+        over = empty["fraction"] > config.data.max_empty_caption_fraction
+        text = f"{counted(empty['count'], 'empty or blank caption')} ({probability(empty['fraction'])})"
         fix = "Remove these rows: they say nothing of their images, and all are equal"
         if over:
             fix += ". Above data.max_empty_caption_fraction training does not start"
@@ -111,11 +111,11 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
     badly = {script: found for script, found in captions["scripts"].items() if found["split_badly"]}
     if badly:
         told = [
-            f"{script} ({counted(found['captions'], 'caption')}, {probability(found['share'])}) at "
+            f"{script} ({counted(found['captions'], 'caption')}, {probability(found['fraction'])}) at "
             f"{found['tokens_per_character']:.1f} tokens per character, {found['times_english']:.1f} times English"
             for script, found in badly.items()
         ]
-        level = _by_share(sum(found["share"] for found in badly.values()))
+        level = _level_of(sum(found["fraction"] for found in badly.values()))
         text = f"the tokenizer takes apart the writing of {'; '.join(told)}"
         fix = "Use a text tower made for these languages: model/text=huggingface model.text.name=xlm-roberta-base"
         yield Verdict(level, name, "badly_split_scripts", text, fix)
@@ -123,16 +123,16 @@ def _captions(name: str, split: dict[str, Any], config: CheckDataConfig) -> Iter
 
 def _sizes(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
     small, shorter = split["smaller_than_input"], split["shorter_side"]
-    if small["share"] >= WORTH_TELLING:
-        text = f"{counted(small['count'], 'image')} ({probability(small['share'])}) smaller than the model's {small['image_size']} pixels"
+    if small["fraction"] >= WORTH_TELLING:
+        text = f"{counted(small['count'], 'image')} ({probability(small['fraction'])}) smaller than the model's {small['image_size']} pixels"
         fix = "They are enlarged: leave them out, or choose a model with a smaller input"
         yield Verdict(Level.note, name, "small_images", text, fix)
     if shorter is not None and shorter["p50"] >= MUCH_LARGER * small["image_size"]:
         text = f"half of the images have a shorter side of {shorter['p50']:,.0f} pixels or more, the model's has {small['image_size']}"
         fix = f"Decoding is most of the loader's work: keep copies of about {2 * small['image_size']} pixels"
         yield Verdict(Level.note, name, "large_images", text, fix)
-    if split["exif_rotated"]["share"] >= WORTH_TELLING:
-        text = f"{counted(split['exif_rotated']['count'], 'image')} ({probability(split['exif_rotated']['share'])}) turned by EXIF"
+    if split["exif_rotated"]["fraction"] >= WORTH_TELLING:
+        text = f"{counted(split['exif_rotated']['count'], 'image')} ({probability(split['exif_rotated']['fraction'])}) turned by EXIF"
         fix = "Training turns them upright; the published evaluation protocols do not: store them upright"
         yield Verdict(Level.note, name, "exif_rotated", text, fix)
     if split["animated"]["count"]:
@@ -142,19 +142,19 @@ def _sizes(name: str, split: dict[str, Any]) -> Iterator[Verdict]:
 
 def _leakage(leakage: dict[str, Any], config: CheckDataConfig) -> Iterator[Verdict]:
     if leakage["images"]:
-        over = config.max_leakage is not None and leakage["share"] > config.max_leakage
+        over = config.max_leakage is not None and leakage["fraction"] > config.max_leakage
         sampled = " at least, since not all were checked" if leakage["sampled"] else ""
         pairs = leakage["same_image_and_caption"]["count"]
         text = (
-            f"{counted(leakage['images'], 'image')} ({probability(leakage['share'])}) shared with training{sampled}; "
+            f"{counted(leakage['images'], 'image')} ({probability(leakage['fraction'])}) shared with training{sampled}; "
             f"in {counted(pairs, 'row')} the caption is the same too"
         )
         fix = "Take them out of data.val or of data.train (leakage.csv): validation would look better than it is"
         yield Verdict(Level.error if over else Level.warning, VAL, "leakage", text, fix)
 
 
-def _by_share(share: float) -> Level:
-    return Level.warning if share >= WORTH_TELLING else Level.note
+def _level_of(fraction: float) -> Level:
+    return Level.warning if fraction >= WORTH_TELLING else Level.note
 
 
 def _listed(counts: dict[str, int], most: int = 6) -> str:

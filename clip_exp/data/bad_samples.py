@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 HEADER = ("path", "reason")
 VALIDATION = "validation: "
-TOLD_SINGLY = 10  # bad images; after those the log has a line at 100, 1,000, …
+LOGGED_SINGLY = 10  # bad images; after those the log has a line at 100, 1,000, …
 
 
 class BadSamples:
@@ -80,12 +80,12 @@ class BadSamples:
             )
 
     def _tell(self, new: dict[str, str], before: int) -> None:
-        for path, reason in list(new.items())[: max(0, TOLD_SINGLY - before)]:
+        for path, reason in list(new.items())[: max(0, LOGGED_SINGLY - before)]:
             log.warning("The %s image %r cannot be read: %s.", self._what, path, reason)
-        if before < TOLD_SINGLY <= len(self):
+        if before < LOGGED_SINGLY <= len(self):
             log.warning("Further bad images are counted%s.", f" and listed in {self._file}" if self._file else "")
         reached = 10 ** (len(str(len(self))) - 1)
-        if before < reached <= len(self) and reached > TOLD_SINGLY:
+        if before < reached <= len(self) and reached > LOGGED_SINGLY:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds().most_common())
             log.warning("%s %s images cannot be read so far: %s.", f"{len(self):,}", self._what, kinds)
 

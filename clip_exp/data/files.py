@@ -35,14 +35,14 @@ EMPTY_FILE = "empty file"
 TOO_MANY_BYTES = "too many bytes"
 TOO_MANY_PIXELS = "too many pixels"
 TOO_LONG = "too long a strip"  # for a decoder, or for evaluation, whose resizing would make it longer still
-NOT_A_IMAGE = "not an image"
+NOT_AN_IMAGE = "not an image"
 NOT_ALLOWED = "format not allowed"
 TRUNCATED = "truncated"
 DAMAGED = "damaged"
 OUT_OF_MEMORY = "out of memory"
 KINDS = (
     NO_SUCH_FILE, NOT_A_FILE, CANNOT_OPEN, OUTSIDE_ROOT, EMPTY_FILE, TOO_MANY_BYTES,
-    TOO_MANY_PIXELS, TOO_LONG, NOT_A_IMAGE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY,
+    TOO_MANY_PIXELS, TOO_LONG, NOT_AN_IMAGE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY,
 )  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -129,7 +129,7 @@ def leaves_root(path: str) -> bool:
     return False
 
 
-def read_below(root: Path, path: str, limits: ImageLimits) -> bytearray:
+def read_from_root(root: Path, path: str, limits: ImageLimits) -> bytearray:
     """`read_file` of a path as a table has it, which starts from `root` if it is relative.
 
     Raises: BadImage with the reason.
@@ -241,7 +241,7 @@ def bad_image(error: Exception, part: str = "pixels") -> BadImage:
     if isinstance(error, BadImage):
         return error
     if isinstance(error, Image.UnidentifiedImageError):
-        return BadImage(NOT_A_IMAGE)
+        return BadImage(NOT_AN_IMAGE)
     if isinstance(error, OSError) and error.errno is not None:
         return BadImage(unopened(error))
     text = str(error).lower()
@@ -301,9 +301,9 @@ def _unidentified(data: bytearray, allowed: tuple[str, ...]) -> str:
     if found:
         return f"{NOT_ALLOWED}: {found[0]}, which is not in data.image_formats"
     if data.startswith(LFS_POINTER):
-        return f"{NOT_A_IMAGE}: a Git-LFS pointer; run `git lfs pull` there"
+        return f"{NOT_AN_IMAGE}: a Git-LFS pointer; run `git lfs pull` there"
     is_page = data[:_GUESSED_BYTES].lstrip().startswith(b"<")
-    return f"{NOT_A_IMAGE}: a web page" if is_page else NOT_A_IMAGE
+    return f"{NOT_AN_IMAGE}: a web page" if is_page else NOT_AN_IMAGE
 
 
 # Names: when two are one file, without following every link; big tables have millions of them.
@@ -359,7 +359,7 @@ class Stored(NamedTuple):
     size: int | None = None  # None: the whole file
 
 
-class Stamp(NamedTuple):
+class ImageSignature(NamedTuple):
     """What is known of an image without reading all of it; an image that is replaced has another."""
 
     size: int  # bytes, -1 where the file cannot be read
@@ -367,32 +367,34 @@ class Stamp(NamedTuple):
     sample: int  # hash of the first, middle and last 4 KiB, 63 bits
 
 
-def stamps(places: Sequence[Stored]) -> list[Stamp]:
-    """Return the stamp of each place.
+def image_signatures(places: Sequence[Stored]) -> list[ImageSignature]:
+    """Return the signature of each place.
 
     The sample notices an image that was replaced by one of the same size and time. It takes 31 us per file (from the system's
     cache, on one core) where size and time alone take 3: 1.4 % of reading and decoding a JPEG of 50 kB, 2.2 ms.
     """
     parts = [places[start : start + _AT_ONCE] for start in range(0, len(places), _AT_ONCE)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        return [stamp for found in threads.map(lambda part: [*map(stamp_of, part)], parts) for stamp in found]
+        return [
+            signature for found in threads.map(lambda part: [*map(image_signature, part)], parts) for signature in found
+        ]
 
 
-def stamp_of(place: Stored) -> Stamp:
-    """Return the stamp of one place."""
+def image_signature(place: Stored) -> ImageSignature:
+    """Return the signature of one place."""
     try:
         descriptor = os.open(place.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):  # ValueError: a NUL in the name
-        return Stamp(-1, -1, 0)
+        return ImageSignature(-1, -1, 0)
     try:
         status = os.fstat(descriptor)
         size = status.st_size if place.size is None else place.size
         digest = blake2b(digest_size=8)
         for start in sorted({0, max(0, (size - _BLOCK) // 2), max(0, size - _BLOCK)}):
             digest.update(os.pread(descriptor, min(_BLOCK, size - start), place.offset + start))
-        return Stamp(size, status.st_mtime_ns, int.from_bytes(digest.digest(), "little") >> 1)
+        return ImageSignature(size, status.st_mtime_ns, int.from_bytes(digest.digest(), "little") >> 1)
     except OSError:  # a folder, or an error of the disk
-        return Stamp(-1, -1, 0)
+        return ImageSignature(-1, -1, 0)
     finally:
         os.close(descriptor)
 
@@ -424,8 +426,8 @@ def _size(place: Stored) -> int | None:
 
 
 def _sample(place: Stored) -> int | None:
-    stamp = stamp_of(place)
-    return None if stamp.size < 0 else stamp.sample
+    signature = image_signature(place)
+    return None if signature.size < 0 else signature.sample
 
 
 def _digest(place: Stored) -> bytes | None:

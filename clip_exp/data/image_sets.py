@@ -24,12 +24,12 @@ from clip_exp.data.files import (
     ImageLimits,
     Stored,
     bad_image,
+    image_signatures,
     normal_path,
     read_file,
-    stamps,
 )
 from clip_exp.data.tables.columns import int32_numpy
-from clip_exp.data.tables.reader import FileStamp
+from clip_exp.data.tables.reader import FileSignature
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import DataError
 
@@ -91,7 +91,7 @@ class ImageFiles:
         return Stored(self.name(index))
 
     def fingerprint(self) -> str:
-        """Of names, sizes, times of change and samples of the content (`files.stamps`): reading all of it takes as long as encoding."""
+        """Of names, sizes, times of change and samples of the content (`files.image_signatures`): reading all of it takes as long as encoding."""
         return fingerprint_of(self, f"border {self.border}")
 
 
@@ -187,7 +187,7 @@ class TorchvisionImages:
             found |= {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}
         digest = hashlib.sha256(f"{self.title}\t{len(self)}\n".encode())
         for file in sorted(found):
-            digest.update(f"{file}\t{tuple(FileStamp.of(Path(file), len(found)))}\n".encode())
+            digest.update(f"{file}\t{tuple(FileSignature.of(Path(file), len(found)))}\n".encode())
         return digest.hexdigest()
 
 
@@ -199,8 +199,8 @@ def fingerprint_of(images: ImageFiles | TableImages, about: str) -> str:
     """
     places = [images.stored(index) for index in range(len(images))]
     digest = hashlib.sha256(f"{about}\n".encode())
-    for place, stamp in zip(places, stamps(places), strict=True):
-        line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(stamp)}\n"
+    for place, signature in zip(places, image_signatures(places), strict=True):
+        line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(signature)}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -294,7 +294,7 @@ def _int64(values: Iterable[int]) -> Tensor:
 # Worker processes, and the shared memory that their batches come through.
 
 T_co = TypeVar("T_co", covariant=True)
-MOST_BESIDE_CPU_TRAINING = 8  # workers
+MAX_WORKERS_ON_CPU = 8  # workers
 SHARED_MEMORY = "/dev/shm"
 _LOADER = inspect.getfile(DataLoader)
 # "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)", "unable to write to file
@@ -398,7 +398,7 @@ def count_workers(requested: int | None, local_world_size: int, device_type: str
     if requested is not None:
         return requested
     free = max(1, cores_per_rank(local_world_size) - 1)
-    return free if device_type == "cuda" else min(MOST_BESIDE_CPU_TRAINING, free)
+    return free if device_type == "cuda" else min(MAX_WORKERS_ON_CPU, free)
 
 
 def cores_per_rank(local_world_size: int) -> int:
@@ -407,7 +407,7 @@ def cores_per_rank(local_world_size: int) -> int:
 
 
 @contextmanager
-def killed_workers_are_told(key: str) -> Iterator[None]:
+def report_killed_workers(key: str) -> Iterator[None]:
     """Around all that is done while a `WorkerLoader` has workers: torch tells of a killed one by an error in the midst of it.
 
     Args:

@@ -59,7 +59,7 @@ def test_rows_and_images_are_counted(train: dict[str, Any]) -> None:
 
 def test_bad_rows_are_counted_by_reason_and_listed(train: dict[str, Any], checked: Checked) -> None:
     assert train["bad_rows"]["by_reason"] == {"wrong number of fields": 3, "NUL character": 1}
-    assert train["bad_rows"]["share"] == pytest.approx(4 / 60)
+    assert train["bad_rows"]["fraction"] == pytest.approx(4 / 60)
     assert [row["line"] for row in rows_of(checked.folder / "bad_rows.csv")] == ["58", "59", "60", "61"]
 
 
@@ -126,7 +126,7 @@ def test_copies_and_repeated_pairs_are_found(train: dict[str, Any], checked: Che
 
 def test_leakage_is_found_by_bytes_path_and_pair(checked: Checked) -> None:
     leakage = checked.report["leakage"]
-    assert (leakage["images"], leakage["share"]) == (3, pytest.approx(3 / 12))
+    assert (leakage["images"], leakage["fraction"]) == (3, pytest.approx(3 / 12))
     assert leakage["same_bytes"]["count"] == 3
     assert leakage["same_path"]["examples"] == [{"val": "good/04.jpg", "train": "good/04.jpg"}]
     assert leakage["same_image_and_caption"]["examples"] == [

@@ -88,7 +88,7 @@ def test_leaks_are_told_once_for_each_image() -> None:
     )
     assert leakage.same_bytes == [(0, 1)]
     assert leakage.same_path == [(1, 2)]
-    assert (leakage.images, leakage.share, leakage.pairs.tolist()) == (2, pytest.approx(2 / 3), [0])
+    assert (leakage.images, leakage.fraction, leakage.pairs.tolist()) == (2, pytest.approx(2 / 3), [0])
 
 
 @pytest.mark.parametrize(

@@ -164,12 +164,12 @@ def too_large(file: Path, draw: Draw) -> str | None:
 
 def html(file: Path, draw: Draw) -> str | None:
     file.write_text(f"<!DOCTYPE html><html><body>{draw.integers(1000)}: Not Found</body></html>")
-    return files.NOT_A_IMAGE
+    return files.NOT_AN_IMAGE
 
 
 def zeros(file: Path, draw: Draw) -> str | None:
     file.write_bytes(bytes(int(draw.integers(1, 4000))))
-    return files.NOT_A_IMAGE
+    return files.NOT_AN_IMAGE
 
 
 def noise(file: Path, draw: Draw) -> str | None:

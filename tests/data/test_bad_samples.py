@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from clip_exp.data.bad_samples import TOLD_SINGLY, VALIDATION, BadSamples
+from clip_exp.data.bad_samples import LOGGED_SINGLY, VALIDATION, BadSamples
 from clip_exp.data.loader import UnreadableImage
 from clip_exp.errors import DataError
 
@@ -17,13 +17,13 @@ def test_the_log_names_the_first_bad_images_and_counts_the_others(tmp_path, capl
                 for k in range(i, i + 5)
             )
     told = [record.getMessage() for record in caplog.records]
-    assert sum("cannot be read: " in line and "image " in line for line in told) == TOLD_SINGLY
+    assert sum("cannot be read: " in line and "image " in line for line in told) == LOGGED_SINGLY
     assert f"Further bad images are counted and listed in {tmp_path}/bad_samples.csv." in told
     assert told[-2:] == [
         "100 training images cannot be read so far: 66 no such file, 34 truncated.",
         "1,000 training images cannot be read so far: 666 no such file, 334 truncated.",
     ]
-    assert len(told) == TOLD_SINGLY + 3
+    assert len(told) == LOGGED_SINGLY + 3
     assert dict(bad.kinds()) == {"no such file": 733, "truncated": 367}
     assert len((tmp_path / "bad_samples.csv").read_text().splitlines()) == 1101
 

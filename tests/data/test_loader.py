@@ -22,7 +22,7 @@ from clip_exp.data.loader import (
     UnreadableImage,
     UnreadableImageError,
     WorkerLoader,
-    killed_workers_are_told,
+    report_killed_workers,
 )
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
@@ -298,13 +298,13 @@ def test_a_killed_worker_is_an_error_with_a_remedy_whatever_the_process_is_doing
     told = r"killed from outside, mostly for lack of memory: use fewer of them \(data\.num_workers\)"
     for use in (list, lambda batches: (next(batches), time.sleep(5))):
         batches = iter(WorkerLoader(Killed(), sampler=[0, 1], num_workers=1))
-        with pytest.raises(DataError, match=told), killed_workers_are_told("data.num_workers"):
+        with pytest.raises(DataError, match=told), report_killed_workers("data.num_workers"):
             use(batches)
     broken = iter(WorkerLoader(Killed(), sampler=[0], num_workers=1))
     monkeypatch.setattr(broken._data_queue, "get", reset)
-    with pytest.raises(DataError, match=told), killed_workers_are_told("data.num_workers"):
+    with pytest.raises(DataError, match=told), report_killed_workers("data.num_workers"):
         next(broken)
-    with pytest.raises(ConnectionResetError), killed_workers_are_told("data.num_workers"):
+    with pytest.raises(ConnectionResetError), report_killed_workers("data.num_workers"):
         reset()
-    with pytest.raises(RuntimeError, match="of another kind"), killed_workers_are_told("data.num_workers"):
+    with pytest.raises(RuntimeError, match="of another kind"), report_killed_workers("data.num_workers"):
         raise RuntimeError("of another kind")

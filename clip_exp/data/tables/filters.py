@@ -66,7 +66,7 @@ Conversions: TypeAlias = dict[tuple[str, Converter], pa.Array]  # what each colu
 
 
 @dataclass(frozen=True)
-class Unlike:
+class UnconvertedValues:
     """Values of a column that are not of the kind that a filter compares it with.
 
     Missing ones are counted apart: that an empty cell matches nothing is what one expects of it, and an unreadable one is a fault.
@@ -100,7 +100,7 @@ class Filter:
     _condition: ast.expr
     _quoted: dict[str, str]
 
-    def select(self, extra: Mapping[str, pa.Array], lines: np.ndarray) -> tuple[np.ndarray, list[Unlike]]:
+    def select(self, extra: Mapping[str, pa.Array], lines: np.ndarray) -> tuple[np.ndarray, list[UnconvertedValues]]:
         """Return which rows match, bool [rows], and an account of the values that could not be compared.
 
         A comparison with a missing value, or of a text that is no number with a number, is neither true nor false, and `not`
@@ -113,7 +113,7 @@ class Filter:
         columns = {name: Column(name, extra[name]) for name in self.names}
         conversions: Conversions = {}
         matches = self._evaluate(self._condition, columns, conversions).fill_null(False)
-        return bool_numpy(matches), find_unlike(extra, conversions, lines)
+        return bool_numpy(matches), find_unconverted(extra, conversions, lines)
 
     def _evaluate(self, node: ast.expr, columns: Mapping[str, Column], conversions: Conversions) -> pa.BooleanArray:
         if isinstance(node, ast.BoolOp):
@@ -368,7 +368,9 @@ _KINDS: dict[Converter, str] = {numbers: "numbers", texts: "text", truths: "trut
 _SHOWN = 40  # characters of an example
 
 
-def find_unlike(columns: Mapping[str, pa.Array], conversions: Conversions, lines: np.ndarray) -> list[Unlike]:
+def find_unconverted(
+    columns: Mapping[str, pa.Array], conversions: Conversions, lines: np.ndarray
+) -> list[UnconvertedValues]:
     """Return the account of a block of rows.
 
     Args:
@@ -377,15 +379,15 @@ def find_unlike(columns: Mapping[str, pa.Array], conversions: Conversions, lines
         lines: where each row starts in the file.
     """
     return [
-        _unlike(name, _KINDS[convert], columns[name], converted, lines)
+        _unconverted(name, _KINDS[convert], columns[name], converted, lines)
         for (name, convert), converted in conversions.items()
         if converted.null_count
     ]
 
 
-def joined(found: Iterable[Unlike]) -> list[Unlike]:
+def joined(found: Iterable[UnconvertedValues]) -> list[UnconvertedValues]:
     """Return one account per column and kind, of blocks or files one after the other."""
-    accounts: dict[tuple[str, str], Unlike] = {}
+    accounts: dict[tuple[str, str], UnconvertedValues] = {}
     for new in found:
         before = accounts.setdefault((new.column, new.kind), replace(new, count=0, missing=0))
         first = before if before.count else new
@@ -394,7 +396,7 @@ def joined(found: Iterable[Unlike]) -> list[Unlike]:
     return list(accounts.values())
 
 
-def as_json(found: Iterable[Unlike]) -> dict[str, dict[str, Any]]:
+def as_json(found: Iterable[UnconvertedValues]) -> dict[str, dict[str, Any]]:
     """Return accounts for a summary or a protocol, by column."""
     by_column: dict[str, dict[str, Any]] = {}
     for each in found:
@@ -405,7 +407,7 @@ def as_json(found: Iterable[Unlike]) -> dict[str, dict[str, Any]]:
     return by_column
 
 
-def _unlike(name: str, kind: str, column: pa.Array, converted: pa.Array, lines: np.ndarray) -> Unlike:
+def _unconverted(name: str, kind: str, column: pa.Array, converted: pa.Array, lines: np.ndarray) -> UnconvertedValues:
     lost = pc.is_null(converted)
     values, places = column.filter(lost), lines[bool_numpy(lost)]
     if pa.types.is_dictionary(values.type):
@@ -418,9 +420,9 @@ def _unlike(name: str, kind: str, column: pa.Array, converted: pa.Array, lines: 
         present &= bool_numpy(pc.not_equal(pc.binary_length(values), 0).fill_null(False))
     count = int(present.sum())
     if not count:
-        return Unlike(name, kind, 0, len(values), "", 0)
+        return UnconvertedValues(name, kind, 0, len(values), "", 0)
     first = int(np.flatnonzero(present)[0])
     value = values[first].as_py()
     example = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     example = example if len(example) <= _SHOWN else example[:_SHOWN] + "…"
-    return Unlike(name, kind, count, len(values) - count, example, int(places[first]))
+    return UnconvertedValues(name, kind, count, len(values) - count, example, int(places[first]))

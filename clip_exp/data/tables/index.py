@@ -2,7 +2,7 @@
 
 An index is a folder `<stem of the first file>-<16 hex digits>`:
 
-    index.json     which files were read how, their stamps, bad rows and digests; the stamps of the files beside it
+    index.json     which files were read how, their signatures, bad rows and digests; the signatures of the files beside it
     rows.arrow     Arrow IPC: the strings, in batches of `BATCH_ROWS` rows
     lines.npy      int64 [rows]
     members.npy    int64 [rows, 2], of shards
@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables.filters import Unlike
-from clip_exp.data.tables.reader import FileStamp, RowBlock, TableOptions
+from clip_exp.data.tables.filters import UnconvertedValues
+from clip_exp.data.tables.reader import FileSignature, RowBlock, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS, Scan, ScannedFile, open_reader, progress_of
 from clip_exp.data.tables.table import ImageGroups, group_images
 from clip_exp.errors import DataError
@@ -37,7 +37,7 @@ from clip_exp.storage import atomic_folder, lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3  # of what the readers make of a file, and of the folder: a change makes new folders
+_VERSION = 4  # of what the readers make of a file, and of the folder: a change makes new folders
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,16 @@ def _load(folder: Path, source: TableSource) -> tuple[MappedRows, list[ScannedFi
         for entry in record["files"]:
             values = {
                 "path": Path(entry["path"]),
-                "stamp": FileStamp(*entry["stamp"]),
+                "signature": FileSignature(*entry["signature"]),
                 "bad_examples": tuple((line, reason) for line, reason in entry["bad_examples"]),
-                "unlike": tuple(Unlike(**each) for each in entry["unlike"]),
+                "unconverted": tuple(UnconvertedValues(**each) for each in entry["unconverted"]),
             }
             read.append(ScannedFile(**{**entry, **values}))
         rows = MappedRows(folder, record["content"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         log.warning("%s is damaged: the index is made anew.", folder)
         return None
-    if any(FileStamp.of_table(file.path, len(source.files)) != file.stamp for file in read):
+    if any(FileSignature.of_table(file.path, len(source.files)) != file.signature for file in read):
         log.info("%s has changed: its index is made anew.", source.files[0])
         return None
     if source.options.on_bad_row is OnBadRow.error and any(file.bad for file in read):
@@ -267,8 +267,8 @@ def _write_groups(partial: Path, scan: Scan, roots: Sequence[Path]) -> None:
 
 
 def _stored(file: Path) -> list[Any]:
-    stamp = FileStamp.of(file)
-    return [stamp.bytes, stamp.sample]
+    signature = FileSignature.of(file)
+    return [signature.bytes, signature.sample]
 
 
 def checksum(record: dict[str, Any]) -> str:

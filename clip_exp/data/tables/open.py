@@ -64,9 +64,9 @@ def open_table(
             log.warning("%s: %d bad rows were left out: %s.", file, sum(found.bad.values()), kinds)
         if found.empty_captions:
             log.warning("%s: %d of %d captions are empty or blank.", file, found.empty_captions, found.rows)
-        if found.unlike:
-            level = logging.WARNING if any(each.count for each in found.unlike) else logging.INFO
-            described = "; ".join(each.describe(found.unit) for each in found.unlike)
+        if found.unconverted:
+            level = logging.WARNING if any(each.count for each in found.unconverted) else logging.INFO
+            described = "; ".join(each.describe(found.unit) for each in found.unconverted)
             log.log(level, "%s: values that match nothing in the filter: %s.", file, described)
         start = parts[-1].start + parts[-1].rows if parts else 0
         parts.append(Part(**{**vars(found), "path": file.absolute()}, root=root, start=start))

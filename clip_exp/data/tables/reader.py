@@ -55,7 +55,7 @@ _MOST_BLOCKS, _FEWEST_BLOCKS = 256, 2  # of a file
 _ALL_BLOCKS = 4096  # of a table's files together, where they are many
 
 
-class FileStamp(NamedTuple):
+class FileSignature(NamedTuple):
     """What is known of a file without reading all of it."""
 
     bytes: int
@@ -63,8 +63,8 @@ class FileStamp(NamedTuple):
     sample: str  # hash of the first, the last and evenly spread blocks; of everything in a file that is no longer than these
 
     @classmethod
-    def of(cls, file: Path, files: int = 1) -> "FileStamp":
-        """The stamp of a file.
+    def of(cls, file: Path, files: int = 1) -> "FileSignature":
+        """The signature of a file.
 
         Args:
             files: how many are looked at together; each of many is sampled less.
@@ -84,7 +84,7 @@ class FileStamp(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns, digest.hexdigest())
 
     @classmethod
-    def of_table(cls, file: Path, files: int) -> "FileStamp":
+    def of_table(cls, file: Path, files: int) -> "FileSignature":
         """`of` a file that the configuration names.
 
         Raises: ConfigError.

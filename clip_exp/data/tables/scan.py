@@ -16,10 +16,10 @@ import pyarrow as pa
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import bool_array, count_blank, string_buffers, trimmed
 from clip_exp.data.tables.delimited import DelimitedReader
-from clip_exp.data.tables.filters import Unlike, joined
+from clip_exp.data.tables.filters import UnconvertedValues, joined
 from clip_exp.data.tables.jsonl import JsonLinesReader
 from clip_exp.data.tables.parquet import ParquetReader
-from clip_exp.data.tables.reader import FileStamp, Reader, RowBlock, TableOptions, unreadable
+from clip_exp.data.tables.reader import FileSignature, Reader, RowBlock, TableOptions, unreadable
 from clip_exp.data.tables.shards import ShardReader
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.progress import progress
@@ -35,7 +35,7 @@ class ScannedFile:
     """What was found in a file."""
 
     path: Path
-    stamp: FileStamp
+    signature: FileSignature
     rows: int
     seen: int  # `rows`, bad ones, and those that the filter left out
     digest: str  # of the rows: equal where paths, captions, labels and places in a shard are
@@ -43,7 +43,7 @@ class ScannedFile:
     bad_examples: tuple[tuple[int, str], ...]  # the first of them: line and reason
     unit: str  # what numbers the rows: line, row, sample
     empty_captions: int  # of `rows`, blank ones included
-    unlike: tuple[Unlike, ...]  # values that the filter could not compare
+    unconverted: tuple[UnconvertedValues, ...]  # values that the filter could not compare
 
 
 class Scan:
@@ -72,9 +72,9 @@ class Scan:
         yield from _rebatch(block for file in self.files for block in self._blocks_of(file))
         if not self._rows:
             which = f"{self.files[0]}{' and the others' * (len(self.files) > 1)}"
-            unlike = "; ".join(each.describe(file.unit) for file in self.read[:1] for each in file.unlike)
+            unconverted = "; ".join(each.describe(file.unit) for file in self.read[:1] for each in file.unconverted)
             raise DataError(
-                f"{which}: no row passes data.filter={self.options.filter}.{f' Values that match nothing: {unlike}.' * bool(unlike)}"
+                f"{which}: no row passes data.filter={self.options.filter}.{f' Values that match nothing: {unconverted}.' * bool(unconverted)}"
                 if any(file.seen for file in self.read)
                 else f"{which}: there are no rows. It takes a row per image-text pair."
             )
@@ -82,15 +82,15 @@ class Scan:
     def _blocks_of(self, file: Path) -> Iterator[RowBlock]:
         if self._rows == self.options.max_rows:
             return
-        stamp = FileStamp.of_table(file, len(self.files))
+        signature = FileSignature.of_table(file, len(self.files))
         reader, digest = open_reader(file, self.options), _Digest()
         before, found, empty_captions, told = self._rows, 0, 0, 0
-        unlike: list[Unlike] = []
+        unconverted: list[UnconvertedValues] = []
         for block in reader.blocks():
             self.advance(reader.bytes_read - told)
             told = reader.bytes_read
             found += len(block)
-            kept = self._kept(block, unlike)
+            kept = self._kept(block, unconverted)
             if len(kept):
                 digest.update(kept)
                 empty_captions += count_blank(kept.columns["caption_key"]) if "caption_key" in kept.columns else 0
@@ -99,27 +99,27 @@ class Scan:
             if self._rows == self.options.max_rows:
                 break
         else:
-            self.advance(stamp.bytes - told)
+            self.advance(signature.bytes - told)
         bad = reader.bad
         if not found and (bad.counts or len(self.files) == 1):
             left_out = f" ({bad.counts.total()} bad ones were left out)" if bad.counts else ""
             raise DataError(f"{file} has no rows{left_out}: it needs a row per image-text pair.")
         if not found:  # Spark and its like write such parts
             log.warning("%s has no rows.", file)
-        if FileStamp.of_table(file, len(self.files)) != stamp:
+        if FileSignature.of_table(file, len(self.files)) != signature:
             raise DataError(f"{file} has changed while it was read: start again when it is complete.")
         rows, seen = self._rows - before, found + bad.counts.total()
         self.read.append(
             ScannedFile(
-                file, stamp, rows, seen, digest.hex(), dict(bad.counts), tuple(bad.examples), bad.unit,
-                empty_captions, tuple(joined(unlike)),
+                file, signature, rows, seen, digest.hex(), dict(bad.counts), tuple(bad.examples), bad.unit,
+                empty_captions, tuple(joined(unconverted)),
             )
         )  # fmt: skip
 
-    def _kept(self, block: RowBlock, unlike: list[Unlike]) -> RowBlock:
+    def _kept(self, block: RowBlock, unconverted: list[UnconvertedValues]) -> RowBlock:
         if self._filter is not None:
             mask, found = self._filter.select(block.extra or {}, block.lines)
-            unlike += found
+            unconverted += found
             if not mask.all():
                 chosen = bool_array(mask)
                 columns = {name: array.filter(chosen) for name, array in block.columns.items()}

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_exp.data.files import ImageLimits, normal_path, read_below, read_member
+from clip_exp.data.files import ImageLimits, normal_path, read_from_root, read_member
 from clip_exp.data.tables.columns import int32_numpy, string_array
-from clip_exp.data.tables.filters import Unlike, as_json, joined
+from clip_exp.data.tables.filters import UnconvertedValues, as_json, joined
 from clip_exp.data.tables.reader import RowBlock
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
 
@@ -39,9 +39,9 @@ def bad_rows(parts: Iterable[Part]) -> Counter[str]:
     return counts
 
 
-def unlike_values(parts: Iterable[Part]) -> list[Unlike]:
+def unconverted_values(parts: Iterable[Part]) -> list[UnconvertedValues]:
     """Values that the filter could not compare, an account per column."""
-    return joined(each for part in parts for each in part.unlike)
+    return joined(each for part in parts for each in part.unconverted)
 
 
 class ImageGroups(NamedTuple):
@@ -122,7 +122,7 @@ class PairTable:
         found = {
             "bad_rows": self.skipped,
             "empty_captions": self.empty_captions,
-            "filter_values": as_json(unlike_values(self.parts)),
+            "filter_values": as_json(unconverted_values(self.parts)),
         }
         return {name: value for name, value in found.items() if value}
 
@@ -152,7 +152,7 @@ class PairTable:
             name = part.path.name
             times[name] += 1
             key = name if times[name] == 1 else f"{name} ({times[name]})"
-            found[key] = {"rows": part.rows, "bytes": part.stamp.bytes, "digest": part.digest}
+            found[key] = {"rows": part.rows, "bytes": part.signature.bytes, "digest": part.digest}
         return found
 
     def part(self, row: int) -> Part:
@@ -173,7 +173,7 @@ class PairTable:
         Raises: BadImage with the reason.
         """
         if self.members is None:
-            return read_below(self.part(row).root, self.path(row), limits)
+            return read_from_root(self.part(row).root, self.path(row), limits)
         offset, size = self.members[row].tolist()
         return read_member(self.part(row).path, offset, size, limits)
 

@@ -23,7 +23,7 @@ from clip_exp.data.files import ImageLimits
 from clip_exp.data.stream import Rows
 from clip_exp.data.tables import index, open, scan
 from clip_exp.data.tables.open import open_table, read_table
-from clip_exp.data.tables.reader import FileStamp, TableOptions
+from clip_exp.data.tables.reader import FileSignature, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import CheckpointError, ConfigError, DataError
@@ -216,12 +216,12 @@ def test_the_sample_of_a_large_file_sees_its_start_its_end_and_places_between(tm
     file = tmp_path / "large"
     data = bytearray(16 << 20)
     file.write_bytes(data)
-    stamp = FileStamp.of(file)
+    signature = FileSignature.of(file)
     for place in (0, len(data) - 1, *range(1 << 20, len(data), 5 << 20)):
         changed = data.copy()
         changed[place : place + (1 << 17)] = b"x" * len(changed[place : place + (1 << 17)])
         file.write_bytes(changed)
-        assert FileStamp.of(file).sample != stamp.sample
+        assert FileSignature.of(file).sample != signature.sample
 
 
 def flip(name: str) -> Callable[[Path], None]:

@@ -40,7 +40,7 @@ class Gallery:
     leaks: list[Equal]
 
 
-def data_page(report: dict[str, Any], gallery: Gallery, folder: Path, command: str) -> str:
+def data_report(report: dict[str, Any], gallery: Gallery, folder: Path, command: str) -> str:
     """The HTML of a check's page.
 
     Args:
@@ -111,8 +111,8 @@ def _tiles(report: dict[str, Any]) -> list[dict[str, str]]:
 
     tiles = [
         tile("Pairs", lambda split: f"{split['rows']:,}", f"of {counted(train['images'], 'image')}"),
-        tile("Bad images", lambda split: _share(split["bad_images"]), "cannot be used"),
-        tile("Captions cut", lambda split: _share(split["captions"]["truncated"]), "longer than the context"),
+        tile("Bad images", lambda split: _fraction(split["bad_images"]), "cannot be used"),
+        tile("Captions cut", lambda split: _fraction(split["captions"]["truncated"]), "longer than the context"),
     ]
     if speed["samples_per_s"] is not None:
         meaning = f"the most that {loaders(speed['loader_workers'])} can give here"
@@ -125,12 +125,12 @@ def loaders(workers: int) -> str:
     return counted(workers, "loader process", "loader processes") if workers else "training's own process"
 
 
-def _share(part: dict[str, Any]) -> str:
-    return probability(part["share"]) if part["count"] else "none"
+def _fraction(part: dict[str, Any]) -> str:
+    return probability(part["fraction"]) if part["count"] else "none"
 
 
 def _count(part: dict[str, Any]) -> str:
-    return f"{part['count']:,} ({probability(part['share'])})" if part["count"] else "0"
+    return f"{part['count']:,} ({probability(part['fraction'])})" if part["count"] else "0"
 
 
 def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bar:
-    share: float  # of the highest bar
+    height: float  # relative to the highest bar
     text: str  # what it counts
     odd: bool  # to be pointed out
 
