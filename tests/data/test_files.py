@@ -9,7 +9,7 @@ import pytest
 
 from clip_exp.config.data import DataConfig
 from clip_exp.data import files
-from clip_exp.data.files import BadImage, ImageLimits, kind_of, read_from_root, read_file, read_member
+from clip_exp.data.files import BadImage, ImageLimits, kind_of, read_file, read_from_root, read_member
 
 LIMITS = ImageLimits(max_bytes=1000)
 

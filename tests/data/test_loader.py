@@ -295,7 +295,7 @@ def reset(*_: object, **__: object) -> None:
 # torch may tell a second time, while the loader is taken down.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_worker_is_an_error_with_a_remedy_whatever_the_process_is_doing(monkeypatch):
-    told = r"killed from outside, mostly for lack of memory: use fewer of them \(data\.num_workers\)"
+    told = r"killed by a signal, usually because memory ran out\. Use fewer workers \(data\.num_workers\)"
     for use in (list, lambda batches: (next(batches), time.sleep(5))):
         batches = iter(WorkerLoader(Killed(), sampler=[0, 1], num_workers=1))
         with pytest.raises(DataError, match=told), report_killed_workers("data.num_workers"):

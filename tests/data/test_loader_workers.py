@@ -92,10 +92,10 @@ def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_with_remedies(m
     with pytest.raises(DataError) as caught, report_killed_workers("data.num_workers"):
         list(batches)
     assert str(caught.value) == (
-        "Shared memory ran out. Worker processes pass batches through /dev/shm, which has 67 MB, 1.5 MB of it free. "
-        "About 80 MB are needed: 1 x 2 batches of 40 MB (workers x what each prepares). Enlarge it (docker run "
+        "Shared memory ran out. Worker processes pass batches through /dev/shm, which has 67 MB, 1.5 MB free. "
+        "About 80 MB are needed: 1 x 2 batches of 40 MB (workers x prefetched batches). Enlarge it (docker run "
         "--shm-size=16g or --ipc=host; in Kubernetes an emptyDir with medium: Memory, mounted at /dev/shm), or use fewer "
-        "workers (data.num_workers); data.num_workers=0 needs none."
+        "workers (data.num_workers). With data.num_workers=0 no shared memory is needed."
     )
 
 
@@ -116,7 +116,7 @@ class Ended(Dataset[int]):
     ("number", "reported"),
     [
         (signal.SIGBUS, r"^Shared memory ran out\. .*/dev/shm"),
-        (signal.SIGKILL, "killed from outside, mostly for lack of"),
+        (signal.SIGKILL, "killed by a signal, usually because memory ran out"),
     ],
 )
 def test_sigbus_is_lack_of_shared_memory_and_sigkill_of_memory(number: signal.Signals, reported: str) -> None:
