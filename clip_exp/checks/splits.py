@@ -9,7 +9,7 @@ import numpy as np
 
 from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.generated import readable
+from clip_exp.data.generated import resolve_generated
 from clip_exp.data.stream import INDEX, open_tables
 from clip_exp.data.tables.table import PairTable, Part
 
@@ -93,7 +93,9 @@ def open_splits(config: DataConfig, output_dir: Path) -> list[Split]:
         ConfigError: a file does not exist.
         DataError: a column is missing, or there are no good rows.
     """
-    config = readable(config, output_dir).model_copy(update={"on_bad_row": OnBadRow.skip, "val": config.val or None})
+    config = resolve_generated(config, output_dir).model_copy(
+        update={"on_bad_row": OnBadRow.skip, "val": config.val or None}
+    )
     sources, val = open_tables(config, output_dir / INDEX)
     splits = [Split(TRAIN, tuple(source.table for source in sources))]
     return splits if val is None else [*splits, Split(VAL, (val,))]

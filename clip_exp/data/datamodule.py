@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from clip_exp.config.data import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.generated import readable
+from clip_exp.data.generated import resolve_generated
 from clip_exp.data.image_sets import warn_alike
 from clip_exp.data.images import Preprocessing
 from clip_exp.data.loader import (
@@ -182,7 +182,7 @@ class PairsDataModule(LightningDataModule):
         """
         if self.stream is not None:
             return
-        config = readable(self.config, self.output_dir)
+        config = resolve_generated(self.config, self.output_dir)
         if not config.train:
             raise ConfigError(
                 "data.train has no value: set it to a CSV file of image-text pairs, or set data.generate."

@@ -67,7 +67,7 @@ def test_bad_images_are_counted_by_kind_and_listed(train: dict[str, Any], checke
     """Those that training or, for the strip, validation would not use."""
     kinds = {"no such file": 2, "empty file": 1, "not an image": 1, "outside the data root": 1, "too many pixels": 1}
     assert train["bad_images"]["by_kind"] == {**kinds, "truncated": 1}
-    assert checked.report["splits"]["val"]["bad_images"]["by_kind"] == {"too long a strip": 1}
+    assert checked.report["splits"]["val"]["bad_images"]["by_kind"] == {"side too long": 1}
     listed = {row["path"]: row["reason"].partition(":")[0] for row in rows_of(checked.folder / "bad_samples.csv")}
     assert listed == {
         "bad/missing1.jpg": "no such file",
@@ -77,7 +77,7 @@ def test_bad_images_are_counted_by_kind_and_listed(train: dict[str, Any], checke
         "bad/empty.jpg": "empty file",
         "bad/huge.png": "too many pixels",
         "../outside.jpg": "outside the data root",
-        "val/strip.png": "too long a strip",
+        "val/strip.png": "side too long",
     }
 
 

@@ -18,7 +18,7 @@ def test_the_log_names_the_first_bad_images_and_counts_the_others(tmp_path, capl
             )
     told = [record.getMessage() for record in caplog.records]
     assert sum("cannot be read: " in line and "image " in line for line in told) == LOGGED_SINGLY
-    assert f"Further bad images are counted and listed in {tmp_path}/bad_samples.csv." in told
+    assert f"More bad images are only counted and listed in {tmp_path}/bad_samples.csv." in told
     assert told[-2:] == [
         "100 training images cannot be read so far: 66 no such file, 34 truncated.",
         "1,000 training images cannot be read so far: 666 no such file, 334 truncated.",
@@ -52,7 +52,7 @@ def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path):
 def test_the_way_out_after_too_many_names_the_list(tmp_path):
     bad = BadSamples(10, 0.1, what="training", file=tmp_path / "bad_samples.csv")
     bad.add([UnreadableImage("a.jpg", "empty file")])
-    with pytest.raises(DataError, match=r"2 of 10 training images.*bad_samples\.csv; remove it when they are repaired"):
+    with pytest.raises(DataError, match=r"2 of 10 training images.*bad_samples\.csv; remove that file when they are repaired"):
         bad.add([UnreadableImage("b.jpg", "empty file")])
 
 

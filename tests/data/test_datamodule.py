@@ -111,7 +111,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(pairs, build):
     module.trainer = Place(0, 2)
     with pytest.raises(ConfigError, match=r"global_batch_size=5 is not divisible by the number of devices \(2\)"):
         module.train_dataloader()
-    with pytest.raises(ConfigError, match=r"set data\.train"):
+    with pytest.raises(ConfigError, match=r"^data\.train has no value"):
         build(None).setup()
 
 

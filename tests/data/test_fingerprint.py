@@ -44,17 +44,17 @@ def test_another_caption_is_told_with_the_size(pairs, build: Build):
     size = pairs.stat().st_size
     text = pairs.read_bytes().replace(b"caption 0 of image 5", b"caption 0 of image 6")
     pairs.write_bytes(text)
-    assert "pairs.csv has other content in its 25 rows." in refusal(build, state, pairs)
+    assert "pairs.csv has different content in its 25 rows." in refusal(build, state, pairs)
     pairs.write_bytes(text.replace(b"caption 0 of image 6", b"caption 0 of an image 6", 1))
     told = refusal(build, state, pairs)
-    assert f"pairs.csv has other content in its 25 rows ({size + 2} bytes instead of {size})" in told
+    assert f"pairs.csv has different content in its 25 rows ({size + 3} bytes instead of {size})" in told
 
 
 def test_rows_in_another_order_are_told(pairs, build: Build):
     state = saved(build, pairs)
     header, *rows = records(pairs)
     write_table(pairs, [header, *reversed(rows)])
-    assert "pairs.csv has other content" in refusal(build, state, pairs)
+    assert "pairs.csv has different content" in refusal(build, state, pairs)
 
 
 def test_a_file_that_is_written_otherwise_but_says_the_same_goes_on(pairs, build: Build):
@@ -77,7 +77,7 @@ def test_files_that_come_go_or_change_places_are_told_by_name(pairs, build: Buil
     assert "other.csv was not among the files" in refusal(build, alone, [pairs, other])
     assert "other.csv is no longer among the files" in refusal(build, both, pairs)
     assert "images" not in refusal(build, both, pairs)  # which follows from that
-    assert "the files are in another order, other.csv first" in refusal(build, both, [other, pairs])
+    assert "the order of the files has changed, other.csv is first" in refusal(build, both, [other, pairs])
 
 
 def test_what_decides_the_stream_counts_too(pairs, build: Build):
@@ -115,7 +115,9 @@ def test_an_exchanged_validation_table_is_told(pairs, build: Build):
     build(pairs, val=str(val)).load_state_dict(state)
     write_table(val, [["filepath", "title"], ["00.png", "something else"]])
     told = refusal(build, state, pairs, val=str(val))
-    assert told.startswith("The validation data has changed since the checkpoint: data.val: val.csv has other content")
+    assert told.startswith(
+        "The validation data has changed since the checkpoint: data.val: val.csv has different content"
+    )
     assert "data.val is no longer given" in refusal(build, state, pairs)
     del state["data"]["val"]  # as older versions wrote it
     build(pairs, val=str(val)).load_state_dict(state)

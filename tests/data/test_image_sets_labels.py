@@ -48,7 +48,8 @@ def test_an_image_has_the_label_of_those_rows_that_have_one_and_no_second_one(tm
     assert label_of_images(read_table(table, label_key="label")) == ["cat", "dog", ""]
     write_table(table, [*rows, ["a.png", "z", "cat"], ["b.png", "z", "cat"]])
     with pytest.raises(
-        DataError, match=r"line 7: b\.png is 'cat' here and 'dog' before \(.*t\.csv, line 3\); give one label"
+        DataError,
+        match=r"line 7: the label of b\.png is 'cat' here, but 'dog' in .*t\.csv, line 3\. Give each image one label",
     ):
         label_of_images(read_table(table, label_key="label"))
 

@@ -56,7 +56,7 @@ def test_what_is_wrong_with_each_source_is_told(tmp_path, table):
     ]
     told = refusal(tmp_path, train)
     assert "data.train: The table none.csv does not exist" in told
-    assert f"image_root=nowhere of {table} is not a folder" in told
+    assert f"image_root=nowhere of {table} is not a directory" in told
     assert "data.filter='width >' is no condition" in told
     assert "did you mean 'data.train[0].weight'" in refusal(tmp_path, [{"path": str(table), "wait": 1}])
 
@@ -71,7 +71,7 @@ def test_validation_is_one_table(tmp_path, table):
 def test_a_wrong_image_root_is_told_at_the_start(tmp_path, table):
     (tmp_path / "empty").mkdir()
     told = refusal(tmp_path, str(table), DataError, image_root=str(tmp_path / "empty"))
-    assert f"data.train: none of 4 images from all over {table} can be read" in told
+    assert f"data.train: none of 4 images sampled from {table} can be read" in told
     assert f"{tmp_path}/empty/0.png ({table}, line 2): no such file" in told
     assert f"Relative paths start from {tmp_path}/empty: set data.image_root." in told
 
@@ -99,7 +99,7 @@ def test_more_empty_captions_than_may_be_end_the_start(tmp_path, table, which):
     told = refusal(tmp_path, train, DataError, val=val)
     assert f"data.{which}: 2 of 4 captions of {empty} are empty or blank" in told
     assert "data.max_empty_caption_fraction=0.1" in told
-    assert told.endswith("or allow them: data.max_empty_caption_fraction=1.")
+    assert told.endswith("or allow them with data.max_empty_caption_fraction=1.")
     check_train(config_of(tmp_path, train, val=val, max_empty_caption_fraction=0.5))
     check_train(config_of(tmp_path, train, val=val, filter="title == 'an image' or title == 'a caption'"))
 
@@ -108,13 +108,13 @@ def test_an_image_with_two_labels_ends_the_start(tmp_path, table):
     rows = [["filepath", "title", "kind"], ["0.png", "a", "dog"], ["1.png", "b", "cat"], ["0.png", "c", "Dog"]]
     val = write_table(tmp_path / "val.csv", rows)
     told = refusal(tmp_path, str(table), DataError, val=str(val), label_key="kind")
-    assert f"{val}, line 4: 0.png is 'Dog' here and 'dog' before" in told
+    assert f"{val}, line 4: the label of 0.png is 'Dog' here, but 'dog' in" in told
     check_train(config_of(tmp_path, str(table), val=str(val)))
 
 
 def test_the_way_out_fits_the_fault_of_the_images(tmp_path, table):
     told = refusal(tmp_path, str(table), DataError, max_image_bytes=10)
-    assert told.endswith("Raise data.max_image_bytes, or make them smaller.")
+    assert told.endswith("Increase data.max_image_bytes, or use smaller images.")
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(b"")
     told = refusal(tmp_path, str(table), DataError)
@@ -124,7 +124,7 @@ def test_the_way_out_fits_the_fault_of_the_images(tmp_path, table):
 
 @pytest.mark.parametrize(
     ("path", "remedy"),
-    [("https://somewhere/a.jpg", r"not from addresses: fetch them first"), ("img\\a.jpg", "not with backslashes")],
+    [("https://somewhere/a.jpg", r"not from URLs: download them first"), ("img\\a.jpg", "not backslashes")],
 )
 def test_paths_of_another_kind_are_told(tmp_path, table, path, remedy):
     write_table(table, [["filepath", "title"], *[[path, "an image"]] * 4])
