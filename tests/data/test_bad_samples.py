@@ -52,7 +52,9 @@ def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path):
 def test_the_way_out_after_too_many_names_the_list(tmp_path):
     bad = BadSamples(10, 0.1, what="training", file=tmp_path / "bad_samples.csv")
     bad.add([UnreadableImage("a.jpg", "empty file")])
-    with pytest.raises(DataError, match=r"2 of 10 training images.*bad_samples\.csv; remove that file when they are repaired"):
+    with pytest.raises(
+        DataError, match=r"2 of 10 training images.*bad_samples\.csv; remove that file when they are repaired"
+    ):
         bad.add([UnreadableImage("b.jpg", "empty file")])
 
 

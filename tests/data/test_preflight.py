@@ -57,7 +57,7 @@ def test_what_is_wrong_with_each_source_is_told(tmp_path, table):
     told = refusal(tmp_path, train)
     assert "data.train: The table none.csv does not exist" in told
     assert f"image_root=nowhere of {table} is not a directory" in told
-    assert "data.filter='width >' is no condition" in told
+    assert "data.filter='width >' is not a valid condition" in told
     assert "did you mean 'data.train[0].weight'" in refusal(tmp_path, [{"path": str(table), "wait": 1}])
 
 

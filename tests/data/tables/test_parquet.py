@@ -47,7 +47,7 @@ BAD = [
     ("title", None, "no caption", "no caption .*'title' is missing or null"),
     ("filepath", None, "no image path", "no image path"),
     ("filepath", b"", "no image path", "'filepath' is empty"),
-    ("title", b"x\0y", "NUL character", "holds a NUL character"),
+    ("title", b"x\0y", "NUL character", "contains a NUL character"),
     ("title", b"x" * 32_769, "caption too long", "32,769 characters, more than 32,768"),
     ("title", b"\xe9t\xe9", "not UTF-8", "is not UTF-8"),
 ]
@@ -73,10 +73,10 @@ def test_a_bad_row_is_told_with_its_number_or_left_out_by_reason(tmp_path, colum
             r"no column 'filepath' \(data.image_key\).*Set data.image_key=file_path",
         ),
         ({"filepath": [b"a"], "title": ["x"]}, r"'filepath' \(data.image_key\) is binary.*WebDataset shards"),
-        ({"filepath": ["a"], "title": [{"x": 1}]}, r"'title' \(data.caption_key\) is struct.*captions are strings"),
+        ({"filepath": ["a"], "title": [{"x": 1}]}, r"'title' \(data.caption_key\) is struct.*captions must be strings"),
         ({"filepath": ["a"], "title": [7]}, r"'title' \(data.caption_key\) is int64"),
-        ({"filepath": ["a"], "title": [["x", "y"]]}, "is list<.*>, but captions are strings"),
-        (pa.table([["a"], ["x"], ["y"]], ["filepath", "title", "title"]), "has 2 columns called 'title'"),
+        ({"filepath": ["a"], "title": [["x", "y"]]}, "is of type list<.*>, but captions must be strings"),
+        (pa.table([["a"], ["x"], ["y"]], ["filepath", "title", "title"]), "has 2 columns named 'title'"),
         ({"filepath": pa.array([], pa.string()), "title": pa.array([], pa.string())}, "no rows"),
     ],
 )
@@ -98,7 +98,7 @@ def test_labels_may_be_whole_numbers_and_none(tmp_path):
         file = write(tmp_path / "t.parquet", {"filepath": ["a", "b", "c"], "label": labels})
         table = read_table(file, caption_key=None, label_key="label")
         assert [table.label(row) for row in range(3)] == read
-    with pytest.raises(DataError, match="is double, but labels are strings or whole numbers"):
+    with pytest.raises(DataError, match="is of type double, but labels must be strings or integers"):
         read_table(
             write(tmp_path / "t.parquet", {"filepath": ["a"], "label": [1.5]}), caption_key=None, label_key="label"
         )
@@ -121,7 +121,7 @@ def test_a_filter_sees_the_types_of_the_columns(tmp_path):
         assert [table.path(row) for row in range(len(table))] == list(paths), condition
     with pytest.raises(DataError, match=r"has no column 'hight' \(data.filter\)"):
         read_table(file, filter="hight > 3")
-    with pytest.raises(DataError, match=r"'struct'.*which no filter can compare"):
+    with pytest.raises(DataError, match=r"'struct'.*which a filter cannot compare"):
         read_table(file, filter="struct == 'x'")
 
 
