@@ -1,4 +1,4 @@
-"""All that was found out, as plain values: `report.json`. Its keys stay."""
+"""Content of `report.json`, as plain values. Its keys are a stable interface."""
 
 from collections import Counter
 from typing import Any
@@ -32,7 +32,7 @@ BAD_ROW_EXAMPLES = 50
 def describe(
     scanned: list[Scanned], equal: Equalities, config: CheckDataConfig, vocabulary: Vocabulary
 ) -> dict[str, dict[str, Any]]:
-    """By name of the split, everything but leakage and speed."""
+    """Return the statistics of each split by name, except leakage and speed."""
     return {
         each.split.name: {
             **_describe_rows(each),
@@ -45,7 +45,7 @@ def describe(
 
 
 def describe_leakage(scanned: list[Scanned], leakage: Leakage) -> dict[str, Any]:
-    """What validation shares with training, with examples."""
+    """Return the counts and examples of leaked images."""
     train, val = (each.split for each in scanned)
 
     def described(leaks: list[Any]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
         for part in parts
         for line, reason in part.bad_examples
     ]
-    kinds = _commonest_first(scanned.bad.kinds)
+    kinds = _most_common_first(scanned.bad.kinds)
     return {
         "files": [{"file": str(part.path), "rows": part.rows, "bad_rows": sum(part.bad.values())} for part in parts],
         "rows": len(scanned.split),
@@ -82,7 +82,7 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
         "bad_rows": {
             "count": by_reason.total(),
             "fraction": fraction(by_reason.total(), sum(part.seen for part in parts)),
-            "by_reason": _commonest_first(by_reason),
+            "by_reason": _most_common_first(by_reason),
             "examples": examples[:BAD_ROW_EXAMPLES],
         },
         "filter_values": as_json(unconverted_values(parts)),
@@ -95,7 +95,7 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
     }
 
 
-def _commonest_first(counts: Counter[str]) -> dict[str, int]:
+def _most_common_first(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -133,7 +133,7 @@ def _describe_captions(
 
 
 def _describe_scripts(scanned: Scanned, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """By script, the most frequent first, with a caption of the middle length as an example."""
+    """Return statistics by script, most frequent first, with a caption of median length as an example."""
     rows = scanned.rows
     english = english_tokens_per_character(vocabulary.uncut, vocabulary.special)
     count = np.bincount(rows["script"], minlength=len(SCRIPTS))

@@ -23,7 +23,7 @@ from tests.conftest import DOOR, Run
 from tests.small_runs import write_image
 
 
-def test_the_table_names_problems_page_and_next_command(command: Run, tmp_path: Path) -> None:
+def test_the_table_names_problems_report_and_next_command(command: Run, tmp_path: Path) -> None:
     planted = plant(tmp_path)
     done = command(
         DOOR, "check-data", f"data.train={planted.train}", f"data.val={planted.val}", "model=vit_tiny", "num_workers=2",
@@ -65,7 +65,7 @@ def test_json_is_all_that_is_printed_and_equals_the_file(command: Run, tmp_path:
         (["data.train=pairs.csv", "maximages=3"], 2, "did you mean 'max_images'"),
     ],
 )
-def test_errors_are_told_with_their_code_and_leave_no_folder(
+def test_errors_have_their_exit_code_and_leave_no_folder(
     refused: Run, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\n")
@@ -168,7 +168,7 @@ def test_ctrl_c_ends_it_at_once_with_130_and_leaves_no_process(tmp_path: Path) -
 
 
 @pytest.mark.exhaustive
-def test_a_killed_worker_ends_it_with_a_word(tmp_path: Path) -> None:
+def test_a_killed_worker_ends_it_with_an_error(tmp_path: Path) -> None:
     with scanning(tmp_path) as process:
         os.kill(max(_of_session(process.pid)), signal.SIGKILL)
         _, errors = process.communicate(timeout=60)

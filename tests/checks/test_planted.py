@@ -144,7 +144,7 @@ def test_each_problem_has_a_verdict_with_a_fix(checked: Checked) -> None:
     }
     fixes = {(verdict["split"], verdict["subject"]): verdict["fix"] for verdict in checked.report["verdicts"]}
     assert all(fixes.values())
-    assert "Training puts others in their place" in fixes["train", "bad_images"]
+    assert "Training replaces them with other images" in fixes["train", "bad_images"]
     assert "Validation leaves them out" in fixes["val", "bad_images"]
     assert checked.report["exit_code"] == 0
 

@@ -179,7 +179,7 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
             return codecs.lookup(encoding).name
         except (LookupError, UnicodeError, ValueError) as error:
             raise ConfigError(
-                f"data.encoding={encoding!r} is not an encoding of Python: use a name such as cp1252, or auto."
+                f"data.encoding={encoding} is not an encoding of Python: use a name such as cp1252, or auto."
             ) from error
     with open(path, "rb") as file:
         head = file.read(_SAMPLE)
