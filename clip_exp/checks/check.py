@@ -21,7 +21,7 @@ from clip_exp.data.images import decode_rgb
 from clip_exp.data.loader import cores_per_rank, count_workers, report_killed_workers
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import DataError
-from clip_exp.reports.data_report import Equal, Gallery, ImageExample, data_report
+from clip_exp.reports.data_report import DuplicateImage, Gallery, ImageExample, data_report
 from clip_exp.reports.page import SIDE, Thumbnail, shrunk
 from clip_exp.runs import write_json, write_text
 from clip_exp.storage import TextWriter, atomic_file
@@ -125,7 +125,7 @@ PATHS = 6  # paths per duplicated image
 def collect(scanned: list[Scanned], equal: Equalities, limits: ImageLimits) -> Gallery:
     """Return the images for the report. The choice is deterministic."""
     samples: dict[str, list[ImageExample]] = {}
-    copies: list[Equal] = []
+    copies: list[DuplicateImage] = []
     for each, contents in zip(scanned, equal.contents, strict=True):
         split, good = each.split, each.good["image"]
         samples[split.name] = []
@@ -138,14 +138,14 @@ def collect(scanned: list[Scanned], equal: Equalities, limits: ImageLimits) -> G
         for group in equal_groups(contents)[:EQUAL]:
             rows = split.first_rows[group].tolist()
             paths = [(split.name, split.path(row)) for row in rows[:PATHS]]
-            copies.append(Equal(_thumbnail(split, rows[0], limits), paths))
-    leaks: list[Equal] = []
+            copies.append(DuplicateImage(_thumbnail(split, rows[0], limits), paths))
+    leaks: list[DuplicateImage] = []
     if equal.leakage is not None:
         train, val = (each.split for each in scanned)
         of_val = {leak.val_image: leak for leak in (*equal.leakage.same_path, *equal.leakage.same_bytes)}
         for image in sorted(of_val)[:EQUAL]:
             paths = [(VAL, val.path_of(image)), (TRAIN, train.path_of(of_val[image].train_image))]
-            leaks.append(Equal(_thumbnail(val, int(val.first_rows[image]), limits), paths))
+            leaks.append(DuplicateImage(_thumbnail(val, int(val.first_rows[image]), limits), paths))
     return Gallery(samples, copies, leaks)
 
 

@@ -16,8 +16,8 @@ from clip_exp.checks.statistics import (
     english_tokens_per_character,
     equal_pairs_in_batch,
     fraction,
+    linear_histogram,
     quantiles,
-    whole_histogram,
 )
 from clip_exp.config.commands import CheckDataConfig
 from clip_exp.data.tables.filters import as_json
@@ -114,7 +114,7 @@ def _describe_captions(
         "count": len(rows),
         "context_length": vocabulary.context_length,
         "tokens": quantiles(tokens),
-        "histogram": whole_histogram(tokens, vocabulary.context_length + 1),
+        "histogram": linear_histogram(tokens, vocabulary.context_length + 1),
         "truncated": {
             **counted_fraction(cut),
             "examples": [

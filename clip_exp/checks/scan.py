@@ -25,7 +25,7 @@ from clip_exp.config.data import AugmentationConfig
 from clip_exp.config.model import ResizeMode
 from clip_exp.data.files import (
     JPEGS,
-    ON_THEIR_SIDE,
+    SIDEWAYS,
     BadImage,
     ImageLimits,
     kind_of,
@@ -43,7 +43,7 @@ from clip_exp.text.tokenizer import Tokenizes
 
 T = TypeVar("T")
 
-IMAGES_AT_ONCE, ROWS_AT_ONCE = 32, 2048
+IMAGES_PER_CHUNK, ROWS_PER_CHUNK = 32, 2048
 CROPPED = 16  # one in so many images is also cropped, to measure the time
 
 # Record of a good image. `seconds`: time of reading and decoding; `crop_seconds`: NaN if it was not measured.
@@ -87,11 +87,11 @@ class ImageScan(Dataset[ImageRecords]):
     validated: ResizeMode | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.images) // IMAGES_AT_ONCE)
+        return -(-len(self.images) // IMAGES_PER_CHUNK)
 
     def __getitem__(self, chunk: int) -> ImageRecords:
         good, bad = [], []
-        for image in self.images[chunk * IMAGES_AT_ONCE : (chunk + 1) * IMAGES_AT_ONCE].tolist():
+        for image in self.images[chunk * IMAGES_PER_CHUNK : (chunk + 1) * IMAGES_PER_CHUNK].tolist():
             try:
                 good.append(self._inspect(image))
             except BadImage as error:
@@ -111,7 +111,7 @@ class ImageScan(Dataset[ImageRecords]):
                 animated = header.format not in JPEGS and bool(getattr(header, "is_animated", False))
             except Exception:  # training uses only the first frame of a damaged animation
                 animated = False
-        width, height = header.size[::-1] if orientation in ON_THEIR_SIDE else header.size
+        width, height = header.size[::-1] if orientation in SIDEWAYS else header.size
         if self.validated is not None:
             check_strip(width, height, self.validated)
         if pixels is not None and image % CROPPED == 0:
@@ -133,10 +133,10 @@ class RowScan(Dataset[np.ndarray]):
     special: int  # number of special tokens in each caption
 
     def __len__(self) -> int:
-        return -(-len(self.split) // ROWS_AT_ONCE)
+        return -(-len(self.split) // ROWS_PER_CHUNK)
 
     def __getitem__(self, chunk: int) -> np.ndarray:
-        rows = range(chunk * ROWS_AT_ONCE, min((chunk + 1) * ROWS_AT_ONCE, len(self.split)))
+        rows = range(chunk * ROWS_PER_CHUNK, min((chunk + 1) * ROWS_PER_CHUNK, len(self.split)))
         captions = [self.split.caption(row) for row in rows]
         records = [
             (
@@ -151,21 +151,21 @@ class RowScan(Dataset[np.ndarray]):
         return np.array(records, dtype=ROW)
 
 
-def scan(dataset: Dataset[T], workers: int, what: str, total: int, at_once: int) -> Iterator[T]:
+def scan(dataset: Dataset[T], workers: int, what: str, total: int, chunk_size: int) -> Iterator[T]:
     """Yield the chunks of a data set in order, with a progress bar.
 
     Args:
         workers: maximum number of worker processes; 0: read in this process.
         what: label of the progress bar.
         total: number of items in all chunks.
-        at_once: number of items in each chunk but the last.
+        chunk_size: number of items in each chunk but the last.
     """
-    workers = min(workers, -(-total // at_once))
+    workers = min(workers, -(-total // chunk_size))
     loader: DataLoader[T] = WorkerLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_identity)
     with progress(total, what) as advance:
         for number, chunk in enumerate(loader):
             yield chunk
-            advance(min(at_once, total - number * at_once))
+            advance(min(chunk_size, total - number * chunk_size))
 
 
 def _identity(chunk: T) -> T:
@@ -250,7 +250,7 @@ def scan_split(
 ) -> Scanned:
     """Read all captions of a split, and all images or a sample of them."""
     row_scan = RowScan(split, *vocabulary)
-    rows = [np.empty(0, ROW), *scan(row_scan, workers, f"{split.name}: captions", len(split), ROWS_AT_ONCE)]
+    rows = [np.empty(0, ROW), *scan(row_scan, workers, f"{split.name}: captions", len(split), ROWS_PER_CHUNK)]
     chosen = choose(len(split.first_rows), config.max_images)
     image_scan = ImageScan(
         split,
@@ -262,7 +262,7 @@ def scan_split(
         preprocessing_of(config.model.image).resize_mode if split.name == VAL else None,
     )
     good, bad = [np.empty(0, IMAGE)], BadImages(split, bad_samples)
-    for records in scan(image_scan, workers, f"{split.name}: images", len(chosen), IMAGES_AT_ONCE):
+    for records in scan(image_scan, workers, f"{split.name}: images", len(chosen), IMAGES_PER_CHUNK):
         good.append(records.good)
         for image, reason in records.bad:
             bad.add(image, reason)

@@ -33,7 +33,7 @@ def octave_histogram(values: np.ndarray) -> dict[str, list[Any]]:
     return {"edges": edges, "counts": np.bincount(places - low).tolist()}
 
 
-def whole_histogram(values: np.ndarray, end: int) -> dict[str, list[Any]]:
+def linear_histogram(values: np.ndarray, end: int) -> dict[str, list[Any]]:
     """Return a histogram of integers with equal bins from 0 to at least `end`, and a last bin with all larger values."""
     step = max(1, math.ceil(end / MAX_BARS))
     bars = -(-end // step)

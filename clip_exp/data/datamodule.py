@@ -22,7 +22,7 @@ from clip_exp.config.data import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.generated import resolve_generated
-from clip_exp.data.image_sets import warn_alike
+from clip_exp.data.image_sets import warn_similar_labels
 from clip_exp.data.images import Preprocessing
 from clip_exp.data.loader import (
     Batch,
@@ -199,7 +199,7 @@ class PairsDataModule(LightningDataModule):
                 limits=ImageLimits.of(config),
             )
             self.class_names = self._eval_pairs.class_names
-            warn_alike(self.class_names, f"data.val={config.val}")
+            warn_similar_labels(self.class_names, f"data.val={config.val}")
         self._fingerprint = fingerprint(sources, self.val_table, config)
 
     @property
@@ -227,7 +227,7 @@ class PairsDataModule(LightningDataModule):
     def train_dataloader(self) -> TimedLoader:
         """Return a loader of this rank's batches, from `start_sample` to `total_steps` or infinite."""
         stream, config = self._stream, self.config
-        self.bad_samples = self._record_of_bad(stream.images, "training")
+        self.bad_samples = self._open_bad_samples(stream.images, "training")
         dataset = TrainPairs(
             stream,
             image_size=self.preprocessing.size,
@@ -236,7 +236,7 @@ class PairsDataModule(LightningDataModule):
             on_bad_image=config.on_bad_image,
             limits=ImageLimits.of(config),
         )
-        rank, world_size = self._place()
+        rank, world_size = self._rank_and_world_size()
         total = None if self.total_steps is None else self.total_steps * self.global_batch_size
         sampler = StreamSampler(self.global_batch_size, rank, world_size, self.start_sample, total)
         collate = Collate(self.tokenizer, self.pad_multiple)
@@ -252,13 +252,13 @@ class PairsDataModule(LightningDataModule):
         if self.val_table is None:
             return []
         dataset = self._eval_pairs
-        self.bad_val_samples = self._record_of_bad(len(dataset), "validation", VALIDATION)
-        rank, world_size = self._place()
+        self.bad_val_samples = self._open_bad_samples(len(dataset), "validation", VALIDATION)
+        rank, world_size = self._rank_and_world_size()
         sampler = EvalSampler(len(dataset), EVAL_BATCH_SIZE, rank, world_size)
         collate = EvalCollate(self.tokenizer, self.preprocessing.size, self.pad_multiple)
         return self._loader(dataset, sampler, collate, EVAL_BATCH_SIZE)
 
-    def _record_of_bad(self, images: int, what: str, mark: str = "") -> BadSamples:
+    def _open_bad_samples(self, images: int, what: str, mark: str = "") -> BadSamples:
         file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
         return BadSamples(images, self.config.max_bad_fraction, what=what, mark=mark, file=file)
 
@@ -339,7 +339,7 @@ class PairsDataModule(LightningDataModule):
             "(resume=never), or continue anyway (data.allow_changed=true)."
         )
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_world_size(self) -> tuple[int, int]:
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         if self.global_batch_size % world_size:
             raise ConfigError(

@@ -48,7 +48,7 @@ KINDS = (
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_EVALUATED_BYTES = 256 << 20  # largest image file in evaluation and inference
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
-_UNLIKE_FILES = {
+_SPECIAL_FILES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -105,7 +105,7 @@ def read_file(path: str | Path, limits: ImageLimits) -> bytearray:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise BadImage(f"{NOT_A_FILE}: {_UNLIKE_FILES.get(stat.S_IFMT(status.st_mode), 'something else')}")
+            raise BadImage(f"{NOT_A_FILE}: {_SPECIAL_FILES.get(stat.S_IFMT(status.st_mode), 'something else')}")
         _check_size(status.st_size, limits)
         return _read(descriptor, status.st_size)
     except OSError as error:
@@ -159,7 +159,7 @@ def unopened(error: Exception) -> str:
     if number in _MISSING:
         return NO_SUCH_FILE
     if number == errno.ENXIO:
-        return f"{NOT_A_FILE}: {_UNLIKE_FILES[stat.S_IFSOCK]}"
+        return f"{NOT_A_FILE}: {_SPECIAL_FILES[stat.S_IFSOCK]}"
     return f"{CANNOT_OPEN}: {reason_of(error)}"
 
 
@@ -183,8 +183,8 @@ def _read(descriptor: int, size: int) -> bytearray:
 # Headers: format, size, and whether the end of the file is there.
 
 JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further images appended
-ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-RUNS_PROGRAMS = ("EPS",)
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+EXECUTABLE_FORMATS = ("EPS",)
 # Pixels, the largest side of a JPEG or GIF. Millions of rows of a single pixel would take more memory than the pixels.
 MAX_SIDE = 65_535
 _SCAN = re.compile(b"\xff\xda")
@@ -257,7 +257,7 @@ def check_formats(names: Iterable[str]) -> Iterator[str]:
         yield "data.image_formats is empty: name at least one format, such as JPEG."
     Image.init()
     for name in names:
-        if name.upper() in RUNS_PROGRAMS:
+        if name.upper() in EXECUTABLE_FORMATS:
             yield f"data.image_formats: {name} is not allowed, because Ghostscript would execute such files; remove it."
         elif name.upper() not in Image.OPEN:
             aliases = {suffix.strip(".").upper(): known for suffix, known in Image.registered_extensions().items()}
@@ -351,7 +351,7 @@ def _parent(folder: str) -> str:
 
 _BLOCK = 4096  # bytes
 _THREADS = 16  # more than cores, because they wait for slow or remote disks
-_AT_ONCE = 256  # files per task of a thread
+_FILES_PER_TASK = 256  # files per task of a thread
 _CHUNK = 1 << 20
 
 
@@ -377,7 +377,7 @@ def image_signatures(places: Sequence[Stored]) -> list[ImageSignature]:
     The sample detects an image that was replaced by one of the same size and time. It takes 31 us per file (from the page cache, on
     one core), and size and time alone take 3 us. Reading and decoding a JPEG of 50 kB takes 2.2 ms, so this is 1.4 % of it.
     """
-    parts = [places[start : start + _AT_ONCE] for start in range(0, len(places), _AT_ONCE)]
+    parts = [places[start : start + _FILES_PER_TASK] for start in range(0, len(places), _FILES_PER_TASK)]
     with ThreadPoolExecutor(_THREADS) as threads:
         return [
             signature for found in threads.map(lambda part: [*map(image_signature, part)], parts) for signature in found

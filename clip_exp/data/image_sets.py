@@ -233,7 +233,7 @@ def label_of_images(table: PairTable) -> list[str]:
     return ["" if row < 0 else names[code[row]] for row in first.tolist()]
 
 
-def warn_alike(labels: Iterable[str], where: str) -> None:
+def warn_similar_labels(labels: Iterable[str], where: str) -> None:
     """Warn about labels that differ only in case, blanks or Unicode form; they remain separate classes.
 
     Args:

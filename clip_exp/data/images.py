@@ -31,7 +31,7 @@ from clip_exp.data.files import (
     DAMAGED,
     JPEGS,
     MAX_EVALUATED_BYTES,
-    ON_THEIR_SIDE,
+    SIDEWAYS,
     TOO_LONG,
     BadImage,
     ImageLimits,
@@ -207,7 +207,7 @@ def _upright_rgb(strips: Strips, size: tuple[int, int], orientation: int) -> Ten
 
     Returns: uint8 [3, H, W], stored as [H, W, 3].
     """
-    width, height = size if orientation in ON_THEIR_SIDE else size[::-1]
+    width, height = size if orientation in SIDEWAYS else size[::-1]
     upright = np.empty((width, height, 3), dtype=np.uint8)
     stored = _AS_STORED[orientation](upright) if orientation in _AS_STORED else upright
     for top, strip in strips:

@@ -10,8 +10,8 @@ from clip_exp.reports.page import Thumbnail, counted, fact_rows, probability, re
 
 SHOWN_FREQUENT = 12
 QUANTILES = ("min", "p1", "p5", "p50", "p95", "p99", "max")
-MOST_TICKS = 4
-FEWEST_OCTAVES = 4
+MAX_TICKS = 4
+MIN_OCTAVES = 4
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ImageExample:
 
 
 @dataclass(frozen=True)
-class Equal:
+class DuplicateImage:
     """Image that exists several times, shown once."""
 
     thumbnail: Thumbnail
@@ -36,8 +36,8 @@ class Gallery:
     """Images for the report."""
 
     samples: dict[str, list[ImageExample]]  # by split
-    copies: list[Equal]
-    leaks: list[Equal]
+    copies: list[DuplicateImage]
+    leaks: list[DuplicateImage]
 
 
 def data_report(report: dict[str, Any], gallery: Gallery, folder: Path, command: str) -> str:
@@ -148,10 +148,10 @@ def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
         "bad_rows": split["bad_rows"],
         "repeated": split["duplicates"]["pairs"],
         "histograms": [
-            of_octaves("width, pixels", histograms["width"], _whole, input_size),
-            of_octaves("height, pixels", histograms["height"], _whole, input_size),
-            of_octaves("megapixels", histograms["megapixels"], _short),
-            of_octaves("file size", histograms["bytes"], _file_size),
+            log_bars("width, pixels", histograms["width"], _whole, input_size),
+            log_bars("height, pixels", histograms["height"], _whole, input_size),
+            log_bars("megapixels", histograms["megapixels"], _short),
+            log_bars("file size", histograms["bytes"], _file_size),
         ]
         if split["sizes"]["width"] is not None
         else [],
@@ -163,7 +163,7 @@ def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
         "quantile_names": QUANTILES,
         "formats": [*split["formats"].items()],
         "modes": [*split["modes"].items()],
-        "lengths": of_whole_numbers("tokens, including start and end", captions["histogram"], room + 1),
+        "lengths": linear_bars("tokens, including start and end", captions["histogram"], room + 1),
         "captions": captions,
         "frequent": captions["most_frequent"][:SHOWN_FREQUENT],
         "scripts": [
@@ -193,7 +193,7 @@ class Histogram:
     ticks: list[Tick]
 
 
-def of_octaves(
+def log_bars(
     title: str, histogram: dict[str, list[Any]], named: Callable[[float], str], odd_below: float = 0.0
 ) -> Histogram:
     """Prepare a logarithmic histogram (`checks.statistics.octave_histogram`), extended to powers of 2.
@@ -206,7 +206,7 @@ def of_octaves(
     steps = round(1 / math.log2(edges[1] / edges[0]))
     first, last = round(math.log2(edges[0]) * steps), round(math.log2(edges[-1]) * steps)
     low, high = math.floor(first / steps), math.ceil(last / steps)
-    missing = max(0, FEWEST_OCTAVES - (high - low))
+    missing = max(0, MIN_OCTAVES - (high - low))
     low, high = low - missing // 2, high + (missing + 1) // 2
     padded = [0] * (first - low * steps) + counts + [0] * (high * steps - last)
     highest = max(counts)
@@ -214,13 +214,13 @@ def of_octaves(
     for at, count in enumerate(padded):
         start, end = 2 ** (low + at / steps), 2 ** (low + (at + 1) / steps)
         bars.append(Bar(count / highest, f"{named(start)} to {named(end)}: {count:,}", end <= odd_below * 1.001))
-    every = math.ceil((high - low) / MOST_TICKS)
+    every = math.ceil((high - low) / MAX_TICKS)
     ticks = [Tick((octave - low) / (high - low), named(2.0**octave)) for octave in range(low, high + 1, every)]
     return Histogram(title, bars, ticks)
 
 
-def of_whole_numbers(title: str, histogram: dict[str, list[Any]], odd_from: int) -> Histogram:
-    """Prepare a linear histogram whose last bin has all larger values (`checks.statistics.whole_histogram`).
+def linear_bars(title: str, histogram: dict[str, list[Any]], odd_from: int) -> Histogram:
+    """Prepare a linear histogram whose last bin has all larger values (`checks.statistics.linear_histogram`).
 
     Args:
         odd_from: bars that start at this value or above are highlighted.
@@ -236,7 +236,7 @@ def of_whole_numbers(title: str, histogram: dict[str, list[Any]], odd_from: int)
         size
         for power in range(9)
         for size in (10**power, 2 * 10**power, 5 * 10**power)
-        if size * MOST_TICKS >= step * width
+        if size * MAX_TICKS >= step * width
     )
     ticks = [Tick(value / step / width, f"{value:,}") for value in range(0, step * (width - 1), every)]
     return Histogram(title, bars, ticks)

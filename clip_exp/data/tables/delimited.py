@@ -63,7 +63,7 @@ class Layout:
     extra: dict[str, int] = field(default_factory=dict)  # maps a column of the filter to the index of its field
 
     @property
-    def wanted(self) -> list[int]:
+    def requested(self) -> list[int]:
         """Indices of all fields that are read, ascending."""
         return sorted({*self.indices.values(), *self.extra.values()})
 
@@ -95,8 +95,8 @@ def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, s
     Raises: DataError if a requested column is missing or appears twice. The message has the columns, the nearest name and the key to set.
     """
     samples = {candidate: _records(first_lines, candidate) for candidate in ([separator] if separator else SEPARATORS)}
-    wanted, filtered = options.wanted, sorted(options.filtered)
-    found = {candidate: len(set(wanted.values()) & set(_names(records))) for candidate, records in samples.items()}
+    requested, filtered = options.requested, sorted(options.filtered)
+    found = {candidate: len(set(requested.values()) & set(_names(records))) for candidate, records in samples.items()}
 
     def regularity(records: list[list[str]]) -> float:
         """Return the fraction of the records with the most common number of fields; 0 if that number is one."""
@@ -109,15 +109,15 @@ def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, s
             if layout := _without_header(candidate, records, options):
                 return layout
     names = _names(samples[best])
-    for setting, name in [*wanted.items(), *(("filter", name) for name in filtered)]:
+    for setting, name in [*requested.items(), *(("filter", name) for name in filtered)]:
         if names.count(name) > 1:
             repair = "rename one" if setting == "filter" else f"rename one, or set data.{setting}"
             raise DataError(f"{path} has {names.count(name)} columns named {name!r}: {repair}.")
         if name not in names:
             raise DataError(f"{path} {_missing(name, setting, names, best)}")
-    indices = {setting: names.index(name) for setting, name in wanted.items()}
+    indices = {setting: names.index(name) for setting, name in requested.items()}
     extra = {name: names.index(name) for name in filtered}
-    return Layout(best, True, len(names), indices, wanted, extra)
+    return Layout(best, True, len(names), indices, requested, extra)
 
 
 def _records(lines: Sequence[str], separator: str) -> list[list[str]]:
@@ -132,7 +132,7 @@ def _names(records: list[list[str]]) -> list[str]:
 
 
 def _without_header(separator: str, records: list[list[str]], options: TableOptions) -> Layout | None:
-    if set(options.wanted) != {"image_key", "caption_key"} or options.filtered or len(records[0]) != 2:
+    if set(options.requested) != {"image_key", "caption_key"} or options.filtered or len(records[0]) != 2:
         return None
     pairs = [record for record in records if len(record) == 2]
     counts = [sum(record[i].strip().lower().endswith(_IMAGE_SUFFIXES) for record in pairs) for i in (0, 1)]
@@ -140,7 +140,7 @@ def _without_header(separator: str, records: list[list[str]], options: TableOpti
     enough = counts[image] >= 0.9 * len(pairs) and counts[1 - image] < 0.5 * len(pairs)
     if not enough or not records[0][image].strip().lower().endswith(_IMAGE_SUFFIXES):
         return None
-    return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image}, options.wanted)
+    return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image}, options.requested)
 
 
 def _missing(name: str, setting: str, names: list[str], separator: str) -> str:
@@ -207,7 +207,7 @@ class DelimitedReader:
                 continue
             for numbers, records in reader.blocks(lines, count_lines(block)):
                 fields = list(zip(*records, strict=True))
-                columns = {index: string_array(fields[index]) for index in layout.wanted}
+                columns = {index: string_array(fields[index]) for index in layout.requested}
                 yield _row_block(layout, columns, np.asarray(numbers, dtype=np.int64))
         if reader.taken_literally:
             log.warning("%s: %d rows with broken quotes were read literally.", self.path, reader.taken_literally)
@@ -300,7 +300,7 @@ def _are_balanced(data: np.ndarray, quotes: np.ndarray, starts_field: np.ndarray
 
 
 def _fields(text: memoryview, layout: Layout, quoting: bool) -> dict[int, pa.LargeStringArray] | None:
-    names = {index: str(index) for index in layout.wanted}
+    names = {index: str(index) for index in layout.requested}
     try:
         table = arrow_csv.read_csv(
             pa.BufferReader(pa.py_buffer(text)),

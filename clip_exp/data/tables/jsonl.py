@@ -43,7 +43,7 @@ class JsonLinesReader:
     """
 
     def __init__(self, path: Path, options: TableOptions) -> None:
-        self.path, self.wanted = path, options.wanted
+        self.path, self.requested = path, options.requested
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip)
         self.bytes_read = 0
         self._extra = NativeColumns(options.filtered)
@@ -92,7 +92,7 @@ class JsonLinesReader:
                 continue
             try:
                 record = parse_object(text)
-                values.append([self._text(setting, name, record) for setting, name in self.wanted.items()])
+                values.append([self._text(setting, name, record) for setting, name in self.requested.items()])
             except BadValue as bad:
                 self.bad.add(line, bad.reason, bad.detail)
                 continue
@@ -106,7 +106,7 @@ class JsonLinesReader:
             yield self._block(values, records, lines)
 
     def _block(self, values: list[list[str]], records: list[dict[str, Any]], lines: list[int]) -> RowBlock:
-        columns = dict(zip(self.wanted, map(string_array, zip(*values, strict=True)), strict=True))
+        columns = dict(zip(self.requested, map(string_array, zip(*values, strict=True)), strict=True))
         return RowBlock(columns, np.array(lines, dtype=np.int64), None, self._extra.arrays(records))
 
     def _text(self, setting: str, name: str, record: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ _BLOCK_BYTES = 64 << 20  # limit for the texts of a block
 _BUFFER_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 20  # columns of a row group up to this size are cheap to read as a dictionary
 _MAX_BYTES = 4 * MAX_CAPTION  # a text with more bytes has too many characters, whatever they are
-_WANTED_KINDS = {
+_REQUIRED_TYPES = {
     "image_key": "but it must be the paths of image files, as strings; to embed images, write WebDataset shards",
     "caption_key": "but captions must be strings",
     "label_key": "but labels must be strings or integers",
@@ -53,7 +53,7 @@ class ParquetReader:
     """
 
     def __init__(self, path: Path, options: TableOptions) -> None:
-        self.path, self.wanted = path, options.wanted
+        self.path, self.requested = path, options.requested
         self.filtered = sorted(options.filtered)
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="row")
         self.bytes_read = 0
@@ -81,18 +81,18 @@ class ParquetReader:
         open_file = partial(pq.ParquetFile, self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         with open_file() as file:
             self._check_columns(file.schema_arrow)
-            wanted = list(dict.fromkeys(self.wanted.values()))
-            names = list(dict.fromkeys([*wanted, *self.filtered]))
-            texts = [name for name in wanted if _is_text(file.schema_arrow.field(name).type)]
+            requested = list(dict.fromkeys(self.requested.values()))
+            names = list(dict.fromkeys([*requested, *self.filtered]))
+            texts = [name for name in requested if _is_text(file.schema_arrow.field(name).type)]
             with open_file(read_dictionary=texts) as coded:
                 for group in range(file.num_row_groups):
-                    rows, repeats = _way_to_read(coded, group, wanted)
+                    rows, repeats = _reading_strategy(coded, group, requested)
                     batches = (coded if repeats else file).iter_batches(rows, row_groups=[group], columns=names)
                     yield from ((batch, file.metadata.num_rows) for batch in batches)
 
     def _check_columns(self, schema: pa.Schema) -> None:
-        wanted = [*self.wanted.items(), *(("filter", name) for name in self.filtered)]
-        for setting, name in wanted:
+        requested = [*self.requested.items(), *(("filter", name) for name in self.filtered)]
+        for setting, name in requested:
             count = schema.names.count(name)
             if count > 1:
                 raise DataError(f"{self.path} has {count} columns named {name!r} (data.{setting}): rename one.")
@@ -101,14 +101,14 @@ class ParquetReader:
             kind = schema.field(name).type
             if not _fits(setting, kind):
                 raise DataError(
-                    f"{self.path}: the column {name!r} (data.{setting}) is of type {kind}, {_WANTED_KINDS[setting]}."
+                    f"{self.path}: the column {name!r} (data.{setting}) is of type {kind}, {_REQUIRED_TYPES[setting]}."
                 )
 
     def _block(self, batch: pa.RecordBatch, before: int) -> RowBlock:
         lines = np.arange(before + 1, before + 1 + len(batch), dtype=np.int64)
         columns, too_long = {}, {}
-        for setting, name in self.wanted.items():
-            column, too_long[setting] = _without_long(batch.column(name))
+        for setting, name in self.requested.items():
+            column, too_long[setting] = _blank_long_texts(batch.column(name))
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             column = pc.cast(column, pa.large_string())
@@ -119,10 +119,10 @@ class ParquetReader:
             suspicious |= _suspicious(setting, column)
         for row in np.flatnonzero(suspicious).tolist():
             try:
-                for setting, name in self.wanted.items():
+                for setting, name in self.requested.items():
                     if too_long[setting][row]:
                         raise BadValue(*longer_than(setting, name, f"more than {_MAX_BYTES:,} bytes"))
-                for setting, name in self.wanted.items():
+                for setting, name in self.requested.items():
                     text_of(setting, name, columns[setting][row].as_py())
             except (BadValue, UnicodeDecodeError) as error:
                 good[row] = False
@@ -137,7 +137,7 @@ class ParquetReader:
         return RowBlock(columns, lines[good], None, extra if self.filtered else None)
 
 
-def _way_to_read(coded: "ParquetFile", group: int, names: list[str]) -> tuple[int, bool]:
+def _reading_strategy(coded: "ParquetFile", group: int, names: list[str]) -> tuple[int, bool]:
     """Return the number of rows of a row group to read at a time, and whether to read texts as dictionaries.
 
     A small file can repeat a text of a megabyte many times. A dictionary stores it once. But if most texts are different, Arrow builds
@@ -176,7 +176,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _without_long(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+def _blank_long_texts(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """Replace texts above `_MAX_BYTES` in a dictionary column by empty ones; also return which rows these are, bool [rows]."""
     none = np.zeros(len(column), dtype=bool)
     if not pa.types.is_dictionary(column.type):

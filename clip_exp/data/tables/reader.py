@@ -33,10 +33,10 @@ class TableOptions:
     max_rows: int | None = None  # stop after this number of rows
 
     @property
-    def wanted(self) -> dict[str, str]:
+    def requested(self) -> dict[str, str]:
         """Requested columns: configuration key (`image_key`, …) to column name."""
-        wanted = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
-        return {setting: name for setting, name in wanted.items() if name is not None}
+        requested = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
+        return {setting: name for setting, name in requested.items() if name is not None}
 
     @property
     def filtered(self) -> frozenset[str]:
@@ -54,8 +54,8 @@ class TableOptions:
 # Signatures, by which a changed file is detected.
 
 _BLOCK = 1 << 14  # bytes
-_MOST_BLOCKS, _FEWEST_BLOCKS = 256, 2  # sampled blocks per file
-_ALL_BLOCKS = 4096  # sampled blocks of all files of a table together
+_MAX_BLOCKS, _MIN_BLOCKS = 256, 2  # sampled blocks per file
+_TOTAL_BLOCKS = 4096  # sampled blocks of all files of a table together
 
 
 class FileSignature(NamedTuple):
@@ -74,7 +74,7 @@ class FileSignature(NamedTuple):
 
         Raises: OSError.
         """
-        blocks = min(_MOST_BLOCKS, max(_FEWEST_BLOCKS, _ALL_BLOCKS // files))
+        blocks = min(_MAX_BLOCKS, max(_MIN_BLOCKS, _TOTAL_BLOCKS // files))
         with open(file, "rb", buffering=0) as stream:
             status = os.fstat(stream.fileno())
             digest = hashlib.sha256()

@@ -27,7 +27,7 @@ from clip_exp.progress import progress
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 1 << 16
-_BAR_FROM = 64 << 20  # bytes; smaller tables are read so fast that they need no progress bar
+_PROGRESS_BAR_BYTES = 64 << 20  # bytes; smaller tables are read so fast that they need no progress bar
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Scan:
 def progress_of(files: Sequence[Path]) -> AbstractContextManager[Callable[[int], None]]:
     """Return a context with a callback for the number of bytes read. It shows a progress bar on a terminal for large tables."""
     size = sum(file.stat().st_size for file in files)
-    if size < _BAR_FROM or not sys.stderr.isatty():
+    if size < _PROGRESS_BAR_BYTES or not sys.stderr.isatty():
         return nullcontext(lambda done: None)
     return progress(size, f"bytes of {files[0].name}")
 

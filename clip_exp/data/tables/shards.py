@@ -217,7 +217,7 @@ class ShardReader:
     """
 
     def __init__(self, path: Path, options: TableOptions) -> None:
-        self.path, self.options, self.wanted = path, options, options.wanted
+        self.path, self.options, self.requested = path, options, options.requested
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="sample")
         self.bytes_read = 0
         self._extra = NativeColumns(options.filtered)
@@ -245,7 +245,7 @@ class ShardReader:
 
     def _block(self, rows: list[_Row], samples: list[int]) -> RowBlock:
         values = zip(*(row.values for row in rows), strict=True)
-        columns = dict(zip(self.wanted, map(string_array, values), strict=True))
+        columns = dict(zip(self.requested, map(string_array, values), strict=True))
         places = np.array([(row.image.offset, row.image.size) for row in rows], dtype=np.int64)
         extra = self._extra.arrays([row.record for row in rows])
         return RowBlock(columns, np.array(samples, dtype=np.int64), places, extra)
@@ -271,7 +271,7 @@ class ShardReader:
         image = next((sample[each] for each in (self.options.image_key.lower(), *IMAGES) if each in sample), None)
         if image is None:
             raise BadValue("no image", f"there is no image among the members {', '.join(sample)}")
-        texts = {setting: name for setting, name in self.wanted.items() if setting != "image_key"}
+        texts = {setting: name for setting, name in self.requested.items() if setting != "image_key"}
         in_members = all(name.lower() in sample for name in texts.values())
         record: dict[str, Any] = {}
         if "json" in sample and (self.filtered or not in_members):
@@ -281,7 +281,7 @@ class ShardReader:
             return _Row(values, image, {})
         named = [name for name in self.filtered if name.lower() in sample]
         read = {name: _text(file, sample[name.lower()], "caption_key", name) for name in named}
-        columns = {**dict(zip(self.wanted.values(), values, strict=True)), **read, **record}
+        columns = {**dict(zip(self.requested.values(), values, strict=True)), **read, **record}
         return _Row(values, image, self._extra.of_record(columns))
 
 
