@@ -1,4 +1,4 @@
-"""`clip-exp check-data` as a user meets it: what it prints, its exit codes, and how it ends when it is stopped."""
+"""Output, exit codes and interruption of `clip-exp check-data`."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_flickr8k_is_what_its_readme_says(real_data: Path, tmp_path: Path) -> No
 
 @contextmanager
 def scanning(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command in a session of its own, once its two workers read images."""
+    """Start the command in a new session, and yield once its two workers read images."""
     original = write_image(folder / "original.png", 0, (1200, 1200))
     for number in range(3000):
         os.link(original, folder / f"{number}.png")
@@ -178,7 +178,7 @@ def test_a_killed_worker_ends_it_with_an_error(tmp_path: Path) -> None:
 
 
 def _of_session(session: int) -> list[int]:
-    """Processes that are alive in a session."""
+    """Return the processes that are alive in a session."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

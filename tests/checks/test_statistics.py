@@ -80,7 +80,7 @@ def test_images_that_were_not_read_are_like_no_other() -> None:
     assert len({*train.tolist(), *val.tolist()}) == 4
 
 
-def test_leaks_are_told_once_for_each_image() -> None:
+def test_leaks_are_reported_once_for_each_image() -> None:
     leakage = find_leakage(
         (np.array([7, 8, 8]), np.array([8, 1, 2])),
         (np.array([10, 11, 12], "u8"), np.array([20, 12, 21], "u8")),

@@ -28,7 +28,7 @@ class Made(NamedTuple):
 
 
 def damaged_images(folder: Path, count: int, seed: int) -> list[Made]:
-    """Write `count` files of a few kB into `folder`, which is their data root; some link to what is beside it."""
+    """Write `count` files of a few kB to `folder`, which is their data root; some are links to files next to it."""
     folder.mkdir(parents=True, exist_ok=True)
     outside = folder.parent / f"outside-{folder.name}.jpg"
     outside.write_bytes(encoded(image(np.random.default_rng(0)), "JPEG"))

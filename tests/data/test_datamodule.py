@@ -48,7 +48,7 @@ def test_validation_batches_hold_images_captions_and_labels(pairs, build, tmp_pa
     assert batch.tokens.shape == (10, 5)
 
 
-def test_validation_labels_lose_their_blanks_and_those_that_are_alike_are_told(pairs, build, tmp_path, caplog):
+def test_validation_labels_lose_their_blanks_and_those_that_are_alike_are_reported(pairs, build, tmp_path, caplog):
     val = labeled(tmp_path)
     val.write_text(val.read_text().replace("one of 3,cat", "one of 3,cat ").replace("of 4,dog", "of 4,Dog"))
     module = build(pairs, val=val, label_key="kind")

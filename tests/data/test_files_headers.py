@@ -59,8 +59,8 @@ def test_too_many_pixels_cost_nothing():
 def test_a_side_that_costs_more_than_the_pixels_is_refused():
     """Pillow keeps eight bytes for each row: 40 million rows of one pixel took 600 MB and four seconds."""
     for size in ((65_536, 1), (1, 40_000_000)):
-        told = f"side too long: {size[0]} x {size[1]} pixels, a side of more than 65,535"
-        assert reason(png(*size, zlib.compress(bytes(100)))) == told
+        reported = f"side too long: {size[0]} x {size[1]} pixels, a side of more than 65,535"
+        assert reason(png(*size, zlib.compress(bytes(100)))) == reported
 
 
 def test_pillows_own_limit_is_a_reason_too():

@@ -54,7 +54,7 @@ def test_an_image_has_the_label_of_those_rows_that_have_one_and_no_second_one(tm
         label_of_images(read_table(table, label_key="label"))
 
 
-def test_labels_that_differ_in_case_or_blanks_alone_are_told(caplog):
+def test_labels_that_differ_in_case_or_blanks_alone_are_reported(caplog):
     with caplog.at_level(logging.WARNING):
         warn_similar_labels(["dog", "cat", "ice cream", "bird"], "a.csv")
         assert not caplog.records

@@ -62,7 +62,7 @@ def test_exif_orientation_is_applied_for_training_and_ignored_for_evaluation(tmp
     assert torch.equal(pixels(open_image(file, LIMIT)), pixels(stored))
 
 
-def test_sixteen_bit_grey_is_scaled_by_depth_not_clipped(tmp_path):
+def test_sixteen_bit_gray_is_scaled_by_depth_not_clipped(tmp_path):
     file = tmp_path / "a.png"
     Image.fromarray(np.array([[0, 1000, 40000, 65535]], dtype=np.uint16)).save(file)
     for image in (read_image(file, LIMIT), pixels(open_image(file, LIMIT))):

@@ -1,4 +1,4 @@
-"""How many worker processes there are, and what is reported where the memory that they share with training runs out."""
+"""The number of worker processes, and the errors when shared memory runs out."""
 
 import errno
 import gc
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:Depreca
 
 @pytest.fixture(autouse=True)
 def _loaders_end_with_their_test() -> Iterator[None]:
-    """Torch tells of a killed worker once more when its loader is taken down."""
+    """Torch reports a killed worker again when its loader is deleted."""
     yield
     gc.collect()
 
@@ -78,7 +78,7 @@ def test_batches_come_from_workers_as_they_are_made() -> None:
         assert [batch.image.tolist() for batch in batches] == [[[0] * 8] * 4, [[4] * 8] * 4]
 
 
-# torch may tell a second time, while the loader is taken down.
+# torch may report it again when the loader is deleted.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_with_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch itself only prints the error, in a thread of the worker, and waits for the batch forever."""
@@ -140,7 +140,7 @@ def test_a_full_disk_is_lack_of_shared_memory_only_where_workers_start(
         iter(loader())
 
 
-def test_a_system_without_the_folder_of_shared_memory_is_told_the_remedies_and_never_warned(
+def test_a_system_without_the_folder_of_shared_memory_is_reported_the_remedies_and_never_warned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("clip_exp.data.loader.SHARED_MEMORY", "/no/such/folder")

@@ -86,7 +86,7 @@ def test_weights_for_some_sources_are_refused():
     assert not list(problems(data_of([{"path": "a.csv"}, "b.csv"]), at="data."))
 
 
-def test_all_problems_of_all_sources_are_told_at_once():
+def test_all_problems_of_all_sources_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         data_of([{"path": "a.csv", "weight": 0, "sep": ","}, {"weight": 1}])
     assert len(str(caught.value).splitlines()) == 3

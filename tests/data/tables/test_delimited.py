@@ -238,7 +238,7 @@ def test_a_file_whose_rows_all_fall_to_the_filter_may_stand_beside_others(tmp_pa
 
 
 def test_a_part_without_rows_may_stand_beside_others(tmp_path, caplog):
-    """Spark writes such ones. A part whose rows are all bad is no such one."""
+    """Spark writes empty parts. A part whose rows are all bad is an error."""
     files = [write(tmp_path / "a.csv", "filepath,title,score\n"), write(tmp_path / "b.csv", SCORED)]
     table = read_table(files)
     assert [part.rows for part in table.parts] == [0, 4]
@@ -250,7 +250,7 @@ def test_a_part_without_rows_may_stand_beside_others(tmp_path, caplog):
         read_table([files[1], write(tmp_path / "c.csv", "filepath,title\nx\n")], on_bad_row="skip")
 
 
-def test_rows_taken_as_they_are_written_are_told(tmp_path, caplog):
+def test_rows_taken_as_they_are_written_are_reported(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         table = read_table(write(tmp_path / "t.csv", 'filepath,title\na.jpg,"Hi" he said\n'))
     assert table.caption(0) == '"Hi" he said'

@@ -128,7 +128,7 @@ def test_shards_keep_the_places_of_their_images(tmp_path):
     assert contents(indexed) == contents(in_memory)
 
 
-def test_bad_rows_are_told_again_from_the_index(tmp_path, caplog):
+def test_bad_rows_are_reported_again_from_the_index(tmp_path, caplog):
     file = tmp_path / "pairs.csv"
     file.write_text("filepath,title\na.jpg,x\nb.jpg\n,y\nc.jpg,z\n")
     for _ in range(2):
@@ -142,7 +142,7 @@ def test_bad_rows_are_told_again_from_the_index(tmp_path, caplog):
 
 
 def test_a_link_before_two_dots_is_followed_not_cut_out_of_the_name(tmp_path, builds):
-    """`link/../pairs.csv` is not `pairs.csv` here but beside what the link leads to."""
+    """`link/../pairs.csv` is not `pairs.csv` here, but the file next to the target of the link."""
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
     near, far = write_rows(tmp_path / "pairs.csv", 10), write_rows(tmp_path / "far" / "pairs.csv", 20)
@@ -190,7 +190,7 @@ def change_size(file: Path) -> None:
 
 
 def change_text(file: Path) -> None:
-    """Neither the size nor the time of the last change tells it."""
+    """Size and modification time are unchanged, so only the sample shows it."""
     before = file.stat()
     file.write_text(file.read_text().replace("caption 7\n", "CAPTION 7\n"))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -382,7 +382,9 @@ def touch_all(pickled: bytes, results: "multiprocessing.SimpleQueue[tuple[int, i
     results.put((characters, private_dirty_kb() - before_kb))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells a process's own memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="private memory of a process is known only on Linux"
+)
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_map_the_index_instead_of_a_copy(tmp_path, start):
     file = write_rows(tmp_path / "pairs.csv", 200_000, captions_per_image=2)

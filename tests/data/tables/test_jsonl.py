@@ -72,10 +72,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD, ids=[f"{reason} {number}" for number, (reason, _) in enumerate(BAD.values())])
-def test_a_bad_row_is_told_with_its_line_or_left_out_by_reason(tmp_path, line):
-    reason, told = BAD[line]
+def test_a_bad_row_is_reported_with_its_line_or_left_out_by_reason(tmp_path, line):
+    reason, reported = BAD[line]
     file = write(tmp_path / "t.jsonl", GOOD, "", line, GOOD)
-    with pytest.raises(DataError, match=rf"t\.jsonl, line 3: .*{told}.*data\.on_bad_row=skip"):
+    with pytest.raises(DataError, match=rf"t\.jsonl, line 3: .*{reported}.*data\.on_bad_row=skip"):
         read_table(file)
     table = read_table(file, on_bad_row="skip")
     assert captions(table) == ["a dog", "a dog"]
@@ -94,7 +94,7 @@ def test_labels_may_be_whole_numbers_and_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         (b"", "is empty"),
         (b"\n\n", "no rows"),
@@ -107,9 +107,9 @@ def test_labels_may_be_whole_numbers_and_none(tmp_path):
         ),
     ],
 )
-def test_files_of_another_kind_are_refused(tmp_path, content, told):
+def test_files_of_another_kind_are_refused(tmp_path, content, reported):
     (tmp_path / "t.json").write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reported):
         read_table(tmp_path / "t.json")
 
 
@@ -150,7 +150,7 @@ def test_two_hundred_thousand_rows_take_about_a_second(tmp_path):
 
 
 def test_what_nobody_asks_for_takes_no_memory(tmp_path):
-    """An embedding beside each caption, of which a filter looks at another key."""
+    """Each record has an embedding, and a filter uses another key."""
     rows = [{**GOOD, "width": i, "embedding": list(range(1_000, 6_000))} for i in range(200)]
     file = write(tmp_path / "t.jsonl", *rows)
     tracemalloc.start()

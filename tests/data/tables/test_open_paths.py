@@ -58,7 +58,7 @@ def test_a_file_that_is_called_like_a_pattern_is_that_file(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("tables", "told"),
+    ("tables", "reported"),
     [
         ([], "No table is given"),
         ("absent.csv", r"absent\.csv does not exist"),
@@ -77,12 +77,12 @@ def test_a_file_that_is_called_like_a_pattern_is_that_file(tmp_path, name):
         (["a.csv", None], "None is not the path"),
     ],
 )
-def test_what_names_no_file_is_told(shards, monkeypatch, tables, told):
+def test_what_names_no_file_is_reported(shards, monkeypatch, tables, reported):
     (shards / "dangling.csv").symlink_to("nowhere")
     (shards / "link.csv").symlink_to("a.csv") if "link.csv" in tables else None
     os.mkfifo(shards / "pipe.csv")
     monkeypatch.chdir(shards)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         expand(tables)
 
 

@@ -53,12 +53,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("column", "value", "reason", "told"), BAD)
-def test_a_bad_row_is_told_with_its_number_or_left_out_by_reason(tmp_path, column, value, reason, told):
+@pytest.mark.parametrize(("column", "value", "reason", "reported"), BAD)
+def test_a_bad_row_is_reported_with_its_number_or_left_out_by_reason(tmp_path, column, value, reason, reported):
     columns = {"filepath": raw_text(b"a.jpg", b"b.jpg", b"c.jpg"), "title": raw_text(b"x", b"y", "é".encode() * 32_768)}
     values = [b"x", value, b"z"]
     file = write(tmp_path / "t.parquet", {**columns, column: raw_text(*values), "n": [1, 2, 3]})
-    with pytest.raises(DataError, match=rf"t\.parquet, row 2: .*{told}.*data\.on_bad_row=skip"):
+    with pytest.raises(DataError, match=rf"t\.parquet, row 2: .*{reported}.*data\.on_bad_row=skip"):
         read_table(file)
     table = read_table(file, on_bad_row="skip", filter="n >= 2")
     assert (len(table), table.lines.tolist()) == (1, [3])
@@ -66,7 +66,7 @@ def test_a_bad_row_is_told_with_its_number_or_left_out_by_reason(tmp_path, colum
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "reported"),
     [
         (
             {"file_path": ["a"], "title": ["x"]},
@@ -83,8 +83,8 @@ def test_a_bad_row_is_told_with_its_number_or_left_out_by_reason(tmp_path, colum
         ({"filepath": pa.array([], pa.string()), "title": pa.array([], pa.string())}, "no rows"),
     ],
 )
-def test_columns_that_cannot_be_used_are_told(tmp_path, columns, told):
-    with pytest.raises(DataError, match=told):
+def test_columns_that_cannot_be_used_are_reported(tmp_path, columns, reported):
+    with pytest.raises(DataError, match=reported):
         read_table(write(tmp_path / "t.parquet", columns))
 
 
@@ -162,7 +162,7 @@ def most_memory(reader: parquet.ParquetReader) -> int:
 
 
 def test_a_large_row_group_is_read_piece_by_piece(tmp_path, monkeypatch):
-    """Different captions, which as a dictionary would be gathered anew for every batch; one of them is a page of text."""
+    """Different captions, one of them long. As a dictionary, they would be collected again for every batch."""
     texts = pa.array([f"a caption that is like no other one, number {i}" for i in range(200_000)])
     texts = pa.concat_arrays([pa.array(["x" * 150_000]), texts[1:]])
     file = write(tmp_path / "t.parquet", {"filepath": ["a.jpg"] * 200_000, "title": texts}, compression="none")

@@ -10,7 +10,7 @@ from tests.data.tables.shard_files import write_shard
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reported"),
     [
         ("t.csv.gz", b"x", r"is compressed.*decompress it \(gunzip .*t\.csv\.gz\)"),
         ("t.tar.gz", b"x", "is compressed"),
@@ -27,13 +27,13 @@ from tests.data.tables.shard_files import write_shard
         ("t.csv", b"\xff\xd8\xff\xe0", "is a JPEG image"),
     ],
 )
-def test_files_that_are_no_table_are_refused_with_the_repair(tmp_path, name, content, told):
+def test_files_that_are_no_table_are_refused_with_the_repair(tmp_path, name, content, reported):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         open_reader(tmp_path / name, TableOptions())
 
 
-def test_a_tar_is_told_by_its_content_whatever_it_is_called(tmp_path):
+def test_a_tar_is_reported_by_its_content_whatever_it_is_called(tmp_path):
     file = write_shard(tmp_path / "s.csv", {"1.jpg": b"x", "1.txt": "x"})
     with pytest.raises(ConfigError, match=r"is a tar: rename it to s\.tar"):
         read_table(file)

@@ -118,15 +118,15 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("sample", "reason", "told"), BAD, ids=[f"{bad[1]} {number}" for number, bad in enumerate(BAD)]
+    ("sample", "reason", "reported"), BAD, ids=[f"{bad[1]} {number}" for number, bad in enumerate(BAD)]
 )
-def test_a_bad_sample_is_told_with_its_number_or_left_out_by_reason(tmp_path, sample, reason, told):
+def test_a_bad_sample_is_reported_with_its_number_or_left_out_by_reason(tmp_path, sample, reason, reported):
     first, last = list(SAMPLE.items()), [("3.jpg", b"image 3"), ("3.txt", "a cat")]
     contents = [*first, *(sample.items() if isinstance(sample, dict) else sample), *last]
     if "1.jpg" in sample:
         contents[2:2] = [("2.jpg", b"image 2"), ("2.txt", "x")]
     file = write_shard(tmp_path / "s.tar", contents, tarfile.GNU_FORMAT)
-    with pytest.raises(DataError, match=rf"s\.tar, sample [23]: .*{told}.*\(sample '.*'\).*data\.on_bad_row=skip"):
+    with pytest.raises(DataError, match=rf"s\.tar, sample [23]: .*{reported}.*\(sample '.*'\).*data\.on_bad_row=skip"):
         read_table(file)
     table = read_table(file, on_bad_row="skip")
     assert rows(table)[0] == ("1.jpg", "a dog", b"image 1")
@@ -170,7 +170,7 @@ def test_a_shard_that_is_cut_off_gives_the_samples_before_the_cut_and_says_so(tm
     before = rows(read_table(file))
     end = max(offset + size for offset, size in read_table(file).members.tolist())
     messages = []
-    for cut in range(1_301, end, 2 * 587):  # odd: where a member ends, nothing tells that more was to come
+    for cut in range(1_301, end, 2 * 587):  # odd, because a cut at the end of a member cannot be detected
         file.write_bytes(whole[:cut])
         try:
             table = read_table(file, on_bad_row="skip")
@@ -184,7 +184,7 @@ def test_a_shard_that_is_cut_off_gives_the_samples_before_the_cut_and_says_so(tm
     assert all("is not a readable tar" in message or "has no rows (1 bad" in message for message in messages)
 
 
-def test_a_damaged_header_is_told_where_tarfile_takes_it_for_the_end(tmp_path):
+def test_a_damaged_header_is_reported_where_tarfile_takes_it_for_the_end(tmp_path):
     file = tmp_path / "s.tar"
     whole = bytearray(whole_shard(file))
     offset = int(read_table(file).members[3][0]) - 512
@@ -213,19 +213,19 @@ def test_headers_that_claim_too_much_take_no_memory(tmp_path, field):
         read_table(tmp_path / "s.tar")
 
 
-def test_a_hole_that_looks_like_the_end_is_told_and_so_are_joined_tars(tmp_path):
-    """As of a download that left pieces out; `tarfile` and `tar` stop there without a word."""
+def test_a_hole_that_looks_like_the_end_is_reported_and_so_are_joined_tars(tmp_path):
+    """A hole as left by an incomplete download. `tarfile` and `tar` stop there silently."""
     file = tmp_path / "s.tar"
     whole = whole_shard(file)
     hole = int(read_table(file).members[3][0]) - 512
-    for damaged, samples, told in (
+    for damaged, samples, reported in (
         (whole[:hole] + bytes(512) + whole[hole + 512 :], 3, hole),
         (whole + whole_shard(file, 2), 6, len(whole.rstrip(b"\0")) // 512 * 512 + 512),
     ):
         file.write_bytes(damaged)
         with pytest.raises(
             DataError,
-            match=rf"sample {samples}: the shard is damaged here: there is no member at byte {told}, but more .*tar -A",
+            match=rf"sample {samples}: the shard is damaged here: there is no member at byte {reported}, but more .*tar -A",
         ):
             read_table(file)
         table = read_table(file, on_bad_row="skip")
@@ -243,7 +243,7 @@ def test_long_lists_of_a_filter_come_in_smaller_blocks(tmp_path, monkeypatch):
     assert all(set(block.extra) == {"boxes"} for block in blocks)
 
 
-def test_broken_pax_records_are_told(tmp_path):
+def test_broken_pax_records_are_reported(tmp_path):
     for records in (b"x", b"99 path=a\n", b"3 =\n", b"0 path=a\n", b"5 a=\n" * 1_000 + b"-1 path=a\n", b"1" * 5_000):
         header = tarfile.TarInfo("pax")
         header.type, header.size = tarfile.XHDTYPE, len(records)

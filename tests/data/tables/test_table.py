@@ -129,7 +129,7 @@ def test_classic_mac_line_ends_are_lines(tmp_path):
     ]
 
 
-def test_a_missing_column_is_told_with_the_columns_and_the_key_to_set(tmp_path):
+def test_a_missing_column_is_reported_with_the_columns_and_the_key_to_set(tmp_path):
     file = write_table(tmp_path / "t.csv", [["file_path", "title", "score"], ["a.jpg", "x", "1"]])
     with pytest.raises(DataError) as error:
         read_table(file)
@@ -146,7 +146,7 @@ def test_a_missing_column_is_told_with_the_columns_and_the_key_to_set(tmp_path):
     assert read_table(file, image_key="file_path").path(0) == "a.jpg"
 
 
-def test_a_wrong_separator_is_told(tmp_path):
+def test_a_wrong_separator_is_reported(tmp_path):
     file = write_table(tmp_path / "t.csv", [HEADER, ["a.jpg", "x"]])
     with pytest.raises(DataError, match=r"separator seems to be comma: set data\.separator=auto"):
         read_table(file, separator="\\t")
@@ -166,7 +166,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 RAGGED = "filepath,title\na.jpg,x\nb.jpg,y, and more\nc.jpg\nd.jpg,z\n"
 
 
-def test_a_ragged_row_is_told_with_its_line(tmp_path):
+def test_a_ragged_row_is_reported_with_its_line(tmp_path):
     with pytest.raises(
         DataError, match=r"t\.csv, line 3: 3 fields instead of 2, separated by comma.*data\.on_bad_row=skip"
     ):
