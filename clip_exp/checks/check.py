@@ -1,4 +1,4 @@
-"""A check of open tables: scan them, judge what was found, and leave it in a folder: a report, a page, and lists."""
+"""Check of opened tables: scan them, find problems, and write a JSON report, an HTML report and lists to a folder."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -13,15 +13,15 @@ from clip_exp.checks.duplicates import Equalities, equal_groups
 from clip_exp.checks.scan import Scanned, Vocabulary, bad_samples_file, scan_split
 from clip_exp.checks.splits import TRAIN, VAL, Split
 from clip_exp.checks.statistics import describe_speed
-from clip_exp.checks.verdicts import Level, Verdict, judge
+from clip_exp.checks.verdicts import Level, Verdict, find_problems
 from clip_exp.config.base import plain
 from clip_exp.config.commands import CheckDataConfig
 from clip_exp.data.files import BadImage, ImageLimits
 from clip_exp.data.images import decode_rgb
-from clip_exp.data.loader import cores_per_rank, count_workers, killed_workers_are_told
+from clip_exp.data.loader import cores_per_rank, count_workers, report_killed_workers
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import DataError
-from clip_exp.reports.data_page import Equal, Gallery, ImageExample, data_page
+from clip_exp.reports.data_report import DuplicateImage, Gallery, ImageExample, data_report
 from clip_exp.reports.page import SIDE, Thumbnail, shrunk
 from clip_exp.runs import write_json, write_text
 from clip_exp.storage import TextWriter, atomic_file
@@ -34,18 +34,18 @@ SETTINGS = ("decode", "max_images", "max_leakage", "global_batch_size")
 def run(
     splits: list[Split], config: CheckDataConfig, folder: Path, command: str
 ) -> tuple[dict[str, Any], list[Verdict]]:
-    """Write `report.json`, `report.html` and the lists into `folder`; return the first, and its verdicts.
+    """Write `report.json`, `report.html` and the lists to `folder`; return the content of `report.json` and the verdicts.
 
     Args:
-        command: that was typed, for the page.
+        command: command line, for the report.
 
     Raises:
-        ConfigError: a tokenizer that cannot be had.
-        DataError: one of the processes was killed.
+        ConfigError: the tokenizer is not available.
+        DataError: a worker process was killed.
     """
     workers = cores_per_rank(1) if config.num_workers is None else config.num_workers
     vocabulary = Vocabulary.of(build_tokenizer(config.model.text))
-    with bad_samples_file(folder / "bad_samples.csv") as bad_samples, killed_workers_are_told("num_workers"):
+    with bad_samples_file(folder / "bad_samples.csv") as bad_samples, report_killed_workers("num_workers"):
         scanned = [scan_split(split, config, vocabulary, workers, bad_samples) for split in splits]
     equal = Equalities(scanned)
     loader_workers = count_workers(config.data.num_workers, 1, resolve_accelerator("auto"))
@@ -62,21 +62,21 @@ def run(
         "leakage": None if equal.leakage is None else describe_leakage(scanned, equal.leakage),
         "speed": describe_speed([each.good for each in scanned], loader_workers, config.decode),
     }
-    verdicts = judge(report, config)
-    grave = any(verdict.level is Level.error for verdict in verdicts)
-    report |= {"verdicts": [asdict(verdict) for verdict in verdicts], "exit_code": DataError.exit_code if grave else 0}
+    verdicts = find_problems(report, config)
+    failed = any(verdict.level is Level.error for verdict in verdicts)
+    report |= {"verdicts": [asdict(verdict) for verdict in verdicts], "exit_code": DataError.exit_code if failed else 0}
     write_json(folder / "report.json", report)
     write_lists(folder, scanned, equal)
     gallery = collect(scanned, equal, ImageLimits.of(config.data))
-    write_text(folder / "report.html", data_page(report, gallery, folder, command))
+    write_text(folder / "report.html", data_report(report, gallery, folder, command))
     return report, verdicts
 
 
-# Lists beside the report: what is to be repaired or removed, a row for each.
+# Lists of rows and images to repair or remove.
 
 
 def write_lists(folder: Path, scanned: list[Scanned], equal: Equalities) -> None:
-    """Write `bad_rows.csv`, `duplicates.csv` and `leakage.csv`; of each file's bad rows the first (`MAX_EXAMPLES`)."""
+    """Write `bad_rows.csv` (the first `MAX_EXAMPLES` of each file), `duplicates.csv` and `leakage.csv`."""
     bad_rows = (
         [part.path, line, reason, each.split.name]
         for each in scanned
@@ -114,18 +114,18 @@ def _write(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
         writer.writerows(rows)
 
 
-# Images for the page: some good ones with their captions, and some that there are more than once.
+# Images for the HTML report: a sample with captions, duplicates and leaked images.
 
 IMAGES = {TRAIN: 12, VAL: 8}
-CAPTIONS = 5  # of an image
-EQUAL = 8  # images that there are more than once
-PATHS = 6  # of such an image
+CAPTIONS = 5  # captions per image
+EQUAL = 8  # duplicated images
+PATHS = 6  # paths per duplicated image
 
 
 def collect(scanned: list[Scanned], equal: Equalities, limits: ImageLimits) -> Gallery:
-    """Return what the page shows; the same each time for the same data."""
+    """Return the images for the report. The choice is deterministic."""
     samples: dict[str, list[ImageExample]] = {}
-    copies: list[Equal] = []
+    copies: list[DuplicateImage] = []
     for each, contents in zip(scanned, equal.contents, strict=True):
         split, good = each.split, each.good["image"]
         samples[split.name] = []
@@ -138,19 +138,19 @@ def collect(scanned: list[Scanned], equal: Equalities, limits: ImageLimits) -> G
         for group in equal_groups(contents)[:EQUAL]:
             rows = split.first_rows[group].tolist()
             paths = [(split.name, split.path(row)) for row in rows[:PATHS]]
-            copies.append(Equal(_thumbnail(split, rows[0], limits), paths))
-    leaks: list[Equal] = []
+            copies.append(DuplicateImage(_thumbnail(split, rows[0], limits), paths))
+    leaks: list[DuplicateImage] = []
     if equal.leakage is not None:
         train, val = (each.split for each in scanned)
         of_val = {leak.val_image: leak for leak in (*equal.leakage.same_path, *equal.leakage.same_bytes)}
         for image in sorted(of_val)[:EQUAL]:
             paths = [(VAL, val.path_of(image)), (TRAIN, train.path_of(of_val[image].train_image))]
-            leaks.append(Equal(_thumbnail(val, int(val.first_rows[image]), limits), paths))
+            leaks.append(DuplicateImage(_thumbnail(val, int(val.first_rows[image]), limits), paths))
     return Gallery(samples, copies, leaks)
 
 
 def _thumbnail(split: Split, row: int, limits: ImageLimits) -> Thumbnail:
-    """What training sees of an image, before its crop."""
+    """Return a thumbnail of an image as training decodes it, before the crop."""
     path = split.path(row)
     try:
         image = decode_rgb(split.read_image(row, limits), limits)

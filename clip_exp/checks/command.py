@@ -1,4 +1,4 @@
-"""`clip-exp check-data`: what one must know of a data set before spending days of computing on it."""
+"""`clip-exp check-data`: check a data set before training on it."""
 
 import json
 from pathlib import Path
@@ -15,24 +15,25 @@ from clip_exp.config.commands import CheckDataConfig, CheckFormat
 from clip_exp.config.files import to_yaml
 from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
-from clip_exp.reports.data_page import loaders
+from clip_exp.reports.data_report import loaders
 from clip_exp.reports.page import command_line
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
 
-ONLY_HERE = ("name", "output_dir", "decode", "max_images", "max_leakage", "num_workers", "format")  # keys
+# Keys of this command that training does not have, or has with another meaning.
+ONLY_HERE = ("name", "output_dir", "decode", "max_images", "max_leakage", "num_workers", "format")
 
 
 def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
-    """Scan the data, leave the findings in a new folder, and print them; return 0.
+    """Scan the data, write the findings to a new folder and print them; return 0.
 
     Args:
-        arguments: of the command line.
+        arguments: arguments of the command line.
 
     Raises:
-        ConfigError: keys that make no sense, tables that do not exist.
-        DataError: a table that cannot be read; or, when all is written and printed, more of the data is bad than
-            `data.max_bad_fraction`, or more of it leaks than `max_leakage`.
+        ConfigError: a key is invalid, or a table does not exist.
+        DataError: a table cannot be read. Also raised after the report is written and printed, if a threshold such as
+            `data.max_bad_fraction` or `max_leakage` is exceeded.
     """
     problems = [
         *broken_rules(config),
@@ -47,7 +48,7 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
     write_text(folder / "config.yaml", to_yaml(config))
     record = RunRecord(folder)
     record.start(arguments)
-    # Torch takes seconds to import: only once the tables are known to be there.
+    # Imported only after the tables are opened, because torch takes seconds to import.
     from clip_exp.checks.check import run
 
     try:
@@ -56,41 +57,41 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
         record.finish("failed", error=str(error).splitlines()[:20])
         raise
     record.finish("finished", exit_code=report["exit_code"])
-    grave = [verdict for verdict in verdicts if verdict.level == "error"]
+    errors = [verdict for verdict in verdicts if verdict.level == "error"]
     if config.format is CheckFormat.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        show(report, verdicts, folder, None if grave else _next_command(report, arguments))
-    if grave:
-        raise DataError("\n".join(f"{verdict.split}: {verdict.text}. {verdict.fix}." for verdict in grave))
+        show(report, verdicts, folder, None if errors else _next_command(report, arguments))
+    if errors:
+        raise DataError("\n".join(f"{verdict.split}: {verdict.text}. {verdict.fix}." for verdict in errors))
     return 0
 
 
 def _next_command(report: dict[str, Any], arguments: list[str]) -> str:
-    """Training with the same data and model, and with what the findings ask for."""
-    kept = [text for text in arguments if text.partition("=")[0] not in ONLY_HERE and not text.startswith("-")]
-    given = {text.partition("=")[0] for text in kept}
+    """Return the command that trains with the same data and model, and with the overrides that the findings recommend."""
+    overrides = [text for text in arguments if text.partition("=")[0] not in ONLY_HERE and not text.startswith("-")]
+    given = {text.partition("=")[0] for text in overrides}
     subjects = {verdict["subject"] for verdict in report["verdicts"]}
     advice = {
-        "data": "data=csv",  # as conf/check_data.yaml chooses
+        "data": "data=csv",  # the default of conf/check_data.yaml
         "model": f"model={report['model']['name']}",
         "data.on_bad_row": "data.on_bad_row=skip" if "bad_rows" in subjects else None,
         "loss.same_caption": "loss.same_caption=positive" if "equal_captions" in subjects else None,
     }
-    kept += [text for key, text in advice.items() if text is not None and key not in given]
-    return command_line("train", kept)
+    overrides += [text for key, text in advice.items() if text is not None and key not in given]
+    return command_line("train", overrides)
 
 
-# The short version, for the terminal.
+# Summary for the terminal.
 
 MARKS = {Level.error: ("✗", "bold red"), Level.warning: ("!", "yellow"), Level.note: ("·", "dim")}
 
 
 def show(report: dict[str, Any], verdicts: list[Verdict], folder: Path, next_command: str | None) -> None:
-    """Print what there is, what is wrong with it, and where to look next.
+    """Print an overview, the problems, and the paths of the report.
 
     Args:
-        next_command: None where the data is to be repaired first.
+        next_command: command to run next; None if the data must be repaired first.
     """
     splits, speed = report["splits"], report["speed"]
     overview = Table("", *splits)
@@ -100,7 +101,7 @@ def show(report: dict[str, Any], verdicts: list[Verdict], folder: Path, next_com
         overview.add_row(name, *(value(split) for split in splits.values()))
     if speed["samples_per_s"] is not None:
         overview.add_row(f"pairs/s, {loaders(speed['loader_workers'])}", f"{speed['samples_per_s']:,.0f}")
-    problems = Table("", "where", "what was found", "what to do", show_lines=True)
+    problems = Table("", "split", "problem", "fix", show_lines=True)
     for column in problems.columns[2:]:
         column.overflow = "fold"
     for verdict in verdicts:
@@ -108,7 +109,7 @@ def show(report: dict[str, Any], verdicts: list[Verdict], folder: Path, next_com
         problems.add_row(Text(mark, style), verdict.split, Text(verdict.text), Text(f"{verdict.fix}."))
     console = Console()
     console.print(overview)
-    console.print(problems if verdicts else Text("Nothing is wrong with it.", "green"))
+    console.print(problems if verdicts else Text("No problems found.", "green"))
     following = {"Lists": folder, "Open": folder / "report.html"} | ({"Next": next_command} if next_command else {})
     for name, value in following.items():
         console.print(f"{name + ':':7}{value}", soft_wrap=True, highlight=False, markup=False)
@@ -126,11 +127,11 @@ def _size(split: dict[str, Any]) -> str:
 _FACTS: dict[str, Any] = {
     "rows": lambda split: f"{split['rows']:,}",
     "images": lambda split: f"{split['images']:,}",
-    "of them checked": lambda split: f"{split['images_checked']:,}",
+    "images checked": lambda split: f"{split['images_checked']:,}",
     "bad rows": lambda split: f"{split['bad_rows']['count']:,}",
     "bad images": lambda split: f"{split['bad_images']['count']:,}",
-    "middle size, pixels": _size,
-    "tokens: middle / 95 % / most": lambda split: _number(split["captions"]["tokens"], "p50", "p95", "max"),
-    "captions cut": lambda split: f"{split['captions']['truncated']['count']:,}",
+    "median size, pixels": _size,
+    "tokens: median / 95 % / max": lambda split: _number(split["captions"]["tokens"], "p50", "p95", "max"),
+    "truncated captions": lambda split: f"{split['captions']['truncated']['count']:,}",
     "distinct captions": lambda split: f"{split['captions']['distinct']:,}",
 }

@@ -1,4 +1,4 @@
-"""All that was found out, as plain values: `report.json`. Its keys stay."""
+"""Content of `report.json`, as plain values. Its keys are a stable interface."""
 
 from collections import Counter
 from typing import Any
@@ -11,17 +11,17 @@ from clip_exp.checks.statistics import (
     NO_LETTERS,
     SCRIPTS,
     SPLIT_BADLY,
-    counted_share,
+    counted_fraction,
     describe_images,
     english_tokens_per_character,
     equal_pairs_in_batch,
+    fraction,
+    linear_histogram,
     quantiles,
-    share,
-    whole_histogram,
 )
 from clip_exp.config.commands import CheckDataConfig
 from clip_exp.data.tables.filters import as_json
-from clip_exp.data.tables.table import bad_rows, unlike_values
+from clip_exp.data.tables.table import bad_rows, unconverted_values
 
 EXAMPLES = 20
 CUT_EXAMPLES = 5
@@ -32,7 +32,7 @@ BAD_ROW_EXAMPLES = 50
 def describe(
     scanned: list[Scanned], equal: Equalities, config: CheckDataConfig, vocabulary: Vocabulary
 ) -> dict[str, dict[str, Any]]:
-    """By name of the split, everything but leakage and speed."""
+    """Return the statistics of each split by name, except leakage and speed."""
     return {
         each.split.name: {
             **_describe_rows(each),
@@ -45,7 +45,7 @@ def describe(
 
 
 def describe_leakage(scanned: list[Scanned], leakage: Leakage) -> dict[str, Any]:
-    """What validation shares with training, with examples."""
+    """Return the counts and examples of leaked images."""
     train, val = (each.split for each in scanned)
 
     def described(leaks: list[Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def describe_leakage(scanned: list[Scanned], leakage: Leakage) -> dict[str, Any]
     pairs = [{"path": val.path(row), "caption": val.caption(row)} for row in leakage.pairs[:EXAMPLES].tolist()]
     return {
         "images": leakage.images,
-        "share": leakage.share,
+        "fraction": leakage.fraction,
         "same_bytes": described(leakage.same_bytes),
         "same_path": described(leakage.same_path),
         "same_image_and_caption": {"count": len(leakage.pairs), "examples": pairs},
@@ -73,7 +73,7 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
         for part in parts
         for line, reason in part.bad_examples
     ]
-    kinds = _commonest_first(scanned.bad.kinds)
+    kinds = _most_common_first(scanned.bad.kinds)
     return {
         "files": [{"file": str(part.path), "rows": part.rows, "bad_rows": sum(part.bad.values())} for part in parts],
         "rows": len(scanned.split),
@@ -81,21 +81,21 @@ def _describe_rows(scanned: Scanned) -> dict[str, Any]:
         "images_checked": scanned.checked,
         "bad_rows": {
             "count": by_reason.total(),
-            "share": share(by_reason.total(), sum(part.seen for part in parts)),
-            "by_reason": _commonest_first(by_reason),
+            "fraction": fraction(by_reason.total(), sum(part.seen for part in parts)),
+            "by_reason": _most_common_first(by_reason),
             "examples": examples[:BAD_ROW_EXAMPLES],
         },
-        "filter_values": as_json(unlike_values(parts)),
+        "filter_values": as_json(unconverted_values(parts)),
         "bad_images": {
             "count": scanned.bad.kinds.total(),
-            "share": share(scanned.bad.kinds.total(), scanned.checked),
+            "fraction": fraction(scanned.bad.kinds.total(), scanned.checked),
             "by_kind": kinds,
             "examples": [example._asdict() for kind in kinds for example in scanned.bad.examples[kind]],
         },
     }
 
 
-def _commonest_first(counts: Counter[str]) -> dict[str, int]:
+def _most_common_first(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -114,15 +114,15 @@ def _describe_captions(
         "count": len(rows),
         "context_length": vocabulary.context_length,
         "tokens": quantiles(tokens),
-        "histogram": whole_histogram(tokens, vocabulary.context_length + 1),
+        "histogram": linear_histogram(tokens, vocabulary.context_length + 1),
         "truncated": {
-            **counted_share(cut),
+            **counted_fraction(cut),
             "examples": [
                 {"where": split.where(row), "tokens": int(tokens[row]), "caption": split.caption(row)}
                 for row in shown.tolist()
             ],
         },
-        "empty": counted_share(rows["characters"] == 0),
+        "empty": counted_fraction(rows["characters"] == 0),
         "distinct": len(counts),
         "most_frequent": [
             {"caption": split.caption(int(first[at])), "rows": int(counts[at])} for at in frequent if counts[at] > 1
@@ -133,7 +133,7 @@ def _describe_captions(
 
 
 def _describe_scripts(scanned: Scanned, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """By script, the most frequent first, with a caption of the middle length as an example."""
+    """Return statistics by script, most frequent first, with a caption of median length as an example."""
     rows = scanned.rows
     english = english_tokens_per_character(vocabulary.uncut, vocabulary.special)
     count = np.bincount(rows["script"], minlength=len(SCRIPTS))
@@ -147,7 +147,7 @@ def _describe_scripts(scanned: Scanned, vocabulary: Vocabulary) -> dict[str, dic
         typical = int(found[np.argmin(np.abs(lengths - np.median(lengths)))])
         described[SCRIPTS[script]] = {
             "captions": int(count[script]),
-            "share": count[script] / len(rows),
+            "fraction": count[script] / len(rows),
             "tokens_per_character": ratio,
             "times_english": ratio / english,
             "split_badly": script != NO_LETTERS and ratio / english >= SPLIT_BADLY,

@@ -1,4 +1,4 @@
-"""The same image, caption or pair more than once: within a split, and in both of them."""
+"""Detection of duplicate images, captions and pairs, within a split and between training and validation (leakage)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from clip_exp.checks.scan import Scanned
-from clip_exp.checks.statistics import share
+from clip_exp.checks.statistics import fraction
 
 
 class Leak(NamedTuple):
-    """A validation image that training sees too."""
+    """Validation image that is also a training image."""
 
     val_image: int
     train_image: int
@@ -18,23 +18,23 @@ class Leak(NamedTuple):
 
 @dataclass(frozen=True)
 class Leakage:
-    """Images of one split that are in another."""
+    """Validation images and pairs that are also in the training data."""
 
-    # By number of the validation image, in order.
+    # Sorted by the number of the validation image.
     same_bytes: list[Leak]
     same_path: list[Leak]
-    images: int  # distinct validation images in either
-    share: float  # of the validation images
-    pairs: np.ndarray  # int64: validation rows whose image and caption both are in one row of training
+    images: int  # number of distinct validation images in either list
+    fraction: float  # `images` divided by the number of validation images
+    pairs: np.ndarray  # int64: validation rows whose image and caption are together in a training row
 
 
 class Equalities:
-    """Which images, captions and pairs are the same, over all splits.
+    """Numbering of images, captions and pairs over all splits, in which equal ones have equal numbers.
 
     Attributes:
-        contents: number of each image's bytes, of each split.
-        captions: number of each row's caption, int64, of each split: equal ones have equal numbers.
-        pairs: number of each row's image and caption together, int64, of each split.
+        contents: for each split, int64 [images], numbers by the bytes of the images.
+        captions: for each split, int64 [rows], numbers by the tokens of the captions.
+        pairs: for each split, int64 [rows], numbers by image and caption together.
         leakage: None without a validation split.
     """
 
@@ -59,12 +59,12 @@ class Equalities:
 
 
 def number_contents(digests: list[np.ndarray], numbers: list[np.ndarray], images: list[int]) -> list[np.ndarray]:
-    """int64 [images], of each split: equal bytes have equal numbers over all splits.
+    """Return for each split int64 [images], with equal numbers for equal bytes in any split.
 
     Args:
-        digests: uint64 [N, 2], of the images of each split that were read.
-        numbers: which ones these are, int64 [N].
-        images: how many each split has; those that were not read are taken to be unlike any other.
+        digests: for each split, uint64 [N, 2], digests of the images that were read.
+        numbers: for each split, int64 [N], indices of these images.
+        images: number of images of each split. Images that were not read get unique numbers.
     """
     inverse = np.unique(np.concatenate(digests), axis=0, return_inverse=True)[1].reshape(-1)
     fresh = len(inverse)
@@ -80,7 +80,7 @@ def number_contents(digests: list[np.ndarray], numbers: list[np.ndarray], images
 
 
 def equal_groups(numbers: np.ndarray) -> list[np.ndarray]:
-    """Positions of equal numbers, a group for each that appears more than once, the largest first."""
+    """Return the positions of each number that appears more than once, largest group first."""
     order = np.argsort(numbers, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(numbers[order]) != 0])
     sizes = np.diff(np.r_[starts, len(numbers)])
@@ -92,12 +92,12 @@ def equal_groups(numbers: np.ndarray) -> list[np.ndarray]:
 def find_leakage(
     contents: tuple[np.ndarray, np.ndarray], paths: tuple[np.ndarray, np.ndarray], pairs: tuple[np.ndarray, np.ndarray]
 ) -> Leakage:
-    """What validation shares with training; each argument is that of training, then that of validation.
+    """Find the validation images and pairs that are also in the training data.
 
-    Args:
-        contents: `number_contents`.
-        paths: a hash of each image's path.
-        pairs: `Equalities.pairs`.
+    Args: each is a tuple of training and validation.
+        contents: results of `number_contents`.
+        paths: hash of each image's path.
+        pairs: see `Equalities.pairs`.
     """
 
     def common(train: np.ndarray, val: np.ndarray) -> list[Leak]:
@@ -109,4 +109,4 @@ def find_leakage(
     by_bytes, by_path = common(*contents), common(*paths)
     distinct = len({leak.val_image for leak in (*by_bytes, *by_path)})
     leaked_rows = np.flatnonzero(np.isin(pairs[1], pairs[0]))
-    return Leakage(by_bytes, by_path, distinct, share(distinct, len(contents[1])), leaked_rows)
+    return Leakage(by_bytes, by_path, distinct, fraction(distinct, len(contents[1])), leaked_rows)

@@ -1,6 +1,6 @@
-"""A split as worker processes read it: a record of each row and image in arrays, and its bad images written down as they come.
+"""Scan of a split by worker processes, which returns arrays with a record per row and per image, and writes bad images to a file.
 
-A million images take 66 MB, a million rows 25 MB.
+The records of a million images take 66 MB, those of a million rows 25 MB.
 """
 
 import time
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torchvision.io  # noqa: F401 - imported when the first JPEG is decoded, it would count as time of that
+import torchvision.io  # noqa: F401 - imported here, because otherwise the time of the first JPEG would include the import
 from torch.utils.data import DataLoader, Dataset
 
 from clip_exp.checks.splits import VAL, Split
@@ -25,7 +25,7 @@ from clip_exp.config.data import AugmentationConfig
 from clip_exp.config.model import ResizeMode
 from clip_exp.data.files import (
     JPEGS,
-    ON_THEIR_SIDE,
+    SIDEWAYS,
     BadImage,
     ImageLimits,
     kind_of,
@@ -43,10 +43,10 @@ from clip_exp.text.tokenizer import Tokenizes
 
 T = TypeVar("T")
 
-IMAGES_AT_ONCE, ROWS_AT_ONCE = 32, 2048
-CROPPED = 16  # every so many images are cropped too, to measure what that takes
+IMAGES_PER_CHUNK, ROWS_PER_CHUNK = 32, 2048
+CROPPED = 16  # one in so many images is also cropped, to measure the time
 
-# A good image. `seconds`: reading and decoding; `crop_seconds`: NaN where it was not measured.
+# Record of a good image. `seconds`: time of reading and decoding; `crop_seconds`: NaN if it was not measured.
 IMAGE = np.dtype(
     [
         ("image", "i8"),
@@ -62,43 +62,43 @@ IMAGE = np.dtype(
         ("crop_seconds", "f4"),
     ]
 )
-# A row. Equal `caption`s are the same tokens to the model; `tokens`: without those that every caption has.
+# Record of a row. `caption` is a hash of the tokens that the model sees; `tokens` does not count the special tokens.
 ROW = np.dtype([("caption", "i8"), ("path", "u8"), ("tokens", "u4"), ("characters", "u4"), ("script", "u1")])
 
 
 class ImageRecords(NamedTuple):
-    """What is known of some images of a split."""
+    """Records of a chunk of images."""
 
-    good: np.ndarray  # of IMAGE
-    bad: list[tuple[int, str]]  # number in the split, and why training could not use it
+    good: np.ndarray  # dtype IMAGE
+    bad: list[tuple[int, str]]  # number in the split, and the reason why training could not use it
 
 
 @dataclass(frozen=True)
 class ImageScan(Dataset[ImageRecords]):
-    """Chunks of a split's images, read once each."""
+    """Data set of the chunks of a split's images, each of which is read once."""
 
     split: Split
     images: np.ndarray  # numbers of distinct images (`Split.image_of_row`)
     limits: ImageLimits
-    decode: bool  # whether pixels are decoded, or only headers looked at
-    image_size: int  # side of the crop that is measured, pixels
+    decode: bool  # decode the pixels, or only read the headers
+    image_size: int  # side of the measured crop, pixels
     augmentation: AugmentationConfig
-    # How validation resizes the images, which refuses what it cannot; None: they are trained on.
+    # Resize mode of validation, which refuses images that it cannot resize; None for training images.
     validated: ResizeMode | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.images) // IMAGES_AT_ONCE)
+        return -(-len(self.images) // IMAGES_PER_CHUNK)
 
     def __getitem__(self, chunk: int) -> ImageRecords:
         good, bad = [], []
-        for image in self.images[chunk * IMAGES_AT_ONCE : (chunk + 1) * IMAGES_AT_ONCE].tolist():
+        for image in self.images[chunk * IMAGES_PER_CHUNK : (chunk + 1) * IMAGES_PER_CHUNK].tolist():
             try:
-                good.append(self._look_at(image))
+                good.append(self._inspect(image))
             except BadImage as error:
                 bad.append((image, str(error)))
         return ImageRecords(np.array(good, dtype=IMAGE), bad)
 
-    def _look_at(self, image: int) -> tuple[Any, ...]:
+    def _inspect(self, image: int) -> tuple[Any, ...]:
         started_s = time.perf_counter()
         data = self.split.read_image(int(self.split.first_rows[image]), self.limits)
         pixels = decode_rgb(data, self.limits) if self.decode else None
@@ -109,9 +109,9 @@ class ImageScan(Dataset[ImageRecords]):
             orientation = orientation_of(header)
             try:
                 animated = header.format not in JPEGS and bool(getattr(header, "is_animated", False))
-            except Exception:  # of a damaged animation the first frame is all that training looks at
+            except Exception:  # training uses only the first frame of a damaged animation
                 animated = False
-        width, height = header.size[::-1] if orientation in ON_THEIR_SIDE else header.size
+        width, height = header.size[::-1] if orientation in SIDEWAYS else header.size
         if self.validated is not None:
             check_strip(width, height, self.validated)
         if pixels is not None and image % CROPPED == 0:
@@ -125,18 +125,18 @@ class ImageScan(Dataset[ImageRecords]):
 
 @dataclass(frozen=True)
 class RowScan(Dataset[np.ndarray]):
-    """Chunks of a split's rows, of ROW."""
+    """Data set of the chunks of a split's rows, with dtype ROW."""
 
     split: Split
-    tokenizer: Tokenizes  # one that does not cut
-    context_length: int  # ids of a caption that the model sees
-    special: int  # ids that every caption has
+    tokenizer: Tokenizes  # tokenizer that does not truncate
+    context_length: int  # tokens of a caption that the model sees
+    special: int  # number of special tokens in each caption
 
     def __len__(self) -> int:
-        return -(-len(self.split) // ROWS_AT_ONCE)
+        return -(-len(self.split) // ROWS_PER_CHUNK)
 
     def __getitem__(self, chunk: int) -> np.ndarray:
-        rows = range(chunk * ROWS_AT_ONCE, min((chunk + 1) * ROWS_AT_ONCE, len(self.split)))
+        rows = range(chunk * ROWS_PER_CHUNK, min((chunk + 1) * ROWS_PER_CHUNK, len(self.split)))
         captions = [self.split.caption(row) for row in rows]
         records = [
             (
@@ -151,23 +151,24 @@ class RowScan(Dataset[np.ndarray]):
         return np.array(records, dtype=ROW)
 
 
-def scan(dataset: Dataset[T], workers: int, what: str, total: int, at_once: int) -> Iterator[T]:
-    """The chunks of a data set in their order, with a progress bar.
+def scan(dataset: Dataset[T], workers: int, what: str, total: int, chunk_size: int) -> Iterator[T]:
+    """Yield the chunks of a data set in order, with a progress bar.
 
     Args:
-        workers: processes, no more than there are chunks; 0: this one.
-        what: shown before the bar.
-        total: things in all the chunks; `at_once` in each but the last.
+        workers: maximum number of worker processes; 0: read in this process.
+        what: label of the progress bar.
+        total: number of items in all chunks.
+        chunk_size: number of items in each chunk but the last.
     """
-    workers = min(workers, -(-total // at_once))
-    loader: DataLoader[T] = WorkerLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    workers = min(workers, -(-total // chunk_size))
+    loader: DataLoader[T] = WorkerLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_identity)
     with progress(total, what) as advance:
         for number, chunk in enumerate(loader):
             yield chunk
-            advance(min(at_once, total - number * at_once))
+            advance(min(chunk_size, total - number * chunk_size))
 
 
-def _as_it_is(chunk: T) -> T:
+def _identity(chunk: T) -> T:
     return chunk
 
 
@@ -175,21 +176,21 @@ def _path_key(path: str) -> int:
     return int.from_bytes(blake2b(normal_path(path).encode(errors="surrogateescape"), digest_size=8).digest(), "little")
 
 
-UNCUT = 1 << 20  # tokens; more than the longest caption that a table may have
+UNCUT = 1 << 20  # context length above the longest caption that a table may have
 EXAMPLES_OF_KIND = 10
 
 
 class BadExample(NamedTuple):
-    """A bad image, for people."""
+    """Readable record of a bad image."""
 
-    path: str  # as the table has it
+    path: str  # as written in the table
     reason: str
     where: str  # file and line
 
 
 @dataclass
 class BadImages:
-    """Bad images of a split, by kind of reason; each is appended to a CSV file."""
+    """Record of the bad images of a split by kind of reason, which also appends each of them to a CSV file."""
 
     split: Split
     writer: TextWriter
@@ -207,7 +208,7 @@ class BadImages:
 
 @contextmanager
 def bad_samples_file(path: Path) -> Iterator[TextWriter]:
-    """A CSV writer to `path`; its first two columns are those of a training's `bad_samples.csv`."""
+    """Open a CSV writer to `path`. The first two columns are those of `bad_samples.csv` of a training run."""
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = TextWriter(file)
         writer.writerow(["path", "reason", "split", "where"])
@@ -215,11 +216,11 @@ def bad_samples_file(path: Path) -> Iterator[TextWriter]:
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer that does not cut, and what is known of it."""
+    """Tokenizer that does not truncate, with the context length of the model."""
 
     uncut: Tokenizes
     context_length: int  # tokens that the model sees
-    special: int  # tokens that every caption has
+    special: int  # number of special tokens in each caption
 
     @classmethod
     def of(cls, tokenizer: Tokenizes) -> "Vocabulary":
@@ -230,26 +231,26 @@ class Vocabulary(NamedTuple):
 
 @dataclass(frozen=True)
 class Scanned:
-    """What was found out about a split."""
+    """Result of the scan of a split."""
 
     split: Split
-    rows: np.ndarray  # of `scan.ROW`, all of them
-    good: np.ndarray  # of `scan.IMAGE`, those that can be used among the checked ones
+    rows: np.ndarray  # dtype ROW, all rows
+    good: np.ndarray  # dtype IMAGE, the checked images that can be used
     bad: BadImages
-    checked: int  # images that were looked at
+    checked: int  # number of images that were checked
 
     @property
     def images(self) -> int:
-        """Distinct ones of the split."""
+        """Number of distinct images of the split."""
         return len(self.split.first_rows)
 
 
 def scan_split(
     split: Split, config: CheckDataConfig, vocabulary: Vocabulary, workers: int, bad_samples: TextWriter
 ) -> Scanned:
-    """Read all captions of a split and all its images, or a sample of them."""
+    """Read all captions of a split, and all images or a sample of them."""
     row_scan = RowScan(split, *vocabulary)
-    rows = [np.empty(0, ROW), *scan(row_scan, workers, f"{split.name}: captions", len(split), ROWS_AT_ONCE)]
+    rows = [np.empty(0, ROW), *scan(row_scan, workers, f"{split.name}: captions", len(split), ROWS_PER_CHUNK)]
     chosen = choose(len(split.first_rows), config.max_images)
     image_scan = ImageScan(
         split,
@@ -261,7 +262,7 @@ def scan_split(
         preprocessing_of(config.model.image).resize_mode if split.name == VAL else None,
     )
     good, bad = [np.empty(0, IMAGE)], BadImages(split, bad_samples)
-    for records in scan(image_scan, workers, f"{split.name}: images", len(chosen), IMAGES_AT_ONCE):
+    for records in scan(image_scan, workers, f"{split.name}: images", len(chosen), IMAGES_PER_CHUNK):
         good.append(records.good)
         for image, reason in records.bad:
             bad.add(image, reason)
@@ -269,7 +270,7 @@ def scan_split(
 
 
 def choose(images: int, most: int | None) -> np.ndarray:
-    """int64: all numbers of images, or a random sample of `most` of them in order, the same each time."""
+    """Return the numbers of all images, int64, or a sorted random sample of `most` of them. The sample is deterministic."""
     if most is None or images <= most:
         return np.arange(images)
     return np.sort(np.random.default_rng(0).choice(images, most, replace=False))

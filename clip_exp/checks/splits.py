@@ -1,4 +1,4 @@
-"""What is checked: the tables that training would train and validate on, each row under one number. No torch."""
+"""Splits to check: the tables for training and validation, with a single numbering of the rows. Does not import torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.generated import readable
+from clip_exp.data.generated import resolve_generated
 from clip_exp.data.stream import INDEX, open_tables
 from clip_exp.data.tables.table import PairTable, Part
 
@@ -18,10 +18,10 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of `data.train` or of `data.val`, from one table or from several that are mixed."""
+    """Rows of `data.train` or `data.val`, from one table or from several mixed sources."""
 
     name: str  # `train` or `val`
-    tables: tuple[PairTable, ...]  # their rows are numbered one after the other
+    tables: tuple[PairTable, ...]  # their rows are numbered consecutively
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -32,12 +32,12 @@ class Split:
 
     @property
     def parts(self) -> Iterator[Part]:
-        """The files."""
+        """Files of the tables."""
         return (part for table in self.tables for part in table.parts)
 
     @cached_property
     def image_of_row(self) -> np.ndarray:
-        """int64 [rows]: which distinct image a row shows, numbered by first appearance. Names of a file are the same image."""
+        """Image of each row, int64 [rows], numbered by first appearance. Different names of one file are the same image."""
         numbers, images = [], 0
         for table in self.tables:
             numbers.append(table.image_index().astype(np.int64) + images)
@@ -46,35 +46,35 @@ class Split:
 
     @cached_property
     def first_rows(self) -> np.ndarray:
-        """int64 [images]: the first row that shows each distinct image."""
+        """First row of each distinct image, int64 [images]."""
         return np.unique(self.image_of_row, return_index=True)[1]
 
     def path(self, row: int) -> str:
-        """The image's path as it is written in the table."""
+        """Return the image path as written in the table."""
         table, local = self._locate(row)
         return table.path(local)
 
     def path_of(self, image: int) -> str:
-        """The path of a distinct image as its first row has it."""
+        """Return the path of a distinct image as written in its first row."""
         return self.path(int(self.first_rows[image]))
 
     def image_path(self, row: int) -> str:
-        """The image's path on the disk; in a shard, `<shard>/<member>`."""
+        """Return the image path on disk; in a shard, `<shard>/<member>`."""
         table, local = self._locate(row)
         return table.image_path(local)
 
     def caption(self, row: int) -> str:
-        """The caption, verbatim."""
+        """Return the caption, verbatim."""
         table, local = self._locate(row)
         return table.caption(local)
 
     def where(self, row: int) -> str:
-        """File and line of a row, for messages."""
+        """Return the file and line of a row, for messages."""
         table, local = self._locate(row)
         return table.where(local)
 
     def read_image(self, row: int, limits: ImageLimits) -> bytearray:
-        """The bytes of the image's file.
+        """Read the bytes of an image.
 
         Raises: BadImage with the reason.
         """
@@ -87,13 +87,15 @@ class Split:
 
 
 def open_splits(config: DataConfig, output_dir: Path) -> list[Split]:
-    """The training table, and the validation table where there is one. Bad rows are left out and counted.
+    """Open the training tables and, if `data.val` is set, the validation table. Bad rows are skipped and counted.
 
     Raises:
         ConfigError: a file does not exist.
         DataError: a column is missing, or there are no good rows.
     """
-    config = readable(config, output_dir).model_copy(update={"on_bad_row": OnBadRow.skip, "val": config.val or None})
+    config = resolve_generated(config, output_dir).model_copy(
+        update={"on_bad_row": OnBadRow.skip, "val": config.val or None}
+    )
     sources, val = open_tables(config, output_dir / INDEX)
     splits = [Split(TRAIN, tuple(source.table for source in sources))]
     return splits if val is None else [*splits, Split(VAL, (val,))]

@@ -1,4 +1,4 @@
-"""What the records of a scan amount to: pure functions of arrays. Sizes of the images, lengths of the captions, their writing."""
+"""Statistics of scan records: pure functions of arrays, for image sizes, caption lengths and scripts."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ MAX_BARS = 100
 
 
 def quantiles(values: np.ndarray) -> dict[str, float] | None:
-    """Quantiles that are among the values, and the mean; None of no values."""
+    """Return quantiles, each of which is one of the values, and the mean; None without values."""
     if not len(values):
         return None
     found = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf").tolist()
@@ -24,7 +24,7 @@ def quantiles(values: np.ndarray) -> dict[str, float] | None:
 
 
 def octave_histogram(values: np.ndarray) -> dict[str, list[Any]]:
-    """Counts of positive numbers between powers of 2 to the quarter: `edges`, one more than `counts`."""
+    """Return a histogram of positive numbers with `STEPS_PER_OCTAVE` bins per octave: `edges` (one more than bins) and `counts`."""
     if not len(values):
         return {"edges": [], "counts": []}
     places = np.floor(np.log2(values.astype(np.float64)) * STEPS_PER_OCTAVE + 1e-9).astype(np.int64)
@@ -33,8 +33,8 @@ def octave_histogram(values: np.ndarray) -> dict[str, list[Any]]:
     return {"edges": edges, "counts": np.bincount(places - low).tolist()}
 
 
-def whole_histogram(values: np.ndarray, end: int) -> dict[str, list[Any]]:
-    """Counts of whole numbers in equal steps from 0 to `end` or beyond; the last holds all above, its edge the largest."""
+def linear_histogram(values: np.ndarray, end: int) -> dict[str, list[Any]]:
+    """Return a histogram of integers with equal bins from 0 to at least `end`, and a last bin with all larger values."""
     step = max(1, math.ceil(end / MAX_BARS))
     bars = -(-end // step)
     counts = np.bincount(np.minimum(values // step, bars).astype(np.int64), minlength=bars + 1)
@@ -42,25 +42,25 @@ def whole_histogram(values: np.ndarray, end: int) -> dict[str, list[Any]]:
     return {"edges": edges, "counts": counts.tolist()}
 
 
-def share(count: int, total: int) -> float:
-    """0 of nothing."""
+def fraction(count: int, total: int) -> float:
+    """Return `count / total`; 0 if `total` is 0."""
     return count / total if total else 0.0
 
 
-def counted_share(mask: np.ndarray) -> dict[str, Any]:
-    """How many, and which part of all."""
+def counted_fraction(mask: np.ndarray) -> dict[str, Any]:
+    """Return the number and the fraction of true values."""
     count = int(np.count_nonzero(mask))
-    return {"count": count, "share": share(count, len(mask))}
+    return {"count": count, "fraction": fraction(count, len(mask))}
 
 
-# Images: what those of a split are like, and how fast they can be had.
+# Images: sizes, formats and loading speed.
 
 
 def describe_images(good: np.ndarray, image_size: int) -> dict[str, Any]:
-    """Sizes, formats and oddities of the images that can be used.
+    """Return statistics of sizes, formats and peculiarities of the images that can be used.
 
     Args:
-        good: of `scan.IMAGE`.
+        good: records of dtype `scan.IMAGE`.
         image_size: side of the model's input, pixels.
     """
 
@@ -77,25 +77,25 @@ def describe_images(good: np.ndarray, image_size: int) -> dict[str, Any]:
     return {
         "sizes": {name: quantiles(values) for name, values in measures.items()},
         "histograms": {name: octave_histogram(values) for name, values in measures.items()},
-        "smaller_than_input": {**counted_share(np.minimum(width, height) < image_size), "image_size": image_size},
+        "smaller_than_input": {**counted_fraction(np.minimum(width, height) < image_size), "image_size": image_size},
         "shorter_side": quantiles(np.minimum(width, height)),
         "formats": by_name(good["format"]),
         "modes": by_name(good["mode"]),
-        "exif_rotated": counted_share(good["rotated"]),
-        "animated": counted_share(good["animated"]),
+        "exif_rotated": counted_fraction(good["rotated"]),
+        "animated": counted_fraction(good["animated"]),
     }
 
 
 def describe_speed(good: list[np.ndarray], loader_workers: int, decoded: bool) -> dict[str, Any]:
-    """What the loader of a training could give.
+    """Estimate the speed of the data loader in training.
 
     Args:
-        good: of `scan.IMAGE`, of each split.
-        loader_workers: processes that it would have (`data.num_workers`).
-        decoded: whether pixels were decoded; without them nothing is known.
+        good: records of dtype `scan.IMAGE`, for each split.
+        loader_workers: number of worker processes of the loader (`data.num_workers`).
+        decoded: True if pixels were decoded; otherwise the speed is unknown.
 
     Returns: `images_per_s_per_core`: read and decoded; `samples_per_s_per_core`: also cropped and resized;
-        `samples_per_s`: of all of the loader's processes on one machine. None where nothing was measured.
+        `samples_per_s`: all worker processes of one machine together. None where nothing was measured.
     """
     seconds = np.concatenate([records["seconds"] for records in good])
     crop_seconds = np.concatenate([records["crop_seconds"] for records in good])
@@ -115,25 +115,25 @@ def describe_speed(good: list[np.ndarray], loader_workers: int, decoded: bool) -
     return speed
 
 
-# Captions: their lengths, and which of them are the same to the model.
+# Captions.
 
 
 def equal_pairs_in_batch(captions: np.ndarray, images: np.ndarray, batch_size: int, drawn: Captions) -> float:
-    """How many pairs of different samples of a batch are expected to have equal captions.
+    """Return the expected number of pairs of different samples in a batch that have equal captions.
 
-    A sample is an image with one of its captions drawn evenly, or each row is one (`data.captions`); a batch holds
-    distinct samples.
+    A sample is an image with one of its captions drawn uniformly, or a row (`data.captions`). The samples of a batch are distinct.
 
     Args:
-        captions, images: number of each row's.
-        batch_size: samples of a batch; more than there are count as all.
+        captions, images: number of the caption and of the image of each row.
+        batch_size: samples per batch, limited to the number of samples.
+        drawn: value of `data.captions`.
     """
     weight: np.ndarray
     alone: np.ndarray
     if drawn is Captions.random:
         weight = 1 / np.bincount(images)[images]
         samples = int(images.max()) + 1
-        # An image is drawn once, so its own captions do not meet; equal ones of it are one choice of that weight.
+        # An image is drawn once per batch, so two of its own captions never meet. Its equal captions count as one, with their weight.
         _, of_pair = np.unique(captions * samples + images, return_inverse=True)
         alone = np.bincount(of_pair, weight)
     else:
@@ -145,16 +145,16 @@ def equal_pairs_in_batch(captions: np.ndarray, images: np.ndarray, batch_size: i
     return max(0.0, pairs_in_data) * batch_size * (batch_size - 1) / max(samples * (samples - 1), 1)
 
 
-# Scripts: which writing a caption is in, and what the tokenizer makes of it.
+# Scripts: the writing system of a caption, and how many tokens it takes.
 
-# Names of Unicode's property Script (UAX 24). Captions are counted under the one that most of their letters have.
+# Values of the Unicode property Script (UAX 24). A caption has the script of most of its letters.
 SCRIPTS = (
     "no letters", "Latin", "Han", "Hiragana", "Katakana", "Hangul", "Bopomofo", "Cyrillic", "Greek", "Armenian", "Georgian",
     "Arabic", "Hebrew", "Syriac", "Thaana", "Devanagari", "Bengali", "Gurmukhi", "Gujarati", "Oriya", "Tamil", "Telugu",
     "Kannada", "Malayalam", "Sinhala", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Mongolian", "Ethiopic", "Cherokee", "other",
 )  # fmt: skip
 NO_LETTERS, LATIN, OTHER = 0, 1, len(SCRIPTS) - 1
-# Times the tokens per character of English. OpenAI's BPE: Han 11, Arabic 4; XLM-R: Han 2.6, Arabic 1.2.
+# Tokens per character, relative to English. OpenAI's BPE: Han 11, Arabic 4; XLM-R: Han 2.6, Arabic 1.2.
 SPLIT_BADLY = 3.0
 ENGLISH = (
     "a photo of a dog running on the beach with a ball in its mouth",
@@ -170,7 +170,7 @@ _NUMBER = {name: number for number, name in enumerate(SCRIPTS)}
 
 
 def script_of(caption: str) -> int:
-    """The number in `SCRIPTS` of the script that most of a caption's letters have."""
+    """Return the index in `SCRIPTS` of the script of most letters of a caption."""
     if caption.isascii():
         return LATIN if any(map(str.isalpha, caption)) else NO_LETTERS
     letters = [0] * len(SCRIPTS)
@@ -180,6 +180,6 @@ def script_of(caption: str) -> int:
 
 
 def english_tokens_per_character(tokenizer: Tokenizes, special: int) -> float:
-    """Of plain English captions: what other scripts are compared with, whatever the data holds."""
+    """Return the tokens per character of fixed English captions, the reference for other scripts."""
     tokens = sum(len(ids) - special for ids in tokenizer.encode_batch(ENGLISH))
     return tokens / sum(map(len, ENGLISH))

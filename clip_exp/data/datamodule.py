@@ -1,4 +1,9 @@
-"""Tables, order and images put together as what Lightning's Trainer asks for."""
+"""LightningDataModule for image-text pairs: the stream, the data sets and the loaders, assembled for Lightning's Trainer.
+
+`PairsDataModule.train_dataloader` iterates over the global order of `data.stream`. `StreamSampler` gives each rank its contiguous
+slice of every global batch, so the samples of a step do not depend on the number of ranks. The checkpoint stores two things: the
+number of samples seen, and a fingerprint of the data, which is compared when the run is resumed.
+"""
 
 import hashlib
 import json
@@ -16,8 +21,8 @@ from torch.utils.data import DataLoader, Sampler
 from clip_exp.config.data import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.generated import readable
-from clip_exp.data.image_sets import warn_alike
+from clip_exp.data.generated import resolve_generated
+from clip_exp.data.image_sets import warn_similar_labels
 from clip_exp.data.images import Preprocessing
 from clip_exp.data.loader import (
     Batch,
@@ -43,25 +48,27 @@ EVAL_BATCH_SIZE = 64  # images
 
 @dataclass(eq=False)
 class StreamSampler(Sampler[list[int]]):
-    """Positions of the stream in each of this rank's batches: a contiguous slice of every global batch.
+    """Batch sampler that yields this rank's contiguous slice of every global batch, as positions of the stream.
 
-    Batches straddle epochs, so no row is ever dropped.
+    A batch may span two epochs, so no row is ever dropped.
     """
 
     global_batch_size: int  # samples per optimizer step over all ranks; a multiple of `world_size`
     rank: int = 0
     world_size: int = 1
-    start_sample: int = 0  # samples of the stream that were seen before
-    total_samples: int | None = None  # where the stream ends, counted from its beginning; None: never
+    start_sample: int = 0  # number of samples that were seen before
+    total_samples: int | None = None  # position at which the stream ends; None: infinite
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.world_size:
-            raise ValueError(f"a global batch of {self.global_batch_size} cannot be shared by {self.world_size} ranks")
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not divisible by the number of ranks ({self.world_size})"
+            )
         self.local_batch_size = self.global_batch_size // self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         step_start = self.start_sample
-        # Slices of the global batch: it is the same samples on any number of ranks, and so is the loss over it.
+        # Contiguous slices, not every n-th sample: the gathered global batch is then in the same order for any number of ranks.
         while self.total_samples is None or step_start < self.total_samples:
             first = step_start + self.rank * self.local_batch_size
             yield list(range(first, first + self.local_batch_size))
@@ -70,9 +77,9 @@ class StreamSampler(Sampler[list[int]]):
 
 @dataclass(eq=False)
 class EvalSampler(Sampler[list[int]]):
-    """Indices of this rank's validation batches: as many on every rank, the last ones wrapped round where they do not come out.
+    """Batch sampler for validation, with the same number of indices on every rank.
 
-    Whoever reads the results drops the repeated indices.
+    If the images do not divide evenly, the last indices wrap around to the first images. The reader of the results drops duplicates.
     """
 
     count: int
@@ -93,7 +100,7 @@ class EvalSampler(Sampler[list[int]]):
 
 
 class TimedLoader:
-    """A loader that measures how long its reader waited for it; not for the first batch, which workers must start for."""
+    """Loader that measures how long training waits for batches, except for the first one, which includes the start of the workers."""
 
     def __init__(self, loader: "DataLoader[Batch]") -> None:
         self.loader = loader
@@ -114,28 +121,28 @@ class TimedLoader:
 
 
 class PairsDataModule(LightningDataModule):
-    """The data of a training run. Its whole state is the number of samples of the stream that were seen, and what the stream is of.
+    """Data of a training run. Its state is the number of samples seen and a fingerprint of the data.
 
-    Rank, world size and device come from the Trainer; without one there is one process on the CPU.
+    Rank, world size and device come from the Trainer. Without a Trainer, there is one process on the CPU.
 
     Args:
-        config: see `DataConfig`.
-        preprocessing: of the images.
-        tokenizer: of the captions.
+        config: data configuration.
+        preprocessing: image preprocessing of the model.
+        tokenizer: tokenizer for the captions.
         global_batch_size: samples per optimizer step over all ranks.
-        total_steps: where the stream ends; None: never. May be set after `setup`, which tells `num_rows`.
-        seed: of order, captions and crops.
-        output_dir: indexes of the tables and generated data are written below it.
-        pad_multiple: captions of a batch are padded to a multiple of this.
-        run_dir: folder of the run, for `bad_samples.csv`; may be set later, before the loaders are asked for.
-        tables: the tables of `config`, where they are open already; those of generated data never are.
+        total_steps: optimizer step at which the stream ends; None: infinite. May be set after `setup`, when `num_rows` is known.
+        seed: seed of the order, the captions and the crops.
+        output_dir: folder for the table indexes and for generated data.
+        pad_multiple: length of the token batches is padded to a multiple of this number.
+        run_dir: folder of the run, for `bad_samples.csv`. May be set later, before the loaders are created.
+        tables: opened tables of `config`, to avoid opening them again; None for generated data.
 
     Attributes:
-        stream, val_table: after `setup`.
+        stream, val_table: available after `setup`.
         class_names: labels of the validation table, in the order of `EvalBatch.label`; empty without `data.label_key`.
         bad_samples, bad_val_samples: distinct images that could not be used, with their reasons.
-        truncated: captions that were cut, counted over the samples seen.
-        on_train_batch: called when a training batch is there, before it is copied to the device.
+        truncated: number of truncated captions among the samples seen.
+        on_train_batch: callback for each training batch, before the batch is copied to the device.
     """
 
     def __init__(
@@ -169,15 +176,17 @@ class PairsDataModule(LightningDataModule):
         self._train_loader: TimedLoader | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tables, or make them. Does nothing the second time.
+        """Open the tables, or generate them. Further calls do nothing.
 
         Raises: ConfigError, DataError; see `open_sources`.
         """
         if self.stream is not None:
             return
-        config = readable(self.config, self.output_dir)
+        config = resolve_generated(self.config, self.output_dir)
         if not config.train:
-            raise ConfigError("No training data: set data.train to a CSV file of image-text pairs, or data.generate.")
+            raise ConfigError(
+                "data.train has no value: set it to a CSV file of image-text pairs, or set data.generate."
+            )
         index_dir = self.output_dir / INDEX
         sources, self.val_table = self._tables or open_tables(config, index_dir)
         self.stream = Stream(sources, config, self.seed)
@@ -190,12 +199,12 @@ class PairsDataModule(LightningDataModule):
                 limits=ImageLimits.of(config),
             )
             self.class_names = self._eval_pairs.class_names
-            warn_alike(self.class_names, f"data.val={config.val}")
+            warn_similar_labels(self.class_names, f"data.val={config.val}")
         self._fingerprint = fingerprint(sources, self.val_table, config)
 
     @property
     def num_rows(self) -> int:
-        """Samples of an epoch: the rows of the stream, of all sources whatever their weights."""
+        """Number of samples per epoch: the rows of all sources, regardless of their weights."""
         return len(self._stream)
 
     @property
@@ -206,19 +215,19 @@ class PairsDataModule(LightningDataModule):
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is a validation table."""
+        """True if there is a validation table."""
         self.setup()
         return self.val_table is not None
 
     @property
     def data_wait_s(self) -> float:
-        """Seconds that training has waited for batches so far."""
+        """Total time that training has waited for batches, in seconds."""
         return 0.0 if self._train_loader is None else self._train_loader.waited_s
 
     def train_dataloader(self) -> TimedLoader:
-        """Batches of this rank from `start_sample` on, to `total_steps` or without end."""
+        """Return a loader of this rank's batches, from `start_sample` to `total_steps` or infinite."""
         stream, config = self._stream, self.config
-        self.bad_samples = self._record_of_bad(stream.images, "training")
+        self.bad_samples = self._open_bad_samples(stream.images, "training")
         dataset = TrainPairs(
             stream,
             image_size=self.preprocessing.size,
@@ -227,7 +236,7 @@ class PairsDataModule(LightningDataModule):
             on_bad_image=config.on_bad_image,
             limits=ImageLimits.of(config),
         )
-        rank, world_size = self._place()
+        rank, world_size = self._rank_and_world_size()
         total = None if self.total_steps is None else self.total_steps * self.global_batch_size
         sampler = StreamSampler(self.global_batch_size, rank, world_size, self.start_sample, total)
         collate = Collate(self.tokenizer, self.pad_multiple)
@@ -238,31 +247,34 @@ class PairsDataModule(LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> "DataLoader[EvalBatch] | list[Any]":
-        """Batches of this rank's share of the validation images; an empty list without `data.val`."""
+        """Return a loader of this rank's part of the validation images; an empty list without `data.val`."""
         self.setup()
         if self.val_table is None:
             return []
         dataset = self._eval_pairs
-        self.bad_val_samples = self._record_of_bad(len(dataset), "validation", VALIDATION)
-        rank, world_size = self._place()
+        self.bad_val_samples = self._open_bad_samples(len(dataset), "validation", VALIDATION)
+        rank, world_size = self._rank_and_world_size()
         sampler = EvalSampler(len(dataset), EVAL_BATCH_SIZE, rank, world_size)
         collate = EvalCollate(self.tokenizer, self.preprocessing.size, self.pad_multiple)
         return self._loader(dataset, sampler, collate, EVAL_BATCH_SIZE)
 
-    def _record_of_bad(self, images: int, what: str, mark: str = "") -> BadSamples:
+    def _open_bad_samples(self, images: int, what: str, mark: str = "") -> BadSamples:
         file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
         return BadSamples(images, self.config.max_bad_fraction, what=what, mark=mark, file=file)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Record what happened in the workers on the way to this batch.
+        """Record the bad images and truncated captions that the workers reported with this batch.
 
-        Raises: DataError where too many images are bad.
+        Raises: DataError if the fraction of bad images exceeds `data.max_bad_fraction`.
         """
+        # Counted here, in the training process, because the objects of a worker process are copies. Lightning calls this hook once
+        # per batch that is used, so batches that were prefetched and never used do not count.
         if isinstance(batch, Batch):
             self.on_train_batch()
             if batch.truncated and not self.truncated:
                 log.warning(
-                    "Captions longer than %d ids are cut (model.text.context_length).", self.tokenizer.context_length
+                    "Captions longer than %d tokens are truncated (model.text.context_length).",
+                    self.tokenizer.context_length,
                 )
             self.truncated += batch.truncated
             if batch.bad and self.bad_samples is not None:
@@ -275,62 +287,63 @@ class PairsDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """`samples_seen`: samples of the stream that optimizer steps have used, over all ranks. `data`: see `data.fingerprint`."""
+        """Return `samples_seen`, the samples used by optimizer steps over all ranks, and `data`, the fingerprint of the tables."""
         self.setup()
+        # From the steps, not from the loader: workers prefetch batches that training has not seen yet.
         steps = 0 if self.trainer is None else self.trainer.global_step
         return {"samples_seen": steps * self.global_batch_size, "data": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the samples that were seen; before `train_dataloader` is asked for.
+        """Continue after the samples that were seen. Must be called before `train_dataloader`.
 
-        Raises: CheckpointError where the data is no longer what it was, unless `data.allow_changed`; then it warns.
+        Raises: CheckpointError if the data has changed. With `data.allow_changed`, a warning is logged instead.
         """
         if (problem := self.changed_since(state_dict)) is not None:
             if not self.config.allow_changed:
                 raise CheckpointError(problem)
-            log.warning("%s The run goes on in the new data (data.allow_changed).", problem.partition("\n")[0])
+            log.warning("%s Continuing with the new data (data.allow_changed=true).", problem.partition("\n")[0])
         self.start_sample = int(state_dict["samples_seen"])
 
     def require_same_tables(self, gather: Callable[[dict[str, str]], list[dict[str, str]]]) -> None:
-        """Make sure that all ranks read the same rows; they would train on other samples, and wait for each other without end.
+        """Check that all ranks read the same rows. Otherwise they would train on different samples and could wait for each other forever.
 
         Args:
-            gather: every rank's value of what each gives.
+            gather: function that returns the values of all ranks for the value of this rank.
 
-        Raises: DataError on every rank.
+        Raises: DataError on every rank if the rows differ.
         """
         self.setup()
         stream = {key: value for key, value in self._fingerprint.items() if key != VAL}
         tables = {"data.train": stream, "data.val": self._fingerprint[VAL]}
-        own = {key: hashlib.sha256(json.dumps(read).encode()).hexdigest() for key, read in tables.items()}
-        found = gather(own)
-        for key in own:
-            if len({of_rank[key] for of_rank in found}) > 1:
+        digests = {key: hashlib.sha256(json.dumps(read).encode()).hexdigest() for key, read in tables.items()}
+        all_ranks = gather(digests)
+        for key in digests:
+            if len({of_rank[key] for of_rank in all_ranks}) > 1:
                 raise DataError(
-                    f"{key} has not the same rows on all ranks: a table was replaced while they started, or nodes have different "
-                    "copies. Start again when it is the same everywhere."
+                    f"{key} does not have the same rows on all ranks: a table was replaced during the start, or nodes have different "
+                    "copies. Make the files equal on all nodes and start again."
                 )
 
     def changed_since(self, state_dict: dict[str, Any]) -> str | None:
-        """How the data differs from what a state was saved with, and what to do; None where it does not, or nobody knows."""
+        """Return a message about how the data differs from that of a saved state; None if it is equal or the state has no fingerprint."""
         self.setup()
         before: dict[str, Any] = state_dict.get("data") or {}
         found = changes(before, self._fingerprint) if before else []
         if not found:
             return None
-        which, why = "validation", "Scores before and after it would not be comparable"
+        which, why = "validation", "Scores before and after the change would not be comparable"
         if stream_changes(before, self._fingerprint):
-            which, why = "training", "Samples seen would be seen again and others left out"
+            which, why = "training", "Some samples would be repeated and others skipped"
         return (
-            f"The {which} data has changed since the checkpoint: {'; '.join(found)}.\n  {why}: restore it, start a new run "
-            "(resume=never), or continue all the same (data.allow_changed=true)."
+            f"The {which} data has changed since the checkpoint: {'; '.join(found)}.\n  {why}. Restore the data, start a new run "
+            "(resume=never), or continue anyway (data.allow_changed=true)."
         )
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_world_size(self) -> tuple[int, int]:
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         if self.global_batch_size % world_size:
             raise ConfigError(
-                f"global_batch_size={self.global_batch_size} cannot be shared equally by {world_size} devices: "
+                f"global_batch_size={self.global_batch_size} is not divisible by the number of devices ({world_size}): "
                 f"set it to a multiple of {world_size}."
             )
         return rank, world_size
@@ -340,7 +353,8 @@ class PairsDataModule(LightningDataModule):
     ) -> "WorkerLoader[Any]":
         device_type = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
         workers = count_workers(self.config.num_workers, group.local_world_size(), device_type)
-        if isinstance(sampler, EvalSampler):  # few batches, and their workers start again at each validation
+        # Workers for validation start again at each validation, so do not start more than there are batches.
+        if isinstance(sampler, EvalSampler):
             workers = min(workers, len(sampler))
         return WorkerLoader(
             dataset,

@@ -1,7 +1,7 @@
-"""Image files, before a pixel is decoded: their bytes, their headers, and when two are the same. No torch.
+"""Reading and checking of image files before any pixel is decoded: bytes, headers, names and equal contents. Does not import torch.
 
-Nothing is trusted: only what may be read is, and each refusal has a reason. A reason is one of the kinds below, and mostly a colon and
-what is known beyond that: `too many bytes: 70000000, more than max_image_bytes=67108864`. Bad images are counted by kind (`kind_of`).
+Files are untrusted. Each refusal has a reason, which starts with one of the kinds below. Details follow after a colon:
+`too many bytes: 70000000, more than max_image_bytes=67108864`. Bad images are counted by kind (`kind_of`).
 """
 
 import difflib
@@ -27,28 +27,28 @@ from PIL import ExifTags, Image, ImageFile
 from clip_exp.config.data import DataConfig
 from clip_exp.storage import LFS_POINTER
 
-NO_SUCH_FILE = "no such file"  # a link that leads nowhere included
+NO_SUCH_FILE = "no such file"  # includes a broken link
 NOT_A_FILE = "not a regular file"  # a folder, a pipe, a device, a socket
-CANNOT_OPEN = "cannot be opened"  # permissions, a name that no file can have, an error of the disk
+CANNOT_OPEN = "cannot be opened"  # permissions, an invalid file name, a disk error
 OUTSIDE_ROOT = "outside the data root"
 EMPTY_FILE = "empty file"
 TOO_MANY_BYTES = "too many bytes"
 TOO_MANY_PIXELS = "too many pixels"
-TOO_LONG = "too long a strip"  # for a decoder, or for evaluation, whose resizing would make it longer still
-NOT_A_IMAGE = "not an image"
+TOO_LONG = "side too long"  # for a decoder, or for evaluation, which enlarges a narrow strip
+NOT_AN_IMAGE = "not an image"
 NOT_ALLOWED = "format not allowed"
 TRUNCATED = "truncated"
 DAMAGED = "damaged"
 OUT_OF_MEMORY = "out of memory"
 KINDS = (
     NO_SUCH_FILE, NOT_A_FILE, CANNOT_OPEN, OUTSIDE_ROOT, EMPTY_FILE, TOO_MANY_BYTES,
-    TOO_MANY_PIXELS, TOO_LONG, NOT_A_IMAGE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY,
+    TOO_MANY_PIXELS, TOO_LONG, NOT_AN_IMAGE, NOT_ALLOWED, TRUNCATED, DAMAGED, OUT_OF_MEMORY,
 )  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_EVALUATED_BYTES = 256 << 20  # of an image in evaluation and inference
+MAX_EVALUATED_BYTES = 256 << 20  # largest image file in evaluation and inference
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
-_UNLIKE_FILES = {
+_SPECIAL_FILES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -58,17 +58,17 @@ _UNLIKE_FILES = {
 
 
 class BadImage(Exception):
-    """An image that cannot be used; the message is the reason, without the file's name."""
+    """Error raised for an image that cannot be used. The message is the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What images may be."""
+    """Limits for images."""
 
-    max_pixels: int = 40_000_000  # width times height; judged from the header, before any pixel is decoded
-    max_bytes: int = 64 << 20  # of the file; judged before it is read
+    max_pixels: int = 40_000_000  # width times height; checked in the header, before any pixel is decoded
+    max_bytes: int = 64 << 20  # size of the file; checked before the file is read
     formats: tuple[str, ...] = FORMATS  # Pillow's names
-    outside_root: bool = False  # whether a relative path of a table may leave its root by `..`
+    outside_root: bool = False  # allow relative paths of a table to leave the root by `..`
 
     @classmethod
     def of(cls, config: DataConfig) -> "ImageLimits":
@@ -78,26 +78,26 @@ class ImageLimits:
 
 
 def kind_of(reason: str) -> str:
-    """The kind of fault that a reason begins with: `truncated` of `truncated: 12 of 90 bytes`."""
+    """Return the kind with which a reason starts: `truncated` for `truncated: 12 of 90 bytes`."""
     return reason.partition(":")[0]
 
 
 def reason_of(error: Exception) -> str:
-    """What an exception says, on one line."""
+    """Return the message of an exception on one line."""
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 
-# Bytes: of a regular file or a member of a shard, within the limits.
+# Bytes of a regular file or of a member of a shard, within the limits.
 
 
 def read_file(path: str | Path, limits: ImageLimits) -> bytearray:
-    """Return the bytes of a regular file; a pipe or a device is refused without waiting for it. Links are followed.
+    """Return the bytes of a regular file. A pipe or a device is refused without blocking. Links are followed.
 
-    Every image that a command opens by its path is read here: no message has a byte of the file.
+    All images that a command opens by path are read here. No message contains bytes of the file.
 
     Raises: BadImage with the reason.
     """
-    # What is judged is what was opened: between a look at the path and its opening it may become another file.
+    # Open first and check the descriptor: a check by path could see another file than the one that is opened afterwards.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -105,7 +105,7 @@ def read_file(path: str | Path, limits: ImageLimits) -> bytearray:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise BadImage(f"{NOT_A_FILE}: {_UNLIKE_FILES.get(stat.S_IFMT(status.st_mode), 'something else')}")
+            raise BadImage(f"{NOT_A_FILE}: {_SPECIAL_FILES.get(stat.S_IFMT(status.st_mode), 'something else')}")
         _check_size(status.st_size, limits)
         return _read(descriptor, status.st_size)
     except OSError as error:
@@ -115,9 +115,9 @@ def read_file(path: str | Path, limits: ImageLimits) -> bytearray:
 
 
 def leaves_root(path: str) -> bool:
-    """Return whether a relative path leaves the folder that it starts from by `..`, if only for a part of the way.
+    """Return True if any part of a relative path leaves the starting folder by `..`.
 
-    Judged by its text: an absolute path is meant as it is, and so is where a link in the folder leads.
+    Only the text is checked. Absolute paths and links are deliberate choices of the user, so they are allowed.
     """
     if os.path.isabs(path):
         return False
@@ -129,18 +129,18 @@ def leaves_root(path: str) -> bool:
     return False
 
 
-def read_below(root: Path, path: str, limits: ImageLimits) -> bytearray:
-    """`read_file` of a path as a table has it, which starts from `root` if it is relative.
+def read_from_root(root: Path, path: str, limits: ImageLimits) -> bytearray:
+    """Read the file at a path of a table. A relative path starts from `root`.
 
     Raises: BadImage with the reason.
     """
     if not limits.outside_root and leaves_root(path):
-        raise BadImage(f"{OUTSIDE_ROOT}: its path leaves it by `..`; to allow that, set allow_outside_root=true")
+        raise BadImage(f"{OUTSIDE_ROOT}: the path leaves it by `..`; to allow that, set allow_outside_root=true")
     return read_file(root / path, limits)
 
 
 def read_member(shard: Path, offset: int, size: int, limits: ImageLimits) -> bytearray:
-    """The bytes of a member of a shard.
+    """Read the bytes of a member of a shard.
 
     Raises: BadImage with the reason.
     """
@@ -154,12 +154,12 @@ def read_member(shard: Path, offset: int, size: int, limits: ImageLimits) -> byt
 
 
 def unopened(error: Exception) -> str:
-    """Return the reason for an error of opening or reading a file."""
+    """Return the reason for an error that opening or reading a file raised."""
     number = getattr(error, "errno", None)
     if number in _MISSING:
         return NO_SUCH_FILE
     if number == errno.ENXIO:
-        return f"{NOT_A_FILE}: {_UNLIKE_FILES[stat.S_IFSOCK]}"
+        return f"{NOT_A_FILE}: {_SPECIAL_FILES[stat.S_IFSOCK]}"
     return f"{CANNOT_OPEN}: {reason_of(error)}"
 
 
@@ -180,12 +180,13 @@ def _read(descriptor: int, size: int) -> bytearray:
     return data
 
 
-# Headers: what an image is, its size, and whether its end is there.
+# Headers: format, size, and whether the end of the file is there.
 
-JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further images behind it
-ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-RUNS_PROGRAMS = ("EPS",)
-MAX_SIDE = 65_535  # pixels, the most that JPEG and GIF can say; millions of rows of a pixel would take more memory than the pixels
+JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with further images appended
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+EXECUTABLE_FORMATS = ("EPS",)
+# Pixels, the largest side of a JPEG or GIF. Millions of rows of a single pixel would take more memory than the pixels.
+MAX_SIDE = 65_535
 _SCAN = re.compile(b"\xff\xda")
 _MAX_SCANS = 100
 _MAX_READS = 1_000_000
@@ -194,7 +195,7 @@ _GUESSED_BYTES = 64
 
 
 def open_image_bytes(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFile:
-    """Pillow's view of an image whose header passes the limits; nothing is decoded yet.
+    """Open an image with Pillow and check its header against the limits. No pixel is decoded.
 
     Raises: BadImage with the reason.
     """
@@ -208,7 +209,7 @@ def open_image_bytes(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFil
     except Exception as error:
         raise bad_image(error, "header") from error
     width, height = image.size
-    # The decoder of an animated WebP holds four copies.
+    # The decoder of an animated WebP allocates four copies.
     half = image.format == "WEBP" and getattr(image, "is_animated", False)
     if width * height > (limits.max_pixels // 2 if half else limits.max_pixels):
         most = f"{'half of ' * half}max_image_pixels={limits.max_pixels}"
@@ -220,68 +221,71 @@ def open_image_bytes(data: bytearray, limits: ImageLimits) -> ImageFile.ImageFil
     if image.format in JPEGS:
         _check_jpeg(image, data)
     elif image.format == "PNG" and not 0 <= data.rfind(b"IEND") <= len(data) - 8:
-        raise BadImage(f"{TRUNCATED}: a PNG without its end")
+        raise BadImage(f"{TRUNCATED}: a PNG without its end marker")
     return image
 
 
 def orientation_of(image: Image.Image) -> int:
-    """How EXIF says that an image lies in its file: 1 is upright, 2 to 8 are turned or mirrored."""
+    """Return the EXIF orientation of an image: 1 is upright, 2 to 8 are rotated or mirrored."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF block says nothing about the pixels
+    except Exception:  # the pixels may be fine if the EXIF block is damaged
         return 1
 
 
 def bad_image(error: Exception, part: str = "pixels") -> BadImage:
-    """Return the reason for what a library raised, whose own text is left out: it may quote the file.
+    """Convert an exception of a library to a BadImage. The library's message is omitted, because it may quote the file.
 
     Args:
-        part: what was being read.
+        part: part of the image that was being read.
     """
     if isinstance(error, BadImage):
         return error
     if isinstance(error, Image.UnidentifiedImageError):
-        return BadImage(NOT_A_IMAGE)
+        return BadImage(NOT_AN_IMAGE)
     if isinstance(error, OSError) and error.errno is not None:
         return BadImage(unopened(error))
     text = str(error).lower()
     kind = OUT_OF_MEMORY if isinstance(error, MemoryError) else TRUNCATED if "truncated" in text else DAMAGED
-    return BadImage(f"{kind}: its {part} cannot be read")
+    return BadImage(f"{kind}: the {part} cannot be read")
 
 
 def check_formats(names: Iterable[str]) -> Iterator[str]:
-    """What is wrong with `data.image_formats`, a line each."""
+    """Yield a message for each problem with `data.image_formats`."""
     names = list(names)
     if not names:
-        yield "data.image_formats is empty: no image could be read."
+        yield "data.image_formats is empty: name at least one format, such as JPEG."
     Image.init()
     for name in names:
-        if name.upper() in RUNS_PROGRAMS:
-            yield f"data.image_formats: {name} images are programs, which Ghostscript would run; leave it out."
+        if name.upper() in EXECUTABLE_FORMATS:
+            yield f"data.image_formats: {name} is not allowed, because Ghostscript would execute such files; remove it."
         elif name.upper() not in Image.OPEN:
             aliases = {suffix.strip(".").upper(): known for suffix, known in Image.registered_extensions().items()}
             near = aliases.get(name.upper()) or next(iter(difflib.get_close_matches(name.upper(), Image.OPEN, 1)), None)
-            yield f"data.image_formats: Pillow reads no {name!r}{f'; did you mean {near}?' if near else '.'}"
+            yield f"data.image_formats: Pillow cannot read {name!r}{f'; did you mean {near}?' if near else '.'}"
 
 
 class _Bytes(BytesIO):
-    """A header of millions of empty pieces, which takes some MB, would keep Pillow busy for a minute: its reading is ended."""
+    """Stream that limits the number of reads: a header of a few MB with millions of empty chunks would keep Pillow busy for a minute."""
 
     reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
         if self.reads > _MAX_READS:
-            raise BadImage(f"{DAMAGED}: more than {_MAX_READS:,} pieces")
+            raise BadImage(f"{DAMAGED}: more than {_MAX_READS:,} chunks in the header")
         return super().read(size)
 
 
 def _check_jpeg(image: ImageFile.ImageFile, data: bytearray) -> None:
-    """Each scan passes over all blocks of an image, and costs as few as ten bytes: thousands of them take minutes."""
+    """Check that a JPEG has its end marker and not too many scans.
+
+    Each scan processes all blocks of an image, but takes as few as ten bytes: a small file with thousands of scans decodes for minutes.
+    """
     assert image.fp is not None
-    pixels = image.fp.tell() if image.format == "JPEG" else 0  # where they begin; of an MPO Pillow does not tell
+    pixels = image.fp.tell() if image.format == "JPEG" else 0  # start of the pixels; unknown for an MPO
     if data.rfind(b"\xff\xd9", pixels) < 0:
-        raise BadImage(f"{TRUNCATED}: a JPEG without its end")
+        raise BadImage(f"{TRUNCATED}: a JPEG without its end marker")
     scan = data.rfind(b"\xff\xda", 0, pixels)
     all_at_once = scan >= 0 and "progressive" not in image.info and data[scan + 4] == getattr(image, "layers", 0)
     if not all_at_once and (scans := len(_SCAN.findall(data, max(scan, 0)))) > _MAX_SCANS:
@@ -289,118 +293,120 @@ def _check_jpeg(image: ImageFile.ImageFile, data: bytearray) -> None:
 
 
 def _unidentified(data: bytearray, allowed: tuple[str, ...]) -> str:
-    """Say what lies where an image should be, which Pillow has not recognized."""
+    """Return the reason for a file that Pillow has not recognized as an image of an allowed format."""
     Image.init()
     found = []
     for name, (_, accept) in Image.OPEN.items():
-        with suppress(IndexError, struct.error):  # a file of a few bytes
+        with suppress(IndexError, struct.error):  # raised for a file of a few bytes
             if accept is not None and accept(bytes(data[:16])) is True:
                 found.append(name)
     if known := [name for name in found if name in map(str.upper, allowed)]:
         return f"{DAMAGED}: a {known[0]} whose header cannot be read"
     if found:
-        return f"{NOT_ALLOWED}: {found[0]}, which is not in data.image_formats"
+        return f"{NOT_ALLOWED}: {found[0]} is not in data.image_formats"
     if data.startswith(LFS_POINTER):
-        return f"{NOT_A_IMAGE}: a Git-LFS pointer; run `git lfs pull` there"
+        return f"{NOT_AN_IMAGE}: a Git LFS pointer; run `git lfs pull` in its repository"
     is_page = data[:_GUESSED_BYTES].lstrip().startswith(b"<")
-    return f"{NOT_A_IMAGE}: a web page" if is_page else NOT_A_IMAGE
+    return f"{NOT_AN_IMAGE}: a web page" if is_page else NOT_AN_IMAGE
 
 
-# Names: when two are one file, without following every link; big tables have millions of them.
+# Names: recognize different names of one file without following every link, because large tables have millions of names.
 
 
 def normal_path(path: str) -> str:
-    """Return a path as absolute and without empty, `.` and `..` parts: the names of a file that differ in these are equal then.
+    """Return an absolute path without empty, `.` and `..` parts, so that different spellings of one path become equal.
 
-    The result names the same file. `x/..` is the folder above x, and where x is a link, the one above its target; where x is no
-    folder, nothing is found that way, and it stays. Other links are not followed: two links to a file are two names.
+    The result names the same file. `x/..` is the parent of x, or the parent of its target if x is a link. If x is not a directory, `x/..`
+    leads nowhere and is not changed. Other links are not followed: two links to a file are two names.
 
     Args:
-        path: as it is written; a relative one starts from the working directory.
+        path: path as written; a relative path starts from the working directory.
     """
     absolute = path if path.startswith("/") else f"{os.getcwd()}/{path}"
     if "/.." not in absolute:
         normal = posixpath.normpath(absolute)
-        return normal[1:] if normal.startswith("//") else normal  # which POSIX lets mean something else
+        return normal[1:] if normal.startswith("//") else normal  # POSIX allows a special meaning of a leading `//`
     found = ""
     for part in absolute.split("/"):
         if part == "..":
-            found = _above(found)
+            found = _parent(found)
         elif part not in ("", "."):
             found = f"{found}/{part}"
     return found or "/"
 
 
 @lru_cache(maxsize=1 << 16)
-def _above(folder: str) -> str:
-    """Return the normal path of `folder/..`, where `/` is written as nothing."""
+def _parent(folder: str) -> str:
+    """Return the normal path of `folder/..`; the root `/` is the empty string."""
     if not folder:
         return ""
     if not os.path.isdir(folder):
         return f"{folder}/.."
     if os.path.islink(folder):
-        return _above(normal_path(os.path.join(os.path.dirname(folder), os.readlink(folder))).rstrip("/"))
+        return _parent(normal_path(os.path.join(os.path.dirname(folder), os.readlink(folder))).rstrip("/"))
     return os.path.dirname(folder).rstrip("/")
 
 
-# Contents: whether the bytes of an image are still the same, and which images are the same bytes.
+# Contents: detect changed images, and images with equal bytes.
 
 _BLOCK = 4096  # bytes
-_THREADS = 16  # that wait for a slow or distant disk
-_AT_ONCE = 256  # places of a thread
+_THREADS = 16  # more than cores, because they wait for slow or remote disks
+_FILES_PER_TASK = 256  # files per task of a thread
 _CHUNK = 1 << 20
 
 
 class Stored(NamedTuple):
-    """Where the bytes of an image are."""
+    """Location of the bytes of an image."""
 
     file: str
     offset: int = 0
     size: int | None = None  # None: the whole file
 
 
-class Stamp(NamedTuple):
-    """What is known of an image without reading all of it; an image that is replaced has another."""
+class ImageSignature(NamedTuple):
+    """Size, modification time and a sample of the content of an image, to detect that it was replaced without reading all of it."""
 
-    size: int  # bytes, -1 where the file cannot be read
-    mtime_ns: int  # of the file
+    size: int  # bytes; -1 if the file cannot be read
+    mtime_ns: int  # modification time of the file
     sample: int  # hash of the first, middle and last 4 KiB, 63 bits
 
 
-def stamps(places: Sequence[Stored]) -> list[Stamp]:
-    """Return the stamp of each place.
+def image_signatures(places: Sequence[Stored]) -> list[ImageSignature]:
+    """Return the signature of each image.
 
-    The sample notices an image that was replaced by one of the same size and time. It takes 31 us per file (from the system's
-    cache, on one core) where size and time alone take 3: 1.4 % of reading and decoding a JPEG of 50 kB, 2.2 ms.
+    The sample detects an image that was replaced by one of the same size and time. It takes 31 us per file (from the page cache, on
+    one core), and size and time alone take 3 us. Reading and decoding a JPEG of 50 kB takes 2.2 ms, so this is 1.4 % of it.
     """
-    parts = [places[start : start + _AT_ONCE] for start in range(0, len(places), _AT_ONCE)]
+    parts = [places[start : start + _FILES_PER_TASK] for start in range(0, len(places), _FILES_PER_TASK)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        return [stamp for found in threads.map(lambda part: [*map(stamp_of, part)], parts) for stamp in found]
+        return [
+            signature for found in threads.map(lambda part: [*map(image_signature, part)], parts) for signature in found
+        ]
 
 
-def stamp_of(place: Stored) -> Stamp:
-    """Return the stamp of one place."""
+def image_signature(place: Stored) -> ImageSignature:
+    """Return the signature of one image."""
     try:
         descriptor = os.open(place.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):  # ValueError: a NUL in the name
-        return Stamp(-1, -1, 0)
+        return ImageSignature(-1, -1, 0)
     try:
         status = os.fstat(descriptor)
         size = status.st_size if place.size is None else place.size
         digest = blake2b(digest_size=8)
         for start in sorted({0, max(0, (size - _BLOCK) // 2), max(0, size - _BLOCK)}):
             digest.update(os.pread(descriptor, min(_BLOCK, size - start), place.offset + start))
-        return Stamp(size, status.st_mtime_ns, int.from_bytes(digest.digest(), "little") >> 1)
-    except OSError:  # a folder, or an error of the disk
-        return Stamp(-1, -1, 0)
+        return ImageSignature(size, status.st_mtime_ns, int.from_bytes(digest.digest(), "little") >> 1)
+    except OSError:  # a folder, or a disk error
+        return ImageSignature(-1, -1, 0)
     finally:
         os.close(descriptor)
 
 
 def equal_contents(places: Sequence[Stored]) -> list[list[int]]:
-    """Return the positions of places that hold the same bytes, a list for each content that is there more than once.
+    """Return groups of positions whose images have the same bytes, one list per content that occurs more than once.
 
-    Only what is of equal size is looked at, and only what has an equal sample is read whole.
+    Only files of equal size are sampled, and only files with equal samples are read completely.
     """
     groups = [list(range(len(places)))]
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -424,8 +430,8 @@ def _size(place: Stored) -> int | None:
 
 
 def _sample(place: Stored) -> int | None:
-    stamp = stamp_of(place)
-    return None if stamp.size < 0 else stamp.sample
+    signature = image_signature(place)
+    return None if signature.size < 0 else signature.sample
 
 
 def _digest(place: Stored) -> bytes | None:

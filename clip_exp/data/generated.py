@@ -1,7 +1,7 @@
-"""Data sets that clip_exp makes itself, written once below the output folder as images and tables like anybody's.
+"""Generated data sets, written once to the output folder as ordinary tables and image files.
 
-They are scikit-learn's handwritten digits, and drawn scenes of one or two colored shapes. The digits (Alpaydin and Kaynak 1998) are
-1,797 gray images of 8 x 8. The captions of a scene take size, color, shape and place together to tell it apart.
+`digits` are scikit-learn's handwritten digits (Alpaydin and Kaynak 1998): 1,797 gray images of 8 x 8 pixels. `shapes` are drawn
+scenes of one or two colored shapes; their captions differ in the combination of size, color, shape and position.
 """
 
 import csv
@@ -22,35 +22,35 @@ from clip_exp.storage import atomic_folder, sync
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """An image and the other columns of its row."""
+    """Image and the other columns of its row."""
 
     image: Image.Image
     columns: dict[str, str]
 
 
-DIGITS_ROWS = 1442  # of the 1,797 images; the others are held out
+DIGITS_ROWS = 1442  # training rows of the 1,797 images; the others are held out
 SHAPES_ROWS = 2000
-_VERSION = 1  # of what the generators draw: a change makes new folders
+_VERSION = 1  # part of the folder's name; increase it when a generator draws something else
 
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """Tables of a generated data set; images are relative to their folder."""
+    """Tables of a generated data set. Image paths are relative to the folder of the tables."""
 
     train: Path
     val: Path
 
 
 def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
-    """Write the data set to `<output_dir>/data/<its name>/`, unless it is there.
+    """Write the data set to `<output_dir>/data/<name>/`, unless it exists.
 
-    The folder appears complete or not at all, so several processes may do this at once, and a killed one leaves no half.
+    The folder is created atomically, so several processes may call this at the same time, and a killed one leaves no partial data.
 
     Args:
-        config: what to make; the same values give the same bytes.
-        output_dir: of the runs.
+        config: kind and size of the data set; equal values give equal bytes.
+        output_dir: output folder of the runs.
 
-    Raises: CheckpointError where the folder cannot be written.
+    Raises: CheckpointError if the folder cannot be written.
     """
     folder = Path(output_dir) / "data" / _name(config)
     data = GeneratedData(folder / "train.csv", folder / "val.csv")
@@ -63,27 +63,29 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
         rows = {"train": count_rows(config), "val": config.val_rows or 400}
         splits = {split: scenes(split, count, config.image_size, config.seed) for split, count in rows.items()}
     try:
-        # Another process may be first, with the same bytes. Waiting for the disk at thousands of images would take long.
+        # Another process may be first, with the same bytes. Syncing thousands of images to disk would take long.
         with atomic_folder(folder, replace=False, durable=False) as partial:
             for split, samples in splits.items():
                 _write(partial, split, samples)
                 sync(partial / f"{split}.csv")
     except OSError as error:
-        raise CheckpointError(f"Generated data cannot be written to {folder}: {error}. Set output_dir.") from error
+        raise CheckpointError(
+            f"Generated data cannot be written to {folder}: {error}. Set output_dir to a writable folder."
+        ) from error
     return data
 
 
-def readable(config: DataConfig, output_dir: Path) -> DataConfig:
-    """The configuration with the tables of generated data, which are made if need be, in the place of `generate`."""
+def resolve_generated(config: DataConfig, output_dir: Path) -> DataConfig:
+    """Return the configuration with `generate` replaced by the tables of the generated data, which are written if missing."""
     if config.generate is None:
         return config
-    made = generate(config.generate, output_dir)
-    tables = {"generate": None, "train": str(made.train), "val": str(made.val)}
+    data = generate(config.generate, output_dir)
+    tables = {"generate": None, "train": str(data.train), "val": str(data.val)}
     return config.model_copy(update={**tables, "image_key": "filepath", "caption_key": "title", "image_root": None})
 
 
 def count_rows(config: GenerateConfig) -> int:
-    """Training rows of the data set, without making it."""
+    """Return the number of training rows of the data set without generating it."""
     if config.kind is Generator.shapes:
         return config.rows or SHAPES_ROWS
     return min(config.rows or DIGITS_ROWS, DIGITS_ROWS)
@@ -154,14 +156,14 @@ RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to t
 _SPLITS = {"train": 0, "val": 1}
 _SCENE = 5
 _SUPERSAMPLING = 4
-_PAIRS = 0.75  # share of scenes with two shapes
+_PAIRS = 0.75  # fraction of scenes with two shapes
 
 
 def digits(seed: int) -> tuple[list[GeneratedSample], list[GeneratedSample]]:
-    """Training and held-out samples with columns `title` and `label`; every fifth image of each class is held out.
+    """Return training and held-out samples with columns `title` and `label`; every fifth image of each class is held out.
 
     Args:
-        seed: of the choice of each caption's template; images and split do not depend on it.
+        seed: seed for the templates of the captions; images and split do not depend on it.
     """
     from sklearn.datasets import load_digits
 
@@ -189,19 +191,19 @@ class _Thing(NamedTuple):
 
 
 def scenes(split: str, count: int, image_size: int, seed: int) -> Iterator[GeneratedSample]:
-    """Samples with the column `title`, such as "a small red circle above a large blue square".
+    """Yield samples with the column `title`, such as "a small red circle above a large blue square".
 
     Args:
-        split: `train` or `val`; other scenes are drawn in each.
-        count: how many.
+        split: `train` or `val`, which have different scenes.
+        count: number of samples.
         image_size: side of the images, pixels.
-        seed: of the scenes.
+        seed: seed of the scenes.
     """
     side = image_size * _SUPERSAMPLING
     for i in range(count):
         draws = Draws(_SCENE, _SPLITS[split], seed, i)
-        grey = 215 + draws.integer(40)
-        image = Image.new("RGB", (side, side), (grey, grey, grey))
+        gray = 215 + draws.integer(40)
+        image = Image.new("RGB", (side, side), (gray, gray, gray))
         first = _thing(draws)
         if draws.uniform() >= _PAIRS:
             _draw(image, first, 0.5 + draws.uniform(-0.2, 0.2), 0.5 + draws.uniform(-0.2, 0.2))

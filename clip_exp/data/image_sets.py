@@ -1,6 +1,6 @@
-"""Images to evaluate on, by position, and their classes. No torch.
+"""Sequences of images to evaluate on, and their class labels. Does not import torch.
 
-They are files, rows of a table, or what a library keeps in a form of its own.
+The images are files, rows of a table, or items of a third-party data set such as torchvision's.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from clip_exp.data.files import (
     ImageLimits,
     Stored,
     bad_image,
+    image_signatures,
     normal_path,
     read_file,
-    stamps,
 )
 from clip_exp.data.tables.columns import int32_numpy
-from clip_exp.data.tables.reader import FileStamp
+from clip_exp.data.tables.reader import FileSignature
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import DataError
 
@@ -37,41 +37,41 @@ log = logging.getLogger(__name__)
 
 
 class ImageSet(Protocol):
-    """A sequence of images; picklable, since worker processes open them."""
+    """Sequence of images. Must be picklable, because worker processes open the images."""
 
     def __len__(self) -> int: ...
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        """The image in its own mode, as the published protocol sees it (`data.images.open_image`).
+        """Return the image in its original mode, as published evaluations decode it (`data.images.open_image`).
 
         Raises:
-            BadImage: it cannot be used; the message is the reason.
+            BadImage: the image cannot be used; the message is the reason.
         """
         ...
 
     def name(self, index: int) -> str:
-        """For people: the path, or where else it is."""
+        """Return a readable name: the path, or another location."""
         ...
 
     def stored(self, index: int) -> Stored | None:
-        """Return where the image's bytes are; None where it has none of its own, as in an array of many."""
+        """Return the location of the image's bytes; None if it has none, as for an array of many images."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when an image does; what is cached about the images is filed under it."""
+        """Return a hash that changes when an image changes; it is part of the cache key of the features."""
         ...
 
 
 class ImageFiles:
-    """Images in files.
+    """Sequence of image files.
 
     Args:
-        paths: of the files.
-        border: pixels that are cut off on every side; ObjectNet's images have a red frame.
+        paths: paths of the image files.
+        border: width of the border that is cropped on every side, pixels; ObjectNet's images have a red frame.
     """
 
     def __init__(self, paths: Sequence[str | Path], border: int = 0) -> None:
-        self.paths = np.array([str(path) for path in paths])  # one block of memory that workers share
+        self.paths = np.array([str(path) for path in paths])  # one block of memory, which workers share
         self.border = border
 
     def __len__(self) -> int:
@@ -91,22 +91,22 @@ class ImageFiles:
         return Stored(self.name(index))
 
     def fingerprint(self) -> str:
-        """Of names, sizes, times of change and samples of the content (`files.stamps`): reading all of it takes as long as encoding."""
+        """Return a hash of names and signatures (`files.image_signatures`). Reading the whole content would take as long as encoding."""
         return fingerprint_of(self, f"border {self.border}")
 
 
 def _decode(data: bytearray, limits: ImageLimits) -> Image.Image:
-    from clip_exp.data.images import decode  # and torch, which finding images does without
+    from clip_exp.data.images import decode  # imports torch, which is not needed to list images
 
     return decode(data, limits)
 
 
 class TableImages:
-    """Images of a table's rows, in files anywhere or in shards.
+    """Sequence of the images of a table, in files or shards.
 
     Args:
-        table: of images.
-        rows: one for each image.
+        table: table with the paths of the images.
+        rows: one row for each image.
         outside_root: see `ImageLimits`.
     """
 
@@ -131,17 +131,17 @@ class TableImages:
         return Stored(str(self.table.part(row).path), offset, size)
 
     def fingerprint(self) -> str:
-        """As `ImageFiles` has it; of shards, with the images' places in them."""
+        """Return a hash like that of `ImageFiles`; for shards it includes the offsets of the images."""
         return fingerprint_of(self, "border 0")
 
 
 @dataclass(frozen=True)
 class TorchvisionImages:
-    """The images of a data set of torchvision, or of anything whose items begin with an image."""
+    """Sequence of the images of a torchvision data set, or of any other data set whose items start with an image."""
 
     dataset: Any  # `dataset[i][0]` is a PIL image
-    title: str  # of the set and its part, as CIFAR10/test
-    root: Path  # the folder that the set was given, absolute
+    title: str  # name and split of the data set, such as CIFAR10/test
+    root: Path  # absolute folder that was passed to the data set
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -152,7 +152,7 @@ class TorchvisionImages:
             try:
                 image = self.dataset[index][0]
                 image.load()
-            except Exception as error:  # whatever this class meets in a damaged file
+            except Exception as error:  # a third-party class may raise anything for a damaged file
                 raise bad_image(error) from error
         if image.width * image.height > max_pixels:
             raise BadImage(
@@ -164,7 +164,7 @@ class TorchvisionImages:
         return f"{self.title}/{index}"
 
     def stored(self, index: int) -> Stored | None:
-        """Return the image's file where the set has a list of them, whatever its name: of paths, or of tuples that begin with one."""
+        """Return the image's file if an attribute of the data set is a list of paths, or of tuples that start with a path."""
         for listed in vars(self.dataset).values():
             if isinstance(listed, list) and len(listed) == len(self):
                 item = listed[index]
@@ -174,8 +174,8 @@ class TorchvisionImages:
         return None
 
     def fingerprint(self) -> str:
-        """Of the set's name and length, and of names, sizes, times of change and samples of the content of its files."""
-        # Files below the set's own folders where it names them: `root` may hold many sets.
+        """Return a hash of the name and the length of the data set, and of the names and signatures of its files."""
+        # Only files in the folders that the data set names, if it does: `root` may contain many data sets.
         named = [getattr(self.dataset, name, None) for name in ("base_folder", "raw_folder", "filename")]
         named += [
             value for value in vars(self.dataset).values() if isinstance(value, str | Path) and os.path.isabs(value)
@@ -187,33 +187,33 @@ class TorchvisionImages:
             found |= {os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names}
         digest = hashlib.sha256(f"{self.title}\t{len(self)}\n".encode())
         for file in sorted(found):
-            digest.update(f"{file}\t{tuple(FileStamp.of(Path(file), len(found)))}\n".encode())
+            digest.update(f"{file}\t{tuple(FileSignature.of(Path(file), len(found)))}\n".encode())
         return digest.hexdigest()
 
 
 def fingerprint_of(images: ImageFiles | TableImages, about: str) -> str:
-    """Return a hash that changes when an image is in another place, or what is there.
+    """Return a hash that changes when the location or the content of an image changes.
 
     Args:
-        about: what else it depends on.
+        about: further text that the hash depends on.
     """
     places = [images.stored(index) for index in range(len(images))]
     digest = hashlib.sha256(f"{about}\n".encode())
-    for place, stamp in zip(places, stamps(places), strict=True):
-        line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(stamp)}\n"
+    for place, signature in zip(places, image_signatures(places), strict=True):
+        line = f"{normal_path(place.file)}\t{place.offset}\t{tuple(signature)}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-# Classes: the label of each image of a table, and labels that may be meant to be one class.
+# Class labels.
 
-_SHOWN = 3  # groups of labels in a warning
+_SHOWN = 3  # groups of labels shown in a warning
 
 
 def label_of_images(table: PairTable) -> list[str]:
-    """Return the label of each image of a table that was read with labels; '' for an image that none of its rows labels.
+    """Return the label of each image of a table that was read with labels; '' for an image without a label.
 
-    Raises: DataError where two rows give an image different labels.
+    Raises: DataError if two rows give an image different labels.
     """
     assert table.labels is not None
     encoded = table.labels.dictionary_encode()
@@ -221,23 +221,23 @@ def label_of_images(table: PairTable) -> list[str]:
     code = np.concatenate([int32_numpy(chunk.indices) for chunk in encoded.chunks])
     images = table.image_index()
     rows = np.flatnonzero(code != names.index("")) if "" in names else np.arange(len(code))
-    first = np.full(table.images, -1, dtype=np.int64)  # row that labels each image
+    first = np.full(table.images, -1, dtype=np.int64)  # first row with a label, for each image
     first[images[rows[::-1]]] = rows[::-1]
     other = rows[code[rows] != code[first[images[rows]]]]
     if len(other):
         row, before = int(other[0]), int(first[images[other[0]]])
         raise DataError(
-            f"{table.where(row)}: {table.path(row)} is '{table.label(row)}' here and '{table.label(before)}' before "
-            f"({table.where(before)}); give one label."
+            f"{table.where(row)}: the label of {table.path(row)} is '{table.label(row)}' here, but '{table.label(before)}' in "
+            f"{table.where(before)}. Give each image one label."
         )
     return ["" if row < 0 else names[code[row]] for row in first.tolist()]
 
 
-def warn_alike(labels: Iterable[str], where: str) -> None:
-    """Warn of labels that differ only in case, blanks or the form of their letters: they stay classes of their own.
+def warn_similar_labels(labels: Iterable[str], where: str) -> None:
+    """Warn about labels that differ only in case, blanks or Unicode form; they remain separate classes.
 
     Args:
-        where: the table, folder or key that they come from, for the message.
+        where: table, folder or key with the labels, for the message.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for label in dict.fromkeys(labels):
@@ -246,7 +246,7 @@ def warn_alike(labels: Iterable[str], where: str) -> None:
     if alike:
         shown = "; ".join(" and ".join(map(repr, group)) for group in alike[:_SHOWN]) + " …" * (len(alike) > _SHOWN)
         log.warning(
-            "%s: %d labels differ only in case or blanks, but are classes of their own: %s. Write each class in one way.",
+            "%s: %d labels differ only in case or blanks and count as separate classes: %s. Write each class in one way.",
             where,
             sum(map(len, alike)),
             shown,

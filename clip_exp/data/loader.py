@@ -1,7 +1,10 @@
-"""Samples by position, the batches that they become, and the worker processes that make them.
+"""Data sets that decode one sample, collate functions that build batches, and a DataLoader with robust worker processes.
 
-A sample is of the training stream, of a validation table, or of a list of images. What it holds depends on its position, the table
-and the seed alone, so it is the same in whichever worker, rank or restart it is made.
+    TrainPairs, EvalPairs, EvalImages    data sets: position -> sample
+    Collate, EvalCollate                 samples -> batch
+    WorkerLoader                         DataLoader that handles signals and reports killed workers and a lack of shared memory
+
+A sample depends only on its position, the table and the seed. It is the same in any worker, on any rank and after a restart.
 """
 
 import errno
@@ -42,15 +45,15 @@ from clip_exp.text.tokenizer import Tokenizes
 
 
 class UnreadableImage(NamedTuple):
-    """An image that could not be used."""
+    """Image that could not be used."""
 
-    path: str  # as it is written in the table
+    path: str  # as written in the table
     reason: str
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sample; `image` uint8 [3, S, S], in memory [S, S, 3]."""
+    """Training sample. `image` is uint8 [3, S, S], stored as [S, S, 3] (channels last)."""
 
     image: Tensor
     tokens: list[int]
@@ -62,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EvalSample:
-    """A validation image, uint8 [3, S, S], with its captions; None for an image that was left out."""
+    """Validation image, uint8 [3, S, S], with its captions. `image` is None if the image was left out."""
 
     index: int
     image: Tensor | None
@@ -73,67 +76,68 @@ class EvalSample:
 
 
 class Batch(NamedTuple):
-    """A training batch of one rank.
+    """Training batch of one rank.
 
-    Equal captions have equal `caption_id`, equal images equal `image_id`, on every rank.
+    Equal captions have equal `caption_id` and equal images have equal `image_id`, across all ranks. The losses use them to find
+    pairs of a global batch that match although they are not the same row.
     """
 
-    image: Tensor  # uint8 [B, 3, S, S], in memory [B, S, S, 3]
+    image: Tensor  # uint8 [B, 3, S, S], stored as [B, S, S, 3]
     tokens: Tensor  # int64 [B, L], padded by the tokenizer
     caption_id: Tensor  # int64 [B]
     image_id: Tensor  # int64 [B]
-    bad: tuple[UnreadableImage, ...] = ()  # images that were replaced on the way to this batch
-    truncated: int = 0  # captions that were cut to the context length
+    bad: tuple[UnreadableImage, ...] = ()  # images that were replaced while this batch was built
+    truncated: int = 0  # number of captions that were truncated to the context length
 
 
 class EvalBatch(NamedTuple):
-    """A validation batch of one rank: B images with all their captions, T in total."""
+    """Validation batch of one rank: B images with all their captions, T in total."""
 
-    index: Tensor  # type: ignore[assignment]  # int64 [B], which image of the validation set
+    index: Tensor  # type: ignore[assignment]  # int64 [B], index of the image in the validation set
     image: Tensor  # uint8 [B, 3, S, S]
     tokens: Tensor  # int64 [T, L]
-    caption_image: Tensor  # int64 [T], the image that a caption belongs to, as in `index`
-    caption_index: Tensor  # int64 [T], which caption of the validation set
+    caption_image: Tensor  # int64 [T], index of the image that a caption belongs to, as in `index`
+    caption_index: Tensor  # int64 [T], index of the caption in the validation set
     caption_id: Tensor  # int64 [T], equal for equal captions
     label: Tensor  # int64 [B], index of the class, -1 without one
     bad: tuple[UnreadableImage, ...] = ()  # images that were left out
 
 
-# Datasets: samples by position.
+# Data sets: samples by position.
 
-_CROP, _REPLACEMENT = 6, 7  # what is drawn
+# First integer of a random key, so that different uses of one seed are independent.
+_CROP, _REPLACEMENT = 6, 7
+# So many bad images in a row mean a wrong data.image_root, not some damaged files.
 _MAX_REPLACEMENTS = 100
 DEFAULT_LIMITS = ImageLimits()
 
 
 class UnreadableImageError(DataError):
-    """An image that the policy does not forgive.
-
-    A DataLoader raises a worker's error again as its class with the worker's traceback as the message; this class takes its
-    own message back out of that.
-    """
+    """Error raised for an unreadable image that `data.on_bad_image` does not allow to be replaced or left out."""
 
     def __init__(self, message: str) -> None:
+        # A DataLoader re-raises the error of a worker with the worker's traceback as the message. Keep only the original message.
         super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
 
 
 @dataclass(eq=False)
 class TrainPairs(Dataset[Sample]):
-    """Training samples by position in the stream, without end."""
+    """Infinite data set of training samples, indexed by position in the stream."""
 
     stream: Stream
     _: KW_ONLY
     image_size: int  # side of the images, pixels
     tokenizer: Tokenizes
     augmentation: AugmentationConfig
-    # Raise, or take another row of the same source that depends on the seed, the epoch and the bad row alone.
+    # Raise, or replace the image by another row of the same source, chosen by the seed, the epoch and the bad row alone.
     on_bad_image: OnBadImage = OnBadImage.replace
     limits: ImageLimits = DEFAULT_LIMITS
 
     def __getitem__(self, position: int) -> Sample:
-        # All that is drawn for a sample is keyed by what it is for, (seed, epoch, row), never by what was drawn before it.
-        source, epoch, wanted = self.stream[position]
-        row = wanted
+        # Random numbers are keyed by (seed, epoch, row), never taken from a generator whose state depends on earlier samples.
+        # That makes crops, captions and replacements independent of the number of workers and ranks and of restarts.
+        source, epoch, original_row = self.stream[position]
+        row = original_row
         bad: list[UnreadableImage] = []
         while True:
             table_row = source.rows.table_row(row, source.seed, epoch)
@@ -150,11 +154,11 @@ class TrainPairs(Dataset[Sample]):
                 )
             if len(bad) >= _MAX_REPLACEMENTS:
                 raise UnreadableImageError(
-                    f"{len(bad)} images drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}): look at the "
-                    f"table {source.table.parts[0].path} and at data.image_root, now {source.table.root}."
+                    f"{len(bad)} images drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}). Check the "
+                    f"table {source.table.parts[0].path} and data.image_root, now {source.table.root}."
                 )
-            # From the same source, so that the sources keep their shares; the caption comes with the new row.
-            row = hash64(_REPLACEMENT, source.seed, epoch, wanted, len(bad)) % len(source.rows)
+            # Replace within the same source, so that the mixture of sources stays exact. The caption comes with the new row.
+            row = hash64(_REPLACEMENT, source.seed, epoch, original_row, len(bad)) % len(source.rows)
         truncated_before = self.tokenizer.truncated
         tokens = self.tokenizer.encode(source.table.caption(table_row))
         truncated = self.tokenizer.truncated > truncated_before
@@ -163,19 +167,20 @@ class TrainPairs(Dataset[Sample]):
 
 @dataclass(eq=False)
 class EvalPairs(Dataset[EvalSample]):
-    """The distinct images of a validation table, each with all its captions, by the published protocol.
+    """Data set of the distinct images of a validation table, each with all its captions, preprocessed as in published evaluations.
 
     Attributes:
-        class_names: distinct labels, sorted; an image with an empty label belongs to none. Empty without labels.
+        class_names: distinct labels, sorted. Empty for a table without labels; an image with an empty label has no class.
 
-    Raises: DataError where two rows give an image different labels.
+    Raises: DataError if two rows give an image different labels.
     """
 
-    table: PairTable  # with labels or without
+    table: PairTable  # with or without labels
     _: KW_ONLY
     preprocessing: Preprocessing
     tokenizer: Tokenizes
-    on_bad_image: OnBadImage = OnBadImage.replace  # raise, or leave the image and its captions out
+    # Raise, or leave the image and its captions out. In validation no other image can replace it.
+    on_bad_image: OnBadImage = OnBadImage.replace
     limits: ImageLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
@@ -212,10 +217,10 @@ class EvalPairs(Dataset[EvalSample]):
 
 @dataclass(eq=False)
 class EvalImages(Dataset[EvalSample]):
-    """Images without captions. One that cannot be used is passed on with its reason: what to do about it is decided later."""
+    """Data set of images without captions. For an unreadable image, the sample has the reason, and the caller decides what to do."""
 
     images: ImageSet
-    transform: Callable[[Image.Image], Tensor]  # an image to uint8 [3, S, S]; picklable
+    transform: Callable[[Image.Image], Tensor]  # maps an image to uint8 [3, S, S]; must be picklable
     max_image_pixels: int = 200_000_000  # see `open_image`
 
     def __len__(self) -> int:
@@ -229,24 +234,28 @@ class EvalImages(Dataset[EvalSample]):
         return EvalSample(index, image, [], [], -1)
 
 
-def unreadable(table: PairTable, row: int, reason: str, forgiving: str) -> str:
-    """The message for an image of a table that cannot be used."""
+def unreadable(table: PairTable, row: int, reason: str, setting: str) -> str:
+    """Return the error message for an image of a table that cannot be used.
+
+    Args:
+        setting: override with which the command continues without such images.
+    """
     return (
         f"The image {table.path(row)!r} ({table.where(row)}) cannot be read: {reason}. Relative paths start from "
-        f"{table.part(row).root} (data.image_root). Repair it, or go on without such images: {forgiving}."
+        f"{table.part(row).root} (data.image_root). Repair it, or continue without such images: {setting}."
     )
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a `Batch`; captions are padded by the tokenizer, to a multiple of `multiple` where it may choose."""
+    """Collate function from `Sample`s to a `Batch`. The tokenizer pads captions, to a multiple of `multiple` if it can choose."""
 
     tokenizer: Tokenizes
     multiple: int = 1
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        # Images are stacked as they lie in memory, uint8 [S, S, 3]: what takes them apart and makes them float runs on the device.
-        # In a worker, `default_collate` stacks into the memory that it shares with training, which saves a copy of the batch.
+        # Stack in the memory layout [S, S, 3] as uint8, and return a view as [3, S, S]. Conversion to channels-first float runs on the
+        # device, which is faster and moves a quarter of the bytes. In a worker, `default_collate` stacks directly into shared memory.
         return Batch(
             image=default_collate([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
             tokens=self.tokenizer.pad([sample.tokens for sample in samples], self.multiple),
@@ -259,7 +268,7 @@ class Collate:
 
 @dataclass(frozen=True)
 class EvalCollate:
-    """Samples to an `EvalBatch`, images that were left out not counted; it may hold none at all."""
+    """Collate function from `EvalSample`s to an `EvalBatch`. Images that were left out are skipped, so a batch may be empty."""
 
     tokenizer: Tokenizes
     image_size: int
@@ -283,7 +292,7 @@ class EvalCollate:
 
 
 def caption_id(tokens: Sequence[int]) -> int:
-    """A hash of what the model sees of a caption, int64, the same in every process."""
+    """Return an int64 hash of the tokens that the model sees, equal in every process."""
     return int.from_bytes(blake2b(array("i", tokens).tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
@@ -291,23 +300,23 @@ def _int64(values: Iterable[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64)
 
 
-# Worker processes, and the shared memory that their batches come through.
+# Worker processes, and the shared memory through which they pass batches.
 
 T_co = TypeVar("T_co", covariant=True)
-MOST_BESIDE_CPU_TRAINING = 8  # workers
+MAX_WORKERS_ON_CPU = 8  # chosen automatically, if training computes on the CPU
 SHARED_MEMORY = "/dev/shm"
 _LOADER = inspect.getfile(DataLoader)
-# "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)", "unable to write to file
-# </torch_…>", and of a worker that SIGBUS ended: "It is possible that dataloader's workers are out of shared memory."
+# torch's messages: "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)", "unable to write to
+# file </torch_…>", and for a worker killed by SIGBUS: "It is possible that dataloader's workers are out of shared memory."
 _NO_SHARED_MEMORY = re.compile(r"shared memory ?\(shm\)|file </torch_|workers are out of shared memory")
 
 
 class WorkerLoader(DataLoader[T_co]):
-    """A DataLoader whose workers leave the run's signals alone (`init_worker`) and report where shared memory runs out.
+    """DataLoader whose workers ignore the signals meant for the run (`init_worker`) and report when shared memory runs out.
 
     Args:
-        batch_bytes: about the size of a batch; 0: unknown.
-        options: of the DataLoader.
+        batch_bytes: approximate size of a batch; 0: unknown.
+        options: arguments of `torch.utils.data.DataLoader`.
     """
 
     def __init__(self, dataset: Dataset[Any], *, batch_bytes: int = 0, **options: Any) -> None:
@@ -317,9 +326,9 @@ class WorkerLoader(DataLoader[T_co]):
             self.collate_fn = _IntoSharedMemory(self.collate_fn)
             _loaders.add(self)
 
-    def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]  # torch names the class of its own iterator
-        # torch may start threads in a worker before it calls `init_worker`. They inherit what is blocked here; one that did not
-        # block SIGTERM would take it, and end the worker.
+    def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]  # torch declares the class of its iterator
+        # torch may start threads in a worker before it calls `init_worker`. They inherit the signal mask that is set here. A thread
+        # that did not block SIGTERM would receive it, and the worker would end.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return super().__iter__()
@@ -328,14 +337,14 @@ class WorkerLoader(DataLoader[T_co]):
 
     @property
     def shared_bytes(self) -> int:
-        """About the shared memory that the batches of all workers of this machine's ranks take."""
+        """Approximate shared memory used by the batches of all workers of all ranks of this machine."""
         return local_world_size() * self.num_workers * (self.prefetch_factor or 0) * self.batch_bytes
 
     def shortage(self, key: str) -> str | None:
-        """Return a warning where the shared memory that is free now is too small for the workers' batches, else None.
+        """Return a warning if the free shared memory is too small for the workers' batches, else None.
 
         Args:
-            key: of the configuration, for the number of workers.
+            key: configuration key for the number of workers, for the message.
         """
         memory = _shared_memory()
         if memory is None or self.shared_bytes <= memory.free:
@@ -343,15 +352,17 @@ class WorkerLoader(DataLoader[T_co]):
         return f"Training may run out of shared memory. {_advice(self, memory, key)}"
 
 
-_loaders: "weakref.WeakSet[WorkerLoader[Any]]" = weakref.WeakSet()  # with workers
+_loaders: "weakref.WeakSet[WorkerLoader[Any]]" = (
+    weakref.WeakSet()
+)  # loaders with workers, for the message about shared memory
 
 
 @dataclass(frozen=True)
 class _IntoSharedMemory:
-    """A collate function whose tensors are in shared memory, which workers pass them through, when it returns.
+    """Collate function that returns tensors in shared memory.
 
-    Otherwise a thread of the worker would move them there, and where memory runs out it prints the error and drops the batch:
-    training would wait for it forever.
+    Otherwise a thread of the worker moves them there. When memory runs out, that thread prints the error and drops the batch, and
+    training waits for the batch forever.
     """
 
     collate: Callable[[Any], Any]
@@ -365,14 +376,14 @@ class _IntoSharedMemory:
 
 
 def init_worker(_worker: int) -> None:
-    """Leave the signals that end or preempt a run to the training process, which still needs batches to finish its step.
+    """Ignore the signals that stop or preempt a run: the training process handles them, and needs more batches to finish its step.
 
-    Ctrl-C and a scheduler's signals reach the whole process group. SIGTERM from the parent still ends the worker: that is how
-    a DataLoader stops one.
+    Ctrl-C and the signals of a scheduler reach the whole process group. SIGTERM from the parent process still ends the worker,
+    because a DataLoader stops its workers that way.
     """
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()  # os.getppid() may be a fork server
+    parent = multiprocessing.parent_process()  # os.getppid() may return the fork server
     if parent is not None and hasattr(signal, "sigwaitinfo"):
         parent_id = parent.pid
 
@@ -386,34 +397,36 @@ def init_worker(_worker: int) -> None:
 
 
 def count_workers(requested: int | None, local_world_size: int, device_type: str = "cpu") -> int:
-    """Worker processes per rank: as requested, or one for each of the rank's cores but the one that training keeps.
+    """Return the number of worker processes per rank: as requested, or one per core of the rank except one for training.
 
-    Training on a CPU computes on the same cores, and so slowly that 8 workers keep up with it.
+    Training on a CPU uses the same cores, and is so slow that 8 workers keep up with it.
 
     Args:
-        requested: by the configuration; None: choose.
-        local_world_size: ranks of this machine.
-        device_type: that the rank computes on, `cpu` or `cuda`.
+        requested: number in the configuration; None: choose automatically.
+        local_world_size: number of ranks on this machine.
+        device_type: device of the rank, `cpu` or `cuda`.
     """
     if requested is not None:
         return requested
     free = max(1, cores_per_rank(local_world_size) - 1)
-    return free if device_type == "cuda" else min(MOST_BESIDE_CPU_TRAINING, free)
+    return free if device_type == "cuda" else min(MAX_WORKERS_ON_CPU, free)
 
 
 def cores_per_rank(local_world_size: int) -> int:
-    """Cores of this machine that the process may use, shared equally by the machine's ranks."""
+    """Return the number of cores per rank: the cores that the process may use, divided by the ranks of this machine."""
     return max(1, usable_cores() // max(local_world_size, 1))
 
 
 @contextmanager
-def killed_workers_are_told(key: str) -> Iterator[None]:
-    """Around all that is done while a `WorkerLoader` has workers: torch tells of a killed one by an error in the midst of it.
+def report_killed_workers(key: str) -> Iterator[None]:
+    """Turn errors that a killed worker causes into a DataError with advice.
+
+    Use it around all code that runs while a `WorkerLoader` has workers: torch raises in arbitrary code when a worker dies.
 
     Args:
-        key: of the configuration, for the number of workers.
+        key: configuration key for the number of workers, for the message.
 
-    Raises: DataError where a worker was killed, or shared memory ran out.
+    Raises: DataError if a worker was killed or shared memory ran out.
     """
     try:
         yield
@@ -425,27 +438,27 @@ def killed_workers_are_told(key: str) -> Iterator[None]:
 
 
 def explain_worker_failure(error: BaseException, key: str) -> DataError | None:
-    """Return what to report of an error that says that a worker was killed or that shared memory ran out; None of any other.
+    """Return the error to raise instead if a worker was killed or shared memory ran out; None for any other error.
 
     Args:
-        key: of the configuration, for the number of workers.
+        key: configuration key for the number of workers, for the message.
     """
     from_loader = any(frame.f_code.co_filename == _LOADER for frame, _ in traceback.walk_tb(error.__traceback__))
-    if isinstance(error, OSError):  # by a loader that could not make its semaphores in /dev/shm
+    if isinstance(error, OSError):  # raised by a loader that could not create its semaphores in /dev/shm
         full = error.errno == errno.ENOSPC and from_loader
-    else:  # by torch's words, raised or as the cause
+    else:  # recognized by torch's message, in the error or in its cause
         causes = (error, error.__cause__)
         full = isinstance(error, RuntimeError) and any(_NO_SHARED_MEMORY.search(str(cause)) for cause in causes)
     if full:
         largest = max(_loaders, key=lambda loader: loader.shared_bytes, default=None)
         return DataError(f"Shared memory ran out. {_advice(largest, _shared_memory(), key)}")
-    # By torch's words, or by a connection that broke under its loader before the worker was seen to be dead.
+    # Recognized by torch's message, or by a connection of the loader that broke before torch noticed the dead worker.
     killed = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
     if not killed and not (isinstance(error, ConnectionError | EOFError) and from_loader):
         return None
     return DataError(
-        "A worker process that reads images was killed from outside, mostly for lack of memory: use fewer of them "
-        f"({key}), or lower data.max_image_pixels."
+        "A data loader worker was killed by a signal, usually because memory ran out. Use fewer workers "
+        f"({key}), or decrease data.max_image_pixels."
     )
 
 
@@ -457,7 +470,7 @@ class _SharedMemory(NamedTuple):
 def _shared_memory() -> _SharedMemory | None:
     try:
         state = os.statvfs(SHARED_MEMORY)
-    except OSError:  # a system that keeps it elsewhere
+    except OSError:  # a system without /dev/shm
         return None
     return _SharedMemory(state.f_frsize * state.f_blocks, state.f_frsize * state.f_bavail)
 
@@ -466,16 +479,16 @@ def _advice(loader: WorkerLoader[Any] | None, memory: _SharedMemory | None, key:
     sentences = []
     if memory is not None:
         size, free = _megabytes(memory.size), _megabytes(memory.free)
-        sentences.append(f"Worker processes pass batches through {SHARED_MEMORY}, which has {size}, {free} of it free.")
+        sentences.append(f"Worker processes pass batches through {SHARED_MEMORY}, which has {size}, {free} free.")
     if loader is not None and loader.shared_bytes:
         workers = local_world_size() * loader.num_workers
         batches = f"{workers} x {loader.prefetch_factor} batches of {_megabytes(loader.batch_bytes)}"
         sentences.append(
-            f"About {_megabytes(loader.shared_bytes)} are needed: {batches} (workers x what each prepares)."
+            f"About {_megabytes(loader.shared_bytes)} are needed: {batches} (workers x prefetched batches)."
         )
     sentences.append(
         "Enlarge it (docker run --shm-size=16g or --ipc=host; in Kubernetes an emptyDir with medium: Memory, mounted at "
-        f"{SHARED_MEMORY}), or use fewer workers ({key}); {key}=0 needs none."
+        f"{SHARED_MEMORY}), or use fewer workers ({key}). With {key}=0 no shared memory is needed."
     )
     return " ".join(sentences)
 

@@ -1,4 +1,4 @@
-"""The data of a run before anything is trained: its files, its tables, and whether their images are where they are looked for. No torch."""
+"""Checks of the data before a run starts, and the fingerprint by which a resumed run detects changed data. Does not import torch."""
 
 import hashlib
 import json
@@ -29,43 +29,43 @@ from clip_exp.data.tables.open import expand
 from clip_exp.data.tables.table import PairTable, bad_rows
 from clip_exp.errors import ConfigError, DataError
 
-TRIED = 20  # images of a table
+TRIED = 20  # images per table
 
 
 def check_files(data: DataConfig) -> Iterator[str]:
-    """Yield what is wrong with the files, filters and formats that `data` names; nothing is opened."""
+    """Yield a message for each problem with the files, filters and formats that `data` names. No file is opened."""
     for source in data.sources:
         yield from _check_files("data.train", source.paths)
         if source.image_root is not None and not Path(source.image_root).is_dir():
-            yield f"data.train: image_root={source.image_root} of {source.paths[0]} is not a folder."
+            yield f"data.train: image_root={source.image_root} of {source.paths[0]} is not a directory."
         if source.filter is not None:
             yield from _check_filter(source.filter)
     if data.val:
         yield from _check_files("data.val", [data.val] if isinstance(data.val, str) else data.val)
     if data.image_root is not None and not Path(data.image_root).is_dir():
-        yield f"data.image_root={data.image_root} is not a folder."
+        yield f"data.image_root={data.image_root} is not a directory."
     if data.filter is not None:
         yield from _check_filter(data.filter)
     yield from check_formats(data.image_formats)
 
 
 class RunTables(NamedTuple):
-    """The opened tables of a run; those of generated data are not made yet."""
+    """Opened tables of a run. Generated data has none yet: it is written when training starts."""
 
-    rows: int  # samples of an epoch
+    rows: int  # samples per epoch
     opened: Tables | None = None
 
     def describe(self, config: DataConfig) -> dict[str, Any] | None:
-        """Return what the run's record says of its data, see `data.fingerprint.describe`; None of generated data."""
+        """Return the description of the data for the run's record (see `describe`); None for generated data."""
         return describe(*self.opened, config) if self.opened is not None else None
 
 
 def check_tables(config: TrainConfig) -> RunTables:
-    """Open the tables of a run, whose indexes are built where they are not.
+    """Open the tables of a run and check them. Missing indexes are built.
 
     Raises:
-        DataError: a table cannot be read, more of its rows are bad than `data.max_bad_fraction`, more of its captions are empty than
-            `data.max_empty_caption_fraction`, none of its images can be read, or an image of `data.val` has several labels.
+        DataError: a table cannot be read, its fraction of bad rows exceeds `data.max_bad_fraction`, its fraction of empty captions
+            exceeds `data.max_empty_caption_fraction`, none of its images can be read, or an image of `data.val` has several labels.
         ConfigError: see `open_sources`.
     """
     data = config.data
@@ -103,23 +103,28 @@ def _check_filter(condition: str) -> Iterator[str]:
 
 def _check_rows(key: str, table: PairTable, data: DataConfig) -> Iterator[str]:
     seen = sum(part.seen for part in table.parts)
-    if table.skipped > data.max_bad_fraction * seen:  # mostly a wrong separator, encoding or column
+    # Usually the cause is a wrong separator, encoding or column.
+    if table.skipped > data.max_bad_fraction * seen:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in bad_rows(table.parts).most_common(3))
         yield (
             f"{key}: {table.skipped:,} of {seen:,} rows of {table.parts[0].path} are bad ({listed}), more than "
-            f"data.max_bad_fraction={data.max_bad_fraction:g}. Repair them (clip-exp check-data lists them), or allow more to be bad."
+            f"data.max_bad_fraction={data.max_bad_fraction:g}. Repair them (clip-exp check-data lists them), or increase "
+            "data.max_bad_fraction."
         )
-    # Mostly a wrong column, or captions that were never written.
+    # Usually the cause is a wrong column, or captions that were never written.
     if table.empty_captions > data.max_empty_caption_fraction * len(table):
         yield (
             f"{key}: {table.empty_captions:,} of {len(table):,} captions of {table.parts[0].path} are empty or blank, more than "
-            f"data.max_empty_caption_fraction={data.max_empty_caption_fraction:g}. Is data.caption_key the right column? Write captions, "
-            "leave these rows out (data.filter), or allow them: data.max_empty_caption_fraction=1."
+            f"data.max_empty_caption_fraction={data.max_empty_caption_fraction:g}. Check data.caption_key, add captions, remove these "
+            "rows (data.filter), or allow them with data.max_empty_caption_fraction=1."
         )
 
 
 def _check_images(key: str, table: PairTable, limits: ImageLimits) -> Iterator[str]:
-    """A wrong image root, told at the start. A table of which only some images are missing trains without them."""
+    """Yield a message if none of some sampled images can be read, usually because of a wrong image root.
+
+    One readable image is enough: training replaces single bad images.
+    """
     rows = np.unique(np.linspace(0, len(table) - 1, TRIED).astype(int)).tolist()
     reasons: list[str] = []
     for row in rows:
@@ -130,7 +135,7 @@ def _check_images(key: str, table: PairTable, limits: ImageLimits) -> Iterator[s
             reasons.append(str(error))
     ((kind, _),) = Counter(map(kind_of, reasons)).most_common(1)
     yield (
-        f"{key}: none of {len(rows)} images from all over {table.parts[0].path} can be read; the first is "
+        f"{key}: none of {len(rows)} images sampled from {table.parts[0].path} can be read; the first is "
         f"{table.image_path(rows[0])} ({table.where(rows[0])}): {reasons[0]}. {_remedy(kind, table, table.path(rows[0]))}"
     )
 
@@ -139,29 +144,31 @@ def _remedy(kind: str, table: PairTable, path: str) -> str:
     if kind == OUTSIDE_ROOT:
         return f"The root is now {table.root}."
     if kind == NO_SUCH_FILE and "://" in path:
-        return "Images are read from files, not from addresses: fetch them first (img2dataset makes shards of such a table)."
+        return "Images are read from files, not from URLs: download them first (img2dataset writes shards from such a table)."
     if kind == NO_SUCH_FILE and "\\" in path:
-        return "Paths are written with slashes, not with backslashes."
+        return "Use slashes in paths, not backslashes."
     if kind == NO_SUCH_FILE and table.members is None:
         return f"Relative paths start from {table.root}: set data.image_root."
     if kind == TOO_MANY_BYTES:
-        return "Raise data.max_image_bytes, or make them smaller."
-    return "Make the shards anew." if table.members is not None else "Repair them."
+        return "Increase data.max_image_bytes, or use smaller images."
+    return "Recreate the shards." if table.members is not None else "Repair the images."
 
 
-SAMPLED = 32  # images of which the record has hashes
-SAMPLED_BYTES = 4 << 20  # of a larger image the size alone is compared
-MANY_FILES = 32  # of a table, which the record has one by one
+# The fingerprint of the data, stored in checkpoints and compared when a run is resumed.
+
+SAMPLED = 32  # images whose hashes are in the record
+SAMPLED_BYTES = 4 << 20  # for larger images, only the size is compared
+MANY_FILES = 32  # up to so many files of a table are recorded one by one
 VAL = "val"  # key of the validation table's files
 
 
 def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: DataConfig) -> dict[str, Any]:
-    """Return plain values that are equal where the stream and the validation rows are.
+    """Return JSON values that are equal if and only if the training stream and the validation rows are equal.
 
     Args:
-        sources: of the training stream.
-        val: the table of `data.val`.
-        config: the run's.
+        sources: sources of the training stream.
+        val: table of `data.val`.
+        config: data configuration of the run.
     """
     described = []
     for source in sources:
@@ -172,7 +179,7 @@ def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: Da
                 "weight": source.spec.weight,
                 "filter": configured(source.spec, config).filter,
                 "shuffle": "full" if blocks is None else f"{blocks.window} blocks of {blocks.rows} rows",
-                "images": source.rows.images,  # with another image root, equal paths may be different ones
+                "images": source.rows.images,  # with another image root, the number of distinct images may differ
             }
         )
     return {
@@ -184,7 +191,7 @@ def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: Da
 
 
 def describe(sources: Sequence[OpenSource], val: PairTable | None, config: DataConfig) -> dict[str, Any]:
-    """Return what a run's record says of its data: the fingerprint, in brief where there are many files, and hashes of a few images.
+    """Return the description of the data for a run's record: the fingerprint, abbreviated for many files, and hashes of some images.
 
     Args: see `fingerprint`.
     """
@@ -199,9 +206,9 @@ def describe(sources: Sequence[OpenSource], val: PairTable | None, config: DataC
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return how two fingerprints, or what two records have of them, differ; each names the file or the key and begins a sentence."""
+    """Return the differences between two fingerprints or descriptions. Each names the file or key and can start a sentence."""
     found = stream_changes(before, now)
-    if VAL not in before or before[VAL] == now[VAL]:  # older versions did not keep it
+    if VAL not in before or before[VAL] == now[VAL]:  # older versions did not store it
         return found
     if before[VAL] is None or now[VAL] is None:
         return [*found, f"data.val is {'no longer' if now[VAL] is None else 'now'} given"]
@@ -209,7 +216,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def stream_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return `changes` of the training data alone."""
+    """Return the `changes` of the training data only."""
     found = [
         f"{key} is {now[key]} instead of {before.get(key)}"
         for key in ("data.captions", "data.max_rows")
@@ -234,14 +241,14 @@ def stream_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _typed(value: Any) -> Any:
-    """Return a value as people type it: a weight of 3.0 is 3."""
+    """Return a value as users type it: 3 for a weight of 3.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def image_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return how the images differ in what two records have of them, where their tables are equal."""
+    """Return the differences between the image hashes of two descriptions whose tables are equal."""
     changed = sum(old != new for old, new in zip(before["images"], now["images"], strict=False))
-    return [f"{changed} of {len(now['images'])} sampled images have other content"] if changed else []
+    return [f"{changed} of {len(now['images'])} sampled images have different content"] if changed else []
 
 
 def _file_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -252,18 +259,18 @@ def _file_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if name not in before:
             yield f"{name} was not among the files"
     if before.keys() == now.keys() and list(before) != list(now):
-        yield f"the files are in another order, {next(iter(now))} first"
+        yield f"the order of the files has changed, {next(iter(now))} is first"
     for name in filter(before.__contains__, now):
         old, new = before[name], now[name]
         if old["rows"] != new["rows"]:
             yield f"{name} has {new['rows']:,} rows instead of {old['rows']:,}"
         elif old["digest"] != new["digest"]:
             size = "" if old["bytes"] == new["bytes"] else f" ({new['bytes']:,} bytes instead of {old['bytes']:,})"
-            yield f"{name} has other content in its {new['rows']:,} rows{size}"
+            yield f"{name} has different content in its {new['rows']:,} rows{size}"
 
 
 def _brief(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the files of a table as one where they are many."""
+    """Return the files of a table, summarized as one entry if there are more than `MANY_FILES`."""
     if len(files) <= MANY_FILES:
         return files
     first, *_, last = files
@@ -273,11 +280,11 @@ def _brief(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _sample(table: PairTable, count: int, limits: ImageLimits) -> Iterator[str]:
-    """Yield hashes of the bytes of `count` images from all over a table; of one that cannot be read, of the reason."""
+    """Yield hashes of the bytes of `count` images spread over a table; for an unreadable image, the hash of the reason."""
     small = replace(limits, max_bytes=min(limits.max_bytes, SAMPLED_BYTES))
     for row in np.unique(np.linspace(0, len(table) - 1, count).astype(int)).tolist():
         try:
             content: bytes | bytearray = table.read_image(row, small)
-        except BadImage as error:  # which has the size of an image that is too large
+        except BadImage as error:  # for an image that is too large, the reason includes its size
             content = str(error).encode()
         yield hashlib.sha256(content).hexdigest()[:16]

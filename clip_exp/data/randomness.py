@@ -1,7 +1,7 @@
-"""Random numbers and permutations that are a function of what they are for, never of what was drawn before.
+"""Random numbers and permutations that are pure functions of a key, not of a generator's state.
 
-A crop or a caption depends on (seed, epoch, row) alone, so images and order are the same whatever the worker, rank or
-restart. Plain integers: the same on every platform and in every version of every library.
+A crop or a caption depends only on (seed, epoch, row), so images and order are the same on any worker and rank and after a restart.
+Everything is integer arithmetic in Python, so the numbers are the same on every platform and with every version of every library.
 """
 
 from functools import lru_cache
@@ -12,14 +12,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(value: int) -> int:
-    """A 64-bit hash of a 64-bit integer: splitmix64's finalizer (Steele, Lea and Flood 2014; constants by Stafford)."""
+    """Return a 64-bit hash of a 64-bit integer: splitmix64's finalizer (Steele, Lea and Flood 2014; constants by Stafford)."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
 
 
 def hash64(*values: int) -> int:
-    """A 64-bit hash of a sequence of integers; their order counts."""
+    """Return a 64-bit hash of a sequence of integers; it depends on their order."""
     state = len(values)
     for value in values:
         state = mix64((state + _GOLDEN + mix64(value & _MASK)) & _MASK)
@@ -27,7 +27,7 @@ def hash64(*values: int) -> int:
 
 
 class Draws:
-    """A stream of random numbers (splitmix64) that starts from a key of integers."""
+    """Stream of random numbers (splitmix64), seeded by a key of integers."""
 
     def __init__(self, *key: int) -> None:
         self._state = hash64(*key)
@@ -37,22 +37,22 @@ class Draws:
         return mix64(self._state)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A number in [low, high)."""
+        """Return a number in [low, high)."""
         return low + (high - low) * (self._next() >> 11) * 2.0**-53
 
     def integer(self, n: int) -> int:
-        """A number in 0 .. n-1, with a bias below n / 2**64."""
+        """Return an integer in 0 .. n-1, with a bias below n / 2**64."""
         return (self._next() * n) >> 64
 
 
-# The order of an epoch, which every rank and worker computes from a position.
+# The order of an epoch. Every rank and worker computes single entries of it, so no array of all rows is needed.
 
 _ROUNDS = 8
 _PERMUTATION, _FEISTEL_ROUND, _ROTATION, _BLOCKS, _WINDOW = 1, 2, 8, 9, 10
 
 
 class Order(Protocol):
-    """A permutation of 0 .. len-1."""
+    """Permutation of 0 .. len-1."""
 
     def __len__(self) -> int: ...
 
@@ -60,25 +60,25 @@ class Order(Protocol):
 
 
 class Blocks(NamedTuple):
-    """What stays together in a block shuffle."""
+    """Sizes of a block shuffle."""
 
-    rows: int  # neighboring rows of a block
-    window: int  # blocks whose rows are mixed with each other
+    rows: int  # neighboring rows per block
+    window: int  # blocks per window, in which rows are mixed
 
 
 @lru_cache(maxsize=256)
 def epoch_order(n: int, seed: int, epoch: int, blocks: Blocks | None = None) -> Order:
-    """The order of an epoch: a block shuffle, or a full one where `blocks` is None or the rows are fewer than two windows."""
+    """Return the order of an epoch: a block shuffle, or a full shuffle if `blocks` is None or there are fewer rows than two windows."""
     if blocks is None or n < 2 * blocks.rows * blocks.window:
         return Permutation(n, seed, epoch)
     return BlockShuffle(n, seed, epoch, blocks)
 
 
 class Permutation:
-    """A random permutation of 0 .. n-1 in constant memory, keyed by (seed, epoch).
+    """Random permutation of 0 .. n-1 in constant memory, keyed by (seed, epoch).
 
-    A Feistel network over the smallest power of two that holds n, iterated until it lands below n ("cycle walking", Black and
-    Rogaway 2002): a bijection by construction, less than two evaluations on average.
+    A Feistel network over the smallest power of two that is at least n, iterated until the result is below n ("cycle walking", Black
+    and Rogaway 2002). It is a bijection by construction and needs less than two evaluations on average.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
@@ -97,7 +97,7 @@ class Permutation:
 
     def __getitem__(self, i: int) -> int:
         if not 0 <= i < self.n:
-            raise IndexError(f"{i} is not a row of {self.n}")
+            raise IndexError(f"index {i} is out of range for {self.n} rows")
         value = self._encrypt(i)
         while value >= self.n:
             value = self._encrypt(value)
@@ -112,21 +112,20 @@ class Permutation:
 
 
 class BlockShuffle:
-    """A random permutation of 0 .. n-1 that reads a part of the table at a time, in constant memory, keyed by (seed, epoch).
+    """Random permutation of 0 .. n-1 that visits one part of the table at a time, in constant memory, keyed by (seed, epoch).
 
-    The table is cut into blocks of neighboring rows, the blocks are permuted, and the rows of each `window` of permuted blocks
-    are permuted among each other. Where the first block begins is drawn for each epoch, so that other rows are neighbors at its
-    borders and other rows are left over as the last, short block, which goes with the last window. So does what is left of the
-    blocks when the windows are full: the last one holds up to twice as many, and fewer than two windows are one full shuffle.
+    The table is divided into blocks of neighboring rows, the blocks are permuted, and the rows within each window of `window` permuted
+    blocks are permuted. The start of the first block is drawn for each epoch, so that the borders of the blocks differ between epochs.
+    The last window also gets the remaining blocks and the short block at the end. It has up to twice as many blocks as the others.
 
-    Two rows of a batch of one window share a block with probability (rows - 1) / (rows * window - 1), instead of
-    (rows - 1) / (n - 1): `benchmarks/shuffle.py` measures what that and the reads amount to.
+    Two rows of a batch from one window are in the same block with probability (rows - 1) / (rows * window - 1), instead of
+    (rows - 1) / (n - 1). `benchmarks/shuffle.py` measures the effect on batches and on reads.
     """
 
     def __init__(self, n: int, seed: int, epoch: int, blocks: Blocks) -> None:
         self.n, self._rows = n, blocks.rows
         self._start = Draws(_ROTATION, seed, epoch).integer(n) if n else 0
-        self._whole = n // blocks.rows  # blocks without the short one
+        self._whole = n // blocks.rows  # number of blocks, without the short one
         self._order = Permutation(self._whole, hash64(_BLOCKS, seed), epoch)
         self._window_rows = blocks.rows * blocks.window
         self._windows = max(1, self._whole // blocks.window)
@@ -137,7 +136,7 @@ class BlockShuffle:
 
     def __getitem__(self, i: int) -> int:
         if not 0 <= i < self.n:
-            raise IndexError(f"{i} is not a row of {self.n}")
+            raise IndexError(f"index {i} is out of range for {self.n} rows")
         window = min(i // self._window_rows, self._windows - 1)
         first = window * self._window_rows
         size = self._window_rows if window < self._windows - 1 else self.n - first

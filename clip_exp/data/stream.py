@@ -1,9 +1,15 @@
-"""The stream of a run: which source and which of its rows each sample is, for one source or several that are mixed. No torch.
+"""Training data as an infinite stream of samples, where the sample at any position can be computed directly.
 
-`data.train` names sources, each a table; a row of a source is an image with one of its captions, or a pair of the table. The order
-is an endless stream that every rank and worker can compute from a position: sample k of a source of N rows belongs to epoch k // N
-and is row `epoch_order(N, seed, epoch)[k % N]`. The global batch of step s is samples [s * G, (s + 1) * G), whatever the number of
-ranks, so the only state of training's data is how many were seen.
+`data.train` names one or more sources. Each source is a table whose rows are images with one of their captions, or image-text pairs.
+
+    stream = Stream(open_sources(config), config, seed)
+    source, epoch, row = stream[position]
+
+Sample k of a source with N rows belongs to epoch k // N and is row `epoch_order(N, seed, epoch)[k % N]`. With several sources, each
+position is first assigned to a source by the weights. The global batch of step s is samples [s * G, (s + 1) * G) for any number of
+ranks. The position in the data is therefore one number, the number of samples seen, and resuming needs no other state.
+
+This module does not import torch, so that commands can check the data of a run before they load it.
 """
 
 import math
@@ -23,42 +29,44 @@ from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import ConfigError
 
-INDEX = "index"  # folder of the tables' indexes below output_dir
-SLOTS = 4096  # samples in which the sources have exactly their shares
-_CAPTION, _SOURCE, _SLOTS = 3, 11, 12  # what is drawn
+INDEX = "index"  # folder of the table indexes in output_dir
+SLOTS = 4096  # samples per round; within a round, each source has exactly its fraction of the samples
+# First integer of a random key, so that different uses of one seed are independent.
+_CAPTION, _SOURCE, _SLOTS = 3, 11, 12
 
 
-# Rows: what a sample of a source is.
+# Rows of a source.
 
 
 class Rows:
-    """The rows of the stream, 0 .. len-1, as `data.captions` has them.
+    """Rows of one source, 0 .. len-1, as `data.captions` defines them.
 
-    Every pair of the table is a row; or every distinct image, and which of its captions it comes with is drawn anew in each epoch.
+    With `all`, every image-text pair of the table is a row. With `random`, every distinct image is a row, and one of its captions is
+    drawn in each epoch.
     """
 
     def __init__(self, table: PairTable, captions: Captions) -> None:
-        # Not its arrays: a table in an index is mapped into memory and pickles as its folder's name, so that workers share one copy.
+        # Keep the table, not its arrays: an indexed table is memory-mapped and pickles as its folder, so all workers share one copy.
         self._table = table
         self._captions = captions
-        self.images = table.images  # distinct ones
+        self.images = table.images  # number of distinct images
 
     def __len__(self) -> int:
         return self.images if self._captions is Captions.random else len(self._table)
 
     def table_row(self, row: int, seed: int, epoch: int) -> int:
-        """The table's row that gives image and caption."""
+        """Return the row of the table that holds the image and the caption of `row` in an epoch."""
         if self._captions is not Captions.random:
             return row
         rows = self._table.rows_of(row)
         return int(rows[hash64(_CAPTION, seed, epoch, row) % len(rows)])
 
 
-# Sources: which tables there are, and how often each is drawn.
+# Sources: the tables of a run, and how often each is drawn.
 
 
 class OpenSource(NamedTuple):
-    """A source that was opened."""
+    """An entry of `data.train` with its opened table."""
 
     spec: Source
     table: PairTable
@@ -66,17 +74,17 @@ class OpenSource(NamedTuple):
 
 
 def configured(source: Source, config: DataConfig) -> DataConfig:
-    """Return the configuration by which a source is read."""
+    """Return the data configuration with the keys that the source overrides."""
     return config.model_copy(update=source.reading)
 
 
 def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[OpenSource]:
-    """The tables of `data.train`. `data.max_rows` limits each of them.
+    """Open the tables of `data.train`. `data.max_rows` applies to each of them.
 
     Args:
         index_dir: see `open_table`.
     Raises:
-        ConfigError: `data.train` names no file; a source is too rare to be drawn.
+        ConfigError: `data.train` matches no file, or the weight of a source is so low that it would never be drawn.
         DataError: see `open_table`.
     """
     opened = []
@@ -89,7 +97,7 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
 
 
 class Tables(NamedTuple):
-    """The opened tables of a run."""
+    """Opened tables of a run."""
 
     sources: list[OpenSource]
     val: PairTable | None
@@ -110,81 +118,84 @@ def open_tables(config: DataConfig, index_dir: Path | None = None) -> Tables:
 
 
 def quotas(sources: Sequence[OpenSource]) -> list[int]:
-    """How many of `SLOTS` samples each source gives: the shares of the weights, rounded by largest remainder.
+    """Return the number of samples of each source per `SLOTS` samples: proportional to the weights, rounded by largest remainder.
 
-    Raises: ConfigError for a source that would give none.
+    Raises: ConfigError for a source whose number is 0.
     """
     weights = [len(source.rows) if source.spec.weight is None else source.spec.weight for source in sources]
+    # Scale before summing: weights near the largest float would overflow.
     largest = max(weights)
-    shares = [weight / largest for weight in weights]
-    exact = [SLOTS * share / math.fsum(shares) for share in shares]
-    given = [int(share) for share in exact]
-    by_remainder = sorted(range(len(given)), key=lambda i: (given[i] - exact[i], i))
-    for i in by_remainder[: SLOTS - sum(given)]:
-        given[i] += 1
-    for source, quota in zip(sources, given, strict=True):
+    scaled = [weight / largest for weight in weights]
+    exact = [SLOTS * weight / math.fsum(scaled) for weight in scaled]
+    rounded = [int(samples) for samples in exact]
+    by_remainder = sorted(range(len(rounded)), key=lambda i: (rounded[i] - exact[i], i))
+    for i in by_remainder[: SLOTS - sum(rounded)]:
+        rounded[i] += 1
+    for source, quota in zip(sources, rounded, strict=True):
         if not quota:
-            rare = f"weight={source.spec.weight:g}" if source.spec.weight is not None else f"{len(source.rows):,} rows"
-            raise ConfigError(
-                f"data.train: {source.spec.paths[0]} would never be drawn: its share ({rare}) is less than one sample in "
-                f"{SLOTS:,}. Give it more weight, or leave it out."
+            weight = (
+                f"weight={source.spec.weight:g}" if source.spec.weight is not None else f"{len(source.rows):,} rows"
             )
-    return given
+            raise ConfigError(
+                f"data.train: {source.spec.paths[0]} would never be drawn: its fraction of the samples ({weight}) is less than one in "
+                f"{SLOTS:,}. Increase its weight, or remove it."
+            )
+    return rounded
 
 
-# The stream: the samples of all sources, by position.
+# The stream: samples of all sources by position.
 
 
 @dataclass(frozen=True)
 class StreamSource:
-    """The samples of one source, in an order of its own."""
+    """Samples of one source, in the source's own order."""
 
-    table: PairTable  # of pairs
-    rows: Rows  # of the stream
-    seed: int  # of order, captions, crops and replacements
-    blocks: Blocks | None  # of its block shuffle; None: a full one
-    full_paths: bool  # whether its images need their whole path to be told from others
-    folder: str  # that holds all sources, with a slash at its end; nodes may have it in different places
+    table: PairTable  # image-text pairs
+    rows: Rows  # rows of the stream
+    seed: int  # seed of the order, the captions, the crops and the replacements
+    blocks: Blocks | None  # sizes for a block shuffle; None: full shuffle
+    full_paths: bool  # True if only the full path identifies an image
+    folder: str  # common parent folder of all sources, with a trailing slash; it may differ between nodes
 
     def at(self, position: int) -> tuple[int, int]:
-        """Epoch and row of a sample of this source."""
-        # The order is computed entry by entry: as an array it would take 3 GB in each worker for 400 million rows.
+        """Return the epoch and the row of a sample of this source."""
+        # One entry of the permutation is computed at a time: as an array, 400 million rows would take 3 GB in each worker.
         epoch, i = divmod(position, len(self.rows))
         return epoch, epoch_order(len(self.rows), self.seed, epoch, self.blocks)[i]
 
     def image_id(self, table_row: int) -> int:
-        """Return an int64 that is equal for rows that show the same image, in all sources of the stream."""
+        """Return an int64 that is equal for rows with the same image, across all sources of the stream."""
         if not self.full_paths:
             return self.table.image(table_row)
-        # Ranks compare these numbers, so they must not depend on where a node has the data.
+        # Ranks compare these numbers, so they must not depend on the folder in which a node stores the data.
         name = normal_path(self.table.image_path(table_row)).removeprefix(self.folder)
         digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
     def image_name(self, table_row: int) -> str:
-        """What a bad image is listed as: its path as its first row has it, the whole one where that names several."""
+        """Return the name under which a bad image is listed: the path in its first row, or the full path if that is ambiguous."""
         first = int(self.table.rows_of(self.table.image(table_row))[0])
         return self.table.image_path(first) if self.full_paths else self.table.path(first)
 
 
 class StreamSample(NamedTuple):
-    """What a position of the stream is."""
+    """Source, epoch and row of one position of the stream."""
 
     source: StreamSource
-    epoch: int  # of the source
+    epoch: int  # epoch of the source, not of the run
     row: int
 
 
 class Stream:
-    """Samples by position, without end.
+    """Infinite sequence of training samples, indexed by position.
 
-    Several sources share every `SLOTS` samples by their weights, exactly; which of those is whose is drawn anew for each. Every
-    source goes through its own rows, epoch after epoch, however long the others take.
+    Several sources are mixed in rounds of `SLOTS` samples. Each round has exactly the same number of samples of each source, in an
+    order that is drawn for the round. Each source passes through its own epochs, independently of the length of the others.
 
     Args:
-        sources: that were opened.
-        config: of the shuffle.
-        seed: of everything that is drawn.
+        sources: opened sources.
+        config: data configuration, for the shuffle.
+        seed: seed of the order, the captions, the crops and the replacements.
     """
 
     def __init__(self, sources: Sequence[OpenSource], config: DataConfig, seed: int) -> None:
@@ -196,7 +207,8 @@ class Stream:
             StreamSource(
                 source.table,
                 source.rows,
-                hash64(_SOURCE, seed, i) if several else seed,  # sources of equal length are not to go in step
+                # Sources of equal length must not share a permutation.
+                hash64(_SOURCE, seed, i) if several else seed,
                 blocks_of(config, source.table),
                 several or needs_full_paths(source.table),
                 folder,
@@ -208,28 +220,29 @@ class Stream:
         self._ends = list(accumulate(self._quotas))
 
     def __len__(self) -> int:
-        """Samples of an epoch: the rows of all sources, whatever their weights."""
+        """Return the number of samples per epoch: the rows of all sources, regardless of their weights."""
         return sum(len(source.rows) for source in self.sources)
 
     def __getitem__(self, position: int) -> StreamSample:
         if len(self.sources) == 1:
             return StreamSample(self.sources[0], *self.sources[0].at(position))
-        # Were each sample's source drawn on its own, only counting all samples before it would give its place in the source.
-        # With exact shares per round the place follows from the position, so a restart needs no other state.
+        # Why not draw the source of each sample independently? Then the position within the source would be known only by counting
+        # all samples before it. With a fixed number per round it follows from the global position, so resuming needs no other state.
         round_, slot = divmod(position, SLOTS)
+        # A permutation of the slots of this round; slots [end - quota, end) belong to source i.
         drawn = epoch_order(SLOTS, self._key, round_)[slot]
         i = bisect_right(self._ends, drawn)
-        own = round_ * self._quotas[i] + drawn - (self._ends[i] - self._quotas[i])
-        return StreamSample(self.sources[i], *self.sources[i].at(own))
+        position_in_source = round_ * self._quotas[i] + drawn - (self._ends[i] - self._quotas[i])
+        return StreamSample(self.sources[i], *self.sources[i].at(position_in_source))
 
 
 def blocks_of(config: DataConfig, table: PairTable) -> Blocks | None:
-    """How a table is shuffled: by blocks where the configuration says so, or leaves it open and the table is of shards."""
-    # A full shuffle jumps between shards with every sample, which a disk or a network reads slowly.
+    """Return the sizes for a block shuffle of a table, or None for a full shuffle. The default is by blocks for shards only."""
+    # A full shuffle jumps to another shard with every sample, which is slow on disks and network file systems.
     shuffle = config.shuffle or (Shuffle.full if table.members is None else Shuffle.block)
     return Blocks(config.shuffle_block, config.shuffle_window) if shuffle is Shuffle.block else None
 
 
 def needs_full_paths(table: PairTable) -> bool:
-    """Whether equal paths of a table may be different images: in several folders or shards."""
+    """Return True if equal paths in a table may be different images, because it spans several folders or shards."""
     return table.members is not None or len({part.root for part in table.parts}) > 1

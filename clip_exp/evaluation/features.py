@@ -35,7 +35,7 @@ from clip_exp.data.loader import (
     EvalImages,
     WorkerLoader,
     count_workers,
-    killed_workers_are_told,
+    report_killed_workers,
 )
 from clip_exp.devices import inference, inference_precision, resolve_accelerator
 from clip_exp.errors import DataError, NumericError
@@ -334,7 +334,7 @@ def encode_images(
         _refuse_bad(block.bad, options)
     missing = {number: blocks[number] for number in mine if number not in found}
     total = sum(len(blocks[number]) for number in mine)
-    with killed_workers_are_told("num_workers"), progress(total, what, len(images)) as advance:
+    with report_killed_workers("num_workers"), progress(total, what, len(images)) as advance:
         advance(sum(len(blocks[number]) for number in found))
         for number, block in _encode_blocks(encoder, images, options, missing, advance):
             store.write(number, block)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.config.data import OnBadImage
-from clip_exp.data.loader import killed_workers_are_told
+from clip_exp.data.loader import report_killed_workers
 from clip_exp.devices import exact_float32
 from clip_exp.errors import DataError
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_images, load_batches, require_finite
@@ -75,7 +75,7 @@ def encode_each(
     batches = [list(entries[start : start + options.batch_size]) for start in entries[:: options.batch_size]]
     frames = np.bincount(media.owner)
     waiting: list[tuple[Tensor | None, str]] = []  # frames of the item that is not complete
-    with killed_workers_are_told("num_workers"), progress(len(media), what) as advance:
+    with report_killed_workers("num_workers"), progress(len(media), what) as advance:
         for batch_entries, batch in zip(batches, load_batches(encoder, media, options, batches), strict=True):
             vectors = encoder.encode(batch.image).cpu() if len(batch.index) else torch.empty(0)
             require_finite(vectors, "image features")

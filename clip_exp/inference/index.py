@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from clip_exp.config.base import parse, plain
 from clip_exp.config.data import OnBadImage
 from clip_exp.config.model import ModelConfig
-from clip_exp.data.files import Stamp, Stored, normal_path, stamps
+from clip_exp.data.files import ImageSignature, Stored, image_signatures, normal_path
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference.inputs import ImageInput, LeftOut
 from clip_exp.loading import Mix, ModelSource
@@ -248,16 +248,16 @@ class _Shelf:
         self.path, self.recipe = path, recipe
         self.old = read_entries(path) if path.exists() else None
         self.rows = {name: row for row, name in enumerate(self.old.paths)} if self.old else {}  # of `old` that stay
-        self.fresh: dict[str, tuple[Stamp, Tensor]] = {}
+        self.fresh: dict[str, tuple[ImageSignature, Tensor]] = {}
         self.searched = [os.path.join(normal_path(folder), "") for folder in folders]
         self.unsaved = False
         self.next_save = time.monotonic() + SAVE_EVERY_S
         self.update = Update(total=len(self.rows))
 
-    def missing(self, files: Sequence[str]) -> dict[str, Stamp]:
-        """The files that are to be encoded, each with its stamp; entries of searched folders that are not among the files are dropped.
+    def missing(self, files: Sequence[str]) -> dict[str, ImageSignature]:
+        """The files that are to be encoded, each with its signature; entries of searched folders that are not among the files are dropped.
 
-        A stamp is of before the file is read: a change after it is found next time. An entry whose file cannot be reached stays: its
+        A signature is of before the file is read: a change after it is found next time. An entry whose file cannot be reached stays: its
         disk may be back tomorrow.
         """
         given = {stored_path(file, self.path.parent): file for file in files}
@@ -271,19 +271,19 @@ class _Shelf:
         self.update.dropped = len(gone)
         self.unsaved = bool(gone)
         reachable_or_new = {name: file for name, file in given.items() if name not in self.rows or os.path.exists(file)}
-        now = stamps([Stored(file) for file in reachable_or_new.values()])
+        now = image_signatures([Stored(file) for file in reachable_or_new.values()])
         missing = {}
-        for (name, file), stamp in zip(reachable_or_new.items(), now, strict=True):
+        for (name, file), signature in zip(reachable_or_new.items(), now, strict=True):
             old, row = self.old, self.rows.get(name)
             if (
                 old is None
                 or row is None
-                or stamp != (int(old.size[row]), int(old.mtime_ns[row]), int(old.sample[row]))
+                or signature != (int(old.size[row]), int(old.mtime_ns[row]), int(old.sample[row]))
             ):
-                missing[file] = stamp
+                missing[file] = signature
         return missing
 
-    def add(self, name: str, stamp: Stamp, file: str, encoded: "Encoded") -> None:
+    def add(self, name: str, signature: ImageSignature, file: str, encoded: "Encoded") -> None:
         """Take in an image, or note that it cannot be read; save if it is time."""
         known = self.rows.pop(name, None) is not None
         if encoded.features is None:
@@ -291,7 +291,7 @@ class _Shelf:
             self.update.dropped += known
             self.unsaved |= known
         else:
-            self.fresh[name] = stamp, encoded.features
+            self.fresh[name] = signature, encoded.features
             self.update.changed += known
             self.update.new += not known
             self.unsaved = True

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_exp.data.files import BadImage, Stored, stamp_of
+from clip_exp.data.files import BadImage, Stored, image_signature
 from clip_exp.data.images import open_image
 from clip_exp.inference.inputs import FRAMES, ImageInput, is_video
 
@@ -64,8 +64,9 @@ class Media:
             if self.in_memory and (image := self.in_memory[position]) is not None:
                 digest.update(f"{image.mode} {image.size}\n".encode() + image.tobytes())
             else:
-                stamp = stamp_of(Stored(str(path)))
-                digest.update(f"{os.path.abspath(path)}\t{stamp}\n".encode(errors="surrogateescape"))
+                # The text of older versions, so that their unfinished runs can still be resumed.
+                signature = "Stamp(size={}, mtime_ns={}, sample={})".format(*image_signature(Stored(str(path))))
+                digest.update(f"{os.path.abspath(path)}\t{signature}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 

@@ -119,7 +119,7 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
         "bad rows": bad("bad_rows", "left out"),
         "empty captions": "; ".join(empty),
         "filter": f"{'; '.join(filters)}; these match nothing" if filters else "",
-        "cut captions": share("truncated_share", "of those trained on"),
+        "cut captions": share("truncated_fraction", "of those trained on"),
         "waiting for data": share("data_wait_share", "of the time of steps"),
     }
     return {name: text for name, text in facts.items() if text}

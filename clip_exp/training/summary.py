@@ -17,7 +17,7 @@ from clip_exp.config.training import TrainConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.tables.filters import as_json
-from clip_exp.data.tables.table import bad_rows, unlike_values
+from clip_exp.data.tables.table import bad_rows, unconverted_values
 from clip_exp.errors import CheckpointError
 from clip_exp.reports.run_page import data_facts, next_command, renew_report, write_report
 from clip_exp.runs import RunRecord, write_json
@@ -104,7 +104,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
         bad_images, bad_rows: by table (training, validation), and there by kind; what is faultless is left out.
         empty_captions: likewise, `count` and the `fraction` of all captions.
         filter_values: likewise, by column what the filter could not compare (`tables.filters`).
-        truncated_share: of the captions that this rank has trained on since it started; None where that is none.
+        truncated_fraction: of the captions that this rank has trained on since it started; None where that is none.
     """
     assert datamodule.stream is not None
     tables = {"training": [source.table for source in datamodule.stream.sources]}
@@ -125,9 +125,9 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
             summary["bad_rows"][which] = dict(rows.most_common())
         if count := sum(table.empty_captions for table in found):
             summary["empty_captions"][which] = {"count": count, "fraction": count / sum(map(len, found))}
-        if values := as_json(unlike_values(parts)):
+        if values := as_json(unconverted_values(parts)):
             summary["filter_values"][which] = values
-    return {**summary, "truncated_share": min(1.0, datamodule.truncated / captions) if captions > 0 else None}
+    return {**summary, "truncated_fraction": min(1.0, datamodule.truncated / captions) if captions > 0 else None}
 
 
 def _table(run_dir: Path, summary: dict[str, Any]) -> str:

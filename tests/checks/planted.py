@@ -1,4 +1,4 @@
-"""A small data set with a known number of every fault."""
+"""Small data set with a known number of each fault."""
 
 import csv
 import shutil
@@ -28,7 +28,7 @@ class Planted(NamedTuple):
 
 
 def plant(root: Path) -> Planted:
-    """Write `data/train.csv`, `data/val.csv` and their images below `root`."""
+    """Write `data/train.csv`, `data/val.csv` and their images to `root`."""
     folder = root / "data"
     folder.mkdir(parents=True)
     good = [_noise(folder / f"good/{number:02}.jpg", number, (320 + 8 * number, 240)) for number in range(GOOD)]
@@ -49,7 +49,7 @@ def plant(root: Path) -> Planted:
 
 
 def _leaking(folder: Path, good: list[str]) -> list[tuple[str, str]]:
-    """Eight good rows, two copies of training images, of which one keeps its caption, one training image itself, and a strip."""
+    """Return eight good rows, two copies of training images (one with its caption), one training image itself, and a narrow strip."""
     rows = [
         (_noise(folder / f"val/{number}.jpg", 100 + number, (300, 300)), f"held out {number}") for number in range(8)
     ]
@@ -73,7 +73,7 @@ def _bad_images(root: Path, folder: Path) -> list[str]:
 
 
 def _odd_images(folder: Path) -> list[str]:
-    """Three tiny ones, two that EXIF turns, an animation, a grey one and one with alpha."""
+    """Write three tiny images, two rotated by EXIF, an animation, a gray image and one with alpha."""
     (folder / "odd").mkdir()
     names = [_noise(folder / f"odd/tiny{number}.png", 60 + number, (16, 12)) for number in range(3)]
     for number in range(2):
@@ -82,11 +82,11 @@ def _odd_images(folder: Path) -> list[str]:
         _image(70 + number, (400, 250)).save(folder / f"odd/turned{number}.jpg", exif=exif)
     frames = [_image(80 + number, (240, 240)) for number in range(3)]
     frames[0].save(folder / "odd/animated.gif", save_all=True, append_images=frames[1:])
-    _image(90, (240, 240)).convert("L").save(folder / "odd/grey.png")
+    _image(90, (240, 240)).convert("L").save(folder / "odd/gray.png")
     _image(91, (240, 240)).convert("RGBA").save(folder / "odd/alpha.webp")
     return [
         *names,
-        *(f"odd/{name}" for name in ("turned0.jpg", "turned1.jpg", "animated.gif", "grey.png", "alpha.webp")),
+        *(f"odd/{name}" for name in ("turned0.jpg", "turned1.jpg", "animated.gif", "gray.png", "alpha.webp")),
     ]
 
 

@@ -1,4 +1,4 @@
-"""`clip-exp check-data` as a user meets it: what it prints, its exit codes, and how it ends when it is stopped."""
+"""Output, exit codes and interruption of `clip-exp check-data`."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.conftest import DOOR, Run
 from tests.small_runs import write_image
 
 
-def test_the_table_names_problems_page_and_next_command(command: Run, tmp_path: Path) -> None:
+def test_the_table_names_problems_report_and_next_command(command: Run, tmp_path: Path) -> None:
     planted = plant(tmp_path)
     done = command(
         DOOR, "check-data", f"data.train={planted.train}", f"data.val={planted.val}", "model=vit_tiny", "num_workers=2",
@@ -65,7 +65,7 @@ def test_json_is_all_that_is_printed_and_equals_the_file(command: Run, tmp_path:
         (["data.train=pairs.csv", "maximages=3"], 2, "did you mean 'max_images'"),
     ],
 )
-def test_errors_are_told_with_their_code_and_leave_no_folder(
+def test_errors_have_their_exit_code_and_leave_no_folder(
     refused: Run, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\n")
@@ -135,7 +135,7 @@ def test_flickr8k_is_what_its_readme_says(real_data: Path, tmp_path: Path) -> No
 
 @contextmanager
 def scanning(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command in a session of its own, once its two workers read images."""
+    """Start the command in a new session, and yield once its two workers read images."""
     original = write_image(folder / "original.png", 0, (1200, 1200))
     for number in range(3000):
         os.link(original, folder / f"{number}.png")
@@ -168,17 +168,17 @@ def test_ctrl_c_ends_it_at_once_with_130_and_leaves_no_process(tmp_path: Path) -
 
 
 @pytest.mark.exhaustive
-def test_a_killed_worker_ends_it_with_a_word(tmp_path: Path) -> None:
+def test_a_killed_worker_ends_it_with_an_error(tmp_path: Path) -> None:
     with scanning(tmp_path) as process:
         os.kill(max(_of_session(process.pid)), signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 3
-        assert "was killed from outside" in errors
+        assert "was killed by a signal" in errors
         assert "Traceback" not in errors
 
 
 def _of_session(session: int) -> list[int]:
-    """Processes that are alive in a session."""
+    """Return the processes that are alive in a session."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

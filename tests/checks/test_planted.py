@@ -59,7 +59,7 @@ def test_rows_and_images_are_counted(train: dict[str, Any]) -> None:
 
 def test_bad_rows_are_counted_by_reason_and_listed(train: dict[str, Any], checked: Checked) -> None:
     assert train["bad_rows"]["by_reason"] == {"wrong number of fields": 3, "NUL character": 1}
-    assert train["bad_rows"]["share"] == pytest.approx(4 / 60)
+    assert train["bad_rows"]["fraction"] == pytest.approx(4 / 60)
     assert [row["line"] for row in rows_of(checked.folder / "bad_rows.csv")] == ["58", "59", "60", "61"]
 
 
@@ -67,7 +67,7 @@ def test_bad_images_are_counted_by_kind_and_listed(train: dict[str, Any], checke
     """Those that training or, for the strip, validation would not use."""
     kinds = {"no such file": 2, "empty file": 1, "not an image": 1, "outside the data root": 1, "too many pixels": 1}
     assert train["bad_images"]["by_kind"] == {**kinds, "truncated": 1}
-    assert checked.report["splits"]["val"]["bad_images"]["by_kind"] == {"too long a strip": 1}
+    assert checked.report["splits"]["val"]["bad_images"]["by_kind"] == {"side too long": 1}
     listed = {row["path"]: row["reason"].partition(":")[0] for row in rows_of(checked.folder / "bad_samples.csv")}
     assert listed == {
         "bad/missing1.jpg": "no such file",
@@ -77,7 +77,7 @@ def test_bad_images_are_counted_by_kind_and_listed(train: dict[str, Any], checke
         "bad/empty.jpg": "empty file",
         "bad/huge.png": "too many pixels",
         "../outside.jpg": "outside the data root",
-        "val/strip.png": "too long a strip",
+        "val/strip.png": "side too long",
     }
 
 
@@ -126,7 +126,7 @@ def test_copies_and_repeated_pairs_are_found(train: dict[str, Any], checked: Che
 
 def test_leakage_is_found_by_bytes_path_and_pair(checked: Checked) -> None:
     leakage = checked.report["leakage"]
-    assert (leakage["images"], leakage["share"]) == (3, pytest.approx(3 / 12))
+    assert (leakage["images"], leakage["fraction"]) == (3, pytest.approx(3 / 12))
     assert leakage["same_bytes"]["count"] == 3
     assert leakage["same_path"]["examples"] == [{"val": "good/04.jpg", "train": "good/04.jpg"}]
     assert leakage["same_image_and_caption"]["examples"] == [
@@ -144,7 +144,7 @@ def test_each_problem_has_a_verdict_with_a_fix(checked: Checked) -> None:
     }
     fixes = {(verdict["split"], verdict["subject"]): verdict["fix"] for verdict in checked.report["verdicts"]}
     assert all(fixes.values())
-    assert "Training puts others in their place" in fixes["train", "bad_images"]
+    assert "Training replaces them with other images" in fixes["train", "bad_images"]
     assert "Validation leaves them out" in fixes["val", "bad_images"]
     assert checked.report["exit_code"] == 0
 

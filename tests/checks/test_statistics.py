@@ -13,10 +13,10 @@ from clip_exp.checks.statistics import (
     SCRIPTS,
     english_tokens_per_character,
     equal_pairs_in_batch,
+    linear_histogram,
     octave_histogram,
     quantiles,
     script_of,
-    whole_histogram,
 )
 from clip_exp.config.data import Captions
 from clip_exp.text.tokenizer import Tokenizer
@@ -57,13 +57,13 @@ def test_a_value_on_an_edge_begins_its_step() -> None:
 
 
 def test_what_is_above_the_end_is_in_the_last_step() -> None:
-    histogram = whole_histogram(np.array([0, 3, 77, 78, 5000]), 78)
+    histogram = linear_histogram(np.array([0, 3, 77, 78, 5000]), 78)
     assert (histogram["counts"][77], histogram["counts"][78]) == (1, 2)
     assert histogram["edges"][-2:] == [78, 5001]
 
 
 def test_long_contexts_have_wider_steps_that_end_at_the_context() -> None:
-    histogram = whole_histogram(np.array([0, 511, 512, 513]), 513)
+    histogram = linear_histogram(np.array([0, 511, 512, 513]), 513)
     assert sum(histogram["counts"]) == 4
     assert len(histogram["counts"]) <= 102
 
@@ -80,7 +80,7 @@ def test_images_that_were_not_read_are_like_no_other() -> None:
     assert len({*train.tolist(), *val.tolist()}) == 4
 
 
-def test_leaks_are_told_once_for_each_image() -> None:
+def test_leaks_are_reported_once_for_each_image() -> None:
     leakage = find_leakage(
         (np.array([7, 8, 8]), np.array([8, 1, 2])),
         (np.array([10, 11, 12], "u8"), np.array([20, 12, 21], "u8")),
@@ -88,7 +88,7 @@ def test_leaks_are_told_once_for_each_image() -> None:
     )
     assert leakage.same_bytes == [(0, 1)]
     assert leakage.same_path == [(1, 2)]
-    assert (leakage.images, leakage.share, leakage.pairs.tolist()) == (2, pytest.approx(2 / 3), [0])
+    assert (leakage.images, leakage.fraction, leakage.pairs.tolist()) == (2, pytest.approx(2 / 3), [0])
 
 
 @pytest.mark.parametrize(

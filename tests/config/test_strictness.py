@@ -149,13 +149,13 @@ CROSS_FIELD = {
     "bias of a softmax": (["loss.init_logit_bias=1"], "a key of loss.name=sigmoid"),
     "crop larger than the image": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
     "flip more often than always": (["data.augmentation.horizontal_flip=2"], "must be at most 1"),
-    "folder as a table": (["data=csv", "data.train=/tmp"], "data.train: The table /tmp is not a file: it is a folder"),
-    "pattern that finds nothing": (["data=csv", "data.train=*.none"], "data.train: The table *.none finds no file"),
+    "folder as a table": (["data=csv", "data.train=/tmp"], "data.train: The table /tmp is a folder, not a file"),
+    "pattern that finds nothing": (["data=csv", "data.train=*.none"], "data.train: The table *.none matches no file"),
     "no blocks": (["data.shuffle_block=0"], "data.shuffle_block=0 must be above 0"),
     "no window": (["data.shuffle_window=0"], "data.shuffle_window=0 must be above 0"),
     "format that nobody reads": (["data.image_formats=[JPG]"], "data.image_formats: "),
     "no bytes": (["data.max_image_bytes=0"], "data.max_image_bytes=0 must be above 0"),
-    "filter that is no condition": (["data.filter='width >'"], "data.filter='width >' is no condition"),
+    "filter that is not a condition": (["data.filter='width >'"], "data.filter='width >' is not a valid condition"),
     "no time": (["strategy.timeout_s=0"], "strategy.timeout_s=0"),
 }
 

@@ -15,7 +15,7 @@ ENCODINGS = (
     "cp1251",
     "utf-7",
 )
-NO_JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(range(256)) * 4  # begins like one, and is none
+NO_JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(range(256)) * 4  # starts like a JPEG
 PAGES = (
     b"<!DOCTYPE html><html><body>404 not found</body></html>\n",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n",

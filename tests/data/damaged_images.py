@@ -28,7 +28,7 @@ class Made(NamedTuple):
 
 
 def damaged_images(folder: Path, count: int, seed: int) -> list[Made]:
-    """Write `count` files of a few kB into `folder`, which is their data root; some link to what is beside it."""
+    """Write `count` files of a few kB to `folder`, which is their data root; some are links to files next to it."""
     folder.mkdir(parents=True, exist_ok=True)
     outside = folder.parent / f"outside-{folder.name}.jpg"
     outside.write_bytes(encoded(image(np.random.default_rng(0)), "JPEG"))
@@ -164,12 +164,12 @@ def too_large(file: Path, draw: Draw) -> str | None:
 
 def html(file: Path, draw: Draw) -> str | None:
     file.write_text(f"<!DOCTYPE html><html><body>{draw.integers(1000)}: Not Found</body></html>")
-    return files.NOT_A_IMAGE
+    return files.NOT_AN_IMAGE
 
 
 def zeros(file: Path, draw: Draw) -> str | None:
     file.write_bytes(bytes(int(draw.integers(1, 4000))))
-    return files.NOT_A_IMAGE
+    return files.NOT_AN_IMAGE
 
 
 def noise(file: Path, draw: Draw) -> str | None:

@@ -28,7 +28,7 @@ CAPTIONS = (
 
 
 def damaged_tables(folder: Path, count: int, seed: int) -> list[Path]:
-    """Write `count` tables into `folder`, beside the image `a.png` that some of their rows name."""
+    """Write `count` tables to `folder`, next to the image `a.png` that some of their rows name."""
     Image.new("RGB", (8, 8), "red").save(folder / "a.png")
     return [damaged_table(folder, number, Random(f"{seed} {number}")) for number in range(count)]
 
@@ -207,7 +207,7 @@ WRITERS: dict[str, Callable[[Random, Rows], bytes]] = {
 
 
 def write(path: Path, data: bytes, draw: Random) -> None:
-    """Once in a hundred times as something that is no file."""
+    """Write, in one of a hundred cases, something that is not a file."""
     kind = draw.choice(["folder", "dangling link", "pipe", "link"]) if draw.random() < 0.01 else "file"
     if kind == "folder":
         path.mkdir()

@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from clip_exp.data.bad_samples import TOLD_SINGLY, VALIDATION, BadSamples
+from clip_exp.data.bad_samples import LOGGED_SINGLY, VALIDATION, BadSamples
 from clip_exp.data.loader import UnreadableImage
 from clip_exp.errors import DataError
 
@@ -16,14 +16,14 @@ def test_the_log_names_the_first_bad_images_and_counts_the_others(tmp_path, capl
                 UnreadableImage(f"{k}.jpg", "no such file" if k % 3 else f"truncated: at byte {k}")
                 for k in range(i, i + 5)
             )
-    told = [record.getMessage() for record in caplog.records]
-    assert sum("cannot be read: " in line and "image " in line for line in told) == TOLD_SINGLY
-    assert f"Further bad images are counted and listed in {tmp_path}/bad_samples.csv." in told
-    assert told[-2:] == [
+    reported = [record.getMessage() for record in caplog.records]
+    assert sum("cannot be read: " in line and "image " in line for line in reported) == LOGGED_SINGLY
+    assert f"More bad images are only counted and listed in {tmp_path}/bad_samples.csv." in reported
+    assert reported[-2:] == [
         "100 training images cannot be read so far: 66 no such file, 34 truncated.",
         "1,000 training images cannot be read so far: 666 no such file, 334 truncated.",
     ]
-    assert len(told) == TOLD_SINGLY + 3
+    assert len(reported) == LOGGED_SINGLY + 3
     assert dict(bad.kinds()) == {"no such file": 733, "truncated": 367}
     assert len((tmp_path / "bad_samples.csv").read_text().splitlines()) == 1101
 
@@ -52,7 +52,9 @@ def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path):
 def test_the_way_out_after_too_many_names_the_list(tmp_path):
     bad = BadSamples(10, 0.1, what="training", file=tmp_path / "bad_samples.csv")
     bad.add([UnreadableImage("a.jpg", "empty file")])
-    with pytest.raises(DataError, match=r"2 of 10 training images.*bad_samples\.csv; remove it when they are repaired"):
+    with pytest.raises(
+        DataError, match=r"2 of 10 training images.*bad_samples\.csv; remove that file when they are repaired"
+    ):
         bad.add([UnreadableImage("b.jpg", "empty file")])
 
 
@@ -92,7 +94,7 @@ def test_a_name_that_a_spreadsheet_would_compute_is_listed_as_text(tmp_path):
         assert list(csv.reader(stream))[1] == ['\'=HYPERLINK("http://x","y")', "no such file"]
 
 
-def test_a_list_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, caplog):
+def test_a_list_that_cannot_be_written_is_reported_once_and_ends_nothing(tmp_path, caplog):
     (tmp_path / "bad_samples.csv").symlink_to(tmp_path / "gone" / "bad_samples.csv")
     bad = BadSamples(10, 1, what="training", file=tmp_path / "bad_samples.csv")
     for i in range(3):

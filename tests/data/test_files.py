@@ -9,7 +9,7 @@ import pytest
 
 from clip_exp.config.data import DataConfig
 from clip_exp.data import files
-from clip_exp.data.files import BadImage, ImageLimits, kind_of, read_below, read_file, read_member
+from clip_exp.data.files import BadImage, ImageLimits, kind_of, read_file, read_from_root, read_member
 
 LIMITS = ImageLimits(max_bytes=1000)
 
@@ -77,16 +77,16 @@ def test_a_file_that_shrinks_while_it_is_read_is_truncated(tmp_path, monkeypatch
 )
 def test_a_relative_path_that_leaves_the_root_is_refused_unless_that_is_allowed(root, path):
     with pytest.raises(BadImage, match=r"^outside the data root: .*allow_outside_root=true$"):
-        read_below(root, path, LIMITS)
+        read_from_root(root, path, LIMITS)
     if path != "..":
-        assert read_below(root, path, ImageLimits(outside_root=True)) in (b"inside", b"outside")
+        assert read_from_root(root, path, ImageLimits(outside_root=True)) in (b"inside", b"outside")
 
 
 def test_absolute_paths_are_read_and_links_are_followed(root, tmp_path):
     (root / "link.jpg").symlink_to(tmp_path / "root-2" / "b.jpg")
     (root / "folder").symlink_to(tmp_path / "root-2")
     for path in (str(tmp_path / "root-2" / "b.jpg"), "link.jpg", "folder/b.jpg"):
-        assert read_below(root, path, LIMITS) == b"outside"
+        assert read_from_root(root, path, LIMITS) == b"outside"
 
 
 def test_files_that_stay_inside_are_read_however_they_are_named(root, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_files_that_stay_inside_are_read_however_they_are_named(root, tmp_path, 
         (Path("root"), "sub/a.jpg"),
         (Path("."), "root/sub/a.jpg"),
     ]:
-        assert read_below(below, path, LIMITS) == b"inside"
+        assert read_from_root(below, path, LIMITS) == b"inside"
 
 
 def test_members_of_a_shard_are_read_within_the_limits(tmp_path):

@@ -59,8 +59,8 @@ def test_too_many_pixels_cost_nothing():
 def test_a_side_that_costs_more_than_the_pixels_is_refused():
     """Pillow keeps eight bytes for each row: 40 million rows of one pixel took 600 MB and four seconds."""
     for size in ((65_536, 1), (1, 40_000_000)):
-        told = f"too long a strip: {size[0]} x {size[1]} pixels, a side of more than 65,535"
-        assert reason(png(*size, zlib.compress(bytes(100)))) == told
+        reported = f"side too long: {size[0]} x {size[1]} pixels, a side of more than 65,535"
+        assert reason(png(*size, zlib.compress(bytes(100)))) == reported
 
 
 def test_pillows_own_limit_is_a_reason_too():
@@ -75,16 +75,16 @@ def test_an_animated_webp_counts_twice_since_its_decoder_holds_four_copies():
 
 def test_formats_are_opened_only_where_they_are_allowed():
     tiff = encoded(noise(0), "TIFF")
-    assert reason(tiff) == "format not allowed: TIFF, which is not in data.image_formats"
-    with pytest.raises(BadImage, match="damaged: its pixels cannot be read"):
+    assert reason(tiff) == "format not allowed: TIFF is not in data.image_formats"
+    with pytest.raises(BadImage, match="damaged: the pixels cannot be read"):
         decode_rgb(bytearray(tiff), ImageLimits(formats=("tiff",)))
-    assert reason(JPEG, ImageLimits(formats=("PNG",))) == "format not allowed: JPEG, which is not in data.image_formats"
+    assert reason(JPEG, ImageLimits(formats=("PNG",))) == "format not allowed: JPEG is not in data.image_formats"
 
 
 def test_no_message_has_a_byte_of_the_file(monkeypatch: pytest.MonkeyPatch):
     assert reason(b"  <!DOCTYPE html><html>") == "not an image: a web page"
     assert reason(b"version https://git-lfs.github.com/spec/v1\noid sha256:0") == (
-        "not an image: a Git-LFS pointer; run `git lfs pull` there"
+        "not an image: a Git LFS pointer; run `git lfs pull` in its repository"
     )
     assert reason(b"root:x:0:0:root:/root:/bin/bash\n") == reason(bytes(500)) == "not an image"
 
@@ -92,9 +92,9 @@ def test_no_message_has_a_byte_of_the_file(monkeypatch: pytest.MonkeyPatch):
         raise ValueError("invalid literal for int() with base 10: 'root:x:0:0'")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", quote)
-    assert reason(encoded(noise(0), "PNG")) == "damaged: its pixels cannot be read"
+    assert reason(encoded(noise(0), "PNG")) == "damaged: the pixels cannot be read"
     monkeypatch.setattr(Image, "open", quote)
-    assert reason(encoded(noise(0), "PNG")) == "damaged: its header cannot be read"
+    assert reason(encoded(noise(0), "PNG")) == "damaged: the header cannot be read"
     for size in range(1, 20):
         reason(b"\n" * size)
 
@@ -109,13 +109,13 @@ def test_a_header_that_cannot_be_read_is_damaged():
 def test_a_png_without_its_end_is_truncated():
     data = encoded(noise(0), "PNG")
     for missing in range(1, 40):
-        assert reason(data[:-missing]) == "truncated: a PNG without its end"
+        assert reason(data[:-missing]) == "truncated: a PNG without its end marker"
 
 
 def test_bombs_in_text_and_profile_are_refused():
     bomb = zlib.compress(bytes(10_000_000))
     for extra in (chunk(b"zTXt", b"comment\0\0" + bomb), chunk(b"iCCP", b"profile\0\0" + bomb)):
-        assert reason(png(2, 1, zlib.compress(bytes(7)), extra=extra)) == "damaged: its header cannot be read"
+        assert reason(png(2, 1, zlib.compress(bytes(7)), extra=extra)) == "damaged: the header cannot be read"
 
 
 def test_scans_without_end_are_refused():
@@ -130,19 +130,19 @@ def test_scans_without_end_are_refused():
 def test_pieces_without_end_are_refused(monkeypatch):
     monkeypatch.setattr(files, "_MAX_READS", 10_000)  # a million take seconds
     flood = chunk(b"teSt", b"") * 100_000
-    with pytest.raises(BadImage, match="damaged: more than 10,000 pieces"):
+    with pytest.raises(BadImage, match="damaged: more than 10,000 chunks in the header"):
         decode_rgb(bytearray(png(2, 1, zlib.compress(bytes(7)), extra=flood)), ImageLimits())
     comments = b"\xff\xfe\x00\x02" * 300_000
-    with pytest.raises(BadImage, match="damaged: more than 10,000 pieces"):
+    with pytest.raises(BadImage, match="damaged: more than 10,000 chunks in the header"):
         decode_rgb(bytearray(JPEG[:2] + comments + JPEG[2:]), ImageLimits())
 
 
 def test_names_of_formats_are_checked_against_pillows():
     assert not list(check_formats(["JPEG", "png", "TIFF", "AVIF"]))
-    assert list(check_formats(["JPG"])) == ["data.image_formats: Pillow reads no 'JPG'; did you mean JPEG?"]
+    assert list(check_formats(["JPG"])) == ["data.image_formats: Pillow cannot read 'JPG'; did you mean JPEG?"]
     assert list(check_formats(["WEPB", "qqq"])) == [
-        "data.image_formats: Pillow reads no 'WEPB'; did you mean WEBP?",
-        "data.image_formats: Pillow reads no 'qqq'.",
+        "data.image_formats: Pillow cannot read 'WEPB'; did you mean WEBP?",
+        "data.image_formats: Pillow cannot read 'qqq'.",
     ]
     assert "Ghostscript" in next(check_formats(["EPS"]))
-    assert list(check_formats([])) == ["data.image_formats is empty: no image could be read."]
+    assert list(check_formats([])) == ["data.image_formats is empty: name at least one format, such as JPEG."]

@@ -16,7 +16,7 @@ from tests.data.conftest import write_table
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """`root/1.png` and `root/img/1.png` beside links to `far/away` and to `root/img`, above which there is another `1.png`."""
+    """Create `root/1.png` and `root/img/1.png`, links to `far/away` and `root/img`, and another `1.png` above these."""
     root = tmp_path / "root"
     for folder in (root / "img", tmp_path / "far" / "away"):
         folder.mkdir(parents=True)

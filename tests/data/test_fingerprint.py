@@ -1,4 +1,4 @@
-"""A run goes on only in the data that it was begun with, or where it is told to."""
+"""A run continues only with the data that it was started with, unless `data.allow_changed` is set."""
 
 import csv
 import json
@@ -33,28 +33,28 @@ def test_the_same_data_goes_on(pairs, build: Build):
     build(pairs).load_state_dict(saved(build, pairs))
 
 
-def test_a_row_more_is_told_with_the_file(pairs, build: Build):
+def test_a_row_more_is_reported_with_the_file(pairs, build: Build):
     state = saved(build, pairs)
     write_table(pairs, [*records(pairs), ["00.png", "one more"]])
     assert "pairs.csv has 26 rows instead of 25" in refusal(build, state, pairs)
 
 
-def test_another_caption_is_told_with_the_size(pairs, build: Build):
+def test_another_caption_is_reported_with_the_size(pairs, build: Build):
     state = saved(build, pairs)
     size = pairs.stat().st_size
     text = pairs.read_bytes().replace(b"caption 0 of image 5", b"caption 0 of image 6")
     pairs.write_bytes(text)
-    assert "pairs.csv has other content in its 25 rows." in refusal(build, state, pairs)
+    assert "pairs.csv has different content in its 25 rows." in refusal(build, state, pairs)
     pairs.write_bytes(text.replace(b"caption 0 of image 6", b"caption 0 of an image 6", 1))
-    told = refusal(build, state, pairs)
-    assert f"pairs.csv has other content in its 25 rows ({size + 2} bytes instead of {size})" in told
+    reported = refusal(build, state, pairs)
+    assert f"pairs.csv has different content in its 25 rows ({size + 3} bytes instead of {size})" in reported
 
 
-def test_rows_in_another_order_are_told(pairs, build: Build):
+def test_rows_in_another_order_are_reported(pairs, build: Build):
     state = saved(build, pairs)
     header, *rows = records(pairs)
     write_table(pairs, [header, *reversed(rows)])
-    assert "pairs.csv has other content" in refusal(build, state, pairs)
+    assert "pairs.csv has different content" in refusal(build, state, pairs)
 
 
 def test_a_file_that_is_written_otherwise_but_says_the_same_goes_on(pairs, build: Build):
@@ -71,33 +71,33 @@ def test_the_same_files_elsewhere_go_on(pairs, build: Build):
     build(moved / "pairs.csv", image_root=str(pairs.parent)).load_state_dict(state)
 
 
-def test_files_that_come_go_or_change_places_are_told_by_name(pairs, build: Build):
+def test_files_that_come_go_or_change_places_are_reported_by_name(pairs, build: Build):
     other = write_table(pairs.parent / "other.csv", [["filepath", "title"], ["00.png", "another"]])
     alone, both = saved(build, pairs), saved(build, [pairs, other])
     assert "other.csv was not among the files" in refusal(build, alone, [pairs, other])
     assert "other.csv is no longer among the files" in refusal(build, both, pairs)
     assert "images" not in refusal(build, both, pairs)  # which follows from that
-    assert "the files are in another order, other.csv first" in refusal(build, both, [other, pairs])
+    assert "the order of the files has changed, other.csv is first" in refusal(build, both, [other, pairs])
 
 
 def test_what_decides_the_stream_counts_too(pairs, build: Build):
     state = saved(build, pairs)
-    told = refusal(build, state, pairs, captions=Captions.all, max_rows=20)
-    assert "data.captions is all instead of random" in told
-    assert "data.max_rows is 20 instead of None" in told
-    told = refusal(build, state, pairs, shuffle=Shuffle.block, filter="'image' in title")
-    assert "shuffle is 256 blocks of 64 rows instead of full" in told
-    assert "filter is 'image' in title instead of None" in told
+    reported = refusal(build, state, pairs, captions=Captions.all, max_rows=20)
+    assert "data.captions is all instead of random" in reported
+    assert "data.max_rows is 20 instead of None" in reported
+    reported = refusal(build, state, pairs, shuffle=Shuffle.block, filter="'image' in title")
+    assert "shuffle is 256 blocks of 64 rows instead of full" in reported
+    assert "filter is 'image' in title instead of None" in reported
 
 
 def test_an_image_root_that_makes_equal_paths_one_image_counts_too(pairs, build: Build):
-    """Nothing in the files tells that."""
+    """The files alone do not show it."""
     folder = pairs.parent / "folder"
     folder.mkdir()
     other = write_table(folder / "other.csv", [["filepath", "title"], ["00.png", "another"]])
     state = saved(build, [pairs, other])
-    told = refusal(build, state, [pairs, other], image_root=str(pairs.parent))
-    assert "pairs.csv has 23 distinct images instead of 24" in told
+    reported = refusal(build, state, [pairs, other], image_root=str(pairs.parent))
+    assert "pairs.csv has 23 distinct images instead of 24" in reported
 
 
 def test_sources_and_their_weights_count_too(pairs, build: Build):
@@ -109,13 +109,15 @@ def test_sources_and_their_weights_count_too(pairs, build: Build):
     assert "weight of other.csv is 3 instead of 2" in refusal(build, state, [mixed[0], {**mixed[1], "weight": 3}])
 
 
-def test_an_exchanged_validation_table_is_told(pairs, build: Build):
+def test_an_exchanged_validation_table_is_reported(pairs, build: Build):
     val = write_table(pairs.parent / "val.csv", [["filepath", "title"], ["00.png", "held out"]])
     state = saved(build, pairs, val=str(val))
     build(pairs, val=str(val)).load_state_dict(state)
     write_table(val, [["filepath", "title"], ["00.png", "something else"]])
-    told = refusal(build, state, pairs, val=str(val))
-    assert told.startswith("The validation data has changed since the checkpoint: data.val: val.csv has other content")
+    reported = refusal(build, state, pairs, val=str(val))
+    assert reported.startswith(
+        "The validation data has changed since the checkpoint: data.val: val.csv has different content"
+    )
     assert "data.val is no longer given" in refusal(build, state, pairs)
     del state["data"]["val"]  # as older versions wrote it
     build(pairs, val=str(val)).load_state_dict(state)

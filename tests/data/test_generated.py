@@ -113,13 +113,13 @@ def test_rows_can_be_limited(tmp_path):
     assert (len(records(data.train)), len(records(data.val))) == (30, 10)
 
 
-def test_impossible_sizes_and_places_are_told(tmp_path):
+def test_impossible_sizes_and_places_are_reported(tmp_path):
     for key in ("rows", "val_rows"):
         with pytest.raises(ConfigError, match=rf"data\.generate\.{key}=0 must be above 0"):
             parse(GenerateConfig, {"kind": "shapes", key: 0}, "data.generate.")
     for image_size in (15, 1025):
-        (told,) = broken_rules(GenerateConfig(kind=Generator.shapes, image_size=image_size), "data.generate.")
-        assert told == f"data.generate.image_size={image_size} must be between 16 and 1024 pixels."
+        (reported,) = broken_rules(GenerateConfig(kind=Generator.shapes, image_size=image_size), "data.generate.")
+        assert reported == f"data.generate.image_size={image_size} must be between 16 and 1024 pixels."
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="Set output_dir"):
         generate(shapes(), tmp_path / "file")

@@ -20,8 +20,8 @@ LIMIT_MB = 500
 
 
 def gradient(mode: str) -> Image.Image:
-    grey = Image.linear_gradient("L").resize((WIDTH, HEIGHT))
-    return Image.merge(mode, [grey] * len(mode))
+    gray = Image.linear_gradient("L").resize((WIDTH, HEIGHT))
+    return Image.merge(mode, [gray] * len(mode))
 
 
 def turned() -> Image.Exif:
@@ -39,11 +39,11 @@ def png_of_zeros(color: int, depth: int, row_bytes: int) -> bytes:
 
 LARGEST: dict[str, Callable[[], bytes]] = {
     "RGBA PNG": lambda: encoded(gradient("RGBA"), "PNG", compress_level=1, exif=turned()),
-    "grey and alpha PNG": lambda: encoded(gradient("LA"), "PNG", compress_level=1),
+    "gray and alpha PNG": lambda: encoded(gradient("LA"), "PNG", compress_level=1),
     "palette and alpha PNG": lambda: encoded(
         gradient("RGB").quantize(16), "PNG", compress_level=1, transparency=bytes(16)
     ),
-    "16-bit grey PNG": lambda: png_of_zeros(0, 16, WIDTH * 2),
+    "16-bit gray PNG": lambda: png_of_zeros(0, 16, WIDTH * 2),
     "16-bit RGBA PNG": lambda: png_of_zeros(6, 16, WIDTH * 8),
     "JPEG on its side": lambda: encoded(gradient("RGB"), "JPEG", exif=turned()),
     "progressive CMYK JPEG": lambda: encoded(

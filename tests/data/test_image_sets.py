@@ -49,7 +49,7 @@ def test_images_of_a_table_may_lie_anywhere_where_that_is_allowed_and_are_known_
 
 
 def test_no_byte_of_a_file_that_a_table_names_is_in_a_message(tmp_path):
-    """Of `/etc/passwd`, say: evaluation printed how it begins."""
+    """Evaluation once printed the start of such a file, which could be `/etc/passwd`."""
     (tmp_path / "passwd").write_text("root:x:0:0:root:/root:/bin/bash\n")
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "t.csv").write_text(f"filepath,title\n../passwd,x\n{tmp_path / 'passwd'},y\n")

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_exp.data.image_sets import label_of_images, warn_alike
+from clip_exp.data.image_sets import label_of_images, warn_similar_labels
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
 from tests.data.conftest import write_table
@@ -48,16 +48,17 @@ def test_an_image_has_the_label_of_those_rows_that_have_one_and_no_second_one(tm
     assert label_of_images(read_table(table, label_key="label")) == ["cat", "dog", ""]
     write_table(table, [*rows, ["a.png", "z", "cat"], ["b.png", "z", "cat"]])
     with pytest.raises(
-        DataError, match=r"line 7: b\.png is 'cat' here and 'dog' before \(.*t\.csv, line 3\); give one label"
+        DataError,
+        match=r"line 7: the label of b\.png is 'cat' here, but 'dog' in .*t\.csv, line 3\. Give each image one label",
     ):
         label_of_images(read_table(table, label_key="label"))
 
 
-def test_labels_that_differ_in_case_or_blanks_alone_are_told(caplog):
+def test_labels_that_differ_in_case_or_blanks_alone_are_reported(caplog):
     with caplog.at_level(logging.WARNING):
-        warn_alike(["dog", "cat", "ice cream", "bird"], "a.csv")
+        warn_similar_labels(["dog", "cat", "ice cream", "bird"], "a.csv")
         assert not caplog.records
-        warn_alike(["Dog", "ice cream", "dog", "icecream", "dog", "ice\u00a0cream", "cat"], "a.csv")
+        warn_similar_labels(["Dog", "ice cream", "dog", "icecream", "dog", "ice\u00a0cream", "cat"], "a.csv")
     (record,) = caplog.records
     assert record.getMessage().startswith("a.csv: 5 labels differ only in case or blanks")
     assert "'Dog' and 'dog'; 'ice cream' and 'icecream' and 'ice\\xa0cream'" in record.getMessage()

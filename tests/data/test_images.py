@@ -62,7 +62,7 @@ def test_exif_orientation_is_applied_for_training_and_ignored_for_evaluation(tmp
     assert torch.equal(pixels(open_image(file, LIMIT)), pixels(stored))
 
 
-def test_sixteen_bit_grey_is_scaled_by_depth_not_clipped(tmp_path):
+def test_sixteen_bit_gray_is_scaled_by_depth_not_clipped(tmp_path):
     file = tmp_path / "a.png"
     Image.fromarray(np.array([[0, 1000, 40000, 65535]], dtype=np.uint16)).save(file)
     for image in (read_image(file, LIMIT), pixels(open_image(file, LIMIT))):
@@ -120,7 +120,7 @@ def test_what_is_not_an_image_is_refused_with_a_reason(tmp_path):
         "empty.jpg": "empty file",
         "page.jpg": "not an image: a web page",
         "pipe.jpg": "not a regular file",
-        "renamed.jpg": "format not allowed: TIFF, which is not in data.image_formats",
+        "renamed.jpg": "format not allowed: TIFF is not in data.image_formats",
     }
     for name, reason in reasons.items():
         with pytest.raises(BadImage, match=reason):
@@ -233,7 +233,7 @@ def test_whatever_a_decoder_raises_is_a_reason(error, monkeypatch):
     monkeypatch.setattr("clip_exp.data.images._decode_jpeg", lambda data: None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     for read in (decode_rgb, decode):
-        with pytest.raises(BadImage, match=r"(damaged|out of memory): its pixels cannot be read"):
+        with pytest.raises(BadImage, match=r"(damaged|out of memory): the pixels cannot be read"):
             read(bytearray(encoded(noise(0), "JPEG")), ImageLimits())
 
 

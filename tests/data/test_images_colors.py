@@ -1,4 +1,4 @@
-"""Colors, grey and blur against torchvision's own transforms."""
+"""Colors, gray and blur against torchvision's own transforms."""
 
 import math
 
@@ -68,9 +68,9 @@ def test_a_strength_of_zero_changes_nothing():
     assert torch.equal(jitter(IMAGE, [0, 0, 0, 0], Draws(0)), IMAGE)
 
 
-def test_grey_is_torchvisions():
-    grey = change_colors(IMAGE, Draws(0), AugmentationConfig(gray_scale_prob=1.0))
-    assert torch.equal(grey, v2.functional.rgb_to_grayscale(IMAGE, 3))
+def test_gray_is_torchvisions():
+    gray = change_colors(IMAGE, Draws(0), AugmentationConfig(gray_scale_prob=1.0))
+    assert torch.equal(gray, v2.functional.rgb_to_grayscale(IMAGE, 3))
 
 
 def test_blur_is_torchvisions():
@@ -98,12 +98,12 @@ def test_probabilities_hold():
 
 def test_crops_and_flips_do_not_change_with_what_comes_after_them():
     plain = AugmentationConfig(scale=[0.2, 1.0], horizontal_flip=0.5)
-    grey = AugmentationConfig(scale=[0.2, 1.0], horizontal_flip=0.5, gray_scale_prob=1.0)
+    gray = AugmentationConfig(scale=[0.2, 1.0], horizontal_flip=0.5, gray_scale_prob=1.0)
     both = AugmentationConfig(scale=[0.2, 1.0], horizontal_flip=0.5, color_jitter=[0, 0, 0, 0], gaussian_blur_prob=1e-9)
     for k in range(20):
         image = train_transform(IMAGE, 32, Draws(k), plain)
         assert torch.equal(
-            train_transform(IMAGE, 32, Draws(k), grey), v2.functional.rgb_to_grayscale(image, num_output_channels=3)
+            train_transform(IMAGE, 32, Draws(k), gray), v2.functional.rgb_to_grayscale(image, num_output_channels=3)
         )
         assert torch.equal(train_transform(IMAGE, 32, Draws(k), both), image)
 

@@ -20,7 +20,7 @@ IMAGES = {
     "tall": noise(1, 97, 411),
     "square": noise(2, 224, 224),
     "small": noise(3, 9, 14),
-    "grey": noise(4, 150, 90).convert("L"),
+    "gray": noise(4, 150, 90).convert("L"),
     "palette": noise(5, 150, 90).quantize(32),
     "bilevel": noise(6, 150, 90).convert("1"),
     "alpha": noise(7, 150, 90).convert("RGBA"),

@@ -22,7 +22,7 @@ from clip_exp.data.loader import (
     UnreadableImage,
     UnreadableImageError,
     WorkerLoader,
-    killed_workers_are_told,
+    report_killed_workers,
 )
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
@@ -188,7 +188,7 @@ def test_error_policy_names_file_line_reason_and_the_way_out(pairs, build, worke
     assert error.value.exit_code == 3
 
 
-def test_a_wrong_image_root_is_told_instead_of_searched_for_ever(pairs, build):
+def test_a_wrong_image_root_is_reported_instead_of_searched_for_ever(pairs, build):
     with pytest.raises(
         UnreadableImageError, match=r"100 images drawn in a row cannot be read.*no such file.*data\.image_root"
     ):
@@ -292,19 +292,19 @@ def reset(*_: object, **__: object) -> None:
     raise ConnectionResetError
 
 
-# torch may tell a second time, while the loader is taken down.
+# torch may report it again when the loader is deleted.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_worker_is_an_error_with_a_remedy_whatever_the_process_is_doing(monkeypatch):
-    told = r"killed from outside, mostly for lack of memory: use fewer of them \(data\.num_workers\)"
+    reported = r"killed by a signal, usually because memory ran out\. Use fewer workers \(data\.num_workers\)"
     for use in (list, lambda batches: (next(batches), time.sleep(5))):
         batches = iter(WorkerLoader(Killed(), sampler=[0, 1], num_workers=1))
-        with pytest.raises(DataError, match=told), killed_workers_are_told("data.num_workers"):
+        with pytest.raises(DataError, match=reported), report_killed_workers("data.num_workers"):
             use(batches)
     broken = iter(WorkerLoader(Killed(), sampler=[0], num_workers=1))
     monkeypatch.setattr(broken._data_queue, "get", reset)
-    with pytest.raises(DataError, match=told), killed_workers_are_told("data.num_workers"):
+    with pytest.raises(DataError, match=reported), report_killed_workers("data.num_workers"):
         next(broken)
-    with pytest.raises(ConnectionResetError), killed_workers_are_told("data.num_workers"):
+    with pytest.raises(ConnectionResetError), report_killed_workers("data.num_workers"):
         reset()
-    with pytest.raises(RuntimeError, match="of another kind"), killed_workers_are_told("data.num_workers"):
+    with pytest.raises(RuntimeError, match="of another kind"), report_killed_workers("data.num_workers"):
         raise RuntimeError("of another kind")

@@ -1,4 +1,4 @@
-"""How many worker processes there are, and what is reported where the memory that they share with training runs out."""
+"""The number of worker processes, and the errors when shared memory runs out."""
 
 import errno
 import gc
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clip_exp.data.loader import WorkerLoader, _SharedMemory, count_workers, killed_workers_are_told
+from clip_exp.data.loader import WorkerLoader, _SharedMemory, count_workers, report_killed_workers
 from clip_exp.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:Depreca
 
 @pytest.fixture(autouse=True)
 def _loaders_end_with_their_test() -> Iterator[None]:
-    """Torch tells of a killed worker once more when its loader is taken down."""
+    """Torch reports a killed worker again when its loader is deleted."""
     yield
     gc.collect()
 
@@ -78,7 +78,7 @@ def test_batches_come_from_workers_as_they_are_made() -> None:
         assert [batch.image.tolist() for batch in batches] == [[[0] * 8] * 4, [[4] * 8] * 4]
 
 
-# torch may tell a second time, while the loader is taken down.
+# torch may report it again when the loader is deleted.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_with_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch itself only prints the error, in a thread of the worker, and waits for the batch forever."""
@@ -89,13 +89,13 @@ def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_with_remedies(m
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)  # the worker is a fork
     monkeypatch.setattr("clip_exp.data.loader._shared_memory", lambda: _SharedMemory(67_108_864, 1_500_000))
     batches = loader(batch_bytes=40_000_000)
-    with pytest.raises(DataError) as caught, killed_workers_are_told("data.num_workers"):
+    with pytest.raises(DataError) as caught, report_killed_workers("data.num_workers"):
         list(batches)
     assert str(caught.value) == (
-        "Shared memory ran out. Worker processes pass batches through /dev/shm, which has 67 MB, 1.5 MB of it free. "
-        "About 80 MB are needed: 1 x 2 batches of 40 MB (workers x what each prepares). Enlarge it (docker run "
+        "Shared memory ran out. Worker processes pass batches through /dev/shm, which has 67 MB, 1.5 MB free. "
+        "About 80 MB are needed: 1 x 2 batches of 40 MB (workers x prefetched batches). Enlarge it (docker run "
         "--shm-size=16g or --ipc=host; in Kubernetes an emptyDir with medium: Memory, mounted at /dev/shm), or use fewer "
-        "workers (data.num_workers); data.num_workers=0 needs none."
+        "workers (data.num_workers). With data.num_workers=0 no shared memory is needed."
     )
 
 
@@ -116,13 +116,13 @@ class Ended(Dataset[int]):
     ("number", "reported"),
     [
         (signal.SIGBUS, r"^Shared memory ran out\. .*/dev/shm"),
-        (signal.SIGKILL, "killed from outside, mostly for lack of"),
+        (signal.SIGKILL, "killed by a signal, usually because memory ran out"),
     ],
 )
 def test_sigbus_is_lack_of_shared_memory_and_sigkill_of_memory(number: signal.Signals, reported: str) -> None:
     for use in (list, lambda batches: (next(batches), time.sleep(5))):
         batches = iter(WorkerLoader(Ended(number), sampler=[0, 1], num_workers=1))
-        with pytest.raises(DataError, match=reported), killed_workers_are_told("data.num_workers"):
+        with pytest.raises(DataError, match=reported), report_killed_workers("data.num_workers"):
             use(batches)
 
 
@@ -133,18 +133,18 @@ def test_a_full_disk_is_lack_of_shared_memory_only_where_workers_start(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(OSError, match="No space left"), killed_workers_are_told("data.num_workers"):
+    with pytest.raises(OSError, match="No space left"), report_killed_workers("data.num_workers"):
         refuse()
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
-    with pytest.raises(DataError, match="Shared memory ran out"), killed_workers_are_told("data.num_workers"):
+    with pytest.raises(DataError, match="Shared memory ran out"), report_killed_workers("data.num_workers"):
         iter(loader())
 
 
-def test_a_system_without_the_folder_of_shared_memory_is_told_the_remedies_and_never_warned(
+def test_a_system_without_the_folder_of_shared_memory_is_reported_the_remedies_and_never_warned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("clip_exp.data.loader.SHARED_MEMORY", "/no/such/folder")
     assert loader(batch_bytes=1 << 60).shortage("num_workers") is None
     expected = pytest.raises(DataError, match=r"^Shared memory ran out\. .*fewer workers \(num_workers\)")
-    with expected, killed_workers_are_told("num_workers"):
+    with expected, report_killed_workers("num_workers"):
         raise RuntimeError(NO_ROOM)

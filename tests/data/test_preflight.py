@@ -1,4 +1,4 @@
-"""What is wrong with the data of a run is told before it has a folder."""
+"""Problems with the data of a run are reported before its folder is created."""
 
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,15 @@ def test_patterns_lists_and_sources_pass(tmp_path, table):
         check_train(config_of(tmp_path, train, val=f"{tmp_path}/part-*.csv"))
 
 
-def test_what_is_wrong_with_each_source_is_told(tmp_path, table):
+def test_what_is_wrong_with_each_source_is_reported(tmp_path, table):
     train = [
         {"path": "none.csv", "weight": 1},
         {"path": str(table), "weight": 1, "image_root": "nowhere", "filter": "width >"},
     ]
-    told = refusal(tmp_path, train)
-    assert "data.train: The table none.csv does not exist" in told
-    assert f"image_root=nowhere of {table} is not a folder" in told
-    assert "data.filter='width >' is no condition" in told
+    reported = refusal(tmp_path, train)
+    assert "data.train: The table none.csv does not exist" in reported
+    assert f"image_root=nowhere of {table} is not a directory" in reported
+    assert "data.filter='width >' is not a valid condition" in reported
     assert "did you mean 'data.train[0].weight'" in refusal(tmp_path, [{"path": str(table), "wait": 1}])
 
 
@@ -68,21 +68,24 @@ def test_validation_is_one_table(tmp_path, table):
     assert "data.val: The table none.csv does not exist" in refusal(tmp_path, str(table), val="none.csv")
 
 
-def test_a_wrong_image_root_is_told_at_the_start(tmp_path, table):
+def test_a_wrong_image_root_is_reported_at_the_start(tmp_path, table):
     (tmp_path / "empty").mkdir()
-    told = refusal(tmp_path, str(table), DataError, image_root=str(tmp_path / "empty"))
-    assert f"data.train: none of 4 images from all over {table} can be read" in told
-    assert f"{tmp_path}/empty/0.png ({table}, line 2): no such file" in told
-    assert f"Relative paths start from {tmp_path}/empty: set data.image_root." in told
+    reported = refusal(tmp_path, str(table), DataError, image_root=str(tmp_path / "empty"))
+    assert f"data.train: none of 4 images sampled from {table} can be read" in reported
+    assert f"{tmp_path}/empty/0.png ({table}, line 2): no such file" in reported
+    assert f"Relative paths start from {tmp_path}/empty: set data.image_root." in reported
 
 
 def test_more_bad_rows_than_may_be_bad_end_the_start_as_they_end_a_check(tmp_path, table):
     """A filter that leaves few rows does not make the bad ones many."""
     with table.open("a") as file:
         file.write("one field\n,no path\n" + "0.png,more\n" * 6)
-    told = refusal(tmp_path, str(table), DataError, on_bad_row=OnBadRow.skip)
-    assert f"data.train: 2 of 12 rows of {table} are bad (1 wrong number of fields, 1 no image path), more than" in told
-    assert "data.max_bad_fraction=0.1" in told
+    reported = refusal(tmp_path, str(table), DataError, on_bad_row=OnBadRow.skip)
+    assert (
+        f"data.train: 2 of 12 rows of {table} are bad (1 wrong number of fields, 1 no image path), more than"
+        in reported
+    )
+    assert "data.max_bad_fraction=0.1" in reported
     check_train(config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17))
     check_train(
         config_of(tmp_path, str(table), on_bad_row=OnBadRow.skip, max_bad_fraction=0.17, filter="title == 'an image'")
@@ -96,10 +99,10 @@ def test_more_empty_captions_than_may_be_end_the_start(tmp_path, table, which):
         tmp_path / "empty.csv", [["filepath", "title"], *([f"{i}.png", text] for i, text in enumerate(captions))]
     )
     train, val = (str(empty), None) if which == "train" else (str(table), str(empty))
-    told = refusal(tmp_path, train, DataError, val=val)
-    assert f"data.{which}: 2 of 4 captions of {empty} are empty or blank" in told
-    assert "data.max_empty_caption_fraction=0.1" in told
-    assert told.endswith("or allow them: data.max_empty_caption_fraction=1.")
+    reported = refusal(tmp_path, train, DataError, val=val)
+    assert f"data.{which}: 2 of 4 captions of {empty} are empty or blank" in reported
+    assert "data.max_empty_caption_fraction=0.1" in reported
+    assert reported.endswith("or allow them with data.max_empty_caption_fraction=1.")
     check_train(config_of(tmp_path, train, val=val, max_empty_caption_fraction=0.5))
     check_train(config_of(tmp_path, train, val=val, filter="title == 'an image' or title == 'a caption'"))
 
@@ -107,26 +110,26 @@ def test_more_empty_captions_than_may_be_end_the_start(tmp_path, table, which):
 def test_an_image_with_two_labels_ends_the_start(tmp_path, table):
     rows = [["filepath", "title", "kind"], ["0.png", "a", "dog"], ["1.png", "b", "cat"], ["0.png", "c", "Dog"]]
     val = write_table(tmp_path / "val.csv", rows)
-    told = refusal(tmp_path, str(table), DataError, val=str(val), label_key="kind")
-    assert f"{val}, line 4: 0.png is 'Dog' here and 'dog' before" in told
+    reported = refusal(tmp_path, str(table), DataError, val=str(val), label_key="kind")
+    assert f"{val}, line 4: the label of 0.png is 'Dog' here, but 'dog' in" in reported
     check_train(config_of(tmp_path, str(table), val=str(val)))
 
 
 def test_the_way_out_fits_the_fault_of_the_images(tmp_path, table):
-    told = refusal(tmp_path, str(table), DataError, max_image_bytes=10)
-    assert told.endswith("Raise data.max_image_bytes, or make them smaller.")
+    reported = refusal(tmp_path, str(table), DataError, max_image_bytes=10)
+    assert reported.endswith("Increase data.max_image_bytes, or use smaller images.")
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(b"")
-    told = refusal(tmp_path, str(table), DataError)
-    assert "empty file" in told
-    assert "image_root" not in told
+    reported = refusal(tmp_path, str(table), DataError)
+    assert "empty file" in reported
+    assert "image_root" not in reported
 
 
 @pytest.mark.parametrize(
     ("path", "remedy"),
-    [("https://somewhere/a.jpg", r"not from addresses: fetch them first"), ("img\\a.jpg", "not with backslashes")],
+    [("https://somewhere/a.jpg", r"not from URLs: download them first"), ("img\\a.jpg", "not backslashes")],
 )
-def test_paths_of_another_kind_are_told(tmp_path, table, path, remedy):
+def test_paths_of_another_kind_are_reported(tmp_path, table, path, remedy):
     write_table(table, [["filepath", "title"], *[[path, "an image"]] * 4])
     assert remedy in refusal(tmp_path, str(table), DataError)
 
@@ -136,14 +139,14 @@ def test_the_validation_table_is_looked_at_too(tmp_path, table):
     assert "data.val: none of 1 images" in refusal(tmp_path, str(table), DataError, val=str(val))
 
 
-def test_images_outside_the_root_are_told_at_the_start_with_the_way_out(tmp_path, table):
+def test_images_outside_the_root_are_reported_at_the_start_with_the_way_out(tmp_path, table):
     elsewhere = tmp_path / "tables"
     elsewhere.mkdir()
     rows = [["filepath", "title"], *([f"../{i}.png", "an image"] for i in range(4))]
     moved = write_table(elsewhere / "pairs.csv", rows)
-    told = refusal(tmp_path, str(moved), DataError)
-    assert f"The root is now {elsewhere}." in told
-    assert "allow_outside_root=true" in told
+    reported = refusal(tmp_path, str(moved), DataError)
+    assert f"The root is now {elsewhere}." in reported
+    assert "allow_outside_root=true" in reported
     check_train(config_of(tmp_path, str(moved), allow_outside_root=True))
 
 

@@ -86,7 +86,7 @@ def test_weights_for_some_sources_are_refused():
     assert not list(problems(data_of([{"path": "a.csv"}, "b.csv"]), at="data."))
 
 
-def test_all_problems_of_all_sources_are_told_at_once():
+def test_all_problems_of_all_sources_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         data_of([{"path": "a.csv", "weight": 0, "sep": ","}, {"weight": 1}])
     assert len(str(caught.value).splitlines()) == 3
@@ -110,14 +110,14 @@ def mixture(folder: Path, sizes: list[int], weights: list[float] | None, **value
 @pytest.mark.parametrize(
     ("weights", "expected"), [([3, 1], [3072, 1024]), ([1, 1, 1], [1366, 1365, 1365]), ([0.5, 1e-3], [4088, 8])]
 )
-def test_sources_share_every_round_exactly_by_their_weights(tmp_path, weights, expected):
+def test_every_round_is_divided_exactly_by_the_weights(tmp_path, weights, expected):
     stream = mixture(tmp_path, [5] * len(weights), weights)
     for start in (0, SLOTS, 7 * SLOTS):
         drawn = Counter(stream.sources.index(stream[start + i].source) for i in range(SLOTS))
         assert [drawn[i] for i in range(len(weights))] == expected
 
 
-def test_the_share_of_a_batch_is_near_the_weights_and_differs_from_round_to_round(tmp_path):
+def test_the_fraction_of_a_source_in_a_batch_is_near_the_weights_and_differs_from_round_to_round(tmp_path):
     stream = mixture(tmp_path, [50, 50], [1, 1])
     orders = [[stream[start + i].source is stream.sources[0] for i in range(256)] for start in (0, SLOTS)]
     assert all(90 < sum(order) < 166 for order in orders)
@@ -142,13 +142,15 @@ def test_sources_without_weights_are_drawn_as_often_as_they_have_rows(tmp_path):
 
 
 def test_a_source_that_would_never_be_drawn_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"t1\.csv would never be drawn: its share \(weight=1e-05\)"):
+    with pytest.raises(
+        ConfigError, match=r"t1\.csv would never be drawn: its fraction of the samples \(weight=1e-05\)"
+    ):
         mixture(tmp_path, [5, 5], [1, 1e-5])
-    with pytest.raises(ConfigError, match=r"t0\.csv would never be drawn: its share \(1 rows\)"):
+    with pytest.raises(ConfigError, match=r"t0\.csv would never be drawn: its fraction of the samples \(1 rows\)"):
         mixture(tmp_path, [1, 9000], None)
 
 
-def test_weights_of_any_size_have_their_shares(tmp_path):
+def test_weights_of_any_size_give_their_fractions(tmp_path):
     config = DataConfig(name="csv", train=[{"path": table(tmp_path, f"t{i}", 2), "weight": 1e308} for i in range(3)])
     assert quotas(open_sources(config)) == [1366, 1365, 1365]
 
@@ -207,17 +209,17 @@ def test_an_image_of_two_sources_is_one_image(two, build: Build, tmp_path):
 
 
 def test_a_bad_image_is_replaced_from_its_own_source(two, build: Build):
-    shares = Counter[bool]()
+    drawn = Counter[bool]()
     module = build(two, image_key="image", global_batch_size=SLOTS // 8, total_steps=8)
     stream = module._stream
     for position in range(SLOTS):
-        shares[stream[position].source is stream.sources[0]] += 1
+        drawn[stream[position].source is stream.sources[0]] += 1
     of_first = {stream.sources[0].image_id(row) for row in range(6)}
     got = Counter(i in of_first for batch in read(module) for i in batch.image_id.tolist())
-    assert got == shares == {True: 2731, False: 1365}
+    assert got == drawn == {True: 2731, False: 1365}
 
 
-def test_the_share_of_bad_images_is_that_of_all_sources(two, build: Build):
+def test_the_fraction_of_bad_images_is_over_all_sources(two, build: Build):
     module = build(two, image_key="image", global_batch_size=64, max_bad_fraction=2 / 12)
     list(map(module.on_before_batch_transfer, read(module), range(3)))
     module = build(two, image_key="image", global_batch_size=64, max_bad_fraction=0.1)

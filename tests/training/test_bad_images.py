@@ -27,7 +27,7 @@ BREAK: dict[str, Callable[[Path], object]] = {
     files.NO_SUCH_FILE: Path.unlink,
     files.TRUNCATED: truncate,
     files.EMPTY_FILE: lambda file: os.truncate(file, 0),
-    files.NOT_A_IMAGE: lambda file: file.write_text("<html><body>404 Not Found</body></html>"),
+    files.NOT_AN_IMAGE: lambda file: file.write_text("<html><body>404 Not Found</body></html>"),
     files.TOO_MANY_PIXELS: announce_pixels,
     files.TOO_MANY_BYTES: lambda file: os.truncate(file, 1 << 33),
 }

@@ -76,7 +76,7 @@ def use_other_images(project: Path) -> None:
 CHANGES = {
     "pairs.csv has 13 rows instead of 12": lambda project: add_row(project / "pairs.csv"),
     "data.val: val.csv has 5 rows instead of 4": lambda project: add_row(project / "val.csv"),
-    "2 of 16 sampled images have other content": use_other_images,
+    "2 of 16 sampled images have different content": use_other_images,
 }
 
 
@@ -125,7 +125,7 @@ def test_an_unfinished_run_keeps_its_folder_where_an_image_was_repaired(
     opening = opened(config)
     assert opening.folder == folder
     opening.begin([])
-    assert "2 of 16 sampled images have other content than when the run began" in capsys.readouterr().err
+    assert "2 of 16 sampled images have different content than when the run began" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("finished", [False, True])

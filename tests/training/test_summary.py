@@ -18,7 +18,7 @@ from tests.data.conftest import data_module, noise, write_table
 
 SUMMARY = {
     "name": "a run", "steps": 2, "samples_seen": 32, "seconds": 1.0, "metrics": {"val/loss": 2.5}, "samples_per_s": 16.0,
-    "best_checkpoint": "checkpoints/step-000002", "bad_images": {}, "bad_rows": {}, "truncated_share": None,
+    "best_checkpoint": "checkpoints/step-000002", "bad_images": {}, "bad_rows": {}, "truncated_fraction": None,
     "data_wait_share": None,
 }  # fmt: skip
 
@@ -76,7 +76,7 @@ def test_empty_captions_and_values_that_no_filter_compares_are_told(tmp_path, ca
     assert facts["filter"] == "width of training: 2 not numbers, such as '1,024', 1 missing; these match nothing"
     assert f"{train}: 2 of 4 captions are empty or blank." in caplog.text
     assert (
-        f"{train}: values that match nothing in the filter: width (2 not numbers, such as '1,024' in line 3, 1 missing)."
+        f"{train}: data.filter does not match these values: width (2 not numbers, such as '1,024' in line 3, 1 missing)."
         in caplog.text
     )
 

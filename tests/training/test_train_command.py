@@ -244,7 +244,7 @@ def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Fini
     assert run.summary["empty_captions"] == {"training": {"count": 1, "fraction": pytest.approx(1 / 34)}}
     assert run.record["rows"] == 32, "the path of another spelling is one of theirs"
     assert "1 of 34 captions are empty or blank" in (run.folder / "train.log").read_text()
-    assert 0 < run.summary["truncated_share"] < 0.2
+    assert 0 < run.summary["truncated_fraction"] < 0.2
     report = (run.folder / "report.html").read_text()
     for told in (run.output, report):
         assert "2 of training" in told

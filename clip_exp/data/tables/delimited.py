@@ -1,10 +1,10 @@
-"""Delimited text as blocks of rows: encoding, layout and records put together.
+"""Reader for delimited text (CSV, TSV and similar): encoding, layout and records.
 
-Blocks without a fault are cut and parsed at once (`parse_block`); what is unusual is read strictly, record by record where need be
-(`RecordReader`). Where both can read, they give the same rows.
+Blocks without a fault are parsed at once by Arrow (`parse_block`). All other blocks are parsed strictly by `RecordReader`, record by
+record if necessary. Both return the same rows for text that both can parse.
 
-Quoting is RFC 4180's: a quote that is never closed must not swallow the rows after it. A record whose quoting is broken is
-taken as it is written where its first line alone has the right number of fields, and is a bad row elsewhere.
+Quoting follows RFC 4180, except that a quote that is never closed does not swallow the following rows. A record with broken quotes is
+read literally if its first line has the right number of fields, and is a bad row otherwise.
 """
 
 import contextlib
@@ -40,10 +40,12 @@ _SAMPLE_LINES = 50
 
 log = logging.getLogger(__name__)
 
-MAX_FIELD = 131_072  # characters, the csv module's own limit: a longer one is most likely a quote that never closes
+MAX_FIELD = (
+    131_072  # characters, the limit of the csv module; a longer field is most likely a quote that is never closed
+)
 
 
-# Layouts: which character separates the columns, whether there is a header, where the columns are.
+# Layouts: the separator, whether there is a header, and the positions of the columns.
 
 SEPARATORS = {"\t": "TAB", ",": "comma", ";": "semicolon", "|": "bar"}
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -51,25 +53,25 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @dataclass(frozen=True)
 class Layout:
-    """How to cut a table into the columns that are wanted."""
+    """Separator, header and positions of the requested columns of a table."""
 
     separator: str  # one character
-    header: bool  # whether the first record names the columns
+    header: bool  # True if the first record has the names of the columns
     width: int  # fields in every record
-    indices: dict[str, int]  # key of the configuration to the index of its field
-    names: dict[str, str]  # of the wanted columns, by key of the configuration
-    extra: dict[str, int] = field(default_factory=dict)  # name that the filter uses to the index of its field
+    indices: dict[str, int]  # maps the configuration key to the index of its field
+    names: dict[str, str]  # maps the configuration key to the name of its column
+    extra: dict[str, int] = field(default_factory=dict)  # maps a column of the filter to the index of its field
 
     @property
-    def wanted(self) -> list[int]:
+    def requested(self) -> list[int]:
         """Indices of all fields that are read, ascending."""
         return sorted({*self.indices.values(), *self.extra.values()})
 
 
 def parse_separator(separator: str) -> str | None:
-    """The character that `data.separator` means; None for `auto`.
+    """Return the character for `data.separator`; None for `auto`.
 
-    Raises: ConfigError for anything but one character.
+    Raises: ConfigError if the value is not one character.
     """
     if separator == "auto":
         return None
@@ -80,24 +82,24 @@ def parse_separator(separator: str) -> str | None:
 
 
 def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, separator: str | None) -> Layout:
-    """The layout of a table from its first lines.
+    """Detect the layout of a table from its first lines.
 
-    A header is recognized by the wanted names; a table without one by two columns of which one holds names of images.
+    A header is recognized by the requested names. A table without a header is recognized by two columns, one of which has image names.
 
     Args:
-        path: for messages.
-        first_lines: some lines from the start, at least one.
-        options: which columns are wanted.
-        separator: a character, or None: whichever fits.
+        path: path of the table, for messages.
+        first_lines: first lines of the table, at least one.
+        options: requested columns.
+        separator: separator, or None to detect it.
 
-    Raises: DataError where a wanted column is missing or there twice, naming the columns, the nearest and the key to set.
+    Raises: DataError if a requested column is missing or appears twice. The message has the columns, the nearest name and the key to set.
     """
     samples = {candidate: _records(first_lines, candidate) for candidate in ([separator] if separator else SEPARATORS)}
-    wanted, filtered = options.wanted, sorted(options.filtered)
-    found = {candidate: len(set(wanted.values()) & set(_names(records))) for candidate, records in samples.items()}
+    requested, filtered = options.requested, sorted(options.filtered)
+    found = {candidate: len(set(requested.values()) & set(_names(records))) for candidate, records in samples.items()}
 
     def regularity(records: list[list[str]]) -> float:
-        """Fraction of the records that have the commonest number of fields, where that is more than one."""
+        """Return the fraction of the records with the most common number of fields; 0 if that number is one."""
         width, count = Counter(map(len, records)).most_common(1)[0]
         return count / len(records) if width > 1 else 0.0
 
@@ -107,20 +109,20 @@ def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, s
             if layout := _without_header(candidate, records, options):
                 return layout
     names = _names(samples[best])
-    for setting, name in [*wanted.items(), *(("filter", name) for name in filtered)]:
+    for setting, name in [*requested.items(), *(("filter", name) for name in filtered)]:
         if names.count(name) > 1:
             repair = "rename one" if setting == "filter" else f"rename one, or set data.{setting}"
-            raise DataError(f"{path} has {names.count(name)} columns called {name!r}: {repair}.")
+            raise DataError(f"{path} has {names.count(name)} columns named {name!r}: {repair}.")
         if name not in names:
             raise DataError(f"{path} {_missing(name, setting, names, best)}")
-    indices = {setting: names.index(name) for setting, name in wanted.items()}
+    indices = {setting: names.index(name) for setting, name in requested.items()}
     extra = {name: names.index(name) for name in filtered}
-    return Layout(best, True, len(names), indices, wanted, extra)
+    return Layout(best, True, len(names), indices, requested, extra)
 
 
 def _records(lines: Sequence[str], separator: str) -> list[list[str]]:
     records: list[list[str]] = []
-    with contextlib.suppress(csv.Error):  # a field over the limit: the records before it are sample enough
+    with contextlib.suppress(csv.Error):  # a field is over the limit; the records before it are enough
         records.extend(filter(None, csv.reader(lines, delimiter=separator)))
     return records or [[""]]
 
@@ -130,7 +132,7 @@ def _names(records: list[list[str]]) -> list[str]:
 
 
 def _without_header(separator: str, records: list[list[str]], options: TableOptions) -> Layout | None:
-    if set(options.wanted) != {"image_key", "caption_key"} or options.filtered or len(records[0]) != 2:
+    if set(options.requested) != {"image_key", "caption_key"} or options.filtered or len(records[0]) != 2:
         return None
     pairs = [record for record in records if len(record) == 2]
     counts = [sum(record[i].strip().lower().endswith(_IMAGE_SUFFIXES) for record in pairs) for i in (0, 1)]
@@ -138,7 +140,7 @@ def _without_header(separator: str, records: list[list[str]], options: TableOpti
     enough = counts[image] >= 0.9 * len(pairs) and counts[1 - image] < 0.5 * len(pairs)
     if not enough or not records[0][image].strip().lower().endswith(_IMAGE_SUFFIXES):
         return None
-    return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image}, options.wanted)
+    return Layout(separator, False, 2, {"image_key": image, "caption_key": 1 - image}, options.requested)
 
 
 def _missing(name: str, setting: str, names: list[str], separator: str) -> str:
@@ -147,26 +149,26 @@ def _missing(name: str, setting: str, names: list[str], separator: str) -> str:
         return message.replace("Its columns:", f"Its columns, separated by {describe(separator)}:")
     other = next((other for other in SEPARATORS if other != separator and other in names[0]), None)
     if other is None:
-        between = " If that is more than one column, set data.separator to the character between them."
+        between = " If this is more than one column, set data.separator to the character between them."
         return message + between * (name in names[0])
-    return f"{message} The table looks separated by {describe(other)}: set data.separator=auto."
+    return f"{message} The separator seems to be {describe(other)}: set data.separator=auto."
 
 
 def describe(separator: str) -> str:
-    """A separator in words."""
+    """Return a readable name of a separator."""
     return SEPARATORS.get(separator, repr(separator))
 
 
-# The reader: encoding, layout and records put together.
+# The reader.
 
 
 class DelimitedReader:
-    """A `tables.reader.Reader` of text whose columns a character separates: CSV of any common dialect.
+    """`tables.reader.Reader` for delimited text, such as CSV of any common dialect.
 
     Args:
-        path: an existing file: separated by comma, TAB, semicolon or bar, with a header that has the keys, or two columns
-            without one; in UTF-8, UTF-16 or an encoding that can be guessed.
-        options: what to read.
+        path: existing file with columns separated by comma, TAB, semicolon or bar. It has a header with the configured names, or two
+            columns without a header. The encoding is UTF-8, UTF-16 or one that can be guessed.
+        options: columns and rows to read.
     """
 
     def __init__(self, path: Path, options: TableOptions) -> None:
@@ -185,7 +187,7 @@ class DelimitedReader:
             lines.put_back(first)
             first = [line for line in first if line.strip()]
             if not first:
-                raise DataError(f"{self.path} is empty: it needs a header and a row per image-text pair.")
+                raise DataError(f"{self.path} is empty: it must have a header and one row per image-text pair.")
             layout = find_layout(self.path, first, self.options, self.separator)
             for block in self._read(lines, layout):
                 self.bytes_read = source.bytes_read
@@ -197,7 +199,7 @@ class DelimitedReader:
         reader = RecordReader(self.path, layout, self.bad)
         if layout.header:
             while (read := reader.read_record(lines)) and _is_blank(read[1]):
-                pass  # blank lines before the record that names the columns
+                pass  # skip blank lines before the header
         while block := lines.peek_block():
             if rows := parse_block(block, layout):
                 yield _row_block(layout, rows.columns, rows.lines + (lines.number + 1))
@@ -205,12 +207,10 @@ class DelimitedReader:
                 continue
             for numbers, records in reader.blocks(lines, count_lines(block)):
                 fields = list(zip(*records, strict=True))
-                columns = {index: string_array(fields[index]) for index in layout.wanted}
+                columns = {index: string_array(fields[index]) for index in layout.requested}
                 yield _row_block(layout, columns, np.asarray(numbers, dtype=np.int64))
         if reader.taken_literally:
-            log.warning(
-                "%s: %d rows with broken quotes were read as they are written.", self.path, reader.taken_literally
-            )
+            log.warning("%s: %d rows with broken quotes were read literally.", self.path, reader.taken_literally)
 
 
 def _row_block(layout: Layout, fields: dict[int, pa.LargeStringArray], lines: np.ndarray) -> RowBlock:
@@ -219,26 +219,26 @@ def _row_block(layout: Layout, fields: dict[int, pa.LargeStringArray], lines: np
     return RowBlock(columns, lines, None, extra or None)
 
 
-# Blocks without a fault, cut and parsed at once.
+# Fast path: blocks without a fault.
 
 _QUOTE, _NEWLINE, _RETURN = b'"\n\r'
 
 
 class FastRows(NamedTuple):
-    """The records at the start of a block."""
+    """Records at the start of a block."""
 
     columns: dict[int, pa.LargeStringArray]  # by index of the field
-    lines: np.ndarray  # int64: line that each record starts in, 0 for the block's first
-    size: int  # bytes
+    lines: np.ndarray  # int64: line in which each record starts, counted from 0 in the block
+    size: int  # bytes of these records
     line_count: int
 
 
 def parse_block(block: bytes, layout: Layout) -> FastRows | None:
-    """The whole records of a block that starts with one; None if anything is unusual, and the strict reader must look.
+    """Parse the complete records of a block. Return None if anything is unusual, so that the strict reader must parse it.
 
     Args:
-        block: UTF-8.
-        layout: of the table.
+        block: UTF-8 text that starts with a record.
+        layout: layout of the table.
     """
     if (cut := _cut(block, layout.separator)) is None:
         return None
@@ -261,21 +261,22 @@ def parse_block(block: bytes, layout: Layout) -> FastRows | None:
 
 
 def _cut(block: bytes, separator: str) -> tuple[np.ndarray, np.ndarray, bool] | None:
-    """The newlines of a block up to its last record's end, which of them end records, and whether quotes mean anything."""
-    if not separator.isascii() or b"\0" in block or block.startswith(b"\xef\xbb\xbf"):  # Arrow drops a mark anywhere
+    """Return the newlines of the complete records of a block, which of them end a record, and whether fields are quoted."""
+    # Arrow drops a byte-order mark at the start of any block.
+    if not separator.isascii() or b"\0" in block or block.startswith(b"\xef\xbb\xbf"):
         return None
     data = np.frombuffer(block, dtype=np.uint8)
     newlines = np.flatnonzero(data == _NEWLINE)
     if not len(newlines):
         return None
-    if b"\r" in block:  # each must have a newline after it
+    if b"\r" in block:  # each must be followed by a newline
         after = np.flatnonzero(data == _RETURN) + 1
         if after[-1] == len(data) or (data[after] != _NEWLINE).any():
             return None
     if b'"' not in block:
         return newlines, np.arange(len(newlines)), False
     quotes = np.flatnonzero(data == _QUOTE)
-    before = data[quotes - 1]  # of the first byte: the last, whatever it is
+    before = data[quotes - 1]  # a quote in the first byte is handled by `quotes == 0`
     starts_field = (before == ord(separator)) | (before == _NEWLINE) | (quotes == 0)  # outside quotes
     if not starts_field.any():
         return newlines, np.arange(len(newlines)), False
@@ -289,8 +290,8 @@ def _cut(block: bytes, separator: str) -> tuple[np.ndarray, np.ndarray, bool] | 
 
 
 def _are_balanced(data: np.ndarray, quotes: np.ndarray, starts_field: np.ndarray, separator: str) -> bool:
-    """Whether each quote opens a field at its start, closes it at its end, or is one of two in a quoted field."""
-    doubled = np.diff(quotes) == 1  # a quote and the next
+    """Return True if each quote opens a field, closes a field, or is one of two quotes in a quoted field."""
+    doubled = np.diff(quotes) == 1  # a quote followed by another
     after = data[quotes[1::2] + 1]
     ends_field = (after == ord(separator)) | (after == _NEWLINE) | (after == _RETURN)
     doubled_before = np.concatenate([[False], doubled[1::2]])
@@ -299,7 +300,7 @@ def _are_balanced(data: np.ndarray, quotes: np.ndarray, starts_field: np.ndarray
 
 
 def _fields(text: memoryview, layout: Layout, quoting: bool) -> dict[int, pa.LargeStringArray] | None:
-    names = {index: str(index) for index in layout.wanted}
+    names = {index: str(index) for index in layout.requested}
     try:
         table = arrow_csv.read_csv(
             pa.BufferReader(pa.py_buffer(text)),
@@ -310,7 +311,7 @@ def _fields(text: memoryview, layout: Layout, quoting: bool) -> dict[int, pa.Lar
                 delimiter=layout.separator, quote_char='"' if quoting else False, newlines_in_values=quoting
             ),
             arrow_csv.ConvertOptions(
-                check_utf8=False,  # the whole block was
+                check_utf8=False,  # the whole block was checked above
                 column_types=dict.fromkeys(names.values(), pa.large_string()),
                 include_columns=list(names.values()),
                 strings_can_be_null=False,
@@ -322,7 +323,7 @@ def _fields(text: memoryview, layout: Layout, quoting: bool) -> dict[int, pa.Lar
 
 
 def _are_good(columns: dict[int, pa.LargeStringArray], count: int, layout: Layout) -> bool:
-    """Whether there are as many records as lines say, none of which `RecordReader` might object to."""
+    """Return True if there are `count` records, and `RecordReader` would accept all of them."""
     if any(len(array) != count or array.null_count for array in columns.values()):
         return False
     for setting, index in layout.indices.items():
@@ -330,36 +331,36 @@ def _are_good(columns: dict[int, pa.LargeStringArray], count: int, layout: Layou
         lengths = np.diff(starts)
         if lengths.max() > MAX_CAPTION or (setting == "image_key" and not lengths.all()):
             return False
-        # The only field of a line, if blank, makes a blank line.
+        # If a record has one field, a blank field is a blank line, which is skipped.
         if layout.width == 1 and (data[starts[:-1]] <= ord(" ")).any() | (data[starts[:-1]] > ord("~")).any():
             return False
     return True
 
 
-# Rows read strictly, record by record where need be.
+# Strict path: record by record if necessary.
 
-_BLOCK_LINES = 1 << 9  # few enough that the garbage collector does not notice them
-_MAX_RECORD_LINES = 10_000  # a broken quote is not searched for its end beyond this
+_BLOCK_LINES = 1 << 9  # small, so that the garbage collector is not triggered
+_MAX_RECORD_LINES = 10_000  # the end of a quoted field is searched in so many lines
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass
 class RecordReader:
-    """Reads the good rows of one file; its counts are complete when the rows are."""
+    """Strict reader of the good rows of one file. Its counts are complete after the last row."""
 
     path: Path  # for messages
-    layout: Layout  # of the file
-    bad: BadRows  # where bad rows are noted
-    taken_literally: int = 0  # rows with broken quotes that were taken as they are written
+    layout: Layout  # layout of the file
+    bad: BadRows  # record of the bad rows
+    taken_literally: int = 0  # rows with broken quotes that were read literally
 
     def blocks(self, lines: Lines, size: int) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
-        """Line numbers (from 1) and fields of the rows, a block at a time.
+        """Yield blocks of rows: line numbers (from 1) and fields.
 
         Args:
-            lines: at the start of a record; taken from, up to the end of one.
-            size: lines to read at least, if there are so many.
+            lines: lines at the start of a record. They are consumed up to the end of a record.
+            size: minimum number of lines to read, if available.
 
-        Raises: DataError at the first bad row, unless they are left out.
+        Raises: DataError at the first bad row, unless bad rows are skipped.
         """
         stop = lines.number + size
         while (left := stop - lines.number) > 0 and (block := lines.take(min(left, _BLOCK_LINES))):
@@ -375,7 +376,7 @@ class RecordReader:
                 yield [line for line, _ in rows], [record for _, record in rows]
 
     def _parse_block(self, block: list[str]) -> list[list[str]] | None:
-        """The records of the lines, where each line is plainly one good record."""
+        """Parse lines each of which is one good record; None otherwise."""
         text = "".join(block)
         if "\0" in text or max(map(len, block)) > MAX_CAPTION or (not text.isascii() and _NOT_UTF8.search(text)):
             return None
@@ -389,7 +390,7 @@ class RecordReader:
         return records if all(record[image].strip() for record in records) else None
 
     def read_record(self, lines: Lines) -> tuple[int, list[str], str] | None:
-        """Line, fields and what is wrong with the quotes of the next record; None at the end."""
+        """Return line number, fields and quoting error (or "") of the next record; None at the end."""
         start = lines.number + 1
         taken: list[str] = []
 
@@ -407,7 +408,7 @@ class RecordReader:
         return None if record is None else (start, record, "")
 
     def _checked(self, line: int, record: list[str], problem: str) -> list[tuple[int, list[str]]]:
-        """The row, or nothing for a blank line and for a bad row that is left out."""
+        """Return the row; an empty list for a blank line or a skipped bad row."""
         if _is_blank(record):
             return []
         if fault := self._fault(record):
@@ -422,18 +423,18 @@ class RecordReader:
         fields = f"{len(record)} field{'s' * (len(record) != 1)} instead of {self.layout.width}"
         cause = f"broken quotes ({problem}) and {fields}" if problem else fields
         detail = f"{cause}, separated by {describe(self.layout.separator)}"
-        fix = 'Quote a field that holds the separator ("…"), set data.separator'
+        fix = 'Quote fields that contain the separator ("…"), set data.separator'
         self.bad.add(line, "broken quotes" if problem else "wrong number of fields", detail, fix)
         return []
 
     def _fault(self, record: list[str]) -> tuple[str, str, str] | None:
-        """Reason, detail and repair where the characters or a value make the row a bad one."""
+        """Return reason, detail and fix for a row with a bad character or value; None for a good row."""
         text = "".join(record)
         if "\0" in text:
-            return "NUL character", "the row holds a NUL character", ""
+            return "NUL character", "the row contains a NUL character", ""
         if not text.isascii() and (found := _NOT_UTF8.search(text)):
             byte = ord(found[0]) - 0xDC00
-            return "not UTF-8", f"the row is not utf-8: it holds the byte {byte:#04x}", "Set data.encoding"
+            return "not UTF-8", f"the row is not UTF-8: it contains the byte {byte:#04x}", "Set data.encoding"
         if len(record) == self.layout.width:
             try:
                 for setting, index in self.layout.indices.items():

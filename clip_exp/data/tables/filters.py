@@ -1,7 +1,8 @@
-"""Which rows are used, by their columns: `data.filter="width >= 256 and similarity > 0.28 and 'dog' in title"`.
+"""Row filters: `data.filter="width >= 256 and similarity > 0.28 and 'dog' in title"`.
 
-The language is a corner of Python's: comparisons, `and`, `or`, `not`, `in`, `len(column)`, numbers, strings, True, False and
-names of columns; a name that is no Python name stands in backticks, as in pandas. It is read by Python's parser and never run.
+The syntax is a subset of Python: comparisons, `and`, `or`, `not`, `in`, `len(column)`, numbers, strings, True, False and column names.
+A column name that is not a Python identifier is written in backticks, as in pandas. The text is parsed by Python's parser and never
+executed.
 """
 
 import ast
@@ -28,26 +29,27 @@ _OPERATORS: dict[type[ast.cmpop], str] = {
 }
 _QUOTED_NAME = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|`([^`]+)`""")
 _HOW = (
-    "It compares columns with numbers, strings or each other: width >= 256 and (similarity > 0.28 or 'dog' in title)."
+    "A filter compares columns with numbers, strings or each other: "
+    "width >= 256 and (similarity > 0.28 or 'dog' in title)."
 )
 _HINTS: dict[type[ast.AST], str] = {
-    ast.BinOp: "join comparisons with `and`, `or`; nothing is calculated",
-    ast.Name: "compare it, as with `== True`",
-    ast.Call: "only len(column) is known",
+    ast.BinOp: "a filter has no arithmetic; join comparisons with `and`, `or`",
+    ast.Name: "compare it, for example with `== True`",
+    ast.Call: "the only function is len(column)",
     ast.Is: "use ==",
 }
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A value that is written in the filter."""
+    """Literal value in a filter."""
 
     value: str | float | bool
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table."""
+    """Column of the table."""
 
     name: str
     values: pa.Array
@@ -55,35 +57,35 @@ class Column:
 
 @dataclass(frozen=True)
 class Length:
-    """Characters of a text, or entries of a list."""
+    """Length of a column's values: characters of a text or entries of a list."""
 
     column: pa.Array
 
 
 Operand: TypeAlias = Column | Constant | Length
 Converter: TypeAlias = Callable[[pa.Array], pa.Array]
-Conversions: TypeAlias = dict[tuple[str, Converter], pa.Array]  # what each column was made into to be compared
+Conversions: TypeAlias = dict[tuple[str, Converter], pa.Array]  # columns after conversion for a comparison
 
 
 @dataclass(frozen=True)
-class Unlike:
-    """Values of a column that are not of the kind that a filter compares it with.
+class UnconvertedValues:
+    """Values of a column that could not be converted to the kind with which a filter compares it.
 
-    Missing ones are counted apart: that an empty cell matches nothing is what one expects of it, and an unreadable one is a fault.
+    Missing values are counted separately: an empty cell is expected to match nothing, and an unreadable one is probably an error.
     """
 
-    column: str  # its name
-    kind: str  # what it is compared as: numbers, text, truth values
-    count: int  # values that are not of the kind
-    missing: int  # null, NaN, and empty or blank cells where something else than text is wanted
-    example: str  # the first of `count`, shortened
-    line: int  # where its row starts in the file
+    column: str  # name of the column
+    kind: str  # kind of the comparison: numbers, text, truth values
+    count: int  # values of another kind
+    missing: int  # null, NaN, and blank cells in a comparison that is not of text
+    example: str  # first of the `count` values, shortened
+    line: int  # line in which its row starts
 
     def describe(self, unit: str) -> str:
-        """Return the account in words.
+        """Return a short description for messages.
 
         Args:
-            unit: what `line` counts: line, row, sample.
+            unit: unit of `line`: line, row or sample.
         """
         counted = [f"{self.missing:,} missing"] if self.missing else []
         if self.count:
@@ -93,27 +95,27 @@ class Unlike:
 
 @dataclass(frozen=True)
 class Filter:
-    """A condition on rows. Made by `parse`."""
+    """Condition on rows. Create it with `parse`."""
 
-    text: str  # as it is written in the configuration
-    names: frozenset[str]  # of the columns that it needs
+    text: str  # as written in the configuration
+    names: frozenset[str]  # names of the columns in the condition
     _condition: ast.expr
     _quoted: dict[str, str]
 
-    def select(self, extra: Mapping[str, pa.Array], lines: np.ndarray) -> tuple[np.ndarray, list[Unlike]]:
-        """Return which rows match, bool [rows], and an account of the values that could not be compared.
+    def select(self, extra: Mapping[str, pa.Array], lines: np.ndarray) -> tuple[np.ndarray, list[UnconvertedValues]]:
+        """Return which rows match, bool [rows], and the values that could not be compared.
 
-        A comparison with a missing value, or of a text that is no number with a number, is neither true nor false, and `not`
-        does not change that: such a row matches only where the rest of the condition is enough.
+        A comparison is null if a value is missing, or if a text is compared with a number and is not one. Nulls propagate as in SQL:
+        `not null` is null, and a row with a null matches only if the rest of the condition decides.
 
         Args:
-            extra: the columns of `names`: numbers, text, truth values or lists of those.
-            lines: where each row starts in its file, for the account.
+            extra: columns of `names`: numbers, text, truth values or lists of those.
+            lines: line in which each row starts, for messages.
         """
         columns = {name: Column(name, extra[name]) for name in self.names}
         conversions: Conversions = {}
         matches = self._evaluate(self._condition, columns, conversions).fill_null(False)
-        return bool_numpy(matches), find_unlike(extra, conversions, lines)
+        return bool_numpy(matches), find_unconverted(extra, conversions, lines)
 
     def _evaluate(self, node: ast.expr, columns: Mapping[str, Column], conversions: Conversions) -> pa.BooleanArray:
         if isinstance(node, ast.BoolOp):
@@ -150,9 +152,9 @@ class Filter:
 
 
 def parse(text: str) -> Filter:
-    """The filter that a text describes.
+    """Parse a filter.
 
-    Raises: ConfigError that names what is not understood.
+    Raises: ConfigError that names the part that is not supported.
     """
     quoted: dict[str, str] = {}
 
@@ -166,18 +168,18 @@ def parse(text: str) -> Filter:
     try:
         condition = ast.parse(source, mode="eval").body
         _check_condition(condition)
-    except _NotUnderstood as error:
+    except _Unsupported as error:
         part = re.sub(r"_quoted_\d+_", lambda match: f"`{quoted.get(match[0], match[0])}`", error.part)
-        raise ConfigError(f"data.filter={text!r}: {part!r} is not understood{error.hint}. {_HOW}") from error
+        raise ConfigError(f"data.filter={text!r}: {part!r} is not supported{error.hint}. {_HOW}") from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise ConfigError(f"data.filter={text!r} is no condition: {reason.rstrip('.')}. {_HOW}") from error
+        raise ConfigError(f"data.filter={text!r} is not a valid condition: {reason.rstrip('.')}. {_HOW}") from error
     called = {node.func for node in ast.walk(condition) if isinstance(node, ast.Call)}
     names = {node.id for node in ast.walk(condition) if isinstance(node, ast.Name) and node not in called}
     return Filter(text, frozenset(quoted.get(name, name) for name in names), condition, quoted)
 
 
-class _NotUnderstood(Exception):
+class _Unsupported(Exception):
     def __init__(self, node: ast.AST, hint: str = "") -> None:
         self.part = ast.unparse(node)
         hint = hint or _HINTS.get(type(node), "")
@@ -199,26 +201,26 @@ def _check_condition(node: ast.expr) -> None:
                     for value in right.elts:
                         _constant(value)
                 else:
-                    raise _NotUnderstood(node, "write 'text' in column, or column in ['one', 'another']")
+                    raise _Unsupported(node, "write 'text' in column, or column in ['one', 'another']")
                 continue
             if type(op) not in _OPERATORS:
-                raise _NotUnderstood(node, _HINTS.get(type(op), ""))
+                raise _Unsupported(node, _HINTS.get(type(op), ""))
             for side in (left, right):
                 if not _is_column(side):
                     _constant(side)
             if not _is_column(left) and not _is_column(right):
-                raise _NotUnderstood(node, "one side must be a column")
+                raise _Unsupported(node, "one side must be a column")
     else:
-        raise _NotUnderstood(node)
+        raise _Unsupported(node)
 
 
 def _pairs(node: ast.Compare) -> Iterator[tuple[ast.expr, ast.cmpop, ast.expr]]:
-    """`a < b < c` is `a < b and b < c`."""
+    """Split a chained comparison: `a < b < c` is `a < b and b < c`."""
     return zip([node.left, *node.comparators], node.ops, node.comparators, strict=False)
 
 
 def _is_column(node: ast.expr) -> bool:
-    """Whether it is a column or a column's length."""
+    """Return True if the node is a column or a column's length."""
     if isinstance(node, ast.Call):
         known = isinstance(node.func, ast.Name) and node.func.id == "len" and not node.keywords
         return known and len(node.args) == 1 and isinstance(node.args[0], ast.Name)
@@ -226,17 +228,18 @@ def _is_column(node: ast.expr) -> bool:
 
 
 def _constant(node: ast.expr) -> str | float | bool:
-    """The number, string or truth value that is written; raises _NotUnderstood."""
+    """Return the number, string or truth value of a literal; raises _Unsupported."""
     sign = 1
     value: ast.expr = node
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         sign, value = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
     if not isinstance(value, ast.Constant) or not isinstance(value.value, str | int | float):
-        raise _NotUnderstood(node)
+        raise _Unsupported(node)
     if isinstance(value.value, str | bool):
-        half_a_pair = any("\ud800" <= character <= "\udfff" for character in str(value.value))  # which no column holds
-        if value is not node or half_a_pair:
-            raise _NotUnderstood(node)
+        # No column contains a lone surrogate, because it has no UTF-8.
+        lone_surrogate = any("\ud800" <= character <= "\udfff" for character in str(value.value))
+        if value is not node or lone_surrogate:
+            raise _Unsupported(node)
         return value.value
     number = sign * value.value
     if not -(2**63) <= number < 2**63:
@@ -244,22 +247,22 @@ def _constant(node: ast.expr) -> str | float | bool:
     return number
 
 
-# Comparisons of Arrow columns with numbers, text and each other; what cannot be compared is null.
+# Comparisons of Arrow columns with numbers, text and each other. Values that cannot be compared give null.
 
 _WHOLE = r"^[ \t]*[+-]?[0-9]{1,18}[ \t]*$"
 _NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
 
 
 def compare(operator: str, left: Operand, right: Operand, conversions: Conversions) -> pa.BooleanArray:
-    """`left operator right`, null where a side is missing or is not of the kind that is compared.
+    """Evaluate `left operator right`; null where a side is missing or cannot be converted to the kind of the comparison.
 
-    With a truth value, truth values are compared; with a string, text; with a number or a length, numbers. Two columns are
-    compared as numbers where one of them holds numbers or their order is asked, else as text.
+    The kind is that of the literal: truth values, text or numbers; a length is a number. Two columns are compared as numbers if one of
+    them has a numeric type or the operator is an order such as `<`, else as text.
 
     Args:
-        operator: a comparison of `pyarrow.compute`: equal, less, …
-        left, right: at least one column or length.
-        conversions: of columns; those that are missing are made and added.
+        operator: comparison function of `pyarrow.compute`: equal, less, …
+        left, right: operands, at least one of which is a column or length.
+        conversions: cache of converted columns; missing ones are added.
     """
     constant = next((side.value for side in (left, right) if isinstance(side, Constant)), None)
     if isinstance(constant, bool):
@@ -271,13 +274,13 @@ def compare(operator: str, left: Operand, right: Operand, conversions: Conversio
     else:
         convert = numbers
     sides = [_converted(side, convert, conversions) for side in (left, right)]
-    if pa.float64() in (sides[0].type, sides[1].type):  # Arrow itself refuses whole numbers that float64 rounds
+    if pa.float64() in (sides[0].type, sides[1].type):  # by default, Arrow refuses integers that float64 rounds
         sides = [pc.cast(side, pa.float64(), safe=False) for side in sides]
     return getattr(pc, operator)(*sides)
 
 
 def contains(whole: Column, constant: Operand) -> pa.BooleanArray:
-    """Whether a text has a part that reads so, or a list an entry that equals it."""
+    """Evaluate `constant in column`: a substring of a text, or an entry of a list."""
     assert isinstance(constant, Constant)
     column = _plain(whole.values)
     if not _is_list(column.type):
@@ -291,7 +294,10 @@ def contains(whole: Column, constant: Operand) -> pa.BooleanArray:
 
 
 def numbers(column: pa.Array) -> pa.Array:
-    """int64 where all numbers are whole and fit, so that identifiers are told apart, else float64; null for what is no number."""
+    """Convert to int64 if all numbers are integers that fit, so that large identifiers stay distinct, else to float64.
+
+    Values that are not numbers become null.
+    """
     column = _plain(column)
     kind = column.type
     if pa.types.is_signed_integer(kind) or (
@@ -309,7 +315,7 @@ def numbers(column: pa.Array) -> pa.Array:
 
 
 def texts(column: pa.Array) -> pa.Array:
-    """Large strings: numbers, truth values and times as they are written; null for the rest."""
+    """Convert numbers, truth values and times to large strings; other values become null."""
     column = _plain(column)
     if _is_list(column.type) or pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
         return pa.nulls(len(column), pa.large_string())
@@ -317,7 +323,7 @@ def texts(column: pa.Array) -> pa.Array:
 
 
 def truths(column: pa.Array) -> pa.Array:
-    """Truth values; of text, true, false, 1 and 0 in any case are some."""
+    """Convert to truth values. The texts true, false, 1 and 0 are accepted in any case; other values become null."""
     column = _plain(column)
     if pa.types.is_boolean(column.type):
         return column
@@ -350,7 +356,7 @@ def _is_number(side: Operand) -> bool:
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """Without a dictionary, and text of one kind."""
+    """Decode a dictionary array, and cast all string types to large strings."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string(column.type) or pa.types.is_string_view(column.type) or pa.types.is_null(column.type):
@@ -362,40 +368,42 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-# The account: `1,024` is no number, so `width >= 256` does not match its row.
+# Report of values that could not be converted: `1,024` is not a number, so `width >= 256` does not match its row.
 
 _KINDS: dict[Converter, str] = {numbers: "numbers", texts: "text", truths: "truth values"}
 _SHOWN = 40  # characters of an example
 
 
-def find_unlike(columns: Mapping[str, pa.Array], conversions: Conversions, lines: np.ndarray) -> list[Unlike]:
-    """Return the account of a block of rows.
+def find_unconverted(
+    columns: Mapping[str, pa.Array], conversions: Conversions, lines: np.ndarray
+) -> list[UnconvertedValues]:
+    """Return the values of a block of rows that could not be converted.
 
     Args:
-        columns: as the file has them.
-        conversions: what the filter made of them, null where it could not.
-        lines: where each row starts in the file.
+        columns: columns as stored in the file.
+        conversions: converted columns, null where the conversion failed.
+        lines: line in which each row starts.
     """
     return [
-        _unlike(name, _KINDS[convert], columns[name], converted, lines)
+        _unconverted(name, _KINDS[convert], columns[name], converted, lines)
         for (name, convert), converted in conversions.items()
         if converted.null_count
     ]
 
 
-def joined(found: Iterable[Unlike]) -> list[Unlike]:
-    """Return one account per column and kind, of blocks or files one after the other."""
-    accounts: dict[tuple[str, str], Unlike] = {}
+def merge_unconverted(found: Iterable[UnconvertedValues]) -> list[UnconvertedValues]:
+    """Merge the results of consecutive blocks or files to one per column and kind."""
+    merged: dict[tuple[str, str], UnconvertedValues] = {}
     for new in found:
-        before = accounts.setdefault((new.column, new.kind), replace(new, count=0, missing=0))
+        before = merged.setdefault((new.column, new.kind), replace(new, count=0, missing=0))
         first = before if before.count else new
         count, missing = before.count + new.count, before.missing + new.missing
-        accounts[new.column, new.kind] = replace(first, count=count, missing=missing)
-    return list(accounts.values())
+        merged[new.column, new.kind] = replace(first, count=count, missing=missing)
+    return list(merged.values())
 
 
-def as_json(found: Iterable[Unlike]) -> dict[str, dict[str, Any]]:
-    """Return accounts for a summary or a protocol, by column."""
+def as_json(found: Iterable[UnconvertedValues]) -> dict[str, dict[str, Any]]:
+    """Return JSON values by column, for a summary or the settings of an evaluation."""
     by_column: dict[str, dict[str, Any]] = {}
     for each in found:
         values = {name: value for name, value in asdict(each).items() if name not in ("column", "line")}
@@ -405,22 +413,23 @@ def as_json(found: Iterable[Unlike]) -> dict[str, dict[str, Any]]:
     return by_column
 
 
-def _unlike(name: str, kind: str, column: pa.Array, converted: pa.Array, lines: np.ndarray) -> Unlike:
+def _unconverted(name: str, kind: str, column: pa.Array, converted: pa.Array, lines: np.ndarray) -> UnconvertedValues:
     lost = pc.is_null(converted)
     values, places = column.filter(lost), lines[bool_numpy(lost)]
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     present = bool_numpy(pc.is_valid(values))
     if pa.types.is_floating(values.type):
-        present[:] = False  # NaN, which libraries write for what is missing
+        present[:] = False  # NaN, which libraries write for missing values
     elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        values = pc.cast(pc.ascii_trim_whitespace(values), pa.large_binary())  # readers of Parquet do not check UTF-8
+        # As binary, because Parquet files may contain invalid UTF-8.
+        values = pc.cast(pc.ascii_trim_whitespace(values), pa.large_binary())
         present &= bool_numpy(pc.not_equal(pc.binary_length(values), 0).fill_null(False))
     count = int(present.sum())
     if not count:
-        return Unlike(name, kind, 0, len(values), "", 0)
+        return UnconvertedValues(name, kind, 0, len(values), "", 0)
     first = int(np.flatnonzero(present)[0])
     value = values[first].as_py()
     example = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     example = example if len(example) <= _SHOWN else example[:_SHOWN] + "…"
-    return Unlike(name, kind, count, len(values) - count, example, int(places[first]))
+    return UnconvertedValues(name, kind, count, len(values) - count, example, int(places[first]))

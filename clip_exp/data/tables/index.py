@@ -1,14 +1,14 @@
-"""The rows of a table in files that processes map into their memory: made once, and used as long as the table's files stay the same.
+"""Memory-mapped index of a table's rows, built once and reused until a file of the table changes.
 
 An index is a folder `<stem of the first file>-<16 hex digits>`:
 
-    index.json     which files were read how, their stamps, bad rows and digests; the stamps of the files beside it
+    index.json     options of the table; signature, bad rows and digest of each of its files; checksums of the files in the folder
     rows.arrow     Arrow IPC: the strings, in batches of `BATCH_ROWS` rows
     lines.npy      int64 [rows]
-    members.npy    int64 [rows, 2], of shards
-    image_index.npy, order.npy, offsets.npy    see `ImageGroups`; absent where every row has an image of its own
+    members.npy    int64 [rows, 2], for shards
+    image_index.npy, order.npy, offsets.npy    see `ImageGroups`; absent if every row has its own image
 
-It appears complete or not at all. Nothing in it is unpickled.
+The folder is created atomically. Nothing in it is unpickled.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables.filters import Unlike
-from clip_exp.data.tables.reader import FileStamp, RowBlock, TableOptions
+from clip_exp.data.tables.filters import UnconvertedValues
+from clip_exp.data.tables.reader import FileSignature, RowBlock, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS, Scan, ScannedFile, open_reader, progress_of
 from clip_exp.data.tables.table import ImageGroups, group_images
 from clip_exp.errors import DataError
@@ -37,38 +37,38 @@ from clip_exp.storage import atomic_folder, lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3  # of what the readers make of a file, and of the folder: a change makes new folders
+_VERSION = 4  # part of the folder's name; increase it when the readers or the format of the folder change
 
 
 @dataclass(frozen=True)
 class TableSource:
-    """What an index is of."""
+    """Files and options of a table."""
 
-    files: Sequence[Path]  # of the table, in order
-    roots: Sequence[Path]  # folder that each file's relative image paths start from, absolute
-    options: TableOptions  # how they are read
+    files: Sequence[Path]  # files of the table, in order
+    roots: Sequence[Path]  # absolute folder of the relative image paths, for each file
+    options: TableOptions
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Equal for equal tables, whether the files have changed or not."""
+        """JSON values that are equal for the same files and options, even if the content of a file has changed."""
         files, roots = [str(file.absolute()) for file in self.files], [str(root) for root in self.roots]
         return {"version": _VERSION, "files": files, "roots": roots, "options": self.options.as_json()}
 
     @property
     def name(self) -> str:
-        """Of the index's folder."""
+        """Name of the index's folder."""
         digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.files[0].stem)[:40]}-{digest[:16]}"
 
 
 class MappedRows:
-    """`table.StoredRows` in an index. Pickles as the folder's name.
+    """`table.StoredRows` in an index. It pickles as the name of the folder, so worker processes map the same files.
 
     Args:
-        folder: of the index.
-        content: hash of the rows that are expected.
+        folder: folder of the index.
+        content: expected hash of the rows.
 
-    Raises: DataError where the folder does not hold them any more.
+    Raises: DataError if the folder no longer has these rows.
     """
 
     def __init__(self, folder: Path, content: str) -> None:
@@ -92,7 +92,7 @@ class MappedRows:
             self.groups = ImageGroups(*(mapped[name] for name in names)) if names[0] in mapped else None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise DataError(
-                f"{folder}, the index of a table in use, is gone or was made anew ({error}): start again."
+                f"The index {folder} was removed or rebuilt while it was in use ({error}): start again."
             ) from error
         self._folder, self._content = folder, content
 
@@ -101,46 +101,47 @@ class MappedRows:
 
 
 def open_index(source: TableSource, index_dir: Path) -> tuple[MappedRows, list[ScannedFile]]:
-    """The rows of a table from its index, which is made if there is none that fits. Any number of processes may do so at once.
+    """Return the rows of a table from its index, which is built if there is no valid one. Safe to call from several processes.
 
     Args:
-        source: the table.
-        index_dir: where indexes are kept.
+        source: files and options of the table.
+        index_dir: parent folder of the indexes.
 
     Raises:
         OSError: the folder cannot be written.
         DataError, ConfigError: see `tables.open`.
     """
-    folder = index_dir.absolute() / source.name  # worker processes open it by its name
+    folder = index_dir.absolute() / source.name  # absolute, because worker processes open it by name
     if found := _load(folder, source):
         return found
-    if not index_dir.exists():  # a table that is none leaves nothing behind
+    # Read a first block before creating a folder, so that an invalid table leaves no empty folder behind.
+    if not index_dir.exists():
         next(iter(open_reader(source.files[0], source.options).blocks()), None)
     index_dir.mkdir(parents=True, exist_ok=True)
 
     def report() -> None:
-        log.warning("Waiting for another process that reads %s.", source.files[0])
+        log.warning("Waiting for another process that is reading %s.", source.files[0])
 
-    with lock(index_dir / f".{source.name}.lock", wait_s=math.inf, on_wait=report) as alone:
-        if found := _load(folder, source):  # another process was first
+    with lock(index_dir / f".{source.name}.lock", wait_s=math.inf, on_wait=report) as locked:
+        if found := _load(folder, source):  # another process has built it meanwhile
             return found
-        if alone:
+        if locked:
             remove_leftovers(folder)
         try:
             write_index(folder, source)
         except OSError:
-            # Without a lock another process may have put the same index in place at this moment.
-            if alone or (found := _load(folder, source)) is None:
+            # On a file system without locks, another process may have created the same index at this moment.
+            if locked or (found := _load(folder, source)) is None:
                 raise
             return found
         found = _load(folder, source)
     if found is None:
-        raise DataError(f"{source.files[0]} has changed while it was read: start again when it is complete.")
+        raise DataError(f"{source.files[0]} changed while it was being read: start again when it is complete.")
     return found
 
 
 def _load(folder: Path, source: TableSource) -> tuple[MappedRows, list[ScannedFile]] | None:
-    """The index, unless something about it does not fit."""
+    """Load an index; None if it is missing, damaged or outdated."""
     try:
         record = _read_record(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -149,7 +150,7 @@ def _load(folder: Path, source: TableSource) -> tuple[MappedRows, list[ScannedFi
         record = {}
     try:
         if record["identity"] != source.identity:
-            raise ValueError("of another table")
+            raise ValueError("index of another table")
         for name, expected in record["stored"].items():
             if _stored(folder / name) != expected:
                 raise ValueError(name)
@@ -157,20 +158,20 @@ def _load(folder: Path, source: TableSource) -> tuple[MappedRows, list[ScannedFi
         for entry in record["files"]:
             values = {
                 "path": Path(entry["path"]),
-                "stamp": FileStamp(*entry["stamp"]),
+                "signature": FileSignature(*entry["signature"]),
                 "bad_examples": tuple((line, reason) for line, reason in entry["bad_examples"]),
-                "unlike": tuple(Unlike(**each) for each in entry["unlike"]),
+                "unconverted": tuple(UnconvertedValues(**each) for each in entry["unconverted"]),
             }
             read.append(ScannedFile(**{**entry, **values}))
         rows = MappedRows(folder, record["content"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
-        log.warning("%s is damaged: the index is made anew.", folder)
+        log.warning("The index %s is damaged and will be rebuilt.", folder)
         return None
-    if any(FileStamp.of_table(file.path, len(source.files)) != file.stamp for file in read):
-        log.info("%s has changed: its index is made anew.", source.files[0])
+    if any(FileSignature.of_table(file.path, len(source.files)) != file.signature for file in read):
+        log.info("%s has changed: rebuilding its index.", source.files[0])
         return None
     if source.options.on_bad_row is OnBadRow.error and any(file.bad for file in read):
-        return None  # reading tells what is wrong with the first of them
+        return None  # reading the table again raises the error of the first bad row
     return rows, read
 
 
@@ -185,13 +186,13 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_index(folder: Path, source: TableSource) -> None:
-    """Read the table and put its index in the place of the one that is there. Of two processes at the same time one may fail.
+    """Read the table and replace its index. If two processes do this at the same time, one may fail.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the index cannot be written.
         DataError, ConfigError: see `tables.open`.
     """
-    with atomic_folder(folder) as partial:  # who has mapped files of the one that is replaced keeps them
+    with atomic_folder(folder) as partial:  # processes that have mapped the replaced files keep them
         with progress_of(source.files) as advance:
             scan = Scan(source.files, source.options, advance)
             rows = _write_rows(partial, scan.blocks())
@@ -229,7 +230,7 @@ def _write_rows(partial: Path, blocks: Iterator[RowBlock]) -> int:
 
 
 class _NpyFile:
-    """A .npy file of int64 whose rows are written as they come."""
+    """Writer of a .npy file of int64 that appends rows."""
 
     def __init__(self, path: Path, row_shape: tuple[int, ...]) -> None:
         self.rows, self._row_shape = 0, row_shape
@@ -245,7 +246,7 @@ class _NpyFile:
         with self._file:
             if error is None:
                 self._file.seek(0)
-                self._write_header()  # as long as before: NumPy leaves room for the number of rows to grow
+                self._write_header()  # of the same length: NumPy reserves space for the number of rows to grow
 
     def write(self, rows: np.ndarray) -> None:
         self._file.write(np.ascontiguousarray(rows, dtype=np.int64).data)
@@ -260,17 +261,17 @@ def _write_groups(partial: Path, scan: Scan, roots: Sequence[Path]) -> None:
     with pa.memory_map(str(partial / "rows.arrow")) as source:
         paths = pa.ipc.open_file(source).read_all()["image_key"]
         groups = group_images(paths, [file.rows for file in scan.read], roots)
-    pa.default_memory_pool().release_unused()  # 0.1 GB per million distinct paths, which a long run has better uses for
+    pa.default_memory_pool().release_unused()  # 0.1 GB per million distinct paths
     if groups is not None:
         for name, values in groups._asdict().items():
             np.save(partial / f"{name}.npy", values)
 
 
 def _stored(file: Path) -> list[Any]:
-    stamp = FileStamp.of(file)
-    return [stamp.bytes, stamp.sample]
+    signature = FileSignature.of(file)
+    return [signature.bytes, signature.sample]
 
 
 def checksum(record: dict[str, Any]) -> str:
-    """Of what `index.json` says."""
+    """Return the checksum of the record in `index.json`."""
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""JSON Lines as blocks of rows: an object per line, in UTF-8."""
+"""Reader for JSON Lines: one object per line, in UTF-8."""
 
 import codecs
 import json
@@ -25,25 +25,25 @@ from clip_exp.data.tables.reader import (
 from clip_exp.errors import DataError
 
 _BLOCK_ROWS = 1 << 12
-_BLOCK_BYTES = 64 << 20  # of lines; a filter may look at texts of megabytes
-_MAX_LINE = 16 << 20  # bytes; a longer line is a file of another kind more often than a row
-_HEAD = 4096  # bytes that tell other kinds of files
+_BLOCK_BYTES = 64 << 20  # limit for the lines of a block, because a filter may use texts of megabytes
+_MAX_LINE = 16 << 20  # bytes; a longer line usually means another kind of file
+_HEAD = 4096  # bytes by which other kinds of files are recognized
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class JsonLinesReader:
-    """A `tables.reader.Reader` of JSON Lines.
+    """`tables.reader.Reader` for JSON Lines.
 
-    Captions and paths are strings, as `reader.text_of` says; further keys are left alone, but no key may be there twice.
-    Blank lines are passed over. `NaN`, which Python writes though JSON has none, is a number that nothing matches.
+    Captions and paths must be strings (`reader.text_of`). Other keys are ignored, but no key may appear twice. Blank lines are skipped.
+    `NaN`, which Python writes although it is not valid JSON, is a missing number.
 
     Args:
-        path: an existing file.
-        options: what to read.
+        path: existing file.
+        options: columns and rows to read.
     """
 
     def __init__(self, path: Path, options: TableOptions) -> None:
-        self.path, self.wanted = path, options.wanted
+        self.path, self.requested = path, options.requested
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip)
         self.bytes_read = 0
         self._extra = NativeColumns(options.filtered)
@@ -63,19 +63,21 @@ class JsonLinesReader:
         head = file.read(_HEAD)
         start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
         if not head:
-            raise DataError(f"{self.path} is empty: it needs an object per image-text pair, each on its own line.")
-        if head.startswith(_UTF16) or b"\0" in head[:4]:  # JSON begins with two characters of ASCII
             raise DataError(
-                f"{self.path} is UTF-16 or UTF-32, but JSON Lines are UTF-8: convert it (iconv -f utf-16 -t utf-8)."
+                f"{self.path} is empty: it must have one JSON object per line, one for each image-text pair."
+            )
+        if head.startswith(_UTF16) or b"\0" in head[:4]:  # JSON starts with two ASCII characters
+            raise DataError(
+                f"{self.path} is UTF-16 or UTF-32, but JSON Lines must be UTF-8: convert it (iconv -f utf-16 -t utf-8)."
             )
         head = head[start:]
         if head.lstrip().startswith(b"["):
             raise DataError(
-                f"{self.path} is one JSON array, not an object per line: convert it (jq -c '.[]' {self.path.name} > pairs.jsonl)."
+                f"{self.path} is one JSON array, not one object per line: convert it (jq -c '.[]' {self.path.name} > pairs.jsonl)."
             )
         if head.lstrip().partition(b"\n")[0].strip() == b"{":
             raise DataError(
-                f"{self.path} has an object over several lines: put each on a line of its own (jq -c . {self.path.name} > pairs.jsonl)."
+                f"{self.path} has an object that spans several lines: write one object per line (jq -c . {self.path.name} > pairs.jsonl)."
             )
         file.seek(start)
 
@@ -90,7 +92,7 @@ class JsonLinesReader:
                 continue
             try:
                 record = parse_object(text)
-                values.append([self._text(setting, name, record) for setting, name in self.wanted.items()])
+                values.append([self._text(setting, name, record) for setting, name in self.requested.items()])
             except BadValue as bad:
                 self.bad.add(line, bad.reason, bad.detail)
                 continue
@@ -104,7 +106,7 @@ class JsonLinesReader:
             yield self._block(values, records, lines)
 
     def _block(self, values: list[list[str]], records: list[dict[str, Any]], lines: list[int]) -> RowBlock:
-        columns = dict(zip(self.wanted, map(string_array, zip(*values, strict=True)), strict=True))
+        columns = dict(zip(self.requested, map(string_array, zip(*values, strict=True)), strict=True))
         return RowBlock(columns, np.array(lines, dtype=np.int64), None, self._extra.arrays(records))
 
     def _text(self, setting: str, name: str, record: dict[str, Any]) -> str:
@@ -114,7 +116,7 @@ class JsonLinesReader:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines; of one that is too long, its start."""
+    """Yield the lines; of a line that is too long, only the start."""
     while line := file.readline(_MAX_LINE + 1):
         yield line
         while len(line) > _MAX_LINE and not line.endswith(b"\n"):
@@ -122,7 +124,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """The object that a text holds.
+    """Parse a JSON object.
 
     Raises: BadValue.
     """
@@ -133,7 +135,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadValue("not UTF-8", f"byte {error.start} of the line is not UTF-8 ({error.reason})") from error
     except RecursionError as error:
-        raise BadValue("not JSON", "it is nested too deeply to be read") from error
+        raise BadValue("not JSON", "it is nested too deeply") from error
     except ValueError as error:
         raise BadValue("not JSON", f"it is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -146,21 +148,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadValue("key twice", f"the key {twice!r} is there {names.count(twice)} times")
+        raise BadValue("duplicate key", f"the key {twice!r} appears {names.count(twice)} times")
     return record
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-# Columns of a filter, from records whose values have types of their own.
+# Columns of a filter, from records with typed values.
 
 
 class NativeColumns:
-    """Arrow columns of the keys that a filter names, and an account of the keys that were seen.
+    """Collector of the keys that a filter names, which converts them to Arrow columns.
 
     Args:
-        names: that the filter names.
+        names: names in the filter.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -169,7 +171,7 @@ class NativeColumns:
         self._missing = set(self.names)
 
     def of_record(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What the filter looks at of a record; the rest, an embedding maybe, need not be kept."""
+        """Return the keys of a record that the filter uses, so that large values such as embeddings can be dropped."""
         if not self.names:
             return {}
         if not self.seen:
@@ -178,16 +180,16 @@ class NativeColumns:
         return {name: record[name] for name in self.names if name in record}
 
     def arrays(self, records: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array] | None:
-        """A column per name, of what `of_record` gave; a key that is missing is null. None without names."""
+        """Convert results of `of_record` to a column per name, with null for a missing key. Return None without names."""
         return {name: typed_array([record.get(name) for record in records]) for name in self.names} or None
 
     def never_seen(self) -> str | None:
-        """A name that no record had."""
+        """Return a name that no record had, or None."""
         return min(self._missing) if self._missing and self.seen else None
 
 
 def typed_array(values: Sequence[Any]) -> pa.Array:
-    """Truth values, whole numbers, numbers, strings or lists of strings where all values are; else text, written as JSON."""
+    """Convert values of one type (truth values, integers, floats, strings, lists of strings); convert mixed values to JSON text."""
     kinds = {type(value) for value in values} - {type(None)}
     try:
         if kinds == {float} or kinds == {int, float}:
@@ -197,7 +199,7 @@ def typed_array(values: Sequence[Any]) -> pa.Array:
         if len(kinds) <= 1 and kinds != {dict}:
             return pa.array(values)
     except (pa.ArrowException, ValueError, OverflowError, TypeError):
-        pass  # a number beyond 64 bits, a list of unlike things, half a surrogate pair
+        pass  # a number beyond 64 bits, a list of mixed types, a lone surrogate
 
     def as_text(value: Any) -> str:
         return value.encode("utf-8", "replace").decode() if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""From what the configuration names to one table: files found, their formats told apart, their rows put together."""
+"""Opening of tables: find the files that the configuration names, read them in their formats, and return one table of all rows."""
 
 import glob
 import logging
@@ -21,7 +21,7 @@ from clip_exp.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
-_MEMORY_BYTES = 64 << 20  # of files that may be held in memory where an index was wanted but cannot be written
+_MEMORY_BYTES = 64 << 20  # tables up to this size are read into memory if their index cannot be written
 
 
 def open_table(
@@ -31,43 +31,45 @@ def open_table(
     image_root: str | Path | None = None,
     index_dir: Path | None = None,
 ) -> PairTable:
-    """One table of all rows of one or several files.
+    """Open one or several files as one table.
 
     Args:
-        tables: files, globs and brace patterns (`{000..009}`), of CSV, TSV, JSON Lines, Parquet, or WebDataset shards; shards
-            and the others do not mix.
-        options: what to read, and how.
-        image_root: where relative image paths start from; None: each file's own folder.
-        index_dir: where indexes are kept (`tables.index`); None: the rows are held in memory.
+        tables: files, globs and brace patterns (`{000..009}`) of CSV, TSV, JSON Lines or Parquet files, or of WebDataset shards.
+            Shards cannot be combined with the other formats.
+        options: columns and rows to read.
+        image_root: folder of relative image paths; None: the folder of each file.
+        index_dir: parent folder of the indexes (`tables.index`); None: read the rows into memory.
 
     Raises:
-        ConfigError: a file does not exist, or an argument makes no sense.
+        ConfigError: a file does not exist, or an argument is invalid.
         DataError: a column is missing, a row is bad, or there are no rows.
         CheckpointError: the index of a large table cannot be written.
     """
     files = expand(tables)
     shard = next(filter(is_shard, files), None)
     table = next((file for file in files if not is_shard(file)), None)
-    if shard is not None and table is not None:  # an image is a member of a file, or a file
+    if shard is not None and table is not None:
         raise ConfigError(
-            f"{shard} is a shard and {table} is not: they cannot be one table. Mix them as sources by weight: "
+            f"{shard} is a shard and {table} is not: they cannot be read as one table. Use them as separate sources: "
             f"data.train=[{{path: {shard}, weight: 1}}, {{path: {table}, weight: 1}}]."
         )
-    # Absolute: a process that changes its working directory reads the same images.
+    # Absolute, so that a process that changes its working directory reads the same images.
     roots = [(Path(image_root) if image_root is not None else file.parent).absolute() for file in files]
     source = TableSource(files, roots, options)
     rows, read = _in_memory(source) if index_dir is None else _in_index(source, index_dir)
     parts: list[Part] = []
-    for file, root, found in zip(files, roots, read, strict=False):  # max_rows may have ended the reading early
+    for file, root, found in zip(
+        files, roots, read, strict=False
+    ):  # with max_rows, the last files may not have been read
         if found.bad:
             kinds = ", ".join(f"{count:,} {reason}" for reason, count in found.bad.items())
-            log.warning("%s: %d bad rows were left out: %s.", file, sum(found.bad.values()), kinds)
+            log.warning("%s: %d bad rows were skipped: %s.", file, sum(found.bad.values()), kinds)
         if found.empty_captions:
             log.warning("%s: %d of %d captions are empty or blank.", file, found.empty_captions, found.rows)
-        if found.unlike:
-            level = logging.WARNING if any(each.count for each in found.unlike) else logging.INFO
-            described = "; ".join(each.describe(found.unit) for each in found.unlike)
-            log.log(level, "%s: values that match nothing in the filter: %s.", file, described)
+        if found.unconverted:
+            level = logging.WARNING if any(each.count for each in found.unconverted) else logging.INFO
+            described = "; ".join(each.describe(found.unit) for each in found.unconverted)
+            log.log(level, "%s: data.filter does not match these values: %s.", file, described)
         start = parts[-1].start + parts[-1].rows if parts else 0
         parts.append(Part(**{**vars(found), "path": file.absolute()}, root=root, start=start))
     return PairTable(rows, tuple(parts))
@@ -76,7 +78,7 @@ def open_table(
 def read_table(
     tables: str | Path | Sequence[str | Path], *, image_root: str | Path | None = None, **options: Any
 ) -> PairTable:
-    """`open_table` in memory, by keywords of `TableOptions`."""
+    """Open a table in memory, with the fields of `TableOptions` as keyword arguments."""
     if "on_bad_row" in options:
         options["on_bad_row"] = OnBadRow(options["on_bad_row"])
     return open_table(tables, TableOptions(**options), image_root=image_root)
@@ -90,7 +92,7 @@ def open_configured(
     max_rows: int | None = None,
     index_dir: Path | None = None,
 ) -> PairTable:
-    """`open_table` as a run's configuration says."""
+    """Open a table with the options of a data configuration."""
     options = TableOptions(
         image_key=config.image_key,
         caption_key=config.caption_key,
@@ -117,33 +119,33 @@ def _in_index(source: TableSource, index_dir: Path) -> tuple[StoredRows, list[Sc
     except OSError as error:
         message = f"The index of {source.files[0]} cannot be written to {index_dir}: {error.strerror or error}"
         if sum(file.stat().st_size for file in source.files) >= _MEMORY_BYTES:
-            raise CheckpointError(f"{message}. Set output_dir to a folder that can be written to.") from error
-        log.warning("%s; its rows are held in memory.", message)
+            raise CheckpointError(f"{message}. Set output_dir to a writable folder.") from error
+        log.warning("%s; reading its rows into memory.", message)
         return _in_memory(source)
 
 
-# Which files a configuration names: paths, globs and brace patterns.
+# Expansion of paths, globs and brace patterns.
 
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
-MAX_FILES = 1_000_000  # of one pattern: {0..999999999} is a slip
-_LISTED = 3  # of several problems
+MAX_FILES = 1_000_000  # files per pattern; {0..999999999} is probably a mistake
+_LISTED = 3  # problems shown in a message
 
 
 def expand(tables: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that are named, in the order that they are named in; those of a glob in the order of their names.
+    """Expand patterns to files, in the given order. The files of a glob are sorted by name.
 
     Args:
-        tables: one or several paths, globs (`shards/*.tar`, `**` for any folders) and brace patterns (`{0000..0019}`,
-            `{a,b}`), which may hold globs. A file that is called like a pattern is that file.
+        tables: one or several paths, globs (`shards/*.tar`, `**` for any folders) and brace patterns (`{0000..0019}`, `{a,b}`), which
+            may contain globs. If a file has the name of a pattern, it is that file.
 
-    Raises: ConfigError for what does not exist or is no file, for a glob that finds nothing, for a file that is named twice.
+    Raises: ConfigError for a missing file, a path that is not a file, a glob without matches, and a file that is named twice.
     """
     named = [tables] if isinstance(tables, str | Path) else list(tables)
     files: list[Path] = []
     problems: list[str] = []
     for entry in named:
         if not isinstance(entry, str | Path):
-            raise ConfigError(f"{entry!r} is no path of a table.")
+            raise ConfigError(f"{entry!r} is not the path of a table.")
         for pattern in _braces(str(entry)):
             found = _files(pattern)
             files += found
@@ -153,15 +155,15 @@ def expand(tables: str | Path | Sequence[str | Path]) -> list[Path]:
         raise ConfigError("\n".join(problems[:_LISTED]) + more)
     if not files:
         raise ConfigError(
-            "No table was given: name a file, a pattern (shards/*.tar, {0000..0019}.tar) or a list of them."
+            "No table is given: set a file, a pattern (shards/*.tar, {0000..0019}.tar) or a list of them."
         )
     seen: dict[str, Path] = {}
-    for file in files:  # a row that is there twice would be trained on twice an epoch
+    for file in files:  # the rows of a file that is named twice would be seen twice per epoch
         real = os.path.realpath(file)
         if real in seen:
             same = "" if seen[real] == file else f" (it is {seen[real]})"
             raise ConfigError(
-                f"The table {file} is named twice{same}: name it once; give a source a weight to see it more often."
+                f"The table {file} is named twice{same}: name it once. To train on it more often, make it a source with a weight."
             )
         seen[real] = file
     return files
@@ -169,7 +171,7 @@ def expand(tables: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _braces(entry: str) -> list[str]:
     if "://" in entry:
-        raise ConfigError(f"{entry} is an address: tables are read from files; download it first.")
+        raise ConfigError(f"{entry} is a URL: download it first, because tables are read from files.")
     path = os.path.expanduser(entry)
     if "{" not in path or os.path.lexists(path):
         return [path]
@@ -177,24 +179,26 @@ def _braces(entry: str) -> list[str]:
         large = any(abs(int(last) - int(first)) >= MAX_FILES for first, last in _RANGE.findall(path))
         names = [] if large else list(islice(braceexpand(path, escape=False), MAX_FILES + 1))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{entry} is no pattern: write {{0000..0019}} or {{a,b}}, each brace closed.") from error
-    if large or len(names) > MAX_FILES:  # braceexpand makes all numbers of a range at once
+        raise ConfigError(
+            f"{entry} is not a valid pattern: write {{0000..0019}} or {{a,b}}, and close each brace."
+        ) from error
+    if large or len(names) > MAX_FILES:
         raise ConfigError(f"{entry} names more than {MAX_FILES:,} files.")
     return names
 
 
 def _files(pattern: str) -> list[Path]:
-    """What a path or a glob finds; nothing where it finds no file."""
+    """Return the files that match a path or a glob."""
     if os.path.isfile(pattern):
         return [Path(pattern)]
     if not glob.has_magic(pattern):
         return []
-    # With two `**` several ways lead to one file.
+    # A set, because a pattern with two `**` finds a file several times.
     return sorted({Path(name) for name in _glob(pattern) if os.path.isfile(name)})
 
 
 def _glob(pattern: str) -> Iterator[str]:
-    """As `glob.iglob`, which goes through two links that lead back to their folder without end."""
+    """Yield the matches of a glob like `glob.iglob`, which would follow cyclic links forever."""
     if pattern.endswith(f"{os.sep}**"):
         pattern = os.path.join(pattern, "*")
     head, found, rest = pattern.partition(f"**{os.sep}")
@@ -208,7 +212,7 @@ def _glob(pattern: str) -> Iterator[str]:
 
 
 def _folders(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """A folder and those below it but for hidden ones, each once, whatever links lead to it."""
+    """Yield a folder and its subfolders except hidden ones. Links are followed, and each folder is visited once."""
     for folder, names, _ in os.walk(top, followlinks=True):
         try:
             status = os.stat(folder)
@@ -228,15 +232,15 @@ def _missing(pattern: str) -> str:
         with suppress(OSError):
             found = {os.path.splitext(name)[1].lower() for name in os.listdir(pattern)}
         kinds = [suffix for suffix in (".tar", ".parquet", ".jsonl", ".csv", ".tsv") if suffix in found]
-        inside = f"; for the tables in it write {os.path.join(pattern, '*' + kinds[0])}" if kinds else ""
-        return f"The table {pattern} is not a file: it is a folder{inside}."
+        inside = f"; for the tables in it, write {os.path.join(pattern, '*' + kinds[0])}" if kinds else ""
+        return f"The table {pattern} is a folder, not a file{inside}."
     if os.path.lexists(pattern):
-        why = "is not a file" if os.path.exists(pattern) else "is a link to what does not exist"
+        why = "is not a regular file" if os.path.exists(pattern) else "is a broken link"
         return f"The table {pattern} {why}."
-    verb = "finds no file" if glob.has_magic(pattern) else "does not exist"
-    return f"The table {pattern} {verb} (seen from {Path.cwd()})."
+    verb = "matches no file" if glob.has_magic(pattern) else "does not exist"
+    return f"The table {pattern} {verb} (working directory: {Path.cwd()})."
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file is a WebDataset shard, by its name."""
+    """Return True if the file name is that of a WebDataset shard."""
     return path.suffix.lower() in SHARD

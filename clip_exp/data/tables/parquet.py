@@ -1,4 +1,4 @@
-"""Parquet as blocks of rows; only the columns that are wanted are read."""
+"""Reader for Parquet, which reads only the requested columns."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 _BLOCK_ROWS = 1 << 12
-_BLOCK_BYTES = 64 << 20  # of texts
-# Of a column's pages that are read ahead; without it Arrow reads all of a row group, and slowly.
+_BLOCK_BYTES = 64 << 20  # limit for the texts of a block
+# Read-ahead buffer for a column's pages. Without it, Arrow reads a whole row group at once, which is slow.
 _BUFFER_BYTES = 1 << 20
-_SMALL_BYTES = 16 << 20  # of a row group's column, up to which reading it as a dictionary costs little
-_MAX_BYTES = 4 * MAX_CAPTION  # of a text; a longer one has too many characters whatever they are
-_WANTED_KINDS = {
-    "image_key": "but it must hold the paths of image files, as strings; put images themselves into WebDataset shards",
-    "caption_key": "but captions are strings",
-    "label_key": "but labels are strings or whole numbers",
-    "filter": "which no filter can compare",
+_SMALL_BYTES = 16 << 20  # columns of a row group up to this size are cheap to read as a dictionary
+_MAX_BYTES = 4 * MAX_CAPTION  # a text with more bytes has too many characters, whatever they are
+_REQUIRED_TYPES = {
+    "image_key": "but it must be the paths of image files, as strings; to embed images, write WebDataset shards",
+    "caption_key": "but captions must be strings",
+    "label_key": "but labels must be strings or integers",
+    "filter": "which a filter cannot compare",
 }
 
 
 class ParquetReader:
-    """A `tables.reader.Reader` of Parquet.
+    """`tables.reader.Reader` for Parquet.
 
-    Paths and captions are strings, plain or with a dictionary; labels may be whole numbers. A null is a bad row, but for a
-    label, whose null is the empty label.
+    Paths and captions must be strings, plain or dictionary-encoded. Labels may also be integers. A null makes a bad row, except for a
+    label, where it is the empty label.
 
     Args:
-        path: an existing file.
-        options: what to read.
+        path: existing file.
+        options: columns and rows to read.
     """
 
     def __init__(self, path: Path, options: TableOptions) -> None:
-        self.path, self.wanted = path, options.wanted
+        self.path, self.requested = path, options.requested
         self.filtered = sorted(options.filtered)
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="row")
         self.bytes_read = 0
@@ -71,44 +71,44 @@ class ParquetReader:
             raise unreadable(self.path, error) from error
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
-            fix = "Decrypt it" if "crypt" in reason.lower() else "Was it copied or written to its end?"
+            fix = "Decrypt it." if "crypt" in reason.lower() else "Check that the file is complete."
             raise DataError(f"{self.path} cannot be read as Parquet after row {rows}: {reason}. {fix}") from error
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
-        """Rows of the wanted columns, and how many rows the file has."""
-        import pyarrow.parquet as pq  # 0.1 s, which tables of text do without
+        """Yield batches of the requested columns, each with the number of rows of the file."""
+        import pyarrow.parquet as pq  # imported here, because it takes 0.1 s that other formats do not need
 
         open_file = partial(pq.ParquetFile, self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         with open_file() as file:
             self._check_columns(file.schema_arrow)
-            wanted = list(dict.fromkeys(self.wanted.values()))
-            names = list(dict.fromkeys([*wanted, *self.filtered]))
-            texts = [name for name in wanted if _is_text(file.schema_arrow.field(name).type)]
+            requested = list(dict.fromkeys(self.requested.values()))
+            names = list(dict.fromkeys([*requested, *self.filtered]))
+            texts = [name for name in requested if _is_text(file.schema_arrow.field(name).type)]
             with open_file(read_dictionary=texts) as coded:
                 for group in range(file.num_row_groups):
-                    rows, repeats = _way_to_read(coded, group, wanted)
+                    rows, repeats = _reading_strategy(coded, group, requested)
                     batches = (coded if repeats else file).iter_batches(rows, row_groups=[group], columns=names)
                     yield from ((batch, file.metadata.num_rows) for batch in batches)
 
     def _check_columns(self, schema: pa.Schema) -> None:
-        wanted = [*self.wanted.items(), *(("filter", name) for name in self.filtered)]
-        for setting, name in wanted:
+        requested = [*self.requested.items(), *(("filter", name) for name in self.filtered)]
+        for setting, name in requested:
             count = schema.names.count(name)
             if count > 1:
-                raise DataError(f"{self.path} has {count} columns called {name!r} (data.{setting}): rename one.")
+                raise DataError(f"{self.path} has {count} columns named {name!r} (data.{setting}): rename one.")
             if not count:
                 raise DataError(f"{self.path} {no_column(name, setting, schema.names)}")
             kind = schema.field(name).type
             if not _fits(setting, kind):
                 raise DataError(
-                    f"{self.path}: its column {name!r} (data.{setting}) is {kind}, {_WANTED_KINDS[setting]}."
+                    f"{self.path}: the column {name!r} (data.{setting}) is of type {kind}, {_REQUIRED_TYPES[setting]}."
                 )
 
     def _block(self, batch: pa.RecordBatch, before: int) -> RowBlock:
         lines = np.arange(before + 1, before + 1 + len(batch), dtype=np.int64)
         columns, too_long = {}, {}
-        for setting, name in self.wanted.items():
-            column, too_long[setting] = _without_long(batch.column(name))
+        for setting, name in self.requested.items():
+            column, too_long[setting] = _blank_long_texts(batch.column(name))
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             column = pc.cast(column, pa.large_string())
@@ -119,10 +119,10 @@ class ParquetReader:
             suspicious |= _suspicious(setting, column)
         for row in np.flatnonzero(suspicious).tolist():
             try:
-                for setting, name in self.wanted.items():
+                for setting, name in self.requested.items():
                     if too_long[setting][row]:
                         raise BadValue(*longer_than(setting, name, f"more than {_MAX_BYTES:,} bytes"))
-                for setting, name in self.wanted.items():
+                for setting, name in self.requested.items():
                     text_of(setting, name, columns[setting][row].as_py())
             except (BadValue, UnicodeDecodeError) as error:
                 good[row] = False
@@ -137,18 +137,18 @@ class ParquetReader:
         return RowBlock(columns, lines[good], None, extra if self.filtered else None)
 
 
-def _way_to_read(coded: "ParquetFile", group: int, names: list[str]) -> tuple[int, bool]:
-    """How many rows of a row group to read at a time, and whether as dictionaries.
+def _reading_strategy(coded: "ParquetFile", group: int, names: list[str]) -> tuple[int, bool]:
+    """Return the number of rows of a row group to read at a time, and whether to read texts as dictionaries.
 
-    A file of some bytes may say a text of a megabyte any number of times; a dictionary holds it once. But where most texts are
-    different ones, Arrow makes the dictionary anew for every batch.
+    A small file can repeat a text of a megabyte many times. A dictionary stores it once. But if most texts are different, Arrow builds
+    the dictionary again for every batch.
 
     Args:
-        coded: the file, whose texts are read as dictionaries.
+        coded: the file, opened so that texts are read as dictionaries.
     """
     chunks = [coded.metadata.row_group(group).column(i) for i in range(coded.metadata.num_columns)]
     chunks = [chunk for chunk in chunks if chunk.path_in_schema in names and chunk.num_values]
-    # The first row brings the dictionary with it, and so all that is said more than once.
+    # Reading the first row loads the dictionary, which has all texts that are repeated.
     first = next(coded.iter_batches(1, row_groups=[group], columns=names), None)
     columns = [] if first is None else [first.column(name) for name in names]
     dictionaries = [column.dictionary for column in columns if pa.types.is_dictionary(column.type)]
@@ -176,8 +176,8 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _without_long(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """A column whose texts above `_MAX_BYTES` are empty, and bool [rows]: which these are. Others than dictionaries are left alone."""
+def _blank_long_texts(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """Replace texts above `_MAX_BYTES` in a dictionary column by empty ones; also return which rows these are, bool [rows]."""
     none = np.zeros(len(column), dtype=bool)
     if not pa.types.is_dictionary(column.type):
         return column, none
@@ -190,7 +190,7 @@ def _without_long(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def _suspicious(setting: str, column: pa.LargeStringArray) -> np.ndarray:
-    """bool [rows]: where a value may be a bad one; `text_of` decides. UTF-8 is not checked by readers of Parquet."""
+    """Return bool [rows], True where a value may be bad and `text_of` must check it. Arrow does not check the UTF-8 of a Parquet file."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:

@@ -1,4 +1,4 @@
-"""What the reader of a table's file is given and gives, whatever the format: options; blocks of good rows, and an account of the bad ones."""
+"""Interface of the table readers, for all formats: options, blocks of good rows, and a record of the bad rows."""
 
 import difflib
 import hashlib
@@ -19,59 +19,62 @@ from clip_exp.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How a table is read. Two readings by equal options of an unchanged file give equal rows."""
+    """Options for reading a table. Equal options give equal rows, if the file is unchanged."""
 
-    # Names of the columns; captions and labels are optional.
+    # Column names. Captions and labels are optional.
     image_key: str = "filepath"
     caption_key: str | None = "title"
     label_key: str | None = None
-    # Of delimited text: `auto`, or what they are.
+    # For delimited text.
     separator: str = "auto"
     encoding: str = "auto"
-    on_bad_row: OnBadRow = OnBadRow.error  # `error`, or `skip` to leave bad rows out and count them by reason
-    filter: str | None = None  # which rows are kept (`tables.filters`); None: all
-    max_rows: int | None = None  # stop after that many rows
+    on_bad_row: OnBadRow = OnBadRow.error  # `skip`: leave bad rows out and count them by reason
+    filter: str | None = None  # condition for the rows to use (`tables.filters`); None: all rows
+    max_rows: int | None = None  # stop after this number of rows
 
     @property
-    def wanted(self) -> dict[str, str]:
-        """Key of the configuration (`image_key`, …) to the name of the column."""
-        wanted = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
-        return {setting: name for setting, name in wanted.items() if name is not None}
+    def requested(self) -> dict[str, str]:
+        """Requested columns: configuration key (`image_key`, …) to column name."""
+        requested = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
+        return {setting: name for setting, name in requested.items() if name is not None}
 
     @property
     def filtered(self) -> frozenset[str]:
-        """Names of the columns that the filter needs."""
+        """Names of the columns in the filter."""
         return filters.parse(self.filter).names if self.filter else frozenset()
 
     def as_json(self) -> dict[str, Any]:
-        """For the identity of an index. What happens to bad rows is not part of it: where there are none, the rows are the same."""
+        """Return JSON values for the identity of an index.
+
+        `on_bad_row` is not part of it, because it does not change the rows of a table without bad rows.
+        """
         return {name: value for name, value in asdict(self).items() if name != "on_bad_row"}
 
 
-# Whether a file is still the one that was read.
+# Signatures, by which a changed file is detected.
 
 _BLOCK = 1 << 14  # bytes
-_MOST_BLOCKS, _FEWEST_BLOCKS = 256, 2  # of a file
-_ALL_BLOCKS = 4096  # of a table's files together, where they are many
+_MAX_BLOCKS, _MIN_BLOCKS = 256, 2  # sampled blocks per file
+_TOTAL_BLOCKS = 4096  # sampled blocks of all files of a table together
 
 
-class FileStamp(NamedTuple):
-    """What is known of a file without reading all of it."""
+class FileSignature(NamedTuple):
+    """Size, modification time and a sample of the content of a file, to detect a change without reading all of it."""
 
     bytes: int
     mtime_ns: int
-    sample: str  # hash of the first, the last and evenly spread blocks; of everything in a file that is no longer than these
+    sample: str  # hash of the first, the last and evenly spaced blocks, or of the whole content of a small file
 
     @classmethod
-    def of(cls, file: Path, files: int = 1) -> "FileStamp":
-        """The stamp of a file.
+    def of(cls, file: Path, files: int = 1) -> "FileSignature":
+        """Compute the signature of a file.
 
         Args:
-            files: how many are looked at together; each of many is sampled less.
+            files: number of files of the table; with many files, each is sampled less.
 
         Raises: OSError.
         """
-        blocks = min(_MOST_BLOCKS, max(_FEWEST_BLOCKS, _ALL_BLOCKS // files))
+        blocks = min(_MAX_BLOCKS, max(_MIN_BLOCKS, _TOTAL_BLOCKS // files))
         with open(file, "rb", buffering=0) as stream:
             status = os.fstat(stream.fileno())
             digest = hashlib.sha256()
@@ -84,10 +87,10 @@ class FileStamp(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns, digest.hexdigest())
 
     @classmethod
-    def of_table(cls, file: Path, files: int) -> "FileStamp":
-        """`of` a file that the configuration names.
+    def of_table(cls, file: Path, files: int) -> "FileSignature":
+        """Compute the signature of a file that the configuration names.
 
-        Raises: ConfigError.
+        Raises: ConfigError if it cannot be read.
         """
         try:
             return cls.of(file, files)
@@ -96,58 +99,58 @@ class FileStamp(NamedTuple):
 
 
 def unreadable(file: Path, error: OSError) -> ConfigError:
-    """Return what to report of a table's file that cannot be opened or read."""
+    """Return the error for a table file that cannot be opened or read."""
     return ConfigError(f"The table {file} cannot be read: {error.strerror or error}.")
 
 
-# Good rows, and an account of the bad ones.
+# Good rows, and the record of the bad ones.
 
-MAX_CAPTION = 32_768  # characters; longer ones are bad rows: more often a quote that never closes than a caption
-MAX_EXAMPLES = 1_000  # bad rows of a file that are remembered one by one
+MAX_CAPTION = 32_768  # characters; a longer caption is a bad row, usually caused by a quote that is never closed
+MAX_EXAMPLES = 1_000  # bad rows per file that are recorded one by one
 
 
 class RowBlock(NamedTuple):
     """Good rows of one file, in order."""
 
-    columns: dict[str, pa.Array]  # by key of the configuration (image_key, …): LargeString, no nulls
-    lines: np.ndarray  # int64: where each row starts, counted from 1: a line, a row of Parquet, a sample of a shard
+    columns: dict[str, pa.Array]  # by configuration key (image_key, …): LargeString, no nulls
+    lines: np.ndarray  # int64: number of the line, Parquet row or shard sample in which each row starts, from 1
     members: np.ndarray | None = None  # int64 [rows, 2]: offset and size of each image in its shard, bytes
-    extra: dict[str, pa.Array] | None = None  # columns that the filter names, as the file has them
+    extra: dict[str, pa.Array] | None = None  # columns of the filter, as stored in the file
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
     def batch(self) -> pa.RecordBatch:
-        """The columns as Arrow stores them."""
+        """The columns as an Arrow record batch."""
         return pa.RecordBatch.from_arrays(list(self.columns.values()), list(self.columns))
 
 
 @dataclass
 class BadRows:
-    """Bad rows of one file: raised at the first, or counted by reason."""
+    """Record of the bad rows of one file, which raises an error at the first one or counts them by reason."""
 
     file: Path  # for messages
     skip: bool  # leave bad rows out (`data.on_bad_row=skip`)
-    unit: str = "line"  # what the number of a row counts: line, row, sample
+    unit: str = "line"  # unit of the number of a row: line, row or sample
     counts: Counter[str] = field(default_factory=Counter)
-    examples: list[tuple[int, str]] = field(default_factory=list)  # the first ones: line and reason
+    examples: list[tuple[int, str]] = field(default_factory=list)  # the first ones: number and reason
 
     def add(self, line: int, reason: str, detail: str = "", fix: str = "") -> None:
-        """Note a bad row.
+        """Record a bad row.
 
         Args:
-            line: where it starts, counted from 1.
-            reason: the kind of fault, a few words that are the same for all rows that have it.
-            detail: what exactly is wrong here; empty: `reason` says it.
-            fix: how to repair it, a sentence; leaving such rows out is always told too.
+            line: number of the line in which it starts, from 1.
+            reason: short name of the kind of fault, by which rows are counted.
+            detail: exact description; empty: use `reason`.
+            fix: sentence on how to repair it. The message also mentions that bad rows can be skipped.
 
-        Raises: DataError unless bad rows are left out.
+        Raises: DataError unless bad rows are skipped.
         """
         if not self.skip:
-            repair = f"{fix.rstrip('.')}, or leave" if fix else "Repair it, or leave"
+            repair = f"{fix.rstrip('.')}, or skip" if fix else "Repair it, or skip"
             raise DataError(
-                f"{self.file}, {self.unit} {line}: {detail or reason}. {repair} bad rows out with data.on_bad_row=skip."
+                f"{self.file}, {self.unit} {line}: {detail or reason}. {repair} bad rows with data.on_bad_row=skip."
             )
         self.counts[reason] += 1
         if len(self.examples) < MAX_EXAMPLES:
@@ -155,27 +158,27 @@ class BadRows:
 
 
 class Reader(Protocol):
-    """Reads one file. `bad` is complete when the blocks are."""
+    """Reader of one file. `bad` is complete after the last block."""
 
     bad: BadRows
-    bytes_read: int  # of the file, so far; for the bar of progress
+    bytes_read: int  # bytes read so far, for the progress bar
 
     def blocks(self) -> Iterator[RowBlock]:
-        """The good rows.
+        """Yield the good rows.
 
-        Raises: DataError for a bad row that is not left out, for a file that is no table of its kind, for missing columns;
+        Raises: DataError for a bad row that is not skipped, for a file of another format, and for missing columns;
             ConfigError for a file that cannot be opened.
         """
         ...
 
 
-# Values: what a row's image path, caption and label may be, where a format holds more than text.
+# Values: allowed image paths, captions and labels in formats with typed values.
 
 _WHAT = {"image_key": "image path", "caption_key": "caption", "label_key": "label"}
 
 
 class BadValue(Exception):
-    """A value that makes its row a bad one: the kind of fault, and what exactly is wrong."""
+    """Error raised for a value that makes its row bad, with the kind of fault and an exact description."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -183,14 +186,14 @@ class BadValue(Exception):
 
 
 def text_of(setting: str, name: str, value: object) -> str:
-    """The text of a value, verbatim.
+    """Return the text of a value, verbatim.
 
-    Nothing is made text that is not: a number as a caption is a wrong column more often than a caption. Only labels may be
-    whole numbers; no label (null) is the empty one, which means no class.
+    Other types are not converted to text: a number as a caption usually means a wrong column. Only labels may be integers. A missing
+    label (null) is the empty label, which means no class.
 
     Args:
         setting: `image_key`, `caption_key` or `label_key`.
-        name: of its column, for messages.
+        name: name of the column, for messages.
 
     Raises: BadValue.
     """
@@ -202,34 +205,34 @@ def text_of(setting: str, name: str, value: object) -> str:
     if not isinstance(value, str):
         kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
         shown = f"{kinds.get(type(value), type(value).__name__)}: {_shortened(str(value))}"
-        raise BadValue(f"the {what} is no text", f"the {what} {name!r} is no text but {shown}")
+        raise BadValue(f"the {what} is not text", f"the {what} {name!r} is not text but {shown}")
     if not value and setting == "image_key":
         raise BadValue(f"no {what}", f"the {what} {name!r} is empty")
     if "\0" in value:
-        raise BadValue("NUL character", f"the {what} {name!r} holds a NUL character")
+        raise BadValue("NUL character", f"the {what} {name!r} contains a NUL character")
     if len(value) > MAX_CAPTION:
         raise BadValue(*longer_than(setting, name, f"{len(value):,} characters, more than {MAX_CAPTION:,}"))
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadValue("not Unicode", f"the {what} {name!r} holds half a surrogate pair") from error
+            raise BadValue("not Unicode", f"the {what} {name!r} contains a lone surrogate") from error
     return value
 
 
 def longer_than(setting: str, name: str, measure: str) -> tuple[str, str]:
-    """Reason and detail for a text of too many characters or bytes."""
+    """Return reason and detail for a text with too many characters or bytes."""
     return f"{_WHAT[setting]} too long", f"the {_WHAT[setting]} {name!r} has {measure}"
 
 
 def absent(setting: str, name: str) -> tuple[str, str]:
-    """Reason and detail for a value that is missing."""
+    """Return reason and detail for a missing value."""
     what = _WHAT[setting]
     return f"no {what}", f"there is no {what} ({name!r} is missing or null; data.{setting})"
 
 
 def no_column(name: str, setting: str, names: Iterable[str]) -> str:
-    """The end of a message that began with the file: which column is missing, and which may be meant."""
+    """Return the end of a message that starts with the file: the missing column, the existing ones and a suggestion."""
     listed = list(names)
     close = difflib.get_close_matches(name.lower(), [other.lower() for other in listed], n=1)
     nearest = next((other for other in listed if close and other.lower() == close[0] and other.isprintable()), None)

@@ -1,4 +1,4 @@
-"""The rows of several files of any format in batches of a constant number of rows, and an account of each file."""
+"""Sequential scan of a table's files, of any format: batches with a constant number of rows, and statistics of each file."""
 
 import hashlib
 import logging
@@ -16,10 +16,10 @@ import pyarrow as pa
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import bool_array, count_blank, string_buffers, trimmed
 from clip_exp.data.tables.delimited import DelimitedReader
-from clip_exp.data.tables.filters import Unlike, joined
+from clip_exp.data.tables.filters import UnconvertedValues, merge_unconverted
 from clip_exp.data.tables.jsonl import JsonLinesReader
 from clip_exp.data.tables.parquet import ParquetReader
-from clip_exp.data.tables.reader import FileStamp, Reader, RowBlock, TableOptions, unreadable
+from clip_exp.data.tables.reader import FileSignature, Reader, RowBlock, TableOptions, unreadable
 from clip_exp.data.tables.shards import ShardReader
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.progress import progress
@@ -27,35 +27,35 @@ from clip_exp.progress import progress
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 1 << 16
-_BAR_FROM = 64 << 20  # bytes; smaller tables are read before a bar is seen
+_PROGRESS_BAR_BYTES = 64 << 20  # bytes; smaller tables are read so fast that they need no progress bar
 
 
 @dataclass(frozen=True)
 class ScannedFile:
-    """What was found in a file."""
+    """Statistics of a file."""
 
     path: Path
-    stamp: FileStamp
+    signature: FileSignature
     rows: int
-    seen: int  # `rows`, bad ones, and those that the filter left out
-    digest: str  # of the rows: equal where paths, captions, labels and places in a shard are
-    bad: dict[str, int]  # rows that were left out, by reason
-    bad_examples: tuple[tuple[int, str], ...]  # the first of them: line and reason
-    unit: str  # what numbers the rows: line, row, sample
-    empty_captions: int  # of `rows`, blank ones included
-    unlike: tuple[Unlike, ...]  # values that the filter could not compare
+    seen: int  # number of rows, including bad ones and those that do not match the filter
+    digest: str  # hash of the paths, captions, labels and positions in a shard of all rows
+    bad: dict[str, int]  # number of bad rows by reason
+    bad_examples: tuple[tuple[int, str], ...]  # the first bad rows: number and reason
+    unit: str  # unit of the row numbers: line, row or sample
+    empty_captions: int  # number of empty or blank captions among `rows`
+    unconverted: tuple[UnconvertedValues, ...]  # values that the filter could not compare
 
 
 class Scan:
-    """Reads files one after the other, once.
+    """Single pass over the files of a table.
 
     Args:
-        files: existing ones.
-        options: what to read; reading stops at `max_rows`, and files that come after are not opened.
-        advance: is told the bytes that were read since the last call.
+        files: existing files.
+        options: columns and rows to read. After `max_rows` rows, the remaining files are not opened.
+        advance: callback with the number of bytes read since the last call.
 
     Attributes:
-        read: of the files that are done.
+        read: statistics of the files that are complete.
     """
 
     def __init__(self, files: Sequence[Path], options: TableOptions, advance: Callable[[int], None]) -> None:
@@ -65,61 +65,62 @@ class Scan:
         self._rows = 0
 
     def blocks(self) -> Iterator[RowBlock]:
-        """All rows, in blocks of `BATCH_ROWS`, but for the last.
+        """Yield all rows in blocks of `BATCH_ROWS`; the last block may be smaller.
 
         Raises: DataError, ConfigError; see `tables.open`.
         """
         yield from _rebatch(block for file in self.files for block in self._blocks_of(file))
         if not self._rows:
-            which = f"{self.files[0]}{' and the others' * (len(self.files) > 1)}"
-            unlike = "; ".join(each.describe(file.unit) for file in self.read[:1] for each in file.unlike)
+            which = f"{self.files[0]}{' and the other files' * (len(self.files) > 1)}"
+            unconverted = "; ".join(each.describe(file.unit) for file in self.read[:1] for each in file.unconverted)
             raise DataError(
-                f"{which}: no row passes data.filter={self.options.filter}.{f' Values that match nothing: {unlike}.' * bool(unlike)}"
+                f"{which}: no row matches data.filter={self.options.filter}.{f' Values that cannot be compared: {unconverted}.' * bool(unconverted)}"
                 if any(file.seen for file in self.read)
-                else f"{which}: there are no rows. It takes a row per image-text pair."
+                else f"{which}: there are no rows. A table must have one row per image-text pair."
             )
 
     def _blocks_of(self, file: Path) -> Iterator[RowBlock]:
         if self._rows == self.options.max_rows:
             return
-        stamp = FileStamp.of_table(file, len(self.files))
+        signature = FileSignature.of_table(file, len(self.files))
         reader, digest = open_reader(file, self.options), _Digest()
-        before, found, empty_captions, told = self._rows, 0, 0, 0
-        unlike: list[Unlike] = []
+        before, found, empty_captions, reported = self._rows, 0, 0, 0
+        unconverted: list[UnconvertedValues] = []
         for block in reader.blocks():
-            self.advance(reader.bytes_read - told)
-            told = reader.bytes_read
+            self.advance(reader.bytes_read - reported)
+            reported = reader.bytes_read
             found += len(block)
-            kept = self._kept(block, unlike)
-            if len(kept):
-                digest.update(kept)
-                empty_captions += count_blank(kept.columns["caption_key"]) if "caption_key" in kept.columns else 0
-                self._rows += len(kept)
-                yield kept
+            selected = self._select(block, unconverted)
+            if len(selected):
+                digest.update(selected)
+                if "caption_key" in selected.columns:
+                    empty_captions += count_blank(selected.columns["caption_key"])
+                self._rows += len(selected)
+                yield selected
             if self._rows == self.options.max_rows:
                 break
         else:
-            self.advance(stamp.bytes - told)
+            self.advance(signature.bytes - reported)
         bad = reader.bad
         if not found and (bad.counts or len(self.files) == 1):
-            left_out = f" ({bad.counts.total()} bad ones were left out)" if bad.counts else ""
-            raise DataError(f"{file} has no rows{left_out}: it needs a row per image-text pair.")
-        if not found:  # Spark and its like write such parts
+            skipped = f" ({bad.counts.total()} bad rows were skipped)" if bad.counts else ""
+            raise DataError(f"{file} has no rows{skipped}: it must have one row per image-text pair.")
+        if not found:  # Spark and similar programs write empty parts
             log.warning("%s has no rows.", file)
-        if FileStamp.of_table(file, len(self.files)) != stamp:
-            raise DataError(f"{file} has changed while it was read: start again when it is complete.")
+        if FileSignature.of_table(file, len(self.files)) != signature:
+            raise DataError(f"{file} changed while it was being read: start again when it is complete.")
         rows, seen = self._rows - before, found + bad.counts.total()
         self.read.append(
             ScannedFile(
-                file, stamp, rows, seen, digest.hex(), dict(bad.counts), tuple(bad.examples), bad.unit,
-                empty_captions, tuple(joined(unlike)),
+                file, signature, rows, seen, digest.hex(), dict(bad.counts), tuple(bad.examples), bad.unit,
+                empty_captions, tuple(merge_unconverted(unconverted)),
             )
         )  # fmt: skip
 
-    def _kept(self, block: RowBlock, unlike: list[Unlike]) -> RowBlock:
+    def _select(self, block: RowBlock, unconverted: list[UnconvertedValues]) -> RowBlock:
         if self._filter is not None:
             mask, found = self._filter.select(block.extra or {}, block.lines)
-            unlike += found
+            unconverted += found
             if not mask.all():
                 chosen = bool_array(mask)
                 columns = {name: array.filter(chosen) for name, array in block.columns.items()}
@@ -133,15 +134,15 @@ class Scan:
 
 
 def progress_of(files: Sequence[Path]) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar on the terminal for tables that take a while; to be told the bytes that are read."""
+    """Return a context with a callback for the number of bytes read. It shows a progress bar on a terminal for large tables."""
     size = sum(file.stat().st_size for file in files)
-    if size < _BAR_FROM or not sys.stderr.isatty():
+    if size < _PROGRESS_BAR_BYTES or not sys.stderr.isatty():
         return nullcontext(lambda done: None)
     return progress(size, f"bytes of {files[0].name}")
 
 
 class _Digest:
-    """Of rows, however they are cut into blocks."""
+    """Digest of rows that does not depend on how they are divided into blocks."""
 
     def __init__(self) -> None:
         self._hashes: defaultdict[str, Any] = defaultdict(hashlib.sha256)
@@ -192,7 +193,7 @@ def _slice(block: RowBlock, start: int, rows: int) -> RowBlock:
     return RowBlock(columns, block.lines[start : start + rows], members)
 
 
-# Formats: by the end of a file's name, which its first bytes must not contradict.
+# Formats, chosen by the file extension, which the first bytes must not contradict.
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
@@ -219,9 +220,9 @@ _OTHERS = {
     ".hdf5": "an HDF5 file",
     ".npy": "a NumPy array",
     ".npz": "a NumPy archive",
-    ".pkl": "a pickle, which is never opened",
-    ".pickle": "a pickle, which is never opened",
-    ".pt": "a pickle, which is never opened",
+    ".pkl": "a pickle",
+    ".pickle": "a pickle",
+    ".pt": "a pickle",
     ".tfrecord": "a TensorFlow record",
     ".sqlite": "a database",
     ".db": "a database",
@@ -240,23 +241,25 @@ _MAGIC = {
     b"\xff\xd8\xff": "a JPEG image",
     b"\x89PNG": "a PNG image",
     b"%PDF": "a PDF",
-    b"version https://git-lfs": "a pointer of Git LFS (fetch the file itself: git lfs pull)",
+    b"version https://git-lfs": "a Git LFS pointer (download the file itself: git lfs pull)",
 }
-_NAMED = {"Parquet": PARQUET, "a tar": SHARD}  # formats that are read, by what the first bytes say
+_NAMED = {"Parquet": PARQUET, "a tar": SHARD}  # supported formats, recognized by the first bytes
 
 
 def open_reader(file: Path, options: TableOptions) -> Reader:
-    """The reader of a file: .jsonl .ndjson .json, .parquet .pq, .tar; anything else is delimited text.
+    """Return the reader for a file: .jsonl .ndjson .json, .parquet .pq, .tar; anything else is delimited text.
 
-    Raises: ConfigError for a compressed file, for a format that is not read, and for a name that its content contradicts.
+    Raises: ConfigError for a compressed file, for an unsupported format, and for an extension that contradicts the content.
     """
     suffix = file.suffix.lower()
     if suffix in _COMPRESSED:
         raise ConfigError(
-            f"{file} is compressed, so rows cannot be found in it: decompress it ({_COMPRESSED[suffix]} {file})."
+            f"{file} is compressed, which is not supported: decompress it ({_COMPRESSED[suffix]} {file})."
         )
     if suffix in _OTHERS:
-        raise ConfigError(f"{file} is {_OTHERS[suffix]}: write it as CSV, JSON Lines or Parquet.")
+        raise ConfigError(
+            f"{file} is {_OTHERS[suffix]}, which is not supported: convert it to CSV, JSON Lines or Parquet."
+        )
     try:
         with open(file, "rb") as stream:
             head = stream.read(_HEAD)
@@ -267,10 +270,10 @@ def open_reader(file: Path, options: TableOptions) -> Reader:
     if content is not None and suffix not in _NAMED.get(content, ()):
         kinds = {"JSON Lines": JSON_LINES, "Parquet": PARQUET, "a shard": SHARD}
         named = next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "text")
-        fix = "give a CSV, JSON Lines or Parquet file or a shard"
+        fix = "use a CSV, JSON Lines or Parquet file or a shard"
         if content in _NAMED:
             fix = f"rename it to {file.stem}{_NAMED[content][0]}"
-        raise ConfigError(f"{file} is named like {named}, but is {content}: {fix}.")
+        raise ConfigError(f"{file} has the extension of {named}, but its content is {content}: {fix}.")
     if suffix in JSON_LINES:
         return JsonLinesReader(file, options)
     if suffix in PARQUET:

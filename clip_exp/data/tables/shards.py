@@ -1,6 +1,6 @@
-"""WebDataset shards as blocks of rows: a sample is the members of a tar that stand side by side and share their key.
+"""Reader for WebDataset shards: tar files in which the adjacent members with the same key are a sample.
 
-Nothing is extracted, and no name is a path to anything.
+Nothing is extracted, and no member name is used as a path.
 """
 
 import logging
@@ -29,8 +29,7 @@ from clip_exp.data.tables.reader import (
 )
 from clip_exp.errors import ConfigError, DataError
 
-# The members of a tar, found strictly and fast. `tarfile` takes a damaged header in the middle for the end of the archive, and
-# needs four times as long.
+# Members of a tar. `tarfile` is not used, because it takes a damaged header for the end of the archive and is four times slower.
 
 log = logging.getLogger(__name__)
 
@@ -44,37 +43,37 @@ _WITHOUT_DATA = b"123456"  # whatever size their headers claim
 
 
 class Damaged(Exception):
-    """The tar breaks off, or is none; the message says where and how."""
+    """Error raised for a tar that is truncated, damaged or of another format. The message has the position and the cause."""
 
 
 class Member(NamedTuple):
-    """A member that is no folder."""
+    """Member of a tar that is not a folder."""
 
     name: str
-    offset: int  # of its bytes in the tar
+    offset: int  # position of its bytes in the tar
     size: int  # bytes
-    fault: str  # what it is, where it is no regular file
+    fault: str  # kind of a member that is not a regular file; empty for a regular file
 
 
 class _Header(NamedTuple):
     name: bytes
     size: int
     kind: bytes
-    data: int  # where its data starts
+    data: int  # position of the data
 
 
 def members(file: BinaryIO) -> Iterator[Member]:
-    """The members in order: ustar, GNU and pax.
+    """Yield the members of a tar in order. Supports the formats ustar, GNU and pax.
 
     Args:
-        file: of a tar, which is sought in.
+        file: seekable tar file.
 
     Raises: Damaged.
     """
     end = os.fstat(file.fileno()).st_size
     position, found = 0, False
     overall: dict[str, bytes] = {}
-    following: dict[str, bytes] = {}  # what the headers before a member say of it
+    following: dict[str, bytes] = {}  # attributes of the next member, from extended headers
     while (header := _header(file, position, end)) is not None:
         found = True
         if header.kind in b"xXgLK":
@@ -92,7 +91,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
             continue
         facts = {**overall, **following}
         following = {}
-        fault = "" if header.kind in _PLAIN else _FAULTS.get(header.kind, "no regular file")
+        fault = "" if header.kind in _PLAIN else _FAULTS.get(header.kind, "not a regular file")
         if any(key.startswith("GNU.sparse") for key in facts):
             fault = "a sparse file"
         written = facts.get("size", b"")
@@ -105,28 +104,27 @@ def members(file: BinaryIO) -> Iterator[Member]:
             yield Member(name, header.data, size, fault)
         position = header.data + _padded(size)
     if not found:
-        raise Damaged("it holds nothing")
+        raise Damaged("it has no members")
     _check_end(file, position)
     if position > end:
-        raise Damaged(f"it ends at byte {end}, where its last member has not ended")
+        raise Damaged(f"it ends at byte {end}, before the end of its last member")
     if position == end:
-        log.warning("%s has no end mark, as if its writing was cut off.", file.name)
+        log.warning("%s has no end-of-archive marker; it may be truncated.", file.name)
 
 
 def _check_end(file: BinaryIO, position: int) -> None:
-    """An end mark is the end: a header in a hole looks like one, as after a download that left pieces out."""
+    """Check that only zeros follow the end-of-archive marker. A hole, as in an incomplete download, looks like a marker."""
     file.seek(position)
     while chunk := file.read(_CHUNK):
         if rest := chunk.lstrip(b"\0"):
             more = file.tell() - len(rest)
             raise Damaged(
-                f"byte {position} should begin a member, but is empty, and at byte {more} there is more (several tars in one file "
-                "are joined with tar -A)"
+                f"there is no member at byte {position}, but more data at byte {more} (to join several tars, use tar -A)"
             )
 
 
 def _header(file: BinaryIO, position: int, end: int) -> _Header | None:
-    """The header at a position; None at the end mark, or at the end of a file that has none."""
+    """Return the header at a position; None at the end-of-archive marker or at the end of the file."""
     file.seek(position)
     block = file.read(_BLOCK)
     if not block or not any(block):
@@ -138,9 +136,9 @@ def _header(file: BinaryIO, position: int, end: int) -> _Header | None:
     except ValueError:
         checksum = -1
     if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
-        raise Damaged(f"byte {position} should begin a member, but does not")
+        raise Damaged(f"there is no valid header at byte {position}")
     data = position + _BLOCK
-    if block[156:157] == b"S" and block[482]:  # GNU's sparse file, whose map goes on in blocks of its own
+    if block[156:157] == b"S" and block[482]:  # GNU sparse file, whose map continues in further blocks
         while len(more := file.read(_BLOCK)) == _BLOCK:
             data += _BLOCK
             if not more[504]:
@@ -152,13 +150,13 @@ def _header(file: BinaryIO, position: int, end: int) -> _Header | None:
 
 
 def _number(field: bytes, position: int) -> int:
-    """Octal digits, or GNU's bytes of a number that is too large for them."""
+    """Parse a number: octal digits, or GNU's binary format for large numbers."""
     try:
         number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else int(field.strip(b" \0") or b"0", 8)
     except ValueError:
         number = -1
     if not 0 <= number < 1 << 62:
-        raise Damaged(f"the member at byte {position} has no size")
+        raise Damaged(f"the member at byte {position} has no valid size")
     return number
 
 
@@ -171,7 +169,7 @@ def _padded(size: int) -> int:
 
 
 def _pax_records(data: bytes, position: int) -> dict[str, bytes]:
-    """`<length> <key>=<value>` and a line end, over and over; the length is the whole record's."""
+    """Parse pax records: `<length> <key>=<value>` and a newline each, where the length is that of the whole record."""
     records: dict[str, bytes] = {}
     start = 0
     while start < len(data):
@@ -185,48 +183,48 @@ def _pax_records(data: bytes, position: int) -> dict[str, bytes]:
     return records
 
 
-# Samples: the members that share a key, and what of them is wanted.
+# Samples: adjacent members with the same key.
 
-IMAGES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first of them that a sample has, as in open_clip
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's key and extension
+IMAGES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first one in a sample is used, as in open_clip
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key and extension as in webdataset
 _BLOCK_ROWS = 1 << 12
-_BLOCK_BYTES = 64 << 20  # of a shard; a filter may look at long lists in the JSON
+_BLOCK_BYTES = 64 << 20  # limit for a block, because a filter may use long lists in the JSON
 _MAX_TEXT = 4 * MAX_CAPTION  # bytes
 _MAX_JSON = 1 << 20  # bytes
 
 
 @dataclass
 class _Row:
-    values: list[str]  # image's name, caption, label: what is wanted of them
+    values: list[str]  # requested ones of image name, caption and label
     image: Member
-    record: dict[str, Any]  # what the filter looks at
+    record: dict[str, Any]  # keys of the filter
 
 
 class ShardReader:
-    """A `tables.reader.Reader` of a WebDataset tar.
+    """`tables.reader.Reader` for a WebDataset tar.
 
-    The key of a member is its name up to the first dot after the last slash, without `./`; names without a key, and hidden files, are left
-    alone as webdataset does. Of a sample the reader takes
-    - the image: the member whose extension is `image_key`, else the first of `IMAGES`;
-    - caption and label: the member whose extension is `caption_key` (`label_key`), else that key of the sample's .json, else
-      for the caption the .txt;
-    - for the filter: the keys of the .json, the members by their extensions, and what was taken as above.
-    Links, devices, sparse files, absolute names and names with `..` make their sample a bad one.
+    The key of a member is its name up to the first dot after the last slash, without `./`. Names without a key and hidden files are
+    ignored, as in webdataset. A sample consists of
+    - the image: the member with the extension `image_key`, else the first of `IMAGES`;
+    - caption and label: the member with the extension `caption_key` (`label_key`), else that key of the .json; if neither exists, the
+      .txt is the caption;
+    - columns for the filter: the keys of the .json, the members by extension, and the values above.
+    Links, devices, sparse files, absolute names and names with `..` make the sample bad.
 
     Args:
-        path: an existing file.
-        options: what to read.
+        path: existing file.
+        options: columns and rows to read.
     """
 
     def __init__(self, path: Path, options: TableOptions) -> None:
-        self.path, self.options, self.wanted = path, options, options.wanted
+        self.path, self.options, self.requested = path, options, options.requested
         self.bad = BadRows(path, options.on_bad_row is OnBadRow.skip, unit="sample")
         self.bytes_read = 0
         self._extra = NativeColumns(options.filtered)
         self.filtered = self._extra.names
 
     def blocks(self) -> Iterator[RowBlock]:
-        """See `tables.reader.Reader`. `members` has the offset and the size of each image."""
+        """See `tables.reader.Reader`. `members` has offset and size of each image."""
         rows: list[_Row] = []
         samples: list[int] = []
         try:
@@ -247,32 +245,33 @@ class ShardReader:
 
     def _block(self, rows: list[_Row], samples: list[int]) -> RowBlock:
         values = zip(*(row.values for row in rows), strict=True)
-        columns = dict(zip(self.wanted, map(string_array, values), strict=True))
+        columns = dict(zip(self.requested, map(string_array, values), strict=True))
         places = np.array([(row.image.offset, row.image.size) for row in rows], dtype=np.int64)
         extra = self._extra.arrays([row.record for row in rows])
         return RowBlock(columns, np.array(samples, dtype=np.int64), places, extra)
 
     def _rows(self, file: BinaryIO) -> Iterator[tuple[int, _Row]]:
-        """Number and row of each good sample. What stands before the place where a shard breaks off is good."""
+        """Yield number and row of each good sample. In a truncated shard, the samples before the damage are good."""
         keys: set[str] = set()
         number = 0
         try:
             for number, (key, group) in enumerate(groupby(_keyed(members(file)), key=lambda found: found[0]), 1):
-                found = [(extension, member) for _, extension, member in group]  # all, before one of them is refused
+                # Consume the whole group, so that iteration continues with the next sample if this one is bad.
+                found = [(extension, member) for _, extension, member in group]
                 try:
                     yield number, self._row(file, _sample(key, found, keys))
                 except BadValue as bad:
                     self.bad.add(number, bad.reason, f"{bad.detail} (sample {key!r})")
         except Damaged as error:
             if not number:
-                raise DataError(f"{self.path} is no tar that can be read: {error}.") from error
-            self.bad.add(number, "the shard breaks off", f"the shard breaks off here: {error}", "Fetch it again")
+                raise DataError(f"{self.path} is not a readable tar: {error}.") from error
+            self.bad.add(number, "damaged shard", f"the shard is damaged here: {error}", "Download it again")
 
     def _row(self, file: BinaryIO, sample: dict[str, Member]) -> _Row:
         image = next((sample[each] for each in (self.options.image_key.lower(), *IMAGES) if each in sample), None)
         if image is None:
-            raise BadValue("no image", f"there is no image among {', '.join(sample)}")
-        texts = {setting: name for setting, name in self.wanted.items() if setting != "image_key"}
+            raise BadValue("no image", f"there is no image among the members {', '.join(sample)}")
+        texts = {setting: name for setting, name in self.requested.items() if setting != "image_key"}
         in_members = all(name.lower() in sample for name in texts.values())
         record: dict[str, Any] = {}
         if "json" in sample and (self.filtered or not in_members):
@@ -282,43 +281,43 @@ class ShardReader:
             return _Row(values, image, {})
         named = [name for name in self.filtered if name.lower() in sample]
         read = {name: _text(file, sample[name.lower()], "caption_key", name) for name in named}
-        columns = {**dict(zip(self.wanted.values(), values, strict=True)), **read, **record}
+        columns = {**dict(zip(self.requested.values(), values, strict=True)), **read, **record}
         return _Row(values, image, self._extra.of_record(columns))
 
 
 def _keyed(found: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:
-    """Key, extension and member, of members that have a key."""
+    """Yield key, extension and member for each member that has a key."""
     for member in found:
         if match := _NAME.fullmatch(_plain(member.name)):
             yield match[1], match[2].lower(), member
 
 
 def _plain(name: str) -> str:
-    """Return a name without `.` and empty parts: `tar -cf x.tar .` writes `./1.jpg`. One with `..` is refused as it is written."""
+    """Return a name without `.` and empty parts: `tar -cf x.tar .` writes `./1.jpg`. Parts `..` stay, and are refused later."""
     if "./" not in name and "//" not in name:
         return name
     return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _sample(key: str, found: list[tuple[str, Member]], keys: set[str]) -> dict[str, Member]:
-    """Members by extension; the key is added to `keys`. Raises BadValue."""
+    """Return the members by extension, and add the key to `keys`. Raises BadValue."""
     extensions = [extension for extension, _ in found]
     if key in keys or len(set(extensions)) < len(extensions):
-        detail = "its key is there twice; the members of a sample must stand side by side (tar --sort=name)"
-        raise BadValue("key twice", detail)
+        detail = "its key appears twice; the members of a sample must be adjacent (tar --sort=name)"
+        raise BadValue("duplicate key", detail)
     keys.add(key)
     for _, member in found:
         if member.fault:
-            raise BadValue("no regular file", f"its member {member.name!r} is {member.fault}")
+            raise BadValue("not a regular file", f"its member {member.name!r} is {member.fault}")
     if not key.isprintable() and any("\udc80" <= character <= "\udcff" for character in key):
         raise BadValue("not UTF-8", "its name is not UTF-8")
     if key.startswith("/") or ".." in PurePosixPath(key).parts:
-        raise BadValue("unsafe name", "its name is absolute or has a '..'")
+        raise BadValue("unsafe name", "its name is absolute or contains '..'")
     return dict(found)
 
 
 def _value(file: BinaryIO, sample: dict[str, Member], record: dict[str, Any], setting: str, name: str) -> str:
-    """A caption or a label: a member, or a value of the sample's JSON, or instead of a caption the .txt."""
+    """Return a caption or label: a member, or a value of the sample's JSON, or the .txt for a caption."""
     if name.lower() in sample:
         return _text(file, sample[name.lower()], setting, name)
     if record.get(name) is None and setting == "caption_key" and "txt" in sample:
@@ -326,12 +325,12 @@ def _value(file: BinaryIO, sample: dict[str, Member], record: dict[str, Any], se
     if name not in record:
         reason, _ = absent(setting, name)
         listed = f", and its .json has only {', '.join(map(repr, record))}" if record else ""
-        raise BadValue(reason, f"{reason}: there is no member .{name}{listed}; data.{setting} may name another")
+        raise BadValue(reason, f"{reason}: there is no member .{name}{listed}; check data.{setting}")
     return text_of(setting, name, record[name])
 
 
 def _text(file: BinaryIO, member: Member, setting: str, name: str) -> str:
-    """The text of a member, verbatim."""
+    """Return the text of a member, verbatim."""
     try:
         text = _read(file, member, _MAX_TEXT, "caption" if setting == "caption_key" else "label").decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""Rows of images with captions, kept as Arrow batches that worker processes share. Made by `tables.open`.
+"""Table of images with captions and labels, stored as Arrow batches that worker processes share. Created by `tables.open`.
 
-Captions stay as they are in the file: `null`, `NA`, `007` and the empty caption are text. Labels lose the blanks around them.
+Captions are text, verbatim: `null`, `NA`, `007` and the empty caption are not converted. Blanks around labels are removed.
 """
 
 import os
@@ -16,69 +16,68 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_exp.data.files import ImageLimits, normal_path, read_below, read_member
+from clip_exp.data.files import ImageLimits, normal_path, read_from_root, read_member
 from clip_exp.data.tables.columns import int32_numpy, string_array
-from clip_exp.data.tables.filters import Unlike, as_json, joined
+from clip_exp.data.tables.filters import UnconvertedValues, as_json, merge_unconverted
 from clip_exp.data.tables.reader import RowBlock
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
 
 
 @dataclass(frozen=True)
 class Part(ScannedFile):
-    """One file of a table, its `path` absolute: its rows are `start` and the `rows - 1` after it."""
+    """One file of a table, with an absolute `path`. Its rows are `start` to `start + rows - 1`."""
 
-    root: Path  # where its relative image paths start from; absolute
+    root: Path  # absolute folder of its relative image paths
     start: int
 
 
 def bad_rows(parts: Iterable[Part]) -> Counter[str]:
-    """Bad rows that were left out, by reason."""
+    """Count the bad rows that were skipped, by reason."""
     counts = Counter[str]()
     for part in parts:
         counts.update(part.bad)
     return counts
 
 
-def unlike_values(parts: Iterable[Part]) -> list[Unlike]:
-    """Values that the filter could not compare, an account per column."""
-    return joined(each for part in parts for each in part.unlike)
+def unconverted_values(parts: Iterable[Part]) -> list[UnconvertedValues]:
+    """Return the values that the filter could not compare, one entry per column and kind."""
+    return merge_unconverted(each for part in parts for each in part.unconverted)
 
 
 class ImageGroups(NamedTuple):
-    """The images of a table, numbered by first appearance, where some have several rows."""
+    """Rows grouped by image, for a table in which some images have several rows. Images are numbered by first appearance."""
 
-    image_index: np.ndarray  # int32 [rows]: the image of each row
-    order: np.ndarray  # int32 [rows]: the rows sorted by image, each image's in the table's order
-    offsets: np.ndarray  # int64 [images + 1]: where each image's begin in `order`
+    image_index: np.ndarray  # int32 [rows]: image of each row
+    order: np.ndarray  # int32 [rows]: rows sorted by image, and in the table's order within an image
+    offsets: np.ndarray  # int64 [images + 1]: start of each image in `order`
 
 
 class StoredRows(Protocol):
-    """Where a table's rows are kept. It pickles as little as it can."""
+    """Storage of a table's rows. Its pickle should be small, because each worker process gets one."""
 
-    # Of `BATCH_ROWS` rows, but for the last, with a column of strings per key of the configuration.
+    # Batches of `BATCH_ROWS` rows (the last may be smaller), with a column of strings per configuration key.
     batches: Sequence[pa.RecordBatch]
-    lines: np.ndarray  # int64 [rows]: where each row starts in its file, counted from 1
-    members: (
-        np.ndarray | None
-    )  # int64 [rows, 2]: offset and size of each image in its shard; None where images are files
+    lines: np.ndarray  # int64 [rows]: line in which each row starts, from 1
+    # int64 [rows, 2]: offset and size of each image in its shard; None if images are files.
+    members: np.ndarray | None
 
     @property
     def groups(self) -> ImageGroups | None:
-        """Rows by image; None where every row has an image of its own."""
+        """Rows by image; None if every row has its own image."""
         ...
 
 
 class PairTable:
-    """Rows of images with captions, labels or both.
+    """Table of images with captions, labels or both.
 
     Args:
-        rows: where they are kept.
-        parts: the files, in order.
+        rows: storage of the rows.
+        parts: files of the table, in order.
 
     Attributes:
-        paths, captions, labels: Arrow strings, a value per row; captions and labels only where they were asked for.
-        lines: int64 [rows]: where each row starts in its file, counted from 1.
-        members: int64 [rows, 2]: offset and size of each image in its shard; None where images are files.
+        paths, captions, labels: Arrow strings, one value per row; captions and labels are None unless requested.
+        lines: int64 [rows]: line in which each row starts, from 1.
+        members: int64 [rows, 2]: offset and size of each image in its shard; None if images are files.
     """
 
     def __init__(self, rows: StoredRows, parts: tuple[Part, ...]) -> None:
@@ -99,103 +98,103 @@ class PairTable:
 
     @property
     def root(self) -> Path:
-        """Where the relative image paths of the first file start from."""
+        """Folder of the relative image paths of the first file."""
         return self.parts[0].root
 
     @property
     def folders(self) -> set[Path]:
-        """Where relative image paths start from, or where the shards are."""
+        """Folders of the relative image paths, or of the shards."""
         return {part.root if self.members is None else part.path.parent for part in self.parts}
 
     @property
     def skipped(self) -> int:
-        """Bad rows that were left out."""
+        """Number of bad rows that were skipped."""
         return bad_rows(self.parts).total()
 
     @property
     def empty_captions(self) -> int:
-        """Captions that are empty or blank."""
+        """Number of empty or blank captions."""
         return sum(part.empty_captions for part in self.parts)
 
     def shortcomings(self) -> dict[str, Any]:
-        """For a protocol: rows that were left out, empty captions, values that the filter could not compare; no more than there are."""
+        """Return the nonzero ones of: skipped rows, empty captions, values that the filter could not compare."""
         found = {
             "bad_rows": self.skipped,
             "empty_captions": self.empty_captions,
-            "filter_values": as_json(unlike_values(self.parts)),
+            "filter_values": as_json(unconverted_values(self.parts)),
         }
         return {name: value for name, value in found.items() if value}
 
     @property
     def images(self) -> int:
-        """Distinct images."""
+        """Number of distinct images."""
         groups = self._rows.groups
         return len(self) if groups is None else len(groups.offsets) - 1
 
     def rows_of(self, image: int) -> np.ndarray:
-        """int32 [n]: the rows that show an image, which is counted by first appearance."""
+        """Return the rows of an image, int32 [n]. Images are numbered by first appearance."""
         groups = self._rows.groups
         if groups is None:
             return np.array([image], dtype=np.int32)
         return groups.order[groups.offsets[image] : groups.offsets[image + 1]]
 
     def image(self, row: int) -> int:
-        """The number of the image that a row shows, counted by first appearance."""
+        """Return the image of a row. Images are numbered by first appearance."""
         groups = self._rows.groups
         return row if groups is None else int(groups.image_index[row])
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Name of each file to its `rows`, `bytes` and `digest`. Equal tables have equal ones wherever their files lie."""
+        """Return `rows`, `bytes` and `digest` of each file by name. Equal tables in different folders have equal fingerprints."""
         found: dict[str, dict[str, Any]] = {}
         times = Counter[str]()
         for part in self.parts:
             name = part.path.name
             times[name] += 1
             key = name if times[name] == 1 else f"{name} ({times[name]})"
-            found[key] = {"rows": part.rows, "bytes": part.stamp.bytes, "digest": part.digest}
+            found[key] = {"rows": part.rows, "bytes": part.signature.bytes, "digest": part.digest}
         return found
 
     def part(self, row: int) -> Part:
-        """The file that a row comes from."""
+        """Return the file of a row."""
         return self.parts[bisect_right(self._ends, row)]
 
     def path(self, row: int) -> str:
-        """The image's path as it is written in the table."""
+        """Return the image path as written in the table."""
         return self._value("image_key", row)
 
     def image_path(self, row: int) -> str:
-        """The image's path, below the table's image root where it is relative; in a shard, `<shard>/<member>`."""
+        """Return the image path on disk, where a relative path starts from the image root; in a shard, `<shard>/<member>`."""
         return str((self.part(row).root if self.members is None else self.part(row).path) / self.path(row))
 
     def read_image(self, row: int, limits: ImageLimits) -> bytearray:
-        """The bytes of the image's file.
+        """Read the bytes of an image.
 
         Raises: BadImage with the reason.
         """
         if self.members is None:
-            return read_below(self.part(row).root, self.path(row), limits)
+            return read_from_root(self.part(row).root, self.path(row), limits)
         offset, size = self.members[row].tolist()
         return read_member(self.part(row).path, offset, size, limits)
 
     def caption(self, row: int) -> str:
-        """The caption, verbatim."""
+        """Return the caption, verbatim."""
         if self.captions is None:
             raise ValueError("this table was read without captions")
         return self._value("caption_key", row)
 
     def label(self, row: int) -> str:
-        """The class name, without blanks around it; empty for none."""
+        """Return the class name without surrounding blanks; empty for no class."""
         if self.labels is None:
             raise ValueError("this table was read without labels")
         return self._value("label_key", row)
 
     def where(self, row: int) -> str:
-        """File and line of a row, for messages."""
+        """Return the file and line of a row, for messages."""
         part = self.part(row)
         return f"{part.path}, {part.unit} {self.lines[row]}"
 
     def image_index(self) -> np.ndarray:
-        """int32 [rows]: which image a row shows, numbered by first appearance. Names of a file are the same image."""
+        """Return the image of each row, int32 [rows], numbered by first appearance. Different names of one file are the same image."""
         groups = self._rows.groups
         return np.arange(len(self), dtype=np.int32) if groups is None else groups.image_index
 
@@ -208,11 +207,11 @@ class PairTable:
 
 
 class RowsInMemory:
-    """`StoredRows` without files.
+    """`StoredRows` in memory.
 
     Args:
-        blocks: as `tables.scan` gives them, of `BATCH_ROWS` rows.
-        rows, roots: of each file, see `group_images`.
+        blocks: blocks of `BATCH_ROWS` rows from `tables.scan`.
+        rows, roots: see `group_images`.
     """
 
     def __init__(self, blocks: Sequence[RowBlock], rows: Sequence[int], roots: Sequence[Path]) -> None:
@@ -230,19 +229,18 @@ class RowsInMemory:
         return group_images(paths, self._rows, self._roots)
 
 
-# Which rows show the same image.
+# Grouping of rows by image.
 
 
 def group_images(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[Path]) -> ImageGroups | None:
-    """Group the rows by image; None where every row has an image of its own.
+    """Group the rows by image; return None if every row has its own image.
 
     Args:
-        paths: a string per row, as it is written; equal ones of a file, and names of the same file (`normal_path`), are the
-            same image.
-        rows: of each of the table's files.
-        roots: folder that each file's relative paths start from, absolute; there may be more of them than of `rows`.
+        paths: image path of each row, as written. Paths that name the same file (`normal_path`) are the same image.
+        rows: number of rows of each file of the table.
+        roots: absolute folder of the relative paths, for each file; may be longer than `rows`.
     """
-    # Arrow takes no names of folders that are not UTF-8; paths in tables are.
+    # Arrow strings must be UTF-8. Paths in tables are, but names of folders may not be.
     folders = [normal_path(str(root)).encode("utf-8", "backslashreplace").decode() for root in roots]
     keys = _normal_paths(paths, rows, folders)
     image_index = np.concatenate([int32_numpy(chunk.indices) for chunk in keys.dictionary_encode().chunks])
@@ -253,34 +251,36 @@ def group_images(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[Pa
 
 
 def _normal_paths(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[str]) -> pa.ChunkedArray:
-    """A string per row that is equal for names of the same file: `normal_path`, less the folder that all roots share.
+    """Return a string per row that is equal for different names of one file: `normal_path` relative to the common folder of all roots.
 
-    The usual path, which is relative to the only root and has no `.` or `..`, is that already and is not copied.
+    A usual path, which is relative to the only root and has no `.` or `..`, already has this form and is not copied.
     """
     shared = os.path.join(os.path.commonpath(roots), "")
     chunks: list[pa.Array] = []
     start = 0
     for count, root in zip(rows, roots, strict=False):
-        below = os.path.join(root, "").removeprefix(shared)
-        chunks += [_normal_chunk(chunk, shared, below) for chunk in paths.slice(start, count).chunks]
+        prefix = os.path.join(root, "").removeprefix(shared)
+        chunks += [_normal_chunk(chunk, shared, prefix) for chunk in paths.slice(start, count).chunks]
         start += count
     return pa.chunked_array(chunks, pa.large_string())
 
 
-def _normal_chunk(paths: pa.LargeStringArray, shared: str, below: str) -> pa.Array:
-    """Args:
-    shared: folder that results are relative to where they are below it; it ends with a slash.
-    below: what of a root comes after that, with a slash at its end, or nothing.
+def _normal_chunk(paths: pa.LargeStringArray, shared: str, prefix: str) -> pa.Array:
+    """Normalize a chunk of paths.
+
+    Args:
+        shared: common folder of all roots, with a trailing slash. Results in it are relative to it.
+        prefix: path of the root relative to `shared`, with a trailing slash, or empty.
     """
     absolute = pc.starts_with(paths, "/")
-    keys = pc.binary_join_element_wise(*string_array([below]), paths, *string_array([""])) if below else paths
+    keys = pc.binary_join_element_wise(*string_array([prefix]), paths, *string_array([""])) if prefix else paths
     if pc.any(absolute).as_py():
         within = pc.utf8_slice_codeunits(paths, len(shared), None)
         keys = pc.if_else(absolute, pc.if_else(pc.starts_with(paths, shared), within, paths), keys)
     unusual = pc.or_(pc.match_substring(paths, "./"), pc.match_substring(paths, "//"))
     if pc.any(unusual).as_py():
         written = paths.filter(unusual).to_pylist()
-        root = shared + below
+        root = shared + prefix
         normal = [normal_path(path if path[0] == "/" else root + path).removeprefix(shared) for path in written]
         keys = pc.replace_with_mask(keys, unusual, string_array(normal))
     return keys

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_exp.data.image_sets import ImageSet, warn_alike
+from clip_exp.data.image_sets import ImageSet, warn_similar_labels
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.class_names import CLASS_SETS, class_set, imagenet_index, read_names
 
@@ -103,7 +103,7 @@ def match(labels: list[str], own_names: list[str], classes: Any, data: str, wher
         labels: distinct, in the order of the classes.
         own_names: what they are called where `classes` is `labels`.
     """
-    warn_alike(labels, data)
+    warn_similar_labels(labels, data)
     if classes == "labels":
         return Matched({label: index for index, label in enumerate(labels)}, own_names, _by_wnid(labels))
     if isinstance(classes, str) and classes in CLASS_SETS:
@@ -122,7 +122,7 @@ def match(labels: list[str], own_names: list[str], classes: Any, data: str, wher
     if classes == "objectnet":
         raise ConfigError(f"{where}.classes=objectnet is for ObjectNet's own folder: give {where}.root.")
     given = read_names(classes, f"{where}.classes", ACCEPTED)
-    warn_alike(given.values() if isinstance(given, dict) else given, f"{where}.classes")
+    warn_similar_labels(given.values() if isinstance(given, dict) else given, f"{where}.classes")
     if isinstance(given, dict):
         if unknown := [label for label in labels if label not in given]:
             raise ConfigError(f"{where}.classes names nothing for {listing(unknown)} of {data}.")

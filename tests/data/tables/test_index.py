@@ -23,7 +23,7 @@ from clip_exp.data.files import ImageLimits
 from clip_exp.data.stream import Rows
 from clip_exp.data.tables import index, open, scan
 from clip_exp.data.tables.open import open_table, read_table
-from clip_exp.data.tables.reader import FileStamp, TableOptions
+from clip_exp.data.tables.reader import FileSignature, TableOptions
 from clip_exp.data.tables.scan import BATCH_ROWS
 from clip_exp.data.tables.table import PairTable
 from clip_exp.errors import CheckpointError, ConfigError, DataError
@@ -128,7 +128,7 @@ def test_shards_keep_the_places_of_their_images(tmp_path):
     assert contents(indexed) == contents(in_memory)
 
 
-def test_bad_rows_are_told_again_from_the_index(tmp_path, caplog):
+def test_bad_rows_are_reported_again_from_the_index(tmp_path, caplog):
     file = tmp_path / "pairs.csv"
     file.write_text("filepath,title\na.jpg,x\nb.jpg\n,y\nc.jpg,z\n")
     for _ in range(2):
@@ -138,11 +138,11 @@ def test_bad_rows_are_told_again_from_the_index(tmp_path, caplog):
         assert table.skipped == 2
         assert table.parts[0].bad == {"wrong number of fields": 1, "no image path": 1}
         assert table.parts[0].bad_examples == ((3, "wrong number of fields"), (4, "no image path"))
-        assert "2 bad rows were left out" in caplog.text
+        assert "2 bad rows were skipped" in caplog.text
 
 
 def test_a_link_before_two_dots_is_followed_not_cut_out_of_the_name(tmp_path, builds):
-    """`link/../pairs.csv` is not `pairs.csv` here but beside what the link leads to."""
+    """`link/../pairs.csv` is not `pairs.csv` here, but the file next to the target of the link."""
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
     near, far = write_rows(tmp_path / "pairs.csv", 10), write_rows(tmp_path / "far" / "pairs.csv", 20)
@@ -190,7 +190,7 @@ def change_size(file: Path) -> None:
 
 
 def change_text(file: Path) -> None:
-    """Neither the size nor the time of the last change tells it."""
+    """Size and modification time are unchanged, so only the sample shows it."""
     before = file.stat()
     file.write_text(file.read_text().replace("caption 7\n", "CAPTION 7\n"))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -216,12 +216,12 @@ def test_the_sample_of_a_large_file_sees_its_start_its_end_and_places_between(tm
     file = tmp_path / "large"
     data = bytearray(16 << 20)
     file.write_bytes(data)
-    stamp = FileStamp.of(file)
+    signature = FileSignature.of(file)
     for place in (0, len(data) - 1, *range(1 << 20, len(data), 5 << 20)):
         changed = data.copy()
         changed[place : place + (1 << 17)] = b"x" * len(changed[place : place + (1 << 17)])
         file.write_bytes(changed)
-        assert FileStamp.of(file).sample != stamp.sample
+        assert FileSignature.of(file).sample != signature.sample
 
 
 def flip(name: str) -> Callable[[Path], None]:
@@ -366,7 +366,7 @@ def test_who_waits_for_another_process_says_so(tmp_path, caplog):
         fcntl.flock(lock, fcntl.LOCK_EX)
         threading.Timer(1.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
         assert len(open_indexed(file)) == 100
-    assert f"Waiting for another process that reads {file}." in caplog.text
+    assert f"Waiting for another process that is reading {file}." in caplog.text
 
 
 def private_dirty_kb() -> int:
@@ -382,7 +382,9 @@ def touch_all(pickled: bytes, results: "multiprocessing.SimpleQueue[tuple[int, i
     results.put((characters, private_dirty_kb() - before_kb))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells a process's own memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="private memory of a process is known only on Linux"
+)
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_map_the_index_instead_of_a_copy(tmp_path, start):
     file = write_rows(tmp_path / "pairs.csv", 200_000, captions_per_image=2)
@@ -408,7 +410,7 @@ def test_an_index_that_was_replaced_is_not_taken_for_the_one_in_use(tmp_path):
     assert len(pickle.loads(pickled)) == 100  # equal rows
     change_size(file)
     open_indexed(file)
-    with pytest.raises(DataError, match="made anew"):
+    with pytest.raises(DataError, match="removed or rebuilt while it was in use"):
         pickle.loads(pickled)
 
 
@@ -424,7 +426,7 @@ def test_without_a_place_for_the_index_small_tables_are_held_in_memory(tmp_path,
     (tmp_path / "index").write_text("a file, not a folder")
     with caplog.at_level(logging.WARNING):
         assert contents(open_indexed(file)) == contents(read_table(file))
-    assert "held in memory" in caplog.text
+    assert "reading its rows into memory" in caplog.text
     assert "damaged" not in caplog.text
     monkeypatch.setattr(open, "_MEMORY_BYTES", 100)
     with pytest.raises(CheckpointError, match="output_dir"):
@@ -464,7 +466,7 @@ def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch)
         return open_reader(path, options)
 
     monkeypatch.setattr(scan, "open_reader", change_then_open)
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(DataError, match="changed while it was being read"):
         open_indexed(file)
 
 

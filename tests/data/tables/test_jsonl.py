@@ -55,14 +55,14 @@ BAD = {
     '{"title": "x"}': ("no image path", "has no key 'filepath'"),
     '{"filepath": "a.jpg", "title": null}': ("no caption", "'title' is missing or null"),
     '{"filepath": "", "title": "x"}': ("no image path", "is empty"),
-    '{"filepath": "a.jpg", "title": 7}': ("the caption is no text", "no text but a number: 7"),
-    '{"filepath": "a.jpg", "title": ["x"]}': ("the caption is no text", "no text but a list"),
-    '{"filepath": ["a.jpg"], "title": "x"}': ("the image path is no text", "no text but a list"),
-    '{"filepath": "a.jpg", "title": NaN}': ("the caption is no text", "no text but a number: nan"),
-    '{"filepath": "a.jpg", "title": "x", "title": "y"}': ("key twice", "'title' is there 2 times"),
-    '{"filepath": "a.jpg", "title": "x", "n": {"k": 1, "k": 2}}': ("key twice", "'k' is there 2 times"),
-    r'{"filepath": "a.jpg", "title": "x\u0000"}': ("NUL character", "holds a NUL character"),
-    r'{"filepath": "a.jpg", "title": "\ud800"}': ("not Unicode", "half a surrogate pair"),
+    '{"filepath": "a.jpg", "title": 7}': ("the caption is not text", "not text but a number: 7"),
+    '{"filepath": "a.jpg", "title": ["x"]}': ("the caption is not text", "not text but a list"),
+    '{"filepath": ["a.jpg"], "title": "x"}': ("the image path is not text", "not text but a list"),
+    '{"filepath": "a.jpg", "title": NaN}': ("the caption is not text", "not text but a number: nan"),
+    '{"filepath": "a.jpg", "title": "x", "title": "y"}': ("duplicate key", "'title' appears 2 times"),
+    '{"filepath": "a.jpg", "title": "x", "n": {"k": 1, "k": 2}}': ("duplicate key", "'k' appears 2 times"),
+    r'{"filepath": "a.jpg", "title": "x\u0000"}': ("NUL character", "contains a NUL character"),
+    r'{"filepath": "a.jpg", "title": "\ud800"}': ("not Unicode", "lone surrogate"),
     '{"filepath": "a.jpg", "title": "%s"}' % ("x" * 32_769): ("caption too long", "32,769 characters, more than 32,768"),
     '{"filepath": "a.jpg", "title": "x", "n": %s}' % ("[" * 100_000): ("not JSON", "nested too deeply"),
     '{"filepath": "a.jpg", "title": "x", "n": %s}' % ("1" * 5_000): ("not JSON", "is not JSON"),
@@ -72,10 +72,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD, ids=[f"{reason} {number}" for number, (reason, _) in enumerate(BAD.values())])
-def test_a_bad_row_is_told_with_its_line_or_left_out_by_reason(tmp_path, line):
-    reason, told = BAD[line]
+def test_a_bad_row_is_reported_with_its_line_or_left_out_by_reason(tmp_path, line):
+    reason, reported = BAD[line]
     file = write(tmp_path / "t.jsonl", GOOD, "", line, GOOD)
-    with pytest.raises(DataError, match=rf"t\.jsonl, line 3: .*{told}.*data\.on_bad_row=skip"):
+    with pytest.raises(DataError, match=rf"t\.jsonl, line 3: .*{reported}.*data\.on_bad_row=skip"):
         read_table(file)
     table = read_table(file, on_bad_row="skip")
     assert captions(table) == ["a dog", "a dog"]
@@ -87,29 +87,29 @@ def test_labels_may_be_whole_numbers_and_none(tmp_path):
     file = write(tmp_path / "t.jsonl", *({"filepath": "a.jpg", "label": label} for label in ("cat", 7, None, "")))
     table = read_table(file, caption_key=None, label_key="label")
     assert [table.label(row) for row in range(4)] == ["cat", "7", "", ""]
-    with pytest.raises(DataError, match="the label 'label' is no text but a truth value: True"):
+    with pytest.raises(DataError, match="the label 'label' is not text but a truth value: True"):
         read_table(
             write(tmp_path / "t.jsonl", {"filepath": "a.jpg", "label": True}), caption_key=None, label_key="label"
         )
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         (b"", "is empty"),
         (b"\n\n", "no rows"),
         (b'[{"filepath": "a.jpg"}]', r"one JSON array.*jq -c '\.\[\]'"),
-        (b'{\n "filepath": "a.jpg"\n}', "an object over several lines"),
+        (b'{\n "filepath": "a.jpg"\n}', "an object that spans several lines"),
         (codecs.BOM_UTF8 + b'[\n{"filepath": "a.jpg"}]', "one JSON array"),
         *(
-            ('{"filepath": "a.jpg"}'.encode(encoding), "UTF-16 or UTF-32, but JSON Lines are UTF-8")
+            ('{"filepath": "a.jpg"}'.encode(encoding), "UTF-16 or UTF-32, but JSON Lines must be UTF-8")
             for encoding in ("utf-16", "utf-16-be", "utf-32", "utf-32-le")
         ),
     ],
 )
-def test_files_of_another_kind_are_refused(tmp_path, content, told):
+def test_files_of_another_kind_are_refused(tmp_path, content, reported):
     (tmp_path / "t.json").write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reported):
         read_table(tmp_path / "t.json")
 
 
@@ -122,7 +122,7 @@ def test_a_filter_sees_the_types_of_json_and_asks_for_keys_that_are_there(tmp_pa
     assert table.lines.tolist() == [1, 3, 7]
     with pytest.raises(DataError, match=r"has no column 'widht' \(data.filter\).*Did you mean 'width'"):
         read_table(file, filter="widht > 3")
-    with pytest.raises(DataError, match="no row passes"):
+    with pytest.raises(DataError, match="no row matches"):
         read_table(file, filter="width > 1e40")
 
 
@@ -150,7 +150,7 @@ def test_two_hundred_thousand_rows_take_about_a_second(tmp_path):
 
 
 def test_what_nobody_asks_for_takes_no_memory(tmp_path):
-    """An embedding beside each caption, of which a filter looks at another key."""
+    """Each record has an embedding, and a filter uses another key."""
     rows = [{**GOOD, "width": i, "embedding": list(range(1_000, 6_000))} for i in range(200)]
     file = write(tmp_path / "t.jsonl", *rows)
     tracemalloc.start()

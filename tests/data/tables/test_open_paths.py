@@ -58,31 +58,31 @@ def test_a_file_that_is_called_like_a_pattern_is_that_file(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("tables", "told"),
+    ("tables", "reported"),
     [
-        ([], "No table was given"),
+        ([], "No table is given"),
         ("absent.csv", r"absent\.csv does not exist"),
-        ("*.jsonl", r"\*\.jsonl finds no file"),
+        ("*.jsonl", r"\*\.jsonl matches no file"),
         ("s-{0009..0012}.tar", r"s-0011\.tar does not exist(.|\n)*s-0012\.tar does not exist"),
         ("s-{0009..0019}.tar", r"and 6 more"),
-        ("s-{0009..0010.tar", "each brace closed"),
+        ("s-{0009..0010.tar", "close each brace"),
         ("s-{0..99999999999}.tar", "more than 1,000,000 files"),
         ("{000..999}/{000..999}/{0..9}.tar", "more than 1,000,000 files"),
-        ("s-{" + "9" * 5_000 + "..0}.tar", "is no pattern"),
-        ("deep/er", r"is a folder; for the tables in it write .*deep/er/\*\.csv"),
-        ("dangling.csv", "is a link to what does not exist"),
-        ("pipe.csv", "is not a file"),
+        ("s-{" + "9" * 5_000 + "..0}.tar", "is not a valid pattern"),
+        ("deep/er", r"is a folder, not a file; for the tables in it, write .*deep/er/\*\.csv"),
+        ("dangling.csv", "is a broken link"),
+        ("pipe.csv", "is not a regular file"),
         (["a.csv", "*.csv"], r"a\.csv is named twice"),
         (["a.csv", "link.csv"], r"link\.csv is named twice \(it is .*a\.csv\)"),
-        (["a.csv", None], "None is no path"),
+        (["a.csv", None], "None is not the path"),
     ],
 )
-def test_what_names_no_file_is_told(shards, monkeypatch, tables, told):
+def test_what_names_no_file_is_reported(shards, monkeypatch, tables, reported):
     (shards / "dangling.csv").symlink_to("nowhere")
     (shards / "link.csv").symlink_to("a.csv") if "link.csv" in tables else None
     os.mkfifo(shards / "pipe.csv")
     monkeypatch.chdir(shards)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         expand(tables)
 
 

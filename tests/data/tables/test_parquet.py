@@ -47,18 +47,18 @@ BAD = [
     ("title", None, "no caption", "no caption .*'title' is missing or null"),
     ("filepath", None, "no image path", "no image path"),
     ("filepath", b"", "no image path", "'filepath' is empty"),
-    ("title", b"x\0y", "NUL character", "holds a NUL character"),
+    ("title", b"x\0y", "NUL character", "contains a NUL character"),
     ("title", b"x" * 32_769, "caption too long", "32,769 characters, more than 32,768"),
     ("title", b"\xe9t\xe9", "not UTF-8", "is not UTF-8"),
 ]
 
 
-@pytest.mark.parametrize(("column", "value", "reason", "told"), BAD)
-def test_a_bad_row_is_told_with_its_number_or_left_out_by_reason(tmp_path, column, value, reason, told):
+@pytest.mark.parametrize(("column", "value", "reason", "reported"), BAD)
+def test_a_bad_row_is_reported_with_its_number_or_left_out_by_reason(tmp_path, column, value, reason, reported):
     columns = {"filepath": raw_text(b"a.jpg", b"b.jpg", b"c.jpg"), "title": raw_text(b"x", b"y", "é".encode() * 32_768)}
     values = [b"x", value, b"z"]
     file = write(tmp_path / "t.parquet", {**columns, column: raw_text(*values), "n": [1, 2, 3]})
-    with pytest.raises(DataError, match=rf"t\.parquet, row 2: .*{told}.*data\.on_bad_row=skip"):
+    with pytest.raises(DataError, match=rf"t\.parquet, row 2: .*{reported}.*data\.on_bad_row=skip"):
         read_table(file)
     table = read_table(file, on_bad_row="skip", filter="n >= 2")
     assert (len(table), table.lines.tolist()) == (1, [3])
@@ -66,22 +66,25 @@ def test_a_bad_row_is_told_with_its_number_or_left_out_by_reason(tmp_path, colum
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "reported"),
     [
         (
             {"file_path": ["a"], "title": ["x"]},
             r"no column 'filepath' \(data.image_key\).*Set data.image_key=file_path",
         ),
-        ({"filepath": [b"a"], "title": ["x"]}, r"'filepath' \(data.image_key\) is binary.*WebDataset shards"),
-        ({"filepath": ["a"], "title": [{"x": 1}]}, r"'title' \(data.caption_key\) is struct.*captions are strings"),
-        ({"filepath": ["a"], "title": [7]}, r"'title' \(data.caption_key\) is int64"),
-        ({"filepath": ["a"], "title": [["x", "y"]]}, "is list<.*>, but captions are strings"),
-        (pa.table([["a"], ["x"], ["y"]], ["filepath", "title", "title"]), "has 2 columns called 'title'"),
+        ({"filepath": [b"a"], "title": ["x"]}, r"'filepath' \(data.image_key\) is of type binary.*WebDataset shards"),
+        (
+            {"filepath": ["a"], "title": [{"x": 1}]},
+            r"'title' \(data.caption_key\) is of type struct.*captions must be strings",
+        ),
+        ({"filepath": ["a"], "title": [7]}, r"'title' \(data.caption_key\) is of type int64"),
+        ({"filepath": ["a"], "title": [["x", "y"]]}, "is of type list<.*>, but captions must be strings"),
+        (pa.table([["a"], ["x"], ["y"]], ["filepath", "title", "title"]), "has 2 columns named 'title'"),
         ({"filepath": pa.array([], pa.string()), "title": pa.array([], pa.string())}, "no rows"),
     ],
 )
-def test_columns_that_cannot_be_used_are_told(tmp_path, columns, told):
-    with pytest.raises(DataError, match=told):
+def test_columns_that_cannot_be_used_are_reported(tmp_path, columns, reported):
+    with pytest.raises(DataError, match=reported):
         read_table(write(tmp_path / "t.parquet", columns))
 
 
@@ -98,7 +101,7 @@ def test_labels_may_be_whole_numbers_and_none(tmp_path):
         file = write(tmp_path / "t.parquet", {"filepath": ["a", "b", "c"], "label": labels})
         table = read_table(file, caption_key=None, label_key="label")
         assert [table.label(row) for row in range(3)] == read
-    with pytest.raises(DataError, match="is double, but labels are strings or whole numbers"):
+    with pytest.raises(DataError, match="is of type double, but labels must be strings or integers"):
         read_table(
             write(tmp_path / "t.parquet", {"filepath": ["a"], "label": [1.5]}), caption_key=None, label_key="label"
         )
@@ -121,7 +124,7 @@ def test_a_filter_sees_the_types_of_the_columns(tmp_path):
         assert [table.path(row) for row in range(len(table))] == list(paths), condition
     with pytest.raises(DataError, match=r"has no column 'hight' \(data.filter\)"):
         read_table(file, filter="hight > 3")
-    with pytest.raises(DataError, match=r"'struct'.*which no filter can compare"):
+    with pytest.raises(DataError, match=r"'struct'.*which a filter cannot compare"):
         read_table(file, filter="struct == 'x'")
 
 
@@ -159,7 +162,7 @@ def most_memory(reader: parquet.ParquetReader) -> int:
 
 
 def test_a_large_row_group_is_read_piece_by_piece(tmp_path, monkeypatch):
-    """Different captions, which as a dictionary would be gathered anew for every batch; one of them is a page of text."""
+    """Different captions, one of them long. As a dictionary, they would be collected again for every batch."""
     texts = pa.array([f"a caption that is like no other one, number {i}" for i in range(200_000)])
     texts = pa.concat_arrays([pa.array(["x" * 150_000]), texts[1:]])
     file = write(tmp_path / "t.parquet", {"filepath": ["a.jpg"] * 200_000, "title": texts}, compression="none")

@@ -91,11 +91,11 @@ def odd(kind: bytes, linkname: str = "") -> tarfile.TarInfo:
 
 
 BAD = [
-    ({"b.txt": "x"}, "no image", "no image among txt"),
-    ({"b.jpg": b"x"}, "no caption", r"no member \.title; data.caption_key"),
+    ({"b.txt": "x"}, "no image", "no image among the members txt"),
+    ({"b.jpg": b"x"}, "no caption", r"no member \.title; check data.caption_key"),
     ({"b.jpg": b"x", "b.json": {"caption": "x"}}, "no caption", "its .json has only 'caption'"),
     ({"b.jpg": b"x", "b.json": {"title": None}}, "no caption", "missing or null"),
-    ({"b.jpg": b"x", "b.json": {"title": 7}}, "the caption is no text", "a number: 7"),
+    ({"b.jpg": b"x", "b.json": {"title": 7}}, "the caption is not text", "a number: 7"),
     ({"b.jpg": b"x", "b.json": "[1]"}, "not an object", "is not an object"),
     ({"b.jpg": b"x", "b.json": "{", "b.txt": "x"}, "not JSON", "is not JSON"),
     ({"b.jpg": b"x", "b.json": '{"n": "' + "x" * (1 << 20) + '"}'}, "JSON too long", "more than 1,048,576"),
@@ -103,30 +103,30 @@ BAD = [
     ({"b.jpg": b"x", "b.txt": "x\0"}, "NUL character", "NUL"),
     ({"b.jpg": b"x", "b.txt": "x" * 40_000}, "caption too long", "40,000 characters"),
     ({"b.jpg": b"x", "b.txt": "x" * 200_000}, "caption too long", "200,000 bytes"),
-    ([("b.jpg", b"x"), ("b.txt", "x"), ("b.txt", "x")], "key twice", "side by side"),
-    ({"1.jpg": b"x", "1.txt": "x"}, "key twice", "side by side"),
-    ({"../b.jpg": b"x", "../b.txt": "x"}, "unsafe name", "absolute or has a '..'"),
-    ({"a/../../b.jpg": b"x", "a/../../b.txt": "x"}, "unsafe name", "absolute or has a '..'"),
-    ({"/etc/b.jpg": b"x", "/etc/b.txt": "x"}, "unsafe name", "absolute or has a '..'"),
-    ({"b.jpg": odd(tarfile.SYMTYPE, "/etc/passwd"), "b.txt": "x"}, "no regular file", "'b.jpg' is a link"),
-    ({"b.jpg": odd(tarfile.LNKTYPE, "1.jpg"), "b.txt": "x"}, "no regular file", "'b.jpg' is a link"),
-    ({"b.jpg": b"x", "b.txt": odd(tarfile.FIFOTYPE)}, "no regular file", "'b.txt' is a pipe"),
-    ({"b.jpg": odd(tarfile.CHRTYPE), "b.txt": "x"}, "no regular file", "'b.jpg' is a device"),
-    ({"b.jpg": odd(tarfile.GNUTYPE_SPARSE), "b.txt": "x"}, "no regular file", "'b.jpg' is a sparse file"),
+    ([("b.jpg", b"x"), ("b.txt", "x"), ("b.txt", "x")], "duplicate key", "must be adjacent"),
+    ({"1.jpg": b"x", "1.txt": "x"}, "duplicate key", "must be adjacent"),
+    ({"../b.jpg": b"x", "../b.txt": "x"}, "unsafe name", "absolute or contains '..'"),
+    ({"a/../../b.jpg": b"x", "a/../../b.txt": "x"}, "unsafe name", "absolute or contains '..'"),
+    ({"/etc/b.jpg": b"x", "/etc/b.txt": "x"}, "unsafe name", "absolute or contains '..'"),
+    ({"b.jpg": odd(tarfile.SYMTYPE, "/etc/passwd"), "b.txt": "x"}, "not a regular file", "'b.jpg' is a link"),
+    ({"b.jpg": odd(tarfile.LNKTYPE, "1.jpg"), "b.txt": "x"}, "not a regular file", "'b.jpg' is a link"),
+    ({"b.jpg": b"x", "b.txt": odd(tarfile.FIFOTYPE)}, "not a regular file", "'b.txt' is a pipe"),
+    ({"b.jpg": odd(tarfile.CHRTYPE), "b.txt": "x"}, "not a regular file", "'b.jpg' is a device"),
+    ({"b.jpg": odd(tarfile.GNUTYPE_SPARSE), "b.txt": "x"}, "not a regular file", "'b.jpg' is a sparse file"),
     ({"b\udce9.jpg": b"x", "b\udce9.txt": "x"}, "not UTF-8", "its name is not UTF-8"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("sample", "reason", "told"), BAD, ids=[f"{bad[1]} {number}" for number, bad in enumerate(BAD)]
+    ("sample", "reason", "reported"), BAD, ids=[f"{bad[1]} {number}" for number, bad in enumerate(BAD)]
 )
-def test_a_bad_sample_is_told_with_its_number_or_left_out_by_reason(tmp_path, sample, reason, told):
+def test_a_bad_sample_is_reported_with_its_number_or_left_out_by_reason(tmp_path, sample, reason, reported):
     first, last = list(SAMPLE.items()), [("3.jpg", b"image 3"), ("3.txt", "a cat")]
     contents = [*first, *(sample.items() if isinstance(sample, dict) else sample), *last]
     if "1.jpg" in sample:
         contents[2:2] = [("2.jpg", b"image 2"), ("2.txt", "x")]
     file = write_shard(tmp_path / "s.tar", contents, tarfile.GNU_FORMAT)
-    with pytest.raises(DataError, match=rf"s\.tar, sample [23]: .*{told}.*\(sample '.*'\).*data\.on_bad_row=skip"):
+    with pytest.raises(DataError, match=rf"s\.tar, sample [23]: .*{reported}.*\(sample '.*'\).*data\.on_bad_row=skip"):
         read_table(file)
     table = read_table(file, on_bad_row="skip")
     assert rows(table)[0] == ("1.jpg", "a dog", b"image 1")
@@ -170,7 +170,7 @@ def test_a_shard_that_is_cut_off_gives_the_samples_before_the_cut_and_says_so(tm
     before = rows(read_table(file))
     end = max(offset + size for offset, size in read_table(file).members.tolist())
     messages = []
-    for cut in range(1_301, end, 2 * 587):  # odd: where a member ends, nothing tells that more was to come
+    for cut in range(1_301, end, 2 * 587):  # odd, because a cut at the end of a member cannot be detected
         file.write_bytes(whole[:cut])
         try:
             table = read_table(file, on_bad_row="skip")
@@ -178,13 +178,13 @@ def test_a_shard_that_is_cut_off_gives_the_samples_before_the_cut_and_says_so(tm
             messages.append(str(error))
             continue
         assert rows(table) == before[: len(table)]
-        assert table.parts[0].bad == {"the shard breaks off": 1}
-        with pytest.raises(DataError, match=r"breaks off here: it ends at byte \d+, "):
+        assert table.parts[0].bad == {"damaged shard": 1}
+        with pytest.raises(DataError, match=r"is damaged here: it ends at byte \d+, "):
             read_table(file)
-    assert all("no tar that can be read" in message or "has no rows (1 bad" in message for message in messages)
+    assert all("is not a readable tar" in message or "has no rows (1 bad" in message for message in messages)
 
 
-def test_a_damaged_header_is_told_where_tarfile_takes_it_for_the_end(tmp_path):
+def test_a_damaged_header_is_reported_where_tarfile_takes_it_for_the_end(tmp_path):
     file = tmp_path / "s.tar"
     whole = bytearray(whole_shard(file))
     offset = int(read_table(file).members[3][0]) - 512
@@ -192,7 +192,9 @@ def test_a_damaged_header_is_told_where_tarfile_takes_it_for_the_end(tmp_path):
     file.write_bytes(whole)
     with tarfile.open(file) as tar:
         assert len(tar.getmembers()) == 6
-    with pytest.raises(DataError, match=rf"sample 3: the shard breaks off here: byte {offset} should begin a member"):
+    with pytest.raises(
+        DataError, match=rf"sample 3: the shard is damaged here: there is no valid header at byte {offset}"
+    ):
         read_table(file)
     assert len(read_table(file, on_bad_row="skip")) == 2
 
@@ -207,26 +209,27 @@ def test_headers_that_claim_too_much_take_no_memory(tmp_path, field):
     header[124:136] = header[124:136] if position == 124 else b"77777777777\0"
     header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 256)
     (tmp_path / "s.tar").write_bytes(bytes(header) + bytes(1024))
-    with pytest.raises(DataError, match="no tar that can be read"):
+    with pytest.raises(DataError, match="is not a readable tar"):
         read_table(tmp_path / "s.tar")
 
 
-def test_a_hole_that_looks_like_the_end_is_told_and_so_are_joined_tars(tmp_path):
-    """As of a download that left pieces out; `tarfile` and `tar` stop there without a word."""
+def test_a_hole_that_looks_like_the_end_is_reported_and_so_are_joined_tars(tmp_path):
+    """A hole as left by an incomplete download. `tarfile` and `tar` stop there silently."""
     file = tmp_path / "s.tar"
     whole = whole_shard(file)
     hole = int(read_table(file).members[3][0]) - 512
-    for damaged, samples, told in (
+    for damaged, samples, reported in (
         (whole[:hole] + bytes(512) + whole[hole + 512 :], 3, hole),
         (whole + whole_shard(file, 2), 6, len(whole.rstrip(b"\0")) // 512 * 512 + 512),
     ):
         file.write_bytes(damaged)
         with pytest.raises(
-            DataError, match=rf"sample {samples}: the shard breaks off here: byte {told} .*more .*tar -A"
+            DataError,
+            match=rf"sample {samples}: the shard is damaged here: there is no member at byte {reported}, but more .*tar -A",
         ):
             read_table(file)
         table = read_table(file, on_bad_row="skip")
-        assert (len(table), table.parts[0].bad) == (samples - 1, {"the shard breaks off": 1})
+        assert (len(table), table.parts[0].bad) == (samples - 1, {"damaged shard": 1})
 
 
 def test_long_lists_of_a_filter_come_in_smaller_blocks(tmp_path, monkeypatch):
@@ -240,7 +243,7 @@ def test_long_lists_of_a_filter_come_in_smaller_blocks(tmp_path, monkeypatch):
     assert all(set(block.extra) == {"boxes"} for block in blocks)
 
 
-def test_broken_pax_records_are_told(tmp_path):
+def test_broken_pax_records_are_reported(tmp_path):
     for records in (b"x", b"99 path=a\n", b"3 =\n", b"0 path=a\n", b"5 a=\n" * 1_000 + b"-1 path=a\n", b"1" * 5_000):
         header = tarfile.TarInfo("pax")
         header.type, header.size = tarfile.XHDTYPE, len(records)
@@ -253,7 +256,7 @@ def test_broken_pax_records_are_told(tmp_path):
 def test_other_files_are_no_shards(tmp_path):
     for content in (b"", bytes(1024), b"x" * 5_000, json.dumps({"a": 1}).encode()):
         (tmp_path / "s.tar").write_bytes(content)
-        with pytest.raises(DataError, match="no tar that can be read"):
+        with pytest.raises(DataError, match="is not a readable tar"):
             read_table(tmp_path / "s.tar")
 
 
@@ -261,7 +264,7 @@ def test_a_shard_without_an_end_mark_is_read_with_a_warning(tmp_path, caplog):
     file = write_shard(tmp_path / "s.tar", SAMPLE)
     file.write_bytes(file.read_bytes()[: 4 * 512])
     assert len(read_table(file)) == 1
-    assert "s.tar has no end mark" in caplog.text
+    assert "s.tar has no end-of-archive marker" in caplog.text
 
 
 def test_equal_names_in_two_shards_are_two_images(tmp_path):

@@ -83,13 +83,13 @@ def test_other_encodings_are_guessed_and_named_in_a_warning(tmp_path, encoding, 
     )
     with caplog.at_level(logging.WARNING):
         assert [caption for _, caption in columns(read_table(file))] == captions
-    assert "is not UTF-8: read as" in caplog.text
+    assert "is not UTF-8; reading it as" in caplog.text
 
 
 def test_a_stated_encoding_is_used_and_must_fit(tmp_path):
     file = write_table(tmp_path / "t.csv", [HEADER, ["a.jpg", "été"]], encoding="latin-1")
     assert read_table(file, encoding="latin-1").caption(0) == "été"
-    with pytest.raises(DataError, match=r"not utf-8.*data\.encoding"):
+    with pytest.raises(DataError, match=r"not UTF-8.*data\.encoding"):
         read_table(file, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"data\.encoding=klingon"):
         read_table(file, encoding="klingon")
@@ -129,7 +129,7 @@ def test_classic_mac_line_ends_are_lines(tmp_path):
     ]
 
 
-def test_a_missing_column_is_told_with_the_columns_and_the_key_to_set(tmp_path):
+def test_a_missing_column_is_reported_with_the_columns_and_the_key_to_set(tmp_path):
     file = write_table(tmp_path / "t.csv", [["file_path", "title", "score"], ["a.jpg", "x", "1"]])
     with pytest.raises(DataError) as error:
         read_table(file)
@@ -146,9 +146,9 @@ def test_a_missing_column_is_told_with_the_columns_and_the_key_to_set(tmp_path):
     assert read_table(file, image_key="file_path").path(0) == "a.jpg"
 
 
-def test_a_wrong_separator_is_told(tmp_path):
+def test_a_wrong_separator_is_reported(tmp_path):
     file = write_table(tmp_path / "t.csv", [HEADER, ["a.jpg", "x"]])
-    with pytest.raises(DataError, match=r"looks separated by comma: set data\.separator=auto"):
+    with pytest.raises(DataError, match=r"separator seems to be comma: set data\.separator=auto"):
         read_table(file, separator="\\t")
     with pytest.raises(ConfigError, match=r"data\.separator"):
         read_table(file, separator="::")
@@ -159,14 +159,14 @@ def test_a_wrong_separator_is_told(tmp_path):
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
-    with pytest.raises(DataError, match="2 columns called 'title'"):
+    with pytest.raises(DataError, match="2 columns named 'title'"):
         read_table(write_table(tmp_path / "t.csv", [["filepath", "title", "title"], ["a.jpg", "x", "y"]]))
 
 
 RAGGED = "filepath,title\na.jpg,x\nb.jpg,y, and more\nc.jpg\nd.jpg,z\n"
 
 
-def test_a_ragged_row_is_told_with_its_line(tmp_path):
+def test_a_ragged_row_is_reported_with_its_line(tmp_path):
     with pytest.raises(
         DataError, match=r"t\.csv, line 3: 3 fields instead of 2, separated by comma.*data\.on_bad_row=skip"
     ):

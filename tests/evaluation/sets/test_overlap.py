@@ -9,7 +9,7 @@ import pytest
 
 from clip_exp.config.evaluation import LabeledDataConfig
 from clip_exp.data import files
-from clip_exp.data.files import Stamp, Stored, stamp_of
+from clip_exp.data.files import ImageSignature, Stored, image_signature
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.sets.splits import find_overlap
@@ -75,11 +75,11 @@ def test_only_images_of_equal_size_are_opened(data: Path, monkeypatch: pytest.Mo
     os.truncate(data / "test" / "cat" / "1.png", 6001)
     opened = []
 
-    def recorded(place: Stored) -> Stamp:
+    def recorded(place: Stored) -> ImageSignature:
         opened.append(place.file)
-        return stamp_of(place)
+        return image_signature(place)
 
-    monkeypatch.setattr(files, "stamp_of", recorded)
+    monkeypatch.setattr(files, "image_signature", recorded)
     find_overlap(ImageFiles([data / "train/cat/0.png"]), ImageFiles([data / "test/cat/0.png", data / "test/cat/1.png"]))
     assert sorted({*opened}) == [str(data / "test/cat/0.png"), str(data / "train/cat/0.png")]
 

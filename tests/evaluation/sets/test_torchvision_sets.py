@@ -172,7 +172,7 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_does_not(tmp_path: Pat
     write_cifar10(tmp_path, 3)
     batch = tmp_path / "cifar-10-batches-py" / "test_batch"
     batch.write_bytes(pickle.dumps({"data": Command(f"touch {tmp_path / 'ran'}"), "labels": []}))
-    with pytest.raises(DataError, match=r"test_batch cannot be read: it asks for .*system, which no image needs"):
+    with pytest.raises(DataError, match=r"test_batch cannot be read: the pickle calls .*system, which is not allowed"):
         read(tmp_path, "CIFAR10")
     assert not (tmp_path / "ran").exists()
 
@@ -185,7 +185,7 @@ def test_damaged_files_of_cifar_are_named(tmp_path: Path) -> None:
         read(tmp_path, "CIFAR10")
     content = {"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 10]}
     batch.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(DataError, match="no label from 0 to 9 for each of its 3 images"):
+    with pytest.raises(DataError, match="must have a label from 0 to 9 for each of its 3 images"):
         read(tmp_path, "CIFAR10")
 
 

@@ -1,4 +1,4 @@
-"""The page of a check in a real Chromium without a network, and at its emptiest."""
+"""The report of a check in a real Chromium without a network, and at its emptiest."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.small_runs import write_image
 __all__ = ["browse"]
 
 
-def test_the_page_opens_without_a_word_on_the_console(browse: Browse, tmp_path: Path) -> None:
+def test_the_report_opens_without_console_messages(browse: Browse, tmp_path: Path) -> None:
     config = config_of(plant(tmp_path), "num_workers=0", "data.max_bad_fraction=1")
     check_data(config, [])
     opened = browse(folder_of(config) / "report.html")
@@ -38,9 +38,9 @@ def test_an_attackers_caption_and_path_do_nothing(browse: Browse, tmp_path: Path
     assert "<title>csv" in opened.dom
 
 
-def test_a_check_of_nothing_but_bad_images_has_a_page(tmp_path: Path) -> None:
+def test_a_check_of_only_bad_images_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,a dog\n")
     arguments = [f"data.train={tmp_path}/pairs.csv", f"output_dir={tmp_path}/outputs", "data.max_bad_fraction=1"]
     config = compose("check-data", arguments)
     check_data(config, [])
-    assert "There is no image that can be used." in (folder_of(config) / "report.html").read_text(encoding="utf-8")
+    assert "No image can be used." in (folder_of(config) / "report.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The page of a data check: what was found, the data in figures, and some of its images."""
+"""HTML report of a data check: findings, statistics and sample images."""
 
 import math
 from collections.abc import Callable
@@ -10,22 +10,22 @@ from clip_exp.reports.page import Thumbnail, counted, fact_rows, probability, re
 
 SHOWN_FREQUENT = 12
 QUANTILES = ("min", "p1", "p5", "p50", "p95", "p99", "max")
-MOST_TICKS = 4
-FEWEST_OCTAVES = 4
+MAX_TICKS = 4
+MIN_OCTAVES = 4
 
 
 @dataclass(frozen=True)
 class ImageExample:
-    """An image with some of its captions."""
+    """Image with some of its captions."""
 
     thumbnail: Thumbnail
     captions: list[str]
-    more: int  # captions that are not shown
+    more: int  # number of captions that are not shown
 
 
 @dataclass(frozen=True)
-class Equal:
-    """An image that there is more than once, shown once."""
+class DuplicateImage:
+    """Image that exists several times, shown once."""
 
     thumbnail: Thumbnail
     paths: list[tuple[str, str]]  # split and path of each
@@ -33,20 +33,21 @@ class Equal:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images for the page."""
+    """Images for the report."""
 
     samples: dict[str, list[ImageExample]]  # by split
-    copies: list[Equal]
-    leaks: list[Equal]
+    copies: list[DuplicateImage]
+    leaks: list[DuplicateImage]
 
 
-def data_page(report: dict[str, Any], gallery: Gallery, folder: Path, command: str) -> str:
-    """The HTML of a check's page.
+def data_report(report: dict[str, Any], gallery: Gallery, folder: Path, command: str) -> str:
+    """Return the HTML report of a data check.
 
     Args:
-        report: as in `report.json`.
-        folder: where it lies.
-        command: that made it.
+        report: content of `report.json`.
+        gallery: images to show.
+        folder: folder of the report.
+        command: command line of the check.
     """
     model, settings, speed, splits = report["model"], report["settings"], report["speed"], report["splits"]
     files = [Path(file["file"]).name for split in splits.values() for file in split["files"]]
@@ -56,21 +57,21 @@ def data_page(report: dict[str, Any], gallery: Gallery, folder: Path, command: s
         "rows": lambda split: f"{split['rows']:,}",
         "bad rows": lambda split: _count(split["bad_rows"]),
         "distinct images": lambda split: f"{split['images']:,}",
-        "of them checked": lambda split: f"{split['images_checked']:,}",
+        "images checked": lambda split: f"{split['images_checked']:,}",
         "bad images": lambda split: _count(split["bad_images"]),
         "copies of images": lambda split: f"{split['duplicates']['images']['copies']:,}",
-        "repeated pairs": lambda split: f"{split['duplicates']['pairs']['copies']:,}",
+        "duplicate pairs": lambda split: f"{split['duplicates']['pairs']['copies']:,}",
         "smaller than the input": lambda split: _count(split["smaller_than_input"]),
-        "turned by EXIF": lambda split: _count(split["exif_rotated"]),
+        "rotated by EXIF": lambda split: _count(split["exif_rotated"]),
         "animated": lambda split: _count(split["animated"]),
         "distinct captions": lambda split: f"{split['captions']['distinct']:,}",
-        "captions cut": lambda split: _count(split["captions"]["truncated"]),
+        "truncated captions": lambda split: _count(split["captions"]["truncated"]),
         "empty captions": lambda split: _count(split["captions"]["empty"]),
-        "equal pairs in a batch": lambda split: f"{split['captions']['equal_in_batch']['pairs']:,.1f}",
+        "pairs with equal captions in a batch": lambda split: f"{split['captions']['equal_in_batch']['pairs']:,.1f}",
     }
     facts = {
         "model": f"{model['name']}: images of {model['image_size']} pixels, {model['context_length']} tokens",
-        "images decoded": "yes" if settings["decode"] else "no: read, and their headers looked at (decode=false)",
+        "images decoded": "yes" if settings["decode"] else "no, only the headers were read (decode=false)",
         "images checked": "all"
         if settings["max_images"] is None
         else f"a random sample of at most {settings['max_images']:,} of each split (max_images)",
@@ -111,26 +112,30 @@ def _tiles(report: dict[str, Any]) -> list[dict[str, str]]:
 
     tiles = [
         tile("Pairs", lambda split: f"{split['rows']:,}", f"of {counted(train['images'], 'image')}"),
-        tile("Bad images", lambda split: _share(split["bad_images"]), "cannot be used"),
-        tile("Captions cut", lambda split: _share(split["captions"]["truncated"]), "longer than the context"),
+        tile("Bad images", lambda split: _fraction(split["bad_images"]), "cannot be used"),
+        tile(
+            "Truncated captions",
+            lambda split: _fraction(split["captions"]["truncated"]),
+            "longer than the context length",
+        ),
     ]
     if speed["samples_per_s"] is not None:
-        meaning = f"the most that {loaders(speed['loader_workers'])} can give here"
+        meaning = f"maximum of {loaders(speed['loader_workers'])} on this machine"
         tiles.append({"name": "Pairs per second", "value": f"{speed['samples_per_s']:,.0f}", "meaning": meaning})
     return tiles
 
 
 def loaders(workers: int) -> str:
-    """Who loads training's images, where `data.num_workers` is `workers`."""
-    return counted(workers, "loader process", "loader processes") if workers else "training's own process"
+    """Return the name of the processes that load images with `data.num_workers=workers`."""
+    return counted(workers, "loader process", "loader processes") if workers else "the training process"
 
 
-def _share(part: dict[str, Any]) -> str:
-    return probability(part["share"]) if part["count"] else "none"
+def _fraction(part: dict[str, Any]) -> str:
+    return probability(part["fraction"]) if part["count"] else "none"
 
 
 def _count(part: dict[str, Any]) -> str:
-    return f"{part['count']:,} ({probability(part['share'])})" if part["count"] else "0"
+    return f"{part['count']:,} ({probability(part['fraction'])})" if part["count"] else "0"
 
 
 def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
@@ -143,22 +148,22 @@ def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
         "bad_rows": split["bad_rows"],
         "repeated": split["duplicates"]["pairs"],
         "histograms": [
-            of_octaves("width, pixels", histograms["width"], _whole, input_size),
-            of_octaves("height, pixels", histograms["height"], _whole, input_size),
-            of_octaves("megapixels", histograms["megapixels"], _short),
-            of_octaves("size of the file", histograms["bytes"], _file_size),
+            log_bars("width, pixels", histograms["width"], _whole, input_size),
+            log_bars("height, pixels", histograms["height"], _whole, input_size),
+            log_bars("megapixels", histograms["megapixels"], _short),
+            log_bars("file size", histograms["bytes"], _file_size),
         ]
         if split["sizes"]["width"] is not None
         else [],
         "quantiles": [
-            ("file" if name == "bytes" else name, [named[name](found[quantile]) for quantile in QUANTILES])
+            ("file size" if name == "bytes" else name, [named[name](found[quantile]) for quantile in QUANTILES])
             for name, found in split["sizes"].items()
             if found is not None
         ],
         "quantile_names": QUANTILES,
         "formats": [*split["formats"].items()],
         "modes": [*split["modes"].items()],
-        "lengths": of_whole_numbers("tokens, start and end included", captions["histogram"], room + 1),
+        "lengths": linear_bars("tokens, including start and end", captions["histogram"], room + 1),
         "captions": captions,
         "frequent": captions["most_frequent"][:SHOWN_FREQUENT],
         "scripts": [
@@ -170,14 +175,14 @@ def _split(name: str, split: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bar:
-    share: float  # of the highest bar
-    text: str  # what it counts
-    odd: bool  # to be pointed out
+    height: float  # relative to the highest bar
+    text: str  # range and count
+    odd: bool  # highlighted
 
 
 @dataclass(frozen=True)
 class Tick:
-    place: float  # 0 is the left end, 1 the right one
+    place: float  # from 0 (left) to 1 (right)
     text: str
 
 
@@ -188,20 +193,20 @@ class Histogram:
     ticks: list[Tick]
 
 
-def of_octaves(
+def log_bars(
     title: str, histogram: dict[str, list[Any]], named: Callable[[float], str], odd_below: float = 0.0
 ) -> Histogram:
-    """Of counts between steps of an octave (`checks.statistics.octave_histogram`), from one power of 2 to another.
+    """Prepare a logarithmic histogram (`checks.statistics.octave_histogram`), extended to powers of 2.
 
     Args:
-        named: a value for reading.
-        odd_below: bars that lie below this value are pointed out.
+        named: function that formats a value.
+        odd_below: bars below this value are highlighted.
     """
     edges, counts = histogram["edges"], histogram["counts"]
     steps = round(1 / math.log2(edges[1] / edges[0]))
     first, last = round(math.log2(edges[0]) * steps), round(math.log2(edges[-1]) * steps)
     low, high = math.floor(first / steps), math.ceil(last / steps)
-    missing = max(0, FEWEST_OCTAVES - (high - low))
+    missing = max(0, MIN_OCTAVES - (high - low))
     low, high = low - missing // 2, high + (missing + 1) // 2
     padded = [0] * (first - low * steps) + counts + [0] * (high * steps - last)
     highest = max(counts)
@@ -209,16 +214,16 @@ def of_octaves(
     for at, count in enumerate(padded):
         start, end = 2 ** (low + at / steps), 2 ** (low + (at + 1) / steps)
         bars.append(Bar(count / highest, f"{named(start)} to {named(end)}: {count:,}", end <= odd_below * 1.001))
-    every = math.ceil((high - low) / MOST_TICKS)
+    every = math.ceil((high - low) / MAX_TICKS)
     ticks = [Tick((octave - low) / (high - low), named(2.0**octave)) for octave in range(low, high + 1, every)]
     return Histogram(title, bars, ticks)
 
 
-def of_whole_numbers(title: str, histogram: dict[str, list[Any]], odd_from: int) -> Histogram:
-    """Of counts in equal steps, the last of which holds all above (`checks.statistics.whole_histogram`).
+def linear_bars(title: str, histogram: dict[str, list[Any]], odd_from: int) -> Histogram:
+    """Prepare a linear histogram whose last bin has all larger values (`checks.statistics.linear_histogram`).
 
     Args:
-        odd_from: bars that begin at this value or above are pointed out.
+        odd_from: bars that start at this value or above are highlighted.
     """
     edges, counts = histogram["edges"], histogram["counts"]
     highest, width = max(1, *counts), len(counts)
@@ -231,7 +236,7 @@ def of_whole_numbers(title: str, histogram: dict[str, list[Any]], odd_from: int)
         size
         for power in range(9)
         for size in (10**power, 2 * 10**power, 5 * 10**power)
-        if size * MOST_TICKS >= step * width
+        if size * MAX_TICKS >= step * width
     )
     ticks = [Tick(value / step / width, f"{value:,}") for value in range(0, step * (width - 1), every)]
     return Histogram(title, bars, ticks)
