@@ -79,10 +79,10 @@ class Progress(pl.Callback):
         latest, description = self.metrics.latest, ""
         step, total = trainer.global_step, pl_module.total_steps
         if latest:
-            times = f"{seconds(latest['data_wait_s'])} waiting for data + {seconds(latest['compute_s'])} computing"
-            description = f"loss {latest['train/loss']:.4f}  {latest['samples_per_s']:,.0f} samples/s  {times}"
+            times = f"{seconds(latest['train/data_wait_s'])} waiting for data + {seconds(latest['train/compute_s'])} computing"
+            description = f"loss {latest['train/loss']:.4f}  {latest['train/samples_per_s']:,.0f} samples/s  {times}"
         if latest.get("samples_seen") == step * self.metrics.global_batch_size:
-            left_s = (total - step) * self.metrics.global_batch_size / latest["samples_per_s"]
+            left_s = (total - step) * self.metrics.global_batch_size / latest["train/samples_per_s"]
             left = f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
             log.info(f"step {step}/{total}  {description}  {left}", extra=self.steps)
         if self.bar is not None:

@@ -41,7 +41,8 @@ from clip_exp.training.opening import flatten
 log = logging.getLogger(__name__)
 
 FIRST_COLUMNS = [
-    "step", "samples_seen", "epoch", "train/loss", "lr", "grad_norm", "logit_scale", "samples_per_s", "data_wait_s", "compute_s",
+    "step", "samples_seen", "epoch", "train/loss", "train/lr", "train/grad_norm", "train/logit_scale", "train/samples_per_s",
+    "train/data_wait_s", "train/compute_s",
 ]  # fmt: skip
 
 TOLERATED = 0.2  # share of the time that may go into waiting
@@ -260,16 +261,18 @@ def advice(times: StepTimes, loading: Loading) -> str:
     return f"{lost} {now}, which the workers and training use already: {smaller}, or train with more cores."
 
 
-def waiting_share(rows: list[dict[str, Any]]) -> float | None:
+def data_wait_fraction(rows: list[dict[str, Any]]) -> float | None:
     """Return the fraction of a run's wall time that went into waiting for data, by the rows of `metrics.csv`.
 
     A row has means over the steps since the row before. What the first one measured, starting, is left out.
     """
-    timed = [row for row in rows if "data_wait_s" in row and "samples_per_s" in row]
+    timed = [row for row in rows if "train/data_wait_s" in row and "train/samples_per_s" in row]
     times = StepTimes()
     for before, row in pairwise(timed):
         steps, samples = row["step"] - before["step"], row["samples_seen"] - before["samples_seen"]
-        times += StepTimes(steps, waited_s=steps * row["data_wait_s"], wall_s=samples / row["samples_per_s"])
+        times += StepTimes(
+            steps, waited_s=steps * row["train/data_wait_s"], wall_s=samples / row["train/samples_per_s"]
+        )
     return times.waiting if times.steps else None
 
 
@@ -313,12 +316,14 @@ class StepMetrics(pl.Callback):
         step = trainer.global_step
         if step % self.every_n_steps and step not in (1, pl_module.total_steps):
             return
-        names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
+        names = [
+            name for name in ("train/loss", "train/logit_scale", "train/grad_norm") if name in pl_module.step_metrics
+        ]
         own = torch.stack([pl_module.step_metrics[name].float().reshape(()) for name in names])
         means = dict(zip(names, trainer.strategy.reduce(own, reduce_op="mean").tolist(), strict=True))
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
         if engine is not None:
-            means["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+            means["train/grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(loss := means["train/loss"]):
             raise NumericError(
                 f"the loss became {loss} at step {step}. Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true; "
@@ -330,13 +335,13 @@ class StepMetrics(pl.Callback):
             "samples_seen": seen,
             "epoch": seen / self.epoch_rows,
             **means,
-            "lr": self._lr,  # that the step was taken with
-            "samples_per_s": self.global_batch_size * times.steps / times.wall_s,
-            "data_wait_s": times.wait_s,
-            "compute_s": times.compute_s,
+            "train/lr": self._lr,  # that the step was taken with
+            "train/samples_per_s": self.global_batch_size * times.steps / times.wall_s,
+            "train/data_wait_s": times.wait_s,
+            "train/compute_s": times.compute_s,
         }
         if trainer.strategy.root_device.type == "cuda":
-            self.latest["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            self.latest["train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         log_metrics(trainer, self.latest, step)
         if (advice := self._watch.add(times)) is not None:
             log.info(advice)

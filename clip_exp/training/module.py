@@ -64,8 +64,8 @@ class CLIPModule(pl.LightningModule):
         groups = named_groups(model, config.finetune)
         self.parameter_names = [name for members in groups.values() for name, _ in members]
         self.group_sizes = [len(members) for members in groups.values()]
-        self.group_starts = [config.finetune.linear_probe_steps if group.late else 0 for group in groups]
-        self.probing = config.finetune.linear_probe_steps > 0
+        self.group_starts = [config.finetune.freeze_towers_steps if group.late else 0 for group in groups]
+        self.probing = config.finetune.freeze_towers_steps > 0
         self.start_logit_scale: float | None = None  # that the run started with, however often it was resumed
         self.step_metrics: dict[str, Tensor] = {}
         self._validation: list[list[Tensor]] = []
@@ -80,7 +80,7 @@ class CLIPModule(pl.LightningModule):
         return self
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        probing = self.trainer.global_step < self.config.finetune.linear_probe_steps
+        probing = self.trainer.global_step < self.config.finetune.freeze_towers_steps
         if probing != self.probing:
             self.probing = probing
             self.train()
@@ -95,7 +95,7 @@ class CLIPModule(pl.LightningModule):
         # strategy's averaging over ranks gives the exact gradient. So one process, DDP and ZeRO have the same curve.
         loss = self.loss(output, batch.caption_id, batch.image_id)
         self.step_metrics["train/loss"] = loss.detach()
-        self.step_metrics["logit_scale"] = output.logit_scale.detach().clone()
+        self.step_metrics["train/logit_scale"] = output.logit_scale.detach().clone()
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -103,7 +103,7 @@ class CLIPModule(pl.LightningModule):
         gradients = [p for p in self.model.parameters() if p.grad is not None]
         if gradients and not hasattr(self.trainer.strategy, "deepspeed_engine"):
             limit = self.config.trainer.gradient_clip_val or float("inf")
-            self.step_metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
+            self.step_metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
 
     def configure_optimizers(self) -> Any:
         if self.start_logit_scale is None:
@@ -141,6 +141,10 @@ class CLIPModule(pl.LightningModule):
         checkpoint["optimizer_states"] = [
             number_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
+        # The state of `patience` is found by the name of its metric, which older versions called `val/zeroshot_top1`.
+        checkpoint["callbacks"] = {
+            key.replace("val/zeroshot_", "val/"): state for key, state in checkpoint.get("callbacks", {}).items()
+        }
         self._random_states = checkpoint["random_states"]
         self.start_logit_scale = checkpoint.get(START_LOGIT_SCALE)  # older checkpoints: the scale that they have
         if self.config.finetune.lora is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.base import plain
-from clip_exp.config.files import to_yaml
+from clip_exp.config.files import older_names, to_yaml
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import changes, image_changes
 from clip_exp.errors import CheckpointError, ConfigError
@@ -72,9 +72,13 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 def fingerprint(config: TrainConfig) -> str:
     """Return a hash of the run's identity without its paths."""
-    values = identity(config)
-    paths = (*DATA_PATHS, *STARTS)  # which count by what lies there
-    return _hash({key: values[key] for key in values if key not in paths and not key.startswith("data.train.")})
+    return _hash(without_paths(identity(config)))
+
+
+def without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity without paths: data and weights are compared by content, see `Request.differences`."""
+    paths = (*DATA_PATHS, *STARTS)
+    return {key: values[key] for key in values if key not in paths and not key.startswith("data.train.")}
 
 
 def _hash(values: dict[str, Any]) -> str:
@@ -176,9 +180,10 @@ class Request:
         return hashes
 
     @cached_property
-    def fingerprints(self) -> tuple[str, str]:
-        """Of the configuration; the second, which has the paths in it, is that of older versions."""
-        return fingerprint(self.config), _hash(identity(self.config))
+    def fingerprints(self) -> tuple[str, ...]:
+        """Hashes that identify the configuration: the present one, then those of older versions (other names of keys; with paths)."""
+        values = identity(self.config)
+        return _hash(without_paths(values)), _hash(older_names(without_paths(values))), _hash(older_names(values))
 
     def _other_job(self, record: dict[str, Any]) -> list[str]:
         theirs = record.get("job")

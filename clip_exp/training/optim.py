@@ -115,7 +115,7 @@ def named_groups(model: nn.Module, finetune: FineTuneConfig) -> dict[Group, list
             deep, blocks = depths(getattr(model, tower))
             for name, depth in deep.items():
                 factors[f"{tower}.{name}"] = tuning.lr_factor * tuning.layer_decay ** (blocks + 1 - depth)
-        if finetune.linear_probe_steps:
+        if finetune.freeze_towers_steps:
             module: nn.Module = getattr(model, tower)
             below = {name for name, _ in module.named_parameters()} - projection_names(module)
             late |= {f"{tower}.{name}" for name in below}

@@ -14,7 +14,7 @@ from clip_exp.evaluation.launch import prepare_tasks
 from clip_exp.evaluation.task import Task
 from clip_exp.ranks.environment import device_problems, is_first_rank, outer_placement
 from clip_exp.reports.names import CERTAIN, VALIDATION, better
-from clip_exp.runs import name_problems
+from clip_exp.runs import OLDER_COLUMNS, name_problems
 from clip_exp.secrets import leaks
 from clip_exp.weights.find import check_pretrained
 
@@ -141,7 +141,7 @@ def check_measures(config: TrainConfig, *, fetch: bool = False) -> list[ClipExpE
 
 def check_validation_classes(config: TrainConfig, classes: int) -> Iterator[str]:
     """Yield what is wrong with `monitor`, which is known when the classes of the validation data were counted."""
-    if config.monitor == "val/zeroshot_top5" and classes <= CERTAIN:
+    if config.monitor == "val/top5" and classes <= CERTAIN:
         yield _top5_problem(config.monitor, classes)
 
 
@@ -185,9 +185,11 @@ def _check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Iter
             yield f"monitor={monitor} would be measured only once, at the end: set task_every_n_steps."
     elif monitor in top5:
         yield _top5_problem(monitor, top5[monitor])
+    elif monitor.startswith("val/") and monitor in OLDER_COLUMNS:
+        yield f"monitor={monitor} does not exist: did you mean '{OLDER_COLUMNS[monitor]}'?"
     elif monitor not in OF_VALIDATION:
         yield f"monitor={monitor} is no metric of validation or of a task: {nearest(monitor, [*OF_VALIDATION, *measured])}"
     elif config.data.generate is None and not config.data.val:
         yield f"monitor={monitor} needs validation data: set data.val."
-    elif monitor.startswith("val/zeroshot") and config.data.label_key is None:
+    elif monitor in ("val/top1", "val/top5") and config.data.label_key is None:
         yield f"monitor={monitor} needs class names: set data.label_key."

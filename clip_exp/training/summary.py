@@ -22,7 +22,7 @@ from clip_exp.errors import CheckpointError
 from clip_exp.reports.run_page import data_facts, next_command, renew_report, write_report
 from clip_exp.runs import RunRecord, write_json
 from clip_exp.storage import read_json_object
-from clip_exp.training.metrics import MetricsCSV, waiting_share
+from clip_exp.training.metrics import MetricsCSV, data_wait_fraction
 from clip_exp.training.module import CLIPModule
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def summarize(
     last: dict[str, Any] = {}
     for row in rows:
         last.update(row)
-    speeds = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
+    speeds = [row["train/samples_per_s"] for row in rows if "train/samples_per_s" in row]
     return {
         "name": config.name,
         "model": config.model.name,
@@ -85,12 +85,17 @@ def summarize(
         "ranks": trainer.world_size,
         "seconds": round(seconds, 2),
         "samples_per_s": round(median(speeds), 2) if speeds else None,
-        "data_wait_share": waiting_share(rows),
+        "data_wait_fraction": data_wait_fraction(rows),
         **summarize_data(trainer.datamodule, run_dir, trainer.global_step, trainer.world_size),  # type: ignore[attr-defined]
-        "metrics": {name: value for name, value in last.items() if "/" in name},
+        "metrics": {name: value for name, value in last.items() if _is_result(name)},
         "last_checkpoint": str(latest(run_dir)),
         "best_checkpoint": str(best(run_dir)),
     }
+
+
+def _is_result(column: str) -> bool:
+    """Return True for the loss and for metrics of validation and of tasks, not for what describes the steps, such as `train/lr`."""
+    return column == "train/loss" or ("/" in column and not column.startswith("train/"))
 
 
 def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks: int) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
         bad_images, bad_rows: by table (training, validation), and there by kind; what is faultless is left out.
         empty_captions: likewise, `count` and the `fraction` of all captions.
         filter_values: likewise, by column what the filter could not compare (`tables.filters`).
-        truncated_share: of the captions that this rank has trained on since it started; None where that is none.
+        truncated_fraction: of the captions that this rank has trained on since it started; None where that is none.
     """
     assert datamodule.stream is not None
     tables = {"training": [source.table for source in datamodule.stream.sources]}
@@ -127,7 +132,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
             summary["empty_captions"][which] = {"count": count, "fraction": count / sum(map(len, found))}
         if values := as_json(unlike_values(parts)):
             summary["filter_values"][which] = values
-    return {**summary, "truncated_share": min(1.0, datamodule.truncated / captions) if captions > 0 else None}
+    return {**summary, "truncated_fraction": min(1.0, datamodule.truncated / captions) if captions > 0 else None}
 
 
 def _table(run_dir: Path, summary: dict[str, Any]) -> str:

@@ -232,7 +232,7 @@ def overrides(recipe: Recipe, seed: int, table: Path, weights: Path) -> list[str
         }
         typed |= {"finetune": "lora"} | {f"finetune.lora.{key}": value for key, value in lora.items()}
     if recipe.tuning == "linear probe":
-        typed |= {"finetune": "linear_probe", "finetune.linear_probe_steps": PROBE_STEPS}
+        typed |= {"finetune": "lp_ft", "finetune.freeze_towers_steps": PROBE_STEPS}
     typed["finetune.image.lr_factor"] = recipe.lr_factor if recipe.lr_factor != 1 else None
     for tower in ("image", "text"):
         typed[f"finetune.{tower}.layer_decay"] = recipe.layer_decay if recipe.layer_decay != 1 else None
@@ -332,15 +332,15 @@ def differences(run: Finished, expected: Computed) -> dict[str, float]:
 
     found = {
         "loss": furthest(column("train/loss"), expected.loss),
-        "grad_norm": furthest(column("grad_norm"), expected.grad_norm),
-        "logit_scale": furthest(column("logit_scale"), expected.logit_scale),
+        "grad_norm": furthest(column("train/grad_norm"), expected.grad_norm),
+        "logit_scale": furthest(column("train/logit_scale"), expected.logit_scale),
         "weights": furthest_weight(run.weights, expected.weights),
     }
     averaged = latest(run.folder) / "ema.safetensors"
     assert averaged.exists() == bool(expected.averaged)
     if expected.averaged:
         found["averaged"] = furthest_weight(load_file(averaged), expected.averaged)
-    assert column("lr") == pytest.approx(expected.lr, rel=1e-12, abs=0)
+    assert column("train/lr") == pytest.approx(expected.lr, rel=1e-12, abs=0)
     return found
 
 

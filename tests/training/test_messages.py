@@ -103,7 +103,13 @@ def test_a_terminal_that_is_a_file_on_a_full_disk_does_not_end_a_run(
     assert "a line" in (tmp_path / "train.log").read_text()
 
 
-LATEST = {"samples_seen": 16, "train/loss": 2.5, "samples_per_s": 8.0, "data_wait_s": 0.5, "compute_s": 1.5}
+LATEST = {
+    "samples_seen": 16,
+    "train/loss": 2.5,
+    "train/samples_per_s": 8.0,
+    "train/data_wait_s": 0.5,
+    "train/compute_s": 1.5,
+}
 
 
 @pytest.mark.parametrize(("kind", "shown"), [("lines", ["step 1/3", "val/loss"]), ("bar", ["val/loss"]), ("none", [])])

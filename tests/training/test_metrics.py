@@ -36,10 +36,10 @@ from clip_exp.training.metrics import (
     StepTimes,
     advice,
     build_loggers,
+    data_wait_fraction,
     of_slowest_loader,
     seconds,
     start_loggers,
-    waiting_share,
     workers_needed,
 )
 from clip_exp.training.module import CLIPModule
@@ -98,18 +98,18 @@ def test_the_logged_rate_is_the_wall_clocks_without_validation_saving_and_scorin
     ]  # fmt: skip
     run = clip_exp.train(*arguments)
     rows = read_metrics(run / "metrics.csv")
-    assert [row["data_wait_s"] for row in rows] == [*[0.5] * 7, 0.0], "the last step finds its batch there"
-    assert [row["compute_s"] for row in rows] == [1.0] * 8
+    assert [row["train/data_wait_s"] for row in rows] == [*[0.5] * 7, 0.0], "the last step finds its batch there"
+    assert [row["train/compute_s"] for row in rows] == [1.0] * 8
     step_s = [1.5, *[1.75] * 6, 1.25]  # the weights are averaged after a step is measured
-    assert [16 / row["samples_per_s"] for row in rows] == pytest.approx(step_s)
+    assert [16 / row["train/samples_per_s"] for row in rows] == pytest.approx(step_s)
     written = json.loads((run / "summary.json").read_text())
-    assert written["data_wait_share"] == pytest.approx(6 * 0.5 / sum(step_s[1:]))
+    assert written["data_wait_fraction"] == pytest.approx(6 * 0.5 / sum(step_s[1:]))
 
     shutil.rmtree(run / "checkpoints" / "step-000008")
     unfinish(run)
     assert clip_exp.train(*arguments) == run
     rows = read_metrics(run / "metrics.csv")
-    assert [16 / row["samples_per_s"] for row in rows[5:]] == pytest.approx([1.5, 1.75, 1.25])
+    assert [16 / row["train/samples_per_s"] for row in rows[5:]] == pytest.approx([1.5, 1.75, 1.25])
 
 
 def a_trainer(device: str = "cpu", others: tuple[StepTimes, ...] = ()) -> Any:
@@ -418,13 +418,13 @@ def test_where_the_cores_do_not_suffice_smaller_images_are_advised() -> None:
 
 def test_the_share_of_a_run_is_of_its_wall_time_and_leaves_the_first_row_out() -> None:
     rows = [
-        {"step": 1, "samples_seen": 8, "samples_per_s": 0.1, "data_wait_s": 30.0, "compute_s": 1.0},
-        {"step": 10, "samples_seen": 80, "samples_per_s": 8.0, "data_wait_s": 0.0, "compute_s": 1.0},
+        {"step": 1, "samples_seen": 8, "train/samples_per_s": 0.1, "train/data_wait_s": 30.0, "train/compute_s": 1.0},
+        {"step": 10, "samples_seen": 80, "train/samples_per_s": 8.0, "train/data_wait_s": 0.0, "train/compute_s": 1.0},
         {"step": 15, "val/loss": 2.0},
-        {"step": 40, "samples_seen": 320, "samples_per_s": 4.0, "data_wait_s": 0.5, "compute_s": 0.5},
+        {"step": 40, "samples_seen": 320, "train/samples_per_s": 4.0, "train/data_wait_s": 0.5, "train/compute_s": 0.5},
     ]
-    assert waiting_share(rows) == pytest.approx(15 / (9 + 60))
-    assert waiting_share(rows[:1]) is None
+    assert data_wait_fraction(rows) == pytest.approx(15 / (9 + 60))
+    assert data_wait_fraction(rows[:1]) is None
 
 
 def test_seconds_are_written_as_one_reads_them() -> None:
@@ -454,9 +454,9 @@ def test_a_run_tells_once_that_its_loader_is_the_bottleneck(slow_pairs: Path, tr
     assert re.search(r"would keep up|a shorter side of about \d+ pixels", run.output)
     assert (run.folder / "train.log").read_text().count("The loader is the bottleneck") == 1
     assert "waiting for data +" in run.output
-    shares = [row["data_wait_s"] * row["samples_per_s"] / 2 for row in run.metrics]
+    shares = [row["train/data_wait_s"] * row["train/samples_per_s"] / 2 for row in run.metrics]
     assert min(shares[1:]) > 0.3
-    assert run.summary["data_wait_share"] == pytest.approx(sum(shares[1:]) / len(shares[1:]), abs=0.1)
+    assert run.summary["data_wait_fraction"] == pytest.approx(sum(shares[1:]) / len(shares[1:]), abs=0.1)
     assert "waiting for data" in (run.folder / "report.html").read_text()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_exp.config.compose import Job
+from clip_exp.config.files import older_names
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import check_tables
 from clip_exp.errors import ClipExpError, ConfigError
@@ -174,7 +175,7 @@ def test_a_run_of_an_older_version_is_recognized_by_its_configuration_alone(proj
     record = RunRecord(folder)
     for key in ("paths", "data", "scored_tasks"):
         del record.values[key]
-    record.update(fingerprint=_hash(identity(config)))
+    record.update(fingerprint=_hash(older_names(identity(config))))
     add_row(project / "pairs.csv")
     assert opened(config).complete
     other = config.model_copy(update={"data": config.data.model_copy(update={"train": "val.csv"})})

@@ -93,7 +93,7 @@ def test_frozen_parts_stay_in_evaluation_mode_when_the_rest_is_set_to_training()
 
 def test_during_a_linear_probe_both_towers_run_as_in_evaluation() -> None:
     """Modules without weights, too: patches are seen all."""
-    config = train_config("finetune=linear_probe")
+    config = train_config("finetune=lp_ft")
     config.model = small_config(dropout=0.5)
     config.model.image.patch_dropout = 0.5
     model = build_model(config.model)
@@ -144,7 +144,7 @@ def test_without_other_rates_the_groups_are_those_of_earlier_checkpoints() -> No
 
 
 def test_after_the_probe_the_towers_warm_up_from_there() -> None:
-    config = train_config("finetune=linear_probe", "finetune.linear_probe_steps=10", "optimizer.lr=1", "optimizer=sgd")
+    config = train_config("finetune=lp_ft", "finetune.freeze_towers_steps=10", "optimizer.lr=1", "optimizer=sgd")
     model = prepared(config.finetune)
     optimizer = build_optimizer(model, config.optimizer, config.finetune)
     starts = [10 if group.late else 0 for group in named_groups(model, config.finetune)]
@@ -232,7 +232,7 @@ def test_a_locked_tower_keeps_its_weights_and_statistics_through_validations(loc
     assert any("running_mean" in name for name in load_file(start))
     assert {name for name in changed(latest(locked.folder), start) if not name.startswith("text.")} == {"logit_scale"}
     assert len(changed(latest(locked.folder), start)) > 20
-    assert next(row["lr"] for row in locked.metrics if "lr" in row) == 1e-3
+    assert next(row["train/lr"] for row in locked.metrics if "train/lr" in row) == 1e-3
 
 
 @pytest.mark.parametrize("overrides", repeat_beyond((), STRATEGIES.values()), ids=STRATEGIES)
@@ -248,7 +248,7 @@ def test_locked_and_slowed_towers_learn_the_same_under_every_strategy(
 
 @pytest.mark.parametrize("overrides", repeat_beyond(([],), ([], STRATEGIES["ZeRO-2"])), ids=["alone", "ZeRO-2"])
 def test_while_probing_the_towers_stay_as_they_are(overrides: list[str], start: Path, train: Train) -> None:
-    settings = ("finetune=linear_probe", "finetune.linear_probe_steps=3", "max_steps=4", f"pretrained={start}")
+    settings = ("finetune=lp_ft", "finetune.freeze_towers_steps=3", "max_steps=4", f"pretrained={start}")
     run = train(*RUN, *settings, *overrides)
     probed, tuned = (changed(run.folder / "checkpoints" / f"step-00000{step}", start) for step in (3, 4))
     heads = {name for name in load_file(start) if name.startswith("image.pool.")}

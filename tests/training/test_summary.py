@@ -18,8 +18,8 @@ from tests.data.conftest import data_module, noise, write_table
 
 SUMMARY = {
     "name": "a run", "steps": 2, "samples_seen": 32, "seconds": 1.0, "metrics": {"val/loss": 2.5}, "samples_per_s": 16.0,
-    "best_checkpoint": "checkpoints/step-000002", "bad_images": {}, "bad_rows": {}, "truncated_share": None,
-    "data_wait_share": None,
+    "best_checkpoint": "checkpoints/step-000002", "bad_images": {}, "bad_rows": {}, "truncated_fraction": None,
+    "data_wait_fraction": None,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, unfinish
 from tests.small_runs import write_image
 
-TIMING = ("samples_per_s", "data_wait_s", "compute_s")
+TIMING = ("train/samples_per_s", "train/data_wait_s", "train/compute_s")
 STEPS = ("max_steps=12", "log_every_n_steps=1", "val_every_n_steps=6", "checkpoint_every_n_steps=6")
 RUN = (*(o for o in TINY if not o.startswith("resume")), *STEPS, "model.dropout=0.1")
 
