@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from clip_exp.ranks import failure
 failure.PLACE_S = 0.5
-with failure.place_in(Path(sys.argv[1]), 1):
+with failure.lock_rank(Path(sys.argv[1]), 1):
     print("here", flush=True)
     sys.stdin.read()
 """
@@ -129,12 +129,12 @@ def test_a_rank_waits_for_that_of_an_earlier_start_and_works_beside_none(
     with subprocess.Popen(hold, cwd=REPOSITORY, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as earlier:
         assert earlier.stdout is not None
         assert earlier.stdout.readline() == "here\n"
-        with failure.place_in(tmp_path, 0):
+        with failure.lock_rank(tmp_path, 0):
             pass  # of another rank
         threading.Timer(0.5, earlier.kill).start()
-        with failure.place_in(tmp_path, 1):
+        with failure.lock_rank(tmp_path, 1):
             assert earlier.wait(5) == -signal.SIGKILL
-    with failure.place_in(tmp_path, 1):
+    with failure.lock_rank(tmp_path, 1):
         done = subprocess.run(hold, cwd=REPOSITORY, capture_output=True, text=True)
     assert "rank 1 of an earlier start still works in" in done.stderr
 

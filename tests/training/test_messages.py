@@ -12,7 +12,7 @@ import pytest
 
 from clip_exp.training import messages
 from clip_exp.training.callbacks import Progress
-from clip_exp.training.messages import LOG_ONLY, logging_to, shown_and_kept
+from clip_exp.training.messages import LOG_ONLY, buffered_logging, logging_to
 from clip_exp.training.metrics import StepMetrics
 from tests.runs import Finished
 
@@ -50,7 +50,7 @@ def test_what_was_shown_before_there_was_a_folder_begins_its_log_and_is_not_show
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "s3cret-value")
-    with shown_and_kept() as earlier:
+    with buffered_logging() as earlier:
         log.info("%s: its index is made anew", "s3cret-value")
         log.warning("1 bad row was left out")
     with logging_to(tmp_path, earlier):

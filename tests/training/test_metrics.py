@@ -341,8 +341,8 @@ def test_a_pause_on_a_gpu_begins_when_it_has_done_what_it_was_asked_for() -> Non
 def test_times_of_steps_add_up() -> None:
     times = StepTimes(2, 1.0, 3.0, 4.0) + StepTimes(3, 4.0, 2.0, 6.0)
     assert times == StepTimes(5, 5.0, 5.0, 10.0)
-    assert (times.wait_s, times.compute_s, times.step_s, times.waiting) == (1.0, 1.0, 2.0, 0.5)
-    assert StepTimes().waiting == 0.0
+    assert (times.wait_s, times.compute_s, times.step_s, times.wait_fraction) == (1.0, 1.0, 2.0, 0.5)
+    assert StepTimes().wait_fraction == 0.0
 
 
 # ------------------------------------------------------------------------------------------ whether the loader keeps up

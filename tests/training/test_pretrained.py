@@ -88,11 +88,11 @@ def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, weights: Pat
     weights.unlink()
     again = open_run(config)
     assert (again.folder, again.finished) == (first.folder, False)
-    assert again.settled == first.settled
+    assert again.resolved == first.settled
     again.begin([])
     assert "pretrained" in RunRecord(first.folder).values, "the first beginning is kept"
     named = config.model_copy(update={"resume": str(first.folder), "max_steps": 99, "epochs": None})
-    assert open_run(named).settled.model == first.settled.model
+    assert open_run(named).resolved.model == first.settled.model
     other = train_config("model=vit_nano", f"pretrained={weights}", f"output_dir={tmp_path}/out", "seed=1")
     with pytest.raises(ConfigError, match="does not exist"):
         open_run(other)
