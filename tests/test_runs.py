@@ -110,7 +110,7 @@ def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
     before = (folder / "config.yaml").read_text()
     assert choose(train_config("max_steps=9", f"resume={folder}")) == (folder, False)
     assert choose(train_config("max_steps=6", f"resume={folder}")) == (folder, True)
-    with pytest.raises(ConfigError, match=r"another .*model\.name.*optimizer\.lr"):
+    with pytest.raises(ConfigError, match=r"other values of .*model\.name.*optimizer\.lr"):
         choose(
             train_config(
                 "max_steps=9", f"resume={folder}", "model=vit_tiny", "optimizer.lr=1e-2", "name=vit_nano_digits"

@@ -317,7 +317,7 @@ def test_an_extra_callback_without_a_target_or_a_schedule_that_is_none_is_refuse
     with pytest.raises(ConfigError, match=r"callbacks\.extra\.x\._target_ has no value"):
         train_config("callbacks.extra.x={foo: 1}")
     config = train_config("scheduler._target_=clip_exp.training.schedule.factor")
-    with pytest.raises(ConfigError, match="must be a function from the share"):
+    with pytest.raises(ConfigError, match="must be a function that maps the completed fraction"):
         build_scheduler(build_optimizer(nn.Linear(2, 2), config.optimizer), config.scheduler, 10)
 
 

@@ -164,7 +164,7 @@ def test_a_context_has_a_position_for_each_token_or_is_refused(kind: str, positi
     [
         ("fnet", {"pad_token_id": 0}, "model.text.name=fnet takes no attention_mask"),
         ("blip_2_qformer", {"pad_token_id": 0}, "model.text.name=blip_2_qformer takes no input_ids"),
-        ("funnel", {"pad_token_id": 0, "num_hidden_layers": None}, "transformers has no plain model of type funnel"),
+        ("funnel", {"pad_token_id": 0, "num_hidden_layers": None}, "transformers has no base model of type funnel"),
         ("beit", {}, "model.text.name=beit has no pad_token_id"),
     ],
 )
@@ -196,12 +196,12 @@ def test_a_pooler_that_an_encoder_cannot_do_without_and_nobody_reads_does_not_le
 REFUSED = {
     "too long a context": ({"context_length": 39}, "model.text.context_length=39 is more than the 38 tokens"),
     "no projection to another width": ({"projection": Projection.none}, "Set model.embed_dim=32, or a projection"),
-    "no encoder": ({"architecture": {"model_type": "nonsense"}}, "not of an encoder that transformers knows"),
+    "no encoder": ({"architecture": {"model_type": "nonsense"}}, "not a valid encoder of transformers"),
     "heads that do not divide": (
         {"architecture": {"model_type": "bert", "vocab_size": 300, **SMALL, "num_attention_heads": 7}},
         "model.text.architecture cannot be built",
     ),
-    "no such folder": ({"name": "/nowhere/encoder"}, "model.text.name=/nowhere/encoder cannot be had"),
+    "no such folder": ({"name": "/nowhere/encoder"}, "model.text.name=/nowhere/encoder could not be loaded"),
 }
 
 
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused(folders, values, expected: str) -> None:
 
 
 def test_an_encoder_without_a_pooler_has_none_of_its_own(folders) -> None:
-    with pytest.raises(ConfigError, match="has no pooler of its own"):
+    with pytest.raises(ConfigError, match="has no pooler"):
         build_text_tower(small(folders["mt5"], pooler=Pooler.own))
 
 

@@ -90,7 +90,7 @@ def test_a_launcher_says_where_a_rank_is(
 
 def test_a_variable_that_is_not_a_number_is_named(environment: Environment) -> None:
     environment({**TORCHRUN, "LOCAL_RANK": "five"})
-    with pytest.raises(DistributedError, match="LOCAL_RANK=five in the environment must be a number"):
+    with pytest.raises(DistributedError, match="LOCAL_RANK=five in the environment must be a non-negative integer"):
         outer_placement()
 
 

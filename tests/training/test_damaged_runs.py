@@ -186,20 +186,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_what_is_wrong_with_each(
 def test_starts_that_were_killed_before_a_checkpoint_share_one_folder(config: TrainConfig, capsys) -> None:
     config = config.model_copy(update={"name": "empty"})
     first = open_run(config)
-    assert "starts again" not in capsys.readouterr().out
+    assert "starting again" not in capsys.readouterr().out
     first.begin([])
     for _ in range(2):
         opened = open_run(config)
         assert opened.folder == first.folder
         opened.begin([])
         assert (
-            f"{first.folder} was stopped before its first checkpoint: the run starts again in it"
+            f"{first.folder} was stopped before its first checkpoint: starting again in the same folder"
             in capsys.readouterr().out
         )
     assert len(RunRecord(first.folder).values["resumed"]) == 2
     assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
     assert open_run(config.model_copy(update={"resume": str(first.folder)})).folder == first.folder
-    assert "the run starts again in it" in capsys.readouterr().out
+    assert "starting again in the same folder" in capsys.readouterr().out
     with runs.lock(first.folder):
         other = open_run(config)
     assert other.folder != first.folder, "which a living process uses"

@@ -43,7 +43,7 @@ def test_top5_of_five_classes_cannot_be_monitored(tmp_path: Path, classes: int, 
     config.task = parse(EvaluateConfig, {"task": {"flowers": folders(tmp_path, classes)}}).task
     errors = [str(error) for error in check_measures(config)]
     assert len(errors) == refused
-    assert all("monitor=flowers/top5 is not measured: of 5 classes" in error for error in errors)
+    assert all("monitor=flowers/top5 is not measured: with 5 classes" in error for error in errors)
     assert all(error.endswith("Use monitor=flowers/top1.") for error in errors)
 
 

@@ -179,7 +179,7 @@ def test_rows_that_cannot_be_written_are_written_later(
             logger.log_metrics({"train/loss": row["train/loss"]}, step=int(row["step"]))
         assert read_metrics(logger.path) == rows[:2], "half a row is none"
         assert list(tmp_path.iterdir()) == [logger.path]
-    assert caplog.text.count("metrics.csv cannot be written: File too large. Its rows are kept and written later.") == 1
+    assert caplog.text.count("metrics.csv cannot be written: File too large. Its rows are kept in memory and written later.") == 1
     if at_end:
         logger.finalize("success")
     else:
@@ -395,7 +395,7 @@ def test_the_advice_says_what_is_lost_and_what_to_change() -> None:
     assert "data.num_workers is 2, and there are 16 cores per rank" in text
     assert text.endswith("data.num_workers=5 would keep up.")
     text = advice(STARVED, Loading(2, 16, 224, shares_cores=True))
-    assert text.endswith("would keep up, as far as training on the CPU leaves them cores.")
+    assert text.endswith("would keep up, if training on the CPU leaves enough cores for them.")
 
 
 def test_waiting_is_judged_by_the_wall_clock() -> None:
@@ -408,11 +408,11 @@ def test_waiting_is_judged_by_the_wall_clock() -> None:
 def test_where_the_cores_do_not_suffice_smaller_images_are_advised() -> None:
     text = advice(STARVED, Loading(workers=2, cores=4, image_size=224))
     assert "set data.num_workers=3" in text
-    assert "about 5 workers" in text
+    assert "About 5 workers" in text
     assert "a shorter side of about 256 pixels" in text
     text = advice(STARVED, Loading(workers=3, cores=4, image_size=336))
     assert "set data.num_workers" not in text
-    assert "use already" in text
+    assert "all in use" in text
     assert "384 pixels" in text
 
 
@@ -450,9 +450,9 @@ def test_a_run_tells_once_that_its_loader_is_the_bottleneck(slow_pairs: Path, tr
         "model=vit_nano", "data=csv", f"data.train={slow_pairs}", "data.num_workers=0", "global_batch_size=2",
         "max_steps=60", "trainer.accelerator=cpu", "resume=never",
     )  # fmt: skip
-    assert run.output.count("The loader is the bottleneck") == 1
+    assert run.output.count("The data loader is the bottleneck") == 1
     assert re.search(r"would keep up|a shorter side of about \d+ pixels", run.output)
-    assert (run.folder / "train.log").read_text().count("The loader is the bottleneck") == 1
+    assert (run.folder / "train.log").read_text().count("The data loader is the bottleneck") == 1
     assert "waiting for data +" in run.output
     shares = [row["train/data_wait_s"] * row["train/samples_per_s"] / 2 for row in run.metrics]
     assert min(shares[1:]) > 0.3

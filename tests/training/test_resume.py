@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_in_its_f
     RunRecord(folder).update(status="running", last_checkpoint_step=None)
     run = train(*RUN, output_dir=tmp_path)
     assert run.folder == folder
-    assert "was stopped before its first checkpoint: the run starts again in it" in run.output
+    assert "was stopped before its first checkpoint: starting again in the same folder" in run.output
     assert run.losses == single.losses
     assert run.record["last_checkpoint_step"] == 20
 
@@ -157,7 +157,7 @@ def test_a_sharded_run_goes_on_in_one_process(single: Finished, train: Train, tm
 def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, tmp_path) -> None:
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
-    assert "has finished this run already" in train(*RUN, output_dir=tmp_path).output
+    assert "this run is already finished" in train(*RUN, output_dir=tmp_path).output
     assert run_folders(tmp_path) == [folder]
 
 
@@ -167,9 +167,9 @@ def test_a_run_killed_while_its_report_was_drawn_gets_it_by_the_same_command(
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
     (folder / "report.html").unlink()
-    assert "has finished" not in train(*RUN, output_dir=tmp_path).output
+    assert "already finished" not in train(*RUN, output_dir=tmp_path).output
     run = Finished(folder, train(*RUN, output_dir=tmp_path).output)
-    assert "has finished this run already" in run.output
+    assert "this run is already finished" in run.output
     assert (folder / "report.html").is_file()
     assert run.metrics == single.metrics
     assert run.record["status"] == "finished"

@@ -47,7 +47,7 @@ def test_a_report_that_cannot_be_written_costs_a_warning_and_is_missing(
     assert not (tmp_path / "report.html").exists()
     assert RunRecord(tmp_path).values["status"] == "finished"
     assert "No space left on device" in caplog.text
-    assert "the same command writes its report" in caplog.text
+    assert "repeat the command to write its report" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------- what was wrong with the data

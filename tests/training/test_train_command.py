@@ -96,7 +96,7 @@ def test_jobs_that_compute_the_same_have_folders_of_their_own_and_find_them_agai
             4,
             8,
         ]
-        assert result.stdout.count("has finished this run already") == already
+        assert result.stdout.count("this run is already finished") == already
     jobs = [json.loads((folder / "run.json").read_text())["job"] for folder in folders]
     assert [(job["number"], job["overrides"]) for job in jobs] == [
         (0, ["micro_batch_size=4"]),
@@ -357,7 +357,7 @@ def test_a_killed_rank_ends_the_run_with_code_6_and_leaves_no_process(tmp_path: 
     finally:
         process.kill()
     assert process.returncode == 6, errors
-    assert "was ended by signal 9 (SIGKILL)" in errors
+    assert "was killed by signal 9 (SIGKILL)" in errors
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert json.loads((run_folders(tmp_path)[0] / "run.json").read_text())["status"] == "failed"
 
