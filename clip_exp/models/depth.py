@@ -63,15 +63,15 @@ def _inputs(tower: nn.Module, names: list[str], block_of: Mapping[str, int]) -> 
     register relative positions, and their norm, after the blocks.
     """
     embeddings = {f"{path}.weight" for path, module in tower.named_modules() if isinstance(module, nn.Embedding)}
-    begun, siblings = False, ""
+    in_blocks, siblings = False, ""
     for name in names:
         if name in block_of:
-            begun = True
+            in_blocks = True
             continue
-        if begun and name in embeddings:
+        if in_blocks and name in embeddings:
             parent = name.rpartition(".")[0].rpartition(".")[0]
             siblings = f"{parent}." if parent else name
-        if not begun or (siblings and name.startswith(siblings)):
+        if not in_blocks or (siblings and name.startswith(siblings)):
             yield name
 
 

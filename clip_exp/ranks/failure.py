@@ -25,9 +25,8 @@ from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DistributedError,
 from clip_exp.secrets import redact
 
 END_S = 10.0  # time for a rank to end by itself after it reported a failure, or found that of another rank
-POLL_S = (
-    5.0  # interval of looking for reports of other ranks; each look lists a folder that hundreds of ranks may share
-)
+# Interval of looking for reports of other ranks. Each look lists a folder that hundreds of ranks may share.
+POLL_S = 5.0
 CAUSE_S = 3.0  # time to wait for the report of the rank that failed first, if this rank only lost the connection to it
 PREFIX = ".error-rank"  # name prefix of the reports, one file per rank
 PLACE = ".lock-rank"  # name prefix of the locks, one file per rank

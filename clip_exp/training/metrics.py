@@ -170,7 +170,7 @@ class GPUClock(StepClock):
         self._last_end: Any = None
 
     def end(self) -> None:
-        """See `StepClock`."""
+        """End the step: record an event after it, and add the times of all steps that the GPU has completed."""
         self._pending[-1].end.record()
         while self._pending and self._pending[0].end.query():
             self._count(self._pending.popleft())

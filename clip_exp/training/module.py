@@ -155,9 +155,8 @@ class CLIPModule(pl.LightningModule):
             key.replace("val/zeroshot_", "val/"): state for key, state in checkpoint.get("callbacks", {}).items()
         }
         self._random_states = checkpoint["random_states"]
-        self.start_logit_scale = checkpoint.get(
-            START_LOGIT_SCALE
-        )  # missing in older checkpoints: then the scale they contain
+        # Missing in older checkpoints: the run then continues with the scale that they contain.
+        self.start_logit_scale = checkpoint.get(START_LOGIT_SCALE)
         if self.config.finetune.lora is not None:
             for key in WEIGHTS & checkpoint.keys():
                 checkpoint[key] = unmerge(checkpoint[key], checkpoint.pop(f"adapted_{key}"))

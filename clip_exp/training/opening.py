@@ -139,20 +139,20 @@ class Request:
         }
         weights = []
         for key in STARTS:
-            clause, noted, now = clauses.pop(key, None), record.get(key), self.weights_sha256.get(key)
-            sha256 = noted.get("sha256") if isinstance(noted, dict) else None
+            clause, recorded, now = clauses.pop(key, None), record.get(key), self.weights_sha256.get(key)
+            sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
             if clause is None and sha256 is not None and now is not None:
                 other = f"sha256 {now[:12]}… instead of {sha256[:12]}…"
                 clause = f"{key}={getattr(self.config, key)} has other weights ({other})"
             if clause is not None and (sha256 is None or sha256 != now):
                 weights.append(clause)
         paths = list(clauses.values())
-        noted = record.get("data")
-        if noted is None or self.data is None:  # contents are unknown, so other paths count as other data
+        recorded = record.get("data")
+        if recorded is None or self.data is None:  # contents are unknown, so other paths count as other data
             tables, images = paths, []
         else:
-            tables = changes(noted, self.data)
-            images = [] if tables else image_changes(noted, self.data)
+            tables = changes(recorded, self.data)
+            images = [] if tables else image_changes(recorded, self.data)
         return Differences(self._other_job(record), weights, paths, tables, images)
 
     @cached_property
@@ -277,14 +277,14 @@ def _recognized(request: Request) -> tuple[list[EarlierRun], list[Path]]:
     parent = Path(request.config.output_dir) / "train" / request.config.name
     for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
         run = EarlierRun(folder, read_record(folder))
-        noted = run.record.get("fingerprint")
-        same = noted in request.fingerprints
-        if noted is None:
+        recorded = run.record.get("fingerprint")
+        same = recorded in request.fingerprints
+        if recorded is None:
             with suppress(CheckpointError, ConfigError):
                 same = not _different_keys(read_config(folder)[0], request.config)
         if same:
             found.append(run)
-        elif noted is None and run.saved:
+        elif recorded is None and run.saved:
             unknown.append(folder)
     return found, unknown
 
@@ -474,9 +474,9 @@ def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
     tasks: tuple[str, ...] = ()
     if finished and (folder / REPORT).is_file():
         # Scored are the tasks that have results and unchanged settings; without a record, those of config.yaml are assumed.
-        noted = run.record.get("scored_tasks", plain(read.task))
+        recorded = run.record.get("scored_tasks", plain(read.task))
         there = {task_of(path.stem) for path in (folder / "eval").glob("*.json")}
-        scored = {name: task for name, task in read.task.items() if name in there and plain(task) == noted.get(name)}
+        scored = {name: task for name, task in read.task.items() if name in there and plain(task) == recorded.get(name)}
         tasks = tuple(name for name, values in config.task.items() if scored.get(name) != values)
         resolved.task = {**scored, **config.task}
         kept = plain({name: values for name, values in scored.items() if name not in tasks})
@@ -496,12 +496,12 @@ def start_weights(config: TrainConfig, record: dict[str, Any], tower: str | None
     Raises:
         CheckpointError: the weights differ from those of rank 0.
     """
-    noted = record.get(key_of(tower), {})
-    if "path" in noted and Path(noted["path"]).exists():
-        return Path(noted["path"])
+    recorded = record.get(key_of(tower), {})
+    if "path" in recorded and Path(recorded["path"]).exists():
+        return Path(recorded["path"])
     found = find_weights(config.starts[tower], config.model, tower=tower).path
-    if noted and hash_weights(found) != noted["sha256"]:
-        expected = f"sha256 {noted['sha256']}"
+    if recorded and hash_weights(found) != recorded["sha256"]:
+        expected = f"sha256 {recorded['sha256']}"
         raise CheckpointError(
             f"{found} is not the file that the run started with ({expected}). Restore that file, or set resume=never to start a new run."
         )

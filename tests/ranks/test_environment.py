@@ -109,4 +109,4 @@ def test_the_configuration_may_not_contradict_the_launcher(
 ) -> None:
     environment(TORCHRUN)
     found = list(device_problems(parse_devices("auto", devices, "trainer."), num_nodes, "trainer."))
-    assert [told[: len(problem or "")] for told in found] == ([] if problem is None else [problem])
+    assert [text[: len(problem or "")] for text in found] == ([] if problem is None else [problem])

@@ -65,9 +65,9 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
 ) -> None:
     found, record = run(tmp_path, *plan)
     assert found == code
-    told = capsys.readouterr().err
-    assert told.strip().splitlines()[-1] == message
-    assert (told.count("error: "), told.count("Traceback")) == ((0, 1) if code in (1, 5) else (1, 0))
+    output = capsys.readouterr().err
+    assert output.strip().splitlines()[-1] == message
+    assert (output.count("error: "), output.count("Traceback")) == ((0, 1) if code in (1, 5) else (1, 0))
     assert (record["status"], record["exit_code"]) == ("failed", code)
     kept = (tmp_path / LOG).read_text(encoding="utf-8")
     messages = {
@@ -85,7 +85,10 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (("lost connection", "killed"), r"rank 1 of 2 was killed by signal 9 \(SIGKILL\); the others were stopped\..*memory"),
+        (
+            ("lost connection", "killed"),
+            r"rank 1 of 2 was killed by signal 9 \(SIGKILL\); the others were stopped\..*memory",
+        ),
         (("wait", "killed"), r"rank 1 of 2 was killed by signal 9 \(SIGKILL\)"),
         (("lost connection", "killed", "wait"), r"rank 1 of 3 was killed by signal 9 \(SIGKILL\)"),
         (("bug", "killed"), r"rank 1 of 2 was killed by signal 9 \(SIGKILL\)"),
@@ -98,9 +101,9 @@ def test_a_rank_that_cannot_tell_is_told_of(
 ) -> None:
     code, record = run(tmp_path, *plan)
     assert (code, record["status"], record["exit_code"]) == (6, "failed", 6)
-    (told,) = capsys.readouterr().err.splitlines()
-    assert re.match(f"error: {message}", told)
-    assert record["error"] == [told.removeprefix("error: ")]
+    (output,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {message}", output)
+    assert record["error"] == [output.removeprefix("error: ")]
 
 
 def test_a_rank_that_could_not_keep_its_message_ends_all_with_its_code(
@@ -158,7 +161,9 @@ def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path, capfd: pyte
 
     threading.Thread(target=ask).start()
     assert run(tmp_path, "wait", "wait") == (143, {"status": "preempted"})
-    assert capfd.readouterr().err == "stopped by SIGTERM before the work started; repeat the same command to start it.\n"
+    assert (
+        capfd.readouterr().err == "stopped by SIGTERM before the work started; repeat the same command to start it.\n"
+    )
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -191,5 +196,5 @@ def test_ranks_that_torchrun_starts_work_in_the_folder_of_the_first(
         )
         for rank in range(2)
     ]  # fmt: skip
-    told = [process.communicate(timeout=120)[0].strip() for process in ranks]
-    assert told == [line.format(tmp_path / "0") for line in expected]
+    output = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    assert output == [line.format(tmp_path / "0") for line in expected]

@@ -115,9 +115,9 @@ def test_errors_are_told_apart_by_their_cause(error: Exception, expected: type[E
 )
 def test_out_of_memory_names_the_step_and_what_to_change(arguments: tuple[str, ...], advice: str) -> None:
     config = train_config("global_batch_size=64", "trainer.accelerator=cpu", *arguments)
-    told = str(explain(MemoryError(), trainer(6), config))
-    assert "in step 7" in told
-    assert advice in told
+    output = str(explain(MemoryError(), trainer(6), config))
+    assert "in step 7" in output
+    assert advice in output
 
 
 def test_a_library_with_another_rank_or_device_ends_the_run() -> None:

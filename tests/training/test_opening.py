@@ -141,18 +141,18 @@ def test_a_moved_project_is_the_same_run_and_other_data_at_the_same_relative_pat
     add_row(other / "pairs.csv")
     monkeypatch.chdir(moved)
     assert (opened(config).folder, opened(config).finished) == (folder, finished)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         f"{folder}: the data was moved, and its contents are the same: data.train is {moved}/pairs.csv instead of {project}/pairs.csv"
-        in told
+        in output
     )
     monkeypatch.chdir(images)
     assert opened(config).folder != folder, "equal tables beside other images"
     monkeypatch.chdir(other)
     assert opened(config).folder != folder
-    told = capsys.readouterr().out
-    assert f"data.train is {other}/pairs.csv instead of {project}/pairs.csv" in told
-    assert "pairs.csv has 13 rows instead of 12" in told
+    output = capsys.readouterr().out
+    assert f"data.train is {other}/pairs.csv instead of {project}/pairs.csv" in output
+    assert "pairs.csv has 13 rows instead of 12" in output
 
 
 def test_a_named_run_resumes_in_moved_data_and_not_in_other_data(project: Path, config: TrainConfig) -> None:
@@ -200,9 +200,7 @@ def test_replaced_weights_are_another_start_and_moved_ones_the_same(
     weights.write_bytes(b"other weights")
     with pytest.raises(ClipExpError, match=r"start\.safetensors"):  # which is no file of weights, and is read now
         opened(config)
-    assert (
-        f"Not resuming {folder}: pretrained=start.safetensors has other weights (sha256 " in capsys.readouterr().out
-    )
+    assert f"Not resuming {folder}: pretrained=start.safetensors has other weights (sha256 " in capsys.readouterr().out
     with pytest.raises(ConfigError):
         opened(config.model_copy(update={"pretrained": "laion2b"}))
     assert f"pretrained is laion2b instead of {weights}" in capsys.readouterr().out

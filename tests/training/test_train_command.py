@@ -246,13 +246,13 @@ def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Fini
     assert "1 of 34 captions are empty or blank" in (run.folder / "train.log").read_text()
     assert 0 < run.summary["truncated_fraction"] < 0.2
     report = (run.folder / "report.html").read_text()
-    for told in (run.output, report):
-        assert "2 of training" in told
-        assert "1 no such file" in told
-        assert "listed in bad_samples.csv" in told
-        assert "1 of training" in told, "the bad row"
-        assert "1 of training (2.9" in told, "the empty caption"
-        assert "of those trained on" in told, "the captions that were cut"
+    for output in (run.output, report):
+        assert "2 of training" in output
+        assert "1 no such file" in output
+        assert "listed in bad_samples.csv" in output
+        assert "1 of training" in output, "the bad row"
+        assert "1 of training (2.9" in output, "the empty caption"
+        assert "of those trained on" in output, "the captions that were cut"
 
 
 def test_an_unreadable_image_under_error_ends_with_code_3(single: Finished, command, tmp_path) -> None:

@@ -121,9 +121,8 @@ VISION_DEFAULTS: dict[str, Values] = {
     },
 }  # fmt: skip
 VISION_DEFAULTS["chinese_clip"] = VISION_DEFAULTS["clip"]
-ARGMAX_POOLING = (
-    2  # id of the end token in CLIP configurations before transformers 4.31, meaning the highest id of the text
-)
+# Id of the end token in CLIP configurations before transformers 4.31, which means the highest id of the text.
+ARGMAX_POOLING = 2
 BERT_POSITIONS = 512
 CHINESE_CLIP_CONTEXT = 52  # context length with which Chinese-CLIP was trained (Yang et al. 2022)
 
@@ -324,9 +323,8 @@ def _written_length(folder: Path) -> int | None:
 
 
 def _is_bert(text: HuggingFaceTextConfig) -> bool:
-    encoder = text.architecture.get(
-        "model_type", "bert"
-    )  # noted by training; what it lacks is known when it is written
+    # Without a recorded architecture it may be BERT; whether it is, is known when the configuration is written.
+    encoder = text.architecture.get("model_type", "bert")
     return encoder == "bert" and text.pooler is Pooler.cls and text.projection is Projection.linear
 
 

@@ -104,9 +104,8 @@ def build_tower(text: HuggingFaceTextConfig, model: ModelConfig, own_weights: bo
         raise ConfigError(f"model.text.pooler=own: {text.name} has no pooler. Use mean or cls.")
     check_encoder(encoder, text)
     if not with_pooler and getattr(encoder, "pooler", None) is not None:
-        encoder.pooler.requires_grad_(
-            False
-        )  # unused, but some encoders always have one, and DDP waits for every gradient
+        # Some encoders always have a pooler. Unused, it must not be trained: DDP waits for the gradient of every parameter.
+        encoder.pooler.requires_grad_(False)
     return HuggingFaceText(encoder, model.embed_dim, text.pooler, text.projection)
 
 
@@ -118,10 +117,10 @@ def encoder_config(text: EncoderConfig, dropout: float = 0.0) -> Any:
     """
     from transformers import AutoConfig
 
-    noted = text.architecture or note_architecture(text.name or "")
+    recorded = text.architecture or note_architecture(text.name or "")
     # The architecture may come from a third-party file: drop keys that name code to load.
     values: dict[str, Any] = {
-        key: value for key, value in noted.items() if not key.startswith("_") and key not in NAMES_CODE
+        key: value for key, value in recorded.items() if not key.startswith("_") and key not in NAMES_CODE
     }
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
