@@ -280,7 +280,7 @@ def test_a_checkpoint_that_does_not_load_is_passed_over_unless_it_was_named(
     assert found.usable[0] == newest, "its manifest is right"
     used = first_that_loads(found, tmp_path, record, module, Data())  # type: ignore[arg-type]
     assert used == folder_of(tmp_path, 1)
-    assert "step-000001 is used" in caplog.text
+    assert "using step-000001" in caplog.text
     assert "step-000002: cannot be loaded" in caplog.text
     named = candidates(config.model_copy(update={"resume": str(newest)}), tmp_path, record)
     with pytest.raises(CheckpointError, match=r"resume=.*step-000002 cannot be loaded: .*Name another"):

@@ -53,7 +53,7 @@ def test_the_last_blocks_and_what_follows_them_can_be_left_to_learn(blocks: int,
 
 
 def test_more_unfrozen_blocks_than_there_are_is_refused_with_the_number_there_is() -> None:
-    with pytest.raises(ConfigError, match=r"finetune\.text\.unfrozen_blocks=3 is more than the 2 blocks"):
+    with pytest.raises(ConfigError, match=r"finetune\.text\.unfrozen_blocks=3 must be at most 2, the number of blocks"):
         prepared(FineTuneConfig(text=TowerTuningConfig(freeze=True, unfrozen_blocks=3)))
 
 
@@ -198,7 +198,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             ("finetune=lit", "finetune.image.unfrozen_blocks=5"),
-            "finetune.image.unfrozen_blocks=5 is more than the 4 blocks",
+            "finetune.image.unfrozen_blocks=5 must be at most 4, the number of blocks",
         ),
         (
             ("finetune=lora", "finetune.lora.image=false", "finetune.lora.targets=[query]"),
