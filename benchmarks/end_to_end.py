@@ -63,7 +63,7 @@ def ours(pairs: Path, folder: Path) -> Timing:
     command = [sys.executable, str(REPOSITORY / "train.py"), *(f"{key}={value}" for key, value in overrides.items())]
     _, seconds = timed(command, folder)
     rows = read_metrics(max(folder.glob("train/*/*/metrics.csv")))
-    return Timing(statistics.median(row["samples_per_s"] for row in rows if row["step"] > SKIPPED), seconds)
+    return Timing(statistics.median(row["train/samples_per_s"] for row in rows if row["step"] > SKIPPED), seconds)
 
 
 def theirs(pairs: Path, folder: Path) -> Timing:

@@ -85,11 +85,11 @@ def measure(model: str, batch_size: int, compiled: bool, arguments: argparse.Nam
             sys.exit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
         wall_s = json.loads(wall.read_text(encoding="utf-8"))
         rows = read_metrics(next(folder.glob("train/*/*/metrics.csv")))
-    between = [row for row in rows if first < row["step"] <= last and "samples_per_s" in row]
-    reported_s = sum(LOG_EVERY * batch_size / row["samples_per_s"] for row in between)
-    waited_s = sum(LOG_EVERY * row["data_wait_s"] for row in between)
+    between = [row for row in rows if first < row["step"] <= last and "train/samples_per_s" in row]
+    reported_s = sum(LOG_EVERY * batch_size / row["train/samples_per_s"] for row in between)
+    waited_s = sum(LOG_EVERY * row["train/data_wait_s"] for row in between)
     samples = arguments.steps * batch_size
-    peak_gb = max((row["peak_memory_gb"] for row in between if "peak_memory_gb" in row), default=None)
+    peak_gb = max((row["train/peak_memory_gb"] for row in between if "train/peak_memory_gb" in row), default=None)
     return Measured(samples / reported_s, samples / wall_s, waited_s / reported_s, peak_gb)
 
 

@@ -38,6 +38,14 @@ TYPES: dict[str, Any] = {  # of what is read again from `run.json`
 MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
 SHOWN_RUNS = 10  # of a folder of runs, in a message
 COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
+OLDER_COLUMNS = {  # names of columns in older run folders, which `read_metrics` translates
+    **{
+        name: f"train/{name}"
+        for name in ("lr", "grad_norm", "logit_scale", "samples_per_s", "data_wait_s", "compute_s", "peak_memory_gb")
+    },
+    "val/zeroshot_top1": "val/top1",
+    "val/zeroshot_top5": "val/top5",
+}
 PACKAGES = (  # whose versions are noted
     "torch", "torchvision", "pytorch-lightning", "deepspeed", "hydra-core", "omegaconf", "open_clip_torch", "Pillow",
 )  # fmt: skip
@@ -411,12 +419,25 @@ def with_saved_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.csv`, by step; numbers as numbers, empty cells left out. A row that a kill cut short is left out."""
+    """Return the rows of a `metrics.csv`, in the order of the file; numbers as numbers, without empty cells and incomplete rows.
+
+    Columns of older runs get their present names, so that reports and resumed runs have one curve per metric.
+    """
     rows = []
     with path.open(newline="", encoding="utf-8", errors="replace") as handle, suppress(csv.Error):
-        for row in csv.DictReader(handle):
+        reader = csv.DictReader(handle)
+        header = reader.fieldnames or ()
+        # A file that has the present name keeps the other one: it may be the column of a custom callback.
+        names = {name: OLDER_COLUMNS[name] for name in OLDER_COLUMNS if OLDER_COLUMNS[name] not in header}
+        for row in reader:
             with suppress(TypeError, ValueError):
-                rows.append({key: (int if key in COUNTS else float)(value) for key, value in row.items() if value})
+                rows.append(
+                    {
+                        names.get(key, key): (int if key in COUNTS else float)(value)
+                        for key, value in row.items()
+                        if value
+                    }
+                )
     return [row for row in rows if "step" in row]
 
 

@@ -110,13 +110,33 @@ def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
     before = (folder / "config.yaml").read_text()
     assert choose(train_config("max_steps=9", f"resume={folder}")) == (folder, False)
     assert choose(train_config("max_steps=6", f"resume={folder}")) == (folder, True)
-    with pytest.raises(ConfigError, match=r"another .*model\.name.*optimizer\.lr"):
+    with pytest.raises(ConfigError, match=r"other values of .*model\.name.*optimizer\.lr"):
         choose(
             train_config(
                 "max_steps=9", f"resume={folder}", "model=vit_tiny", "optimizer.lr=1e-2", "name=vit_nano_digits"
             )
         )
     assert (folder / "config.yaml").read_text() == before
+
+
+def test_metrics_of_older_versions_are_read_under_their_present_names(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,lr,samples_per_s,val/zeroshot_top1\n1,0.5,8.0,\n2,,,0.25\n")
+    assert runs.read_metrics(path) == [
+        {"step": 1, "train/lr": 0.5, "train/samples_per_s": 8.0},
+        {"step": 2, "val/top1": 0.25},
+    ]
+    path.write_text("step,train/lr,lr\n1,0.5,0.25\n")
+    assert runs.read_metrics(path) == [{"step": 1, "train/lr": 0.5, "lr": 0.25}], "lr is a custom callback's"
+
+
+def test_the_monitor_of_a_run_of_an_older_version_gets_its_present_name(tmp_path: Path) -> None:
+    config = train_config(f"output_dir={tmp_path}", "data.label_key=label", "monitor=val/top1")
+    folder, _ = choose(config)
+    opening.Opening(folder, False, config, config, {}).begin([])
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("monitor: val/top1", "monitor: val/zeroshot_top1"))
+    assert runs.read_config(folder)[0].monitor == "val/top1"
 
 
 def test_a_resume_that_names_nothing_is_refused(tmp_path) -> None:

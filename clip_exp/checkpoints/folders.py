@@ -1,8 +1,8 @@
-"""Checkpoint folders: each written whole or not at all, compared with its manifest when it is read, and found by its name.
+"""Checkpoint folders: written atomically, verified against a manifest when read, and found by name.
 
-Everything of a checkpoint goes into a temporary folder, with a manifest of sizes and hashes that is written last, and is renamed into
-place when all of it has reached the disk. What has no valid manifest is not a checkpoint. The folders themselves are the truth, no
-pointer is followed, and a damaged one is set aside by name. Whatever a file holds, the answer is a reason, not a traceback.
+A checkpoint is written to a temporary folder, with a manifest of sizes and hashes that is written last. The folder is renamed when all
+of it has reached the disk. A folder without a valid manifest is not a checkpoint. There is no file that points to the newest checkpoint:
+the folders are listed. Damaged checkpoints are renamed. Whatever a damaged file contains, the result is a reason, not a traceback.
 """
 
 import errno
@@ -31,25 +31,25 @@ from clip_exp.storage import (
 )
 
 log = logging.getLogger(__name__)
-FOLDER = "checkpoints"  # in a run folder
+FOLDER = "checkpoints"  # subfolder of a run folder
 NAME = re.compile(r"step-[0-9]+", re.ASCII)
-# Of a checkpoint, also one that was set aside (`damaged-step-000060`) or is being replaced (`.writing-step-000060-<id>.old`).
+# Name of a checkpoint, including renamed ones (`damaged-step-000060`) and ones being replaced (`.writing-step-000060-<id>.old`).
 STEP = re.compile(r"step-([0-9]+)(?:-[0-9a-f]+\.old)?$", re.ASCII)
 MANIFEST = "manifest.json"
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 STATE, TENSORS = "state.json", "state.safetensors"
-RUN_COPY = "run_copy.json"  # of the run's `run.json` and `config.yaml`, from which they are restored
+RUN_COPY = "run_copy.json"  # copy of the run's `run.json` and `config.yaml`, to restore them from
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def folder_of(run_dir: Path | str, step: int) -> Path:
-    """Where the checkpoint of a step is: `<run>/checkpoints/step-000060`."""
+    """Return the path of the checkpoint of a step: `<run>/checkpoints/step-000060`."""
     return Path(run_dir) / FOLDER / f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of completed optimizer steps that a checkpoint folder's name gives."""
+    """Return the number of completed optimizer steps, from the name of a checkpoint folder."""
     match = STEP.search(checkpoint.name)
     if match is None:
         raise CheckpointError(f"{checkpoint} is not a checkpoint: expected a folder named step-<number>.")
@@ -58,12 +58,14 @@ def step_of(checkpoint: Path) -> int:
 
 @contextmanager
 def atomic_checkpoint(target: Path, metadata: dict[str, Any], size: int = 0) -> Iterator[Path]:
-    """Fill a temporary folder; on leaving, it becomes `target` with a manifest that carries `metadata`.
+    """Yield a temporary folder to fill; on exit, add a manifest that contains `metadata`, and rename the folder to `target`.
 
     An existing `target` is replaced. After an exception nothing is left behind.
 
     Args:
-        size: bytes of the files, as far as known; where less is free, nothing is written.
+        target: path of the checkpoint.
+        metadata: values for the manifest.
+        size: known size of the files in bytes. If less is free, nothing is written.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
@@ -92,7 +94,7 @@ def atomic_checkpoint(target: Path, metadata: dict[str, Any], size: int = 0) -> 
 
 
 def _free(target: Path) -> int | None:
-    """Return the free bytes where a folder is to be; None where the file system does not report them."""
+    """Return the free bytes on the file system of a future folder; None if the file system does not report them."""
     try:
         usage = shutil.disk_usage(next(path for path in target.parents if path.exists()))
     except OSError:
@@ -101,32 +103,32 @@ def _free(target: Path) -> int | None:
 
 
 class Entry(NamedTuple):
-    """A file of a checkpoint, as it was written."""
+    """Size and hash of a file of a checkpoint, from when it was written."""
 
     size: int  # bytes
     sha256: str
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint's manifest says."""
+    """Contents of a checkpoint's manifest."""
 
     step: int  # completed optimizer steps
     files: dict[str, Entry]
-    best: bool  # in the run's `monitor`, when it was written
-    metrics: dict[str, Any]  # of its step
+    best: bool  # whether it was the best by the run's `monitor` when it was written
+    metrics: dict[str, Any]  # metrics of its step
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint, or raise a CheckpointError that says what is wrong with it.
+    """Read and check the manifest of a checkpoint; raise a CheckpointError that describes the problem if it is damaged.
 
-    Manifests of older versions carry no hash of themselves.
+    Manifests of older versions do not contain a hash of themselves.
     """
     try:
         values = read_json_object(checkpoint / MANIFEST)
         manifest = _parse(values)
         if SEAL not in values and RUN_COPY in manifest.files:
             raise ValueError("its hash is missing")
-        # A copy outside a run may have any name.
+        # A copy outside of a run folder may have any name.
         if STEP.search(checkpoint.name) and manifest.step != step_of(checkpoint):
             raise ValueError(f"it is of step {manifest.step}")
     except FileNotFoundError:
@@ -139,7 +141,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, compared with its manifest; None if every file is as it was written."""
+    """Return a description of the damage of a checkpoint; None if all files match the manifest."""
     try:
         manifest = read_manifest(checkpoint)
         if (checkpoint / EMA_WEIGHTS).exists() and EMA_WEIGHTS not in manifest.files:
@@ -159,7 +161,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def changed(path: Path, entry: Entry) -> str | None:
-    """Return how a file differs from its entry in the manifest; None: it does not."""
+    """Return how a file differs from its entry in the manifest; None if it does not differ."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != entry.size:
@@ -168,21 +170,21 @@ def changed(path: Path, entry: Entry) -> str | None:
 
 
 def _parse(values: dict[str, Any]) -> Manifest:
-    """Raise a ValueError that says what is wrong with a manifest's values, or return them checked."""
+    """Check the values of a manifest and return them; raise a ValueError that describes the problem if one is wrong."""
     step, files, best, metrics = (values.get(key) for key in ("step", "files", "best", "metrics"))
     if not _is_count(step):
-        raise ValueError("step must be a whole number")
+        raise ValueError("step must be a non-negative integer")
     if not isinstance(files, dict):
         raise ValueError("files must be a mapping")
     if missing := [name for name in (WEIGHTS, STATE, TENSORS) if name not in files]:
-        raise ValueError(f"files lacks {', '.join(missing)}")
+        raise ValueError(f"files does not list {', '.join(missing)}")
     entries = {}
     for name, entry in files.items():
         if "/" in name or "\0" in name or name in ("", ".", "..", MANIFEST):
-            raise ValueError(f"files has {name[:80]!r}, which cannot be a file of a checkpoint")
+            raise ValueError(f"files lists {name[:80]!r}, which is not a valid file name")
         size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if not _is_count(size) or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
-            raise ValueError(f"files has no size and hash of {name[:80]!r}")
+            raise ValueError(f"files has no valid size and hash for {name[:80]!r}")
         entries[name] = Entry(size, sha256)
     return Manifest(step, entries, best is True, metrics if isinstance(metrics, dict) else {})
 
@@ -192,9 +194,9 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def checkpoints(run_dir: Path | str) -> list[Path]:
-    """The run's checkpoint folders by step, damaged ones too.
+    """Return the run's checkpoint folders in order of their steps, including damaged ones.
 
-    Of a checkpoint whose replacement was interrupted that is the old copy, until `recover` has put it back in its place.
+    If the replacement of a checkpoint was interrupted, this is the old copy, until `recover` has moved it back.
     """
     found = {path.name: path for path in _entries(run_dir) if NAME.fullmatch(path.name) and path.is_dir()}
     replaced = {target.name: old for old, target in _replaced(run_dir)}
@@ -202,7 +204,10 @@ def checkpoints(run_dir: Path | str) -> list[Path]:
 
 
 def manifests(run_dir: Path | str) -> dict[Path, Manifest]:
-    """The run's checkpoints by step, without those whose manifest is damaged; their files are not looked at."""
+    """Return the run's checkpoints with their manifests, in order of their steps, without those whose manifest is damaged.
+
+    The other files are not verified.
+    """
     found = {}
     for checkpoint in checkpoints(run_dir):
         with suppress(CheckpointError):
@@ -211,7 +216,7 @@ def manifests(run_dir: Path | str) -> dict[Path, Manifest]:
 
 
 def was_saved(run_dir: Path | str) -> bool:
-    """Whether the run has a checkpoint or what is left of one."""
+    """Return True if the run has a checkpoint, or the remains of one."""
     return any(STEP.search(path.name) and not path.name.startswith(TEMPORARY) for path in _entries(run_dir))
 
 
@@ -222,7 +227,7 @@ def latest(run_dir: Path | str) -> Path:
         problem = damage(checkpoint)
         if problem is None:
             for name, reason in damaged:
-                log.warning("%s is damaged (%s): %s is used instead.", name, reason, checkpoint.name)
+                log.warning("%s is damaged (%s): using %s instead.", name, reason, checkpoint.name)
             return checkpoint
         damaged.append((checkpoint, problem))
     reasons = "".join(f"\n  {path.name}: {reason}" for path, reason in damaged)
@@ -230,18 +235,18 @@ def latest(run_dir: Path | str) -> Path:
 
 
 def best(run_dir: Path | str) -> Path:
-    """The checkpoint that was best in the run's `monitor`; the newest where none was marked."""
+    """Return the newest undamaged checkpoint that was marked as best by the run's `monitor`, or else the newest one."""
     marked = [path for path, manifest in manifests(run_dir).items() if manifest.best]
     for checkpoint in reversed(marked):
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
-        log.warning("%s, the best checkpoint, is damaged (%s): another is used instead.", checkpoint, problem)
+        log.warning("%s, the best checkpoint, is damaged (%s): using another one instead.", checkpoint, problem)
     return latest(run_dir)
 
 
 def recover(run_dir: Path | str) -> None:
-    """Only by the run's owner: finish or remove what a killed writer left."""
+    """Complete or remove what a killed process left behind. Only for the process that holds the lock of the run."""
     for old, target in list(_replaced(run_dir)):
         if not target.exists():
             old.rename(target)
@@ -251,13 +256,16 @@ def recover(run_dir: Path | str) -> None:
 
 
 def set_aside(run_dir: Path | str, damaged: Mapping[Path, str], after: int) -> None:
-    """Only by the run's owner: rename damaged checkpoints to `damaged-…`, and others of steps after `after` to `superseded-…`."""
+    """Rename damaged checkpoints to `damaged-…`, and others of steps after `after` to `superseded-…`.
+
+    Only for the process that holds the lock of the run.
+    """
     for checkpoint in checkpoints(run_dir):
         if checkpoint in damaged or step_of(checkpoint) > after:
             aside = checkpoint.with_name(f"{'damaged' if checkpoint in damaged else 'superseded'}-{checkpoint.name}")
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
-            log.info("%s was renamed to %s.", checkpoint, aside.name)
+            log.info("Renamed %s to %s.", checkpoint, aside.name)
 
 
 def _entries(run_dir: Path | str) -> list[Path]:
@@ -266,7 +274,7 @@ def _entries(run_dir: Path | str) -> list[Path]:
 
 
 def _replaced(run_dir: Path | str) -> Iterator[tuple[Path, Path]]:
-    """Copies that were being replaced when their writer was killed, or are at this moment, with the places that they had."""
+    """Yield old copies of checkpoints whose replacement was interrupted, or is in progress, with their original paths."""
     for path in _entries(run_dir):
         if path.name.startswith(f"{TEMPORARY}step-") and path.name.endswith(REPLACED):
             target = path.with_name(path.name.removeprefix(TEMPORARY).rpartition("-")[0])

@@ -1,9 +1,9 @@
-"""Lightning's training state in our format: `model.safetensors` with plain weights, `state.json` and `state.safetensors` beside it.
+"""Checkpoint format: `model.safetensors` with plain weights, and the training state in `state.json` and `state.safetensors`.
 
-The same files whatever the strategy: a run can go on under another one, and the weights open in one process without it. Nothing in a
-checkpoint can run code when it is opened: the state, a tree of dictionaries, lists, plain values and tensors, is split into JSON, where
-a tensor is `{"__tensor__": name}`, and a flat mapping of those tensors. Keys that are not strings are kept in
-`{"__items__": [[key, value], …]}`.
+The files are the same for all strategies, so a run can be resumed with another one, and the weights can be loaded without any. Loading
+a checkpoint cannot execute code, because nothing is pickled. The state is a tree of dictionaries, lists, plain values and tensors. It
+is split into JSON, where a tensor is `{"__tensor__": name}`, and a flat mapping of the tensors. Dictionaries with other keys than
+strings are stored as `{"__items__": [[key, value], …]}`.
 """
 
 import json
@@ -28,25 +28,25 @@ ITEMS = "__items__"
 
 @dataclass(eq=False)
 class SafeCheckpointIO(CheckpointIO):
-    """Writes and reads checkpoint folders."""
+    """Lightning plugin that writes and reads checkpoint folders."""
 
-    metadata: dict[str, Any] = field(default_factory=dict)  # for the manifest of the next checkpoint written
-    run_copy: dict[str, Any] | None = None  # what every checkpoint keeps of its run
-    on_saved: Callable[[int], None] | None = None  # called with the step of a checkpoint that is on the disk
+    metadata: dict[str, Any] = field(default_factory=dict)  # for the manifest of the next checkpoint
+    run_copy: dict[str, Any] | None = None  # copy of the run's record and configuration, for every checkpoint
+    on_saved: Callable[[int], None] | None = None  # called with the step when a checkpoint has reached the disk
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a state as Lightning dumps it into the folder `path`, whole or not at all.
+        """Write Lightning's training state to the folder `path`, atomically.
 
         Raises:
-            NumericError: a weight is not finite; what was saved before stays the newest.
+            NumericError: a weight is not finite. The previous checkpoint remains the newest.
             CheckpointError: the folder cannot be written.
         """
         state = dict(checkpoint)
         weights = _plain_weights(state.pop("state_dict"))
         if broken := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
             raise NumericError(
-                f"{len(broken)} weights are not finite, {broken[0]} first: {Path(path).name} is not written, and the checkpoint before it "
-                "stays. Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true."
+                f"{len(broken)} weights are not finite, such as {broken[0]}: {Path(path).name} is not written, and the previous checkpoint "
+                "is kept. Lower optimizer.lr, increase scheduler.warmup_steps, or set precision=32-true."
             )
         averaged = state.pop(EMA_KEY, None)
         tree, tensors = split(state)
@@ -65,7 +65,7 @@ class SafeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the folder `path` back into a state as Lightning expects it, or raise a CheckpointError."""
+        """Read a training state for Lightning from the folder `path`; raise a CheckpointError if that fails."""
         folder = Path(path)
         try:
             state = join(read_json_object(folder / STATE), load_file(folder / TENSORS))
@@ -82,7 +82,7 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 def read_state(checkpoint: Path, key: str) -> dict[str, Any]:
-    """Return a part of a checkpoint's state that has no tensors, empty where there is none, or raise a CheckpointError."""
+    """Return a part of a checkpoint's state that contains no tensors, empty if it is missing; raise a CheckpointError if unreadable."""
     try:
         part = read_json_object(checkpoint / STATE).get(key, {})
     except (OSError, ValueError) as error:
@@ -91,9 +91,12 @@ def read_state(checkpoint: Path, key: str) -> dict[str, Any]:
 
 
 def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's own weights, float32 on the CPU, under its own names; those of two names twice, as safetensors need them."""
+    """Return the model's weights in float32 on the CPU, under the model's own names.
+
+    A tensor with two names is copied, since safetensors do not allow shared memory.
+    """
     plain: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()  # addresses
+    seen: set[int] = set()  # memory addresses
     for key, value in state_dict.items():
         if key.startswith(MODEL_PREFIX):
             dtype = torch.float32 if value.is_floating_point() else value.dtype
@@ -104,7 +107,7 @@ def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Separate a state into what JSON holds and what safetensors hold; raise a TypeError for what neither can hold."""
+    """Split a state into a tree for JSON and tensors for safetensors; raise a TypeError for values that fit neither."""
     tensors: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, path: str) -> Any:
@@ -119,13 +122,13 @@ def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
             return [walk(item, f"{path}/{index}") for index, item in enumerate(value)]
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise TypeError(f"a checkpoint cannot hold {path}, a {type(value).__name__}")
+        raise TypeError(f"{path} of type {type(value).__name__} cannot be saved in a checkpoint")
 
     return walk(tree, ""), tensors
 
 
 def join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The inverse of `split` (tuples come back as lists)."""
+    """Invert `split`; tuples become lists."""
     if isinstance(tree, dict):
         if set(tree) == {TENSOR}:
             return tensors[tree[TENSOR]]
@@ -138,20 +141,22 @@ def join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def name_optimizer_state(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Name the parameters of an `Optimizer.state_dict()`, which torch numbers, so that any strategy can take them up.
+    """Replace the numbers of parameters in an `Optimizer.state_dict()` by names, so that any strategy can load it.
 
-    `names` are in the order of the optimizer's groups.
+    Args:
+        state: state dict of an optimizer.
+        names: names of its parameters, in the order of its groups.
     """
     return _relabel(state, dict(enumerate(names)))
 
 
 def number_optimizer_state(named: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Invert `name_optimizer_state`; raise a CheckpointError where the state has a parameter that `names` lacks."""
+    """Invert `name_optimizer_state`; raise a CheckpointError if the state has a parameter that is not in `names`."""
     numbers = {name: index for index, name in enumerate(names)}
     foreign = [name for group in named["param_groups"] for name in group["params"] if name not in numbers]
     if foreign:
         raise CheckpointError(
-            f"the checkpoint's optimizer knows parameters that the model does not train: {', '.join(foreign[:5])}."
+            f"the optimizer state of the checkpoint contains parameters that this model does not train: {', '.join(foreign[:5])}."
         )
     return _relabel(named, numbers)
 
@@ -162,7 +167,7 @@ def _relabel(state: dict[str, Any], labels: dict[Any, Any]) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The state of torch's generators in this process: CPU, and the current GPU where one is in use."""
+    """Return the state of torch's random generators in this process: CPU, and the current GPU if one is in use."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -34,11 +34,16 @@ from clip_exp.errors import ConfigError
 OWN_FOLDER = "the --config-dir (or CLIP_EXP_CONFIG_DIR)"  # of a member that is not clip_exp's
 MISSING = "???"  # OmegaConf's mark of a value that must be set
 UNKNOWN = "???…"  # mark of a value that depends on one that must be set
-EXPLAINED = {  # keys of other frameworks that have no counterpart of the same meaning
+EXPLAINED = {  # keys and options of other frameworks and of older versions that have no counterpart of the same name
     "accumulate_grad_batches": (
         "a contrastive loss would not see more negatives. Raise global_batch_size and set micro_batch_size: the same memory, "
         "the gradient of the whole batch."
     ),
+    "linear_probe_steps": "set finetune.freeze_towers_steps.",
+    "finetune=linear_probe": (
+        "set finetune=lp_ft to train the projections first (LP-FT), or task=linear_probe to evaluate frozen features."
+    ),
+    "experiment=finetune_linear_probe": "set experiment=finetune_lp_ft.",
 }
 
 # ----------------------------------------------------------------------------------------------------------- types

@@ -34,6 +34,7 @@ from omegaconf.resolvers import oc
 
 from clip_exp.config import registry
 from clip_exp.config.base import (
+    EXPLAINED,
     MISSING,
     UNKNOWN,
     Config,
@@ -692,4 +693,5 @@ def _missing_option(error: MissingConfigException) -> str:
     if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
         name = file.removeprefix("model/")  # which may have a slash: ViT-B/32
         return f"model={name} does not exist: {nearest(name, {*found, *names()})}"
-    return f"{group}={name} does not exist: {nearest(name, found)}"
+    choice = f"{group}={name}"
+    return f"{choice} does not exist: {EXPLAINED.get(choice) or nearest(name, found)}"

@@ -23,6 +23,8 @@ PATH_KEYS = {  # last parts of keys whose texts are paths of this machine; `pret
     "output_dir", "resume", "run", "ckpt", "output", "copy_to", "index", "images", "image", "table", "train", "val", "path", "root",
     "image_root", "ground_truth", "baseline_weights",
 }  # fmt: skip
+OLDER_KEYS = {"finetune.freeze_towers_steps": "finetune.linear_probe_steps"}  # names in the `config.yaml` of older runs
+OLDER_METRICS = {"val/top1": "val/zeroshot_top1", "val/top5": "val/zeroshot_top5"}  # which `monitor` may be
 ADDRESS = re.compile(r"[A-Za-z][\w+.:-]*://")
 
 
@@ -91,9 +93,33 @@ def parse_run_config(text: str, where: str) -> TrainConfig:
     return _written(TrainConfig, _parse_yaml(text.encode(), where), where)
 
 
+def older_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Return flat values of a training run, by dotted key, with the names that older versions gave to keys and metrics."""
+    older = {OLDER_KEYS.get(key, key): value for key, value in values.items()}
+    if older.get("monitor") in OLDER_METRICS:
+        older["monitor"] = OLDER_METRICS[older["monitor"]]
+    return older
+
+
+def _renew(values: dict[str, Any]) -> None:
+    """Replace the names that older versions gave to keys and metrics, in the configuration of a training run."""
+    for key, older in OLDER_KEYS.items():
+        *path, name = key.split(".")
+        part: Any = values
+        for step in path:
+            part = part.get(step) if isinstance(part, dict) else None
+        if isinstance(part, dict) and (former := older.rpartition(".")[2]) in part:
+            part.setdefault(name, part.pop(former))
+    for metric, older in OLDER_METRICS.items():
+        if values.get("monitor") == older:
+            values["monitor"] = metric
+
+
 def _written(model: type[C], config: DictConfig, where: str) -> C:
     values: Any = OmegaConf.to_container(config)
     require_literal(values, where)
+    if model is TrainConfig:
+        _renew(values)
     try:
         return parse(model, values)
     except ConfigError as error:

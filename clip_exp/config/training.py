@@ -328,8 +328,9 @@ class FineTuneConfig(Config):
     image: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
     text: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
     lora: LoRAConfig | None = None
-    linear_probe_steps: Index = Field(
-        0, description="first steps in which only the projections and the scale learn (Kumar et al. 2022)"
+    freeze_towers_steps: Index = Field(
+        0,
+        description="number of first steps in which only the projections and the logit scale learn (LP-FT, Kumar et al. 2022)",
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (_kept_without_adapters("image"), _kept_without_adapters("text"))
@@ -348,8 +349,8 @@ class FineTuneConfig(Config):
                     f"{at}{name}.freeze and {at}lora exclude each other: lora freezes all weights already, "
                     f"and {at}lora.{name}=false leaves the tower without adapters."
                 )
-        if self.linear_probe_steps:
-            yield f"{at}linear_probe_steps and {at}lora exclude each other: lora freezes the projections."
+        if self.freeze_towers_steps:
+            yield f"{at}freeze_towers_steps and {at}lora exclude each other: lora freezes the projections."
 
 
 # ------------------------------------------------------------------------------------------- callbacks and loggers
@@ -560,15 +561,15 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
         yield from self._check_start()
 
     def length_problems(self, steps: int) -> Iterator[str]:
-        """Yield why a run of `steps` has no room for its warm-up, and its linear probe before that."""
-        probe, warmup = self.finetune.linear_probe_steps, self.scheduler.warmup_steps or 0
+        """Yield why a run of `steps` is too short for its warm-up and the steps with frozen towers before it."""
+        frozen, warmup = self.finetune.freeze_towers_steps, self.scheduler.warmup_steps or 0
         if warmup > steps:
             yield f"scheduler.warmup_steps={warmup} is longer than the run of {steps} steps: the learning rate would never peak."
-        elif probe >= steps:
-            yield f"finetune.linear_probe_steps={probe} must be less than the {steps} steps of the run: the towers would never learn."
-        elif probe and probe + warmup > steps:
+        elif frozen >= steps:
+            yield f"finetune.freeze_towers_steps={frozen} must be less than the {steps} steps of the run: the towers would never learn."
+        elif frozen and frozen + warmup > steps:
             yield (
-                f"scheduler.warmup_steps={warmup} after finetune.linear_probe_steps={probe} is longer than the run of {steps} steps: "
+                f"scheduler.warmup_steps={warmup} after finetune.freeze_towers_steps={frozen} is longer than the run of {steps} steps: "
                 "the towers' learning rate would never peak."
             )
 
@@ -586,8 +587,8 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
                 and getattr(getattr(self.model, tower), "projection", None) is not Projection.none
             ):
                 yield from self.projection_problems(tower)
-        if tuning.linear_probe_steps and not begun:
-            yield "finetune.linear_probe_steps would fit projections to towers of random weights: set pretrained=…"
+        if tuning.freeze_towers_steps and not begun:
+            yield "finetune.freeze_towers_steps would fit projections to towers of random weights: set pretrained=…"
 
     def projection_problems(self, tower: str) -> Iterator[str]:
         """Yield why a tower cannot be tuned whose weights came without its projection, as those of its own library do."""

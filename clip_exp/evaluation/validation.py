@@ -58,8 +58,8 @@ def deduplicate(
 def validation_metrics(features: ValidationFeatures, class_embeddings_CD: Tensor | None = None) -> dict[str, float]:
     """Recall and median rank both ways over the whole set (`evaluation.retrieval`).
 
-    With the class embeddings of `evaluation.classification.build_classifier` also `zeroshot_top1` and, of more than
-    five classes, `zeroshot_top5`, over the images that have a label.
+    With the class embeddings of `evaluation.classification.build_classifier` also zero-shot `top1` and, of more than
+    five classes, `top5`, over the images that have a label.
 
     Raises:
         NumericError: a feature is not finite.
@@ -68,8 +68,7 @@ def validation_metrics(features: ValidationFeatures, class_embeddings_CD: Tensor
     labelled = features.labels >= 0
     if class_embeddings_CD is not None and labelled.any():
         scores = class_scores(features.image_features[labelled], class_embeddings_CD)
-        top = accuracy(scores, features.labels[labelled])
-        metrics |= {f"zeroshot_{name}": value for name, value in top.items()}
+        metrics |= accuracy(scores, features.labels[labelled])
     return metrics
 
 

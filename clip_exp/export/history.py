@@ -1,6 +1,5 @@
 """What a run's files tell about a model's making: data, recipe, scores, provenance; without this machine's paths."""
 
-import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from clip_exp.loading import ModelSource
 from clip_exp.reports.names import task_of
 from clip_exp.reports.page import counted
 from clip_exp.reports.run_page import readable
-from clip_exp.runs import read_record
+from clip_exp.runs import read_metrics, read_record
 from clip_exp.weights.find import key_of
 
 
@@ -148,10 +147,9 @@ def _validation(run_dir: Path, step: int | None) -> list[Score]:
     path = run_dir / "metrics.csv"
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if step is None or float(row["step"]) <= step]
+    rows = [row for row in read_metrics(path) if step is None or row["step"] <= step]
     for row in reversed(rows):
-        values = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
+        values = {name: value for name, value in row.items() if name.startswith("val/")}
         if values:
             return [
                 Score("validation", name.removeprefix("val/"), readable(name, value)) for name, value in values.items()

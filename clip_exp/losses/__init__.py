@@ -1,1 +1,4 @@
-"""Losses: a package each, whose `__init__` has its configuration without torch, and `loss` the loss. `LossConfig` of `clip_exp.config.training` is the contract."""
+"""Contrastive losses, one package each: `__init__` contains the configuration (no torch), and `loss` the loss.
+
+The interface is `LossConfig` in `clip_exp.config.training`.
+"""

@@ -1,6 +1,8 @@
-"""What losses share: a model's output, the ranks' shards of a batch brought together, and which of its pairs match.
+"""Building blocks of contrastive losses: the output of a model, gathering features from all ranks, and the matching pairs.
 
-Every rank must hold equally many samples; with one process bringing together is the identity.
+A contrastive loss compares every image of the global batch with every text. Each rank encodes B of the W * B pairs, so features of
+the other ranks must be gathered first. All ranks must have the same number of pairs; with one process, gathering changes nothing.
+Shapes: B pairs of this rank, G = W * B pairs of the global batch, D features.
 """
 
 from typing import Any, NamedTuple
@@ -12,21 +14,22 @@ from torch import Tensor
 from clip_exp.ranks.group import rank, world_size
 
 ALL = slice(None)
-# The collectives of one tensor have other names since torch 2.13, where the former are deprecated. NCCL copies lists of tensors.
+# Collectives on a single tensor, since those on lists of tensors make copies under NCCL. torch 2.13 renamed them and deprecated the
+# former names.
 _RENAMED = hasattr(dist, "all_gather_single")
 
 
 class CLIPOutput(NamedTuple):
-    """What a loss needs. Features are float32 of unit norm, also under autocast."""
+    """Output of a dual encoder for B pairs, the input of a loss. Features are float32 with unit norm, also under autocast."""
 
     image_features: Tensor  # [B, D]
     text_features: Tensor  # [B, D]
-    logit_scale: Tensor  # [1]: factor of the cosines, 1 / temperature
-    logit_bias: Tensor | None  # [1]: added after the factor
+    logit_scale: Tensor  # [1]: factor of the cosine similarities, 1 / temperature (not its logarithm)
+    logit_bias: Tensor | None  # [1]: added to the scaled similarities; None for losses without a bias
 
 
 def gather(x_B: Tensor) -> Tensor:
-    """All ranks' rows in the order of the ranks, without gradient: [W * B, ...]."""
+    """Concatenate the rows of all ranks in rank order, without gradient: [B, ...] to [W * B, ...]."""
     if world_size() == 1:
         return x_B
     all_G = x_B.new_empty(world_size() * x_B.shape[0], *x_B.shape[1:])
@@ -36,7 +39,7 @@ def gather(x_B: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Every rank's loss depends on every rank's rows, so a row's gradient is the sum over the ranks."""
+    """All-gather with a gradient. The loss of every rank depends on the rows of all ranks, so gradients are summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, x_BD: Tensor) -> Tensor:
@@ -51,40 +54,42 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_grad(x_BD: Tensor) -> Tensor:
-    """All ranks' rows in the order of the ranks, with the exact gradient of the sum of the ranks' losses: [W * B, D]."""
+    """Concatenate the rows of all ranks in rank order, with the exact gradient of the sum of their losses: [B, D] to [W * B, D]."""
     return x_BD if world_size() == 1 else _Gather.apply(x_BD)
 
 
 def own_columns(rows: int, device: torch.device) -> Tensor:
-    """For each of this rank's rows the column of its own pair in the global batch: int64 [B]."""
+    """Return the position of each of this rank's pairs in the global batch: int64 [B], the class labels of a cross-entropy."""
     return torch.arange(rows, device=device) + rank() * rows
 
 
 class Matches:
-    """This rank's rows against the columns of the global batch, told by equal ids.
+    """Matches between this rank's pairs (rows) and those of the global batch (columns): pairs with an equal id.
+
+    Constructing it is a collective operation: all ranks must do it.
 
     Args:
-        ids: int64 [B] each, of this rank's pairs; a row matches a column where any of them is equal. All ranks construct.
+        ids: one or more int64 tensors [B] with ids of this rank's pairs; two pairs match if any of their ids are equal.
     """
 
     def __init__(self, ids: list[Tensor]) -> None:
         self._ids = [(ids_B, gather(ids_B)) for ids_B in ids]
 
     def block(self, rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        """bool [rows, columns], the own pair included."""
+        """Return a bool block [rows, columns] of the matrix of matches; every pair matches itself."""
         return torch.stack([row_B[rows, None] == column_G[None, columns] for row_B, column_G in self._ids]).any(dim=0)
 
 
 def repeated_matches(
     caption_id_B: Tensor, image_id_B: Tensor, *, same_caption: bool, same_image: bool
 ) -> Matches | None:
-    """The matches of a batch, or None where only the own pair matches.
+    """Return the matches of a batch, or None if every image matches only its own text.
 
     Args:
-        caption_id_B: int64, equal where captions are equal.
-        image_id_B: int64, equal where images are equal.
-        same_caption: pairs of equal captions match.
-        same_image: pairs of equal images match.
+        caption_id_B: int64, equal for equal captions.
+        image_id_B: int64, equal for equal images.
+        same_caption: whether pairs with equal captions match.
+        same_image: whether pairs with equal images match.
     """
     chosen = [ids_B for ids_B, use in [(caption_id_B, same_caption), (image_id_B, same_image)] if use]
     return Matches(chosen) if chosen else None

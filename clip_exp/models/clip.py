@@ -1,4 +1,8 @@
-"""A dual encoder: two towers into one space, and the temperature that they are compared with (Radford et al. 2021)."""
+"""CLIP, a dual encoder (Radford et al. 2021): an image tower and a text tower with a shared feature space, and a learned temperature.
+
+The towers come from any family (`models.families`). Here they are run, in micro-batches if needed, and their outputs are normalized.
+The loss is not part of the model: it takes the `CLIPOutput` of `CLIP.forward`.
+"""
 
 import math
 from collections.abc import Collection
@@ -17,10 +21,11 @@ from clip_exp.errors import ConfigError
 from clip_exp.losses.batch import CLIPOutput
 
 
-class HeldStatistics(AbstractContextManager[None]):
-    """Inside, `tower` may run again over what it has seen without its running statistics counting that twice.
+class PreservedStatistics(AbstractContextManager[None]):
+    """Context in which `tower` can process a chunk again without updating its batch normalization statistics a second time.
 
-    They are put back rather than switched off, because `checkpoint` insists on saving the same tensors both times.
+    The statistics are restored afterwards instead of being switched off, because `checkpoint` requires that the second forward pass
+    saves the same tensors as the first.
     """
 
     def __init__(self, tower: nn.Module) -> None:
@@ -36,37 +41,39 @@ class HeldStatistics(AbstractContextManager[None]):
 
 
 def encode(tower: nn.Module, x: Tensor, micro_batch_size: int | None) -> Tensor:
-    """Run `tower` over the batch, `micro_batch_size` samples at a time where a backward pass will follow.
+    """Run `tower` on a batch, in chunks of `micro_batch_size` samples if a backward pass will follow.
 
-    A chunk keeps only its output and is computed again in the backward pass, so memory is that of one chunk while the
-    gradient is that of the whole batch, as in GradCache (Gao et al. 2021). Batch normalization takes its statistics from
-    the chunk, in both passes, and counts each chunk once in its running statistics.
+    Only the output of a chunk is stored, and the chunk is computed again in the backward pass. So memory is needed for the activations
+    of one chunk, while the gradient is that of the whole batch, as in GradCache (Gao et al. 2021). Plain gradient accumulation could
+    not do that: the loss of a chunk needs the features of all others. Batch normalization uses the statistics of the chunk, and
+    updates its running statistics once per chunk.
 
     Returns:
-        [B, D].
+        Features [B, D], not normalized.
     """
     if micro_batch_size is None or len(x) <= micro_batch_size or not torch.is_grad_enabled():
         return tower(x)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), HeldStatistics(tower)
+        return nullcontext(), PreservedStatistics(tower)
 
     chunks = x.split(micro_batch_size)
     return torch.cat([checkpoint(tower, chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
 
 
 def unit_norm(features_BD: Tensor) -> Tensor:
+    """Return the features in float32 with unit norm, so that dot products are cosine similarities."""
     return F.normalize(features_BD.float(), dim=-1)
 
 
 class CLIP(nn.Module):
-    """Any two towers whose outputs have the same width.
+    """Dual encoder of any two towers whose outputs have the same width.
 
     Args:
-        image: images to [B, D].
-        text: token ids to [B, D].
-        init_logit_scale: natural logarithm of the initial factor.
-        init_logit_bias: none for the softmax loss, where a bias would cancel out.
+        image: tower that maps images to features [B, D].
+        text: tower that maps token ids to features [B, D].
+        init_logit_scale: natural logarithm of the initial factor of the cosine similarities.
+        init_logit_bias: initial bias of the similarities; None for the softmax loss, where a bias would cancel out.
     """
 
     def __init__(
@@ -75,38 +82,40 @@ class CLIP(nn.Module):
         super().__init__()
         self.image = image
         self.text = text
-        # Of shape [1], not []: DeepSpeed cannot broadcast a parameter without an axis.
+        # The parameter is the logarithm of the factor, as in the paper. Its shape is [1] instead of [], because DeepSpeed cannot
+        # broadcast a parameter without an axis.
         self.logit_scale = nn.Parameter(torch.full([1], float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full([1], float(init_logit_bias)))
-        # The float32 values of these two, by name, where a strategy trains in bf16 or float16 weights; it updates them after every step.
+        # Float32 values of the two parameters, by name, under strategies that round weights to bf16 or float16. The strategy updates
+        # them after every step.
         self.exact: dict[str, Tensor] = {}
 
     def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor:
-        """[B, D]; `normalize` gives float32 of unit norm. For the input see the image tower."""
+        """Return image features [B, D]; with `normalize`, in float32 with unit norm. The input is that of the image tower."""
         features_BD = self.image(image_BCHW)
         return unit_norm(features_BD) if normalize else features_BD
 
     def encode_text(self, tokens_BL: Tensor, normalize: bool = False) -> Tensor:
-        """[B, D]; `normalize` gives float32 of unit norm. For the input see the text tower."""
+        """Return text features [B, D]; with `normalize`, in float32 with unit norm. The input is that of the text tower."""
         features_BD = self.text(tokens_BL)
         return unit_norm(features_BD) if normalize else features_BD
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether `encode_text_trees` can be used: the text tower is causal and pooled at the end of the text."""
+        """True if `encode_text_trees` can be used: the text tower is causal and pools at the end of the text."""
         return getattr(self.text, "shares_prefixes", False)
 
     def encode_text_trees(self, tokens_BN: Tensor, layout: tuple[Tensor, ...]) -> Tensor:
-        """[E, D] float32 of unit norm, of texts that share their beginnings. For the input see the text tower."""
+        """Return features [E, D] of texts that share prefixes, in float32 with unit norm. The input is that of the text tower."""
         return unit_norm(self.text(tokens_BN, layout))
 
     def forward(self, image_BCHW: Tensor, tokens_BL: Tensor, micro_batch_size: int | None = None) -> CLIPOutput:
-        """Features of B pairs.
+        """Encode B pairs, and return their features with the scale and bias for the loss.
 
         Args:
-            image_BCHW: see the image tower.
-            tokens_BL: see the text tower.
-            micro_batch_size: the most samples that a tower holds activations of; None: all.
+            image_BCHW: images, in the form that the image tower expects.
+            tokens_BL: token ids, in the form that the text tower expects.
+            micro_batch_size: largest number of samples whose activations a tower stores; None: no limit.
         """
         return CLIPOutput(
             unit_norm(encode(self.image, image_BCHW, micro_batch_size)),
@@ -116,11 +125,13 @@ class CLIP(nn.Module):
         )
 
     def _float32(self, name: str) -> Tensor:
-        """Return the scale (its logarithm) or the bias in float32, with the gradient of its parameter; a bf16 scale near 14 has steps of 1.6%.
+        """Return the logarithm of the scale, or the bias, in float32, with the gradient of its parameter.
 
-        A new tensor, since DeepSpeed takes parameters away again when the module that owns them returns.
+        bf16 would be too coarse: a scale near 14 has steps of 1.6 %. The result is a new tensor, because ZeRO-3 frees parameters when the
+        forward pass of the module that owns them returns.
         """
         value = getattr(self, name).to(torch.float32, copy=True)
+        # The value is the exact one, and the gradient goes to the rounded parameter.
         return value + (self.exact[name] - value.detach()) if name in self.exact else value
 
 
@@ -131,17 +142,17 @@ def build_model(
     init_logit_bias: float | None = None,
     own_weights: Collection[str] = (),
 ) -> CLIP:
-    """A model with fresh weights, drawn from torch's global generator.
+    """Build a model with random weights, drawn from torch's global generator.
 
     Args:
-        config: see `ModelConfig`.
-        init_logit_scale: natural logarithm of the initial factor of the cosines.
-        init_logit_bias: None for the softmax loss.
-        own_weights: towers, image and text, that start from the weights of their own library where `config` says so (`pretrained`);
-            for the others nothing is fetched, which is right where other weights will be loaded.
+        config: configuration of the model.
+        init_logit_scale: natural logarithm of the initial factor of the cosine similarities.
+        init_logit_bias: initial bias; None for the softmax loss.
+        own_weights: towers (`image`, `text`) that load the pretrained weights of their own library if `config` says so. Nothing is
+            downloaded for the others: leave a tower out if other weights will be loaded into it.
 
     Raises:
-        ConfigError: the numbers do not fit each other, or one is missing; or a backbone or its weights cannot be had.
+        ConfigError: values of the configuration are missing or inconsistent, or a backbone or its weights are not available.
     """
     if problems := broken_rules(config, "model."):
         raise ConfigError("\n".join(problems))

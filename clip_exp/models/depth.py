@@ -1,4 +1,4 @@
-"""How deep each weight of a tower lies, for any tower: what freezing and layer-wise learning rates go by."""
+"""Depth of each parameter in a tower of any library, for freezing, layer-wise learning rates and adapters."""
 
 import re
 from collections import Counter
@@ -7,25 +7,27 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-# What the weights of a tower begin with that map its channels to the shared space, in the towers of every library.
+# First parts of the names of the projection to the shared space, in the towers of all libraries.
 PROJECTIONS = ("projection", "proj", "text_projection", "head")
-WITH_PREVIOUS = 99999  # what timm's patterns end in where weights go with those before them
+WITH_PREVIOUS = 99999  # suffix in timm's patterns that groups parameters with the previous ones
 Key = tuple[float, ...]
 
 
 class Depths(NamedTuple):
-    """The weights of a tower, from its input to its features."""
+    """Depths of the parameters of a tower."""
 
-    of: dict[str, int]  # by parameter: 0 for the embeddings, i + 1 for block i, blocks + 1 for what follows
-    blocks: int
+    of: dict[
+        str, int
+    ]  # by parameter name: 0 for the embeddings, i + 1 for block i, blocks + 1 for the layers after the blocks
+    blocks: int  # number of blocks
 
 
 def depths(tower: nn.Module) -> Depths:
-    """Return how deep each parameter of a tower lies.
+    """Return the depth of each parameter of a tower.
 
-    Which weights are blocks, a backbone of timm says itself; elsewhere blocks are the modules that the tower's lists hold. For the
-    rest the order of registration decides: what stands before the first block comes before it, what stands between two goes with
-    the second, and what stands behind the last one follows: final norm, pooling, projection.
+    Backbones of timm define their blocks themselves; in other towers, blocks are the modules in module lists. The depth of other
+    parameters follows from the order of registration: parameters before the first block are embeddings, parameters between two blocks
+    belong to the second one, and parameters after the last block (final norm, pooling, projection) have the largest depth.
     """
     names = [name for name, _ in tower.named_parameters()]
     block_of = _blocks_of_timm(tower, names) or _blocks_of_lists(tower, names)
@@ -43,40 +45,41 @@ def depths(tower: nn.Module) -> Depths:
 
 
 def projection_names(tower: nn.Module) -> set[str]:
-    """The parameters that map a tower's channels to the shared space; where none is called so, the deepest of all."""
+    """Return the names of the projection parameters, which map to the shared space; if none has such a name, the deepest parameters."""
     of = depths(tower).of
     named = {name for name in of if is_projection(name)}
     return named or {name for name, depth in of.items() if depth == max(of.values())}
 
 
 def is_projection(name: str) -> bool:
-    """Return whether a tower's parameter maps its channels to the shared space."""
+    """Return True if a tower's parameter belongs to the projection to the shared space."""
     return name.split(".")[0] in PROJECTIONS
 
 
 def _inputs(tower: nn.Module, names: list[str], block_of: Mapping[str, int]) -> Iterator[str]:
-    """The parameters that come before the blocks.
+    """Yield the parameters that are used before the blocks.
 
-    An embedding does wherever it is registered, and so do its later siblings: transformers' encoders have relative positions, and
-    the norm of these, behind their blocks.
+    These include embeddings that are registered after the blocks, and the siblings that follow them: some encoders of transformers
+    register relative positions, and their norm, after the blocks.
     """
     embeddings = {f"{path}.weight" for path, module in tower.named_modules() if isinstance(module, nn.Embedding)}
-    begun, siblings = False, ""
+    in_blocks, siblings = False, ""
     for name in names:
         if name in block_of:
-            begun = True
+            in_blocks = True
             continue
-        if begun and name in embeddings:
+        if in_blocks and name in embeddings:
             parent = name.rpartition(".")[0].rpartition(".")[0]
             siblings = f"{parent}." if parent else name
-        if not begun or (siblings and name.startswith(siblings)):
+        if not in_blocks or (siblings and name.startswith(siblings)):
             yield name
 
 
 def _blocks_of_timm(tower: nn.Module, names: list[str]) -> dict[str, int]:
-    """By parameter the number of its block, from 1, by the patterns of timm's layer-wise learning rates; empty without such.
+    """Return the number of each parameter's block, from 1, by timm's patterns for layer-wise learning rates; empty if there are none.
 
-    A block is what a pattern captures numbers of. timm counts a final norm to the last block, and pooling as a block of its own.
+    A block is a group for which a pattern captures numbers. Unlike timm, a final norm is not part of the last block, and pooling is not
+    a block.
     """
     for path, module in tower.named_modules():
         matcher = module.group_matcher(coarse=False) if hasattr(module, "group_matcher") else None
@@ -88,7 +91,7 @@ def _blocks_of_timm(tower: nn.Module, names: list[str]) -> dict[str, int]:
 
 
 def _key(name: str, matcher: Mapping[str, Any]) -> Key | None:
-    """What orders the blocks of a timm backbone; None: the parameter is in none."""
+    """Return the sort key of the block that a parameter of a timm backbone belongs to; None if it belongs to none."""
     for order, (group, patterns) in enumerate(matcher.items()):
         for pattern, suffix in [(patterns, None)] if isinstance(patterns, str) else patterns or ():
             if match := re.match(pattern, name):
@@ -113,10 +116,10 @@ def _numbered(keys: Mapping[str, Key]) -> dict[str, int]:
 
 
 def _blocks_of_lists(tower: nn.Module, names: list[str]) -> dict[str, int]:
-    """By parameter the number of its block, from 1: the modules of several parts that lists and sequences hold.
+    """Return the number of each parameter's block, from 1. Blocks are modules in lists and sequences that have submodules with weights.
 
-    Blocks may be spread over several lists, as the stages of a residual network are, and be of several classes. Where nothing has
-    parts, blocks are the modules of the class that occurs most.
+    Blocks may be spread over several lists, as in the stages of a residual network, and have several classes. If no module has
+    submodules, blocks are the modules of the most frequent class.
     """
     found = list(_elements(tower, ""))
     blocks = [path for path, module in found if any(list(child.parameters()) for child in module.children())]
@@ -127,13 +130,13 @@ def _blocks_of_lists(tower: nn.Module, names: list[str]) -> dict[str, int]:
 
 
 def _elements(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """What the outermost lists and sequences hold, leaving out what has no weights."""
+    """Yield the names and modules in the outermost lists and sequences, without those that have no weights."""
     holds = isinstance(module, nn.ModuleList | nn.Sequential)
     for name, child in module.named_children():
-        below = f"{path}.{name}" if path else name
-        if is_projection(below) or not any(True for _ in child.parameters()):
+        full = f"{path}.{name}" if path else name
+        if is_projection(full) or not any(True for _ in child.parameters()):
             continue
         if holds and not isinstance(child, nn.ModuleList | nn.Sequential):
-            yield below, child
+            yield full, child
         else:
-            yield from _elements(child, below)
+            yield from _elements(child, full)

@@ -1,4 +1,4 @@
-"""Which rank this process is, as its environment says; without torch, for the checks before torch is imported."""
+"""Rank of this process, from its environment variables. No torch, for the checks that run before torch is imported."""
 
 import os
 import socket
@@ -10,9 +10,9 @@ from clip_exp.errors import ConfigError, DistributedError
 
 
 class Placement(NamedTuple):
-    """Place of a process among the ranks of a run."""
+    """Rank of a process, and the addresses and sizes of its group."""
 
-    launcher: str  # what started the ranks, for messages
+    launcher: str  # name of the launcher, for messages
     rank: int
     world_size: int
     local_rank: int  # number of the rank on its machine
@@ -36,22 +36,22 @@ class Placement(NamedTuple):
 
 
 def is_first_rank() -> bool:
-    """Return whether this process writes files and messages: rank 0, or a process that is no rank. Never raises."""
+    """Return True if this process writes files and messages: it is rank 0, or was not started by a launcher. Never raises."""
     if _started_by_torchrun():
         return os.environ["RANK"] == "0"
     return not _started_by_srun() or os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def started_by_launcher() -> bool:
-    """Return whether this process is a rank that torchrun, srun or our own launcher started. Never raises."""
+    """Return True if torchrun, srun or clip_exp's launcher started this process as a rank. Never raises."""
     return _started_by_torchrun() or _started_by_srun()
 
 
 def outer_placement() -> Placement | None:
-    """Return the place that torchrun, srun or our own launcher gave this process; None if it was started alone.
+    """Return the placement that torchrun, srun or clip_exp's launcher gave this process; None if it was started alone.
 
-    `WORLD_SIZE` or `SLURM_NTASKS` alone means nothing: both are left over in shells and in batch scripts. Variables of LSF
-    and MPI are ignored, since neither is a launcher that we support.
+    `WORLD_SIZE` or `SLURM_NTASKS` alone is not enough: shells and batch scripts often contain left-over values. Variables of LSF and MPI
+    are ignored, since these are not supported as launchers.
 
     Raises:
         DistributedError: a variable that the launcher sets is missing or not a number.
@@ -77,7 +77,7 @@ def outer_placement() -> Placement | None:
     nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
     address = os.environ.get("MASTER_ADDR")
     if not address:
-        from pytorch_lightning.plugins.environments import SLURMEnvironment  # which expands SLURM's lists of machines
+        from pytorch_lightning.plugins.environments import SLURMEnvironment  # expands SLURM's lists of machines
 
         machines = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
         address = SLURMEnvironment.resolve_root_node_address(machines)
@@ -90,13 +90,13 @@ def outer_placement() -> Placement | None:
         nodes=nodes,
         node_rank=node,
         main_address=address,
-        # Every rank must compute the same port, and two steps of a job on one machine different ones.
+        # Every rank must compute the same port, and two job steps on the same machine must get different ports.
         main_port=_number("MASTER_PORT", 15000 + (_number("SLURM_JOB_ID", 0) + _number("SLURM_STEP_ID")) % 10000),
     )
 
 
 def local_placement(rank: int, ranks: int, port: int) -> Placement:
-    """Return the place of a rank of several on this machine."""
+    """Return the placement of a rank if all ranks are on this machine."""
     return Placement("clip_exp", rank, ranks, rank, ranks, 1, 0, "127.0.0.1", port)
 
 
@@ -107,11 +107,11 @@ def free_port() -> int:
 
 
 def device_problems(devices: Devices, num_nodes: int | None = None, keys: str = "") -> Iterator[str]:
-    """Yield what is wrong with the requested devices: this machine has too few, or the launcher of this process decided otherwise.
+    """Yield the problems of the requested devices: too few on this machine, or a contradiction to the launcher of this process.
 
     Args:
-        devices: as configured.
-        num_nodes: as configured; None is whatever the launcher uses.
+        devices: configured devices.
+        num_nodes: configured number of machines; None: that of the launcher.
         keys: prefix of the keys in messages, such as "trainer.".
     """
     placement = outer_placement()
@@ -124,8 +124,8 @@ def device_problems(devices: Devices, num_nodes: int | None = None, keys: str = 
     launcher, here = placement.launcher, placement.local_world_size
     if devices.gpus is not None:
         yield (
-            f"{devices.value} lists GPUs, but {launcher} has started the processes: name the GPUs in CUDA_VISIBLE_DEVICES "
-            f"instead, and remove {keys}devices."
+            f"{devices.value} lists GPUs, but {launcher} has started the processes: set CUDA_VISIBLE_DEVICES instead, "
+            f"and remove {keys}devices."
         )
     elif devices.requested not in (None, here):
         yield (
@@ -135,23 +135,23 @@ def device_problems(devices: Devices, num_nodes: int | None = None, keys: str = 
     if num_nodes not in (None, placement.nodes):
         yield (
             f"{keys}num_nodes={num_nodes}, but {launcher} has started {placement.world_size} processes on {placement.nodes} "
-            f"machines: remove {keys}num_nodes, or start the command on {num_nodes}."
+            f"machines: remove {keys}num_nodes, or start the command on {num_nodes} machines."
         )
 
 
 def _started_by_torchrun() -> bool:
-    """Return whether torchrun, our launcher or another one that sets the same variables started this process."""
+    """Return True if torchrun, clip_exp's launcher or another one that sets the same variables started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _started_by_srun() -> bool:
-    """Return whether srun started this process as one of several: a batch script has no step, and an interactive step one task."""
+    """Return True if srun started this process as one of several. A batch script has no step, an interactive step has one task."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
     return os.environ.get("SLURM_STEP_ID", "").isdecimal() and tasks not in ("0", "1")
 
 
 def _slurm_tasks_per_node(tasks: int, nodes: int) -> list[int]:
-    """Return the step's tasks on each node, which SLURM abbreviates: "4(x2),3" is 4, 4 and 3."""
+    """Return the number of the step's tasks on each node, from SLURM's abbreviated list: "4(x2),3" means 4, 4 and 3."""
     listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     per_node: list[int] = []
     for part in filter(None, listed.split(",")):
@@ -163,13 +163,13 @@ def _slurm_tasks_per_node(tasks: int, nodes: int) -> list[int]:
 
 
 def _number(name: str, default: int | None = None) -> int:
-    """Return a variable's value as a whole number; raise a DistributedError if it is none, or unset without a default."""
+    """Return an environment variable as an integer; raise a DistributedError if it is not one, or unset without a default."""
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal():
         raise DistributedError(
-            f"{name}={'' if text is None else text} in the environment must be a number. Start the command with torchrun or srun, "
-            "or unset RANK and WORLD_SIZE to start it alone."
+            f"{name}={'' if text is None else text} in the environment must be a non-negative integer. Start the command with torchrun or srun, "
+            "or unset RANK and WORLD_SIZE to start it as a single process."
         )
     return int(text)

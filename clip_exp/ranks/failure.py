@@ -1,8 +1,8 @@
-"""Failures of ranks: each reports its own before anything that can block, and a rank that cannot continue is ended in time.
+"""Failures of ranks: each rank reports its failure before doing anything that may block, and is then ended after a timeout.
 
-After an exception much may block: a GPU that waits for a collective which other ranks never join, the group's destruction, a
-logger's server. So a failing rank first writes its report into the folder of the work, where the launcher and the other ranks
-find it, and a timer then ends the process, wherever it may be stuck.
+After an exception many things may block: a GPU that waits for a collective that other ranks never join, the destruction of the group,
+or the server of a logger. So a failing rank first writes a report to the folder of the work, where the launcher and the other ranks
+find it. A timer then ends the process, wherever it is stuck.
 """
 
 import json
@@ -24,63 +24,64 @@ import clip_exp.storage as storage
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DistributedError, printable
 from clip_exp.secrets import redact
 
-END_S = 10.0  # for a rank that has reported its failure, or another's, to end by itself
-POLL_S = 5.0  # between looks for the reports of others, each of which lists a folder that hundreds of ranks may share
-CAUSE_S = 3.0  # for the rank that failed first to report, where this one only lost touch with it
-PREFIX = ".error-rank"  # of the reports, one file per rank
-PLACE = ".lock-rank"  # of the locks, one file per rank
-PLACE_S = 10.0  # for a rank of an earlier start to end
-LOG = "errors.log"  # every rank's message stays here
+END_S = 10.0  # time for a rank to end by itself after it reported a failure, or found that of another rank
+# Interval of looking for reports of other ranks. Each look lists a folder that hundreds of ranks may share.
+POLL_S = 5.0
+CAUSE_S = 3.0  # time to wait for the report of the rank that failed first, if this rank only lost the connection to it
+PREFIX = ".error-rank"  # name prefix of the reports, one file per rank
+PLACE = ".lock-rank"  # name prefix of the locks, one file per rank
+PLACE_S = 10.0  # time to wait until a rank of an earlier start has ended
+LOG = "errors.log"  # messages of all ranks, kept after the run
 
 
 class Failure(NamedTuple):
-    """The failure of a rank."""
+    """Failure of a rank."""
 
     rank: int
-    code: int
+    code: int  # exit code
     message: str
-    time_ns: int  # when it was reported
+    time_ns: int  # time of the report
 
     @property
     def is_cause(self) -> bool:
-        """Whether the rank failed by itself, and did not just lose touch with another one."""
+        """True if the rank failed by itself, and did not only lose the connection to another one."""
         return self.code != DistributedError.exit_code
 
 
 @dataclass
 class Reporter:
-    """Reports the failure of this process, a rank of several; the first report counts."""
+    """Reporter of the failure of this process, one of several ranks. Only the first report counts."""
 
-    folder: Path  # of the work, which all ranks share
+    folder: Path  # folder of the work, shared by all ranks
     rank: int
     note: Callable[[Failure], None] | None = (
-        None  # called with the failure to record, this rank's or the one that caused it
+        None  # called with the failure to record: this rank's, or the one that caused it
     )
     failure: Failure | None = field(default=None, init=False)
 
     def report(self, error: BaseException) -> Failure:
-        """Write the report of a failure, and see that this process ends soon."""
+        """Write the report of a failure, and start the timer that ends this process."""
         if self.failure is not None:
             return self.failure
         self.failure = failure = describe(self.rank, error)
 
         def end() -> None:
             time.sleep(END_S)
-            if self.note is not None:  # no launcher prints it, and this process has not come to it by itself
+            if self.note is not None:  # there is no launcher to print it, and this process is stuck before printing it
                 print(printable(failure.message), file=sys.stderr, flush=True)
             os._exit(failure.code)
 
         threading.Thread(target=end, daemon=True).start()
         try:
-            # Whole, since others look for it at any time.
+            # Atomically, since other processes may read it at any time.
             with storage.atomic_file(self.folder / f"{PREFIX}{failure.rank}", durable=False) as temporary:
                 temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
-        except OSError:  # a full disk, say: the message is printed all the same
+        except OSError:  # for example a full disk: at least print the message
             print(printable(failure.message), file=sys.stderr, flush=True)
         when = datetime.fromtimestamp(failure.time_ns / 1e9, UTC).isoformat(timespec="seconds")
         entry = f"{when} rank {failure.rank} failed with exit code {failure.code}\n{failure.message.rstrip()}\n\n"
         with suppress(OSError), (self.folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(entry)  # by one write, as ranks append at once
+            log.write(entry)  # in one write, as several ranks may append at the same time
         if self.note is not None:
             with suppress(OSError):  # a full disk must not hide the failure
                 self.note(failure if failure.is_cause else await_cause(self.folder) or failure)
@@ -88,28 +89,28 @@ class Reporter:
 
 
 @contextmanager
-def place_in(folder: Path, rank: int) -> Iterator[None]:
-    """Hold a rank's place in a folder; raise a DistributedError where the rank of an earlier start still works there after a while."""
+def lock_rank(folder: Path, rank: int) -> Iterator[None]:
+    """Hold the lock of a rank in a folder; raise a DistributedError if the same rank of an earlier start does not release it."""
     with ExitStack() as held:
         try:
-            # What has no locks was warned of where the folder was opened.
+            # A file system without locks was already reported when the folder was opened.
             lock = storage.lock(folder / f"{PLACE}{rank}", wait_s=PLACE_S, on_no_locks=lambda *_: None, remove=True)
             held.enter_context(lock)
         except storage.InUse as error:
             raise DistributedError(
-                f"rank {rank} of an earlier start still works in {folder} ({error.owner}): wait for it, or end it."
+                f"rank {rank} of an earlier start is still running in {folder} ({error.owner}): wait for it, or end it."
             ) from None
         except OSError:
-            pass  # a full disk, say, which is for the work itself to report
+            pass  # for example a full disk, which the work itself will report
         yield
 
 
-_reporter: Reporter | None = None  # of this process
+_reporter: Reporter | None = None  # reporter of this process
 
 
 @contextmanager
 def reporting_to(reporter: Reporter) -> Iterator[None]:
-    """Inside, `report` goes to this reporter."""
+    """Use this reporter for calls of `report` inside the context."""
     global _reporter
     _reporter = reporter
     try:
@@ -119,13 +120,13 @@ def reporting_to(reporter: Reporter) -> Iterator[None]:
 
 
 def report(error: BaseException) -> None:
-    """Report the failure of this process where it is a rank of several; for whoever sees it before something that can block."""
+    """Report the failure of this process if it is one of several ranks. Call it before anything that may block."""
     if _reporter is not None:
         _reporter.report(error)
 
 
 def describe(rank: int, error: BaseException) -> Failure:
-    """Return a failure with its message: of an expected error the text, of any other the traceback."""
+    """Return the failure for an error, with the text of an expected error, or the traceback of any other."""
     if isinstance(error, ClipExpError):
         code, message = error.exit_code, f"error: {error}"
     else:
@@ -135,13 +136,13 @@ def describe(rank: int, error: BaseException) -> Failure:
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """Return the reports of ranks, the earliest first."""
+    """Return the reports of ranks, earliest first."""
     found = []
     for path in folder.glob(f"{PREFIX}*[0-9]"):
         try:
             found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
-            continue  # removed meanwhile, or not written by us
+            continue  # removed in the meantime, or not written by clip_exp
     return sorted(found, key=lambda failure: failure.time_ns)
 
 
@@ -150,14 +151,14 @@ def remove_reports(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_places(folder: Path) -> None:
-    """Remove the lock files of ranks that were killed. Only where all ranks have ended: a place that is held would be lost."""
+def remove_rank_locks(folder: Path) -> None:
+    """Remove the lock files of ranks that were killed. Call this only after all ranks have ended: it would break a lock that is held."""
     for path in folder.glob(f"{PLACE}*"):
         path.unlink(missing_ok=True)
 
 
 def await_cause(folder: Path) -> Failure | None:
-    """Return the failure that others followed from, for which a moment is waited; None if no rank reports one."""
+    """Wait for a moment, and return the failure that caused the others; None if no rank reports one."""
     deadline = time.monotonic() + CAUSE_S
     while True:
         cause = next((failure for failure in read_failures(folder) if failure.is_cause), None)
@@ -168,7 +169,7 @@ def await_cause(folder: Path) -> Failure | None:
 
 @contextmanager
 def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
-    """Inside, this process, a rank of several that no launcher of ours watches, ends soon after another has reported a failure."""
+    """Watch the reports of other ranks, and end this process soon after one of them failed; for ranks without clip_exp's launcher."""
     left = threading.Event()
 
     def watch() -> None:
@@ -176,7 +177,7 @@ def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
             if left.wait(POLL_S):
                 return
         if not left.wait(END_S):
-            why = f"rank {rank} was ended, because rank {others[0].rank} failed:\n{printable(others[0].message)}"
+            why = f"rank {rank} was stopped because rank {others[0].rank} failed:\n{printable(others[0].message)}"
             print(why, file=sys.stderr, flush=True)
             os._exit(DistributedError.exit_code)
 
@@ -188,7 +189,7 @@ def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process; at once where ranks have not left their group together, since an orderly exit may wait for the others."""
+    """End this process, immediately if the ranks have not left their group together: a normal exit may then wait for other ranks."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
         sys.stdout.flush()
@@ -197,16 +198,16 @@ def end_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to save and end
-REPEAT_S = 5.0  # launchers and process groups deliver the same request twice
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # request that a run saves and ends
+REPEAT_S = 5.0  # signals within this time are the same request, delivered by both the launcher and the process group
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. Not an Exception: no caller should take it for a failure of its own."""
+    """Exception raised by a stop signal. A BaseException, so that no caller handles it as a failure."""
 
 
 class StopRequest:
-    """Request to stop, by a signal that may have been received."""
+    """Flag that is set when a stop signal has been received."""
 
     def __init__(self) -> None:
         self.received = False
@@ -214,9 +215,9 @@ class StopRequest:
 
 @contextmanager
 def handle_signals(receive: Callable[[int], None]) -> Iterator[None]:
-    """Inside, every stop signal calls `receive` with its number; the handlers from before are restored on leaving.
+    """Call `receive` with the number of every stop signal inside the context; restore the previous handlers on exit.
 
-    Outside the main thread, where Python sets no handlers, signals are left alone.
+    Outside of the main thread, where Python cannot set handlers, signals are not handled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -235,16 +236,16 @@ def handle_signals(receive: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def exit_on_signals(*, silent: bool = False) -> Iterator[None]:
-    """Inside, a stop signal ends the process at once, as preempted: for the time before there is anything to save.
+    """End the process immediately on a stop signal, as preempted; for the time before there is anything to save.
 
     Args:
-        silent: print nothing, since another rank does.
+        silent: print no message, because another rank does.
     """
 
     def end(number: int) -> None:
         if not silent:
             name = signal.Signals(number).name
-            message = f"stopped by {name} before the work began; the same command starts it.\n"
+            message = f"stopped by {name} before the work started; repeat the same command to start it.\n"
             os.write(sys.stderr.fileno(), message.encode())
         os._exit(PREEMPTED_EXIT_CODE)
 
@@ -254,7 +255,7 @@ def exit_on_signals(*, silent: bool = False) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Inside, a stop signal raises `Stopped` where the program is; a later second one ends the process at once."""
+    """Raise `Stopped` at the current point of the program on a stop signal; a later second signal ends the process immediately."""
 
     def stop(number: int) -> None:
         raise Stopped(f"stopped by {signal.Signals(number).name}.")
@@ -265,7 +266,7 @@ def stop_on_signals() -> Iterator[None]:
 
 @contextmanager
 def note_signals() -> Iterator[StopRequest]:
-    """Inside, a stop signal is noted in the request, for the program to act on; a later second one ends the process at once."""
+    """Yield a request that a stop signal sets, for the program to act on; a later second signal ends the process immediately."""
     request = StopRequest()
 
     def note(number: int) -> None:
@@ -276,7 +277,7 @@ def note_signals() -> Iterator[StopRequest]:
 
 
 def _first(action: Callable[[int], None]) -> Callable[[int], None]:
-    """Return a receiver that acts on the first signal, ignores repetitions of it, and ends the process on a later one."""
+    """Return a handler that acts on the first signal, ignores its repetitions, and ends the process on a later signal."""
     first_s: float | None = None
 
     def receive(number: int) -> None:

@@ -1,4 +1,4 @@
-"""The processes that do a piece of work together: one group for whatever strategy follows. One process alone needs no group."""
+"""Process group of the ranks, and collective operations on objects. A single process needs no group."""
 
 import importlib
 import os
@@ -16,22 +16,22 @@ from clip_exp.errors import ClipExpError, ConfigError, DistributedError
 from clip_exp.ranks.environment import Placement, free_port, local_placement, outer_placement
 
 T = TypeVar("T")
-# What other libraries of MPI's users leave in an environment, and DeepSpeed compares with LOCAL_RANK.
+# Variables that MPI may leave in the environment; DeepSpeed would compare them with LOCAL_RANK.
 LEFT_OVER = ("OMPI_COMM_WORLD_LOCAL_RANK",)
 TIMED_OUT = "imed out"
-TRANSPORT_ERRORS = (  # of gloo, whose errors are plain RuntimeErrors
+TRANSPORT_ERRORS = (  # texts in errors of gloo, which are plain RuntimeErrors
     "gloo/transport", "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
 )  # fmt: skip
-_placement: Placement | None = None  # of this process in the group that `start` joined
-_environment: dict[str, str | None] = {}  # what `start` changed, as it was before
+_placement: Placement | None = None  # placement of this process in the group that `start` joined
+_environment: dict[str, str | None] = {}  # previous values of the environment variables that `start` changed
 
 
 @contextmanager
 def membership(device_type: str, timeout_s: int) -> Iterator[None]:
-    """Be a rank of the group inside; a membership inside another one is the same.
+    """Join the process group inside the context; a nested context uses the same group.
 
-    After a failure the group is left alone where there are other ranks: destroying it waits for collectives in which they
-    may be stuck, and nobody would hear why. Such a process ends by `failure.end_process`.
+    After a failure with other ranks, the group is not destroyed, because that would wait for collectives in which they may be stuck, and
+    the error would never be shown. Such a process must end by `failure.end_process`.
 
     Raises:
         DistributedError, ConfigError: see `start`.
@@ -50,24 +50,23 @@ def membership(device_type: str, timeout_s: int) -> Iterator[None]:
 
 
 def start(device_type: str, timeout_s: int) -> None:
-    """Join the process group that the environment describes; without one, a group of this process alone.
+    """Join the process group that the environment describes, or create a group of this process alone.
 
-    Collectives on CPU tensors go through gloo, those on CUDA tensors through nccl. On CUDA this process's device is made the
-    current one.
+    Collectives on CPU tensors use gloo, those on CUDA tensors NCCL. On CUDA, the device of this process becomes the current one.
 
     Raises:
-        DistributedError: the other ranks did not come within `timeout_s` seconds.
-        ConfigError: a rank has no GPU of its own; the same on every rank.
+        DistributedError: the other ranks did not join within `timeout_s` seconds.
+        ConfigError: a rank has no separate GPU; raised on all ranks.
     """
     global _placement
     if dist.is_initialized():
         return
     _placement = outer_placement() or local_placement(0, 1, free_port())
-    # Libraries that read the environment find there what the group is, whatever was left over.
+    # Other libraries read the environment: set the variables that describe this group, and remove left-over ones.
     values = {**dict.fromkeys(LEFT_OVER), **_placement.variables()}
     _environment.update({name: os.environ.get(name) for name in values})
     _set_environment(values)
-    # Imported later it would keep the group alive to the end of the process, where a thread of gloo's then may abort it.
+    # If this module is first imported later, it keeps the group alive until the process ends, where a gloo thread may abort.
     importlib.import_module("torch.distributed.nn.functional")
     backend, gpu = "gloo", None
     if device_type == "cuda":
@@ -77,13 +76,13 @@ def start(device_type: str, timeout_s: int) -> None:
     except (dist.DistError, RuntimeError) as error:
         who = f"rank {_placement.rank} of {_placement.world_size}"
         where = f"{_placement.main_address}:{_placement.main_port}"
-        raise DistributedError(f"{who} could not meet the others at {where}: {error}") from error
+        raise DistributedError(f"{who} could not connect to the other ranks at {where}: {error}") from error
     if gpu is not None and (problem := _gpu_problem(gather_objects(gpu))):
         raise ConfigError(problem)
 
 
 def stop() -> None:
-    """Leave the group, and the environment as it was: the next job of a sweep starts from there. Waits for the other ranks."""
+    """Leave the group and restore the environment, for the next job of a sweep. Waits for the other ranks."""
     global _placement
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -95,13 +94,13 @@ def stop() -> None:
 class _GPU(NamedTuple):
     rank: int
     host: str
-    visible: int  # GPUs that the rank sees
+    visible: int  # number of GPUs that the rank can see
     local_world_size: int
-    uuid: str | None  # None: the rank sees none that could be its own
+    uuid: str | None  # None: no visible GPU can be assigned to the rank
 
 
 def _choose_gpu(placement: Placement) -> _GPU:
-    """Make this rank's GPU the current one: that of its local rank, or the only one that the launcher lets it see."""
+    """Set this rank's current GPU: the one with the number of its local rank, or the only visible one."""
     visible = torch.cuda.device_count()
     index = placement.local_rank if visible > placement.local_rank else 0 if visible == 1 else None
     uuid = None
@@ -112,7 +111,7 @@ def _choose_gpu(placement: Placement) -> _GPU:
 
 
 def _gpu_problem(gpus: list[_GPU]) -> str | None:
-    """Return what is wrong with the GPUs of all the ranks, if anything: each must have one of its own."""
+    """Return the problem with the GPUs of the ranks, or None; each rank must have a separate GPU."""
     owners: dict[tuple[str, str], int] = {}
     for gpu in gpus:
         if gpu.uuid is None:
@@ -120,8 +119,8 @@ def _gpu_problem(gpus: list[_GPU]) -> str | None:
         other = owners.setdefault((gpu.host, gpu.uuid), gpu.rank)
         if other != gpu.rank:
             return (
-                f"ranks {other} and {gpu.rank} have the same GPU of {gpu.host}, of {gpu.visible} that a rank sees there, for "
-                f"{gpu.local_world_size} ranks: start one rank per GPU."
+                f"ranks {other} and {gpu.rank} have the same GPU on {gpu.host}, where {gpu.local_world_size} ranks were started and a rank "
+                f"sees {gpu.visible} GPUs: start one rank per GPU."
             )
     return None
 
@@ -143,7 +142,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes the run's files: rank 0."""
+    """Return True on rank 0, which writes the files of a run."""
     return rank() == 0
 
 
@@ -153,37 +152,41 @@ def local_world_size() -> int:
 
 
 def device(device_type: str) -> torch.device:
-    """Return this process's device: on CUDA the current one, which `start` has chosen."""
+    """Return the device of this process; on CUDA the current one, which `start` has set."""
     return torch.device(f"cuda:{torch.cuda.current_device()}" if device_type == "cuda" else device_type)
 
 
-def lost_touch(error: BaseException) -> DistributedError | None:
-    """Return what to report of a collective that failed because another rank has ended, or did not come in time; None for others."""
+def lost_connection(error: BaseException) -> DistributedError | None:
+    """Return the error to report if a collective failed because another rank ended or timed out; None for other errors."""
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return None
     text = str(error)
     if not isinstance(error, dist.DistError) and not any(known in text for known in (TIMED_OUT, *TRANSPORT_ERRORS)):
         return None
-    why = "waited too long for another rank" if TIMED_OUT in text else "lost touch with another rank that ended"
+    why = (
+        "timed out waiting for another rank"
+        if TIMED_OUT in text
+        else "lost the connection to another rank, which ended"
+    )
     return DistributedError(f"rank {rank()} of {world_size()} {why}.")
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return every rank's value, in the order of the ranks; sizes may differ. Raise a DistributedError where a rank has ended."""
+    """Return the values of all ranks in rank order; sizes may differ. Raise a DistributedError if another rank has ended."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with _together():
+    with _collective():
         dist.all_gather_object(values, value)
     return values
 
 
 def from_main(action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on every rank; only rank 0 runs it.
+    """Run `action` on rank 0, and return its result on all ranks.
 
     Raises:
-        ClipExpError: rank 0's, on every rank.
-        DistributedError: another rank ended.
+        ClipExpError: the error of rank 0, on all ranks.
+        DistributedError: another rank has ended.
     """
     if not dist.is_initialized():
         return action()
@@ -193,31 +196,31 @@ def from_main(action: Callable[[], T]) -> T:
             answer = [action()]
         except ClipExpError as error:
             answer = [error]
-    with _together():
+    with _collective():
         dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], ClipExpError):
         raise answer[0]
     return answer[0]
 
 
-def share_from_main(tensors: Iterable[torch.Tensor]) -> None:
-    """Give each tensor the values that it has on rank 0. All ranks call, with tensors of the same shapes in the same order.
+def broadcast_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Copy the values of tensors from rank 0 to all ranks, in place. All ranks must pass tensors of the same shapes in the same order.
 
     Raises:
-        DistributedError: another rank ended.
+        DistributedError: another rank has ended.
     """
     if world_size() > 1:
-        with _together():
+        with _collective():
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
 
 def main_first(action: Callable[[], T]) -> T:
-    """What `action` returns on each rank; rank 0 runs it before the others, which find in a cache what it has fetched.
+    """Run `action` on rank 0 first and then on the others, which find downloaded files in the cache; return each rank's own result.
 
     Raises:
-        ClipExpError: rank 0's, on every rank.
-        DistributedError: another rank ended.
+        ClipExpError: the error of rank 0, on all ranks.
+        DistributedError: another rank has ended.
     """
     mine: list[T] = []
     from_main(lambda: mine.append(action()))
@@ -225,11 +228,11 @@ def main_first(action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Around a collective, which fails where another rank has ended."""
+def _collective() -> Iterator[None]:
+    """Translate errors of a collective that failed because another rank has ended."""
     try:
         yield
     except RuntimeError as error:
-        if (lost := lost_touch(error)) is None:
+        if (lost := lost_connection(error)) is None:
             raise
         raise lost from error

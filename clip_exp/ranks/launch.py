@@ -1,6 +1,6 @@
-"""Doing a piece of work in one process per device: in this process, in ranks that it starts, or as a rank of torchrun or srun.
+"""Launcher of work on several devices, with one process per device: this process, processes that it starts, or ranks of torchrun or srun.
 
-Ranks that are started here are watched, and end as one: with one message and one exit code.
+Ranks that are started here are watched, and end together, with one message and one exit code.
 """
 
 import itertools
@@ -22,40 +22,40 @@ from clip_exp.ranks.environment import free_port, local_placement, outer_placeme
 from clip_exp.ranks.failure import Failure, Reporter, handle_signals
 from clip_exp.ranks.worker import command_line
 
-SETTLE_S = 8.0  # for the ranks that a failure reaches to end by themselves
-GRACE_S = 10.0  # between asking the other ranks to end and ending them
+SETTLE_S = 8.0  # time for the other ranks to end by themselves after a failure
+GRACE_S = 10.0  # time between SIGTERM and SIGKILL
 EXPECTED_CODES = {error.exit_code for error in ClipExpError.__subclasses__()} - {DistributedError.exit_code}
-UNEXPECTED = 1  # exit code of a rank that a bug ended
-PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
+UNEXPECTED = 1  # exit code of a rank that ended with an unexpected exception
+PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])  # for ranks of a checkout that is not installed
 
 Processes = list[subprocess.Popen[bytes]]
 
 
 class Opened(NamedTuple):
-    """The folder of a piece of work."""
+    """Folder of the work."""
 
     folder: Path
-    finished: bool = False  # there is nothing left to do in it
+    finished: bool = False  # nothing is left to do
 
 
 class Ended(NamedTuple):
-    """The end of the ranks of a piece of work, as one."""
+    """Common result of all ranks."""
 
-    code: int
+    code: int  # exit code
     status: str  # finished, failed or preempted
-    message: str = ""  # to be printed; empty where a rank has printed what there is to say
+    message: str = ""  # message to print; empty if a rank has already printed it
 
 
 class Work(ABC):
-    """What a command does in a folder, on one or several devices."""
+    """Work of a command in a folder, on one or several devices."""
 
-    # What a process that `launch_work` starts does in the folder: a function of a module, by whose name the process imports it.
+    # Function that a started process calls with the folder. It must be a module-level function, since it is imported by name.
     rank: Callable[[Path], int]
-    timeout_s: int  # of a collective: how long a rank waits for the slowest
+    timeout_s: int  # timeout of collectives: how long a rank waits for the slowest one
 
     @abstractmethod
     def open(self) -> AbstractContextManager[Opened]:
-        """Check what can be wrong, and find or make the folder, which is held while the context lasts. One process calls."""
+        """Check for problems, and find or create the folder, which stays locked inside the context. Called by one process."""
 
     @abstractmethod
     def devices(self) -> Devices:
@@ -67,19 +67,22 @@ class Work(ABC):
 
     @abstractmethod
     def run(self, folder: Path) -> int:
-        """Do this process's part of the work and return the exit code. Under torchrun or srun only rank 0 has called `open`."""
+        """Do this process's part of the work, and return the exit code. With torchrun or srun only rank 0 has called `open`."""
 
     @abstractmethod
     def note(self, folder: Path, status: str, **facts: Any) -> None:
-        """Record the end of the ranks, failed or preempted: of those that this process started, as a killed rank cannot do so
-        itself; or, in a rank of torchrun or srun, the failure of this rank or of the one that caused it."""
+        """Record that the work has failed or was preempted.
+
+        Called for ranks that this process started, because a killed rank cannot record it. With torchrun or srun, a rank calls it for
+        its own failure, or for the one that caused it.
+        """
 
 
 def launch_work(work: Work) -> tuple[Path, int]:
-    """Open the folder of the work and do the work in it; return the folder and the exit code.
+    """Open the folder of the work, and do the work; return the folder and the exit code.
 
     Raises:
-        ClipExpError: of this process; a failure of a rank that it started is printed.
+        ClipExpError: an error of this process. Failures of ranks that it started are printed instead.
     """
     if outer_placement():
         return _join(work)
@@ -99,7 +102,7 @@ def launch_work(work: Work) -> tuple[Path, int]:
 
 
 def _join(work: Work) -> tuple[Path, int]:
-    """Work as one rank that torchrun or srun started, in the folder that rank 0 opens."""
+    """Do the work as one rank of torchrun or srun, in the folder that rank 0 opens."""
     from clip_exp.ranks import group  # imports torch
 
     group.start(work.device_type(), work.timeout_s)
@@ -108,10 +111,10 @@ def _join(work: Work) -> tuple[Path, int]:
         folder, finished = group.from_main(lambda: held.enter_context(work.open()))
         code = 0
         if not finished:
-            held.enter_context(failure.place_in(folder, rank))
-            group.gather_objects(rank)  # all have their places: nothing of an earlier start reports any more
+            held.enter_context(failure.lock_rank(folder, rank))
+            group.gather_objects(rank)  # a barrier: all ranks have locks, so no rank of an earlier start is running
             group.from_main(lambda: failure.remove_reports(folder))
-            # No launcher of ours watches the ranks: each reports to the others, and watches them.
+            # clip_exp's launcher does not watch these ranks, so each reports its failure to the others, and watches them.
             reporter = Reporter(
                 folder, rank, lambda failed: work.note(folder, "failed", **_facts(failed.message, failed.code))
             )
@@ -124,16 +127,18 @@ def _join(work: Work) -> tuple[Path, int]:
                         raise
                     raise type(error)(f"rank {rank}: {error}") from error
         if code == 0:
-            group.stop()  # which waits for the others: only where all is well
+            group.stop()  # waits for the other ranks, so only after success
         return folder, code
 
 
 def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment: dict[str, str]) -> Ended:
-    """Call `work(folder)` in processes of their own, one per rank. When one fails the others are ended, and its end is that of all.
+    """Call `work(folder)` in one process per rank. If one fails, stop the others, and return its result as that of all.
 
     Args:
-        work: a function of a module, by whose name a rank imports it.
-        environment: added to that of every rank.
+        work: module-level function, which a rank imports by name.
+        folder: folder of the work.
+        ranks: number of processes.
+        environment: additional environment variables of every rank.
     """
     failure.remove_reports(folder)
     processes = _start(command_line(work, folder), ranks, environment)
@@ -151,19 +156,19 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
             _wait_for_end(processes, SETTLE_S)
             codes = [process.poll() for process in processes]
         finally:
-            for action in (subprocess.Popen.terminate, subprocess.Popen.kill):  # first politely
+            for action in (subprocess.Popen.terminate, subprocess.Popen.kill):
                 for process in processes:
                     if process.poll() is None:
                         action(process)
                 _wait_for_end(processes, GRACE_S)
     ended = _ended(codes, forwarded, failure.read_failures(folder))
     failure.remove_reports(folder)
-    failure.remove_places(folder)
+    failure.remove_rank_locks(folder)
     return ended
 
 
 def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
-    """Start the ranks, in a session of their own: a terminal's Ctrl-C reaches them through the launcher, once."""
+    """Start the ranks in separate sessions, so that they receive Ctrl-C once, from the launcher, and not also from the terminal."""
     port = free_port()
     environment = {
         "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks)),
@@ -176,12 +181,12 @@ def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
 
 
 def _wait(processes: Processes, folder: Path) -> None:
-    """Wait until all have ended well, or one has not, or says that it cannot."""
+    """Wait until all processes have succeeded, or one has failed or reported a failure."""
     for look in itertools.count():
         codes = [process.poll() for process in processes]
         if any(code not in (None, 0) for code in codes) or all(code == 0 for code in codes):
             return
-        # Listing the folder may take a while on a network file system.
+        # Only every second, because listing the folder may be slow on a network file system.
         if look % 10 == 0 and failure.read_failures(folder):
             return
         time.sleep(0.1)
@@ -194,9 +199,12 @@ def _wait_for_end(processes: Processes, seconds: float) -> None:
 
 
 def _ended(codes: list[int | None], forwarded: list[int], failures: list[Failure]) -> Ended:
-    """Return the end of all: that of the rank that failed first by itself; the others only lost touch with it.
+    """Return the common result: that of the rank that failed first by itself, since the others only lost the connection to it.
 
-    A code of None is of a rank that had to be ended; `forwarded` are the signals that the launcher passed on.
+    Args:
+        codes: exit codes of the ranks; None: the rank had to be killed.
+        forwarded: signals that the launcher forwarded.
+        failures: reports of the ranks, earliest first.
     """
     if all(code == 0 for code in codes) and not failures:
         return Ended(0, "finished")
@@ -204,10 +212,10 @@ def _ended(codes: list[int | None], forwarded: list[int], failures: list[Failure
     causes = [failed for failed in failures if failed.is_cause]
     if (forwarded or PREEMPTED_EXIT_CODE in codes) and not causes and all(code in harmless for code in codes):
         printed = PREEMPTED_EXIT_CODE in codes
-        message = "" if printed else "stopped by a signal; the same command goes on from what was saved."
+        message = "" if printed else "stopped by a signal; repeat the same command to resume."
         return Ended(PREEMPTED_EXIT_CODE, "preempted", message)
     reported = {failed.rank for failed in failures}
-    # What a library aborts after a failure is no cause, where a rank has reported one.
+    # A rank that a library aborted (SIGABRT) is not the cause if another rank has reported a failure.
     silent = [
         rank
         for rank, code in enumerate(codes)
@@ -224,20 +232,19 @@ def _ended(codes: list[int | None], forwarded: list[int], failures: list[Failure
 
 
 def _end_of_rank(rank: int, codes: list[int | None]) -> str:
-    """Return how a rank ended that has reported nothing."""
+    """Return a message about a rank that ended without a report."""
     who, code = f"rank {rank} of {len(codes)}", int(codes[rank] or 0)
     if code in EXPECTED_CODES:
-        return f"{who} ended with code {code}, and its message, which is above, could not be kept; the others were stopped."
+        return f"{who} ended with exit code {code} (see its message above; it could not be saved); the others were stopped."
     if code >= 0:
-        return f"{who} ended with code {code} and no message; the others were stopped."
+        return f"{who} ended with exit code {code} and no message; the others were stopped."
     number = signal.Signals(-code)
-    memory = " The system does that where memory runs out: use fewer devices or workers, or smaller batches."
+    memory = " The system may have run out of memory: use fewer devices or workers, or smaller batches."
     return (
-        f"{who} was ended by signal {number.value} ({number.name}); the others were stopped."
-        f"{memory if number == signal.SIGKILL else ''} The same command goes on from what was saved."
+        f"{who} was killed by signal {number.value} ({number.name}); the others were stopped."
+        f"{memory if number == signal.SIGKILL else ''} Repeat the same command to resume."
     )
 
 
 def _facts(message: str, code: int) -> dict[str, Any]:
-
     return {"error": message.removeprefix("error: ").splitlines()[-20:], "exit_code": code}

@@ -19,9 +19,9 @@ RECALLS = [f"recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")]
 RETRIEVAL = [*RANKS, *RECALLS]
 CLASSIFICATION = ["top1", "top5", "mean_per_class_recall"]
 CERTAIN = 5  # classes, or fewer: one of the best five is always right, so `top5` is not measured
-VALIDATION = ["loss", "zeroshot_top1", "zeroshot_top5", *RETRIEVAL]
+VALIDATION = ["loss", "top1", "top5", *RETRIEVAL]
 SCALES = {
-    **dict.fromkeys([*RECALLS, *CLASSIFICATION, "zeroshot_top1", "zeroshot_top5"], Scale.fraction),
+    **dict.fromkeys([*RECALLS, *CLASSIFICATION], Scale.fraction),
     **dict.fromkeys(RANKS, Scale.rank),
     "loss": Scale.loss,
 }

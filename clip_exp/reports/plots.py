@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from clip_exp.config.evaluation import Scale
 from clip_exp.reports.names import scale_of
 
-LABELS = {"data_wait_s": "waiting for data", "compute_s": "computing"}
+LABELS = {"train/data_wait_s": "waiting for data", "train/compute_s": "computing"}
 
 
 def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
@@ -28,12 +28,12 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
     panels = {
         "loss": ["train/loss", "val/loss"],
         "recall on validation": [f"val/recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")],
-        "zero-shot accuracy on validation": [name for name in names if name.startswith("val/") and "zeroshot" in name],
+        "zero-shot accuracy on validation": ["val/top1", "val/top5"],
         **of_tasks,
-        "learning rate": ["lr"],
-        "logit scale and gradient norm": ["logit_scale", "grad_norm"],
-        "samples per second": ["samples_per_s"],
-        "seconds per step": ["data_wait_s", "compute_s"],
+        "learning rate": ["train/lr"],
+        "logit scale and gradient norm": ["train/logit_scale", "train/grad_norm"],
+        "samples per second": ["train/samples_per_s"],
+        "seconds per step": ["train/data_wait_s", "train/compute_s"],
     }
     present = {title: series for title, series in panels.items() if any(name in row for row in rows for name in series)}
     columns = 2

@@ -97,8 +97,8 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
         ]
         return f"{'; '.join(texts)}, {what_became}" if texts else ""
 
-    def share(key: str, of_what: str) -> str:
-        value = summary.get(key)
+    def fraction(key: str, of_what: str) -> str:
+        value = summary.get(key, summary.get(key.replace("fraction", "share")))  # name in older runs
         if not value:
             return ""
         return f"{percent(value)} {of_what}" if value >= 0.001 else f"less than {percent(0.001)} {of_what}"
@@ -119,8 +119,8 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
         "bad rows": bad("bad_rows", "left out"),
         "empty captions": "; ".join(empty),
         "filter": f"{'; '.join(filters)}; these match nothing" if filters else "",
-        "cut captions": share("truncated_fraction", "of those trained on"),
-        "waiting for data": share("data_wait_share", "of the time of steps"),
+        "cut captions": fraction("truncated_fraction", "of those trained on"),
+        "waiting for data": fraction("data_wait_fraction", "of the time of steps"),
     }
     return {name: text for name, text in facts.items() if text}
 

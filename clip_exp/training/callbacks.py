@@ -1,6 +1,6 @@
-"""What happens around the steps, in the order in which it happens: progress, the last step, averaged weights, checkpoints, stopping, failures.
+"""Lightning callbacks of a run: progress, the last step, averaged weights, checkpoints, preemption and failures.
 
-Each of these is a callback of Lightning's; `fit` puts them together, with those that measure (`metrics`) and score (`tasks`).
+`fit` combines them with the callbacks that measure (`metrics`) and score tasks (`tasks`), and decides their order.
 """
 
 import copy
@@ -44,17 +44,17 @@ KEEP_LAST = 2
 RETRY_PAUSE_S = 10.0  # between attempts to write the last checkpoint
 
 
-# ---------------------------------------------------------------------------------------------- what the terminal shows
+# ------------------------------------------------------------------------------------------------------------- progress
 
 
 class Progress(pl.Callback):
-    """A line for every logged step, every validation and every scoring of tasks, or one live line with a bar.
+    """Progress on the terminal: a line for every logged step, validation and scoring of tasks, or a progress bar.
 
-    `train.log` has all lines, whatever the terminal shows.
+    `train.log` contains all lines in any case.
 
     Args:
-        kind: `bar`, `lines`, `none`, or `auto`: a bar where standard output is a terminal.
-        metrics: of the run.
+        kind: `bar`, `lines`, `none`, or `auto` (a bar if standard output is a terminal, else lines).
+        metrics: callback that measures the steps.
     """
 
     def __init__(self, kind: str, metrics: StepMetrics) -> None:
@@ -79,10 +79,10 @@ class Progress(pl.Callback):
         latest, description = self.metrics.latest, ""
         step, total = trainer.global_step, pl_module.total_steps
         if latest:
-            times = f"{seconds(latest['data_wait_s'])} waiting for data + {seconds(latest['compute_s'])} computing"
-            description = f"loss {latest['train/loss']:.4f}  {latest['samples_per_s']:,.0f} samples/s  {times}"
+            times = f"{seconds(latest['train/data_wait_s'])} waiting for data + {seconds(latest['train/compute_s'])} computing"
+            description = f"loss {latest['train/loss']:.4f}  {latest['train/samples_per_s']:,.0f} samples/s  {times}"
         if latest.get("samples_seen") == step * self.metrics.global_batch_size:
-            left_s = (total - step) * self.metrics.global_batch_size / latest["samples_per_s"]
+            left_s = (total - step) * self.metrics.global_batch_size / latest["train/samples_per_s"]
             left = f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
             log.info(f"step {step}/{total}  {description}  {left}", extra=self.steps)
         if self.bar is not None:
@@ -92,7 +92,7 @@ class Progress(pl.Callback):
         self.show(last_validation(trainer))
 
     def scoring(self, tasks: list[str]) -> None:
-        """Say what the bar is waiting for."""
+        """Show on the bar which tasks are being scored."""
         if self.bar is not None:
             self.bar.update(self.task, description=f"scoring {', '.join(tasks)}")
 
@@ -113,15 +113,15 @@ class Progress(pl.Callback):
 
 
 class StopAtEnd(pl.Callback):
-    """Lets the last step be validated, whatever the interval: Lightning validates before it stops.
+    """Callback that ends training after the last step, which makes Lightning validate it whatever the interval.
 
-    A run that had lost its `patience` when it was interrupted does not train on.
+    A resumed run that had already exhausted its `patience` is not trained further.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         early = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
-        lost = any(callback.wait_count >= callback.patience for callback in early)
-        if lost or trainer.global_step >= pl_module.total_steps:
+        exhausted = any(callback.wait_count >= callback.patience for callback in early)
+        if exhausted or trainer.global_step >= pl_module.total_steps:
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -134,9 +134,9 @@ class StopAtEnd(pl.Callback):
 
 @dataclass(eq=False, repr=False)
 class AveragedWeights(pl.Callback):
-    """An exponential moving average of the model's weights: `ema.safetensors` in every checkpoint."""
+    """Exponential moving average of the model's weights, saved as `ema.safetensors` in every checkpoint."""
 
-    decay: float  # share of the old average that a step keeps
+    decay: float  # weight of the previous average in an update
     every_n_steps: int = 1  # optimizer steps between updates
     average: nn.Module | None = field(default=None, init=False)
     _loaded: dict[str, Any] | None = field(default=None, init=False)
@@ -147,27 +147,27 @@ class AveragedWeights(pl.Callback):
         if self._loaded is not None:
             self.average.load_state_dict(self._loaded)
             self._loaded = None
-        # Listed once: what walks over the modules in every step keeps the GPU waiting for the process.
+        # Listed once: iterating over the modules in every step is slow enough to make a GPU wait.
         self._parameters = list(self.average.parameters()), list(model.parameters())
         self._buffers = list(self.average.buffers()), list(model.buffers())
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the average. Nothing here may wait for the GPU: that would cost every step its run ahead."""
+        """Update the average. Nothing here may synchronize with the GPU: the process must stay ahead of it."""
         if trainer.global_step % self.every_n_steps == 0:
             torch._foreach_lerp_(*self._parameters, 1 - self.decay)
             if self._buffers[0]:
                 torch._foreach_copy_(*self._buffers)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self.average is not None and trainer.is_global_zero:  # which alone writes
+        if self.average is not None and trainer.is_global_zero:  # only rank 0 writes
             checkpoint[EMA_KEY] = {key: value.cpu() for key, value in self.average.state_dict().items()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(EMA_KEY)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Let the average go, which would outlive the run on the GPU."""
+        """Free the average, which would otherwise stay on the GPU after the run."""
         self.average = None
         self._parameters = self._buffers = [], []
 
@@ -176,7 +176,7 @@ class AveragedWeights(pl.Callback):
 
 
 def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
-    """Whether Lightning validates after the step that just ended."""
+    """Return True if Lightning will validate after the step that just ended."""
     if not trainer.enable_validation or trainer.val_check_batch is None:
         return False
     step = trainer.global_step
@@ -185,21 +185,21 @@ def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
 
 @dataclass(eq=False, repr=False)
 class Checkpointer(pl.Callback):
-    """Writes `checkpoints/step-<n>/` at ends of steps: every `every_n_steps`, at the end, and when `monitor` is best.
+    """Callback that writes `checkpoints/step-<n>/` every `every_n_steps`, at the end of the run, and when `monitor` is best.
 
-    A checkpoint of a step that is validated is written after the validation. The last two and the best stay. One that cannot
-    be written is left out with a warning, but for the last one of a process, which is retried.
+    If a step is validated, its checkpoint is written after the validation. The last two checkpoints and the best one are kept. A
+    checkpoint that cannot be written is skipped with a warning; only the last one of a process is retried.
     """
 
     run_dir: Path
-    io: SafeCheckpointIO  # the trainer's
+    io: SafeCheckpointIO  # checkpoint plugin of the trainer
     every_n_steps: int
     monitor: str | None  # name of a metric of validation or of a task
-    mode: str  # whether `min` or `max` of `monitor` is best; `auto` goes by the metric (`reports.names`)
-    metadata: dict[str, Any]  # noted in every manifest
-    pause: Callable[[], None]  # called before anything at the end of a step that is not training
-    scores: "TaskScores | None" = None  # of the run's tasks, if it has any
-    retry_s: float = field(kw_only=True)  # seconds for which the last checkpoint is retried
+    mode: str  # `min` or `max`: which values of `monitor` are best; `auto`: depends on the metric (`reports.names`)
+    metadata: dict[str, Any]  # written to every manifest
+    pause: Callable[[], None]  # called before work that must not count as training time
+    scores: "TaskScores | None" = None  # scores of the run's tasks; None: the run has no tasks
+    retry_s: float = field(kw_only=True)  # seconds for which writing the last checkpoint is retried
     best: float | None = field(default=None, init=False)
     saved_step: int | None = field(default=None, init=False)
 
@@ -218,7 +218,8 @@ class Checkpointer(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if validation_due(trainer, pl_module.total_steps):
-            self.pause()  # here, not in `on_validation_start`: before that Lightning starts the loader's workers
+            # Not in `on_validation_start`: Lightning starts the workers of the loader before that.
+            self.pause()
             return
         better = self._better(trainer) if self._scored_now(trainer) and is_of_task(self.monitor) else None
         if better is not None or trainer.global_step % self.every_n_steps == 0:
@@ -241,18 +242,22 @@ class Checkpointer(pl.Callback):
         metrics: dict[str, float] | None = None,
         last: bool = False,
     ) -> None:
-        """Write the checkpoint of the present step on all ranks; rank 0 then removes what is no longer needed.
+        """Write the checkpoint of the current step on all ranks; rank 0 then removes checkpoints that are no longer needed.
 
         Args:
-            best: value of `monitor`, if it is the best so far.
-            metrics: of the validation of this step.
-            last: of this process. If it cannot be written, that is retried for `retry_s`, and then a CheckpointError; any other is
-                left to the next interval.
+            trainer: trainer of this rank.
+            best: value of `monitor` if it is the best so far.
+            metrics: metrics of this step's validation.
+            last: whether it is the last checkpoint of this process. If it cannot be written, writing is retried for `retry_s` seconds.
+                Any other checkpoint is skipped.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
         """
         self.pause()
         before = self.best
         if best is not None:
-            self.best = best  # which is in the checkpoint
+            self.best = best  # before writing: the checkpoint contains this value
         of_tasks = self.scores.values if self.scores is not None and self._scored_now(trainer) else {}
         self.io.metadata = {**self.metadata, "best": best is not None, "metrics": {**(metrics or {}), **of_tasks}}
         problem = self._write(trainer)
@@ -260,14 +265,14 @@ class Checkpointer(pl.Callback):
             self._retry(trainer, problem)
         elif problem is not None:
             self.best = before
-            log.warning("%s Training continues; the next checkpoint is tried when it is due.", problem)
+            log.warning("%s Training continues without this checkpoint.", problem)
             return
         self.saved_step = trainer.global_step
-        # All ranks wait until it is done: in the next step they would, and it would count as computing.
+        # All ranks wait for this here. Otherwise they would wait in the next step, where it would count as computing.
         from_main(self._prune)
 
     def _write(self, trainer: pl.Trainer) -> str | None:
-        """Write the checkpoint; return why it could not be written, on all ranks."""
+        """Write the checkpoint; return None, or on all ranks the reason why it could not be written."""
         problem = None
         try:
             trainer.save_checkpoint(folder_of(self.run_dir, trainer.global_step))
@@ -278,16 +283,16 @@ class Checkpointer(pl.Callback):
         return from_main(lambda: problem)
 
     def _retry(self, trainer: pl.Trainer, problem: str | None) -> None:
-        """Try again until the checkpoint is written; raise a CheckpointError when `retry_s` are over."""
+        """Retry until the checkpoint is written; raise a CheckpointError after `retry_s` seconds."""
         end_s = time.monotonic() + self.retry_s
-        log.warning("%s Trying again for %g s (callbacks.save_retry_s).", problem, self.retry_s)
+        log.warning("%s Retrying for %g s (callbacks.save_retry_s).", problem, self.retry_s)
         while problem is not None:
             pause_s = from_main(lambda: min(RETRY_PAUSE_S, end_s - time.monotonic()))
             if pause_s <= 0:
-                kept = from_main(lambda: ", ".join(path.name for path in manifests(self.run_dir)) or "no checkpoint")
+                kept = from_main(lambda: ", ".join(path.name for path in manifests(self.run_dir)) or "none")
                 raise CheckpointError(
-                    f"{problem} It was tried for {self.retry_s:g} s (callbacks.save_retry_s). Kept in {self.run_dir}: {kept}. "
-                    "Make room and give the same command again."
+                    f"{problem} Gave up after {self.retry_s:g} s (callbacks.save_retry_s). Checkpoints in {self.run_dir}: {kept}. "
+                    "Free disk space and repeat the same command."
                 )
             time.sleep(pause_s)
             problem = self._write(trainer)
@@ -296,13 +301,13 @@ class Checkpointer(pl.Callback):
         return self.scores is not None and self.scores.scored_step == trainer.global_step
 
     def _better(self, trainer: pl.Trainer) -> float | None:
-        """Return the value of `monitor` if no checkpoint has a better one."""
+        """Return the value of `monitor` if it is the best so far, else None."""
         if self.monitor is None:
             return None
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
             raise ConfigError(
-                f"monitor={self.monitor} was not measured. There are: {', '.join(sorted(trainer.callback_metrics))}."
+                f"monitor={self.monitor} was not measured. Available metrics: {', '.join(sorted(trainer.callback_metrics))}."
             )
         if not math.isfinite(value.item()):
             return None
@@ -318,28 +323,28 @@ class Checkpointer(pl.Callback):
                 if path not in needed and step_of(path) <= (self.saved_step or 0):
                     remove_folder(path)
         except OSError as error:
-            log.warning("%s cannot be removed: %s. That is tried after the next save.", path, error.strerror or error)
+            log.warning("%s cannot be removed: %s. Retrying after the next save.", path, error.strerror or error)
 
 
 class Preempted(Exception):
-    """Raised at the end of a step whose checkpoint is written."""
+    """Exception that ends a run after a signal, once the checkpoint of the current step is written."""
 
 
 @dataclass(eq=False, repr=False)
 class Preemption(pl.Callback):
-    """Saves and ends the run at the end of the step in which a signal came.
+    """Callback that saves and ends the run at the end of the step in which a signal arrived.
 
-    Lightning's own handling lets each rank stop when its signal arrives, and ranks that stop at different steps wait for
-    each other forever. Here the ranks agree at every step, through a CPU tensor, which does not wait for a GPU. A step that
-    is to be validated is validated first, so that resuming misses nothing. A save that fails is retried; see `Checkpointer.save`.
+    Lightning's own handler stops each rank when its signal arrives, but ranks that stop at different steps wait for each other forever.
+    Here the ranks agree at every step, by a collective on a CPU tensor, which does not synchronize with a GPU. If the step is due for
+    validation, it is validated first, so that nothing is missing after resuming. A failed save is retried; see `Checkpointer.save`.
     """
 
-    request: StopRequest  # the signal, noted by `ranks.signals.note_signals`
+    request: StopRequest  # set by the signal handler of `ranks.failure.note_signals`
     checkpointer: Checkpointer | None = field(default=None, init=False)
     _stopping: bool = field(default=False, init=False)
 
     def take_over(self, trainer: pl.Trainer, checkpointer: Checkpointer) -> None:
-        """Act for `trainer`, in the place of Lightning's own signal handlers."""
+        """Replace Lightning's own signal handlers in `trainer`."""
         self.checkpointer = checkpointer
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
@@ -368,9 +373,9 @@ class Preemption(pl.Callback):
 
 
 class ReportFailure(pl.Callback):
-    """Reports the failure of a rank as soon as Lightning sees it.
+    """Callback that reports the failure of a rank as soon as Lightning catches it.
 
-    What Lightning does next may block forever: it moves the model to the CPU, behind whatever the GPU waits for.
+    Lightning's cleanup may block forever: it moves the model to the CPU, which waits for the GPU, which may wait for other ranks.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -382,7 +387,7 @@ class ReportFailure(pl.Callback):
 
 
 class SameRanks(pl.Callback):
-    """Checks before the first step that the group, Lightning and DeepSpeed agree on rank, number of ranks and device."""
+    """Callback that checks before the first step that the group, Lightning and DeepSpeed agree on rank, number of ranks and device."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         device = trainer.strategy.root_device
@@ -394,18 +399,18 @@ class SameRanks(pl.Callback):
         for library, theirs in found.items():
             if theirs != ours:
                 raise DistributedError(
-                    f"{ours} is {theirs} for {library}: training would be wrong. Please report this with the environment variables "
-                    "of your launcher."
+                    f"this process is {ours}, but {theirs} for {library}, so training would be wrong. Please report this with the "
+                    "environment variables of your launcher."
                 )
 
 
 def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> BaseException:
-    """Return what to report of an error in training: one of ours where the cause is known, else the error."""
+    """Return the error to report for an error in training: one of clip_exp's if the cause is known, else the same error."""
     worker_failure = explain_worker_failure(error, "data.num_workers")
     if worker_failure is not None:
         return worker_failure
     if not is_out_of_memory(error):
-        return group.lost_touch(error) or error
+        return group.lost_connection(error) or error
     device, peak = trainer.strategy.root_device, ""
     if device.type == "cuda":
         peak = f" after a peak of {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
@@ -415,10 +420,10 @@ def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> B
     if micro > 1:
         remedies.append(f"set micro_batch_size={max(1, micro // 2)} (now {micro}), which gives the same gradients")
     if config.strategy.name != StrategyName.deepspeed and group.world_size() > 1:
-        remedies.append("split the optimizer's state over the ranks with strategy=deepspeed_stage_2 or 3")
+        remedies.append("shard the optimizer state over the ranks with strategy=deepspeed_stage_2 or deepspeed_stage_3")
     elif isinstance(config.strategy, DeepSpeedConfig) and not config.strategy.offload:
         remedies.append(
-            "keep the optimizer's state in host memory with strategy=deepspeed_stage_2_offload or 3_offload"
+            "keep the optimizer state in host memory with strategy=deepspeed_stage_2_offload or deepspeed_stage_3_offload"
         )
     remedies.append(f"lower global_batch_size={config.global_batch_size}")
     first = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,7 +1,8 @@
-"""One training run in one process (a rank of several, or the only one): build everything, fit, and tell what came out.
+"""One training run as every rank executes it: build the data, the model and the Trainer, fit, and report the results.
 
-From top to bottom: what is done (`train`, `_fit`), data and model, the Trainer with its callbacks in the order in which they act, and
-the checkpoint that the run starts from: the newest that is undamaged and that the model takes. Rank 0 decides which that is.
+`train` is the entry point of each process, and `_fit` the whole run in order. The sections after them build the model, the Trainer
+with its callbacks, and choose the checkpoint to resume from: the newest undamaged one that the model can load. Rank 0 chooses it
+for all ranks.
 """
 
 import logging
@@ -67,18 +68,20 @@ PROFILERS: dict[str, type[Profiler]] = {
     "advanced": AdvancedProfiler,
     "pytorch": PyTorchProfiler,
 }
-PARTS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")  # of a training state
+# Keys that a training state must have: without one of them Lightning would fail, or silently start that part from the beginning.
+STATE_KEYS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")
 
 
 def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | None = None) -> int:
-    """Train in a run folder, resuming from its newest checkpoint, or score the finished run; return the exit code.
+    """Train in a run folder, resuming from its newest checkpoint, or score a finished run on its new tasks; return the exit code.
 
     Args:
-        config: configuration of the run; None: as `run_dir`/config.yaml has it.
-        tables: its tables where they are open already.
+        run_dir: the run folder.
+        config: configuration of the run; None: read from `config.yaml` in the run folder.
+        tables: the run's tables if they are already open.
 
     Raises:
-        ClipExpError: an expected failure, noted in `run.json` where this process is alone.
+        ClipExpError: an expected failure; a single process also writes it to `run.json`.
     """
     config = config or read_run_config(run_dir)
     config = config.model_copy(update={"model": with_saved_tokenizer(config.model, run_dir)})
@@ -102,11 +105,11 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
                     return PREEMPTED_EXIT_CODE
         except BaseException as error:
             if is_main():
-                # Of several ranks, whoever watches them notes the failure that was first.
+                # With several ranks, the process that watches them records the first failure.
                 if group.world_size() == 1 and not finished:
                     code = error.exit_code if isinstance(error, ClipExpError) else 1
                     record.finish("failed", error=str(error).splitlines()[:20], exit_code=code)
-                # The terminal shows it when the process ends.
+                # Only to train.log: the entry point prints the error when the process ends.
                 log.error("%s", error, exc_info=not isinstance(error, ClipExpError), extra=LOG_ONLY)
             raise
 
@@ -114,6 +117,7 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
 def _fit(
     config: TrainConfig, tables: RunTables | None, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str
 ) -> None:
+    # TF32 for float32 matrix products on CUDA. Validation and tasks turn it off, so that scores are exact.
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)
     datamodule = PairsDataModule(
@@ -124,11 +128,14 @@ def _fit(
         seed=config.seed,
         output_dir=Path(config.output_dir),
         run_dir=run_dir,
+        # Compiled towers are specialized for each text length: fewer lengths mean fewer compilations.
         pad_multiple=8 if config.compile else 1,
         tables=None if tables is None else tables.opened,
     )
-    datamodule.setup("fit")  # after which it knows how many rows there are
+    # Before Lightning does: the number of steps depends on the number of rows.
+    datamodule.setup("fit")
     datamodule.require_same_tables(group.gather_objects)
+    # Rank 0 reads the folder for all ranks, so that they cannot resume from different checkpoints.
     found = group.from_main(lambda: candidates(config, run_dir, record))
     resumes = bool(found.usable)
     if resumes:
@@ -146,6 +153,7 @@ def _fit(
     trainer = build_trainer(
         config, run_dir, device=device, steps=steps, datamodule=datamodule, preemption=preemption, tasks=tasks
     )
+    # Set-up ends here: the folder is brought to the state of the checkpoint, and Lightning loads that checkpoint on every rank.
     checkpoint = group.from_main(lambda: _start_from(found, config, run_dir, record, trainer, module, datamodule))
     started_s = time.perf_counter()
     try:
@@ -167,12 +175,13 @@ def _fit(
 
 
 def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
-    """Build the model with the weights that a new run starts from; those of a run that resumes come from its checkpoint."""
+    """Build the model; load start weights into it unless the run resumes, where Lightning loads the checkpoint."""
     loss = config.loss
-    # Weights of timm and Hugging Face are for a run that begins, and from nothing else.
+    # Weights of timm and Hugging Face are needed, and downloaded, only for a new run whose towers have no other start weights.
     own_weights = set() if resumes else config.own_towers
     scale, bias = loss.init_logit_scale, loss.logit_bias
     build = partial(build_model, config.model, init_logit_scale=scale, init_logit_bias=bias, own_weights=own_weights)
+    # Rank 0 first: it downloads, and the others read its cache.
     model = group.main_first(build) if own_weights else build()
     for tower in () if resumes else config.starts:
         start = start_weights(config, RunRecord(run_dir).values, tower)
@@ -180,7 +189,7 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
             log.info(note)
     if not resumes:
         _limit_logit_scale(model, loss)
-    # Layers are frozen and adapted after the weights are in, whose names are those of a plain model.
+    # Freezing and adapters come after the weights: adapters rename the layers, and the files have the names of a plain model.
     prepare(model, config.finetune, config.model)
     if config.compile:
         model.image.compile()
@@ -189,19 +198,22 @@ def _build_model(config: TrainConfig, run_dir: Path, *, resumes: bool) -> CLIP:
 
 
 def _limit_logit_scale(model: CLIP, loss: LossConfig) -> None:
-    """Report weights whose logit scale is above the limit of the loss, and cut it where the limit was set."""
+    """Log it if the start weights have a logit scale above the limit of the loss; clamp the scale if the user set the limit."""
     start = model.logit_scale.item()
-    if start < loss.largest_logit_scale + 1e-3:  # ln 100 in float16 is a little more than ln 100
+    # Published weights are often stored in float16, where ln 100 is slightly larger than ln 100.
+    if start < loss.largest_logit_scale + 1e-3:
         return
-    had = f"The weights have a logit scale of {math.exp(start):.4g}, above the limit of {math.exp(loss.largest_logit_scale):.4g}"
+    had = f"The start weights have a logit scale of {math.exp(start):.4g}, above the limit of {math.exp(loss.largest_logit_scale):.4g}"
     if loss.max_logit_scale is None:
         log.info(
-            "%s (loss=%s): what they have is the limit of this run. loss.max_logit_scale sets another.", had, loss.name
+            "%s (loss=%s): this run uses their value as its limit. Set loss.max_logit_scale to change it.",
+            had,
+            loss.name,
         )
         return
     with torch.no_grad():
         model.logit_scale.fill_(loss.max_logit_scale)
-    log.warning("%s that loss.max_logit_scale=%g sets: the run starts at the limit.", had, loss.max_logit_scale)
+    log.warning("%s set by loss.max_logit_scale=%g: the run starts at the limit.", had, loss.max_logit_scale)
 
 
 # -------------------------------------------------------------------------------------------------------------- Trainer
@@ -217,9 +229,19 @@ def build_trainer(
     preemption: Preemption,
     tasks: list[Task],
 ) -> pl.Trainer:
-    """Return the Trainer of this rank, for a data module that is set up; `tasks` are scored while it trains."""
-    _quiet_lightning()
-    # Lightning takes it from whatever variables a scheduler has left in the environment.
+    """Build the Trainer of this rank.
+
+    Args:
+        config: configuration of the run.
+        run_dir: the run folder.
+        device: device of this rank.
+        steps: optimizer steps of the run.
+        datamodule: the data, already set up.
+        preemption: callback that ends the run after a signal.
+        tasks: evaluation tasks to score during training.
+    """
+    _silence_lightning()
+    # Lightning would guess the rank from variables that a scheduler left in the environment.
     rank_zero_only.rank = group.rank()  # type: ignore[attr-defined]
     io = SafeCheckpointIO()
     validate = datamodule.has_validation
@@ -230,13 +252,13 @@ def build_trainer(
         profiler = PROFILERS[config.trainer.profiler](dirpath=run_dir, filename="profile")
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        # One device per process, on a node of its own: see `GroupEnvironment`.
+        # For Lightning every process is a node with one device; `GroupEnvironment` explains why.
         devices=[device.index] if device.type == "cuda" else 1,
         num_nodes=group.world_size(),
         strategy=build_strategy(config.strategy, device),
         precision=training_precision(config.precision, device.type),  # type: ignore[arg-type]
-        # A run is a stream of optimizer steps: sample k depends on the seed alone, and the only state is how many were seen. So
-        # workers, ranks and restarts cannot change what is trained on, and nothing is counted in epochs.
+        # A run is one stream of optimizer steps. Sample k of the stream depends only on the seed, so the position is the only state
+        # of the data, and workers, ranks and restarts cannot change what the model sees. Nothing is counted in epochs.
         max_steps=steps,
         max_epochs=-1,
         min_epochs=0,
@@ -244,15 +266,16 @@ def build_trainer(
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # a rank takes its slice of each step's samples itself
-        # Otherwise `CLIPModule` clips, which logs the norm.
+        use_distributed_sampler=False,  # each rank takes its own slice of every global batch
+        # Without DeepSpeed, `CLIPModule` clips the gradient itself, to log the norm before clipping.
         gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
         deterministic=config.trainer.deterministic,
         profiler=profiler,
         logger=start_loggers(build_loggers(config.logger, run_dir, config.name), config) if is_main() else False,
         callbacks=[*callbacks, preemption],
         plugins=[io, GroupEnvironment()],
-        enable_checkpointing=False,  # `Checkpointer` saves: every rank learns of a failed save, which need not end the run
+        # `Checkpointer` saves instead: a failed save is known to all ranks and need not end the run.
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
@@ -262,7 +285,7 @@ def build_trainer(
 
 
 def build_strategy(config: StrategyConfig, device: torch.device) -> Strategy | str:
-    """Lightning's strategy for the configured one; `auto` is DDP where there are several ranks."""
+    """Build Lightning's strategy for the configured one; `auto` is DDP if there are several ranks."""
     if isinstance(config, DeepSpeedConfig):
         return deepspeed_strategy(config, device)
     if isinstance(config, DDPConfig) or group.world_size() > 1:
@@ -271,14 +294,17 @@ def build_strategy(config: StrategyConfig, device: torch.device) -> Strategy | s
 
 
 def default_interval(steps: int) -> int:
-    """Steps between validations, and between checkpoints: ten in a run, and in short runs at least 50 steps apart."""
+    """Return the default number of steps between validations, and between checkpoints: a tenth of the run, at least 50 steps."""
     return max(50, math.ceil(steps / 10))
 
 
 def _build_callbacks(
     config: TrainConfig, run_dir: Path, io: SafeCheckpointIO, steps: int, datamodule: PairsDataModule, tasks: list[Task]
 ) -> list[pl.Callback]:
-    """In the order in which they act at the end of a step: measure, show, average, score, stop, save."""
+    """Build the callbacks in the order in which they act at the end of a step: measure, show, average, score, stop, save.
+
+    The order matters: a checkpoint contains the averaged weights and the scores of its own step.
+    """
     metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows)
     progress = Progress(config.callbacks.progress, metrics)
     callbacks: list[pl.Callback] = [ReportFailure(config), SameRanks(), metrics, progress, StopAtEnd()]
@@ -307,14 +333,14 @@ def _build_callbacks(
     return [*callbacks, checkpointer]
 
 
-def _quiet_lightning() -> None:
-    """Lightning's hints are about its own data loading and logging, which a run does not use."""
+def _silence_lightning() -> None:
+    """Suppress Lightning's hints: they concern its own data loading and logging, which a run does not use."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
-        ".*in eval mode at the start of training.*",  # frozen ones
+        ".*in eval mode at the start of training.*",  # frozen modules are
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -324,22 +350,22 @@ def _quiet_lightning() -> None:
 
 
 class Candidates(NamedTuple):
-    """A run's checkpoints."""
+    """Checkpoints that a run may resume from."""
 
-    usable: list[Path]  # undamaged, the newest first; empty: the run starts from step 0
-    damaged: dict[Path, str]  # with what is wrong
-    named: bool  # by the user: no other may be used instead
+    usable: list[Path]  # undamaged, newest first; empty: the run starts from step 0
+    damaged: dict[Path, str]  # with a description of the damage
+    named: bool  # the user named the checkpoint, so no other may replace it
 
 
 def candidates(config: TrainConfig, run_dir: Path, record: RunRecord) -> Candidates:
-    """Find the checkpoint that `resume` names, or those of the run; raise a CheckpointError where all that it had are damaged."""
+    """Find the checkpoint named by `resume`, or all of the run's; raise a CheckpointError if the run had some and none is usable."""
     recover(run_dir)
     damaged: dict[Path, str] = {}
     if config.resume not in ("auto", "never") and STEP.search(Path(config.resume).name):
         named = Path(config.resume)
         if problem := damage(named):
             raise CheckpointError(
-                f"resume={named} is damaged: {problem}. Name another, or the run's folder for its newest undamaged one."
+                f"resume={named} is damaged: {problem}. Set resume to another checkpoint, or to the run folder to use its newest undamaged one."
             )
         return Candidates([named], damaged, True)
     for checkpoint in checkpoints(run_dir):
@@ -352,7 +378,10 @@ def candidates(config: TrainConfig, run_dir: Path, record: RunRecord) -> Candida
 
 
 def _require_same_data(datamodule: PairsDataModule, checkpoint: Path) -> None:
-    """On every rank, before Lightning takes over: what one rank finds ends all of them with the same code."""
+    """Raise a CheckpointError on all ranks if the tables of any rank have changed since the checkpoint was written.
+
+    Done before Lightning takes over, so that all ranks end with the same error and exit code.
+    """
     if datamodule.config.allow_changed:
         return
     state = read_state(checkpoint, type(datamodule).__qualname__)
@@ -370,9 +399,10 @@ def _start_from(
     module: CLIPModule,
     datamodule: PairsDataModule,
 ) -> Path | None:
-    """Bring the run's folder to where the run starts; the checkpoint that it resumes from, None: it starts from step 0.
+    """Choose the checkpoint to resume from, and bring the run folder to its state; return None if the run starts from step 0.
 
-    The checkpoint is loaded here, on rank 0, before Lightning gets it: what fails inside `Trainer.fit` could not fall back to another.
+    Runs on rank 0. The checkpoint is loaded here once before Lightning loads it, because a failure inside `Trainer.fit` could not fall
+    back to an earlier checkpoint.
     """
     checkpoint = first_that_loads(found, run_dir, record, module, datamodule) if found.usable else None
     step = 0 if checkpoint is None else step_of(checkpoint)
@@ -380,7 +410,7 @@ def _start_from(
     if checkpoint is not None:
         record.acknowledge(step)
         log.info("resuming from %s (step %s)", checkpoint, f"{step:,}")
-    # What the run wrote after this step is set aside, as is what is damaged.
+    # Rows, checkpoints and results from after this step belong to a future that is now trained again, perhaps differently.
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.continue_from(step)
@@ -412,14 +442,14 @@ def _start_from(
 def first_that_loads(
     found: Candidates, run_dir: Path, record: RunRecord, module: CLIPModule, datamodule: PairsDataModule
 ) -> Path:
-    """Return the newest usable checkpoint that the model takes, whose weights it then has; raise a CheckpointError where none is."""
+    """Load the newest usable checkpoint that the model accepts, and return its path; raise a CheckpointError if there is none."""
     problems: dict[Path, str] = {}
     for checkpoint in found.usable:
         try:
             _load(checkpoint, module, datamodule)
         except MemoryError:
             raise
-        except Exception as error:  # whatever a state may lack
+        except Exception as error:  # a damaged state can fail in any way
             problems[checkpoint] = f"cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
         else:
             if problems:
@@ -427,16 +457,16 @@ def first_that_loads(
             return checkpoint
     if found.named:
         raise CheckpointError(
-            f"resume={found.usable[0]} {problems[found.usable[0]]}. Name another, or the run's folder."
+            f"resume={found.usable[0]} {problems[found.usable[0]]}. Set resume to another checkpoint or to the run folder."
         )
     raise lost(run_dir, record.values, _listed(found.damaged | problems))
 
 
 def _load(checkpoint: Path, module: CLIPModule, datamodule: PairsDataModule) -> None:
-    """Load a checkpoint as Lightning will, as far as it can be done before training is set up."""
+    """Load a checkpoint into the model as Lightning will, and check the parts that can only be loaded during training."""
     state = SafeCheckpointIO().load_checkpoint(checkpoint)
     position = type(datamodule).__qualname__
-    if missing := [part for part in (*PARTS, position) if part not in state]:
+    if missing := [part for part in (*STATE_KEYS, position) if part not in state]:
         raise ValueError(f"its state lacks {', '.join(missing)}")
     seen = state[position]["samples_seen"]
     if seen != state["global_step"] * datamodule.global_batch_size:
@@ -445,13 +475,13 @@ def _load(checkpoint: Path, module: CLIPModule, datamodule: PairsDataModule) -> 
     members = [part["params"] for part in optimizer["param_groups"]]
     sizes, names = [len(part) for part in members], [name for part in members for name in part]
     if sizes != module.group_sizes or names != module.parameter_names:
-        raise ValueError("its optimizer has other parameters than the model trains")
+        raise ValueError("its optimizer state is for other parameters than this model trains")
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])
 
 
 def report_damage(found: Candidates, run_dir: Path, record: RunRecord, used: Path | None) -> None:
-    """Warn of every checkpoint that is damaged or gone, and say what is used instead."""
+    """Warn about every damaged or missing checkpoint, and name the one that is used instead."""
     if used is None or found.named:
         return
     if found.damaged:
@@ -460,12 +490,12 @@ def report_damage(found: Candidates, run_dir: Path, record: RunRecord, used: Pat
     there = {step_of(path) for path in (*found.usable, *found.damaged)}
     if last is not None and last > step_of(used) and last not in there:
         log.warning(
-            "%s had a checkpoint of step %s, which is gone: %s is used instead.", run_dir, f"{last:,}", used.name
+            "%s had a checkpoint of step %s, which is missing: using %s instead.", run_dir, f"{last:,}", used.name
         )
 
 
 def _instead(problems: Mapping[Path, str], used: Path) -> str:
-    return f"Damaged checkpoints in {used.parent} are left out, and {used.name} is used:{_listed(problems)}"
+    return f"Skipping damaged checkpoints in {used.parent}, using {used.name}:{_listed(problems)}"
 
 
 def _listed(problems: Mapping[Path, str]) -> str:

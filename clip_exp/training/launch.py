@@ -1,4 +1,4 @@
-"""From a training configuration to the folder of its run and the processes that train in it: none but this for one device."""
+"""Start of a training run: check the configuration, open the run folder, and start the processes (one device needs only this one)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.failure import exit_on_signals
 from clip_exp.ranks.launch import Opened, Work, launch_work
 from clip_exp.runs import RunRecord, lock
-from clip_exp.training.messages import logging_to, shown_and_kept
+from clip_exp.training.messages import buffered_logging, logging_to
 from clip_exp.training.opening import open_run
 from clip_exp.training.preflight import check_train, requested_devices
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 def launch(config: TrainConfig, arguments: list[str], job: "Job | None") -> int:
-    """Check everything, open the run's folder and train in it; return the exit code.
+    """Check the configuration and the data, open the run folder and train in it; return the exit code.
 
     Args:
-        arguments: of the command line, for `run.json`.
-        job: of a sweep, or None.
+        config: configuration of the run.
+        arguments: command line arguments, for `run.json`.
+        job: job of a sweep, or None.
     """
     if started_by_launcher() and job is not None:
         raise ConfigError(
@@ -39,8 +40,8 @@ def launch(config: TrainConfig, arguments: list[str], job: "Job | None") -> int:
 
 
 def train_here(config: TrainConfig, arguments: list[str], job: "Job | None" = None) -> tuple[Path, int]:
-    """Train in this process, or in those that it starts; the run's folder and the exit code."""
-    with shown_and_kept() as messages:
+    """Train in this process, or in processes that it starts; return the run folder and the exit code."""
+    with buffered_logging() as messages:
         tables = check_train(config, arguments)
     nodes = config.trainer.num_nodes or 1
     if nodes > 1 and not started_by_launcher():
@@ -54,14 +55,14 @@ def train_here(config: TrainConfig, arguments: list[str], job: "Job | None" = No
 
 @dataclass
 class Training(Work):
-    """A run, in a folder of its own or one of an earlier run that it continues."""
+    """Training run, in a new folder or in that of an earlier run that it resumes."""
 
     config: TrainConfig
-    arguments: list[str]  # of the command line, for `run.json`
+    arguments: list[str]  # command line arguments, for `run.json`
     tables: RunTables
-    job: "Job | None"  # of a sweep
-    messages: Sequence[LogRecord] = ()  # that were shown while the tables were opened
-    resolved: TrainConfig | None = field(default=None, init=False)  # in the process that opened the folder
+    job: "Job | None"  # job of a sweep
+    messages: Sequence[LogRecord] = ()  # records shown while the tables were opened
+    resolved: TrainConfig | None = field(default=None, init=False)  # set in the process that opened the folder
 
     def __post_init__(self) -> None:
         self.rank = train_in
@@ -69,21 +70,24 @@ class Training(Work):
 
     @contextmanager
     def open(self) -> Iterator[Opened]:
-        """Find the folder to continue in, or make one; see `open_run`."""
+        """Find the run folder to resume, or create one; see `open_run`."""
         opening = open_run(self.config, self.tables.describe(self.config.data), self.job)
-        self.resolved = opening.settled
+        self.resolved = opening.resolved
         folder = opening.folder
         if opening.complete:
             opening.claim()
-            print(f"{folder} has finished this run already; resume=never starts another.")
+            print(f"{folder}: this run is already finished. Set resume=never to start another.")
             yield Opened(folder, finished=True)
             return
         with lock(folder):
             opening.begin(self.arguments)
             print(f"run folder: {folder}", flush=True)
             if opening.tasks:
-                scored = f"its last checkpoint is scored on {', '.join(opening.tasks)}"
-                print(f"The run has finished already: {scored}, nothing is trained.", flush=True)
+                names = ", ".join(opening.tasks)
+                print(
+                    f"The run is already finished: scoring its last checkpoint on {names}, without training.",
+                    flush=True,
+                )
             yield Opened(folder)
 
     def devices(self) -> Devices:
@@ -97,7 +101,7 @@ class Training(Work):
 
     def note(self, folder: Path, status: str, **facts: Any) -> None:
         record = RunRecord(folder)
-        if record.values.get("status") != "finished":  # as it stays where scoring it on further tasks fails
+        if record.values.get("status") != "finished":  # a failure to score further tasks does not undo that
             record.finish(status, **facts)
 
 
@@ -107,9 +111,10 @@ def train_in(
     """Train in a run folder, or score the finished run, as one rank; return the exit code.
 
     Args:
-        config: configuration of the run, where this process has it; None: as the folder's `config.yaml` has it.
-        tables: opened tables, where this process has them.
-        messages: that were shown while the tables were opened.
+        folder: the run folder.
+        config: configuration of the run; None: read from `config.yaml` in the folder.
+        tables: the run's tables if this process has opened them.
+        messages: records shown while the tables were opened.
     """
     with logging_to(folder, messages):
         from clip_exp.training.fit import train  # imports torch

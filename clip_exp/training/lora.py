@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2022): put into towers by `peft`, and merged into plain weights wherever weights are kept.
+"""Low-rank adapters (LoRA, Hu et al. 2022): inserted into towers by `peft`, and merged into plain weights when weights are saved.
 
 In a state dict an adapted layer `x` is `x.base_layer.weight`, `x.lora_A.default.weight` (A, rank x in) and
 `x.lora_B.default.weight` (B, out x rank); merged it is `x.weight` = W + alpha / rank * B A.
@@ -20,33 +20,35 @@ BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def adapt(tower: nn.Module, config: LoRAConfig, example: Tensor, key: str) -> None:
-    """Give the linear layers of a tower's blocks adapters that change nothing yet (B is zero). Its own weights no longer learn.
+    """Add adapters to the linear layers of a tower's blocks, and freeze its own weights. B is zero, so outputs do not change yet.
 
     Args:
+        tower: the tower.
+        config: the configuration of the adapters.
         example: an input of the tower.
-        key: of the tower in `finetune.lora`, for messages.
+        key: name of the tower in `finetune.lora`, for messages.
 
     Raises:
-        ConfigError: `targets` names a layer whose weights the tower reads without calling it; or there is none to adapt.
+        ConfigError: there is no layer to adapt, or `targets` names one that is not called in a forward pass.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     inside = layers_to_adapt(tower, config, key)
     called = _called(tower, example)
     chosen = [name for name in inside if name in called]
-    silent = [name for name in inside if name not in called]
-    if silent and config.targets:
+    uncalled = [name for name in inside if name not in called]
+    if uncalled and config.targets:
         raise ConfigError(
-            f"finetune.lora.targets: {silent[0]} of the {key} tower is not called in a forward pass (another module reads its "
+            f"finetune.lora.targets: {uncalled[0]} of the {key} tower is not called in a forward pass (another module reads its "
             "weights), so an adapter would do nothing. Leave it out."
         )
-    if silent:
+    if uncalled:
         log.warning(
-            f"finetune.lora: the {key} tower has {len(silent)} linear layers without adapters, {silent[0]} first: "
-            "the modules around them read their weights without calling them."
+            f"finetune.lora: the {key} tower has {len(uncalled)} linear layers that cannot have adapters, such as {uncalled[0]}: "
+            "other modules read their weights without calling them."
         )
     if not chosen:
-        raise _nothing(key, "that a forward pass calls")
+        raise _no_layers(key, "that a forward pass calls")
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type] # peft divides it by the rank; it need not be whole
@@ -57,7 +59,7 @@ def adapt(tower: nn.Module, config: LoRAConfig, example: Tensor, key: str) -> No
 
 
 def check_layers(towers: dict[str, nn.Module], config: LoRAConfig) -> None:
-    """Raise a ConfigError where a target is in none of the towers that get adapters, or one of these has nothing to adapt."""
+    """Raise a ConfigError if a target exists in no tower that gets adapters, or if one of these towers has no layers to adapt."""
     adapted = {key: tower for key, tower in towers.items() if getattr(config, key)}
     unknown = [end for end in config.targets if not any(named_layers(tower, [end]) for tower in adapted.values())]
     if unknown:
@@ -65,31 +67,29 @@ def check_layers(towers: dict[str, nn.Module], config: LoRAConfig) -> None:
             f"the {key} tower has {', '.join(sorted({name.rpartition('.')[2] for name in _linear(tower)}))}"
             for key, tower in adapted.items()
         ]
-        raise ConfigError(
-            f"finetune.lora.targets={unknown}: there are no linear layers of that name; {'; '.join(found)}."
-        )
+        raise ConfigError(f"finetune.lora.targets={unknown}: no linear layer has such a name; {'; '.join(found)}.")
     for key, tower in adapted.items():
         layers_to_adapt(tower, config, key)
 
 
 def layers_to_adapt(tower: nn.Module, config: LoRAConfig, key: str) -> list[str]:
-    """Return the linear layers that `targets` names, or all of the blocks; raise a ConfigError where there is none."""
+    """Return the names of the linear layers that match `targets`, or of all in the blocks; raise a ConfigError if there are none."""
     if config.targets:
         inside = named_layers(tower, config.targets)
     else:
         of, blocks = depths(tower)
         inside = [name for name in _linear(tower) if 0 < of.get(f"{name}.weight", 0) <= blocks]
     if not inside:
-        raise _nothing(key, f"that end in {', '.join(config.targets)}" if config.targets else "in its blocks")
+        raise _no_layers(key, f"that end in {', '.join(config.targets)}" if config.targets else "in its blocks")
     return inside
 
 
-def _nothing(key: str, which: str) -> ConfigError:
+def _no_layers(key: str, which: str) -> ConfigError:
     return ConfigError(f"finetune.lora: the {key} tower has no linear layers {which}. Set finetune.lora.{key}=false.")
 
 
 def named_layers(tower: nn.Module, ends: list[str]) -> list[str]:
-    """The linear layers of a tower whose names end in one of `ends`, whole parts of names compared."""
+    """Return the names of a tower's linear layers that end in one of `ends`, compared by whole dotted parts."""
     return [name for name in _linear(tower) if any(f".{name}".endswith(f".{end}") for end in ends)]
 
 
@@ -98,9 +98,10 @@ def _linear(tower: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _called(tower: nn.Module, example: Tensor) -> set[str]:
-    """The linear layers that a forward pass calls: adapters act there, and nowhere where a module reads another's weights.
+    """Return the names of the linear layers that a forward pass calls: an adapter only acts when its layer is called.
 
-    `nn.MultiheadAttention` does, and peft's way around it changes the frozen weights by rounding.
+    `nn.MultiheadAttention` reads the weights of its output layer without calling it, and peft's workaround changes the frozen weights by
+    rounding.
     """
     called: set[str] = set()
     handles = [
@@ -117,11 +118,11 @@ def _called(tower: nn.Module, example: Tensor) -> set[str]:
 
 
 def merge(state: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, Tensor]:
-    """The same model without adapters, the adapted weights in float32; the other tensors are shared.
+    """Return the state dict of the same model without adapters. Adapted weights are float32, the other tensors are shared.
 
     Args:
-        state: of an adapted model, or of any part that holds whole layers.
-        config: None where there are no adapters.
+        state: state dict of an adapted model, or of any part of it that contains whole layers.
+        config: configuration of the adapters; None: there are none.
     """
     if config is None:
         return dict(state)
@@ -129,19 +130,19 @@ def merge(state: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, T
     for name, factor in state.items():
         if name.endswith(A):
             layer = name.removesuffix(A)
-            # In double precision: a product of float32 may be rounded to TF32 while training.
+            # In float64, because float32 products may be computed in TF32 during training.
             update = state[f"{layer}{B}"].double() @ factor.double() * (config.alpha / config.rank)
             plain[f"{layer}.weight"] = (state[f"{layer}{BASE}weight"].double() + update).float()
     return plain
 
 
 def adapted_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `merge` changes: the adapted weights as they were, and their factors."""
+    """Return the tensors that `merge` changes or drops: the base weights of adapted layers, and the factors."""
     return {name: value for name, value in state.items() if name.endswith((A, B, f"{BASE}weight"))}
 
 
 def unmerge(plain: Mapping[str, Tensor], adapted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `merge`: the state dict that `adapted_part` was taken from, bit by bit."""
+    """Invert `merge`: return exactly the state dict that `adapted_part` was taken from."""
     layers = [name.removesuffix(f"{BASE}weight") for name in adapted if name.endswith(f"{BASE}weight")]
     inside = {f"{layer}.{kind}": f"{layer}{BASE}{kind}" for layer in layers for kind in ("weight", "bias")}
     return {inside.get(name, name): value for name, value in plain.items()} | dict(adapted)

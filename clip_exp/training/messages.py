@@ -1,7 +1,7 @@
-"""Messages of a run: what a process logs goes to `train.log` and, where it is clip_exp's own, to the terminal too.
+"""Logging of a run: all records of the process go to `train.log`, and those of clip_exp to the terminal too.
 
-Training logs instead of printing, so that the log holds what a person saw. Warnings and errors go to standard error, the rest to
-standard output. A message logged with `extra=LOG_ONLY` is in `train.log` alone: the terminal shows the same in another way.
+Training logs instead of printing, so that the log contains everything that the user saw. Warnings and errors go to standard error,
+other records to standard output. A record with `extra=LOG_ONLY` goes only to `train.log`, because the terminal shows it differently.
 """
 
 import logging
@@ -21,16 +21,16 @@ LOG_ONLY = {"on_terminal": False}
 
 
 @contextmanager
-def shown_and_kept() -> Iterator[list[logging.LogRecord]]:
-    """Inside, before there is a run folder, rank 0 logs to the terminal and to a list, for `train.log`."""
-    own, kept = logging.getLogger("clip_exp"), BufferingHandler(sys.maxsize)
-    handlers = [_Terminal(), kept] if is_first_rank() else [logging.NullHandler()]
+def buffered_logging() -> Iterator[list[logging.LogRecord]]:
+    """Log to the terminal and to a list on rank 0, while there is no run folder yet; `train.log` starts with that list."""
+    own, buffered = logging.getLogger("clip_exp"), BufferingHandler(sys.maxsize)
+    handlers = [_Terminal(), buffered] if is_first_rank() else [logging.NullHandler()]
     level = own.level
     own.setLevel(logging.INFO)
     for handler in handlers:
         own.addHandler(handler)
     try:
-        yield kept.buffer
+        yield buffered.buffer
     finally:
         own.setLevel(level)
         for handler in handlers:
@@ -39,12 +39,11 @@ def shown_and_kept() -> Iterator[list[logging.LogRecord]]:
 
 @contextmanager
 def logging_to(folder: Path, earlier: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
-    """Inside, rank 0 logs to `train.log` of a run folder and to the terminal, failures of libraries' threads too.
-
-    Other ranks log nothing.
+    """Log to `train.log` of a run folder and to the terminal on rank 0, including failures of threads; other ranks log nothing.
 
     Args:
-        earlier: what the terminal has shown already; the log begins with it.
+        folder: the run folder.
+        earlier: records that the terminal has already shown, written to the start of the log.
     """
     root, own = logging.getLogger(), logging.getLogger("clip_exp")
     main = is_first_rank()
@@ -72,19 +71,19 @@ def logging_to(folder: Path, earlier: Sequence[logging.LogRecord] = ()) -> Itera
         threading.excepthook = before
         for logger, handler in added:
             logger.removeHandler(handler)
-            with suppress(OSError):  # of a full disk
+            with suppress(OSError):  # disk full
                 handler.close()
 
 
 def _log_thread(failed: threading.ExceptHookArgs) -> None:
-    """Log what ended a thread, such as TensorBoard's writer on a full disk: the terminal gets a line, the log the traceback."""
+    """Log the exception of a thread, such as TensorBoard's writer on a full disk: one line on the terminal, the traceback in the log."""
     name = failed.thread.name if failed.thread else "a thread"
     about = (failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
     log.warning("%s failed: %s", name, failed.exc_value, exc_info=about)
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose failure is reported once and does not end the run. What a full disk refused is tried again with the next message."""
+    """Log file whose failure is reported once and does not end the run. Writing is retried with the next record."""
 
     reported = False
 
@@ -98,7 +97,7 @@ class _LogFile(logging.FileHandler):
 
 
 class _Terminal(logging.Handler):
-    """The terminal. One that is gone, or a full disk behind it, does not end the run."""
+    """Handler for the terminal. A closed terminal, or output redirected to a full disk, does not end the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, "on_terminal", True):
@@ -112,7 +111,7 @@ class _Terminal(logging.Handler):
 
 
 class _Redacting(logging.Formatter):
-    """A formatter that keeps secrets of the environment and credentials of addresses out of the log."""
+    """Formatter that removes secrets of the environment and credentials in URLs."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))

@@ -1,7 +1,7 @@
-"""What a run measures, and where it goes: the times of its steps, a row per logged step for every logger, and advice where the loader is the bottleneck.
+"""Metrics of a training run: step times, a row per logged step for every logger, and advice if the data loader is the bottleneck.
 
-`StepMetrics` is the callback that does it: a clock times the steps, `LoaderWatch` advises where they wait for data, and every
-metric goes to `metrics.csv`, which is always written, and to the loggers that the configuration adds.
+`StepMetrics` is the callback that collects them. A clock times the steps, and `LoaderWatch` gives advice if they wait for data. All
+metrics go to `metrics.csv`, which is always written, and to the loggers in the configuration.
 """
 
 import csv
@@ -41,13 +41,14 @@ from clip_exp.training.opening import flatten
 log = logging.getLogger(__name__)
 
 FIRST_COLUMNS = [
-    "step", "samples_seen", "epoch", "train/loss", "lr", "grad_norm", "logit_scale", "samples_per_s", "data_wait_s", "compute_s",
+    "step", "samples_seen", "epoch", "train/loss", "train/lr", "train/grad_norm", "train/logit_scale", "train/samples_per_s",
+    "train/data_wait_s", "train/compute_s",
 ]  # fmt: skip
 
-TOLERATED = 0.2  # share of the time that may go into waiting
-SETTLING_STEPS = 10  # workers start, and what they have prepared meanwhile is used up
-WINDOW_STEPS = 20  # workers deliver in bursts
-WINDOW_S = 2.0  # in less, a hiccup of the machine would be taken for the rule
+MAX_WAIT_FRACTION = 0.2  # fraction of the time that may be spent waiting for data without advice
+WARMUP_STEPS = 10  # ignored: workers start, and the batches that they prefetch are used up
+WINDOW_STEPS = 20  # several batches per worker, since workers deliver in bursts
+WINDOW_S = 2.0  # a shorter window could be dominated by a short stall of the machine
 
 
 # --------------------------------------------------------------------------------------------------- the times of steps
@@ -55,13 +56,13 @@ WINDOW_S = 2.0  # in less, a hiccup of the machine would be taken for the rule
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of some steps together, in seconds; `wait_s`, `compute_s` and `step_s` are their means per step."""
+    """Total times of several steps, in seconds; `wait_s`, `compute_s` and `step_s` are means per step."""
 
     steps: int = 0
-    waited_s: float = 0.0  # nothing was computed, because the next batch was not there
-    computed_s: float = 0.0  # the batch's copy to the device, forward, backward and update
-    # All of it by the wall clock, and what is neither: averaging of weights, logging, agreement of the ranks, a GPU that idles
-    # because the process is slower than it.
+    waited_s: float = 0.0  # idle, because the next batch was not ready
+    computed_s: float = 0.0  # copying the batch to the device, forward, backward and optimizer step
+    # Wall time. It also includes the rest: averaging of weights, logging, agreement of the ranks, and a GPU that idles because
+    # the process is too slow to launch its kernels.
     wall_s: float = 0.0
 
     @property
@@ -77,8 +78,8 @@ class StepTimes:
         return self.wall_s / max(self.steps, 1)
 
     @property
-    def waiting(self) -> float:
-        """Fraction of the wall time that went into waiting."""
+    def wait_fraction(self) -> float:
+        """Fraction of the wall time that was spent waiting for data."""
         return self.waited_s / self.wall_s if self.wall_s else 0.0
 
     def __add__(self, other: "StepTimes") -> "StepTimes":
@@ -91,33 +92,33 @@ class StepTimes:
 
 
 class StepClock:
-    """Clock of this rank's steps. Wall time runs from the first batch on, except from `pause` to the next batch.
+    """Clock for this rank's steps. Wall time counts from the first batch, except between `pause` and the next batch.
 
     Args:
-        waited_s: seconds that the process had waited for batches before the first step to be measured.
-        now: the time, in seconds.
+        waited_s: seconds that the process spent waiting for batches before the first measured step.
+        now: function that returns the time in seconds.
     """
 
     def __init__(self, waited_s: float = 0.0, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._waited_s = waited_s
         self._began_s = 0.0
-        self._counted_to_s: float | None = None  # wall time has been added up to here; None: paused
+        self._counted_to_s: float | None = None  # time up to which wall time has been counted; None: paused
         self._times = StepTimes()
 
     def begin(self, waited_s: float) -> None:
-        """Begin a step, whose batch is there and not yet copied to the device; `waited_s` is the time waited for batches so far."""
+        """Begin a step whose batch is ready but not yet on the device; `waited_s` is the total time spent waiting for batches."""
         since_last_s, self._waited_s = waited_s - self._waited_s, waited_s
         if self._counted_to_s is None:
             self._counted_to_s = self._now() - since_last_s
         self._begin(since_last_s)
 
     def end(self) -> None:
-        """End the step: everything of it has been computed, or, on a GPU, requested."""
+        """End the step: it has been computed, or, on a GPU, its kernels have been launched."""
         self._times += StepTimes(1, computed_s=self._now() - self._began_s)
 
     def pause(self) -> None:
-        """Leave out what follows, until training asks for its next batch: validation, saving, the scoring of tasks."""
+        """Stop counting until training requests its next batch: validation, saving and scoring of tasks are not timed."""
         self._count_wall_time()
         self._counted_to_s = None
 
@@ -138,19 +139,23 @@ class StepClock:
             self._counted_to_s = now_s
 
 
-class _Marks(NamedTuple):
-    begin: Any  # an event before a step on the GPU
-    end: Any  # an event after it
-    waited_s: float  # by the process, for the step's batch
+class _StepEvents(NamedTuple):
+    begin: Any  # GPU event before the step
+    end: Any  # GPU event after the step
+    waited_s: float  # time that the process waited for the batch of the step
 
 
 class GPUClock(StepClock):
-    """The same on a GPU, which works off what the process has asked for while that goes on and may wait for data already.
+    """Clock for steps on a GPU, which runs asynchronously: it may still compute a step while the process waits for the next batch.
 
-    The GPU notes when it comes to the begin and to the end of each step, and nobody waits for these notes. Computing is the time
-    from begin to end; waiting is what the GPU stood idle between two steps, as far as the process waited for data meanwhile.
-    The process's own times would call waiting what the GPU has used well, and computing what is only asking. Wall time is
-    read when the GPU has done all that it was asked for, in `take` and `pause`.
+    Events on the GPU mark the begin and the end of each step, without synchronization. Computing is the time between the two. Waiting is
+    the time that the GPU was idle between two steps, at most as long as the process waited for data. Times of the process alone would
+    be wrong: it may wait for data while the GPU is busy, and its computing time is only that of launching kernels. Wall time is read
+    after synchronizing with the GPU, in `take` and `pause`.
+
+    Args:
+        waited_s, now: see `StepClock`.
+        event: function that creates an event on the GPU.
     """
 
     def __init__(
@@ -161,17 +166,17 @@ class GPUClock(StepClock):
     ) -> None:
         super().__init__(waited_s, now)
         self._event = event
-        self._pending: deque[_Marks] = deque()
+        self._pending: deque[_StepEvents] = deque()
         self._last_end: Any = None
 
     def end(self) -> None:
-        """See `StepClock`."""
+        """End the step: record an event after it, and add the times of all steps that the GPU has completed."""
         self._pending[-1].end.record()
         while self._pending and self._pending[0].end.query():
             self._count(self._pending.popleft())
 
     def _begin(self, waited_s: float) -> None:
-        self._pending.append(_Marks(self._event(), self._event(), waited_s))
+        self._pending.append(_StepEvents(self._event(), self._event(), waited_s))
         self._pending[-1].begin.record()
 
     def _count_wall_time(self) -> None:
@@ -182,32 +187,32 @@ class GPUClock(StepClock):
             self._count(self._pending.popleft())
         super()._count_wall_time()
 
-    def _count(self, marks: _Marks) -> None:
-        idle_s = marks.waited_s if self._last_end is None else self._last_end.elapsed_time(marks.begin) / 1000
-        self._times += StepTimes(1, min(idle_s, marks.waited_s), marks.begin.elapsed_time(marks.end) / 1000)
-        self._last_end = marks.end
+    def _count(self, events: _StepEvents) -> None:
+        idle_s = events.waited_s if self._last_end is None else self._last_end.elapsed_time(events.begin) / 1000
+        self._times += StepTimes(1, min(idle_s, events.waited_s), events.begin.elapsed_time(events.end) / 1000)
+        self._last_end = events.end
 
 
 def step_clock(device: torch.device, waited_s: float) -> StepClock:
-    """Return the clock for a device."""
+    """Return the step clock for a device."""
     return GPUClock(waited_s) if device.type == "cuda" else StepClock(waited_s)
 
 
-# ------------------------------------------------------------------------------------------ whether the loader keeps up
+# -------------------------------------------------------------------------------------- advice about the data loader
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What a rank loads its batches with."""
+    """Resources with which a rank loads its batches."""
 
-    workers: int  # processes; 0: training loads its own batches
-    cores: int  # of the machine, for this rank
-    image_size: int  # side of the images that training sees, pixels
-    shares_cores: bool = False  # training computes on these cores too
+    workers: int  # worker processes; 0: batches are loaded in the training process
+    cores: int  # CPU cores available to this rank
+    image_size: int  # side of the training images in pixels
+    shares_cores: bool = False  # whether training also computes on these cores
 
 
 class LoaderWatch:
-    """Looks at the times of steps as they come in, and speaks up once. The first steps do not count."""
+    """Watch over step times that gives advice once if steps wait too long for data. The first steps do not count."""
 
     def __init__(self, loading: Loading) -> None:
         self.loading = loading
@@ -215,79 +220,81 @@ class LoaderWatch:
         self._window: StepTimes | None = StepTimes()
 
     def add(self, times: StepTimes) -> str | None:
-        """What to tell the user after these steps; None: nothing, or it was told before."""
-        settled = self._steps >= max(SETTLING_STEPS, 4 * self.loading.workers)
+        """Add step times; return advice for the user, or None if there is none or it was already given."""
+        warm = self._steps >= max(WARMUP_STEPS, 4 * self.loading.workers)
         self._steps += times.steps
-        if self._window is None or not settled:
+        if self._window is None or not warm:
             return None
         window = self._window + times
         enough = window.steps >= max(WINDOW_STEPS, 5 * self.loading.workers) and window.wall_s >= WINDOW_S
-        held_up = enough and window.waiting > TOLERATED
-        self._window = None if held_up else StepTimes() if enough else window
-        return advice(window, self.loading) if held_up else None
+        slow = enough and window.wait_fraction > MAX_WAIT_FRACTION
+        self._window = None if slow else StepTimes() if enough else window
+        return advice(window, self.loading) if slow else None
 
 
 def workers_needed(times: StepTimes, workers: int) -> int:
-    """Worker processes that would keep up with training.
+    """Return the number of worker processes that would keep up with training.
 
-    While training waits, every worker works all the time: a batch costs one worker `workers` steps. Without workers it costs
-    what training waits for it.
+    If training waits, all workers are busy all the time, so one worker needs the time of `workers` steps per batch. Without workers, a
+    batch takes as long as training waits for it.
     """
     batch_s = times.step_s * workers if workers else times.wait_s
     return max(workers + 1, math.ceil(batch_s / max(times.step_s - times.wait_s, 1e-9)))
 
 
 def advice(times: StepTimes, loading: Loading) -> str:
-    """One message: what is slow, how much is lost, what to change."""
+    """Return the advice: how much time is lost, and what to change."""
     needed = workers_needed(times, loading.workers)
-    most = max(1, loading.cores - 1)  # as many as have a core of their own, one kept for training
+    most = max(1, loading.cores - 1)  # one core per worker, and one for training
     lost = (
-        f"The loader is the bottleneck: in the last {times.steps} steps training waited for data {100 * times.waiting:.0f} % of the time, "
+        f"The data loader is the bottleneck: in the last {times.steps} steps training waited for data {100 * times.wait_fraction:.0f} % of the time, "
         f"{seconds(times.wait_s)} of {seconds(times.step_s)} per step."
     )
     cores = f"are {loading.cores} cores" if loading.cores > 1 else "is 1 core"
     now = f"data.num_workers is {loading.workers}, and there {cores} per rank"
     side = round(loading.image_size * 256 / 224)
-    smaller = f"make the images smaller once, to a shorter side of about {side} pixels"
+    smaller = f"resize the images once, to a shorter side of about {side} pixels"
     if needed <= most:
-        shared = ", as far as training on the CPU leaves them cores" if loading.shares_cores else ""
+        shared = ", if training on the CPU leaves enough cores for them" if loading.shares_cores else ""
         return f"{lost} {now}: data.num_workers={needed} would keep up{shared}."
     if loading.workers < most:
         return (
-            f"{lost} {now}: set data.num_workers={most}. Keeping up would take about {needed} workers: "
+            f"{lost} {now}: set data.num_workers={most}. About {needed} workers would be needed to keep up: "
             f"{smaller}, or train with more cores."
         )
-    return f"{lost} {now}, which the workers and training use already: {smaller}, or train with more cores."
+    return f"{lost} {now}, which are all in use: {smaller}, or train with more cores."
 
 
-def waiting_share(rows: list[dict[str, Any]]) -> float | None:
-    """Return the fraction of a run's wall time that went into waiting for data, by the rows of `metrics.csv`.
+def data_wait_fraction(rows: list[dict[str, Any]]) -> float | None:
+    """Return the fraction of a run's wall time that was spent waiting for data, computed from the rows of `metrics.csv`.
 
-    A row has means over the steps since the row before. What the first one measured, starting, is left out.
+    A row contains means over the steps since the previous row. The first row, which includes the start of the workers, is left out.
     """
-    timed = [row for row in rows if "data_wait_s" in row and "samples_per_s" in row]
+    timed = [row for row in rows if "train/data_wait_s" in row and "train/samples_per_s" in row]
     times = StepTimes()
     for before, row in pairwise(timed):
         steps, samples = row["step"] - before["step"], row["samples_seen"] - before["samples_seen"]
-        times += StepTimes(steps, waited_s=steps * row["data_wait_s"], wall_s=samples / row["samples_per_s"])
-    return times.waiting if times.steps else None
+        times += StepTimes(
+            steps, waited_s=steps * row["train/data_wait_s"], wall_s=samples / row["train/samples_per_s"]
+        )
+    return times.wait_fraction if times.steps else None
 
 
 def seconds(value: float) -> str:
-    """`12 ms`, `1.24 s`."""
+    """Format a duration: `12 ms`, `1.24 s`."""
     return f"{1000 * value:.{0 if value >= 0.00995 else 1}f} ms" if value < 1 else f"{value:.2f} s"
 
 
-# --------------------------------------------------------------------------------------- what is measured, step by step
+# ---------------------------------------------------------------------------------------------------- metrics per step
 
 
 @dataclass(eq=False, repr=False)
 class StepMetrics(pl.Callback):
-    """Measures every step, and logs every `every_n_steps` of them and every validation."""
+    """Callback that times every step, and logs metrics every `every_n_steps` steps and after every validation."""
 
-    every_n_steps: int  # optimizer steps between rows
+    every_n_steps: int  # optimizer steps between logged rows
     global_batch_size: int  # pairs per step over all ranks
-    epoch_rows: int  # rows of an epoch
+    epoch_rows: int  # rows of the training data, the length of an epoch
     latest: dict[str, float] = field(default_factory=dict, init=False)
     _lr: float = field(default=0.0, init=False)
 
@@ -304,7 +311,7 @@ class StepMetrics(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # The scale learns at the base rate, whatever the rates of the towers.
+        # The logit scale always has the base rate, without factors per tower or layer.
         groups = trainer.optimizers[0].param_groups
         self._lr = next((group["lr"] for group in groups if group.get("name") == "logit_scale"), groups[0]["lr"])
 
@@ -313,16 +320,18 @@ class StepMetrics(pl.Callback):
         step = trainer.global_step
         if step % self.every_n_steps and step not in (1, pl_module.total_steps):
             return
-        names = [name for name in ("train/loss", "logit_scale", "grad_norm") if name in pl_module.step_metrics]
+        names = [
+            name for name in ("train/loss", "train/logit_scale", "train/grad_norm") if name in pl_module.step_metrics
+        ]
         own = torch.stack([pl_module.step_metrics[name].float().reshape(()) for name in names])
         means = dict(zip(names, trainer.strategy.reduce(own, reduce_op="mean").tolist(), strict=True))
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
         if engine is not None:
-            means["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+            means["train/grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(loss := means["train/loss"]):
             raise NumericError(
-                f"the loss became {loss} at step {step}. Lower optimizer.lr, lengthen scheduler.warmup_steps, or train in precision=32-true; "
-                "the last checkpoint is from before."
+                f"the loss is {loss} at step {step}. Lower optimizer.lr, increase scheduler.warmup_steps, or set precision=32-true. "
+                "The last checkpoint is not affected."
             )
         times = of_slowest_loader(self._clock.take(), trainer)
         seen = step * self.global_batch_size
@@ -330,13 +339,13 @@ class StepMetrics(pl.Callback):
             "samples_seen": seen,
             "epoch": seen / self.epoch_rows,
             **means,
-            "lr": self._lr,  # that the step was taken with
-            "samples_per_s": self.global_batch_size * times.steps / times.wall_s,
-            "data_wait_s": times.wait_s,
-            "compute_s": times.compute_s,
+            "train/lr": self._lr,  # the rate of this step; the scheduler has already set the next one
+            "train/samples_per_s": self.global_batch_size * times.steps / times.wall_s,
+            "train/data_wait_s": times.wait_s,
+            "train/compute_s": times.compute_s,
         }
         if trainer.strategy.root_device.type == "cuda":
-            self.latest["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            self.latest["train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         log_metrics(trainer, self.latest, step)
         if (advice := self._watch.add(times)) is not None:
             log.info(advice)
@@ -345,20 +354,20 @@ class StepMetrics(pl.Callback):
         log_metrics(trainer, last_validation(trainer), trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the GPU's memory back: model and optimizer have left it by now."""
+        """Release cached GPU memory; model and optimizer have already been moved off the GPU."""
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.empty_cache()
 
     def pause(self) -> None:
-        """Leave what follows out of the times, until training asks for its next batch. All ranks call."""
+        """Stop timing until training requests its next batch. All ranks must call this."""
         self._clock.pause()
 
 
 def of_slowest_loader(times: StepTimes, trainer: pl.Trainer) -> StepTimes:
-    """Return the times of the rank that waited longest for its data; all ranks call.
+    """Return the times of the rank that waited longest for its data. All ranks must call this.
 
-    The others wait for it in their collectives, which counts as computing there. Times of one rank belong together, and by the
-    wall clock all ranks take equally long.
+    The other ranks wait for it in their collectives, which counts as computing there, so means over the ranks would be misleading.
+    Wall times are equal on all ranks.
     """
     values = [times.waited_s, times.computed_s, times.wall_s]
     own = torch.tensor(values, device=trainer.strategy.root_device, dtype=torch.float64)
@@ -366,32 +375,32 @@ def of_slowest_loader(times: StepTimes, trainer: pl.Trainer) -> StepTimes:
 
 
 def last_validation(trainer: pl.Trainer) -> dict[str, float]:
-    """What the last validation found."""
+    """Return the metrics of the last validation."""
     return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
-    """To every logger of the run; only rank 0 has any."""
+    """Log metrics to every logger of the run; only rank 0 has loggers."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
 
 
-# -------------------------------------------------------------------------------------------------------- where it goes
+# -------------------------------------------------------------------------------------------------------------- loggers
 
 
 class MetricsCSV(Logger):
-    """Rows of `metrics.csv`, one per step; what is logged twice for a step shares its row.
+    """Logger that writes `metrics.csv`, with one row per step; metrics that are logged later for the same step go to the same row.
 
-    A continued run drops the rows after the step that it continues from. Rows that cannot be written, on a full disk for
-    example, are written with a later one, or at the end.
+    A resumed run drops the rows after the step that it resumes from. Rows that cannot be written, for example on a full disk, are
+    written with a later row or at the end.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.rows: dict[int, dict[str, Any]] = {}  # all of them, by step
+        self.rows: dict[int, dict[str, Any]] = {}  # all rows, by step
         self.incomplete = False  # the file lacks rows that could not be written
-        self.columns: dict[str, None] = {}  # in the order of their first appearance
+        self.columns: dict[str, None] = {}  # an ordered set: columns in the order of their first appearance
 
     @property
     def name(self) -> str:
@@ -402,11 +411,11 @@ class MetricsCSV(Logger):
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """`config.yaml` holds them."""
+        """Do nothing: `config.yaml` contains the hyperparameters."""
 
     @rank_zero_only
     def continue_from(self, step: int) -> None:
-        """Keep the rows up to `step` of the file that is there."""
+        """Read the existing file, and drop the rows after `step`."""
         remove_leftovers(self.path)
         if self.path.is_file():
             self.rows = {row["step"]: row for row in read_metrics(self.path) if row["step"] <= step}
@@ -436,7 +445,11 @@ class MetricsCSV(Logger):
             write()
         except OSError as error:
             if not self.incomplete:
-                log.warning("%s cannot be written: %s. Its rows are kept and written later.", self.path, error.strerror)
+                log.warning(
+                    "%s cannot be written: %s. Its rows are kept in memory and written later.",
+                    self.path,
+                    error.strerror,
+                )
             self.incomplete = True
         else:
             self.incomplete = False
@@ -447,7 +460,7 @@ class MetricsCSV(Logger):
             with self.path.open("a", newline="", encoding="utf-8") as handle:
                 csv.DictWriter(handle, self._header()).writerow(row)
         except OSError:
-            with suppress(OSError):  # half a row could pass for a whole one
+            with suppress(OSError):  # an incomplete row could be read as a complete one
                 os.truncate(self.path, size)
             raise
 
@@ -456,7 +469,7 @@ class MetricsCSV(Logger):
         return [*first, *(name for name in self.columns if name not in FIRST_COLUMNS)]
 
     def _rewrite(self) -> None:
-        # Rows that are appended are not waited for either.
+        # Not durable, like appended rows: waiting for the disk would slow down training.
         with (
             atomic_file(self.path, durable=False) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as handle,
@@ -471,10 +484,10 @@ class MetricsCSV(Logger):
 
 
 def build_loggers(config: LoggerConfig, run_dir: Path, name: str) -> list[Logger]:
-    """The run's loggers, `metrics.csv` first. A Weights & Biases server that does not answer does not stop the run.
+    """Build the run's loggers, `metrics.csv` first. If the Weights & Biases server does not respond, the run logs offline.
 
     Raises:
-        ConfigError: an `extra` logger is not allowed or refuses its arguments.
+        ConfigError: an `extra` logger is not allowed, or rejects its arguments.
     """
     loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv")]
     if config.tensorboard:
@@ -486,12 +499,9 @@ def build_loggers(config: LoggerConfig, run_dir: Path, name: str) -> list[Logger
 
 
 def start_loggers(loggers: list[Logger], config: TrainConfig) -> list[Logger]:
-    """Give the loggers the configuration and the git state of a run, without secrets.
+    """Pass the configuration and the git state of a run, without secrets, to the loggers; return the loggers that work.
 
     A logger other than `metrics.csv` that fails, now or later, is reported once, and the run continues without it.
-
-    Returns:
-        Those that work so far.
     """
     csv, *others = loggers
     if not others:
@@ -502,10 +512,10 @@ def start_loggers(loggers: list[Logger], config: TrainConfig) -> list[Logger]:
 
 
 def _starts(logger: Logger, values: dict[str, Any]) -> bool:
-    """Give a logger the configuration, with which it opens its files or connection; return whether it could."""
+    """Pass the configuration to a logger, which makes it open its files or connection; return False if that failed."""
     try:
         if isinstance(logger, TensorBoardLogger):
-            # It shows a table with a column per key, and drops what is not a number or a text.
+            # TensorBoard shows a table with a column per key, and drops values that are neither numbers nor text.
             flat = flatten(values).items()
             values = {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in flat}
         logger.log_hyperparams(values)
@@ -516,7 +526,7 @@ def _starts(logger: Logger, values: dict[str, Any]) -> bool:
 
 
 def _expendable(logger: Logger) -> Logger:
-    """Let the run continue without a logger that fails."""
+    """Wrap the methods of a logger so that a failure disables the logger instead of ending the run."""
     failed = False
     finalize = logger.finalize
 
@@ -534,17 +544,17 @@ def _expendable(logger: Logger) -> Logger:
 
         return guarded
 
-    # What a run and Lightning call of a logger.
+    # The methods that are called by the run and by Lightning.
     for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
         setattr(logger, name, guard(getattr(logger, name)))
     return logger
 
 
 def _leave_out(logger: Logger, finalize: Callable[[str], None], error: Exception) -> None:
-    """Report the failure of a logger, and close it, so that none of its threads keeps writing."""
+    """Report the failure of a logger, and close it, so that its threads stop writing."""
     with suppress(Exception):
         finalize("failed")
-    cause = error.__cause__ or error  # Lightning takes every failure of TensorBoard for a value that cannot be logged
+    cause = error.__cause__ or error  # Lightning reports every failure of TensorBoard as a value that cannot be logged
     name = type(logger).__name__
     log.warning("%s failed: %s. Training continues without it; metrics.csv has all metrics.", name, cause)
 
@@ -558,14 +568,16 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _wandb(config: WandbConfig, run_dir: Path, name: str) -> Logger:
-    """Weights & Biases under the run's folder; one id per folder, so that a continued run goes on in the same chart."""
+    """Build the Weights & Biases logger, with files in the run folder and one id per folder, so that a resumed run keeps its chart."""
     import wandb
     from pytorch_lightning.loggers import WandbLogger
 
     offline = config.mode == "offline"
     if not offline and not _reachable(config.init_timeout_s):
         offline, later = True, run_dir / "wandb" / "latest-run"
-        log.warning("Weights & Biases does not answer: logging offline. Later: wandb sync %s", later)
+        log.warning(
+            "The Weights & Biases server does not respond: logging offline. Upload later with: wandb sync %s", later
+        )
     run_id = f"{name}-{run_dir.name}"
     return WandbLogger(
         name=run_id,
@@ -588,7 +600,7 @@ def _wandb(config: WandbConfig, run_dir: Path, name: str) -> Logger:
 
 
 def _reachable(timeout_s: float) -> bool:
-    """Whether the configured server takes connections and there is a key for it."""
+    """Return True if the configured server accepts connections and there is an API key for it."""
     import wandb
 
     try:

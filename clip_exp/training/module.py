@@ -1,4 +1,9 @@
-"""The LightningModule: a dual encoder, its loss and its optimizer; one training step and the validation of a whole set."""
+"""The LightningModule of a run: training step, optimizer, validation, and its part of a checkpoint.
+
+A training step encodes this rank's pairs and computes the loss of the global batch. Lightning's strategy averages the gradients,
+and `Checkpointer` (`callbacks`) decides when to save. Validation collects the features of the whole set and scores them once, at the
+end.
+"""
 
 from typing import Any, NamedTuple
 
@@ -21,32 +26,32 @@ from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
 from clip_exp.losses.batch import CLIPOutput
 from clip_exp.models.clip import CLIP
-from clip_exp.ranks.group import gather_objects, share_from_main
+from clip_exp.ranks.group import broadcast_from_main, gather_objects
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.lora import adapted_part, merge, unmerge
-from clip_exp.training.optim import build_optimizer, build_scheduler, logit_scale_range, named_groups, quiet
+from clip_exp.training.optim import build_optimizer, build_scheduler, frozen_modules, logit_scale_range, named_groups
 from clip_exp.training.strategies import whole
 
-WEIGHTS = {"state_dict", EMA_KEY}  # of the model, in a checkpoint
+WEIGHTS = {"state_dict", EMA_KEY}  # keys of a checkpoint that hold weights of the model
 START_LOGIT_SCALE = "start_logit_scale"
 
 
 class ZeroShot(NamedTuple):
-    """Class names and templates that validation images are classified with."""
+    """Class names and prompt templates for zero-shot classification of the validation images."""
 
     class_names: list[str]
     templates: list[str]
 
 
 class CLIPModule(pl.LightningModule):
-    """Trains `model` with `loss`.
+    """Lightning module that trains a dual encoder.
 
     Args:
         model: the dual encoder; see `clip_exp.models.clip.CLIP`.
-        loss: (CLIPOutput, caption_id_B, image_id_B) -> scalar.
-        config: the run's configuration.
-        total_steps: optimizer steps of the run, which the schedule is stretched over.
-        zero_shot: adds zero-shot accuracy to validation.
+        loss: module that maps (CLIPOutput, caption_id_B, image_id_B) to a scalar.
+        config: configuration of the run.
+        total_steps: optimizer steps of the run, the length of the learning rate schedule.
+        zero_shot: class names and templates; None: validation reports no zero-shot accuracy.
     """
 
     def __init__(
@@ -60,52 +65,55 @@ class CLIPModule(pl.LightningModule):
         self.zero_shot = zero_shot
         self.tokenizer = build_tokenizer(config.model.text)
         self.preprocessing = preprocessing_of(config.model.image)
-        # Read once: a strategy that splits the parameters changes their shapes, which the groups depend on.
+        # Computed once, here: ZeRO-3 later replaces the parameters by flat parts, and the groups depend on their shapes.
         groups = named_groups(model, config.finetune)
         self.parameter_names = [name for members in groups.values() for name, _ in members]
         self.group_sizes = [len(members) for members in groups.values()]
-        self.group_starts = [config.finetune.linear_probe_steps if group.late else 0 for group in groups]
-        self.probing = config.finetune.linear_probe_steps > 0
-        self.start_logit_scale: float | None = None  # that the run started with, however often it was resumed
+        self.group_starts = [config.finetune.freeze_towers_steps if group.delayed else 0 for group in groups]
+        self.towers_frozen = config.finetune.freeze_towers_steps > 0
+        self.start_logit_scale: float | None = None  # value at step 0 of the run, also after it was resumed
         self.step_metrics: dict[str, Tensor] = {}
         self._validation: list[list[Tensor]] = []
         self._random_states: list[dict[str, Tensor]] = []
         self.train()
 
     def train(self, mode: bool = True) -> "CLIPModule":
-        """As usual, but what does not learn stays in evaluation mode."""
+        """Set training mode, except for frozen modules: those stay in evaluation mode, without dropout or updates of statistics."""
         super().train(mode)
-        for module in quiet(self.model, probing=self.probing):
+        for module in frozen_modules(self.model, towers_frozen=self.towers_frozen):
             module.eval()
         return self
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        probing = self.trainer.global_step < self.config.finetune.linear_probe_steps
-        if probing != self.probing:
-            self.probing = probing
+        # LP-FT: after the first steps, in which only the projections learn, the towers go back to training mode.
+        towers_frozen = self.trainer.global_step < self.config.finetune.freeze_towers_steps
+        if towers_frozen != self.towers_frozen:
+            self.towers_frozen = towers_frozen
             self.train()
 
     def _pixels(self, image_BCHW: Tensor) -> Tensor:
-        """uint8 images to what the image tower takes, in the precision that its weights have."""
+        """Normalize uint8 images for the image tower, in the dtype of the weights. On the device: uint8 is a quarter of the bytes to copy."""
         return normalize(image_BCHW, self.preprocessing.mean, self.preprocessing.std).to(self.model.logit_scale.dtype)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.model(self._pixels(batch.image), batch.tokens, self.config.micro_batch_size)
-        # The loss of the global batch: features are gathered with their gradient, a rank scores its rows against all columns, and the
-        # strategy's averaging over ranks gives the exact gradient. So one process, DDP and ZeRO have the same curve.
+        # This is the loss of the global batch, not of this rank's part: the loss gathers the features of all ranks with their gradient
+        # and compares this rank's rows with all columns. Averaged over the ranks by the strategy, the gradient is exact. So one
+        # process, DDP and ZeRO have the same loss curve.
         loss = self.loss(output, batch.caption_id, batch.image_id)
         self.step_metrics["train/loss"] = loss.detach()
-        self.step_metrics["logit_scale"] = output.logit_scale.detach().clone()
+        self.step_metrics["train/logit_scale"] = output.logit_scale.detach().clone()
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Clip the gradient of the whole model by its norm, and keep the norm. DeepSpeed does both itself."""
+        """Clip the gradient by its norm over the whole model, and store the norm before clipping. DeepSpeed does both itself."""
         gradients = [p for p in self.model.parameters() if p.grad is not None]
         if gradients and not hasattr(self.trainer.strategy, "deepspeed_engine"):
             limit = self.config.trainer.gradient_clip_val or float("inf")
-            self.step_metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
+            self.step_metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
 
     def configure_optimizers(self) -> Any:
+        """Build the optimizer, and the learning rate schedule that is stepped once per optimizer step."""
         if self.start_logit_scale is None:
             self.start_logit_scale = self.model.logit_scale.item()
         optimizer = build_optimizer(
@@ -122,10 +130,10 @@ class CLIPModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizer's state by parameter, add the random state of every rank, and merge adapters into the weights.
+        """Key the optimizer state by parameter name, add the random state of every rank, and merge LoRA adapters into the weights.
 
-        Names, not numbers, so that any strategy can take the state up. Of adapted layers the base weights and factors are in the state,
-        bit by bit: resuming is exact, and nothing outside training needs to know of LoRA.
+        Names instead of numbers let any other strategy load the state. For adapted layers the state also contains the base weights and
+        factors unchanged: resuming is exact, and nothing outside training needs to know about LoRA.
         """
         checkpoint["optimizer_states"] = [
             name_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
@@ -138,20 +146,25 @@ class CLIPModule(pl.LightningModule):
                 checkpoint[key] = merge(checkpoint[key], self.config.finetune.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Undo what `on_save_checkpoint` did; the random states are restored when training starts."""
         checkpoint["optimizer_states"] = [
             number_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
+        # Lightning finds the state of `patience` by the name of its metric, which was `val/zeroshot_top1` in older versions.
+        checkpoint["callbacks"] = {
+            key.replace("val/zeroshot_", "val/"): state for key, state in checkpoint.get("callbacks", {}).items()
+        }
         self._random_states = checkpoint["random_states"]
-        self.start_logit_scale = checkpoint.get(START_LOGIT_SCALE)  # older checkpoints: the scale that they have
+        # Missing in older checkpoints: the run then continues with the scale that they contain.
+        self.start_logit_scale = checkpoint.get(START_LOGIT_SCALE)
         if self.config.finetune.lora is not None:
             for key in WEIGHTS & checkpoint.keys():
                 checkpoint[key] = unmerge(checkpoint[key], checkpoint.pop(f"adapted_{key}"))
 
     def on_train_start(self) -> None:
-        """Seed what is drawn while training (dropout), which differs from rank to rank as weights do not.
+        """Seed dropout differently on every rank; a run that resumes on the same number of ranks restores their random states.
 
-        Here, because Lightning's DDP gives all ranks the same seed when it starts. A run that resumes on as many ranks as before
-        continues with their random states.
+        This must happen here: Lightning's DDP gives all ranks the same seed when it starts, which is right for the initial weights only.
         """
         if len(self._random_states) == self.trainer.world_size:
             set_random_state(self._random_states[self.trainer.global_rank])
@@ -162,11 +175,12 @@ class CLIPModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._validation = []
-        # Running statistics of batch normalization: each rank has those of its own share, checkpoints have rank 0's.
-        share_from_main(self.model.buffers())
+        # Each rank has the batch normalization statistics of its own part of the data. Checkpoints contain those of rank 0, so all
+        # ranks validate with these.
+        broadcast_from_main(self.model.buffers())
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """Keep the batch's features and ids on the device: reading them here would wait for the GPU in every batch."""
+        """Store the batch's features and ids on the device: reading them here would wait for the GPU in every batch."""
         columns = [
             batch.index,
             self.model.encode_image(self._pixels(batch.image), normalize=True).float(),
@@ -180,11 +194,11 @@ class CLIPModule(pl.LightningModule):
 
     @exact_float32()
     def on_validation_epoch_end(self) -> None:
-        """Score the whole set at once, on the device; every image and caption counts once on any number of ranks."""
-        # Through the CPU, since ranks have unequal numbers of captions, and objects of any size are gathered there.
-        shares = gather_objects([torch.cat(column).cpu() for column in zip(*self._validation, strict=True)])
+        """Score the whole validation set on the device. Every image and caption counts once, whatever the number of ranks."""
+        # On the CPU, because ranks have different numbers of captions: objects may differ in size, tensors of a collective may not.
+        parts = gather_objects([torch.cat(column).cpu() for column in zip(*self._validation, strict=True)])
         self._validation = []
-        features = deduplicate(*(torch.cat(column).to(self.device) for column in zip(*shares, strict=True)))
+        features = deduplicate(*(torch.cat(column).to(self.device) for column in zip(*parts, strict=True)))
         classes = None
         if self.zero_shot is not None:
             classes = build_classifier(self.model, self.tokenizer, *self.zero_shot, device=self.device)
@@ -192,18 +206,19 @@ class CLIPModule(pl.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, logger=False, sync_dist=True)
 
     def _validation_loss(self, features: ValidationFeatures) -> dict[str, float]:
-        """Mean loss over batches of the training size, each image with its first caption: comparable with `train/loss`.
+        """Return the mean loss over batches of the training size, so that it is comparable with `train/loss`.
 
-        The images that fill no batch are left out; a set smaller than a batch is one batch; fewer images than ranks: no loss.
+        Each image is paired with its first caption. Images that do not fill a last batch are left out. A set smaller than a batch is one
+        batch. With fewer images than ranks there is no loss.
         """
         images, first = features.first_captions()
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        share = min(self.config.global_batch_size, len(images)) // ranks
+        per_rank = min(self.config.global_batch_size, len(images)) // ranks
         scale = whole(self.model.logit_scale).exp()
         bias = None if self.model.logit_bias is None else whole(self.model.logit_bias)
         losses = []
-        for start in range(0, len(images) - share * ranks + 1, share * ranks) if share else ():
-            rows = slice(start + share * rank, start + share * (rank + 1))
+        for start in range(0, len(images) - per_rank * ranks + 1, per_rank * ranks) if per_rank else ():
+            rows = slice(start + per_rank * rank, start + per_rank * (rank + 1))
             output = CLIPOutput(features.image_features[images[rows]], features.text_features[first[rows]], scale, bias)
             losses.append(self.loss(output, features.caption_id[first[rows]], images[rows]))
         return {"loss": torch.stack(losses).mean().item()} if losses else {}

@@ -1,9 +1,9 @@
-"""Which folder a run works in, and what its configuration leaves to the weights that it starts from: decided once, by one process.
+"""Choice of the run folder: resume an earlier run that computes the same, or create a new folder. Done once, by one process.
 
-A run is its configuration, but for where and how it runs, and what lies at the paths in it: tables, images, weights to start from. The
-paths themselves do not count: a moved project, or a scheduler's folder of another job, resumes where it was. So a command is first a
-`Request`, with what decides what it computes; then the earlier runs of its name are compared with it, part by part; and the one
-that it resumes, or a new folder, is opened.
+The identity of a run consists of its configuration (except where and how it runs) and of the contents of its files: tables, images and
+start weights. The paths themselves do not count, so a project that was moved can resume its runs. A command becomes a `Request`, which
+is compared with the earlier runs of the same name, and then the run to resume or a new folder is opened. Opening also completes the
+configuration with values that depend on the start weights, such as an activation.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.base import plain
-from clip_exp.config.files import to_yaml
+from clip_exp.config.files import older_names, to_yaml
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import changes, image_changes
 from clip_exp.errors import CheckpointError, ConfigError
@@ -47,7 +47,7 @@ from clip_exp.weights.inspect import as_settled, note_architecture, settle
 if TYPE_CHECKING:
     from clip_exp.config.compose import Job  # imports Hydra
 
-# What may differ between the start of a run and its continuation: where and how it runs, not what it computes.
+# Keys that may change when a run is resumed: they control where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
     "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
     "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
@@ -56,25 +56,29 @@ NOT_IN_IDENTITY = (
 IN_IDENTITY = ("trainer.gradient_clip_val",)
 DATA_PATHS = ("data.train", "data.val", "data.image_root")
 STARTS = ("pretrained", "pretrained_image", "pretrained_text")
-LISTED = 3  # paths of a difference
-LENGTH = {"max_steps", "epochs"}  # what a run that is named by resume=PATH may be given anew
+LISTED = 3  # number of paths that a message lists
+LENGTH = {"max_steps", "epochs"}  # may change if the run is named by resume=PATH
 REPORT = "report.html"
 
 
-# -------------------------------------------------------------------------------------------------------- what a run is
+# --------------------------------------------------------------------------------------------------- identity of a run
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Return what decides what the run computes, by dotted key; where and how it runs is left out."""
+    """Return the values, by dotted key, that determine what the run computes, without those that control where and how it runs."""
     values = flatten(plain(config))
     return {key: value for key, value in values.items() if not key.startswith(NOT_IN_IDENTITY) or key in IN_IDENTITY}
 
 
 def fingerprint(config: TrainConfig) -> str:
     """Return a hash of the run's identity without its paths."""
-    values = identity(config)
-    paths = (*DATA_PATHS, *STARTS)  # which count by what lies there
-    return _hash({key: values[key] for key in values if key not in paths and not key.startswith("data.train.")})
+    return _hash(without_paths(identity(config)))
+
+
+def without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity without paths: data and weights are compared by content, see `Request.differences`."""
+    paths = (*DATA_PATHS, *STARTS)
+    return {key: values[key] for key in values if key not in paths and not key.startswith("data.train.")}
 
 
 def _hash(values: dict[str, Any]) -> str:
@@ -90,36 +94,36 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Differences(NamedTuple):
-    """In what an earlier run with the same configuration differs from what is requested, a clause each.
+    """Differences between a request and an earlier run with the same configuration, each as a clause for messages.
 
-    What its `run.json` does not say is no difference: an older version did not note it.
+    Facts that `run.json` does not contain do not count: an older version did not record them.
     """
 
-    job: list[str]  # it belongs to another job of a sweep
-    weights: list[str]  # to start from
-    paths: list[str]  # of the data
-    tables: list[str]  # their rows
-    images: list[str]  # in equal tables
+    job: list[str]  # jobs of a sweep
+    weights: list[str]  # start weights
+    paths: list[str]  # paths of the data
+    tables: list[str]  # rows of the tables
+    images: list[str]  # images of equal tables
 
     def is_other_run(self, finished: bool) -> bool:
-        """Return whether the request is for another run.
+        """Return True if the request is for another run.
 
-        Tables that changed in their place are no reason to start an unfinished run again, which may have trained for weeks: training
-        refuses to continue in them, by name, unless `data.allow_changed`. Images may be repaired meanwhile.
+        Tables that were edited in place do not start an unfinished run from the beginning, as it may have trained for weeks. Training
+        refuses to resume with them instead, unless `data.allow_changed`. Images may have been repaired.
         """
         return bool(self.job or self.weights or ((finished or self.paths) and (self.tables or self.images)))
 
 
 @dataclass(eq=False)
 class Request:
-    """What a command wants to be computed."""
+    """Request of a command to compute a run."""
 
-    config: TrainConfig  # as the command line gives it
-    data: dict[str, Any] | None  # see `open_run`
-    job: "Job | None"  # of a sweep
+    config: TrainConfig  # configuration from the command line
+    data: dict[str, Any] | None  # description of its tables; see `open_run`
+    job: "Job | None"  # job of a sweep
 
     def facts(self) -> dict[str, Any]:
-        """Return what `run.json` notes, for `differences`."""
+        """Return the values that `run.json` records so that later requests can be compared."""
         return {
             "paths": self.paths,
             **({} if self.data is None else {"data": self.data}),
@@ -127,7 +131,7 @@ class Request:
         }
 
     def differences(self, record: dict[str, Any]) -> Differences:
-        """Compare with a run's `run.json`."""
+        """Compare this request with the record in a run's `run.json`."""
         before = record.get("paths", self.paths)
         keys = [key for key in (*DATA_PATHS, *STARTS) if before.get(key) != self.paths.get(key)]
         clauses = {
@@ -135,25 +139,25 @@ class Request:
         }
         weights = []
         for key in STARTS:
-            clause, noted, now = clauses.pop(key, None), record.get(key), self.weights_sha256.get(key)
-            sha256 = noted.get("sha256") if isinstance(noted, dict) else None
+            clause, recorded, now = clauses.pop(key, None), record.get(key), self.weights_sha256.get(key)
+            sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
             if clause is None and sha256 is not None and now is not None:
                 other = f"sha256 {now[:12]}… instead of {sha256[:12]}…"
                 clause = f"{key}={getattr(self.config, key)} has other weights ({other})"
             if clause is not None and (sha256 is None or sha256 != now):
                 weights.append(clause)
         paths = list(clauses.values())
-        noted = record.get("data")
-        if noted is None or self.data is None:  # other paths of unknown contents are other data
+        recorded = record.get("data")
+        if recorded is None or self.data is None:  # contents are unknown, so other paths count as other data
             tables, images = paths, []
         else:
-            tables = changes(noted, self.data)
-            images = [] if tables else image_changes(noted, self.data)
+            tables = changes(recorded, self.data)
+            images = [] if tables else image_changes(recorded, self.data)
         return Differences(self._other_job(record), weights, paths, tables, images)
 
     @cached_property
     def paths(self) -> dict[str, list[str]]:
-        """Absolute paths by key; those of the sources of `data.train` are put together. A name that is no path stays as it is."""
+        """Absolute paths by key, with those of all sources of `data.train` in one list. Names that are not paths are unchanged."""
         data = self.config.data
         found: dict[str, list[Any]] = {
             "data.train": [path for source in data.sources for path in source.paths],
@@ -167,25 +171,26 @@ class Request:
 
     @cached_property
     def weights_sha256(self) -> dict[str, str]:
-        """Hashes of the weights to start from, by key; those that are not on this disk, or cannot be read, have none."""
+        """Hashes of the start weights, by key, without those that are not on this machine or cannot be read."""
         hashes = {}
         for tower, start in self.config.starts.items():
-            with suppress(CheckpointError, OSError):  # a run that has begun needs them no more
+            with suppress(CheckpointError, OSError):  # a run that has already started does not need them
                 if (found := local_weights(start, self.config.model)) is not None:
                     hashes[key_of(tower)] = hash_weights(found)
         return hashes
 
     @cached_property
-    def fingerprints(self) -> tuple[str, str]:
-        """Of the configuration; the second, which has the paths in it, is that of older versions."""
-        return fingerprint(self.config), _hash(identity(self.config))
+    def fingerprints(self) -> tuple[str, ...]:
+        """Hashes of the configuration: the current one, then those of older versions (other names of keys; with paths)."""
+        values = identity(self.config)
+        return _hash(without_paths(values)), _hash(older_names(without_paths(values))), _hash(older_names(values))
 
     def _other_job(self, record: dict[str, Any]) -> list[str]:
         theirs = record.get("job")
         if self.job is None:
             return []
         if theirs is None:
-            return ["it belongs to no job of a sweep"] if "paths" in record else []
+            return ["it does not belong to a sweep"] if "paths" in record else []
         if theirs["overrides"] != self.job.overrides:
             return [f"it belongs to the job {' '.join(theirs['overrides'])} of a sweep"]
         same = theirs["sweep"] != self.job.sweep or theirs["number"] == self.job.number
@@ -205,14 +210,14 @@ def _listed(paths: list[str] | None) -> str:
 
 
 class EarlierRun(NamedTuple):
-    """A run that is there already."""
+    """Earlier run that was found in the output folder."""
 
     folder: Path
-    record: dict[str, Any]  # of its `run.json`; empty where that is lost
+    record: dict[str, Any]  # contents of its `run.json`; empty if that is lost
 
     @property
     def saved(self) -> bool:
-        """Whether it ever had a checkpoint; where `run.json` is lost, whether it may have had one."""
+        """True if the run ever had a checkpoint, or if `run.json` is lost and it may have had one."""
         if self.finished or self.record.get(LAST_CHECKPOINT) is not None:
             return True
         return was_saved(self.folder) or ("fingerprint" not in self.record and _has_trained(self.folder))
@@ -223,7 +228,7 @@ class EarlierRun(NamedTuple):
 
     @property
     def progress(self) -> tuple[float, str]:
-        """How far it got, and when it was started, as it recorded that itself: names and clocks may mislead."""
+        """Last step and start time from the run's own record, since folder names and file times can be wrong."""
         step = max([self.record.get(LAST_CHECKPOINT) or -1, *map(step_of, checkpoints(self.folder))])
         return inf if self.finished else step, str(self.record.get("start", ""))
 
@@ -233,14 +238,17 @@ def _has_trained(folder: Path) -> bool:
 
 
 def newest(runs: list[EarlierRun]) -> EarlierRun | None:
-    """Return the run that got furthest, and of equal ones the one that was started last."""
+    """Return the run with the most steps, and among equal ones the one that was started last."""
     return max(runs, key=lambda run: run.progress, default=None)
 
 
 def earlier_runs(request: Request) -> list[EarlierRun]:
     """Return the runs of the same name that compute what is requested.
 
-    Where none has a checkpoint, another run of the same configuration is named, or, where one can no longer be recognized, refused.
+    If none of them has a checkpoint, a message names the latest run with the same configuration that is not resumed, and why.
+
+    Raises:
+        CheckpointError: none was found, and a run can no longer be recognized, which may be the one to resume.
     """
     recognized, unknown = _recognized(request)
     compared = [(run, request.differences(run.record)) for run in recognized]
@@ -248,14 +256,14 @@ def earlier_runs(request: Request) -> list[EarlierRun]:
     found = [(run, differences) for run, differences in compared if run.folder not in others]
     if unknown and not found:
         raise CheckpointError(
-            f"{unknown[0]} may be the run to resume, but cannot be recognized: {record_problem(unknown[0])} Restore it, move the "
-            "folder away, or start a new run with resume=never."
+            f"{unknown[0]} may be the run to resume, but cannot be identified: {record_problem(unknown[0])} Restore it, move the "
+            "folder away, or set resume=never to start a new run."
         )
     other = newest([run for run in recognized if run.folder in others and run.saved])
     if other is not None and not any(run.saved for run, _ in found):
         reasons = dict.fromkeys(clause for clauses in others[other.folder] for clause in clauses)
-        print(f"{other.folder} is not resumed: {'; '.join(reasons)}. A new run begins.", flush=True)
-    # One in the same tables rather than one that would only be refused; in a sweep the same job's rather than another's.
+        print(f"Not resuming {other.folder}: {'; '.join(reasons)}. Starting a new run.", flush=True)
+    # Prefer runs with the same tables, since training would refuse others, and in a sweep runs of the same job.
     found = [(run, differences) for run, differences in found if not differences.tables] or found
     runs = [run for run, _ in found]
     if request.job is None:
@@ -264,38 +272,39 @@ def earlier_runs(request: Request) -> list[EarlierRun]:
 
 
 def _recognized(request: Request) -> tuple[list[EarlierRun], list[Path]]:
-    """Return the runs of the same name and configuration, whatever lies at their paths, and folders that may be such a run's."""
+    """Return the runs with the same name and configuration, whatever their data, and folders of runs that cannot be identified."""
     found, unknown = [], []
     parent = Path(request.config.output_dir) / "train" / request.config.name
     for folder in sorted(path for path in parent.glob("*") if path.is_dir()):
         run = EarlierRun(folder, read_record(folder))
-        noted = run.record.get("fingerprint")
-        same = noted in request.fingerprints
-        if noted is None:
+        recorded = run.record.get("fingerprint")
+        same = recorded in request.fingerprints
+        if recorded is None:
             with suppress(CheckpointError, ConfigError):
                 same = not _different_keys(read_config(folder)[0], request.config)
         if same:
             found.append(run)
-        elif noted is None and run.saved:
+        elif recorded is None and run.saved:
             unknown.append(folder)
     return found, unknown
 
 
 def _different_keys(run: TrainConfig, config: TrainConfig) -> list[str]:
-    """The keys in which what a run computes differs from what `config` would compute."""
+    """Return the keys by which the computation of a run differs from that of `config`."""
     before, now = identity(run), identity(config.model_copy(update={"model": as_settled(config.model, run.model)}))
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
 def run_to_resume(request: Request, runs: list[EarlierRun]) -> tuple[EarlierRun, bool] | None:
-    """Return the earlier run that this one resumes, and whether that has finished; None: it starts from the beginning.
+    """Return the earlier run to resume, and whether it is finished; None: start from step 0.
 
     Args:
-        runs: that compute what is requested, for `resume=auto`.
+        request: the request.
+        runs: runs that compute what is requested, for `resume=auto`.
 
     Raises:
-        ConfigError: `resume` names nothing, or a run that computes something else.
-        CheckpointError: the run had a checkpoint, and has none now.
+        ConfigError: `resume` is not a run or checkpoint, or names a run that computes something else.
+        CheckpointError: the run had a checkpoint, but has none now.
     """
     config = request.config
     if config.resume == "never":
@@ -318,11 +327,11 @@ def _named_run(request: Request) -> EarlierRun:
         if (folder / RECORD).is_file() or was_saved(folder) or ((folder / CONFIG).is_file() and _has_trained(folder)):
             break
     else:
-        raise ConfigError(f"resume={config.resume} is neither auto, never, a run folder nor a checkpoint in one.")
+        raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint in a run folder.")
     record = read_record(folder)
     differences = request.differences(record)
     same = {*LENGTH}
-    # Paths may differ where what lies there is the same; older versions did not note what that was.
+    # Paths may differ if their contents are the same. Records of older versions do not describe the contents.
     if "paths" in record and not (differences.tables or differences.images):
         same |= {*DATA_PATHS}
     if "paths" in record and not differences.weights:
@@ -330,19 +339,19 @@ def _named_run(request: Request) -> EarlierRun:
     other = [key for key in _different_keys(read_config(folder)[0], config) if key not in same]
     if other:
         raise ConfigError(
-            f"{folder} was trained with another {', '.join(other)}: give the same values, or start a new run from its weights "
-            "(resume=never pretrained=<its checkpoint>/model.safetensors)."
+            f"resume={config.resume}: {folder} was trained with other values of {', '.join(other)}. Set the same values, or start a new run "
+            "from its weights (resume=never pretrained=<its checkpoint>/model.safetensors)."
         )
     return EarlierRun(folder, record)
 
 
 def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointError:
-    """Return the error of a run that had a checkpoint, and has none now that can be used; `reasons` has a line for each that is there."""
+    """Return the error for a run that had a checkpoint but has no usable one; `reasons` has a line for each damaged checkpoint."""
     step = record.get(LAST_CHECKPOINT)
     had = "has trained before" if step is None else f"had a checkpoint of step {step:,}"
     return CheckpointError(
-        f"{folder} {had}, and {folder / FOLDER} has no checkpoint that can be used. Put one back, or start over from step 0 in a new "
-        f"folder: resume=never.{reasons}"
+        f"{folder} {had}, but {folder / FOLDER} has no usable checkpoint. Restore one, or set resume=never to start from step 0 in a new "
+        f"folder.{reasons}"
     )
 
 
@@ -351,57 +360,58 @@ def lost(folder: Path, record: dict[str, Any], reasons: str = "") -> CheckpointE
 
 @dataclass(frozen=True)
 class Opening:
-    """A run that is about to begin or to go on."""
+    """Run that is about to start or to resume."""
 
     folder: Path
-    finished: bool  # it has ended well before; there is nothing to train
-    asked: TrainConfig  # by which the same command finds the run again; it may leave to the weights what `settled` has
-    settled: TrainConfig  # by which it trains
-    facts: dict[str, Any]  # for `run.json`
-    warnings: tuple[str, ...] = ()  # about damage to an earlier run
-    tasks: tuple[str, ...] = ()  # on which the finished run is to be scored
+    finished: bool  # the run has finished: nothing is left to train
+    requested: TrainConfig  # configuration as given, by which the same command finds the run again
+    resolved: TrainConfig  # configuration to train with, completed with values that depend on the start weights
+    facts: dict[str, Any]  # values for `run.json`
+    warnings: tuple[str, ...] = ()  # warnings about damage to an earlier run
+    tasks: tuple[str, ...] = ()  # tasks to score the finished run on
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do: a run that was killed after its last step lacks its report."""
+        """True if nothing is left to do. A run that was killed after its last step still lacks its report."""
         return self.finished and not self.tasks and (self.folder / REPORT).is_file()
 
     def begin(self, arguments: list[str]) -> None:
-        """Write `config.yaml`, the beginning of `run.json` and the tokenizer into the folder, which this process holds."""
+        """Write `config.yaml`, the first values of `run.json` and the tokenizer to the folder, which this process has locked."""
         for message in self.warnings:
             warn(self.folder, message)
-        write_text(self.folder / CONFIG, to_yaml(self.settled))
+        write_text(self.folder / CONFIG, to_yaml(self.resolved))
         record = RunRecord(self.folder)
         last = record.values.get(LAST_CHECKPOINT)
-        if last is None:  # an older version did not note it
+        if last is None:  # not recorded by older versions
             last = max(map(step_of, checkpoints(self.folder)), default=None)
-        found_by = fingerprint(self.asked)
+        found_by = fingerprint(self.requested)
         current = {
             "fingerprint": found_by,
             "config_sha256": file_sha256(self.folder / CONFIG),
             LAST_CHECKPOINT: last,
-            "scored_tasks": {},  # the run's tasks are scored again after its last step, which is another one now
+            "scored_tasks": {},  # the tasks are scored again after the last step, which may be another one now
             **self.facts,
         }
-        record.start(arguments, current, fingerprint=found_by, seed=self.settled.seed)
-        save_tokenizer(self.settled.model, self.folder)
+        record.start(arguments, current, fingerprint=found_by, seed=self.resolved.seed)
+        save_tokenizer(self.resolved.model, self.folder)
 
     def claim(self) -> None:
-        """Note the job of a sweep to which the finished run belongs from now on: no other job of the sweep is given it."""
+        """Record the job of a sweep that this finished run belongs to from now on, so that no other job of the sweep uses it."""
         if "job" in self.facts:
             RunRecord(self.folder).update(job=self.facts["job"])
 
 
 def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job | None" = None) -> Opening:
-    """The folder to go on in, or a new one. Weights to start from are found, and fetched if need be, for a new one alone.
+    """Open the folder of the run to resume, or a new one. Start weights are located, and downloaded if needed, only for a new run.
 
     Args:
-        data: `data.fingerprint.describe` of its tables; None: generated, as the configuration says, or unknown.
-        job: of a sweep, or None.
+        config: configuration from the command line.
+        data: description of its tables (`data.preflight`); None: generated data, or unknown.
+        job: job of a sweep, or None.
 
     Raises:
-        ConfigError: `resume` names no run, or another one; see `find_weights` and `settle`.
-        CheckpointError: the weights cannot be fetched or are damaged; the folder cannot be made; see `run_to_resume`.
+        ConfigError: `resume` is not a run, or names one that computes something else; see also `find_weights` and `settle`.
+        CheckpointError: the start weights are damaged or cannot be downloaded, the folder cannot be created, or see `run_to_resume`.
     """
     request = Request(config, data, job)
     runs = earlier_runs(request) if config.resume == "auto" else []
@@ -427,63 +437,72 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
         if random_projection and (problems := list(config.projection_problems(str(found.tower)))):
             raise ConfigError("\n".join(f"{path} has no projection: {problem}" for problem in problems))
     check_tokenizer(model)
-    settled = config.model_copy(update={"model": model})
+    resolved = config.model_copy(update={"model": model})
     unused = newest([run for run in runs if not run.saved and is_free(run.folder)])
     if unused is not None:
         folder = unused.folder
-        _say_again(folder)
+        _print_restart(folder)
     else:
         folder = create_run_folder(config.output_dir, "train", config.name, "" if job is None else f"-{job.number}")
-    return Opening(folder, False, config, settled, facts)
+    return Opening(folder, False, config, resolved, facts)
 
 
 def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
-    """Open an earlier run: to train on in it, or, where it has finished, to score it on the tasks that it has not been scored on."""
+    """Open an earlier run: to continue training, or, if it is finished, to score it on tasks that have no scores yet."""
     config, folder, differences = request.config, run.folder, request.differences(run.record)
     if not run.saved:
-        _say_again(folder)
+        _print_restart(folder)
     if differences.paths and not differences.tables:
-        print(f"{folder}: the data has moved, and is the same: {'; '.join(differences.paths)}.", flush=True)
+        print(
+            f"{folder}: the data was moved, and its contents are the same: {'; '.join(differences.paths)}.", flush=True
+        )
     try:
         read, problem = read_config(folder)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(
-            f"{folder} cannot be resumed, and no checkpoint has a copy of its {CONFIG}: {error} Restore the file, or start a new "
-            "run with resume=never."
+            f"{folder} cannot be resumed, and no checkpoint has a copy of its {CONFIG}: {error} Restore the file, or set "
+            "resume=never to start a new run."
         ) from error
-    settled = config.model_copy(update={"model": as_settled(config.model, read.model)})
+    resolved = config.model_copy(update={"model": as_settled(config.model, read.model)})
     facts = request.facts()
-    if differences.tables and not config.data.allow_changed:  # training will refuse them
+    if (
+        differences.tables and not config.data.allow_changed
+    ):  # training will refuse these tables, so they are not recorded
         facts = {key: value for key, value in facts.items() if key not in ("paths", "data")}
-    repaired = f"{folder}: {'; '.join(differences.images)} than when the run began." if differences.images else None
+    repaired = f"{folder}: {'; '.join(differences.images)} than when the run started." if differences.images else None
     warnings = tuple(filter(None, (record_problem(folder), problem, repaired)))
     tasks: tuple[str, ...] = ()
     if finished and (folder / REPORT).is_file():
-        # On these it was scored, as its `config.yaml` has them; a record that was lost does not say which.
-        noted = run.record.get("scored_tasks", plain(read.task))
+        # Scored are the tasks that have results and unchanged settings; without a record, those of config.yaml are assumed.
+        recorded = run.record.get("scored_tasks", plain(read.task))
         there = {task_of(path.stem) for path in (folder / "eval").glob("*.json")}
-        scored = {name: task for name, task in read.task.items() if name in there and plain(task) == noted.get(name)}
+        scored = {name: task for name, task in read.task.items() if name in there and plain(task) == recorded.get(name)}
         tasks = tuple(name for name, values in config.task.items() if scored.get(name) != values)
-        settled.task = {**scored, **config.task}
+        resolved.task = {**scored, **config.task}
         kept = plain({name: values for name, values in scored.items() if name not in tasks})
         facts |= {"status": run.record["status"], "end": run.record.get("end"), "scored_tasks": kept}
-    return Opening(folder, finished, config, settled, facts, warnings, tasks)
+    return Opening(folder, finished, config, resolved, facts, warnings, tasks)
 
 
-def _say_again(folder: Path) -> None:
-    print(f"{folder} was stopped before its first checkpoint: the run starts again in it.", flush=True)
+def _print_restart(folder: Path) -> None:
+    print(f"{folder} was stopped before its first checkpoint: starting again in the same folder.", flush=True)
 
 
 def start_weights(config: TrainConfig, record: dict[str, Any], tower: str | None) -> Path:
-    """Return the weights that a run, or a tower of it, starts from, on this machine; raise a CheckpointError where they are not what rank 0 found.
+    """Return the path of the start weights of a run, or of one of its towers, on this machine.
 
-    The file that `run.json` names was found on the machine of rank 0; another may have to fetch its own.
+    `run.json` contains the path on the machine of rank 0; other machines may have to download the file.
+
+    Raises:
+        CheckpointError: the weights differ from those of rank 0.
     """
-    noted = record.get(key_of(tower), {})
-    if "path" in noted and Path(noted["path"]).exists():
-        return Path(noted["path"])
+    recorded = record.get(key_of(tower), {})
+    if "path" in recorded and Path(recorded["path"]).exists():
+        return Path(recorded["path"])
     found = find_weights(config.starts[tower], config.model, tower=tower).path
-    if noted and hash_weights(found) != noted["sha256"]:
-        began = f"sha256 {noted['sha256']}"
-        raise CheckpointError(f"{found} is not what the run began with ({began}): give that, or start anew.")
+    if recorded and hash_weights(found) != recorded["sha256"]:
+        expected = f"sha256 {recorded['sha256']}"
+        raise CheckpointError(
+            f"{found} is not the file that the run started with ({expected}). Restore that file, or set resume=never to start a new run."
+        )
     return found

@@ -1,4 +1,4 @@
-"""What of a dual encoder is trained, how fast, and by what: frozen parts and adapters, groups of parameters, optimizer and schedule."""
+"""Trainable parameters, learning rates and the optimizer: freezing, adapters, parameter groups, optimizer and schedule."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from clip_exp.training.lora import adapt, check_layers
 from clip_exp.training.schedule import factor
 
 TOWERS = ("image", "text")
-# What the families call their embeddings of positions: ours and open_clip's, timm's, Hugging Face's.
+# Names of position embeddings in the families of towers: clip_exp and open_clip, timm, Hugging Face.
 POSITIONS = {
     "positional_embedding", "pos_embed", "position_embeddings", "position_embedding", "relative_position_bias_table",
 }  # fmt: skip
@@ -37,14 +37,15 @@ KINDS = ("decay", "no_decay", "logit_scale")
 
 
 def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> None:
-    """Freeze what the configuration keeps, and put adapters in. The logit scale and bias always learn.
+    """Freeze parameters and insert adapters as configured. The logit scale and bias always learn.
 
     Args:
-        model: with the weights that it starts from.
-        architecture: of the model.
+        model: model that already has its start weights.
+        config: the fine-tuning configuration.
+        architecture: configuration of the model.
 
     Raises:
-        ConfigError: more unfrozen blocks than there are; no layers for adapters.
+        ConfigError: `unfrozen_blocks` exceeds the number of blocks, or there are no layers for adapters.
     """
     towers = {name: getattr(model, name) for name in TOWERS}
     if config.lora is None:
@@ -55,7 +56,7 @@ def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> N
     side, length = architecture.image.image_size, architecture.text.context_length
     examples = {
         "image": torch.zeros(1, 3, side, side),
-        "text": torch.full((1, length), 5),  # no token that a tokenizer of any library pads with
+        "text": torch.full((1, length), 5),  # 5 is not a padding id in any library's tokenizer
     }
     for name, tower in towers.items():
         tower.requires_grad_(False)
@@ -64,24 +65,35 @@ def prepare(model: CLIP, config: FineTuneConfig, architecture: ModelConfig) -> N
 
 
 def freeze(tower: nn.Module, config: TowerTuningConfig, key: str) -> None:
-    """Keep a tower's weights as they are, but for its last `unfrozen_blocks` and what follows them; `key` names its node in messages."""
+    """Freeze a tower, except for its last `unfrozen_blocks` blocks and the layers after them.
+
+    Args:
+        tower: the tower.
+        config: its part of the fine-tuning configuration.
+        key: its configuration key, for messages.
+    """
     if not config.freeze:
         return
     deep, blocks = depths(tower)
-    kept = blocks + 1 if config.unfrozen_blocks is None else blocks - config.unfrozen_blocks
-    if kept < 0:
-        raise ConfigError(f"{key}.unfrozen_blocks={config.unfrozen_blocks} is more than the {blocks} blocks there are.")
+    frozen = blocks + 1 if config.unfrozen_blocks is None else blocks - config.unfrozen_blocks
+    if frozen < 0:
+        raise ConfigError(
+            f"{key}.unfrozen_blocks={config.unfrozen_blocks} must be at most {blocks}, the number of blocks."
+        )
     for name, parameter in tower.named_parameters():
-        parameter.requires_grad_(deep[name] > kept)
+        parameter.requires_grad_(deep[name] > frozen)
 
 
-def quiet(model: nn.Module, *, probing: bool) -> Iterator[nn.Module]:
-    """Yield the modules that stay in evaluation mode while the rest trains: those with weights, none of which learns.
+def frozen_modules(model: nn.Module, *, towers_frozen: bool) -> Iterator[nn.Module]:
+    """Yield the modules that stay in evaluation mode during training: those that have weights, all of them frozen.
 
-    There batch norms keep their statistics, and nothing is dropped out. While `probing`, when only the projections learn, these are
-    both towers, too.
+    Their batch normalization keeps its statistics, and their dropout is off.
+
+    Args:
+        model: the dual encoder.
+        towers_frozen: yield both towers too, as only their projections learn at the moment (`finetune.freeze_towers_steps`).
     """
-    if probing:
+    if towers_frozen:
         yield from (getattr(model, name) for name in TOWERS)
     for module in model.modules():
         weights = list(module.parameters())
@@ -93,40 +105,40 @@ def quiet(model: nn.Module, *, probing: bool) -> Iterator[nn.Module]:
 
 
 class Group(NamedTuple):
-    """Parameters that are treated alike."""
+    """Settings that the parameters of an optimizer group share."""
 
     kind: str  # `decay` (matrices), `no_decay` (biases, norms, positions), `logit_scale`
-    factor: float  # of the learning rate
-    late: bool  # whether they start to learn after the linear probe
+    factor: float  # learning rate over the base rate
+    delayed: bool  # the rate is 0 for the first `finetune.freeze_towers_steps`
 
 
 def named_groups(model: nn.Module, finetune: FineTuneConfig) -> dict[Group, list[tuple[str, nn.Parameter]]]:
-    """Trained parameters by treatment, with their names; first all matrices, then the others, last the logit scale.
+    """Return the trained parameters with their names, by group: matrices first, then the others, the logit scale last.
 
-    The rate of a tower's parameter over the base rate is lr_factor * layer_decay ** (L + 1 - depth). During the linear probe only
-    the projections of the towers learn. The logit scale has a group of its own: ZeRO flattens each group and steps a float32 copy,
-    which a clamp of the parameter itself would not reach.
+    The rate of a tower's parameter over the base rate is lr_factor * layer_decay ** (L + 1 - depth). In the first
+    `freeze_towers_steps` only the projections of the towers learn. The logit scale is a separate group, because it is clamped after
+    each step: ZeRO flattens each group and steps a float32 copy, so the copy must contain nothing else.
     """
     factors: dict[str, float] = {}
-    late: set[str] = set()
+    delayed: set[str] = set()
     for tower in TOWERS:
         tuning: TowerTuningConfig = getattr(finetune, tower)
         if not tuning.lr_factor == tuning.layer_decay == 1:
             deep, blocks = depths(getattr(model, tower))
             for name, depth in deep.items():
                 factors[f"{tower}.{name}"] = tuning.lr_factor * tuning.layer_decay ** (blocks + 1 - depth)
-        if finetune.linear_probe_steps:
+        if finetune.freeze_towers_steps:
             module: nn.Module = getattr(model, tower)
-            below = {name for name, _ in module.named_parameters()} - projection_names(module)
-            late |= {f"{tower}.{name}" for name in below}
+            body = {name for name, _ in module.named_parameters()} - projection_names(module)
+            delayed |= {f"{tower}.{name}" for name in body}
     groups: dict[Group, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # A class token of timm has two axes of length 1 before its channels.
+            # Class tokens of timm have shape [1, 1, channels]: not matrices, in spite of their number of dimensions.
             token = parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
             plain = parameter.ndim < 2 or token or POSITIONS & set(name.split("."))
             kind = "logit_scale" if name.endswith("logit_scale") else "no_decay" if plain else "decay"
-            group = Group(kind, factors.get(name, 1.0), name in late)
+            group = Group(kind, factors.get(name, 1.0), name in delayed)
             groups.setdefault(group, []).append((name, parameter))
     return dict(sorted(groups.items(), key=lambda item: KINDS.index(item[0].kind)))
 
@@ -143,16 +155,19 @@ def build_optimizer(
     cpu_offload: bool = False,
     scaled_gradients: bool = False,
 ) -> Optimizer:
-    """The configured optimizer, clamping the logit scale after each of its steps.
+    """Build the configured optimizer, which clamps the logit scale after each step.
 
     Args:
-        finetune: which parameters have other rates; None: none.
-        logit_scale_range: see the function of that name.
-        cpu_offload: the strategy keeps the optimizer's state in host memory: Adam becomes DeepSpeed's CPU Adam.
-        scaled_gradients: float16 training: a fused step would unscale the gradient itself, too late for clipping its norm.
+        model: the dual encoder, after `prepare`.
+        config: the optimizer configuration.
+        finetune: the fine-tuning configuration, for learning rates per parameter; None: one rate for all.
+        logit_scale_range: smallest and largest logit scale; see the function of that name.
+        cpu_offload: whether the strategy keeps the optimizer state in host memory; Adam is then replaced by DeepSpeed's CPU Adam.
+        scaled_gradients: whether gradients are scaled (float16). A fused step would unscale them after the norm was clipped, so it
+            is disabled.
 
     Raises:
-        ConfigError: the class is not allowed, or refuses an argument.
+        ConfigError: the optimizer class is not allowed, or rejects an argument.
     """
     groups = [
         {
@@ -186,9 +201,9 @@ def build_optimizer(
 
 
 def logit_scale_range(loss: LossConfig, start: float) -> tuple[float, float]:
-    """Return the least and the largest logit scale of a run that starts with `start`, as natural logarithms.
+    """Return the smallest and the largest logit scale of a run that starts with `start`, as natural logarithms.
 
-    What the run starts with is never outside, unless the configuration says so.
+    The range contains `start`, unless `loss.max_logit_scale` is lower.
     """
     largest = max(loss.largest_logit_scale, start) if loss.max_logit_scale is None else loss.max_logit_scale
     return min(0.0, start, largest), largest
@@ -197,20 +212,23 @@ def logit_scale_range(loss: LossConfig, start: float) -> tuple[float, float]:
 def build_scheduler(
     optimizer: Optimizer, config: SchedulerConfig, total_steps: int, starts: Sequence[int] | None = None
 ) -> LambdaLR:
-    """The schedule, stepped once per optimizer step.
+    """Build the learning rate schedule, which is stepped once per optimizer step.
 
     Args:
-        starts: the step at which each of the optimizer's groups begins to learn; None: all at 0.
+        optimizer: the optimizer.
+        config: the schedule configuration.
+        total_steps: optimizer steps of the run.
+        starts: step at which each group of the optimizer starts to learn; None: all at 0.
 
     Raises:
-        ConfigError: `_target_` is not a function from the share of the decay that is done to a factor.
+        ConfigError: `scheduler._target_` is not a function that maps the completed fraction of the decay to a factor.
     """
     decay = locate(config.target, "scheduler")
     try:
         float(decay(0.5, **config.kwargs))
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"scheduler._target_={config.target} must be a function from the share of the decay that is done (0 to 1) to a factor: {error}"
+            f"scheduler._target_={config.target} must be a function that maps the completed fraction of the decay (0 to 1) to a factor: {error}"
         ) from error
     schedules: list[Callable[[int], float]] = [
         partial(

@@ -1,6 +1,6 @@
-"""What can be known to be wrong with a run before anything is loaded: every problem is reported at once.
+"""Checks of a training run before anything is loaded, so that all problems are reported at once.
 
-The rules of the schema come first, then files and devices, and tables, which may take minutes to read, last.
+The rules of the configuration come first, then files and devices, and last the tables, which may take minutes to read.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,19 +14,20 @@ from clip_exp.evaluation.launch import prepare_tasks
 from clip_exp.evaluation.task import Task
 from clip_exp.ranks.environment import device_problems, is_first_rank, outer_placement
 from clip_exp.reports.names import CERTAIN, VALIDATION, better
-from clip_exp.runs import name_problems
+from clip_exp.runs import OLDER_COLUMNS, name_problems
 from clip_exp.secrets import leaks
 from clip_exp.weights.find import check_pretrained
 
 
 def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables:
-    """Refuse a run that cannot work; return its tables.
+    """Check that a run can work, and return its opened tables.
 
     Args:
-        arguments: command line, whose keys must have an effect.
+        config: configuration of the run.
+        arguments: command line arguments; each of their keys must have an effect.
 
     Raises:
-        ClipExpError: of the class of the gravest problem, with a line for every problem.
+        ClipExpError: an error of the most serious kind that was found, with a line for every problem.
         DataError: a table cannot be read, or none of its images can.
     """
     typed = typed_keys(arguments)
@@ -42,12 +43,12 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         found += _check_batch(config, _ranks(config, requested_devices(config)) or 1)
     except ConfigError as error:
         found.append(str(error))
-    # Downloaded once, before there is a folder: the ranks find the data where it lies.
+    # The first rank downloads the data of tasks before the run folder is created; the other ranks then read it from disk.
     errors = [*map(ConfigError, found), *check_measures(config, fetch=not found and is_first_rank())]
     if not errors:
         devices = requested_devices(config)
         absent = [*device_problems(devices, config.trainer.num_nodes, "trainer.")]
-        if not absent and _ranks(config, devices) is None:  # the GPUs that there are decide
+        if not absent and _ranks(config, devices) is None:  # the number of ranks is that of the available GPUs
             absent += _check_batch(config, devices.count() * (config.trainer.num_nodes or 1))
         errors += map(ConfigError, absent)
     if errors:
@@ -55,7 +56,7 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
     tables = check_tables(config)
     if tables.rows < config.global_batch_size:
         raise ConfigError(
-            f"global_batch_size={config.global_batch_size} is more than the {tables.rows:,} training rows: lower it or add data."
+            f"global_batch_size={config.global_batch_size} is more than the {tables.rows:,} training rows: lower it, or add data."
         )
     if config.epochs is not None and (wrong := list(config.length_problems(steps_of(config, tables.rows)))):
         raise ConfigError("\n".join(wrong))
@@ -63,12 +64,12 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
 
 
 def requested_devices(config: TrainConfig) -> Devices:
-    """Return the devices of a node that the configuration requests; see `parse_devices`."""
+    """Return the devices per node that the configuration requests; see `parse_devices`."""
     return parse_devices(config.trainer.accelerator, config.trainer.devices, "trainer.")
 
 
 def _ranks(config: TrainConfig, devices: Devices) -> int | None:
-    """Return the processes of the run: those of the launcher, or those that the configuration requests; None: GPUs decide."""
+    """Return the number of ranks, as set by the launcher or the configuration; None: as many as there are GPUs."""
     placement = outer_placement()
     if placement is not None:
         return placement.world_size
@@ -85,7 +86,7 @@ def _check_batch(config: TrainConfig, ranks: int) -> Iterator[str]:
 
 
 def steps_of(config: TrainConfig, rows: int) -> int:
-    """Return the optimizer steps of the run: `max_steps`, or the whole batches that `epochs` passes over `rows` fill, at least one."""
+    """Return the optimizer steps of the run: `max_steps`, or the number of whole batches in `epochs` passes over `rows`, at least 1."""
     if config.max_steps is not None:
         return config.max_steps
     assert config.epochs is not None
@@ -93,10 +94,10 @@ def steps_of(config: TrainConfig, rows: int) -> int:
 
 
 def rehearse(config: TrainConfig) -> None:
-    """Look for the layers that `finetune` counts or names, in a model without memory, where they may be missing.
+    """Check, on a model on the meta device, that the layers exist that `finetune` counts or names.
 
     Args:
-        config: with the architectures of its encoders noted: nothing is fetched.
+        config: configuration that contains the architectures of its encoders, so that nothing is downloaded.
 
     Raises:
         ConfigError: the model cannot be built, or lacks the layers.
@@ -115,7 +116,7 @@ def rehearse(config: TrainConfig) -> None:
         model = build_model(config.model)
     if tuning.lora is None:
         prepare(model, tuning, config.model)
-    else:  # encoders of transformers do not run without memory
+    else:  # encoders of transformers do not run on the meta device, so whether layers are called cannot be checked
         check_layers({"image": model.image, "text": model.text}, tuning.lora)
 
 
@@ -123,7 +124,7 @@ OF_VALIDATION = [f"val/{name}" for name in VALIDATION]
 
 
 def training_tasks(config: TrainConfig) -> list[Task]:
-    """Return the tasks of a run, ready to be scored; raise the gravest of their problems, with a line for every problem."""
+    """Return the tasks of a run, ready to be scored; raise an error with a line for every problem."""
     tasks, errors = _find_tasks(config, fetch=True)
     if errors:
         raise gravest(errors)
@@ -131,7 +132,7 @@ def training_tasks(config: TrainConfig) -> list[Task]:
 
 
 def check_measures(config: TrainConfig, *, fetch: bool = False) -> list[ClipExpError]:
-    """Return what is wrong with a run's tasks, which download data only where `fetch` is set and nothing else is wrong, and its `monitor`."""
+    """Return the problems of a run's tasks and of its `monitor`; `fetch` allows tasks without problems to download their data."""
     tasks, errors = _find_tasks(config, fetch=fetch)
     lost = {*config.task} - {task.name for task in tasks}
     if config.monitor is not None and config.monitor.partition("/")[0] not in lost:
@@ -140,13 +141,13 @@ def check_measures(config: TrainConfig, *, fetch: bool = False) -> list[ClipExpE
 
 
 def check_validation_classes(config: TrainConfig, classes: int) -> Iterator[str]:
-    """Yield what is wrong with `monitor`, which is known when the classes of the validation data were counted."""
-    if config.monitor == "val/zeroshot_top5" and classes <= CERTAIN:
+    """Yield the problems of `monitor` that depend on the number of classes in the validation data."""
+    if config.monitor == "val/top5" and classes <= CERTAIN:
         yield _top5_problem(config.monitor, classes)
 
 
 def is_of_task(monitor: str | None) -> bool:
-    """Whether a metric is a task's, not validation's."""
+    """Return True if a metric is that of a task, not of validation."""
     return monitor is not None and not monitor.startswith("val/")
 
 
@@ -157,7 +158,7 @@ def monitor_mode(monitor: str | None, mode: str) -> str:
 
 def _top5_problem(monitor: str, classes: int) -> str:
     return (
-        f"monitor={monitor} is not measured: of {classes} classes the right one is always among the best five. Use "
+        f"monitor={monitor} is not measured: with {classes} classes the correct one is always among the top five. Use "
         f"monitor={monitor.removesuffix('top5')}top1."
     )
 
@@ -166,14 +167,16 @@ def _find_tasks(config: TrainConfig, *, fetch: bool) -> tuple[list[Task], list[C
     refused: list[ClipExpError] = []
     for name, task in config.task.items():
         if task.of_validation:
-            problem = (
-                f"task.{name}.kind={task.kind} scores a run on its validation data, which training does by itself."
-            )
-            refused.append(ConfigError(f"{problem} Choose another task, as task=retrieval."))
+            problem = f"task.{name}.kind={task.kind} scores a run on its validation data, which training already does."
+            refused.append(ConfigError(f"{problem} Choose another task, such as task=retrieval."))
         elif name in ("train", "val"):
-            refused.append(ConfigError(f"task.{name}: this name is taken by metrics of training: rename your task."))
-    wanted = {name: task for name, task in config.task.items() if not task.of_validation}
-    tasks, errors = prepare_tasks(wanted, config.output_dir, None, fetch=fetch) if wanted else ([], [])
+            refused.append(
+                ConfigError(
+                    f"task.{name}: this name is reserved for metrics of training and validation. Rename the task."
+                )
+            )
+    requested = {name: task for name, task in config.task.items() if not task.of_validation}
+    tasks, errors = prepare_tasks(requested, config.output_dir, None, fetch=fetch) if requested else ([], [])
     return tasks, [*refused, *errors]
 
 
@@ -185,9 +188,11 @@ def _check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Iter
             yield f"monitor={monitor} would be measured only once, at the end: set task_every_n_steps."
     elif monitor in top5:
         yield _top5_problem(monitor, top5[monitor])
+    elif monitor.startswith("val/") and monitor in OLDER_COLUMNS:
+        yield f"monitor={monitor} does not exist: did you mean '{OLDER_COLUMNS[monitor]}'?"
     elif monitor not in OF_VALIDATION:
-        yield f"monitor={monitor} is no metric of validation or of a task: {nearest(monitor, [*OF_VALIDATION, *measured])}"
+        yield f"monitor={monitor} is not a metric of validation or of a task: {nearest(monitor, [*OF_VALIDATION, *measured])}"
     elif config.data.generate is None and not config.data.val:
         yield f"monitor={monitor} needs validation data: set data.val."
-    elif monitor.startswith("val/zeroshot") and config.data.label_key is None:
+    elif monitor in ("val/top1", "val/top5") and config.data.label_key is None:
         yield f"monitor={monitor} needs class names: set data.label_key."

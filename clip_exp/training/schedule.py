@@ -1,11 +1,11 @@
-"""Learning rate over its peak, as a pure function of the step: nothing to save, nothing to resume."""
+"""Learning rate schedules as pure functions of the step, so that there is no state to save or to resume."""
 
 import math
 from collections.abc import Callable
 
 
 def cosine(done: float) -> float:
-    """Half a cosine (Loshchilov and Hutter 2017): 1 at `done`=0, 0 at `done`=1."""
+    """Return half a cosine (Loshchilov and Hutter 2017): 1 at `done`=0, 0 at `done`=1."""
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -26,10 +26,17 @@ def factor(
     final_factor: float,
     start: int = 0,
 ) -> float:
-    """The rate of optimizer step `step` (from 0) over the peak: linear warm-up (s + 1) / w, then `decay` to `final_factor`.
+    """Return the learning rate of optimizer step `step` (from 0) over its peak: linear warm-up (s + 1) / w, then decay.
 
-    The first step after the warm-up has the peak rate. Without `final_factor` this is OpenCLIP's schedule. Before `start` the
-    rate is 0, and the schedule takes the steps that remain.
+    The first step after the warm-up has the peak rate. With `final_factor` 0 this is OpenCLIP's schedule.
+
+    Args:
+        step: optimizer step, from 0.
+        warmup_steps: length of the warm-up.
+        total_steps: optimizer steps of the run.
+        decay: function that maps the completed fraction of the decay to a factor from 1 to 0.
+        final_factor: factor at the end of the decay.
+        start: step at which learning starts. The rate is 0 before it, and the schedule covers the remaining steps.
     """
     if step < start:
         return 0.0

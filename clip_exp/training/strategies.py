@@ -1,4 +1,4 @@
-"""What training on several ranks needs: the process group as Lightning sees it, and DeepSpeed's ZeRO on GPUs as well as on CPUs."""
+"""Distributed strategies for Lightning: its view of the process group, and DeepSpeed ZeRO on GPUs and on CPUs."""
 
 import argparse
 import importlib
@@ -22,21 +22,21 @@ from clip_exp.config.training import DeepSpeedConfig
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import rank, world_size
 
-# What clip_exp wants of DeepSpeed unless `strategy.config` says otherwise.
+# Settings of DeepSpeed that differ from its own defaults; `strategy.config` overrides them.
 DEEPSPEED_DEFAULTS = {
-    "timers": {"throughput": {"enabled": False}},  # would wait for the device twice in every step
-    "communication_data_type": "fp32",  # gradients are averaged as DDP's are, whatever the precision
+    "timers": {"throughput": {"enabled": False}},  # would synchronize with the device twice per step
+    "communication_data_type": "fp32",  # average gradients in float32, as DDP does, whatever the precision
 }
-# Where Lightning keeps the loss scale of float16 in a checkpoint, in the form of `GradScaler.state_dict()`.
+# Key of a checkpoint under which Lightning stores the loss scale of float16, as a `GradScaler.state_dict()`.
 LOSS_SCALE = MixedPrecision.__qualname__
 
 
 class GroupEnvironment(ClusterEnvironment):
-    """Lightning's view of the process group that `ranks.group` has joined, whatever a scheduler's variables say.
+    """Cluster environment that describes to Lightning the process group that `ranks.group` has joined.
 
-    Left to itself, Lightning takes rank and number of ranks from the first scheduler whose variables it finds, and a batch
-    script has SLURM's for one task. Every process is a node with one device for Lightning, which numbers devices by local
-    rank otherwise and then wants to see those of the other ranks, too: under `srun --gpus-per-task=1` there are none.
+    By default, Lightning takes rank and number of ranks from the first scheduler whose variables it finds. In a batch script those are
+    SLURM's for a single task. Every process is described as a node with one device. Otherwise Lightning would number devices by local
+    rank, and require that each process sees the devices of all others, which `srun --gpus-per-task=1` hides.
     """
 
     @property
@@ -59,13 +59,13 @@ class GroupEnvironment(ClusterEnvironment):
         return world_size()
 
     def set_world_size(self, size: int) -> None:
-        """The group decides."""
+        """Do nothing: the process group decides."""
 
     def global_rank(self) -> int:
         return rank()
 
     def set_global_rank(self, rank: int) -> None:
-        """The group decides."""
+        """Do nothing: the process group decides."""
 
     def local_rank(self) -> int:
         return 0
@@ -75,16 +75,16 @@ class GroupEnvironment(ClusterEnvironment):
 
 
 def deepspeed_strategy(config: DeepSpeedConfig, device: torch.device) -> "PortableDeepSpeedStrategy":
-    """ZeRO as configured, with DeepSpeed's own configuration under `config.config`."""
+    """Build the ZeRO strategy; `config.config` is merged into DeepSpeed's own configuration."""
     os.environ["DS_ACCELERATOR"] = device.type  # DeepSpeed reads it when it is imported
     interpreter = str(Path(sys.executable).parent)
-    if interpreter not in os.environ["PATH"].split(os.pathsep):  # where alone it looks for ninja, for its CPU Adam
+    if interpreter not in os.environ["PATH"].split(os.pathsep):  # to find ninja, which compiles the CPU Adam
         os.environ["PATH"] = interpreter + os.pathsep + os.environ["PATH"]
     strategy = PortableDeepSpeedStrategy(
         stage=config.stage,
         offload_optimizer=config.offload,
         offload_parameters=config.offload and config.stage == 3,
-        pin_memory=device.type == "cuda",  # copies from and to pageable host memory are slow, and block
+        pin_memory=device.type == "cuda",  # copies to and from pageable host memory are slow and blocking
     )
     assert isinstance(strategy.config, dict)
     merged: Any = OmegaConf.to_container(OmegaConf.merge(strategy.config, DEEPSPEED_DEFAULTS, config.config))
@@ -93,43 +93,45 @@ def deepspeed_strategy(config: DeepSpeedConfig, device: torch.device) -> "Portab
 
 
 class PortableDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy, on any device, with checkpoints that any other strategy can take up.
+    """DeepSpeed strategy for any device, with checkpoints that any other strategy can load.
 
-    Lightning refuses DeepSpeed off CUDA, though DeepSpeed itself runs on CPUs; and it saves DeepSpeed's own folders of pickled
-    shards. Here weights and optimizer state are gathered parameter by parameter, and saved and restored as without DeepSpeed: a run
-    can go on under another strategy, and its weights open without DeepSpeed.
+    Lightning's strategy requires CUDA, although DeepSpeed runs on CPUs, and it saves DeepSpeed's folders of pickled shards. This class
+    gathers weights and optimizer state parameter by parameter, and saves and restores them as without DeepSpeed. So a run can be resumed
+    with another strategy, and its weights can be loaded without DeepSpeed.
     """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.unchanged: dict[str, Tensor] = {}  # float32 weights and buffers that DeepSpeed keeps in low precision only
+        self.unchanged: dict[
+            str, Tensor
+        ] = {}  # float32 copies of frozen weights and buffers, which DeepSpeed stores only rounded
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the weights of the forward pass are in bf16 or float16, and those that the optimizer steps in float32."""
+        """True if the forward pass uses bf16 or float16 weights, and the optimizer steps float32 copies."""
         return self.precision_plugin.precision != "32-true"
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        # DeepSpeed would look for a compiler, and compile for a minute what only its inference engine calls.
+        # Otherwise DeepSpeed would spend a minute compiling an operator that only its inference engine uses.
         backend: Any = importlib.import_module("deepspeed.comm.torch")
         backend.build_shm_op = lambda: None
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
     def _set_node_environment_variables(self) -> None:
-        """`ranks.group` has set them. DeepSpeed takes LOCAL_RANK for the number of the device, not for that of the rank."""
+        """Set LOCAL_RANK, which DeepSpeed uses as the index of the device; `ranks.group` has set the other variables."""
         os.environ["LOCAL_RANK"] = str(self.root_device.index or 0)
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
-        """As Lightning's, with a number for the device on a CPU too, where it has none, and with float32 weights that are not rounded.
+        """Initialize DeepSpeed as Lightning does, on CPUs too, and restore the exact float32 weights.
 
-        DeepSpeed makes the float32 weights that the optimizer steps from those that it has rounded. Put back, they are what the run
-        starts from: the weights of `pretrained`, or of the checkpoint that it resumes from.
+        DeepSpeed creates the float32 weights of the optimizer from weights that it has already rounded. The exact ones are written back, so
+        that the run starts from the weights of `pretrained`, or of the checkpoint that it resumes from.
         """
         import deepspeed
 
@@ -160,11 +162,11 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         return output
 
     def _update_exact(self) -> None:
-        """Give the model the logit scale and bias in float32: rounded, the temperature would change in steps of 1.6% and more.
+        """Set the float32 logit scale and bias of the model: rounded, the temperature would change in steps of 1.6 % or more.
 
-        The optimizer steps a float32 copy, which is gathered here (one number); the gradient goes to the rounded parameter. DeepSpeed's
-        `torch_autocast` would keep all weights in float32, with twice the memory and traffic, and clips float16 gradients before it
-        unscales them.
+        The optimizer steps a float32 copy, a single number that is gathered here; the gradient goes to the rounded parameter. DeepSpeed's
+        `torch_autocast` is no alternative: it keeps all weights in float32, with twice the memory and traffic, and clips float16 gradients
+        before it unscales them.
         """
         if self.rounds_weights:
             model: CLIP = self.lightning_module.model  # type: ignore[union-attr, assignment]
@@ -175,7 +177,7 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Weights go in before DeepSpeed splits them."""
+        """False: weights must be loaded before DeepSpeed shards them."""
         return False
 
     @property
@@ -194,7 +196,7 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         Strategy.load_model_state_dict(self, checkpoint, strict)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole weights in float32, gathered one parameter at a time; empty on all ranks but the first."""
+        """Return the whole weights in float32, gathered one parameter at a time; empty on all ranks except rank 0."""
         weights = {}
         for name, full in self.whole_state():
             if self.is_global_zero:
@@ -202,18 +204,18 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
         return weights
 
     def whole_state(self) -> Iterator[tuple[str, Tensor]]:
-        """The module's state dict, whole and in float32 on every rank (which must all ask), one at a time."""
+        """Yield the names and whole float32 tensors of the module's state dict, one at a time. All ranks must iterate."""
         module = self.lightning_module
         assert module is not None
-        kept = module.state_dict().keys()  # a module may have buffers that are not
+        persistent = module.state_dict().keys()  # without non-persistent buffers
         for name, parameter in module.named_parameters(remove_duplicate=False):
             yield name, self.unchanged[name] if name in self.unchanged else whole(parameter)
         for name, buffer in module.named_buffers(remove_duplicate=False):
-            if name in kept:
+            if name in persistent:
                 yield name, self.unchanged.get(name, buffer.float() if buffer.is_floating_point() else buffer)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state in the form of `torch.optim.Optimizer.state_dict()`; without tensors on all ranks but the first."""
+        """Return the whole state in the form of `torch.optim.Optimizer.state_dict()`; without tensors on all ranks except rank 0."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         _link_optimizer_state(optimizer)
@@ -226,14 +228,14 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
             full = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
             if self.is_global_zero:
                 state[index] = {**shared, **{key: value.cpu().clone() for key, value in full.items()}}
-        # Parameters have numbers, where the inner optimizer's groups have flat tensors.
+        # The inner optimizer's groups contain flat tensors; in the state dict they list the numbers of the parameters.
         groups, numbers = [], itertools.count()
         for group, size in zip(inner.param_groups, self.lightning_module.group_sizes, strict=True):  # type: ignore[union-attr, arg-type]
             groups.append({**group, "params": list(itertools.islice(numbers, size))})
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load a whole state. ZeRO makes its flat state only at its first step, so it is made and linked here first."""
+        """Load a whole state. ZeRO creates its flat state only in its first step, so it is created and linked here first."""
         saved = checkpoint["optimizer_states"][0]
         optimizer = self.optimizers[0]
         if (scaler := _loss_scaler(optimizer)) is not None:
@@ -260,55 +262,55 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
                 _set_whole(parameter, saved["state"][index][key], key, self.world_size, self.global_rank)
 
     def _trained_parameters(self) -> list[nn.Parameter]:
-        """In the order of the optimizer's groups."""
+        """Return the trained parameters in the order of the optimizer's groups."""
         module: Any = self.lightning_module
         by_name = dict(module.model.named_parameters())
         return [by_name[name] for name in module.parameter_names]
 
 
 def loss_scale_state(scaler: Any) -> dict[str, Any]:
-    """Return the state of DeepSpeed's dynamic loss scaler as that of a `GradScaler`, which DDP's precision plugin loads.
+    """Return the state of DeepSpeed's dynamic loss scaler in the form of a `GradScaler`, which DDP's precision plugin can load.
 
-    What a `GradScaler` does not have, and ignores, is under `deepspeed`.
+    DeepSpeed's own counters, which a `GradScaler` ignores, are under `deepspeed`.
     """
     counters = {name: getattr(scaler, name) for name in ("cur_iter", "last_overflow_iter", "cur_hysteresis")}
     return {**GradScaler("cpu", init_scale=float(scaler.cur_scale)).state_dict(), "deepspeed": counters}
 
 
 def load_loss_scale(scaler: Any, state: Mapping[str, Any]) -> None:
-    """Give DeepSpeed's dynamic loss scaler a saved state; after a run under DDP it has the scale alone, in older checkpoints nothing."""
+    """Load a saved state into DeepSpeed's dynamic loss scaler: only the scale if it was saved under DDP, nothing from older checkpoints."""
     scaler.cur_scale = state.get("scale", scaler.cur_scale)
     for name, value in state.get("deepspeed", {}).items():
         setattr(scaler, name, value)
 
 
 def _loss_scaler(optimizer: Any) -> Any | None:
-    """Return the loss scaler of a ZeRO optimizer where the scale is dynamic: in float16, unless the user fixed it."""
+    """Return the loss scaler of a ZeRO optimizer if the scale is dynamic (float16, unless the user fixed it), else None."""
     scaler = getattr(optimizer, "loss_scaler", None)
     return scaler if getattr(scaler, "dynamic", False) else None
 
 
 def _for_group(value: Tensor, group: dict[str, Any], device: torch.device) -> Tensor:
-    """Return a copy of what parameters share (`step`), on the device where torch's optimizers want it.
+    """Return a copy of a state that parameters share (`step`), on the device where torch's optimizers expect it.
 
-    A fused or capturable step reads it in its kernel; others read it on the CPU (`Optimizer.load_state_dict` does likewise).
+    A fused or capturable optimizer reads it in its kernel, others on the CPU; `Optimizer.load_state_dict` does the same.
     """
     in_kernel = group.get("fused") or group.get("capturable")
     return value.to(device if in_kernel else "cpu", copy=True)
 
 
 def _flat_partitions(optimizer: Any) -> list[Tensor]:
-    """The flat float32 tensors that this rank's inner optimizer steps, under ZeRO-1 and 2, bf16 ZeRO-1, and ZeRO-3."""
+    """Return the flat float32 tensors that this rank's inner optimizer steps, for ZeRO-1 and 2, bf16 ZeRO-1, and ZeRO-3."""
     for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
-    raise TypeError(f"{type(optimizer).__name__} is no ZeRO optimizer that clip_exp knows")
+    raise TypeError(f"{type(optimizer).__name__} is not a ZeRO optimizer that clip_exp supports")
 
 
 def _link_optimizer_state(optimizer: Any) -> None:
-    """Let ZeRO-1 and 2 find each parameter's part of the flat state.
+    """Link each parameter to its part of the flat state of ZeRO-1 and 2.
 
-    DeepSpeed 0.19 links them once, after the first group of the first step, when the other groups have no state yet.
+    DeepSpeed 0.19 links them only once, after the first group of the first step, when the other groups have no state yet.
     """
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
@@ -320,7 +322,7 @@ def _is_elementwise(value: Any, flat: Tensor) -> bool:
 
 
 def _not_trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Copies of the weights that do not learn, and of the buffers of modules in which none does."""
+    """Yield names and copies of the frozen weights, and of the buffers of modules whose weights are all frozen."""
     for name, part in module.named_modules():
         weights = list(part.parameters())
         frozen = bool(weights) and not any(weight.requires_grad for weight in weights)
@@ -331,9 +333,9 @@ def _not_trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's values in float32 on its device; under DeepSpeed gathered from all ranks (which must all call).
+    """Return a parameter's whole values in float32 on its device; under DeepSpeed, all ranks must call this.
 
-    Of a parameter that learns these are the values that the optimizer steps, not what a strategy rounds them to.
+    For a trained parameter these are the values that the optimizer steps, not the rounded values of the forward pass.
     """
     sharded = hasattr(parameter, "ds_id")
     if parameter.requires_grad and (sharded or hasattr(parameter, "_hp_mapping")):
@@ -350,9 +352,9 @@ def whole(parameter: nn.Parameter) -> Tensor:
 
 
 def _set_whole(parameter: nn.Parameter, value: Tensor, key: str | None, ranks: int, rank: int) -> None:
-    """Write this rank's part of what the optimizer has of a parameter: a state, or under None the float32 values that it steps.
+    """Write this rank's part of an optimizer state of a parameter; with `key` None, of the float32 values that the optimizer steps.
 
-    DeepSpeed 0.19's setter for ZeRO-3 fails for a parameter with fewer elements than ranks, so the part is cut out here.
+    The part is cut out here, because DeepSpeed 0.19's setter for ZeRO-3 fails for parameters with fewer elements than ranks.
     """
     from deepspeed import utils
 

@@ -1,4 +1,4 @@
-"""What a finished run tells: a table on the terminal and in `train.log`, `summary.json`, and its report."""
+"""Results of a finished run: a table on the terminal and in `train.log`, `summary.json`, and the HTML report."""
 
 import io
 import logging
@@ -22,7 +22,7 @@ from clip_exp.errors import CheckpointError
 from clip_exp.reports.run_page import data_facts, next_command, renew_report, write_report
 from clip_exp.runs import RunRecord, write_json
 from clip_exp.storage import read_json_object
-from clip_exp.training.metrics import MetricsCSV, waiting_share
+from clip_exp.training.metrics import MetricsCSV, data_wait_fraction
 from clip_exp.training.module import CLIPModule
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 def conclude(
     run_dir: Path, record: RunRecord, trainer: pl.Trainer, module: CLIPModule, config: TrainConfig, seconds: float
 ) -> None:
-    """Write `summary.json`, note the end in `run.json`, draw the report, and show the results.
+    """Write `summary.json`, mark the run as finished in `run.json`, write the report, and show the results.
 
-    The report comes last: where it is missing, the same command writes what a kill or a full disk has left out.
+    The report is written last: if it is missing after a kill or on a full disk, the same command writes the missing files.
     """
     summary = summarize(run_dir, trainer, module, config, seconds)
     with _warned():
-        for earlier in ("summary.json", "report.html"):  # of a run that was shorter
+        for earlier in ("summary.json", "report.html"):  # left by the run when it was shorter
             (run_dir / earlier).unlink(missing_ok=True)
         write_json(run_dir / "summary.json", summary)
     record.finish("finished", best_checkpoint=summary["best_checkpoint"])
@@ -47,7 +47,7 @@ def conclude(
 
 
 def add_scores(run_dir: Path, metrics: dict[str, float]) -> None:
-    """Add metrics of tasks to the `summary.json` and the report of a run that has finished before."""
+    """Add metrics of tasks to `summary.json` and to the report of a finished run."""
     with _warned():
         summary = read_json_object(run_dir / "summary.json")
         summary["metrics"].update(metrics)
@@ -57,23 +57,23 @@ def add_scores(run_dir: Path, metrics: dict[str, float]) -> None:
 
 @contextmanager
 def _warned() -> Iterator[None]:
-    """Inside, a file that cannot be written is reported: training has ended well."""
+    """Warn, instead of failing, if a file cannot be written: training itself was successful."""
     try:
         yield
     except (OSError, ValueError, CheckpointError) as error:
         reason = str(error).rstrip(".")
-        log.warning("%s. The run is finished: the same command writes its report once there is room.", reason)
+        log.warning("%s. The run is finished: free disk space and repeat the command to write its report.", reason)
 
 
 def summarize(
     run_dir: Path, trainer: pl.Trainer, module: CLIPModule, config: TrainConfig, seconds: float
 ) -> dict[str, Any]:
-    """Numbers of the whole run; `metrics` are those of the last validation and the last logged step."""
+    """Return the contents of `summary.json`; `metrics` are those of the last validation, the last scored tasks and the last logged loss."""
     rows = next(logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)).in_order()
     last: dict[str, Any] = {}
     for row in rows:
         last.update(row)
-    speeds = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
+    speeds = [row["train/samples_per_s"] for row in rows if "train/samples_per_s" in row]
     return {
         "name": config.name,
         "model": config.model.name,
@@ -85,26 +85,33 @@ def summarize(
         "ranks": trainer.world_size,
         "seconds": round(seconds, 2),
         "samples_per_s": round(median(speeds), 2) if speeds else None,
-        "data_wait_share": waiting_share(rows),
+        "data_wait_fraction": data_wait_fraction(rows),
         **summarize_data(trainer.datamodule, run_dir, trainer.global_step, trainer.world_size),  # type: ignore[attr-defined]
-        "metrics": {name: value for name, value in last.items() if "/" in name},
+        "metrics": {name: value for name, value in last.items() if _is_result(name)},
         "last_checkpoint": str(latest(run_dir)),
         "best_checkpoint": str(best(run_dir)),
     }
 
 
+def _is_result(column: str) -> bool:
+    """Return True for the loss and for metrics of validation and of tasks, not for what describes the steps, such as `train/lr`."""
+    return column == "train/loss" or ("/" in column and not column.startswith("train/"))
+
+
 def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks: int) -> dict[str, Any]:
-    """For `summary.json`.
+    """Return the problems of the data, for `summary.json`.
 
     Args:
-        datamodule: after training, of this rank.
-        steps: of the run, those before a restart included.
+        datamodule: data module of this rank, after training.
+        run_dir: the run folder.
+        steps: optimizer steps of the run, including those before a restart.
+        ranks: number of ranks.
 
     Returns:
-        bad_images, bad_rows: by table (training, validation), and there by kind; what is faultless is left out.
-        empty_captions: likewise, `count` and the `fraction` of all captions.
-        filter_values: likewise, by column what the filter could not compare (`tables.filters`).
-        truncated_fraction: of the captions that this rank has trained on since it started; None where that is none.
+        bad_images, bad_rows: counts by table (`training`, `validation`) and kind; tables without problems are left out.
+        empty_captions: by table, the `count` and its `fraction` of all captions.
+        filter_values: by table and column, the values that the filter could not compare (`tables.filters`).
+        truncated_fraction: fraction of truncated captions among those that this rank has used since it started; None if it used none.
     """
     assert datamodule.stream is not None
     tables = {"training": [source.table for source in datamodule.stream.sources]}
@@ -115,7 +122,7 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
     file = run_dir / "bad_samples.csv"
     own = {"training": (datamodule.bad_samples, ""), "validation": (datamodule.bad_val_samples, VALIDATION)}
     for which, (samples, mark) in own.items():
-        if file.is_file():  # of all ranks; where it could not be written, this rank has its own alone
+        if file.is_file():  # contains those of all ranks; if it could not be written, only this rank's are known
             samples = BadSamples(0, 1.0, what="", mark=mark, file=file)
         if samples is not None and (kinds := samples.kinds()):
             summary["bad_images"][which] = dict(kinds.most_common())

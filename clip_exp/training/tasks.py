@@ -1,4 +1,4 @@
-"""Evaluation tasks that a run is scored on while it trains, by the code and protocol of `evaluate.py`."""
+"""Evaluation tasks during training, with the same code and settings as `evaluate.py`."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from clip_exp.evaluation.task import Task
 from clip_exp.loading import ModelSource, load_model, source_of_checkpoint
 from clip_exp.models.clip import CLIP, build_model
 from clip_exp.progress import silence
-from clip_exp.ranks.group import from_main, is_main, share_from_main
+from clip_exp.ranks.group import broadcast_from_main, from_main, is_main
 from clip_exp.reports.evaluation import Result, show, write_result
 from clip_exp.reports.names import name_in_run
 from clip_exp.runs import RunRecord
@@ -40,19 +40,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, repr=False)
 class TaskScores(pl.Callback):
-    """Scores tasks at the end of every `every_n_steps` steps and of the run, all ranks together.
+    """Callback that scores tasks every `task_every_n_steps` steps and at the end of the run, on all ranks together.
 
-    It acts before the step's validation and checkpoint, which find the values in `trainer.callback_metrics` as
-    `<task>/<metric>`. Nothing of training changes: the model that is scored is a module of its own.
+    It runs before the validation and the checkpoint of the step, which find the values in `trainer.callback_metrics` as
+    `<task>/<metric>`. Scoring does not affect training, because it uses a separate copy of the model.
     """
 
-    tasks: list[Task]  # prepared by `evaluation.launch`
+    tasks: list[Task]  # tasks prepared by `evaluation.launch`
     config: TrainConfig
     run_dir: Path
-    progress: Progress  # which shows the values
-    pause: Callable[[], None]  # called before a scoring
+    progress: Progress  # shows the values
+    pause: Callable[[], None]  # called before scoring, to stop timing
     scored_step: int | None = field(default=None, init=False)
-    values: dict[str, float] = field(default_factory=dict, init=False)  # of that step
+    values: dict[str, float] = field(default_factory=dict, init=False)  # metrics of `scored_step`
     _results: dict[str, Result] = field(default_factory=dict, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -66,7 +66,7 @@ class TaskScores(pl.Callback):
             self._score_step(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Score where `patience` ended the run."""
+        """Score the last step of a run that `patience` ended."""
         if self.scored_step != trainer.global_step:
             self._score_step(trainer, pl_module)
 
@@ -74,7 +74,7 @@ class TaskScores(pl.Callback):
         self.pause()
         device = trainer.strategy.root_device
         self.progress.scoring([task.name for task in self.tasks])
-        with _apart(device):
+        with _isolated(device):
             self._results = score_tasks(self.tasks, self.config, plain_model(trainer, pl_module), device)
         self.scored_step = trainer.global_step
         self.values = metrics_of(self._results)
@@ -83,21 +83,21 @@ class TaskScores(pl.Callback):
         self.progress.show(self.values)
 
     def write(self, device: torch.device) -> list[str]:
-        """Write the results of the last checkpoint's weights in `eval/`, with their pages; return the tasks' names. All ranks call.
+        """Write the results of the last checkpoint to `eval/`, with HTML reports; return the names of the tasks. All ranks must call this.
 
-        Where the run was killed between its last checkpoint and here, the checkpoint is scored.
+        If the run was killed after its last checkpoint and resumed, there are no results yet, and the checkpoint is scored.
         """
         checkpoint = from_main(lambda: latest(self.run_dir))
         source = source_of_checkpoint(checkpoint)
         if self.scored_step != step_of(checkpoint):
-            with _apart(device):
+            with _isolated(device):
                 self._results = score_tasks(self.tasks, self.config, load_model(source, device), device)
         write_results(self._results, source, self.run_dir, device)
         return list(self._results)
 
 
 def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device: torch.device) -> None:
-    """Score the last checkpoint of a finished run on the tasks of `config` that it was not scored on. All ranks call."""
+    """Score the last checkpoint of a finished run on the tasks of `config` that it has no scores for. All ranks must call this."""
     scored = record.values["scored_tasks"]
     new = {name: values for name, values in config.task.items() if name not in scored}
     source = source_of_checkpoint(from_main(lambda: latest(run_dir)))
@@ -111,20 +111,20 @@ def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device
 
 
 def score_tasks(tasks: list[Task], config: TrainConfig, model: CLIP, device: torch.device) -> dict[str, Result]:
-    """Score a model on the tasks of a run. All ranks call."""
+    """Score a model on the tasks of a run. All ranks must call this."""
     data = config.data
     options = EncodeOptions(device, num_workers=data.num_workers, on_bad_image=data.on_bad_image)
     tokenizer = build_tokenizer(config.model.text)
-    # The cache is for what stays the same from one scoring to the next: the network that `robustness` compares with.
+    # The cache is for features that stay the same between scorings: those of the supervised network of `robustness`.
     cache = Cache(Path(config.output_dir) / "cache", 10.0)
     subject = Subject(model, tokenizer, config.model, options, weights_sha256=None, cache=cache)
     return {task.name: score(task, subject) for task in tasks}
 
 
 def write_results(results: dict[str, Result], source: ModelSource, run_dir: Path, device: torch.device) -> None:
-    """Write the results of a run's checkpoint into its `eval/` on rank 0; what cannot be written costs a warning.
+    """Write the results of a checkpoint to `eval/` of its run, on rank 0; warn about files that cannot be written.
 
-    With a `monitor` they are not the run's own where another checkpoint is best, and have the checkpoint in their names.
+    If the run has a `monitor` and another checkpoint is the best, the file names contain the step of the checkpoint.
     """
     if not is_main():
         return
@@ -133,8 +133,8 @@ def write_results(results: dict[str, Result], source: ModelSource, run_dir: Path
         try:
             write_result(result, name, run_dir, run_dir, name_in_run(name, source))
         except CheckpointError as error:
-            again = f"evaluate.py run={run_dir} scores the run again."
-            log.warning("the results of task %s cannot be written: %s. %s", name, error, again)
+            again = f"Score the run again with evaluate.py run={run_dir}."
+            log.warning("The results of task %s cannot be written: %s %s", name, error, again)
 
 
 def metrics_of(results: dict[str, Result]) -> dict[str, float]:
@@ -143,7 +143,7 @@ def metrics_of(results: dict[str, Result]) -> dict[str, float]:
 
 
 class TaskPatience(EarlyStopping):
-    """Early stopping by a task's metric: it looks when tasks are scored, and only then."""
+    """Early stopping by the metric of a task, checked only when tasks are scored."""
 
     def __init__(self, scores: TaskScores, monitor: str, patience: int, mode: str) -> None:
         super().__init__(monitor, patience=patience, mode=mode)
@@ -161,10 +161,10 @@ class TaskPatience(EarlyStopping):
 
 
 def plain_model(trainer: pl.Trainer, pl_module: Any) -> CLIP:
-    """The model as it is, in a module of its own: float32, in evaluation mode, without a strategy's hooks. All ranks call.
+    """Return the current model as a separate float32 module in evaluation mode, without a strategy's hooks. All ranks must call this.
 
-    Ranks encode unequal shares, so a strategy that gathers weights in every forward pass would wait forever; here they are
-    gathered once. Where they are whole and float32 already they are shared, not copied.
+    The weights are gathered once, here. A strategy that gathers them in every forward pass would deadlock, because ranks encode
+    different numbers of batches. Weights that are already whole and float32 are shared, not copied.
     """
     trained, device = pl_module.model, trainer.strategy.root_device
     if isinstance(trainer.strategy, PortableDeepSpeedStrategy):
@@ -180,10 +180,10 @@ def plain_model(trainer: pl.Trainer, pl_module: Any) -> CLIP:
     model.load_state_dict(merge(weights, pl_module.config.finetune.lora), assign=True)
     buffers = dict(trained.named_buffers())
     for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:  # no state dict holds it, such as the numbers of positions
+        if buffer.is_meta:  # not in the state dict, such as position ids
             owner, _, key = name.rpartition(".")
             setattr(model.get_submodule(owner), key, _float32(buffers[name]))
-    share_from_main(model.buffers())  # running statistics, which each rank has of its own share of the batches
+    broadcast_from_main(model.buffers())  # running statistics differ between ranks; checkpoints contain those of rank 0
     return model.eval().requires_grad_(False)
 
 
@@ -192,7 +192,7 @@ def _float32(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
-    """Keep training's random numbers as they are, and show no bar."""
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Preserve the random state of training, and hide progress bars."""
     with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []), silence():
         yield

@@ -38,7 +38,7 @@ def test_the_newest_undamaged_checkpoint_is_used(tmp_path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         assert folders.latest(tmp_path).name == "step-000010"
     assert (
-        "step-000020 is damaged (model.safetensors was changed after it was written): step-000010 is used instead"
+        "step-000020 is damaged (model.safetensors was changed after it was written): using step-000010 instead"
         in caplog.text
     )
 
@@ -135,19 +135,19 @@ FILE = {"size": 1, "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"files": {}}, "files lacks model.safetensors, state.json, state.safetensors"),
+        ({"files": {}}, "files does not list model.safetensors, state.json, state.safetensors"),
         ({"files": []}, "files must be a mapping"),
         ({"files": None}, "files must be a mapping"),
         ({"step": 6}, "it is of step 6"),
-        ({"step": -5}, "step must be a whole number"),
-        ({"step": 5.0}, "step must be a whole number"),
-        ({"step": True}, "step must be a whole number"),
-        ({"step": "5"}, "step must be a whole number"),
-        ({"step": float("nan")}, "step must be a whole number"),
+        ({"step": -5}, "step must be a non-negative integer"),
+        ({"step": 5.0}, "step must be a non-negative integer"),
+        ({"step": True}, "step must be a non-negative integer"),
+        ({"step": "5"}, "step must be a non-negative integer"),
+        ({"step": float("nan")}, "step must be a non-negative integer"),
         ({"step": 10**400}, "it is of step 1000"),
-        *(({"more": {name: FILE}}, "cannot be a file of a checkpoint") for name in ("../x", "/etc/passwd", "a\0", "", "..")),
+        *(({"more": {name: FILE}}, "which is not a valid file name") for name in ("../x", "/etc/passwd", "a\0", "", "..")),
         *(
-            ({"more": {"x": entry}}, "no size and hash of 'x'")
+            ({"more": {"x": entry}}, "no valid size and hash for 'x'")
             for entry in (None, [], {}, {**FILE, "size": -1}, {**FILE, "size": 1e400}, {**FILE, "sha256": "0"}, {**FILE, "sha256": 0})
         ),
     ],

@@ -145,7 +145,10 @@ CROSS_FIELD = {
     "listed CPUs": (["trainer.devices=[0,1]", "trainer.accelerator=cpu"], "lists GPUs"),
     "no average": (["callbacks.ema_every_n_steps=0"], "ema_every_n_steps=0"),
     "unknown metric": (["monitor=val/recal@1_i2t"], "did you mean 'val/recall@1_i2t'"),
-    "labels that are not there": (["data=shapes", "monitor=val/zeroshot_top1"], "data.label_key"),
+    "name of a metric in older versions": (["monitor=val/zeroshot_top1"], "did you mean 'val/top1'?"),
+    "name of an option in older versions": (["finetune=linear_probe"], "set finetune=lp_ft"),
+    "name of a key in older versions": (["finetune.linear_probe_steps=3"], "set finetune.freeze_towers_steps"),
+    "labels that are not there": (["data=shapes", "monitor=val/top1"], "data.label_key"),
     "bias of a softmax": (["loss.init_logit_bias=1"], "a key of loss.name=sigmoid"),
     "crop larger than the image": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
     "flip more often than always": (["data.augmentation.horizontal_flip=2"], "must be at most 1"),
@@ -314,7 +317,7 @@ def test_an_extra_callback_without_a_target_or_a_schedule_that_is_none_is_refuse
     with pytest.raises(ConfigError, match=r"callbacks\.extra\.x\._target_ has no value"):
         train_config("callbacks.extra.x={foo: 1}")
     config = train_config("scheduler._target_=clip_exp.training.schedule.factor")
-    with pytest.raises(ConfigError, match="must be a function from the share"):
+    with pytest.raises(ConfigError, match="must be a function that maps the completed fraction"):
         build_scheduler(build_optimizer(nn.Linear(2, 2), config.optimizer), config.scheduler, 10)
 
 

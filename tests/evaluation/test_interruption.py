@@ -147,7 +147,7 @@ def test_a_rank_that_dies_ends_all_with_one_message(
         os.kill(rank_of(process, 1), signal.SIGKILL)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 6, stderr
-    assert stderr.startswith("error: rank 1 of 2 was ended by signal 9 (SIGKILL); the others were stopped.")
+    assert stderr.startswith("error: rank 1 of 2 was killed by signal 9 (SIGKILL); the others were stopped.")
     assert len(stderr.strip().splitlines()) == 1
     assert record(tmp_path)["status"] == "failed"
     assert record(tmp_path)["exit_code"] == 6

@@ -26,10 +26,10 @@ def test_rows_that_ranks_saw_twice_in_any_order_count_once():
     )
     labelled = labels >= 0
     top = accuracy(class_scores(image[labelled], classes), labels[labelled])
-    expected = retrieval(image, text, caption_image) | {"zeroshot_top1": top["top1"]}
+    expected = retrieval(image, text, caption_image) | {"top1": top["top1"]}
     assert validation_metrics(features, classes) == pytest.approx(expected)
-    assert "zeroshot_top1" not in validation_metrics(features)
-    assert "zeroshot_top5" in validation_metrics(features, unit(6, 4, seed=3))
+    assert "top1" not in validation_metrics(features)
+    assert "top5" in validation_metrics(features, unit(6, 4, seed=3))
 
 
 def test_captions_of_an_image_that_is_missing_go_with_it():

@@ -1,4 +1,4 @@
-"""Two and four processes with equal shares of a batch against one process with all of it."""
+"""Two and four processes with equal parts of a batch against one process with all of it."""
 
 import os
 import warnings

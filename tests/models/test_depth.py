@@ -177,7 +177,7 @@ def test_the_last_k_blocks_and_what_follows_them_learn(name: str) -> None:
     assert learning(tower, 1) == beginning_with(*family.after, *family.last)
     assert learning(tower, 2) == beginning_with(*family.after, *family.last, *family.second_last)
     assert set(names) - learning(tower, family.blocks) == beginning_with(*family.before)
-    with pytest.raises(ConfigError, match=f"is more than the {family.blocks} blocks there are"):
+    with pytest.raises(ConfigError, match=f"must be at most {family.blocks}, the number of blocks"):
         learning(tower, family.blocks + 1)
 
 

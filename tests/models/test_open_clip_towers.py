@@ -159,12 +159,12 @@ def test_the_activation_is_the_configurations_unless_it_is_set(small) -> None:
 
 
 def test_weights_that_tell_their_activation_decide_it(small, tmp_path: Path) -> None:
-    def settled(activation: Activation | None) -> Activation | None:
+    def resolved(activation: Activation | None) -> Activation | None:
         found = Found(tmp_path, About("file", activation), "weights")
         return settle(configured("small-vit-quickgelu"), found).activation
 
-    assert settled(Activation.gelu) is Activation.gelu
-    assert settled(None) is None, "the configuration's own"
+    assert resolved(Activation.gelu) is Activation.gelu
+    assert resolved(None) is None, "the configuration's own"
     with pytest.raises(ConfigError, match="was trained with quick_gelu"):
         settle(
             configured("small-vit", "model.activation=gelu"),

@@ -13,11 +13,11 @@ from clip_exp.weights.names import to_open_clip
 from tests.models.small import batch, small_config
 
 
-def build(share: float, kind: str = "vit") -> CLIP:
+def build(fraction: float, kind: str = "vit") -> CLIP:
     torch.manual_seed(0)
     config = small_config()
     family = {"vit": ViTConfig, "siglip": SigLIPImageConfig}[kind]
-    config.image = family(image_size=32, patch_size=8, width=64, layers=2, heads=4, patch_dropout=share)
+    config.image = family(image_size=32, patch_size=8, width=64, layers=2, heads=4, patch_dropout=fraction)
     config.embed_dim = 64
     return build_model(config)
 
@@ -26,12 +26,12 @@ def gradients(tower: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in tower.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("share", [0.5, 0.99])
-def test_patch_dropout_keeps_the_patches_that_open_clip_keeps(share: float) -> None:
-    model = build(share)
+@pytest.mark.parametrize("fraction", [0.5, 0.99])
+def test_patch_dropout_keeps_the_patches_that_open_clip_keeps(fraction: float) -> None:
+    model = build(fraction)
     twin = open_clip.CLIP(
         64,
-        {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 16, "patch_dropout": share},
+        {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 16, "patch_dropout": fraction},
         {"context_length": 77, "vocab_size": 500, "width": 48, "layers": 2, "heads": 3},
     )
     twin.load_state_dict(to_open_clip(model.state_dict()))
@@ -73,5 +73,5 @@ def test_each_image_keeps_its_own_patches_each_as_often_as_any_other() -> None:
     assert kept_BK1.shape == (4000, 2, 1)
     assert all(row.unique().numel() == 2 for row in kept_BK1)
     share_N = torch.bincount(kept_BK1.long().flatten(), minlength=10) / 4000
-    # Five standard errors of a share of 0.2 in 4000 draws.
+    # Five standard errors of a fraction of 0.2 in 4000 draws.
     torch.testing.assert_close(share_N, torch.full([10], 0.2), rtol=0, atol=5 * (0.2 * 0.8 / 4000) ** 0.5)

@@ -22,8 +22,8 @@ def work(folder: Path) -> int:
         raise DataError("image 7 cannot be read.")
     if plan == "bad name":
         raise DataError("image \x1b[2J.jpg cannot be read.")
-    if plan == "lost touch":
-        raise DistributedError("lost touch with another rank that ended.")
+    if plan == "lost connection":
+        raise DistributedError("lost the connection to another rank, which ended.")
     if plan == "bug":
         raise ValueError("a bug")
     if plan == "later bad data":

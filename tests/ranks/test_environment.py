@@ -90,7 +90,7 @@ def test_a_launcher_says_where_a_rank_is(
 
 def test_a_variable_that_is_not_a_number_is_named(environment: Environment) -> None:
     environment({**TORCHRUN, "LOCAL_RANK": "five"})
-    with pytest.raises(DistributedError, match="LOCAL_RANK=five in the environment must be a number"):
+    with pytest.raises(DistributedError, match="LOCAL_RANK=five in the environment must be a non-negative integer"):
         outer_placement()
 
 
@@ -109,4 +109,4 @@ def test_the_configuration_may_not_contradict_the_launcher(
 ) -> None:
     environment(TORCHRUN)
     found = list(device_problems(parse_devices("auto", devices, "trainer."), num_nodes, "trainer."))
-    assert [told[: len(problem or "")] for told in found] == ([] if problem is None else [problem])
+    assert [text[: len(problem or "")] for text in found] == ([] if problem is None else [problem])

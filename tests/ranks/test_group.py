@@ -44,7 +44,7 @@ def test_two_ranks_with_one_gpu_are_refused() -> None:
     problem = group._gpu_problem([chosen(rank, visible=1, uuids="x")[0] for rank in range(8)])
     assert problem is not None
     assert "ranks 0 and 1 have the same GPU" in problem
-    assert "of 1 that a rank sees there, for 8 ranks" in problem
+    assert "where 8 ranks were started and a rank sees 1 GPUs" in problem
 
 
 def test_more_ranks_than_gpus_are_refused_with_the_numbers() -> None:

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from clip_exp.ranks import failure
 failure.PLACE_S = 0.5
-with failure.place_in(Path(sys.argv[1]), 1):
+with failure.lock_rank(Path(sys.argv[1]), 1):
     print("here", flush=True)
     sys.stdin.read()
 """
@@ -48,16 +48,16 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("plan", "code", "message"),
     [
-        (("lost touch", "bad data"), 3, "error: image 7 cannot be read."),
-        (("lost touch", "lost touch", "bad data"), 3, "error: image 7 cannot be read."),
-        (("bad name", "lost touch"), 3, r"error: image \x1b[2J.jpg cannot be read."),
+        (("lost connection", "bad data"), 3, "error: image 7 cannot be read."),
+        (("lost connection", "lost connection", "bad data"), 3, "error: image 7 cannot be read."),
+        (("bad name", "lost connection"), 3, r"error: image \x1b[2J.jpg cannot be read."),
         (("bug", "later bad data"), 1, "ValueError: a bug"),
         (("blocked bug", "wait"), 1, "ValueError: a bug"),
         (("aborted", "bug"), 1, "ValueError: a bug"),
         (("wait", "exits"), 5, "SystemExit: 5"),
-        (("lost touch", "bug"), 1, "ValueError: a bug"),
+        (("lost connection", "bug"), 1, "ValueError: a bug"),
         (("wait", "bad data"), 3, "error: image 7 cannot be read."),
-        (("lost touch", "lost touch"), 6, "error: lost touch with another rank that ended."),
+        (("lost connection", "lost connection"), 6, "error: lost the connection to another rank, which ended."),
     ],
 )
 def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
@@ -65,13 +65,13 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
 ) -> None:
     found, record = run(tmp_path, *plan)
     assert found == code
-    told = capsys.readouterr().err
-    assert told.strip().splitlines()[-1] == message
-    assert (told.count("error: "), told.count("Traceback")) == ((0, 1) if code in (1, 5) else (1, 0))
+    output = capsys.readouterr().err
+    assert output.strip().splitlines()[-1] == message
+    assert (output.count("error: "), output.count("Traceback")) == ((0, 1) if code in (1, 5) else (1, 0))
     assert (record["status"], record["exit_code"]) == ("failed", code)
     kept = (tmp_path / LOG).read_text(encoding="utf-8")
     messages = {
-        "lost touch": "lost touch with",
+        "lost connection": "lost the connection to",
         "bad data": "image 7",
         "bug": "ValueError: a bug",
         "exits": "SystemExit: 5",
@@ -85,12 +85,15 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (("lost touch", "killed"), r"rank 1 of 2 was ended by signal 9 \(SIGKILL\); the others were stopped\..*memory"),
-        (("wait", "killed"), r"rank 1 of 2 was ended by signal 9 \(SIGKILL\)"),
-        (("lost touch", "killed", "wait"), r"rank 1 of 3 was ended by signal 9 \(SIGKILL\)"),
-        (("bug", "killed"), r"rank 1 of 2 was ended by signal 9 \(SIGKILL\)"),
-        (("lost touch", "9"), "rank 1 of 2 ended with code 9 and no message"),
-        (("9", "wait"), "rank 0 of 2 ended with code 9 and no message"),
+        (
+            ("lost connection", "killed"),
+            r"rank 1 of 2 was killed by signal 9 \(SIGKILL\); the others were stopped\..*memory",
+        ),
+        (("wait", "killed"), r"rank 1 of 2 was killed by signal 9 \(SIGKILL\)"),
+        (("lost connection", "killed", "wait"), r"rank 1 of 3 was killed by signal 9 \(SIGKILL\)"),
+        (("bug", "killed"), r"rank 1 of 2 was killed by signal 9 \(SIGKILL\)"),
+        (("lost connection", "9"), "rank 1 of 2 ended with exit code 9 and no message"),
+        (("9", "wait"), "rank 0 of 2 ended with exit code 9 and no message"),
     ],
 )
 def test_a_rank_that_cannot_tell_is_told_of(
@@ -98,21 +101,21 @@ def test_a_rank_that_cannot_tell_is_told_of(
 ) -> None:
     code, record = run(tmp_path, *plan)
     assert (code, record["status"], record["exit_code"]) == (6, "failed", 6)
-    (told,) = capsys.readouterr().err.splitlines()
-    assert re.match(f"error: {message}", told)
-    assert record["error"] == [told.removeprefix("error: ")]
+    (output,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {message}", output)
+    assert record["error"] == [output.removeprefix("error: ")]
 
 
 def test_a_rank_that_could_not_keep_its_message_ends_all_with_its_code(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     """As on a full disk."""
-    code, record = run(tmp_path, "4", "lost touch")
+    code, record = run(tmp_path, "4", "lost connection")
     assert (code, record["exit_code"]) == (4, 4)
-    assert "rank 0 of 2 ended with code 4, and its message, which is above, could not be kept" in capfd.readouterr().err
+    assert "rank 0 of 2 ended with exit code 4 (see its message above; it could not be saved)" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("plan", [("143", "143"), ("143", "lost touch"), ("143", "wait"), ("signaled", "wait")])
+@pytest.mark.parametrize("plan", [("143", "143"), ("143", "lost connection"), ("143", "wait"), ("signaled", "wait")])
 def test_ranks_that_a_signal_stopped_end_all_as_preempted(
     tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...]
 ) -> None:
@@ -129,14 +132,14 @@ def test_a_rank_waits_for_that_of_an_earlier_start_and_works_beside_none(
     with subprocess.Popen(hold, cwd=REPOSITORY, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as earlier:
         assert earlier.stdout is not None
         assert earlier.stdout.readline() == "here\n"
-        with failure.place_in(tmp_path, 0):
+        with failure.lock_rank(tmp_path, 0):
             pass  # of another rank
         threading.Timer(0.5, earlier.kill).start()
-        with failure.place_in(tmp_path, 1):
+        with failure.lock_rank(tmp_path, 1):
             assert earlier.wait(5) == -signal.SIGKILL
-    with failure.place_in(tmp_path, 1):
+    with failure.lock_rank(tmp_path, 1):
         done = subprocess.run(hold, cwd=REPOSITORY, capture_output=True, text=True)
-    assert "rank 1 of an earlier start still works in" in done.stderr
+    assert "rank 1 of an earlier start is still running in" in done.stderr
 
 
 def test_a_start_waits_for_a_rank_of_an_earlier_one(tmp_path: Path) -> None:
@@ -158,7 +161,9 @@ def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path, capfd: pyte
 
     threading.Thread(target=ask).start()
     assert run(tmp_path, "wait", "wait") == (143, {"status": "preempted"})
-    assert capfd.readouterr().err == "stopped by SIGTERM before the work began; the same command starts it.\n"
+    assert (
+        capfd.readouterr().err == "stopped by SIGTERM before the work started; repeat the same command to start it.\n"
+    )
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -176,7 +181,7 @@ def test_one_device_is_this_process_and_a_finished_folder_needs_none(tmp_path: P
     [
         (("7", "8"), ["{} 7", "{} 8"]),
         (("0", "bad data"), ["{} 0", "rank 1: image 7 cannot be read."]),
-        (("0", "lost touch"), ["{} 0", "lost touch with another rank that ended."]),
+        (("0", "lost connection"), ["{} 0", "lost the connection to another rank, which ended."]),
         (("finished", "finished"), ["{} 0", "{} 0"]),
     ],
 )
@@ -191,5 +196,5 @@ def test_ranks_that_torchrun_starts_work_in_the_folder_of_the_first(
         )
         for rank in range(2)
     ]  # fmt: skip
-    told = [process.communicate(timeout=120)[0].strip() for process in ranks]
-    assert told == [line.format(tmp_path / "0") for line in expected]
+    output = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    assert output == [line.format(tmp_path / "0") for line in expected]

@@ -51,7 +51,7 @@ def test_before_the_work_begins_a_signal_ends_the_process_as_preempted(number: s
     code = f"import signal\nfrom clip_exp.ranks import failure as signals\nwith signals.exit_on_signals():\n    signal.raise_signal({number.value})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 143
-    assert done.stderr == f"stopped by {number.name} before the work began; the same command starts it.\n"
+    assert done.stderr == f"stopped by {number.name} before the work started; repeat the same command to start it.\n"
 
 
 def test_other_threads_leave_signals_alone() -> None:

@@ -271,11 +271,11 @@ REFUSED = {
     "no folder": ("nowhere/at/all", WIDTH, "nowhere/at/all cannot be had (FileNotFoundError: there is no such folder)"),
     "not on the hub": ("nowhere/at-all", WIDTH, "model.text.tokenizer=nowhere/at-all cannot be had"),
     "small vocabulary": ("bert", {"kind": "siglip", "vocab_size": 100, **WIDTH}, "and the text tower embeds 100"),
-    "end id that is not the highest": ("bert", {"vocab_size": 300, **WIDTH}, "does not end a text with its highest id"),
+    "end id that is not the highest": ("bert", {"vocab_size": 300, **WIDTH}, "does not end texts with its highest id"),
     "other padding": (
         "bert",
         {"kind": "huggingface", "name": "bert", "architecture": {"vocab_size": 300, "pad_token_id": 1}},
-        "pads with 0, and the encoder takes 1",
+        "pads with id 0, but the padding id of the encoder is 1",
     ),
 }
 

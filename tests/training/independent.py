@@ -22,7 +22,7 @@ from clip_exp.data.loader import Batch
 from clip_exp.models.clip import CLIP, build_model
 
 STEPS, BATCH = 8, 12
-PROBE_STEPS = 3
+FREEZE_TOWERS_STEPS = 3
 MAX_LOGIT_SCALE = {"softmax": math.log(100), "sigmoid": math.inf}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pixels
 RATES = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}
@@ -48,7 +48,7 @@ class Recipe:
     tower: str = "vit"  # resnet
     start: str = "random"  # weights
     logit_scale: float | None = None  # natural logarithm at the start; None: the loss's default
-    tuning: str = "everything"  # see FROZEN and ADAPTED; linear probe
+    tuning: str = "everything"  # see FROZEN and ADAPTED; or LP-FT
     lora_dropout: float = 0.0
     lr_factor: float = 1.0  # of the image tower
     layer_decay: float = 1.0  # of both towers
@@ -176,9 +176,13 @@ def schedule(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def rate(recipe: Recipe, step: int, name: str) -> float:
-    """The learning rate of a weight over its peak. What a linear probe leaves for later has the schedule of the steps that remain."""
-    if recipe.tuning == "linear probe" and name.startswith(("image.", "text.")) and not is_projection(name):
-        return 0.0 if step < PROBE_STEPS else schedule(recipe, step - PROBE_STEPS, STEPS - PROBE_STEPS)
+    """The learning rate of a weight over its peak. With LP-FT, towers have the schedule of the steps after the first ones."""
+    if recipe.tuning == "LP-FT" and name.startswith(("image.", "text.")) and not is_projection(name):
+        return (
+            0.0
+            if step < FREEZE_TOWERS_STEPS
+            else schedule(recipe, step - FREEZE_TOWERS_STEPS, STEPS - FREEZE_TOWERS_STEPS)
+        )
     return schedule(recipe, step, STEPS)
 
 
@@ -259,9 +263,9 @@ def plain_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def set_modes(model: CLIP, learning: set[str], probing: bool) -> None:
-    """What has weights of which none learns runs as in evaluation, and so do the towers during a linear probe."""
-    model.train(not probing)
+def set_modes(model: CLIP, learning: set[str], towers_frozen: bool) -> None:
+    """What has weights of which none learns runs as in evaluation, and so do the frozen towers of LP-FT."""
+    model.train(not towers_frozen)
     for path, module in model.named_modules():
         names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
         if names and not learning & set(names):
@@ -285,10 +289,10 @@ def features(recipe: Recipe, model: CLIP, batch: Batch, states: list[Tensor]) ->
     """Features of the whole batch, which the ranks share in order; running statistics are those of the first one."""
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
     pixels = ((batch.image.double() / 255 - mean) / std).to(model.logit_scale.dtype)
-    share = BATCH // recipe.ranks
+    per_rank = BATCH // recipe.ranks
     images, texts = [], []
     for rank in range(recipe.ranks):
-        rows = slice(rank * share, (rank + 1) * share)
+        rows = slice(rank * per_rank, (rank + 1) * per_rank)
         torch.set_rng_state(states[rank])
         images.append(encode(model.image, pixels[rows], recipe.micro_batch))
         texts.append(encode(model.text, trimmed(batch.tokens[rows]), recipe.micro_batch))
@@ -329,7 +333,7 @@ def compute(recipe: Recipe, model: CLIP, batches: Iterable[Batch], seed: int) ->
     states = initial_random_states(seed, recipe.ranks)
 
     for step, batch in enumerate(batches):
-        set_modes(model, learning, probing=recipe.tuning == "linear probe" and step < PROBE_STEPS)
+        set_modes(model, learning, towers_frozen=recipe.tuning == "LP-FT" and step < FREEZE_TOWERS_STEPS)
         image, text = features(recipe, model, batch, states)
         match = matching(recipe, batch)
         scale = model.logit_scale.exp()
@@ -338,7 +342,7 @@ def compute(recipe: Recipe, model: CLIP, batches: Iterable[Batch], seed: int) ->
             zip(optimizers, torch.autograd.grad(loss, [parameters[name] for name in optimizers]), strict=True)
         )
 
-        # The norm of the whole gradient (Pascanu et al. 2013), also of what a linear probe does not move yet.
+        # The norm of the whole gradient (Pascanu et al. 2013), also of towers that LP-FT has frozen.
         norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients.values()))
         clipped = 1.0 if recipe.clip is None else min(1.0, recipe.clip / norm)
         for name, optimizer in optimizers.items():

@@ -1,4 +1,4 @@
-"""ResNets under strategies of two ranks, each of which normalizes its own share of the batch."""
+"""ResNets under strategies of two ranks, each of which normalizes its own part of the batch."""
 
 import pytest
 import torch

@@ -175,7 +175,7 @@ def test_the_last_save_fails_for_good_after_the_configured_time_and_says_what_is
     validated(callback, disk, 90, loss=1.0)
     disk.global_step, disk.full = 95, 1000
     with pytest.raises(
-        CheckpointError, match=r"No space left.*tried for 25 s \(callbacks\.save_retry_s\).*step-000090"
+        CheckpointError, match=r"No space left.*Gave up after 25 s \(callbacks\.save_retry_s\).*step-000090"
     ):
         end(callback, disk)
     assert slept == [10, 10, 5]
@@ -203,4 +203,4 @@ def test_ranks_stay_together_when_the_first_cannot_save(tmp_path: Path) -> None:
     first, second = run_on_ranks(save_on_a_rank, 2, tmp_path, [left_out, given_up, retried])
     assert first == second
     assert (first[0], first[2]) == (None, 10)
-    assert "Kept in" in first[1]
+    assert "Checkpoints in" in first[1]

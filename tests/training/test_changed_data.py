@@ -62,11 +62,11 @@ def test_the_command_of_a_finished_run_trains_again_where_its_table_was_edited(t
     with open(table, "a", encoding="utf-8") as file:
         file.write("3.png,one more\n")
     second = train(*same, output_dir=table.parent)
-    assert f"{first.folder} is not resumed: pairs.csv has 13 rows instead of 12. A new run begins." in second.output
+    assert f"Not resuming {first.folder}: pairs.csv has 13 rows instead of 12. Starting a new run." in second.output
     assert second.record["data"] != first.record["data"]
     assert run_folders(table.parent) == [first.folder, second.folder]
     again = train(*same, output_dir=table.parent)
-    assert f"{second.folder} has finished this run already" in again.output
+    assert f"{second.folder}: this run is already finished" in again.output
 
 
 def test_a_checkpoint_of_an_older_version_goes_on(train: Train, table: Path) -> None:

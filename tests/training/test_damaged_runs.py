@@ -186,20 +186,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_what_is_wrong_with_each(
 def test_starts_that_were_killed_before_a_checkpoint_share_one_folder(config: TrainConfig, capsys) -> None:
     config = config.model_copy(update={"name": "empty"})
     first = open_run(config)
-    assert "starts again" not in capsys.readouterr().out
+    assert "starting again" not in capsys.readouterr().out
     first.begin([])
     for _ in range(2):
         opened = open_run(config)
         assert opened.folder == first.folder
         opened.begin([])
         assert (
-            f"{first.folder} was stopped before its first checkpoint: the run starts again in it"
+            f"{first.folder} was stopped before its first checkpoint: starting again in the same folder"
             in capsys.readouterr().out
         )
     assert len(RunRecord(first.folder).values["resumed"]) == 2
     assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
     assert open_run(config.model_copy(update={"resume": str(first.folder)})).folder == first.folder
-    assert "the run starts again in it" in capsys.readouterr().out
+    assert "starting again in the same folder" in capsys.readouterr().out
     with runs.lock(first.folder):
         other = open_run(config)
     assert other.folder != first.folder, "which a living process uses"
@@ -280,7 +280,7 @@ def test_a_checkpoint_that_does_not_load_is_passed_over_unless_it_was_named(
     assert found.usable[0] == newest, "its manifest is right"
     used = first_that_loads(found, tmp_path, record, module, Data())  # type: ignore[arg-type]
     assert used == folder_of(tmp_path, 1)
-    assert "step-000001 is used" in caplog.text
+    assert "using step-000001" in caplog.text
     assert "step-000002: cannot be loaded" in caplog.text
     named = candidates(config.model_copy(update={"resume": str(newest)}), tmp_path, record)
     with pytest.raises(CheckpointError, match=r"resume=.*step-000002 cannot be loaded: .*Name another"):

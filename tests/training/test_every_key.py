@@ -166,7 +166,7 @@ CHANGES: dict[str, Changes] = {
     "finetune.lora.image": Changes("true", given=LORA, refused=("resnet",)),
     "finetune.lora.text": Changes("false", given=LORA[:2], refused=("resnet",)),
     "finetune.lora.targets": Changes("[mlp.fc]", given=LORA),
-    "finetune.linear_probe_steps": Changes("1", given=START),
+    "finetune.freeze_towers_steps": Changes("1", given=START),
     "callbacks.ema_decay": Changes("0.5"),
     "callbacks.ema_every_n_steps": Changes("2", given=("callbacks.ema_decay=0.5",)),
     "seed": Changes("1"),

@@ -22,7 +22,7 @@ from tests.training.faults import ALLOWED, overrides
 SAID = {
     "raise": (1, "ValueError: a bug of this rank"),
     "memory": (7, "out of memory on cpu in step 3, rank {rank} of 2: set micro_batch_size=4 (now 8)"),
-    "exit": (6, "rank {rank} of 2 ended with code 9 and no message"),
+    "exit": (6, "rank {rank} of 2 ended with exit code 9 and no message"),
 }
 CASES = [(kind, rank, blocks) for kind in SAID for rank in (0, 1) for blocks in (False, True)]
 KEPT = [("raise", 0, False), ("memory", 1, True), ("exit", 1, False)]
@@ -76,7 +76,7 @@ def test_under_torchrun_too(case: tuple[str, int, bool], tmp_path: Path) -> None
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "failed"
     # Of a rank that ends without a word nobody but torchrun knows more than that it has gone.
-    message = "lost touch with another rank that ended" if kind == "exit" else SAID[kind][1].format(rank=rank)
+    message = "lost the connection to another rank, which ended" if kind == "exit" else SAID[kind][1].format(rank=rank)
     assert message in done.stderr
     assert message in "\n".join(record["error"])
     assert left_behind(folder) == []
@@ -115,9 +115,9 @@ def test_errors_are_told_apart_by_their_cause(error: Exception, expected: type[E
 )
 def test_out_of_memory_names_the_step_and_what_to_change(arguments: tuple[str, ...], advice: str) -> None:
     config = train_config("global_batch_size=64", "trainer.accelerator=cpu", *arguments)
-    told = str(explain(MemoryError(), trainer(6), config))
-    assert "in step 7" in told
-    assert advice in told
+    output = str(explain(MemoryError(), trainer(6), config))
+    assert "in step 7" in output
+    assert advice in output
 
 
 def test_a_library_with_another_rank_or_device_ends_the_run() -> None:

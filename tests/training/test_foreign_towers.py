@@ -116,8 +116,8 @@ def test_a_folder_of_chinese_clip_is_trained_scored_and_exported_to_transformers
     assert {"val/loss", "val/recall@1_i2t"} <= set(run.metrics[-1])
     clip = clip_exp.load(run.folder, accelerator="cpu")
     exported = clip.export(tmp_path / "exported", format="huggingface")
-    theirs, told = ChineseCLIPModel.from_pretrained(exported, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, info = ChineseCLIPModel.from_pretrained(exported, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     texts = [*CHINESE, "Pokémon 皮卡丘！", "狗" * 100]
     inputs = ChineseCLIPProcessor.from_pretrained(exported)(
         text=texts, padding=True, truncation=True, return_tensors="pt"

@@ -28,11 +28,11 @@ from tests.runs import Finished, run_folders, unfinish
 from tests.training.independent import (
     ADAPTED,
     BATCH,
+    FREEZE_TOWERS_STEPS,
     FROZEN,
     LORA_ALPHA,
     LORA_RANK,
     MOMENTUM,
-    PROBE_STEPS,
     RATES,
     STEPS,
     WEIGHT_DECAY,
@@ -50,7 +50,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "tower": ("vit", "resnet"),
     "start": ("random", "weights"),
     "logit_scale": (None, 0.0),
-    "tuning": ("everything", *FROZEN, *ADAPTED, "linear probe"),
+    "tuning": ("everything", *FROZEN, *ADAPTED, "LP-FT"),
     "lora_dropout": (0.0, 0.2),
     "lr_factor": (1.0, 0.3),
     "layer_decay": (1.0, 0.7),
@@ -231,8 +231,8 @@ def overrides(recipe: Recipe, seed: int, table: Path, weights: Path) -> list[str
             "image": recipe.tuning == "lora",
         }
         typed |= {"finetune": "lora"} | {f"finetune.lora.{key}": value for key, value in lora.items()}
-    if recipe.tuning == "linear probe":
-        typed |= {"finetune": "linear_probe", "finetune.linear_probe_steps": PROBE_STEPS}
+    if recipe.tuning == "LP-FT":
+        typed |= {"finetune": "lp_ft", "finetune.freeze_towers_steps": FREEZE_TOWERS_STEPS}
     typed["finetune.image.lr_factor"] = recipe.lr_factor if recipe.lr_factor != 1 else None
     for tower in ("image", "text"):
         typed[f"finetune.{tower}.layer_decay"] = recipe.layer_decay if recipe.layer_decay != 1 else None
@@ -332,15 +332,15 @@ def differences(run: Finished, expected: Computed) -> dict[str, float]:
 
     found = {
         "loss": furthest(column("train/loss"), expected.loss),
-        "grad_norm": furthest(column("grad_norm"), expected.grad_norm),
-        "logit_scale": furthest(column("logit_scale"), expected.logit_scale),
+        "grad_norm": furthest(column("train/grad_norm"), expected.grad_norm),
+        "logit_scale": furthest(column("train/logit_scale"), expected.logit_scale),
         "weights": furthest_weight(run.weights, expected.weights),
     }
     averaged = latest(run.folder) / "ema.safetensors"
     assert averaged.exists() == bool(expected.averaged)
     if expected.averaged:
         found["averaged"] = furthest_weight(load_file(averaged), expected.averaged)
-    assert column("lr") == pytest.approx(expected.lr, rel=1e-12, abs=0)
+    assert column("train/lr") == pytest.approx(expected.lr, rel=1e-12, abs=0)
     return found
 
 

@@ -91,8 +91,8 @@ def test_ranks_of_torchrun(nodes: int, strategy: str, plain: Callable[[str], Fin
         )
         for _ in range(nodes)
     ]  # fmt: skip
-    told = [agent.communicate(timeout=300)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0] * nodes, "\n".join(told)
+    output = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0] * nodes, "\n".join(output)
     assert_same(tmp_path, plain(strategy))
 
 

@@ -110,8 +110,8 @@ def hot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "expected", "message"),
     [
-        ([], 112.3, "a logit scale of 112.3, above the limit of 100 (loss=softmax): what they have is the limit of this run"),
-        (["loss.max_logit_scale=4"], 54.6, "a logit scale of 112.3, above the limit of 54.6 that loss.max_logit_scale=4 sets"),
+        ([], 112.3, "a logit scale of 112.3, above the limit of 100 (loss=softmax): this run uses their value as its limit"),
+        (["loss.max_logit_scale=4"], 54.6, "a logit scale of 112.3, above the limit of 54.6 set by loss.max_logit_scale=4"),
     ],
 )  # fmt: skip
 def test_a_run_says_at_its_start_what_limits_the_scale_of_its_weights(
@@ -119,6 +119,6 @@ def test_a_run_says_at_its_start_what_limits_the_scale_of_its_weights(
 ) -> None:
     run = train(*TINY, "max_steps=2", "log_every_n_steps=1", "optimizer.lr=1e-5", f"pretrained={hot}", *overrides)
     assert message in (run.folder / "train.log").read_text()
-    assert [row["logit_scale"] for row in run.metrics if "logit_scale" in row] == pytest.approx(
+    assert [row["train/logit_scale"] for row in run.metrics if "train/logit_scale" in row] == pytest.approx(
         [expected] * 2, rel=1e-3
     )

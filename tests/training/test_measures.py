@@ -19,7 +19,7 @@ from tests.small_runs import write_image
         ("val/loss", "min"),
         ("val/median_rank_i2t", "min"),
         ("val/recall@1_t2i", "max"),
-        ("val/zeroshot_top1", "max"),
+        ("val/top1", "max"),
         ("coco_ranking/recall@5_i2t", "max"),
         ("coco_ranking/median_rank_t2i", "min"),
         ("lossless/top1", "max"),
@@ -43,14 +43,14 @@ def test_top5_of_five_classes_cannot_be_monitored(tmp_path: Path, classes: int, 
     config.task = parse(EvaluateConfig, {"task": {"flowers": folders(tmp_path, classes)}}).task
     errors = [str(error) for error in check_measures(config)]
     assert len(errors) == refused
-    assert all("monitor=flowers/top5 is not measured: of 5 classes" in error for error in errors)
+    assert all("monitor=flowers/top5 is not measured: with 5 classes" in error for error in errors)
     assert all(error.endswith("Use monitor=flowers/top1.") for error in errors)
 
 
 def test_top5_of_validation_is_refused_once_its_classes_are_counted() -> None:
-    config = train_config("data.label_key=label", "monitor=val/zeroshot_top5")
+    config = train_config("data.label_key=label", "monitor=val/top5")
     config.data.generate = GenerateConfig(kind=Generator.digits)
     assert not check_measures(config)
     assert not [*check_validation_classes(config, 10)]
     (problem,) = check_validation_classes(config, 3)
-    assert problem.endswith("Use monitor=val/zeroshot_top1.")
+    assert problem.endswith("Use monitor=val/top1.")

@@ -12,7 +12,7 @@ import pytest
 
 from clip_exp.training import messages
 from clip_exp.training.callbacks import Progress
-from clip_exp.training.messages import LOG_ONLY, logging_to, shown_and_kept
+from clip_exp.training.messages import LOG_ONLY, buffered_logging, logging_to
 from clip_exp.training.metrics import StepMetrics
 from tests.runs import Finished
 
@@ -50,7 +50,7 @@ def test_what_was_shown_before_there_was_a_folder_begins_its_log_and_is_not_show
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "s3cret-value")
-    with shown_and_kept() as earlier:
+    with buffered_logging() as earlier:
         log.info("%s: its index is made anew", "s3cret-value")
         log.warning("1 bad row was left out")
     with logging_to(tmp_path, earlier):
@@ -103,7 +103,13 @@ def test_a_terminal_that_is_a_file_on_a_full_disk_does_not_end_a_run(
     assert "a line" in (tmp_path / "train.log").read_text()
 
 
-LATEST = {"samples_seen": 16, "train/loss": 2.5, "samples_per_s": 8.0, "data_wait_s": 0.5, "compute_s": 1.5}
+LATEST = {
+    "samples_seen": 16,
+    "train/loss": 2.5,
+    "train/samples_per_s": 8.0,
+    "train/data_wait_s": 0.5,
+    "train/compute_s": 1.5,
+}
 
 
 @pytest.mark.parametrize(("kind", "shown"), [("lines", ["step 1/3", "val/loss"]), ("bar", ["val/loss"]), ("none", [])])

@@ -36,10 +36,10 @@ from clip_exp.training.metrics import (
     StepTimes,
     advice,
     build_loggers,
+    data_wait_fraction,
     of_slowest_loader,
     seconds,
     start_loggers,
-    waiting_share,
     workers_needed,
 )
 from clip_exp.training.module import CLIPModule
@@ -98,22 +98,22 @@ def test_the_logged_rate_is_the_wall_clocks_without_validation_saving_and_scorin
     ]  # fmt: skip
     run = clip_exp.train(*arguments)
     rows = read_metrics(run / "metrics.csv")
-    assert [row["data_wait_s"] for row in rows] == [*[0.5] * 7, 0.0], "the last step finds its batch there"
-    assert [row["compute_s"] for row in rows] == [1.0] * 8
+    assert [row["train/data_wait_s"] for row in rows] == [*[0.5] * 7, 0.0], "the last step finds its batch there"
+    assert [row["train/compute_s"] for row in rows] == [1.0] * 8
     step_s = [1.5, *[1.75] * 6, 1.25]  # the weights are averaged after a step is measured
-    assert [16 / row["samples_per_s"] for row in rows] == pytest.approx(step_s)
+    assert [16 / row["train/samples_per_s"] for row in rows] == pytest.approx(step_s)
     written = json.loads((run / "summary.json").read_text())
-    assert written["data_wait_share"] == pytest.approx(6 * 0.5 / sum(step_s[1:]))
+    assert written["data_wait_fraction"] == pytest.approx(6 * 0.5 / sum(step_s[1:]))
 
     shutil.rmtree(run / "checkpoints" / "step-000008")
     unfinish(run)
     assert clip_exp.train(*arguments) == run
     rows = read_metrics(run / "metrics.csv")
-    assert [16 / row["samples_per_s"] for row in rows[5:]] == pytest.approx([1.5, 1.75, 1.25])
+    assert [16 / row["train/samples_per_s"] for row in rows[5:]] == pytest.approx([1.5, 1.75, 1.25])
 
 
 def a_trainer(device: str = "cpu", others: tuple[StepTimes, ...] = ()) -> Any:
-    """What is asked of a Trainer; `others`: times of the ranks after this one."""
+    """Stub of a Trainer; `others`: times of the ranks after this one."""
 
     def all_gather(own: torch.Tensor) -> torch.Tensor:
         rows = [torch.tensor([other.waited_s, other.computed_s, other.wall_s], dtype=own.dtype) for other in others]
@@ -179,7 +179,12 @@ def test_rows_that_cannot_be_written_are_written_later(
             logger.log_metrics({"train/loss": row["train/loss"]}, step=int(row["step"]))
         assert read_metrics(logger.path) == rows[:2], "half a row is none"
         assert list(tmp_path.iterdir()) == [logger.path]
-    assert caplog.text.count("metrics.csv cannot be written: File too large. Its rows are kept and written later.") == 1
+    assert (
+        caplog.text.count(
+            "metrics.csv cannot be written: File too large. Its rows are kept in memory and written later."
+        )
+        == 1
+    )
     if at_end:
         logger.finalize("success")
     else:
@@ -193,7 +198,7 @@ def test_rows_that_cannot_be_written_are_written_later(
 
 @dataclass
 class Queue:
-    """A GPU that works off what it is asked for, by a clock in seconds that the process and it share."""
+    """Simulated asynchronous GPU, with a clock in seconds that it shares with the process."""
 
     now_s: float = 0.0
     busy_until_s: float = 0.0
@@ -341,8 +346,8 @@ def test_a_pause_on_a_gpu_begins_when_it_has_done_what_it_was_asked_for() -> Non
 def test_times_of_steps_add_up() -> None:
     times = StepTimes(2, 1.0, 3.0, 4.0) + StepTimes(3, 4.0, 2.0, 6.0)
     assert times == StepTimes(5, 5.0, 5.0, 10.0)
-    assert (times.wait_s, times.compute_s, times.step_s, times.waiting) == (1.0, 1.0, 2.0, 0.5)
-    assert StepTimes().waiting == 0.0
+    assert (times.wait_s, times.compute_s, times.step_s, times.wait_fraction) == (1.0, 1.0, 2.0, 0.5)
+    assert StepTimes().wait_fraction == 0.0
 
 
 # ------------------------------------------------------------------------------------------ whether the loader keeps up
@@ -353,26 +358,26 @@ BUSY = StepTimes(10, waited_s=1.0, computed_s=9.0, wall_s=10.0)
 ROOMY = Loading(workers=2, cores=16, image_size=224)
 
 
-def told(watch: LoaderWatch, *windows: StepTimes) -> list[int]:
+def steps_with_advice(watch: LoaderWatch, *windows: StepTimes) -> list[int]:
     """At which of the windows the watch speaks."""
     return [i for i, window in enumerate(windows) if watch.add(window) is not None]
 
 
 def test_a_slow_loader_is_told_once_and_not_of_the_first_steps() -> None:
-    assert told(LoaderWatch(ROOMY), *[STARVED] * 10) == [2]
-    assert told(LoaderWatch(ROOMY), STARVED, *[BUSY] * 10) == []
+    assert steps_with_advice(LoaderWatch(ROOMY), *[STARVED] * 10) == [2]
+    assert steps_with_advice(LoaderWatch(ROOMY), STARVED, *[BUSY] * 10) == []
 
 
 def test_a_loader_that_becomes_slow_later_is_told_then() -> None:
-    assert told(LoaderWatch(ROOMY), *[BUSY] * 5, *[STARVED] * 10) == [6]
+    assert steps_with_advice(LoaderWatch(ROOMY), *[BUSY] * 5, *[STARVED] * 10) == [6]
 
 
 def test_many_workers_deliver_in_bursts_and_are_watched_for_longer() -> None:
-    assert told(LoaderWatch(Loading(16, 32, 224)), *[STARVED] * 20) == [14]
+    assert steps_with_advice(LoaderWatch(Loading(16, 32, 224)), *[STARVED] * 20) == [14]
 
 
 def test_a_hiccup_in_two_seconds_is_no_bottleneck() -> None:
-    assert told(LoaderWatch(ROOMY), *[StepTimes(10, 0.006, 0.004, 0.01)] * 50) == []
+    assert steps_with_advice(LoaderWatch(ROOMY), *[StepTimes(10, 0.006, 0.004, 0.01)] * 50) == []
 
 
 @pytest.mark.parametrize(
@@ -395,36 +400,36 @@ def test_the_advice_says_what_is_lost_and_what_to_change() -> None:
     assert "data.num_workers is 2, and there are 16 cores per rank" in text
     assert text.endswith("data.num_workers=5 would keep up.")
     text = advice(STARVED, Loading(2, 16, 224, shares_cores=True))
-    assert text.endswith("would keep up, as far as training on the CPU leaves them cores.")
+    assert text.endswith("would keep up, if training on the CPU leaves enough cores for them.")
 
 
 def test_waiting_is_judged_by_the_wall_clock() -> None:
     """A GPU that idles for the process needs no more workers."""
     launch_bound = StepTimes(10, waited_s=1.5, computed_s=1.5, wall_s=10.0)
-    assert told(LoaderWatch(ROOMY), *[launch_bound] * 10) == []
+    assert steps_with_advice(LoaderWatch(ROOMY), *[launch_bound] * 10) == []
     assert "60 % of the time, 600 ms of 1.00 s per step" in advice(StepTimes(10, 6.0, 1.0, 10.0), ROOMY)
 
 
 def test_where_the_cores_do_not_suffice_smaller_images_are_advised() -> None:
     text = advice(STARVED, Loading(workers=2, cores=4, image_size=224))
     assert "set data.num_workers=3" in text
-    assert "about 5 workers" in text
+    assert "About 5 workers" in text
     assert "a shorter side of about 256 pixels" in text
     text = advice(STARVED, Loading(workers=3, cores=4, image_size=336))
     assert "set data.num_workers" not in text
-    assert "use already" in text
+    assert "all in use" in text
     assert "384 pixels" in text
 
 
-def test_the_share_of_a_run_is_of_its_wall_time_and_leaves_the_first_row_out() -> None:
+def test_the_wait_fraction_of_a_run_is_of_its_wall_time_and_leaves_the_first_row_out() -> None:
     rows = [
-        {"step": 1, "samples_seen": 8, "samples_per_s": 0.1, "data_wait_s": 30.0, "compute_s": 1.0},
-        {"step": 10, "samples_seen": 80, "samples_per_s": 8.0, "data_wait_s": 0.0, "compute_s": 1.0},
+        {"step": 1, "samples_seen": 8, "train/samples_per_s": 0.1, "train/data_wait_s": 30.0, "train/compute_s": 1.0},
+        {"step": 10, "samples_seen": 80, "train/samples_per_s": 8.0, "train/data_wait_s": 0.0, "train/compute_s": 1.0},
         {"step": 15, "val/loss": 2.0},
-        {"step": 40, "samples_seen": 320, "samples_per_s": 4.0, "data_wait_s": 0.5, "compute_s": 0.5},
+        {"step": 40, "samples_seen": 320, "train/samples_per_s": 4.0, "train/data_wait_s": 0.5, "train/compute_s": 0.5},
     ]
-    assert waiting_share(rows) == pytest.approx(15 / (9 + 60))
-    assert waiting_share(rows[:1]) is None
+    assert data_wait_fraction(rows) == pytest.approx(15 / (9 + 60))
+    assert data_wait_fraction(rows[:1]) is None
 
 
 def test_seconds_are_written_as_one_reads_them() -> None:
@@ -450,13 +455,13 @@ def test_a_run_tells_once_that_its_loader_is_the_bottleneck(slow_pairs: Path, tr
         "model=vit_nano", "data=csv", f"data.train={slow_pairs}", "data.num_workers=0", "global_batch_size=2",
         "max_steps=60", "trainer.accelerator=cpu", "resume=never",
     )  # fmt: skip
-    assert run.output.count("The loader is the bottleneck") == 1
+    assert run.output.count("The data loader is the bottleneck") == 1
     assert re.search(r"would keep up|a shorter side of about \d+ pixels", run.output)
-    assert (run.folder / "train.log").read_text().count("The loader is the bottleneck") == 1
+    assert (run.folder / "train.log").read_text().count("The data loader is the bottleneck") == 1
     assert "waiting for data +" in run.output
-    shares = [row["data_wait_s"] * row["samples_per_s"] / 2 for row in run.metrics]
-    assert min(shares[1:]) > 0.3
-    assert run.summary["data_wait_share"] == pytest.approx(sum(shares[1:]) / len(shares[1:]), abs=0.1)
+    fractions = [row["train/data_wait_s"] * row["train/samples_per_s"] / 2 for row in run.metrics]
+    assert min(fractions[1:]) > 0.3
+    assert run.summary["data_wait_fraction"] == pytest.approx(sum(fractions[1:]) / len(fractions[1:]), abs=0.1)
     assert "waiting for data" in (run.folder / "report.html").read_text()
 
 

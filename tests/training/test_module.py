@@ -65,7 +65,7 @@ def test_a_training_step_does_not_wait_for_the_gpu(overrides: list[str]) -> None
                 optimizer.step()
                 optimizer.zero_grad()
     assert watch.found == []
-    assert module.step_metrics.keys() == {"train/loss", "logit_scale", "grad_norm"}
+    assert module.step_metrics.keys() == {"train/loss", "train/logit_scale", "train/grad_norm"}
 
 
 def test_a_validation_step_does_not_wait_for_the_gpu() -> None:

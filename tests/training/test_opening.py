@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_exp.config.compose import Job
+from clip_exp.config.files import older_names
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import check_tables
 from clip_exp.errors import ClipExpError, ConfigError
@@ -88,12 +89,12 @@ def test_a_finished_run_in_other_data_is_another_run(message: str, project: Path
     capsys.readouterr()
     second = opened(config)
     assert (second.finished, second.folder == folder) == (False, False)
-    assert f"{folder} is not resumed: {message}. A new run begins." in capsys.readouterr().out
+    assert f"Not resuming {folder}: {message}. Starting a new run." in capsys.readouterr().out
     second.begin([])
     write(second.folder, 4)
     finish(second.folder)
     assert opened(config).folder == second.folder
-    assert "is not resumed" not in capsys.readouterr().out
+    assert "Not resuming" not in capsys.readouterr().out
 
 
 def test_an_unfinished_run_is_not_started_again_where_its_data_changed(project: Path, config: TrainConfig) -> None:
@@ -125,7 +126,7 @@ def test_an_unfinished_run_keeps_its_folder_where_an_image_was_repaired(
     opening = opened(config)
     assert opening.folder == folder
     opening.begin([])
-    assert "2 of 16 sampled images have different content than when the run began" in capsys.readouterr().err
+    assert "2 of 16 sampled images have other content than when the run started" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -140,18 +141,18 @@ def test_a_moved_project_is_the_same_run_and_other_data_at_the_same_relative_pat
     add_row(other / "pairs.csv")
     monkeypatch.chdir(moved)
     assert (opened(config).folder, opened(config).finished) == (folder, finished)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        f"{folder}: the data has moved, and is the same: data.train is {moved}/pairs.csv instead of {project}/pairs.csv"
-        in told
+        f"{folder}: the data was moved, and its contents are the same: data.train is {moved}/pairs.csv instead of {project}/pairs.csv"
+        in output
     )
     monkeypatch.chdir(images)
     assert opened(config).folder != folder, "equal tables beside other images"
     monkeypatch.chdir(other)
     assert opened(config).folder != folder
-    told = capsys.readouterr().out
-    assert f"data.train is {other}/pairs.csv instead of {project}/pairs.csv" in told
-    assert "pairs.csv has 13 rows instead of 12" in told
+    output = capsys.readouterr().out
+    assert f"data.train is {other}/pairs.csv instead of {project}/pairs.csv" in output
+    assert "pairs.csv has 13 rows instead of 12" in output
 
 
 def test_a_named_run_resumes_in_moved_data_and_not_in_other_data(project: Path, config: TrainConfig) -> None:
@@ -165,7 +166,7 @@ def test_a_named_run_resumes_in_moved_data_and_not_in_other_data(project: Path, 
     shutil.copytree(project, project.parent / "new")
     assert opened(named).folder == folder
     add_row(project.parent / "new" / "pairs.csv")
-    with pytest.raises(ConfigError, match=r"another data\.train"):
+    with pytest.raises(ConfigError, match=r"other values of data\.train"):
         opened(named)
 
 
@@ -174,7 +175,7 @@ def test_a_run_of_an_older_version_is_recognized_by_its_configuration_alone(proj
     record = RunRecord(folder)
     for key in ("paths", "data", "scored_tasks"):
         del record.values[key]
-    record.update(fingerprint=_hash(identity(config)))
+    record.update(fingerprint=_hash(older_names(identity(config))))
     add_row(project / "pairs.csv")
     assert opened(config).complete
     other = config.model_copy(update={"data": config.data.model_copy(update={"train": "val.csv"})})
@@ -195,13 +196,11 @@ def test_replaced_weights_are_another_start_and_moved_ones_the_same(
     assert opened(config).folder == folder
     weights.rename(project / "elsewhere.safetensors")
     assert opened(config.model_copy(update={"pretrained": "elsewhere.safetensors"})).folder == folder
-    assert "is not resumed" not in capsys.readouterr().out
+    assert "Not resuming" not in capsys.readouterr().out
     weights.write_bytes(b"other weights")
     with pytest.raises(ClipExpError, match=r"start\.safetensors"):  # which is no file of weights, and is read now
         opened(config)
-    assert (
-        f"{folder} is not resumed: pretrained=start.safetensors has other weights (sha256 " in capsys.readouterr().out
-    )
+    assert f"Not resuming {folder}: pretrained=start.safetensors has other weights (sha256 " in capsys.readouterr().out
     with pytest.raises(ConfigError):
         opened(config.model_copy(update={"pretrained": "laion2b"}))
     assert f"pretrained is laion2b instead of {weights}" in capsys.readouterr().out
@@ -225,7 +224,7 @@ def test_a_job_of_a_sweep_takes_no_other_jobs_folder_and_the_same_sweep_its_own(
     sweep = [job(0, micro=4), job(1, micro=8), job(2, micro=8)]  # the last two are the same
     folders = [earlier(config, finished, each) for each in sweep]
     assert len(set(folders)) == 3
-    assert "it belongs to the job micro_batch_size=4 of a sweep. A new run begins." in capsys.readouterr().out
+    assert "it belongs to the job micro_batch_size=4 of a sweep. Starting a new run." in capsys.readouterr().out
     again = [opened(config, each._replace(sweep="second")) for each in sweep]
     assert [opening.folder for opening in again] == folders
     for opening in again:

@@ -53,7 +53,7 @@ def test_the_last_blocks_and_what_follows_them_can_be_left_to_learn(blocks: int,
 
 
 def test_more_unfrozen_blocks_than_there_are_is_refused_with_the_number_there_is() -> None:
-    with pytest.raises(ConfigError, match=r"finetune\.text\.unfrozen_blocks=3 is more than the 2 blocks"):
+    with pytest.raises(ConfigError, match=r"finetune\.text\.unfrozen_blocks=3 must be at most 2, the number of blocks"):
         prepared(FineTuneConfig(text=TowerTuningConfig(freeze=True, unfrozen_blocks=3)))
 
 
@@ -91,9 +91,9 @@ def test_frozen_parts_stay_in_evaluation_mode_when_the_rest_is_set_to_training()
         module.train()
 
 
-def test_during_a_linear_probe_both_towers_run_as_in_evaluation() -> None:
+def test_frozen_towers_of_lp_ft_run_as_in_evaluation() -> None:
     """Modules without weights, too: patches are seen all."""
-    config = train_config("finetune=linear_probe")
+    config = train_config("finetune=lp_ft")
     config.model = small_config(dropout=0.5)
     config.model.image.patch_dropout = 0.5
     model = build_model(config.model)
@@ -143,20 +143,20 @@ def test_without_other_rates_the_groups_are_those_of_earlier_checkpoints() -> No
     assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
 
 
-def test_after_the_probe_the_towers_warm_up_from_there() -> None:
-    config = train_config("finetune=linear_probe", "finetune.linear_probe_steps=10", "optimizer.lr=1", "optimizer=sgd")
+def test_after_the_frozen_steps_the_towers_warm_up_from_there() -> None:
+    config = train_config("finetune=lp_ft", "finetune.freeze_towers_steps=10", "optimizer.lr=1", "optimizer=sgd")
     model = prepared(config.finetune)
     optimizer = build_optimizer(model, config.optimizer, config.finetune)
-    starts = [10 if group.late else 0 for group in named_groups(model, config.finetune)]
+    starts = [10 if group.delayed else 0 for group in named_groups(model, config.finetune)]
     scheduler = build_scheduler(optimizer, config.scheduler, 110, starts)
-    early, late = [], []
+    early, delayed = [], []
     for _ in range(110):
         for start, group in zip(starts, optimizer.param_groups, strict=True):
-            (late if start else early).append(group["lr"])
+            (delayed if start else early).append(group["lr"])
         optimizer.step()
         scheduler.step()
     # The rest's schedule is that of a run that is as long as what remains: ten steps of warm-up, then half a cosine.
-    per_step = late[:: starts.count(10)]
+    per_step = delayed[:: starts.count(10)]
     assert per_step[:10] == [0.0] * 10
     assert per_step[10:20] == pytest.approx([i / 10 for i in range(1, 11)])
     assert per_step[20] == 1.0
@@ -198,7 +198,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             ("finetune=lit", "finetune.image.unfrozen_blocks=5"),
-            "finetune.image.unfrozen_blocks=5 is more than the 4 blocks",
+            "finetune.image.unfrozen_blocks=5 must be at most 4, the number of blocks",
         ),
         (
             ("finetune=lora", "finetune.lora.image=false", "finetune.lora.targets=[query]"),
@@ -232,7 +232,7 @@ def test_a_locked_tower_keeps_its_weights_and_statistics_through_validations(loc
     assert any("running_mean" in name for name in load_file(start))
     assert {name for name in changed(latest(locked.folder), start) if not name.startswith("text.")} == {"logit_scale"}
     assert len(changed(latest(locked.folder), start)) > 20
-    assert next(row["lr"] for row in locked.metrics if "lr" in row) == 1e-3
+    assert next(row["train/lr"] for row in locked.metrics if "train/lr" in row) == 1e-3
 
 
 @pytest.mark.parametrize("overrides", repeat_beyond((), STRATEGIES.values()), ids=STRATEGIES)
@@ -247,12 +247,12 @@ def test_locked_and_slowed_towers_learn_the_same_under_every_strategy(
 
 
 @pytest.mark.parametrize("overrides", repeat_beyond(([],), ([], STRATEGIES["ZeRO-2"])), ids=["alone", "ZeRO-2"])
-def test_while_probing_the_towers_stay_as_they_are(overrides: list[str], start: Path, train: Train) -> None:
-    settings = ("finetune=linear_probe", "finetune.linear_probe_steps=3", "max_steps=4", f"pretrained={start}")
+def test_frozen_towers_of_lp_ft_do_not_change(overrides: list[str], start: Path, train: Train) -> None:
+    settings = ("finetune=lp_ft", "finetune.freeze_towers_steps=3", "max_steps=4", f"pretrained={start}")
     run = train(*RUN, *settings, *overrides)
-    probed, tuned = (changed(run.folder / "checkpoints" / f"step-00000{step}", start) for step in (3, 4))
+    trained_first, tuned = (changed(run.folder / "checkpoints" / f"step-00000{step}", start) for step in (3, 4))
     heads = {name for name in load_file(start) if name.startswith("image.pool.")}
-    assert probed == heads | {"text.projection.weight", "logit_scale"}
+    assert trained_first == heads | {"text.projection.weight", "logit_scale"}
     assert any("running_mean" in name for name in tuned)
     assert len(tuned) > len(load_file(start)) / 2
 

@@ -1,4 +1,4 @@
-"""What contradicts itself in a fine-tuning is told before anything is loaded."""
+"""Contradictions in a fine-tuning configuration are reported before anything is loaded."""
 
 import pytest
 
@@ -18,7 +18,7 @@ REFUSED = {
     "nothing to train": (["finetune=lit", "finetune.text.freeze=true"], "nothing but the logit scale"),
     "frozen random weights": (["finetune=lit", "pretrained=null"], "random weights in the image tower"),
     "adapters on random weights": (["finetune=lora", "pretrained=null"], "random weights in the text tower"),
-    "a probe of random weights": (["finetune=linear_probe", "pretrained=null"], "towers of random weights"),
+    "frozen towers with random weights": (["finetune=lp_ft", "pretrained=null"], "towers of random weights"),
     "no rank": (["finetune=lora", "finetune.lora.rank=0"], "finetune.lora.rank=0 must be above 0"),
     "no alpha": (["finetune=lora", "finetune.lora.alpha=0"], "finetune.lora.alpha=0 must be above 0"),
     "all dropped": (["finetune=lora", "finetune.lora.dropout=1"], "finetune.lora.dropout=1 must be below 1"),
@@ -28,16 +28,16 @@ REFUSED = {
         ["finetune=lora", "finetune.lora.text=false", "finetune.text.lr_factor=2"],
         "finetune.text.lr_factor=2.0 has no effect",
     ),
-    "a probe of frozen projections": (
-        ["finetune=lora", "finetune.linear_probe_steps=3"],
+    "frozen towers with adapters": (
+        ["finetune=lora", "finetune.freeze_towers_steps=3"],
         "lora freezes the projections",
     ),
-    "a negative probe": (["finetune.linear_probe_steps=-1"], "must be at least 0"),
-    "a probe as long as the run": (["finetune.linear_probe_steps=10", "max_steps=10"], "less than the 10 steps"),
-    "a probe as long as the epochs": (["finetune.linear_probe_steps=11", "epochs=1"], "less than the 11 steps"),
-    "a warm-up that does not fit after the probe": (
-        ["finetune.linear_probe_steps=10", "max_steps=15", "scheduler.warmup_steps=6"],
-        "scheduler.warmup_steps=6 after finetune.linear_probe_steps=10",
+    "a negative number of frozen steps": (["finetune.freeze_towers_steps=-1"], "must be at least 0"),
+    "frozen as long as the run": (["finetune.freeze_towers_steps=10", "max_steps=10"], "less than the 10 steps"),
+    "frozen as long as the epochs": (["finetune.freeze_towers_steps=11", "epochs=1"], "less than the 11 steps"),
+    "a warm-up that does not fit after the frozen steps": (
+        ["finetune.freeze_towers_steps=10", "max_steps=15", "scheduler.warmup_steps=6"],
+        "scheduler.warmup_steps=6 after finetune.freeze_towers_steps=10",
     ),
 }
 
@@ -51,7 +51,7 @@ def test_a_contradiction_is_refused_with_its_key(overrides: list[str], expected:
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("option", ["lit", "lora", "layer_decay", "linear_probe"])
+@pytest.mark.parametrize("option", ["lit", "lora", "layer_decay", "lp_ft"])
 @pytest.mark.parametrize(
     "strategy", ["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2_offload", "deepspeed_stage_3"]
 )

@@ -1,4 +1,4 @@
-"""A run that starts from somebody's weights: found once, settled into its configuration, and needed no more when it goes on."""
+"""A run from pretrained weights: they are found once, resolved into its configuration, and not needed to resume."""
 
 import hashlib
 import json
@@ -37,10 +37,10 @@ def write_weights(path: Path, name: str = "vit_nano") -> Path:
     torch.manual_seed(3)
     model = named_model(name)
     weights = build_model(model).state_dict()
-    told = model.model_copy(
+    described = model.model_copy(
         update={"activation": SETTLED["activation"], "image": model.image.model_copy(update={"mean": SETTLED["mean"]})}
     )
-    save_file(weights, path, {"clip_exp.model": json.dumps(plain(told))})
+    save_file(weights, path, {"clip_exp.model": json.dumps(plain(described))})
     return path
 
 
@@ -69,7 +69,7 @@ def test_the_weights_settle_the_configuration_and_are_noted(tmp_path: Path, weig
 
 
 def test_what_does_not_fit_the_towers_is_told_before_weights_are_fetched(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("clip_exp.training.opening.find_weights", lambda *_: pytest.fail("asked for weights"))
+    monkeypatch.setattr("clip_exp.training.opening.find_weights", lambda *_: pytest.fail("the weights were searched"))
     config = train_config(
         "model=vit_b32",
         "pretrained=openai",
@@ -88,11 +88,11 @@ def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, weights: Pat
     weights.unlink()
     again = open_run(config)
     assert (again.folder, again.finished) == (first.folder, False)
-    assert again.settled == first.settled
+    assert again.resolved == first.resolved
     again.begin([])
     assert "pretrained" in RunRecord(first.folder).values, "the first beginning is kept"
     named = config.model_copy(update={"resume": str(first.folder), "max_steps": 99, "epochs": None})
-    assert open_run(named).settled.model == first.settled.model
+    assert open_run(named).resolved.model == first.resolved.model
     other = train_config("model=vit_nano", f"pretrained={weights}", f"output_dir={tmp_path}/out", "seed=1")
     with pytest.raises(ConfigError, match="does not exist"):
         open_run(other)

@@ -1,5 +1,6 @@
 """Nothing is lost: the same command goes on, under any strategy, and ends where it would have ended."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -12,7 +13,10 @@ import pytest
 import torch
 
 from clip_exp.checkpoints.folders import checkpoints
+from clip_exp.config.files import read_run_config
 from clip_exp.runs import RunRecord
+from clip_exp.training import opening
+from clip_exp.training.opening import identity
 from tests.conftest import REPOSITORY, Run
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, run_folders, unfinish
@@ -43,10 +47,39 @@ def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train
     assert run.losses == single.losses
     for name, weight in single.weights.items():
         assert torch.equal(run.weights[name], weight), name
-    timing = ("samples_per_s", "data_wait_s", "compute_s")
+    timing = ("train/samples_per_s", "train/data_wait_s", "train/compute_s")
     assert [{k: v for k, v in row.items() if k not in timing} for row in run.metrics] == [
         {k: v for k, v in row.items() if k not in timing} for row in single.metrics
     ]
+
+
+OLDER_COLUMNS = {"train/lr": "lr", "train/samples_per_s": "samples_per_s", "train/data_wait_s": "data_wait_s"}
+
+
+def test_a_run_of_an_older_version_is_resumed_and_keeps_its_metrics(
+    single: Finished, train: Train, tmp_path: Path
+) -> None:
+    folder = interrupted(single, tmp_path)
+    values = {**identity(read_run_config(folder)), "finetune.linear_probe_steps": 0}
+    older = {key: value for key, value in values.items() if key != "finetune.freeze_towers_steps"}
+    for file, names in {
+        "metrics.csv": OLDER_COLUMNS,
+        "config.yaml": {"freeze_towers_steps": "linear_probe_steps"},
+    }.items():
+        text = (folder / file).read_text()
+        for name, former in names.items():
+            assert name in text
+            text = text.replace(name, former)
+        (folder / file).write_text(text)
+    sha256 = hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()
+    RunRecord(folder).update(fingerprint=opening._hash(opening.without_paths(older)), config_sha256=sha256)
+    run = train(*RUN, output_dir=tmp_path)
+    assert run.folder == folder
+    assert "warning" not in run.output
+    assert run.losses == single.losses
+    assert [[*row] for row in run.metrics] == [[*row] for row in single.metrics]
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    assert header == (single.folder / "metrics.csv").read_text().splitlines()[0]
 
 
 def test_a_damaged_run_is_repaired_and_ends_bitwise_equal_and_a_person_sees_it(
@@ -84,7 +117,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_in_its_f
     RunRecord(folder).update(status="running", last_checkpoint_step=None)
     run = train(*RUN, output_dir=tmp_path)
     assert run.folder == folder
-    assert "was stopped before its first checkpoint: the run starts again in it" in run.output
+    assert "was stopped before its first checkpoint: starting again in the same folder" in run.output
     assert run.losses == single.losses
     assert run.record["last_checkpoint_step"] == 20
 
@@ -124,7 +157,7 @@ def test_a_sharded_run_goes_on_in_one_process(single: Finished, train: Train, tm
 def test_a_finished_run_is_named_and_ends_well(single: Finished, train: Train, tmp_path) -> None:
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
-    assert "has finished this run already" in train(*RUN, output_dir=tmp_path).output
+    assert "this run is already finished" in train(*RUN, output_dir=tmp_path).output
     assert run_folders(tmp_path) == [folder]
 
 
@@ -134,9 +167,9 @@ def test_a_run_killed_while_its_report_was_drawn_gets_it_by_the_same_command(
     folder = tmp_path / "train" / single.folder.parent.name / single.folder.name
     shutil.copytree(single.folder, folder)
     (folder / "report.html").unlink()
-    assert "has finished" not in train(*RUN, output_dir=tmp_path).output
+    assert "already finished" not in train(*RUN, output_dir=tmp_path).output
     run = Finished(folder, train(*RUN, output_dir=tmp_path).output)
-    assert "has finished this run already" in run.output
+    assert "this run is already finished" in run.output
     assert (folder / "report.html").is_file()
     assert run.metrics == single.metrics
     assert run.record["status"] == "finished"

@@ -19,7 +19,7 @@ from tests.data.conftest import data_module, noise, write_table
 SUMMARY = {
     "name": "a run", "steps": 2, "samples_seen": 32, "seconds": 1.0, "metrics": {"val/loss": 2.5}, "samples_per_s": 16.0,
     "best_checkpoint": "checkpoints/step-000002", "bad_images": {}, "bad_rows": {}, "truncated_fraction": None,
-    "data_wait_share": None,
+    "data_wait_fraction": None,
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_a_report_that_cannot_be_written_costs_a_warning_and_is_missing(
     assert not (tmp_path / "report.html").exists()
     assert RunRecord(tmp_path).values["status"] == "finished"
     assert "No space left on device" in caplog.text
-    assert "the same command writes its report" in caplog.text
+    assert "repeat the command to write its report" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------- what was wrong with the data

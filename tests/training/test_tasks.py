@@ -22,7 +22,7 @@ from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, unfinish
 from tests.small_runs import write_image
 
-TIMING = ("samples_per_s", "data_wait_s", "compute_s")
+TIMING = ("train/samples_per_s", "train/data_wait_s", "train/compute_s")
 STEPS = ("max_steps=12", "log_every_n_steps=1", "val_every_n_steps=6", "checkpoint_every_n_steps=6")
 RUN = (*(o for o in TINY if not o.startswith("resume")), *STEPS, "model.dropout=0.1")
 
@@ -131,7 +131,7 @@ def test_a_finished_run_is_scored_on_new_tasks_and_not_trained(
     more = (*RUN, *tasks, f"+task.again={{kind: retrieval, table: {pairs}}}", f"trainer.devices={devices}")
     run = train(*more, output_dir=tmp_path)
     assert run.folder == folder
-    assert "its last checkpoint is scored on again, nothing is trained" in run.output
+    assert "scoring its last checkpoint on again, without training" in run.output
     assert run.metrics == scored.metrics
     results = {name: json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("again", "retrieval")}
     assert results["again"]["metrics"] == results["retrieval"]["metrics"]
@@ -142,8 +142,8 @@ def test_a_finished_run_is_scored_on_new_tasks_and_not_trained(
     assert "again.html" in (folder / "report.html").read_text()
     assert list(read_run_config(folder).task) == ["digits", "retrieval", "again"]
     assert (run.record["status"], run.record["end"]) == ("finished", scored.record["end"])
-    assert "has finished this run already; resume=never" in train(*more, output_dir=tmp_path).output
-    assert "has finished this run already; resume=never" in train(*RUN, output_dir=tmp_path).output
+    assert "this run is already finished. Set resume=never" in train(*more, output_dir=tmp_path).output
+    assert "this run is already finished. Set resume=never" in train(*RUN, output_dir=tmp_path).output
 
 
 @pytest.mark.parametrize("strategy", repeat_beyond(("ddp",), ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")))
@@ -213,13 +213,13 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
         (["task=auto"], ConfigError, "task.auto.kind=auto scores a run on its validation data"),
         (["task=image_folder", "task.image_folder.root=absent"], ConfigError, "task.image_folder.root=absent: no such folder"),
         (["task=imagenet", "task.imagenet.root={images}"], DataError, "'n99999999' is no class of ImageNet-1k"),
-        (["+task.val={{kind: retrieval, table: {table}}}"], ConfigError, "task.val: this name is taken"),
+        (["+task.val={{kind: retrieval, table: {table}}}"], ConfigError, "task.val: this name is reserved"),
         (["+task.mine={{kind: retrieval, tabel: x.csv}}"], ConfigError, "task.mine.tabel does not exist: did you mean 'task.mine.table'?"),
         (["task_every_n_steps=5"], ConfigError, "task_every_n_steps=5 has no effect without a task"),
         (["task=digits", "task_every_n_steps=0"], ConfigError, "task_every_n_steps=0 must be above 0"),
         (["task=digits", "monitor=digits/top1"], ConfigError, "set task_every_n_steps"),
         (["task=digits", "task_every_n_steps=5", "monitor=digits/top3"], ConfigError, "did you mean 'digits/top"),
-        (["monitor=digits/top1"], ConfigError, "is no metric of validation or of a task"),
+        (["monitor=digits/top1"], ConfigError, "is not a metric of validation or of a task"),
     ],
 )  # fmt: skip
 def test_a_task_that_cannot_be_scored_is_refused_before_training(

@@ -164,7 +164,9 @@ def test_our_models_are_those_of_transformers(name: str) -> None:
 
 def test_positions_of_another_kind_are_refused() -> None:
     text = TEXT | {"position_embedding_type": "relative_key"}
-    with pytest.raises(CheckpointError, match="position_embedding_type=relative_key of texts must be absolute"):
+    with pytest.raises(
+        CheckpointError, match="position_embedding_type=relative_key of the text tower must be absolute"
+    ):
         model_config_of(CHINESE_CLIP | {"text_config": text})
 
 

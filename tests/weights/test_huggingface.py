@@ -152,13 +152,13 @@ def test_the_end_token_of_old_configurations_means_the_highest_id() -> None:
         ({"model_type": "bert"}, "model_type=bert is none of clip, siglip"),
         (
             small("clip", text={"hidden_act": "gelu"}),
-            "hidden_act=quick_gelu of images and gelu of texts must be the same",
+            "hidden_act=quick_gelu of the image tower and gelu of the text tower must be equal",
         ),
         (small("clip", text={"hidden_act": "relu"}), "hidden_act=quick_gelu of images and relu"),
         (small("clip", text={"layer_norm_eps": 1e-6}), "layer_norm_eps=1e-05 and 1e-06 must be 1e-05"),
         (small("clip", text={"eos_token_id": 7}), "eos_token_id=7 must be the highest of 500 ids"),
-        (small("siglip", text={"projection_size": 30}), "text features of 30 channels next to 48 of images"),
-        (small("siglip") | {"vision_config": VISION | {"vision_use_head": False}}, "without its pooling head"),
+        (small("siglip", text={"projection_size": 30}), "projection_size=30 of the text tower must be 48"),
+        (small("siglip") | {"vision_config": VISION | {"vision_use_head": False}}, "needs its pooling head"),
         (small("clip") | {"vision_config": VISION | {"num_channels": 1}}, "three channels"),
     ],
 )

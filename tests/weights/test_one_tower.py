@@ -388,7 +388,7 @@ def test_files_of_towers_settle_the_activation_and_must_agree(tmp_path: Path, ca
     quick = write_tower(tmp_path / "quick.safetensors", Activation.quick_gelu)
     gelu = write_tower(tmp_path / "gelu.safetensors", Activation.gelu)
     nano = ("model=vit_nano", f"output_dir={tmp_path / 'out'}", f"pretrained_image={quick}")
-    assert open_run(train_config(*nano)).settled.model.activation is Activation.quick_gelu
+    assert open_run(train_config(*nano)).resolved.model.activation is Activation.quick_gelu
     assert f"activation quick_gelu, as the weights {quick}" in capsys.readouterr().err
     before = run_folders(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"with quick_gelu and .* with gelu, and model\.activation is that of"):

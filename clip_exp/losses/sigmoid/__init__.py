@@ -1,4 +1,4 @@
-"""The configuration of the sigmoid loss. No torch."""
+"""Configuration of the sigmoid loss. No torch."""
 
 import math
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -13,17 +13,21 @@ if TYPE_CHECKING:
 
 
 class SigmoidLossConfig(LossConfig):
-    """A binary decision for every pair of the global batch (SigLIP, Zhai et al. 2023)."""
+    """Binary classification of every pair of the global batch (SigLIP, Zhai et al. 2023)."""
 
     name: Literal["sigmoid"] = "sigmoid"
-    init_logit_scale: Logarithm = Field(math.log(10), description="natural logarithm, ln 10, of random weights")
-    max_logit_scale: Logarithm | None = Field(
-        None, description="natural logarithm of the largest scale; null: no limit, as SigLIP was trained"
+    init_logit_scale: Logarithm = Field(
+        math.log(10), description="initial scale for random weights, as natural logarithm; default ln 10"
     )
-    init_logit_bias: Annotated[Float, Field(ge=-1e3, le=1e3)] = Field(-10.0, description="bias of random weights")
-    chunk_size: Count = Field(1024, description="images scored at a time: less, less memory")
+    max_logit_scale: Logarithm | None = Field(
+        None, description="largest scale, as natural logarithm; null: no limit, as for SigLIP"
+    )
+    init_logit_bias: Annotated[Float, Field(ge=-1e3, le=1e3)] = Field(
+        -10.0, description="initial bias for random weights"
+    )
+    chunk_size: Count = Field(1024, description="number of images compared at a time; smaller values need less memory")
 
-    published_limit: ClassVar[float] = math.inf  # big_vision; its published weights have 112 and more
+    published_limit: ClassVar[float] = math.inf  # as in big_vision, whose published weights have scales of 112 and more
 
     @property
     def logit_bias(self) -> float | None:

@@ -1,7 +1,8 @@
-"""A binary decision for each pair of an image and a text (SigLIP; Zhai et al. 2023, algorithm 1 and section 3.3).
+"""Sigmoid loss: a binary classification of every pair of an image and a text (SigLIP; Zhai et al. 2023, algorithm 1 and section 3.3).
 
-The texts go round the ring of ranks, and each rank scores its images against what it holds, a chunk of rows at a time: however
-many ranks there are, one holds a chunk of similarities, and beside its own features those of the rank that it scores and the next.
+The texts travel around a ring of ranks, and each rank compares its images with the block of texts that it currently has, a chunk of
+images at a time. So the memory of a rank does not depend on the number of ranks: one chunk of similarities, its own features, and two
+blocks of texts, the current one and the next.
 """
 
 from typing import Any, NamedTuple
@@ -26,21 +27,21 @@ def sigmoid_loss(
     matches: Matches | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """Sum over the texts of the global batch, mean over this rank's images, of -log sigmoid(label * logit).
+    """Compute -log sigmoid(label * logit), summed over the texts of the global batch and averaged over this rank's images.
 
-    The mean over the ranks, and of their gradients, is that of the global batch. The gradient is computed on the way, so the
-    backward pass needs no similarities and no communication.
+    The mean of this value over the ranks is the loss of the global batch, and the same is true of the gradients. The gradient is
+    computed in the forward pass, so that the backward pass needs no similarities and no communication.
 
     Args:
-        image_features_BD: unit norm.
-        text_features_BD: unit norm, as many on every rank.
-        logit_scale: [1] or scalar, factor of the cosines.
-        logit_bias: [1] or scalar, added after.
-        matches: which pairs have the label +1. None: each image with its own text.
-        chunk_size: images that are scored at a time, against the texts of one rank.
+        image_features_BD: image features with unit norm.
+        text_features_BD: text features with unit norm, the same number on every rank.
+        logit_scale: factor of the cosine similarities, [1] or scalar.
+        logit_bias: value added to the scaled similarities, [1] or scalar.
+        matches: pairs with the label +1; None: each image matches only its own text.
+        chunk_size: number of images that are compared at a time with the texts of one rank.
 
     Returns:
-        scalar, float32 whatever the autocast around.
+        A float32 scalar, also under autocast.
     """
     with torch.autocast(image_features_BD.device.type, enabled=False):
         bias = torch.zeros_like(logit_scale) if logit_bias is None else logit_bias
@@ -51,16 +52,16 @@ def sigmoid_loss(
 
 
 class _Sums(NamedTuple):
-    """What a rank adds up over all texts; scalars in float64, since there are many small terms."""
+    """Sums of a rank over all texts. Scalars are float64, because they have many small terms."""
 
     loss: Tensor
-    scale: Tensor  # gradients
-    bias: Tensor
-    image_BD: Tensor
+    scale: Tensor  # gradient of the scale
+    bias: Tensor  # gradient of the bias
+    image_BD: Tensor  # gradient of the image features
 
 
 class _Ring(torch.autograd.Function):
-    """Each block of texts visits every rank, its gradient with it, and comes home with the sum over the ranks."""
+    """Ring over the ranks. Each block of texts visits every rank together with its gradient, and returns with the sum over the ranks."""
 
     @staticmethod
     def forward(
@@ -78,13 +79,13 @@ class _Ring(torch.autograd.Function):
         block_BD, gradient_BD = text_BD.contiguous(), torch.zeros_like(text_BD)
         for hop in range(world_size()):
             owner = (rank() - hop) % world_size()
-            next_block = _start_passing_on(block_BD) if hop + 1 < world_size() else None
+            next_block = _start_exchange(block_BD) if hop + 1 < world_size() else None
             for start in range(0, len(image_BD), chunk_size):
                 rows = slice(start, min(start + chunk_size, len(image_BD)))
                 label = _label(rows, owner, len(block_BD), matches, image_BD.device)
                 _score(image_BD, block_BD, gradient_BD, rows, label, (scale, bias), sums, needed)
             if needed and world_size() > 1:
-                gradient_BD = _start_passing_on(gradient_BD).wait()
+                gradient_BD = _start_exchange(gradient_BD).wait()
             if next_block is not None:
                 block_BD = next_block.wait()
         ctx.rows = len(image_BD)
@@ -111,7 +112,7 @@ def _score(
     sums: _Sums,
     needed: bool,
 ) -> None:
-    """Add one chunk of images against one block of texts to the sums, and to the gradient of the texts."""
+    """Compare a chunk of images with a block of texts, and add to the sums and to the gradient of the texts."""
     scale, bias = scale_and_bias
     image_RD = image_BD[rows]
     cosine_RC = image_RD @ block_CD.T
@@ -130,7 +131,7 @@ def _score(
 
 
 def _label(rows: slice, owner: int, columns: int, matches: Matches | None, device: torch.device) -> Tensor | None:
-    """Which texts of rank `owner` match this rank's images `rows`: bool [R, C]; None: none of them."""
+    """Return which texts of rank `owner` match this rank's images `rows`: bool [R, C]; None if none of them match."""
     if matches is not None:
         return matches.block(rows, slice(owner * columns, (owner + 1) * columns))
     if owner != rank():
@@ -138,7 +139,7 @@ def _label(rows: slice, owner: int, columns: int, matches: Matches | None, devic
     return torch.arange(rows.start, rows.stop, device=device)[:, None] == torch.arange(columns, device=device)
 
 
-class _Passing(NamedTuple):
+class _Exchange(NamedTuple):
     received: Tensor
     requests: list[dist.Work]
 
@@ -148,21 +149,21 @@ class _Passing(NamedTuple):
         return self.received
 
 
-def _start_passing_on(x: Tensor) -> _Passing:
-    """Send `x`, which must not change meanwhile, to the next rank, and receive what the one before sends."""
+def _start_exchange(x: Tensor) -> _Exchange:
+    """Start to send `x` to the next rank, and to receive from the previous one; `x` must not change until `wait` returns."""
     received = torch.empty_like(x)
     after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
     operations = [dist.P2POp(dist.isend, x, after), dist.P2POp(dist.irecv, received, before)]
-    return _Passing(received, dist.batch_isend_irecv(operations))
+    return _Exchange(received, dist.batch_isend_irecv(operations))
 
 
 class SigmoidLoss(nn.Module):
-    """`sigmoid_loss` of a model's output.
+    """Module of `sigmoid_loss`.
 
     Args:
-        same_caption: equal captions in the global batch match each other.
-        same_image: equal images in the global batch match each other.
-        chunk_size: see `sigmoid_loss`.
+        same_caption: whether pairs with equal captions in the global batch match.
+        same_image: whether pairs with equal images in the global batch match.
+        chunk_size: number of images that are compared at a time; see `sigmoid_loss`.
     """
 
     def __init__(self, *, same_caption: bool = False, same_image: bool = False, chunk_size: int = CHUNK_SIZE) -> None:
@@ -172,6 +173,6 @@ class SigmoidLoss(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(self, output: CLIPOutput, caption_id_B: Tensor, image_id_B: Tensor) -> Tensor:
-        """Scalar float32 from a model's output and the int64 ids of its captions and images."""
+        """Compute the loss, a float32 scalar, from a model's output and the int64 ids of its captions and images."""
         matches = repeated_matches(caption_id_B, image_id_B, same_caption=self.same_caption, same_image=self.same_image)
         return sigmoid_loss(*output, matches, self.chunk_size)

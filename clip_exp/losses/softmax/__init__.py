@@ -1,4 +1,4 @@
-"""The configuration of the softmax loss. No torch."""
+"""Configuration of the softmax loss. No torch."""
 
 import math
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -16,11 +16,11 @@ class SoftmaxLossConfig(LossConfig):
 
     name: Literal["softmax"] = "softmax"
     init_logit_scale: Logarithm = Field(
-        math.log(1 / 0.07), description="natural logarithm, ln(1 / 0.07), of random weights"
+        math.log(1 / 0.07), description="initial scale for random weights, as natural logarithm; default ln(1 / 0.07)"
     )
     max_logit_scale: Logarithm | None = Field(
         None,
-        description="natural logarithm of the largest scale; null: ln 100, or what `pretrained` weights have if that is more",
+        description="largest scale, as natural logarithm; null: ln 100, or the scale of the `pretrained` weights if that is larger",
     )
 
     published_limit: ClassVar[float] = math.log(100)  # Radford et al. 2021, section 2.5

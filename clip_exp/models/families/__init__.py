@@ -1,7 +1,7 @@
-"""Families of towers: a package each, whose `__init__` has what is known of a tower without torch, and its other modules the tower.
+"""Families of towers, one package each: `__init__` contains the configuration (no torch), the other modules the tower itself.
 
-A family answers everything that depends on the kind of a tower: its fields and their rules, how it is built, its tokenizer, whether texts
-may be trimmed, its parameters in other libraries' files, and how other libraries describe it. `Tower` of `clip_exp.config.model` is the
-contract, with a default for whatever a family need not know; no other package names a kind of tower. `published` has what is known of
-pairs: the classes of transformers, and open_clip's and big_vision's models.
+A family defines everything that depends on the kind of a tower: its configuration keys and their rules, how it is built, its tokenizer,
+whether texts can be trimmed, the names of its parameters in other libraries, and how other libraries describe it. The interface is
+`Tower` in `clip_exp.config.model`, with defaults. No other package refers to a kind of tower. `published` describes whole models: the
+classes of transformers, and the models of open_clip and big_vision.
 """

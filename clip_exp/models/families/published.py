@@ -1,8 +1,8 @@
-"""Descriptions of whole models by other libraries, to our configurations and back: open_clip's, and the `config.json` of transformers.
+"""Conversion between configurations of clip_exp and those of other libraries: open_clip, and the `config.json` of transformers.
 
-open_clip describes an architecture by `embed_dim`, `vision_cfg` and `text_cfg`; FlagAI's `config.json` is written in the same words.
-Of transformers there are CLIPModel, SiglipModel and ChineseCLIPModel. What a pair of towers needs is here; what one tower needs is in
-its family. No torch.
+open_clip describes an architecture by `embed_dim`, `vision_cfg` and `text_cfg`; FlagAI's `config.json` has the same keys. Of transformers,
+CLIPModel, SiglipModel and ChineseCLIPModel are supported. This module converts whole models; what concerns a single tower is in its
+family. No torch.
 """
 
 import json
@@ -31,25 +31,25 @@ Values = dict[str, Any]
 
 # ------------------------------------------------------------------------------------------------------ open_clip
 
-# What a description of open_clip leaves out. `image_size` and `patch_size` are those of open_clip's own code, not of a model.
+# Default values of open_clip's configurations. `image_size` and `patch_size` are the defaults in open_clip's code.
 VISION = {
     "image_size": 224, "layers": 12, "width": 768, "patch_size": 16, "head_width": 64, "mlp_ratio": 4.0, "patch_dropout": 0.0,
 }  # fmt: skip
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}
-TOKENIZER = ("hf_tokenizer_name", "tokenizer_kwargs", "timm_model_pretrained")  # change no tower's architecture
+TOKENIZER = ("hf_tokenizer_name", "tokenizer_kwargs", "timm_model_pretrained")  # do not change the architecture
 
 
 def is_open_clip_description(values: Values) -> bool:
-    """Return whether values describe an architecture in open_clip's words."""
+    """Return True if values are an architecture in open_clip's format."""
     return "embed_dim" in values and all(isinstance(values.get(cfg), dict) for cfg in ("vision_cfg", "text_cfg"))
 
 
 def model_of_description(values: Values, name: str) -> ModelConfig | None:
-    """Return the model that values describe; None where its towers are not ours.
+    """Return the configuration of the model that values describe; None if its towers are not implemented in clip_exp.
 
     Args:
-        values: `embed_dim`, `vision_cfg` and `text_cfg`. What they say about the activation is left to the caller.
-        name: of the model.
+        values: `embed_dim`, `vision_cfg` and `text_cfg`. The activation is left to the caller.
+        name: name of the model.
     """
     vision, text = _without_null(values["vision_cfg"]), _without_null(values["text_cfg"])
     if not (vision.keys() <= VISION.keys() and text.keys() <= TEXT.keys()):
@@ -66,12 +66,12 @@ def model_of_description(values: Values, name: str) -> ModelConfig | None:
 
 
 def describes(values: Values, open_clip_name: str | None) -> bool:
-    """Return whether values describe the architecture that open_clip has under a name."""
+    """Return True if values describe the architecture that open_clip has under a name."""
     return open_clip_name in configurations() and _architecture(configuration(open_clip_name)) == _architecture(values)
 
 
 def has_activation_of_description(model: ModelConfig) -> bool:
-    """Return whether a description of open_clip, which names no activation but quick_gelu, is of towers that have gelu otherwise."""
+    """Return True if open_clip's configuration determines the activation of a model: quick_gelu if it is set, gelu otherwise."""
     return isinstance(model.image, ViTConfig | ResNetConfig)
 
 
@@ -82,19 +82,19 @@ def _without_null(values: Values) -> Values:
 def _architecture(values: Values) -> Values:
     towers = {cfg: _without_null(values[cfg]) for cfg in ("vision_cfg", "text_cfg")}
     return {"embed_dim": values["embed_dim"]} | {
-        cfg: {key: value for key, value in told.items() if key not in TOKENIZER} for cfg, told in towers.items()
+        cfg: {key: value for key, value in tower.items() if key not in TOKENIZER} for cfg, tower in towers.items()
     }
 
 
 # --------------------------------------------------------------------------------------------------- transformers
 
-ACTIVATIONS = {  # the first name of an activation is the one that is written
+ACTIVATIONS = {  # if an activation has several names, the first is written
     "quick_gelu": Activation.quick_gelu,
     "gelu": Activation.gelu,
     "gelu_pytorch_tanh": Activation.gelu_tanh,
     "gelu_new": Activation.gelu_tanh,
 }
-# A config.json may leave out what equals the classes' defaults. CLIP's and SigLIP's norms differ in their epsilon.
+# Defaults of the classes, which a config.json may leave out. CLIP and SigLIP have a different epsilon in their norms.
 TEXT_DEFAULTS: dict[str, Values] = {
     "clip": {
         "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
@@ -104,7 +104,7 @@ TEXT_DEFAULTS: dict[str, Values] = {
         "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12, "max_position_embeddings": 64, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
     },
-    # BERT's: the fields of transformers' ChineseCLIPTextConfig that change its weights or numbers, which BertConfig has too.
+    # BERT: the keys of transformers' ChineseCLIPTextConfig that affect its computation, which BertConfig has too.
     "chinese_clip": {
         "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "pad_token_id": 0,
@@ -121,22 +121,23 @@ VISION_DEFAULTS: dict[str, Values] = {
     },
 }  # fmt: skip
 VISION_DEFAULTS["chinese_clip"] = VISION_DEFAULTS["clip"]
-ARGMAX_POOLING = 2  # the end token's id in CLIP configurations before transformers 4.31: "the highest id of the text"
+# Id of the end token in CLIP configurations before transformers 4.31, which means the highest id of the text.
+ARGMAX_POOLING = 2
 BERT_POSITIONS = 512
-CHINESE_CLIP_CONTEXT = 52  # tokens of the texts that Chinese-CLIP was trained on (Yang et al. 2022)
+CHINESE_CLIP_CONTEXT = 52  # context length with which Chinese-CLIP was trained (Yang et al. 2022)
 
 
 class TransformersClass(NamedTuple):
-    """A class of transformers with both towers."""
+    """Model class of transformers with both towers."""
 
-    model_type: str  # in its config.json
-    prefix: str  # of the names of its classes: CLIP of CLIPModel and CLIPProcessor
+    model_type: str  # its `model_type` in config.json
+    prefix: str  # prefix of its class names: CLIP for CLIPModel and CLIPProcessor
     image: type[ImageTowerConfig]
     text: type[TextTowerConfig]
     needs_openai_tokenizer: bool
     read_text: Callable[[Values, Path], TextTowerConfig]
     write_text: Callable[[ModelConfig, Values], Values]
-    scalar_logits: bool  # logit_scale of shape [], not [1]
+    scalar_logits: bool  # whether logit_scale has shape [] instead of [1]
     has_bias: bool
     fits: Callable[[Any], bool] = lambda text: True
 
@@ -145,7 +146,7 @@ CLASSES: list[TransformersClass] = []
 
 
 def transformers_class(model: ModelConfig) -> TransformersClass | None:
-    """Return the class of transformers that a model's towers fit into; None: there is none."""
+    """Return the class of transformers for a model's towers; None if there is none."""
     for each in CLASSES:
         if isinstance(model.image, each.image) and isinstance(model.text, each.text) and each.fits(model.text):
             return each
@@ -153,24 +154,25 @@ def transformers_class(model: ModelConfig) -> TransformersClass | None:
 
 
 def is_huggingface_config(config: Values) -> bool:
-    """Return whether a `config.json` is one of a class of transformers that is read."""
+    """Return True if a `config.json` belongs to a supported class of transformers."""
     return config.get("model_type") in {c.model_type for c in CLASSES}
 
 
 def model_config_of(config: Values, folder: Path = Path()) -> ModelConfig:
-    """Return the model that a `config.json` of transformers describes.
+    """Return the configuration of the model that a `config.json` of transformers describes.
 
     Args:
-        folder: the file's, which is also that of the tokenizer where it is not OpenAI's.
+        config: contents of the file.
+        folder: folder of the file, which also contains the tokenizer unless that is OpenAI's.
 
     Raises:
-        CheckpointError: another class, or numbers that our towers do not have.
+        CheckpointError: the class is not supported, or has values that clip_exp's towers do not support.
     """
     family = next((c for c in CLASSES if c.model_type == config.get("model_type")), None)
     if family is None:
         known = ", ".join(c.model_type for c in CLASSES)
         raise CheckpointError(
-            f"config.json: model_type={config.get('model_type')} is none of {known}, the ones that are read."
+            f"config.json: model_type={config.get('model_type')} is not supported. Supported: {known}."
         )
     name = family.model_type
     text = TEXT_DEFAULTS[name] | (config.get("text_config_dict") or config.get("text_config") or {})
@@ -178,7 +180,7 @@ def model_config_of(config: Values, folder: Path = Path()) -> ModelConfig:
     embed_dim = vision["hidden_size"] if name == "siglip" else config.get("projection_dim", 512)
     if problems := _problems(name, text, vision, embed_dim):
         raise CheckpointError("\n".join(f"config.json: {problem}" for problem in problems))
-    # The publishers of these two resize both sides of an image, and SigLIP's normalize it in their own way.
+    # SigLIP and Chinese-CLIP resize images without keeping the aspect ratio, and SigLIP has its own mean and standard deviation.
     half, squash = [0.5] * 3 if name == "siglip" else None, None if name == "clip" else ResizeMode.squash
     image = family.image(
         image_size=vision["image_size"],
@@ -198,7 +200,7 @@ def model_config_of(config: Values, folder: Path = Path()) -> ModelConfig:
 
 
 def huggingface_config(model: ModelConfig) -> Values:
-    """Return the `config.json` with which transformers' `from_pretrained` builds the same model.
+    """Return the `config.json` from which transformers' `from_pretrained` builds the same model.
 
     Raises:
         ConfigError: transformers has no class for these towers.
@@ -207,7 +209,7 @@ def huggingface_config(model: ModelConfig) -> Values:
     if family is None:
         pairs = ", ".join(f"{_kind(c.image)} and {_kind(c.text)} ({c.prefix}Model)" for c in CLASSES)
         raise ConfigError(
-            f"model={model.name}: transformers has no model of a {model.image.kind} and a {model.text.kind} tower, only of {pairs}. "
+            f"model={model.name}: transformers has no model with a {model.image.kind} and a {model.text.kind} tower, only with {pairs}. "
             "Use format=open_clip or format=safetensors."
         )
     eps = VISION_DEFAULTS[family.model_type]["layer_norm_eps"]
@@ -229,7 +231,7 @@ def _kind(tower: Any) -> str:
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """Return a ratio of at most four decimals, if there is one, that gives `hidden` channels as `int(width * ratio)`."""
+    """Return a ratio for which `int(width * ratio)` is `hidden`, with at most four decimals if possible."""
     rounded_up = math.ceil(hidden / width * 10_000) / 10_000
     return rounded_up if int(width * rounded_up) == hidden else math.nextafter(hidden / width, math.inf)
 
@@ -256,28 +258,32 @@ def _to_transformer(model: ModelConfig, tower: Any, eps: float) -> Values:
 
 
 def _problems(family: str, text: Values, vision: Values, embed_dim: int) -> list[str]:
-    """Return why our towers would not compute what these configurations describe."""
+    """Return the problems of configurations that clip_exp's towers cannot reproduce."""
     problems = []
     eps = VISION_DEFAULTS[family]["layer_norm_eps"]
     if vision["hidden_act"] not in ACTIVATIONS or (
         family != "chinese_clip" and text["hidden_act"] != vision["hidden_act"]
     ):
         problems.append(
-            f"hidden_act={vision['hidden_act']} of images and {text['hidden_act']} of texts must be the same and one of "
+            f"hidden_act={vision['hidden_act']} of the image tower and {text['hidden_act']} of the text tower must be equal, and one of "
             f"{', '.join(ACTIVATIONS)}."
         )
     if vision["layer_norm_eps"] != eps or (family != "chinese_clip" and text["layer_norm_eps"] != eps):
         problems.append(f"layer_norm_eps={vision['layer_norm_eps']} and {text['layer_norm_eps']} must be {eps}.")
     if family == "clip" and text.get("eos_token_id") not in (None, ARGMAX_POOLING, text["vocab_size"] - 1):
         problems.append(
-            f"eos_token_id={text['eos_token_id']} must be the highest of {text['vocab_size']} ids, which the text tower pools at."
+            f"eos_token_id={text['eos_token_id']} must be the highest of {text['vocab_size']} ids, at which the text tower pools."
         )
     if family == "siglip" and (text.get("projection_size") or text["hidden_size"]) != embed_dim:
-        problems.append(f"text features of {text.get('projection_size')} channels next to {embed_dim} of images.")
+        problems.append(
+            f"projection_size={text.get('projection_size')} of the text tower must be {embed_dim}, the width of image features."
+        )
     if family == "siglip" and not vision.get("vision_use_head", True):
-        problems.append("vision_use_head=false: a tower without its pooling head.")
+        problems.append("vision_use_head=false is not supported: the image tower needs its pooling head.")
     if family == "chinese_clip" and text.get("position_embedding_type", "absolute") != "absolute":
-        problems.append(f"position_embedding_type={text['position_embedding_type']} of texts must be absolute.")
+        problems.append(
+            f"position_embedding_type={text['position_embedding_type']} of the text tower must be absolute."
+        )
     if vision.get("num_channels", 3) != 3 or not isinstance(vision["image_size"], int):
         problems.append("images must be square and have three channels.")
     return problems
@@ -294,7 +300,7 @@ def _read_siglip_text(text: Values, folder: Path) -> TextTowerConfig:
 
 
 def _read_bert(text: Values, folder: Path) -> TextTowerConfig:
-    """Chinese-CLIP's texts: BERT's first token, projected."""
+    """Return the text tower of Chinese-CLIP: BERT with its first token, projected."""
     architecture = {key: text[key] for key in TEXT_DEFAULTS["chinese_clip"]} | {"model_type": "bert"}
     return HuggingFaceTextConfig(
         name=str(folder),
@@ -308,7 +314,7 @@ def _read_bert(text: Values, folder: Path) -> TextTowerConfig:
 
 
 def _written_length(folder: Path) -> int | None:
-    """Return the length of texts that an export has written for the tokenizer; transformers has BERT's 512 or none there."""
+    """Return the context length that an export has written to the tokenizer's configuration; None if it is BERT's 512 or missing."""
     try:
         length = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
     except (OSError, ValueError, AttributeError):
@@ -317,14 +323,13 @@ def _written_length(folder: Path) -> int | None:
 
 
 def _is_bert(text: HuggingFaceTextConfig) -> bool:
-    encoder = text.architecture.get(
-        "model_type", "bert"
-    )  # noted by training; what it lacks is known when it is written
+    # Without a recorded architecture it may be BERT; whether it is, is known when the configuration is written.
+    encoder = text.architecture.get("model_type", "bert")
     return encoder == "bert" and text.pooler is Pooler.cls and text.projection is Projection.linear
 
 
 def _write_own_text(model: ModelConfig, defaults: Values) -> Values:
-    """Of a text tower that is a transformer of ours."""
+    """Return the text configuration of a transformer of clip_exp."""
     text: Any = model.text
     values = {
         **_to_transformer(model, text, defaults["layer_norm_eps"]),
@@ -338,7 +343,7 @@ def _write_own_text(model: ModelConfig, defaults: Values) -> Values:
 
 
 def _write_bert(model: ModelConfig, defaults: Values) -> Values:
-    """The architecture that a run has noted of its encoder."""
+    """Return the text configuration of an encoder, from the architecture recorded by its run."""
     assert isinstance(model.text, HuggingFaceTextConfig)
     return defaults | {key: value for key, value in model.text.architecture.items() if key != "model_type"}
 

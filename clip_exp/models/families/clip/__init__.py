@@ -1,4 +1,4 @@
-"""The towers that OpenAI published CLIP with (Radford et al. 2021): Vision Transformer, ResNet and a causal text transformer."""
+"""Towers of OpenAI's CLIP (Radford et al. 2021): Vision Transformer, ResNet and a causal text transformer."""
 
 import math
 import re
@@ -23,8 +23,8 @@ from clip_exp.renaming import KERNEL, TRANSPOSED, Names, Row
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-HEAD_WIDTH, MLP_RATIO = 64, 4.0  # open_clip's, where its configuration says nothing
-RESNET_STRIDE = 32  # pixels a side of what one position of a ResNet's last feature map stands for
+HEAD_WIDTH, MLP_RATIO = 64, 4.0  # defaults of open_clip's configurations
+RESNET_STRIDE = 32  # pixels per cell of a ResNet's last feature map, along a side
 OPEN_CLIP_BLOCK = (
     Row(".blocks.", ".resblocks."),
     Row(".attention.qkv.", ".attn.in_proj_"),
@@ -43,13 +43,13 @@ TRANSFORMERS_BLOCK = (
 
 
 class TransformerConfig(Config):
-    """Fields of a tower that is a transformer of ours."""
+    """Configuration keys of towers that are transformers of clip_exp."""
 
     width: Size = Field(description="channels of the residual stream")
-    layers: Size = Field(description="blocks")
-    heads: Size = Field(description="attention heads")
+    layers: Size = Field(description="number of blocks")
+    heads: Size = Field(description="number of attention heads")
     mlp_ratio: Positive = Field(
-        MLP_RATIO, description="hidden channels of the MLP over width; rounded down to whole channels"
+        MLP_RATIO, description="ratio of the hidden channels of the MLP to width; the product is rounded down"
     )
 
     def rules(self, at: str) -> Iterator[str]:
@@ -69,17 +69,17 @@ class TransformerConfig(Config):
         }
 
     def open_clip_transformer(self, model: ModelConfig) -> dict[str, Any]:
-        """Return what differs from open_clip's defaults."""
+        """Return the values in open_clip's configuration that differ from its defaults."""
         ratio = {} if self.mlp_ratio == MLP_RATIO else {"mlp_ratio": self.mlp_ratio}
         return {**ratio, **open_clip_activation(model)}
 
 
 class PatchTransformerConfig(TransformerConfig, ImageTowerConfig):
-    """Fields of an image tower that is a transformer over patches."""
+    """Configuration keys of image towers that are transformers over patches."""
 
-    patch_size: Size = Field(description="side of a patch, pixels")
+    patch_size: Size = Field(description="side of a patch in pixels")
     patch_dropout: Proportion = Field(
-        0.0, description="fraction of the patches that a training step leaves out (Li et al. 2023, FLIP)"
+        0.0, description="fraction of the patches that are dropped in training (FLIP, Li et al. 2023)"
     )
 
     takes_activation: ClassVar[bool] = True
@@ -91,7 +91,7 @@ class PatchTransformerConfig(TransformerConfig, ImageTowerConfig):
             yield f"{at}image_size={self.image_size} must be a multiple of {at}patch_size={self.patch_size}."
 
     def patch_transformer(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the arguments of the tower, but for `embed_dim`."""
+        """Return the arguments of the tower, except `embed_dim`."""
         own = {"image_size": self.image_size, "patch_size": self.patch_size, "patch_dropout": self.patch_dropout}
         return own | self.transformer(model)
 
@@ -106,9 +106,9 @@ class PatchTransformerConfig(TransformerConfig, ImageTowerConfig):
 
 
 class TokenTransformerConfig(TransformerConfig, TextTowerConfig):
-    """Fields of a text tower that is a transformer over tokens."""
+    """Configuration keys of text towers that are transformers over tokens."""
 
-    vocab_size: Size = Field(VOCABULARY, description="tokens that there are")
+    vocab_size: Size = Field(VOCABULARY, description="number of tokens in the vocabulary")
 
     takes_activation: ClassVar[bool] = True
     architecture_keys: ClassVar[tuple[str, ...]] = ("vocab_size", "width", "layers", "heads")
@@ -138,7 +138,7 @@ class TokenTransformerConfig(TransformerConfig, TextTowerConfig):
 
 
 class ViTConfig(PatchTransformerConfig):
-    """A Vision Transformer pooled at its class token (Dosovitskiy et al. 2021, as CLIP changed it)."""
+    """Vision Transformer that pools at its class token (Dosovitskiy et al. 2021, with CLIP's changes)."""
 
     kind: Literal["vit"] = "vit"
 
@@ -180,12 +180,12 @@ class ViTConfig(PatchTransformerConfig):
 
 
 class ResNetConfig(ImageTowerConfig):
-    """A ResNet pooled by attention (He et al. 2016, as CLIP changed it)."""
+    """ResNet with attention pooling (He et al. 2016, with CLIP's changes)."""
 
     kind: Literal["resnet"] = "resnet"
-    stages: Annotated[list[Size], exactly(4)] = Field(description="blocks of each of the four stages")
+    stages: Annotated[list[Size], exactly(4)] = Field(description="number of blocks in each of the four stages")
     width: Size = Field(description="channels of the stem")
-    heads: Size = Field(description="heads of the attention pooling")
+    heads: Size = Field(description="number of heads of the attention pooling")
 
     in_open_clip: ClassVar[bool] = True
     architecture_keys: ClassVar[tuple[str, ...]] = ("stages", "width", "heads")
@@ -210,9 +210,9 @@ class ResNetConfig(ImageTowerConfig):
     def rules(self, at: str) -> Iterator[str]:
         yield from super().rules(at)
         if self.image_size % RESNET_STRIDE:
-            yield f"{at}image_size={self.image_size} must be a multiple of 32, which a resnet divides it by."
+            yield f"{at}image_size={self.image_size} must be a multiple of 32, the stride of a resnet."
         if 32 * self.width % self.heads:
-            yield f"{at}heads={self.heads} must divide {32 * self.width}, the channels that a resnet of {at}width={self.width} pools."
+            yield f"{at}heads={self.heads} must divide {32 * self.width}, the channels of the last feature map with {at}width={self.width}."
 
     def build(self, model: ModelConfig, own_weights: bool = False) -> "nn.Module":
         from clip_exp.models.families.clip.resnet import ModifiedResNet  # imports torch
@@ -242,10 +242,10 @@ class ResNetConfig(ImageTowerConfig):
 
 
 class CLIPTextConfig(TokenTransformerConfig):
-    """A causal transformer pooled at the end-of-text token, which has the highest id (Radford et al. 2021, section 2.4)."""
+    """Causal transformer that pools at the end-of-text token, which has the highest id (Radford et al. 2021, section 2.4)."""
 
     kind: Literal["clip"] = "clip"
-    trim: bool = Field(True, description="cut a batch to its longest text, which changes no feature")
+    trim: bool = Field(True, description="trim each batch to its longest text; features do not change")
 
     is_default: ClassVar[bool] = True
     in_open_clip: ClassVar[bool] = True
@@ -281,13 +281,13 @@ class CLIPTextConfig(TokenTransformerConfig):
         yield from super().tokenizer_problems(where, tokenizer)
         if tokenizer("a").input_ids[-1] != (highest := max(tokenizer.get_vocab().values())):
             yield (
-                f"{where} does not end a text with its highest id, {highest}, which is where model.text.kind=clip looks for the "
-                "features: use model/text=huggingface or a SigLIP text tower with it."
+                f"{where} does not end texts with its highest id, {highest}, which model.text.kind=clip needs to find the end of a "
+                "text: use it with model/text=huggingface or a SigLIP text tower."
             )
 
     def training_problems(self, model: ModelConfig) -> Iterator[str]:
         if self.tokenizer is None and self.vocab_size < VOCABULARY:
-            yield f"model.text.vocab_size={self.vocab_size} must be at least {VOCABULARY}, the tokens there are."
+            yield f"model.text.vocab_size={self.vocab_size} must be at least {VOCABULARY}, the size of the tokenizer's vocabulary."
 
 
 def count_blocks(state: "Mapping[str, Tensor]") -> int:
@@ -295,17 +295,17 @@ def count_blocks(state: "Mapping[str, Tensor]") -> int:
 
 
 def head_width(width: int) -> dict[str, Any]:
-    """Return open_clip's word for the width of a head where it is not its default."""
+    """Return open_clip's key for the width of a head if it is not the default."""
     return {} if width == HEAD_WIDTH else {"head_width": width}
 
 
 def open_clip_activation(model: ModelConfig) -> dict[str, Any]:
-    """Return open_clip's words for an activation that `quick_gelu` does not name."""
+    """Return open_clip's keys for an activation other than GELU and QuickGELU."""
     return {"act_kwargs": {"approximate": "tanh"}} if model.activation is Activation.gelu_tanh else {}
 
 
 def open_clip_tokenizer(text: TextTowerConfig) -> dict[str, Any]:
-    """Return open_clip's words for a tokenizer that is not OpenAI's; the name alone, since it takes the files from the export itself."""
+    """Return open_clip's keys for a tokenizer other than OpenAI's; only its name, since the export contains the files."""
     if text.tokenizer is None:
         return {}
     name = Path(text.tokenizer).name if Path(text.tokenizer).is_dir() else text.tokenizer

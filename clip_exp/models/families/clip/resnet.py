@@ -1,10 +1,10 @@
-"""The image tower of the RN models: a ResNet pooled by attention (He et al. 2016, as CLIP changed it).
+"""Image tower of the RN models: a ResNet with attention pooling (He et al. 2016, with CLIP's changes).
 
-The changes (Radford et al. 2021, section 2.4): a stem of three convolutions, an average pool before every convolution
-that would have a stride, and attention pooling, whose query is the mean of the image.
+The changes (Radford et al. 2021, section 2.4) are a stem of three convolutions, an average pool before each convolution that would
+otherwise have a stride, and attention pooling with the mean of the feature map as query.
 
-Batch normalization takes its statistics from what a device sees at once: a device's share of the batch, or a micro-batch.
-Losses therefore depend a little on the number of devices and on `micro_batch_size`, unlike those of transformers.
+Batch normalization uses the statistics of the samples that a device processes at once: its part of the batch, or a micro-batch. So,
+unlike with transformers, losses depend slightly on the number of devices and on `micro_batch_size`.
 """
 
 import torch
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from clip_exp.models.layers import AttentionPool
 
 EXPANSION = 4  # channels of a block's output over those of its 3 x 3 convolution
-STRIDE = 32  # pixels that a side of the last feature map's cell stands for
+STRIDE = 32  # pixels per cell of the last feature map, along a side
 
 
 class Stem(nn.Module):
-    """[B, 3, H, W] to [B, width, H / 4, W / 4]."""
+    """Stem of three convolutions: [B, 3, H, W] to [B, width, H / 4, W / 4]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class Stem(nn.Module):
 
 
 def shrink(x_BCHW: Tensor, stride: int) -> Tensor:
-    """The means of squares of `stride` pixels a side."""
+    """Downsample by averaging squares with a side of `stride` pixels."""
     return F.avg_pool2d(x_BCHW, stride) if stride > 1 else x_BCHW
 
 
 class Shortcut(nn.Module):
-    """The input of a block in the size of its output."""
+    """Shortcut that maps the input of a block to the shape of its output."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -55,7 +55,10 @@ class Shortcut(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """[B, in_channels, H, W] to [B, 4 * channels, H / stride, W / stride]. Starts out as its shortcut alone."""
+    """Bottleneck block: [B, in_channels, H, W] to [B, 4 * channels, H / stride, W / stride].
+
+    Initially it computes only its shortcut, since the last norm has zero weights.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class Bottleneck(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """What the mean of a feature map gathers from its cells: [B, C, H, W] to [B, embed_dim]."""
+    """Attention pooling with the mean of the feature map as query: [B, C, H, W] to [B, embed_dim]."""
 
     def __init__(self, cells: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -101,17 +104,17 @@ class MeanPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Images to embeddings.
+    """ResNet that maps images to features.
 
-    Initial weights are those of open_clip: torch's defaults for convolutions, zero for the last norm of every block, and
-    N(0, 1 / channels) for the positions and the matrices of the attention pooling.
+    Initialized as in open_clip: torch's defaults for convolutions, zero for the last norm of each block, and N(0, 1 / channels) for the
+    positions and matrices of the attention pooling.
 
     Args:
-        image_size: side of an image, a multiple of 32 pixels.
-        stages: blocks of each of the four stages.
+        image_size: side of the images in pixels, a multiple of 32.
+        stages: number of blocks in each of the four stages.
         width: channels of the stem; the last feature map has 32 times as many.
-        heads: of the attention pooling; OpenAI took half of `width`.
-        embed_dim: channels of the embedding.
+        heads: heads of the attention pooling; OpenAI used half of `width`.
+        embed_dim: width of the features.
     """
 
     def __init__(self, *, image_size: int, stages: list[int], width: int, heads: int, embed_dim: int) -> None:
@@ -128,16 +131,16 @@ class ModifiedResNet(nn.Module):
         self.pool = MeanPool((image_size // STRIDE) ** 2, channels, heads, embed_dim)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Embeddings, not normalized.
+        """Return features, not normalized.
 
         Args:
-            image_BCHW: float, less the mean and over the standard deviation of its channels, `image_size` on a side.
+            image_BCHW: float images of side `image_size`, normalized by the mean and standard deviation of each channel.
 
         Returns:
             [B, embed_dim].
         """
-        # Channels last is the layout of the tensor cores, and on a CPU (one core, RN50 at 224 pixels, forward and
-        # backward) took 9% off a step at batch 4 and 16% at batch 16. Only the activations have it: the optimizers'
-        # flat buffers and the files of weights want plain ones.
+        # Channels last is the layout of tensor cores. On a CPU (one core, RN50 at 224 pixels, forward and backward) it made a step 9 %
+        # faster at batch 4, and 16 % at batch 16. Only activations use it: the flat buffers of optimizers and weight files need
+        # contiguous weights.
         image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
         return self.pool(self.stages(self.stem(image_BCHW)))

@@ -1,4 +1,4 @@
-"""The text tower: a causal transformer pooled at the end-of-text token (Radford et al. 2021, section 2.4)."""
+"""Text tower: a causal transformer that pools at the end-of-text token (Radford et al. 2021, section 2.4)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from clip_exp.text.prefixes import TreeLayout
 def init_text_weights(
     token_embedding: nn.Embedding, positional_embedding: nn.Parameter, transformer: Transformer, projection: nn.Linear
 ) -> None:
-    """Draw the weights of a text tower from the distributions of OpenAI's CLIP; biases and norms keep torch's defaults."""
+    """Initialize a text tower as in OpenAI's CLIP; biases and norms keep torch's defaults."""
     width = token_embedding.embedding_dim
     nn.init.normal_(token_embedding.weight, std=0.02)
     nn.init.normal_(positional_embedding, std=0.01)
@@ -25,13 +25,13 @@ def init_text_weights(
 
 
 class TextTransformer(nn.Module):
-    """Token ids to embeddings.
+    """Causal transformer that maps token ids to features.
 
-    A token sees only what stands before it, so nothing behind the end-of-text token matters: a batch may be cut to its
-    longest text, and costs only that.
+    A token attends only to earlier tokens, so padding after the end-of-text token has no effect. A batch can be trimmed to its longest
+    text, which is most of the speed of training.
 
     Attributes:
-        shares_prefixes: it takes trees of texts.
+        shares_prefixes: True, since it accepts trees of texts.
     """
 
     shares_prefixes = True
@@ -61,17 +61,18 @@ class TextTransformer(nn.Module):
         init_text_weights(self.token_embedding, self.positional_embedding, self.transformer, self.projection)
 
     def forward(self, tokens_BL: Tensor, trees: TreeLayout | None = None) -> Tensor:
-        """Embeddings, not normalized.
+        """Return features, not normalized.
 
-        Both kinds of input come this way in, because a strategy that splits the weights gathers them when a module is called.
+        Trees are an argument of `forward`, not of another method, because a strategy that shards the weights gathers them when the
+        module is called.
 
         Args:
-            tokens_BL: int64, padded with zeros. A text per row, at most `context_length` long: the end-of-text token has the
-                highest id of the vocabulary, which is how it is found. Under `trees` the nodes of a tree per row.
-            trees: how the tokens of each row hang together.
+            tokens_BL: int64, padded with zeros. One text per row, of at most `context_length` tokens. The end-of-text token is found as
+                the token with the highest id. With `trees`, the nodes of one tree per row.
+            trees: structure of the tree in each row; None: rows are plain texts.
 
         Returns:
-            [B, embed_dim]; under `trees` a row per text, [E, embed_dim].
+            [B, embed_dim]; with `trees` one row per text, [E, embed_dim].
         """
         x_BLD = self.token_embedding(tokens_BL)
         position = slice(tokens_BL.shape[1]) if trees is None else trees.position_BN

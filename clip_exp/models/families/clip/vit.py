@@ -1,4 +1,4 @@
-"""The image tower: a Vision Transformer pooled at its class token (Dosovitskiy et al. 2021, as CLIP changed it)."""
+"""Image tower: a Vision Transformer that pools at its class token (Dosovitskiy et al. 2021, with CLIP's changes)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,38 +7,41 @@ from clip_exp.models.layers import LayerNorm, Transformer
 
 
 def to_patches(image_BCHW: Tensor, patch_size: int) -> Tensor:
-    """The image's patches, row by row, each flattened like a convolution's kernel: [B, N, C * patch_size**2]."""
+    """Split images into patches, row by row, each flattened like a convolution kernel: [B, N, C * patch_size**2]."""
     B, C, H, W = image_BCHW.shape
     grid = image_BCHW.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class PatchDropout(nn.Module):
-    """A training step sees some of the patches of each image, drawn anew, and costs that much less (Li et al. 2023, FLIP).
+    """Random dropping of patches during training, different in each step, which makes steps cheaper (FLIP, Li et al. 2023).
 
     Args:
-        share: of the patches, left out; at least one patch stays.
+        fraction: fraction of the patches that are dropped; at least one patch is kept.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, fraction: float) -> None:
         super().__init__()
-        self.share = share
+        self.fraction = fraction
 
     def forward(self, patch_BND: Tensor) -> Tensor:
-        """[B, N, D] to [B, K, D], positions already added, in no order; all of them outside of training."""
-        if not self.training or self.share == 0:
+        """Return a random subset of the patches in any order, [B, N, D] to [B, K, D]; outside of training, all of them.
+
+        Positions must already be added.
+        """
+        if not self.training or self.fraction == 0:
             return patch_BND
         B, N, _ = patch_BND.shape
-        kept = max(1, int(N * (1 - self.share)))
+        kept = max(1, int(N * (1 - self.fraction)))
         kept_BK = torch.randn(B, N, device=patch_BND.device).topk(kept, sorted=False).indices
         return patch_BND.take_along_dim(kept_BK[..., None], dim=1)
 
 
 class VisionTransformer(nn.Module):
-    """Images to embeddings.
+    """Vision Transformer that maps images to features.
 
-    Initial weights are those of open_clip: torch's defaults inside the blocks, N(0, 1 / width) for the class token, the
-    positions and the projection.
+    Initialized as in open_clip: torch's defaults inside the blocks, and N(0, 1 / width) for the class token, the positions and the
+    projection.
     """
 
     def __init__(
@@ -71,10 +74,10 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.projection.weight, std=std)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Embeddings, not normalized.
+        """Return features, not normalized.
 
         Args:
-            image_BCHW: float, less the mean and over the standard deviation of its channels, `image_size` on a side.
+            image_BCHW: float images of side `image_size`, normalized by the mean and standard deviation of each channel.
 
         Returns:
             [B, embed_dim].

@@ -1,4 +1,4 @@
-"""Any text encoder of Hugging Face's transformers as text tower."""
+"""Configuration of text towers that are encoders of Hugging Face's transformers."""
 
 import json
 from collections.abc import Iterator
@@ -19,13 +19,15 @@ CHINESE_CLIP = (Row("encoder.", "bert."), Row("projection.weight", "text_project
 
 
 class EncoderConfig(TextTowerConfig):
-    """Fields of a text tower that is, or may be, an encoder of transformers."""
+    """Configuration keys of text towers that are, or may be, encoders of transformers."""
 
-    name: str | None = Field(None, description="name of an encoder on the hub, or a folder of one")
-    pretrained: bool = Field(True, description="start from the encoder's own weights")
-    architecture: dict[str, JsonValue] = Field({}, description="the encoder's own configuration, noted by training")
+    name: str | None = Field(
+        None, description="name of an encoder on the Hugging Face hub, or a folder that contains one"
+    )
+    pretrained: bool = Field(True, description="load the pretrained weights of the encoder")
+    architecture: dict[str, JsonValue] = Field({}, description="configuration of the encoder, recorded by training")
     trim: bool = Field(
-        True, description="cut a batch to its longest text; not where that would change features (some of open_clip)"
+        True, description="trim each batch to its longest text; not supported for encoders whose features would change"
     )
 
     foreign: ClassVar[bool] = True
@@ -59,23 +61,23 @@ class EncoderConfig(TextTowerConfig):
             yield from self.embedding_problems(where, tokenizer, embedded)
         if expected is not None and tokenizer.pad_token_id != expected:
             yield (
-                f"{where} pads with {tokenizer.pad_token_id}, and the encoder takes {expected} for padding: give its own "
-                "tokenizer."
+                f"{where} pads with id {tokenizer.pad_token_id}, but the padding id of the encoder is {expected}: use the tokenizer of "
+                "the encoder."
             )
 
 
 class HuggingFaceTextConfig(EncoderConfig):
-    """An encoder of transformers, pooled and projected."""
+    """Encoder of transformers with pooling and a projection."""
 
     kind: Literal["huggingface"] = "huggingface"
     name: str = Field(
-        description="name of an encoder on the hub, or a folder with its config.json and model.safetensors"
+        description="name of an encoder on the Hugging Face hub, or a folder with its config.json and model.safetensors"
     )
     pooler: Pooler = Field(
-        Pooler.mean, description="mean of the tokens, cls (the first), or own (the encoder's pooler)"
+        Pooler.mean, description="mean (of the tokens), cls (first token), or own (pooler of the encoder)"
     )
     projection: Projection = Field(
-        Projection.mlp, description="linear, mlp or none, from its channels to the shared space"
+        Projection.mlp, description="projection from the encoder's channels to the shared space: linear, mlp or none"
     )
 
     openai_tokenizer: ClassVar[bool] = False
@@ -84,7 +86,7 @@ class HuggingFaceTextConfig(EncoderConfig):
         "clip_exp": Names((), ("encoder.",)),
         "open_clip": Names((Row("encoder.", "transformer."), Row("projection.", "proj."), *CHINESE_CLIP), ()),
         "chinese_clip": Names(CHINESE_CLIP, ("bert.",)),
-        "bert": Names(  # as Google published it, from TensorFlow
+        "bert": Names(  # names in Google's original TensorFlow checkpoints
             (
                 Row("encoder.", "bert."),
                 Row(".LayerNorm.weight", ".LayerNorm.gamma"),
@@ -108,25 +110,25 @@ class HuggingFaceTextConfig(EncoderConfig):
 
 
 def note_architecture(name: str) -> dict[str, Any]:
-    """Return an encoder's own configuration, as plain values that YAML and JSON keep.
+    """Return the configuration of an encoder, as plain values for YAML and JSON.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: the configuration could not be loaded.
     """
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder_or_hub_name(name), trust_remote_code=False)
-    except Exception as error:  # the hub's client and each architecture fail in ways of their own
+    except Exception as error:  # the hub client and each architecture raise different exceptions
         raise ConfigError(not_loaded(name, error)) from error
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def not_loaded(name: str, error: Exception) -> str:
-    """Return why an encoder could not be loaded."""
+    """Return a message about an encoder that could not be loaded."""
     lines = str(error).strip().splitlines() or [""]
     return (
-        f"{KEY}={name} cannot be had ({type(error).__name__}: {lines[0].rstrip('.')}). Give a folder that holds an encoder's "
-        "config.json and model.safetensors, or a name on the hub while it can be reached."
+        f"{KEY}={name} could not be loaded ({type(error).__name__}: {lines[0].rstrip('.')}). Set it to a folder with an encoder's "
+        "config.json and model.safetensors, or to a name on the Hugging Face hub if that can be reached."
     )

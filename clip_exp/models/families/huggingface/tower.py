@@ -1,4 +1,4 @@
-"""The tower: an encoder of transformers, pooled and projected as open_clip's `HFTextEncoder` does it."""
+"""Text tower: an encoder of transformers with the pooling and projection of open_clip's `HFTextEncoder`."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,22 +19,23 @@ from clip_exp.models.families.huggingface import (
 )
 
 INPUTS = ("input_ids", "attention_mask")
-# Whose attention or convolution takes padding in despite the mask: the features depend on how much of it there is.
+# Keys of a configuration that can name code to load.
 NAMES_CODE = ("auto_map", "attn_implementation", "experts_implementation", "trust_remote_code", "quantization_config")
+# Architectures whose attention or convolution includes padding in spite of the mask, so features depend on the amount of padding.
 SEE_PADDING = ("convbert", "nystromformer", "yoso")
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class HuggingFaceText(nn.Module):
-    """Token ids to embeddings.
+    """Text tower that maps token ids to features.
 
-    Padding is masked in the encoder and left out of the mean, so a batch may be cut to its longest text.
+    Padding is masked in the encoder and excluded from the mean, so a batch can be trimmed to its longest text.
 
     Args:
-        encoder: of transformers; from `input_ids` and `attention_mask` to `last_hidden_state`.
-        embed_dim: of the shared space.
-        pooler: how tokens become one vector.
-        projection: linear, or an MLP half as wide as both its ends together, without biases.
+        encoder: encoder of transformers, which maps `input_ids` and `attention_mask` to `last_hidden_state`.
+        embed_dim: width of the shared space.
+        pooler: pooling of the tokens to one vector.
+        projection: linear, or an MLP without biases whose hidden width is the mean of its input and output widths.
     """
 
     def __init__(self, encoder: nn.Module, embed_dim: int, pooler: Pooler, projection: Projection) -> None:
@@ -56,10 +57,10 @@ class HuggingFaceText(nn.Module):
                 self.projection = nn.Identity()
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        """Embeddings, not normalized.
+        """Return features, not normalized.
 
         Args:
-            tokens_BL: int64, of the encoder's own tokenizer, padded with its padding id.
+            tokens_BL: int64, from the encoder's tokenizer, padded with its padding id.
 
         Returns:
             [B, embed_dim].
@@ -78,19 +79,21 @@ class HuggingFaceText(nn.Module):
 
 
 def build_tower(text: HuggingFaceTextConfig, model: ModelConfig, own_weights: bool = False) -> HuggingFaceText:
-    """Return the tower that a configuration describes.
+    """Build the text tower of a configuration.
 
     Args:
-        own_weights: fetch the encoder's weights where `text.pretrained` says so; otherwise nothing is fetched where
-            `text.architecture` is noted.
+        text: configuration of the tower.
+        model: configuration of the model.
+        own_weights: whether the encoder's pretrained weights are loaded if `text.pretrained` is set. Otherwise nothing is downloaded if
+            `text.architecture` is recorded.
 
     Raises:
-        ConfigError: the encoder cannot be had, or does not fit the configuration.
+        ConfigError: the encoder could not be loaded, or does not fit the configuration.
     """
     architecture = encoder_config(text, model.dropout)
     if text.projection is Projection.none and architecture.hidden_size != model.embed_dim:
         raise ConfigError(
-            f"model.text.projection=none needs as many channels as the shared space: {text.name} has "
+            f"model.text.projection=none requires that {text.name} has as many channels as the shared space, but it has "
             f"{architecture.hidden_size}, and model.embed_dim={model.embed_dim}. Set model.embed_dim={architecture.hidden_size}, "
             "or a projection."
         )
@@ -98,30 +101,31 @@ def build_tower(text: HuggingFaceTextConfig, model: ModelConfig, own_weights: bo
     name = text.name if own_weights and text.pretrained else None
     encoder = build_encoder(architecture, with_pooler, weights_of=name)
     if with_pooler and getattr(encoder, "pooler", None) is None:
-        raise ConfigError(f"model.text.pooler=own: {text.name} has no pooler of its own. Use mean or cls.")
+        raise ConfigError(f"model.text.pooler=own: {text.name} has no pooler. Use mean or cls.")
     check_encoder(encoder, text)
     if not with_pooler and getattr(encoder, "pooler", None) is not None:
-        encoder.pooler.requires_grad_(False)  # some have one that cannot be left out, and DDP waits for every gradient
+        # Some encoders always have a pooler. Unused, it must not be trained: DDP waits for the gradient of every parameter.
+        encoder.pooler.requires_grad_(False)
     return HuggingFaceText(encoder, model.embed_dim, text.pooler, text.projection)
 
 
 def encoder_config(text: EncoderConfig, dropout: float = 0.0) -> Any:
-    """The encoder's `PretrainedConfig`, with the model's dropout in the place of its own.
+    """Return the encoder's `PretrainedConfig`, with the dropout of the model instead of its own.
 
     Raises:
-        ConfigError: it cannot be had, or has no padding.
+        ConfigError: the configuration could not be loaded, or has no padding id.
     """
     from transformers import AutoConfig
 
-    noted = text.architecture or note_architecture(text.name or "")
-    # A third party's file may note an architecture: what names code to load is left out.
+    recorded = text.architecture or note_architecture(text.name or "")
+    # The architecture may come from a third-party file: drop keys that name code to load.
     values: dict[str, Any] = {
-        key: value for key, value in noted.items() if not key.startswith("_") and key not in NAMES_CODE
+        key: value for key, value in recorded.items() if not key.startswith("_") and key not in NAMES_CODE
     }
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except Exception as error:  # each architecture checks its numbers in a way of its own
-        raise ConfigError(f"model.text.architecture is not of an encoder that transformers knows ({error}).") from error
+    except Exception as error:  # each architecture validates its values differently
+        raise ConfigError(f"model.text.architecture is not a valid encoder of transformers ({error}).") from error
     for key, value in config.to_dict().items():
         if "dropout" in key and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, key, dropout)
@@ -129,45 +133,44 @@ def encoder_config(text: EncoderConfig, dropout: float = 0.0) -> Any:
             setattr(config, key, 0.0)
     if getattr(config, "pad_token_id", None) is None:
         raise ConfigError(
-            f"{KEY}={text.name} has no pad_token_id in its configuration, which tells padding from words."
+            f"{KEY}={text.name} has no pad_token_id in its configuration, which is needed to mask padding. Use another encoder."
         )
     return config
 
 
 def check_encoder(encoder: Any, text: EncoderConfig) -> None:
-    """See that an encoder takes texts of `context_length` tokens, and nothing else, and how much padding it is given.
+    """Check that an encoder accepts texts of `context_length` tokens, needs no other inputs, and can be trimmed if configured.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: the encoder does not meet these requirements.
     """
     taken = inspect.signature(encoder.forward).parameters
     if missing := [name for name in INPUTS if name not in taken]:
         raise ConfigError(
-            f"{KEY}={text.name} takes no {' and no '.join(missing)}: it is no text encoder that can be told what is padding. Name another."
+            f"{KEY}={text.name} does not accept {' or '.join(missing)}, so it cannot be used as a text encoder. Use another encoder."
         )
     if needed := [
         name for name, of in taken.items() if of.default is of.empty and of.kind not in VARIABLE and name not in INPUTS
     ]:
         raise ConfigError(
-            f"{KEY}={text.name} needs {' and '.join(needed)} beside a text's tokens. Name a text encoder."
+            f"{KEY}={text.name} requires {' and '.join(needed)} in addition to tokens. Use a text encoder."
         )
     positions = _positions(encoder)
     if positions is not None and text.context_length > positions:
         raise ConfigError(
-            f"model.text.context_length={text.context_length} is more than the {positions} tokens that {text.name} has "
-            "positions for."
+            f"model.text.context_length={text.context_length} must be at most {positions}, the number of positions of {text.name}."
         )
     if text.trim and encoder.config.model_type in SEE_PADDING:
         raise ConfigError(
-            f"model.text.trim=true would change the features of {text.name}, which depend on the padding: set model.text.trim=false."
+            f"model.text.trim=true would change the features of {text.name}, which depend on padding: set model.text.trim=false."
         )
 
 
 def _positions(encoder: Any) -> int | None:
-    """The most tokens of a text; None: any number."""
+    """Return the largest number of tokens of a text; None if it is unlimited."""
     for name, module in encoder.named_modules():
         if name.rpartition(".")[2] == "position_embeddings" and hasattr(module, "weight"):
-            # RoBERTa and its kin count positions from the padding id on, and only their tables have one.
+            # RoBERTa and similar encoders number positions from the padding id on; only their embeddings have a padding_idx.
             padding = getattr(module, "padding_idx", None)
             return len(module.weight) - (0 if padding is None else padding + 1)
     positions = getattr(encoder.config, "max_position_embeddings", None)
@@ -175,29 +178,29 @@ def _positions(encoder: Any) -> int | None:
 
 
 def build_encoder(config: Any, with_pooler: bool, weights_of: str | None = None) -> nn.Module:
-    """An encoder of transformers in float32; of an encoder and decoder, the encoder.
+    """Build an encoder of transformers in float32; for encoder-decoder models, only the encoder.
 
     Args:
-        config: `PretrainedConfig`.
-        with_pooler: keep the encoder's own pooler, where it has one.
-        weights_of: a folder, or a name on the hub, whose safetensors to start from; None: fresh ones.
+        config: `PretrainedConfig` of the encoder.
+        with_pooler: whether the encoder's pooler is included, if it has one.
+        weights_of: folder, or name on the hub, with safetensors to load; None: random weights.
 
     Raises:
-        ConfigError: the weights cannot be had, or do not cover the encoder.
+        ConfigError: the weights could not be loaded, or do not cover the encoder.
     """
     from transformers import MODEL_MAPPING, AutoModel
 
     model_class: Any = MODEL_MAPPING.get(type(config), None)
     if not isinstance(model_class, type):
-        raise ConfigError(f"{KEY}: transformers has no plain model of type {config.model_type}. Name a text encoder.")
+        raise ConfigError(f"{KEY}: transformers has no base model of type {config.model_type}. Use a text encoder.")
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     options = {"add_pooling_layer": with_pooler} if takes_pooler else {}
     if weights_of is None:
         try:
             model = AutoModel.from_config(config, dtype=torch.float32, **options)
-        except Exception as error:  # likewise
+        except Exception as error:  # each architecture raises different exceptions
             raise ConfigError(
-                f"model.text.architecture cannot be built ({type(error).__name__}: {error}). Check its numbers against the encoder's config.json."
+                f"model.text.architecture cannot be built ({type(error).__name__}: {error}). Compare its values with the encoder's config.json."
             ) from error
     else:
         model = _fetch(weights_of, config, options)
@@ -205,12 +208,12 @@ def build_encoder(config: Any, with_pooler: bool, weights_of: str | None = None)
 
 
 def _fetch(name: str, config: Any, options: dict[str, Any]) -> Any:
-    """The encoder with its weights. Only safetensors are read: no file of a repository can run code."""
+    """Load an encoder with its weights. Only safetensors are read, so that no file of a repository can execute code."""
     from transformers import AutoModel
 
     try:
-        with _quietly():
-            model, told = AutoModel.from_pretrained(
+        with _no_loading_report():
+            model, info = AutoModel.from_pretrained(
                 folder_or_hub_name(name),
                 config=config,
                 dtype=torch.float32,
@@ -219,21 +222,21 @@ def _fetch(name: str, config: Any, options: dict[str, Any]) -> Any:
                 output_loading_info=True,
                 **options,
             )
-    except Exception as error:  # the hub's client and the file's reader fail in ways of their own
+    except Exception as error:  # the hub client and the file reader raise different exceptions
         raise ConfigError(
-            f"{not_loaded(name, error)} Weights are read from safetensors only; model.text.pretrained=false starts without them."
+            f"{not_loaded(name, error)} Weights are read only from safetensors; model.text.pretrained=false starts from random weights."
         ) from error
-    if missing := [*told["missing_keys"], *told.get("mismatched_keys", [])]:
+    if missing := [*info["missing_keys"], *info.get("mismatched_keys", [])]:
         raise ConfigError(
-            f"{KEY}={name}: its weights do not cover the encoder: {', '.join(sorted(map(str, missing))[:5])}. Use another "
-            "model.text.pooler or encoder, or model.text.pretrained=false."
+            f"{KEY}={name}: its weights lack {', '.join(sorted(map(str, missing))[:5])}. Use another model.text.pooler or encoder, or "
+            "model.text.pretrained=false."
         )
     return model
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' report of what was loaded: what is missing is an error here, what is left over has no use."""
+def _no_loading_report() -> Iterator[None]:
+    """Silence transformers' report about loaded weights: missing weights are an error here, and unused ones do not matter."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

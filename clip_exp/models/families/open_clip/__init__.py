@@ -1,7 +1,7 @@
-"""The towers of any of open_clip's configurations (Ilharco et al. 2021), built by open_clip itself and used as they are.
+"""Towers of any of open_clip's configurations (Ilharco et al. 2021), built by open_clip itself.
 
-Their weights keep open_clip's names below `image.` and `text.`. Of CoCa there are the two contrastive towers, without the decoder. The
-configuration is named by the model (`model.open_clip_name`), so both towers are open_clip's or none.
+Their weights have open_clip's names, with the prefixes `image.` and `text.`. For CoCa only the two contrastive towers are supported,
+without the decoder. The configuration is chosen by the model (`model.open_clip_name`), so both towers must be open_clip's.
 """
 
 from collections.abc import Iterator
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def _together(model: ModelConfig, at: str) -> Iterator[str]:
+def _both_towers(model: ModelConfig, at: str) -> Iterator[str]:
     if not (isinstance(model.image, OpenCLIPImageConfig) and isinstance(model.text, OpenCLIPTextConfig)):
-        yield f"{at}image.kind=open_clip and {at}text.kind=open_clip go together: use model=open_clip model.name=…"
+        yield f"{at}image.kind=open_clip and {at}text.kind=open_clip must be used together: set model=open_clip model.name=…"
 
 
 def _cfg(model: ModelConfig, tower: str, **changed: Any) -> dict[str, Any]:
-    # Of CoCa there is no decoder, for which alone its towers return their tokens too.
+    # The towers of CoCa also return their tokens, but only for the decoder, which is not supported.
     activation = open_clip_activation(model)
     return {**published(model.open_clip_name)[tower], **changed, "output_tokens": False, **activation}
 
 
 class OpenCLIPImageConfig(ImageTowerConfig):
-    """The image tower of the configuration."""
+    """Image tower of an open_clip configuration."""
 
     kind: Literal["open_clip"] = "open_clip"
-    name: str | None = Field(None, description="name of its backbone in timm, where it has one")
-    pretrained: bool = Field(False, description="start from the backbone's own weights")
+    name: str | None = Field(None, description="name of its timm backbone, if it has one")
+    pretrained: bool = Field(False, description="load the pretrained weights of the backbone")
     patch_dropout: Proportion = Field(
-        0.0, description="fraction of the patches that a training step leaves out, where the tower has patches"
+        0.0, description="fraction of the patches that are dropped in training, if the tower has patches"
     )
 
     in_open_clip: ClassVar[bool] = True
@@ -67,7 +67,7 @@ class OpenCLIPImageConfig(ImageTowerConfig):
         return as_trained(self, self.name) if own_weights and self.own_weights and self.name else self
 
     def fits(self, model: ModelConfig, at: str) -> Iterator[str]:
-        yield from _together(model, at)
+        yield from _both_towers(model, at)
 
     def open_clip_model(self, model: ModelConfig) -> dict[str, Any]:
         return {key: value for key, value in published(model.open_clip_name).items() if key != "multimodal_cfg"}
@@ -77,10 +77,10 @@ class OpenCLIPImageConfig(ImageTowerConfig):
 
 
 class OpenCLIPTextConfig(EncoderConfig):
-    """The text tower of the configuration, which may be an encoder of Hugging Face's."""
+    """Text tower of an open_clip configuration, which may be an encoder of Hugging Face."""
 
     kind: Literal["open_clip"] = "open_clip"
-    vocab_size: Size = Field(VOCABULARY, description="tokens that there are")
+    vocab_size: Size = Field(VOCABULARY, description="number of tokens in the vocabulary")
 
     in_open_clip: ClassVar[bool] = True
     takes_activation: ClassVar[bool] = True
@@ -96,8 +96,8 @@ class OpenCLIPTextConfig(EncoderConfig):
         return build_text_tower(self, model, own_weights)
 
     def fits(self, model: ModelConfig, at: str) -> Iterator[str]:
-        if not isinstance(model.image, OpenCLIPImageConfig):  # else the image tower has said so
-            yield from _together(model, at)
+        if not isinstance(model.image, OpenCLIPImageConfig):  # otherwise the image tower reports it
+            yield from _both_towers(model, at)
 
     def prefix_in_open_clip(self, model: ModelConfig) -> str:
         return "text." if has_text_below(open_clip_values(model.open_clip_name)) else ""
@@ -111,8 +111,8 @@ class OpenCLIPTextConfig(EncoderConfig):
     def training_problems(self, model: ModelConfig) -> Iterator[str]:
         if self.trim and not can_be_trimmed(open_clip_values(model.open_clip_name)["text_cfg"]):
             yield (
-                f"model.text.trim=true would change the features of model.name={model.open_clip_name}, whose texts need the whole "
-                "context: leave it out."
+                f"model.text.trim=true would change the features of model.name={model.open_clip_name}, whose texts must be padded to the "
+                "whole context: leave it out."
             )
 
     def open_clip_cfg(self, model: ModelConfig) -> dict[str, Any]:

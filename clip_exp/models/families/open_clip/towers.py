@@ -1,4 +1,4 @@
-"""The towers of any of open_clip's configurations, built by open_clip itself and used as they are."""
+"""Builders of the towers of open_clip's configurations, by open_clip's own code."""
 
 import json
 import tempfile
@@ -16,13 +16,15 @@ from clip_exp.open_clip_files import open_clip_values
 
 
 def build_image_tower(image: OpenCLIPImageConfig, config: ModelConfig, own_weights: bool = False) -> nn.Module:
-    """Return open_clip's `visual` for `config.open_clip_name`, of `image.image_size`.
+    """Build open_clip's image tower (`visual`) of `config.open_clip_name`, for images of side `image.image_size`.
 
     Args:
-        own_weights: fetch the weights of a timm backbone where `image.pretrained` says so.
+        image: configuration of the tower.
+        config: configuration of the model.
+        own_weights: whether the pretrained weights of a timm backbone are loaded if `image.pretrained` is set.
 
     Raises:
-        ConfigError: no such configuration, or something is asked of it that it does not have.
+        ConfigError: open_clip has no such configuration, or it does not support a requested value.
     """
     from open_clip.model import _build_vision_tower
 
@@ -55,10 +57,10 @@ def _timm_tower(
         return visual
 
     try:
-        with torch.device("meta"), torch.no_grad():  # whether it takes such images, without computing anything
+        with torch.device("meta"), torch.no_grad():  # check that it accepts such images, without computing anything
             build(False).eval()(torch.zeros(1, 3, size, size))
         return build(pretrained)
-    except Exception as error:  # timm's backbones, and the hub where their weights are, fail in ways of their own
+    except Exception as error:  # timm's backbones and the hub client raise different exceptions
         why = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
             f"model.name={config.open_clip_name}: its backbone {vision['timm_model_name']} cannot be built with model.image."
@@ -67,13 +69,15 @@ def _timm_tower(
 
 
 def build_text_tower(text_config: OpenCLIPTextConfig, config: ModelConfig, own_weights: bool = False) -> nn.Module:
-    """Return open_clip's `text` for `config.open_clip_name`, which takes tokens [B, L] of any L up to `context_length`.
+    """Build open_clip's text tower (`text`) of `config.open_clip_name`, for tokens [B, L] with any L up to `context_length`.
 
     Args:
-        own_weights: fetch the weights of a Hugging Face encoder where `text.pretrained` says so.
+        text_config: configuration of the tower.
+        config: configuration of the model.
+        own_weights: whether the pretrained weights of a Hugging Face encoder are loaded if `text_config.pretrained` is set.
 
     Raises:
-        ConfigError: no such configuration, or an encoder that cannot be had.
+        ConfigError: open_clip has no such configuration, or its encoder could not be loaded.
     """
     from open_clip.model import _build_text_tower
 
@@ -100,7 +104,7 @@ def build_text_tower(text_config: OpenCLIPTextConfig, config: ModelConfig, own_w
 def _huggingface_tower(
     text_config: OpenCLIPTextConfig, config: ModelConfig, text: dict[str, Any], own_weights: bool
 ) -> nn.Module:
-    """Build from the encoder's configuration in a folder of its own, so that open_clip does not ask the hub."""
+    """Build the tower from the encoder's configuration in a temporary folder, so that open_clip does not access the hub."""
     from open_clip.model import _build_text_tower
 
     architecture = encoder_config(text_config, config.dropout)
@@ -115,7 +119,7 @@ def _huggingface_tower(
 
 
 def _cut_mask(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The causal mask of as many tokens as there are: open_clip's own towers take whole contexts only."""
+    """Trim the causal mask to the number of tokens, since open_clip's towers expect whole contexts."""
     length, mask = arguments[0].shape[1], options["attn_mask"]
     return arguments, {**options, "attn_mask": None if mask is None else mask[..., :length, :length]}
 
@@ -127,7 +131,7 @@ def _quick_gelu(config: ModelConfig, values: dict[str, Any]) -> bool:
 
 
 def _act(config: ModelConfig) -> dict[str, Any]:
-    """What an activation that is asked for changes in open_clip's words; its `quick_gelu` takes no arguments."""
+    """Return the keys of open_clip's configuration that the configured activation changes; QuickGELU takes no arguments."""
     match config.activation:
         case Activation.gelu_tanh:
             return {"act_kwargs": {"approximate": "tanh"}}

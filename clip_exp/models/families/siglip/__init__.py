@@ -1,4 +1,4 @@
-"""SigLIP's towers (Zhai et al. 2023): a Vision Transformer pooled by attention, and a text tower that reads both ways."""
+"""Configuration of SigLIP's towers (Zhai et al. 2023): a Vision Transformer with attention pooling, and a bidirectional text transformer."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -29,7 +29,7 @@ from clip_exp.renaming import (
 if TYPE_CHECKING:
     from torch import nn
 
-# Queries, keys and values of the pooling are apart in ours: its query is learned.
+# The pooling of clip_exp has separate parameters for query, keys and values, because its query is learned.
 POOL_PARTS = ("pool.attention.q.", "pool.attention.key_", "pool.attention.value_")
 
 POOL, ATTENTION = "MAPHead_0.", "MultiHeadDotProductAttention_0."
@@ -44,7 +44,7 @@ BIG_VISION_BLOCK = (
 
 
 class SigLIPImageConfig(PatchTransformerConfig):
-    """A Vision Transformer whose tokens a learned query pools; it ends without a projection, so `embed_dim` is `width`."""
+    """Vision Transformer with attention pooling by a learned query. It has no projection, so `embed_dim` is `width`."""
 
     kind: Literal["siglip"] = "siglip"
 
@@ -113,8 +113,8 @@ class SigLIPImageConfig(PatchTransformerConfig):
     def fits(self, model: ModelConfig, at: str) -> Iterator[str]:
         if self.width != model.embed_dim:
             yield (
-                f"{at}embed_dim={model.embed_dim} must be {at}image.width={self.width}: a siglip image tower ends "
-                "without a projection."
+                f"{at}embed_dim={model.embed_dim} must be {at}image.width={self.width}: a siglip image tower has "
+                "no projection."
             )
 
     def build(self, model: ModelConfig, own_weights: bool = False) -> "nn.Module":
@@ -128,17 +128,16 @@ class SigLIPImageConfig(PatchTransformerConfig):
     def open_clip_problems(self, model: ModelConfig) -> Iterator[str]:
         if not published(model.open_clip_name):
             yield (
-                "format=open_clip names SigLIP's image tower by its backbone in timm: set model.open_clip_name to open_clip's "
-                "name of an architecture with the same numbers, such as ViT-B-16-SigLIP, or use format=huggingface, "
-                "safetensors or onnx."
+                "format=open_clip refers to SigLIP's image tower by the name of its timm backbone: set model.open_clip_name to "
+                "open_clip's name of the same architecture, such as ViT-B-16-SigLIP, or use format=huggingface, safetensors or onnx."
             )
 
 
 class SigLIPTextConfig(TokenTransformerConfig):
-    """A transformer in which every token sees every other, pooled at the last: a batch is as long as the context."""
+    """Bidirectional transformer that pools at the last token; texts are always padded to the context length."""
 
     kind: Literal["siglip"] = "siglip"
-    tokenizer: str = Field(description="name on the hub, or a folder")
+    tokenizer: str = Field(description="tokenizer: a name on the Hugging Face hub, or a folder")
 
     in_open_clip: ClassVar[bool] = True
     sigmoid: ClassVar[bool] = True
@@ -178,7 +177,7 @@ class SigLIPTextConfig(TokenTransformerConfig):
         return SigLIPText(**self.token_transformer(model))
 
     def open_clip_model(self, model: ModelConfig) -> dict[str, Any]:
-        return {"custom_text": True}  # its weights are below `text.`
+        return {"custom_text": True}  # its weights have the prefix `text.`
 
     def open_clip_cfg(self, model: ModelConfig) -> dict[str, Any]:
         values = super().open_clip_cfg(model)

@@ -1,4 +1,4 @@
-"""SigLIP's towers (Zhai et al. 2023): a Vision Transformer pooled by attention, and a text tower that reads both ways.
+"""Towers of SigLIP (Zhai et al. 2023): a Vision Transformer with attention pooling, and a bidirectional text transformer.
 
 All layer norms have eps 1e-6, as in big_vision, where the published weights come from.
 """
@@ -14,7 +14,7 @@ NORM_EPS = 1e-6
 
 
 class LatentPool(nn.Module):
-    """What one learned query gathers from the tokens, and an MLP on top: [B, N, D] to [B, D] (Lee et al. 2019)."""
+    """Attention pooling with a learned query, followed by an MLP: [B, N, D] to [B, D] (Lee et al. 2019)."""
 
     def __init__(self, width: int, heads: int, *, mlp_ratio: float, activation: str) -> None:
         super().__init__()
@@ -29,10 +29,10 @@ class LatentPool(nn.Module):
 
 
 class SigLIPImage(nn.Module):
-    """Images to embeddings of `width` channels: there is no projection, so `embed_dim` is `width`.
+    """Vision Transformer that maps images to features of `width` channels. It has no projection, so `embed_dim` is `width`.
 
-    Initial weights are those of timm, which open_clip takes this tower from: N(0, 0.02²) for matrices and positions, zero
-    biases, torch's defaults for the patches, and a normal of deviation width**-0.5 cut at two deviations for the query.
+    Initialized as in timm, from which open_clip takes this tower: N(0, 0.02²) for matrices and positions, zero biases, torch's defaults
+    for the patch embedding, and for the query a normal distribution with standard deviation width**-0.5, truncated at 2 of them.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class SigLIPImage(nn.Module):
                     nn.init.zeros_(parameter)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Embeddings, not normalized.
+        """Return features, not normalized.
 
         Args:
-            image_BCHW: float, less the mean and over the standard deviation of its channels, `image_size` on a side.
+            image_BCHW: float images of side `image_size`, normalized by the mean and standard deviation of each channel.
 
         Returns:
             [B, width].
@@ -94,10 +94,10 @@ class SigLIPImage(nn.Module):
 
 
 class SigLIPText(nn.Module):
-    """Token ids to embeddings.
+    """Bidirectional transformer that maps token ids to features.
 
-    Every token sees every other one, padding included, and the last one is pooled. So texts are always padded to
-    `context_length`: a shorter batch would have other features. Initial weights are those of CLIP's text tower, as in open_clip.
+    Every token attends to all tokens, including padding, and the last one is pooled. So texts must be padded to `context_length`: a
+    shorter batch would have different features. Initialized like CLIP's text tower, as in open_clip.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class SigLIPText(nn.Module):
         nn.init.zeros_(self.projection.bias)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        """Embeddings, not normalized.
+        """Return features, not normalized.
 
         Args:
             tokens_BL: int64, padded to `context_length`.

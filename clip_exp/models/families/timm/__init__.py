@@ -1,4 +1,4 @@
-"""Any image backbone of the timm library as image tower (Wightman 2019), with a projection into the shared space."""
+"""Configuration of image towers that are backbones of the timm library (Wightman 2019) with a projection to the shared space."""
 
 import difflib
 import sys
@@ -17,22 +17,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=ImageTowerConfig)
 KEY = "model.image.name"
-QUICK = "_clip_quickgelu_"  # in timm's names of backbones that compute what OpenAI's and its descendants' weights need
+QUICK = "_clip_quickgelu_"  # in timm's names of backbones with QuickGELU, for the weights of OpenAI and derived ones
 
 
 class TimmConfig(ImageTowerConfig):
-    """A backbone of timm, and a projection."""
+    """Backbone of timm with a projection."""
 
     kind: Literal["timm"] = "timm"
     name: str = Field(
-        description="name of the backbone, as timm.list_models() has it, also with a tag of its weights: vit_base_patch16_224.augreg_in21k"
+        description="name of the backbone in timm.list_models(), optionally with a tag of its weights: vit_base_patch16_224.augreg_in21k"
     )
-    pretrained: bool = Field(False, description="start from the backbone's own weights")
+    pretrained: bool = Field(False, description="load the pretrained weights of the backbone")
     projection: Projection = Field(
-        Projection.linear, description="linear, mlp or none, from its channels to the shared space"
+        Projection.linear,
+        description="projection from the backbone's channels to the shared space: linear, mlp or none",
     )
     patch_dropout: Proportion = Field(
-        0.0, description="fraction of the patches that a training step leaves out, where the backbone has patches"
+        0.0, description="fraction of the patches that are dropped in training, if the backbone has patches"
     )
 
     in_open_clip: ClassVar[bool] = True
@@ -47,12 +48,12 @@ class TimmConfig(ImageTowerConfig):
             ),
             ("trunk.",),
         ),
-        # Of a Vision Transformer, alone or as the image tower of SigLIP.
+        # Vision Transformers of big_vision, alone or as image tower of SigLIP.
         "big_vision": Names(
             flax_vit("pos_embedding", "LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0"),
             ("embedding.kernel",),
         ),
-        # Of google-research/vision_transformer, whose dropouts count as parts of a block: ViT, and "How to train your ViT".
+        # google-research/vision_transformer (ViT, "How to train your ViT"), where dropout layers count in the numbers of a block's parts.
         "vision_transformer": Names(
             flax_vit(
                 "Transformer.posembed_input.pos_embedding",
@@ -82,52 +83,52 @@ class TimmConfig(ImageTowerConfig):
             "image_size": self.image_size,
             "timm_model_name": self.name,
             "timm_model_pretrained": False,
-            "timm_pool": "",  # the backbone's own
+            "timm_pool": "",  # that of the backbone
             "timm_proj": self.projection.value,
         }
 
     def open_clip_problems(self, model: ModelConfig) -> Iterator[str]:
         if self.projection is Projection.none:
-            yield "format=open_clip has no timm backbone without a projection: use format=safetensors or onnx."
+            yield "format=open_clip does not support a timm backbone without a projection: use format=safetensors or onnx."
 
 
 def known_backbone(name: str) -> str:
-    """Return the name of a backbone, possibly with a tag of its weights: `vit_base_patch16_224.augreg_in21k`.
+    """Check the name of a backbone, optionally with a tag of its weights (`vit_base_patch16_224.augreg_in21k`), and return it.
 
     Raises:
-        ConfigError: timm has none of that name.
+        ConfigError: timm has no backbone or weights of that name.
     """
     import timm
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models() for the names."
-        raise ConfigError(f"{KEY}={name}: timm has no such model: {hint}")
+        raise ConfigError(f"{KEY}={name} is not a model of timm: {hint}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError:
-        raise ConfigError(f"{KEY}={name}: there are no such weights. {tags_of(name)}") from None
+        raise ConfigError(f"{KEY}={name}: unknown weights '{name.partition('.')[2]}'. {tags_of(name)}") from None
     return name
 
 
 def tags_of(name: str) -> str:
-    """Return a sentence with the tags of a backbone's weights."""
+    """Return a sentence that lists the tags of a backbone's weights."""
     import timm
 
     if found := timm.list_pretrained(f"{name.partition('.')[0]}.*"):
         return f"timm has {', '.join(found)}."
-    return "timm has no weights of this model: use model.image.pretrained=false."
+    return "timm has no weights for this model: set model.image.pretrained=false."
 
 
 def as_trained(image: T, backbone: str) -> T:
-    """Return a tower with timm's preprocessing of a backbone's weights where the configuration has none of its own."""
+    """Return a tower with the preprocessing of a backbone's weights in timm, except for values that the configuration sets."""
     import timm
 
     trained = timm.get_pretrained_cfg(backbone)
     twin = backbone.replace("_clip_", QUICK)
     if QUICK not in backbone and any("quickgelu" in note for note in trained.notes or ()) and timm.is_model(twin):
         print(
-            f"{backbone} computes gelu, but its weights were trained with quick_gelu: model.image.name={twin} computes that.",
+            f"{backbone} uses gelu, but its weights were trained with quick_gelu: set model.image.name={twin}.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""The tower: a backbone of timm without its classifier, and a projection."""
+"""Image tower: a backbone of timm without its classifier, and a projection."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ OPTIONS = {"patch_drop_rate": "model.image.patch_dropout", "proj_drop_rate": "mo
 
 
 class TimmTower(nn.Module):
-    """Images to embeddings.
+    """Image tower that maps images to features.
 
     Args:
-        trunk: images to [B, channels].
-        channels: of the trunk.
-        embed_dim: of the shared space.
-        projection: linear, or an MLP as wide as twice the shared space; both end without a bias, as open_clip's.
+        trunk: backbone that maps images to [B, channels].
+        channels: output channels of the trunk.
+        embed_dim: width of the shared space.
+        projection: linear, or an MLP with a hidden width of twice the shared space; no bias in the last layer, as in open_clip.
     """
 
     def __init__(self, trunk: nn.Module, channels: int, embed_dim: int, projection: Projection) -> None:
@@ -38,10 +38,10 @@ class TimmTower(nn.Module):
                 self.projection = nn.Identity()
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Embeddings, not normalized.
+        """Return features, not normalized.
 
         Args:
-            image_BCHW: float, less the mean and over the standard deviation of its channels, `image_size` on a side.
+            image_BCHW: float images of side `image_size`, normalized by the mean and standard deviation of each channel.
 
         Returns:
             [B, embed_dim].
@@ -50,13 +50,15 @@ class TimmTower(nn.Module):
 
 
 def build_tower(image: TimmConfig, model: ModelConfig, own_weights: bool = False) -> TimmTower:
-    """Return the tower that a configuration describes.
+    """Build the image tower of a configuration.
 
     Args:
-        own_weights: fetch the backbone's weights where `image.pretrained` says so; otherwise nothing is fetched.
+        image: configuration of the tower.
+        model: configuration of the model.
+        own_weights: whether the backbone's pretrained weights are loaded if `image.pretrained` is set; otherwise nothing is downloaded.
 
     Raises:
-        ConfigError: no such backbone; a size, dropout or projection that it does not take; weights that cannot be had.
+        ConfigError: the backbone is unknown, its weights are not available, or it does not support the size, dropout or projection.
     """
     name = known_backbone(image.name)
     options: dict[str, Any] = {}
@@ -64,12 +66,12 @@ def build_tower(image: TimmConfig, model: ModelConfig, own_weights: bool = False
         options["patch_drop_rate"] = image.patch_dropout
     if model.dropout:
         options["proj_drop_rate"] = model.dropout
-    with torch.device("meta"):  # what the backbone makes of an image is found out without computing anything
+    with torch.device("meta"):  # to find out the output shape without computing anything
         probe = _create(name, image.image_size, options)
     channels = _channels(probe, name, image.image_size)
     if image.projection is Projection.none and channels != model.embed_dim:
         raise ConfigError(
-            f"model.image.projection=none needs as many channels as the shared space: {name} has {channels}, and "
+            f"model.image.projection=none requires that {name} has as many channels as the shared space, but it has {channels}, and "
             f"model.embed_dim={model.embed_dim}. Set model.embed_dim={channels}, or a projection."
         )
     pretrained = image.pretrained and own_weights
@@ -78,7 +80,7 @@ def build_tower(image: TimmConfig, model: ModelConfig, own_weights: bool = False
 
 
 def _create(name: str, size: int, options: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """The backbone without its classifier. Convolutional ones take any size, and have no argument for it."""
+    """Create the backbone without its classifier. Convolutional backbones accept any size, and have no argument for it."""
     import timm
 
     try:
@@ -92,7 +94,7 @@ def _create(name: str, size: int, options: dict[str, Any], pretrained: bool = Fa
         wrong = next((key for option, key in OPTIONS.items() if f"'{option}'" in str(error)), None)
         if wrong is None:
             raise
-        raise ConfigError(f"{KEY}={name} has nothing that {wrong} could act on: leave it at 0.") from error
+        raise ConfigError(f"{wrong} is not supported by {KEY}={name}: set it to 0.") from error
     except (AssertionError, ValueError) as error:
         raise _wrong_size(name, size, error) from error
 
@@ -111,11 +113,11 @@ def _wrong_size(name: str, size: int, error: Exception) -> ConfigError:
 
     own = timm.get_pretrained_cfg(name).input_size[-1]
     why = " ".join(str(error).split()).rstrip(".")
-    return ConfigError(f"model.image.image_size={size} does not fit {name} ({why}). Its own size is {own}.")
+    return ConfigError(f"model.image.image_size={size} does not fit {name} ({why}). Its default size is {own}.")
 
 
 def _fetch(name: str, size: int, options: dict[str, Any]) -> nn.Module:
-    """The backbone with its own weights, from the hub or from where the hub's client keeps them."""
+    """Create the backbone with its pretrained weights, from the hub or the cache of the hub client."""
     import timm
 
     if not timm.is_model_pretrained(name):
@@ -124,9 +126,9 @@ def _fetch(name: str, size: int, options: dict[str, Any]) -> nn.Module:
         return _create(name, size, options, pretrained=True)
     except ConfigError:
         raise
-    except Exception as error:  # the hub's client and the file's reader fail in many ways
+    except Exception as error:  # the hub client and the file reader raise different exceptions
         why = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
-            f"the weights of {KEY}={name} cannot be had ({type(error).__name__}: {why}). "
-            "Try again where the hub can be reached, or use model.image.pretrained=false."
+            f"the weights of {KEY}={name} could not be loaded ({type(error).__name__}: {why}). "
+            "Try again with access to the hub, or set model.image.pretrained=false."
         ) from error
