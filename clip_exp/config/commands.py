@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Texts, TypedTexts
-from clip_exp.config.data import DataConfig, OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig, ModelChoice, SubjectConfig
+from clip_exp.config.data import DataConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig, ModelChoice, SubjectConfig
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import TrainConfig
 
@@ -112,8 +112,8 @@ clip-exp search index=photos.index image=query.jpg top=20"""
     image: Paths | None = Field(None, description="image or video to look for, or a list")
     top: Count = Field(10, description="answers")
     frames: Count | None = Field(None, description="frames of a video; null: as the index has it, 8 for a new one")
-    on_bad_image: OnBadImage = Field(
-        OnBadImage.replace, description="replace: leave the image out, and count it; or error"
+    on_bad_image: EvalOnBadImage = Field(
+        EvalOnBadImage.skip, description="skip: leave unreadable images out and count them; or error"
     )
 
 

@@ -21,7 +21,7 @@ from clip_exp.config.base import (
     Unused,
     must_be,
 )
-from clip_exp.config.data import GenerateConfig, OnBadImage, OnBadRow
+from clip_exp.config.data import GenerateConfig, OnBadRow
 from clip_exp.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ ClassNames = Annotated[
 ]
 
 SOURCES = ("root", "table", "generate", "torchvision")  # of labeled images
+
+
+class EvalOnBadImage(StrEnum):
+    """Reaction to an unreadable image outside training, where no other row can replace it (`config.data.OnBadImage`)."""
+
+    error = "error"
+    skip = "skip"
+
 
 # ---------------------------------------------------------------------------------------------------------- model
 
@@ -81,8 +89,8 @@ class SubjectConfig(ModelChoice):
     num_workers: Index | None = Field(
         None, description="processes that decode images; null: as `data.num_workers` of a training"
     )
-    on_bad_image: OnBadImage = Field(
-        OnBadImage.error, description="error, or replace: leave the image out and count it"
+    on_bad_image: EvalOnBadImage = Field(
+        EvalOnBadImage.error, description="error, or skip: leave unreadable images out and count them"
     )
     max_image_pixels: Count = Field(200_000_000, description="pixels; larger images are refused from their header")
 

@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_exp._version import __version__
-from clip_exp.config.data import OnBadImage
-from clip_exp.config.evaluation import SubjectConfig
+from clip_exp.config.evaluation import EvalOnBadImage, SubjectConfig
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, normalize
 from clip_exp.data.loader import (
@@ -61,8 +60,9 @@ class EncodeOptions:
     precision: str = "32-true"  # 32-true, bf16-mixed, 16-mixed
     batch_size: int = 64
     num_workers: int | None = None
-    on_bad_image: OnBadImage = OnBadImage.error
+    on_bad_image: EvalOnBadImage = EvalOnBadImage.error
     max_image_pixels: int = 200_000_000
+    skip_override: str = "on_bad_image=skip"  # override that leaves unreadable images out, for error messages
 
 
 def encode_options(config: SubjectConfig) -> EncodeOptions:
@@ -443,5 +443,5 @@ def _join(parts: list[EncodedImages]) -> EncodedImages:
 
 
 def _refuse_bad(bad: list[str], options: EncodeOptions) -> None:
-    if bad and options.on_bad_image is OnBadImage.error:
-        raise DataError(f"{bad[0]}. Repair or remove it, or leave such images out: on_bad_image=replace.")
+    if bad and options.on_bad_image is EvalOnBadImage.error:
+        raise DataError(f"{bad[0]}. Repair or remove it, or leave such images out: {options.skip_override}.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.data.loader import killed_workers_are_told
 from clip_exp.devices import exact_float32
 from clip_exp.errors import DataError
@@ -83,9 +83,9 @@ def encode_each(
             reasons = iter(batch.bad)
             for entry in batch_entries:
                 reason = "" if entry in encoded else next(reasons).reason
-                if reason and options.on_bad_image is OnBadImage.error:
+                if reason and options.on_bad_image is EvalOnBadImage.error:
                     raise DataError(
-                        f"{media.name(entry)}: {reason}. Repair or remove it, or leave such images out: on_bad_image=replace."
+                        f"{media.name(entry)}: {reason}. Repair or remove it, or leave such images out: {options.skip_override}."
                     )
                 waiting.append((encoded.get(entry), reason))
                 item = int(media.owner[entry])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from clip_exp.config.base import parse, plain
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.model import ModelConfig
 from clip_exp.data.files import Stamp, Stored, normal_path, stamps
 from clip_exp.errors import CheckpointError, ConfigError, DataError
@@ -207,7 +207,7 @@ def update_index(
     files: Sequence[str],
     folders: Sequence[str],
     make_clip: Callable[[], "Pipeline"],
-    on_bad_image: OnBadImage = OnBadImage.replace,
+    on_bad_image: EvalOnBadImage = EvalOnBadImage.skip,
     what: str | None = None,
 ) -> Update:
     """Encode what is new or changed among `files`, and save: every minute, and however this ends.

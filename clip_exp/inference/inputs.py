@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.data.files import normal_path
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError, DataError
@@ -80,15 +80,15 @@ def folders_of(wanted: Any) -> list[str]:
     return [str(path) for path in paths if path.is_dir()]
 
 
-def check_videos(paths: list[str], on_bad_image: OnBadImage) -> None:
+def check_videos(paths: list[str], on_bad_image: EvalOnBadImage) -> None:
     """Raises:
     ConfigError: there are videos, nothing here decodes them, and they may not be left out.
     """
     videos = [path for path in paths if is_video(path)]
-    if videos and on_bad_image is OnBadImage.error and not can_decode_videos():
+    if videos and on_bad_image is EvalOnBadImage.error and not can_decode_videos():
         raise ConfigError(
             f"{len(videos)} of the {len(paths)} files are videos ({videos[0]}), which PyAV decodes: pip install av. "
-            "Or leave them out: on_bad_image=replace."
+            "Or leave them out: on_bad_image=skip."
         )
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_exp.config.commands import ExportFormat, UseConfig
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.model import ModelConfig
 from clip_exp.devices import exact_float32, resolve_accelerator
 from clip_exp.errors import ConfigError, DataError
@@ -121,7 +121,7 @@ class Pipeline:
         self,
         images: str | Path | Sequence[str | Path] | None = None,
         path: str | Path = "photos.index",
-        on_bad_image: str = "replace",
+        on_bad_image: str = "skip",
         what: str | None = "images",
     ) -> ImageIndex:
         """An index of images, made or brought up to date: only what is new or changed is encoded.
@@ -129,13 +129,15 @@ class Pipeline:
         Args:
             images: paths, folders and globs; what is gone from a folder is dropped. None: the index as it is.
             path: of the file that keeps it.
-            on_bad_image: `replace` leaves images that cannot be read out, and warns; or `error`.
+            on_bad_image: `skip` leaves unreadable images out and warns; `error` raises.
             what: name of the progress bar; None for none.
         Raises:
             ConfigError: no such file or folder, or another process changes the index.
             CheckpointError: the index is damaged, was made by another model, or cannot be written.
             DataError: an image cannot be read under `error`, or none can.
         """
+        if on_bad_image not in list(EvalOnBadImage):
+            raise ConfigError(f"on_bad_image={on_bad_image} must be one of {', '.join(EvalOnBadImage)}.")
         path = Path(path).expanduser()
         if self.source is None:
             raise ConfigError("an index remembers its model's weights: load the model with clip_exp.load.")
@@ -146,7 +148,9 @@ class Pipeline:
             raise ConfigError(f"{path}: no such file. Give the images to make it from.")
         if images is not None:
             files = find_images(images)
-            update = update_index(path, recipe, files, folders_of(images), lambda: self, OnBadImage(on_bad_image), what)
+            update = update_index(
+                path, recipe, files, folders_of(images), lambda: self, EvalOnBadImage(on_bad_image), what
+            )
             tell_left_out(update.left_out, len(files))
         return ImageIndex(path, self)
 
@@ -197,9 +201,9 @@ class Pipeline:
         return (scale * image_features_ND @ label_features_CD.T).softmax(dim=-1)
 
     def encode_media(
-        self, images: ImageInputs, on_bad_image: OnBadImage = OnBadImage.error, what: str | None = None
+        self, images: ImageInputs, on_bad_image: EvalOnBadImage = EvalOnBadImage.error, what: str | None = None
     ) -> EncodedMedia:
-        """Features of images and videos, with what was left out under `replace`.
+        """Features of images and videos, with what was left out under `skip`.
 
         Args:
             what: name of the progress bar; None for none.
@@ -212,12 +216,12 @@ class Pipeline:
         encoder, options = self._encoder(media, on_bad_image)
         return encode_media(encoder, media, options, what)
 
-    def encode_each(self, media: Media, on_bad_image: OnBadImage, what: str | None = None) -> Iterator[Encoded]:
+    def encode_each(self, media: Media, on_bad_image: EvalOnBadImage, what: str | None = None) -> Iterator[Encoded]:
         """See `inference.features.encode_each`."""
         encoder, options = self._encoder(media, on_bad_image)
         return encode_each(encoder, media, options, what)
 
-    def _encoder(self, media: Media, on_bad_image: OnBadImage) -> tuple[ImageEncoder, EncodeOptions]:
+    def _encoder(self, media: Media, on_bad_image: EvalOnBadImage) -> tuple[ImageEncoder, EncodeOptions]:
         options = replace(self.options, batch_size=self.batch_size, on_bad_image=on_bad_image)
         # Images in memory need no decoding; where processes are spawned, the caller's script would have to expect it.
         if media.in_memory or (options.num_workers is None and multiprocessing.get_start_method() != "fork"):

@@ -15,6 +15,8 @@ from torch import Tensor
 from clip_exp.checkpoints.folders import latest, step_of
 from clip_exp.checkpoints.io import MODEL_PREFIX
 from clip_exp.config.base import plain
+from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.features import Cache, EncodeOptions
@@ -113,7 +115,14 @@ def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device
 def score_tasks(tasks: list[Task], config: TrainConfig, model: CLIP, device: torch.device) -> dict[str, Result]:
     """Score a model on the tasks of a run. All ranks call."""
     data = config.data
-    options = EncodeOptions(device, num_workers=data.num_workers, on_bad_image=data.on_bad_image)
+    # An image to score cannot be replaced by another row's: it is left out.
+    on_bad_image = EvalOnBadImage.error if data.on_bad_image is OnBadImage.error else EvalOnBadImage.skip
+    options = EncodeOptions(
+        device,
+        num_workers=data.num_workers,
+        on_bad_image=on_bad_image,
+        skip_override=f"data.on_bad_image={OnBadImage.replace}",
+    )
     tokenizer = build_tokenizer(config.model.text)
     # The cache is for what stays the same from one scoring to the next: the network that `robustness` compares with.
     cache = Cache(Path(config.output_dir) / "cache", 10.0)

@@ -52,6 +52,10 @@ def test_help_of_export_says_what_loads_each_format(command: Run, tmp_path: Path
         (["predict", "+foo=1"], "foo does not exist"),
         (["rank", "format=xml"], "table, json, csv"),
         (["search", "top=many"], "top"),
+        *(
+            ([command, "on_bad_image=replace"], "on_bad_image=replace must be one of error, skip.")
+            for command in ("evaluate", *COMMANDS)
+        ),
         (["predict", "model=vit_b23"], "did you mean 'vit_b32'"),
     ],
 )

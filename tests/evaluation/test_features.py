@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.data.image_sets import ImageFiles
@@ -42,7 +42,7 @@ from tests.small_runs import write_image
 from tests.synchronization import SynchronizationWatch
 
 OPTIONS = EncodeOptions(torch.device("cpu"), batch_size=10, num_workers=0)
-FORGIVING = replace(OPTIONS, on_bad_image=OnBadImage.replace)
+FORGIVING = replace(OPTIONS, on_bad_image=EvalOnBadImage.skip)
 
 
 class Opened(ImageFiles):
@@ -159,7 +159,7 @@ def test_bad_images_are_kept_with_their_reasons_and_still_refused_where_they_are
     assert read.bad == computed.bad
     assert [reason.split(":")[0] for reason in read.bad] == [paths[5], paths[70]]
     assert torch.equal(read.features, computed.features)
-    with pytest.raises(DataError, match=r"005\.png: .*on_bad_image=replace"):
+    with pytest.raises(DataError, match=r"005\.png: .*on_bad_image=skip"):
         encode_images(encoder(model=nano), third, OPTIONS, cache)
     assert second.opened == third.opened == []
 

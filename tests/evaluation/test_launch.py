@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 from clip_exp.config.base import parse
-from clip_exp.config.data import DataConfig, OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.data import DataConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig
 from clip_exp.config.names import named_model
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import preprocessing_of
@@ -203,10 +203,10 @@ def test_a_broken_image_stops_by_name_or_is_left_out_and_counted(tmp_path: Path,
     table, captions, images = pairs_csv(tmp_path)
     (tmp_path / "5.png").write_bytes(b"not an image")
     strict = config(tmp_path, {"pairs": {"kind": "retrieval", "table": str(table)}}, run=str(run_dir))
-    with pytest.raises(DataError, match=r"5\.png: .*on_bad_image=replace"):
+    with pytest.raises(DataError, match=r"5\.png: .*on_bad_image=skip"):
         evaluate(strict)
     assert not list(tmp_path.rglob("eval/*.json"))
-    result = evaluate(strict.model_copy(update={"on_bad_image": OnBadImage.replace}))["pairs"]
+    result = evaluate(strict.model_copy(update={"on_bad_image": EvalOnBadImage.skip}))["pairs"]
     kept = [i for i in range(14) if i != 5]
     image = direct_image_features(nano, [tmp_path / f"{i}.png" for i in kept])
     rows = [k for k, i in enumerate(images) if i != 5]

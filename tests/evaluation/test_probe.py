@@ -18,8 +18,7 @@ from torchvision import models
 
 import clip_exp
 from clip_exp.config.base import parse
-from clip_exp.config.data import OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig, require_division
@@ -183,7 +182,7 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
     train, test = tinted(tmp_path / "train", 6), tinted(tmp_path / "test", 4, first=50)
     for path in (train / "bee" / "2.png", test / "cow" / "51.png"):
         path.write_bytes(b"no image")
-    result = evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=OnBadImage.replace))["probe"]
+    result = evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=EvalOnBadImage.skip))["probe"]
     for path in (train / "bee" / "2.png", test / "cow" / "51.png"):
         path.unlink()
     clip = clip_exp.load(str(run_dir))
@@ -195,7 +194,7 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
     for path in (train / "bee").glob("*.png"):
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="no image of 'bee' can be read"):
-        evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=OnBadImage.replace))
+        evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=EvalOnBadImage.skip))
 
 
 @pytest.mark.parametrize(

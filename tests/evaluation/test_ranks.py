@@ -57,7 +57,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, nano) -> list[str]:
         "task.imagenet.templates=['a {}.']", f"task.image_folder.root={root / 'flowers'}",
         "task.image_folder.templates=simple", f"task.cifar10.root={root / 'cifar'}",
         f"task.table.table={root / 'labels.csv'}", f"task.retrieval.table={root / 'pairs.csv'}",
-        "accelerator=cpu", "cache_gb=0", "batch_size=10", "num_workers=0", "on_bad_image=replace",
+        "accelerator=cpu", "cache_gb=0", "batch_size=10", "num_workers=0", "on_bad_image=skip",
     ]  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_a_bad_image_of_one_rank_ends_all_with_its_message(
     assert (done.stderr.count("error:"), done.stderr.count("Traceback")) == (1, 0)
     assert line.startswith("error: ")
     assert "052.png" in line
-    assert line.endswith("on_bad_image=replace.")
+    assert line.endswith("on_bad_image=skip.")
     (record,) = tmp_path.glob("evaluate/*/*/run.json")
     assert (json.loads(record.read_text())["status"], json.loads(record.read_text())["exit_code"]) == ("failed", 3)
     assert sorted(path.name for path in (record.parent / "eval").iterdir()) == [

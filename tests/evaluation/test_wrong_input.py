@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from clip_exp.config.base import parse
-from clip_exp.config.data import OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
 from tests.evaluation.cifar import write_cifar10
@@ -161,7 +160,7 @@ def test_a_broken_image_stops_or_is_counted_by_the_policy_of_training(
     with pytest.raises(DataError, match=r"cow/2\.png: not an image\."):
         evaluate(strict)
     assert not (run_dir / "eval").exists()
-    result = evaluate(strict.model_copy(update={"on_bad_image": OnBadImage.replace}))["pets"]
+    result = evaluate(strict.model_copy(update={"on_bad_image": EvalOnBadImage.skip}))["pets"]
     assert (result["protocol"]["images"], result["protocol"]["bad_images"]) == (3, 1)
     assert "cow/2.png" in result["protocol"]["bad"][0]
     assert list(result["metrics"]) == ["top1", "mean_per_class_recall"]  # in three classes

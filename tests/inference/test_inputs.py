@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference import inputs
 from clip_exp.inference.inputs import as_text_list, as_texts, check_videos, find_images, read_labels
@@ -86,6 +86,6 @@ def test_labels_come_from_lists_and_files_in_any_language(tmp_path: Path):
 def test_videos_without_a_decoder_are_told_with_the_command_that_installs_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inputs, "can_decode_videos", lambda: False)
     with pytest.raises(ConfigError, match=r"1 of the 2 files are videos \(b\.MP4\).*pip install av"):
-        check_videos(["a.png", "b.MP4"], OnBadImage.error)
-    check_videos(["a.png", "b.MP4"], OnBadImage.replace)
-    check_videos(["a.png"], OnBadImage.error)
+        check_videos(["a.png", "b.MP4"], EvalOnBadImage.error)
+    check_videos(["a.png", "b.MP4"], EvalOnBadImage.skip)
+    check_videos(["a.png"], EvalOnBadImage.error)

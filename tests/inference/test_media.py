@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clip_exp.config.commands import OutputFormat, PredictConfig, SearchConfig
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.data.files import BadImage
 from clip_exp.errors import DataError
 from clip_exp.inference.commands import predict, search
@@ -160,7 +160,7 @@ def test_a_broken_video_is_told_and_counted_once(
     values = {"run": str(run_dir), "images": str(photos), "texts": ["a", "b"], "accelerator": "cpu"}
     with pytest.raises(DataError, match=rf"broken\.mp4: {reason}"):
         predict(PredictConfig(**values))
-    predict(PredictConfig(**values, on_bad_image=OnBadImage.replace, format=OutputFormat.json))
+    predict(PredictConfig(**values, on_bad_image=EvalOnBadImage.skip, format=OutputFormat.json))
     document = json.loads(capsys.readouterr().out)
     assert (len(document["images"]), len(document["left_out"])) == (7, 1)
     assert "left out 1 of 8 images" in caplog.text

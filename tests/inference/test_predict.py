@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_exp.config.commands import OutputFormat, PredictConfig
 from clip_exp.config.compose import compose
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference.commands import predict
@@ -95,10 +95,10 @@ def test_csv_json_and_the_table_hold_the_same(run_dir: Path, photos: Path, tmp_p
 
 def test_a_broken_image_stops_the_command_or_is_left_out_and_told(run_dir: Path, photos: Path, capsys, caplog):
     (photos / "2.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"2\.png: not an image.*on_bad_image=replace"):
+    with pytest.raises(DataError, match=r"2\.png: not an image.*on_bad_image=skip"):
         predict(asked(run_dir, str(photos)))
     assert capsys.readouterr().out == ""
-    predict(asked(run_dir, str(photos), on_bad_image=OnBadImage.replace))
+    predict(asked(run_dir, str(photos), on_bad_image=EvalOnBadImage.skip))
     document = json.loads(capsys.readouterr().out)
     assert len(document["images"]) == 6
     assert [left_out["path"] for left_out in document["left_out"]] == [str(photos / "2.png")]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clip_exp.config.commands import OutputFormat, RankConfig
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference.commands import rank
 from clip_exp.inference.features import best
@@ -107,7 +107,7 @@ def test_a_broken_image_is_left_out_of_the_ranking_and_told(run_dir: Path, photo
     (photos / "2.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"2\.png: empty file"):
         rank(asked(run_dir, str(photos), "a dog"))
-    rank(asked(run_dir, str(photos), "a dog", on_bad_image=OnBadImage.replace))
+    rank(asked(run_dir, str(photos), "a dog", on_bad_image=EvalOnBadImage.skip))
     document = json.loads(capsys.readouterr().out)
     assert len(ranking(document)) == 6
     assert document["left_out"] == [{"path": str(photos / "2.png"), "reason": "empty file"}]

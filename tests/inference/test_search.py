@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import clip_exp
 from clip_exp.config.commands import OutputFormat, SearchConfig
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference import index as index_module
 from clip_exp.inference import pipeline as pipeline
@@ -331,6 +331,8 @@ def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Pipe
     assert "left out 1 of 8 images" in caplog.text
     with pytest.raises(DataError, match=r"broken\.png"):
         clip.index(photos, path=tmp_path / "api.index", on_bad_image="error")
+    with pytest.raises(ConfigError, match=r"on_bad_image=replace must be one of error, skip\."):
+        clip.index(photos, path=tmp_path / "api.index", on_bad_image="replace")
     with pytest.raises(ConfigError, match="no such file"):
         clip.index(path=tmp_path / "absent.index")
     with pytest.raises(ConfigError, match="a text or an image"):
@@ -348,9 +350,11 @@ def test_an_index_without_a_readable_image_is_not_written(run_dir: Path, tmp_pat
     (tmp_path / "bad" / "a.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of the 1 images can be read.*a\.png: not an image"):
         search(asked(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad")))
-    with pytest.raises(DataError, match="on_bad_image=replace"):
+    with pytest.raises(DataError, match="on_bad_image=skip"):
         search(
-            asked(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad"), on_bad_image=OnBadImage.error)
+            asked(
+                tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad"), on_bad_image=EvalOnBadImage.error
+            )
         )
     assert not (tmp_path / "x.index").exists()
 

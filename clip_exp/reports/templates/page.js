@@ -77,7 +77,7 @@ function drawMap(figure, data) {
     const cell = pixels / view.span, dot = Math.max(cell * 0.92, 2.5);
     context.clearRect(0, 0, pixels, pixels);
     for (const [key, count] of cells) {
-      const row = Math.floor(key / size), column = key % size, share = count / data.image_sets[row];
+      const row = Math.floor(key / size), column = key % size, share = count / data.images[row];
       const strength = row === column ? 0.15 + 0.6 * share : Math.min(1, 0.3 + 1.4 * share);
       context.fillStyle = `rgb(${tint[row === column]} / ${strength})`;
       context.fillRect((column - view.column + 0.5) * cell - dot / 2, (row - view.row + 0.5) * cell - dot / 2, dot, dot);
@@ -103,7 +103,7 @@ function drawMap(figure, data) {
   const tell = (event) => {
     const found = nearest(place(event));
     if (found === null) return void (caption.textContent = hint());
-    const share = `${cells.get(found.row * size + found.column)} of ${data.image_sets[found.row]}`;
+    const share = `${cells.get(found.row * size + found.column)} of ${data.images[found.row]}`;
     const given = found.row === found.column ? "right" : `taken for ${data.names[found.column]}`;
     caption.textContent = `${data.names[found.row]}: ${share} ${given}`;
   };
