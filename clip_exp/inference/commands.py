@@ -66,7 +66,9 @@ def predict(config: PredictConfig) -> int:
     rows, documents = [], []
     for items, features in zip(encoded.kept.split(CHUNK), encoded.features.split(CHUNK), strict=True):
         probabilities, order = clip.probabilities(features, text_features).sort(dim=1, descending=True, stable=True)
-        best = zip(items.tolist(), order[:, : config.k].tolist(), probabilities[:, : config.k].tolist(), strict=True)
+        best = zip(
+            items.tolist(), order[:, : config.top_k].tolist(), probabilities[:, : config.top_k].tolist(), strict=True
+        )
         for item, numbers, values in best:
             found = [(texts[text], number(value)) for text, value in zip(numbers, values, strict=True)]
             rows += [(images[item], place, text, p) for place, (text, p) in enumerate(found, start=1)]
@@ -105,7 +107,7 @@ def rank(config: RankConfig) -> int:
     tell_left_out(encoded.left_out, len(images))
     rankings: list[Ranking] = []
     for query in text_features:
-        ranked = best_matches(encoded.features, query, config.keep)
+        ranked = best_matches(encoded.features, query, config.top_k)
         rankings.append([(images[encoded.kept[row]], number(score)) for row, score in ranked])
     if copy_to is not None:
         copy_ranked(copy_to, dict(zip(texts, rankings, strict=True)))
@@ -215,7 +217,7 @@ def search(config: SearchConfig) -> int:
     if clip is not None:
         index = ImageIndex(path, clip)
         rankings = [
-            [(match.path, number(match.score)) for match in index.search(**{kind: query}, top=config.top)]
+            [(match.path, number(match.score)) for match in index.search(**{kind: query}, top_k=config.top_k)]
             for kind, query in question.queries
         ]
         described = {"index": str(path), "images": len(index), "model": source.model.name, "weights": recipe.weights}

@@ -112,27 +112,27 @@ class Match(NamedTuple):
     position: int  # among what was given, or in the index
 
 
-def best(scores_N: Tensor, keep: int | None = None) -> Tensor:
-    """Positions of the highest scores, int64 [min(keep, N)], best first; equal ones in their order. `keep` None: all."""
-    if keep is not None and keep < len(scores_N):
-        candidates = (scores_N >= scores_N.topk(keep).values[-1]).nonzero().flatten()
+def best(scores_N: Tensor, top_k: int | None = None) -> Tensor:
+    """Return positions of the highest scores, int64 [min(top_k, N)], best first, ties in their order. `top_k` None: all."""
+    if top_k is not None and top_k < len(scores_N):
+        candidates = (scores_N >= scores_N.topk(top_k).values[-1]).nonzero().flatten()
     else:
         candidates = torch.arange(len(scores_N))
-    return candidates[scores_N[candidates].argsort(descending=True, stable=True)][:keep]
+    return candidates[scores_N[candidates].argsort(descending=True, stable=True)][:top_k]
 
 
 @exact_float32()
-def best_matches(features_ND: Tensor, query_D: Tensor, keep: int | None = None) -> list[tuple[int, float]]:
+def best_matches(features_ND: Tensor, query_D: Tensor, top_k: int | None = None) -> list[tuple[int, float]]:
     """Return the rows whose features fit a query best and their exact cosines, best first; equal ones in their order.
 
     Args:
         features_ND: of unit norm; they may be mapped from a file, which is read in tiles.
         query_D: float32, of unit norm.
-        keep: see `best`.
+        top_k: number of rows to return; None: all.
 
     Raises:
         NumericError: a score is not finite.
     """
     scores_N = torch.cat([tile.float() @ query_D for tile in features_ND.split(ROWS)])
     require_finite(scores_N, "scores")
-    return [(row, scores_N[row].item()) for row in best(scores_N, keep).tolist()]
+    return [(row, scores_N[row].item()) for row in best(scores_N, top_k).tolist()]

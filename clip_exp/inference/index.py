@@ -344,22 +344,24 @@ class ImageIndex:
         """Of the images and videos, sorted; relative to the current folder where they are below it."""
         return [self._shown(index) for index in range(len(self))]
 
-    def search(self, text: str | None = None, *, image: ImageInput | None = None, top: int = 10) -> "list[Match]":
+    def search(self, text: str | None = None, *, image: ImageInput | None = None, top_k: int = 10) -> "list[Match]":
         """The images that fit a text, or are most like an image or video: by exact cosine, best first.
 
         Raises:
-            ConfigError: not exactly one of text and image, or `top` is below 1.
+            ConfigError: not exactly one of `text` and `image` is given, or `top_k` is below 1.
             DataError: the image cannot be read.
             NumericError: features or scores are not finite.
         """
         from clip_exp.evaluation.features import require_finite  # imports torch
         from clip_exp.inference.features import Match, best_matches
 
-        if (text is None) == (image is None) or top < 1:
-            raise ConfigError('give a text or an image, and a top above 0: search("two dogs"), search(image="a.jpg").')
+        if (text is None) == (image is None) or top_k < 1:
+            raise ConfigError(
+                'give either a text or an image, and top_k above 0: search("two dogs"), search(image="a.jpg").'
+            )
         query = self.clip.encode_text(text) if text is not None else self.clip.encode_image(image)  # type: ignore[arg-type]
         require_finite(query, "features of the query")
-        ranked = best_matches(self._entries.features, query[0], top)
+        ranked = best_matches(self._entries.features, query[0], top_k)
         return [Match(self._shown(index), score, index) for index, score in ranked]
 
     def _shown(self, index: int) -> str:

@@ -101,19 +101,19 @@ class Pipeline:
         label_features = self.encode_labels(labels, templates)
         return self.probabilities(self.encode_image(images), label_features)
 
-    def rank(self, text: str, images: ImageInputs, keep: int | None = None) -> list[Match]:
+    def rank(self, text: str, images: ImageInputs, top_k: int | None = None) -> list[Match]:
         """The images that fit a text best, best first; equal ones in the order given.
 
         Args:
             images: paths and images, or one folder or glob.
-            keep: the most to return; None: all.
+            top_k: number of images to return; None: all.
         """
         if not isinstance(text, str):
             raise ConfigError("text must be one text.")
         if isinstance(images, str | Path):
             images = find_images(images)
         items = self._items(images)
-        ranked = best_matches(self.encode_media(items).features, self.encode_text(text)[0], keep)
+        ranked = best_matches(self.encode_media(items).features, self.encode_text(text)[0], top_k)
         paths = Media(items).paths
         return [Match(str(paths[index]), score, index) for index, score in ranked]
 

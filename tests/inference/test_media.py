@@ -120,7 +120,7 @@ def test_the_commands_take_videos_where_they_take_images(run_dir: Path, photos: 
     index = photos.parent / "photos.index"
     search(SearchConfig(index=str(index), run=str(run_dir), images=str(photos), frames=4, accelerator="cpu"))
     capsys.readouterr()
-    search(SearchConfig(index=str(index), image=str(video), top=1, format=OutputFormat.json, accelerator="cpu"))
+    search(SearchConfig(index=str(index), image=str(video), top_k=1, format=OutputFormat.json, accelerator="cpu"))
     best = json.loads(capsys.readouterr().out)["rankings"][0]["matches"][0]
     assert best == {"path": str(video), "score": pytest.approx(1.0, abs=1e-6)}
 

@@ -67,10 +67,10 @@ def test_labels_of_a_file_go_into_templates(run_dir: Path, photos: Path, clip: P
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def test_only_the_k_most_probable_texts_are_shown(run_dir: Path, photos: Path, capsys):
+def test_only_the_top_k_most_probable_texts_are_shown(run_dir: Path, photos: Path, capsys):
     predict(asked(run_dir, str(photos)))
     whole = json.loads(capsys.readouterr().out)
-    predict(asked(run_dir, str(photos), k=2))
+    predict(asked(run_dir, str(photos), top_k=2))
     best = json.loads(capsys.readouterr().out)
     assert [p["texts"] for p in best["images"]] == [p["texts"][:2] for p in whole["images"]]
 
@@ -113,9 +113,11 @@ def test_texts_that_are_cut_are_told_with_their_number(run_dir: Path, photos: Pa
 
 def test_every_problem_is_told_at_once(run_dir: Path, tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
-        compose("predict", ["images=absent.png", "k=0", "frames=0", "batch_size=0", "precision=fp8", "accelerator=tpu"])
+        compose(
+            "predict", ["images=absent.png", "top_k=0", "frames=0", "batch_size=0", "precision=fp8", "accelerator=tpu"]
+        )
     told = [line.partition(" ")[0] for line in str(caught.value).splitlines()]
-    assert sorted(told) == ["accelerator=tpu", "batch_size=0", "frames=0", "k=0", "precision=fp8"]
+    assert sorted(told) == ["accelerator=tpu", "batch_size=0", "frames=0", "precision=fp8", "top_k=0"]
     config = PredictConfig(images="absent.png", templates=["no place"], output=f"{tmp_path}/no/o.csv")
     with pytest.raises(ConfigError) as caught:
         predict(config)

@@ -54,7 +54,7 @@ def test_answers_equal_brute_force(index: Path, photos: Path, clip: Pipeline, mo
     paths = find_images("photos")
     features = clip.encode_image(paths)
     for query, kind in (("two dogs", "text"), ("photos/3.png", "image")):
-        assert search(asked(index, **{kind: query}, top=4)) == 0
+        assert search(asked(index, **{kind: query}, top_k=4)) == 0
         vector = clip.encode_text(query)[0] if kind == "text" else features[3]
         expected = sorted(zip(paths, (features @ vector).tolist(), strict=True), key=lambda pair: -pair[1])[:4]
         found = matches(capsys)
@@ -63,9 +63,9 @@ def test_answers_equal_brute_force(index: Path, photos: Path, clip: Pipeline, mo
 
 
 def test_scores_do_not_depend_on_the_tiles(index: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    whole = clip.index(path=index).search("two dogs", top=7)
+    whole = clip.index(path=index).search("two dogs", top_k=7)
     monkeypatch.setattr("clip_exp.inference.features.ROWS", 2)
-    tiled = clip.index(path=index).search("two dogs", top=7)
+    tiled = clip.index(path=index).search("two dogs", top_k=7)
     assert [match.path for match in tiled] == [match.path for match in whole]
     torch.testing.assert_close([m.score for m in tiled], [m.score for m in whole], atol=1e-6, rtol=0)
 
@@ -191,7 +191,7 @@ def test_an_index_finds_its_model_again_or_says_what_became_of_it(index: Path, r
     shutil.move(run_dir, elsewhere)
     with pytest.raises(CheckpointError, match="which is gone: name the same weights"):
         search(asked(index, text="a dog"))
-    assert search(asked(index, run=str(elsewhere), text="a dog", top=3)) == 0
+    assert search(asked(index, run=str(elsewhere), text="a dog", top_k=3)) == 0
     assert len(matches(capsys)) == 3
     weights.parent.mkdir(parents=True)
     save_file({"a": torch.zeros(1)}, weights)
@@ -311,21 +311,23 @@ def test_threads_take_turns_and_none_is_lost(index: Path):
 
 def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path, clip: Pipeline):
     opened = clip.index(path=index)
-    before = opened.search("a dog", top=7)
+    before = opened.search("a dog", top_k=7)
     for number in range(20, 25):
         write_image(photos / f"{number}.png", number)
     assert len(clip.index(photos, index)) == 12
     assert len(opened) == 7
-    assert opened.search("a dog", top=7) == before
+    assert opened.search("a dog", top_k=7) == before
 
 
 def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Pipeline, tmp_path: Path, caplog):
     index = clip.index(photos, path=tmp_path / "api.index")
     assert len(index) == 7
     assert index.paths == [str(photos / Path(name).relative_to(photos)) for name in find_images(photos)]
-    best = index.search(image=photos / "3.png", top=1)[0]
+    best = index.search(image=photos / "3.png", top_k=1)[0]
     assert (best.path, round(best.score, 5)) == (str(photos / "3.png"), 1.0)
-    assert [m.path for m in index.search("two dogs", top=3)] == [m.path for m in clip.rank("two dogs", photos, keep=3)]
+    assert [m.path for m in index.search("two dogs", top_k=3)] == [
+        m.path for m in clip.rank("two dogs", photos, top_k=3)
+    ]
     (photos / "broken.png").write_bytes(b"broken")
     assert len(clip.index([photos], path=tmp_path / "api.index")) == 7
     assert "left out 1 of 8 images" in caplog.text
@@ -335,7 +337,7 @@ def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Pipe
         clip.index(photos, path=tmp_path / "api.index", on_bad_image="replace")
     with pytest.raises(ConfigError, match="no such file"):
         clip.index(path=tmp_path / "absent.index")
-    with pytest.raises(ConfigError, match="a text or an image"):
+    with pytest.raises(ConfigError, match="either a text or an image"):
         index.search()
 
 
