@@ -47,6 +47,8 @@ def predict(config: PredictConfig) -> int:
     with problems:
         if (config.texts is None) == (config.labels is None):
             raise ConfigError("give exactly one of texts and labels: 'texts=[a diagram,a dog]', or labels=names.txt.")
+        if config.texts is not None and config.templates is not None:
+            raise ConfigError("templates are for class names: give labels=… instead of texts, or leave out templates.")
         texts = read_labels(config.labels) if config.labels is not None else as_text_list(config.texts, "texts")
         if len(texts) == 1:
             raise ConfigError(

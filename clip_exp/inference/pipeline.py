@@ -89,17 +89,37 @@ class Pipeline:
     def classify(
         self,
         images: ImageInputs,
-        labels: Sequence[str],
+        texts: Sequence[str] | None = None,
+        *,
+        labels: Sequence[str] | None = None,
         templates: str | Sequence[str] | None = None,
     ) -> Tensor:
-        """Probabilities [images, labels]: softmax over the labels of the scaled cosines. Float32, on the CPU.
+        """Return probabilities [images, texts] or [images, labels], as `clip-exp predict` does: float32, on the CPU.
+
+        They are the softmax over the texts or labels of `exp(logit_scale)` times the cosine.
 
         Args:
-            labels: whole texts, such as "a diagram"; with `templates`, class names.
-            templates: `openai`, `simple`, or texts with `{}` for the name; a label's embeddings are averaged.
+            images: one or many paths or images.
+            texts: whole texts, such as "a diagram"; exactly one of `texts` and `labels`.
+            labels: class names, such as "dog", which are put into `templates`.
+            templates: `openai` (80), `simple` (7), or texts with `{}` for the class name, whose embeddings are averaged per
+                label; None: a label is the whole text.
+
+        Raises:
+            ConfigError: not exactly one of `texts` and `labels` is given, or `templates` is given without `labels`.
+            DataError: an image cannot be read, or there are none.
         """
-        label_features = self.encode_labels(labels, templates)
-        return self.probabilities(self.encode_image(images), label_features)
+        if (texts is None) == (labels is None):
+            raise ConfigError(
+                'give exactly one of texts and labels: classify(images, ["a diagram", "a dog"]), or '
+                'classify(images, labels=["dog", "cat"], templates="openai").'
+            )
+        if texts is not None and templates is not None:
+            raise ConfigError(
+                "templates are for class names: give labels=[…] instead of texts, or leave out templates."
+            )
+        features = self.encode_labels(texts if texts is not None else labels or [], templates)
+        return self.probabilities(self.encode_image(images), features)
 
     def rank(self, text: str, images: ImageInputs, top_k: int | None = None) -> list[Match]:
         """The images that fit a text best, best first; equal ones in the order given.
@@ -179,7 +199,7 @@ class Pipeline:
             what: name of the progress bar; None for none.
         """
         if isinstance(labels, str) or not labels:
-            raise ConfigError('labels must be a list of texts, as ["a dog", "a cat"].')
+            raise ConfigError('texts and labels must be non-empty lists, as ["a dog", "a cat"].')
         if templates is None:
             return self.encode_text(labels)
         prompts = read_templates(templates if isinstance(templates, str) else list(templates))

@@ -63,7 +63,7 @@ def test_labels_of_a_file_go_into_templates(run_dir: Path, photos: Path, clip: P
     values = {"texts": None, "labels": str(tmp_path / "names.txt"), "templates": templates}
     predict(asked(run_dir, str(photos / "0.png"), **values))
     found = probabilities(json.loads(capsys.readouterr().out), ["dog", "cat"])
-    expected = clip.classify(photos / "0.png", ["dog", "cat"], templates=templates)
+    expected = clip.classify(photos / "0.png", labels=["dog", "cat"], templates=templates)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
@@ -126,6 +126,11 @@ def test_every_problem_is_told_at_once(run_dir: Path, tmp_path: Path):
     assert len(str(caught.value).splitlines()) == 5
     with pytest.raises(CheckpointError, match="not a run folder"):
         predict(asked(tmp_path, str(run_dir / "config.yaml")))
+
+
+def test_templates_of_whole_texts_are_refused(run_dir: Path, photos: Path):
+    with pytest.raises(ConfigError, match=r"templates are for class names: give labels=… instead of texts"):
+        predict(asked(run_dir, str(photos), templates="openai"))
 
 
 def test_a_single_text_is_refused_since_its_probability_says_nothing(run_dir: Path, photos: Path):
