@@ -9,7 +9,7 @@ from clip_exp.checks.splits import TRAIN, VAL
 from clip_exp.config.commands import CheckDataConfig
 from clip_exp.config.data import PairLabel
 from clip_exp.data.files import NO_SUCH_FILE, NOT_ALLOWED, OUTSIDE_ROOT, TOO_MANY_BYTES, TOO_MANY_PIXELS
-from clip_exp.reports.page import counted, probability
+from clip_exp.reports.html import counted, probability
 
 WORTH_TELLING = 0.01  # share of images or captions
 MUCH_LARGER = 4  # times the model's input, from where decoding is most of the loader's work

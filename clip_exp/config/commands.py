@@ -7,7 +7,7 @@ from pydantic import Field
 
 from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Texts, TypedTexts
 from clip_exp.config.data import DataConfig
-from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig, ModelChoice, SubjectConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig, InferenceConfig, ModelChoice
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import TrainConfig
 
@@ -41,7 +41,7 @@ class OutputConfig(Config):
     output: PathText | None = Field(None, description="file, replaced if it exists; null: the terminal")
 
 
-class UseConfig(SubjectConfig, OutputConfig):
+class UseConfig(InferenceConfig, OutputConfig):
     """What predict, rank and search share; an image is a file, or a video by frames spread evenly over it."""
 
     frames: Count | None = Field(8, description="frames of a video, whose features are averaged")

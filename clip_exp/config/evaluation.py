@@ -78,7 +78,7 @@ class ModelChoice(Config):
     )
 
 
-class SubjectConfig(ModelChoice):
+class InferenceConfig(ModelChoice):
     """Which model, and how it sees images: what every command has that runs one."""
 
     accelerator: Accelerator = Field("auto", description="auto, cpu, gpu (or cuda)")
@@ -228,7 +228,7 @@ Devices = Annotated[
 ]
 
 
-class EvaluateConfig(SubjectConfig):
+class EvaluateConfig(InferenceConfig):
     """An evaluation."""
 
     usage: ClassVar = """\
@@ -248,7 +248,7 @@ Which model: run=DIR, or ckpt=PATH, or model=… pretrained=…; what to score i
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
-        *SubjectConfig.unused,
+        *InferenceConfig.unused,
         Unused(
             "model.dropout model.image.patch_dropout model.image.pretrained model.text.pretrained",
             lambda c: c.model is not None,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from clip_exp.evaluation.features import EncodedImages, TextModel, encode_distinct_texts, require_finite
 from clip_exp.evaluation.sets.class_names import class_prompts
 from clip_exp.evaluation.sets.labeled import LabeledImages
-from clip_exp.reports.classification_page import Classified
+from clip_exp.reports.classification_report import Classified
 from clip_exp.reports.names import CERTAIN
 from clip_exp.text.tokenizer import Tokenizes
 

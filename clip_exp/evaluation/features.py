@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_exp._version import __version__
-from clip_exp.config.evaluation import EvalOnBadImage, SubjectConfig
+from clip_exp.config.evaluation import EvalOnBadImage, InferenceConfig
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, normalize
 from clip_exp.data.loader import (
@@ -54,7 +54,7 @@ CHECKSUM = "crc32"
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How images are read and encoded; the fields of `SubjectConfig`, resolved."""
+    """How images are read and encoded; the fields of `InferenceConfig`, resolved."""
 
     device: torch.device
     precision: str = "32-true"  # 32-true, bf16-mixed, 16-mixed
@@ -65,7 +65,7 @@ class EncodeOptions:
     skip_override: str = "on_bad_image=skip"  # override that leaves unreadable images out, for error messages
 
 
-def encode_options(config: SubjectConfig) -> EncodeOptions:
+def encode_options(config: InferenceConfig) -> EncodeOptions:
     """How a command's configuration reads and encodes images, with device and precision chosen."""
     device = torch.device(resolve_accelerator(config.accelerator))
     return EncodeOptions(

@@ -232,7 +232,7 @@ def evaluate_in(
     with stop_on_signals():
         try:
             # Torch takes seconds to import: only once the configuration is known to be right.
-            from clip_exp.evaluation.subject import score_tasks
+            from clip_exp.evaluation.evaluated_model import score_tasks
 
             score_tasks(folder, config, source, tasks, results)
         except BaseException as failed:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.evaluation.features import require_finite
-from clip_exp.reports.retrieval_page import Query, Retrieved
+from clip_exp.reports.retrieval_report import Query, Retrieved
 
 RECALL_AT = (1, 5, 10)
 TILE = 1024  # images of a tile, which comes with all their captions

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from clip_exp.config.evaluation import LabeledDataConfig, TaskConfig
 
 if TYPE_CHECKING:
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
     from clip_exp.evaluation.sets.labeled import LabeledImages
     from clip_exp.evaluation.sets.splits import Overlap
-    from clip_exp.evaluation.subject import Judge, Subject
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Task:
         """Yield what makes results doubtful, and is known before a run is trained."""
         yield from ()
 
-    def score(self, subject: "Subject") -> "Judge":
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
         """Encode what is needed; return what remains, which makes the result (`reports.evaluation.Result`).
 
-        Every rank calls, and encodes its shard of the images and texts (`Subject.encode_images`, `Subject.encode_texts`); rank 0 alone
+        Every rank calls, and encodes its shard of the images and texts (`EvaluatedModel.encode_images`, `EvaluatedModel.encode_texts`); rank 0 alone
         calls what is returned.
         """
         raise NotImplementedError

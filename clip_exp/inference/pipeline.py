@@ -17,9 +17,9 @@ from clip_exp.config.model import ModelConfig
 from clip_exp.devices import exact_float32, resolve_accelerator
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.classification import build_classifier
+from clip_exp.evaluation.evaluated_model import EvaluatedModel
 from clip_exp.evaluation.features import EncodeOptions, ImageEncoder, encode_options, encode_texts, require_finite
 from clip_exp.evaluation.sets.class_names import templates as read_templates
-from clip_exp.evaluation.subject import Subject
 from clip_exp.export.write import write_export
 from clip_exp.inference.features import Encoded, EncodedMedia, Match, best_matches, encode_each, encode_media
 from clip_exp.inference.index import ImageIndex, agree, read_recipe, recipe_of, update_index
@@ -246,7 +246,7 @@ class Pipeline:
         # Images in memory need no decoding; where processes are spawned, the caller's script would have to expect it.
         if media.in_memory or (options.num_workers is None and multiprocessing.get_start_method() != "fork"):
             options = replace(options, num_workers=0)
-        return Subject(self.model, self.tokenizer, self.config, options).image_encoder(), options
+        return EvaluatedModel(self.model, self.tokenizer, self.config, options).image_encoder(), options
 
     def _items(self, images: ImageInputs) -> list[ImageInput]:
         if isinstance(images, str | Path) and Path(images).is_dir():

@@ -1,7 +1,7 @@
 """What scoring a task yields, what an evaluation leaves of it in its own folder and in the run's, and a table on the terminal.
 
 `eval/<task>.json` has the metrics and the protocol, `eval/<task>.html` is for looking at, and a classification has a
-row per class in `eval/<task>.csv` (`reports.classification_page`). In the run's folder the names of results of other weights than its own tell
+row per class in `eval/<task>.csv` (`reports.classification_report`). In the run's folder the names of results of other weights than its own tell
 which these are (`reports.names`).
 """
 
@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 
 from clip_exp.config.evaluation import Scale
 from clip_exp.errors import CheckpointError
+from clip_exp.reports.html import fact_rows, heading, is_train_run, render
 from clip_exp.reports.names import name_of_weights, scale_of
-from clip_exp.reports.page import fact_rows, heading, is_train_run, render
-from clip_exp.reports.run_page import readable, renew_report, write_index
+from clip_exp.reports.run_report import readable, renew_report, write_index
 from clip_exp.runs import refuse_links, write_json, write_text
 from clip_exp.storage import atomic_file, read_json_object
 
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 class Details(Protocol):
     """What a page shows beyond the numbers, such as examples."""
 
-    def pages(self, result: "Result", heading: dict[str, Any]) -> dict[str, str]:
+    def report_files(self, result: "Result", heading: dict[str, Any]) -> dict[str, str]:
         """Return the texts of a task's files for people, by their suffix, such as `.html`.
 
         Args:
-            heading: `page.heading`.
+            heading: `html.heading`.
         """
 
 
@@ -70,7 +70,9 @@ def write_result(
         CheckpointError: `folder` cannot be written.
     """
     top = heading(task, result.protocol, folder)
-    pages = result.details.pages(result, top) if result.details is not None else {".html": _plain_page(result, top)}
+    pages = (
+        result.details.report_files(result, top) if result.details is not None else {".html": _plain_page(result, top)}
+    )
     names = {folder: task} | ({} if run_dir is None else {run_dir: name_in_run or task})
     for target, name in names.items():
         try:

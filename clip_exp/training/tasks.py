@@ -19,8 +19,8 @@ from clip_exp.config.data import OnBadImage
 from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
+from clip_exp.evaluation.evaluated_model import EvaluatedModel, about_weights, score
 from clip_exp.evaluation.features import Cache, EncodeOptions
-from clip_exp.evaluation.subject import Subject, about_weights, score
 from clip_exp.evaluation.task import Task
 from clip_exp.loading import ModelSource, load_model, source_of_checkpoint
 from clip_exp.models.clip import CLIP, build_model
@@ -126,8 +126,8 @@ def score_tasks(tasks: list[Task], config: TrainConfig, model: CLIP, device: tor
     tokenizer = build_tokenizer(config.model.text)
     # The cache is for what stays the same from one scoring to the next: the network that `robustness` compares with.
     cache = Cache(Path(config.output_dir) / "cache", 10.0)
-    subject = Subject(model, tokenizer, config.model, options, weights_sha256=None, cache=cache)
-    return {task.name: score(task, subject) for task in tasks}
+    evaluated = EvaluatedModel(model, tokenizer, config.model, options, weights_sha256=None, cache=cache)
+    return {task.name: score(task, evaluated) for task in tasks}
 
 
 def write_results(results: dict[str, Result], source: ModelSource, run_dir: Path, device: torch.device) -> None:

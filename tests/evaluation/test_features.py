@@ -24,6 +24,7 @@ from clip_exp.config.names import named_model
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import preprocessing_of
 from clip_exp.errors import DataError
+from clip_exp.evaluation.evaluated_model import EvaluatedModel
 from clip_exp.evaluation.features import (
     Cache,
     EncodeOptions,
@@ -32,7 +33,6 @@ from clip_exp.evaluation.features import (
     encode_pixels,
     encode_texts,
 )
-from clip_exp.evaluation.subject import Subject
 from clip_exp.models.clip import CLIP, build_model
 from clip_exp.text.tokenizer import Tokenizer, build_tokenizer
 from tests.compose import train_config
@@ -61,7 +61,7 @@ def encoder(weights: str = "a", model: CLIP | None = None) -> ImageEncoder:
     if model is None:
         torch.manual_seed(0)
         model = build_model(named_model("vit_nano")).eval()
-    return Subject(model, Tokenizer(77), named_model("vit_nano"), OPTIONS, weights).image_encoder()
+    return EvaluatedModel(model, Tokenizer(77), named_model("vit_nano"), OPTIONS, weights).image_encoder()
 
 
 @pytest.fixture
@@ -246,8 +246,10 @@ TENSORS = {"features": torch.arange(6.0).view(2, 3), "kept": torch.tensor([0, 2]
 DAY_S = 86400
 
 
-def subject(nano: CLIP, cache: Cache, weights: str = "a") -> Subject:
-    return Subject(nano, Tokenizer(77), named_model("vit_nano"), EncodeOptions(torch.device("cpu")), weights, cache)
+def evaluated_model(nano: CLIP, cache: Cache, weights: str = "a") -> EvaluatedModel:
+    return EvaluatedModel(
+        nano, Tokenizer(77), named_model("vit_nano"), EncodeOptions(torch.device("cpu")), weights, cache
+    )
 
 
 def test_what_was_written_is_read(cache: Cache) -> None:
@@ -371,14 +373,14 @@ def test_a_classifier_is_kept_for_its_weights_names_and_templates(
     nano: CLIP, cache: Cache, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["cat", "dog\nwolf", "bird"] if change == "a line break in a name" else ["cat", "dog", "wolf"]
-    first = subject(nano, cache).classifier(names, ["a {}."])
+    first = evaluated_model(nano, cache).classifier(names, ["a {}."])
     encoded: list[int] = []
     encode_trees = nano.encode_text_trees
     monkeypatch.setattr(nano, "encode_text_trees", lambda *trees: encoded.append(1) or encode_trees(*trees))
     names = ["cat", "dog", "fox"] if change == "names" else names
     names = ["cat", "dog", "wolf\nbird"] if change == "a line break in a name" else names
     weights, templates = "b" if change == "weights" else "a", ["one {}." if change == "templates" else "a {}."]
-    second = subject(nano, cache, weights).classifier(names, templates)
+    second = evaluated_model(nano, cache, weights).classifier(names, templates)
     assert bool(encoded) == (change != "nothing")
     if change in ("nothing", "weights"):
         assert torch.equal(second, first)
@@ -387,7 +389,7 @@ def test_a_classifier_is_kept_for_its_weights_names_and_templates(
 def test_cut_texts_are_counted_from_the_cache_too(nano: CLIP, cache: Cache) -> None:
     counts = []
     for _ in range(2):
-        using = subject(nano, cache)
+        using = evaluated_model(nano, cache)
         using.classifier(["cat", "very " * 100], ["a {}.", "the {}."])
         counts.append(using.tokenizer.truncated)
     assert counts == [2, 2]

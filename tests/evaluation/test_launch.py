@@ -19,11 +19,11 @@ from clip_exp.config.names import named_model
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
+from clip_exp.evaluation.evaluated_model import EvaluatedModel
 from clip_exp.evaluation.features import EncodeOptions, encode_images
 from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.retrieval import retrieval
 from clip_exp.evaluation.sets.class_names import class_prompts, imagenet_classes, templates
-from clip_exp.evaluation.subject import Subject
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.tables.shard_files import write_shard
@@ -394,9 +394,9 @@ def test_low_precision_is_for_the_image_tower_and_features_stay_float32(
     tmp_path: Path, nano: CLIP, run_dir: Path, class_folders: Path
 ):
     options = EncodeOptions(torch.device("cpu"), "bf16-mixed")
-    subject = Subject(nano, Tokenizer(77), named_model("vit_nano"), options)
+    evaluated = EvaluatedModel(nano, Tokenizer(77), named_model("vit_nano"), options)
     paths = [str(path) for path in sorted(class_folders.glob("dog/[0-9].png"))]
-    low = encode_images(subject.image_encoder(), ImageFiles(paths), subject.options)
+    low = encode_images(evaluated.image_encoder(), ImageFiles(paths), evaluated.options)
     exact = direct_image_features(nano, [Path(path) for path in paths])
     assert low.features.dtype == torch.float32
     torch.testing.assert_close(low.features.norm(dim=1), torch.ones(4))

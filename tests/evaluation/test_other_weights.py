@@ -10,7 +10,7 @@ from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.evaluation.launch import evaluate, prepare_tasks
 from clip_exp.evaluation.tasks.zero_shot import ZeroShotTaskConfig
 from clip_exp.models.clip import CLIP
-from clip_exp.reports.run_page import evaluations
+from clip_exp.reports.run_report import evaluations
 from tests.small_runs import write_checkpoint, write_run
 
 

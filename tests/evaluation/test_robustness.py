@@ -197,7 +197,7 @@ def test_a_name_is_embedded_once_however_many_sets_have_it(
         built.extend(class_names)
         return build(model, tokenizer, class_names, *rest, **others)
 
-    monkeypatch.setattr("clip_exp.evaluation.subject.build_classifier", spy)
+    monkeypatch.setattr("clip_exp.evaluation.evaluated_model.build_classifier", spy)
     evaluate(config(tmp_path, run_dir, {"root": str(root), "baseline": None}, cache_gb=0.0))
     assert built[:1000] == [name for _, name in imagenet_classes()]
     assert len(built) == 1002, "ObjectNet has two names of its own here"

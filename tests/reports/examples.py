@@ -8,10 +8,10 @@ import torch
 
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.evaluation.classification import accuracies
-from clip_exp.reports.classification_page import Classified
-from clip_exp.reports.comparison_page import Compared
+from clip_exp.reports.classification_report import Classified
+from clip_exp.reports.comparison_report import Compared
 from clip_exp.reports.evaluation import Result
-from clip_exp.reports.retrieval_page import Query, Retrieved
+from clip_exp.reports.retrieval_report import Query, Retrieved
 from tests.small_runs import write_image
 
 ATTACK = "\"'><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7 * 7 }}"

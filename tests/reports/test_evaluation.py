@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from clip_exp.reports.evaluation import Result, TensorFile, show, write_result
-from clip_exp.reports.run_page import renew_report
+from clip_exp.reports.run_report import renew_report
 from tests.reports.examples import (
     classification_result,
     classified,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clip_exp.reports.run_page import data_facts
+from clip_exp.reports.run_report import data_facts
 from clip_exp.runs import RunRecord
 from clip_exp.storage import atomic_file
 from clip_exp.training import summary

@@ -11,7 +11,7 @@ from clip_exp.errors import ConfigError
 from clip_exp.evaluation.task import LearnedTask
 
 if TYPE_CHECKING:
-    from clip_exp.evaluation.subject import Judge, Subject
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
 
 
 class KNNTaskConfig(LabeledDataConfig, TaskConfig):
@@ -38,7 +38,7 @@ class KNNTaskConfig(LabeledDataConfig, TaskConfig):
 class KNNTask(LearnedTask):
     config: KNNTaskConfig
 
-    def score(self, subject: "Subject") -> "Judge":
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
         from clip_exp.evaluation.tasks.knn.score import score_knn  # imports torch
 
-        return score_knn(self, subject)
+        return score_knn(self, model)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, classified
-from clip_exp.evaluation.subject import Judge, Subject, encode_halves, protocol_of
+from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel, encode_halves, protocol_of
 from clip_exp.evaluation.tasks.knn import KNNTask
 from clip_exp.progress import progress
 from clip_exp.reports.evaluation import Result
@@ -62,12 +62,12 @@ def vote(labels_MK: Tensor, cosines_MK: Tensor, num_classes: int, temperature: f
     return torch.cat(best), torch.cat(shares)
 
 
-def score_knn(task: KNNTask, subject: Subject) -> Judge:
+def score_knn(task: KNNTask, model: EvaluatedModel) -> ComputeResult:
     """Return what scores k-NN on frozen features: see `classification.accuracies`. A class without a vote is no hit in `top5`."""
-    frozen = encode_halves(task, subject)
+    frozen = encode_halves(task, model)
 
-    def judge() -> Result:
-        config, device, classes = task.config, subject.options.device, len(task.test.class_names)
+    def compute_result() -> Result:
+        config, device, classes = task.config, model.options.device, len(task.test.class_names)
         k = min(config.k, len(frozen.train_labels))
         with progress(len(frozen.test_labels), f"{task.name}: neighbours") as advance:
             query, train = frozen.test.features.to(device), frozen.train.features.to(device)
@@ -80,4 +80,4 @@ def score_knn(task: KNNTask, subject: Subject) -> Judge:
             classified(task.test, frozen.test, frozen.test_labels, best, shares),
         )
 
-    return judge
+    return compute_result

@@ -14,7 +14,7 @@ from clip_exp.errors import DataError
 from clip_exp.evaluation.task import LearnedTask
 
 if TYPE_CHECKING:
-    from clip_exp.evaluation.subject import Judge, Subject
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
 
 
 class LinearProbeTaskConfig(LabeledDataConfig, TaskConfig):
@@ -74,7 +74,7 @@ def require_division(labels: Sequence[int], class_names: list[str], task: Linear
 class ProbeTask(LearnedTask):
     config: LinearProbeTaskConfig
 
-    def score(self, subject: "Subject") -> "Judge":
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
         from clip_exp.evaluation.tasks.linear_probe.score import score_probe  # imports torch
 
-        return score_probe(self, subject)
+        return score_probe(self, model)

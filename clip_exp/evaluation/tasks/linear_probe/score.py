@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, best_classes, classified
-from clip_exp.evaluation.subject import Judge, Subject, encode_halves, protocol_of
+from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel, encode_halves, protocol_of
 from clip_exp.evaluation.tasks.linear_probe import ProbeTask, require_division
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main
@@ -147,9 +147,9 @@ def predict(probe: Probe, features_ND: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(best), torch.cat(probabilities)
 
 
-def score_probe(task: ProbeTask, subject: Subject) -> Judge:
+def score_probe(task: ProbeTask, model: EvaluatedModel) -> ComputeResult:
     """Return what scores a linear probe on frozen features: see `classification.accuracies`. Its weights become a file."""
-    config, frozen = task.config, encode_halves(task, subject)
+    config, frozen = task.config, encode_halves(task, model)
     train, labels = frozen.train.features, frozen.train_labels
     if config.c is not None and len(config.c) == 1:
         choice = Choice(config.c[0], {}, [])
@@ -158,7 +158,7 @@ def score_probe(task: ProbeTask, subject: Subject) -> Judge:
         with progress(FITS if config.c is None else len(config.c), f"{task.name}: choosing C") as advance:
             choice = choose_c(train, labels, config.c, config.val_fraction, config.seed, config.max_iter, advance)
 
-    def judge() -> Result:
+    def compute_result() -> Result:
         probe = fit_probe(train, labels, choice.c, config.max_iter)
         best, probabilities = predict(probe, frozen.test.features)
         protocol: dict[str, Any] = {
@@ -182,8 +182,8 @@ def score_probe(task: ProbeTask, subject: Subject) -> Judge:
             "class_names": json.dumps(task.test.class_names, ensure_ascii=False),
             "keys": json.dumps(task.train.keys, ensure_ascii=False),
             "c": str(choice.c),
-            "model": subject.config.name,
-            "weights_sha256": subject.weights_sha256 or "",
+            "model": model.config.name,
+            "weights_sha256": model.weights_sha256 or "",
         }
         return Result(
             accuracies(best, frozen.test_labels, len(task.test.class_names)),
@@ -192,4 +192,4 @@ def score_probe(task: ProbeTask, subject: Subject) -> Judge:
             {"probe": TensorFile(tensors, metadata)},
         )
 
-    return judge
+    return compute_result

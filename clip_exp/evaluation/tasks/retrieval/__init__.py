@@ -13,7 +13,7 @@ from clip_exp.evaluation.task import Task
 
 if TYPE_CHECKING:
     from clip_exp.data.image_sets import TableImages
-    from clip_exp.evaluation.subject import Judge, Subject
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
 
 log = logging.getLogger(__name__)
 LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
@@ -76,22 +76,22 @@ class RetrievalTask(Task):
             )
         return named
 
-    def score(self, subject: "Subject") -> "Judge":
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
         """Recall and median rank both ways. The captions of an image that is left out are left out too."""
         import torch
 
+        from clip_exp.evaluation.evaluated_model import absolute, counts
         from clip_exp.evaluation.retrieval import examples, retrieval
-        from clip_exp.evaluation.subject import absolute, counts
         from clip_exp.reports.evaluation import Result
 
-        device = subject.options.device
-        encoded = subject.encode_images(self.name, self.images)
+        device = model.options.device
+        encoded = model.encode_images(self.name, self.images)
         caption_image = torch.tensor(self.caption_image)
         kept = torch.isin(caption_image, encoded.kept)
         captions = [self.captions[i] for i in kept.nonzero().flatten().tolist()]
-        text_features = subject.encode_texts(f"{self.name}: captions", captions)
+        text_features = model.encode_texts(f"{self.name}: captions", captions)
 
-        def judge() -> Result:
+        def compute_result() -> Result:
             rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
             image_features = encoded.features.to(device)
             copies: dict[str, Any] = {}
@@ -112,4 +112,4 @@ class RetrievalTask(Task):
             details = examples(image_features, text_features, rows, encoded.kept, captions, self.images)
             return Result(retrieval(image_features, text_features, rows), protocol, details)
 
-        return judge
+        return compute_result

@@ -13,7 +13,7 @@ from clip_exp.evaluation.task import Task
 from clip_exp.evaluation.tasks.zero_shot import ClassificationTask, ZeroShotTaskConfig
 
 if TYPE_CHECKING:
-    from clip_exp.evaluation.subject import Judge, Subject
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
 
 UNSHIFTED = "imagenet"  # the set whose distribution ImageNet's training images have
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -125,10 +125,10 @@ class RobustnessTask(Task):
     def metrics(self) -> list[str]:
         return [f"{name}/top1" for name in (*self.sets, "mean_of_shifted")]
 
-    def score(self, subject: "Subject") -> "Judge":
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
         from clip_exp.evaluation.tasks.robustness.score import score_robustness  # imports torch
 
-        return score_robustness(self, subject)
+        return score_robustness(self, model)
 
 
 def configure_sets(task_name: str, task: RobustnessTaskConfig) -> dict[str, ZeroShotTaskConfig]:

@@ -12,9 +12,9 @@ from clip_exp.evaluation.task import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
     from clip_exp.evaluation.features import EncodedImages
     from clip_exp.evaluation.sets.labeled import LabeledImages
-    from clip_exp.evaluation.subject import Judge, Subject
     from clip_exp.reports.evaluation import Result
 
 
@@ -48,17 +48,17 @@ class ClassificationTask(Task):
     def num_classes(self) -> int | None:
         return len(self.data.class_names)
 
-    def score(self, subject: "Subject") -> "Judge":
-        classifier = subject.classifier(self.data.class_names, self.templates)
-        encoded = subject.encode_images(self.name, self.data.images)
-        return lambda: self.judge(encoded, classifier)
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
+        classifier = model.classifier(self.data.class_names, self.templates)
+        encoded = model.encode_images(self.name, self.data.images)
+        return lambda: self.compute_result(encoded, classifier)
 
-    def judge(self, encoded: "EncodedImages", classifier_CD: "Tensor") -> "Result":
+    def compute_result(self, encoded: "EncodedImages", classifier_CD: "Tensor") -> "Result":
         """Return the result of images and classes that are encoded."""
         import torch
 
         from clip_exp.evaluation.classification import accuracies, classified, classify
-        from clip_exp.evaluation.subject import LISTED, absolute, counts, hash_of, source_of
+        from clip_exp.evaluation.evaluated_model import LISTED, absolute, counts, hash_of, source_of
         from clip_exp.reports.evaluation import Result
 
         data = self.data

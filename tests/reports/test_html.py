@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from clip_exp.data.image_sets import ImageFiles
-from clip_exp.reports import page
-from clip_exp.reports.page import SIDE, Thumbnails, command_line
+from clip_exp.reports import html
+from clip_exp.reports.html import SIDE, Thumbnails, command_line
 from tests.conftest import REPOSITORY
 from tests.runs import TINY, Train, run_folders
 from tests.small_runs import write_image
@@ -47,7 +47,7 @@ def test_a_command_exists_where_it_is_printed(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(shutil, "which", lambda name: program if name == "clip-exp" else None)
     if where.endswith("without a checkout"):
-        monkeypatch.setattr(page, "CHECKOUT", tmp_path / "site-packages")
+        monkeypatch.setattr(html, "CHECKOUT", tmp_path / "site-packages")
     line = command_line("evaluate", ["--help"])
     interpreter = Path(sys.executable)
     python = interpreter.relative_to(folder) if interpreter.is_relative_to(folder) else interpreter

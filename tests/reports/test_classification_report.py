@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, recall_score
 
-from clip_exp.reports import classification_page
-from clip_exp.reports.classification_page import Classified, as_csv, distinct_names, mistakes, per_class
+from clip_exp.reports import classification_report
+from clip_exp.reports.classification_report import Classified, as_csv, distinct_names, mistakes, per_class
 from tests.reports.examples import classified, noise_files
 
 
@@ -74,8 +74,8 @@ def test_choices_that_no_class_fills_are_no_hits(seven: Classified):
 
 def test_the_matrix_is_scikit_learns(seven: Classified):
     expected = confusion_matrix(seven.labels, seven.best[:, 0])
-    assert classification_page.matrix(seven, list(range(7))).cells == expected.tolist()
-    part = classification_page.matrix(seven, [5, 2])
+    assert classification_report.matrix(seven, list(range(7))).cells == expected.tolist()
+    part = classification_report.matrix(seven, [5, 2])
     assert part.cells == expected[np.ix_([5, 2], [5, 2])].tolist()
     assert part.elsewhere == [np.delete(expected[row], [5, 2]).sum() for row in (5, 2)]
 
@@ -95,10 +95,10 @@ def planted(tmp_path: Path) -> tuple[Classified, list[list[int]]]:
 def test_groups_are_the_classes_that_are_taken_for_each_other(tmp_path: Path):
     details, families = planted(tmp_path)
     counts, wrong = per_class(details), mistakes(details)
-    classes = classification_page.involved(counts, wrong)
-    alike = classification_page.similarity(wrong, counts.images, classes)
-    tree, order = classification_page.cluster(alike)
-    assert sorted(classification_page.groups(alike, tree, classes)) == sorted(families)
+    classes = classification_report.involved(counts, wrong)
+    alike = classification_report.similarity(wrong, counts.images, classes)
+    tree, order = classification_report.cluster(alike)
+    assert sorted(classification_report.groups(alike, tree, classes)) == sorted(families)
     place = {int(number): position for position, number in enumerate(classes[order])}
     for family in families:  # neighbours on the map
         places = sorted(place[number] for number in family)
@@ -108,7 +108,7 @@ def test_groups_are_the_classes_that_are_taken_for_each_other(tmp_path: Path):
 def test_the_map_holds_the_whole_confusion_matrix(tmp_path: Path):
     details, _ = planted(tmp_path)
     order = np.random.default_rng(2).permutation(60)
-    data = classification_page.map_data(details, order, details.class_names)
+    data = classification_report.map_data(details, order, details.class_names)
     drawn = np.zeros((60, 60), dtype=int)
     for row, column, count in np.array(data["cells"]).reshape(-1, 3):
         drawn[order[row], order[column]] = count
@@ -118,7 +118,7 @@ def test_the_map_holds_the_whole_confusion_matrix(tmp_path: Path):
 
 
 def test_a_map_of_too_many_classes_keeps_those_with_the_most_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(classification_page, "ON_A_MAP", 9)
+    monkeypatch.setattr(classification_report, "ON_A_MAP", 9)
     details, families = planted(tmp_path)
-    kept = classification_page.involved(per_class(details), mistakes(details))
+    kept = classification_report.involved(per_class(details), mistakes(details))
     assert kept.tolist() == sorted(number for family in families for number in family)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_exp.reports.evaluation import Result
-from clip_exp.reports.page import counted, fact_rows, listing, percent, render
+from clip_exp.reports.html import counted, fact_rows, listing, percent, render
 
 MINUS = "\u2212"
 
@@ -16,11 +16,11 @@ class Compared:
     sets: list[str]
     top1: dict[str, list[float | None]]  # model: a fraction per set; None where it has none
 
-    def pages(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
-        return {".html": comparison_page(result, self, heading)}
+    def report_files(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
+        return {".html": comparison_report(result, self, heading)}
 
 
-def comparison_page(result: Result, details: Compared, heading: dict[str, Any]) -> str:
+def comparison_report(result: Result, details: Compared, heading: dict[str, Any]) -> str:
     """The HTML of a comparison's page."""
     models, sets = list(details.top1), details.sets
     rows = [_row(each, [details.top1[model][at] for model in models]) for at, each in enumerate(sets)]

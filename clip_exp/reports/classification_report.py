@@ -23,8 +23,8 @@ import numpy as np
 
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.reports.evaluation import Result
+from clip_exp.reports.html import Thumbnails, counted, fact_rows, percent, render
 from clip_exp.reports.names import CERTAIN
-from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
 from clip_exp.storage import TextWriter
 
 COLUMNS = ("key", "name", "images", "top1", "top5", "most_often_taken_for", "share", "predicted")
@@ -53,8 +53,8 @@ class Classified:
     class_names: list[str]
     keys: list[str | None]  # folder or label of each class; None: the data lacks it
 
-    def pages(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
-        return {".csv": as_csv(self), ".html": classification_page(result, self, heading)}
+    def report_files(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
+        return {".csv": as_csv(self), ".html": classification_report(result, self, heading)}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def as_csv(details: Classified) -> str:
     return text.getvalue()
 
 
-def classification_page(result: Result, details: Classified, heading: dict[str, Any]) -> str:
+def classification_report(result: Result, details: Classified, heading: dict[str, Any]) -> str:
     """The HTML of a classification's page."""
     from scipy.stats import binomtest  # takes half a second
 

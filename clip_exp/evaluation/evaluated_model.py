@@ -43,11 +43,11 @@ TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a 
 LISTED = 100  # names written into a protocol
 FEATURES = "of unit norm, as encode_image returns them"
 
-Judge = Callable[[], Result]  # what remains of scoring after the encoding, for rank 0 alone
+ComputeResult = Callable[[], Result]  # what remains of scoring after the encoding, for rank 0 alone
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """What is evaluated, how its inputs are made, and where what it computed is kept."""
 
     model: CLIP
@@ -179,15 +179,15 @@ class Frozen(NamedTuple):
     test_labels: Tensor  # int64 [M]
 
 
-def encode_halves(task: LearnedTask, subject: Subject) -> Frozen:
+def encode_halves(task: LearnedTask, model: EvaluatedModel) -> Frozen:
     """Features of the images to learn from and of those to score. Every rank calls, and gets all of them.
 
     Raises:
         DataError: no image of a class to learn from can be read.
         NumericError: a feature is not finite.
     """
-    train = subject.encode_images(f"{task.name}: train", task.train.images)
-    test = subject.encode_images(task.name, task.test.images)
+    train = model.encode_images(f"{task.name}: train", task.train.images)
+    test = model.encode_images(task.name, task.test.images)
     require_finite(train.features, "image features")
     require_finite(test.features, "image features")
     train_labels = torch.tensor(task.train.labels)[train.kept]
@@ -226,27 +226,27 @@ def score_tasks(
     folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task], results: dict[str, dict[str, Any]]
 ) -> None:
     """Score one task after the other into `results`; what one of them found is written before the next begins."""
-    subject, about = _load_subject(config, source)
+    model, about = _load(config, source)
     for task in tasks:
-        result = score(task, subject)
+        result = score(task, model)
         result.protocol.update(about)
         if is_main():
             # A mixture's scores are not the run's.
             run_dir = None if source.mix else source.run_dir
             write_result(result, task.name, folder, run_dir, name_in_run(task.name, source))
         results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
-    if subject.cache is not None and is_main():
-        subject.cache.prune()
+    if model.cache is not None and is_main():
+        model.cache.prune()
 
 
-def _load_subject(config: EvaluateConfig, source: ModelSource) -> tuple[Subject, dict[str, Any]]:
+def _load(config: EvaluateConfig, source: ModelSource) -> tuple[EvaluatedModel, dict[str, Any]]:
     options = encode_options(config)
     sha256 = from_main(source.sha256)
     about = about_weights(source, sha256, options.device)
     cache = Cache(Path(config.output_dir) / "cache", config.cache_gb) if config.cache_gb else None
     model = load_model(source, options.device)
     tokenizer = build_tokenizer(source.model.text)
-    return Subject(model, tokenizer, source.model, options, sha256, cache), about
+    return EvaluatedModel(model, tokenizer, source.model, options, sha256, cache), about
 
 
 def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dict[str, Any]:
@@ -265,26 +265,26 @@ def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dic
 
 
 @exact_float32()  # scores too: towers see to it themselves
-def score(task: Task, subject: Subject) -> Result:
+def score(task: Task, model: EvaluatedModel) -> Result:
     """Return the result of one task. Every rank calls and gets it; only rank 0's has details and files.
 
     Raises:
         DataError: an image cannot be read and `on_bad_image` is `error`, or none can be read.
         NumericError: features are not finite.
     """
-    truncated = subject.tokenizer.truncated
-    judge = task.score(subject)
+    truncated = model.tokenizer.truncated
+    compute_result = task.score(model)
     here: list[Result] = []
 
-    def judged() -> Result:
-        here.append(judge())
+    def result_to_send() -> Result:
+        here.append(compute_result())
         return replace(here[0], details=None, files={})
 
-    result = from_main(judged)
+    result = from_main(result_to_send)
     common = {
-        "truncated_texts": subject.tokenizer.truncated - truncated,
-        "preprocessing": subject.preprocessing(),
-        "precision": subject.options.precision,
+        "truncated_texts": model.tokenizer.truncated - truncated,
+        "preprocessing": model.preprocessing(),
+        "precision": model.options.precision,
         "kind": task.config.kind,
     }
     return replace(here[0] if here else result, protocol={**common, **result.protocol})

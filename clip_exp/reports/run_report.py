@@ -7,8 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from clip_exp.config.evaluation import Scale, TaskConfig
-from clip_exp.reports.names import scale_of, task_of
-from clip_exp.reports.page import (
+from clip_exp.reports.html import (
     command_line,
     command_of,
     counted,
@@ -21,6 +20,7 @@ from clip_exp.reports.page import (
     title_of,
     which_weights,
 )
+from clip_exp.reports.names import scale_of, task_of
 from clip_exp.runs import read_metrics, read_record, write_text
 
 METRICS_SHOWN = 4

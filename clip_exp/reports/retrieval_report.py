@@ -5,7 +5,7 @@ from typing import Any
 
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.reports.evaluation import Result
-from clip_exp.reports.page import Thumbnails, counted, fact_rows, percent, render
+from clip_exp.reports.html import Thumbnails, counted, fact_rows, percent, render
 
 QUERIES = 12  # shown each way
 IMAGES = 6  # that a caption found
@@ -33,11 +33,11 @@ class Retrieved:
     image_to_text: list[Query]
     text_to_image: list[Query]
 
-    def pages(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
-        return {".html": retrieval_page(result, self, heading)}
+    def report_files(self, result: Result, heading: dict[str, Any]) -> dict[str, str]:
+        return {".html": retrieval_report(result, self, heading)}
 
 
-def retrieval_page(result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
+def retrieval_report(result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
     """The HTML of a retrieval's page."""
     metrics, images, captions = result.metrics, result.protocol["images"], len(details.captions)
     ks = sorted({int(key.removeprefix("recall@").partition("_")[0]) for key in metrics if key.startswith("recall@")})

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.reports.classification_page import classification_page
-from clip_exp.reports.comparison_page import Compared, comparison_page
+from clip_exp.reports.classification_report import classification_report
+from clip_exp.reports.comparison_report import Compared, comparison_report
 from clip_exp.reports.evaluation import Result
-from clip_exp.reports.page import fact_rows, probability
-from clip_exp.reports.retrieval_page import retrieval_page
+from clip_exp.reports.html import fact_rows, probability
+from clip_exp.reports.retrieval_report import retrieval_report
 from tests.reports.examples import (
     ATTACK,
     HEADING,
@@ -54,18 +54,18 @@ class Page(HTMLParser):
 
 def classification(folder: Path, classes: int = 5, rows: int = 60, **changes) -> str:
     details = replace(classified(noise_files(folder, 8), classes, rows), **changes)
-    return classification_page(classification_result(details), details, HEADING)
+    return classification_report(classification_result(details), details, HEADING)
 
 
 def retrieval(folder: Path, captions: list[str], size: tuple[int, int] = (40, 36)) -> str:
     details = retrieved(noise_files(folder, len(captions), size), captions)
-    return retrieval_page(retrieval_result(details), details, HEADING)
+    return retrieval_report(retrieval_result(details), details, HEADING)
 
 
 def comparison() -> str:
     result = compared_result()
     assert isinstance(result.details, Compared)
-    return comparison_page(result, result.details, HEADING)
+    return comparison_report(result, result.details, HEADING)
 
 
 def every_page(folder: Path) -> list[str]:
@@ -102,7 +102,7 @@ def test_pages_can_be_read_aloud(tmp_path: Path):
 def test_a_classification_says_its_numbers(tmp_path: Path):
     details = classified(noise_files(tmp_path, 8), 5, 60)
     result = classification_result(details, bad_images=2, unlabeled_images=1, bad=["/data/a.jpg: truncated"])
-    text = Page(classification_page(result, details, {**HEADING, "command": "python evaluate.py run=x"})).text
+    text = Page(classification_report(result, details, {**HEADING, "command": "python evaluate.py run=x"})).text
     hits = int((details.best[:, 0] == details.labels).sum())
     assert f"right for {hits} of 60 images" in text
     assert "Guessing would be right for 20.0 %" in text
@@ -127,7 +127,7 @@ def test_a_few_classes_have_their_matrix_and_many_their_pairs_groups_and_map(tmp
 
 def test_mistakes_are_the_most_confident_ones_with_their_right_class_marked(tmp_path: Path):
     details = classified(noise_files(tmp_path, 8), 12, 60, seed=3)
-    html = classification_page(classification_result(details), details, HEADING)
+    html = classification_report(classification_result(details), details, HEADING)
     wrong = details.best[:, 0] != details.labels
     surest = max(details.probabilities[wrong, 0])
     section = html[html.index('id="mistakes"') :]
@@ -146,7 +146,7 @@ def test_an_image_that_is_gone_leaves_a_page(tmp_path: Path):
     details = classified(images, 5, 60)
     for path in images.paths:
         Path(path).unlink()
-    page = Page(classification_page(classification_result(details), details, HEADING))
+    page = Page(classification_report(classification_result(details), details, HEADING))
     assert "This image cannot be shown: no such file." in page.text
     assert not page.all("img")
 
@@ -158,10 +158,10 @@ def test_names_and_paths_are_text_not_markup(tmp_path: Path):
     details = replace(details, class_names=names, keys=[ATTACK, *names[1:]])
     result = classification_result(details, names={ATTACK: ATTACK}, bad=[ATTACK], data=ATTACK)
     heading = {**HEADING, "title": ATTACK, "about": [ATTACK], "command": ATTACK, "made_by": ATTACK}
-    few = classification_page(result, details, heading)
+    few = classification_report(result, details, heading)
     many = classified(noise_files(folder, 8), 60, 300)
     many = replace(many, class_names=[ATTACK, *many.class_names[1:]])
-    for html in (few, classification_page(classification_result(many), many, heading)):
+    for html in (few, classification_report(classification_result(many), many, heading)):
         assert "<script>document.title" not in html
         assert "<img src=x" not in html
         page = Page(html)
@@ -201,7 +201,7 @@ def test_a_comparison_has_every_number_and_difference(tmp_path: Path):
 
 def test_a_comparison_of_models_that_lack_sets_leaves_gaps():
     details = Compared(["a", "b"], {"ours": [0.5, None], "x": [None, 0.25], "y": [0.125, 0.75]})
-    text = Page(comparison_page(Result({}, {"kind": "robustness"}, details), details, HEADING)).text
+    text = Page(comparison_report(Result({}, {"kind": "robustness"}, details), details, HEADING)).text
     assert "a 50.0 % – 12.5 %" in text
     assert "b – 25.0 % 75.0 %" in text
     assert "mean of the 2 sets – – 43.8 %" in text

@@ -70,7 +70,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     assert environment.loader is not None
-    style, script = (environment.loader.get_source(environment, name)[0] for name in ("page.css", "page.js"))
+    style, script = (environment.loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals.update(style=Markup(style), script=Markup(script), script_sha256=digest, counted=counted)
     environment.filters.update(percent=percent, number=number, probability=probability)
