@@ -1,4 +1,4 @@
-"""The page of a retrieval: recall both ways, and some queries with what they found."""
+"""HTML report of a retrieval: recall in both directions, and example queries with their results."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,26 +7,26 @@ from clip_exp.data.image_sets import ImageSet
 from clip_exp.reports.evaluation import Result
 from clip_exp.reports.html import Thumbnails, counted, fact_rows, percent, render
 
-QUERIES = 12  # shown each way
-IMAGES = 6  # that a caption found
-CAPTIONS = 6  # that an image found
-WAYS = {"i2t": "an image finds captions", "t2i": "a caption finds images"}
+QUERIES = 12  # shown per direction
+IMAGES = 6  # shown per caption
+CAPTIONS = 6  # shown per image
+DIRECTIONS = {"i2t": "Image to text", "t2i": "Text to image"}
 
 
 @dataclass(frozen=True)
 class Query:
-    """An image with the captions that it found, or a caption with the images."""
+    """Image query with the retrieved captions, or caption query with the retrieved images."""
 
     query: int
     found: list[int]  # best first
     scores: list[float]  # cosines
-    right: list[bool]
-    rank: int  # place of the first right one, 1 is best
+    correct: list[bool]
+    rank: int  # rank of the first correct result; 1 is best
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """A few queries of a retrieval, spread evenly over the set. Images are positions in `images`, captions in `captions`."""
+    """Example queries of a retrieval, sampled evenly. They refer to images and captions by their positions in `images` and `captions`."""
 
     images: ImageSet
     captions: list[str]
@@ -38,7 +38,7 @@ class Retrieved:
 
 
 def retrieval_report(result: Result, details: Retrieved, heading: dict[str, Any]) -> str:
-    """The HTML of a retrieval's page."""
+    """Return the HTML report of a retrieval."""
     metrics, images, captions = result.metrics, result.protocol["images"], len(details.captions)
     ks = sorted({int(key.removeprefix("recall@").partition("_")[0]) for key in metrics if key.startswith("recall@")})
     thumbnails = Thumbnails(details.images)
@@ -46,27 +46,27 @@ def retrieval_report(result: Result, details: Retrieved, heading: dict[str, Any]
         "retrieval.html",
         **heading,
         tiles=_tiles(metrics),
-        lead=f"{counted(images, 'image')} and {counted(captions, 'caption')}, each a candidate for all of the other kind. "
-        f"A guessed image would be right for {percent(1 / images, 2)} of the captions.",
+        lead=f"{counted(images, 'image')} and {counted(captions, 'caption')}, all of them candidates. "
+        f"Chance level of text-to-image recall@1 is {percent(1 / images, 2)}.",
         ks=ks,
         recall=_recall(metrics, ks, images, captions),
         text_queries=[
             {
                 "caption": details.captions[query.query],
                 "rank": query.rank,
-                "shown_right": any(query.right[:IMAGES]),
+                "shown_correct": any(query.correct[:IMAGES]),
                 "found": [{"thumbnail": thumbnails[index], **rest} for index, rest in _found(query, IMAGES)],
             }
-            for query in _spread(details.text_to_image)
+            for query in _evenly(details.text_to_image)
         ],
         image_queries=[
             {
                 "thumbnail": thumbnails[query.query],
                 "rank": query.rank,
-                "shown_right": any(query.right[:CAPTIONS]),
+                "shown_correct": any(query.correct[:CAPTIONS]),
                 "found": [{"caption": details.captions[index], **rest} for index, rest in _found(query, CAPTIONS)],
             }
-            for query in _spread(details.image_to_text)
+            for query in _evenly(details.image_to_text)
         ],
         protocol=fact_rows(result.protocol),
     )
@@ -74,18 +74,18 @@ def retrieval_report(result: Result, details: Retrieved, heading: dict[str, Any]
 
 def _tiles(metrics: dict[str, float]) -> list[dict[str, str]]:
     meanings = {
-        "recall@1_i2t": ("Image → caption, recall@1", "of the images: the first caption found is one of theirs"),
-        "recall@1_t2i": ("Caption → image, recall@1", "of the captions: the first image found is theirs"),
+        "recall@1_i2t": ("Image → text, recall@1", "fraction of images whose top caption is one of their own"),
+        "recall@1_t2i": ("Text → image, recall@1", "fraction of captions whose top image is their own"),
     }
     tiles = [
         {"name": title, "value": percent(metrics[key]), "meaning": meaning}
         for key, (title, meaning) in meanings.items()
         if key in metrics
     ]
-    places = [f"{metrics[key]:,.0f}" for key in ("median_rank_i2t", "median_rank_t2i") if key in metrics]
-    if places:
-        meaning = "place of the first right answer: image → caption / caption → image; 1 is best"
-        tiles.append({"name": "Median rank", "value": " / ".join(places), "meaning": meaning})
+    ranks = [f"{metrics[key]:,.0f}" for key in ("median_rank_i2t", "median_rank_t2i") if key in metrics]
+    if ranks:
+        meaning = "rank of the first correct result: image → text / text → image; 1 is best"
+        tiles.append({"name": "Median rank", "value": " / ".join(ranks), "meaning": meaning})
     return tiles
 
 
@@ -93,33 +93,33 @@ def _recall(metrics: dict[str, float], ks: list[int], images: int, captions: int
     sizes = {"i2t": (images, captions), "t2i": (captions, images)}
     rows: list[dict[str, Any]] = [
         {
-            "name": what[0].upper() + what[1:],
-            "queries": f"{sizes[way][0]:,}",
-            "recall": [metrics.get(f"recall@{k}_{way}") for k in ks],
-            "median": metrics.get(f"median_rank_{way}"),
-            "candidates": f"{sizes[way][1]:,}",
-            "quiet": False,
+            "name": name,
+            "queries": f"{sizes[direction][0]:,}",
+            "recall": [metrics.get(f"recall@{k}_{direction}") for k in ks],
+            "median": metrics.get(f"median_rank_{direction}"),
+            "candidates": f"{sizes[direction][1]:,}",
+            "chance": False,
         }
-        for way, what in WAYS.items()
+        for direction, name in DIRECTIONS.items()
     ]
-    guess = {
-        "name": "Guessing, a caption finds images",
+    chance = {
+        "name": "Chance level, text to image",
         "queries": "",
         "recall": [min(1.0, k / images) for k in ks],
         "median": (images + 1) // 2,
         "candidates": f"{images:,}",
-        "quiet": True,
+        "chance": True,
     }
-    return [*rows, guess]
+    return [*rows, chance]
 
 
 def _found(query: Query, limit: int) -> list[tuple[int, dict[str, Any]]]:
-    columns = zip(query.found[:limit], query.scores[:limit], query.right[:limit], strict=True)
-    return [(index, {"score": score, "right": right}) for index, score, right in columns]
+    columns = zip(query.found[:limit], query.scores[:limit], query.correct[:limit], strict=True)
+    return [(index, {"score": score, "correct": correct}) for index, score, correct in columns]
 
 
-def _spread(queries: list[Query]) -> list[Query]:
-    """At most `QUERIES`, evenly from the first to the last."""
+def _evenly(queries: list[Query]) -> list[Query]:
+    """Return at most `QUERIES` queries, evenly spaced from the first to the last."""
     if len(queries) <= QUERIES:
         return queries
     return [queries[round(number * (len(queries) - 1) / (QUERIES - 1))] for number in range(QUERIES)]

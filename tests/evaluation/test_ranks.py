@@ -85,7 +85,7 @@ def test_every_rank_count_gives_the_same_files(
     assert done.returncode == 0, done.stderr
     assert results(tmp_path) == alone
     assert done.stdout.count("cifar10/top1") == 1
-    assert done.stderr.count("retrieval: texts longer than the model's context were cut: 1.") == 1
+    assert done.stderr.count("retrieval: texts truncated to the context length of the model: 1.") == 1
 
 
 def test_cut_texts_are_counted_once_on_any_rank_count_and_from_the_cache(

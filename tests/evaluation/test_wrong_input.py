@@ -192,7 +192,7 @@ def test_cifar10_and_imagenet_v2_are_scored_by_the_command(tmp_path: Path, run_d
     assert done.returncode == 0, done.stderr
     protocol = json.loads((run_dir / "eval" / "cifar10.json").read_text())["protocol"]
     assert (protocol["images"], protocol["classes"], protocol["templates"]) == (17, 10, 18)
-    assert (protocol["split"], protocol["files_of_other_checksum"]) == ("test", ["test_batch"])
+    assert (protocol["split"], protocol["files_with_other_checksum"]) == ("test", ["test_batch"])
     protocol = json.loads((run_dir / "eval" / "imagenet_v2.json").read_text())["protocol"]
     assert (protocol["images"], protocol["classes"], protocol["classes_without_images"]) == (3, 1000, 997)
 

@@ -57,7 +57,7 @@ def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
         about={
             "left_out_classes": len(others),
             "left_out_images": sum(len(files[folder]) for folder in others),
-            "cut_off": f"{FRAME} pixels on each side",
+            "cropped_border": f"{FRAME} pixels on each side",
         },
     )
 

@@ -180,7 +180,7 @@ def _repacked(cls: Any, arguments: dict[str, Any], where: str) -> tuple[Any, dic
         log.warning(
             "%s: files in %s are not those that torchvision knows; read as images and labels only.", where, folder
         )
-    return CifarImages(part, folder), ({"files_of_other_checksum": changed} if changed else {})
+    return CifarImages(part, folder), ({"files_with_other_checksum": changed} if changed else {})
 
 
 def _labels(dataset: Any, title: str, where: str) -> list[int]:

@@ -151,7 +151,7 @@ def test_files_of_cifar_that_torchvision_does_not_know_are_read_and_named_in_the
     assert images.class_names == CLASSES
     assert list(images.labels) == [index % 10 for index in range(13)]
     assert np.array_equal(np.asarray(images.images.open(12, 10**9)), cifar10_pixels(tmp_path)[12])
-    assert images.about["files_of_other_checksum"] == ["test_batch"]
+    assert images.about["files_with_other_checksum"] == ["test_batch"]
     assert "not those that torchvision knows" in caplog.text
     train = read(tmp_path, "CIFAR10", "train")
     assert len(train.labels) == 65
