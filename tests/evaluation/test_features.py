@@ -350,7 +350,7 @@ def test_a_disk_that_cannot_be_written_is_told_once(cache: Cache, caplog: pytest
     for name in ("block-0000", "block-0001"):
         cache.write(entry, name, TENSORS)
         assert cache.read(entry, name) is None
-    assert caplog.text.count("cannot be kept in") == 1
+    assert caplog.text.count("cannot be cached in") == 1
 
 
 def test_a_full_disk_is_told_once_and_leaves_nothing_half_written(

@@ -288,7 +288,7 @@ def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_
         f"task.four.table: The table {tmp_path / 'absent.csv'} does not exist",
         "task.five.split=val has no effect",
         "task.auto: the run has no validation data",
-        "task.o/ne: a task's name becomes a file's name",
+        "task.o/ne: the name of a task is used as a file name",
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "outputs").exists()

@@ -193,7 +193,7 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
     assert (protocol["train"]["images"], protocol["train"]["bad_images"]) == (35, 1)
     for path in (train / "bee").glob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match="no image of 'bee' can be read"):
+    with pytest.raises(DataError, match="no image of class 'bee' can be read"):
         evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=EvalOnBadImage.skip))
 
 

@@ -148,7 +148,7 @@ def test_an_evaluations_name_is_one_of_a_folder(tmp_path: Path, run_dir: Path, d
     for name, told in (("a/b", "plain folder name"), ("x" * 300, "has 300 bytes"), ("a\nb", "plain folder name")):
         with pytest.raises(ConfigError, match=told):
             check(good.model_copy(update={"name": name}))
-    with pytest.raises(ConfigError, match=r"a task's name becomes a file's name; .* 200 bytes at most"):
+    with pytest.raises(ConfigError, match=r"the name of a task is used as a file name: .* at most 200 bytes"):
         check(good.model_copy(update={"task": {"x" * 300: good.task["t"]}}))
 
 

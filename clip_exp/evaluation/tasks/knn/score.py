@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, classified
-from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel, encode_halves, protocol_of
+from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel, encode_train_and_test, protocol_of
 from clip_exp.evaluation.tasks.knn import KNNTask
 from clip_exp.progress import progress
 from clip_exp.reports.evaluation import Result
@@ -64,7 +64,7 @@ def vote(labels_MK: Tensor, cosines_MK: Tensor, num_classes: int, temperature: f
 
 def score_knn(task: KNNTask, model: EvaluatedModel) -> ComputeResult:
     """Return what scores k-NN on frozen features: see `classification.accuracies`. A class without a vote is no hit in `top5`."""
-    frozen = encode_halves(task, model)
+    frozen = encode_train_and_test(task, model)
 
     def compute_result() -> Result:
         config, device, classes = task.config, model.options.device, len(task.test.class_names)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, best_classes, classified
-from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel, encode_halves, protocol_of
+from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel, encode_train_and_test, protocol_of
 from clip_exp.evaluation.tasks.linear_probe import ProbeTask, require_division
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main
@@ -149,7 +149,7 @@ def predict(probe: Probe, features_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 def score_probe(task: ProbeTask, model: EvaluatedModel) -> ComputeResult:
     """Return what scores a linear probe on frozen features: see `classification.accuracies`. Its weights become a file."""
-    config, frozen = task.config, encode_halves(task, model)
+    config, frozen = task.config, encode_train_and_test(task, model)
     train, labels = frozen.train.features, frozen.train_labels
     if config.c is not None and len(config.c) == 1:
         choice = Choice(config.c[0], {}, [])

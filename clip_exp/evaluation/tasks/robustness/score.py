@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_exp.evaluation.classification import CHUNK, best_classes, top_k
+from clip_exp.evaluation.classification import CHUNK, best_classes, top_k_accuracies
 from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel, hash_of
 from clip_exp.evaluation.features import EncodedImages, encode_images, require_finite
 from clip_exp.evaluation.tasks.robustness import UNSHIFTED, RobustnessTask
@@ -70,7 +70,7 @@ def _supervised(task: ClassificationTask, encoded: EncodedImages, baseline: str)
     assert classes is not None  # `RobustnessTaskConfig.prepare`
     require_finite(encoded.features, f"logits of {baseline}")
     best = [best_classes(restrict(logits, classes)) for logits in encoded.features.split(CHUNK)]
-    return top_k(torch.cat(best), torch.tensor(data.labels)[encoded.kept], len(classes))["top1"]
+    return top_k_accuracies(torch.cat(best), torch.tensor(data.labels)[encoded.kept], len(classes))["top1"]
 
 
 def _classifiers(sets: dict[str, ClassificationTask], model: EvaluatedModel) -> dict[str, Tensor]:
