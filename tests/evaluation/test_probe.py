@@ -21,7 +21,7 @@ from clip_exp.config.base import parse
 from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
-from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig, require_division
+from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig, require_held_out_images
 from clip_exp.evaluation.tasks.linear_probe.score import choose_c, fit_probe, predict, search
 from tests.evaluation.tinted import CLASSES, blobs, direct, tinted
 from tests.runs import Finished
@@ -231,7 +231,7 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(
 
 def test_one_strength_needs_no_share_to_choose_with():
     task = LinearProbeTaskConfig(c=[1.0])
-    require_division([0, 1, 2], ["a", "b", "c"], task, "probe")
+    require_held_out_images([0, 1, 2], ["a", "b", "c"], task, "probe")
 
 
 def test_no_warning_reaches_the_user(tmp_path: Path, run_dir: Path):

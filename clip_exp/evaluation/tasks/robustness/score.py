@@ -1,4 +1,4 @@
-"""Robustness to natural shifts: the ImageNet sets together, beside a supervised network (CLIP paper, figure 13)."""
+"""Robustness to natural distribution shifts: accuracies on ImageNet datasets, next to a supervised network (CLIP paper, figure 13)."""
 
 from functools import partial
 from typing import Any
@@ -20,9 +20,9 @@ MEAN = "mean_of_shifted"
 
 
 def score_robustness(task: RobustnessTask, model: EvaluatedModel) -> ComputeResult:
-    """`<set>/top1` and `mean_of_shifted/top1` of zero-shot classification, and `<baseline>/…` of the supervised network.
+    """Return a function that computes `<set>/top1` and `mean_of_shifted/top1` of the model, and `<baseline>/…` of the baseline.
 
-    Each set is scored as soon as it is encoded, so that the features of one are held at a time.
+    A dataset is scored as soon as it is encoded, so that only the features of one are in memory.
     """
     config, baseline = task.config, None
     if config.baseline is not None:
@@ -30,14 +30,14 @@ def score_robustness(task: RobustnessTask, model: EvaluatedModel) -> ComputeResu
         baseline = load_supervised(config.baseline, config.baseline_weights, where, model.options)
     classifiers = _classifiers(task.sets, model)
     own: dict[str, Result] = {}
-    beside: dict[str, float] = {}
+    of_baseline: dict[str, float] = {}
     for name, of_set in task.sets.items():
         encoded = model.encode_images(of_set.name, of_set.data.images)
         own[name] = from_main(partial(_without_details, of_set, encoded, classifiers[name]))
         if baseline is not None:
             what = f"{of_set.name}: {baseline.name}"
             logits = encode_images(baseline.encoder, of_set.data.images, model.options, model.cache, what)
-            beside[name] = from_main(partial(_supervised, of_set, logits, baseline.name))
+            of_baseline[name] = from_main(partial(_supervised, of_set, logits, baseline.name))
 
     def compute_result() -> Result:
         name_of_model, sets = model.config.name, list(own)
@@ -45,8 +45,8 @@ def score_robustness(task: RobustnessTask, model: EvaluatedModel) -> ComputeResu
         top1 = {name_of_model: {name: result.metrics["top1"] for name, result in own.items()}}
         metrics = _with_mean(top1[name_of_model])
         if baseline is not None:
-            top1[baseline.name] = beside
-            metrics |= {f"{baseline.name}/{name}": value for name, value in _with_mean(beside).items()}
+            top1[baseline.name] = of_baseline
+            metrics |= {f"{baseline.name}/{name}": value for name, value in _with_mean(of_baseline).items()}
         protocol: dict[str, Any] = {
             **{key: sum(of_set[key] for of_set in protocols.values()) for key in ("images", "bad_images")},
             "mean_of": [name for name in own if name != UNSHIFTED],
@@ -65,7 +65,7 @@ def _without_details(task: ClassificationTask, encoded: EncodedImages, classifie
 
 
 def _supervised(task: ClassificationTask, encoded: EncodedImages, baseline: str) -> float:
-    """Top-1 of the logits of a network that was trained on ImageNet-1k."""
+    """Return the top-1 accuracy of logits of a network that was trained on ImageNet-1k."""
     data, classes = task.data, task.data.imagenet
     assert classes is not None  # `RobustnessTaskConfig.prepare`
     require_finite(encoded.features, f"logits of {baseline}")
@@ -74,9 +74,9 @@ def _supervised(task: ClassificationTask, encoded: EncodedImages, baseline: str)
 
 
 def _classifiers(sets: dict[str, ClassificationTask], model: EvaluatedModel) -> dict[str, Tensor]:
-    """The classifier [C, D] of each set. A name is embedded once, however many sets have it.
+    """Return the classifier [C, D] of each dataset. Each class name is embedded only once.
 
-    The longest list is built first and whole, so that it is the one of `task=imagenet`, and is kept under the same key.
+    The longest list of names is embedded first and completely, so that it has the cache entry of `task=imagenet`.
     """
     known: dict[tuple[str, str], Tensor] = {}
     for task in sorted(sets.values(), key=lambda task: -len(task.data.class_names)):

@@ -1,4 +1,4 @@
-"""Zero-shot classification: its configuration, how its images, names and templates are found, and its score. Torch is imported to score."""
+"""Zero-shot classification: its configuration, data and score. Torch is imported only to score a model."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ZeroShotTaskConfig(LabeledDataConfig, TaskConfig):
-    """Zero-shot classification: each class is the average of its name in every template."""
+    """Zero-shot classification: the embedding of a class is the average over its name in all templates."""
 
     kind: Literal["zero_shot"] = "zero_shot"
     templates: Texts = Field(
@@ -29,7 +29,7 @@ class ZeroShotTaskConfig(LabeledDataConfig, TaskConfig):
     title: ClassVar[str] = "Zero-shot classification"
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ClassificationTask]":
-        """Find the images, labels, names and templates."""
+        """Find the images and their labels, class names and templates."""
         from clip_exp.evaluation.sets.class_names import templates
         from clip_exp.evaluation.sets.datasets import labeled_images
 
@@ -54,7 +54,7 @@ class ClassificationTask(Task):
         return lambda: self.compute_result(encoded, classifier)
 
     def compute_result(self, encoded: "EncodedImages", classifier_CD: "Tensor") -> "Result":
-        """Return the result of images and classes that are encoded."""
+        """Return the result from the features of the images and the classifier."""
         import torch
 
         from clip_exp.evaluation.classification import accuracies, classified, classify
