@@ -20,7 +20,7 @@ from clip_exp.config.evaluation import EvaluateConfig, TaskConfig
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import ClipExpError
-from clip_exp.evaluation.evaluated_model import _load_subject, score
+from clip_exp.evaluation.evaluated_model import _load, score
 from clip_exp.evaluation.launch import check
 from clip_exp.models.clip import build_model
 from clip_exp.weights.find import hash_weights
@@ -244,7 +244,7 @@ class Scores:
             words = [word.replace(f"<{name}>", place) for word in words]
         config = compose("evaluate", words)
         source, tasks = check(config, words)
-        result = score(tasks[0], _load_subject(config, source)[0])
+        result = score(tasks[0], _load(config, source)[0])
         arrays = [
             np.asarray(value).tolist()
             for value in vars(result.details).values()

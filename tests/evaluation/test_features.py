@@ -128,7 +128,7 @@ def test_an_interrupted_evaluation_encodes_only_the_missing_blocks(paths: list[s
 
 
 @pytest.mark.parametrize("damage", ["cut short", "changed", "of zeros", "empty"])
-def test_a_damaged_block_is_made_again(
+def test_a_damaged_block_is_computed_again(
     paths: list[str], cache: Cache, nano: CLIP, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = encode_images(encoder(model=nano), Opened(paths), OPTIONS, cache)
@@ -140,7 +140,7 @@ def test_a_damaged_block_is_made_again(
     again = encode_images(encoder(model=nano), images, OPTIONS, cache)
     assert sorted(images.opened) == list(range(32, 64))
     assert torch.equal(again.features, whole.features)
-    assert caplog.text.count("made again") == 1
+    assert caplog.text.count("computed again") == 1
     third = Opened(paths)
     encode_images(encoder(model=nano), third, OPTIONS, cache)
     assert third.opened == []
@@ -177,7 +177,7 @@ def test_a_block_without_a_good_image_is_no_obstacle_but_a_set_of_them_is(
         encode_images(encoder(model=nano), Opened(paths[:32]), FORGIVING, cache)
 
 
-def test_a_cache_that_cannot_be_written_is_told_once(
+def test_a_cache_that_cannot_be_written_is_warned_about_once(
     paths: list[str], tmp_path: Path, nano: CLIP, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
@@ -344,7 +344,7 @@ def test_a_folder_that_vanishes_while_pruning_is_no_obstacle(cache: Cache, monke
     assert not entry.exists()
 
 
-def test_a_disk_that_cannot_be_written_is_told_once(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_cannot_be_written_is_warned_about_once(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     cache.folder.write_text("a file where the folder should be")
     entry = cache.entry("features", weights="a")
     for name in ("block-0000", "block-0001"):
@@ -353,7 +353,7 @@ def test_a_disk_that_cannot_be_written_is_told_once(cache: Cache, caplog: pytest
     assert caplog.text.count("cannot be cached in") == 1
 
 
-def test_a_full_disk_is_told_once_and_leaves_nothing_half_written(
+def test_a_full_disk_is_warned_about_once_and_leaves_nothing_half_written(
     cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(tensors: object, path: Path, metadata: object) -> None:

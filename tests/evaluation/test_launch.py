@@ -321,7 +321,7 @@ def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Pa
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, {"auto": {"kind": "auto"}}, name="a/b", **weights))
     assert "name='a/b' must be" in str(caught.value)
-    assert "task.auto scores what a run validated on, but no run is given" in str(caught.value)
+    assert "task.auto needs the validation data of a run, but no run is given" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -203,10 +203,10 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
         ({"train": {}}, ConfigError, r"task\.probe\.train: give exactly one of root"),
         ({"root": None}, ConfigError, r"task\.probe: give exactly one of root"),
         ({"train": {"root": "{tmp}/absent"}}, ConfigError, r"task\.probe\.train.*absent: no such folder"),
-        ({"train": {"root": "{tmp}/test"}}, ConfigError, "train is the data that is scored"),
-        ({"root": "{tmp}/more"}, DataError, r"'fox' of .*more is no class of .*train: 'ant', 'bee', 'cow', 'dog', 'elk'"),
-        ({"train": {"root": "{tmp}/one"}}, DataError, "of one class; there is nothing to learn"),
-        ({"train": {"root": "{tmp}/single"}}, DataError, r"'elk' has one image.*task\.probe\.c=\[10\]"),
+        ({"train": {"root": "{tmp}/test"}}, ConfigError, "train has the test images"),
+        ({"root": "{tmp}/more"}, DataError, r"classes of .*more without training images: 'fox'\. The classes of .*train are 'ant', 'bee', 'cow', 'dog', 'elk'"),
+        ({"train": {"root": "{tmp}/one"}}, DataError, "have the same class: at least two classes are required"),
+        ({"train": {"root": "{tmp}/single"}}, DataError, r"cannot be held out: 'elk'.*task\.probe\.c=\[10\]"),
         ({"val_fraction": 0.01}, DataError, r"val_fraction=0\.01 of 20 images: a part would have fewer"),
         ({"val_fraction": 1.0}, ConfigError, r"task\.probe\.val_fraction=1\.0 must be below 1"),
         ({"c": [1.0, -1.0]}, ConfigError, r"task\.probe\.c\[1\]=-1\.0 must be above 0"),
@@ -215,7 +215,7 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
         ({"val_fractoin": 0.1}, ConfigError, "did you mean 'task.probe.val_fraction'"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_told_before_the_model_is_loaded(
+def test_invalid_settings_are_reported_before_the_model_is_loaded(
     tmp_path: Path, run_dir: Path, values: dict, error: type[ClipExpError], message: str
 ):
     five = CLASSES[:5]
@@ -229,7 +229,7 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(
         check(config(tmp_path, run_dir, filled))
 
 
-def test_one_strength_needs_no_share_to_choose_with():
+def test_a_single_value_of_c_needs_no_held_out_images():
     task = LinearProbeTaskConfig(c=[1.0])
     require_held_out_images([0, 1, 2], ["a", "b", "c"], task, "probe")
 

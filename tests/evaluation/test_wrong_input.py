@@ -44,9 +44,9 @@ def data(tmp_path: Path) -> Path:
 
 
 WRONG = {
-    "unknown class": (3, {"root": "unknown_class", "classes": "imagenet"}, "'n99999999' is no class of ImageNet-1k"),
+    "unknown class": (3, {"root": "unknown_class", "classes": "imagenet"}, "not classes of ImageNet-1k: 'n99999999'"),
     "no folder": (2, {"root": "absent"}, r"task\.t\.root=.*absent: no such folder"),
-    "empty folders": (3, {"root": "empty", "classes": "imagenet"}, "holds no folder with images"),
+    "empty folders": (3, {"root": "empty", "classes": "imagenet"}, "contains no folders with images"),
     "flat": (3, {"root": "flat", "classes": "imagenet"}, r"sort them .* task\.t\.ground_truth=FILE"),
     "short labels": (
         3,
@@ -54,12 +54,12 @@ WRONG = {
         "has 2 labels, .*flat has 3 images",
     ),
     "no labels": (2, {"root": "flat", "ground_truth": "absent.txt"}, r"task\.t\.ground_truth=.*no such file"),
-    "names of an empty file": (2, {"root": "pets", "classes": "names.txt"}, "names.txt holds no texts"),
+    "names of an empty file": (2, {"root": "pets", "classes": "names.txt"}, "names.txt has no texts"),
     "names of a broken file": (2, {"root": "pets", "classes": "names.json"}, "names.json is not valid JSON"),
     "names for other classes": (2, {"root": "pets", "classes": ["one", "two"]}, "2 names, .*pets has 3 classes"),
-    "names that miss a class": (2, {"root": "pets", "classes": {"cat": "Katze"}}, "names nothing for 'cow', 'dog'"),
+    "names that miss a class": (2, {"root": "pets", "classes": {"cat": "Katze"}}, "has no name for 'cow', 'dog'"),
     "template without a place": (2, {"root": "pets", "templates": "templates.txt"}, "'art of the thing' has no {}"),
-    "no templates": (2, {"root": "pets", "templates": []}, r"task\.t\.templates holds no texts"),
+    "no templates": (2, {"root": "pets", "templates": []}, r"task\.t\.templates has no texts"),
     "unknown set": (2, {"torchvision": "CIFAR-10", "root": "."}, "did you mean 'cifar10'"),
     "set that is not there": (2, {"torchvision": "CIFAR10", "root": "."}, r"task\.t\.download=true"),
     "no source": (2, {}, "exactly one of root, table, generate, torchvision; given: none"),
