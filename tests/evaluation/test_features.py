@@ -183,7 +183,7 @@ def test_a_cache_that_cannot_be_written_is_warned_about_once(
     (tmp_path / "cache").write_text("a file where the folder should be")
     encoded = encode_images(encoder(model=nano), Opened(paths), OPTIONS, Cache(tmp_path / "cache", 1))
     assert len(encoded.features) == 71
-    assert caplog.text.count("cannot be kept") == 1
+    assert caplog.text.count("cannot be cached") == 1
 
 
 def on_ranks(rank: int, ranks: int, folder: str, paths: list[str]) -> None:

@@ -78,5 +78,5 @@ def test_a_task_is_not_called_like_results_of_other_weights(name: str) -> None:
     def problems(name: str) -> str:
         return "\n".join(map(str, prepare_tasks({name: ZeroShotTaskConfig()}, "outputs", None)[1]))
 
-    assert "rename your task" in problems(name)
+    assert "rename the task" in problems(name)
     assert "rename" not in problems("pets.v2")

@@ -45,7 +45,7 @@ def test_everything_that_is_missing_is_told_at_once(photos: Path):
 
 def test_a_folder_without_images_is_told(tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images or videos"):
+    with pytest.raises(DataError, match="contains no images or videos"):
         find_images(tmp_path / "empty")
 
 
@@ -60,7 +60,7 @@ def test_texts_that_yaml_takes_for_something_else_are_texts():
         (None, "texts has no value"),
         ([], "texts has no value"),
         (["a", " "], "empty text"),
-        ([{}], "put odd ones in quotes"),
+        ([{}], "Put texts with special characters in quotes"),
         ("a dog", r"'texts=\[a dog,a cat\]'"),
         (__file__, "labels="),
     ],
@@ -79,7 +79,7 @@ def test_labels_come_from_lists_and_files_in_any_language(tmp_path: Path):
     for path in tmp_path.iterdir():
         assert read_labels(str(path)) == expected
     assert len(read_labels("imagenet")) == 1000
-    with pytest.raises(ConfigError, match=r"labels=absent\.txt is no file"):
+    with pytest.raises(ConfigError, match=r"labels=absent\.txt: no such file"):
         read_labels("absent.txt")
 
 

@@ -145,7 +145,7 @@ def test_a_video_that_ends_early_is_encoded_from_what_is_there(tmp_path: Path, c
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "no video that can be read"), (b"no video" * 100, "no video that can be read"), (None, "no such file")],
+    [(b"", "not a readable video"), (b"no video" * 100, "not a readable video"), (None, "no such file")],
 )
 def test_a_broken_video_is_told_and_counted_once(
     tmp_path: Path, run_dir: Path, photos: Path, capsys, caplog, content: bytes | None, reason: str
@@ -193,5 +193,5 @@ def test_without_the_decoder_a_video_says_how_to_get_it(
 ):
     path = write_video(tmp_path / "a.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(DataError, match=r"a\.mp4: a video, which PyAV decodes: pip install av"):
+    with pytest.raises(DataError, match=r"a\.mp4: a video, which needs PyAV: pip install av"):
         clip.encode_image(path)

@@ -108,7 +108,7 @@ def test_a_broken_image_stops_the_command_or_is_left_out_and_told(run_dir: Path,
 
 def test_texts_that_are_cut_are_told_with_their_number(run_dir: Path, photos: Path, capsys, caplog):
     predict(asked(run_dir, str(photos / "0.png"), texts=["a dog", "many " * 100, "很" * 60]))
-    assert "2 of the texts are longer than the model's 77 tokens" in caplog.text
+    assert "2 texts are longer than the context length of 77 tokens and were truncated" in caplog.text
 
 
 def test_every_problem_is_told_at_once(run_dir: Path, tmp_path: Path):
@@ -121,7 +121,7 @@ def test_every_problem_is_told_at_once(run_dir: Path, tmp_path: Path):
     config = PredictConfig(images="absent.png", templates=["no place"], output=f"{tmp_path}/no/o.csv")
     with pytest.raises(ConfigError) as caught:
         predict(config)
-    for part in ("no folder", "which model?", "absent.png", "exactly one of texts", "has no {}"):
+    for part in ("is not a folder", "which model?", "absent.png", "exactly one of texts", "has no {}"):
         assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) == 5
     with pytest.raises(CheckpointError, match="not a run folder"):
@@ -134,7 +134,7 @@ def test_templates_of_whole_texts_are_refused(run_dir: Path, photos: Path):
 
 
 def test_a_single_text_is_refused_since_its_probability_says_nothing(run_dir: Path, photos: Path):
-    with pytest.raises(ConfigError, match="one text alone always has probability 1"):
+    with pytest.raises(ConfigError, match="a single text always has probability 1"):
         predict(asked(run_dir, str(photos), texts=["a dog"]))
 
 

@@ -54,7 +54,7 @@ def test_the_python_api_ranks_folders_paths_and_images_alike(photos: Path, clip:
     assert [paths[match.position] for match in found] == [path for path, _ in expected]
     kept = clip.rank("a cat", [Image.open(path) for path in paths], top_k=2)
     assert [match.position for match in kept] == [match.position for match in found[:2]]
-    with pytest.raises(ConfigError, match="one text"):
+    with pytest.raises(ConfigError, match="a single string"):
         clip.rank(["a", "b"], photos)  # type: ignore[arg-type]
 
 
@@ -97,7 +97,7 @@ def test_the_kept_images_are_copied_in_their_order(run_dir: Path, photos: Path, 
         f"{place:02d}_{Path(p).name}" for place, p in enumerate(expected, start=1)
     ]
     assert [path.read_bytes() for path in copies] == [Path(path).read_bytes() for path in expected]
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists and is not an empty folder"):
         rank(asked(run_dir, str(photos), "a dog", copy_to=str(tmp_path / "best")))
     rank(asked(run_dir, str(photos), ["a dog!", "猫/狗"], top_k=1, copy_to=str(tmp_path / "two")))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["01_a_dog", "02_猫_狗"]

@@ -127,7 +127,7 @@ def test_images_outside_the_given_folders_stay(index: Path, photos: Path, tmp_pa
     search(asked(index, images=str(tmp_path / "other")))
     assert "8 images (1 new)" in capsys.readouterr().out
     photos.mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         search(asked(index, images=str(photos)))
     assert len(read_entries(index).paths) == 8
 
@@ -176,12 +176,12 @@ def test_an_index_of_other_weights_is_refused(index: Path, photos: Path, tmp_pat
     other = write_run(tmp_path / "other", build_model(named_model("vit_nano")))
     for values in ({"text": "a dog"}, {"images": str(photos)}):
         with pytest.raises(
-            CheckpointError, match=r"was made by vit_nano with .*run/checkpoints.*not by .*other/checkp"
+            CheckpointError, match=r"was created by vit_nano with .*run/checkpoints.*not by .*other/checkp"
         ):
             search(asked(index, run=str(other), **values))
     with pytest.raises(CheckpointError, match="cannot be compared"):
         clip_exp.load(other, accelerator="cpu").index(path=index)
-    with pytest.raises(CheckpointError, match="whose settings are others"):
+    with pytest.raises(CheckpointError, match="with other settings"):
         clip_exp.load(run_dir, accelerator="cpu", activation="quick_gelu").index(path=index)
 
 
@@ -189,7 +189,7 @@ def test_an_index_finds_its_model_again_or_says_what_became_of_it(index: Path, r
     weights = next(run_dir.glob("checkpoints/*/model.safetensors"))
     elsewhere = tmp_path / "elsewhere"
     shutil.move(run_dir, elsewhere)
-    with pytest.raises(CheckpointError, match="which is gone: name the same weights"):
+    with pytest.raises(CheckpointError, match="which does not exist anymore: give the new location"):
         search(asked(index, text="a dog"))
     assert search(asked(index, run=str(elsewhere), text="a dog", top_k=3)) == 0
     assert len(matches(capsys)) == 3
@@ -200,15 +200,13 @@ def test_an_index_finds_its_model_again_or_says_what_became_of_it(index: Path, r
 
 
 def test_other_frames_or_another_precision_are_not_mixed_in(index: Path, photos: Path, capsys):
-    with pytest.raises(ConfigError, match=r"frames=4, but .* was made with frames=8"):
+    with pytest.raises(ConfigError, match=r"frames=4, but .* was created with frames=8"):
         search(asked(index, images=str(photos), frames=4))
     with pytest.raises(ConfigError, match=r"precision=bf16-mixed, but"):
         search(asked(index, images=str(photos), precision="bf16-mixed"))
 
 
-def test_indexing_that_was_interrupted_goes_on_where_it_was(
-    index: Path, run_dir: Path, photos: Path, monkeypatch, capsys
-):
+def test_interrupted_indexing_resumes_where_it_stopped(index: Path, run_dir: Path, photos: Path, monkeypatch, capsys):
     real, seen = Pipeline.encode_each, []
 
     def interrupted(self, media, *rest) -> Iterator[Encoded]:
@@ -236,7 +234,7 @@ def test_a_killed_process_loses_only_what_it_had_not_saved(
 import os, sys
 from clip_exp import cli
 from clip_exp.inference import index
-index.SAVE_EVERY_S, index.SAVE_SHARE = 0.0, 1e9
+index.SAVE_EVERY_S, index.SAVE_FRACTION = 0.0, 1e9
 write, saves = index.write_index, []
 def save(*arguments):
     write(*arguments)
@@ -258,7 +256,7 @@ sys.exit(cli.run("search", sys.argv[1:]))
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
     if number is signal.SIGTERM:
         assert done.returncode == 143
-        assert "The same command goes on" in done.stderr
+        assert "The same command resumes" in done.stderr
     else:
         assert done.returncode == -number
     kept = read_entries(again).paths
@@ -287,7 +285,7 @@ def test_without_locks_an_index_is_extended_and_what_another_process_may_be_writ
 
 
 def test_threads_take_turns_and_none_is_lost(index: Path):
-    """The lock's file is removed by its holder: whoever opened it before must not take it for the next one's."""
+    """The holder removes the lock file, so a process that opened it earlier must not take it for the lock of the next holder."""
     inside, most, turns = [], [], []
 
     def work() -> None:
@@ -343,7 +341,9 @@ def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Pipe
 
 def test_images_in_shards_are_refused_since_an_index_refers_to_files(run_dir: Path, tmp_path: Path):
     shard = write_shard(tmp_path / "s.tar", {"1.jpg": jpeg(1), "1.txt": "x"})
-    with pytest.raises(ConfigError, match=r"s\.tar: an index refers to image files.*unpack them"):
+    with pytest.raises(
+        ConfigError, match=r"s\.tar: an index refers to image files, not to members of shards: unpack the shards"
+    ):
         search(asked(tmp_path / "x.index", table=str(shard), run=str(run_dir)))
 
 
@@ -364,19 +364,19 @@ def test_an_index_without_a_readable_image_is_not_written(run_dir: Path, tmp_pat
 def test_a_file_that_is_no_index_is_refused(index: Path, tmp_path: Path, run_dir: Path):
     whole = index.read_bytes()
     index.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="no index, or damaged"):
+    with pytest.raises(CheckpointError, match="not an index, or damaged"):
         search(asked(index, text="a dog"))
     index.write_text("text")
-    with pytest.raises(CheckpointError, match="no index, or damaged"):
+    with pytest.raises(CheckpointError, match="not an index, or damaged"):
         read_recipe(index)
-    with pytest.raises(CheckpointError, match="no index, or damaged"):
+    with pytest.raises(CheckpointError, match="not an index, or damaged"):
         read_recipe(next(run_dir.glob("checkpoints/*/model.safetensors")))
 
 
 def test_an_index_whose_model_has_other_keys_is_refused_by_name(index: Path):
     recipe, entries = read_recipe(index), read_entries(index)
     write_index(index, replace(recipe, model={**recipe.model, "channels": 3}), entries)
-    with pytest.raises(CheckpointError, match=r"photos\.index was made by another version") as caught:
+    with pytest.raises(CheckpointError, match=r"photos\.index was created by another version") as caught:
         search(asked(index, text="a dog"))
     assert "model.channels does not exist" in str(caught.value)
 
@@ -396,10 +396,10 @@ def test_names_that_are_not_utf8_survive(photos: Path, run_dir: Path, clip: Pipe
     [
         (["search"], 2, "index has no value"),
         (["search", "index=x.index"], 2, "nothing to do"),
-        (["search", "index=x.index", "text=a"], 2, "no such file. Make it"),
+        (["search", "index=x.index", "text=a"], 2, "no such file. Create it"),
         (["search", "index=photos", "text=a"], 2, "is a folder"),
         (["search", "index=x.index", "images=photos"], 2, "which model?"),
-        (["search", "index=run/config.yaml", "text=a"], 4, "no index, or damaged"),
+        (["search", "index=run/config.yaml", "text=a"], 4, "not an index, or damaged"),
         (["search", "index=x.index", "images=photos", "run=photos"], 4, "not a run folder"),
     ],
 )
@@ -415,7 +415,7 @@ def test_saves_are_not_more_than_a_tenth_of_the_time(index: Path, photos: Path, 
     now = [0.0]
     monkeypatch.setattr(index_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(index_module, "write_index", lambda *_: now.__setitem__(0, now[0] + 30.0))
-    shelf = index_module._Shelf(index, read_recipe(index), [])
-    shelf.unsaved = True
-    shelf.save()
-    assert shelf.next_save == 30.0 + 300.0
+    contents = index_module._Contents(index, read_recipe(index), [])
+    contents.unsaved = True
+    contents.save()
+    assert contents.next_save == 30.0 + 300.0

@@ -147,7 +147,7 @@ def test_flat_images_and_class_folders_are_not_confused(flat: Path, tmp_path: Pa
         read(tmp_path)
     write_image(tmp_path / "folders" / "n01440764" / "1.JPEG", 1)
     (tmp_path / "labels.txt").write_text("0\n")
-    with pytest.raises(DataError, match="contains no images directly. One folder per class needs no ground_truth"):
+    with pytest.raises(DataError, match=r"contains no images directly\. One folder per class needs no ground_truth"):
         read(tmp_path / "folders", ground_truth=tmp_path / "labels.txt")
 
 
