@@ -5,7 +5,7 @@ import sys
 import clip_exp
 
 clip = clip_exp.load(sys.argv[1])
-labels = ["a diagram", "a dog", "a cat"]
-for image, probabilities in zip(sys.argv[2:], clip.classify(sys.argv[2:], labels), strict=True):
+texts = ["a diagram", "a dog", "a cat"]
+for image, probabilities in zip(sys.argv[2:], clip.classify(sys.argv[2:], texts), strict=True):
     best = probabilities.argmax()
-    print(f"{image}: {labels[best]} ({probabilities[best]:.1%})")
+    print(f"{image}: {texts[best]} ({probabilities[best]:.1%})")

@@ -6,5 +6,5 @@ import clip_exp
 
 run, text, folder = sys.argv[1:]
 clip = clip_exp.load(run)
-for match in clip.rank(text, folder, keep=32):
+for match in clip.rank(text, folder, top_k=32):
     print(f"{match.score:.4f}  {match.path}")

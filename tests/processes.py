@@ -28,7 +28,12 @@ from PIL import Image
 THREADS = {"OMP_NUM_THREADS": "1"}  # of every script; torch and BLAS read it when they are imported
 _IMPORTED = multiprocessing.get_context("forkserver")
 _IMPORTED.set_forkserver_preload(
-    ["clip_exp.training.fit", "clip_exp.evaluation.subject", "hydra.main", "torch._dynamo"]  # the last for DeepSpeed
+    [
+        "clip_exp.training.fit",
+        "clip_exp.evaluation.evaluated_model",
+        "hydra.main",
+        "torch._dynamo",
+    ]  # the last for DeepSpeed
 )
 
 

@@ -64,7 +64,9 @@ def test_keys_beside_those_that_choose_a_model(command: str) -> None:
 
 
 def test_keys_of_tasks() -> None:
-    of_kinds = {f"{kind.model_fields['kind'].default}.{key}" for kind in TaskConfig.members() for key in leaf_keys(kind)}
+    of_kinds = {
+        f"{kind.model_fields['kind'].default}.{key}" for kind in TaskConfig.members() for key in leaf_keys(kind)
+    }
     assert listed("Keys of tasks") == of_kinds
 
 

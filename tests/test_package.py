@@ -26,7 +26,7 @@ def test_the_wheel_carries_conf_and_its_console_script_composes(repository: Path
     wheel = next(tmp_path.glob("clip_exp-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert "clip_exp/conf/model/vit_b32.yaml" in names
-    assert "clip_exp/reports/templates/page.css" in names
+    assert "clip_exp/reports/templates/report.css" in names
     assert "clip_exp/export/templates/card.md" in names
     assert not any(name.startswith(("tests/", "conf/")) for name in names)
     install = [

@@ -8,9 +8,9 @@ import torch
 from clip_exp.config.model import ModelConfig
 from clip_exp.data.images import preprocessing_of
 from clip_exp.devices import benchmarks_convolutions, exact_float32, inference_precision, training_precision
-from clip_exp.evaluation import subject as scoring
+from clip_exp.evaluation import evaluated_model as scoring
+from clip_exp.evaluation.evaluated_model import EvaluatedModel
 from clip_exp.evaluation.features import EncodeOptions, encode_pixels, encode_texts
-from clip_exp.evaluation.subject import Subject
 from clip_exp.evaluation.task import Task
 from clip_exp.evaluation.tasks.auto import AutoTaskConfig
 from clip_exp.inference.pipeline import Pipeline
@@ -76,18 +76,19 @@ def test_a_task_is_scored_with_exact_float32_products(config: ModelConfig) -> No
     found = []
 
     class Noting(Task):
-        def score(self, subject: Subject):
+        def score(self, model: EvaluatedModel):
             found.append(switches())
 
-            def judge() -> Result:
+            def compute_result() -> Result:
                 found.append(switches())
                 return Result({}, {}, None)
 
-            return judge
+            return compute_result
 
     options = EncodeOptions(torch.device("cpu"))
     scoring.score(
-        Noting("auto", AutoTaskConfig()), Subject(build_model(config), build_tokenizer(config.text), config, options)
+        Noting("auto", AutoTaskConfig()),
+        EvaluatedModel(build_model(config), build_tokenizer(config.text), config, options),
     )
     assert found == [EXACT, EXACT]
 

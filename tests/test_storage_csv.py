@@ -10,7 +10,7 @@ import pytest
 from clip_exp.checks.scan import bad_samples_file
 from clip_exp.config.commands import OutputConfig, OutputFormat
 from clip_exp.inference.outputs import Report, write
-from clip_exp.reports.classification_page import as_csv
+from clip_exp.reports.classification_report import as_csv
 from clip_exp.storage import TextWriter, original
 from tests.reports.examples import classified, noise_files
 

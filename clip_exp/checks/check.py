@@ -22,7 +22,7 @@ from clip_exp.data.loader import cores_per_rank, count_workers, report_killed_wo
 from clip_exp.devices import resolve_accelerator
 from clip_exp.errors import DataError
 from clip_exp.reports.data_report import DuplicateImage, Gallery, ImageExample, data_report
-from clip_exp.reports.page import SIDE, Thumbnail, shrunk
+from clip_exp.reports.html import SIDE, Thumbnail, shrunk
 from clip_exp.runs import write_json, write_text
 from clip_exp.storage import TextWriter, atomic_file
 from clip_exp.text.tokenizer import build_tokenizer

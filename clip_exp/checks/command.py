@@ -16,7 +16,7 @@ from clip_exp.config.files import to_yaml
 from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.reports.data_report import loaders
-from clip_exp.reports.page import command_line
+from clip_exp.reports.html import command_line
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
 

@@ -9,7 +9,7 @@ from clip_exp.checks.splits import TRAIN, VAL
 from clip_exp.config.commands import CheckDataConfig
 from clip_exp.config.data import PairLabel
 from clip_exp.data.files import NO_SUCH_FILE, NOT_ALLOWED, OUTSIDE_ROOT, TOO_MANY_BYTES, TOO_MANY_PIXELS
-from clip_exp.reports.page import counted, probability
+from clip_exp.reports.html import counted, probability
 
 NOTEWORTHY = 0.01  # fraction of images or captions from which a problem is reported, or is a warning
 MUCH_LARGER = 4  # times the model's input, from which decoding takes most of the loader's time

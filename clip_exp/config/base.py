@@ -34,7 +34,11 @@ from clip_exp.errors import ConfigError
 OWN_FOLDER = "the --config-dir (or CLIP_EXP_CONFIG_DIR)"  # of a member that is not clip_exp's
 MISSING = "???"  # OmegaConf's mark of a value that must be set
 UNKNOWN = "???…"  # mark of a value that depends on one that must be set
+TOP_K = "the number of results of predict, rank and search is `top_k`."
 EXPLAINED = {  # keys and options of other frameworks and of older versions that have no counterpart of the same name
+    "k": TOP_K,
+    "keep": TOP_K,
+    "top": TOP_K,
     "accumulate_grad_batches": (
         "a contrastive loss would not see more negatives. Raise global_batch_size and set micro_batch_size: the same memory, "
         "the gradient of the whole batch."

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Texts, TypedTexts
-from clip_exp.config.data import DataConfig, OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig, ModelChoice, SubjectConfig
+from clip_exp.config.data import DataConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig, InferenceConfig, ModelChoice
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import TrainConfig
 
@@ -41,7 +41,7 @@ class OutputConfig(Config):
     output: PathText | None = Field(None, description="file, replaced if it exists; null: the terminal")
 
 
-class UseConfig(SubjectConfig, OutputConfig):
+class UseConfig(InferenceConfig, OutputConfig):
     """What predict, rank and search share; an image is a file, or a video by frames spread evenly over it."""
 
     frames: Count | None = Field(8, description="frames of a video, whose features are averaged")
@@ -67,7 +67,7 @@ Class names with templates: labels=names.txt templates=simple. For programs: out
         None,
         description="of labels: openai (80), simple (7), a list, or a file, {} for the name; null: a label is the whole text",
     )
-    k: Count | None = Field(5, description="the most probable texts that are shown of each image; null: all")
+    top_k: Count | None = Field(5, description="number of texts per image, most probable first; null: all")
 
 
 class RankConfig(UseConfig):
@@ -81,7 +81,7 @@ copy_to=best copies them into a new folder; 'text=[a dog,a cat]' makes two ranki
 
     text: TypedTexts | None = Field(None, description="one text, or a list: each is a ranking of its own")
     images: Paths | None = Field(None, description="file, folder (with the folders in it), glob, or a list of those")
-    keep: Count | None = Field(32, description="images of a ranking; null: all")
+    top_k: Count | None = Field(32, description="number of images per text, best first; null: all")
     copy_to: PathText | None = Field(None, description="new folder for copies of them, named in their order")
 
 
@@ -92,7 +92,7 @@ class SearchConfig(UseConfig):
 clip-exp search index=photos.index images=DIR run=DIR      makes the index
 clip-exp search index=photos.index images=DIR              brings it up to date: only new and changed images are read
 clip-exp search index=photos.index 'text=two dogs'         asks it
-clip-exp search index=photos.index image=query.jpg top=20"""
+clip-exp search index=photos.index image=query.jpg top_k=20"""
 
     index: PathText | None = Field(
         None, description="file of the index; it remembers its model, which is named only the first time"
@@ -110,10 +110,10 @@ clip-exp search index=photos.index image=query.jpg top=20"""
     encoding: str = Field("auto", description="auto, or Python's name of an encoding")
     text: TypedTexts | None = Field(None, description="text to look for, or a list: each is a search of its own")
     image: Paths | None = Field(None, description="image or video to look for, or a list")
-    top: Count = Field(10, description="answers")
+    top_k: Count = Field(10, description="number of images per query, best first")
     frames: Count | None = Field(None, description="frames of a video; null: as the index has it, 8 for a new one")
-    on_bad_image: OnBadImage = Field(
-        OnBadImage.replace, description="replace: leave the image out, and count it; or error"
+    on_bad_image: EvalOnBadImage = Field(
+        EvalOnBadImage.skip, description="skip: leave unreadable images out and count them; or error"
     )
 
 

@@ -21,7 +21,7 @@ from clip_exp.config.base import (
     Unused,
     must_be,
 )
-from clip_exp.config.data import GenerateConfig, OnBadImage, OnBadRow
+from clip_exp.config.data import GenerateConfig, OnBadRow
 from clip_exp.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ ClassNames = Annotated[
 ]
 
 SOURCES = ("root", "table", "generate", "torchvision")  # of labeled images
+
+
+class EvalOnBadImage(StrEnum):
+    """Reaction to an unreadable image outside training, where no other row can replace it (`config.data.OnBadImage`)."""
+
+    error = "error"
+    skip = "skip"
+
 
 # ---------------------------------------------------------------------------------------------------------- model
 
@@ -70,7 +78,7 @@ class ModelChoice(Config):
     )
 
 
-class SubjectConfig(ModelChoice):
+class InferenceConfig(ModelChoice):
     """Which model, and how it sees images: what every command has that runs one."""
 
     accelerator: Accelerator = Field("auto", description="auto, cpu, gpu (or cuda)")
@@ -81,8 +89,8 @@ class SubjectConfig(ModelChoice):
     num_workers: Index | None = Field(
         None, description="processes that decode images; null: as `data.num_workers` of a training"
     )
-    on_bad_image: OnBadImage = Field(
-        OnBadImage.error, description="error, or replace: leave the image out and count it"
+    on_bad_image: EvalOnBadImage = Field(
+        EvalOnBadImage.error, description="error, or skip: leave unreadable images out and count them"
     )
     max_image_pixels: Count = Field(200_000_000, description="pixels; larger images are refused from their header")
 
@@ -220,7 +228,7 @@ Devices = Annotated[
 ]
 
 
-class EvaluateConfig(SubjectConfig):
+class EvaluateConfig(InferenceConfig):
     """An evaluation."""
 
     usage: ClassVar = """\
@@ -240,7 +248,7 @@ Which model: run=DIR, or ckpt=PATH, or model=… pretrained=…; what to score i
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
-        *SubjectConfig.unused,
+        *InferenceConfig.unused,
         Unused(
             "model.dropout model.image.patch_dropout model.image.pretrained model.text.pretrained",
             lambda c: c.model is not None,

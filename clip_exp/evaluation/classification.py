@@ -1,4 +1,4 @@
-"""Zero-shot classification by the published protocol (Radford et al. 2021, section 3.1.4, and their notebook), and the accuracy of any other."""
+"""Zero-shot classification as published (Radford et al. 2021, section 3.1.4, and their notebook), and accuracies of any classification."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from clip_exp.evaluation.features import EncodedImages, TextModel, encode_distinct_texts, require_finite
 from clip_exp.evaluation.sets.class_names import class_prompts
 from clip_exp.evaluation.sets.labeled import LabeledImages
-from clip_exp.reports.classification_page import Classified
+from clip_exp.reports.classification_report import Classified
 from clip_exp.reports.names import CERTAIN
 from clip_exp.text.tokenizer import Tokenizes
 
-SCALE = 100.0  # the published factor of the cosines: the upper bound of the logit scale
+SCALE = 100.0  # published factor of the cosine similarities: the upper bound of the logit scale
 CHUNK = 8192  # images scored at a time: 33 MB of scores for 1,000 classes
 
 
@@ -27,18 +27,23 @@ def build_classifier(
     what: str | None = None,
     shared: bool = False,
 ) -> Tensor:
-    """One embedding per class: filled-in templates embedded, each normalised, averaged, normalised again.
+    """Return one embedding per class: the prompt embeddings are normalized, averaged, and normalized again.
 
-    Runs in the precision of the weights, outside autocast. Classes of the same name get the same embedding and stay
+    Runs in the precision of the weights, outside autocast. Classes with the same name have the same embedding and remain
     separate classes.
 
     Args:
-        templates: each with `{}` in the place of the name.
-        batch_size: prompts encoded at a time.
-        what: name of the progress bar; None for none.
-        shared: the ranks divide the work; all of them must call.
+        model: model with a text tower.
+        tokenizer: tokenizer for the prompts.
+        class_names: names of the C classes.
+        templates: prompt templates with `{}` for the class name.
+        batch_size: number of prompts encoded at a time.
+        device: device of the model.
+        what: name of the progress bar; None: no progress bar.
+        shared: divide the work between the ranks, all of which must call.
+
     Returns:
-        [C, D] float32, unit norm, on `device`.
+        Embeddings [C, D], float32, unit norm, on `device`.
     """
     prompts = [prompt for name in class_names for prompt in class_prompts(name, list(templates))]
     features_PD, index = encode_distinct_texts(model, tokenizer, prompts, batch_size, device, what, shared)
@@ -47,17 +52,20 @@ def build_classifier(
 
 
 def class_scores(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> Tensor:
-    """[N, C]: 100 * cosine."""
+    """Return scores [N, C]: 100 times the cosine similarity."""
     return SCALE * image_features_ND @ class_embeddings_CD.T
 
 
 def classify(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """The five best classes of each image (all, if they are fewer), best first, and their probabilities among all.
+    """Return the top five classes of each image (all, if there are fewer), best first, and their probabilities among all classes.
 
     Args:
-        image_features_ND: unit norm.
+        image_features_ND: image features of unit norm.
+        class_embeddings_CD: output of `build_classifier`.
+
     Returns:
-        int64 [N, K] and float32 [N, K], on the CPU.
+        Classes, int64 [N, K], and probabilities, float32 [N, K], on the CPU.
+
     Raises:
         NumericError: a feature is not finite.
     """
@@ -72,54 +80,60 @@ def classify(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> tuple[Te
 
 
 def best_classes(scores_NC: Tensor) -> Tensor:
-    """[N, 5] (fewer for fewer classes), best first. Of equal scores `topk` picks, as in the published numbers."""
+    """Return the top classes [N, 5] (fewer if there are fewer classes), best first. `topk` breaks ties, as for the published numbers."""
     return scores_NC.topk(min(5, scores_NC.shape[1]), dim=1).indices
 
 
 def accuracies(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
-    """Fractions over all images, each counted once: `top1`, `mean_per_class_recall`, and of more than five classes `top5`.
+    """Return `top1`, `mean_per_class_recall` and, for more than five classes, `top5`, as fractions of the images.
 
     Args:
-        best_NK: `best_classes`.
-        labels_N: the class of each image.
+        best_NK: output of `best_classes`.
+        labels_N: class of each image.
+        num_classes: number of classes.
     """
     recall = mean_per_class_recall(best_NK[:, 0], labels_N, num_classes)
-    return {**top_k(best_NK, labels_N, num_classes), "mean_per_class_recall": recall}
+    return {**top_k_accuracies(best_NK, labels_N, num_classes), "mean_per_class_recall": recall}
 
 
 def accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Fraction of rows whose label has the best score (`top1`), and of more than five classes one of the best five (`top5`)."""
-    return top_k(best_classes(scores_NC), labels_N, scores_NC.shape[1])
+    """Return the fraction of rows whose label has the highest score (`top1`) and, for more than five classes, one of the top five (`top5`)."""
+    return top_k_accuracies(best_classes(scores_NC), labels_N, scores_NC.shape[1])
 
 
-def top_k(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
-    """Return `top1`, and of more than five classes `top5`, from `best_classes`. Of fewer, `top5` would be 1 for any model."""
+def top_k_accuracies(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
+    """Return `top1` and, for more than five classes, `top5`, from the output of `best_classes`. With fewer, `top5` is 1 for any model."""
     hit_NK = best_NK == labels_N[:, None]
     top1 = {"top1": hit_NK[:, 0].double().mean().item()}
     return top1 if num_classes <= CERTAIN else {**top1, "top5": hit_NK.any(dim=1).double().mean().item()}
 
 
 def mean_per_class_recall(predicted_N: Tensor, labels_N: Tensor, num_classes: int) -> float:
-    """Accuracy within each class, averaged over the classes that have images."""
+    """Return the accuracy within each class, averaged over the classes that have images."""
     count_C = torch.bincount(labels_N, minlength=num_classes)
     hits_C = torch.bincount(labels_N[predicted_N == labels_N], minlength=num_classes)
     present = count_C > 0
     return (hits_C[present].double() / count_C[present]).mean().item()
 
 
-def classified(data: LabeledImages, encoded: EncodedImages, labels: Tensor, best: Tensor, shares: Tensor) -> Classified:
-    """What pages show of a classification, zero-shot or learned.
+def classified(
+    data: LabeledImages, encoded: EncodedImages, labels: Tensor, best: Tensor, probabilities: Tensor
+) -> Classified:
+    """Return the predictions of a zero-shot or learned classification for its reports.
 
     Args:
-        best: int64 [N, K], best first.
-        shares: [N, K] of the best ones: probabilities.
+        data: evaluated images.
+        encoded: features of the images that could be read.
+        labels: int64 [N], true classes.
+        best: int64 [N, K], predicted classes, best first.
+        probabilities: [N, K], probabilities of the predicted classes.
     """
     return Classified(
         data.images,
         encoded.kept.numpy(),
         labels.numpy(),
         best.numpy(),
-        shares.float().numpy(),
+        probabilities.float().numpy(),
         data.class_names,
         data.keys,
     )

@@ -1,7 +1,7 @@
-"""From texts and images to features of unit norm: of a batch, and of a whole set, computed once and kept on disk.
+"""Features of texts and images, of unit norm, and their cache on disk.
 
-A set is cut into blocks that depend on its size alone. A block is encoded by one rank, in batches of its own, so an image's
-batch, and with it every bit of its features, is the same whichever rank computes it; a block that is on disk is read.
+A dataset is divided into blocks that depend only on its size. A block is encoded by one rank in batches of its own. So the batch of an
+image, and with it every bit of its features, does not depend on the number of ranks. Blocks in the cache are read, not computed.
 """
 
 import hashlib
@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_exp._version import __version__
-from clip_exp.config.data import OnBadImage
-from clip_exp.config.evaluation import SubjectConfig
+from clip_exp.config.evaluation import EvalOnBadImage, InferenceConfig
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, normalize
 from clip_exp.data.loader import (
@@ -46,27 +45,28 @@ from clip_exp.text.prefixes import NODES, TreeLayout, grow, pack
 from clip_exp.text.tokenizer import Tokenizer, Tokenizes
 
 log = logging.getLogger(__name__)
-BLOCKS = 64  # of a set: the most ranks that share it evenly
-SMALLEST, LARGEST = 32, 1024  # images of a block
-IN_USE_S = 3600.0  # an entry that was used this recently may be another process's
+BLOCKS = 64  # of a dataset: up to so many ranks get equal numbers of blocks
+SMALLEST, LARGEST = 32, 1024  # images per block
+IN_USE_S = 3600.0  # an entry used more recently may be in use by another process
 SUFFIX = ".safetensors"
 CHECKSUM = "crc32"
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How images are read and encoded; the fields of `SubjectConfig`, resolved."""
+    """Options for reading and encoding images: the fields of `InferenceConfig`, resolved."""
 
     device: torch.device
     precision: str = "32-true"  # 32-true, bf16-mixed, 16-mixed
     batch_size: int = 64
     num_workers: int | None = None
-    on_bad_image: OnBadImage = OnBadImage.error
+    on_bad_image: EvalOnBadImage = EvalOnBadImage.error
     max_image_pixels: int = 200_000_000
+    skip_override: str = "on_bad_image=skip"  # override that leaves unreadable images out, for error messages
 
 
-def encode_options(config: SubjectConfig) -> EncodeOptions:
-    """How a command's configuration reads and encodes images, with device and precision chosen."""
+def encode_options(config: InferenceConfig) -> EncodeOptions:
+    """Return the options of a command's configuration, with `auto` resolved to a device and a precision."""
     device = torch.device(resolve_accelerator(config.accelerator))
     return EncodeOptions(
         device,
@@ -88,12 +88,12 @@ class ImageModel(Protocol):
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """Anything that turns images into vectors."""
+    """Function from images to vectors, with its preprocessing."""
 
-    encode: Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] on the CPU -> float32 [B, D]
+    encode: Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] on the CPU to float32 [B, D]
     transform: Callable[[Image.Image], Tensor]  # an image to uint8 [3, S, S]; picklable
     image_size: int  # S
-    identity: dict[str, object] | None = None  # what decides the vectors, as JSON; None: they are not kept
+    identity: dict[str, object] | None = None  # JSON values that determine the vectors; None: they are not cached
 
 
 def encode_texts(
@@ -105,7 +105,7 @@ def encode_texts(
     what: str | None = None,
     shared: bool = False,
 ) -> Tensor:
-    """[N, D] float32 of unit norm, on `device`; equal texts have equal features. See `encode_distinct_texts`."""
+    """Return features [N, D], float32, unit norm, on `device`; equal texts have equal features. See `encode_distinct_texts`."""
     features_PD, index_N = encode_distinct_texts(model, tokenizer, texts, batch_size, device, what, shared)
     return features_PD[index_N]
 
@@ -121,22 +121,29 @@ def encode_distinct_texts(
 ) -> tuple[Tensor, Tensor]:
     """Encode each distinct text once, in the precision of the weights, outside autocast.
 
-    Where the model can, each distinct beginning is computed once too (`clip_exp.text.prefixes`); elsewhere texts of similar
-    length share a batch, padded no further than the longest.
+    Models that support it compute each distinct prefix once as well (`clip_exp.text.prefixes`). For other models, texts of similar
+    length share a batch, which is padded to the longest.
 
     Args:
-        batch_size: texts encoded at a time.
-        what: name of the progress bar; None for none.
-        shared: the ranks divide the work; all of them must call.
+        model: model with a text tower.
+        tokenizer: tokenizer for the texts.
+        texts: N texts, which may repeat.
+        batch_size: number of texts encoded at a time.
+        device: device of the model.
+        what: name of the progress bar; None: no progress bar.
+        shared: divide the work between the ranks, all of which must call.
+
     Returns:
-        features [P, D] float32 of unit norm, on `device`, and the row [N] of each given text.
+        Features [P, D] of the distinct texts, float32, unit norm, on `device`, and the row [N] of each given text.
     """
     row = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     tokens = tokenizer.encode_batch(list(row))
-    groups: list[tuple[list[int], Callable[[], Tensor]]]  # texts that are encoded together
+    groups: list[
+        tuple[list[int], Callable[[], Tensor]]
+    ]  # texts that are encoded together, and the function that does it
     if getattr(model, "shares_prefixes", False):
         trees = grow(tokens)
-        size = max(1, batch_size * 5 // NODES)  # a prompt has about five nodes of its own
+        size = max(1, batch_size * 5 // NODES)  # a prompt adds about five nodes to the trees
 
         def encode_trees(group: list[Any]) -> Tensor:
             tokens, *layout = (_send(part, device) for part in pack(group))
@@ -176,7 +183,7 @@ def encode_distinct_texts(
 
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor of the CPU on `device`. Pinned memory lets a GPU fetch it while the process prepares the next batch."""
+    """Copy a tensor from the CPU to `device`. Pinned memory lets a GPU copy it while the next batch is prepared."""
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)
 
@@ -188,34 +195,34 @@ def encode_pixels(
     device: torch.device,
     precision: str = "32-true",
 ) -> Tensor:
-    """[B, D] float32 of unit norm, of uint8 images that went through the evaluation transform."""
+    """Return features [B, D], float32, unit norm, of uint8 images after the evaluation transform."""
     image_BCHW = normalize(pixels_BCHW.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
     with inference(precision, device):
         return model.encode_image(image_BCHW, normalize=True).float()
 
 
 def require_finite(features: Tensor, what: str) -> None:
-    """Comparisons with NaN are false, which would count as a perfect rank.
+    """Check that features are finite: comparisons with NaN are false, which would count as a perfect rank.
 
     Raises:
         NumericError: a value is NaN or infinite.
     """
-    if not torch.isfinite(features.sum()):  # features are small, so a sum that is not finite has such a part
+    if not torch.isfinite(features.sum()):  # features are small: only a value that is not finite makes the sum so
         raise NumericError(
-            f"The {what} hold NaN or infinite values: the weights are broken, or overflow in this precision."
+            f"The {what} contain NaN or infinite values: the weights are broken, or overflow in this precision."
         )
 
 
 class Cache:
-    """A folder of what was computed once: features of images and texts, and classifiers.
+    """Cache on disk for features of images and texts, and for classifiers.
 
-    An entry is a folder named by a hash of everything its contents depend on, so nothing in it is ever out of date. Files are
-    written whole or not at all; two processes that make the same one write the same contents, and the later takes the place.
-    Nothing that is wrong with the cache ends an evaluation: what it lacks is computed.
+    An entry is a folder named by a hash of everything that its contents depend on, so entries are never out of date. Files are
+    written atomically. Two processes that write the same file write the same contents. Errors of the cache never end an
+    evaluation: missing contents are computed.
 
     Args:
-        folder: made when something is first kept.
-        limit_gb: `prune` removes the entries that were not used for longest until the rest fits.
+        folder: folder of the cache, created with the first entry.
+        limit_gb: size limit in GB; `prune` removes the least recently used entries above it.
     """
 
     def __init__(self, folder: Path, limit_gb: float) -> None:
@@ -224,19 +231,19 @@ class Cache:
         self._refused = False
 
     def entry(self, kind: str, **about: Any) -> Path:
-        """The folder for what `about` (JSON values) decides completely, with the version of clip_exp. It may not exist yet."""
+        """Return the folder of contents that `about` (JSON values) and the version of clip_exp determine; it may not exist yet."""
         text = json.dumps({"clip_exp": __version__, **about}, sort_keys=True)
         folder = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
-        with suppress(OSError):  # it is not there, or another user's
+        with suppress(OSError):  # it does not exist, or belongs to another user
             os.utime(folder)
         return folder
 
     def names(self, entry: Path) -> set[str]:
-        """The files of an entry."""
+        """Return the names of the files in an entry."""
         return {path.name.removesuffix(SUFFIX) for path in entry.glob(f"*{SUFFIX}") if not path.name.startswith(".")}
 
     def read(self, entry: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and metadata of a file; None if there is none, or it is damaged."""
+        """Return the tensors and metadata of a file; None if it is missing or damaged."""
         path = entry / f"{name}{SUFFIX}"
         try:
             with safe_open(path, framework="pt") as file:
@@ -245,39 +252,39 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            log.warning("%s cannot be read (%s) and is made again.", path, error)
+            log.warning("%s cannot be read (%s) and is computed again.", path, error)
             return None
         if metadata.pop(CHECKSUM, None) != _checksum(tensors):
-            log.warning("%s was changed after it was written and is made again.", path)
+            log.warning("%s has a wrong checksum and is computed again.", path)
             return None
         return tensors, metadata
 
     def write(self, entry: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Keep tensors that are on the CPU; a disk that is full or read-only is told once, and from then on nothing is kept."""
+        """Write tensors that are on the CPU. A full or read-only disk is warned about once, and then nothing more is written."""
         if self._refused:
             return
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         try:
             entry.mkdir(parents=True, exist_ok=True)
-            # The checksum finds what a loss of power damaged.
+            # The checksum detects files that a power failure damaged.
             with atomic_file(entry / f"{name}{SUFFIX}", durable=False) as temporary:
                 save_file(tensors, temporary, {**(metadata or {}), CHECKSUM: _checksum(tensors)})
         except (OSError, SafetensorError) as error:
             self._refused = True
             log.warning(
-                "features cannot be kept in %s (%s): an interrupted evaluation would start over.", self.folder, error
+                "features cannot be cached in %s (%s): an interrupted evaluation would start over.", self.folder, error
             )
 
     def prune(self) -> None:
-        """Remove what was not used for longest, down to the limit; what was used within the hour stays."""
-        entries: list[tuple[float, int, Path]] = []  # when it was last used, its bytes
+        """Remove the least recently used entries above the limit, except those used within the last hour."""
+        entries: list[tuple[float, int, Path]] = []  # time of last use, bytes
         for folder in self.folder.glob("*/*/"):
-            with suppress(OSError):  # it has just gone
+            with suppress(OSError):  # another process has just removed it
                 used, size = folder.stat().st_mtime, 0
                 for path in folder.iterdir():
                     status = path.stat()
                     if path.name.startswith(".") and time.time() - status.st_mtime > IN_USE_S:
-                        path.unlink(missing_ok=True)  # a killed writer left it
+                        path.unlink(missing_ok=True)  # left behind by a killed process
                         os.utime(folder, (used, used))
                     else:
                         size += status.st_size
@@ -302,8 +309,8 @@ class EncodedImages(NamedTuple):
     """Features of the images that could be read."""
 
     features: Tensor  # [N, D] float32, on the CPU
-    kept: Tensor  # [N] which of the given images, ascending
-    bad: list[str]  # "path: reason" of each image that was left out
+    kept: Tensor  # [N] positions of these images, ascending
+    bad: list[str]  # "path: reason" of each image that could not be read
 
 
 def encode_images(
@@ -313,22 +320,26 @@ def encode_images(
     cache: Cache | None = None,
     what: str | None = None,
 ) -> EncodedImages:
-    """Read, transform and encode every image once. Every rank calls, and gets all the features.
+    """Read, transform and encode every image once. All ranks must call, and get all features.
 
     Args:
-        cache: where blocks are kept, if the encoder has an identity.
-        what: name of the progress bar; None for none.
+        encoder: encoder of the images.
+        images: images to encode.
+        options: options for reading and encoding.
+        cache: cache for the blocks, which is used if the encoder has an identity.
+        what: name of the progress bar; None: no progress bar.
+
     Raises:
         DataError: an image cannot be read and `on_bad_image` is `error`, or none can be read.
     """
     size = min(max(-(-len(images) // BLOCKS), SMALLEST), LARGEST)
     blocks = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     store = _Store(cache, encoder, images, options, len(blocks[0]))
-    there = from_main(store.numbers)
-    kept = [number for number in range(len(blocks)) if number in there]
-    lacking = [number for number in range(len(blocks)) if number not in there]
-    # This rank's shard of the blocks that are on disk, and of those that are not.
-    mine = kept[rank() :: world_size()] + lacking[rank() :: world_size()]
+    stored = from_main(store.numbers)
+    cached = [number for number in range(len(blocks)) if number in stored]
+    uncached = [number for number in range(len(blocks)) if number not in stored]
+    # This rank's part of the cached blocks, and of the others.
+    mine = cached[rank() :: world_size()] + uncached[rank() :: world_size()]
     found: dict[int, EncodedImages] = {number: block for number in mine if (block := store.read(number)) is not None}
     for block in found.values():
         _refuse_bad(block.bad, options)
@@ -339,7 +350,7 @@ def encode_images(
         for number, block in _encode_blocks(encoder, images, options, missing, advance):
             store.write(number, block)
             found[number] = block
-    everywhere = {number: block for share in gather_objects(found) for number, block in share.items()}
+    everywhere = {number: block for of_rank in gather_objects(found) for number, block in of_rank.items()}
     whole = _join([everywhere[number] for number in range(len(blocks))])
     if not len(whole.kept):
         raise DataError(f"none of the {len(images)} images can be read; the first: {whole.bad[0]}.")
@@ -347,7 +358,7 @@ def encode_images(
 
 
 class _Store:
-    """The blocks of one set on disk; nothing where there is no cache."""
+    """Cached blocks of one dataset; empty without a cache."""
 
     def __init__(
         self, cache: Cache | None, encoder: ImageEncoder, images: ImageSet, options: EncodeOptions, block: int
@@ -365,7 +376,7 @@ class _Store:
             )
 
     def numbers(self) -> set[int]:
-        """The blocks that are there."""
+        """Return the numbers of the cached blocks."""
         names = set() if self.cache is None else self.cache.names(self.entry)
         return {int(name.removeprefix("block-")) for name in names}
 
@@ -392,7 +403,7 @@ def _encode_blocks(
     blocks: dict[int, range],
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, EncodedImages]]:
-    """Each block as soon as its last batch is encoded."""
+    """Yield each block as soon as its last batch is encoded."""
     if not blocks:
         return
     batches = [
@@ -400,7 +411,7 @@ def _encode_blocks(
         for number, block in blocks.items()
         for start in range(0, len(block), options.batch_size)
     ]
-    waiting: list[EncodedImages] = []  # their features still on the device
+    waiting: list[EncodedImages] = []  # features are still on the device
     for position, batch in enumerate(load_batches(encoder, images, options, [indices for _, indices in batches])):
         bad = [f"{image.path}: {image.reason}" for image in batch.bad]
         _refuse_bad(bad, options)
@@ -416,9 +427,16 @@ def _encode_blocks(
 def load_batches(
     encoder: ImageEncoder, images: ImageSet, options: EncodeOptions, batches: list[list[int]]
 ) -> Iterator[EvalBatch]:
-    """Images read and transformed by worker processes, in the given batches of positions; bad ones are passed on."""
+    """Return an iterator over batches of images that worker processes read and transform; unreadable images are passed on.
+
+    Args:
+        encoder: encoder with the transform.
+        images: images to read.
+        options: options for reading.
+        batches: positions of the images of each batch.
+    """
     workers = count_workers(options.num_workers, local_world_size(), options.device.type)
-    few = len(batches) == 1  # starting processes would take longer than the work
+    few = len(batches) == 1  # starting processes would take longer than reading one batch
     return iter(
         WorkerLoader(
             EvalImages(images, encoder.transform, options.max_image_pixels),
@@ -427,13 +445,13 @@ def load_batches(
             collate_fn=EvalCollate(Tokenizer(), encoder.image_size),
             num_workers=0 if few else min(workers, len(batches)),
             pin_memory=options.device.type == "cuda",
-            generator=torch.Generator(),  # the global one may be a training run's
+            generator=torch.Generator(),  # the global one may be in use by training
         )
     )
 
 
 def _join(parts: list[EncodedImages]) -> EncodedImages:
-    """Return batches as one block, or blocks as the whole set, on the CPU: here the process waits for a GPU, not after every batch."""
+    """Join batches to a block, or blocks to the dataset, on the CPU. Only here the process waits for the GPU, not after every batch."""
     features = [part.features for part in parts if len(part.kept)]
     return EncodedImages(
         torch.cat(features).cpu() if features else torch.empty(0, 0),
@@ -443,5 +461,5 @@ def _join(parts: list[EncodedImages]) -> EncodedImages:
 
 
 def _refuse_bad(bad: list[str], options: EncodeOptions) -> None:
-    if bad and options.on_bad_image is OnBadImage.error:
-        raise DataError(f"{bad[0]}. Repair or remove it, or leave such images out: on_bad_image=replace.")
+    if bad and options.on_bad_image is EvalOnBadImage.error:
+        raise DataError(f"{bad[0]}. Repair or remove it, or leave such images out: {options.skip_override}.")

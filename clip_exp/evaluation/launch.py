@@ -1,6 +1,6 @@
-"""An evaluation from its configuration to its results: all that it needs is found and checked without torch, then a folder, then processes work in it.
+"""Launch of evaluations: check the configuration and the data without torch, create the folder, start the processes.
 
-For one device there is no process but this one.
+An evaluation on one device runs in this process.
 """
 
 import logging
@@ -27,33 +27,37 @@ from clip_exp.reports.names import task_of
 from clip_exp.runs import MAX_NAME, RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
 
-NAME = re.compile(r"[\w.@+-]+")  # of a task, which becomes a file's name
-TIMEOUT_S = 7200  # of a collective: a rank waits this long for the slowest
+NAME = re.compile(r"[\w.@+-]+")  # valid name of a task, which is used as a file name
+TIMEOUT_S = 7200  # longest time that a rank waits for the others in a collective
 
 
 def launch(config: EvaluateConfig, arguments: list[str]) -> int:
-    """Check everything, open the evaluation's folder and evaluate in it; return the exit code.
+    """Check the configuration, create the folder of the evaluation, and evaluate; return the exit code.
 
     Args:
-        arguments: of the command line, for `run.json`.
+        config: configuration of the evaluation.
+        arguments: command line arguments for `run.json`.
     """
     with exit_on_signals():
         return launch_work(Evaluation(config, arguments))[1]
 
 
 def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Score a model on tasks, in a new folder, in this process alone.
+    """Score a model on tasks in this process, with results in a new folder.
 
-    Everything that can be wrong with the paths and names is told before the model is loaded. Results are written as
-    soon as a task is done: `eval/<task>.json` and its pages in this evaluation's folder, and in the run's where there is one.
+    Paths and names are checked before the model is loaded. The files of a task, `eval/<task>.json` and its reports, are written
+    as soon as it is scored: in the folder of the evaluation, and in that of the run if the model is from one.
 
     Args:
-        arguments: of the command line, for `run.json`.
+        config: configuration of the evaluation.
+        arguments: command line arguments for `run.json`; None: those of this process.
+
     Returns:
-        of each task `{"metrics": {name: value}, "protocol": {…}}`; shares are fractions.
+        `{"metrics": {name: value}, "protocol": {…}}` by task. Accuracies and recalls are fractions.
+
     Raises:
         ConfigError, DataError, CheckpointError: the model, a task or its data cannot be used.
-        NumericError: the model's features are not finite.
+        NumericError: features are not finite.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     source, tasks = check(config, arguments)
@@ -62,18 +66,18 @@ def evaluate(config: EvaluateConfig, arguments: list[str] | None = None) -> dict
 
 
 class Evaluation(Work):
-    """An evaluation, in a new folder."""
+    """Evaluation in a new folder."""
 
     def __init__(self, config: EvaluateConfig, arguments: list[str]) -> None:
         self.config = config
         self.arguments = arguments
-        self.checked: tuple[ModelSource, list[Task]] | None = None  # of the process that opened the folder
+        self.checked: tuple[ModelSource, list[Task]] | None = None  # only in the process that created the folder
         self.rank = evaluate_rank
         self.timeout_s = TIMEOUT_S
 
     @contextmanager
     def open(self) -> Iterator[Opened]:
-        """Find the model and the data, see that there are the devices, and make the folder."""
+        """Find the model and the data, check the devices, and create the folder."""
         self.checked = source, _ = check(self.config, self.arguments)
         if problems := list(device_problems(self.devices())):
             raise ConfigError("\n".join(problems))
@@ -94,14 +98,17 @@ class Evaluation(Work):
 
 
 def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tuple[ModelSource, list[Task]]:
-    """Find the model and the data of an evaluation, without torch. Weights are fetched and fitted last, when all else is right.
+    """Find and check the model and the data of an evaluation, without torch. Weights are downloaded last, if all else is valid.
 
     Args:
-        arguments: of the command line, whose keys must have an effect; None: that has been checked, and the weights have since
-            filled in the model.
+        config: configuration of the evaluation.
+        arguments: command line arguments, whose keys must have an effect; None: they have been checked already.
+
+    Returns:
+        Source of the model, and the prepared tasks.
 
     Raises:
-        ClipExpError: of the class of the gravest problem, with a line for every problem.
+        ClipExpError: error with a line for every problem, of the class of the most severe one.
     """
     found = [*leaks(plain(config)), *(name_problems(config.name) if config.name is not None else ())]
     if arguments is not None:
@@ -111,17 +118,17 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
         parse_devices(config.accelerator, config.devices)
     except ConfigError as error:
         errors.append(error)
-    source, wanted = None, config.task
+    source, requested = None, config.task
     try:
         source = check_source(config)
     except ClipExpError as error:
         errors.append(error)
-        # What a model that was not found validated on is not known.
-        wanted = {name: task for name, task in wanted.items() if not task.of_validation}
+        # Without the model the data that it was validated on are unknown.
+        requested = {name: task for name, task in requested.items() if not task.of_validation}
     tasks: list[Task] = []
-    if wanted or not config.task:
-        run = source.run if source is not None else None  # weights that are yet to be fetched have no run
-        tasks, task_errors = prepare_tasks(wanted, config.output_dir, run, fetch=not errors)
+    if requested or not config.task:
+        run = source.run if source is not None else None  # weights that are not downloaded yet are not from a run
+        tasks, task_errors = prepare_tasks(requested, config.output_dir, run, fetch=not errors)
         errors += task_errors
     if errors:
         raise gravest(errors)
@@ -134,7 +141,7 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
 
 
 def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
-    """Repeat `check` in a rank; its warnings were logged where it was first done, and from here on only rank 0 warns."""
+    """Repeat `check` in a rank without its warnings, which the first process has logged; afterwards only rank 0 logs warnings."""
     root = logging.getLogger()
     root.setLevel(logging.ERROR)
     checked = check(config)
@@ -143,45 +150,46 @@ def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
 
 
 def prepare_tasks(
-    wanted: Mapping[str, TaskConfig], output_dir: str, run: TrainConfig | None, *, fetch: bool = True
+    requested: Mapping[str, TaskConfig], output_dir: str, run: TrainConfig | None, *, fetch: bool = True
 ) -> tuple[list[Task], list[ClipExpError]]:
-    """Return everything that `task` of a configuration asks for, and everything that is wrong with it.
+    """Prepare the tasks of a configuration; return them and the errors of those that cannot be prepared.
 
     Args:
-        wanted: tasks by name.
-        run: run of the model, which tells `auto` tasks what to score; None: the model is no run's.
-        fetch: whether data may be downloaded where nothing else is wrong.
+        requested: configurations of the tasks by name.
+        output_dir: folder for generated data.
+        run: run of the model, whose validation data `auto` tasks use; None: the model is not from a run.
+        fetch: allow downloads of data if there are no errors.
     """
     prepared: dict[str, list[Task]] = {}
     found: list[str] = []
-    for name in wanted:
+    for name in requested:
         if not NAME.fullmatch(name) or len(name.encode()) > MAX_NAME:
             found.append(
-                f"task.{name}: a task's name becomes a file's name; use letters, digits, '_', '-', '.', {MAX_NAME} bytes at most."
+                f"task.{name}: the name of a task is used as a file name: use letters, digits, '_', '-', '.', at most {MAX_NAME} bytes."
             )
         elif task_of(name) != name:
             found.append(
-                f"task.{name}: this name ends like those of a run's results of other checkpoints: rename your task."
+                f"task.{name}: the end of this name is reserved for results of other checkpoints: rename the task."
             )
-    if not wanted:
-        found.append(f"no task: choose from task=[{','.join(options('task'))}].")
+    if not requested:
+        found.append(f"task is empty: choose from task=[{','.join(options('task'))}].")
     errors: list[ClipExpError] = [ConfigError(problem) for problem in found]
-    for name, task in sorted(wanted.items(), key=lambda item: item[1].fetches):
+    for name, task in sorted(requested.items(), key=lambda item: item[1].fetches):
         if task.fetches and (errors or not fetch):
-            continue  # what else is wrong is reported before hours of fetching
+            continue  # other errors are reported before hours of downloads
         try:
             prepared[name] = list(task.prepare(name, output_dir, run))
         except ClipExpError as error:
             errors.append(error)
-    tasks = [task for name in wanted for task in prepared.get(name, [])]
+    tasks = [task for name in requested for task in prepared.get(name, [])]
     names = [task.name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
-    errors += [ConfigError(f"two tasks are called {name}: rename yours.") for name in twice]
+    errors += [ConfigError(f"two tasks have the name {name}: rename one.") for name in twice]
     return tasks, errors
 
 
 def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str]) -> Path:
-    """A new folder that says what is about to be evaluated: its `config.yaml` has the settled model and weights on this disk."""
+    """Create and return the folder of an evaluation. Its `config.yaml` has the resolved model and local weights."""
     if source.told is not None:
         config = config.model_copy(update={"model": source.model, "pretrained": str(source.weights.absolute())})
     name = config.name or (source.run.name if source.run else source.model.name)
@@ -193,25 +201,25 @@ def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str
 
 
 def evaluate_rank(folder: Path) -> int:
-    """Evaluate what an evaluation folder's `config.yaml` describes, as one rank of several; return the exit code."""
+    """Run the evaluation of `config.yaml` in its folder as one of several ranks; return the exit code."""
     from clip_exp.ranks import group  # imports torch
 
     config = read_evaluate_config(folder)
-    # The launcher ends this process when the work is done: the group needs no orderly end.
+    # The launcher ends this process, so the process group is not destroyed here.
     group.start(resolve_accelerator(config.accelerator), TIMEOUT_S)
     return _evaluate(folder, config, *_check_again(config))
 
 
 def _evaluate(folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task]) -> int:
-    """Evaluate, and say how to continue where a signal stopped it; return the exit code."""
+    """Evaluate, and print how to resume after a signal; return the exit code."""
     try:
         evaluate_in(folder, config, source, tasks)
     except Stopped as stopped:
         if is_first_rank():
             how = (
-                "goes on from the features that are kept"
+                "resumes from the cached features"
                 if config.cache_gb
-                else "starts over, since cache_gb=0 keeps nothing"
+                else "starts over, since cache_gb=0 disables the cache"
             )
             print(f"{stopped} The same command {how}.", file=sys.stderr, flush=True)
         return PREEMPTED_EXIT_CODE
@@ -221,25 +229,25 @@ def _evaluate(folder: Path, config: EvaluateConfig, source: ModelSource, tasks: 
 def evaluate_in(
     folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task]
 ) -> dict[str, dict[str, Any]]:
-    """Score tasks together with the other ranks, if there are any; rank 0 writes and shows.
+    """Score tasks together with the other ranks, if there are any. Rank 0 writes and prints the results.
 
     Raises:
-        Stopped: a signal asked for it; what was encoded is kept, and the same command goes on from there.
+        Stopped: a signal stopped the evaluation; the same command resumes from the cached features.
         ClipExpError: see `evaluate`.
     """
     record, main = RunRecord(folder), is_first_rank()
     results: dict[str, dict[str, Any]] = {}
     with stop_on_signals():
         try:
-            # Torch takes seconds to import: only once the configuration is known to be right.
-            from clip_exp.evaluation.subject import score_tasks
+            # Torch takes seconds to import, so it is imported only after the checks.
+            from clip_exp.evaluation.evaluated_model import score_tasks
 
             score_tasks(folder, config, source, tasks, results)
         except BaseException as failed:
             error: BaseException = failed
             if is_out_of_memory(failed):
                 error = DeviceMemoryError(
-                    f"out of memory while encoding with batch_size={config.batch_size}: lower batch_size. {str(failed).splitlines()[0]}"
+                    f"out of memory while encoding with batch_size={config.batch_size}: reduce batch_size. {str(failed).splitlines()[0]}"
                 )
             if main:
                 code = PREEMPTED_EXIT_CODE if isinstance(error, Stopped) else getattr(error, "exit_code", 1)

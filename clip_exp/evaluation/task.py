@@ -1,4 +1,4 @@
-"""A task whose files are found and whose names are matched, ready for a model: what `TaskConfig.prepare` returns. No torch."""
+"""Prepared evaluation tasks, with files found and names matched: the output of `TaskConfig.prepare`. Does not import torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,50 +7,53 @@ from typing import TYPE_CHECKING
 from clip_exp.config.evaluation import LabeledDataConfig, TaskConfig
 
 if TYPE_CHECKING:
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
     from clip_exp.evaluation.sets.labeled import LabeledImages
     from clip_exp.evaluation.sets.splits import Overlap
-    from clip_exp.evaluation.subject import Judge, Subject
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task that is ready to be scored."""
+    """Evaluation task that is ready to be scored."""
 
     name: str
     config: TaskConfig
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes of a classification; None of other tasks."""
+        """Number of classes of a classification; None for other tasks."""
         return None
 
     @property
     def metrics(self) -> list[str]:
-        """Names of what scoring yields, one of which a training run may watch (`monitor`)."""
+        """Names of the metrics of the task; a training run may use one as its `monitor`."""
         from clip_exp.reports.names import of_classification
 
         return [] if self.num_classes is None else of_classification(self.num_classes)
 
     def warnings(self) -> Iterator[str]:
-        """Yield what makes results doubtful, and is known before a run is trained."""
+        """Yield warnings about the data that are known before training."""
         yield from ()
 
-    def score(self, subject: "Subject") -> "Judge":
-        """Encode what is needed; return what remains, which makes the result (`reports.evaluation.Result`).
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
+        """Encode the data; return a function that computes the result (`reports.evaluation.Result`).
 
-        Every rank calls, and encodes its shard of the images and texts (`Subject.encode_images`, `Subject.encode_texts`); rank 0 alone
-        calls what is returned.
+        All ranks call this method and encode a part of the images and texts each (`EvaluatedModel.encode_images`,
+        `EvaluatedModel.encode_texts`). Only rank 0 calls the returned function.
+
+        Args:
+            model: model to score.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class LearnedTask(Task):
-    """A classification that is learned from labeled images."""
+    """Classification that is learned from labeled images."""
 
     train: "LabeledImages"
-    test: "LabeledImages"  # of the same classes
-    overlap: "Overlap | None"  # of `test` with `train`; None: they cannot be compared
+    test: "LabeledImages"  # with the same classes as `train`
+    overlap: "Overlap | None"  # images of `test` that are also in `train`; None: they cannot be compared
 
     @property
     def num_classes(self) -> int | None:
@@ -58,7 +61,7 @@ class LearnedTask(Task):
 
     @property
     def labeled(self) -> LabeledDataConfig:
-        """The configuration of `test`."""
+        """Configuration of `test`."""
         assert isinstance(self.config, LabeledDataConfig)
         return self.config
 

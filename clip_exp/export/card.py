@@ -17,7 +17,7 @@ from clip_exp.export.onnx import any_length
 from clip_exp.loading import ModelSource
 from clip_exp.models.clip import CLIP
 from clip_exp.models.families.published import transformers_class
-from clip_exp.reports.page import number
+from clip_exp.reports.html import number
 from clip_exp.runs import write_text
 
 LIBRARIES = {  # that load a format, by their names on the hub

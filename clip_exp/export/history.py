@@ -10,9 +10,9 @@ from clip_exp.config.base import plain
 from clip_exp.config.data import DataConfig
 from clip_exp.config.training import DeepSpeedConfig, FineTuneConfig, TrainConfig
 from clip_exp.loading import ModelSource
+from clip_exp.reports.html import counted
 from clip_exp.reports.names import task_of
-from clip_exp.reports.page import counted
-from clip_exp.reports.run_page import readable
+from clip_exp.reports.run_report import readable
 from clip_exp.runs import read_metrics, read_record
 from clip_exp.weights.find import key_of
 

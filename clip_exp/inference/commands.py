@@ -1,4 +1,4 @@
-"""`clip-exp predict`, `rank` and `search`: what is given is found and checked, without torch; then the model is loaded, and asked."""
+"""Commands `clip-exp predict`, `rank` and `search`. All inputs are checked without torch before the model is loaded."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from clip_exp.data.files import leaves_root
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, DataError, Problems
 from clip_exp.evaluation.sets.class_names import templates as read_templates
-from clip_exp.inference.index import Recipe, agree, read_recipe, recipe_of
+from clip_exp.inference.index import Recipe, check_same_model, read_recipe, recipe_of
 from clip_exp.inference.inputs import (
     FRAMES,
     as_text_list,
@@ -21,7 +21,7 @@ from clip_exp.inference.inputs import (
     find_images,
     folders_of,
     read_labels,
-    tell_left_out,
+    warn_left_out,
 )
 from clip_exp.inference.outputs import Report, about, check_output, number, write
 from clip_exp.loading import ModelSource, check_source, find_source
@@ -30,15 +30,15 @@ from clip_exp.weights.find import hash_part, hash_weights
 
 CHUNK = 8192  # images scored at a time: 33 MB of probabilities for 1,000 texts
 
-Ranking = list[tuple[str, float]]  # path and cosine, best first
+Ranking = list[tuple[str, float]]  # path and cosine similarity, best first
 
 
 def predict(config: PredictConfig) -> int:
-    """Print or write the most probable texts of every image; return the exit code.
+    """Print or write the most probable texts of each image; return the exit code.
 
     Raises:
-        ClipExpError: everything that is wrong with paths and names, before the model is loaded; later an image that cannot
-            be read under `on_bad_image=error`.
+        ClipExpError: paths or names are invalid, with a line per problem, before the model is loaded; or an image cannot be
+            read and `on_bad_image` is `error`.
     """
     problems = Problems()
     checked, images = _model_and_images(config, problems)
@@ -47,26 +47,30 @@ def predict(config: PredictConfig) -> int:
     with problems:
         if (config.texts is None) == (config.labels is None):
             raise ConfigError("give exactly one of texts and labels: 'texts=[a diagram,a dog]', or labels=names.txt.")
+        if config.texts is not None and config.templates is not None:
+            raise ConfigError("templates are for class names: give labels=… instead of texts, or leave out templates.")
         texts = read_labels(config.labels) if config.labels is not None else as_text_list(config.texts, "texts")
         if len(texts) == 1:
             raise ConfigError(
-                "one text alone always has probability 1: give several, or ask for its cosine with clip-exp rank."
+                "a single text always has probability 1: give several texts, or use clip-exp rank for its cosine similarity."
             )
     with problems:
         templates = None if config.templates is None else read_templates(config.templates)
     problems.tell()
     source = checked or find_source(config)
-    # Torch takes seconds to import: only once the paths and names are known to be right.
+    # Torch takes seconds to import, so it is imported only after the checks.
     from clip_exp.inference.pipeline import open_pipeline
 
     clip = open_pipeline(config, source)
     text_features = clip.encode_labels(texts, templates, f"{len(texts):,} labels")
     encoded = clip.encode_media(images, config.on_bad_image, f"{len(images):,} images")
-    tell_left_out(encoded.left_out, len(images))
+    warn_left_out(encoded.left_out, len(images))
     rows, documents = [], []
     for items, features in zip(encoded.kept.split(CHUNK), encoded.features.split(CHUNK), strict=True):
         probabilities, order = clip.probabilities(features, text_features).sort(dim=1, descending=True, stable=True)
-        best = zip(items.tolist(), order[:, : config.k].tolist(), probabilities[:, : config.k].tolist(), strict=True)
+        best = zip(
+            items.tolist(), order[:, : config.top_k].tolist(), probabilities[:, : config.top_k].tolist(), strict=True
+        )
         for item, numbers, values in best:
             found = [(texts[text], number(value)) for text, value in zip(numbers, values, strict=True)]
             rows += [(images[item], place, text, p) for place, (text, p) in enumerate(found, start=1)]
@@ -78,9 +82,9 @@ def predict(config: PredictConfig) -> int:
 
 
 def rank(config: RankConfig) -> int:
-    """Print or write a ranking for each text, copy the images if asked; return the exit code.
+    """Print or write a ranking of the images for each text, and copy them to `copy_to`; return the exit code.
 
-    As DALL-E kept the best 32 of 512 images (Ramesh et al. 2021, section 2.6).
+    DALL-E selects the best 32 of 512 images in this way (Ramesh et al. 2021, section 2.6).
 
     Raises:
         ClipExpError: see `predict`.
@@ -92,20 +96,20 @@ def rank(config: RankConfig) -> int:
         texts = list(dict.fromkeys(as_texts(config.text, "text")))
     copy_to = Path(config.copy_to).expanduser() if config.copy_to is not None else None
     if copy_to is not None and copy_to.exists() and not (copy_to.is_dir() and not any(copy_to.iterdir())):
-        problems.add(f"copy_to={config.copy_to} exists already and is no empty folder: give a new one.")
+        problems.add(f"copy_to={config.copy_to} already exists and is not an empty folder: give a new one.")
     problems.tell()
     source = checked or find_source(config)
-    # Torch takes seconds to import: only once the paths and names are known to be right.
+    # Torch takes seconds to import, so it is imported only after the checks.
     from clip_exp.inference.features import best_matches
     from clip_exp.inference.pipeline import open_pipeline
 
     clip = open_pipeline(config, source)
     text_features = clip.encode_text(texts)
     encoded = clip.encode_media(images, config.on_bad_image, f"{len(images):,} images")
-    tell_left_out(encoded.left_out, len(images))
+    warn_left_out(encoded.left_out, len(images))
     rankings: list[Ranking] = []
     for query in text_features:
-        ranked = best_matches(encoded.features, query, config.keep)
+        ranked = best_matches(encoded.features, query, config.top_k)
         rankings.append([(images[encoded.kept[row]], number(score)) for row, score in ranked])
     if copy_to is not None:
         copy_ranked(copy_to, dict(zip(texts, rankings, strict=True)))
@@ -116,7 +120,7 @@ def rank(config: RankConfig) -> int:
 
 
 def _model_and_images(config: PredictConfig | RankConfig, problems: Problems) -> tuple[ModelSource | None, list[str]]:
-    """The model and the images; None for a model that is to be fetched, which is done when nothing is wrong."""
+    """Check the options; return the model and the images. The model is None if it must be downloaded, which is done after all checks."""
     source, images = None, []
     with problems:
         check_output(config)
@@ -131,11 +135,13 @@ def _model_and_images(config: PredictConfig | RankConfig, problems: Problems) ->
 def ranking_report(
     queries: list[tuple[str, str]], rankings: list[Ranking], before: dict[str, object], after: dict[str, object]
 ) -> Report:
-    """Rankings as a report.
+    """Return rankings as a report.
 
     Args:
-        queries: ("text" or "image", what was asked).
-        before, after: what else the JSON holds.
+        queries: pairs of "text" or "image" and the text or path.
+        rankings: ranking of each query.
+        before: fields of the JSON document before the rankings.
+        after: fields of the JSON document after the rankings.
     """
     rows = [
         (query, rank, score, path)
@@ -150,76 +156,76 @@ def ranking_report(
 
 
 def copy_ranked(folder: Path, rankings: dict[str, Ranking]) -> None:
-    """Copies named in their order (`01_cat.jpg`); of several texts each in a folder of its own (`01_a_dog/`).
+    """Copy images, with their rank in the file name (`01_cat.jpg`); each of several texts has its own folder (`01_a_dog/`).
 
     Raises:
         CheckpointError: a file cannot be copied.
     """
     for position, (text, ranking) in enumerate(rankings.items(), start=1):
         words = re.sub(r"[^\w]+", "_", text)[:40].strip("_")
-        below = f"{position:02d}_{words}" if len(rankings) > 1 else ""
+        subfolder = f"{position:02d}_{words}" if len(rankings) > 1 else ""
         digits = max(2, len(str(len(ranking))))
         try:
-            (folder / below).mkdir(parents=True, exist_ok=True)
+            (folder / subfolder).mkdir(parents=True, exist_ok=True)
             for place, (path, _) in enumerate(ranking, start=1):
-                shutil.copy2(path, folder / below / f"{place:0{digits}d}_{Path(path).name}")
+                shutil.copy2(path, folder / subfolder / f"{place:0{digits}d}_{Path(path).name}")
         except OSError as error:
-            raise CheckpointError(f"copy_to={folder} cannot be filled: {error.strerror}.") from error
+            raise CheckpointError(f"copy_to={folder} cannot be written: {error.strerror}.") from error
 
 
-# `clip-exp search`: put images into an index, and look for them by text or by image.
+# `clip-exp search`: add images to an index, and search it by text or by image.
 
 
 class SearchRequest(NamedTuple):
-    """What was asked, found and checked."""
+    """Checked inputs of `search`."""
 
     path: Path
     source: ModelSource
     recipe: Recipe
-    files: list[str]  # to put into the index
-    folders: list[str]  # that were searched for them
-    queries: list[tuple[str, str]]  # ("text", a text) or ("image", a path)
+    files: list[str]  # images to add to the index
+    folders: list[str]  # folders that were searched for these images
+    queries: list[tuple[str, str]]  # ("text", text) or ("image", path)
 
 
 def search(config: SearchConfig) -> int:
-    """Bring the index up to date with the images that are given, answer what is asked; return the exit code.
+    """Update the index with the given images, and print or write the results of the queries; return the exit code.
 
     Raises:
-        ClipExpError: everything that is wrong with paths and names, before the model is loaded; see `predict`.
+        ClipExpError: see `predict`.
     """
-    question = check(config)
-    path, source, recipe = question.path, question.source, question.recipe
+    request = check(config)
+    path, source, recipe = request.path, request.source, request.recipe
     settings = config.model_copy(update={"precision": recipe.precision, "frames": recipe.frames})
-    # Torch takes seconds to import: only once the paths and names are known to be right.
+    # Torch takes seconds to import, so it is imported only after the checks.
     from clip_exp.inference.index import ImageIndex, update_index
     from clip_exp.inference.pipeline import open_pipeline
 
-    clip = open_pipeline(settings, source) if question.queries else None
-    if question.files:
+    clip = open_pipeline(settings, source) if request.queries else None
+    if request.files:
         try:
             with stop_on_signals():
                 update = update_index(
                     path,
                     recipe,
-                    question.files,
-                    question.folders,
+                    request.files,
+                    request.folders,
                     lambda: clip or open_pipeline(settings, source),
                     config.on_bad_image,
                     f"{path.name}: images",
                 )
         except Stopped as stopped:
-            print(f"{stopped} The same command goes on from what is in {path}.", file=sys.stderr, flush=True)
+            print(f"{stopped} The same command resumes from what is saved in {path}.", file=sys.stderr, flush=True)
             return PREEMPTED_EXIT_CODE
-        tell_left_out(update.left_out, len(question.files))
+        warn_left_out(update.left_out, len(request.files))
         print(f"{path}: {update}", file=sys.stderr if clip else sys.stdout, flush=True)
     if clip is not None:
         index = ImageIndex(path, clip)
         rankings = [
-            [(match.path, number(match.score)) for match in index.search(**{kind: query}, top=config.top)]
-            for kind, query in question.queries
+            [(match.path, number(match.score)) for match in index.search(**{kind: query}, top_k=config.top_k)]
+            for kind, query in request.queries
         ]
         described = {"index": str(path), "images": len(index), "model": source.model.name, "weights": recipe.weights}
-        write(ranking_report(question.queries, rankings, described, {}), config)
+        write(ranking_report(request.queries, rankings, described, {}), config)
     return 0
 
 
@@ -227,7 +233,7 @@ def check(config: SearchConfig) -> SearchRequest:
     """Find the model, the index, the images and the queries, without torch.
 
     Raises:
-        ClipExpError: of the class of the gravest problem, with a line for every problem.
+        ClipExpError: error with a line for every problem, of the class of the most severe one.
     """
     problems = Problems()
     with problems:
@@ -236,24 +242,24 @@ def check(config: SearchConfig) -> SearchRequest:
     files: list[str] = []
     folders: list[str] = []
     queries: list[tuple[str, str]] = []
-    filling, asking = (
+    has_images, has_queries = (
         any(value is not None for value in values)
         for values in ((config.images, config.table), (config.text, config.image))
     )
     with problems:
         if config.index is None:
-            raise ConfigError("index has no value: name the file, as index=photos.index.")
+            raise ConfigError("index has no value: give a file, such as index=photos.index.")
         if path.is_dir() or not path.parent.is_dir():
-            what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+            what = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is not a folder"
             raise ConfigError(f"index={config.index} {what}.")
-        if not filling and not asking:
+        if not has_images and not has_queries:
             raise ConfigError(
-                "nothing to do: give images to put into the index (images=DIR, table=CSV), or what to look for (text=…, image=…)."
+                "nothing to do: give images to add to the index (images=DIR, table=CSV), or a query (text=…, image=…)."
             )
-        if not filling and not path.exists():
-            raise ConfigError(f"index={config.index}: no such file. Make it: images=DIR run=DIR.")
+        if not has_images and not path.exists():
+            raise ConfigError(f"index={config.index}: no such file. Create it with images=DIR run=DIR.")
     with problems:
-        if filling:
+        if has_images:
             files, folders = _files(config)
             check_videos(files, config.on_bad_image)
     with problems:
@@ -265,16 +271,16 @@ def check(config: SearchConfig) -> SearchRequest:
     found = None
     with problems:
         if config.pretrained is not None:
-            check_source(config)  # it is fetched when nothing else is wrong
+            check_source(config)  # downloaded after all checks
         elif config.index is not None:
-            found = _model(config, path, filling)
+            found = _model(config, path, has_images)
     problems.tell()
-    source, recipe = found or _model(config, path, filling)
+    source, recipe = found or _model(config, path, has_images)
     return SearchRequest(path, source, recipe, files, folders, queries)
 
 
 def _files(config: SearchConfig) -> tuple[list[str], list[str]]:
-    """The images to put into the index, and the folders that were searched for them."""
+    """Return the images to add to the index, and the folders that were searched for them."""
     files = find_images(config.images) if config.images is not None else []
     if config.table is not None:
         table = read_table(
@@ -287,20 +293,20 @@ def _files(config: SearchConfig) -> tuple[list[str], list[str]]:
         )
         if table.members is not None:
             raise ConfigError(
-                f"table={config.table}: an index refers to image files, and those in shards are none: unpack them (tar -xf)."
+                f"table={config.table}: an index refers to image files, not to members of shards: unpack the shards (tar -xf)."
             )
         for row in range(len(table)):
             if not config.allow_outside_root and leaves_root(table.path(row)):
                 raise DataError(
-                    f"{table.where(row)}: {table.path(row)!r} leaves the folder {table.part(row).root} by `..`: correct it, or set "
+                    f"{table.where(row)}: {table.path(row)!r} leaves the folder {table.part(row).root} through `..`: correct the path, or set "
                     "allow_outside_root=true."
                 )
             files.append(table.image_path(row))
     return list(dict.fromkeys(files)), folders_of(config.images)
 
 
-def _model(config: SearchConfig, path: Path, filling: bool) -> tuple[ModelSource, Recipe]:
-    """The model that is named, which must be the index's; or else the index's own."""
+def _model(config: SearchConfig, path: Path, has_images: bool) -> tuple[ModelSource, Recipe]:
+    """Return the model of the configuration, which must match the index, or else the model of the index."""
     before = read_recipe(path) if path.is_file() else None
     frames = config.frames or (before.frames if before else FRAMES)
     if before is None or any((config.run, config.ckpt, config.model, config.pretrained)):
@@ -308,14 +314,14 @@ def _model(config: SearchConfig, path: Path, filling: bool) -> tuple[ModelSource
         recipe = recipe_of(source, config.precision, frames)
         if before is None:
             return source, recipe
-        agree(path, before, recipe)
+        check_same_model(path, before, recipe)
         before = replace(before, weights=recipe.weights)
     else:
         source, weights = before.source, Path(before.weights)
         if not weights.exists():
             raise CheckpointError(
-                f"index={path} was made by {before.model['name']} with {weights}, which is gone: "
-                "name the same weights where they are now (run=DIR, ckpt=PATH, or model=NAME pretrained=FILE)."
+                f"index={path} was created by {before.model['name']} with {weights}, which does not exist anymore: "
+                "give the new location of these weights (run=DIR, ckpt=PATH, or model=NAME pretrained=FILE)."
             )
         now = hash_part(hash_weights(weights), before.prefix)
         if source.mix is not None:
@@ -323,10 +329,13 @@ def _model(config: SearchConfig, path: Path, filling: bool) -> tuple[ModelSource
             now = source.mix.sha256(now)
         if now != before.weights_sha256:
             raise CheckpointError(
-                f"index={path} was made by {weights}, which has changed since: name the weights that made it, or make it anew."
+                f"index={path} was created by {weights}, which has changed since: give the original weights, or create the index again."
             )
-    if filling:
-        for key, value, is_ in (("precision", config.precision, before.precision), ("frames", frames, before.frames)):
-            if value != is_:
-                raise ConfigError(f"{key}={value}, but index={path} was made with {key}={is_}: give that.")
+    if has_images:
+        for key, value, existing in (
+            ("precision", config.precision, before.precision),
+            ("frames", frames, before.frames),
+        ):
+            if value != existing:
+                raise ConfigError(f"{key}={value}, but index={path} was created with {key}={existing}: use this value.")
     return source, before

@@ -1,4 +1,4 @@
-"""Features of images and videos: one vector each, a video's from its frames; and the best of many by their scores."""
+"""Features of images and videos, one vector each, and the search for the highest scores."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.data.loader import report_killed_workers
 from clip_exp.devices import exact_float32
 from clip_exp.errors import DataError
@@ -19,15 +19,15 @@ from clip_exp.progress import progress
 
 
 class EncodedMedia(NamedTuple):
-    """Features of the images and videos that could be read."""
+    """Features of the readable images and videos."""
 
     features: Tensor  # [N, D] float32 of unit norm, on the CPU
-    kept: Tensor  # int64 [N], which of the given items, ascending
+    kept: Tensor  # int64 [N], positions of these items, ascending
     left_out: list[LeftOut]
 
 
 class Encoded(NamedTuple):
-    """An item of a `Media` that was encoded, or could not be."""
+    """Item of a `Media` with its features, or with the reason why it cannot be read."""
 
     item: int
     features: Tensor | None  # float32 [D] of unit norm
@@ -35,12 +35,16 @@ class Encoded(NamedTuple):
 
 
 def encode_media(encoder: ImageEncoder, media: Media, options: EncodeOptions, what: str | None = None) -> EncodedMedia:
-    """Encode every image, and of every video the frames, whose mean it is. Frames that cannot be read are not in the mean.
+    """Encode images and videos. The features of a video are the normalized mean over its readable frames.
 
     Args:
-        what: name of the progress bar; None for none.
+        encoder: encoder of images.
+        media: images and videos.
+        options: options for reading and encoding.
+        what: name of the progress bar; None: no progress bar.
+
     Raises:
-        DataError: one cannot be read and `on_bad_image` is `error`, or none can be read.
+        DataError: an image cannot be read and `on_bad_image` is `error`, or none can be read.
     """
     encoded = encode_images(encoder, media, options, what=what)
     owner = torch.from_numpy(media.owner)
@@ -63,10 +67,14 @@ def encode_media(encoder: ImageEncoder, media: Media, options: EncodeOptions, wh
 def encode_each(
     encoder: ImageEncoder, media: Media, options: EncodeOptions, what: str | None = None
 ) -> Iterator[Encoded]:
-    """Every item as soon as it is encoded, or has failed; in their order.
+    """Yield every item in order, as soon as it is encoded or found to be unreadable.
 
     Args:
-        what: name of the progress bar; None for none.
+        encoder: encoder of images.
+        media: images and videos.
+        options: options for reading and encoding.
+        what: name of the progress bar; None: no progress bar.
+
     Raises:
         DataError: an item cannot be read and `on_bad_image` is `error`.
         NumericError: a feature is not finite.
@@ -74,7 +82,7 @@ def encode_each(
     entries = range(len(media))
     batches = [list(entries[start : start + options.batch_size]) for start in entries[:: options.batch_size]]
     frames = np.bincount(media.owner)
-    waiting: list[tuple[Tensor | None, str]] = []  # frames of the item that is not complete
+    waiting: list[tuple[Tensor | None, str]] = []  # frames of the incomplete item
     with report_killed_workers("num_workers"), progress(len(media), what) as advance:
         for batch_entries, batch in zip(batches, load_batches(encoder, media, options, batches), strict=True):
             vectors = encoder.encode(batch.image).cpu() if len(batch.index) else torch.empty(0)
@@ -83,9 +91,9 @@ def encode_each(
             reasons = iter(batch.bad)
             for entry in batch_entries:
                 reason = "" if entry in encoded else next(reasons).reason
-                if reason and options.on_bad_image is OnBadImage.error:
+                if reason and options.on_bad_image is EvalOnBadImage.error:
                     raise DataError(
-                        f"{media.name(entry)}: {reason}. Repair or remove it, or leave such images out: on_bad_image=replace."
+                        f"{media.name(entry)}: {reason}. Repair or remove it, or leave such images out: {options.skip_override}."
                     )
                 waiting.append((encoded.get(entry), reason))
                 item = int(media.owner[entry])
@@ -99,40 +107,40 @@ def encode_each(
             advance(len(batch_entries))
 
 
-# The best of many by their scores.
+# Search for the highest scores.
 
 ROWS = 1 << 16  # features scored at a time: 128 MB of 512 float32 values
 
 
 class Match(NamedTuple):
-    """An image or video that fits a query."""
+    """Image or video with its score for a query."""
 
-    path: str  # "image <position>" for one in memory
-    score: float  # cosine of its features with the query's, -1 to 1
-    position: int  # among what was given, or in the index
+    path: str  # "image <position>" for an image in memory
+    score: float  # cosine similarity with the query, -1 to 1
+    position: int  # in the given images, or in the index
 
 
-def best(scores_N: Tensor, keep: int | None = None) -> Tensor:
-    """Positions of the highest scores, int64 [min(keep, N)], best first; equal ones in their order. `keep` None: all."""
-    if keep is not None and keep < len(scores_N):
-        candidates = (scores_N >= scores_N.topk(keep).values[-1]).nonzero().flatten()
+def best(scores_N: Tensor, top_k: int | None = None) -> Tensor:
+    """Return positions of the highest scores, int64 [min(top_k, N)], best first, ties in their order. `top_k` None: all."""
+    if top_k is not None and top_k < len(scores_N):
+        candidates = (scores_N >= scores_N.topk(top_k).values[-1]).nonzero().flatten()
     else:
         candidates = torch.arange(len(scores_N))
-    return candidates[scores_N[candidates].argsort(descending=True, stable=True)][:keep]
+    return candidates[scores_N[candidates].argsort(descending=True, stable=True)][:top_k]
 
 
 @exact_float32()
-def best_matches(features_ND: Tensor, query_D: Tensor, keep: int | None = None) -> list[tuple[int, float]]:
-    """Return the rows whose features fit a query best and their exact cosines, best first; equal ones in their order.
+def best_matches(features_ND: Tensor, query_D: Tensor, top_k: int | None = None) -> list[tuple[int, float]]:
+    """Return the rows with the highest cosine similarity to a query, and the similarities, best first; ties in their order.
 
     Args:
-        features_ND: of unit norm; they may be mapped from a file, which is read in tiles.
-        query_D: float32, of unit norm.
-        keep: see `best`.
+        features_ND: features of unit norm, possibly mapped from a file, which is read in tiles.
+        query_D: features of the query, float32, unit norm.
+        top_k: number of rows to return; None: all.
 
     Raises:
         NumericError: a score is not finite.
     """
     scores_N = torch.cat([tile.float() @ query_D for tile in features_ND.split(ROWS)])
     require_finite(scores_N, "scores")
-    return [(row, scores_N[row].item()) for row in best(scores_N, keep).tolist()]
+    return [(row, scores_N[row].item()) for row in best(scores_N, top_k).tolist()]

@@ -1,8 +1,8 @@
-"""An index of images: one safetensors file that holds their features, what made them, and which files they are of.
+"""Index of images: a safetensors file with their features, paths and file signatures, and the model that computed the features.
 
-Tensors: `features` float32 [N, D] of unit norm, `size` int64 [N] in bytes, `mtime_ns` int64 [N], `sample` int64 [N], a hash of a
-part of the content (`data.files`), and `paths`, the names' bytes with a NUL between; rows are in the order of the paths. Metadata: `clip_exp.index`, JSON of a `Recipe`. A path is relative to the
-index's folder where the image lies below it, so that both can be moved together.
+Tensors: `features` float32 [N, D] of unit norm, `size` int64 [N] in bytes, `mtime_ns` int64 [N], `sample` int64 [N], a hash of a part
+of the content (`data.files`), and `paths`, the bytes of the paths, separated by NUL. Rows are sorted by path. Metadata:
+`clip_exp.index`, JSON of a `Recipe`. Paths of images in the folder of the index are relative to it, so that both can be moved together.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from clip_exp.config.base import parse, plain
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.model import ModelConfig
 from clip_exp.data.files import ImageSignature, Stored, image_signatures, normal_path
 from clip_exp.errors import CheckpointError, ConfigError, DataError
@@ -36,28 +36,28 @@ KEY, VERSION = "clip_exp.index", 2
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the features of an index."""
+    """Model and settings that determine the features of an index."""
 
     weights_sha256: str
-    weights: str  # the file, absolute
-    model: dict[str, Any]  # its configuration; it says what happens to an image before the image tower
+    weights: str  # absolute path of the file
+    model: dict[str, Any]  # configuration of the model, with the preprocessing of images
     precision: str
-    frames: int  # of a video
+    frames: int  # frames per video
     version: int = VERSION
-    mix: dict[str, Any] | None = None  # with what the weights were mixed
-    prefix: str | None = None  # which of the file's weights
+    mix: dict[str, Any] | None = None  # weights that these are interpolated with
+    prefix: str | None = None  # prefix of the weights in the file
 
     @property
     def source(self) -> ModelSource:
-        """The model that made the index."""
+        """Model that created the index."""
         model = parse(ModelConfig, self.model, "model.")
         return ModelSource(model, Path(self.weights), mix=Mix(**self.mix) if self.mix else None, prefix=self.prefix)
 
 
 class Entries(NamedTuple):
-    """The contents of an index, in the order of the paths."""
+    """Contents of an index, sorted by path."""
 
-    paths: list[str]  # as `stored_path` gives them
+    paths: list[str]  # as returned by `stored_path`
     size: "Tensor"  # int64 [N], bytes
     mtime_ns: "Tensor"  # int64 [N]
     sample: "Tensor"  # int64 [N], hash of a part of the content
@@ -65,57 +65,59 @@ class Entries(NamedTuple):
 
 
 def recipe_of(source: ModelSource, precision: str, frames: int) -> Recipe:
-    """What an index of a model is made with; may read the weights for their hash."""
+    """Return the recipe of an index for a model. May read the weights to compute their hash."""
     mix = asdict(source.mix) if source.mix else None
     weights = str(source.weights.resolve())
     return Recipe(source.sha256(), weights, plain(source.model), precision, frames, mix=mix, prefix=source.prefix)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """What an index was made with. No torch.
+    """Return the recipe of an index. Does not import torch.
 
     Raises:
-        CheckpointError: the file is no index, is damaged, or is another version's.
+        CheckpointError: the file is not an index, is damaged, or is from another version.
     """
     try:
         with safe_open(path, framework="np") as file:
             values = json.loads((file.metadata() or {})[KEY])
     except (OSError, SafetensorError, KeyError) as error:
-        reason = getattr(error, "strerror", None) or "it is no index, or damaged"
-        raise CheckpointError(f"index={path} cannot be used: {reason}. Name another file, or make it anew.") from None
+        reason = getattr(error, "strerror", None) or "not an index, or damaged"
+        raise CheckpointError(
+            f"index={path} cannot be used: {reason}. Use another file, or create the index again."
+        ) from None
     if values["version"] != VERSION:
-        raise CheckpointError(f"index={path} was made by another version of clip_exp: make it anew.")
+        raise CheckpointError(f"index={path} was created by another version of clip_exp: create it again.")
     recipe = Recipe(**values)
     try:
         parse(ModelConfig, recipe.model, "model.")
     except ConfigError as error:
         raise CheckpointError(
-            f"index={path} was made by another version of clip_exp, whose models have other keys: make it anew.\n{error}"
+            f"index={path} was created by another version of clip_exp, whose models have other keys: create it again.\n{error}"
         ) from None
     return recipe
 
 
-def agree(path: Path, before: Recipe, wanted: Recipe) -> None:
-    """Refuse to mix or compare features of different origin.
+def check_same_model(path: Path, before: Recipe, requested: Recipe) -> None:
+    """Check that an index and the requested model have comparable features.
 
     Raises:
-        CheckpointError: another model, or other weights.
+        CheckpointError: the index was created by another model, or by other weights.
     """
-    if before.weights_sha256 == wanted.weights_sha256 and before.source.model == wanted.source.model:
+    if before.weights_sha256 == requested.weights_sha256 and before.source.model == requested.source.model:
         return
     models = [
         f"{recipe.model['name']} with {recipe.weights} (sha256 {recipe.weights_sha256[:12]}…)"
-        for recipe in (before, wanted)
+        for recipe in (before, requested)
     ]
-    same = "" if before.weights_sha256 != wanted.weights_sha256 else ", whose settings are others"
+    same = "" if before.weights_sha256 != requested.weights_sha256 else " with other settings"
     raise CheckpointError(
-        f"index={path} was made by {models[0]}, not by {models[1]}{same}: their features cannot be compared. "
-        "Leave the model out to use the index's own, or name another index."
+        f"index={path} was created by {models[0]}, not by {models[1]}{same}: their features cannot be compared. "
+        "Leave out the model to use that of the index, or give another index."
     )
 
 
 def read_entries(path: Path) -> Entries:
-    """The contents; later changes of the file do not reach them."""
+    """Return the contents of an index; later changes of the file do not affect them."""
     with safe_open(path, framework="pt") as file:
         names = bytes(file.get_tensor("paths").numpy())
         columns = [file.get_tensor(name) for name in Entries._fields[1:]]
@@ -123,7 +125,7 @@ def read_entries(path: Path) -> Entries:
 
 
 def write_index(path: Path, recipe: Recipe, entries: Entries) -> None:
-    """Write the file whole or not at all, by who has it `held`; the same contents are the same bytes.
+    """Write an index atomically; equal contents give equal bytes. The caller must hold the lock (`held`).
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
@@ -148,12 +150,12 @@ def write_index(path: Path, recipe: Recipe, entries: Entries) -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Inside, no other process changes the index; reading needs no lock. The lock ends with the process, however it ends.
+    """Lock an index against changes by other processes; reading needs no lock. The lock ends with the process.
 
-    Without locks in the file system, of two changes at once the last one stays.
+    If the file system has no locks, the last of several concurrent changes wins.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process has the lock.
         CheckpointError: the folder cannot be written.
     """
     with ExitStack() as stack:
@@ -169,36 +171,36 @@ def held(path: Path) -> Iterator[None]:
 
 
 def stored_path(path: str | Path, folder: str | Path) -> str:
-    """A path relative to `folder` if it lies below it, else absolute."""
+    """Return a path relative to `folder` if it is inside, else an absolute path."""
     absolute, base = normal_path(str(path)), os.path.join(normal_path(str(folder)), "")
     return absolute.removeprefix(base)
 
 
 def full_path(stored: str, folder: str | Path) -> str:
-    """The absolute path of an entry of the index in `folder`."""
+    """Return the absolute path of an entry of an index in `folder`."""
     return os.path.join(normal_path(str(folder)), stored)
 
 
-# Making an index, updating it with what is new or changed, and searching it.
+# Creating, updating and searching an index.
 
-SAVE_EVERY_S = 60.0  # what a killed process loses, if saving is fast
-SAVE_SHARE = 0.1  # of the time that saving may take
+SAVE_EVERY_S = 60.0  # work that a killed process loses at most, if saving is fast
+SAVE_FRACTION = 0.1  # largest fraction of the time for saving
 
 
 @dataclass
 class Update:
-    """What was done to an index."""
+    """Changes of an index by an update."""
 
-    total: int = 0  # images and videos in it
+    total: int = 0  # images and videos in the index
     new: int = 0
     changed: int = 0
     dropped: int = 0
-    left_out: list[LeftOut] = field(default_factory=list)  # that cannot be read
+    left_out: list[LeftOut] = field(default_factory=list)  # unreadable images
 
     def __str__(self) -> str:
         counts = {"new": self.new, "changed": self.changed, "dropped": self.dropped, "left out": len(self.left_out)}
-        told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "nothing new"
-        return f"{self.total:,} images ({told})"
+        shown = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "nothing new"
+        return f"{self.total:,} images ({shown})"
 
 
 def update_index(
@@ -207,15 +209,21 @@ def update_index(
     files: Sequence[str],
     folders: Sequence[str],
     make_clip: Callable[[], "Pipeline"],
-    on_bad_image: OnBadImage = OnBadImage.replace,
+    on_bad_image: EvalOnBadImage = EvalOnBadImage.skip,
     what: str | None = None,
 ) -> Update:
-    """Encode what is new or changed among `files`, and save: every minute, and however this ends.
+    """Encode new and changed files and save the index: every minute, and at the end, also after an error.
 
     Args:
-        folders: that were searched for `files`: what the index has of them and is gone is dropped. All else stays.
-        make_clip: called if there is something to encode.
-        what: name of the progress bar; None for none.
+        path: path of the index.
+        recipe: model and settings of the index.
+        files: images and videos to index.
+        folders: folders that were searched for `files`. Entries in these folders that are not in `files` are dropped; other entries
+            remain.
+        make_clip: function that returns the model, called only if there are files to encode.
+        on_bad_image: policy for unreadable images.
+        what: name of the progress bar; None: no progress bar.
+
     Raises:
         DataError: an image cannot be read and `on_bad_image` is `error`, or none can.
         ConfigError, CheckpointError: another process changes the index, or it cannot be written.
@@ -223,31 +231,33 @@ def update_index(
     from clip_exp.inference.media import Media  # imports torch
 
     with held(path):
-        shelf = _Shelf(path, recipe, folders)
-        missing = shelf.missing(files)
+        contents = _Contents(path, recipe, folders)
+        missing = contents.missing(files)
         todo = list(missing)
         try:
             if todo:
                 for encoded in make_clip().encode_each(Media(todo, recipe.frames), on_bad_image, what):
                     file = todo[encoded.item]
-                    shelf.add(stored_path(file, path.parent), missing[file], file, encoded)
+                    contents.add(stored_path(file, path.parent), missing[file], file, encoded)
         finally:
-            shelf.save()
-        if not shelf.update.total:
-            first = shelf.update.left_out[0]
+            contents.save()
+        if not contents.update.total:
+            first = contents.update.left_out[0]
             raise DataError(
                 f"none of the {len(files)} images can be read; the first: {first.path}: {first.reason}. The index is not written."
             )
-        return shelf.update
+        return contents.update
 
 
-class _Shelf:
-    """The contents of an index while it grows."""
+class _Contents:
+    """Contents of an index during an update."""
 
     def __init__(self, path: Path, recipe: Recipe, folders: Sequence[str]) -> None:
         self.path, self.recipe = path, recipe
         self.old = read_entries(path) if path.exists() else None
-        self.rows = {name: row for row, name in enumerate(self.old.paths)} if self.old else {}  # of `old` that stay
+        self.rows = (
+            {name: row for row, name in enumerate(self.old.paths)} if self.old else {}
+        )  # rows of `old` that remain
         self.fresh: dict[str, tuple[ImageSignature, Tensor]] = {}
         self.searched = [os.path.join(normal_path(folder), "") for folder in folders]
         self.unsaved = False
@@ -255,10 +265,10 @@ class _Shelf:
         self.update = Update(total=len(self.rows))
 
     def missing(self, files: Sequence[str]) -> dict[str, ImageSignature]:
-        """The files that are to be encoded, each with its signature; entries of searched folders that are not among the files are dropped.
+        """Return the files to encode with their signatures; drop entries of searched folders that are not in `files`.
 
-        A signature is of before the file is read: a change after it is found next time. An entry whose file cannot be reached stays: its
-        disk may be back tomorrow.
+        The signature is taken before the file is read, so the next update detects a later change. An entry whose file is not
+        reachable remains: its disk may be mounted again.
         """
         given = {stored_path(file, self.path.parent): file for file in files}
         gone = [
@@ -284,7 +294,7 @@ class _Shelf:
         return missing
 
     def add(self, name: str, signature: ImageSignature, file: str, encoded: "Encoded") -> None:
-        """Take in an image, or note that it cannot be read; save if it is time."""
+        """Add an image, or record that it cannot be read; save if the last time was too long ago."""
         known = self.rows.pop(name, None) is not None
         if encoded.features is None:
             self.update.left_out.append(LeftOut(file, encoded.reason))
@@ -299,7 +309,7 @@ class _Shelf:
             self.save()
 
     def save(self) -> None:
-        """Write what there is, if anything changed."""
+        """Write the index if it has changed."""
         import torch
 
         self.update.total = len(self.rows) + len(self.fresh)
@@ -321,15 +331,15 @@ class _Shelf:
         write_index(self.path, self.recipe, Entries([names[position] for position in order], *columns))
         self.unsaved = False
         took_s = time.monotonic() - started
-        self.next_save = time.monotonic() + max(SAVE_EVERY_S, took_s / SAVE_SHARE)
+        self.next_save = time.monotonic() + max(SAVE_EVERY_S, took_s / SAVE_FRACTION)
 
 
 class ImageIndex:
-    """Made by `Pipeline.index`, or `clip-exp search`. Its features stay in the file, which is mapped into memory.
+    """Searchable index of images, created by `Pipeline.index` or `clip-exp search`. The features are mapped from the file.
 
     Args:
-        path: of the file.
-        clip: the model that made it.
+        path: path of the index file.
+        clip: model that created the index.
     """
 
     def __init__(self, path: Path, clip: "Pipeline") -> None:
@@ -341,25 +351,32 @@ class ImageIndex:
 
     @property
     def paths(self) -> list[str]:
-        """Of the images and videos, sorted; relative to the current folder where they are below it."""
+        """Sorted paths of the images and videos; those in the current folder are relative to it."""
         return [self._shown(index) for index in range(len(self))]
 
-    def search(self, text: str | None = None, *, image: ImageInput | None = None, top: int = 10) -> "list[Match]":
-        """The images that fit a text, or are most like an image or video: by exact cosine, best first.
+    def search(self, text: str | None = None, *, image: ImageInput | None = None, top_k: int = 10) -> "list[Match]":
+        """Return the images with the highest cosine similarity to a text, image or video, best first.
+
+        Args:
+            text: text query; exactly one of `text` and `image`.
+            image: image or video query.
+            top_k: number of images to return.
 
         Raises:
-            ConfigError: not exactly one of text and image, or `top` is below 1.
+            ConfigError: not exactly one of `text` and `image` is given, or `top_k` is below 1.
             DataError: the image cannot be read.
             NumericError: features or scores are not finite.
         """
         from clip_exp.evaluation.features import require_finite  # imports torch
         from clip_exp.inference.features import Match, best_matches
 
-        if (text is None) == (image is None) or top < 1:
-            raise ConfigError('give a text or an image, and a top above 0: search("two dogs"), search(image="a.jpg").')
+        if (text is None) == (image is None) or top_k < 1:
+            raise ConfigError(
+                'give either a text or an image, and top_k above 0: search("two dogs"), search(image="a.jpg").'
+            )
         query = self.clip.encode_text(text) if text is not None else self.clip.encode_image(image)  # type: ignore[arg-type]
         require_finite(query, "features of the query")
-        ranked = best_matches(self._entries.features, query[0], top)
+        ranked = best_matches(self._entries.features, query[0], top_k)
         return [Match(self._shown(index), score, index) for index, score in ranked]
 
     def _shown(self, index: int) -> str:

@@ -1,4 +1,4 @@
-"""What a command is given: images and videos by path, texts, class names. No torch."""
+"""Inputs of the commands: paths of images and videos, texts, and class names. Does not import torch."""
 
 import glob
 import importlib.util
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.data.files import normal_path
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.errors import ConfigError, DataError
@@ -23,42 +23,43 @@ VIDEO_SUFFIXES = frozenset(
 )
 MEDIA_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 ImageInput = str | Path | Image.Image
-FRAMES = 8  # of a video
-LISTED_LEFT_OUT = 20  # images that could not be read, named in one warning
-LISTED = 5  # problems of a kind that are told one by one
+FRAMES = 8  # default number of frames per video
+LISTED_LEFT_OUT = 20  # most unreadable images that a warning lists
+LISTED = 5  # most missing paths that an error lists
 
 
 class LeftOut(NamedTuple):
-    """An image or video that could not be read."""
+    """Unreadable image or video."""
 
     path: str
     reason: str
 
 
 def is_video(item: ImageInput) -> bool:
-    """Whether a path is a video's, by its ending."""
+    """Return True if a path has the suffix of a video."""
     return not isinstance(item, Image.Image) and Path(item).suffix.lower() in VIDEO_SUFFIXES
 
 
 def can_decode_videos() -> bool:
-    """Whether PyAV is installed."""
+    """Return True if PyAV is installed."""
     return importlib.util.find_spec("av") is not None
 
 
-def find_images(wanted: Any, where: str = "images") -> list[str]:
-    """Paths of the images and videos that are meant, each once: in the order given, sorted within a folder or a glob.
+def find_images(images: Any, where: str = "images") -> list[str]:
+    """Return the distinct paths of images and videos, in the given order, sorted within a folder or glob.
 
     Args:
-        wanted: a file, a folder (with the folders in it; hidden ones and other files are passed over), a glob
-            (`photos/**/*.jpg`), or a list of those.
-        where: the configuration key, for messages.
+        images: a file, a folder (with its subfolders; hidden folders and other files are ignored), a glob
+            (`photos/**/*.jpg`), or a list of these.
+        where: configuration key, for messages.
+
     Raises:
-        ConfigError: nothing given, or no such file or folder; a line each.
-        DataError: a folder without images.
+        ConfigError: nothing is given, or files or folders do not exist; a line each.
+        DataError: a folder contains no images.
     """
-    entries = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
-    if wanted is None or not entries:
-        raise ConfigError(f"{where} has no value: give a file, a folder, a glob, or a list of those.")
+    entries = list(images) if isinstance(images, list | tuple) else [images]
+    if images is None or not entries:
+        raise ConfigError(f"{where} has no value: give a file, a folder, a glob, or a list of these.")
     found: dict[str, str] = {}
     missing = []
     for entry in map(str, entries):
@@ -73,27 +74,29 @@ def find_images(wanted: Any, where: str = "images") -> list[str]:
     return list(found.values())
 
 
-def folders_of(wanted: Any) -> list[str]:
-    """The folders among what `find_images` is given."""
-    entries = wanted if isinstance(wanted, list | tuple) else [] if wanted is None else [wanted]
+def folders_of(images: Any) -> list[str]:
+    """Return the folders in the argument of `find_images`."""
+    entries = images if isinstance(images, list | tuple) else [] if images is None else [images]
     paths = [Path(str(entry)).expanduser() for entry in entries]
     return [str(path) for path in paths if path.is_dir()]
 
 
-def check_videos(paths: list[str], on_bad_image: OnBadImage) -> None:
-    """Raises:
-    ConfigError: there are videos, nothing here decodes them, and they may not be left out.
+def check_videos(paths: list[str], on_bad_image: EvalOnBadImage) -> None:
+    """Check that videos can be decoded or skipped.
+
+    Raises:
+        ConfigError: there are videos, PyAV is not installed, and `on_bad_image` is `error`.
     """
     videos = [path for path in paths if is_video(path)]
-    if videos and on_bad_image is OnBadImage.error and not can_decode_videos():
+    if videos and on_bad_image is EvalOnBadImage.error and not can_decode_videos():
         raise ConfigError(
-            f"{len(videos)} of the {len(paths)} files are videos ({videos[0]}), which PyAV decodes: pip install av. "
-            "Or leave them out: on_bad_image=replace."
+            f"{len(videos)} of the {len(paths)} files are videos ({videos[0]}), which need PyAV: pip install av. "
+            "To leave them out: on_bad_image=skip."
         )
 
 
-def tell_left_out(left_out: list[LeftOut], given: int) -> None:
-    """One warning with the count and the reasons."""
+def warn_left_out(left_out: list[LeftOut], given: int) -> None:
+    """Log one warning with the number of unreadable images and the reasons."""
     if left_out:
         lines = [f"  {path}: {reason}" for path, reason in left_out[:LISTED_LEFT_OUT]]
         more = [f"  and {len(left_out) - LISTED_LEFT_OUT:,} more"] if len(left_out) > LISTED_LEFT_OUT else []
@@ -102,16 +105,18 @@ def tell_left_out(left_out: list[LeftOut], given: int) -> None:
 
 
 def as_texts(value: Any, where: str) -> list[str]:
-    """One text or a list of texts as a list. YAML's numbers and truths are texts too.
+    """Return one text or a list of texts as a list. Numbers, booleans and null of YAML are converted to text.
 
     Raises:
-        ConfigError: nothing, an empty text, or something else than texts.
+        ConfigError: the value is missing, has an empty text, or is not a text or list of texts.
     """
     texts = value if isinstance(value, list) else [value]
     if value is None or not texts:
         raise ConfigError(f"{where} has no value: give a text, or a list: '{where}=[a dog,a cat]'.")
     if any(isinstance(text, dict | list) for text in texts):
-        raise ConfigError(f"{where} must be texts; put odd ones in quotes: {where}=[\"a {{}}\",'a [dog]'].")
+        raise ConfigError(
+            f"{where} must be a list of texts. Put texts with special characters in quotes: {where}=[\"a {{}}\",'a [dog]']."
+        )
     written = [str(text).lower() if isinstance(text, bool) else "null" if text is None else str(text) for text in texts]
     if not all(text.strip() for text in written):
         raise ConfigError(f"{where} has an empty text.")
@@ -119,10 +124,10 @@ def as_texts(value: Any, where: str) -> list[str]:
 
 
 def as_text_list(value: Any, where: str) -> list[str]:
-    """See `as_texts`; a single text is refused, since it was meant to be several.
+    """Return a list of texts as `as_texts` does; a single text is an error.
 
     Raises:
-        ConfigError: see `as_texts`.
+        ConfigError: the value is a single text, or see `as_texts`.
     """
     if isinstance(value, str):
         hint = f"labels={value}" if Path(value).expanduser().is_file() else f"'{where}=[a dog,a cat]'"
@@ -131,48 +136,48 @@ def as_text_list(value: Any, where: str) -> list[str]:
 
 
 def read_labels(value: Any) -> list[str]:
-    """Class names: a list, a file, or `imagenet`.
+    """Return class names from a list, a file, or `imagenet`.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: the value is none of these.
     """
     if value == "imagenet":
         return [name for _, name in imagenet_classes()]
     if isinstance(value, list):
         return [text.strip(BLANKS) for text in as_texts(value, "labels")]
-    return read_lines(value, "labels", "imagenet, a list, or a file of names (a line each, or a list as YAML or JSON)")
+    return read_lines(value, "labels", "imagenet, a list, or a file of names (one per line, or a list as YAML or JSON)")
 
 
 def _expand(entry: str, where: str) -> list[str]:
     path = Path(entry).expanduser()
     if path.is_dir():
-        files = sorted(_below(path))
+        files = sorted(_files_in(path))
         if not files:
-            raise DataError(f"{where}={entry} holds no images or videos.")
+            raise DataError(f"{where}={entry} contains no images or videos.")
         return files
     if os.path.lexists(path):
         return [str(path)]
     if not glob.has_magic(entry):
-        raise ConfigError(f"{where}={entry}: no such file or folder (seen from {Path.cwd()}).")
+        raise ConfigError(f"{where}={entry}: no such file or folder (in {Path.cwd()}).")
     files = []
     for match in map(Path, sorted(glob.glob(str(path), recursive=True))):
         if match.is_dir():
-            files += sorted(_below(match))
+            files += sorted(_files_in(match))
         elif match.suffix.lower() in MEDIA_SUFFIXES:
             files.append(str(match))
     if not files:
-        raise ConfigError(f"{where}={entry} matches no image or video (seen from {Path.cwd()}).")
+        raise ConfigError(f"{where}={entry} matches no image or video (in {Path.cwd()}).")
     return files
 
 
-def _below(folder: Path) -> Iterator[str]:
-    """Images and videos in a folder and the folders in it, through links, each folder once."""
+def _files_in(folder: Path) -> Iterator[str]:
+    """Yield the images and videos in a folder and its subfolders. Links are followed; each folder is visited once."""
     seen: set[tuple[int, int]] = set()
 
-    def tell(error: OSError) -> None:
-        log.warning("%s is passed over: %s.", error.filename, error.strerror)
+    def warn(error: OSError) -> None:
+        log.warning("%s is skipped: %s.", error.filename, error.strerror)
 
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=tell):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=warn):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()

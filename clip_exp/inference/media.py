@@ -1,4 +1,4 @@
-"""Images and videos as a sequence of images to encode: an image is one, a video is a few frames."""
+"""Images and videos as a dataset of images to encode, with several frames per video."""
 
 import hashlib
 import os
@@ -14,21 +14,21 @@ from clip_exp.inference.inputs import FRAMES, ImageInput, is_video
 
 
 class Media:
-    """Images (paths or in memory) and videos (paths), laid out as the images to encode: `data.image_sets.ImageSet`.
+    """`data.image_sets.ImageSet` of images (paths or in memory) and of frames of videos (paths).
 
     Args:
-        items: what was given.
-        frames: of each video, spread evenly over it.
+        items: images and videos.
+        frames: number of frames per video, evenly spaced.
 
     Attributes:
-        owner: int64 [E], which item each of the E images to encode belongs to; ascending.
+        owner: int64 [E], ascending; item of each of the E images to encode.
     """
 
     def __init__(self, items: Sequence[ImageInput], frames: int = FRAMES) -> None:
         self.in_memory = [item if isinstance(item, Image.Image) else None for item in items]
         if not any(self.in_memory):
             self.in_memory = []
-        # One array, which workers share.
+        # One array, so that forked workers share its memory.
         self.paths = np.array(
             [f"image {i}" if isinstance(item, Image.Image) else str(item) for i, item in enumerate(items)]
         )
@@ -41,7 +41,7 @@ class Media:
         return len(self.owner)
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
-        """See `ImageSet.open`."""
+        """Open an image or frame; see `ImageSet.open`."""
         item = self.owner[index]
         if self.in_memory and (image := self.in_memory[item]) is not None:
             return image
@@ -51,14 +51,14 @@ class Media:
         return read_frame(path, index - int(self._first[item]), self.frames, max_pixels)
 
     def name(self, index: int) -> str:
-        """The path of the image or video."""
+        """Return the path of the image or video."""
         return str(self.paths[self.owner[index]])
 
     def stored(self, index: int) -> None:
-        """See `ImageSet.stored`: frames and images in memory have no bytes of their own."""
+        """Return None: frames and images in memory are not stored as files (`ImageSet.stored`)."""
 
     def fingerprint(self) -> str:
-        """See `ImageSet.fingerprint`."""
+        """Return a hash of the images and videos; see `ImageSet.fingerprint`."""
         digest = hashlib.sha256(f"frames {self.frames}\n".encode())
         for position, path in enumerate(self.paths):
             if self.in_memory and (image := self.in_memory[position]) is not None:
@@ -72,23 +72,31 @@ class Media:
 
 # Frames of videos, decoded by PyAV (`pip install av`).
 
-BACK_S = (0.0, 2.0, 10.0, 60.0, 1e6)  # how far before a frame decoding may have to begin
+BACK_S = (0.0, 2.0, 10.0, 60.0, 1e6)  # seconds before a frame at which decoding starts, increased until it succeeds
 
 
 def read_frame(path: str, number: int, frames: int, max_pixels: int) -> Image.Image:
-    """The image that a player shows in the middle of the `number`-th of `frames` equal parts of a video.
+    """Return the frame that a player shows in the middle of the `number`-th of `frames` equal parts of a video.
 
-    Returns: RGB, turned as the file asks for.
+    Args:
+        path: path of the video.
+        number: index of the frame, from 0.
+        frames: number of parts.
+        max_pixels: limit of the frame size.
 
-    Raises: BadImage with the reason, as when PyAV is missing.
+    Returns:
+        RGB image, rotated as specified in the file.
+
+    Raises:
+        BadImage: the video cannot be read, or PyAV is not installed.
     """
     try:
         import av
     except ImportError:
-        raise BadImage("a video, which PyAV decodes: pip install av") from None
+        raise BadImage("a video, which needs PyAV: pip install av") from None
     if not os.path.isfile(path):
         raise BadImage("not a regular file" if os.path.exists(path) else "no such file")
-    # A name may hold a colon, and a file may name others: nothing but files is opened.
+    # A path may contain a colon, and a video may refer to URLs: FFmpeg may open local files only.
     only_files = {"protocol_whitelist": "file"}
     try:
         with av.open(f"file:{path}", metadata_errors="ignore", container_options=only_files) as container:
@@ -101,25 +109,25 @@ def read_frame(path: str, number: int, frames: int, max_pixels: int) -> Image.Im
             frame = _shown_at(container, stream, start_s, start_s + (number + 0.5) / frames * duration_s)
             return frame.to_image().rotate(frame.rotation, expand=True)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise BadImage(f"no video that can be read: {getattr(error, 'strerror', None) or error}") from error
+        raise BadImage(f"not a readable video: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _extent(container: Any, stream: Any) -> tuple[float, float]:
-    """Where the stream begins and how long it is, seconds."""
+    """Return the start and the duration of a stream, seconds."""
     start_s = float((stream.start_time or 0) * stream.time_base)
     if stream.duration:
         return start_s, float(stream.duration * stream.time_base)
     if container.duration:
         return start_s, container.duration / 1e6
-    # No length in the header, as in raw streams: the packets tell, which costs reading but no decoding.
+    # Raw streams have no duration in the header: it is that of the packets, which are read but not decoded.
     ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
     return start_s, float(max(ends, default=0) * stream.time_base) - start_s
 
 
 def _shown_at(container: Any, stream: Any, start_s: float, time_s: float) -> Any:
-    """The last frame that begins at or before a time; the first one if none does."""
+    """Return the last frame that starts at or before a time; the first frame if there is none."""
     first = None
-    for back_s in BACK_S:  # some formats jump to a frame after the time that was asked for
+    for back_s in BACK_S:  # in some formats a seek ends after the requested time
         container.seek(int(max(start_s - 1, time_s - back_s) / stream.time_base), stream=stream)
         shown = None
         for frame in container.decode(stream):
@@ -130,5 +138,5 @@ def _shown_at(container: Any, stream: Any, start_s: float, time_s: float) -> Any
         if shown is not None:
             return shown
     if first is None:
-        raise BadImage("a video of which no frame can be decoded")
+        raise BadImage("a video without decodable frames")
     return first

@@ -1,4 +1,4 @@
-"""`clip-exp models`: the models there are, with their sizes and the weights that are published for them."""
+"""Command `clip-exp models`: available models with their sizes and published weights."""
 
 from functools import cache
 from typing import Any
@@ -17,10 +17,10 @@ SHOWN_TAGS = 3
 
 
 def models(config: ModelsConfig) -> int:
-    """Print or write the list, or what is known of one model; return the exit code.
+    """Print or write the list of models, or the weights of one model; return the exit code.
 
     Raises:
-        ConfigError: no model of that name; `output` cannot be a file.
+        ConfigError: the model is unknown, or `output` is not a valid file.
         CheckpointError: the file cannot be written.
     """
     check_output(config)
@@ -47,7 +47,7 @@ def _overview(everything: bool) -> Report:
 
 
 def _first(tags: list[str]) -> str:
-    """What a table has room for; `name=` shows all, as do the other formats."""
+    """Return the first tags for a table; `name=…` and the other formats show all."""
     more = f" and {len(tags) - SHOWN_TAGS} more" if len(tags) > SHOWN_TAGS else ""
     return ", ".join(tags[:SHOWN_TAGS]) + more
 
@@ -85,7 +85,7 @@ def _described(model: ModelConfig) -> dict[str, Any]:
 
 
 def _of_open_clip(name: str) -> dict[str, Any]:
-    """One of open_clip's configurations; how many parameters it has is known when open_clip has built it."""
+    """Return a configuration of open_clip; its number of parameters is unknown without building the model."""
     values = open_clip_files.configuration(name)
     return {
         "name": name,
@@ -100,7 +100,7 @@ def _of_open_clip(name: str) -> dict[str, Any]:
 
 
 def _is_another(open_clip_name: str, ours: list[dict[str, Any]]) -> bool:
-    """Whether a configuration is of images and texts, and none that clip_exp builds itself."""
+    """Return True for a configuration of images and texts that clip_exp does not implement itself."""
     known = {document["open_clip_name"] for document in ours}
     return open_clip_name.removesuffix(QUICK_GELU) not in known and "vision_cfg" in open_clip_files.configuration(
         open_clip_name
@@ -123,8 +123,8 @@ def _published(entry: open_clip_files.Entry, model: ModelConfig) -> dict[str, An
 
 @cache
 def _count(name: str) -> int:
-    """Parameters of one of our models, without the memory for them."""
-    # Torch takes seconds to import: a mistyped name is answered without it.
+    """Return the number of parameters of a model of clip_exp, without allocating them."""
+    # Torch takes seconds to import, so it is imported only after the checks.
     import torch
 
     from clip_exp.models.clip import build_model

@@ -1,4 +1,4 @@
-"""Results for people and for programs: a table, JSON or CSV, on the terminal or in a file. No torch."""
+"""Output of results as a table, JSON or CSV, on the terminal or in a file. Does not import torch."""
 
 import io
 import json
@@ -19,36 +19,38 @@ from clip_exp.loading import ModelSource
 from clip_exp.storage import TextWriter, atomic_file
 
 ENDINGS = {".json": OutputFormat.json, ".csv": OutputFormat.csv}
-WIDE = 100_000  # columns of a table that no terminal cuts
+WIDE = 100_000  # width of tables without a terminal, characters
 
 
 @dataclass(frozen=True)
 class Report:
-    """A command's result."""
+    """Result of a command."""
 
     columns: tuple[str, ...]
-    rows: list[tuple[Any, ...]]  # one fact each; those of the same first column belong together
-    document: dict[str, Any]  # the same as JSON, with what it was made with
+    rows: list[tuple[Any, ...]]  # rows with the same first column form a section
+    document: dict[str, Any]  # the same values and the model, for JSON
 
 
 def check_output(config: OutputConfig) -> None:
-    """Raises:
-    ConfigError: `output` cannot be a file.
+    """Check the output file.
+
+    Raises:
+        ConfigError: `output` is a folder, or its folder does not exist.
     """
     if config.output is not None:
         path = Path(config.output).expanduser()
         if path.is_dir() or not path.parent.is_dir():
-            what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+            what = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is not a folder"
             raise ConfigError(f"output={config.output} {what}.")
 
 
 def about(source: ModelSource) -> dict[str, Any]:
-    """Return what JSON says of the model."""
+    """Return the model and its weights for JSON."""
     return {"model": source.model.name, "weights": str(source.weights.resolve())}
 
 
 def write(report: Report, config: OutputConfig) -> None:
-    """Print a report, or write it whole or not at all.
+    """Print a report, or write it atomically.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -65,15 +67,15 @@ def write(report: Report, config: OutputConfig) -> None:
         print(f"written: {path}")
         return
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are no UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
     try:
         print(_render(report, chosen, Console().width if sys.stdout.isatty() else WIDE), end="", flush=True)
-    except BrokenPipeError:  # `… | head` has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def number(value: float) -> float:
-    """A float32 value without the digits that float64 adds."""
+    """Round a float32 value to its significant digits, without those that float64 adds."""
     return float(f"{value:.7g}")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_exp.reports.page import Thumbnail, counted, fact_rows, probability, render
+from clip_exp.reports.html import Thumbnail, counted, fact_rows, probability, render
 
 SHOWN_FREQUENT = 12
 QUANTILES = ("min", "p1", "p5", "p50", "p95", "p99", "max")

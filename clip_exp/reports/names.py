@@ -1,10 +1,10 @@
-"""Names in a run's results, of metrics and of the files in `eval/`. No torch.
+"""Names of metrics and of result files in `eval/`. Does not import torch.
 
-A metric's logged name is `<task>/<metric>`, in a robustness task `<task>/<set>/<metric>`. The part after the last slash is the metric. What stands
-before it is chosen by the user and says nothing about the metric: a task may be called `coco_ranking`.
+Metrics are logged as `<task>/<metric>`, or `<task>/<set>/<metric>` for a robustness task. Only the part after the last slash identifies
+the metric: the user chooses the name of the task, which may be `coco_ranking`.
 
-A result in `eval/` is `digits` for the run's own weights, `digits.step-000020` or `digits.step-000020.ema` for others. A run's own weights
-are those that `run=DIR` names. So an evaluation of others, with `ckpt` or `ema`, never replaces the results of these.
+Result files in `eval/` are named `digits` for the run's own weights, which are those of `run=DIR`, and `digits.step-000020` or
+`digits.step-000020.ema` for others. So an evaluation with `ckpt` or `ema` never replaces results of the run's own weights.
 """
 
 import re
@@ -18,7 +18,7 @@ RANKS = ["median_rank_i2t", "median_rank_t2i"]
 RECALLS = [f"recall@{k}_{way}" for k in (1, 5, 10) for way in ("i2t", "t2i")]
 RETRIEVAL = [*RANKS, *RECALLS]
 CLASSIFICATION = ["top1", "top5", "mean_per_class_recall"]
-CERTAIN = 5  # classes, or fewer: one of the best five is always right, so `top5` is not measured
+CERTAIN = 5  # with so many classes or fewer, `top5` is always 1 and is left out
 VALIDATION = ["loss", "top1", "top5", *RETRIEVAL]
 SCALES = {
     **dict.fromkeys([*RECALLS, *CLASSIFICATION], Scale.fraction),
@@ -28,12 +28,16 @@ SCALES = {
 
 
 def of_classification(classes: int) -> list[str]:
-    """Return the metrics of a classification among so many classes."""
+    """Return the names of the metrics of a classification.
+
+    Args:
+        classes: number of classes.
+    """
     return [name for name in CLASSIFICATION if name != "top5" or classes > CERTAIN]
 
 
 def scale_of(name: str) -> Scale:
-    """Return the scale of a metric, which may follow the names of a task and a set. Other files may hold other metrics: fractions."""
+    """Return the scale of a metric, whose name may have prefixes of a task and a set; unknown metrics are fractions."""
     metric = name.rpartition("/")[2]
     if metric in SCALES:
         return SCALES[metric]
@@ -42,7 +46,7 @@ def scale_of(name: str) -> Scale:
 
 
 def better(name: str) -> str:
-    """Return `min` or `max`: which values of a metric are better."""
+    """Return `max` if higher values of a metric are better, else `min`."""
     return "max" if scale_of(name) is Scale.fraction else "min"
 
 
@@ -50,19 +54,20 @@ OF_OTHERS = re.compile(r"\.([\w-]+-)?step-\d+(\.ema)?$", re.ASCII)
 
 
 def name_in_run(task: str, source: ModelSource) -> str:
-    """Return the name of the result of a task, as its files in the run's `eval/` have it."""
+    """Return the name of the result files of a task in the run's `eval/`."""
     return task if source.run_dir is None or is_own(source) else name_of_weights(task, source.weights)
 
 
 def name_of_weights(task: str, weights: Path) -> str:
-    """Return a name that tells the checkpoint and the kind of its weights.
+    """Return a name of result files that includes the checkpoint and the kind of its weights.
 
     Args:
-        weights: the file in the checkpoint's folder.
+        task: name of the task.
+        weights: weights file in the checkpoint folder.
     """
     return f"{task}.{weights.parent.name}" + (".ema" if weights.name == EMA_WEIGHTS else "")
 
 
 def task_of(name: str) -> str:
-    """Return the task that a result's name begins with."""
+    """Return the task from the name of its result files."""
     return OF_OTHERS.sub("", name)

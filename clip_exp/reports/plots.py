@@ -1,4 +1,4 @@
-"""Figures, drawn without a display."""
+"""Plots of training runs, drawn without a display."""
 
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,17 @@ LABELS = {"train/data_wait_s": "waiting for data", "train/compute_s": "computing
 
 
 def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, metrics of validation and of tasks, learning rate, speed and where the time goes over the steps of a run."""
+    """Plot the loss, validation and task metrics, learning rate, throughput and time per step over the steps of a run.
+
+    Args:
+        rows: rows of `metrics.csv`.
+        path: path of the image file.
+    """
     names = sorted({name for row in rows for name in row})
     of_tasks: dict[str, list[str]] = {}
     for name in names:
         task, _, metric = name.partition("/")
-        # A median rank has another scale than fractions.
+        # Only fractions share an axis: a median rank has another scale.
         if metric and task not in ("train", "val") and scale_of(metric) is Scale.fraction:
             of_tasks.setdefault(task, []).append(name)
     panels = {

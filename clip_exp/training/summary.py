@@ -19,7 +19,7 @@ from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.tables.filters import as_json
 from clip_exp.data.tables.table import bad_rows, unconverted_values
 from clip_exp.errors import CheckpointError
-from clip_exp.reports.run_page import data_facts, next_command, renew_report, write_report
+from clip_exp.reports.run_report import data_facts, next_command, update_report, write_report
 from clip_exp.runs import RunRecord, write_json
 from clip_exp.storage import read_json_object
 from clip_exp.training.metrics import MetricsCSV, data_wait_fraction
@@ -52,7 +52,7 @@ def add_scores(run_dir: Path, metrics: dict[str, float]) -> None:
         summary = read_json_object(run_dir / "summary.json")
         summary["metrics"].update(metrics)
         write_json(run_dir / "summary.json", summary)
-        renew_report(run_dir)
+        update_report(run_dir)
 
 
 @contextmanager

@@ -15,10 +15,12 @@ from torch import Tensor
 from clip_exp.checkpoints.folders import latest, step_of
 from clip_exp.checkpoints.io import MODEL_PREFIX
 from clip_exp.config.base import plain
+from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError
+from clip_exp.evaluation.evaluated_model import EvaluatedModel, about_weights, score
 from clip_exp.evaluation.features import Cache, EncodeOptions
-from clip_exp.evaluation.subject import Subject, about_weights, score
 from clip_exp.evaluation.task import Task
 from clip_exp.loading import ModelSource, load_model, source_of_checkpoint
 from clip_exp.models.clip import CLIP, build_model
@@ -113,12 +115,19 @@ def score_finished(config: TrainConfig, run_dir: Path, record: RunRecord, device
 def score_tasks(tasks: list[Task], config: TrainConfig, model: CLIP, device: torch.device) -> dict[str, Result]:
     """Score a model on the tasks of a run. All ranks must call this."""
     data = config.data
-    options = EncodeOptions(device, num_workers=data.num_workers, on_bad_image=data.on_bad_image)
+    # An image to score cannot be replaced by another row's: it is left out.
+    on_bad_image = EvalOnBadImage.error if data.on_bad_image is OnBadImage.error else EvalOnBadImage.skip
+    options = EncodeOptions(
+        device,
+        num_workers=data.num_workers,
+        on_bad_image=on_bad_image,
+        skip_override=f"data.on_bad_image={OnBadImage.replace}",
+    )
     tokenizer = build_tokenizer(config.model.text)
     # The cache is for features that stay the same between scorings: those of the supervised network of `robustness`.
     cache = Cache(Path(config.output_dir) / "cache", 10.0)
-    subject = Subject(model, tokenizer, config.model, options, weights_sha256=None, cache=cache)
-    return {task.name: score(task, subject) for task in tasks}
+    evaluated = EvaluatedModel(model, tokenizer, config.model, options, weights_sha256=None, cache=cache)
+    return {task.name: score(task, evaluated) for task in tasks}
 
 
 def write_results(results: dict[str, Result], source: ModelSource, run_dir: Path, device: torch.device) -> None:

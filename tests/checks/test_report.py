@@ -8,7 +8,7 @@ from clip_exp.config.compose import compose
 from tests.checks.planted import plant
 from tests.checks.test_planted import config_of, folder_of
 from tests.reports.examples import ATTACK
-from tests.reports.test_pages_in_browser import Browse, browse
+from tests.reports.test_reports_in_browser import Browse, browse
 from tests.small_runs import write_image
 
 __all__ = ["browse"]

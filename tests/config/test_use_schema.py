@@ -51,7 +51,18 @@ def test_help_of_export_says_what_loads_each_format(command: Run, tmp_path: Path
         (["predict", "image=a.jpg"], "did you mean 'images'"),
         (["predict", "+foo=1"], "foo does not exist"),
         (["rank", "format=xml"], "table, json, csv"),
-        (["search", "top=many"], "top"),
+        (["search", "top_k=many"], "top_k=many must be a whole number."),
+        *(
+            (
+                [command, f"{key}=3"],
+                f"{key} does not exist: the number of results of predict, rank and search is `top_k`.",
+            )
+            for command, key in (("predict", "k"), ("rank", "keep"), ("search", "top"))
+        ),
+        *(
+            ([command, "on_bad_image=replace"], "on_bad_image=replace must be one of error, skip.")
+            for command in ("evaluate", *COMMANDS)
+        ),
         (["predict", "model=vit_b23"], "did you mean 'vit_b32'"),
     ],
 )

@@ -32,7 +32,11 @@ def test_a_run_is_evaluated_from_another_folder(run_dir: Path, class_folders: Pa
         (["run={run}", "task=image_folder"], 2, "task.image_folder.root has no value"),
         (["run={run}", "task=image_folder", "task.image_folder.root=absent"], 2, "root=absent: no such folder"),
         (["task=image_folder", "task.image_folder.root={images}"], 2, "which model?"),
-        (["run={run}", "task=imagenet", "task.imagenet.root={images}"], 3, "'n99999999' is no class of ImageNet-1k"),
+        (
+            ["run={run}", "task=imagenet", "task.imagenet.root={images}"],
+            3,
+            "these labels are not classes of ImageNet-1k: 'n99999999'",
+        ),
         (["run={images}", "task=digits"], 4, "is not a run folder"),
         (["run={run}", "task=[digits,imagnet]"], 2, "task=imagnet does not exist: did you mean 'imagenet'?"),
         (["run={run}", "task.imagnet.root={images}"], 2, "task.imagnet is not chosen: did you mean 'imagenet'?"),

@@ -20,8 +20,8 @@ from clip_exp.config.evaluation import EvaluateConfig, TaskConfig
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import ClipExpError
+from clip_exp.evaluation.evaluated_model import _load, score
 from clip_exp.evaluation.launch import check
-from clip_exp.evaluation.subject import _load_subject, score
 from clip_exp.models.clip import build_model
 from clip_exp.weights.find import hash_weights
 from tests.exhaustive import repeat_beyond
@@ -29,8 +29,8 @@ from tests.keys import Changes, explained, leaf_keys, without_expectation
 from tests.small_runs import write_checkpoint, write_run
 from tests.training.test_every_key import CHANGES as OF_TRAINING
 
-SUBJECTS = {"run": ("run=<run>",), "weights": ("model=vit_nano", "pretrained=<averaged>")}
-BOTH = tuple(SUBJECTS)
+MODELS = {"run": ("run=<run>",), "weights": ("model=vit_nano", "pretrained=<averaged>")}
+BOTH = tuple(MODELS)
 TASKS = {
     "zero_shot": "{kind: zero_shot, table: <table>}",
     "retrieval": "{kind: retrieval, table: <table>}",
@@ -229,10 +229,10 @@ class Scores:
         self.places["other_run"] = str(write_run(folder / "other_run", models[3]))
         self.result = cache(self._result)
 
-    def _result(self, subject: str, task: str, *overrides: str) -> str:
+    def _result(self, model: str, task: str, *overrides: str) -> str:
         """The whole result of a task, to the last bit that it has."""
         words = [
-            *SUBJECTS[subject],
+            *MODELS[model],
             "~task.auto",
             f"+task.{task}={TASKS[task]}",
             "num_workers=0",
@@ -244,7 +244,7 @@ class Scores:
             words = [word.replace(f"<{name}>", place) for word in words]
         config = compose("evaluate", words)
         source, tasks = check(config, words)
-        result = score(tasks[0], _load_subject(config, source)[0])
+        result = score(tasks[0], _load(config, source)[0])
         arrays = [
             np.asarray(value).tolist()
             for value in vars(result.details).values()
@@ -255,10 +255,10 @@ class Scores:
         }
         return repr((result.metrics, arrays, tensors))
 
-    def outcome(self, subject: str, *overrides: str) -> str | ClipExpError:
+    def outcome(self, model: str, *overrides: str) -> str | ClipExpError:
         """The result of a retrieval, or why it is refused."""
         try:
-            return self.result(subject, "retrieval", *overrides)
+            return self.result(model, "retrieval", *overrides)
         except ClipExpError as error:
             return error
 
@@ -273,28 +273,28 @@ def task_of(key: str) -> str:
     return key.split(".")[1] if key.startswith("task.") else "retrieval"
 
 
-def assert_refused(scores: Scores, subject: str, key: str, *overrides: str) -> None:
+def assert_refused(scores: Scores, model: str, key: str, *overrides: str) -> None:
     with pytest.raises(ClipExpError) as caught:
-        scores.result(subject, task_of(key), *overrides)
+        scores.result(model, task_of(key), *overrides)
     assert (f"task.{task_of(key)}" if key in OF_TASKS else key) in str(caught.value), str(caught.value)
 
 
-CASES = [(subject, key) for subject in SUBJECTS for key in EXPECTED]
+CASES = [(model, key) for model in MODELS for key in EXPECTED]
 
 
 @pytest.mark.parametrize("case", repeat_beyond(PROMISED, CASES), ids=" ".join)
 def test_every_key_changes_the_result_or_is_refused(case: tuple[str, str], scores: Scores) -> None:
-    subject, key = case
+    model, key = case
     change = EXPECTED[key]
     changed = (change.override(key), *change.also)
-    if subject in change.refused:
-        assert_refused(scores, subject, key, *change.given, *changed)
+    if model in change.refused:
+        assert_refused(scores, model, key, *change.given, *changed)
         return
-    assert scores.result(subject, task_of(key), *change.given, *changed) != scores.result(
-        subject, task_of(key), *change.given
+    assert scores.result(model, task_of(key), *change.given, *changed) != scores.result(
+        model, task_of(key), *change.given
     )
     if change.given and not change.asks_for_nothing:
-        assert_refused(scores, subject, key, *changed)
+        assert_refused(scores, model, key, *changed)
 
 
 @pytest.mark.parametrize("key", repeat_beyond(["model.dropout"], OF_MODEL))

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.names import named_model
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import preprocessing_of
 from clip_exp.errors import DataError
+from clip_exp.evaluation.evaluated_model import EvaluatedModel
 from clip_exp.evaluation.features import (
     Cache,
     EncodeOptions,
@@ -32,7 +33,6 @@ from clip_exp.evaluation.features import (
     encode_pixels,
     encode_texts,
 )
-from clip_exp.evaluation.subject import Subject
 from clip_exp.models.clip import CLIP, build_model
 from clip_exp.text.tokenizer import Tokenizer, build_tokenizer
 from tests.compose import train_config
@@ -42,7 +42,7 @@ from tests.small_runs import write_image
 from tests.synchronization import SynchronizationWatch
 
 OPTIONS = EncodeOptions(torch.device("cpu"), batch_size=10, num_workers=0)
-FORGIVING = replace(OPTIONS, on_bad_image=OnBadImage.replace)
+FORGIVING = replace(OPTIONS, on_bad_image=EvalOnBadImage.skip)
 
 
 class Opened(ImageFiles):
@@ -61,7 +61,7 @@ def encoder(weights: str = "a", model: CLIP | None = None) -> ImageEncoder:
     if model is None:
         torch.manual_seed(0)
         model = build_model(named_model("vit_nano")).eval()
-    return Subject(model, Tokenizer(77), named_model("vit_nano"), OPTIONS, weights).image_encoder()
+    return EvaluatedModel(model, Tokenizer(77), named_model("vit_nano"), OPTIONS, weights).image_encoder()
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_an_interrupted_evaluation_encodes_only_the_missing_blocks(paths: list[s
 
 
 @pytest.mark.parametrize("damage", ["cut short", "changed", "of zeros", "empty"])
-def test_a_damaged_block_is_made_again(
+def test_a_damaged_block_is_computed_again(
     paths: list[str], cache: Cache, nano: CLIP, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = encode_images(encoder(model=nano), Opened(paths), OPTIONS, cache)
@@ -140,7 +140,7 @@ def test_a_damaged_block_is_made_again(
     again = encode_images(encoder(model=nano), images, OPTIONS, cache)
     assert sorted(images.opened) == list(range(32, 64))
     assert torch.equal(again.features, whole.features)
-    assert caplog.text.count("made again") == 1
+    assert caplog.text.count("computed again") == 1
     third = Opened(paths)
     encode_images(encoder(model=nano), third, OPTIONS, cache)
     assert third.opened == []
@@ -159,7 +159,7 @@ def test_bad_images_are_kept_with_their_reasons_and_still_refused_where_they_are
     assert read.bad == computed.bad
     assert [reason.split(":")[0] for reason in read.bad] == [paths[5], paths[70]]
     assert torch.equal(read.features, computed.features)
-    with pytest.raises(DataError, match=r"005\.png: .*on_bad_image=replace"):
+    with pytest.raises(DataError, match=r"005\.png: .*on_bad_image=skip"):
         encode_images(encoder(model=nano), third, OPTIONS, cache)
     assert second.opened == third.opened == []
 
@@ -177,13 +177,13 @@ def test_a_block_without_a_good_image_is_no_obstacle_but_a_set_of_them_is(
         encode_images(encoder(model=nano), Opened(paths[:32]), FORGIVING, cache)
 
 
-def test_a_cache_that_cannot_be_written_is_told_once(
+def test_a_cache_that_cannot_be_written_is_warned_about_once(
     paths: list[str], tmp_path: Path, nano: CLIP, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     encoded = encode_images(encoder(model=nano), Opened(paths), OPTIONS, Cache(tmp_path / "cache", 1))
     assert len(encoded.features) == 71
-    assert caplog.text.count("cannot be kept") == 1
+    assert caplog.text.count("cannot be cached") == 1
 
 
 def on_ranks(rank: int, ranks: int, folder: str, paths: list[str]) -> None:
@@ -246,8 +246,10 @@ TENSORS = {"features": torch.arange(6.0).view(2, 3), "kept": torch.tensor([0, 2]
 DAY_S = 86400
 
 
-def subject(nano: CLIP, cache: Cache, weights: str = "a") -> Subject:
-    return Subject(nano, Tokenizer(77), named_model("vit_nano"), EncodeOptions(torch.device("cpu")), weights, cache)
+def evaluated_model(nano: CLIP, cache: Cache, weights: str = "a") -> EvaluatedModel:
+    return EvaluatedModel(
+        nano, Tokenizer(77), named_model("vit_nano"), EncodeOptions(torch.device("cpu")), weights, cache
+    )
 
 
 def test_what_was_written_is_read(cache: Cache) -> None:
@@ -342,16 +344,16 @@ def test_a_folder_that_vanishes_while_pruning_is_no_obstacle(cache: Cache, monke
     assert not entry.exists()
 
 
-def test_a_disk_that_cannot_be_written_is_told_once(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_cannot_be_written_is_warned_about_once(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     cache.folder.write_text("a file where the folder should be")
     entry = cache.entry("features", weights="a")
     for name in ("block-0000", "block-0001"):
         cache.write(entry, name, TENSORS)
         assert cache.read(entry, name) is None
-    assert caplog.text.count("cannot be kept in") == 1
+    assert caplog.text.count("cannot be cached in") == 1
 
 
-def test_a_full_disk_is_told_once_and_leaves_nothing_half_written(
+def test_a_full_disk_is_warned_about_once_and_leaves_nothing_half_written(
     cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(tensors: object, path: Path, metadata: object) -> None:
@@ -371,14 +373,14 @@ def test_a_classifier_is_kept_for_its_weights_names_and_templates(
     nano: CLIP, cache: Cache, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["cat", "dog\nwolf", "bird"] if change == "a line break in a name" else ["cat", "dog", "wolf"]
-    first = subject(nano, cache).classifier(names, ["a {}."])
+    first = evaluated_model(nano, cache).classifier(names, ["a {}."])
     encoded: list[int] = []
     encode_trees = nano.encode_text_trees
     monkeypatch.setattr(nano, "encode_text_trees", lambda *trees: encoded.append(1) or encode_trees(*trees))
     names = ["cat", "dog", "fox"] if change == "names" else names
     names = ["cat", "dog", "wolf\nbird"] if change == "a line break in a name" else names
     weights, templates = "b" if change == "weights" else "a", ["one {}." if change == "templates" else "a {}."]
-    second = subject(nano, cache, weights).classifier(names, templates)
+    second = evaluated_model(nano, cache, weights).classifier(names, templates)
     assert bool(encoded) == (change != "nothing")
     if change in ("nothing", "weights"):
         assert torch.equal(second, first)
@@ -387,7 +389,7 @@ def test_a_classifier_is_kept_for_its_weights_names_and_templates(
 def test_cut_texts_are_counted_from_the_cache_too(nano: CLIP, cache: Cache) -> None:
     counts = []
     for _ in range(2):
-        using = subject(nano, cache)
+        using = evaluated_model(nano, cache)
         using.classifier(["cat", "very " * 100], ["a {}.", "the {}."])
         counts.append(using.tokenizer.truncated)
     assert counts == [2, 2]

@@ -119,7 +119,7 @@ def test_a_signal_ends_it_as_preempted_and_the_same_command_goes_on(
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143, stderr
-    assert stderr.strip() == f"stopped by {number.name}. The same command goes on from the features that are kept."
+    assert stderr.strip() == f"stopped by {number.name}. The same command resumes from the cached features."
     assert record(tmp_path)["status"] == "preempted"
     assert_nothing_runs(tmp_path)
     assert_goes_on(tmp_path, run_dir, command, arguments)

@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 from clip_exp.config.base import parse
-from clip_exp.config.data import DataConfig, OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.data import DataConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig
 from clip_exp.config.names import named_model
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.data.images import preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
+from clip_exp.evaluation.evaluated_model import EvaluatedModel
 from clip_exp.evaluation.features import EncodeOptions, encode_images
 from clip_exp.evaluation.launch import check, evaluate
 from clip_exp.evaluation.retrieval import retrieval
 from clip_exp.evaluation.sets.class_names import class_prompts, imagenet_classes, templates
-from clip_exp.evaluation.subject import Subject
 from clip_exp.models.clip import CLIP
 from clip_exp.text.tokenizer import Tokenizer
 from tests.data.tables.shard_files import write_shard
@@ -203,10 +203,10 @@ def test_a_broken_image_stops_by_name_or_is_left_out_and_counted(tmp_path: Path,
     table, captions, images = pairs_csv(tmp_path)
     (tmp_path / "5.png").write_bytes(b"not an image")
     strict = config(tmp_path, {"pairs": {"kind": "retrieval", "table": str(table)}}, run=str(run_dir))
-    with pytest.raises(DataError, match=r"5\.png: .*on_bad_image=replace"):
+    with pytest.raises(DataError, match=r"5\.png: .*on_bad_image=skip"):
         evaluate(strict)
     assert not list(tmp_path.rglob("eval/*.json"))
-    result = evaluate(strict.model_copy(update={"on_bad_image": OnBadImage.replace}))["pairs"]
+    result = evaluate(strict.model_copy(update={"on_bad_image": EvalOnBadImage.skip}))["pairs"]
     kept = [i for i in range(14) if i != 5]
     image = direct_image_features(nano, [tmp_path / f"{i}.png" for i in kept])
     rows = [k for k, i in enumerate(images) if i != 5]
@@ -288,7 +288,7 @@ def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_
         f"task.four.table: The table {tmp_path / 'absent.csv'} does not exist",
         "task.five.split=val has no effect",
         "task.auto: the run has no validation data",
-        "task.o/ne: a task's name becomes a file's name",
+        "task.o/ne: the name of a task is used as a file name",
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "outputs").exists()
@@ -321,7 +321,7 @@ def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Pa
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, {"auto": {"kind": "auto"}}, name="a/b", **weights))
     assert "name='a/b' must be" in str(caught.value)
-    assert "task.auto scores what a run validated on, but no run is given" in str(caught.value)
+    assert "task.auto needs the validation data of a run, but no run is given" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -394,9 +394,9 @@ def test_low_precision_is_for_the_image_tower_and_features_stay_float32(
     tmp_path: Path, nano: CLIP, run_dir: Path, class_folders: Path
 ):
     options = EncodeOptions(torch.device("cpu"), "bf16-mixed")
-    subject = Subject(nano, Tokenizer(77), named_model("vit_nano"), options)
+    evaluated = EvaluatedModel(nano, Tokenizer(77), named_model("vit_nano"), options)
     paths = [str(path) for path in sorted(class_folders.glob("dog/[0-9].png"))]
-    low = encode_images(subject.image_encoder(), ImageFiles(paths), subject.options)
+    low = encode_images(evaluated.image_encoder(), ImageFiles(paths), evaluated.options)
     exact = direct_image_features(nano, [Path(path) for path in paths])
     assert low.features.dtype == torch.float32
     torch.testing.assert_close(low.features.norm(dim=1), torch.ones(4))

@@ -14,10 +14,10 @@ from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.names import named_model
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.evaluation.classification import build_classifier, class_scores
+from clip_exp.evaluation.evaluated_model import EvaluatedModel
 from clip_exp.evaluation.features import EncodeOptions, encode_images
 from clip_exp.evaluation.launch import evaluate
 from clip_exp.evaluation.sets.class_names import imagenet_classes, templates
-from clip_exp.evaluation.subject import Subject
 from clip_exp.loading import load_model, source_of_file
 from clip_exp.text.tokenizer import Tokenizer
 
@@ -43,8 +43,8 @@ def test_classifier_and_logits_equal_open_clips_on_imagenet_photographs(peer, re
     expected = open_clip.build_zero_shot_classifier(theirs, open_clip.get_tokenizer("ViT-B-32"), names, prompts).T
     torch.testing.assert_close(classifier, expected, rtol=0, atol=1e-5)
 
-    subject = Subject(ours, Tokenizer(77), config, EncodeOptions(torch.device("cpu"), num_workers=0))
-    features = encode_images(subject.image_encoder(), ImageFiles(photographs), subject.options).features
+    evaluated = EvaluatedModel(ours, Tokenizer(77), config, EncodeOptions(torch.device("cpu"), num_workers=0))
+    features = encode_images(evaluated.image_encoder(), ImageFiles(photographs), evaluated.options).features
     dataset = ImageFolder(str(real_data / "imagenet_val_sample"), transform=_their_transform(theirs))
     position = {name: number for number, (name, _) in enumerate(dataset.samples)}
     pixels = torch.stack([dataset[position[str(name)]][0] for name in photographs])

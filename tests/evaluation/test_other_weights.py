@@ -10,7 +10,7 @@ from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.evaluation.launch import evaluate, prepare_tasks
 from clip_exp.evaluation.tasks.zero_shot import ZeroShotTaskConfig
 from clip_exp.models.clip import CLIP
-from clip_exp.reports.run_page import evaluations
+from clip_exp.reports.run_report import evaluations
 from tests.small_runs import write_checkpoint, write_run
 
 
@@ -78,5 +78,5 @@ def test_a_task_is_not_called_like_results_of_other_weights(name: str) -> None:
     def problems(name: str) -> str:
         return "\n".join(map(str, prepare_tasks({name: ZeroShotTaskConfig()}, "outputs", None)[1]))
 
-    assert "rename your task" in problems(name)
+    assert "rename the task" in problems(name)
     assert "rename" not in problems("pets.v2")

@@ -18,11 +18,10 @@ from torchvision import models
 
 import clip_exp
 from clip_exp.config.base import parse
-from clip_exp.config.data import OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
-from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig, require_division
+from clip_exp.evaluation.tasks.linear_probe import LinearProbeTaskConfig, require_held_out_images
 from clip_exp.evaluation.tasks.linear_probe.score import choose_c, fit_probe, predict, search
 from tests.evaluation.tinted import CLASSES, blobs, direct, tinted
 from tests.runs import Finished
@@ -183,7 +182,7 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
     train, test = tinted(tmp_path / "train", 6), tinted(tmp_path / "test", 4, first=50)
     for path in (train / "bee" / "2.png", test / "cow" / "51.png"):
         path.write_bytes(b"no image")
-    result = evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=OnBadImage.replace))["probe"]
+    result = evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=EvalOnBadImage.skip))["probe"]
     for path in (train / "bee" / "2.png", test / "cow" / "51.png"):
         path.unlink()
     clip = clip_exp.load(str(run_dir))
@@ -194,8 +193,8 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
     assert (protocol["train"]["images"], protocol["train"]["bad_images"]) == (35, 1)
     for path in (train / "bee").glob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match="no image of 'bee' can be read"):
-        evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=OnBadImage.replace))
+    with pytest.raises(DataError, match="no image of class 'bee' can be read"):
+        evaluate(config(tmp_path, run_dir, {"c": [10.0]}, on_bad_image=EvalOnBadImage.skip))
 
 
 @pytest.mark.parametrize(
@@ -204,10 +203,10 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
         ({"train": {}}, ConfigError, r"task\.probe\.train: give exactly one of root"),
         ({"root": None}, ConfigError, r"task\.probe: give exactly one of root"),
         ({"train": {"root": "{tmp}/absent"}}, ConfigError, r"task\.probe\.train.*absent: no such folder"),
-        ({"train": {"root": "{tmp}/test"}}, ConfigError, "train is the data that is scored"),
-        ({"root": "{tmp}/more"}, DataError, r"'fox' of .*more is no class of .*train: 'ant', 'bee', 'cow', 'dog', 'elk'"),
-        ({"train": {"root": "{tmp}/one"}}, DataError, "of one class; there is nothing to learn"),
-        ({"train": {"root": "{tmp}/single"}}, DataError, r"'elk' has one image.*task\.probe\.c=\[10\]"),
+        ({"train": {"root": "{tmp}/test"}}, ConfigError, "train has the test images"),
+        ({"root": "{tmp}/more"}, DataError, r"classes of .*more without training images: 'fox'\. The classes of .*train are 'ant', 'bee', 'cow', 'dog', 'elk'"),
+        ({"train": {"root": "{tmp}/one"}}, DataError, "have the same class: at least two classes are required"),
+        ({"train": {"root": "{tmp}/single"}}, DataError, r"cannot be held out: 'elk'.*task\.probe\.c=\[10\]"),
         ({"val_fraction": 0.01}, DataError, r"val_fraction=0\.01 of 20 images: a part would have fewer"),
         ({"val_fraction": 1.0}, ConfigError, r"task\.probe\.val_fraction=1\.0 must be below 1"),
         ({"c": [1.0, -1.0]}, ConfigError, r"task\.probe\.c\[1\]=-1\.0 must be above 0"),
@@ -216,7 +215,7 @@ def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, r
         ({"val_fractoin": 0.1}, ConfigError, "did you mean 'task.probe.val_fraction'"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_told_before_the_model_is_loaded(
+def test_invalid_settings_are_reported_before_the_model_is_loaded(
     tmp_path: Path, run_dir: Path, values: dict, error: type[ClipExpError], message: str
 ):
     five = CLASSES[:5]
@@ -230,9 +229,9 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(
         check(config(tmp_path, run_dir, filled))
 
 
-def test_one_strength_needs_no_share_to_choose_with():
+def test_a_single_value_of_c_needs_no_held_out_images():
     task = LinearProbeTaskConfig(c=[1.0])
-    require_division([0, 1, 2], ["a", "b", "c"], task, "probe")
+    require_held_out_images([0, 1, 2], ["a", "b", "c"], task, "probe")
 
 
 def test_no_warning_reaches_the_user(tmp_path: Path, run_dir: Path):

@@ -57,7 +57,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, nano) -> list[str]:
         "task.imagenet.templates=['a {}.']", f"task.image_folder.root={root / 'flowers'}",
         "task.image_folder.templates=simple", f"task.cifar10.root={root / 'cifar'}",
         f"task.table.table={root / 'labels.csv'}", f"task.retrieval.table={root / 'pairs.csv'}",
-        "accelerator=cpu", "cache_gb=0", "batch_size=10", "num_workers=0", "on_bad_image=replace",
+        "accelerator=cpu", "cache_gb=0", "batch_size=10", "num_workers=0", "on_bad_image=skip",
     ]  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_every_rank_count_gives_the_same_files(
     assert done.returncode == 0, done.stderr
     assert results(tmp_path) == alone
     assert done.stdout.count("cifar10/top1") == 1
-    assert done.stderr.count("retrieval: texts longer than the model's context were cut: 1.") == 1
+    assert done.stderr.count("retrieval: texts truncated to the context length of the model: 1.") == 1
 
 
 def test_cut_texts_are_counted_once_on_any_rank_count_and_from_the_cache(
@@ -113,7 +113,7 @@ def test_a_bad_image_of_one_rank_ends_all_with_its_message(
     assert (done.stderr.count("error:"), done.stderr.count("Traceback")) == (1, 0)
     assert line.startswith("error: ")
     assert "052.png" in line
-    assert line.endswith("on_bad_image=replace.")
+    assert line.endswith("on_bad_image=skip.")
     (record,) = tmp_path.glob("evaluate/*/*/run.json")
     assert (json.loads(record.read_text())["status"], json.loads(record.read_text())["exit_code"]) == ("failed", 3)
     assert sorted(path.name for path in (record.parent / "eval").iterdir()) == [

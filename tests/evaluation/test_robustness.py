@@ -197,7 +197,7 @@ def test_a_name_is_embedded_once_however_many_sets_have_it(
         built.extend(class_names)
         return build(model, tokenizer, class_names, *rest, **others)
 
-    monkeypatch.setattr("clip_exp.evaluation.subject.build_classifier", spy)
+    monkeypatch.setattr("clip_exp.evaluation.evaluated_model.build_classifier", spy)
     evaluate(config(tmp_path, run_dir, {"root": str(root), "baseline": None}, cache_gb=0.0))
     assert built[:1000] == [name for _, name in imagenet_classes()]
     assert len(built) == 1002, "ObjectNet has two names of its own here"
@@ -234,7 +234,7 @@ def test_a_file_under_a_published_name_has_those_weights_own_preprocessing(tmp_p
         load_supervised("mobilenet_v3_large", str(tmp_path / "small.pth"), "task.robustness", CPU)
 
 
-def test_weights_that_torchvision_has_fetched_are_used_by_name_without_a_network(
+def test_weights_downloaded_by_torchvision_are_used_by_name_without_a_network(
     tmp_path: Path, resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -246,7 +246,7 @@ def test_weights_that_torchvision_has_fetched_are_used_by_name_without_a_network
     assert torch.allclose(baseline.encoder.encode(pixels[None]), direct_logits(resnet, [path]), atol=1e-5)
     assert baseline.about["weights_url"] == WEIGHTS.url
     (tmp_path / "hub/checkpoints" / Path(WEIGHTS.url).name).write_bytes(b"half a file")
-    with pytest.raises(CheckpointError, match=r"resnet18 cannot be fetched .*resnet18-f37072fd\.pth or read"):
+    with pytest.raises(CheckpointError, match=r"resnet18 cannot be downloaded .*resnet18-f37072fd\.pth or read"):
         load_supervised("resnet18", "IMAGENET1K_V1", "task.robustness", CPU)
 
 
@@ -275,7 +275,7 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
         evaluate(config(tmp_path, run_dir, {"root": str(root)}))
     message = str(caught.value)
     assert message.startswith(
-        "task.robustness: the weights of resnet18 cannot be fetched from https://download.pytorch"
+        "task.robustness: the weights of resnet18 cannot be downloaded from https://download.pytorch"
     )
     assert "name resolution" in message
     assert "task.robustness.baseline_weights=FILE" in message
@@ -291,8 +291,8 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
             {"root": "{tmp}/some", "sets": {"imagenet": {"root": "{tmp}/data/ImageNet/val"}}},
             ConfigError,
             [
-                "task.robustness.root={tmp}/some: not found there: imagenet_v2, as imagenetv2-matched-frequency-format-val",
-                "; objectnet, as objectnet-1.0 or objectnet; ",
+                "task.robustness.root={tmp}/some does not contain imagenet_v2 (imagenetv2-matched-frequency-format-val",
+                "; objectnet (objectnet-1.0 or objectnet); ",
                 "task.robustness.sets.imagenet_v2.root=DIR",
                 "task.robustness.sets.imagenet_v2=null",
             ],
@@ -309,13 +309,13 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
             ConfigError,
             ["task.robustness.sets.imagenet_x does not exist: did you mean 'imagenet_"],
         ),
-        ({"sets": dict.fromkeys(SETS)}, ConfigError, ["leaves out every set"]),
+        ({"sets": dict.fromkeys(SETS)}, ConfigError, ["leaves out all datasets"]),
         ({"sets": {"imagenet": {"rot": "x"}}}, ConfigError, ["task.robustness.sets.imagenet.rot does not exist"]),
         (
             {"root": "{tmp}/data", "sets": {"imagenet": {"ground_truth": "{tmp}/absent.txt", "split": "val"}}},
             ConfigError,
             [
-                "data/ImageNet/val holds no images itself; a folder per class needs no ground_truth",
+                "data/ImageNet/val contains no images directly. One folder per class needs no ground_truth",
                 "task.robustness.sets.imagenet.split=val has no effect without",
             ],
         ),
@@ -327,7 +327,10 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
         (
             {"root": "{tmp}/data", "sets": {"imagenet": {"root": "{tmp}/some", "classes": "labels"}}},
             ConfigError,
-            ["task.robustness.sets.imagenet.classes: which of ImageNet's 1,000", "task.robustness.baseline=null"],
+            [
+                "task.robustness.sets.imagenet.classes cannot be matched with ImageNet's 1,000 classes",
+                "task.robustness.baseline=null",
+            ],
         ),
         (
             {"root": "{tmp}/data", "baseline_weights": "{tmp}/absent.pth"},
@@ -336,7 +339,7 @@ def test_without_a_network_one_message_names_the_file_and_the_way_without(
         ),
     ],
 )
-def test_what_cannot_work_is_told_before_the_model_is_loaded(
+def test_invalid_settings_are_reported_before_the_model_is_loaded(
     tmp_path: Path, run_dir: Path, root: Path, values: dict, error: type[ClipExpError], messages: list[str]
 ):
     write_image(tmp_path / "some" / "sparrow" / "1.png", 1)
@@ -351,10 +354,10 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(
     ("values", "message"),
     [
         ({"baseline": "resnet118"}, "task.robustness.baseline=resnet118 does not exist: did you mean 'resnet18'?"),
-        ({"baseline_weights": "IMAGENET1K_V3"}, "is neither a file nor weights of resnet18 (IMAGENET1K_V1)"),
+        ({"baseline_weights": "IMAGENET1K_V3"}, "must be a file, or weights of resnet18 (IMAGENET1K_V1)"),
     ],
 )
-def test_an_unknown_network_is_told_before_anything_is_encoded(
+def test_an_unknown_network_is_reported_before_anything_is_encoded(
     tmp_path: Path, run_dir: Path, root: Path, values: dict, message: str
 ):
     with pytest.raises(ConfigError) as caught:

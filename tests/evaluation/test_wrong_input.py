@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from clip_exp.config.base import parse
-from clip_exp.config.data import OnBadImage
-from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import check, evaluate
 from tests.evaluation.cifar import write_cifar10
@@ -45,9 +44,9 @@ def data(tmp_path: Path) -> Path:
 
 
 WRONG = {
-    "unknown class": (3, {"root": "unknown_class", "classes": "imagenet"}, "'n99999999' is no class of ImageNet-1k"),
+    "unknown class": (3, {"root": "unknown_class", "classes": "imagenet"}, "not classes of ImageNet-1k: 'n99999999'"),
     "no folder": (2, {"root": "absent"}, r"task\.t\.root=.*absent: no such folder"),
-    "empty folders": (3, {"root": "empty", "classes": "imagenet"}, "holds no folder with images"),
+    "empty folders": (3, {"root": "empty", "classes": "imagenet"}, "contains no folders with images"),
     "flat": (3, {"root": "flat", "classes": "imagenet"}, r"sort them .* task\.t\.ground_truth=FILE"),
     "short labels": (
         3,
@@ -55,12 +54,12 @@ WRONG = {
         "has 2 labels, .*flat has 3 images",
     ),
     "no labels": (2, {"root": "flat", "ground_truth": "absent.txt"}, r"task\.t\.ground_truth=.*no such file"),
-    "names of an empty file": (2, {"root": "pets", "classes": "names.txt"}, "names.txt holds no texts"),
+    "names of an empty file": (2, {"root": "pets", "classes": "names.txt"}, "names.txt has no texts"),
     "names of a broken file": (2, {"root": "pets", "classes": "names.json"}, "names.json is not valid JSON"),
     "names for other classes": (2, {"root": "pets", "classes": ["one", "two"]}, "2 names, .*pets has 3 classes"),
-    "names that miss a class": (2, {"root": "pets", "classes": {"cat": "Katze"}}, "names nothing for 'cow', 'dog'"),
+    "names that miss a class": (2, {"root": "pets", "classes": {"cat": "Katze"}}, "has no name for 'cow', 'dog'"),
     "template without a place": (2, {"root": "pets", "templates": "templates.txt"}, "'art of the thing' has no {}"),
-    "no templates": (2, {"root": "pets", "templates": []}, r"task\.t\.templates holds no texts"),
+    "no templates": (2, {"root": "pets", "templates": []}, r"task\.t\.templates has no texts"),
     "unknown set": (2, {"torchvision": "CIFAR-10", "root": "."}, "did you mean 'cifar10'"),
     "set that is not there": (2, {"torchvision": "CIFAR10", "root": "."}, r"task\.t\.download=true"),
     "no source": (2, {}, "exactly one of root, table, generate, torchvision; given: none"),
@@ -149,7 +148,7 @@ def test_an_evaluations_name_is_one_of_a_folder(tmp_path: Path, run_dir: Path, d
     for name, told in (("a/b", "plain folder name"), ("x" * 300, "has 300 bytes"), ("a\nb", "plain folder name")):
         with pytest.raises(ConfigError, match=told):
             check(good.model_copy(update={"name": name}))
-    with pytest.raises(ConfigError, match=r"a task's name becomes a file's name; .* 200 bytes at most"):
+    with pytest.raises(ConfigError, match=r"the name of a task is used as a file name: .* at most 200 bytes"):
         check(good.model_copy(update={"task": {"x" * 300: good.task["t"]}}))
 
 
@@ -161,7 +160,7 @@ def test_a_broken_image_stops_or_is_counted_by_the_policy_of_training(
     with pytest.raises(DataError, match=r"cow/2\.png: not an image\."):
         evaluate(strict)
     assert not (run_dir / "eval").exists()
-    result = evaluate(strict.model_copy(update={"on_bad_image": OnBadImage.replace}))["pets"]
+    result = evaluate(strict.model_copy(update={"on_bad_image": EvalOnBadImage.skip}))["pets"]
     assert (result["protocol"]["images"], result["protocol"]["bad_images"]) == (3, 1)
     assert "cow/2.png" in result["protocol"]["bad"][0]
     assert list(result["metrics"]) == ["top1", "mean_per_class_recall"]  # in three classes
@@ -193,7 +192,7 @@ def test_cifar10_and_imagenet_v2_are_scored_by_the_command(tmp_path: Path, run_d
     assert done.returncode == 0, done.stderr
     protocol = json.loads((run_dir / "eval" / "cifar10.json").read_text())["protocol"]
     assert (protocol["images"], protocol["classes"], protocol["templates"]) == (17, 10, 18)
-    assert (protocol["split"], protocol["files_of_other_checksum"]) == ("test", ["test_batch"])
+    assert (protocol["split"], protocol["files_with_other_checksum"]) == ("test", ["test_batch"])
     protocol = json.loads((run_dir / "eval" / "imagenet_v2.json").read_text())["protocol"]
     assert (protocol["images"], protocol["classes"], protocol["classes_without_images"]) == (3, 1000, 997)
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference import inputs
 from clip_exp.inference.inputs import as_text_list, as_texts, check_videos, find_images, read_labels
@@ -45,7 +45,7 @@ def test_everything_that_is_missing_is_told_at_once(photos: Path):
 
 def test_a_folder_without_images_is_told(tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images or videos"):
+    with pytest.raises(DataError, match="contains no images or videos"):
         find_images(tmp_path / "empty")
 
 
@@ -60,7 +60,7 @@ def test_texts_that_yaml_takes_for_something_else_are_texts():
         (None, "texts has no value"),
         ([], "texts has no value"),
         (["a", " "], "empty text"),
-        ([{}], "put odd ones in quotes"),
+        ([{}], "Put texts with special characters in quotes"),
         ("a dog", r"'texts=\[a dog,a cat\]'"),
         (__file__, "labels="),
     ],
@@ -79,13 +79,13 @@ def test_labels_come_from_lists_and_files_in_any_language(tmp_path: Path):
     for path in tmp_path.iterdir():
         assert read_labels(str(path)) == expected
     assert len(read_labels("imagenet")) == 1000
-    with pytest.raises(ConfigError, match=r"labels=absent\.txt is no file"):
+    with pytest.raises(ConfigError, match=r"labels=absent\.txt: no such file"):
         read_labels("absent.txt")
 
 
 def test_videos_without_a_decoder_are_told_with_the_command_that_installs_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inputs, "can_decode_videos", lambda: False)
     with pytest.raises(ConfigError, match=r"1 of the 2 files are videos \(b\.MP4\).*pip install av"):
-        check_videos(["a.png", "b.MP4"], OnBadImage.error)
-    check_videos(["a.png", "b.MP4"], OnBadImage.replace)
-    check_videos(["a.png"], OnBadImage.error)
+        check_videos(["a.png", "b.MP4"], EvalOnBadImage.error)
+    check_videos(["a.png", "b.MP4"], EvalOnBadImage.skip)
+    check_videos(["a.png"], EvalOnBadImage.error)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clip_exp.config.commands import OutputFormat, PredictConfig, SearchConfig
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.data.files import BadImage
 from clip_exp.errors import DataError
 from clip_exp.inference.commands import predict, search
@@ -120,7 +120,7 @@ def test_the_commands_take_videos_where_they_take_images(run_dir: Path, photos: 
     index = photos.parent / "photos.index"
     search(SearchConfig(index=str(index), run=str(run_dir), images=str(photos), frames=4, accelerator="cpu"))
     capsys.readouterr()
-    search(SearchConfig(index=str(index), image=str(video), top=1, format=OutputFormat.json, accelerator="cpu"))
+    search(SearchConfig(index=str(index), image=str(video), top_k=1, format=OutputFormat.json, accelerator="cpu"))
     best = json.loads(capsys.readouterr().out)["rankings"][0]["matches"][0]
     assert best == {"path": str(video), "score": pytest.approx(1.0, abs=1e-6)}
 
@@ -145,7 +145,7 @@ def test_a_video_that_ends_early_is_encoded_from_what_is_there(tmp_path: Path, c
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "no video that can be read"), (b"no video" * 100, "no video that can be read"), (None, "no such file")],
+    [(b"", "not a readable video"), (b"no video" * 100, "not a readable video"), (None, "no such file")],
 )
 def test_a_broken_video_is_told_and_counted_once(
     tmp_path: Path, run_dir: Path, photos: Path, capsys, caplog, content: bytes | None, reason: str
@@ -160,7 +160,7 @@ def test_a_broken_video_is_told_and_counted_once(
     values = {"run": str(run_dir), "images": str(photos), "texts": ["a", "b"], "accelerator": "cpu"}
     with pytest.raises(DataError, match=rf"broken\.mp4: {reason}"):
         predict(PredictConfig(**values))
-    predict(PredictConfig(**values, on_bad_image=OnBadImage.replace, format=OutputFormat.json))
+    predict(PredictConfig(**values, on_bad_image=EvalOnBadImage.skip, format=OutputFormat.json))
     document = json.loads(capsys.readouterr().out)
     assert (len(document["images"]), len(document["left_out"])) == (7, 1)
     assert "left out 1 of 8 images" in caplog.text
@@ -193,5 +193,5 @@ def test_without_the_decoder_a_video_says_how_to_get_it(
 ):
     path = write_video(tmp_path / "a.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(DataError, match=r"a\.mp4: a video, which PyAV decodes: pip install av"):
+    with pytest.raises(DataError, match=r"a\.mp4: a video, which needs PyAV: pip install av"):
         clip.encode_image(path)

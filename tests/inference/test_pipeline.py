@@ -36,20 +36,29 @@ def test_features_are_float32_of_unit_norm_and_do_not_depend_on_batches(clip: Pi
 
 
 def test_probabilities_are_a_softmax_of_the_scaled_cosines(clip: Pipeline, nano: CLIP, images: list[Image.Image]):
-    labels = ["a red square", "a dog"]
-    expected = (nano.logit_scale.exp() * clip.encode_image(images) @ clip.encode_text(labels).T).softmax(dim=1)
-    found = clip.classify(images, labels)
+    texts = ["a red square", "a dog"]
+    expected = (nano.logit_scale.exp() * clip.encode_image(images) @ clip.encode_text(texts).T).softmax(dim=1)
+    found = clip.classify(images, texts)
     torch.testing.assert_close(found, expected.detach())
     torch.testing.assert_close(found.sum(dim=1), torch.ones(5))
-    assert clip.classify(images[0], labels).shape == (1, 2)
+    assert clip.classify(images[0], texts).shape == (1, 2)
 
 
 def test_templates_make_an_ensemble_for_each_label(clip: Pipeline, nano: CLIP, images: list[Image.Image]):
     names, prompts = ["cat", "dog", "cow"], ["a photo of a {}.", "art of the {}."]
     classifier = build_classifier(nano, Tokenizer(77), names, prompts)
     expected = (nano.logit_scale.detach().exp() * clip.encode_image(images) @ classifier.T).softmax(dim=1)
-    torch.testing.assert_close(clip.classify(images, names, templates=prompts), expected)
-    assert not torch.equal(clip.classify(images, names), expected)
+    torch.testing.assert_close(clip.classify(images, labels=names, templates=prompts), expected)
+    assert not torch.equal(clip.classify(images, labels=names), expected)
+    torch.testing.assert_close(clip.classify(images, labels=names), clip.classify(images, names), atol=0, rtol=0)
+
+
+def test_texts_and_labels_exclude_each_other_and_templates_are_for_labels(clip: Pipeline, images: list[Image.Image]):
+    for given in ({}, {"texts": ["a dog", "a cat"], "labels": ["dog", "cat"]}):
+        with pytest.raises(ConfigError, match=r"give exactly one of texts and labels: .*labels=\["):
+            clip.classify(images, **given)
+    with pytest.raises(ConfigError, match=r"templates are for class names: give labels=\[…\] instead of texts"):
+        clip.classify(images, ["a dog", "a cat"], templates="openai")
 
 
 def test_the_module_takes_normalised_images_and_tokens(clip: Pipeline, images: list[Image.Image]):
@@ -73,5 +82,5 @@ def test_input_that_cannot_be_used_is_told(clip: Pipeline, tmp_path: Path):
         clip.encode_image(tmp_path)
     with pytest.raises(DataError, match="no images"):
         clip.encode_image([])
-    with pytest.raises(ConfigError, match="must be a list"):
+    with pytest.raises(ConfigError, match="must be non-empty lists"):
         clip.classify(write_image(tmp_path / "a.png", 0), "a dog")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_exp.config.commands import OutputFormat, PredictConfig
 from clip_exp.config.compose import compose
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.data.images import eval_transform, normalize, preprocessing_of
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference.commands import predict
@@ -63,14 +63,14 @@ def test_labels_of_a_file_go_into_templates(run_dir: Path, photos: Path, clip: P
     values = {"texts": None, "labels": str(tmp_path / "names.txt"), "templates": templates}
     predict(asked(run_dir, str(photos / "0.png"), **values))
     found = probabilities(json.loads(capsys.readouterr().out), ["dog", "cat"])
-    expected = clip.classify(photos / "0.png", ["dog", "cat"], templates=templates)
+    expected = clip.classify(photos / "0.png", labels=["dog", "cat"], templates=templates)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def test_only_the_k_most_probable_texts_are_shown(run_dir: Path, photos: Path, capsys):
+def test_only_the_top_k_most_probable_texts_are_shown(run_dir: Path, photos: Path, capsys):
     predict(asked(run_dir, str(photos)))
     whole = json.loads(capsys.readouterr().out)
-    predict(asked(run_dir, str(photos), k=2))
+    predict(asked(run_dir, str(photos), top_k=2))
     best = json.loads(capsys.readouterr().out)
     assert [p["texts"] for p in best["images"]] == [p["texts"][:2] for p in whole["images"]]
 
@@ -95,10 +95,10 @@ def test_csv_json_and_the_table_hold_the_same(run_dir: Path, photos: Path, tmp_p
 
 def test_a_broken_image_stops_the_command_or_is_left_out_and_told(run_dir: Path, photos: Path, capsys, caplog):
     (photos / "2.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"2\.png: not an image.*on_bad_image=replace"):
+    with pytest.raises(DataError, match=r"2\.png: not an image.*on_bad_image=skip"):
         predict(asked(run_dir, str(photos)))
     assert capsys.readouterr().out == ""
-    predict(asked(run_dir, str(photos), on_bad_image=OnBadImage.replace))
+    predict(asked(run_dir, str(photos), on_bad_image=EvalOnBadImage.skip))
     document = json.loads(capsys.readouterr().out)
     assert len(document["images"]) == 6
     assert [left_out["path"] for left_out in document["left_out"]] == [str(photos / "2.png")]
@@ -108,26 +108,33 @@ def test_a_broken_image_stops_the_command_or_is_left_out_and_told(run_dir: Path,
 
 def test_texts_that_are_cut_are_told_with_their_number(run_dir: Path, photos: Path, capsys, caplog):
     predict(asked(run_dir, str(photos / "0.png"), texts=["a dog", "many " * 100, "很" * 60]))
-    assert "2 of the texts are longer than the model's 77 tokens" in caplog.text
+    assert "2 texts are longer than the context length of 77 tokens and were truncated" in caplog.text
 
 
 def test_every_problem_is_told_at_once(run_dir: Path, tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
-        compose("predict", ["images=absent.png", "k=0", "frames=0", "batch_size=0", "precision=fp8", "accelerator=tpu"])
+        compose(
+            "predict", ["images=absent.png", "top_k=0", "frames=0", "batch_size=0", "precision=fp8", "accelerator=tpu"]
+        )
     told = [line.partition(" ")[0] for line in str(caught.value).splitlines()]
-    assert sorted(told) == ["accelerator=tpu", "batch_size=0", "frames=0", "k=0", "precision=fp8"]
+    assert sorted(told) == ["accelerator=tpu", "batch_size=0", "frames=0", "precision=fp8", "top_k=0"]
     config = PredictConfig(images="absent.png", templates=["no place"], output=f"{tmp_path}/no/o.csv")
     with pytest.raises(ConfigError) as caught:
         predict(config)
-    for part in ("no folder", "which model?", "absent.png", "exactly one of texts", "has no {}"):
+    for part in ("is not a folder", "which model?", "absent.png", "exactly one of texts", "has no {}"):
         assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) == 5
     with pytest.raises(CheckpointError, match="not a run folder"):
         predict(asked(tmp_path, str(run_dir / "config.yaml")))
 
 
+def test_templates_of_whole_texts_are_refused(run_dir: Path, photos: Path):
+    with pytest.raises(ConfigError, match=r"templates are for class names: give labels=… instead of texts"):
+        predict(asked(run_dir, str(photos), templates="openai"))
+
+
 def test_a_single_text_is_refused_since_its_probability_says_nothing(run_dir: Path, photos: Path):
-    with pytest.raises(ConfigError, match="one text alone always has probability 1"):
+    with pytest.raises(ConfigError, match="a single text always has probability 1"):
         predict(asked(run_dir, str(photos), texts=["a dog"]))
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clip_exp.config.commands import OutputFormat, RankConfig
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.inference.commands import rank
 from clip_exp.inference.features import best
@@ -39,10 +39,10 @@ def assert_same(found: list[tuple[str, float]], expected: list[tuple[str, float]
 
 
 def test_a_ranking_is_every_cosine_sorted(run_dir: Path, photos: Path, clip: Pipeline, capsys):
-    assert rank(asked(run_dir, str(photos), "a dog, running", keep=None)) == 0
+    assert rank(asked(run_dir, str(photos), "a dog, running", top_k=None)) == 0
     expected = brute_force(clip, photos, "a dog, running")
     assert_same(ranking(json.loads(capsys.readouterr().out)), expected)
-    rank(asked(run_dir, str(photos), "a dog, running", keep=3))
+    rank(asked(run_dir, str(photos), "a dog, running", top_k=3))
     assert_same(ranking(json.loads(capsys.readouterr().out)), expected[:3])
 
 
@@ -52,9 +52,9 @@ def test_the_python_api_ranks_folders_paths_and_images_alike(photos: Path, clip:
     assert_same([(match.path, match.score) for match in found], expected)
     paths = find_images(photos)
     assert [paths[match.position] for match in found] == [path for path, _ in expected]
-    kept = clip.rank("a cat", [Image.open(path) for path in paths], keep=2)
+    kept = clip.rank("a cat", [Image.open(path) for path in paths], top_k=2)
     assert [match.position for match in kept] == [match.position for match in found[:2]]
-    with pytest.raises(ConfigError, match="one text"):
+    with pytest.raises(ConfigError, match="a single string"):
         clip.rank(["a", "b"], photos)  # type: ignore[arg-type]
 
 
@@ -80,7 +80,7 @@ def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: 
     assert [entry["text"] for entry in document["rankings"]] == texts
     for number, text in enumerate(texts):
         assert_same(ranking(document, number), brute_force(clip, photos, text))
-    rank(asked(run_dir, str(photos), texts, format=OutputFormat.csv, keep=2))
+    rank(asked(run_dir, str(photos), texts, format=OutputFormat.csv, top_k=2))
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["query"], row["rank"], row["image"]) for row in rows] == [
         (text, str(place + 1), ranking(document, number)[place][0])
@@ -90,16 +90,16 @@ def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: 
 
 
 def test_the_kept_images_are_copied_in_their_order(run_dir: Path, photos: Path, clip: Pipeline, tmp_path: Path, capsys):
-    rank(asked(run_dir, str(photos), "a dog", keep=3, copy_to=str(tmp_path / "best")))
+    rank(asked(run_dir, str(photos), "a dog", top_k=3, copy_to=str(tmp_path / "best")))
     expected = [path for path, _ in brute_force(clip, photos, "a dog")[:3]]
     copies = sorted((tmp_path / "best").iterdir())
     assert [path.name for path in copies] == [
         f"{place:02d}_{Path(p).name}" for place, p in enumerate(expected, start=1)
     ]
     assert [path.read_bytes() for path in copies] == [Path(path).read_bytes() for path in expected]
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists and is not an empty folder"):
         rank(asked(run_dir, str(photos), "a dog", copy_to=str(tmp_path / "best")))
-    rank(asked(run_dir, str(photos), ["a dog!", "猫/狗"], keep=1, copy_to=str(tmp_path / "two")))
+    rank(asked(run_dir, str(photos), ["a dog!", "猫/狗"], top_k=1, copy_to=str(tmp_path / "two")))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["01_a_dog", "02_猫_狗"]
 
 
@@ -107,7 +107,7 @@ def test_a_broken_image_is_left_out_of_the_ranking_and_told(run_dir: Path, photo
     (photos / "2.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"2\.png: empty file"):
         rank(asked(run_dir, str(photos), "a dog"))
-    rank(asked(run_dir, str(photos), "a dog", on_bad_image=OnBadImage.replace))
+    rank(asked(run_dir, str(photos), "a dog", on_bad_image=EvalOnBadImage.skip))
     document = json.loads(capsys.readouterr().out)
     assert len(ranking(document)) == 6
     assert document["left_out"] == [{"path": str(photos / "2.png"), "reason": "empty file"}]
@@ -116,7 +116,7 @@ def test_a_broken_image_is_left_out_of_the_ranking_and_told(run_dir: Path, photo
 
 def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photos: Path, clip: Pipeline):
     done = clip_exp_command(
-        "rank", f"run={run_dir}", "images=photos", "text=a dog, running (fast)", "keep=2", "format=csv"
+        "rank", f"run={run_dir}", "images=photos", "text=a dog, running (fast)", "top_k=2", "format=csv"
     )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
@@ -127,7 +127,7 @@ def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photo
     assert refused.returncode == 2
     for part in ("which model?", "absent", "text has no value"):
         assert part in refused.stderr
-    refused = clip_exp_command("rank", "images=absent", "keep=-1", "frames=0")
+    refused = clip_exp_command("rank", "images=absent", "top_k=-1", "frames=0")
     assert refused.returncode == 2
-    for part in ("keep=-1 must be above 0.", "frames=0 must be above 0."):
+    for part in ("top_k=-1 must be above 0.", "frames=0 must be above 0."):
         assert part in refused.stderr

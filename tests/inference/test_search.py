@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import clip_exp
 from clip_exp.config.commands import OutputFormat, SearchConfig
-from clip_exp.config.data import OnBadImage
+from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference import index as index_module
 from clip_exp.inference import pipeline as pipeline
@@ -54,7 +54,7 @@ def test_answers_equal_brute_force(index: Path, photos: Path, clip: Pipeline, mo
     paths = find_images("photos")
     features = clip.encode_image(paths)
     for query, kind in (("two dogs", "text"), ("photos/3.png", "image")):
-        assert search(asked(index, **{kind: query}, top=4)) == 0
+        assert search(asked(index, **{kind: query}, top_k=4)) == 0
         vector = clip.encode_text(query)[0] if kind == "text" else features[3]
         expected = sorted(zip(paths, (features @ vector).tolist(), strict=True), key=lambda pair: -pair[1])[:4]
         found = matches(capsys)
@@ -63,9 +63,9 @@ def test_answers_equal_brute_force(index: Path, photos: Path, clip: Pipeline, mo
 
 
 def test_scores_do_not_depend_on_the_tiles(index: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    whole = clip.index(path=index).search("two dogs", top=7)
+    whole = clip.index(path=index).search("two dogs", top_k=7)
     monkeypatch.setattr("clip_exp.inference.features.ROWS", 2)
-    tiled = clip.index(path=index).search("two dogs", top=7)
+    tiled = clip.index(path=index).search("two dogs", top_k=7)
     assert [match.path for match in tiled] == [match.path for match in whole]
     torch.testing.assert_close([m.score for m in tiled], [m.score for m in whole], atol=1e-6, rtol=0)
 
@@ -127,7 +127,7 @@ def test_images_outside_the_given_folders_stay(index: Path, photos: Path, tmp_pa
     search(asked(index, images=str(tmp_path / "other")))
     assert "8 images (1 new)" in capsys.readouterr().out
     photos.mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         search(asked(index, images=str(photos)))
     assert len(read_entries(index).paths) == 8
 
@@ -176,12 +176,12 @@ def test_an_index_of_other_weights_is_refused(index: Path, photos: Path, tmp_pat
     other = write_run(tmp_path / "other", build_model(named_model("vit_nano")))
     for values in ({"text": "a dog"}, {"images": str(photos)}):
         with pytest.raises(
-            CheckpointError, match=r"was made by vit_nano with .*run/checkpoints.*not by .*other/checkp"
+            CheckpointError, match=r"was created by vit_nano with .*run/checkpoints.*not by .*other/checkp"
         ):
             search(asked(index, run=str(other), **values))
     with pytest.raises(CheckpointError, match="cannot be compared"):
         clip_exp.load(other, accelerator="cpu").index(path=index)
-    with pytest.raises(CheckpointError, match="whose settings are others"):
+    with pytest.raises(CheckpointError, match="with other settings"):
         clip_exp.load(run_dir, accelerator="cpu", activation="quick_gelu").index(path=index)
 
 
@@ -189,9 +189,9 @@ def test_an_index_finds_its_model_again_or_says_what_became_of_it(index: Path, r
     weights = next(run_dir.glob("checkpoints/*/model.safetensors"))
     elsewhere = tmp_path / "elsewhere"
     shutil.move(run_dir, elsewhere)
-    with pytest.raises(CheckpointError, match="which is gone: name the same weights"):
+    with pytest.raises(CheckpointError, match="which does not exist anymore: give the new location"):
         search(asked(index, text="a dog"))
-    assert search(asked(index, run=str(elsewhere), text="a dog", top=3)) == 0
+    assert search(asked(index, run=str(elsewhere), text="a dog", top_k=3)) == 0
     assert len(matches(capsys)) == 3
     weights.parent.mkdir(parents=True)
     save_file({"a": torch.zeros(1)}, weights)
@@ -200,15 +200,13 @@ def test_an_index_finds_its_model_again_or_says_what_became_of_it(index: Path, r
 
 
 def test_other_frames_or_another_precision_are_not_mixed_in(index: Path, photos: Path, capsys):
-    with pytest.raises(ConfigError, match=r"frames=4, but .* was made with frames=8"):
+    with pytest.raises(ConfigError, match=r"frames=4, but .* was created with frames=8"):
         search(asked(index, images=str(photos), frames=4))
     with pytest.raises(ConfigError, match=r"precision=bf16-mixed, but"):
         search(asked(index, images=str(photos), precision="bf16-mixed"))
 
 
-def test_indexing_that_was_interrupted_goes_on_where_it_was(
-    index: Path, run_dir: Path, photos: Path, monkeypatch, capsys
-):
+def test_interrupted_indexing_resumes_where_it_stopped(index: Path, run_dir: Path, photos: Path, monkeypatch, capsys):
     real, seen = Pipeline.encode_each, []
 
     def interrupted(self, media, *rest) -> Iterator[Encoded]:
@@ -236,7 +234,7 @@ def test_a_killed_process_loses_only_what_it_had_not_saved(
 import os, sys
 from clip_exp import cli
 from clip_exp.inference import index
-index.SAVE_EVERY_S, index.SAVE_SHARE = 0.0, 1e9
+index.SAVE_EVERY_S, index.SAVE_FRACTION = 0.0, 1e9
 write, saves = index.write_index, []
 def save(*arguments):
     write(*arguments)
@@ -258,7 +256,7 @@ sys.exit(cli.run("search", sys.argv[1:]))
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
     if number is signal.SIGTERM:
         assert done.returncode == 143
-        assert "The same command goes on" in done.stderr
+        assert "The same command resumes" in done.stderr
     else:
         assert done.returncode == -number
     kept = read_entries(again).paths
@@ -287,7 +285,7 @@ def test_without_locks_an_index_is_extended_and_what_another_process_may_be_writ
 
 
 def test_threads_take_turns_and_none_is_lost(index: Path):
-    """The lock's file is removed by its holder: whoever opened it before must not take it for the next one's."""
+    """The holder removes the lock file, so a process that opened it earlier must not take it for the lock of the next holder."""
     inside, most, turns = [], [], []
 
     def work() -> None:
@@ -311,35 +309,41 @@ def test_threads_take_turns_and_none_is_lost(index: Path):
 
 def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path, clip: Pipeline):
     opened = clip.index(path=index)
-    before = opened.search("a dog", top=7)
+    before = opened.search("a dog", top_k=7)
     for number in range(20, 25):
         write_image(photos / f"{number}.png", number)
     assert len(clip.index(photos, index)) == 12
     assert len(opened) == 7
-    assert opened.search("a dog", top=7) == before
+    assert opened.search("a dog", top_k=7) == before
 
 
 def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Pipeline, tmp_path: Path, caplog):
     index = clip.index(photos, path=tmp_path / "api.index")
     assert len(index) == 7
     assert index.paths == [str(photos / Path(name).relative_to(photos)) for name in find_images(photos)]
-    best = index.search(image=photos / "3.png", top=1)[0]
+    best = index.search(image=photos / "3.png", top_k=1)[0]
     assert (best.path, round(best.score, 5)) == (str(photos / "3.png"), 1.0)
-    assert [m.path for m in index.search("two dogs", top=3)] == [m.path for m in clip.rank("two dogs", photos, keep=3)]
+    assert [m.path for m in index.search("two dogs", top_k=3)] == [
+        m.path for m in clip.rank("two dogs", photos, top_k=3)
+    ]
     (photos / "broken.png").write_bytes(b"broken")
     assert len(clip.index([photos], path=tmp_path / "api.index")) == 7
     assert "left out 1 of 8 images" in caplog.text
     with pytest.raises(DataError, match=r"broken\.png"):
         clip.index(photos, path=tmp_path / "api.index", on_bad_image="error")
+    with pytest.raises(ConfigError, match=r"on_bad_image=replace must be one of error, skip\."):
+        clip.index(photos, path=tmp_path / "api.index", on_bad_image="replace")
     with pytest.raises(ConfigError, match="no such file"):
         clip.index(path=tmp_path / "absent.index")
-    with pytest.raises(ConfigError, match="a text or an image"):
+    with pytest.raises(ConfigError, match="either a text or an image"):
         index.search()
 
 
 def test_images_in_shards_are_refused_since_an_index_refers_to_files(run_dir: Path, tmp_path: Path):
     shard = write_shard(tmp_path / "s.tar", {"1.jpg": jpeg(1), "1.txt": "x"})
-    with pytest.raises(ConfigError, match=r"s\.tar: an index refers to image files.*unpack them"):
+    with pytest.raises(
+        ConfigError, match=r"s\.tar: an index refers to image files, not to members of shards: unpack the shards"
+    ):
         search(asked(tmp_path / "x.index", table=str(shard), run=str(run_dir)))
 
 
@@ -348,9 +352,11 @@ def test_an_index_without_a_readable_image_is_not_written(run_dir: Path, tmp_pat
     (tmp_path / "bad" / "a.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of the 1 images can be read.*a\.png: not an image"):
         search(asked(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad")))
-    with pytest.raises(DataError, match="on_bad_image=replace"):
+    with pytest.raises(DataError, match="on_bad_image=skip"):
         search(
-            asked(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad"), on_bad_image=OnBadImage.error)
+            asked(
+                tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad"), on_bad_image=EvalOnBadImage.error
+            )
         )
     assert not (tmp_path / "x.index").exists()
 
@@ -358,19 +364,19 @@ def test_an_index_without_a_readable_image_is_not_written(run_dir: Path, tmp_pat
 def test_a_file_that_is_no_index_is_refused(index: Path, tmp_path: Path, run_dir: Path):
     whole = index.read_bytes()
     index.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="no index, or damaged"):
+    with pytest.raises(CheckpointError, match="not an index, or damaged"):
         search(asked(index, text="a dog"))
     index.write_text("text")
-    with pytest.raises(CheckpointError, match="no index, or damaged"):
+    with pytest.raises(CheckpointError, match="not an index, or damaged"):
         read_recipe(index)
-    with pytest.raises(CheckpointError, match="no index, or damaged"):
+    with pytest.raises(CheckpointError, match="not an index, or damaged"):
         read_recipe(next(run_dir.glob("checkpoints/*/model.safetensors")))
 
 
 def test_an_index_whose_model_has_other_keys_is_refused_by_name(index: Path):
     recipe, entries = read_recipe(index), read_entries(index)
     write_index(index, replace(recipe, model={**recipe.model, "channels": 3}), entries)
-    with pytest.raises(CheckpointError, match=r"photos\.index was made by another version") as caught:
+    with pytest.raises(CheckpointError, match=r"photos\.index was created by another version") as caught:
         search(asked(index, text="a dog"))
     assert "model.channels does not exist" in str(caught.value)
 
@@ -390,10 +396,10 @@ def test_names_that_are_not_utf8_survive(photos: Path, run_dir: Path, clip: Pipe
     [
         (["search"], 2, "index has no value"),
         (["search", "index=x.index"], 2, "nothing to do"),
-        (["search", "index=x.index", "text=a"], 2, "no such file. Make it"),
+        (["search", "index=x.index", "text=a"], 2, "no such file. Create it"),
         (["search", "index=photos", "text=a"], 2, "is a folder"),
         (["search", "index=x.index", "images=photos"], 2, "which model?"),
-        (["search", "index=run/config.yaml", "text=a"], 4, "no index, or damaged"),
+        (["search", "index=run/config.yaml", "text=a"], 4, "not an index, or damaged"),
         (["search", "index=x.index", "images=photos", "run=photos"], 4, "not a run folder"),
     ],
 )
@@ -409,7 +415,7 @@ def test_saves_are_not_more_than_a_tenth_of_the_time(index: Path, photos: Path, 
     now = [0.0]
     monkeypatch.setattr(index_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(index_module, "write_index", lambda *_: now.__setitem__(0, now[0] + 30.0))
-    shelf = index_module._Shelf(index, read_recipe(index), [])
-    shelf.unsaved = True
-    shelf.save()
-    assert shelf.next_save == 30.0 + 300.0
+    contents = index_module._Contents(index, read_recipe(index), [])
+    contents.unsaved = True
+    contents.save()
+    assert contents.next_save == 30.0 + 300.0

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from clip_exp.api import evaluate, load
 from clip_exp.config.commands import ExportConfig
 from clip_exp.config.compose import compose
-from clip_exp.config.evaluation import SubjectConfig
+from clip_exp.config.evaluation import InferenceConfig
 from clip_exp.config.names import named_model
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.inference.index import Entries, read_recipe, recipe_of, write_index
@@ -38,7 +38,7 @@ def tuned(tmp_path: Path, nano: CLIP, start: Path) -> Path:
 
 
 def mixture(run: Path, share: float) -> dict[str, torch.Tensor]:
-    return load_model(find_source(SubjectConfig(run=str(run), wise_ft=share))).state_dict()
+    return load_model(find_source(InferenceConfig(run=str(run), wise_ft=share))).state_dict()
 
 
 def test_nothing_of_the_run_is_its_start_and_all_of_it_the_run_to_the_bit(tuned: Path, start: Path, nano: CLIP) -> None:
@@ -58,13 +58,13 @@ def test_half_of_the_run_is_the_mean_and_a_quarter_lies_between(tuned: Path, sta
 
 def test_every_command_that_chooses_a_model_has_it(tuned: Path) -> None:
     checkpoint = tuned / "checkpoints" / "step-000001"
-    mix = find_source(SubjectConfig(ckpt=str(checkpoint), wise_ft=0.5)).mix
+    mix = find_source(InferenceConfig(ckpt=str(checkpoint), wise_ft=0.5)).mix
     assert mix is not None
     assert mix == find_source(ExportConfig(run=str(tuned), wise_ft=0.5)).mix
 
 
 def test_features_of_different_shares_are_never_taken_for_each_other(tuned: Path, tmp_path: Path) -> None:
-    sources = [find_source(SubjectConfig(run=str(tuned), wise_ft=share)) for share in (None, 0.0, 0.5, 1.0)]
+    sources = [find_source(InferenceConfig(run=str(tuned), wise_ft=share)) for share in (None, 0.0, 0.5, 1.0)]
     assert len({source.sha256() for source in sources}) == 4
     # An index remembers its mixture, and opens with it.
     recipe = recipe_of(sources[2], "32-true", 8)
@@ -92,21 +92,21 @@ def test_a_share_outside_0_to_1_is_refused(tuned: Path, share: float) -> None:
 
 def test_a_run_from_random_weights_has_no_start(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"started from none"):
-        find_source(SubjectConfig(run=str(run_dir), wise_ft=0.5))
+        find_source(InferenceConfig(run=str(run_dir), wise_ft=0.5))
 
 
 def test_weights_that_are_no_run_have_no_start(start: Path) -> None:
     with pytest.raises(ConfigError, match=r"wise_ft needs run=DIR"):
-        find_source(SubjectConfig(model=named_model("vit_nano"), pretrained=str(start), wise_ft=0.5))
+        find_source(InferenceConfig(model=named_model("vit_nano"), pretrained=str(start), wise_ft=0.5))
 
 
 def test_a_start_that_is_gone_or_changed_is_refused(tuned: Path, start: Path, nano: CLIP) -> None:
     save_file(nano.state_dict(), start)
     with pytest.raises(CheckpointError, match=r"holds other weights now"):
-        find_source(SubjectConfig(run=str(tuned), wise_ft=0.5))
+        find_source(InferenceConfig(run=str(tuned), wise_ft=0.5))
     start.unlink()
     with pytest.raises(CheckpointError, match=r"no longer there"):
-        find_source(SubjectConfig(run=str(tuned), wise_ft=0.5))
+        find_source(InferenceConfig(run=str(tuned), wise_ft=0.5))
 
 
 def test_python_has_it_too(tuned: Path, start: Path) -> None:

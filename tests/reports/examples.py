@@ -1,4 +1,4 @@
-"""Results as scoring leaves them, with images of noise in files."""
+"""Results of evaluation tasks, with noise images in files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ import torch
 
 from clip_exp.data.image_sets import ImageFiles
 from clip_exp.evaluation.classification import accuracies
-from clip_exp.reports.classification_page import Classified
-from clip_exp.reports.comparison_page import Compared
+from clip_exp.reports.classification_report import Classified
+from clip_exp.reports.comparison_report import Compared
 from clip_exp.reports.evaluation import Result
-from clip_exp.reports.retrieval_page import Query, Retrieved
+from clip_exp.reports.retrieval_report import Query, Retrieved
 from tests.small_runs import write_image
 
 ATTACK = "\"'><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7 * 7 }}"
@@ -29,7 +29,7 @@ def noise_files(folder: Path, count: int, size: tuple[int, int] = (40, 36)) -> I
 
 
 def classified(images: ImageFiles, classes: int, rows: int, seed: int = 0, right: float = 0.6) -> Classified:
-    """Rows whose first choice is right with a given chance, else the next class."""
+    """Return predictions whose first class is correct with probability `right`, else the next class."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, rows)
     order = np.stack([rng.permutation(classes)[: min(5, classes)] for _ in range(rows)])
@@ -60,7 +60,7 @@ def classification_result(details: Classified, **protocol: Any) -> Result:
 
 
 def retrieved(images: ImageFiles, captions: list[str]) -> Retrieved:
-    """Caption number i belongs to image number i, and is found at place i + 1."""
+    """Return queries in which caption i belongs to image i and has rank i + 1."""
     count = len(images)
 
     def query(number: int) -> Query:

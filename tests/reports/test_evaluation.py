@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its folder and in the run's, and what it prints."""
+"""Files of an evaluation in its own folder and in the run's, and its output on the terminal."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from clip_exp.reports.evaluation import Result, TensorFile, show, write_result
-from clip_exp.reports.run_page import renew_report
+from clip_exp.reports.run_report import update_report
 from tests.reports.examples import (
     classification_result,
     classified,
@@ -35,7 +35,7 @@ def pairs(tmp_path: Path) -> Result:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of an evaluation that has begun."""
+    """Return the folder of a started evaluation."""
     path = tmp_path / "evaluate" / "vit_nano" / "now"
     path.mkdir(parents=True)
     record = {"argv": ["run=outputs/my run", "task=[pets,pairs]"], "start": "2026-01-02T03:04:05+00:00"}
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """The folder of a run that has finished."""
+    """Return the folder of a finished run."""
     path = tmp_path / "train" / "now"
     path.mkdir(parents=True)
     summary = {
@@ -57,7 +57,7 @@ def trained(tmp_path: Path) -> Path:
     (path / "config.yaml").write_text("name: my run\n")
     (path / "metrics.csv").write_text("step\n")
     Image.new("RGB", (8, 8)).save(path / "report.png")
-    renew_report(path)
+    update_report(path)
     return path
 
 
@@ -65,7 +65,7 @@ def results(**of: Result) -> dict:
     return {name: {"metrics": result.metrics, "protocol": result.protocol} for name, result in of.items()}
 
 
-def test_a_classification_leaves_numbers_a_table_and_a_page_here_and_in_the_run(
+def test_a_classification_writes_metrics_a_table_and_a_report_in_its_folder_and_in_the_run(
     pets: Result, folder: Path, trained: Path
 ):
     write_result(pets, "pets", folder, trained)
@@ -86,10 +86,10 @@ def test_results_are_not_written_through_a_link_in_the_runs_folder(
     assert list((tmp_path / "theirs").iterdir()) == []
     assert (folder / "eval" / "pets.json").is_file()
     assert f"{trained / 'eval'} is a link" in caplog.text
-    assert f"the results are in {folder} only" in caplog.text
+    assert f"the results are only in {folder}" in caplog.text
 
 
-def test_a_run_scored_at_its_end_tells_the_command_that_trained_it(pets: Result, trained: Path):
+def test_the_report_of_a_run_evaluated_after_training_has_its_training_command(pets: Result, trained: Path):
     write_result(pets, "pets", trained)
     assert "model=vit_nano resume=never" in (trained / "eval" / "pets.html").read_text()
 
@@ -107,7 +107,7 @@ def test_the_runs_report_links_its_evaluations(pets: Result, pairs: Result, fold
     assert not (folder / "report.html").exists()
 
 
-def test_a_run_whose_files_are_damaged_keeps_its_report_and_gets_the_page(
+def test_a_run_with_damaged_files_keeps_its_report_and_gets_the_one_of_the_task(
     pets: Result, folder: Path, trained: Path, caplog: pytest.LogCaptureFixture
 ):
     before = (trained / "report.html").read_text()
@@ -115,10 +115,10 @@ def test_a_run_whose_files_are_damaged_keeps_its_report_and_gets_the_page(
     write_result(pets, "pets", folder, trained)
     assert (trained / "report.html").read_text() == before
     assert (trained / "eval" / "pets.html").is_file()
-    assert "could not be renewed" in caplog.text
+    assert "could not be updated" in caplog.text
 
 
-def test_a_run_folder_that_cannot_be_written_costs_a_warning(
+def test_a_run_folder_that_cannot_be_written_is_a_warning(
     pets: Result, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     (tmp_path / "a file").touch()
@@ -127,14 +127,14 @@ def test_a_run_folder_that_cannot_be_written_costs_a_warning(
     assert "cannot be written" in caplog.text
 
 
-def test_tensors_are_kept_beside_the_numbers(pets: Result, folder: Path):
+def test_tensors_are_saved_next_to_the_metrics(pets: Result, folder: Path):
     weights = np.arange(6, dtype=np.float32).reshape(2, 3)
     files = {"probe": TensorFile({"weight": weights}, {"classes": "2"})}
     write_result(Result(pets.metrics, pets.protocol, pets.details, files), "pets", folder)
     assert (load_file(folder / "eval" / "pets.probe.safetensors")["weight"] == weights).all()
 
 
-def test_one_task_ends_with_the_path_of_its_page(
+def test_one_task_ends_with_the_path_of_its_report(
     pets: Result, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "40")  # a path is not broken
@@ -144,7 +144,7 @@ def test_one_task_ends_with_the_path_of_its_page(
     assert not (folder / "report.html").exists()
 
 
-def test_several_tasks_end_with_the_path_of_a_page_that_leads_to_theirs(
+def test_several_tasks_end_with_the_path_of_an_index_of_their_reports(
     pets: Result, pairs: Result, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     tasks = {"pets": pets, "pairs": pairs, "robustness": compared_result()}
@@ -159,7 +159,7 @@ def test_several_tasks_end_with_the_path_of_a_page_that_leads_to_theirs(
     assert "median_rank_t2i" in index
 
 
-def test_pages_are_whole_and_leave_nothing_else(pets: Result, folder: Path):
+def test_reports_leave_no_temporary_files(pets: Result, folder: Path):
     write_result(pets, "pets", folder)
     assert sorted(path.name for path in (folder / "eval").iterdir()) == ["pets.csv", "pets.html", "pets.json"]
 
@@ -170,22 +170,22 @@ def test_values_are_shown_by_the_scale_of_the_metric_whatever_the_task_is_called
     summary = json.loads((trained / "summary.json").read_text())
     summary["metrics"] = {"coco_ranking/recall@5_i2t": 0.25, "lossless/median_rank_i2t": 7.0}
     (trained / "summary.json").write_text(json.dumps(summary))
-    report = renew_report(trained).read_text()
+    report = update_report(trained).read_text()
     assert ">0.2500<" in report
     assert ">7<" in report
     show({"coco_ranking": {"metrics": {"recall@5_i2t": 0.25}, "protocol": pairs.protocol}}, trained)
     assert "0.2500" in capsys.readouterr().out
 
 
-def test_an_overlap_of_scored_and_training_images_is_on_the_page_and_on_the_terminal(
+def test_an_overlap_of_scored_and_training_images_is_in_the_report_and_on_the_terminal(
     pets: Result, folder: Path, caplog: pytest.LogCaptureFixture
 ):
     overlap = {"images": 3, "same_file": 1, "equal_content": 2, "examples": ["/data/pets/cat/1.jpg"]}
     result = Result(pets.metrics, {**pets.protocol, "overlap": overlap}, pets.details)
     write_result(result, "pets", folder)
     page = (folder / "eval" / "pets.html").read_text()
-    assert "<li><b>3</b> in the training images too</li>" in page
+    assert "<li><b>3</b> also in the training set</li>" in page
     assert "<li>equal_content: 2</li>" in page
     show(results(pets=result), folder)
-    assert "pets: 3 of the images that are scored are also among those to learn from" in caplog.text
+    assert "pets: 3 evaluated images are also training images (1 the same files, 2 copies)" in caplog.text
     assert "/data/pets/cat/1.jpg" in caplog.text

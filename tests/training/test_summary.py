@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clip_exp.reports.run_page import data_facts
+from clip_exp.reports.run_report import data_facts
 from clip_exp.runs import RunRecord
 from clip_exp.storage import atomic_file
 from clip_exp.training import summary
@@ -73,7 +73,7 @@ def test_empty_captions_and_values_that_no_filter_compares_are_told(tmp_path, ca
     assert summary["filter_values"] == {"training": {"width": width}}
     facts = data_facts(summary)
     assert facts["empty captions"].replace("\u202f", " ") == "2 of training (50.0 %); 2 of validation (50.0 %)"
-    assert facts["filter"] == "width of training: 2 not numbers, such as '1,024', 1 missing; these match nothing"
+    assert facts["filter"] == "width of training: 2 not numbers, such as '1,024', 1 missing; these values match nothing"
     assert f"{train}: 2 of 4 captions are empty or blank." in caplog.text
     assert (
         f"{train}: data.filter does not match these values: width (2 not numbers, such as '1,024' in line 3, 1 missing)."

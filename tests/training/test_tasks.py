@@ -15,8 +15,9 @@ from clip_exp.config.files import read_run_config
 from clip_exp.data.generated import generate
 from clip_exp.errors import ClipExpError, ConfigError, DataError
 from clip_exp.evaluation.launch import evaluate
+from clip_exp.models.clip import build_model
 from clip_exp.training.preflight import check_train, training_tasks
-from clip_exp.training.tasks import TaskScores
+from clip_exp.training.tasks import TaskScores, score_tasks
 from tests.compose import train_config
 from tests.exhaustive import repeat_beyond
 from tests.runs import TINY, Finished, Train, unfinish
@@ -201,10 +202,7 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
     )
     scores = TaskScores(training_tasks(config), config, tmp_path, Any, lambda: None)
     scores.on_train_start(Any, None)
-    assert (
-        "knn: 1 of the images that are scored are also among those to learn from (0 the same files, 1 copies)"
-        in caplog.text
-    )
+    assert "knn: 1 evaluated images are also training images (0 the same files, 1 copies)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -233,6 +231,24 @@ def test_a_task_that_cannot_be_scored_is_refused_before_training(
         check_train(train_config(*(override.format(**places) for override in overrides)))
     assert message in str(caught.value)
     assert type(caught.value) is error
+
+
+def test_an_unreadable_image_of_a_task_is_left_out_or_ends_the_run_as_one_of_training(tmp_path: Path) -> None:
+    for number in range(4):
+        write_image(tmp_path / "pets" / "ab"[number % 2] / f"{number}.png", number)
+    (tmp_path / "pets/a/broken.png").write_bytes(b"broken")
+
+    def score(policy: str) -> dict[str, Any]:
+        config = train_config(
+            "model=vit_nano", "data=shapes", f"data.on_bad_image={policy}", f"output_dir={tmp_path}", "data.num_workers=0",
+            "task=image_folder", f"task.image_folder.root={tmp_path / 'pets'}",
+        )  # fmt: skip
+        model = build_model(config.model).eval()
+        return score_tasks(training_tasks(config), config, model, torch.device("cpu"))["image_folder"].protocol
+
+    assert (score("replace")["images"], score("replace")["bad_images"]) == (4, 1)
+    with pytest.raises(DataError, match=r"broken\.png: .*leave such images out: data\.on_bad_image=replace\."):
+        score("error")
 
 
 def test_a_monitor_of_a_task_that_is_scored_often_enough_is_accepted(tmp_path: Path, monkeypatch) -> None:

@@ -252,7 +252,7 @@ def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Fini
         assert "listed in bad_samples.csv" in output
         assert "1 of training" in output, "the bad row"
         assert "1 of training (2.9" in output, "the empty caption"
-        assert "of those trained on" in output, "the captions that were cut"
+        assert "of the training captions" in output, "the captions that were cut"
 
 
 def test_an_unreadable_image_under_error_ends_with_code_3(single: Finished, command, tmp_path) -> None:

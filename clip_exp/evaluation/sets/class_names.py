@@ -1,10 +1,10 @@
-"""Class names and prompt templates: published ones by their names, or the user's own, from the configuration or a file. No torch.
+"""Class names and prompt templates: published lists by name, or custom ones from the configuration or a file. Does not import torch.
 
-The published lists come from the installed `open_clip_torch` (names, templates) and `timm` (wnids, subsets of ImageNet); their files are
-found and read without importing those packages, which would take seconds.
+The published lists are in the installed packages `open_clip_torch` (names, templates) and `timm` (wnids, subsets of ImageNet). Their
+files are read without importing the packages, which would take seconds.
 
-A user's file is plain text with one text per line (UTF-8, with or without a mark of the byte order), YAML or JSON. Everything in
-YAML is read as text: the class `no` is no boolean.
+A custom file is plain text with one text per line (UTF-8, with or without a byte order mark), YAML or JSON. All YAML scalars are
+read as text, so the class `no` is not a boolean.
 """
 
 import json
@@ -26,18 +26,22 @@ CLASS_SETS = {"imagenet": "ImageNet-1k", "imagenet_a": "ImageNet-A", "imagenet_r
 
 
 def templates(source: str | list[str], where: str = "templates") -> list[str]:
-    """Prompt templates, each with `{}` in the place of the class name.
+    """Return prompt templates, each with `{}` for the class name.
 
     Args:
         source: `openai` (80), `simple` (7), a list, one template, or a file: plain text with one template per line, or a
             list as YAML or JSON.
+        where: configuration key, for messages.
+
+    Raises:
+        ConfigError: the source is none of these, or a template has no `{}`.
     """
     if isinstance(source, str) and source in NAMED_TEMPLATES:
         return [template(PLACEHOLDER) for template in getattr(zero_shot_metadata(), NAMED_TEMPLATES[source])]
     if isinstance(source, str) and PLACEHOLDER in source:
         source = [source]
     found = read_lines(
-        source, where, "openai, simple, a list, or a file of templates (a line each, or a list as YAML or JSON)"
+        source, where, "openai, simple, a list, or a file of templates (one per line, or a list as YAML or JSON)"
     )
     for template in found:
         if PLACEHOLDER not in template:
@@ -48,15 +52,15 @@ def templates(source: str | list[str], where: str = "templates") -> list[str]:
 
 
 def class_prompts(class_name: str, templates: list[str]) -> list[str]:
-    """The templates filled in. Not `str.format`: class names and templates may hold other braces."""
+    """Return the templates with the class name. `str.format` is not used: names and templates may contain other braces."""
     return [template.replace(PLACEHOLDER, class_name) for template in templates]
 
 
 @cache
 def imagenet_classes() -> list[tuple[str, str]]:
-    """ImageNet-1k's classes as (wnid, OpenAI's name), in the order of the wnids.
+    """Return the 1,000 classes of ImageNet-1k as (wnid, OpenAI's name), in the order of the wnids.
 
-    1,000 entries: `missile` and `sunglasses` are each the name of two classes.
+    `missile` and `sunglasses` are the names of two classes each.
     """
     wnids = (package_folder("timm") / "data/_info/imagenet_synsets.txt").read_text(encoding="utf-8").split()
     return list(zip(wnids, zero_shot_metadata().IMAGENET_CLASSNAMES, strict=True))
@@ -64,23 +68,23 @@ def imagenet_classes() -> list[tuple[str, str]]:
 
 @cache
 def imagenet_index() -> dict[str, int]:
-    """The position of each wnid among ImageNet-1k's classes."""
+    """Return the position of each wnid among the classes of ImageNet-1k."""
     return {wnid: index for index, (wnid, _) in enumerate(imagenet_classes())}
 
 
 @dataclass(frozen=True)
 class ClassSet:
-    """Classes in the order of their wnids."""
+    """Published classes in the order of their wnids."""
 
     title: str
     wnids: list[str]
-    names: list[str]  # OpenAI's; not distinct
-    indices: list[int]  # of each class among ImageNet-1k's
+    names: list[str]  # OpenAI's names, which may repeat
+    indices: list[int]  # position of each class in ImageNet-1k
 
 
 @cache
 def class_set(name: str) -> ClassSet:
-    """One of `CLASS_SETS`."""
+    """Return one of `CLASS_SETS` by name."""
     everything = imagenet_classes()
     indices = list(range(len(everything)))
     if name != "imagenet":
@@ -91,33 +95,43 @@ def class_set(name: str) -> ClassSet:
 
 
 class Pairs(list[tuple[Any, Any]]):
-    """The entries of a mapping as they were written, repeated ones too."""
+    """Entries of a mapping in file order, including repeated keys."""
 
 
 def read_lines(source: Any, where: str, accepted: str) -> list[str]:
-    """A list of texts, or what a file lists.
+    """Return texts from a list or a file.
 
     Args:
-        source: a list, or a file: plain text with a text per line, or a list as YAML or JSON.
+        source: a list, or a file: plain text with one text per line, or a list as YAML or JSON.
+        where: configuration key, for messages.
+        accepted: description of the valid values, for messages.
+
+    Raises:
+        ConfigError: the source is neither.
     """
     found, where = _found(source, where, accepted)
     if isinstance(found, Pairs):
-        raise ConfigError(f"{where} is a mapping; it may be {accepted}.")
+        raise ConfigError(f"{where} must not be a mapping: use {accepted}.")
     return _texts(found, where, accepted)
 
 
 def read_names(source: Any, where: str, accepted: str) -> list[str] | dict[str, str]:
-    """A list of names, or names by label.
+    """Return class names as a list, or as a mapping of label to name.
 
     Args:
         source: a list, a mapping, or a file: plain text with `name` or `label<tab>name` per line, YAML, or JSON.
+        where: configuration key, for messages.
+        accepted: description of the valid values, for messages.
+
+    Raises:
+        ConfigError: the source is none of these, or has a label twice.
     """
     found, where = _found(source, where, accepted)
     if isinstance(found, list) and not isinstance(found, Pairs) and isinstance(source, str):
         tabs = [isinstance(line, str) and "\t" in line.strip() for line in found]
         if any(tabs) and not all(tabs):
             raise ConfigError(
-                f"{where}: '{found[tabs.index(False)]}' has no tab between label and name, as others have."
+                f"{where}: '{found[tabs.index(False)]}' has no tab between label and name, but other lines have one."
             )
         found = Pairs(tuple(line.strip().split("\t", 1)) for line in found) if any(tabs) else found
     if not isinstance(found, Pairs):
@@ -125,19 +139,19 @@ def read_names(source: Any, where: str, accepted: str) -> list[str] | dict[str, 
     labels = _texts([label for label, _ in found], where, accepted)
     names = _texts([name for _, name in found], where, accepted)
     if repeated := [label for label, count in Counter(labels).items() if count > 1]:
-        raise ConfigError(f"{where} names '{repeated[0]}' twice.")
+        raise ConfigError(f"{where} has the label '{repeated[0]}' twice.")
     return dict(zip(labels, names, strict=True))
 
 
 def _found(source: Any, where: str, accepted: str) -> tuple[Any, str]:
-    """What the configuration or the file holds, and where for messages."""
+    """Return the contents of the configuration value or of its file, and their location for messages."""
     if isinstance(source, dict):
         return Pairs(source.items()), where
     if not isinstance(source, str):
         return source, where
     path = Path(source).expanduser()
     if not path.is_file():
-        raise ConfigError(f"{where}={source} is no file; it may be {accepted}.")
+        raise ConfigError(f"{where}={source}: no such file. Use {accepted}.")
     where = f"{where}={source}"
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -168,12 +182,12 @@ def _scalar(node: yaml.Node) -> str | None:
 
 def _texts(values: Any, where: str, accepted: str) -> list[str]:
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"{where} holds no texts; it may be {accepted}.")
+        raise ConfigError(f"{where} has no texts: use {accepted}.")
     for number, value in enumerate(values, start=1):
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip(BLANKS):
             shown = repr(value)
             if value is None or isinstance(value, list | dict):
-                shown = "nothing" if value is None else "a list" if type(value) is list else "a mapping"
+                shown = "empty" if value is None else "a list" if type(value) is list else "a mapping"
             hint = " Put it in quotes." if isinstance(value, bool | float) else ""
             raise ConfigError(f"{where}: entry {number} is {shown}, not a text.{hint}")
     return [str(value).strip(BLANKS) for value in values]

@@ -1,4 +1,4 @@
-"""Labelled images to evaluate on: `LabeledDataConfig` to `LabeledImages`. No torch."""
+"""Labeled images of an evaluation: `LabeledImages` from a `LabeledDataConfig`. Does not import torch."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ SPLIT = re.compile(
 )
 
 SCORED_FIRST = ("test", "val", "dev", "eval", "train")  # which split to suggest
-Place = tuple[str, ...]  # of an image below the root: its folders and its name
+Parts = tuple[str, ...]  # folders and file name of an image, relative to the root
 
 
 def labeled_images(
@@ -32,14 +32,16 @@ def labeled_images(
     output_dir: str,
     split: str | None = None,
 ) -> LabeledImages:
-    """The labelled images that a part of the configuration describes.
+    """Return the labeled images of a part of the configuration.
 
     Args:
-        where: the part's key, as `task.flowers`, for messages.
-        output_dir: of the runs; generated data is written below it.
-        split: what to read where `data.split` is None: "train", or None for the held-out part.
+        data: part of the configuration.
+        where: key of the part, such as `task.flowers`, for messages.
+        output_dir: folder for generated data.
+        split: split to use if `data.split` is None: "train", or None for the test split.
+
     Raises:
-        ConfigError: not exactly one source; a file or folder is missing; `classes` does not fit the data.
+        ConfigError: there is not exactly one source, a file or folder is missing, or `classes` does not fit the data.
         DataError: the data cannot be used.
     """
     given = [key for key in SOURCES if getattr(data, key) is not None]
@@ -64,30 +66,35 @@ def labeled_images(
 
 
 def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") -> LabeledImages:
-    """`<root>/<class>/…/<image>`: a class per folder, in the order of the folders' names.
+    """Return the images `<root>/<class>/…/<image>`, with one class per folder.
 
-    Names that are all numbers are ordered by value, as ImageNetV2's, others by code point. Hidden files and files that are
-    no images are left out. Under `labels` a name is its folder's with `_` as a space.
+    Classes are in the order of the folder names: by value if all are numbers, as for ImageNetV2, else by code point. Hidden
+    files and files other than images are ignored.
+
+    Args:
+        root: folder of the class folders.
+        classes: class names as in `LabeledDataConfig.classes`; `labels` uses the folder names with `_` as a space.
+        where: key of the data, for messages.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
         raise ConfigError(
-            f"{where}.root={root}: no such folder. Give a folder that holds one folder of images per class."
+            f"{where}.root={root}: no such folder. Give a folder that contains one folder of images per class."
         )
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     folders = in_order(name.strip(BLANKS) for name in found)
     files: dict[str, list[str]] = {folder: [] for folder in folders}
     for name in found:
         files[name.strip(BLANKS)] += find_images(root / name)
-    if not isinstance(classes, dict):  # which names the folders that are classes
+    if not isinstance(classes, dict):  # a mapping names the class folders
         require_class_folders(root, files, where)
     if not any(files.values()):
         loose = ""
-        if find_images(root, below=False):
+        if find_images(root, recursive=False):
             published = isinstance(classes, str) and classes in CLASS_SETS
             with_file = f", or name a file of their labels: {where}.ground_truth=FILE" if published else ""
-            loose = f" There are images in the folder itself: sort them into one folder per class{with_file}."
-        raise DataError(f"{where}.root={root} holds no folder with images.{loose}")
+            loose = f" It contains images itself: sort them into one folder per class{with_file}."
+        raise DataError(f"{where}.root={root} contains no folders with images.{loose}")
     matched = match(folders, [folder.replace("_", " ") for folder in folders], classes, str(root), where)
     paths = [path for folder in folders for path in files[folder]]
     labels = [matched.position[folder] for folder in folders for _ in files[folder]]
@@ -95,63 +102,76 @@ def from_folder(root: str | Path, classes: Any = "labels", where: str = "task") 
 
 
 def require_class_folders(root: Path, files: dict[str, list[str]], where: str) -> None:
-    """Refuse a root that is above the classes, whose images would be scored as "train" against "test".
+    """Check that the folders in a root are classes, not parents of classes such as `train` and `test`.
 
-    That is so where all folders are called like splits, or two are that hold no images of their own; and where no folder holds images of its
-    own, only folders that do. An exception are folders that each hold one folder of the same name with all of their images, as
-    `<class>/images/` in Tiny ImageNet.
+    They are parents if all have names of splits, or two have that contain no images directly, or if no folder contains images
+    directly. The exception is one subfolder of the same name in each folder, with all of its images, as `<class>/images/` in Tiny
+    ImageNet.
 
     Args:
-        files: of each folder all images in it and below.
+        root: root folder.
+        files: all images in each folder and its subfolders.
+        where: key of the data, for messages.
+
+    Raises:
+        ConfigError: the folders are parents of classes.
     """
     start = len(str(root / "_")) - 1
-    holding: dict[str, list[Place]] = {
+    by_folder: dict[str, list[Parts]] = {
         folder: [tuple(path[start:].split("/")) for path in paths] for folder, paths in files.items() if paths
     }
-    if not holding:
+    if not by_folder:
         return
     key = f"{where}.root={root}"
-    splits = [folder for folder in holding if SPLIT.fullmatch(folder)]
-    nested = [folder for folder, places in holding.items() if min(map(len, places)) > 2]
-    if len(splits) == len(holding) or len({*splits} & {*nested}) > 1:
+    splits = [folder for folder in by_folder if SPLIT.fullmatch(folder)]
+    nested = [folder for folder, places in by_folder.items() if min(map(len, places)) > 2]
+    if len(splits) == len(by_folder) or len({*splits} & {*nested}) > 1:
         raise ConfigError(
-            f"{key} is above the classes: {listing(splits)} {'is a split' if len(splits) == 1 else 'are splits'}. Give "
-            f"{where}.root={_class_level(root, holding)}."
+            f"{key} is the parent folder of splits, not of classes: {listing(splits)}. Use "
+            f"{where}.root={_class_level(root, by_folder)}."
         )
-    if len(nested) < len(holding):
+    if len(nested) < len(by_folder):
         return
-    places = [place for places in holding.values() for place in places]
+    places = [place for places in by_folder.values() for place in places]
     if len({place[1:-1] for place in places}) == 1 and all(len(place) == 3 for place in places):
-        return  # all images are in `<class>/<name>/`, of one name
-    first = next(iter(holding))
+        return  # all images are in `<class>/<name>/`, with the same name for all classes
+    first = next(iter(by_folder))
     raise ConfigError(
-        f"{key} is above the classes: its folders ({listing([*holding])}) hold no images, only folders of images, such as "
-        f"{'/'.join(holding[first][0][:-1])}. Give {where}.root={_class_level(root, holding)}. If they are the classes, name them: "
+        f"{key} is not the parent folder of the classes: its folders ({listing([*by_folder])}) contain only folders of images, such as "
+        f"{'/'.join(by_folder[first][0][:-1])}. Use {where}.root={_class_level(root, by_folder)}. If they are the classes, name them: "
         f"{where}.classes={{{first}: {first.replace('_', ' ')}, …}}."
     )
 
 
-def _class_level(root: Path, holding: dict[str, list[Place]]) -> Path:
-    """Return the folder to give instead: down from the root until folders hold images; a held-out split with classes, if there is one."""
+def _class_level(root: Path, by_folder: dict[str, list[Parts]]) -> Path:
+    """Return the folder to suggest as root: the parent of the first folders with images, in a test split with classes if possible."""
 
     def preference(folder: str) -> tuple[bool, int]:
         starts = [folder.lower().startswith(name) for name in SCORED_FIRST]
         rank = starts.index(True) if SPLIT.fullmatch(folder) else len(starts)
-        return len({place[1] for place in holding[folder] if len(place) > 2}) < 2, rank
+        return len({place[1] for place in by_folder[folder] if len(place) > 2}) < 2, rank
 
     while True:
-        folder = min(holding, key=preference)
-        root, places = root / folder, [place[1:] for place in holding[folder]]
-        holding = {}
+        folder = min(by_folder, key=preference)
+        root, places = root / folder, [place[1:] for place in by_folder[folder]]
+        by_folder = {}
         for place in places:
-            holding.setdefault(place[0], []).append(place)
-        is_split = all(SPLIT.fullmatch(name) for name in holding)
+            by_folder.setdefault(place[0], []).append(place)
+        is_split = all(SPLIT.fullmatch(name) for name in by_folder)
         if any(len(place) < 2 for place in places) or (not is_split and any(len(place) == 2 for place in places)):
             return root
 
 
 def require_tables(tables: Any, where: str) -> None:
-    """Raises ConfigError if a table or a pattern names no file; `where` is the task."""
+    """Check that tables exist.
+
+    Args:
+        tables: path or pattern, or a list of them.
+        where: key of the task, for messages.
+
+    Raises:
+        ConfigError: a table does not exist, or a pattern matches no file.
+    """
     given = [tables] if isinstance(tables, str) else tables
     if not isinstance(given, list) or not given or not all(isinstance(table, str) for table in given):
         raise ConfigError(f"{where}.table={tables} must be a file, a pattern, or a list of those.")
@@ -164,7 +184,7 @@ def require_tables(tables: Any, where: str) -> None:
 def read_pairs(
     table: Any, where: str, data: TableConfig, *, caption_key: str | None = None, label_key: str | None = None
 ) -> PairTable:
-    """`data.tables.read_table`, whose messages name the task's keys instead of a run's."""
+    """Read a table (`data.tables.read_table`), with the keys of the task in error messages instead of those of a run."""
     try:
         return read_table(
             table,
@@ -183,10 +203,10 @@ def read_pairs(
 
 
 def from_table(table: Any, data: LabeledDataConfig, where: str = "task") -> LabeledImages:
-    """Images of a table, labelled by a column; the classes are its distinct values.
+    """Return the images of a table, labeled by a column; the classes are its distinct values.
 
-    Values that are all numbers are ordered by value, others by code point. An image in several rows, as with several
-    captions, counts once; one without a label is left out, as in validation.
+    Classes are ordered by value if all are numbers, else by code point. An image in several rows, as with several captions,
+    counts once. An image without a label is left out, as in validation.
     """
     pairs = read_pairs(table, where, data, label_key=data.label_key)
     labels = label_of_images(pairs)

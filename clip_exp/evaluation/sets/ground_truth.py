@@ -1,4 +1,4 @@
-"""Flat images with a file of labels, as ImageNet's validation images are distributed. No torch."""
+"""Images in one folder with a file of labels, as the validation images of ImageNet are distributed. Does not import torch."""
 
 import csv
 import io
@@ -14,31 +14,37 @@ from clip_exp.errors import ConfigError, DataError
 from clip_exp.evaluation.sets.labeled import IMAGE_SUFFIXES, LabeledImages, find_images, in_order, listing, match
 
 DEVKIT_IDS, DEVKIT_CLASSES = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
-DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data")  # where a devkit's folder may hold them
-LARGEST = 64 * 1024 * 1024  # bytes of a label file or a member of an archive
+DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data")  # possible locations of the files in a devkit folder
+LARGEST = 64 * 1024 * 1024  # bytes; larger label files and archive members are refused
 ACCEPTED = (
     "ImageNet's devkit (its folder or ILSVRC2012_devkit_t12.tar.gz), LOC_val_solution.csv, a file with `image label` per "
-    "line, or one with a wnid or a number from 0 per line"
+    "line, or a file with a wnid or a number from 0 per line"
 )
 
-Labels = list[str] | dict[str, str]  # in the order of the images' names, or by name without its suffix
+Labels = list[str] | dict[str, str]  # in the order of the image names, or by image name without suffix
 
 
 def from_flat_folder(root: str | Path, ground_truth: str | Path, classes: Any, where: str) -> LabeledImages:
-    """`<root>/<image>`, labelled by a file.
+    """Return the images `<root>/<image>`, labeled by a file.
 
-    Labels without names belong to the images in the order of their names, numbers in names by value.
+    Labels without image names are assigned in the order of the image names, in which numbers are ordered by value.
+
+    Args:
+        root: folder of the images.
+        ground_truth: file of labels; see `read_ground_truth`.
+        classes: class names as in `LabeledDataConfig.classes`.
+        where: key of the data, for messages.
     """
     root, key = Path(root).expanduser(), f"{where}.ground_truth"
     if not root.is_dir():
         raise ConfigError(f"{where}.root={root}: no such folder. Give the folder of the images.")
-    paths = sorted(find_images(root, below=False), key=_natural)
+    paths = sorted(find_images(root, recursive=False), key=_natural)
     if not paths:
-        raise DataError(f"{where}.root={root} holds no images itself; a folder per class needs no ground_truth.")
+        raise DataError(f"{where}.root={root} contains no images directly. One folder per class needs no ground_truth.")
     labels = read_ground_truth(ground_truth, key)
     if len(labels) != len(paths):
         raise DataError(
-            f"{key}={ground_truth} has {len(labels):,} labels, {root} has {len(paths):,} images: these must be as many."
+            f"{key}={ground_truth} has {len(labels):,} labels, {root} has {len(paths):,} images: the numbers must be equal."
         )
     if isinstance(labels, dict):
         names = [_stem(path) for path in paths]
@@ -59,12 +65,13 @@ def from_flat_folder(root: str | Path, ground_truth: str | Path, classes: Any, w
 
 
 def read_ground_truth(path: str | Path, key: str) -> Labels:
-    """Labels of flat images.
+    """Return the labels of flat images.
 
     Args:
-        path: ImageNet's devkit as a folder or as its archive, whose ids 1 to 1000 become wnids by its `meta.mat`; Kaggle's
+        path: ImageNet's devkit as a folder or archive, whose ids 1 to 1000 are mapped to wnids by its `meta.mat`; Kaggle's
             LOC_val_solution.csv; text with `image label` per line, as Caffe's val.txt; or text with a label per line.
-            Labels are wnids, or numbers that count the wnids in their order from 0.
+            Labels are wnids, or their positions in the sorted list of wnids, from 0.
+        key: configuration key, for messages.
     """
     file, where = Path(path).expanduser(), f"{key}={path}"
     if file.is_dir() or (file.name == DEVKIT_IDS and (file.parent / DEVKIT_CLASSES).is_file()):
@@ -73,22 +80,22 @@ def read_ground_truth(path: str | Path, key: str) -> Labels:
             ids, classes = folder / below / DEVKIT_IDS, folder / below / DEVKIT_CLASSES
             if ids.is_file() and classes.is_file():
                 return _from_devkit(ids.read_bytes(), classes.read_bytes(), where)
-        raise ConfigError(f"{where} holds no data/{DEVKIT_IDS} with data/{DEVKIT_CLASSES}: it may be {ACCEPTED}.")
+        raise ConfigError(f"{where} contains no data/{DEVKIT_IDS} with data/{DEVKIT_CLASSES}: use {ACCEPTED}.")
     if not file.is_file():
-        raise ConfigError(f"{where}: no such file. It may be {ACCEPTED}.")
+        raise ConfigError(f"{where}: no such file. Use {ACCEPTED}.")
     if file.name == DEVKIT_IDS:
-        raise ConfigError(f"{where}: its ids are the devkit's own, which {DEVKIT_CLASSES} explains: give the devkit.")
+        raise ConfigError(f"{where}: its ids are mapped to classes by {DEVKIT_CLASSES}: use the whole devkit.")
     if tarfile.is_tarfile(file):
         return _from_devkit(*_devkit_archive(file, where), where)
     if file.stat().st_size > LARGEST:
-        raise ConfigError(f"{where} is too large for a file of labels. It may be {ACCEPTED}.")
+        raise ConfigError(f"{where} is too large for a file of labels. Use {ACCEPTED}.")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not text. It may be {ACCEPTED}.") from error
+        raise ConfigError(f"{where} is not text. Use {ACCEPTED}.") from error
     lines = [stripped for line in text.split("\n") if (stripped := line.strip(BLANKS))]
     if not lines:
-        raise DataError(f"{where} is empty. It may be {ACCEPTED}.")
+        raise DataError(f"{where} is empty. Use {ACCEPTED}.")
     if [field.strip().lower() for field in lines[0].split(",")] == ["imageid", "predictionstring"]:
         pairs = [[row[0], (row[1].split() or [""])[0]] for row in csv.reader(lines[1:]) if len(row) == 2]
     else:
@@ -106,7 +113,7 @@ def read_ground_truth(path: str | Path, key: str) -> Labels:
 
 
 def _devkit_archive(file: Path, where: str) -> tuple[bytes, bytes]:
-    """The two members that matter, read where they are: nothing is extracted."""
+    """Return the contents of the two required files of a devkit archive, which is not extracted."""
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(file) as archive:
@@ -119,25 +126,25 @@ def _devkit_archive(file: Path, where: str) -> tuple[bytes, bytes]:
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{where} cannot be read: {error}. Download it again.") from error
     if len(found) < 2:
-        raise ConfigError(f"{where} holds no {DEVKIT_IDS} with {DEVKIT_CLASSES}: it may be {ACCEPTED}.")
+        raise ConfigError(f"{where} contains no {DEVKIT_IDS} with {DEVKIT_CLASSES}: use {ACCEPTED}.")
     return found[DEVKIT_IDS], found[DEVKIT_CLASSES]
 
 
 def _from_devkit(ids: bytes, classes: bytes, where: str) -> list[str]:
-    """The wnids of a list of ids, by the classes without children: the others are groups of them."""
+    """Return the wnids of a list of ids. Only synsets without children are classes; the others are groups of them."""
     from scipy.io import loadmat  # 0.2 s to import
 
     try:
         synsets = loadmat(io.BytesIO(classes), squeeze_me=True)["synsets"]
         columns = (synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"])
         wnid = {str(int(number)): str(name) for number, name, children in zip(*columns, strict=True) if children == 0}
-    except Exception as error:  # scipy raises what it meets in a damaged file
+    except Exception as error:  # scipy raises various errors for damaged files
         raise DataError(
             f"{where}: its {DEVKIT_CLASSES} cannot be read ({error}). Download the devkit again."
         ) from error
     lines = ids.decode("ascii", errors="replace").split()
     if unknown := [line for line in lines if line not in wnid]:
-        raise DataError(f"{where}: {DEVKIT_IDS} has {listing(unknown)}, which {DEVKIT_CLASSES} does not know.")
+        raise DataError(f"{where}: {DEVKIT_IDS} has {listing(unknown)}, which {DEVKIT_CLASSES} does not contain.")
     return [wnid[line] for line in lines]
 
 
@@ -146,6 +153,6 @@ def _stem(path: str) -> str:
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Sorts `2.png` before `10.png`."""
+    """Return a sort key that places `2.png` before `10.png`."""
     parts = re.split(r"(\d+)", os.path.basename(path))
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

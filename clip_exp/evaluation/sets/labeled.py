@@ -1,6 +1,6 @@
-"""Labelled images, whatever they come from: found below a folder, their labels in order and matched with the names that they are scored against. No torch.
+"""Labeled images from any source, and the matching of their labels with class names. Does not import torch.
 
-A name is a position, never a key: `missile` and `sunglasses` are each the name of two classes of ImageNet.
+Classes are identified by position, never by name: `missile` and `sunglasses` are the names of two classes of ImageNet each.
 """
 
 import os
@@ -26,82 +26,92 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images and the class that each belongs to."""
+    """Images with their classes."""
 
     images: ImageSet
     labels: Sequence[int]  # positions in `class_names`
-    class_names: list[str]  # what images are scored against
-    where: str  # for people: the folder, the table, or what else it is
-    keys: list[str | None] = field(default_factory=list)  # folder or label of each class; None: the data lacks it
-    unlabeled: int = 0  # images of the table that have no label, and are left out
-    imagenet: list[list[int]] | None = (
-        None  # of each class the classes of ImageNet-1k that it stands for, where it does
-    )
-    about: dict[str, Any] = field(default_factory=dict)  # what else a protocol says of the data
+    class_names: list[str]  # names that are put into the prompts
+    where: str  # source of the images for messages, such as a folder or table
+    keys: list[str | None] = field(default_factory=list)  # folder or label of each class; None: not in the data
+    unlabeled: int = 0  # number of images without a label, which are left out
+    imagenet: list[list[int]] | None = None  # classes of ImageNet-1k that each class corresponds to; None: unknown
+    about: dict[str, Any] = field(default_factory=dict)  # further evaluation settings about the data
 
     @property
     def missing(self) -> list[str]:
-        """Names that images are scored against though none belongs to them."""
+        """Names of the classes without images."""
         present = set(self.labels)
         return [name for position, name in enumerate(self.class_names) if position not in present]
 
 
-def find_images(folder: Path, below: bool = True) -> list[str]:
-    """Image files of a folder, sorted; links are followed, hidden files and folders are not."""
+def find_images(folder: Path, recursive: bool = True) -> list[str]:
+    """Return the sorted image files in a folder. Links are followed; hidden files and folders are ignored.
+
+    Args:
+        folder: folder to search.
+        recursive: search subfolders too.
+    """
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if below and not name.startswith(".")]
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
         found += [os.path.join(parent, name) for name in files if is_image(name)]
     return sorted(found)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is an image's."""
+    """Return True if a file name is that of a visible image file."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Distinct labels in the order of their classes: numbers by value, others by code point."""
+    """Return the distinct labels in the order of the classes: by value if all are numbers, else by code point."""
     distinct = set(labels)
     return sorted(distinct, key=lambda label: (int(label), label)) if are_numbers(distinct) else sorted(distinct)
 
 
 def are_numbers(labels: Iterable[str]) -> bool:
-    """Whether all labels are written as whole numbers from 0."""
+    """Return True if all labels are integers from 0."""
     return all(label.isascii() and label.isdecimal() for label in labels)
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:
-    """For messages: the first names in quotes, and how many more there are."""
+    """Return the first names in quotes, and the number of the others, for messages."""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(f"'{name}'" for name in names[:limit]) + more
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Where each label of the data is among the names."""
+    """Class names, and the position of each label of the data in them."""
 
     position: dict[str, int]
     names: list[str]
-    imagenet: list[list[int]] | None  # of each name the classes of ImageNet-1k that it stands for, where that is known
+    imagenet: list[list[int]] | None  # classes of ImageNet-1k that each name corresponds to; None: unknown
 
     @property
     def keys(self) -> list[str | None]:
-        """The label of each name; None where the data lack it."""
+        """Label of each name; None if it is not in the data."""
         label_at = {position: label for label, position in self.position.items()}
         return [label_at.get(position) for position in range(len(self.names))]
 
 
 def match(labels: list[str], own_names: list[str], classes: Any, data: str, where: str) -> Matched:
-    """The position of each folder or label among the names to score against, and those names.
+    """Match folders or labels with class names.
 
-    Under a published list labels are wnids, or numbers that count its classes from 0, in the order of wnids. The user's
-    names are matched by a mapping where they are one; by name where every label is among them; by number where the labels
-    are numbers from 0; by wnid where there are 1,000 of them; and in order where there are as many names as labels.
+    With a published list, labels are wnids, or positions in the list, from 0. Custom names are matched by label if they are a
+    mapping; by name if every label is a name; by number if the labels are numbers from 0; by wnid if there are 1,000 names; and
+    in order if there are as many names as labels.
 
     Args:
-        labels: distinct, in the order of the classes.
-        own_names: what they are called where `classes` is `labels`.
+        labels: distinct labels in the order of the classes.
+        own_names: class names for `classes="labels"`.
+        classes: class names as in `LabeledDataConfig.classes`.
+        data: description of the data, for messages.
+        where: key of the data, for messages.
+
+    Raises:
+        ConfigError: names and labels do not match.
+        DataError: a label is not in the published list.
     """
     warn_similar_labels(labels, data)
     if classes == "labels":
@@ -113,19 +123,19 @@ def match(labels: list[str], own_names: list[str], classes: Any, data: str, wher
         position = {key: index for index, key in enumerate(known)}
         if unknown := [label for label in labels if key_of[label] not in position]:
             wnid = by_number or WNID.match(unknown[0])
-            what = f"no class of {published.title}" if wnid else "no WordNet id such as n01440764"
+            what = f"classes of {published.title}" if wnid else "WordNet ids such as n01440764"
             raise DataError(
-                f"{data}: {listing(unknown)} {'is' if len(unknown) == 1 else 'are'} {what}. Remove it, or score against the data's own names: classes=labels."
+                f"{data}: these labels are not {what}: {listing(unknown)}. Remove them, or use the labels as class names: classes=labels."
             )
         found = {label: position[key] for label, key in key_of.items()}
         return Matched(found, published.names, [[index] for index in published.indices])
     if classes == "objectnet":
-        raise ConfigError(f"{where}.classes=objectnet is for ObjectNet's own folder: give {where}.root.")
+        raise ConfigError(f"{where}.classes=objectnet requires the folder of ObjectNet: set {where}.root.")
     given = read_names(classes, f"{where}.classes", ACCEPTED)
     warn_similar_labels(given.values() if isinstance(given, dict) else given, f"{where}.classes")
     if isinstance(given, dict):
         if unknown := [label for label in labels if label not in given]:
-            raise ConfigError(f"{where}.classes names nothing for {listing(unknown)} of {data}.")
+            raise ConfigError(f"{where}.classes has no name for {listing(unknown)} of {data}.")
         position = {label: index for index, label in enumerate(given)}
         return Matched({label: position[label] for label in labels}, list(given.values()), _by_wnid(list(given)))
     return _match_list(labels, own_names, given, data, where)
@@ -146,7 +156,7 @@ def _match_list(labels: list[str], own_names: list[str], names: list[str], data:
     if all(found):
         if ambiguous := [label for label, indices in zip(labels, found, strict=True) if len(indices) > 1]:
             raise ConfigError(
-                f"{where}.classes has {listing(ambiguous)} twice, so labels cannot be matched by name: give a mapping of "
+                f"{where}.classes has {listing(ambiguous)} twice, so labels cannot be matched by name: use a mapping of "
                 "label to name."
             )
         return Matched({label: indices[0] for label, indices in zip(labels, found, strict=True)}, names, None)
@@ -157,8 +167,8 @@ def _match_list(labels: list[str], own_names: list[str], names: list[str], data:
         return Matched({label: int(label) for label in labels}, names, None)
     if len(names) != len(labels):
         raise ConfigError(
-            f"{where}.classes has {len(names)} names, {data} has {len(labels)} classes, and not all of these are among "
-            f"those. Give a name for each in this order ({', '.join(labels[:3])}, …), or a mapping of label to name."
+            f"{where}.classes has {len(names)} names, {data} has {len(labels)} classes, and not all labels are "
+            f"names. Give a name for each class in this order ({', '.join(labels[:3])}, …), or a mapping of label to name."
         )
     for index, (label, indices) in enumerate(zip(labels, found, strict=True)):
         if indices and index not in indices:
@@ -170,5 +180,5 @@ def _match_list(labels: list[str], own_names: list[str], names: list[str], data:
 
 
 def _same(name: str) -> str:
-    """One form of a name's letters: macOS decomposes accents in the names of files."""
+    """Return a name in Unicode form NFC: macOS decomposes accents in file names."""
     return unicodedata.normalize("NFC", name)

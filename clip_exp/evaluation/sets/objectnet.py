@@ -1,8 +1,8 @@
-"""ObjectNet (Barbu et al. 2019), from the user's copy: its 113 classes that are ImageNet's too. No torch.
+"""ObjectNet (Barbu et al. 2019) from a local copy: its 113 classes that are also in ImageNet. Does not import torch.
 
-As in the published evaluations of CLIP (wise-ft's code, which CLIP_benchmark and with it OpenCLIP's table use): images of
-the 113 classes only, scored against ObjectNet's own 113 labels, in the order of their folders. Those codes write the labels
-in lower case, which CLIP's tokenizer does to every text. The red frame of two pixels is cut off first.
+As in the published evaluations of CLIP (the code of wise-ft, which CLIP_benchmark and the table of OpenCLIP use), only images of
+the 113 classes are scored, with ObjectNet's own 113 labels as class names, in the order of the folders. That code converts the
+labels to lower case, as CLIP's tokenizer does with every text. The red frame of two pixels is cropped first.
 """
 
 import json
@@ -20,10 +20,11 @@ MAPPINGS = (FOLDERS, OVERLAP, IDS, IMAGENET)
 
 
 def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
-    """`<root>/images/<class>/<image>` with `<root>/mappings/`, as objectnet-1.0.zip holds them.
+    """Return the images `<root>/images/<class>/<image>`, with `<root>/mappings/`, in the layout of objectnet-1.0.zip.
 
     Args:
-        root: the folder objectnet-1.0, the one around it, or its images.
+        root: folder objectnet-1.0, its parent, or its folder of images.
+        where: key of the data, for messages.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -33,18 +34,20 @@ def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
     mappings = next((place for place in places if all((place / name).is_file() for name in MAPPINGS)), None)
     if mappings is None:
         raise ConfigError(
-            f"{where}.root={folder}: ObjectNet's mappings are missing. Keep the folder as objectnet-1.0.zip holds it: images/ "
-            f"beside mappings/ with {', '.join(MAPPINGS)}."
+            f"{where}.root={folder}: ObjectNet's mappings are missing. Use the layout of objectnet-1.0.zip: images/ next "
+            f"to mappings/ with {', '.join(MAPPINGS)}."
         )
     label_of_folder, overlap = _read_json(mappings / FOLDERS), _imagenet_of_label(mappings)
     folders = sorted(entry.name for entry in images.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if unknown := [folder for folder in folders if folder not in label_of_folder]:
-        raise DataError(f"{images}: {listing(unknown)} is no class of ObjectNet. Move it away.")
+        raise DataError(
+            f"{images}: folders that are not classes of ObjectNet: {listing(unknown)}. Move them elsewhere."
+        )
     classes = sorted(folder for folder, label in label_of_folder.items() if label in overlap)
     files = {folder: find_images(images / folder) for folder in folders}
     scored = [folder for folder in classes if files.get(folder)]
     if not scored:
-        raise DataError(f"{images} holds no images of the {len(classes)} classes that are ImageNet's too.")
+        raise DataError(f"{images} contains no images of the {len(classes)} classes that are also in ImageNet.")
     position = {folder: index for index, folder in enumerate(classes)}
     others = [folder for folder in folders if folder not in position]
     return LabeledImages(
@@ -57,13 +60,13 @@ def from_objectnet(root: str | Path, where: str = "task") -> LabeledImages:
         about={
             "left_out_classes": len(others),
             "left_out_images": sum(len(files[folder]) for folder in others),
-            "cut_off": f"{FRAME} pixels on each side",
+            "cropped_border": f"{FRAME} pixels on each side",
         },
     )
 
 
 def _imagenet_of_label(mappings: Path) -> dict[str, list[int]]:
-    """Of each label of ObjectNet that overlaps ImageNet, the classes of ImageNet-1k in the order of wnids."""
+    """Return the classes of ImageNet-1k, as positions in the sorted wnids, of each label of ObjectNet that is in ImageNet."""
     index_of_id = {str(number): int(index) for index, number in _read_json(mappings / IDS).items()}
     lines = (mappings / IMAGENET).read_text(encoding="utf-8", errors="replace").split("\n")
     id_of_label = {line.strip(): str(number) for number, line in enumerate(lines) if line.strip()}
@@ -82,5 +85,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}. Take it from objectnet-1.0.zip.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} is no mapping. Take it from objectnet-1.0.zip.")
+        raise DataError(f"{path} is not a mapping. Take it from objectnet-1.0.zip.")
     return content

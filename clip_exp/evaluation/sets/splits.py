@@ -1,8 +1,8 @@
-"""Labelled images to learn from and labelled images to score on: their classes are made the same ones, and how many are in both. No torch.
+"""Training and test images of a learned classification: matching of their classes, and their overlap. Does not import torch.
 
-Every image costs a look at its file's size and number (`os.stat`). The contents are compared only of images whose sizes are equal: first a sample,
-then, where these are equal, all bytes. With sizes as those of ImageNet (1.3 million and 50 thousand images, log-normal) that is a sample of
-nearly every validation image and of a quarter of the training images; next to nothing is read whole.
+The overlap check calls `os.stat` for every image. Only images of equal size are compared: first a sample of their bytes and, if the
+samples are equal, all bytes. For file sizes as in ImageNet (1.3 million and 50 thousand images, log-normal) a sample of almost every
+validation image and of a quarter of the training images is read, and almost no image completely.
 """
 
 import os
@@ -29,33 +29,39 @@ SIZE = 3  # column of `_places`
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many of the images to score are among those to learn from."""
+    """Number of test images that are also training images."""
 
-    scored: int  # images to score
+    scored: int  # number of test images
     same_file: int
-    equal_content: int  # in another file
-    examples: list[str]  # names of the first of them
+    equal_content: int  # same bytes in another file
+    examples: list[str]  # names of the first such images
 
     @property
     def images(self) -> int:
-        """Images to score that are among those to learn from."""
+        """Number of test images that are also training images."""
         return self.same_file + self.equal_content
 
     def protocol(self) -> dict[str, Any]:
-        """For a protocol."""
+        """Return the overlap for the evaluation settings."""
         if not self.images:
             return {"images": 0}
         counts = {"same_file": self.same_file, "equal_content": self.equal_content}
         return {"images": self.images, **counts, "examples": self.examples}
 
 
-def prepare_halves(
+def prepare_train_and_test(
     name: str, task: LabeledDataConfig, train: LabeledDataConfig, output_dir: str
 ) -> tuple[LabeledImages, LabeledImages, Overlap | None]:
-    """Find and match the images to learn from and those to score; how many are in both, None where they cannot be compared.
+    """Return the training and test images of a task with the same classes, and their overlap, None if they cannot be compared.
+
+    Args:
+        name: name of the task.
+        task: configuration of the test images.
+        train: configuration of the training images.
+        output_dir: folder for generated data.
 
     Raises:
-        ConfigError: the images to score are those to learn from.
+        ConfigError: all test images are training images.
         DataError: see `match_classes`.
     """
     where = f"task.{name}"
@@ -64,35 +70,45 @@ def prepare_halves(
         labeled_images(task, where, output_dir),
         where,
     )
-    overlap = find_overlap(learned.images, scored.images, f"{name}: comparing the images of both parts")
+    overlap = find_overlap(learned.images, scored.images, f"{name}: comparing training and test images")
     if overlap is not None and overlap.images == overlap.scored:
         copies = f", {overlap.equal_content:,} of them as copies" if overlap.equal_content else ""
         raise ConfigError(
-            f"{where}.train is the data that is scored: all {overlap.scored:,} images of {scored.where} are among those of "
-            f"{learned.where}{copies}. Give other images to learn from."
+            f"{where}.train has the test images: all {overlap.scored:,} images of {scored.where} are also in "
+            f"{learned.where}{copies}. Use other training images."
         )
     return learned, scored, overlap
 
 
 def match_classes(train: LabeledImages, test: LabeledImages, where: str) -> tuple[LabeledImages, LabeledImages]:
-    """Both with the same classes: those of which `train` has images, in its order.
+    """Return training and test images with the same classes: those with training images, in the order of `train`.
 
-    A class of `test` is the class of `train` with the same key (folder or label), else the one with the same name. Classes
-    of which `test` has no images may be predicted, as in zero-shot classification. Names are `test`'s where it has them.
+    A class of `test` is matched with the class of `train` that has the same key (folder or label), else the same name. Classes
+    without test images may be predicted, as in zero-shot classification. Names of `test` have priority.
+
+    Args:
+        train: training images.
+        test: test images.
+        where: key of the task, for messages.
+
+    Raises:
+        DataError: there are fewer than two classes, a class of `test` has no match, or two of them have the same.
     """
     present = sorted(set(train.labels))
     if len(present) < 2:
-        raise DataError(f"{where}.train: all images of {train.where} are of one class; there is nothing to learn.")
+        raise DataError(
+            f"{where}.train: all images of {train.where} have the same class: at least two classes are required."
+        )
     position = _positions(train, test, present)
     scored = sorted(set(test.labels))
     if unknown := [label for label in scored if label not in position]:
         raise DataError(
-            f"{where}: {listing(_labels_of(test, unknown))} of {test.where} is no class of the images to learn from, "
-            f"{train.where}: {listing(_labels_of(train, present))}. Give both the same folders or labels, or the same "
-            "names by `classes`."
+            f"{where}: classes of {test.where} without training images: {listing(_labels_of(test, unknown))}. The classes of "
+            f"{train.where} are {listing(_labels_of(train, present))}. Use the same folders or labels for both, or the same "
+            "names in `classes`."
         )
     if len({position[label] for label in scored}) < len(scored):
-        raise DataError(f"{where}: several classes of {test.where} are one class of {train.where}: rename them.")
+        raise DataError(f"{where}: several classes of {test.where} match the same class of {train.where}: rename them.")
     new = {label: there for there, label in enumerate(present)}
     name_of = {there: test.class_names[label] for label, there in position.items()}
     names = [name_of.get(there, train.class_names[label]) for label, there in new.items()]
@@ -109,7 +125,7 @@ def match_classes(train: LabeledImages, test: LabeledImages, where: str) -> tupl
 
 
 def _positions(train: LabeledImages, test: LabeledImages, present: list[int]) -> dict[int, int]:
-    """Where the classes of `test` are in `present`, as far as `train` has them."""
+    """Return the position in `present` of each class of `test` that `train` has."""
     by_key = {_key(train, label): there for there, label in enumerate(present)}
     names = [train.class_names[label] for label in present]
     count = Counter(names)
@@ -136,13 +152,16 @@ def _labels_of(images: LabeledImages, labels: list[int]) -> list[str]:
 
 
 def find_overlap(train: ImageSet, test: ImageSet, what: str | None = None) -> Overlap | None:
-    """Compare the images to learn from with those to score.
+    """Return the overlap of training and test images.
 
     Args:
-        what: name of the progress bar; None for none.
+        train: training images.
+        test: test images.
+        what: name of the progress bar; None: no progress bar.
+
     Returns:
-        None where one of the two keeps its images in a form of its own, so that they cannot be compared. The same such set twice is a
-        complete overlap.
+        None if one of them does not store its images as files, so that they cannot be compared. If both are the same such dataset,
+        the overlap is complete.
     """
     if train.stored(0) is None or test.stored(0) is None:
         twice = train.fingerprint() == test.fingerprint()
@@ -152,13 +171,13 @@ def find_overlap(train: ImageSet, test: ImageSet, what: str | None = None) -> Ov
     number = np.unique(np.concatenate([of_train, of_test])[:, :SIZE], axis=0, return_inverse=True)[1].reshape(-1)
     known, own = number[: len(of_train)], number[len(of_train) :]
     same = np.isin(own, known[of_train[:, SIZE] > 0]) & (of_test[:, SIZE] > 0)
-    # Contents: of other files of test and files of train that have a size in common.
+    # Contents are compared for the other test files that have the size of a training file.
     size_of_train, size_of_test = of_train[:, SIZE], np.where(same, 0, of_test[:, SIZE])
     ours = np.flatnonzero(np.isin(size_of_test, size_of_train) & (size_of_test > 0))
     theirs = np.flatnonzero(np.isin(size_of_train, size_of_test[ours]))
     found = [*map(test.stored, ours.tolist()), *map(train.stored, theirs.tolist())]
     copied = np.zeros(len(test), dtype=bool)
-    for group in equal_contents([place for place in found if place is not None]):  # all of them: they have sizes
+    for group in equal_contents([place for place in found if place is not None]):  # no None: all of them have sizes
         if group[-1] >= len(ours):
             copied[ours[[position for position in group if position < len(ours)]]] = True
     examples = [test.name(index) for index in np.flatnonzero(same | copied)[:EXAMPLES].tolist()]
@@ -166,7 +185,7 @@ def find_overlap(train: ImageSet, test: ImageSet, what: str | None = None) -> Ov
 
 
 def _places(images: ImageSet, advance: Callable[[int], None]) -> np.ndarray:
-    """uint64 [N, 4]: of each image the device and the number of its file, and offset and size in it. A size of 0: there is no such file."""
+    """Return uint64 [N, 4]: device and inode of the file of each image, and its offset and size in the file. Size 0: no such file."""
     places = np.zeros((len(images), 4), dtype=np.uint64)
     for start in range(0, len(images), CHUNK):
         indices = range(start, min(start + CHUNK, len(images)))
@@ -180,6 +199,6 @@ def _place(stored: Stored | None) -> tuple[int, int, int, int]:
         status = os.stat(stored.file) if stored is not None else None
     except (OSError, ValueError):  # ValueError: a NUL in the name
         status = None
-    if stored is None or status is None or not stat.S_ISREG(status.st_mode):  # a pipe would block who reads it
+    if stored is None or status is None or not stat.S_ISREG(status.st_mode):  # reading a pipe would block
         return 0, 0, 0, 0
     return status.st_dev, status.st_ino, stored.offset, status.st_size if stored.size is None else stored.size

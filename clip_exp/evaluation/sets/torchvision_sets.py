@@ -1,4 +1,4 @@
-"""Classification sets of torchvision by name: `torchvision: CIFAR10`. Torch is imported only when one is asked for."""
+"""Classification datasets of torchvision by name: `torchvision: CIFAR10`. Torch is imported only to load one."""
 
 import ast
 import hashlib
@@ -20,7 +20,7 @@ from clip_exp.progress import progress
 
 log = logging.getLogger(__name__)
 
-# The held-out part where it is not called `test`. CLEVR's test images have no labels.
+# Name of the test split where it is not `test`. The test images of CLEVR have no labels.
 HELD_OUT = {
     "CLEVRClassification": "val", "EMNIST": "balanced", "Imagenette": "val", "ImageNet": "val", "INaturalist": "2021_valid",
     "Places365": "val",
@@ -30,35 +30,39 @@ OTHERS = (
     "_optical_flow", "_stereo_matching", "celeba", "cityscapes", "coco", "fakedata", "flickr", "folder", "hmdb51", "kinetics",
     "kitti", "lsun", "moving_mnist", "phototour", "sbd", "sbu", "ucf101", "vision", "voc", "widerface",
 )  # fmt: skip
-SPLIT_KEYS = ("split", "version")  # what the classes call the part
-LABELS = ("targets", "_labels", "labels", "y")  # where they keep labels
-SAMPLES = ("_samples", "samples")  # where they keep pairs that end with a label
-NAMES = ("classes", "categories")  # where they keep class names
+SPLIT_KEYS = ("split", "version")  # parameters of the classes for the split
+LABELS = ("targets", "_labels", "labels", "y")  # attributes of the classes with labels
+SAMPLES = ("_samples", "samples")  # attributes with tuples that end with a label
+NAMES = ("classes", "categories")  # attributes with class names
 
 
 def from_torchvision(data: LabeledDataConfig, where: str, split: str | None = None) -> LabeledImages:
-    """A classification set of torchvision below `data.root`.
+    """Return a classification dataset of torchvision in `data.root`.
 
-    The part is `data.split`, else the training part where `split` is "train", else the held-out one. Names are the class's
-    own with `_` as a space; a user's names are given in the order of the labels.
+    Class names are those of torchvision with `_` as a space; custom names are in the order of the labels.
+
+    Args:
+        data: configuration of the data.
+        where: key of the data, for messages.
+        split: split to use if `data.split` is None: "train", or None for the test split.
     """
     given, known = str(data.torchvision), _all_names()
     if given.lower() not in known:
         raise ConfigError(
-            f"{where}.torchvision={given} is no classification set of torchvision.datasets: {nearest(given.lower(), known)}"
+            f"{where}.torchvision={given} is not a classification dataset of torchvision.datasets: {nearest(given.lower(), known)}"
         )
     name = known[given.lower()]
     if data.root is None:
-        raise ConfigError(f"{where}.root has no value: the folder where {name} lies, or is to be fetched to.")
+        raise ConfigError(f"{where}.root has no value: give the folder of {name}, or the folder to download it to.")
     root = Path(data.root).expanduser().resolve()
     if not root.is_dir() and not data.download:
-        raise ConfigError(f"{where}.root={root}: no such folder. To fetch {name} into it: {where}.download=true.")
+        raise ConfigError(f"{where}.root={root}: no such folder. To download {name} into it: {where}.download=true.")
     import torchvision.datasets
 
     cls = getattr(torchvision.datasets, name)
     arguments, part = _arguments(cls, data.split, split, where)
     dataset, about = _make(cls, {"root": str(root), **arguments}, part, data.download, where)
-    # Two sets list their files as the file system does, which is another order on another machine.
+    # Two datasets list files in the order of the file system, which differs between machines.
     if name == "SUN397":
         pairs = sorted(zip(dataset._image_files, dataset._labels, strict=True))
         dataset._image_files, dataset._labels = [path for path, _ in pairs], [label for _, label in pairs]
@@ -82,7 +86,7 @@ def from_torchvision(data: LabeledDataConfig, where: str, split: str | None = No
 
 @cache
 def _all_names() -> dict[str, str]:
-    """The classification sets of torchvision.datasets by their names in lower case, without importing it."""
+    """Return the classification datasets of torchvision.datasets by lowercase name, without importing it."""
     source = (package_folder("torchvision") / "datasets/__init__.py").read_text(encoding="utf-8")
     imports = [
         node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) and node.module not in OTHERS
@@ -92,19 +96,19 @@ def _all_names() -> dict[str, str]:
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """Of the constructor, and of those that it hands further keywords to."""
+    """Return the parameters of the constructor, and of the base constructors that get its keyword arguments."""
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if "__init__" in vars(base):
-            own = inspect.signature(base.__init__).parameters  # type: ignore[misc] # of the class, on purpose
+            own = inspect.signature(base.__init__).parameters  # type: ignore[misc] # of this class only
             found = {**own, **found}
             if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own.values()):
                 break
     return found
 
 
-def _arguments(cls: type, wanted: str | None, default: str | None, where: str) -> tuple[dict[str, Any], str | None]:
-    """What chooses the part of the set, and the part's name for people; None where the set is not divided."""
+def _arguments(cls: type, requested: str | None, default: str | None, where: str) -> tuple[dict[str, Any], str | None]:
+    """Return the arguments that select a split, and its name for messages; None if the dataset has no splits."""
     parameters = _parameters(cls)
     key = next((key for key in SPLIT_KEYS if key in parameters), None)
     training = default == "train"
@@ -112,21 +116,19 @@ def _arguments(cls: type, wanted: str | None, default: str | None, where: str) -
         own = parameters[key].default
         train = own if isinstance(own, str) and "train" in own else "train"
         held_out = HELD_OUT.get(cls.__name__, "test")
-        divided_otherwise = "train" in parameters  # EMNIST's `split` names one of its kinds
-        part = wanted or (train if training and not divided_otherwise else held_out)
+        divided_otherwise = "train" in parameters  # `split` of EMNIST is one of its variants
+        part = requested or (train if training and not divided_otherwise else held_out)
         arguments: dict[str, Any] = {key: part}
         if divided_otherwise:
             arguments["train"] = training
             part = f"{part}/{'train' if training else 'test'}"
     elif "train" in parameters:
-        part = wanted or ("train" if training else "test")
+        part = requested or ("train" if training else "test")
         if part not in ("train", "test"):
             raise ConfigError(f"{where}.split={part} must be train or test for {cls.__name__}.")
         arguments = {"train": part == "train"}
-    elif wanted or training:
-        raise ConfigError(
-            f"{where}: torchvision's {cls.__name__} is not divided into parts, such as {wanted or default}."
-        )
+    elif requested or training:
+        raise ConfigError(f"{where}: torchvision's {cls.__name__} has no splits, such as {requested or default}.")
     else:
         return {}, None
     return arguments, part
@@ -135,31 +137,33 @@ def _arguments(cls: type, wanted: str | None, default: str | None, where: str) -
 def _make(
     cls: type, arguments: dict[str, Any], part: str | None, download: bool, where: str
 ) -> tuple[Any, dict[str, Any]]:
-    """The data set and what a protocol says of its files. What is there is never fetched again."""
+    """Return the dataset and evaluation settings about its files. Existing files are not downloaded again."""
     name, root, can_fetch = cls.__name__, arguments["root"], "download" in _parameters(cls)
     try:
         return cls(**arguments, **({"download": False} if can_fetch else {})), {}
     except (RuntimeError, OSError) as error:
         problem = " ".join(str(error).split()).partition(" You can use download=True")[0].rstrip(".")
-    except Exception as error:  # whatever this class meets in a damaged file
+    except Exception as error:  # the classes raise various errors for damaged files
         if isinstance(error, ValueError) and str(error).startswith("Unknown value"):
             raise ConfigError(f"{where}.split={part}: {error}") from error
         raise DataError(f"{where}: {name} in {root} cannot be read ({type(error).__name__}: {error}).") from error
     if not download:
         if (repacked := _repacked(cls, arguments, where)) is not None:
             return repacked
-        fetch = f"To fetch it: {where}.download=true." if can_fetch else "torchvision cannot fetch it."
-        raise ConfigError(f"{where}.root={root}: torchvision finds no {name} there ({problem}). {fetch}")
+        fetch = f"To download it: {where}.download=true." if can_fetch else "torchvision cannot download it."
+        raise ConfigError(f"{where}.root={root}: torchvision does not find {name} there ({problem}). {fetch}")
     if not can_fetch:
-        raise ConfigError(f"{where}.download: torchvision cannot fetch {name} ({problem}).")
+        raise ConfigError(f"{where}.download: torchvision cannot download {name} ({problem}).")
     try:
         return cls(**arguments, download=True), {}
-    except Exception as error:  # whatever the network, the archive or the disk do
-        raise DataError(f"{where}: {name} could not be fetched to {root} ({type(error).__name__}: {error}).") from error
+    except Exception as error:  # errors of the network, the archive or the disk
+        raise DataError(
+            f"{where}: {name} could not be downloaded to {root} ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _repacked(cls: Any, arguments: dict[str, Any], where: str) -> tuple[Any, dict[str, Any]] | None:
-    """CIFAR from files that are not its authors', with `data.cifar`; None where there are no such files."""
+    """Return CIFAR from files with other checksums, read by `data.cifar`; None if the files do not exist."""
     if cls.__name__ not in ("CIFAR10", "CIFAR100"):
         return None
     folder = Path(arguments["root"]) / cls.base_folder
@@ -175,22 +179,22 @@ def _repacked(cls: Any, arguments: dict[str, Any], where: str) -> tuple[Any, dic
                 found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
             changed += [file] if found != md5 else []
     except (ValueError, OSError) as error:
-        raise DataError(f"{where}: {error}. To fetch {cls.__name__} again: {where}.download=true.") from error
+        raise DataError(f"{where}: {error}. To download {cls.__name__} again: {where}.download=true.") from error
     if changed:
         log.warning(
-            "%s: files in %s are not those that torchvision knows; read as images and labels only.", where, folder
+            "%s: files in %s have other checksums than in torchvision: only images and labels are read.", where, folder
         )
-    return CifarImages(part, folder), ({"files_of_other_checksum": changed} if changed else {})
+    return CifarImages(part, folder), ({"files_with_other_checksum": changed} if changed else {})
 
 
 def _labels(dataset: Any, title: str, where: str) -> list[int]:
-    """From where the class keeps them, else by reading every item."""
+    """Return the labels, from an attribute of the dataset if possible, else by reading every item."""
     refused = f"{where}: items of torchvision's {title} are not images with one label each"
     if not len(dataset):
         raise DataError(f"{where}: torchvision's {title} has no images.")
-    kept = [getattr(dataset, name) for name in LABELS if hasattr(dataset, name)]
-    kept += [[sample[-1] for sample in getattr(dataset, name)] for name in SAMPLES if hasattr(dataset, name)]
-    for labels in map(np.asarray, kept):
+    found = [getattr(dataset, name) for name in LABELS if hasattr(dataset, name)]
+    found += [[sample[-1] for sample in getattr(dataset, name)] for name in SAMPLES if hasattr(dataset, name)]
+    for labels in map(np.asarray, found):
         if labels.shape == (len(dataset),) and labels.dtype.kind in "iu":
             return labels.tolist()
     labels_read: list[int] = []
@@ -198,23 +202,25 @@ def _labels(dataset: Any, title: str, where: str) -> list[int]:
         for index in range(len(dataset)):
             try:
                 image, label = dataset[index]
-                image.close()  # some classes open the file and decode nothing
+                image.close()  # some classes open the file without decoding it
                 labels_read.append(int(label))
-            except Exception as error:  # whatever its items are
-                raise DataError(f"{refused} ({type(error).__name__}: {error}). Choose another split or set.") from error
+            except Exception as error:  # items may have any form
+                raise DataError(
+                    f"{refused} ({type(error).__name__}: {error}). Choose another split or dataset."
+                ) from error
             advance(1)
     return labels_read
 
 
 def _classes(dataset: Any, labels: list[int], data: LabeledDataConfig, where: str) -> tuple[dict[int, str], list[str]]:
-    """The key of each label and the names of the classes, in the order of the labels."""
+    """Return the key of each label, and the class names in the order of the labels."""
     own = next((getattr(dataset, name) for name in NAMES if hasattr(dataset, name)), None)
     if own is None:
         numbers = {label: str(label) for label in sorted(set(labels))}
         if data.classes == "labels":
             raise ConfigError(
-                f"{where}: torchvision does not name the {len(numbers)} classes of {data.torchvision}: give their names in "
-                f"the order of its labels, {where}.classes=[…]."
+                f"{where}: torchvision has no names for the {len(numbers)} classes of {data.torchvision}: give names in "
+                f"the order of the labels, {where}.classes=[…]."
             )
         return numbers, list(numbers.values())
     own = list(own)
@@ -222,7 +228,7 @@ def _classes(dataset: Any, labels: list[int], data: LabeledDataConfig, where: st
         raise DataError(f"{where}: {data.torchvision} has images without a label. Choose another split.")
     index_of = getattr(dataset, "class_to_idx", {})
     if wrong := [name for index, name in enumerate(own) if index_of.get(name, index) != index]:
-        raise DataError(f"{where}: {data.torchvision} contradicts itself about the label of {wrong[0]}.")
-    names = [name if isinstance(name, str) else name[0] for name in own]  # ImageNet has several for a class
+        raise DataError(f"{where}: {data.torchvision} has contradictory labels for {wrong[0]}.")
+    names = [name if isinstance(name, str) else name[0] for name in own]  # ImageNet has several names per class
     keys = [str(key) for key in getattr(dataset, "wnids", names)]
     return dict(enumerate(keys)), [name.replace("_", " ") for name in names]

@@ -1,4 +1,4 @@
-"""Evaluation tasks: a package each, whose `__init__` has its configuration, finds its data without torch, and imports torch to score a model on it.
+"""Evaluation tasks, one package each. Its `__init__` has the configuration, finds the data without torch, and imports torch only to score.
 
-`TaskConfig` of `clip_exp.config.evaluation` and `Task` of `clip_exp.evaluation.task` are the contract; no other module knows a kind of task.
+Tasks implement `clip_exp.config.evaluation.TaskConfig` and `clip_exp.evaluation.task.Task`. No other module depends on a kind of task.
 """

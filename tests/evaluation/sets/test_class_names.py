@@ -63,8 +63,8 @@ def test_a_file_holds_templates_as_lines_or_as_a_list(tmp_path: Path, file: str,
     ("source", "message"),
     [
         (["a photo."], "has no {}"),
-        ([], "holds no texts"),
-        ("opanai", "is no file; it may be openai, simple"),
+        ([], "has no texts"),
+        ("opanai", "no such file. Use openai, simple"),
         ([["{}"]], "entry 1 is a list, not a text"),
     ],
 )

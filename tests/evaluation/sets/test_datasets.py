@@ -1,4 +1,4 @@
-"""Labelled images from folders and tables. Roots above the classes are refused with the folder to give instead; folders of classes are
+"""Labeled images from folders and tables. Roots above the classes are refused with the folder to give instead; folders of classes are
 taken, however their images lie in them.
 """
 
@@ -72,7 +72,7 @@ def test_a_mapping_names_folders_also_from_a_file(class_folders: Path, tmp_path:
         (["one", "two"], "2 names.*3 classes"),
         ({"dog": "hound"}, "'Zebra', 'tabby_cat'"),
         (["dog", "dog", "Zebra", "tabby cat"], "dog. twice"),
-        ("lables", "lables is no file"),
+        ("lables", "lables: no such file"),
     ],
 )
 def test_names_that_do_not_fit_the_folders_are_refused(class_folders: Path, classes, message: str):
@@ -91,7 +91,8 @@ def test_an_imagenet_folder_is_scored_against_all_1000_names_in_the_order_of_wni
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"), [("cat", "'cat' is no WordNet id"), ("n99999999", "'n99999999' is no class of ImageNet")]
+    ("folder", "message"),
+    [("cat", "not WordNet ids such as n01440764: 'cat'"), ("n99999999", "not classes of ImageNet-1k: 'n99999999'")],
 )
 def test_a_folder_that_is_no_class_of_imagenet_is_refused_by_name(tmp_path: Path, folder: str, message: str):
     write_image(tmp_path / "n01440764" / "a.png", 0)
@@ -101,7 +102,7 @@ def test_a_folder_that_is_no_class_of_imagenet_is_refused_by_name(tmp_path: Path
 
 
 def test_empty_and_absent_folders_are_told_apart(tmp_path: Path):
-    with pytest.raises(DataError, match="no folder with images"):
+    with pytest.raises(DataError, match="no folders with images"):
         from_folder(tmp_path)
     write_image(tmp_path / "loose.png", 0)
     with pytest.raises(DataError, match="sort them into one folder per class"):

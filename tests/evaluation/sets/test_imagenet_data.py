@@ -101,14 +101,14 @@ def test_another_number_of_labels_than_images_is_refused_with_both_counts(flat: 
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ("0\n1\n2\n1000\n", DataError, "'1000' is no class of ImageNet-1k"),
+        ("0\n1\n2\n1000\n", DataError, "not classes of ImageNet-1k: '1000'"),
         ("a.JPEG 0\nb.JPEG 0\nc.JPEG 0\nd.JPEG 0\n", DataError, "no label for 'ILSVRC2012_val_00000001'"),
         ("ImageId,PredictionString\nILSVRC2012_val_00000001,\n", DataError, "no label for ILSVRC2012_val_00000001"),
         ("", DataError, "labels.txt is empty"),
         ("a.JPEG 0\na.JPEG 1\n", DataError, "two labels for a.JPEG: 0 and 1"),
     ],
 )
-def test_a_ground_truth_that_cannot_be_used_is_told(
+def test_an_invalid_ground_truth_is_reported(
     flat: Path, tmp_path: Path, content: str, error: type, message: str
 ) -> None:
     (tmp_path / "labels.txt").write_text(content)
@@ -116,34 +116,38 @@ def test_a_ground_truth_that_cannot_be_used_is_told(
         read(flat, ground_truth=tmp_path / "labels.txt")
 
 
-def test_a_devkit_that_lacks_its_classes_or_is_damaged_is_told(flat: Path, devkit: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no such file. It may be ImageNet's devkit"):
+def test_an_incomplete_or_damaged_devkit_is_reported(flat: Path, devkit: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such file. Use ImageNet's devkit"):
         read(flat, ground_truth=tmp_path / "absent")
     meta = devkit / "data" / "meta.mat"
     meta.write_bytes(meta.read_bytes()[:200])
     with pytest.raises(DataError, match=r"meta.mat cannot be read"):
         read(flat, ground_truth=devkit)
     meta.unlink()
-    with pytest.raises(ConfigError, match=r"holds no data/ILSVRC2012_validation_ground_truth.txt with data/meta.mat"):
+    with pytest.raises(
+        ConfigError, match=r"contains no data/ILSVRC2012_validation_ground_truth.txt with data/meta.mat"
+    ):
         read(flat, ground_truth=devkit)
-    with pytest.raises(ConfigError, match=r"its ids are the devkit's own, which meta.mat explains"):
+    with pytest.raises(ConfigError, match=r"its ids are mapped to classes by meta.mat: use the whole devkit"):
         read(flat, ground_truth=devkit / "data" / "ILSVRC2012_validation_ground_truth.txt")
     archive = pack(devkit, tmp_path / "devkit.tar.gz")
-    with pytest.raises(ConfigError, match=r"holds no ILSVRC2012_validation_ground_truth.txt with meta.mat"):
+    with pytest.raises(ConfigError, match=r"contains no ILSVRC2012_validation_ground_truth.txt with meta.mat"):
         read(flat, ground_truth=archive)
     archive.write_bytes(archive.read_bytes()[:-60])
     with pytest.raises((DataError, ConfigError)):
         read(flat, ground_truth=archive)
 
 
-def test_flat_images_and_folders_are_not_taken_for_each_other(flat: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"in the folder itself: sort them .* task\.imagenet\.ground_truth=FILE"):
+def test_flat_images_and_class_folders_are_not_confused(flat: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"contains images itself: sort them .* task\.imagenet\.ground_truth=FILE"):
         read(flat)
-    with pytest.raises(ConfigError, match=r"'val' is a split\. Give task\.imagenet\.root=.*/val\.$"):
+    with pytest.raises(
+        ConfigError, match=r"parent folder of splits, not of classes: 'val'\. Use task\.imagenet\.root=.*/val\.$"
+    ):
         read(tmp_path)
     write_image(tmp_path / "folders" / "n01440764" / "1.JPEG", 1)
     (tmp_path / "labels.txt").write_text("0\n")
-    with pytest.raises(DataError, match="holds no images itself; a folder per class needs no ground_truth"):
+    with pytest.raises(DataError, match=r"contains no images directly\. One folder per class needs no ground_truth"):
         read(tmp_path / "folders", ground_truth=tmp_path / "labels.txt")
 
 
@@ -169,7 +173,7 @@ def test_imagenet_v2_by_wnid_works_too_but_not_mixed(tmp_path: Path) -> None:
     write_image(tmp_path / "n01443537" / "a.jpeg", 0)
     assert read(tmp_path).labels == [1]
     write_image(tmp_path / "7" / "a.jpeg", 0)
-    with pytest.raises(DataError, match="'7' is no WordNet id"):
+    with pytest.raises(DataError, match="not WordNet ids such as n01440764: '7'"):
         read(tmp_path)
 
 
@@ -222,7 +226,7 @@ def test_a_class_of_objectnet_without_images_is_still_scored_against(objectnet: 
 
 def test_objectnet_without_its_mappings_or_with_other_folders_is_refused(objectnet: Path) -> None:
     write_image(objectnet / "images" / "unicorn" / "1.png", 0)
-    with pytest.raises(DataError, match="'unicorn' is no class of ObjectNet"):
+    with pytest.raises(DataError, match="not classes of ObjectNet: 'unicorn'"):
         read(objectnet, "objectnet")
     overlap = objectnet / "mappings" / "objectnet_to_imagenet_1k.json"
     overlap.write_text('{"Banana": "bananna"}')

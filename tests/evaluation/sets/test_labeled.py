@@ -49,20 +49,20 @@ def test_names_by_label_are_the_same_from_any_kind_of_file(tmp_path: Path, file:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("names.txt", "", "names.txt holds no texts"),
-        ("names.txt", " \n\n", "holds no texts"),
+        ("names.txt", "", "names.txt has no texts"),
+        ("names.txt", " \n\n", "has no texts"),
         ("names.txt", "猫".encode("utf-16"), "is not UTF-8 text .*save it as UTF-8"),
         ("names.txt", "a\tcat\ndog\n", "'dog' has no tab between label and name"),
-        ("names.txt", "a\tcat\na\tdog\n", "names 'a' twice"),
+        ("names.txt", "a\tcat\na\tdog\n", "has the label 'a' twice"),
         ("names.yaml", "a: [1", "is not valid YAML: .*line 1"),
-        ("names.yaml", "a: cat\na: dog\n", "names 'a' twice"),
-        ("names.yaml", "- cat\n- [dog]\n", "entry 2 is nothing, not a text"),
-        ("names.yaml", "cat", "holds no texts"),
+        ("names.yaml", "a: cat\na: dog\n", "has the label 'a' twice"),
+        ("names.yaml", "- cat\n- [dog]\n", "entry 2 is empty, not a text"),
+        ("names.yaml", "cat", "has no texts"),
         ("names.json", '["cat", ', "is not valid JSON: .*line 1"),
-        ("names.json", '["cat", null]', "entry 2 is nothing, not a text"),
+        ("names.json", '["cat", null]', "entry 2 is empty, not a text"),
         ("names.json", '["cat", true]', "entry 2 is True, not a text. Put it in quotes"),
         ("names.json", '{"a": ["n01440764", "tench"]}', "entry 1 is a list, not a text"),
-        ("names.json", "7", "holds no texts"),
+        ("names.json", "7", "has no texts"),
     ],
 )
 def test_a_broken_file_is_one_clear_error(tmp_path: Path, file: str, content: str | bytes, message: str) -> None:
@@ -74,7 +74,7 @@ def test_a_broken_file_is_one_clear_error(tmp_path: Path, file: str, content: st
 
 def test_templates_are_a_list_not_a_mapping(tmp_path: Path) -> None:
     (tmp_path / "templates.yaml").write_text("a: a photo of a {}.\n")
-    with pytest.raises(ConfigError, match="is a mapping; it may be a list"):
+    with pytest.raises(ConfigError, match="must not be a mapping: use a list"):
         read_lines(str(tmp_path / "templates.yaml"), "templates", "a list")
 
 
@@ -90,7 +90,7 @@ def test_numbers_count_the_classes_of_a_published_list_never_in_the_order_of_tex
     found = matched(["2", "10", "100", "999"], "imagenet")
     assert found.position == {"2": 2, "10": 10, "100": 100, "999": 999}
     assert found.names[10] == "brambling"
-    with pytest.raises(DataError, match="'200' is no class of ImageNet-A"):
+    with pytest.raises(DataError, match="these labels are not classes of ImageNet-A: '200'"):
         matched(["0", "200"], "imagenet_a")
 
 
@@ -100,7 +100,9 @@ def test_a_subset_is_scored_against_its_own_names_and_knows_them_among_all() -> 
     assert [found.names[place] for place in found.position.values()] == ["stingray", "goldfinch", "acorn"]
     assert found.imagenet is not None
     assert [found.imagenet[place] for place in found.position.values()] == [[6], [11], [988]]
-    with pytest.raises(DataError, match="'n01440764' is no class of ImageNet-A"):  # of ImageNet-1k it is
+    with pytest.raises(
+        DataError, match="these labels are not classes of ImageNet-A: 'n01440764'"
+    ):  # of ImageNet-1k it is
         matched(["n01440764"], "imagenet_a")
 
 
@@ -133,14 +135,14 @@ def test_accents_are_the_same_letters_however_a_file_system_writes_them() -> Non
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ("objectnet", "is for ObjectNet's own folder: give task.t.root"),
-        ("imagenett", "imagenett is no file; it may be labels, imagenet, imagenet_a"),
-        (5, "task.t.classes holds no texts"),
-        ([], "holds no texts"),
+        ("objectnet", "requires the folder of ObjectNet: set task.t.root"),
+        ("imagenett", "imagenett: no such file. Use labels, imagenet, imagenet_a"),
+        (5, "task.t.classes has no texts"),
+        ([], "has no texts"),
         ([True, "b"], "entry 1 is True"),
     ],
 )
-def test_what_is_no_choice_of_names_is_told_with_what_is(classes, message: str) -> None:
+def test_an_invalid_choice_of_names_is_reported_with_the_valid_ones(classes, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         matched(["a", "b"], classes)
 

@@ -43,7 +43,7 @@ def counts(task: KNNTask) -> tuple[int, int]:
 @pytest.mark.parametrize("train", ["test", "test/", "./test", "train/../test", "link", "{tmp}/test"])
 def test_the_same_folder_is_refused_however_it_is_written(data: Path, train: str) -> None:
     (data / "link").symlink_to("test")
-    with pytest.raises(ConfigError, match=r"task\.knn\.train is the data that is scored: all 4 images of test"):
+    with pytest.raises(ConfigError, match=r"task\.knn\.train has the test images: all 4 images of test are also in"):
         prepare({"root": "test"}, {"root": train.format(tmp=data)})
 
 
@@ -60,7 +60,7 @@ def test_copies_under_other_names_are_found_and_counted(data: Path) -> None:
 
 def test_a_copy_of_everything_is_refused(data: Path) -> None:
     shutil.copytree(data / "test", data / "copied")
-    with pytest.raises(ConfigError, match=r"all 4 images of test are among those of copied, 4 of them as copies"):
+    with pytest.raises(ConfigError, match=r"all 4 images of test are also in copied, 4 of them as copies"):
         prepare({"root": "test"}, {"root": "copied"})
 
 

@@ -130,9 +130,9 @@ def test_a_name_in_lower_case_and_the_training_part_are_found(tmp_path: Path) ->
     assert read(tmp_path, "mnist").images.name(3) == "MNIST/test/3"
 
 
-def test_a_set_without_names_takes_the_users_in_the_order_of_its_labels(tmp_path: Path) -> None:
+def test_a_dataset_without_names_takes_custom_names_in_the_order_of_its_labels(tmp_path: Path) -> None:
     write_gtsrb(tmp_path)
-    with pytest.raises(ConfigError, match=r"does not name the 3 classes of GTSRB: .*task\.t\.classes"):
+    with pytest.raises(ConfigError, match=r"has no names for the 3 classes of GTSRB: .*task\.t\.classes"):
         read(tmp_path, "GTSRB")
     images = read(tmp_path, "GTSRB", classes=["20 km/h", "30 km/h", "50 km/h", "60 km/h"])
     assert (list(images.labels), images.missing) == ([2, 0, 1], ["60 km/h"])
@@ -141,9 +141,7 @@ def test_a_set_without_names_takes_the_users_in_the_order_of_its_labels(tmp_path
     assert list(counted.labels) == [1, 0, 2]
 
 
-def test_files_of_cifar_that_torchvision_does_not_know_are_read_and_named_in_the_protocol(
-    tmp_path: Path, caplog
-) -> None:
+def test_files_of_cifar_with_other_checksums_are_read_and_listed_in_the_protocol(tmp_path: Path, caplog) -> None:
     write_cifar10(tmp_path, 13)
     with pytest.raises(RuntimeError):
         torchvision.datasets.CIFAR10(str(tmp_path), train=False)
@@ -151,8 +149,8 @@ def test_files_of_cifar_that_torchvision_does_not_know_are_read_and_named_in_the
     assert images.class_names == CLASSES
     assert list(images.labels) == [index % 10 for index in range(13)]
     assert np.array_equal(np.asarray(images.images.open(12, 10**9)), cifar10_pixels(tmp_path)[12])
-    assert images.about["files_of_other_checksum"] == ["test_batch"]
-    assert "not those that torchvision knows" in caplog.text
+    assert images.about["files_with_other_checksum"] == ["test_batch"]
+    assert "other checksums than in torchvision" in caplog.text
     train = read(tmp_path, "CIFAR10", "train")
     assert len(train.labels) == 65
     assert np.array_equal(np.asarray(train.images.open(14, 10**9)), cifar10_pixels(tmp_path, "data_batch_2")[1])
@@ -189,16 +187,18 @@ def test_damaged_files_of_cifar_are_named(tmp_path: Path) -> None:
         read(tmp_path, "CIFAR10")
 
 
-def test_what_is_missing_is_told_with_the_key_that_fetches_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"finds no CIFAR100 there .* To fetch it: task\.t\.download=true"):
+def test_missing_data_are_reported_with_the_key_that_downloads_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"does not find CIFAR100 there .* To download it: task\.t\.download=true"):
         read(tmp_path, "CIFAR100")
-    with pytest.raises(ConfigError, match=r"absent: no such folder. To fetch CIFAR10 into it: task\.t\.download=true"):
+    with pytest.raises(
+        ConfigError, match=r"absent: no such folder. To download CIFAR10 into it: task\.t\.download=true"
+    ):
         read(tmp_path / "absent", "CIFAR10")
-    with pytest.raises(ConfigError, match="torchvision cannot fetch it"):
+    with pytest.raises(ConfigError, match="torchvision cannot download it"):
         read(tmp_path, "FER2013")
 
 
-def test_only_what_is_missing_is_fetched_and_a_failure_is_one_message(tmp_path: Path, monkeypatch) -> None:
+def test_only_missing_data_are_downloaded_and_a_failure_is_one_message(tmp_path: Path, monkeypatch) -> None:
     fetched = []
 
     def fetch(url: str, root: str, **_: object) -> None:
@@ -211,7 +211,7 @@ def test_only_what_is_missing_is_fetched_and_a_failure_is_one_message(tmp_path: 
         "torchvision.datasets.eurosat.download_and_extract_archive",
         lambda url, download_root, md5: fetch(url, download_root),
     )
-    with pytest.raises(DataError, match=r"EuroSAT could not be fetched to .*no route to host"):
+    with pytest.raises(DataError, match=r"EuroSAT could not be downloaded to .*no route to host"):
         read(tmp_path / "new", "EuroSAT", download=True)
     (tmp_path / "new" / "eurosat").rmdir()
     assert len(read(tmp_path / "new", "EuroSAT", download=True).labels) == 3
@@ -222,16 +222,16 @@ def test_only_what_is_missing_is_fetched_and_a_failure_is_one_message(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("CIFAR11", {}, "no classification set of torchvision.datasets: did you mean 'cifar10'"),
-        ("VOCDetection", {}, "no classification set"),
+        ("CIFAR11", {}, "not a classification dataset of torchvision.datasets: did you mean 'cifar10'"),
+        ("VOCDetection", {}, "not a classification dataset"),
         ("MNIST", {"split": "val"}, "split=val must be train or test for MNIST"),
         ("Food101", {"split": "valid"}, r"split=valid: Unknown value 'valid' for argument split. Valid values are"),
-        ("EuroSAT", {"split": "test"}, "EuroSAT is not divided into parts, such as test"),
+        ("EuroSAT", {"split": "test"}, "EuroSAT has no splits, such as test"),
         ("MNIST", {"classes": ["one", "two"]}, "2 names.*10 classes"),
         ("MNIST", {"root": None}, r"task\.t\.root has no value"),
     ],
 )
-def test_what_cannot_be_asked_of_a_set_is_told(tmp_path: Path, name: str, values: dict, message: str) -> None:
+def test_invalid_settings_are_reported(tmp_path: Path, name: str, values: dict, message: str) -> None:
     write_mnist(tmp_path)
     write_food(tmp_path)
     write_eurosat(tmp_path)
@@ -241,7 +241,7 @@ def test_what_cannot_be_asked_of_a_set_is_told(tmp_path: Path, name: str, values
 
 def test_a_probe_cannot_train_on_the_set_that_it_is_scored_on(tmp_path: Path) -> None:
     write_eurosat(tmp_path)
-    with pytest.raises(ConfigError, match="EuroSAT is not divided into parts, such as train"):
+    with pytest.raises(ConfigError, match="EuroSAT has no splits, such as train"):
         read(tmp_path, "EuroSAT", "train")
 
 

@@ -1,4 +1,4 @@
-"""What the run of a model validated on, as tasks of their kinds. No torch."""
+"""Tasks on the validation data of the run of a model. Does not import torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 class AutoTaskConfig(TaskConfig):
-    """What the run validated on: retrieval on `data.val`, and zero-shot classification where it has labels."""
+    """Tasks on the validation data of the run: retrieval, and zero-shot classification if they have labels."""
 
     kind: Literal["auto"] = "auto"
 
     of_validation: ClassVar[bool] = True
 
     def prepare(self, name: str, output_dir: str, run: "TrainConfig | None" = None) -> list[Task]:
-        """`val_retrieval`, and `val_zero_shot` where the validation data have labels."""
+        """Return the task `val_retrieval`, and `val_zero_shot` if the validation data have labels."""
         from clip_exp.data.generated import generate
 
         if run is None:
             raise ConfigError(
-                f"task.{name} scores what a run validated on, but no run is given: give run=DIR, or another task, as task=retrieval."
+                f"task.{name} needs the validation data of a run, but no run is given: give run=DIR, or another task, such as task=retrieval."
             )
         data = run.data
         table = data.val if data.generate is None else str(generate(data.generate, Path(output_dir)).val)
         if table is None:
             raise ConfigError(
-                f"task.{name}: the run has no validation data (data.val). Choose another task, as task=retrieval."
+                f"task.{name}: the run has no validation data (data.val). Choose another task, such as task=retrieval."
             )
         common: dict[str, Any] = {
             "table": table,

@@ -1,4 +1,4 @@
-"""Linear probe: its configuration, and how its two sets of images are found. No torch."""
+"""Linear probe: its configuration and data. Does not import torch before it scores a model."""
 
 import math
 from collections import Counter
@@ -14,11 +14,11 @@ from clip_exp.errors import DataError
 from clip_exp.evaluation.task import LearnedTask
 
 if TYPE_CHECKING:
-    from clip_exp.evaluation.subject import Judge, Subject
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
 
 
 class LinearProbeTaskConfig(LabeledDataConfig, TaskConfig):
-    """Logistic regression on frozen features, fitted on `train`, scored on the task's own images."""
+    """Logistic regression on frozen features, fitted on the training images and scored on the test images."""
 
     kind: Literal["linear_probe"] = "linear_probe"
     train: LabeledDataConfig = Field(default_factory=LabeledDataConfig)
@@ -43,30 +43,36 @@ class LinearProbeTaskConfig(LabeledDataConfig, TaskConfig):
     )
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ProbeTask]":
-        """Find and match the images."""
-        from clip_exp.evaluation.sets.splits import prepare_halves
+        """Find the training and test images and match their classes."""
+        from clip_exp.evaluation.sets.splits import prepare_train_and_test
 
-        train, test, overlap = prepare_halves(name, self, self.train, output_dir)
-        require_division(train.labels, train.class_names, self, name)
+        train, test, overlap = prepare_train_and_test(name, self, self.train, output_dir)
+        require_held_out_images(train.labels, train.class_names, self, name)
         return [ProbeTask(name, self, train, test, overlap)]
 
 
-def require_division(labels: Sequence[int], class_names: list[str], task: LinearProbeTaskConfig, name: str) -> None:
-    """That a share of every class can be held out, where several strengths are to choose from."""
+def require_held_out_images(
+    labels: Sequence[int], class_names: list[str], task: LinearProbeTaskConfig, name: str
+) -> None:
+    """Check that a fraction of every class can be held out to choose C, if there are several values to choose from.
+
+    Raises:
+        DataError: a class has too few images.
+    """
     from clip_exp.evaluation.sets.labeled import listing
 
     if task.c is not None and len(task.c) == 1:
         return
     counts = Counter(labels)
-    fix = f"Give one strength (task.{name}.c=[10]): then all images are fitted, and none are needed to choose."
+    fix = f"Give a single value (task.{name}.c=[10]), which needs no held-out images."
     if single := sorted(label for label, count in counts.items() if count == 1):
         listed = listing([class_names[label] for label in single])
-        raise DataError(f"task.{name}.train: {listed} has one image, so no share of it can be held out. {fix}")
+        raise DataError(f"task.{name}.train: classes with one image, which cannot be held out: {listed}. {fix}")
     held_out = math.ceil(len(labels) * task.val_fraction)
     if min(held_out, len(labels) - held_out) < len(counts):
         raise DataError(
-            f"task.{name}.val_fraction={task.val_fraction} of {len(labels)} images: a part would have fewer than one "
-            f"of each of the {len(counts)} classes. {fix}"
+            f"task.{name}.val_fraction={task.val_fraction} of {len(labels)} images: a part would have fewer "
+            f"images than the {len(counts)} classes. {fix}"
         )
 
 
@@ -74,7 +80,7 @@ def require_division(labels: Sequence[int], class_names: list[str], task: Linear
 class ProbeTask(LearnedTask):
     config: LinearProbeTaskConfig
 
-    def score(self, subject: "Subject") -> "Judge":
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
         from clip_exp.evaluation.tasks.linear_probe.score import score_probe  # imports torch
 
-        return score_probe(self, subject)
+        return score_probe(self, model)

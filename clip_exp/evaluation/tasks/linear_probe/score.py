@@ -1,8 +1,8 @@
 """Linear probe (Radford et al. 2021, appendix A.3): logistic regression on frozen image features.
 
-The paper fits the features before the last projection, CLIP's README those after it, neither of unit norm. Here they are
-what `encode_image` returns, of unit norm, and are fitted as they are: a factor s on every feature would be a factor s² on C,
-which the search covers. Only how the norms of images differ is lost.
+The paper fits the features before the last projection, CLIP's README those after it, both without normalization. Here the features
+are the output of `encode_image`, of unit norm. A factor s on all features is equivalent to a factor s² on C, which the search covers.
+Only the differences between the norms of images are lost.
 """
 
 import json
@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 
 from clip_exp.evaluation.classification import CHUNK, accuracies, best_classes, classified
-from clip_exp.evaluation.subject import Judge, Subject, encode_halves, protocol_of
-from clip_exp.evaluation.tasks.linear_probe import ProbeTask, require_division
+from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel, encode_train_and_test, protocol_of
+from clip_exp.evaluation.tasks.linear_probe import ProbeTask, require_held_out_images
 from clip_exp.progress import progress
 from clip_exp.ranks.group import from_main
 from clip_exp.reports.evaluation import Result, TensorFile
 
-# The paper's search, in powers of ten: its ends, its first step, and the last one.
+# The search of the paper, in powers of ten: its limits, first step and last step.
 FARTHEST, FIRST_STEP, LAST_STEP = 6.0, 2.0, 1 / 8
-FITS = 15  # the most that the search takes
-SMALL = 2**30  # multiplications per iteration below which threads of the linear algebra wait more than they work
+FITS = 15  # largest number of fits of the search
+SMALL = 2**30  # multiplications per iteration; with fewer, several threads are slower than one
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted linear classifier: the softmax of its scores are probabilities."""
+    """Fitted linear classifier; the softmax of its scores gives probabilities."""
 
     coefficients: Tensor  # float64 [C, D]
     intercept: Tensor  # float64 [C]
@@ -41,28 +41,30 @@ class Probe:
     converged: bool
 
     def scores(self, features_ND: Tensor) -> Tensor:
-        """float64 [N, C]."""
+        """Return the scores, float64 [N, C]."""
         return features_ND.double() @ self.coefficients.T + self.intercept
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The strength of the regularisation that was chosen, and what from."""
+    """Chosen value of C, and the results of all values that were tried."""
 
     c: float
-    accuracy: dict[float, float]  # of each C that was tried: share of the held-out images that are right
-    unconverged: list[float]  # each C whose fit reached the limit of iterations
+    accuracy: dict[float, float]  # accuracy on the held-out images, by C
+    unconverged: list[float]  # values of C whose fit reached the limit of iterations
 
 
 def fit_probe(features_ND: Tensor, labels_N: Tensor, c: float, max_iter: int = 1000) -> Probe:
-    """`sklearn.linear_model.LogisticRegression(C=c, max_iter=max_iter)` in float64: L-BFGS from zero.
+    """Fit `sklearn.linear_model.LogisticRegression(C=c, max_iter=max_iter)` in float64: L-BFGS from zero.
 
-    float32 stops at another place where the regularisation is strong. So does a start from a neighbouring C: it halves
-    the time of a search, but the result would depend on the order of the fits.
+    float32 gives another result if the regularization is strong. So does starting from the fit of a neighboring C: it halves the
+    time of a search, but the result would depend on the order of the fits.
 
     Args:
-        labels_N: 0 to C - 1, each at least once; at least two classes.
-        c: inverse strength of the regularisation.
+        features_ND: features of the training images.
+        labels_N: classes from 0 to C - 1, each at least once; at least two classes.
+        c: inverse strength of the regularization.
+        max_iter: limit of iterations.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -75,7 +77,7 @@ def fit_probe(features_ND: Tensor, labels_N: Tensor, c: float, max_iter: int = 1
         regression.fit(features_ND.double().numpy(), labels_N.numpy())
     unconverged = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
     coefficients, intercept = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
-    if len(intercept) == 1:  # of two classes, scikit-learn has the second one's lead over the first
+    if len(intercept) == 1:  # for two classes scikit-learn has one row: the second class against the first
         coefficients = torch.cat([torch.zeros_like(coefficients), coefficients])
         intercept = torch.cat([torch.zeros_like(intercept), intercept])
     return Probe(coefficients, intercept, int(regression.n_iter_.max()), not unconverged)
@@ -90,13 +92,19 @@ def choose_c(
     max_iter: int = 1000,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Choice:
-    """The C whose fit is right most often on a held-out share, stratified by class; of several the smallest.
+    """Choose the C with the highest accuracy on held-out images, stratified by class; the smallest C on a tie.
 
-    Every rank calls. Rank 0 fits, and tells the others after each fit, so that none waits longer than that for a word.
+    All ranks must call. Rank 0 fits and sends each result to the others, so that no collective waits longer than a fit.
 
     Args:
-        candidates: all are tried; None: the paper's search, which tries 1e-6, 1e-4, …, 1e6 and then both sides of the best
-            at half the distance, until it is an eighth of a decade.
+        features_ND: features of the training images.
+        labels_N: classes of the training images.
+        candidates: values to try; None: the search of the paper, which tries 1e-6, 1e-4, …, 1e6 and then both sides of the best
+            value at half the distance, down to an eighth of a decade.
+        val_fraction: fraction of the images to hold out.
+        seed: seed of the random choice of held-out images.
+        max_iter: limit of iterations of a fit.
+        advance: function called with 1 after each fit.
     """
     from sklearn.model_selection import train_test_split
 
@@ -110,8 +118,8 @@ def choose_c(
 
     def measure(c: float) -> tuple[float, bool]:
         probe = fit_probe(features_ND[fitted], labels_N[fitted], c, max_iter)
-        right_N = probe.scores(features_ND[held_out]).argmax(dim=1) == labels_N[held_out]
-        return right_N.double().mean().item(), probe.converged
+        correct_N = probe.scores(features_ND[held_out]).argmax(dim=1) == labels_N[held_out]
+        return correct_N.double().mean().item(), probe.converged
 
     for c in search(best) if candidates is None else dict.fromkeys(candidates):
         accuracy[c], converged = from_main(partial(measure, c))
@@ -121,7 +129,11 @@ def choose_c(
 
 
 def search(best: Callable[[], float]) -> Iterator[float]:
-    """What to try, coarse to fine; `best` is asked for the best so far."""
+    """Yield the values of C to try, coarse to fine.
+
+    Args:
+        best: function that returns the best value so far.
+    """
     step = FIRST_STEP
     for power in np.arange(-FARTHEST, FARTHEST + step, step):
         yield float(10.0**power)
@@ -134,10 +146,10 @@ def search(best: Callable[[], float]) -> Iterator[float]:
 
 
 def predict(probe: Probe, features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The five best classes of each image (all, if they are fewer), best first, and their probabilities among all.
+    """Return the top five classes of each image (all, if there are fewer), best first, and their probabilities among all classes.
 
     Returns:
-        int64 [N, K] and float64 [N, K].
+        Classes, int64 [N, K], and probabilities, float64 [N, K].
     """
     best, probabilities = [], []
     for chunk in features_ND.split(CHUNK):
@@ -147,18 +159,18 @@ def predict(probe: Probe, features_ND: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(best), torch.cat(probabilities)
 
 
-def score_probe(task: ProbeTask, subject: Subject) -> Judge:
-    """Return what scores a linear probe on frozen features: see `classification.accuracies`. Its weights become a file."""
-    config, frozen = task.config, encode_halves(task, subject)
+def score_probe(task: ProbeTask, model: EvaluatedModel) -> ComputeResult:
+    """Return a function that computes the accuracies of a linear probe on frozen features. Its weights become a file."""
+    config, frozen = task.config, encode_train_and_test(task, model)
     train, labels = frozen.train.features, frozen.train_labels
     if config.c is not None and len(config.c) == 1:
         choice = Choice(config.c[0], {}, [])
     else:
-        require_division(labels.tolist(), task.train.class_names, config, task.name)
+        require_held_out_images(labels.tolist(), task.train.class_names, config, task.name)
         with progress(FITS if config.c is None else len(config.c), f"{task.name}: choosing C") as advance:
             choice = choose_c(train, labels, config.c, config.val_fraction, config.seed, config.max_iter, advance)
 
-    def judge() -> Result:
+    def compute_result() -> Result:
         probe = fit_probe(train, labels, choice.c, config.max_iter)
         best, probabilities = predict(probe, frozen.test.features)
         protocol: dict[str, Any] = {
@@ -173,17 +185,17 @@ def score_probe(task: ProbeTask, subject: Subject) -> Judge:
             protocol["choice_of_c"] = {
                 "val_fraction": config.val_fraction,
                 "seed": config.seed,
-                "accuracy": {f"{c:.4g}": round(share, 6) for c, share in choice.accuracy.items()},
+                "accuracy": {f"{c:.4g}": round(accuracy, 6) for c, accuracy in choice.accuracy.items()},
                 "not_converged": [f"{c:.4g}" for c in choice.unconverged],
             }
-        # For features of unit norm: `features @ coefficients.T + intercept` are the scores of the classes.
+        # For features of unit norm, the class scores are `features @ coefficients.T + intercept`.
         tensors = {"coefficients": probe.coefficients.float().numpy(), "intercept": probe.intercept.float().numpy()}
         metadata = {
             "class_names": json.dumps(task.test.class_names, ensure_ascii=False),
             "keys": json.dumps(task.train.keys, ensure_ascii=False),
             "c": str(choice.c),
-            "model": subject.config.name,
-            "weights_sha256": subject.weights_sha256 or "",
+            "model": model.config.name,
+            "weights_sha256": model.weights_sha256 or "",
         }
         return Result(
             accuracies(best, frozen.test_labels, len(task.test.class_names)),
@@ -192,4 +204,4 @@ def score_probe(task: ProbeTask, subject: Subject) -> Judge:
             {"probe": TensorFile(tensors, metadata)},
         )
 
-    return judge
+    return compute_result

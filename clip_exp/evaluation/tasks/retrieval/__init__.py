@@ -1,4 +1,4 @@
-"""Retrieval between images and captions: its configuration, how its pairs are found, and its score. Torch is imported to score."""
+"""Retrieval between images and captions: its configuration, data and score. Torch is imported only to score a model."""
 
 import logging
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from clip_exp.evaluation.task import Task
 
 if TYPE_CHECKING:
     from clip_exp.data.image_sets import TableImages
-    from clip_exp.evaluation.subject import Judge, Subject
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
 
 log = logging.getLogger(__name__)
-LISTED_COPIES = 20  # groups of copies, and names of one, that a protocol lists
+LISTED_COPIES = 20  # most groups of copies, and names per group, that the evaluation settings list
 
 
 class RetrievalTaskConfig(TableConfig, TaskConfig):
-    """Recall@k between images and their captions, both ways; any of an image's captions is a hit."""
+    """Recall@k between images and captions in both directions; any caption of the image is a hit."""
 
     kind: Literal["retrieval"] = "retrieval"
     table: Paths = Field(description="table with `image_key` and `caption_key`, shards, a pattern, or a list of them")
@@ -31,7 +31,7 @@ class RetrievalTaskConfig(TableConfig, TaskConfig):
     scales: ClassVar[dict[str, Scale]] = {"median_rank_i2t": Scale.rank, "median_rank_t2i": Scale.rank}
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[RetrievalTask]":
-        """Find the images and captions; rows that name the same file are captions of one image."""
+        """Find the images and captions; rows with the same file are captions of one image."""
         from clip_exp.data.image_sets import TableImages
         from clip_exp.evaluation.sets.datasets import read_pairs, require_tables
 
@@ -48,11 +48,11 @@ class RetrievalTaskConfig(TableConfig, TaskConfig):
 
 @dataclass(frozen=True)
 class RetrievalTask(Task):
-    images: "TableImages"  # each once
+    images: "TableImages"  # distinct images
     captions: list[str]
-    caption_image: list[int]  # position in `images` of each caption's image
+    caption_image: list[int]  # position in `images` of the image of each caption
     where: str
-    about: dict[str, Any] = field(default_factory=dict)  # what else a protocol says of the data
+    about: dict[str, Any] = field(default_factory=dict)  # further evaluation settings about the data
 
     @property
     def metrics(self) -> list[str]:
@@ -62,40 +62,40 @@ class RetrievalTask(Task):
 
     @cached_property
     def copies(self) -> list[list[str]]:
-        """Names of images that are the same bytes, a list for each content that is there more than once; it may read them all."""
+        """Groups of names of images with the same bytes. May read all images."""
         from clip_exp.data.files import equal_contents
 
         groups = equal_contents([self.images.stored(index) for index in range(len(self.images))])
         named = [[self.images.name(index) for index in group] for group in groups]
         if named:
             log.warning(
-                "%s: copies of images under other names: %d, such as %s; a caption of one counts as wrong for the other.",
+                "%s: copies of images under other names: %d, such as %s. A caption of one copy counts as wrong for the others.",
                 self.name,
                 sum(len(group) - 1 for group in named),
                 " and ".join(named[0][:2]),
             )
         return named
 
-    def score(self, subject: "Subject") -> "Judge":
-        """Recall and median rank both ways. The captions of an image that is left out are left out too."""
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
+        """Return a function that computes recall and median rank in both directions. Captions of unreadable images are left out."""
         import torch
 
+        from clip_exp.evaluation.evaluated_model import absolute, counts
         from clip_exp.evaluation.retrieval import examples, retrieval
-        from clip_exp.evaluation.subject import absolute, counts
         from clip_exp.reports.evaluation import Result
 
-        device = subject.options.device
-        encoded = subject.encode_images(self.name, self.images)
+        device = model.options.device
+        encoded = model.encode_images(self.name, self.images)
         caption_image = torch.tensor(self.caption_image)
         kept = torch.isin(caption_image, encoded.kept)
         captions = [self.captions[i] for i in kept.nonzero().flatten().tolist()]
-        text_features = subject.encode_texts(f"{self.name}: captions", captions)
+        text_features = model.encode_texts(f"{self.name}: captions", captions)
 
-        def judge() -> Result:
+        def compute_result() -> Result:
             rows = torch.searchsorted(encoded.kept, caption_image[kept]).to(device)
             image_features = encoded.features.to(device)
             copies: dict[str, Any] = {}
-            if self.copies:  # under several names: each is a wrong answer for the captions of the others
+            if self.copies:  # each copy is a wrong result for the captions of the others
                 copies = {
                     "copied_images": len(self.copies),
                     "copies": sum(len(names) - 1 for names in self.copies),
@@ -107,9 +107,9 @@ class RetrievalTask(Task):
                 "captions": len(captions),
                 **self.about,
                 **copies,
-                "image_to_text": "a hit if any caption of the image is among the first k",
+                "image_to_text": "hit if any caption of the image is in the top k",
             }
             details = examples(image_features, text_features, rows, encoded.kept, captions, self.images)
             return Result(retrieval(image_features, text_features, rows), protocol, details)
 
-        return judge
+        return compute_result

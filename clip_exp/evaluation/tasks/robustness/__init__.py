@@ -1,4 +1,4 @@
-"""Robustness on six ImageNet sets: its configuration, and the sets' names, folders and classes. No torch."""
+"""Robustness on six ImageNet datasets: its configuration, and the names, folders and classes of the datasets. Does not import torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,18 @@ from clip_exp.evaluation.task import Task
 from clip_exp.evaluation.tasks.zero_shot import ClassificationTask, ZeroShotTaskConfig
 
 if TYPE_CHECKING:
-    from clip_exp.evaluation.subject import Judge, Subject
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
 
-UNSHIFTED = "imagenet"  # the set whose distribution ImageNet's training images have
+UNSHIFTED = "imagenet"  # dataset with the distribution of ImageNet's training images
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
 class ImageNetSet:
-    """A set as it is usually stored."""
+    """ImageNet dataset with its usual folders."""
 
     classes: str  # see `LabeledDataConfig.classes`
-    folders: tuple[str, ...]  # below the root of all, in lower case with `-` for `_`; the first that exists is taken
+    folders: tuple[str, ...]  # relative to the root, in lowercase with `-` for `_`; the first that exists is used
 
 
 SETS = {
@@ -61,21 +61,21 @@ SETS = {
 
 
 class ImageNetSetConfig(LabeledDataConfig):
-    """One set of a robustness task; null: as the set and the task have it."""
+    """One dataset of a robustness task; null: the default of the dataset or of the task."""
 
     classes: ClassNames | None = Field(None, description="see classes of a zero_shot task; null: the set's own")  # type: ignore[assignment]
     templates: Texts | None = Field(None, description="see templates of a zero_shot task; null: the task's")
 
-    unused: ClassVar = ()  # judged when its folder is known, below the task's root: `RobustnessTaskConfig.prepare`
+    unused: ClassVar = ()  # checked in `RobustnessTaskConfig.prepare`, when the folder is known
 
 
 class RobustnessTaskConfig(TaskConfig):
     """Zero-shot on ImageNet and its five shifted versions, next to a supervised network (CLIP paper, figure 13)."""
 
     kind: Literal["robustness"] = "robustness"
-    root: PathText | None = Field(None, description="folder that holds the sets under their usual names")
+    root: PathText | None = Field(None, description="folder with the datasets under their usual names")
     sets: dict[str, ImageNetSetConfig | None] = Field(
-        {}, description="name of a set: what is different of it; null leaves the set out"
+        {}, description="overrides by name of the dataset; null leaves the dataset out"
     )
     templates: Texts = Field(
         "openai", description="openai (80), simple (7), a list, or a file with one template per line"
@@ -92,7 +92,7 @@ class RobustnessTaskConfig(TaskConfig):
     )
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[RobustnessTask]":
-        """Find the ImageNet sets."""
+        """Find the ImageNet datasets."""
         if self.baseline is not None:
             weights_file(self.baseline_weights, f"task.{name}")
         sets: dict[str, ClassificationTask] = {}
@@ -107,8 +107,8 @@ class RobustnessTaskConfig(TaskConfig):
             if self.baseline is not None and sets[each].data.imagenet is None:
                 errors.append(
                     ConfigError(
-                        f"task.{name}.sets.{each}.classes: which of ImageNet's 1,000 classes these are is not known, so "
-                        f"{self.baseline} cannot be scored on them. Leave out `classes`, or set task.{name}.baseline=null."
+                        f"task.{name}.sets.{each}.classes cannot be matched with ImageNet's 1,000 classes, so "
+                        f"{self.baseline} cannot be scored. Leave out `classes`, or set task.{name}.baseline=null."
                     )
                 )
         if errors:
@@ -125,14 +125,18 @@ class RobustnessTask(Task):
     def metrics(self) -> list[str]:
         return [f"{name}/top1" for name in (*self.sets, "mean_of_shifted")]
 
-    def score(self, subject: "Subject") -> "Judge":
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
         from clip_exp.evaluation.tasks.robustness.score import score_robustness  # imports torch
 
-        return score_robustness(self, subject)
+        return score_robustness(self, model)
 
 
 def configure_sets(task_name: str, task: RobustnessTaskConfig) -> dict[str, ZeroShotTaskConfig]:
-    """The zero-shot task of each set that is wanted, in the order of figure 13."""
+    """Return the zero-shot task of each requested dataset, in the order of figure 13.
+
+    Raises:
+        ConfigError: a dataset is unknown or not found, or all are left out.
+    """
     where = f"task.{task_name}"
     errors: list[ClipExpError] = [
         ConfigError(f"{where}.sets.{given} does not exist: {nearest(given, SETS)}")
@@ -142,7 +146,7 @@ def configure_sets(task_name: str, task: RobustnessTaskConfig) -> dict[str, Zero
     found: dict[str, ZeroShotTaskConfig] = {}
     missing: list[str] = []
     for name in SETS:
-        if name in task.sets and task.sets[name] is None:  # left out on purpose
+        if name in task.sets and task.sets[name] is None:  # left out by the user
             continue
         given = task.sets.get(name)
         own = {key: value for key, value in (vars(given) if given is not None else {}).items() if value is not None}
@@ -155,24 +159,24 @@ def configure_sets(task_name: str, task: RobustnessTaskConfig) -> dict[str, Zero
             missing.append(name)
     if missing:
         own_root, none = f"{where}.sets.{missing[0]}.root=DIR", f"{where}.sets.{missing[0]}=null"
-        looked = "; ".join(f"{name}, as {' or '.join(SETS[name].folders)}" for name in missing)
+        expected = "; ".join(f"{name} ({' or '.join(SETS[name].folders)})" for name in missing)
         errors.append(
             ConfigError(
-                f"{where}.root has no value: give the folder that holds {', '.join(missing)}; or a set's own folder, as {own_root}; or "
-                f"leave a set out, as {none}."
+                f"{where}.root has no value: give the folder that contains {', '.join(missing)}. For a dataset elsewhere use {own_root}; "
+                f"to leave one out, {none}."
                 if task.root is None
-                else f"{where}.root={task.root}: not found there: {looked}. Give a set's own folder, as {own_root}, or leave it out, as {none}."
+                else f"{where}.root={task.root} does not contain {expected}. For a dataset elsewhere use {own_root}; to leave one out, {none}."
             )
         )
     if errors:
         raise gravest(errors)
     if not found:
-        raise ConfigError(f"{where}.sets leaves out every set: keep one of {', '.join(SETS)}.")
+        raise ConfigError(f"{where}.sets leaves out all datasets: keep at least one of {', '.join(SETS)}.")
     return found
 
 
 def _find(root: Path, name: str) -> Path | None:
-    """The folder of a set below the root of all, whatever the case of its name, with `_` or `-`."""
+    """Return the folder of a dataset in the root; its name may have any case, and `_` or `-`."""
     for candidate in SETS[name].folders:
         folder: Path | None = root
         for part in candidate.split("/"):
@@ -185,7 +189,11 @@ def _find(root: Path, name: str) -> Path | None:
 
 
 def weights_file(weights: str, where: str) -> Path | None:
-    """The file that `baseline_weights` names; None for torchvision's name of published weights."""
+    """Return the file of `baseline_weights`; None if it is a name of published weights of torchvision.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
     path = Path(weights).expanduser()
     if path.suffix not in WEIGHTS_SUFFIXES and not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Networks that torchvision trained on ImageNet-1k with labels, to stand beside a CLIP."""
+"""Supervised networks of torchvision, trained on ImageNet-1k, as baselines of a CLIP."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,32 +19,32 @@ from clip_exp.ranks.group import from_main
 from clip_exp.storage import file_sha256
 from clip_exp.weights.read import read_weights
 
-DEFAULT_WEIGHTS = "IMAGENET1K_V1"  # whose preprocessing a file of unknown origin gets
-INCEPTIONS = ("googlenet", "inception_v3")  # were trained on pixels of -1 to 1, into which they turn theirs
+DEFAULT_WEIGHTS = "IMAGENET1K_V1"  # its preprocessing is used for files with other names
+INCEPTIONS = ("googlenet", "inception_v3")  # convert their inputs to -1 to 1, as in training
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """A network whose vectors are its logits of the 1,000 classes."""
+    """Supervised network whose output vectors are the logits of the 1,000 classes."""
 
     name: str
     encoder: ImageEncoder
-    about: dict[str, Any]  # for a protocol
+    about: dict[str, Any]  # evaluation settings
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The pixels of torchvision's `ImageClassification` preset: RGB, shorter side resized (Pillow), center crop."""
+    """Pixel transform of torchvision's `ImageClassification` preset: RGB, shorter side resized (Pillow), center crop."""
 
     resize_size: int
     crop_size: int
     interpolation: str
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """uint8 [3, crop_size, crop_size].
+        """Return the pixels, uint8 [3, crop_size, crop_size].
 
         Raises:
-            BadImage: a strip, which CLIP's transform refuses too.
+            BadImage: the aspect ratio is too large, as for CLIP's transform.
         """
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
@@ -56,15 +56,18 @@ class Preset:
 
 
 def load_supervised(name: str, weights: str, where: str, options: EncodeOptions) -> Supervised:
-    """A classifier of `torchvision.models` with its weights. Every rank calls; rank 0 alone fetches or reads them.
+    """Load a classifier of `torchvision.models`. All ranks must call; only rank 0 downloads or reads the weights.
 
     Args:
-        weights: torchvision's name for them, such as IMAGENET1K_V1, or a file. A file under the name that torchvision
-            publishes weights by has those weights' preprocessing, any other IMAGENET1K_V1's.
-        where: the task's key, for messages.
+        name: name of the network in `torchvision.models`.
+        weights: torchvision's name of the weights, such as IMAGENET1K_V1, or a file. A file with the name of published weights
+            gets their preprocessing, other files that of IMAGENET1K_V1.
+        where: key of the task, for messages.
+        options: options for encoding images.
+
     Raises:
-        ConfigError: no such network or weights.
-        CheckpointError: the weights cannot be fetched or read, or do not fit.
+        ConfigError: the network or the weights are unknown.
+        CheckpointError: the weights cannot be downloaded or read, or do not fit the network.
     """
     from torchvision import models
 
@@ -74,7 +77,7 @@ def load_supervised(name: str, weights: str, where: str, options: EncodeOptions)
     file = weights_file(weights, where)
     if file is None and weights not in published.__members__:
         raise ConfigError(
-            f"{where}.baseline_weights={weights} is neither a file nor weights of {name} "
+            f"{where}.baseline_weights={weights} must be a file, or weights of {name} "
             f"({', '.join(entry.name for entry in published)})."
         )
     by_file = {Path(entry.url).name: entry for entry in published}
@@ -107,30 +110,33 @@ def load_supervised(name: str, weights: str, where: str, options: EncodeOptions)
         "std": preset.std,
     }
     transform = Preset(resize_size, crop_size, preset.interpolation.value)
-    decisive = {key: value for key, value in about.items() if key != "weights"}  # a path may change
+    decisive = {key: value for key, value in about.items() if key != "weights"}  # the path may change
     return Supervised(name, ImageEncoder(encode, transform, crop_size, decisive), about)
 
 
 def restrict(logits_NC: Tensor, classes: list[list[int]]) -> Tensor:
-    """[N, K]: of each class of a set, the highest logit of the ImageNet classes that it stands for.
+    """Return [N, K]: for each class of a dataset the highest logit of its ImageNet classes, minus infinity if it has none.
 
-    The best class is then right where the best of all those ImageNet classes is one that the label stands for, which is
-    how ObjectNet and the sets with a part of the classes are scored (Taori et al. 2020). A class that stands for none has
-    minus infinity.
+    So a prediction is correct if the best of all these ImageNet classes belongs to the label, as in the published scores of
+    ObjectNet and the datasets with a subset of the classes (Taori et al. 2020).
+
+    Args:
+        logits_NC: logits of the 1,000 classes.
+        classes: ImageNet classes of each class of the dataset.
     """
     none = logits_NC.new_full((len(logits_NC),), -torch.inf)
     return torch.stack([logits_NC[:, indices].amax(dim=1) if indices else none for indices in classes], dim=1)
 
 
 def _read(name: str, chosen: Any, file: Path | None, where: str) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """Weights, and what identifies them."""
+    """Return weights, and the evaluation settings that identify them."""
     if file is not None:
         return read_weights(file), {"weights": str(file.resolve()), "weights_sha256": file_sha256(file)}
     try:
         state = chosen.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-    except Exception as error:  # no network, no disk, or a damaged file, which can break the unpickler in any way
+    except Exception as error:  # errors of the network or the disk, or any error of the unpickler for a damaged file
         raise CheckpointError(
-            f"{where}: the weights of {name} cannot be fetched from {chosen.url} or read ({error}). Fetch the file elsewhere and "
-            f"give it ({where}.baseline_weights=FILE), or go without a network to compare with: {where}.baseline=null."
+            f"{where}: the weights of {name} cannot be downloaded from {chosen.url} or read ({error}). Download the file on another "
+            f"machine and set {where}.baseline_weights=FILE, or leave out the baseline: {where}.baseline=null."
         ) from error
     return state, {"weights": chosen.name, "weights_url": chosen.url}

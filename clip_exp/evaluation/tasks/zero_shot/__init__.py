@@ -1,4 +1,4 @@
-"""Zero-shot classification: its configuration, how its images, names and templates are found, and its score. Torch is imported to score."""
+"""Zero-shot classification: its configuration, data and score. Torch is imported only to score a model."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,14 +12,14 @@ from clip_exp.evaluation.task import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
     from clip_exp.evaluation.features import EncodedImages
     from clip_exp.evaluation.sets.labeled import LabeledImages
-    from clip_exp.evaluation.subject import Judge, Subject
     from clip_exp.reports.evaluation import Result
 
 
 class ZeroShotTaskConfig(LabeledDataConfig, TaskConfig):
-    """Zero-shot classification: each class is the average of its name in every template."""
+    """Zero-shot classification: the embedding of a class is the average over its name in all templates."""
 
     kind: Literal["zero_shot"] = "zero_shot"
     templates: Texts = Field(
@@ -29,7 +29,7 @@ class ZeroShotTaskConfig(LabeledDataConfig, TaskConfig):
     title: ClassVar[str] = "Zero-shot classification"
 
     def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[ClassificationTask]":
-        """Find the images, labels, names and templates."""
+        """Find the images and their labels, class names and templates."""
         from clip_exp.evaluation.sets.class_names import templates
         from clip_exp.evaluation.sets.datasets import labeled_images
 
@@ -48,17 +48,17 @@ class ClassificationTask(Task):
     def num_classes(self) -> int | None:
         return len(self.data.class_names)
 
-    def score(self, subject: "Subject") -> "Judge":
-        classifier = subject.classifier(self.data.class_names, self.templates)
-        encoded = subject.encode_images(self.name, self.data.images)
-        return lambda: self.judge(encoded, classifier)
+    def score(self, model: "EvaluatedModel") -> "ComputeResult":
+        classifier = model.classifier(self.data.class_names, self.templates)
+        encoded = model.encode_images(self.name, self.data.images)
+        return lambda: self.compute_result(encoded, classifier)
 
-    def judge(self, encoded: "EncodedImages", classifier_CD: "Tensor") -> "Result":
-        """Return the result of images and classes that are encoded."""
+    def compute_result(self, encoded: "EncodedImages", classifier_CD: "Tensor") -> "Result":
+        """Return the result from the features of the images and the classifier."""
         import torch
 
         from clip_exp.evaluation.classification import accuracies, classified, classify
-        from clip_exp.evaluation.subject import LISTED, absolute, counts, hash_of, source_of
+        from clip_exp.evaluation.evaluated_model import LISTED, absolute, counts, hash_of, source_of
         from clip_exp.reports.evaluation import Result
 
         data = self.data

@@ -1,4 +1,4 @@
-"""What is evaluated, and what every task makes with it: features of images and texts, classifiers, parts of a protocol."""
+"""Model under evaluation: features, classifiers and evaluation settings that tasks need, and the scoring of tasks."""
 
 import hashlib
 import json
@@ -39,45 +39,46 @@ from clip_exp.reports.evaluation import Result, write_result
 from clip_exp.reports.names import name_in_run
 from clip_exp.text.tokenizer import Tokenizes, build_tokenizer
 
-TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time: one costs a fraction of an image
-LISTED = 100  # names written into a protocol
-FEATURES = "of unit norm, as encode_image returns them"
+TEXT_BATCH = {"cpu": 256, "cuda": 1024}  # texts encoded at a time; a text is much cheaper than an image
+LISTED = 100  # most names or images that evaluation settings list
+FEATURES = "output of encode_image, unit norm"
 
-Judge = Callable[[], Result]  # what remains of scoring after the encoding, for rank 0 alone
+ComputeResult = Callable[[], Result]  # the part of scoring after the encoding, which only rank 0 runs
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated, how its inputs are made, and where what it computed is kept."""
+class EvaluatedModel:
+    """Model under evaluation, with its tokenizer, options for reading images, and cache."""
 
     model: CLIP
     tokenizer: Tokenizes
     config: ModelConfig
     options: EncodeOptions
-    weights_sha256: str | None = None  # None: the weights change, and nothing is kept
+    weights_sha256: str | None = None  # None: the weights change, so nothing is cached
     cache: Cache | None = None
 
     @property
     def identity(self) -> dict[str, Any] | None:
-        """What decides this model's features, as JSON."""
+        """JSON values that determine the features of the model; None if its weights change."""
         return None if self.weights_sha256 is None else {"weights": self.weights_sha256, "model": plain(self.config)}
 
     def image_encoder(self) -> ImageEncoder:
-        wanted, options = preprocessing_of(self.config.image), self.options
+        """Return the image tower with its preprocessing."""
+        preprocessing, options = preprocessing_of(self.config.image), self.options
         return ImageEncoder(
-            encode=lambda pixels: encode_pixels(self.model, pixels, wanted, options.device, options.precision),
+            encode=lambda pixels: encode_pixels(self.model, pixels, preprocessing, options.device, options.precision),
             transform=partial(
                 eval_transform,
-                size=wanted.size,
-                interpolation=wanted.interpolation,
-                resize_mode=wanted.resize_mode,
+                size=preprocessing.size,
+                interpolation=preprocessing.interpolation,
+                resize_mode=preprocessing.resize_mode,
             ),
-            image_size=wanted.size,
+            image_size=preprocessing.size,
             identity=self.identity,
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """For a protocol: what happens to an image before the image tower."""
+        """Return the preprocessing of images for the evaluation settings."""
         size, mean, std, interpolation, resize_mode = preprocessing_of(self.config.image)
         squash = resize_mode is ResizeMode.squash
         return {
@@ -88,29 +89,31 @@ class Subject:
         }
 
     def encode_images(self, name: str, images: ImageSet) -> EncodedImages:
-        """Features of all images that can be read, from the cache where they are there. Every rank calls, and encodes a shard of them.
+        """Return the features of all readable images, from the cache if possible. All ranks must call, and encode a part each.
 
         Args:
-            name: of the task, for the progress bar.
+            name: name of the task, for the progress bar.
+            images: images to encode.
         """
         what = f"{name}: {len(images):,} images"
         return encode_images(self.image_encoder(), images, self.options, self.cache, what)
 
     def encode_texts(self, what: str, texts: Sequence[str]) -> Tensor:
-        """Features [N, D] of texts, of unit norm, on the device; from the cache where they are there. Every rank calls.
+        """Return features [N, D] of texts, unit norm, on the device, from the cache if possible. All ranks must call.
 
         Args:
             what: name of the progress bar.
+            texts: N texts.
         """
         device = self.options.device
 
         def encode() -> Tensor:
             return encode_texts(self.model, self.tokenizer, texts, TEXT_BATCH[device.type], device, what, shared=True)
 
-        return self._kept_texts(texts, encode)
+        return self._cached(texts, encode)
 
     def classifier(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """`classification.build_classifier` [C, D] on the device, from the cache where it is there. Every rank calls."""
+        """Return `classification.build_classifier` [C, D] on the device, from the cache if possible. All ranks must call."""
         device = self.options.device
 
         def build() -> Tensor:
@@ -125,12 +128,17 @@ class Subject:
                 shared=True,
             )
 
-        return self._kept_texts(class_names, build, templates=hash_of(templates))
+        return self._cached(class_names, build, templates=hash_of(templates))
 
-    def _kept_texts(self, texts: Sequence[str], compute: Callable[[], Tensor], **about: Any) -> Tensor:
-        """What `compute` makes of texts, from the cache where it is there. On the device. All ranks call.
+    def _cached(self, texts: Sequence[str], compute: Callable[[], Tensor], **about: Any) -> Tensor:
+        """Return the output of `compute` for texts on the device, from the cache if possible. All ranks must call.
 
-        The tokenizer's count of cut texts rises as if they had been encoded.
+        The tokenizer's count of truncated texts rises as if the texts had been encoded.
+
+        Args:
+            texts: texts that the output depends on.
+            compute: function that computes the output.
+            about: further JSON values that the output depends on.
         """
         device = self.options.device
         if self.cache is None or self.identity is None:
@@ -150,28 +158,28 @@ class Subject:
 
 
 def counts(encoded: EncodedImages) -> dict[str, Any]:
-    """For a protocol: images that were scored and left out."""
+    """Return the numbers of evaluated and unreadable images for the evaluation settings."""
     bad = encoded.bad
     return {"images": len(encoded.kept), "bad_images": len(bad), **({"bad": bad[:LISTED]} if bad else {})}
 
 
 def absolute(where: str) -> str:
-    """For a protocol: a path that means the same elsewhere; what is no path stays."""
+    """Return an existing path as an absolute path; other strings unchanged."""
     return str(Path(where).resolve()) if Path(where).exists() else where
 
 
 def source_of(value: Any) -> Any:
-    """For a protocol: what the configuration said, if it is short."""
+    """Return a value of the configuration for the evaluation settings: the value itself if it is short, else its length."""
     return value if isinstance(value, str) or len(value) <= LISTED else f"{len(value)} given"
 
 
 def hash_of(texts: Sequence[str]) -> str:
-    """Of their JSON: texts may hold line breaks."""
+    """Return the SHA-256 of texts, of their JSON since texts may contain line breaks."""
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
 
 
-class Frozen(NamedTuple):
-    """Features and labels of the images that could be read."""
+class FrozenFeatures(NamedTuple):
+    """Features and labels of the readable training and test images of a task."""
 
     train: EncodedImages
     train_labels: Tensor  # int64 [N]
@@ -179,27 +187,29 @@ class Frozen(NamedTuple):
     test_labels: Tensor  # int64 [M]
 
 
-def encode_halves(task: LearnedTask, subject: Subject) -> Frozen:
-    """Features of the images to learn from and of those to score. Every rank calls, and gets all of them.
+def encode_train_and_test(task: LearnedTask, model: EvaluatedModel) -> FrozenFeatures:
+    """Return the features of the training and test images of a task. All ranks must call, and get all features.
 
     Raises:
-        DataError: no image of a class to learn from can be read.
+        DataError: no training image of a class can be read.
         NumericError: a feature is not finite.
     """
-    train = subject.encode_images(f"{task.name}: train", task.train.images)
-    test = subject.encode_images(task.name, task.test.images)
+    train = model.encode_images(f"{task.name}: train", task.train.images)
+    test = model.encode_images(task.name, task.test.images)
     require_finite(train.features, "image features")
     require_finite(test.features, "image features")
     train_labels = torch.tensor(task.train.labels)[train.kept]
     count_C = torch.bincount(train_labels, minlength=len(task.train.class_names))
     if not count_C.all():
         name = task.train.class_names[int(count_C.argmin())]
-        raise DataError(f"task.{task.name}.train: no image of '{name}' can be read; the first of all: {train.bad[0]}.")
-    return Frozen(train, train_labels, test, torch.tensor(task.test.labels)[test.kept])
+        raise DataError(
+            f"task.{task.name}.train: no image of class '{name}' can be read. First unreadable image: {train.bad[0]}."
+        )
+    return FrozenFeatures(train, train_labels, test, torch.tensor(task.test.labels)[test.kept])
 
 
-def protocol_of(task: LearnedTask, frozen: Frozen) -> dict[str, Any]:
-    """The data of both halves, for a protocol."""
+def protocol_of(task: LearnedTask, frozen: FrozenFeatures) -> dict[str, Any]:
+    """Return the evaluation settings about the training and test images of a task."""
     test, names = task.test, task.test.class_names
     return {
         "data": absolute(test.where),
@@ -225,32 +235,32 @@ def protocol_of(task: LearnedTask, frozen: Frozen) -> dict[str, Any]:
 def score_tasks(
     folder: Path, config: EvaluateConfig, source: ModelSource, tasks: list[Task], results: dict[str, dict[str, Any]]
 ) -> None:
-    """Score one task after the other into `results`; what one of them found is written before the next begins."""
-    subject, about = _load_subject(config, source)
+    """Score tasks one after the other; the result of a task is written and added to `results` before the next task starts."""
+    model, about = _load(config, source)
     for task in tasks:
-        result = score(task, subject)
+        result = score(task, model)
         result.protocol.update(about)
         if is_main():
-            # A mixture's scores are not the run's.
+            # Interpolated weights are not those of the run.
             run_dir = None if source.mix else source.run_dir
             write_result(result, task.name, folder, run_dir, name_in_run(task.name, source))
         results[task.name] = {"metrics": result.metrics, "protocol": result.protocol}
-    if subject.cache is not None and is_main():
-        subject.cache.prune()
+    if model.cache is not None and is_main():
+        model.cache.prune()
 
 
-def _load_subject(config: EvaluateConfig, source: ModelSource) -> tuple[Subject, dict[str, Any]]:
+def _load(config: EvaluateConfig, source: ModelSource) -> tuple[EvaluatedModel, dict[str, Any]]:
     options = encode_options(config)
     sha256 = from_main(source.sha256)
     about = about_weights(source, sha256, options.device)
     cache = Cache(Path(config.output_dir) / "cache", config.cache_gb) if config.cache_gb else None
     model = load_model(source, options.device)
     tokenizer = build_tokenizer(source.model.text)
-    return Subject(model, tokenizer, source.model, options, sha256, cache), about
+    return EvaluatedModel(model, tokenizer, source.model, options, sha256, cache), about
 
 
 def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dict[str, Any]:
-    """For a protocol: which weights were scored, on which kind of device."""
+    """Return the evaluation settings about the weights and the device."""
     return {
         "model": source.model.name,
         "weights": str(source.weights.resolve()),
@@ -264,27 +274,27 @@ def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dic
     }
 
 
-@exact_float32()  # scores too: towers see to it themselves
-def score(task: Task, subject: Subject) -> Result:
-    """Return the result of one task. Every rank calls and gets it; only rank 0's has details and files.
+@exact_float32()  # for the scores; towers do so themselves
+def score(task: Task, model: EvaluatedModel) -> Result:
+    """Return the result of a task. All ranks must call; only the result on rank 0 has details and files.
 
     Raises:
         DataError: an image cannot be read and `on_bad_image` is `error`, or none can be read.
         NumericError: features are not finite.
     """
-    truncated = subject.tokenizer.truncated
-    judge = task.score(subject)
+    truncated = model.tokenizer.truncated
+    compute_result = task.score(model)
     here: list[Result] = []
 
-    def judged() -> Result:
-        here.append(judge())
+    def result_to_send() -> Result:
+        here.append(compute_result())
         return replace(here[0], details=None, files={})
 
-    result = from_main(judged)
+    result = from_main(result_to_send)
     common = {
-        "truncated_texts": subject.tokenizer.truncated - truncated,
-        "preprocessing": subject.preprocessing(),
-        "precision": subject.options.precision,
+        "truncated_texts": model.tokenizer.truncated - truncated,
+        "preprocessing": model.preprocessing(),
+        "precision": model.options.precision,
         "kind": task.config.kind,
     }
     return replace(here[0] if here else result, protocol={**common, **result.protocol})

@@ -1,7 +1,7 @@
-"""What pages are made of: the templates beside this file, filled in; where a page comes from; numbers, facts and thumbnails on it.
+"""Parts of HTML reports: rendering of the templates, headings, commands, formatted numbers, tables of facts, and thumbnails.
 
-Each page is one HTML file that needs nothing else, from a disk or a server. Whatever is filled in is escaped, and a policy in the
-page's head forbids the browser to load anything or to run any script but ours: a caption or a file's name cannot do more than be read.
+Each report is a single HTML file that loads nothing else. All values are escaped, and a content security policy in the head forbids
+the browser to load anything or to run other scripts: captions and file names are displayed as text only.
 """
 
 import base64
@@ -26,37 +26,37 @@ from clip_exp.data.files import BadImage
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.runs import read_record
 
-NARROW_SPACE = "\u202f"  # between a number and its unit; no line breaks there
-LONG = 80  # characters, or entries, that a table of facts shows unfolded
-CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one: it has the scripts beside the package
-SIDE = 200  # pixels of a thumbnail's longest side
-QUALITY = 82  # of its JPEG
-SMALL = 64  # pixels; an image with shorter sides is shown enlarged, and its pixels as squares
-NO_LIMIT = 2**62  # of pixels: an image that was scored has passed the evaluation's own limit
+NARROW_SPACE = "\u202f"  # between a number and its unit; non-breaking
+LONG = 80  # entries of a list that a table of facts shows
+CHECKOUT = Path(__file__).resolve().parents[2]  # repository with train.py and evaluate.py, if the package is in one
+SIDE = 200  # longest side of a thumbnail, pixels
+QUALITY = 82  # JPEG quality of thumbnails
+SMALL = 64  # pixels; smaller images are enlarged without interpolation
+NO_LIMIT = 2**62  # pixels: the evaluation has already checked its own limit
 FACT_NAMES = {
     "kind": "task",
     "data": "data",
-    "bad_images": "images that cannot be read",
+    "bad_images": "unreadable images",
     "unlabeled_images": "images without a label",
-    "bad": "left out",
-    "overlap": "scored images that are in train too",
-    "classes_source": "class names from",
+    "bad": "unreadable images, with reasons",
+    "overlap": "overlap with the training images",
+    "classes_source": "source of class names",
     "classes_sha256": "class names, sha256",
-    "templates_source": "templates from",
+    "templates_source": "source of templates",
     "templates_sha256": "templates, sha256",
     "names": "name of each label",
-    "truncated_texts": "texts cut to the context length",
+    "truncated_texts": "truncated texts",
     "weights_sha256": "weights, sha256",
-    "wise_ft": "mixed with what it started from",
+    "wise_ft": "interpolation with the initial weights (WiSE-FT)",
     "step": "training step",
     "ema": "averaged weights (EMA)",
 }
 
-LAST = ("names", "bad")  # the long ones
+LAST = ("names", "bad")  # long facts, which are shown last
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in `templates/<template>`; every value that it names must be given."""
+    """Render `templates/<template>`; a missing value is an error."""
     return _environment().get_template(template).render(**values)
 
 
@@ -70,7 +70,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     assert environment.loader is not None
-    style, script = (environment.loader.get_source(environment, name)[0] for name in ("page.css", "page.js"))
+    style, script = (environment.loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals.update(style=Markup(style), script=Markup(script), script_sha256=digest, counted=counted)
     environment.filters.update(percent=percent, number=number, probability=probability)
@@ -78,7 +78,7 @@ def _environment() -> Environment:
 
 
 def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the template of every evaluation's page begins and ends with."""
+    """Return the values that the templates of all evaluation reports need: title, kind, model and data, command, versions."""
     weights = protocol.get("weights_sha256")
     about = [
         protocol.get("model"),
@@ -98,39 +98,39 @@ def heading(name: str, protocol: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def title_of(kind: Any) -> str:
-    """Return what a kind of task is called on pages."""
+    """Return the title of a kind of task in reports."""
     task = TaskConfig.kinds().get(kind)
     return (task.title if task is not None else "") or str(kind or "").replace("_", " ")
 
 
 def which_weights(protocol: dict[str, Any]) -> str | None:
-    """Return which of a run's weights were scored; None of others."""
+    """Return the step and kind of the evaluated weights of a run; None if they are not from a run."""
     step = protocol.get("step")
     averaged = "averaged weights (EMA)" if protocol.get("ema") else None
     return ", ".join(filter(None, [f"step {step:,}" if isinstance(step, int) else None, averaged])) or None
 
 
 def is_train_run(folder: Path) -> bool:
-    """Whether a run was trained in this folder; else it is an evaluation's."""
+    """Return True if the folder is that of a training run, not of an evaluation."""
     return (folder / "metrics.csv").is_file()
 
 
 def command_of(folder: Path) -> str | None:
-    """Return what to type to make again what the folder holds; None where it does not say."""
+    """Return the command that reproduces the results in a folder; None if it is not recorded."""
     arguments = read_record(folder).get("argv")
     if arguments is None:
         return None
     if not is_train_run(folder):
         return command_line("evaluate", arguments)
-    # The same command would find that the run has finished.
+    # Without resume=never the command would find the finished run.
     return command_line("train", [*(word for word in arguments if not word.startswith("resume=")), "resume=never"])
 
 
 def command_line(command: str, arguments: list[str]) -> str:
-    """Return what to type here to run a command: the script of this checkout, the installed program, or the module."""
+    """Return a command line for the current folder, with the script of the repository, the installed program, or the module."""
     here, interpreter, script = Path.cwd(), Path(sys.executable), CHECKOUT / f"{command}.py"
     program, python = shutil.which("clip-exp"), shutil.which("python")
-    if python is None or Path(python) != interpreter:  # not what `python` runs
+    if python is None or Path(python) != interpreter:  # `python` is another interpreter
         python = str(interpreter.relative_to(here) if interpreter.is_relative_to(here) else interpreter)
     else:
         python = "python"
@@ -146,37 +146,37 @@ def command_line(command: str, arguments: list[str]) -> str:
     return shlex.join([*words, *own, *arguments])
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """A fraction for reading: 0.915 is `91.5 %`."""
-    return f"{100 * share:.{digits}f}{NARROW_SPACE}%"
+def percent(fraction: float, digits: int = 1) -> str:
+    """Return a fraction in percent: 0.915 is `91.5 %`."""
+    return f"{100 * fraction:.{digits}f}{NARROW_SPACE}%"
 
 
-def probability(share: float) -> str:
-    """`percent`, but what is not quite 0 or 1 is not shown as these."""
-    if 0 < share < 0.0005:
+def probability(fraction: float) -> str:
+    """Return a fraction in percent, with `<` or `>` for values close to 0 or 1, which would be rounded to them."""
+    if 0 < fraction < 0.0005:
         return f"<{percent(0.001)}"
-    return f">{percent(0.999)}" if 0.9995 <= share < 1 else percent(share)
+    return f">{percent(0.999)}" if 0.9995 <= fraction < 1 else percent(fraction)
 
 
 def number(value: float) -> str:
-    """With separators of thousands; four digits after the point where it is no whole number."""
+    """Return a number with thousands separators, and with four decimals unless it is an integer."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4f}"
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """`1 image`, `2 images`, `2 classes`."""
+    """Return a count with its noun: `1 image`, `2 images`, `2 classes`."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def listing(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Return names as an enumeration: `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def fact_rows(protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """A protocol for reading: each a `name` and either a `text`, or `lines`, or `parts` that have facts of their own.
+    """Return evaluation settings as rows of a table: a `name` with a `text`, with `lines`, or with `parts` that have rows themselves.
 
-    A `summary` says that it is long, and is to be folded under these words.
+    A non-empty `summary` is the title of a collapsed section with the lines.
     """
     rows = []
     for key in [key for key in protocol if key not in LAST] + [key for key in LAST if key in protocol]:
@@ -198,7 +198,7 @@ def fact_rows(protocol: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             fact["text"] = _text(value)
         if isinstance(value, dict | list) and not fact["parts"] and (len(fact["lines"]) > 8 or key in LAST):
-            fact["summary"] = f"{len(fact['lines']):,} of them"
+            fact["summary"] = f"{len(fact['lines']):,} entries"
         rows.append(fact)
     return rows
 
@@ -215,7 +215,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image for a page. Where it cannot be read any more, `uri` is None and `reason` says why."""
+    """Small copy of an image for a report. `uri` is None if the image cannot be read anymore, and `reason` says why."""
 
     uri: str | None  # data:image/jpeg;base64,…
     width: int
@@ -225,7 +225,7 @@ class Thumbnail:
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
+        """Name of the image file."""
         return self.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
     @property
@@ -234,7 +234,7 @@ class Thumbnail:
 
 
 class Thumbnails:
-    """Thumbnails of a set, each made once: what the model saw (EXIF ignored, RGB), before its crop; nothing of the file but pixels."""
+    """Cached thumbnails of a dataset: RGB pixels before the crop of the model, without EXIF orientation or other metadata."""
 
     def __init__(self, images: ImageSet) -> None:
         self._images = images
@@ -251,7 +251,7 @@ class Thumbnails:
 
 
 def shrunk(image: Image.Image, path: str) -> Thumbnail:
-    """A thumbnail of an RGB image, which is made small in place."""
+    """Return a thumbnail of an RGB image, which is resized in place."""
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     bare = Image.new("RGB", image.size)
     bare.paste(image)

@@ -1,4 +1,4 @@
-"""The pages in a real Chromium without a network: scripts run, nothing is asked for, the console stays empty."""
+"""Reports in Chromium without a network: scripts run, nothing is requested, the console stays empty."""
 
 import os
 import re
@@ -43,7 +43,7 @@ Browse = Callable[[Path], Opened]
 
 @pytest.fixture(scope="session")
 def browse() -> Browse:
-    """Open a page in Chromium; its processes end with the call."""
+    """Return a function that opens a page in Chromium; its processes end with the call."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is on PATH")
@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def page_of(result: Result, folder: Path) -> Path:
+def report_of(result: Result, folder: Path) -> Path:
     write_result(result, "task", folder)
     return folder / "eval" / "task.html"
 
@@ -83,20 +83,20 @@ def test_the_console_is_watched(browse: Browse, tmp_path: Path):
     assert "nothing is not defined" in browse(tmp_path / "broken.html").console[0]
 
 
-def test_a_page_of_few_classes_opens(browse: Browse, folder: Path):
-    opened = browse(page_of(classification_result(classified(noise_files(folder, 8), 12, 300)), folder))
+def test_a_report_of_few_classes_opens(browse: Browse, folder: Path):
+    opened = browse(report_of(classification_result(classified(noise_files(folder, 8), 12, 300)), folder))
     assert opened.console == []
     assert 'aria-sort="none"><button type="button">top-1</button>' in opened.dom
-    assert "12 rows; a click on a column's name sorts" in opened.dom
+    assert "12 rows; click a column name to sort" in opened.dom
     assert "<canvas" not in opened.dom
 
 
-def test_a_page_of_1000_classes_opens_and_draws_its_map(browse: Browse, folder: Path):
-    opened = browse(page_of(classification_result(classified(noise_files(folder, 8), 1000, 5000)), folder))
+def test_a_report_of_1000_classes_opens_and_draws_its_map(browse: Browse, folder: Path):
+    opened = browse(report_of(classification_result(classified(noise_files(folder, 8), 1000, 5000)), folder))
     assert opened.console == []
-    assert "1,000 rows; a click on a column's name sorts" in opened.dom
-    assert re.search(r'<canvas [^>]*aria-label="Confusions of 1000 classes', opened.dom)
-    assert "Point at a dot to read it, click to look closer." in opened.dom
+    assert "1,000 rows; click a column name to sort" in opened.dom
+    assert re.search(r'<canvas [^>]*aria-label="Confusion map of 1000 classes', opened.dom)
+    assert "Hover over a dot to see its numbers; click to zoom in." in opened.dom
 
 
 def test_an_attackers_names_and_captions_do_nothing(browse: Browse, folder: Path):
@@ -105,13 +105,13 @@ def test_an_attackers_names_and_captions_do_nothing(browse: Browse, folder: Path
     details.class_names[1] = "</script><script>document.title = 'owned'</script>"
     captions = [ATTACK, *(f"caption {number}" for number in range(9))]
     for result in (classification_result(details), retrieval_result(retrieved(noise_files(folder, 10), captions))):
-        opened = browse(page_of(result, folder))
+        opened = browse(report_of(result, folder))
         assert opened.console == []
         assert "<title>owned" not in opened.dom
         assert "<title>task" in opened.dom
 
 
-def test_retrieval_comparison_and_the_page_that_leads_to_them_open(browse: Browse, folder: Path):
+def test_retrieval_comparison_and_their_index_open(browse: Browse, folder: Path):
     tasks = {
         "pairs": retrieval_result(retrieved(noise_files(folder, 10), [f"猫 {number}" for number in range(10)])),
         "robustness": compared_result(),

@@ -1,4 +1,4 @@
-"""Parts of every page: commands to type next exist where they are printed and do what they say; small copies of images."""
+"""Parts of every report: printed commands exist and do what they say; thumbnails of images."""
 
 import base64
 import os
@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from clip_exp.data.image_sets import ImageFiles
-from clip_exp.reports import page
-from clip_exp.reports.page import SIDE, Thumbnails, command_line
+from clip_exp.reports import html
+from clip_exp.reports.html import SIDE, Thumbnails, command_line
 from tests.conftest import REPOSITORY
 from tests.runs import TINY, Train, run_folders
 from tests.small_runs import write_image
@@ -47,7 +47,7 @@ def test_a_command_exists_where_it_is_printed(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(shutil, "which", lambda name: program if name == "clip-exp" else None)
     if where.endswith("without a checkout"):
-        monkeypatch.setattr(page, "CHECKOUT", tmp_path / "site-packages")
+        monkeypatch.setattr(html, "CHECKOUT", tmp_path / "site-packages")
     line = command_line("evaluate", ["--help"])
     interpreter = Path(sys.executable)
     python = interpreter.relative_to(folder) if interpreter.is_relative_to(folder) else interpreter
@@ -58,8 +58,8 @@ def test_a_command_exists_where_it_is_printed(
 @pytest.mark.exhaustive
 def test_the_commands_of_a_report_train_again_and_score(train: Train, tmp_path: Path) -> None:
     finished = train(*TINY, "max_steps=2", "trainer.devices=1", output_dir=tmp_path)
-    page = (finished.folder / "report.html").read_text(encoding="utf-8")
-    section = page[page.index("The run once more") :]
+    report = (finished.folder / "report.html").read_text(encoding="utf-8")
+    section = report[report.index("To train again") :]
     again, score = unescape(re.search(r"<pre>(.*?)</pre>", section, re.DOTALL)[1]).splitlines()  # type: ignore[index]
     assert score in finished.output
     for line in (again, score):
@@ -76,10 +76,10 @@ def opened(uri: str | None) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(data)))
 
 
-def test_a_thumbnail_keeps_the_pixels_but_neither_place_nor_comment_nor_turn(tmp_path: Path):
+def test_a_thumbnail_has_the_pixels_but_no_metadata_and_no_rotation(tmp_path: Path):
     image = Image.new("RGB", (400, 100), "red")
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turned
+    exif[0x0112] = 6  # orientation: rotated
     exif[0x010E] = "at home"
     image.save(tmp_path / "a.jpg", exif=exif, comment=b"secret", icc_profile=b"profile")
     thumbnail = Thumbnails(ImageFiles([tmp_path / "a.jpg"]))[0]

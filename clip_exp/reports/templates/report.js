@@ -1,6 +1,6 @@
 "use strict";
 
-/* Tables that can be sorted by their columns and filtered by a word. */
+/* Tables that are sorted by a click on a column and filtered by a search word. */
 function makeSortable(table) {
   const body = table.tBodies[0];
   for (const header of table.tHead.rows[0].cells) {
@@ -24,7 +24,7 @@ function sortBy(table, body, header) {
   const compare = (a, b) => {
     const [x, y] = [a.value, b.value];
     if (!numeric) return down * x.localeCompare(y);
-    if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y); // without a value: last
+    if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y); // empty cells come last
     return down * (x - y);
   };
   const rows = [...body.rows].map((row) => ({ row, value: value(row) })).sort(compare);
@@ -45,20 +45,20 @@ function makeSearchable(tools) {
   shown.className = "quiet";
   shown.setAttribute("role", "status");
   const filter = () => {
-    const wanted = input.value.trim().toLowerCase();
+    const query = input.value.trim().toLowerCase();
     let count = 0;
     rows.forEach((row, index) => {
-      row.hidden = !texts[index].includes(wanted);
+      row.hidden = !texts[index].includes(query);
       count += row.hidden ? 0 : 1;
     });
-    shown.textContent = wanted ? `${count.toLocaleString("en")} of ${rows.length.toLocaleString("en")}` : `${rows.length.toLocaleString("en")} rows; a click on a column's name sorts`;
+    shown.textContent = query ? `${count.toLocaleString("en")} of ${rows.length.toLocaleString("en")}` : `${rows.length.toLocaleString("en")} rows; click a column name to sort`;
   };
   input.addEventListener("input", filter);
   tools.append(input, shown);
   filter();
 }
 
-/* The map of confusions: a dot per pair of classes, at least as large as can be seen. A click shows a part, the next all. */
+/* Confusion map: a dot per pair of classes, at least 2.5 pixels wide. A click zooms in, the next one zooms out. */
 function drawMap(figure, data) {
   const size = data.names.length, pixels = 1024, zoomed = Math.min(size, 60);
   const canvas = document.createElement("canvas"), caption = figure.querySelector("figcaption");
@@ -67,18 +67,18 @@ function drawMap(figure, data) {
   let view = { row: 0, column: 0, span: size };
   canvas.width = canvas.height = pixels;
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `Confusions of ${size} classes; the list of the most frequent ones has the same facts.`);
+  canvas.setAttribute("aria-label", `Confusion map of ${size} classes; the list next to it has the most frequent confusions.`);
   figure.prepend(canvas);
 
-  const hint = () => `Point at a dot to read it${zoomed === size ? "" : view.span === size ? ", click to look closer" : ", click to see all"}.`;
+  const hint = () => `Hover over a dot to see its numbers${zoomed === size ? "" : view.span === size ? "; click to zoom in" : "; click to zoom out"}.`;
   const draw = () => {
     const context = canvas.getContext("2d"), colors = getComputedStyle(document.documentElement);
     const tint = { true: colors.getPropertyValue("--right").trim(), false: colors.getPropertyValue("--wrong").trim() };
     const cell = pixels / view.span, dot = Math.max(cell * 0.92, 2.5);
     context.clearRect(0, 0, pixels, pixels);
     for (const [key, count] of cells) {
-      const row = Math.floor(key / size), column = key % size, share = count / data.image_sets[row];
-      const strength = row === column ? 0.15 + 0.6 * share : Math.min(1, 0.3 + 1.4 * share);
+      const row = Math.floor(key / size), column = key % size, fraction = count / data.images[row];
+      const strength = row === column ? 0.15 + 0.6 * fraction : Math.min(1, 0.3 + 1.4 * fraction);
       context.fillStyle = `rgb(${tint[row === column]} / ${strength})`;
       context.fillRect((column - view.column + 0.5) * cell - dot / 2, (row - view.row + 0.5) * cell - dot / 2, dot, dot);
     }
@@ -100,12 +100,12 @@ function drawMap(figure, data) {
     }
     return best;
   };
-  const tell = (event) => {
+  const describe = (event) => {
     const found = nearest(place(event));
     if (found === null) return void (caption.textContent = hint());
-    const share = `${cells.get(found.row * size + found.column)} of ${data.image_sets[found.row]}`;
-    const given = found.row === found.column ? "right" : `taken for ${data.names[found.column]}`;
-    caption.textContent = `${data.names[found.row]}: ${share} ${given}`;
+    const count = `${cells.get(found.row * size + found.column)} of ${data.images[found.row]}`;
+    const outcome = found.row === found.column ? "correct" : `predicted as ${data.names[found.column]}`;
+    caption.textContent = `${data.names[found.row]}: ${count} ${outcome}`;
   };
   const zoom = (event) => {
     const at = place(event), start = (middle) => Math.max(0, Math.min(size - zoomed, middle - Math.floor(zoomed / 2)));
@@ -113,7 +113,7 @@ function drawMap(figure, data) {
     draw();
   };
   draw();
-  canvas.addEventListener("pointermove", tell);
+  canvas.addEventListener("pointermove", describe);
   canvas.addEventListener("pointerleave", () => { caption.textContent = hint(); });
   canvas.addEventListener("click", zoom);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -1,4 +1,4 @@
-"""`report.html` of a folder: of a run its numbers, its curves and how it was made, of an evaluation its tasks; of both the links to `eval/`."""
+"""`report.html`: of a training run its metrics, curves, settings and evaluations; of an evaluation an index of its tasks."""
 
 import base64
 import json
@@ -7,8 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from clip_exp.config.evaluation import Scale, TaskConfig
-from clip_exp.reports.names import scale_of, task_of
-from clip_exp.reports.page import (
+from clip_exp.reports.html import (
     command_line,
     command_of,
     counted,
@@ -21,22 +20,23 @@ from clip_exp.reports.page import (
     title_of,
     which_weights,
 )
+from clip_exp.reports.names import scale_of, task_of
 from clip_exp.runs import read_metrics, read_record, write_text
 
 METRICS_SHOWN = 4
 
 
 def write_report(run_dir: Path) -> Path:
-    """Draw `report.png` and write `report.html` from the run's own files; return the latter."""
-    # matplotlib takes a second to import, and an evaluation that renews the report does not need it.
+    """Draw `report.png` and write `report.html` from the files of a run; return the path of `report.html`."""
+    # matplotlib takes a second to import; `update_report` does not need it.
     from clip_exp.reports.plots import plot_run
 
     plot_run(read_metrics(run_dir / "metrics.csv"), run_dir / "report.png")
-    return renew_report(run_dir)
+    return update_report(run_dir)
 
 
-def renew_report(run_dir: Path) -> Path:
-    """Write `report.html` with the curves that are there, and the evaluations of now."""
+def update_report(run_dir: Path) -> Path:
+    """Write `report.html` with the existing curves and the current evaluations; return its path."""
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     record, epochs = read_record(run_dir), summary["epochs"]
     facts = {
@@ -82,20 +82,20 @@ def renew_report(run_dir: Path) -> Path:
 
 
 def next_command(run_dir: Path) -> str:
-    """Return what to type to score the run."""
+    """Return the command that evaluates the run."""
     return command_line("evaluate", [f"run={run_dir}"])
 
 
 def data_facts(summary: dict[str, Any]) -> dict[str, str]:
-    """Name to text; what was faultless, or was not counted yet when the summary was written, is left out."""
+    """Return facts about the data of a run as texts by name, without those that are zero or missing in the summary."""
 
-    def bad(key: str, what_became: str) -> str:
-        """`4 of training (3 no such file, 1 empty file), left out`."""
+    def bad(key: str, consequence: str) -> str:
+        """Return a text such as `4 of training (3 no such file, 1 empty file), left out`."""
         texts = [
             f"{sum(kinds.values()):,} of {table} ({', '.join(f'{count:,} {kind}' for kind, count in kinds.items())})"
             for table, kinds in (summary.get(key) or {}).items()
         ]
-        return f"{'; '.join(texts)}, {what_became}" if texts else ""
+        return f"{'; '.join(texts)}, {consequence}" if texts else ""
 
     def fraction(key: str, of_what: str) -> str:
         value = summary.get(key, summary.get(key.replace("fraction", "share")))  # name in older runs
@@ -103,11 +103,11 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
             return ""
         return f"{percent(value)} {of_what}" if value >= 0.001 else f"less than {percent(0.001)} {of_what}"
 
-    empty = [  # `28 of training (66.7 %)`
+    empty = [  # such as `28 of training (66.7 %)`
         f"{found['count']:,} of {table} ({probability(found['fraction'])})"
         for table, found in (summary.get("empty_captions") or {}).items()
     ]
-    filters = []  # `width of training: 3 not numbers, such as '1,024', 2 missing`
+    filters = []  # such as `width of training: 3 not numbers, such as '1,024', 2 missing`
     for table, columns in (summary.get("filter_values") or {}).items():
         for column, found in columns.items():
             parts = [f"{found['missing']:,} missing"] if found["missing"] else []
@@ -118,40 +118,42 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
         "bad images": bad("bad_images", "listed in bad_samples.csv"),
         "bad rows": bad("bad_rows", "left out"),
         "empty captions": "; ".join(empty),
-        "filter": f"{'; '.join(filters)}; these match nothing" if filters else "",
-        "cut captions": fraction("truncated_fraction", "of those trained on"),
-        "waiting for data": fraction("data_wait_fraction", "of the time of steps"),
+        "filter": f"{'; '.join(filters)}; these values match nothing" if filters else "",
+        "truncated captions": fraction("truncated_fraction", "of the training captions"),
+        "waiting for data": fraction("data_wait_fraction", "of the step time"),
     }
     return {name: text for name, text in facts.items() if text}
 
 
 def write_index(folder: Path) -> Path:
-    """Write `folder`/report.html, which lists the evaluations in it; return it."""
+    """Write `folder`/report.html, an index of the tasks of an evaluation; return its path."""
     found = evaluations(folder)
-    page = {**heading(folder.parent.name, found[0]["protocol"], folder), "kind": "Evaluation"}
-    page["about"] = [*page["about"][:-1], counted(len(found), "task")]
+    values = {**heading(folder.parent.name, found[0]["protocol"], folder), "kind": "Evaluation"}
+    values["about"] = [*values["about"][:-1], counted(len(found), "task")]
     path = folder / "report.html"
-    write_text(path, render("index.html", **page, evaluations=found))
+    write_text(path, render("index.html", **values, evaluations=found))
     return path
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Return every result in `eval/`, by name: task, kind, weights, its first metrics as text, and the link to its page, None without one."""
+    """Return the results in `eval/`, sorted by name: task, kind, weights, first metrics as text, and the link to the report or None."""
     found = []
-    for path in sorted((folder / "eval").glob("*.json"), key=lambda path: path.stem):  # a run's own weights come first
+    for path in sorted(
+        (folder / "eval").glob("*.json"), key=lambda path: path.stem
+    ):  # results of the run's own weights come first
         result = json.loads(path.read_text(encoding="utf-8"))
         protocol = result["protocol"]
         task = TaskConfig.kinds().get(protocol.get("kind"))
         first = task.headline if task is not None else ()
         metrics = sorted(result["metrics"].items(), key=lambda item: item[0] not in first)
-        page = path.with_suffix(".html")
+        report = path.with_suffix(".html")
         found.append(
             {
                 "name": task_of(path.stem),
                 "kind": title_of(protocol.get("kind")),
                 "weights": which_weights(protocol),
                 "metrics": [(name, readable(name, value)) for name, value in metrics[:METRICS_SHOWN]],
-                "link": f"eval/{quote(page.name)}" if page.is_file() else None,
+                "link": f"eval/{quote(report.name)}" if report.is_file() else None,
                 "protocol": protocol,
             }
         )
@@ -159,6 +161,6 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def readable(name: str, value: float) -> str:
-    """Return a metric's value as text: a fraction in percent, a rank as a number, a loss with four digits."""
+    """Return the value of a metric as text: a fraction in percent, a rank as a number, a loss with four decimals."""
     scale = scale_of(name)
     return f"{value:.4f}" if scale is Scale.loss else number(value) if scale is Scale.rank else percent(value)
