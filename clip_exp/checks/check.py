@@ -34,7 +34,7 @@ SETTINGS = ("decode", "max_images", "max_leakage", "global_batch_size")
 def run(
     splits: list[Split], config: CheckDataConfig, folder: Path, command: str
 ) -> tuple[dict[str, Any], list[Verdict]]:
-    """Write `report.json`, `report.html` and the lists to `folder`; return the content of `report.json` and the verdicts.
+    """Write the reports and lists to `folder`; return the content of `report.json` and the verdicts.
 
     Args:
         command: command line, for the report.

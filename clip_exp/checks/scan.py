@@ -1,4 +1,4 @@
-"""Scan of a split by worker processes, which returns arrays with a record per row and per image, and writes bad images to a file.
+"""Scan of a split by worker processes, with a record per row and per image, and a file of bad images.
 
 The records of a million images take 66 MB, those of a million rows 25 MB.
 """
@@ -270,7 +270,10 @@ def scan_split(
 
 
 def choose(images: int, most: int | None) -> np.ndarray:
-    """Return the numbers of all images, int64, or a sorted random sample of `most` of them. The sample is deterministic."""
+    """Return the numbers of all images, int64, or a sorted random sample of `most` of them.
+
+    The sample is deterministic.
+    """
     if most is None or images <= most:
         return np.arange(images)
     return np.sort(np.random.default_rng(0).choice(images, most, replace=False))

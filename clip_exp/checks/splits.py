@@ -1,4 +1,7 @@
-"""Splits to check: the tables for training and validation, with a single numbering of the rows. Does not import torch."""
+"""Splits to check: the tables for training and validation, with a single numbering of the rows.
+
+Does not import torch.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +40,10 @@ class Split:
 
     @cached_property
     def image_of_row(self) -> np.ndarray:
-        """Image of each row, int64 [rows], numbered by first appearance. Different names of one file are the same image."""
+        """Image of each row, int64 [rows], numbered by first appearance.
+
+        Different names of one file are the same image.
+        """
         numbers, images = [], 0
         for table in self.tables:
             numbers.append(table.image_index().astype(np.int64) + images)

@@ -24,7 +24,7 @@ def quantiles(values: np.ndarray) -> dict[str, float] | None:
 
 
 def octave_histogram(values: np.ndarray) -> dict[str, list[Any]]:
-    """Return a histogram of positive numbers with `STEPS_PER_OCTAVE` bins per octave: `edges` (one more than bins) and `counts`."""
+    """Return `edges` and `counts` of a histogram of positive numbers with `STEPS_PER_OCTAVE` bins per octave."""
     if not len(values):
         return {"edges": [], "counts": []}
     places = np.floor(np.log2(values.astype(np.float64)) * STEPS_PER_OCTAVE + 1e-9).astype(np.int64)
@@ -121,7 +121,8 @@ def describe_speed(good: list[np.ndarray], loader_workers: int, decoded: bool) -
 def equal_pairs_in_batch(captions: np.ndarray, images: np.ndarray, batch_size: int, drawn: Captions) -> float:
     """Return the expected number of pairs of different samples in a batch that have equal captions.
 
-    A sample is an image with one of its captions drawn uniformly, or a row (`data.captions`). The samples of a batch are distinct.
+    A sample is an image with one of its captions drawn uniformly, or a row (`data.captions`). The samples of a batch
+    are distinct.
 
     Args:
         captions, images: number of the caption and of the image of each row.
@@ -133,7 +134,8 @@ def equal_pairs_in_batch(captions: np.ndarray, images: np.ndarray, batch_size: i
     if drawn is Captions.random:
         weight = 1 / np.bincount(images)[images]
         samples = int(images.max()) + 1
-        # An image is drawn once per batch, so two of its own captions never meet. Its equal captions count as one, with their weight.
+        # An image is drawn once per batch, so two of its own captions never meet. Its equal captions count as one, with
+        # their weight.
         _, of_pair = np.unique(captions * samples + images, return_inverse=True)
         alone = np.bincount(of_pair, weight)
     else:

@@ -60,7 +60,8 @@ class BadSamples:
 
         Raises: DataError if the fraction of bad images exceeds `max_fraction`.
         """
-        # UTF-8 cannot encode a lone surrogate. Replace it here, so that names are equal when they are read back from the file.
+        # UTF-8 cannot encode a lone surrogate. Replace it here, so that names are equal when they are read back from
+        # the file.
         named = {image.path.encode("utf-8", errors="backslashreplace").decode(): image.reason for image in bad}
         new = {path: reason for path, reason in named.items() if path not in self.reasons}
         if not new:

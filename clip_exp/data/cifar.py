@@ -1,7 +1,7 @@
 """Safe reader for the original files of CIFAR-10 and CIFAR-100, which are pickles. Does not import torch.
 
-A pickle can call any function. torchvision loads only files with known checksums. This reader also reads subsets and repacked copies,
-because it restricts a pickle to arrays, strings, numbers and collections.
+A pickle can call any function. torchvision loads only files with known checksums. This reader also reads subsets and
+repacked copies, because it restricts a pickle to arrays, strings, numbers and collections.
 """
 
 import pickle

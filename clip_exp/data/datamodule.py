@@ -1,8 +1,8 @@
-"""LightningDataModule for image-text pairs: the stream, the data sets and the loaders, assembled for Lightning's Trainer.
+"""LightningDataModule for image-text pairs, which assembles the stream, the data sets and the loaders.
 
-`PairsDataModule.train_dataloader` iterates over the global order of `data.stream`. `StreamSampler` gives each rank its contiguous
-slice of every global batch, so the samples of a step do not depend on the number of ranks. The checkpoint stores two things: the
-number of samples seen, and a fingerprint of the data, which is compared when the run is resumed.
+`PairsDataModule.train_dataloader` iterates over the global order of `data.stream`. `StreamSampler` gives each rank its
+contiguous slice of every global batch, so the samples of a step do not depend on the number of ranks. The checkpoint
+stores two things: the number of samples seen, and a fingerprint of the data, which is compared when the run is resumed.
 """
 
 import hashlib
@@ -68,7 +68,8 @@ class StreamSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         step_start = self.start_sample
-        # Contiguous slices, not every n-th sample: the gathered global batch is then in the same order for any number of ranks.
+        # Contiguous slices, not every n-th sample: the gathered global batch is then in the same order for any number
+        # of ranks.
         while self.total_samples is None or step_start < self.total_samples:
             first = step_start + self.rank * self.local_batch_size
             yield list(range(first, first + self.local_batch_size))
@@ -79,7 +80,8 @@ class StreamSampler(Sampler[list[int]]):
 class EvalSampler(Sampler[list[int]]):
     """Batch sampler for validation, with the same number of indices on every rank.
 
-    If the images do not divide evenly, the last indices wrap around to the first images. The reader of the results drops duplicates.
+    If the images do not divide evenly, the last indices wrap around to the first images. The reader of the results
+    drops duplicates.
     """
 
     count: int
@@ -100,7 +102,10 @@ class EvalSampler(Sampler[list[int]]):
 
 
 class TimedLoader:
-    """Loader that measures how long training waits for batches, except for the first one, which includes the start of the workers."""
+    """Loader that measures how long training waits for batches.
+
+    The first batch is not counted, because it includes the start of the workers.
+    """
 
     def __init__(self, loader: "DataLoader[Batch]") -> None:
         self.loader = loader
@@ -130,7 +135,8 @@ class PairsDataModule(LightningDataModule):
         preprocessing: image preprocessing of the model.
         tokenizer: tokenizer for the captions.
         global_batch_size: samples per optimizer step over all ranks.
-        total_steps: optimizer step at which the stream ends; None: infinite. May be set after `setup`, when `num_rows` is known.
+        total_steps: optimizer step at which the stream ends; None: infinite. May be set after `setup`, when `num_rows`
+            is known.
         seed: seed of the order, the captions and the crops.
         output_dir: folder for the table indexes and for generated data.
         pad_multiple: length of the token batches is padded to a multiple of this number.
@@ -267,8 +273,8 @@ class PairsDataModule(LightningDataModule):
 
         Raises: DataError if the fraction of bad images exceeds `data.max_bad_fraction`.
         """
-        # Counted here, in the training process, because the objects of a worker process are copies. Lightning calls this hook once
-        # per batch that is used, so batches that were prefetched and never used do not count.
+        # Counted here, in the training process, because the objects of a worker process are copies. Lightning calls
+        # this hook once per batch that is used, so batches that were prefetched and never used do not count.
         if isinstance(batch, Batch):
             self.on_train_batch()
             if batch.truncated and not self.truncated:
@@ -287,7 +293,7 @@ class PairsDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `samples_seen`, the samples used by optimizer steps over all ranks, and `data`, the fingerprint of the tables."""
+        """Return `samples_seen`, the samples used by optimizer steps over all ranks, and `data`, the fingerprint."""
         self.setup()
         # From the steps, not from the loader: workers prefetch batches that training has not seen yet.
         steps = 0 if self.trainer is None else self.trainer.global_step
@@ -305,7 +311,9 @@ class PairsDataModule(LightningDataModule):
         self.start_sample = int(state_dict["samples_seen"])
 
     def require_same_tables(self, gather: Callable[[dict[str, str]], list[dict[str, str]]]) -> None:
-        """Check that all ranks read the same rows. Otherwise they would train on different samples and could wait for each other forever.
+        """Check that all ranks read the same rows.
+
+        Otherwise they would train on different samples and could wait for each other forever.
 
         Args:
             gather: function that returns the values of all ranks for the value of this rank.
@@ -325,7 +333,10 @@ class PairsDataModule(LightningDataModule):
                 )
 
     def changed_since(self, state_dict: dict[str, Any]) -> str | None:
-        """Return a message about how the data differs from that of a saved state; None if it is equal or the state has no fingerprint."""
+        """Return a message if the data differs from that of a saved state, else None.
+
+        A state of an older version has no fingerprint, so it is accepted.
+        """
         self.setup()
         before: dict[str, Any] = state_dict.get("data") or {}
         found = changes(before, self._fingerprint) if before else []

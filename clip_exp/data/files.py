@@ -1,4 +1,6 @@
-"""Reading and checking of image files before any pixel is decoded: bytes, headers, names and equal contents. Does not import torch.
+"""Reading and checking of image files before any pixel is decoded: bytes, headers, names and equal contents.
+
+Does not import torch.
 
 Files are untrusted. Each refusal has a reason, which starts with one of the kinds below. Details follow after a colon:
 `too many bytes: 70000000, more than max_image_bytes=67108864`. Bad images are counted by kind (`kind_of`).
@@ -97,7 +99,8 @@ def read_file(path: str | Path, limits: ImageLimits) -> bytearray:
 
     Raises: BadImage with the reason.
     """
-    # Open first and check the descriptor: a check by path could see another file than the one that is opened afterwards.
+    # Open first and check the descriptor: a check by path could see another file than the one that is opened
+    # afterwards.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -266,7 +269,10 @@ def check_formats(names: Iterable[str]) -> Iterator[str]:
 
 
 class _Bytes(BytesIO):
-    """Stream that limits the number of reads: a header of a few MB with millions of empty chunks would keep Pillow busy for a minute."""
+    """Stream that limits the number of reads.
+
+    A header of a few MB with millions of empty chunks would keep Pillow busy for a minute.
+    """
 
     reads = 0
 
@@ -280,7 +286,8 @@ class _Bytes(BytesIO):
 def _check_jpeg(image: ImageFile.ImageFile, data: bytearray) -> None:
     """Check that a JPEG has its end marker and not too many scans.
 
-    Each scan processes all blocks of an image, but takes as few as ten bytes: a small file with thousands of scans decodes for minutes.
+    Each scan processes all blocks of an image, but takes as few as ten bytes: a small file with thousands of scans
+    decodes for minutes.
     """
     assert image.fp is not None
     pixels = image.fp.tell() if image.format == "JPEG" else 0  # start of the pixels; unknown for an MPO
@@ -310,14 +317,15 @@ def _unidentified(data: bytearray, allowed: tuple[str, ...]) -> str:
     return f"{NOT_AN_IMAGE}: a web page" if is_page else NOT_AN_IMAGE
 
 
-# Names: recognize different names of one file without following every link, because large tables have millions of names.
+# Names: recognize different names of one file without following every link, because large tables have millions of
+# names.
 
 
 def normal_path(path: str) -> str:
     """Return an absolute path without empty, `.` and `..` parts, so that different spellings of one path become equal.
 
-    The result names the same file. `x/..` is the parent of x, or the parent of its target if x is a link. If x is not a directory, `x/..`
-    leads nowhere and is not changed. Other links are not followed: two links to a file are two names.
+    The result names the same file. `x/..` is the parent of x, or the parent of its target if x is a link. If x is not a
+    directory, `x/..` leads nowhere and is not changed. Other links are not followed: two links to a file are two names.
 
     Args:
         path: path as written; a relative path starts from the working directory.
@@ -364,7 +372,7 @@ class Stored(NamedTuple):
 
 
 class ImageSignature(NamedTuple):
-    """Size, modification time and a sample of the content of an image, to detect that it was replaced without reading all of it."""
+    """Size, time and a sample of the content of an image, which detect a change without reading all of it."""
 
     size: int  # bytes; -1 if the file cannot be read
     mtime_ns: int  # modification time of the file
@@ -374,8 +382,9 @@ class ImageSignature(NamedTuple):
 def image_signatures(places: Sequence[Stored]) -> list[ImageSignature]:
     """Return the signature of each image.
 
-    The sample detects an image that was replaced by one of the same size and time. It takes 31 us per file (from the page cache, on
-    one core), and size and time alone take 3 us. Reading and decoding a JPEG of 50 kB takes 2.2 ms, so this is 1.4 % of it.
+    The sample detects an image that was replaced by one of the same size and time. It takes 31 us per file (from the
+    page cache, on one core), and size and time alone take 3 us. Reading and decoding a JPEG of 50 kB takes 2.2 ms, so
+    this is 1.4 % of it.
     """
     parts = [places[start : start + _FILES_PER_TASK] for start in range(0, len(places), _FILES_PER_TASK)]
     with ThreadPoolExecutor(_THREADS) as threads:

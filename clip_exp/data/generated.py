@@ -1,7 +1,8 @@
 """Generated data sets, written once to the output folder as ordinary tables and image files.
 
-`digits` are scikit-learn's handwritten digits (Alpaydin and Kaynak 1998): 1,797 gray images of 8 x 8 pixels. `shapes` are drawn
-scenes of one or two colored shapes; their captions differ in the combination of size, color, shape and position.
+`digits` are scikit-learn's handwritten digits (Alpaydin and Kaynak 1998): 1,797 gray images of 8 x 8 pixels. `shapes`
+are drawn scenes of one or two colored shapes; their captions differ in the combination of size, color, shape and
+position.
 """
 
 import csv
@@ -44,7 +45,8 @@ class GeneratedData:
 def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
     """Write the data set to `<output_dir>/data/<name>/`, unless it exists.
 
-    The folder is created atomically, so several processes may call this at the same time, and a killed one leaves no partial data.
+    The folder is created atomically, so several processes may call this at the same time, and a killed one leaves no
+    partial data.
 
     Args:
         config: kind and size of the data set; equal values give equal bytes.
@@ -76,7 +78,7 @@ def generate(config: GenerateConfig, output_dir: Path) -> GeneratedData:
 
 
 def resolve_generated(config: DataConfig, output_dir: Path) -> DataConfig:
-    """Return the configuration with `generate` replaced by the tables of the generated data, which are written if missing."""
+    """Return the configuration with `generate` replaced by the generated tables, which are written if missing."""
     if config.generate is None:
         return config
     data = generate(config.generate, output_dir)
@@ -160,7 +162,9 @@ _PAIRS = 0.75  # fraction of scenes with two shapes
 
 
 def digits(seed: int) -> tuple[list[GeneratedSample], list[GeneratedSample]]:
-    """Return training and held-out samples with columns `title` and `label`; every fifth image of each class is held out.
+    """Return training and held-out samples with columns `title` and `label`.
+
+    Every fifth image of each class is held out.
 
     Args:
         seed: seed for the templates of the captions; images and split do not depend on it.

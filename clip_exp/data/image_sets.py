@@ -91,7 +91,10 @@ class ImageFiles:
         return Stored(self.name(index))
 
     def fingerprint(self) -> str:
-        """Return a hash of names and signatures (`files.image_signatures`). Reading the whole content would take as long as encoding."""
+        """Return a hash of names and signatures (`files.image_signatures`).
+
+        Reading the whole content would take as long as encoding.
+        """
         return fingerprint_of(self, f"border {self.border}")
 
 
@@ -164,7 +167,7 @@ class TorchvisionImages:
         return f"{self.title}/{index}"
 
     def stored(self, index: int) -> Stored | None:
-        """Return the image's file if an attribute of the data set is a list of paths, or of tuples that start with a path."""
+        """Return the image's file, if the data set has a list of paths or of tuples that start with a path."""
         for listed in vars(self.dataset).values():
             if isinstance(listed, list) and len(listed) == len(self):
                 item = listed[index]

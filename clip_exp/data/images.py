@@ -1,12 +1,14 @@
 """Decoding and preprocessing of images, from the bytes of a file to the input of a model.
 
-    training:     decode_rgb -> train_transform (random crop, augmentation) -> normalize on the device
-    evaluation:   decode -> eval_transform (resize and center crop, as in published evaluations) -> normalize on the device
+    training:     decode_rgb -> train_transform (random crop, augmentation)
+    evaluation:   decode -> eval_transform (resize and center crop, as in published evaluations)
+    both:         normalize, on the device
 
 Images stay uint8 until they are on the device. Copying uint8 moves a quarter of the bytes of float32.
 
-Files are untrusted. The limits are checked in the header before any pixel is decoded. Any exception of a decoder becomes a `BadImage`
-with a reason, and its warnings are suppressed. For images within the default limits, decoding needs less than 500 MB.
+Files are untrusted. The limits are checked in the header before any pixel is decoded. Any exception of a decoder
+becomes a `BadImage` with a reason, and its warnings are suppressed. For images within the default limits, decoding
+needs less than 500 MB.
 """
 
 import math
@@ -61,8 +63,8 @@ _AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
     """Decode an image for training: RGB, upright (EXIF), transparency on white, 16 bits scaled to 8.
 
-    JPEG and WebP are decoded by torchvision, which returns the same pixels as Pillow, faster and with less memory. Other formats, and
-    files that torchvision refuses, are decoded by Pillow.
+    JPEG and WebP are decoded by torchvision, which returns the same pixels as Pillow, faster and with less memory.
+    Other formats, and files that torchvision refuses, are decoded by Pillow.
 
     Args:
         data: content of the image file. The first frame of an animation is used.
@@ -88,7 +90,7 @@ def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
 
 
 def decode(data: bytearray, limits: ImageLimits) -> Image.Image:
-    """Decode an image for evaluation, as published evaluations do: Pillow's pixels in the mode of the file, EXIF ignored.
+    """Decode an image for evaluation: Pillow's pixels in the mode of the file, EXIF ignored.
 
     16 bits are scaled to 8, because Pillow's conversion to RGB would clip them.
 
@@ -185,7 +187,10 @@ Strips = Iterator[tuple[int, Image.Image]]  # (first row, strip) in order
 
 
 def _strips(image: Image.Image) -> Strips:
-    """Yield horizontal strips of an image. Converting them one by one limits the memory for the copies that Pillow makes."""
+    """Yield horizontal strips of an image.
+
+    Converting them one by one limits the memory for the copies that Pillow makes.
+    """
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -260,8 +265,9 @@ def train_transform(
 ) -> Tensor:
     """Apply a random resized crop (bicubic, antialiased, within 2 levels of Pillow) and the other augmentations.
 
-    Crop, flip, color jitter, grayscale and blur are drawn and applied in this order, each only if it is enabled. The crop is drawn
-    first, so it does not change when other augmentations are enabled. All augmentations but the crop see the resized image.
+    Crop, flip, color jitter, grayscale and blur are drawn and applied in this order, each only if it is enabled. The
+    crop is drawn first, so it does not change when other augmentations are enabled. All augmentations but the crop see
+    the resized image.
 
     Args:
         image_CHW: uint8 [3, H, W].
@@ -284,7 +290,7 @@ def train_transform(
 def crop_box(
     height: int, width: int, draws: Draws, scale: Sequence[float], ratio: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """Draw a random crop (top, left, height, width) with the algorithm of torchvision's RandomResizedCrop (Szegedy et al. 2014).
+    """Draw a random crop (top, left, height, width) as torchvision's RandomResizedCrop (Szegedy et al. 2014).
 
     Args:
         height, width: size of the image, pixels.
@@ -336,8 +342,8 @@ def change_colors(image_CHW: Tensor, draws: Draws, augmentation: AugmentationCon
 def jitter(image_CHW: Tensor, strengths: Sequence[float], draws: Draws) -> Tensor:
     """Change brightness, contrast, saturation and hue in a random order, as torchvision's ColorJitter.
 
-    The first three are multiplied by a factor from [max(0, 1 - strength), 1 + strength]. The hue is rotated by [-strength, strength]
-    of a full circle. The order is drawn first, then the four factors.
+    The first three are multiplied by a factor from [max(0, 1 - strength), 1 + strength]. The hue is rotated by
+    [-strength, strength] of a full circle. The order is drawn first, then the four factors.
 
     Args:
         image_CHW: uint8 [3, H, W].
@@ -361,7 +367,7 @@ def jitter(image_CHW: Tensor, strengths: Sequence[float], draws: Draws) -> Tenso
 
 
 def blur_kernel(size: int) -> int:
-    """Return the side of the blur kernel in pixels: an odd number of about a tenth of the image (SimCLR; Chen et al. 2020, appendix A)."""
+    """Return the side of the blur kernel in pixels, odd and about a tenth of the image's (Chen et al. 2020, SimCLR)."""
     return 2 * max(1, size // 20) + 1
 
 
@@ -382,11 +388,12 @@ def eval_transform(
     interpolation: Interpolation = Interpolation.bicubic,
     resize_mode: ResizeMode = ResizeMode.shortest,
 ) -> Tensor:
-    """Resize the shorter side to `size` (Pillow, bicubic), crop the center and convert to RGB, as in the published CLIP evaluations.
+    """Resize the shorter side (Pillow, bicubic), crop the center and convert to RGB, as published CLIP evaluations do.
 
     With `squash`, both sides are resized to `size`, as in the published SigLIP evaluations.
 
-    Conversion to RGB comes last, as in the published code. So palette images are resized by nearest neighbor, and transparency is dropped.
+    Conversion to RGB comes last, as in the published code. So palette images are resized by nearest neighbor, and
+    transparency is dropped.
 
     Returns: uint8 [3, size, size], contiguous.
 
@@ -405,7 +412,9 @@ def eval_transform(
 
 
 def normalize(image_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Convert uint8 pixels to normalized float32 [B, 3, H, W], contiguous. The result is bit-equal to torchvision's ToTensor and Normalize.
+    """Convert uint8 pixels to normalized float32 [B, 3, H, W], contiguous.
+
+    The result is bit-equal to torchvision's ToTensor and Normalize.
 
     Args:
         image_BCHW: uint8 [B, 3, H, W], on any device, in any memory format.

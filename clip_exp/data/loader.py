@@ -1,10 +1,11 @@
-"""Data sets that decode one sample, collate functions that build batches, and a DataLoader with robust worker processes.
+"""Data sets that decode one sample, collate functions that build batches, and the DataLoader with its workers.
 
     TrainPairs, EvalPairs, EvalImages    data sets: position -> sample
     Collate, EvalCollate                 samples -> batch
-    WorkerLoader                         DataLoader that handles signals and reports killed workers and a lack of shared memory
+    WorkerLoader                         DataLoader that handles signals and reports a lack of shared memory
 
-A sample depends only on its position, the table and the seed. It is the same in any worker, on any rank and after a restart.
+A sample depends only on its position, the table and the seed. It is the same in any worker, on any rank and after a
+restart.
 """
 
 import errno
@@ -78,8 +79,8 @@ class EvalSample:
 class Batch(NamedTuple):
     """Training batch of one rank.
 
-    Equal captions have equal `caption_id` and equal images have equal `image_id`, across all ranks. The losses use them to find
-    pairs of a global batch that match although they are not the same row.
+    Equal captions have equal `caption_id` and equal images have equal `image_id`, across all ranks. The losses use them
+    to find pairs of a global batch that match although they are not the same row.
     """
 
     image: Tensor  # uint8 [B, 3, S, S], stored as [B, S, S, 3]
@@ -116,7 +117,8 @@ class UnreadableImageError(DataError):
     """Error raised for an unreadable image that `data.on_bad_image` does not allow to be replaced or left out."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader re-raises the error of a worker with the worker's traceback as the message. Keep only the original message.
+        # A DataLoader re-raises the error of a worker with the worker's traceback as the message. Keep only the
+        # original message.
         super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
 
 
@@ -129,13 +131,15 @@ class TrainPairs(Dataset[Sample]):
     image_size: int  # side of the images, pixels
     tokenizer: Tokenizes
     augmentation: AugmentationConfig
-    # Raise, or replace the image by another row of the same source, chosen by the seed, the epoch and the bad row alone.
+    # Raise, or replace the image by another row of the same source, chosen by the seed, the epoch and the bad row
+    # alone.
     on_bad_image: OnBadImage = OnBadImage.replace
     limits: ImageLimits = DEFAULT_LIMITS
 
     def __getitem__(self, position: int) -> Sample:
-        # Random numbers are keyed by (seed, epoch, row), never taken from a generator whose state depends on earlier samples.
-        # That makes crops, captions and replacements independent of the number of workers and ranks and of restarts.
+        # Random numbers are keyed by (seed, epoch, row), never taken from a generator whose state depends on earlier
+        # samples. That makes crops, captions and replacements independent of the number of workers and ranks and of
+        # restarts.
         source, epoch, original_row = self.stream[position]
         row = original_row
         bad: list[UnreadableImage] = []
@@ -157,7 +161,8 @@ class TrainPairs(Dataset[Sample]):
                     f"{len(bad)} images drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}). Check the "
                     f"table {source.table.parts[0].path} and data.image_root, now {source.table.root}."
                 )
-            # Replace within the same source, so that the mixture of sources stays exact. The caption comes with the new row.
+            # Replace within the same source, so that the mixture of sources stays exact. The caption comes with the new
+            # row.
             row = hash64(_REPLACEMENT, source.seed, epoch, original_row, len(bad)) % len(source.rows)
         truncated_before = self.tokenizer.truncated
         tokens = self.tokenizer.encode(source.table.caption(table_row))
@@ -167,10 +172,13 @@ class TrainPairs(Dataset[Sample]):
 
 @dataclass(eq=False)
 class EvalPairs(Dataset[EvalSample]):
-    """Data set of the distinct images of a validation table, each with all its captions, preprocessed as in published evaluations.
+    """Data set of the distinct images of a validation table, each with all its captions.
+
+    Images are preprocessed as in published evaluations.
 
     Attributes:
-        class_names: distinct labels, sorted. Empty for a table without labels; an image with an empty label has no class.
+        class_names: distinct labels, sorted. Empty for a table without labels; an image with an empty label has no
+            class.
 
     Raises: DataError if two rows give an image different labels.
     """
@@ -217,7 +225,10 @@ class EvalPairs(Dataset[EvalSample]):
 
 @dataclass(eq=False)
 class EvalImages(Dataset[EvalSample]):
-    """Data set of images without captions. For an unreadable image, the sample has the reason, and the caller decides what to do."""
+    """Data set of images without captions.
+
+    For an unreadable image, the sample has the reason, and the caller decides what to do.
+    """
 
     images: ImageSet
     transform: Callable[[Image.Image], Tensor]  # maps an image to uint8 [3, S, S]; must be picklable
@@ -248,14 +259,18 @@ def unreadable(table: PairTable, row: int, reason: str, setting: str) -> str:
 
 @dataclass(frozen=True)
 class Collate:
-    """Collate function from `Sample`s to a `Batch`. The tokenizer pads captions, to a multiple of `multiple` if it can choose."""
+    """Collate function from `Sample`s to a `Batch`.
+
+    The tokenizer pads captions, to a multiple of `multiple` if it can choose.
+    """
 
     tokenizer: Tokenizes
     multiple: int = 1
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        # Stack in the memory layout [S, S, 3] as uint8, and return a view as [3, S, S]. Conversion to channels-first float runs on the
-        # device, which is faster and moves a quarter of the bytes. In a worker, `default_collate` stacks directly into shared memory.
+        # Stack in the memory layout [S, S, 3] as uint8, and return a view as [3, S, S]. Conversion to channels-first
+        # float runs on the device, which is faster and moves a quarter of the bytes. In a worker, `default_collate`
+        # stacks directly into shared memory.
         return Batch(
             image=default_collate([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
             tokens=self.tokenizer.pad([sample.tokens for sample in samples], self.multiple),
@@ -268,7 +283,10 @@ class Collate:
 
 @dataclass(frozen=True)
 class EvalCollate:
-    """Collate function from `EvalSample`s to an `EvalBatch`. Images that were left out are skipped, so a batch may be empty."""
+    """Collate function from `EvalSample`s to an `EvalBatch`.
+
+    Images that were left out are skipped, so a batch may be empty.
+    """
 
     tokenizer: Tokenizes
     image_size: int
@@ -306,13 +324,14 @@ T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS_ON_CPU = 8  # chosen automatically, if training computes on the CPU
 SHARED_MEMORY = "/dev/shm"
 _LOADER = inspect.getfile(DataLoader)
-# torch's messages: "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)", "unable to write to
-# file </torch_…>", and for a worker killed by SIGBUS: "It is possible that dataloader's workers are out of shared memory."
+# torch's messages: "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+# "unable to write to file </torch_…>", and for a worker killed by SIGBUS: "It is possible that dataloader's workers are
+# out of shared memory."
 _NO_SHARED_MEMORY = re.compile(r"shared memory ?\(shm\)|file </torch_|workers are out of shared memory")
 
 
 class WorkerLoader(DataLoader[T_co]):
-    """DataLoader whose workers ignore the signals meant for the run (`init_worker`) and report when shared memory runs out.
+    """DataLoader whose workers ignore the run's signals (`init_worker`), and which reports a lack of shared memory.
 
     Args:
         batch_bytes: approximate size of a batch; 0: unknown.
@@ -327,8 +346,8 @@ class WorkerLoader(DataLoader[T_co]):
             _loaders.add(self)
 
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]  # torch declares the class of its iterator
-        # torch may start threads in a worker before it calls `init_worker`. They inherit the signal mask that is set here. A thread
-        # that did not block SIGTERM would receive it, and the worker would end.
+        # torch may start threads in a worker before it calls `init_worker`. They inherit the signal mask that is set
+        # here. A thread that did not block SIGTERM would receive it, and the worker would end.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return super().__iter__()
@@ -361,8 +380,8 @@ _loaders: "weakref.WeakSet[WorkerLoader[Any]]" = (
 class _IntoSharedMemory:
     """Collate function that returns tensors in shared memory.
 
-    Otherwise a thread of the worker moves them there. When memory runs out, that thread prints the error and drops the batch, and
-    training waits for the batch forever.
+    Otherwise a thread of the worker moves them there. When memory runs out, that thread prints the error and drops the
+    batch, and training waits for the batch forever.
     """
 
     collate: Callable[[Any], Any]
@@ -376,10 +395,12 @@ class _IntoSharedMemory:
 
 
 def init_worker(_worker: int) -> None:
-    """Ignore the signals that stop or preempt a run: the training process handles them, and needs more batches to finish its step.
+    """Ignore the signals that stop or preempt a run.
 
-    Ctrl-C and the signals of a scheduler reach the whole process group. SIGTERM from the parent process still ends the worker,
-    because a DataLoader stops its workers that way.
+    The training process handles them, and needs more batches to finish its step.
+
+    Ctrl-C and the signals of a scheduler reach the whole process group. SIGTERM from the parent process still ends the
+    worker, because a DataLoader stops its workers that way.
     """
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
@@ -397,7 +418,7 @@ def init_worker(_worker: int) -> None:
 
 
 def count_workers(requested: int | None, local_world_size: int, device_type: str = "cpu") -> int:
-    """Return the number of worker processes per rank: as requested, or one per core of the rank except one for training.
+    """Return the number of workers per rank: as requested, or one per core of the rank except one for training.
 
     Training on a CPU uses the same cores, and is so slow that 8 workers keep up with it.
 
@@ -421,7 +442,8 @@ def cores_per_rank(local_world_size: int) -> int:
 def report_killed_workers(key: str) -> Iterator[None]:
     """Turn errors that a killed worker causes into a DataError with advice.
 
-    Use it around all code that runs while a `WorkerLoader` has workers: torch raises in arbitrary code when a worker dies.
+    Use it around all code that runs while a `WorkerLoader` has workers: torch raises in arbitrary code when a worker
+    dies.
 
     Args:
         key: configuration key for the number of workers, for the message.

@@ -1,4 +1,7 @@
-"""Checks of the data before a run starts, and the fingerprint by which a resumed run detects changed data. Does not import torch."""
+"""Checks of the data before a run starts, and the fingerprint by which a resumed run detects changed data.
+
+Does not import torch.
+"""
 
 import hashlib
 import json
@@ -64,8 +67,9 @@ def check_tables(config: TrainConfig) -> RunTables:
     """Open the tables of a run and check them. Missing indexes are built.
 
     Raises:
-        DataError: a table cannot be read, its fraction of bad rows exceeds `data.max_bad_fraction`, its fraction of empty captions
-            exceeds `data.max_empty_caption_fraction`, none of its images can be read, or an image of `data.val` has several labels.
+        DataError: a table cannot be read, its fraction of bad rows exceeds `data.max_bad_fraction`, its fraction of
+            empty captions exceeds `data.max_empty_caption_fraction`, none of its images can be read, or an image of
+            `data.val` has several labels.
         ConfigError: see `open_sources`.
     """
     data = config.data
@@ -191,7 +195,9 @@ def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: Da
 
 
 def describe(sources: Sequence[OpenSource], val: PairTable | None, config: DataConfig) -> dict[str, Any]:
-    """Return the description of the data for a run's record: the fingerprint, abbreviated for many files, and hashes of some images.
+    """Return the description of the data for a run's record.
+
+    It is the fingerprint, abbreviated for many files, and hashes of some images.
 
     Args: see `fingerprint`.
     """
@@ -206,7 +212,10 @@ def describe(sources: Sequence[OpenSource], val: PairTable | None, config: DataC
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the differences between two fingerprints or descriptions. Each names the file or key and can start a sentence."""
+    """Return the differences between two fingerprints or descriptions.
+
+    Each names the file or key and can start a sentence.
+    """
     found = stream_changes(before, now)
     if VAL not in before or before[VAL] == now[VAL]:  # older versions did not store it
         return found

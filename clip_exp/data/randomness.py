@@ -1,7 +1,8 @@
 """Random numbers and permutations that are pure functions of a key, not of a generator's state.
 
-A crop or a caption depends only on (seed, epoch, row), so images and order are the same on any worker and rank and after a restart.
-Everything is integer arithmetic in Python, so the numbers are the same on every platform and with every version of every library.
+A crop or a caption depends only on (seed, epoch, row), so images and order are the same on any worker and rank and
+after a restart. Everything is integer arithmetic in Python, so the numbers are the same on every platform and with
+every version of every library.
 """
 
 from functools import lru_cache
@@ -12,7 +13,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(value: int) -> int:
-    """Return a 64-bit hash of a 64-bit integer: splitmix64's finalizer (Steele, Lea and Flood 2014; constants by Stafford)."""
+    """Return a 64-bit hash of a 64-bit integer.
+
+    This is splitmix64's finalizer (Steele, Lea and Flood 2014; constants by Stafford).
+    """
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
@@ -68,7 +72,7 @@ class Blocks(NamedTuple):
 
 @lru_cache(maxsize=256)
 def epoch_order(n: int, seed: int, epoch: int, blocks: Blocks | None = None) -> Order:
-    """Return the order of an epoch: a block shuffle, or a full shuffle if `blocks` is None or there are fewer rows than two windows."""
+    """Return the order of an epoch: a block shuffle, or a full shuffle without `blocks` or for less than two windows."""
     if blocks is None or n < 2 * blocks.rows * blocks.window:
         return Permutation(n, seed, epoch)
     return BlockShuffle(n, seed, epoch, blocks)
@@ -77,8 +81,8 @@ def epoch_order(n: int, seed: int, epoch: int, blocks: Blocks | None = None) -> 
 class Permutation:
     """Random permutation of 0 .. n-1 in constant memory, keyed by (seed, epoch).
 
-    A Feistel network over the smallest power of two that is at least n, iterated until the result is below n ("cycle walking", Black
-    and Rogaway 2002). It is a bijection by construction and needs less than two evaluations on average.
+    A Feistel network over the smallest power of two that is at least n, iterated until the result is below n ("cycle
+    walking", Black and Rogaway 2002). It is a bijection by construction and needs less than two evaluations on average.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
@@ -112,14 +116,15 @@ class Permutation:
 
 
 class BlockShuffle:
-    """Random permutation of 0 .. n-1 that visits one part of the table at a time, in constant memory, keyed by (seed, epoch).
+    """Random permutation of 0 .. n-1 that visits one part of the table at a time, keyed by (seed, epoch).
 
-    The table is divided into blocks of neighboring rows, the blocks are permuted, and the rows within each window of `window` permuted
-    blocks are permuted. The start of the first block is drawn for each epoch, so that the borders of the blocks differ between epochs.
-    The last window also gets the remaining blocks and the short block at the end. It has up to twice as many blocks as the others.
+    The table is divided into blocks of neighboring rows, the blocks are permuted, and the rows within each window of
+    `window` permuted blocks are permuted. The start of the first block is drawn for each epoch, so that the borders of
+    the blocks differ between epochs. The last window also gets the remaining blocks and the short block at the end. It
+    has up to twice as many blocks as the others.
 
-    Two rows of a batch from one window are in the same block with probability (rows - 1) / (rows * window - 1), instead of
-    (rows - 1) / (n - 1). `benchmarks/shuffle.py` measures the effect on batches and on reads.
+    Two rows of a batch from one window are in the same block with probability (rows - 1) / (rows * window - 1), instead
+    of (rows - 1) / (n - 1). `benchmarks/shuffle.py` measures the effect on batches and on reads.
     """
 
     def __init__(self, n: int, seed: int, epoch: int, blocks: Blocks) -> None:

@@ -1,13 +1,15 @@
 """Training data as an infinite stream of samples, where the sample at any position can be computed directly.
 
-`data.train` names one or more sources. Each source is a table whose rows are images with one of their captions, or image-text pairs.
+`data.train` names one or more sources. Each source is a table whose rows are images with one of their captions, or
+image-text pairs.
 
     stream = Stream(open_sources(config), config, seed)
     source, epoch, row = stream[position]
 
-Sample k of a source with N rows belongs to epoch k // N and is row `epoch_order(N, seed, epoch)[k % N]`. With several sources, each
-position is first assigned to a source by the weights. The global batch of step s is samples [s * G, (s + 1) * G) for any number of
-ranks. The position in the data is therefore one number, the number of samples seen, and resuming needs no other state.
+Sample k of a source with N rows belongs to epoch k // N and is row `epoch_order(N, seed, epoch)[k % N]`. With several
+sources, each position is first assigned to a source by the weights. With a global batch of G, step s uses the samples
+`[s * G, (s + 1) * G)` for any number of ranks. The position in the data is therefore one number, the number of samples
+seen, and resuming needs no other state.
 
 This module does not import torch, so that commands can check the data of a run before they load it.
 """
@@ -41,12 +43,13 @@ _CAPTION, _SOURCE, _SLOTS = 3, 11, 12
 class Rows:
     """Rows of one source, 0 .. len-1, as `data.captions` defines them.
 
-    With `all`, every image-text pair of the table is a row. With `random`, every distinct image is a row, and one of its captions is
-    drawn in each epoch.
+    With `all`, every image-text pair of the table is a row. With `random`, every distinct image is a row, and one of
+    its captions is drawn in each epoch.
     """
 
     def __init__(self, table: PairTable, captions: Captions) -> None:
-        # Keep the table, not its arrays: an indexed table is memory-mapped and pickles as its folder, so all workers share one copy.
+        # Keep the table, not its arrays: an indexed table is memory-mapped and pickles as its folder, so all workers
+        # share one copy.
         self._table = table
         self._captions = captions
         self.images = table.images  # number of distinct images
@@ -118,7 +121,7 @@ def open_tables(config: DataConfig, index_dir: Path | None = None) -> Tables:
 
 
 def quotas(sources: Sequence[OpenSource]) -> list[int]:
-    """Return the number of samples of each source per `SLOTS` samples: proportional to the weights, rounded by largest remainder.
+    """Return the number of samples per `SLOTS` of each source, by the weights and rounded by largest remainder.
 
     Raises: ConfigError for a source whose number is 0.
     """
@@ -159,7 +162,8 @@ class StreamSource:
 
     def at(self, position: int) -> tuple[int, int]:
         """Return the epoch and the row of a sample of this source."""
-        # One entry of the permutation is computed at a time: as an array, 400 million rows would take 3 GB in each worker.
+        # One entry of the permutation is computed at a time: as an array, 400 million rows would take 3 GB in each
+        # worker.
         epoch, i = divmod(position, len(self.rows))
         return epoch, epoch_order(len(self.rows), self.seed, epoch, self.blocks)[i]
 
@@ -173,7 +177,7 @@ class StreamSource:
         return int.from_bytes(digest, "little", signed=True)
 
     def image_name(self, table_row: int) -> str:
-        """Return the name under which a bad image is listed: the path in its first row, or the full path if that is ambiguous."""
+        """Return the name of an image for the list of bad images: its path in the table, or the full path if ambiguous."""
         first = int(self.table.rows_of(self.table.image(table_row))[0])
         return self.table.image_path(first) if self.full_paths else self.table.path(first)
 
@@ -189,8 +193,9 @@ class StreamSample(NamedTuple):
 class Stream:
     """Infinite sequence of training samples, indexed by position.
 
-    Several sources are mixed in rounds of `SLOTS` samples. Each round has exactly the same number of samples of each source, in an
-    order that is drawn for the round. Each source passes through its own epochs, independently of the length of the others.
+    Several sources are mixed in rounds of `SLOTS` samples. Each round has exactly the same number of samples of each
+    source, in an order that is drawn for the round. Each source passes through its own epochs, independently of the
+    length of the others.
 
     Args:
         sources: opened sources.
@@ -226,8 +231,9 @@ class Stream:
     def __getitem__(self, position: int) -> StreamSample:
         if len(self.sources) == 1:
             return StreamSample(self.sources[0], *self.sources[0].at(position))
-        # Why not draw the source of each sample independently? Then the position within the source would be known only by counting
-        # all samples before it. With a fixed number per round it follows from the global position, so resuming needs no other state.
+        # Why not draw the source of each sample independently? Then the position within the source would be known only
+        # by counting all samples before it. With a fixed number per round it follows from the global position, so
+        # resuming needs no other state.
         round_, slot = divmod(position, SLOTS)
         # A permutation of the slots of this round; slots [end - quota, end) belong to source i.
         drawn = epoch_order(SLOTS, self._key, round_)[slot]
@@ -237,7 +243,10 @@ class Stream:
 
 
 def blocks_of(config: DataConfig, table: PairTable) -> Blocks | None:
-    """Return the sizes for a block shuffle of a table, or None for a full shuffle. The default is by blocks for shards only."""
+    """Return the sizes for a block shuffle of a table, or None for a full shuffle.
+
+    The default is by blocks for shards only.
+    """
     # A full shuffle jumps to another shard with every sample, which is slow on disks and network file systems.
     shuffle = config.shuffle or (Shuffle.full if table.members is None else Shuffle.block)
     return Blocks(config.shuffle_block, config.shuffle_window) if shuffle is Shuffle.block else None

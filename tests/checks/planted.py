@@ -97,7 +97,7 @@ def _write(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 
 def _image(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Smooth noise: photographs compress too."""
+    """Return smooth noise, which compresses like a photograph."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 

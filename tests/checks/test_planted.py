@@ -1,4 +1,4 @@
-"""Every planted fault is found, and counted exactly."""
+"""Each planted fault is found and counted exactly."""
 
 import csv
 import json
@@ -64,7 +64,7 @@ def test_bad_rows_are_counted_by_reason_and_listed(train: dict[str, Any], checke
 
 
 def test_bad_images_are_counted_by_kind_and_listed(train: dict[str, Any], checked: Checked) -> None:
-    """Those that training or, for the strip, validation would not use."""
+    """The images that training or, for the strip, validation would not use."""
     kinds = {"no such file": 2, "empty file": 1, "not an image": 1, "outside the data root": 1, "too many pixels": 1}
     assert train["bad_images"]["by_kind"] == {**kinds, "truncated": 1}
     assert checked.report["splits"]["val"]["bad_images"]["by_kind"] == {"side too long": 1}

@@ -1,4 +1,4 @@
-"""The report of a check in a real Chromium without a network, and at its emptiest."""
+"""The report of a check in Chromium without a network, and for an almost empty data set."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The statistics, against counting by hand or by trying."""
+"""Statistics compared with manual counts or with simulation."""
 
 import math
 from itertools import combinations

@@ -1,4 +1,4 @@
-"""Images and tables that tests make themselves."""
+"""Fixtures with generated images and tables."""
 
 import csv
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from clip_exp.text.tokenizer import Tokenizer
 
 
 def noise(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth random RGB image."""
+    """Return a smooth random RGB image."""
     draw = np.random.default_rng(seed)
     return Image.fromarray(draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height))
 
@@ -36,7 +36,7 @@ def write_table(file: Path, records: list[list[str]], separator: str = ",", enco
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """23 images, JPEG and PNG, the third with three captions and the others with one: 25 rows."""
+    """Write a table of 25 rows with 23 images, JPEG and PNG. The third image has three captions, the others have one."""
     records = [["filepath", "title"]]
     for i in range(23):
         name = f"{i:02d}.{'jpg' if i % 2 else 'png'}"
@@ -50,7 +50,7 @@ Build = Callable[..., PairsDataModule]
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """A data module (`data_module`) whose output folder is the test's."""
+    """Return a function that builds a data module (`data_module`) in the test's folder."""
     return partial(data_module, tmp_path / "outputs")
 
 
@@ -64,7 +64,7 @@ def data_module(
     run_dir: Path | None = None,
     **values: object,
 ) -> PairsDataModule:
-    """A data module of images of 16 pixels in batches of 4; keywords are `DataConfig`'s, but for those named here."""
+    """Build a data module with images of 16 pixels in batches of 4. Other keywords are fields of `DataConfig`."""
     config = DataConfig(name="csv", train=train, **{"num_workers": 0, **values})  # type: ignore[arg-type]
     return PairsDataModule(
         config,

@@ -1,4 +1,4 @@
-"""What happens to the text and the bytes of a file on its way: each a function of the file and of a draw."""
+"""Damage to the text and the bytes of a file, each as a function of the content and of random draws."""
 
 import gzip
 from random import Random

@@ -1,6 +1,6 @@
-"""Odd and damaged images by the thousand, from a seed: what a loader must survive.
+"""Thousands of unusual and damaged images from a seed, which a loader must survive.
 
-Every way in which a file can be wrong is a function below; `damaged_images` goes through all of them in turn.
+Each kind of damage is a function, and `damaged_images` uses all of them in turn.
 """
 
 import os
@@ -20,7 +20,7 @@ Maker = Callable[[Path, Draw], str | None]
 
 
 class Made(NamedTuple):
-    """A file of the corpus; there need not be one at its name."""
+    """File of the corpus. It may not exist."""
 
     name: str
     way: str  # the function that made it
@@ -199,7 +199,7 @@ def cut_anywhere(file: Path, draw: Draw) -> str | None:
 
 
 def filled_with_zeros(file: Path, draw: Draw) -> str | None:
-    """As a download that stopped into a file of its final size."""
+    """Replace the end by zeros, as an interrupted download into a preallocated file does."""
     data = encoded(image(draw), "JPEG")
     kept = int(draw.integers(len(data) - 8, len(data) - 2))
     file.write_bytes(data[:kept].ljust(len(data), b"\0"))

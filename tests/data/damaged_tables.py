@@ -1,7 +1,7 @@
-"""Tables that went wrong in the ways in which tables go wrong, drawn from a seed: no two alike, each named after what was done to it.
+"""Damaged tables from a seed, all different, each named after its damage.
 
-A table is drawn with sound or odd rows, written in one of the formats, and damaged up to three times: as rows, as text, as bytes,
-or as a file.
+A table has good or unusual rows, is written in one of the formats, and is damaged up to three times: in its rows, text, bytes, or
+as a file.
 """
 
 import csv
@@ -34,7 +34,7 @@ def damaged_tables(folder: Path, count: int, seed: int) -> list[Path]:
 
 
 def damaged_table(folder: Path, number: int, draw: Random) -> Path:
-    """The table with this number; it depends on `draw` alone."""
+    """Write the table with this number. It depends only on `draw`."""
     suffix = draw.choice(["csv", "csv", "tsv", "jsonl", "parquet", "tar"])
     rows = sound_rows(draw)
     done: list[str] = []

@@ -1,4 +1,4 @@
-"""Files of images, as bytes: by Pillow, and PNGs from any pieces."""
+"""Image files as bytes: encoded by Pillow, or PNGs assembled from chunks."""
 
 import io
 import struct
@@ -37,7 +37,7 @@ def png(width: int, height: int, pixels: bytes, *, depth: int = 8, color: int = 
 
 @cache
 def bomb() -> bytes:
-    """20 kB that grow a thousandfold."""
+    """Return 20 kB that decompress to a thousand times their size."""
     return zlib.compress(bytes(20_000_000))
 
 

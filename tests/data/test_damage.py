@@ -1,4 +1,4 @@
-"""A corpus of damaged images and tables, each of which is read or refused with a reason, soon and small."""
+"""A corpus of damaged images and tables. Each is read, or refused with a reason, in little time and memory."""
 
 import csv
 import logging
@@ -36,7 +36,7 @@ OPTIONS = TableOptions(on_bad_row=OnBadRow.skip)
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """A table of `count` damaged images, each followed by a sound one."""
+    """Write a table of `count` damaged images, each followed by a good one."""
     rows = [["filepath", "title"]]
     for i, made in enumerate(damaged_images(folder, count, SEED)):
         noise(i).save(folder / f"sound-{i}.jpg")
@@ -55,7 +55,7 @@ def tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 class Read(NamedTuple):
-    """What came of an input, and the processor time that it took, which other processes do not lengthen."""
+    """Result for an input, with the CPU time, which does not depend on other processes."""
 
     what: Any
     seconds: float
@@ -67,7 +67,7 @@ def timed(read: Callable[..., Any], *arguments: Any) -> Read:
 
 
 def memory_mb(what: str, process: int | str = "self") -> float:
-    """`RssAnon`: memory that is not of a file, which a forked process shares with its parent; `VmHWM`: the most it ever held."""
+    """Return a field of /proc/self/status. `RssAnon`: anonymous memory, which a forked process shares with its parent; `VmHWM`: the peak."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status[what].split()[0]) / 1024
 
@@ -84,7 +84,7 @@ def reason(read: Callable[..., Any], *arguments: Any) -> str | None:
 
 
 def read_each(pairs: Path) -> tuple[dict[str, tuple[Read, Read]], float]:
-    """Every image as training and as evaluation read it: why it was refused, if it was. And the memory that this took."""
+    """Read every image as training and as evaluation do. Return the reasons of refused images, and the memory."""
     before_mb = memory_mb("RssAnon")
     table, limits = read_table(pairs), ImageLimits()
     found = {
@@ -98,7 +98,7 @@ def read_each(pairs: Path) -> tuple[dict[str, tuple[Read, Read]], float]:
 
 
 def read_epoch(pairs: Path, run_dir: Path, workers: int, ranks: int) -> tuple[Counter[str], list[float]]:
-    """Bad images by kind as a run's data module counts them in an epoch, and the memory that each worker took."""
+    """Return the bad images of an epoch by kind, as counted by the data module, and the memory of each worker."""
     before_mb = memory_mb("RssAnon")
     total = (len(read_table(pairs)) - 1) // BATCH + 1
     for rank in range(ranks):
@@ -121,7 +121,7 @@ def read_epoch(pairs: Path, run_dir: Path, workers: int, ranks: int) -> tuple[Co
 
 @pytest.fixture(scope="module")
 def each(pairs: Path) -> tuple[dict[str, tuple[Read, Read]], float]:
-    """Every image, read in a process of its own."""
+    """Read every image in a separate process."""
     return start_apart(read_each, pairs).result()
 
 
@@ -169,7 +169,7 @@ def test_two_ranks_of_a_run_list_the_bad_images_that_one_lists(train: Train, tmp
 
 
 def read_rows(file: Path, options: TableOptions, index_dir: Path | None) -> Any:
-    """Everything that a run may ask of a table: its rows and the bad ones by reason, or the message that refuses it."""
+    """Return the rows of a table and its bad rows by reason, or the error message."""
     limits = ImageLimits()
     try:
         table = open_table(file, options, index_dir=index_dir)
@@ -181,7 +181,7 @@ def read_rows(file: Path, options: TableOptions, index_dir: Path | None) -> Any:
 
 
 def read_tables(files: Sequence[Path], options: TableOptions, index_dir: Path | None) -> tuple[list[Read], float]:
-    """All of them, and the memory that this took."""
+    """Read all tables; return the results and the memory."""
     logging.disable()
     before_mb = memory_mb("RssAnon")
     found = [timed(read_rows, file, options, index_dir) for file in files]

@@ -131,7 +131,7 @@ def test_the_start_of_the_workers_is_not_waited_for_data(monkeypatch):
 
 
 def test_ranks_that_read_different_tables_are_refused_on_all_of_them(pairs, build):
-    """As where one is replaced between the starts of two ranks."""
+    """A table may be replaced between the starts of two ranks."""
     module = build(str(pairs), val=str(pairs))
     tables = []
     module.require_same_tables(lambda own: tables.append(own) or [own, own])
@@ -200,7 +200,7 @@ def test_without_locks_ranks_still_share_one_record_of_bad_images(tmp_path, no_l
 
 
 class Recorder(pl.LightningModule):
-    """Keeps what it is given, and has something to optimize."""
+    """Module with a parameter that records its batches."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which files are read as images, and the reasons for the others."""
+"""The files that are read as images, and the reasons for refused files."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ LIMITS = ImageLimits(max_bytes=1000)
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A data root with one file, and another file outside."""
+    """Create a data root with one file, and another file outside."""
     (tmp_path / "root" / "sub").mkdir(parents=True)
     (tmp_path / "root" / "sub" / "a.jpg").write_bytes(b"inside")
     (tmp_path / "root-2").mkdir()

@@ -1,4 +1,4 @@
-"""What is refused before any pixel is decoded."""
+"""Images that are refused before any pixel is decoded."""
 
 import struct
 import time

@@ -18,7 +18,7 @@ def records(file: Path) -> list[list[str]]:
 
 
 def saved(build: Build, train: object, **values: object) -> dict:
-    """The state of a run as a checkpoint gives it back."""
+    """Return the state of a run as loaded from a checkpoint."""
     return json.loads(json.dumps(build(train, **values).state_dict()))
 
 

@@ -1,4 +1,4 @@
-"""What the largest images within the default limits cost a worker."""
+"""Memory that a worker needs for the largest images within the default limits."""
 
 import re
 import struct
@@ -66,7 +66,7 @@ def write(kind: str, path: Path) -> None:
 
 
 def peak_mb(read: Callable[..., object], file: Path) -> int:
-    """Memory that decoding takes beyond what the process had."""
+    """Return the additional memory for decoding, in MB."""
     data = bytearray(file.read_bytes())
     for kind in ("JPEG", "WEBP"):
         read(bytearray(encoded(Image.new("RGB", (8, 8)), kind)), ImageLimits())  # the decoders' libraries
@@ -79,7 +79,7 @@ def peak_mb(read: Callable[..., object], file: Path) -> int:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are set back as Linux does it")
 @pytest.mark.parametrize("kind", repeat_beyond(("RGBA PNG", "progressive CMYK JPEG", "WebP with alpha"), LARGEST))
 def test_forty_million_pixels_of_any_kind_take_less_than_500_mb(kind: str, tmp_path: Path) -> None:
-    """The image is written by a process of its own, which gives the memory back."""
+    """A separate process writes the image, so that its memory is freed."""
     start_apart(write, kind, tmp_path / "largest").result()
     peaks = {read.__name__: start_apart(peak_mb, read, tmp_path / "largest").result() for read in (decode_rgb, decode)}
     assert max(peaks.values()) <= LIMIT_MB, peaks

@@ -62,7 +62,7 @@ def test_no_byte_of_a_file_that_a_table_names_is_in_a_message(tmp_path):
 
 @pytest.mark.parametrize("kept", ["in files", "in a shard"])
 def test_the_fingerprint_changes_where_an_image_is_replaced_by_one_of_equal_size_and_time(kept, shard, tmp_path):
-    """As an edit with a tool that keeps the time of change."""
+    """Some tools keep the modification time when they edit a file."""
     file = tmp_path / "0.jpg"
     file.write_bytes(jpeg(0))
     whole = shard if kept == "in a shard" else file

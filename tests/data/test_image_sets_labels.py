@@ -1,4 +1,4 @@
-"""Labels are read in one way, whatever reads them."""
+"""Labels are read in the same way everywhere."""
 
 import json
 import logging

@@ -281,7 +281,7 @@ def test_a_seed_makes_the_same_corpus(tmp_path):
 
 
 def test_a_worker_keeps_libjpegs_doubts_to_itself(capfd):
-    """They have no name of a file; other processes may have threads that use the same terminal."""
+    """The warnings do not name the file. In other processes, threads may write to the same terminal."""
     data = bytearray(encoded(noise(9, 200, 200), "JPEG"))
     data[-200:-2] = b"\x11" * 198
     decode_rgb(data, ImageLimits())

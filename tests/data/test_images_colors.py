@@ -1,4 +1,4 @@
-"""Colors, gray and blur against torchvision's own transforms."""
+"""Colors, gray and blur compared with torchvision's transforms."""
 
 import math
 
@@ -18,7 +18,7 @@ IMAGE = pil_to_tensor(noise(0, 60, 60)).contiguous()
 
 
 class Recorded(Draws):
-    """Draws that can be looked up afterwards."""
+    """Draws that are recorded."""
 
     def __init__(self, *key: int) -> None:
         super().__init__(*key)

@@ -48,7 +48,7 @@ def read(module) -> list[Batch]:
 
 
 class Place:
-    """What a data module asks of a Trainer."""
+    """Stand-in for the Trainer, with the attributes that a data module uses."""
 
     def __init__(self, rank: int, world_size: int, global_step: int = 0) -> None:
         self.global_rank, self.world_size, self.global_step = rank, world_size, global_step
@@ -235,7 +235,7 @@ def test_signals_for_the_run_leave_the_workers_alone(pairs, build, monkeypatch):
     """A scheduler's SIGTERM or Ctrl-C goes to the whole group; the step that is being saved still needs its batch."""
 
     def start_a_thread(_: int) -> None:
-        """In the worker, early, as torch's own function may."""
+        """Start a thread in the worker early, as torch's function may."""
         threading.Thread(target=threading.Event().wait, daemon=True).start()
 
     monkeypatch.setattr(torch, "set_num_threads", start_a_thread)
@@ -274,13 +274,13 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", repeat_beyond(("fork", "spawn"), ("fork", "forkserver", "spawn")))
 def test_a_process_ends_though_its_workers_still_wait_for_work(tmp_path, method):
-    """At exit Python terminates what is left and then waits for it, without end."""
+    """At exit, Python terminates the remaining processes and waits for them without a timeout."""
     (tmp_path / "ends.py").write_text(ENDS)
     subprocess.run([sys.executable, "ends.py", method], cwd=tmp_path, check=True, timeout=60)
 
 
 class Killed(Dataset[int]):
-    """Its second item is one too many."""
+    """Data set whose second item kills the worker."""
 
     def __getitem__(self, index: int) -> int:
         if index:

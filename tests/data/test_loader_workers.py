@@ -59,7 +59,7 @@ def collate(samples: list[int]) -> Batch:
 
 
 def loader(count: int = 1, **options: int) -> WorkerLoader[Batch]:
-    """Its time runs out where a batch is lost."""
+    """Return a loader with a timeout, which expires if a batch is lost."""
     return WorkerLoader(
         Images(),
         sampler=range(8),
@@ -100,7 +100,7 @@ def test_a_batch_for_which_there_is_no_shared_memory_is_an_error_with_remedies(m
 
 
 class Ended(Dataset[int]):
-    """Its second item ends the worker by a signal."""
+    """Data set whose second item ends the worker by a signal."""
 
     def __init__(self, number: signal.Signals) -> None:
         self.number = number

@@ -1,4 +1,4 @@
-"""Presets of `conf/data/augmentation/`, and the numbers that are refused."""
+"""Presets of `conf/data/augmentation/`, and invalid numbers."""
 
 import pytest
 

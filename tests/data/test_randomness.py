@@ -14,7 +14,7 @@ def test_every_row_comes_once_per_epoch(n):
 
 
 def test_order_is_fixed_for_good():
-    """A change would make every resumed run see other rows."""
+    """With another order, every resumed run would see other rows."""
     permutation = Permutation(1000, seed=0, epoch=0)
     assert [permutation[i] for i in range(8)] == [63, 19, 598, 95, 316, 743, 486, 638]
 

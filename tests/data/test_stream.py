@@ -1,5 +1,4 @@
-"""Every sample, to the last pixel, is what one process without workers would have seen: whatever the workers and ranks, and
-wherever the run was stopped and went on."""
+"""Samples are bit-equal to those of one process without workers, for any number of workers and ranks, and after any restart."""
 
 import hashlib
 import io
@@ -49,7 +48,7 @@ def image(i: int) -> bytes | None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pairs as a CSV file, a Parquet file and three shards; and a table of other captions, as a second source."""
+    """Write the same pairs as a CSV file, a Parquet file and three shards, and a table with other captions as a second source."""
     folder = tmp_path_factory.mktemp("pairs")
     names = [f"{i:02d}.{'jpg' if i % 2 else 'png'}" for i in range(IMAGES)]
     captions = [f"caption of {i}" + " and more" * (i % 5) for i in range(IMAGES)]
@@ -89,7 +88,7 @@ DATA: dict[str, Callable[[Path], dict[str, object]]] = {
 
 
 class Reading:
-    """What a data module of one kind of data yields; each part of the stream is read once for all comparisons."""
+    """Samples of a data module for one kind of data. Each part of the stream is read once and cached."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self._folder, self._kind = folder, kind
@@ -105,7 +104,7 @@ class Reading:
         return module
 
     def _read(self, step: int, workers: int, end: int = STEPS, rank: int = 0, ranks: int = 1) -> list[list[str]]:
-        """Hashes of the samples of each step from `step` to `end`, read as a run does that has gone on from `step`."""
+        """Return the hashes of the samples of each step from `step` to `end`, as read by a run that was resumed at `step`."""
         before = self.module(place=Place(0, 1, global_step=step))
         module = self.module(workers, Place(rank, ranks))
         module.load_state_dict(before.state_dict())
@@ -113,13 +112,13 @@ class Reading:
         return [samples(next(batches)) for _ in range(step, end)]
 
     def on_ranks(self, ranks: int, step: int, end: int = STEPS, workers: int = 0) -> list[list[str]]:
-        """Likewise, of all ranks together: the samples of a global batch in their order, then its bad images."""
+        """Return the same for all ranks: the samples of a global batch in order, then its bad images."""
         parts = [self.read(step, workers, end, rank, ranks) for rank in range(ranks)]
         return [sorted(chain.from_iterable(batches), key=is_bad) for batches in zip(*parts, strict=True)]
 
 
 def samples(batch: Batch) -> list[str]:
-    """A hash for each sample of a batch, and the bad images that were met on the way."""
+    """Return a hash for each sample of a batch, and the bad images."""
     hashes = []
     for image, tokens, caption, image_id in zip(
         batch.image, batch.tokens, batch.caption_id, batch.image_id, strict=True
@@ -130,7 +129,7 @@ def samples(batch: Batch) -> list[str]:
 
 
 def is_bad(sample: str) -> bool:
-    """Whether it is an image's name with a reason, not a hash."""
+    """Return True for the name of an image with a reason, False for a hash."""
     return " " in sample
 
 
@@ -140,7 +139,7 @@ def reading(request: pytest.FixtureRequest, folder: Path) -> Reading:
 
 
 def test_the_stream_is_worth_comparing(reading: Reading) -> None:
-    """Bad images are among the samples, and all samples are different but those that stand in for them."""
+    """There are bad images, and all samples differ except the replacements."""
     flat = [sample for batch in reading.whole for sample in batch]
     bad = [sample for sample in flat if is_bad(sample)]
     assert len({*bad}) == len(BAD)

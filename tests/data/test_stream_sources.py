@@ -17,7 +17,7 @@ def data_of(train: object) -> DataConfig:
 
 
 def sources_of(train: object) -> list[tuple[list[str], float | None, dict[str, object]]]:
-    """Paths, weight and own ways of reading of each source."""
+    """Return paths, weight and reading options of each source."""
     return [(source.paths, source.weight, source.reading) for source in data_of(train).sources]
 
 
@@ -93,7 +93,7 @@ def test_all_problems_of_all_sources_are_reported_at_once():
 
 
 def table(folder: Path, name: str, rows: int) -> str:
-    """Images that are not there, which an order does not need."""
+    """Write a table of images that do not exist; an order does not need them."""
     return str(
         write_table(folder / f"{name}.csv", [["filepath", "title"], *([f"{name}{i}.png", name] for i in range(rows))])
     )
@@ -160,7 +160,7 @@ def test_the_rows_of_each_source_can_be_limited(tmp_path):
 
 
 def images(folder: Path, color: int, bad: int | None = None) -> Path:
-    """A table of six images, named alike in every folder."""
+    """Write a table of six images with the same names in every folder."""
     folder.mkdir()
     for i in range(6):
         if i != bad:

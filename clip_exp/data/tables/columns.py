@@ -1,4 +1,7 @@
-"""Conversion between Arrow arrays and NumPy or Python values through buffers. `pyarrow.array` and `to_numpy` would import pandas."""
+"""Conversion between Arrow arrays and NumPy or Python values through buffers.
+
+`pyarrow.array` and `to_numpy` would import pandas.
+"""
 
 from collections.abc import Sequence
 
@@ -16,7 +19,10 @@ def string_array(values: Sequence[str]) -> pa.LargeStringArray:
 
 
 def string_buffers(array: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the offsets of the strings, int64 [rows + 1], and the UTF-8 of all strings, uint8. Both share the array's memory."""
+    """Return the offsets of the strings, int64 [rows + 1], and the UTF-8 of all strings, uint8.
+
+    Both share the array's memory.
+    """
     _, offsets, data = array.buffers()
     ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
     return ends, np.frombuffer(b"" if data is None else data, dtype=np.uint8)
@@ -41,7 +47,8 @@ def int32_numpy(array: pa.Int32Array) -> np.ndarray:
 
 # Invisible characters, which are trimmed from labels and make a caption blank.
 
-# Characters for which `str.isspace` is true, such as the no-break and the ideographic space, and characters without width or ink.
+# Characters for which `str.isspace` is true, such as the no-break and the ideographic space, and characters without
+# width or ink.
 BLANKS = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029"
     "\u202f\u205f\u3000"

@@ -1,10 +1,10 @@
 """Reader for delimited text (CSV, TSV and similar): encoding, layout and records.
 
-Blocks without a fault are parsed at once by Arrow (`parse_block`). All other blocks are parsed strictly by `RecordReader`, record by
-record if necessary. Both return the same rows for text that both can parse.
+Blocks without a fault are parsed at once by Arrow (`parse_block`). All other blocks are parsed strictly by
+`RecordReader`, record by record if necessary. Both return the same rows for text that both can parse.
 
-Quoting follows RFC 4180, except that a quote that is never closed does not swallow the following rows. A record with broken quotes is
-read literally if its first line has the right number of fields, and is a bad row otherwise.
+Quoting follows RFC 4180, except that a quote that is never closed does not swallow the following rows. A record with
+broken quotes is read literally if its first line has the right number of fields, and is a bad row otherwise.
 """
 
 import contextlib
@@ -84,7 +84,8 @@ def parse_separator(separator: str) -> str | None:
 def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, separator: str | None) -> Layout:
     """Detect the layout of a table from its first lines.
 
-    A header is recognized by the requested names. A table without a header is recognized by two columns, one of which has image names.
+    A header is recognized by the requested names. A table without a header is recognized by two columns, one of which
+    has image names.
 
     Args:
         path: path of the table, for messages.
@@ -92,7 +93,8 @@ def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, s
         options: requested columns.
         separator: separator, or None to detect it.
 
-    Raises: DataError if a requested column is missing or appears twice. The message has the columns, the nearest name and the key to set.
+    Raises: DataError if a requested column is missing or appears twice. The message has the columns, the nearest name
+        and the key to set.
     """
     samples = {candidate: _records(first_lines, candidate) for candidate in ([separator] if separator else SEPARATORS)}
     requested, filtered = options.requested, sorted(options.filtered)
@@ -166,8 +168,8 @@ class DelimitedReader:
     """`tables.reader.Reader` for delimited text, such as CSV of any common dialect.
 
     Args:
-        path: existing file with columns separated by comma, TAB, semicolon or bar. It has a header with the configured names, or two
-            columns without a header. The encoding is UTF-8, UTF-16 or one that can be guessed.
+        path: existing file with columns separated by comma, TAB, semicolon or bar. It has a header with the configured
+            names, or two columns without a header. The encoding is UTF-8, UTF-16 or one that can be guessed.
         options: columns and rows to read.
     """
 
@@ -234,7 +236,7 @@ class FastRows(NamedTuple):
 
 
 def parse_block(block: bytes, layout: Layout) -> FastRows | None:
-    """Parse the complete records of a block. Return None if anything is unusual, so that the strict reader must parse it.
+    """Parse the complete records of a block; return None if the strict reader must parse it.
 
     Args:
         block: UTF-8 text that starts with a record.
@@ -261,7 +263,7 @@ def parse_block(block: bytes, layout: Layout) -> FastRows | None:
 
 
 def _cut(block: bytes, separator: str) -> tuple[np.ndarray, np.ndarray, bool] | None:
-    """Return the newlines of the complete records of a block, which of them end a record, and whether fields are quoted."""
+    """Return the newlines of complete records, which of them end a record, and whether fields are quoted."""
     # Arrow drops a byte-order mark at the start of any block.
     if not separator.isascii() or b"\0" in block or block.startswith(b"\xef\xbb\xbf"):
         return None

@@ -1,8 +1,8 @@
 """Row filters: `data.filter="width >= 256 and similarity > 0.28 and 'dog' in title"`.
 
-The syntax is a subset of Python: comparisons, `and`, `or`, `not`, `in`, `len(column)`, numbers, strings, True, False and column names.
-A column name that is not a Python identifier is written in backticks, as in pandas. The text is parsed by Python's parser and never
-executed.
+The syntax is a subset of Python: comparisons, `and`, `or`, `not`, `in`, `len(column)`, numbers, strings, True, False
+and column names. A column name that is not a Python identifier is written in backticks, as in pandas. The text is
+parsed by Python's parser and never executed.
 """
 
 import ast
@@ -71,7 +71,8 @@ Conversions: TypeAlias = dict[tuple[str, Converter], pa.Array]  # columns after 
 class UnconvertedValues:
     """Values of a column that could not be converted to the kind with which a filter compares it.
 
-    Missing values are counted separately: an empty cell is expected to match nothing, and an unreadable one is probably an error.
+    Missing values are counted separately: an empty cell is expected to match nothing, and an unreadable one is probably
+    an error.
     """
 
     column: str  # name of the column
@@ -105,8 +106,9 @@ class Filter:
     def select(self, extra: Mapping[str, pa.Array], lines: np.ndarray) -> tuple[np.ndarray, list[UnconvertedValues]]:
         """Return which rows match, bool [rows], and the values that could not be compared.
 
-        A comparison is null if a value is missing, or if a text is compared with a number and is not one. Nulls propagate as in SQL:
-        `not null` is null, and a row with a null matches only if the rest of the condition decides.
+        A comparison is null if a value is missing, or if a text is compared with a number and is not one. Nulls
+        propagate as in SQL: `not null` is null, and a row with a null matches only if the rest of the condition
+        decides.
 
         Args:
             extra: columns of `names`: numbers, text, truth values or lists of those.
@@ -254,10 +256,10 @@ _NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
 
 
 def compare(operator: str, left: Operand, right: Operand, conversions: Conversions) -> pa.BooleanArray:
-    """Evaluate `left operator right`; null where a side is missing or cannot be converted to the kind of the comparison.
+    """Evaluate `left operator right`; null where a side is missing or cannot be converted.
 
-    The kind is that of the literal: truth values, text or numbers; a length is a number. Two columns are compared as numbers if one of
-    them has a numeric type or the operator is an order such as `<`, else as text.
+    The kind is that of the literal: truth values, text or numbers; a length is a number. Two columns are compared as
+    numbers if one of them has a numeric type or the operator is an order such as `<`, else as text.
 
     Args:
         operator: comparison function of `pyarrow.compute`: equal, less, …

@@ -2,7 +2,7 @@
 
 An index is a folder `<stem of the first file>-<16 hex digits>`:
 
-    index.json     options of the table; signature, bad rows and digest of each of its files; checksums of the files in the folder
+    index.json     options; signature, bad rows and digest of each file of the table; checksums of the files below
     rows.arrow     Arrow IPC: the strings, in batches of `BATCH_ROWS` rows
     lines.npy      int64 [rows]
     members.npy    int64 [rows, 2], for shards
@@ -101,7 +101,9 @@ class MappedRows:
 
 
 def open_index(source: TableSource, index_dir: Path) -> tuple[MappedRows, list[ScannedFile]]:
-    """Return the rows of a table from its index, which is built if there is no valid one. Safe to call from several processes.
+    """Return the rows of a table from its index, which is built if there is no valid one.
+
+    Several processes may call this at the same time.
 
     Args:
         source: files and options of the table.

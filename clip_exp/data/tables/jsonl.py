@@ -34,8 +34,8 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 class JsonLinesReader:
     """`tables.reader.Reader` for JSON Lines.
 
-    Captions and paths must be strings (`reader.text_of`). Other keys are ignored, but no key may appear twice. Blank lines are skipped.
-    `NaN`, which Python writes although it is not valid JSON, is a missing number.
+    Captions and paths must be strings (`reader.text_of`). Other keys are ignored, but no key may appear twice. Blank
+    lines are skipped. `NaN`, which Python writes although it is not valid JSON, is a missing number.
 
     Args:
         path: existing file.
@@ -180,7 +180,10 @@ class NativeColumns:
         return {name: record[name] for name in self.names if name in record}
 
     def arrays(self, records: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array] | None:
-        """Convert results of `of_record` to a column per name, with null for a missing key. Return None without names."""
+        """Convert results of `of_record` to a column per name, with null for a missing key.
+
+        Return None without names.
+        """
         return {name: typed_array([record.get(name) for record in records]) for name in self.names} or None
 
     def never_seen(self) -> str | None:
@@ -189,7 +192,7 @@ class NativeColumns:
 
 
 def typed_array(values: Sequence[Any]) -> pa.Array:
-    """Convert values of one type (truth values, integers, floats, strings, lists of strings); convert mixed values to JSON text."""
+    """Convert values to an array of their type, or to JSON text if they have different types."""
     kinds = {type(value) for value in values} - {type(None)}
     try:
         if kinds == {float} or kinds == {int, float}:

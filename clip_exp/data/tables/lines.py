@@ -19,8 +19,8 @@ _MAX_LINE = 16 << 20  # bytes; a file with a longer line is not a table
 class Utf8Blocks:
     """Iterator over a file's text in UTF-8. Each block ends at the end of a line.
 
-    UTF-8 files are returned without a check, so that the reader can report invalid bytes by row. Other encodings are decoded strictly.
-    A byte-order mark is removed.
+    UTF-8 files are returned without a check, so that the reader can report invalid bytes by row. Other encodings are
+    decoded strictly. A byte-order mark is removed.
 
     Args:
         path: existing file.
@@ -168,8 +168,8 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
 
     Args:
         path: existing file.
-        encoding: name of a codec, or `auto`: the byte-order mark, else UTF-8 if most non-ASCII lines are UTF-8, else a guess that is
-            logged as a warning.
+        encoding: name of a codec, or `auto`: the byte-order mark, else UTF-8 if most non-ASCII lines are UTF-8, else a
+            guess that is logged as a warning.
 
     Raises: ConfigError for an unknown codec, DataError if no encoding fits.
     """

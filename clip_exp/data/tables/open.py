@@ -1,4 +1,4 @@
-"""Opening of tables: find the files that the configuration names, read them in their formats, and return one table of all rows."""
+"""Opening of tables: expand patterns to files, read them, and return one table of all rows."""
 
 import glob
 import logging
@@ -34,8 +34,8 @@ def open_table(
     """Open one or several files as one table.
 
     Args:
-        tables: files, globs and brace patterns (`{000..009}`) of CSV, TSV, JSON Lines or Parquet files, or of WebDataset shards.
-            Shards cannot be combined with the other formats.
+        tables: files, globs and brace patterns (`{000..009}`) of CSV, TSV, JSON Lines or Parquet files, or of
+            WebDataset shards. Shards cannot be combined with the other formats.
         options: columns and rows to read.
         image_root: folder of relative image paths; None: the folder of each file.
         index_dir: parent folder of the indexes (`tables.index`); None: read the rows into memory.
@@ -135,10 +135,11 @@ def expand(tables: str | Path | Sequence[str | Path]) -> list[Path]:
     """Expand patterns to files, in the given order. The files of a glob are sorted by name.
 
     Args:
-        tables: one or several paths, globs (`shards/*.tar`, `**` for any folders) and brace patterns (`{0000..0019}`, `{a,b}`), which
-            may contain globs. If a file has the name of a pattern, it is that file.
+        tables: one or several paths, globs (`shards/*.tar`, `**` for any folders) and brace patterns (`{0000..0019}`,
+            `{a,b}`), which may contain globs. If a file has the name of a pattern, it is that file.
 
-    Raises: ConfigError for a missing file, a path that is not a file, a glob without matches, and a file that is named twice.
+    Raises: ConfigError for a missing file, a path that is not a file, a glob without matches, and a file that is named
+        twice.
     """
     named = [tables] if isinstance(tables, str | Path) else list(tables)
     files: list[Path] = []

@@ -44,8 +44,8 @@ _REQUIRED_TYPES = {
 class ParquetReader:
     """`tables.reader.Reader` for Parquet.
 
-    Paths and captions must be strings, plain or dictionary-encoded. Labels may also be integers. A null makes a bad row, except for a
-    label, where it is the empty label.
+    Paths and captions must be strings, plain or dictionary-encoded. Labels may also be integers. A null makes a bad
+    row, except for a label, where it is the empty label.
 
     Args:
         path: existing file.
@@ -140,8 +140,8 @@ class ParquetReader:
 def _reading_strategy(coded: "ParquetFile", group: int, names: list[str]) -> tuple[int, bool]:
     """Return the number of rows of a row group to read at a time, and whether to read texts as dictionaries.
 
-    A small file can repeat a text of a megabyte many times. A dictionary stores it once. But if most texts are different, Arrow builds
-    the dictionary again for every batch.
+    A small file can repeat a text of a megabyte many times. A dictionary stores it once. But if most texts are
+    different, Arrow builds the dictionary again for every batch.
 
     Args:
         coded: the file, opened so that texts are read as dictionaries.
@@ -177,7 +177,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _blank_long_texts(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Replace texts above `_MAX_BYTES` in a dictionary column by empty ones; also return which rows these are, bool [rows]."""
+    """Replace texts above `_MAX_BYTES` in a dictionary column by empty ones; also return their rows, bool [rows]."""
     none = np.zeros(len(column), dtype=bool)
     if not pa.types.is_dictionary(column.type):
         return column, none
@@ -190,7 +190,10 @@ def _blank_long_texts(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def _suspicious(setting: str, column: pa.LargeStringArray) -> np.ndarray:
-    """Return bool [rows], True where a value may be bad and `text_of` must check it. Arrow does not check the UTF-8 of a Parquet file."""
+    """Return bool [rows], True where a value may be bad and `text_of` must check it.
+
+    Arrow does not check the UTF-8 of a Parquet file.
+    """
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:

@@ -188,8 +188,8 @@ class BadValue(Exception):
 def text_of(setting: str, name: str, value: object) -> str:
     """Return the text of a value, verbatim.
 
-    Other types are not converted to text: a number as a caption usually means a wrong column. Only labels may be integers. A missing
-    label (null) is the empty label, which means no class.
+    Other types are not converted to text: a number as a caption usually means a wrong column. Only labels may be
+    integers. A missing label (null) is the empty label, which means no class.
 
     Args:
         setting: `image_key`, `caption_key` or `label_key`.

@@ -1,4 +1,4 @@
-"""Sequential scan of a table's files, of any format: batches with a constant number of rows, and statistics of each file."""
+"""Sequential scan of a table's files: batches with a constant number of rows, and statistics of each file."""
 
 import hashlib
 import logging
@@ -134,7 +134,10 @@ class Scan:
 
 
 def progress_of(files: Sequence[Path]) -> AbstractContextManager[Callable[[int], None]]:
-    """Return a context with a callback for the number of bytes read. It shows a progress bar on a terminal for large tables."""
+    """Return a context with a callback for the number of bytes read.
+
+    It shows a progress bar on a terminal for large tables.
+    """
     size = sum(file.stat().st_size for file in files)
     if size < _PROGRESS_BAR_BYTES or not sys.stderr.isatty():
         return nullcontext(lambda done: None)
@@ -249,7 +252,8 @@ _NAMED = {"Parquet": PARQUET, "a tar": SHARD}  # supported formats, recognized b
 def open_reader(file: Path, options: TableOptions) -> Reader:
     """Return the reader for a file: .jsonl .ndjson .json, .parquet .pq, .tar; anything else is delimited text.
 
-    Raises: ConfigError for a compressed file, for an unsupported format, and for an extension that contradicts the content.
+    Raises: ConfigError for a compressed file, for an unsupported format, and for an extension that contradicts the
+        content.
     """
     suffix = file.suffix.lower()
     if suffix in _COMPRESSED:

@@ -29,7 +29,8 @@ from clip_exp.data.tables.reader import (
 )
 from clip_exp.errors import ConfigError, DataError
 
-# Members of a tar. `tarfile` is not used, because it takes a damaged header for the end of the archive and is four times slower.
+# Members of a tar. `tarfile` is not used, because it takes a damaged header for the end of the archive and is four
+# times slower.
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,10 @@ _WITHOUT_DATA = b"123456"  # whatever size their headers claim
 
 
 class Damaged(Exception):
-    """Error raised for a tar that is truncated, damaged or of another format. The message has the position and the cause."""
+    """Error raised for a tar that is truncated, damaged or of another format.
+
+    The message has the position and the cause.
+    """
 
 
 class Member(NamedTuple):
@@ -113,7 +117,10 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 
 def _check_end(file: BinaryIO, position: int) -> None:
-    """Check that only zeros follow the end-of-archive marker. A hole, as in an incomplete download, looks like a marker."""
+    """Check that only zeros follow the end-of-archive marker.
+
+    A hole, as in an incomplete download, looks like a marker.
+    """
     file.seek(position)
     while chunk := file.read(_CHUNK):
         if rest := chunk.lstrip(b"\0"):
@@ -203,11 +210,11 @@ class _Row:
 class ShardReader:
     """`tables.reader.Reader` for a WebDataset tar.
 
-    The key of a member is its name up to the first dot after the last slash, without `./`. Names without a key and hidden files are
-    ignored, as in webdataset. A sample consists of
+    The key of a member is its name up to the first dot after the last slash, without `./`. Names without a key and
+    hidden files are ignored, as in webdataset. A sample consists of
     - the image: the member with the extension `image_key`, else the first of `IMAGES`;
-    - caption and label: the member with the extension `caption_key` (`label_key`), else that key of the .json; if neither exists, the
-      .txt is the caption;
+    - caption and label: the member with the extension `caption_key` (`label_key`), else that key of the .json; if
+      neither exists, the .txt is the caption;
     - columns for the filter: the keys of the .json, the members by extension, and the values above.
     Links, devices, sparse files, absolute names and names with `..` make the sample bad.
 
@@ -293,7 +300,10 @@ def _keyed(found: Iterator[Member]) -> Iterator[tuple[str, str, Member]]:
 
 
 def _plain(name: str) -> str:
-    """Return a name without `.` and empty parts: `tar -cf x.tar .` writes `./1.jpg`. Parts `..` stay, and are refused later."""
+    """Return a name without `.` and empty parts: `tar -cf x.tar .` writes `./1.jpg`.
+
+    Parts `..` stay, and are refused later.
+    """
     if "./" not in name and "//" not in name:
         return name
     return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))

@@ -1,6 +1,9 @@
-"""Table of images with captions and labels, stored as Arrow batches that worker processes share. Created by `tables.open`.
+"""Table of images with captions and labels in Arrow batches that worker processes share.
 
-Captions are text, verbatim: `null`, `NA`, `007` and the empty caption are not converted. Blanks around labels are removed.
+Created by `tables.open`.
+
+Captions are text, verbatim: `null`, `NA`, `007` and the empty caption are not converted. Blanks around labels are
+removed.
 """
 
 import os
@@ -45,7 +48,10 @@ def unconverted_values(parts: Iterable[Part]) -> list[UnconvertedValues]:
 
 
 class ImageGroups(NamedTuple):
-    """Rows grouped by image, for a table in which some images have several rows. Images are numbered by first appearance."""
+    """Rows grouped by image, for a table in which some images have several rows.
+
+    Images are numbered by first appearance.
+    """
 
     image_index: np.ndarray  # int32 [rows]: image of each row
     order: np.ndarray  # int32 [rows]: rows sorted by image, and in the table's order within an image
@@ -144,7 +150,10 @@ class PairTable:
         return row if groups is None else int(groups.image_index[row])
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Return `rows`, `bytes` and `digest` of each file by name. Equal tables in different folders have equal fingerprints."""
+        """Return `rows`, `bytes` and `digest` of each file by name.
+
+        Equal tables in different folders have equal fingerprints.
+        """
         found: dict[str, dict[str, Any]] = {}
         times = Counter[str]()
         for part in self.parts:
@@ -163,7 +172,7 @@ class PairTable:
         return self._value("image_key", row)
 
     def image_path(self, row: int) -> str:
-        """Return the image path on disk, where a relative path starts from the image root; in a shard, `<shard>/<member>`."""
+        """Return the image path on disk, relative to the image root if necessary; in a shard, `<shard>/<member>`."""
         return str((self.part(row).root if self.members is None else self.part(row).path) / self.path(row))
 
     def read_image(self, row: int, limits: ImageLimits) -> bytearray:
@@ -194,7 +203,10 @@ class PairTable:
         return f"{part.path}, {part.unit} {self.lines[row]}"
 
     def image_index(self) -> np.ndarray:
-        """Return the image of each row, int32 [rows], numbered by first appearance. Different names of one file are the same image."""
+        """Return the image of each row, int32 [rows], numbered by first appearance.
+
+        Different names of one file are the same image.
+        """
         groups = self._rows.groups
         return np.arange(len(self), dtype=np.int32) if groups is None else groups.image_index
 
@@ -251,7 +263,9 @@ def group_images(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[Pa
 
 
 def _normal_paths(paths: pa.ChunkedArray, rows: Sequence[int], roots: Sequence[str]) -> pa.ChunkedArray:
-    """Return a string per row that is equal for different names of one file: `normal_path` relative to the common folder of all roots.
+    """Return a string per row that is equal for different names of one file.
+
+    It is `normal_path` relative to the common folder of all roots.
 
     A usual path, which is relative to the only root and has no `.` or `..`, already has this form and is not copied.
     """

@@ -1,4 +1,4 @@
-"""Shards that tests make."""
+"""Writing of shards for tests."""
 
 import io
 import json
@@ -12,7 +12,7 @@ Members = dict[str, bytes | str | dict[str, Any] | tarfile.TarInfo]
 
 
 def write_shard(file: Path, members: Members | list[tuple[str, Any]], format: int = tarfile.PAX_FORMAT) -> Path:
-    """A tar of members: bytes, text, a mapping for JSON, or a header without data."""
+    """Write a tar. A member is bytes, text, a mapping for JSON, or a header without data."""
     with tarfile.open(file, "w", format=format) as tar:
         for name, content in members.items() if isinstance(members, dict) else members:
             if isinstance(content, tarfile.TarInfo):

@@ -1,4 +1,4 @@
-"""Delimited text: what the fast way reads is what the strict reader reads, and each fault is named with its line."""
+"""Delimited text: the fast path and the strict reader return the same rows, and errors have the line."""
 
 import logging
 import random
@@ -25,7 +25,7 @@ def columns(table: PairTable) -> list[tuple[str, str]]:
 
 
 def random_table(draw: random.Random) -> bytes:
-    """A table of any dialect, most of which have faults."""
+    """Return a table of a random dialect, usually with faults."""
     separator, end = draw.choice(",\t;|"), draw.choice(["\n", "\n", "\r\n", "\r", None])
     faults, quoted = draw.choice([0, 0, 0.02, 0.2]), draw.choice([0, 0.2, 1])
     usual = ["a", "b c", "é", "猫", " ", "x" * 9, "\u2028", "\x85", "\x1a", "'"]

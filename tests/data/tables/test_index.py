@@ -54,7 +54,7 @@ def contents(table: PairTable) -> list[tuple[str, str, str]]:
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders of the indexes that are made."""
+    """Return a list to which the folder of each built index is appended."""
     made: list[Path] = []
 
     def counted(folder: Path, source: index.TableSource) -> None:
@@ -163,7 +163,7 @@ def test_images_are_found_from_another_working_directory(tmp_path, monkeypatch):
 
 
 def test_a_policy_for_bad_rows_finds_the_index_that_another_one_made(tmp_path, builds):
-    """So that a data set that was checked trains at once."""
+    """Training can then use the index of `check-data`."""
     file = write_rows(tmp_path / "pairs.csv", 100)
     open_indexed(file, on_bad_row=OnBadRow.skip)
     open_indexed(file, on_bad_row=OnBadRow.error)
@@ -275,7 +275,7 @@ def test_nothing_in_an_index_is_unpickled(tmp_path, builds):
 
 
 class Canary:
-    """Leaves a file where it is unpickled."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

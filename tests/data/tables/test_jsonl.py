@@ -12,7 +12,7 @@ from clip_exp.errors import ConfigError, DataError
 
 
 def write(file, *lines: object):
-    """Bytes and text as they are, anything else as JSON; a line each."""
+    """Write one line per record: bytes and text verbatim, anything else as JSON."""
     texts = [
         line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else json.dumps(line).encode()
         for line in lines

@@ -39,7 +39,7 @@ def test_captions_are_read_verbatim_from_every_column_of_text(tmp_path, kind):
 
 
 def raw_text(*values: bytes | None) -> pa.Array:
-    """Text that need not be UTF-8."""
+    """Return a string array that may contain invalid UTF-8."""
     return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
 
 
@@ -89,7 +89,7 @@ def test_columns_that_cannot_be_used_are_reported(tmp_path, columns, reported):
 
 
 def test_names_with_dots_are_names(tmp_path):
-    """Arrow takes them for paths into structures too."""
+    """Arrow also interprets them as paths into structs."""
     columns = {"a.b": ["a.jpg"], "meta": [{"title": "inner"}], "meta.title": ["outer"], "meta.width": [3]}
     options = {"image_key": "a.b", "caption_key": "meta.title"}
     file = write(tmp_path / "t.parquet", columns)
@@ -156,7 +156,7 @@ def test_damage_anywhere_is_an_error_with_a_message_or_changes_nothing_but_text(
 
 
 def most_memory(reader: parquet.ParquetReader) -> int:
-    """Bytes that Arrow holds at most where a block is given."""
+    """Return the maximum memory of Arrow at the end of a block, in bytes."""
     before = pa.total_allocated_bytes()
     return max(pa.total_allocated_bytes() - before for _ in reader.blocks())
 
@@ -185,7 +185,7 @@ def test_huge_texts_come_a_few_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_small_file_of_huge_captions_does_not_fill_the_memory(tmp_path):
-    """A thousand times the same megabyte is a file of less than a kilobyte."""
+    """A file with the same megabyte a thousand times takes less than a kilobyte."""
     said = pa.DictionaryArray.from_arrays(pa.array([0] * 1000 + [1]), ["x" * 1_000_000, "a dog"])
     columns = {"filepath": ["a.jpg"] * 1000 + ["b.jpg"], "title": said}
     file = write(tmp_path / "t.parquet", columns, compression="zstd", store_schema=False)

@@ -145,7 +145,7 @@ def test_an_image_in_several_rows_counts_once_and_has_one_label(tmp_path: Path):
     images = from_table(str(table), LabeledDataConfig())
     assert (names(images), images.labels) == ([str(tmp_path / "a.png"), str(tmp_path / "b.png")], [1, 0])
     table.write_text("filepath,label\na.png,dog\nb.png,cat\na.png,cat\n")
-    with pytest.raises(DataError, match=r"line 4: a\.png is 'cat' here and 'dog' before"):
+    with pytest.raises(DataError, match=r"line 4: the label of a\.png is 'cat' here, but 'dog' in"):
         from_table(str(table), LabeledDataConfig())
 
 
