@@ -1,4 +1,4 @@
-"""Zero-shot classification as published (Radford et al. 2021, section 3.1.4, and their notebook), and accuracies of any classification."""
+"""Zero-shot classification as published (Radford et al. 2021, section 3.1.4, and their notebook), and accuracies."""
 
 from collections.abc import Sequence
 
@@ -57,7 +57,9 @@ def class_scores(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> Tens
 
 
 def classify(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the top five classes of each image (all, if there are fewer), best first, and their probabilities among all classes.
+    """Return the top five classes of each image, best first, and their probabilities among all classes.
+
+    With fewer than five classes all are returned.
 
     Args:
         image_features_ND: image features of unit norm.
@@ -80,7 +82,7 @@ def classify(image_features_ND: Tensor, class_embeddings_CD: Tensor) -> tuple[Te
 
 
 def best_classes(scores_NC: Tensor) -> Tensor:
-    """Return the top classes [N, 5] (fewer if there are fewer classes), best first. `topk` breaks ties, as for the published numbers."""
+    """Return the top classes [N, min(5, C)], best first. `topk` breaks ties, as for the published numbers."""
     return scores_NC.topk(min(5, scores_NC.shape[1]), dim=1).indices
 
 
@@ -97,12 +99,15 @@ def accuracies(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str,
 
 
 def accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Return the fraction of rows whose label has the highest score (`top1`) and, for more than five classes, one of the top five (`top5`)."""
+    """Return `top1` and, for more than five classes, `top5`, as fractions of the rows."""
     return top_k_accuracies(best_classes(scores_NC), labels_N, scores_NC.shape[1])
 
 
 def top_k_accuracies(best_NK: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
-    """Return `top1` and, for more than five classes, `top5`, from the output of `best_classes`. With fewer, `top5` is 1 for any model."""
+    """Return `top1` and, for more than five classes, `top5`, from the output of `best_classes`.
+
+    With five classes or fewer `top5` would be 1 for any model.
+    """
     hit_NK = best_NK == labels_N[:, None]
     top1 = {"top1": hit_NK[:, 0].double().mean().item()}
     return top1 if num_classes <= CERTAIN else {**top1, "top5": hit_NK.any(dim=1).double().mean().item()}

@@ -105,7 +105,7 @@ def encode_texts(
     what: str | None = None,
     shared: bool = False,
 ) -> Tensor:
-    """Return features [N, D], float32, unit norm, on `device`; equal texts have equal features. See `encode_distinct_texts`."""
+    """Return features [N, D] of texts, float32, unit norm, on `device`. See `encode_distinct_texts`."""
     features_PD, index_N = encode_distinct_texts(model, tokenizer, texts, batch_size, device, what, shared)
     return features_PD[index_N]
 
@@ -231,7 +231,7 @@ class Cache:
         self._refused = False
 
     def entry(self, kind: str, **about: Any) -> Path:
-        """Return the folder of contents that `about` (JSON values) and the version of clip_exp determine; it may not exist yet."""
+        """Return the folder, which may not exist yet, of contents determined by `about` (JSON values) and the version."""
         text = json.dumps({"clip_exp": __version__, **about}, sort_keys=True)
         folder = self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:32]
         with suppress(OSError):  # it does not exist, or belongs to another user
@@ -260,7 +260,7 @@ class Cache:
         return tensors, metadata
 
     def write(self, entry: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Write tensors that are on the CPU. A full or read-only disk is warned about once, and then nothing more is written."""
+        """Write CPU tensors. If the disk is full or read-only, log one warning and write nothing from then on."""
         if self._refused:
             return
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -451,7 +451,7 @@ def load_batches(
 
 
 def _join(parts: list[EncodedImages]) -> EncodedImages:
-    """Join batches to a block, or blocks to the dataset, on the CPU. Only here the process waits for the GPU, not after every batch."""
+    """Join batches to a block, or blocks to the dataset, on the CPU. The process waits for the GPU only here."""
     features = [part.features for part in parts if len(part.kept)]
     return EncodedImages(
         torch.cat(features).cpu() if features else torch.empty(0, 0),

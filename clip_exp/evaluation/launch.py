@@ -141,7 +141,7 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
 
 
 def _check_again(config: EvaluateConfig) -> tuple[ModelSource, list[Task]]:
-    """Repeat `check` in a rank without its warnings, which the first process has logged; afterwards only rank 0 logs warnings."""
+    """Repeat `check` in a rank, without the warnings that the first process has logged; then only rank 0 logs warnings."""
     root = logging.getLogger()
     root.setLevel(logging.ERROR)
     checked = check(config)

@@ -120,7 +120,7 @@ def rank(config: RankConfig) -> int:
 
 
 def _model_and_images(config: PredictConfig | RankConfig, problems: Problems) -> tuple[ModelSource | None, list[str]]:
-    """Check the options; return the model and the images. The model is None if it must be downloaded, which is done after all checks."""
+    """Check the options; return the model, None if it must be downloaded after all checks, and the images."""
     source, images = None, []
     with problems:
         check_output(config)

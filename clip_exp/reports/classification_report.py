@@ -258,7 +258,7 @@ def similarity(wrong: Confusions, images_C: np.ndarray, classes: np.ndarray) -> 
 
 
 def cluster(similarity_CC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the average-linkage tree of 1 - similarity, as SciPy has it, and the order of its leaves: similar classes are neighbors."""
+    """Return SciPy's average-linkage tree of 1 - similarity, and the order of its leaves, which places similar classes together."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
@@ -293,7 +293,7 @@ def groups(similarity_CC: np.ndarray, tree: np.ndarray, classes: np.ndarray) -> 
 
 
 def map_data(details: Classified, classes_ordered: np.ndarray, names: list[str]) -> dict[str, Any]:
-    """Return the data of the confusion map for `report.js`: names, images per class, and cells as flat [row, column, count, …]."""
+    """Return the confusion map for `report.js`: names, images per class, and flat cells [row, column, count, …]."""
     place = np.full(len(details.class_names), -1)
     place[classes_ordered] = np.arange(len(classes_ordered))
     rows, columns = place[details.labels], place[details.best[:, 0]]

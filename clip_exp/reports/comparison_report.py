@@ -1,4 +1,4 @@
-"""HTML report of several models on the same datasets: a figure as in the CLIP paper (Radford et al. 2021, figure 13), and a table."""
+"""HTML report of several models on the same datasets, with a figure as in the CLIP paper (Radford et al. 2021, figure 13)."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -135,8 +135,8 @@ def overlap_warning(task: str, protocol: dict[str, Any]) -> str | None:
     if not overlap or not overlap["images"]:
         return None
     return (
-        f"{task}: {overlap['images']:,} evaluated images are also training images ({overlap['same_file']:,} the same files, "
-        f"{overlap['equal_content']:,} copies), such as {overlap['examples'][0]}: the result is better than on unseen images."
+        f"{task}: evaluated images that are also training images: {overlap['images']:,} ({overlap['same_file']:,} the same files, "
+        f"{overlap['equal_content']:,} copies), such as {overlap['examples'][0]}. The result is better than on unseen images."
     )
 
 

@@ -174,7 +174,7 @@ def listing(names: Sequence[str]) -> str:
 
 
 def fact_rows(protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return evaluation settings as rows of a table: a `name` with a `text`, with `lines`, or with `parts` that have rows themselves.
+    """Return evaluation settings as table rows: a `name` with a `text`, `lines`, or `parts` that have rows themselves.
 
     A non-empty `summary` is the title of a collapsed section with the lines.
     """

@@ -26,7 +26,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Example queries of a retrieval, sampled evenly. They refer to images and captions by their positions in `images` and `captions`."""
+    """Example queries of a retrieval, which refer to positions in `images` and `captions`."""
 
     images: ImageSet
     captions: list[str]

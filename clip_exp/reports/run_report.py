@@ -136,7 +136,7 @@ def write_index(folder: Path) -> Path:
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Return the results in `eval/`, sorted by name: task, kind, weights, first metrics as text, and the link to the report or None."""
+    """Return the results in `eval/`, sorted by name, with their first metrics as text and the link to the report or None."""
     found = []
     for path in sorted(
         (folder / "eval").glob("*.json"), key=lambda path: path.stem

@@ -1,4 +1,4 @@
-"""CIFAR-10 in its authors' files, as torchvision keeps it: `<root>/cifar-10-batches-py`, with images drawn here."""
+"""CIFAR-10 in the original files, in the layout of torchvision: `<root>/cifar-10-batches-py`, with images drawn here."""
 
 import pickle
 from pathlib import Path
@@ -9,7 +9,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def write_cifar10(root: Path, count: int, seed: int = 0) -> None:
-    """`count` test images and five batches of `count` training images; the labels 0 to 9 in turn, the pixels noise."""
+    """Write `count` test images and five batches of `count` training images; labels 0 to 9 in turn, noise as pixels."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
@@ -26,6 +26,6 @@ def write_cifar10(root: Path, count: int, seed: int = 0) -> None:
 
 
 def cifar10_pixels(root: Path, name: str = "test_batch") -> np.ndarray:
-    """uint8 [N, 32, 32, 3] of a batch."""
+    """Return the pixels of a batch, uint8 [N, 32, 32, 3]."""
     content = pickle.loads((root / "cifar-10-batches-py" / name).read_bytes())
     return content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

@@ -9,7 +9,7 @@ __all__ = ["nano", "run_dir"]
 
 @pytest.fixture
 def class_folders(tmp_path: Path) -> Path:
-    """Three classes of four images, with files and folders around them that are not images."""
+    """Return a folder of three classes with four images each, and with other files and folders."""
     root = tmp_path / "images"
     for position, name in enumerate(["tabby_cat", "dog", "Zebra"]):
         for number in range(4):

@@ -50,7 +50,7 @@ def test_classifier_equals_open_clips_on_the_same_weights():
     torch.testing.assert_close(found, expected.T, atol=1e-5, rtol=0)
 
 
-def test_a_prompt_that_many_classes_share_is_encoded_once_and_never_padded_to_77():
+def test_a_prompt_of_many_classes_is_encoded_once_and_never_padded_to_77():
     class Counting:
         def __init__(self) -> None:
             self.rows = self.longest = 0
@@ -66,7 +66,7 @@ def test_a_prompt_that_many_classes_share_is_encoded_once_and_never_padded_to_77
     assert model.longest == 5
 
 
-def test_the_metrics_of_a_set_equal_a_direct_count_whatever_the_chunks(monkeypatch):
+def test_the_metrics_of_a_set_equal_a_direct_count_for_any_chunks(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(101, 16, generator=generator), dim=-1)
     classifier = F.normalize(torch.randn(12, 16, generator=generator), dim=-1)

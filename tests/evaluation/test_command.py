@@ -1,4 +1,4 @@
-"""`python evaluate.py` as a user runs it: exit codes and the one message."""
+"""`python evaluate.py` as a user runs it: exit codes and messages."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Every key of an evaluation and of its tasks changes the result, is refused, or is listed here with the reason why it is none of it.
+"""Every key of an evaluation and of its tasks changes the result, is refused, or is listed here with the reason why not.
 
 A new key fails the first test until it has a line; see `tests/training/test_every_key.py`.
 """
@@ -65,7 +65,7 @@ def generated(at: str) -> dict[str, Changes]:
 
 
 def labeled(at: str) -> dict[str, Changes]:
-    """Return what is expected of the keys of `LabeledDataConfig`, which begin with `at`, where they read a table."""
+    """Return what is expected of the keys of `LabeledDataConfig`, which start with `at`, for tables."""
     return {
         "root": Changes("<folder>", also=(f"{at}table=null",)),
         "ground_truth": Changes("<labels>", refused=BOTH),  # without flat images
@@ -120,7 +120,7 @@ NOT_THE_RESULT = {
     "task": "below, by kind",
     "name": "where it is written",
     "output_dir": "where it is written",
-    "cache_gb": "what is kept for later (tests/evaluation/test_features.py)",
+    "cache_gb": "what is cached (tests/evaluation/test_features.py)",
     "model.name": "a label",
     "model.open_clip_name": "the name under which `pretrained` knows tags",
     "model.text.trim": "saves time: the features are the same",
@@ -193,7 +193,7 @@ def write_table(folder: Path, name: str, seed: int) -> str:
 
 
 class Scores:
-    """Scores in this process, and keeps what came out of each list of overrides."""
+    """Scores of this process, cached by list of overrides."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -230,7 +230,7 @@ class Scores:
         self.result = cache(self._result)
 
     def _result(self, model: str, task: str, *overrides: str) -> str:
-        """The whole result of a task, to the last bit that it has."""
+        """Return the complete result of a task, to the last bit."""
         words = [
             *MODELS[model],
             "~task.auto",
@@ -256,7 +256,7 @@ class Scores:
         return repr((result.metrics, arrays, tensors))
 
     def outcome(self, model: str, *overrides: str) -> str | ClipExpError:
-        """The result of a retrieval, or why it is refused."""
+        """Return the result of a retrieval, or the error."""
         try:
             return self.result(model, "retrieval", *overrides)
         except ClipExpError as error:
@@ -269,7 +269,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
 
 
 def task_of(key: str) -> str:
-    """Return the task that shows whether a key has an effect."""
+    """Return the task that shows if a key has an effect."""
     return key.split(".")[1] if key.startswith("task.") else "retrieval"
 
 

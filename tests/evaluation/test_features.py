@@ -1,7 +1,7 @@
-"""Features of batches and of whole sets: each image once, the same on any number of ranks, and read where they are kept.
+"""Features of batches and of datasets: each image is encoded once, with the same features on any number of ranks, and cached.
 
-What is kept on disk is found by what it depends on, never half-written, never an obstacle. On a GPU batches are launched one after the
-other, without waiting for what they compute.
+Cache entries are identified by what they depend on, written atomically, and never the cause of an error. On a GPU, batches are
+launched one after the other, without waiting for their results.
 """
 
 import gc
@@ -46,7 +46,7 @@ FORGIVING = replace(OPTIONS, on_bad_image=EvalOnBadImage.skip)
 
 
 class Opened(ImageFiles):
-    """Images in files that remember which of them were opened."""
+    """Image files that record which of them were opened."""
 
     def __init__(self, paths: list[str]) -> None:
         super().__init__(paths)
@@ -83,7 +83,7 @@ def test_a_second_evaluation_opens_no_image(paths: list[str], cache: Cache, nano
     assert torch.equal(read.kept, computed.kept)
 
 
-def test_without_an_identity_nothing_is_kept(paths: list[str], cache: Cache, nano: CLIP) -> None:
+def test_without_an_identity_nothing_is_cached(paths: list[str], cache: Cache, nano: CLIP) -> None:
     encode_images(replace(encoder(model=nano), identity=None), Opened(paths), OPTIONS, cache)
     assert not cache.folder.exists()
 
@@ -146,7 +146,7 @@ def test_a_damaged_block_is_computed_again(
     assert third.opened == []
 
 
-def test_bad_images_are_kept_with_their_reasons_and_still_refused_where_they_are_an_error(
+def test_bad_images_are_cached_with_their_reasons_and_still_refused_where_they_are_an_error(
     paths: list[str], cache: Cache, nano: CLIP
 ) -> None:
     for number in (5, 70):
@@ -164,7 +164,7 @@ def test_bad_images_are_kept_with_their_reasons_and_still_refused_where_they_are
     assert second.opened == third.opened == []
 
 
-def test_a_block_without_a_good_image_is_no_obstacle_but_a_set_of_them_is(
+def test_a_block_without_a_good_image_is_not_an_error_but_a_dataset_of_them_is(
     paths: list[str], cache: Cache, nano: CLIP
 ) -> None:
     for number in range(32):
@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_written_is_warned_about_once(
 
 
 def on_ranks(rank: int, ranks: int, folder: str, paths: list[str]) -> None:
-    """Encode without a cache; with one; and, where the second half of its blocks is missing, with that."""
+    """Encode without a cache, with a cache, and with a cache without the second half of its blocks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
     few = encode_images(encoder(), ImageFiles(paths[:7]), OPTIONS)
@@ -224,7 +224,7 @@ def test_features_are_the_same_bits_on_1_2_and_3_ranks(tmp_path: Path) -> None:
 
 
 class Deadly(ImageFiles):
-    """The worker that opens the last of them is killed."""
+    """Images that kill the worker that opens the last of them."""
 
     def open(self, index: int, max_pixels: int) -> Image.Image:
         if index == len(self) - 1 and multiprocessing.parent_process() is not None:
@@ -234,7 +234,7 @@ class Deadly(ImageFiles):
 
 # torch may tell a second time, while the loader is taken down.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_worker_that_is_killed_is_told_with_a_remedy(paths: list[str], nano: CLIP) -> None:
+def test_a_worker_that_is_killed_is_reported_with_a_remedy(paths: list[str], nano: CLIP) -> None:
     with pytest.raises(DataError, match=r"Use fewer workers \(num_workers\)"):
         encode_images(encoder(model=nano), Deadly(paths), replace(OPTIONS, num_workers=1))
     with suppress(RuntimeError):  # from torch's signal handler, where the connection broke before the signal came
@@ -252,7 +252,7 @@ def evaluated_model(nano: CLIP, cache: Cache, weights: str = "a") -> EvaluatedMo
     )
 
 
-def test_what_was_written_is_read(cache: Cache) -> None:
+def test_written_contents_are_read(cache: Cache) -> None:
     entry = cache.entry("features", weights="a")
     assert cache.read(entry, "block-0000") is None
     cache.write(entry, "block-0000", TENSORS, {"bad": "[]"})
@@ -264,7 +264,7 @@ def test_what_was_written_is_read(cache: Cache) -> None:
     assert cache.names(entry) == {"block-0000"}
 
 
-def test_entries_are_told_apart_by_everything_about_them(cache: Cache) -> None:
+def test_entries_are_distinguished_by_everything_that_they_depend_on(cache: Cache) -> None:
     entries = [
         cache.entry("features", weights="a", block=32),
         cache.entry("features", weights="b", block=32),
@@ -283,7 +283,7 @@ def write_again_and_again(folder: Path, times: int) -> None:
         cache.write(entry, "block-0000", {"features": torch.ones(200, 200)})
 
 
-def test_two_processes_that_write_the_same_never_show_half_a_file(
+def test_two_processes_that_write_the_same_never_expose_a_partial_file(
     cache: Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.write(cache.entry("features", weights="a"), "block-0000", {"features": torch.ones(200, 200)})
@@ -306,7 +306,7 @@ def fill(cache: Cache, weights: str, used_s_ago: float) -> Path:
     return entry
 
 
-def test_pruning_removes_what_was_not_used_for_longest_down_to_the_limit(cache: Cache) -> None:
+def test_pruning_removes_the_least_recently_used_entries_above_the_limit(cache: Cache) -> None:
     oldest, older, recent, now = (
         fill(cache, name, age) for name, age in (("a", 3 * DAY_S), ("b", 2 * DAY_S), ("c", DAY_S), ("d", 0))
     )
@@ -315,7 +315,7 @@ def test_pruning_removes_what_was_not_used_for_longest_down_to_the_limit(cache: 
     assert [entry.exists() for entry in (oldest, older, recent, now)] == [False, False, True, True]
     cache.limit_gb = 0
     cache.prune()
-    assert [entry.exists() for entry in (recent, now)] == [False, True]  # somebody may be using the last
+    assert [entry.exists() for entry in (recent, now)] == [False, True]  # the last one may be in use
 
 
 def test_reading_makes_an_entry_recent(cache: Cache) -> None:
@@ -326,7 +326,7 @@ def test_reading_makes_an_entry_recent(cache: Cache) -> None:
     assert (read.exists(), other.exists()) == (True, False)
 
 
-def test_what_a_killed_writer_left_is_removed(cache: Cache) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(cache: Cache) -> None:
     entry = fill(cache, "a", DAY_S)
     leftover, fresh = entry / ".block-0001.killed", entry / ".block-0002.writing"
     for path, age in ((leftover, DAY_S), (fresh, 0)):
@@ -336,7 +336,7 @@ def test_what_a_killed_writer_left_is_removed(cache: Cache) -> None:
     assert sorted(path.name for path in entry.iterdir()) == [fresh.name, "block-0000.safetensors"]
 
 
-def test_a_folder_that_vanishes_while_pruning_is_no_obstacle(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_vanishes_while_pruning_is_not_an_error(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = fill(cache, "a", DAY_S)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [entry, entry.with_name("gone")])
     cache.limit_gb = 0
@@ -353,7 +353,7 @@ def test_a_disk_that_cannot_be_written_is_warned_about_once(cache: Cache, caplog
     assert caplog.text.count("cannot be cached in") == 1
 
 
-def test_a_full_disk_is_warned_about_once_and_leaves_nothing_half_written(
+def test_a_full_disk_is_warned_about_once_and_leaves_no_partial_file(
     cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(tensors: object, path: Path, metadata: object) -> None:
@@ -369,7 +369,7 @@ def test_a_full_disk_is_warned_about_once_and_leaves_nothing_half_written(
 
 
 @pytest.mark.parametrize("change", ["nothing", "weights", "templates", "names", "a line break in a name"])
-def test_a_classifier_is_kept_for_its_weights_names_and_templates(
+def test_a_classifier_is_cached_for_its_weights_names_and_templates(
     nano: CLIP, cache: Cache, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["cat", "dog\nwolf", "bird"] if change == "a line break in a name" else ["cat", "dog", "wolf"]
@@ -386,7 +386,7 @@ def test_a_classifier_is_kept_for_its_weights_names_and_templates(
         assert torch.equal(second, first)
 
 
-def test_cut_texts_are_counted_from_the_cache_too(nano: CLIP, cache: Cache) -> None:
+def test_truncated_texts_are_counted_from_the_cache_too(nano: CLIP, cache: Cache) -> None:
     counts = []
     for _ in range(2):
         using = evaluated_model(nano, cache)

@@ -1,4 +1,4 @@
-"""Published numbers of OpenAI's ViT-B/32, wherever its weights and images are.
+"""Published numbers of OpenAI's ViT-B/32, if its weights and images are available.
 
     CLIP_EXP_OPENAI_VIT_B32=open_clip_model.safetensors CLIP_EXP_CLIP_PNG=CLIP.png \
     CLIP_EXP_IMAGENET_V2=imagenetv2-matched-frequency-format-val python -m pytest tests/evaluation/test_golden.py

@@ -1,4 +1,4 @@
-"""An evaluation that is stopped or killed half-way says so, leaves nothing half-written, and goes on from what it kept."""
+"""A stopped or killed evaluation reports it, leaves no partial files, and resumes from the cached features."""
 
 import json
 import os
@@ -22,7 +22,7 @@ BLOCKS = 51  # of at most 32 images
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of images that take a moment to decode; links, since only their paths need to differ."""
+    """Return a folder of two classes of large images, as links, since only their paths need to differ."""
     root = tmp_path_factory.mktemp("images")
     originals = [write_image(root / f"{name}.png", seed, (400, 400)) for seed, name in enumerate("ab")]
     for number in range(IMAGES):
@@ -42,7 +42,7 @@ def arguments(tmp_path: Path, run_dir: Path, images: Path) -> list[str]:
 
 @contextmanager
 def evaluating(tmp_path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The command, once it has kept a few blocks."""
+    """Start the command and wait until it has cached a few blocks."""
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "evaluate.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -59,13 +59,13 @@ def evaluating(tmp_path: Path, *arguments: str) -> Iterator[subprocess.Popen[str
 
 
 def blocks(tmp_path: Path) -> dict[str, tuple[int, int]]:
-    """The kept blocks, and what changes when one is written."""
+    """Return the cached blocks with their modification state."""
     found = (tmp_path / "outputs" / "cache" / "features").glob("*/block-*.safetensors")
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
 def processes_of(tmp_path: Path) -> list[int]:
-    """Ranks and workers carry the test's folder on their command line."""
+    """Return the ranks and workers of a test, which have its folder on their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -89,8 +89,8 @@ def assert_nothing_runs(tmp_path: Path) -> None:
     assert not processes_of(tmp_path)
 
 
-def assert_goes_on(tmp_path: Path, run_dir: Path, command, arguments: list[str]) -> None:
-    """The same command writes the blocks that are missing, no other, and counts every image once."""
+def assert_resumes(tmp_path: Path, run_dir: Path, command, arguments: list[str]) -> None:
+    """Check that the same command writes only the missing blocks, and counts every image once."""
     kept = blocks(tmp_path)
     assert 4 <= len(kept) < BLOCKS
     done = command("evaluate.py", *arguments, cwd=tmp_path)
@@ -111,7 +111,7 @@ def assert_goes_on(tmp_path: Path, run_dir: Path, command, arguments: list[str])
         pytest.param(2, signal.SIGINT, marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_signal_ends_it_as_preempted_and_the_same_command_goes_on(
+def test_a_signal_ends_it_as_preempted_and_the_same_command_resumes(
     tmp_path: Path, run_dir: Path, arguments: list[str], command, devices: int, number: signal.Signals
 ) -> None:
     arguments = [*arguments, f"devices={devices}"]
@@ -122,11 +122,11 @@ def test_a_signal_ends_it_as_preempted_and_the_same_command_goes_on(
     assert stderr.strip() == f"stopped by {number.name}. The same command resumes from the cached features."
     assert record(tmp_path)["status"] == "preempted"
     assert_nothing_runs(tmp_path)
-    assert_goes_on(tmp_path, run_dir, command, arguments)
+    assert_resumes(tmp_path, run_dir, command, arguments)
 
 
 @pytest.mark.parametrize("devices", repeat_beyond((2,), (1, 2)))
-def test_a_kill_leaves_nothing_half_written_and_the_same_command_goes_on(
+def test_a_kill_leaves_no_partial_file_and_the_same_command_resumes(
     tmp_path: Path, run_dir: Path, arguments: list[str], command, devices: int
 ) -> None:
     arguments = [*arguments, f"devices={devices}"]
@@ -135,7 +135,7 @@ def test_a_kill_leaves_nothing_half_written_and_the_same_command_goes_on(
         process.communicate()
     assert record(tmp_path)["status"] == "running"
     assert_nothing_runs(tmp_path)
-    assert_goes_on(tmp_path, run_dir, command, arguments)
+    assert_resumes(tmp_path, run_dir, command, arguments)
 
 
 @pytest.mark.exhaustive
@@ -152,11 +152,11 @@ def test_a_rank_that_dies_ends_all_with_one_message(
     assert record(tmp_path)["status"] == "failed"
     assert record(tmp_path)["exit_code"] == 6
     assert_nothing_runs(tmp_path)
-    assert_goes_on(tmp_path, run_dir, command, arguments)
+    assert_resumes(tmp_path, run_dir, command, arguments)
 
 
 def rank_of(process: subprocess.Popen[str], rank: int) -> int:
-    """The process of a rank; its workers have the same environment, but are not children of the launcher."""
+    """Return the process of a rank; its workers have the same environment, but are not children of the launcher."""
     for entry in Path("/proc").iterdir():
         try:
             if not entry.name.isdecimal() or f"\nPPid:\t{process.pid}\n" not in (entry / "status").read_text():

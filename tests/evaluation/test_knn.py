@@ -29,11 +29,11 @@ def config(tmp_path: Path, run_dir: Path, values: dict) -> EvaluateConfig:
 
 
 def weigh(distances: np.ndarray) -> np.ndarray:
-    """DINO's weights, of Euclidean distances between unit vectors: cosine = 1 - distance² / 2."""
+    """Return DINO's weights of Euclidean distances between unit vectors: cosine = 1 - distance² / 2."""
     return np.exp((1 - distances**2 / 2) / 0.07)
 
 
-def test_the_result_equals_scikit_learns_weighted_neighbours(tmp_path: Path, run_dir: Path):
+def test_the_result_equals_scikit_learns_weighted_neighbors(tmp_path: Path, run_dir: Path):
     train, test = tinted(tmp_path / "train", 12), tinted(tmp_path / "test", 5, first=50)
     result = evaluate(config(tmp_path, run_dir, {"k": 7}))["knn"]
     clip = clip_exp.load(str(run_dir))
@@ -47,7 +47,7 @@ def test_the_result_equals_scikit_learns_weighted_neighbours(tmp_path: Path, run
     assert (protocol["k"], protocol["temperature"], protocol["images"]) == (7, 0.07, 30)
 
 
-def test_tiles_do_not_change_the_neighbours(monkeypatch: pytest.MonkeyPatch):
+def test_tiles_do_not_change_the_neighbors(monkeypatch: pytest.MonkeyPatch):
     train, _ = blobs(5, 40)
     query, _ = blobs(5, 7, seed=1)
     rows, cosines = nearest(query, train, 6)
@@ -58,7 +58,7 @@ def test_tiles_do_not_change_the_neighbours(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(rows, (query @ train.T).sort(dim=1, descending=True, stable=True).indices[:, :6])
 
 
-def test_of_equal_neighbours_the_first_ones_vote():
+def test_the_first_of_equal_neighbors_vote():
     train = torch.nn.functional.normalize(torch.tensor([[0.0, 1.0], [1, 1], [1, 0], [1, 0], [1, 0], [1, 0]]), dim=1)
     rows, cosines = nearest(torch.tensor([[1.0, 0.0]]).expand(50, 2), train, 3)
     assert rows.tolist() == [[2, 3, 4]] * 50
@@ -69,10 +69,12 @@ def test_of_equal_neighbours_the_first_ones_vote():
 def test_votes_weigh_exp_of_cosine_over_temperature_and_ties_go_to_the_first_class():
     labels = torch.tensor([[3, 1, 1], [2, 0, 2]])
     cosines = torch.tensor([[0.9, 0.8, 0.7], [0.5, 0.5, 0.1]])
-    best, shares = vote(labels, cosines, 4, temperature=0.1)
+    best, probabilities = vote(labels, cosines, 4, temperature=0.1)
     weights = [math.exp(cosine / 0.1) for cosine in (0.9, 0.8, 0.7)]
     assert best[0, :2].tolist() == [3, 1]
-    assert shares[0].tolist() == pytest.approx([weights[0] / sum(weights), sum(weights[1:]) / sum(weights), 0, 0])
+    assert probabilities[0].tolist() == pytest.approx(
+        [weights[0] / sum(weights), sum(weights[1:]) / sum(weights), 0, 0]
+    )
     assert best[1, :2].tolist() == [2, 0]
     tied, _ = vote(torch.tensor([[2, 1]]), torch.tensor([[0.5, 0.5]]), 4, temperature=0.1)
     assert tied.tolist() == [[1, 2, 0, 3]]
@@ -80,7 +82,7 @@ def test_votes_weigh_exp_of_cosine_over_temperature_and_ties_go_to_the_first_cla
     assert cold[0, 0] == 3
 
 
-def test_a_class_that_no_neighbour_is_of_is_no_hit_among_the_best_five(tmp_path: Path, run_dir: Path):
+def test_a_class_without_neighbors_is_not_a_hit_in_the_top_five(tmp_path: Path, run_dir: Path):
     tinted(tmp_path / "train", 3)
     tinted(tmp_path / "test", 3, first=50)
     result = evaluate(config(tmp_path, run_dir, {"k": 1}))["knn"]

@@ -1,4 +1,4 @@
-"""Whole evaluations of random weights; every number is computed once more by hand."""
+"""Complete evaluations of random weights, compared with direct computations."""
 
 import json
 import shutil
@@ -199,7 +199,7 @@ def test_shards_parquet_and_json_lines_score_as_the_same_pairs_in_a_csv(tmp_path
     assert all(result == results["t.csv"] for result in results.values())
 
 
-def test_a_broken_image_stops_by_name_or_is_left_out_and_counted(tmp_path: Path, nano: CLIP, run_dir: Path):
+def test_a_broken_image_stops_the_evaluation_or_is_left_out_and_counted(tmp_path: Path, nano: CLIP, run_dir: Path):
     table, captions, images = pairs_csv(tmp_path)
     (tmp_path / "5.png").write_bytes(b"not an image")
     strict = config(tmp_path, {"pairs": {"kind": "retrieval", "table": str(table)}}, run=str(run_dir))
@@ -256,7 +256,7 @@ def test_a_run_is_scored_at_its_best_checkpoint_if_it_has_a_monitor_else_at_its_
         assert source.step == step
 
 
-def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_path: Path, run_dir: Path):
+def test_all_problems_are_reported_together_before_a_folder_is_created(tmp_path: Path, run_dir: Path):
     keys = {
         "two": {"kind": "retrieval", "tabel": "pairs.csv"},
         "three": {"kind": "zeroshot"},
@@ -294,7 +294,9 @@ def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_
     assert not (tmp_path / "outputs").exists()
 
 
-def test_weights_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path: Path, nano: CLIP, class_folders: Path):
+def test_weights_that_do_not_fit_are_refused_before_a_folder_is_created(
+    tmp_path: Path, nano: CLIP, class_folders: Path
+):
     torch.save(
         {"net": {f"clip.{name}": x for name, x in nano.state_dict().items() if name != "logit_scale"}},
         tmp_path / "a.ckpt",
@@ -308,7 +310,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path: P
     assert not (tmp_path / "outputs").exists()
 
 
-def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Path, run_dir: Path, nano: CLIP):
+def test_the_validation_data_of_a_run_need_a_model_that_was_found(tmp_path: Path, run_dir: Path, nano: CLIP):
     absent = {"kind": "zero_shot", "root": str(tmp_path / "absent")}
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, {"auto": {"kind": "auto"}, "one": absent}, run="nowhere"))
@@ -339,7 +341,7 @@ def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Pa
         ({"ckpt": "."}, CheckpointError, "not in a run folder"),
     ],
 )
-def test_a_model_that_is_not_named_once_is_refused(
+def test_a_model_that_is_not_given_exactly_once_is_refused(
     tmp_path: Path, class_folders: Path, monkeypatch, values: dict, error: type, message: str
 ):
     (tmp_path / "empty").mkdir()
@@ -379,7 +381,7 @@ def test_workers_and_batches_do_not_change_the_result(tmp_path: Path, run_dir: P
     assert several["pets"]["metrics"] == alone["pets"]["metrics"]
 
 
-def test_averaged_weights_are_taken_on_request_and_missed_by_name(
+def test_averaged_weights_are_used_on_request_and_missing_ones_are_reported(
     tmp_path: Path, nano: CLIP, run_dir: Path, class_folders: Path
 ):
     task = {"pets": {"kind": "zero_shot", "root": str(class_folders)}}

@@ -1,4 +1,4 @@
-"""The published protocol, held against open_clip's own code on the same weights and the same photographs."""
+"""The published protocol, compared with open_clip's own code on the same weights and photographs."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -24,7 +24,7 @@ from clip_exp.text.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
-    """A random ViT-B/32 of open_clip, and the file of its weights."""
+    """Return a random ViT-B/32 of open_clip, and the file of its weights."""
     torch.manual_seed(0)
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32")).eval()
     path = tmp_path_factory.mktemp("weights") / "vit_b32.safetensors"
@@ -69,7 +69,7 @@ def test_the_counts_of_an_evaluation_equal_those_of_open_clips_trainer(
     classifier = open_clip.build_zero_shot_classifier(
         theirs, open_clip.get_tokenizer("ViT-B-32"), list(names.values()), prompts
     )
-    _learn_by_heart(theirs, dataset, classifier)
+    _memorize(theirs, dataset, classifier)
     save_file(theirs.state_dict(), tmp_path / "vit_b32.safetensors")
     args = Namespace(device="cpu", precision="fp32", batch_size=50)
     # NumPy 2.5 no longer takes an array of one number for a number, which their `accuracy` relies on.
@@ -91,8 +91,8 @@ def test_the_counts_of_an_evaluation_equal_those_of_open_clips_trainer(
     assert (result["metrics"]["top1"], result["metrics"]["top5"]) == (top1, top5)
 
 
-def _learn_by_heart(model: open_clip.CLIP, dataset: ImageFolder, classifier_DC: torch.Tensor) -> None:
-    """Choose the image tower's projection so that it is right about every other photograph: random weights are right about none."""
+def _memorize(model: open_clip.CLIP, dataset: ImageFolder, classifier_DC: torch.Tensor) -> None:
+    """Fit the projection of the image tower so that every other photograph is classified correctly: with random weights none is."""
     projection = model.visual.proj
     assert projection is not None
     model.visual.proj = None

@@ -1,4 +1,4 @@
-"""Results of a run's other weights, of an earlier step or averaged, stand next to the run's own and never replace them."""
+"""Results of an earlier step or of averaged weights are stored next to the run's own results and never replace them."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.small_runs import write_checkpoint, write_run
 
 @pytest.fixture
 def score(tmp_path: Path, class_folders: Path):
-    """Score two templates on three classes; which model is given by keywords."""
+    """Score two templates on three classes; the keywords select the model."""
 
     def run(**which: Any) -> dict[str, Any]:
         task = {"pets": {"kind": "zero_shot", "root": str(class_folders), "templates": ["a {}.", "the {}."]}}
@@ -29,12 +29,12 @@ def score(tmp_path: Path, class_folders: Path):
 
 
 def steps(run_dir: Path) -> dict[str, tuple[int, bool]]:
-    """Step and kind of weights of each result."""
+    """Return the step and kind of weights of each result."""
     protocols = {path.stem: json.loads(path.read_text())["protocol"] for path in (run_dir / "eval").glob("*.json")}
     return {name: (protocol["step"], protocol["ema"]) for name, protocol in protocols.items()}
 
 
-def test_an_earlier_step_and_averaged_weights_have_files_of_their_own(run_dir: Path, nano: CLIP, score) -> None:
+def test_an_earlier_step_and_averaged_weights_have_their_own_files(run_dir: Path, nano: CLIP, score) -> None:
     last = write_checkpoint(run_dir, nano, 2, averaged=nano.state_dict())
     own = score(run=str(run_dir))
     score(ckpt=str(run_dir / "checkpoints" / "step-000001" / "model.safetensors"))
@@ -54,7 +54,7 @@ def test_an_earlier_step_and_averaged_weights_have_files_of_their_own(run_dir: P
     assert len(steps(run_dir)) == 3
 
 
-def test_a_run_that_trained_on_keeps_its_earlier_results_under_their_step(run_dir: Path, nano: CLIP, score) -> None:
+def test_results_of_an_earlier_step_are_renamed_after_more_training(run_dir: Path, nano: CLIP, score) -> None:
     score(run=str(run_dir))
     before = {path.suffix: path.read_bytes() for path in (run_dir / "eval").iterdir()}
     write_checkpoint(run_dir, nano, 2)
@@ -74,7 +74,7 @@ def test_of_a_run_with_a_monitor_the_best_weights_are_its_own(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("name", ["pets.step-000002", "pets.step-2.ema", "pets.superseded-step-000002"])
-def test_a_task_is_not_called_like_results_of_other_weights(name: str) -> None:
+def test_a_task_cannot_have_a_name_of_results_of_other_weights(name: str) -> None:
     def problems(name: str) -> str:
         return "\n".join(map(str, prepare_tasks({name: ZeroShotTaskConfig()}, "outputs", None)[1]))
 

@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn called directly."""
+"""The linear probe, compared with scikit-learn called directly."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ def test_a_fit_scores_and_predicts_as_scikit_learn(classes: int):
     assert best.shape == (classes * 9, min(5, classes))
 
 
-def test_every_strength_that_is_tried_has_scikit_learns_accuracy_on_the_held_out_share():
+def test_every_c_has_scikit_learns_accuracy_on_the_held_out_images():
     features, labels = blobs(5, 30, noise=2.0)
     choice = choose_c(features, labels, candidates=[100, 0.01, 1], val_fraction=0.25, seed=3)
     fitted, held_out, own, of_held_out = train_test_split(
@@ -69,7 +69,7 @@ def test_every_strength_that_is_tried_has_scikit_learns_accuracy_on_the_held_out
 
 
 @pytest.mark.parametrize(("peak", "fits"), [(1.3, 15), (-0.1, 15), (-6.0, 11), (6.5, 11)])
-def test_the_papers_search_goes_from_seven_strengths_to_an_eighth_of_a_decade_around_the_best(peak: float, fits: int):
+def test_the_papers_search_goes_from_seven_values_to_an_eighth_of_a_decade_around_the_best(peak: float, fits: int):
     tried: list[float] = []
 
     def distance(c: float) -> float:
@@ -96,7 +96,7 @@ def test_without_candidates_the_search_chooses_the_first_of_the_best():
     assert again == choice
 
 
-def test_a_fit_that_does_not_converge_is_told_and_not_warned_of():
+def test_a_fit_that_does_not_converge_is_in_the_result_and_not_a_warning():
     features, labels = blobs(4, 20, noise=2.0)
     probe = fit_probe(features, labels, c=1e6, max_iter=2)
     assert not probe.converged
@@ -153,7 +153,7 @@ def test_the_weights_are_a_file_that_classifies_features(tmp_path: Path, run_dir
         assert [names[index] for index in scores.argmax(dim=1)] == list(expected)
 
 
-def test_classes_are_matched_by_folder_and_named_as_the_task_names_them(tmp_path: Path, run_dir: Path):
+def test_classes_are_matched_by_folder_and_named_as_in_the_task(tmp_path: Path, run_dir: Path):
     tinted(tmp_path / "train", 6)
     test = tinted(tmp_path / "test", 4, first=50, classes=("bee", "dog", "fox"))
     names = {"bee": "eine Biene", "dog": "ein Hund", "fox": "ein Fuchs"}
@@ -178,7 +178,7 @@ def test_a_table_is_matched_to_folders_by_label(tmp_path: Path, run_dir: Path):
     assert result["metrics"]["top1"] == expected.score(*direct(clip, test))
 
 
-def test_broken_images_of_both_halves_are_left_out_and_counted(tmp_path: Path, run_dir: Path):
+def test_broken_images_of_train_and_test_are_left_out_and_counted(tmp_path: Path, run_dir: Path):
     train, test = tinted(tmp_path / "train", 6), tinted(tmp_path / "test", 4, first=50)
     for path in (train / "bee" / "2.png", test / "cow" / "51.png"):
         path.write_bytes(b"no image")
@@ -275,7 +275,7 @@ def test_on_the_digits_run_both_reach_97_percent_and_the_probe_equals_scikit_lea
 
 @pytest.mark.exhaustive
 def test_two_ranks_give_the_numbers_of_one(tmp_path: Path, run_dir: Path, command: Callable):
-    """All that learns, and the network beside CLIP: 31 and 11 images, so that no share is even."""
+    """All learned tasks, and the network next to CLIP: 31 and 11 images, so that no rank has the same number."""
     train, test = tinted(tmp_path / "train", 5), tinted(tmp_path / "test", 2, first=50)
     tinted(tmp_path / "train", 1, first=70, classes=("ant",))
     (test / "bee" / "50.png").unlink()

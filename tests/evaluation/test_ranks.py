@@ -1,4 +1,4 @@
-"""One call, five kinds of data, numbers of images that nothing divides: the same result on any number of ranks."""
+"""Five kinds of data in one call, with prime numbers of images: the same results on any number of ranks."""
 
 import json
 import os
@@ -21,13 +21,13 @@ LONG = "a very " + "long " * 100 + "caption"
 
 
 def imagenet(root: Path) -> None:
-    """7 images of three classes, two of which have the same name."""
+    """Write 7 images of three classes, two of which have the same name."""
     for number, wnid in enumerate(["n03773504", "n04008634", "n01440764"] * 2 + ["n01440764"]):
         write_image(root / wnid / f"{number}.JPEG", number, (50, 41))
 
 
 def flowers(root: Path) -> None:
-    """101 images of five classes; one is broken."""
+    """Write 101 images of five classes, one of which is broken."""
     names = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
     for number in range(101):
         write_image(root / names[number % 5] / f"{number:03d}.png", number)
@@ -35,7 +35,7 @@ def flowers(root: Path) -> None:
 
 
 def tables(root: Path) -> None:
-    """13 images with a label, and 17 with one to three captions, one of them longer than 77 tokens."""
+    """Write tables of 13 images with a label, and of 17 with one to three captions, one of them longer than 77 tokens."""
     for number in range(17):
         write_image(root / f"{number}.png", number)
     labels = [f"{number}.png,{('red', 'green')[number % 2]}" for number in range(13)]
@@ -62,7 +62,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, nano) -> list[str]:
 
 
 def results(output_dir: Path) -> dict[str, str]:
-    """The numbers that an evaluation left: every file of JSON and CSV, as it is written."""
+    """Return the contents of all JSON and CSV files of an evaluation."""
     (folder,) = output_dir.glob("evaluate/*/*")
     found = {path.name: path.read_text() for path in (folder / "eval").iterdir() if path.suffix in (".json", ".csv")}
     assert {f"{task}.json" for task in TASKS} <= found.keys()
@@ -88,7 +88,7 @@ def test_every_rank_count_gives_the_same_files(
     assert done.stderr.count("retrieval: texts truncated to the context length of the model: 1.") == 1
 
 
-def test_cut_texts_are_counted_once_on_any_rank_count_and_from_the_cache(
+def test_truncated_texts_are_counted_once_on_any_rank_count_and_from_the_cache(
     arguments: list[str], alone: dict[str, str], command: Callable, tmp_path: Path
 ) -> None:
     assert json.loads(alone["retrieval.json"])["protocol"]["truncated_texts"] == 1

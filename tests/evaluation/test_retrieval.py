@@ -44,7 +44,7 @@ def test_any_of_several_captions_is_a_hit_and_tiles_do_not_matter(monkeypatch):
     assert retrieval(image, text, caption_image) == pytest.approx(whole)
 
 
-def test_a_model_that_scores_all_pairs_alike_gets_chance():
+def test_a_model_that_scores_all_pairs_equally_is_at_chance_level():
     image, text = torch.ones(20, 1), torch.ones(40, 1)
     found = retrieval(image, text, torch.arange(40) % 20)
     assert found["recall@1_t2i"] == pytest.approx(1 / 20)

@@ -1,4 +1,4 @@
-"""The ImageNet sets beside a supervised network, against torchvision called directly."""
+"""ImageNet datasets with a supervised network, compared with torchvision called directly."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def weights(tmp_path: Path, resnet: torch.nn.Module) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """All six sets under their usual names, a few images each; the network is right on some of them."""
+    """Return a folder with all six datasets under their usual names, with a few images each, some of which the network classifies correctly."""
     root = tmp_path / "data"
     wnids = [wnid for wnid, _ in imagenet_classes()]
     write_set(root / "ImageNet/val", [*wnids[:2], wnids[657]], 0)
@@ -66,7 +66,7 @@ def write_set(folder: Path, classes: list[str], seed: int) -> None:
 
 
 def write_mappings(folder: Path) -> None:
-    """ObjectNet's four files, for two classes of which one is three of ImageNet's."""
+    """Write the four mappings of ObjectNet for two classes, one of which has three ImageNet classes."""
     folder.mkdir(parents=True)
     labels = {CHAIRS[0]: "barber chair", CHAIRS[1]: "folding chair", CHAIRS[2]: "rocking chair", LAMP: "table lamp"}
     (folder / "folder_to_objectnet_label.json").write_text(json.dumps({"chair": "Chair", "lamp": "Desk lamp"}))
@@ -92,7 +92,7 @@ def direct_logits(model: torch.nn.Module, paths: list[Path]) -> torch.Tensor:
 
 
 def move_to_best(model: torch.nn.Module, folder: Path, classes: dict[str, list[int]]) -> float:
-    """File every second image under the class that the network ranks first; the share that is right then."""
+    """Move every second image to the class that the network predicts; return its accuracy then."""
     right = 0
     paths = sorted(folder.glob("*/*.png"))
     logits = direct_logits(model, paths)
@@ -109,7 +109,7 @@ def move_to_best(model: torch.nn.Module, folder: Path, classes: dict[str, list[i
     return right / len(paths)
 
 
-def test_sets_are_scored_beside_the_network_as_torchvision_scores_it(
+def test_datasets_are_scored_next_to_the_network_as_torchvision_scores_it(
     tmp_path: Path, run_dir: Path, root: Path, resnet: torch.nn.Module, weights: str
 ):
     wnids = [wnid for wnid, _ in imagenet_classes()]
@@ -159,7 +159,7 @@ def test_sets_are_scored_beside_the_network_as_torchvision_scores_it(
         assert protocol["sets"][name]["classes_sha256"] == results[name]["protocol"]["classes_sha256"]
 
 
-def test_objectnet_takes_the_best_of_the_imagenet_classes_that_a_label_stands_for(
+def test_objectnet_takes_the_best_of_the_imagenet_classes_of_a_label(
     tmp_path: Path, run_dir: Path, root: Path, resnet: torch.nn.Module, weights: str
 ):
     images = root / "objectnet-1.0/images"
@@ -181,13 +181,13 @@ def test_objectnet_takes_the_best_of_the_imagenet_classes_that_a_label_stands_fo
     assert result["protocol"]["mean_of"] == ["objectnet"]
 
 
-def test_restricted_logits_are_the_best_of_each_class_and_leave_out_what_no_class_stands_for():
+def test_restricted_logits_are_the_best_of_each_class_and_leave_out_logits_of_no_class():
     logits = torch.tensor([[1.0, 5.0, 3.0, 9.0], [4.0, 2.0, 8.0, 9.0]])
     restricted = restrict(logits, [[1], [0, 2], []])
     assert restricted.tolist() == [[5.0, 3.0, -torch.inf], [2.0, 8.0, -torch.inf]]
 
 
-def test_a_name_is_embedded_once_however_many_sets_have_it(
+def test_a_name_is_embedded_once_for_all_datasets(
     tmp_path: Path, run_dir: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     built: list[str] = []
@@ -262,7 +262,7 @@ def test_networks_that_transform_their_input_do_so(tmp_path: Path, name: str):
     assert torch.allclose(encoder.encode(encoder.transform(image)[None]), expected, atol=1e-5)
 
 
-def test_without_a_network_one_message_names_the_file_and_the_way_without(
+def test_without_a_network_one_message_has_the_file_and_the_alternative(
     tmp_path: Path, run_dir: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def unreachable(*_, **__):

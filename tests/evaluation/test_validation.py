@@ -11,7 +11,7 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def test_rows_that_ranks_saw_twice_in_any_order_count_once():
+def test_repeated_rows_of_ranks_count_once_in_any_order():
     image, text, labels = unit(6, 4, seed=0), unit(12, 4, seed=1), torch.tensor([0, 1, 2, -1, 1, 0])
     caption_image, classes = torch.arange(12) // 2, unit(3, 4, seed=2)
     index, caption_index = torch.tensor([4, 5, 0, 1, 0, 2, 3]), torch.tensor([8, 9, 11, 10, *range(8), 0, 1])
@@ -24,15 +24,15 @@ def test_rows_that_ranks_saw_twice_in_any_order_count_once():
         caption_image[caption_index],
         caption_index,
     )
-    labelled = labels >= 0
-    top = accuracy(class_scores(image[labelled], classes), labels[labelled])
+    labeled = labels >= 0
+    top = accuracy(class_scores(image[labeled], classes), labels[labeled])
     expected = retrieval(image, text, caption_image) | {"top1": top["top1"]}
     assert validation_metrics(features, classes) == pytest.approx(expected)
     assert "top1" not in validation_metrics(features)
     assert "top5" in validation_metrics(features, unit(6, 4, seed=3))
 
 
-def test_captions_of_an_image_that_is_missing_go_with_it():
+def test_captions_of_a_missing_image_are_removed():
     image, text = unit(4, 4, seed=0), unit(4, 4, seed=1)
     present = torch.tensor([0, 1, 3])
     features = deduplicate(

@@ -1,4 +1,4 @@
-"""Wrong input to an evaluation: a clear message, the exit code of its kind, and no folder of an evaluation left behind."""
+"""Invalid input to an evaluation: a clear message, the right exit code, and no folder of an evaluation."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def config(tmp_path: Path, run: Path, **tasks: dict[str, Any]) -> EvaluateConfig
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder of everything that the tasks below name."""
+    """Return a folder with the data of all cases in this file."""
     root = tmp_path / "data"
     for number, name in enumerate(["n01440764", "n01443537", "n99999999"]):
         write_image(root / "unknown_class" / name / "1.JPEG", number)
@@ -89,7 +89,9 @@ PATHS = ("root", "table", "classes", "templates", "ground_truth")
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_data_end_in_one_message_of_their_kind(tmp_path: Path, run_dir: Path, data: Path, case: str) -> None:
+def test_invalid_data_give_one_message_with_their_exit_code(
+    tmp_path: Path, run_dir: Path, data: Path, case: str
+) -> None:
     code, values, message = WRONG[case]
     named = {
         key: str(data / value)
@@ -105,14 +107,14 @@ def test_wrong_data_end_in_one_message_of_their_kind(tmp_path: Path, run_dir: Pa
     assert not (run_dir / "eval").exists()
 
 
-def test_classes_without_images_are_counted_and_scored_against(tmp_path: Path, run_dir: Path, data: Path) -> None:
+def test_classes_without_images_are_counted_and_can_be_predicted(tmp_path: Path, run_dir: Path, data: Path) -> None:
     (data / "unknown_class" / "n99999999" / "1.JPEG").unlink()
     (data / "unknown_class" / "n99999999").rmdir()
     _, [task] = check(config(tmp_path, run_dir, t={"root": str(data / "unknown_class"), "classes": "imagenet"}))
     assert (len(task.data.class_names), len(task.data.missing), len(task.data.labels)) == (1000, 998, 2)
 
 
-def test_nothing_is_fetched_while_something_else_is_wrong(tmp_path: Path, run_dir: Path, monkeypatch) -> None:
+def test_nothing_is_downloaded_if_there_are_other_errors(tmp_path: Path, run_dir: Path, monkeypatch) -> None:
     fetched = []
     monkeypatch.setattr(
         "torchvision.datasets.eurosat.download_and_extract_archive",
@@ -129,9 +131,7 @@ def test_nothing_is_fetched_while_something_else_is_wrong(tmp_path: Path, run_di
     assert len(fetched) == 1
 
 
-def test_a_table_reads_what_leaves_its_folder_only_where_that_is_allowed(
-    tmp_path: Path, run_dir: Path, data: Path
-) -> None:
+def test_a_table_reads_paths_outside_its_folder_only_if_allowed(tmp_path: Path, run_dir: Path, data: Path) -> None:
     (data / "t").mkdir()
     (data / "secret").write_text("root:x:0:0\n")
     (data / "t" / "t.csv").write_text("filepath,label\n../flat/0.JPEG,cat\n../secret,dog\n")
@@ -143,7 +143,7 @@ def test_a_table_reads_what_leaves_its_folder_only_where_that_is_allowed(
     assert "root:x" not in str(caught.value)
 
 
-def test_an_evaluations_name_is_one_of_a_folder(tmp_path: Path, run_dir: Path, data: Path) -> None:
+def test_the_name_of_an_evaluation_is_a_valid_folder_name(tmp_path: Path, run_dir: Path, data: Path) -> None:
     good = config(tmp_path, run_dir, t={"root": str(data / "pets"), "templates": "a {}."})
     for name, told in (("a/b", "plain folder name"), ("x" * 300, "has 300 bytes"), ("a\nb", "plain folder name")):
         with pytest.raises(ConfigError, match=told):
@@ -152,9 +152,7 @@ def test_an_evaluations_name_is_one_of_a_folder(tmp_path: Path, run_dir: Path, d
         check(good.model_copy(update={"task": {"x" * 300: good.task["t"]}}))
 
 
-def test_a_broken_image_stops_or_is_counted_by_the_policy_of_training(
-    tmp_path: Path, run_dir: Path, data: Path
-) -> None:
+def test_a_broken_image_stops_or_is_counted_as_in_training(tmp_path: Path, run_dir: Path, data: Path) -> None:
     (data / "pets" / "cow" / "2.png").write_bytes(b"no image")
     strict = config(tmp_path, run_dir, pets={"root": str(data / "pets"), "templates": "a {}."})
     with pytest.raises(DataError, match=r"cow/2\.png: not an image\."):
@@ -166,7 +164,7 @@ def test_a_broken_image_stops_or_is_counted_by_the_policy_of_training(
     assert list(result["metrics"]) == ["top1", "mean_per_class_recall"]  # in three classes
 
 
-def test_wrong_data_are_told_by_the_command_without_a_folder(
+def test_invalid_data_are_reported_by_the_command_without_a_folder(
     tmp_path: Path, run_dir: Path, data: Path, command: Callable
 ) -> None:
     done = command(
@@ -197,7 +195,7 @@ def test_cifar10_and_imagenet_v2_are_scored_by_the_command(tmp_path: Path, run_d
     assert (protocol["images"], protocol["classes"], protocol["classes_without_images"]) == (3, 1000, 997)
 
 
-def test_a_bad_row_of_a_tasks_table_is_told_with_the_tasks_key_or_left_out_and_counted(
+def test_a_bad_row_of_a_tasks_table_is_reported_with_the_key_of_the_task_or_left_out_and_counted(
     tmp_path: Path, run_dir: Path
 ) -> None:
     write_image(tmp_path / "a.png", 0)

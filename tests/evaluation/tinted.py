@@ -1,4 +1,4 @@
-"""Features and images with a little of their class in them, for classifiers that learn."""
+"""Features and images that depend on their class, for classifiers that learn."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
 
 
 def blobs(classes: int, each: int, noise: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit vectors around a centre per class, in a mixed order."""
+    """Return unit vectors around a center per class, in random order."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, 16, generator=torch.Generator().manual_seed(7))
     labels = torch.arange(classes).repeat(each)[torch.randperm(classes * each, generator=generator)]
@@ -21,7 +21,7 @@ def blobs(classes: int, each: int, noise: float = 1.0, seed: int = 0) -> tuple[t
 
 
 def tinted(root: Path, each: int, first: int = 0, classes: tuple[str, ...] = CLASSES) -> Path:
-    """A folder per class with images of noise around a colour near the class's: near enough to be often right."""
+    """Write a folder per class with noise images around a color of the class, which are often classified correctly."""
     for name in classes:
         position = CLASSES.index(name)
         colour = np.random.default_rng(1000 + position).integers(60, 196, 3)

@@ -19,7 +19,7 @@ def clip(run_dir: Path) -> Pipeline:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Seven images, two of them in a folder below, among files that are none."""
+    """Return a folder with seven images, two of them in a subfolder, and other files."""
     folder = tmp_path / "photos"
     for number in range(5):
         write_image(folder / f"{number}.png", number)

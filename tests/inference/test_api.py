@@ -21,7 +21,7 @@ from tests.runs import TINY, Finished, Train
 from tests.small_runs import write_image
 
 
-def test_every_way_to_name_a_model_loads_the_same_weights(tmp_path: Path, nano: CLIP, run_dir: Path):
+def test_every_way_to_specify_a_model_loads_the_same_weights(tmp_path: Path, nano: CLIP, run_dir: Path):
     checkpoint = run_dir / "checkpoints" / "step-000001"
     beside = tmp_path / "beside"
     beside.mkdir()
@@ -46,7 +46,7 @@ def test_every_way_to_name_a_model_loads_the_same_weights(tmp_path: Path, nano: 
             torch.testing.assert_close(value, nano.state_dict()[name], atol=0, rtol=0)
 
 
-def test_of_two_models_in_a_file_one_is_chosen_and_its_features_are_told_apart(tmp_path: Path, nano: CLIP):
+def test_of_two_models_in_a_file_one_is_chosen_and_its_features_are_distinguished(tmp_path: Path, nano: CLIP):
     path = tmp_path / "last.ckpt"
     other = {name: 2 * value for name, value in nano.state_dict().items()}
     torch.save({"student": other, "teacher": nano.state_dict()}, path)
@@ -92,7 +92,7 @@ def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(ru
         ("vit_tiny", "lonely.safetensors", CheckpointError, "does not fit the model"),
     ],
 )
-def test_what_cannot_be_loaded_is_told_with_what_can(
+def test_invalid_sources_are_reported_with_valid_ones(
     tmp_path: Path, nano: CLIP, monkeypatch, source: str, pretrained: str | None, error: type, message: str
 ):
     save_file(nano.state_dict(), tmp_path / "lonely.safetensors")

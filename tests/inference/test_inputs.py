@@ -12,7 +12,7 @@ def names(paths: list[str]) -> list[str]:
     return [Path(path).name for path in paths]
 
 
-def test_a_folder_is_searched_to_the_bottom_in_the_same_order_every_time(photos: Path):
+def test_a_folder_is_searched_recursively_in_a_fixed_order(photos: Path):
     assert names(find_images(photos)) == [f"{number}.png" for number in range(7)]
 
 
@@ -21,16 +21,16 @@ def test_folders_files_and_globs_can_be_mixed_and_every_image_counts_once(photos
     assert names(find_images(wanted)) == ["3.png", "5.png", "6.png", "0.png", "1.png", "2.png", "4.png"]
 
 
-def test_a_file_that_is_named_is_taken_whatever_its_ending(photos: Path):
+def test_a_given_file_is_used_with_any_suffix(photos: Path):
     assert names(find_images(photos / "notes.txt")) == ["notes.txt"]
 
 
-def test_links_are_followed_and_a_circle_of_them_ends(photos: Path):
+def test_links_are_followed_and_cycles_end(photos: Path):
     (photos / "more" / "again").symlink_to(photos, target_is_directory=True)
     assert len(find_images(photos)) == 7
 
 
-def test_everything_that_is_missing_is_told_at_once(photos: Path):
+def test_all_missing_paths_are_reported_together(photos: Path):
     with pytest.raises(ConfigError) as caught:
         find_images([f"{photos}/no{number}.png" for number in range(7)] + [f"{photos}/*.jpg"])
     lines = str(caught.value).splitlines()
@@ -43,13 +43,13 @@ def test_everything_that_is_missing_is_told_at_once(photos: Path):
         find_images(None)
 
 
-def test_a_folder_without_images_is_told(tmp_path: Path):
+def test_a_folder_without_images_is_reported(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="contains no images or videos"):
         find_images(tmp_path / "empty")
 
 
-def test_texts_that_yaml_takes_for_something_else_are_texts():
+def test_texts_that_look_like_other_yaml_types_are_texts():
     assert as_texts([1, 2.5, True, None, "007"], "texts") == ["1", "2.5", "true", "null", "007"]
     assert as_texts("a dog, running", "text") == ["a dog, running"]
 
@@ -65,7 +65,7 @@ def test_texts_that_yaml_takes_for_something_else_are_texts():
         (__file__, "labels="),
     ],
 )
-def test_what_is_no_list_of_texts_is_refused_with_what_is(value: object, message: str):
+def test_invalid_lists_of_texts_are_refused_with_the_valid_form(value: object, message: str):
     with pytest.raises(ConfigError, match=message):
         as_text_list(value, "texts")
 
@@ -83,7 +83,7 @@ def test_labels_come_from_lists_and_files_in_any_language(tmp_path: Path):
         read_labels("absent.txt")
 
 
-def test_videos_without_a_decoder_are_told_with_the_command_that_installs_one(monkeypatch: pytest.MonkeyPatch):
+def test_videos_without_a_decoder_are_reported_with_the_command_that_installs_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inputs, "can_decode_videos", lambda: False)
     with pytest.raises(ConfigError, match=r"1 of the 2 files are videos \(b\.MP4\).*pip install av"):
         check_videos(["a.png", "b.MP4"], EvalOnBadImage.error)

@@ -25,7 +25,7 @@ CODECS = {"mts": "mpeg2video", "wmv": "wmv2", "flv": "flv1"}
 
 
 def write_video(path: Path, levels: tuple[int, ...] = GREYS, codec: str = "mpeg4", rate: int = 10) -> Path:
-    """A second of each level of grey, whose left half is white."""
+    """Write a video with one second per gray level, whose left half is white."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
@@ -53,8 +53,8 @@ def test_frames_are_the_middles_of_equal_parts(tmp_path: Path, ending: str):
     assert read_frame(path, 0, 1, LIMIT).size == (64, 48)
 
 
-def test_a_video_is_turned_as_its_file_asks(tmp_path: Path):
-    """As phones do: the pixels lie on their side, and a matrix in the header (ISO 14496-12, tkhd) tells how to turn them."""
+def test_a_video_is_rotated_as_specified_in_its_file(tmp_path: Path):
+    """Phones write rotated pixels, and a matrix in the header (ISO 14496-12, tkhd) for the rotation."""
     path = write_video(tmp_path / "a.mp4")
     data = bytearray(path.read_bytes())
     matrix = data.index((0x10000).to_bytes(4, "big") + bytes(12) + (0x10000).to_bytes(4, "big"), data.index(b"tkhd"))
@@ -81,7 +81,7 @@ def test_a_video_is_the_mean_of_its_frames(tmp_path: Path, clip: Pipeline):
         torch.testing.assert_close(clip.encode_image(path), expected, atol=1e-6, rtol=0)
 
 
-def test_videos_and_images_mix_in_any_order(tmp_path: Path, clip: Pipeline, photos: Path):
+def test_videos_and_images_can_be_mixed_in_any_order(tmp_path: Path, clip: Pipeline, photos: Path):
     videos = [write_video(tmp_path / f"{level}.mp4", (level,) * 2) for level in (0, 200)]
     items = [photos / "0.png", videos[0], Image.open(photos / "1.png"), videos[1]]
     expected = torch.cat([clip.encode_image(item) for item in items])
@@ -100,7 +100,7 @@ def test_worker_processes_read_videos_too(tmp_path: Path, clip: Pipeline, photos
     torch.testing.assert_close(clip.encode_image(paths), alone, atol=1e-6, rtol=0)
 
 
-def test_the_commands_take_videos_where_they_take_images(run_dir: Path, photos: Path, clip: Pipeline, capsys):
+def test_the_commands_accept_videos_like_images(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     video = write_video(photos / "clip.MP4")
     predict(
         PredictConfig(
@@ -125,7 +125,7 @@ def test_the_commands_take_videos_where_they_take_images(run_dir: Path, photos: 
     assert best == {"path": str(video), "score": pytest.approx(1.0, abs=1e-6)}
 
 
-def test_an_index_of_videos_that_was_extended_equals_one_made_at_once(run_dir: Path, photos: Path, tmp_path: Path):
+def test_an_extended_index_of_videos_equals_one_created_at_once(run_dir: Path, photos: Path, tmp_path: Path):
     write_video(photos / "a.mp4")
     values = {"run": str(run_dir), "accelerator": "cpu", "images": str(photos), "num_workers": 0}
     search(SearchConfig(index=str(tmp_path / "x.index"), **values))
@@ -137,7 +137,7 @@ def test_an_index_of_videos_that_was_extended_equals_one_made_at_once(run_dir: P
     torch.testing.assert_close(extended.features, at_once.features, rtol=0, atol=1e-6)
 
 
-def test_a_video_that_ends_early_is_encoded_from_what_is_there(tmp_path: Path, clip: Pipeline):
+def test_a_video_that_ends_early_is_encoded_from_its_readable_frames(tmp_path: Path, clip: Pipeline):
     path = write_video(tmp_path / "a.mkv")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert clip.encode_image(path).shape == (1, 64)
@@ -147,7 +147,7 @@ def test_a_video_that_ends_early_is_encoded_from_what_is_there(tmp_path: Path, c
     ("content", "reason"),
     [(b"", "not a readable video"), (b"no video" * 100, "not a readable video"), (None, "no such file")],
 )
-def test_a_broken_video_is_told_and_counted_once(
+def test_a_broken_video_is_reported_and_counted_once(
     tmp_path: Path, run_dir: Path, photos: Path, capsys, caplog, content: bytes | None, reason: str
 ):
     path = photos / "broken.mp4"
@@ -166,7 +166,7 @@ def test_a_broken_video_is_told_and_counted_once(
     assert "left out 1 of 8 images" in caplog.text
 
 
-def test_a_file_with_sound_alone_and_one_that_is_too_large_are_told(tmp_path: Path):
+def test_files_with_only_sound_and_too_large_ones_are_reported(tmp_path: Path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
@@ -180,7 +180,7 @@ def test_a_file_with_sound_alone_and_one_that_is_too_large_are_told(tmp_path: Pa
         read_frame(str(write_video(tmp_path / "b.mp4")), 0, 1, 1000)
 
 
-def test_a_name_is_never_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_path_is_never_opened_as_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "concat:a.mp4")
     assert right_half(read_frame("concat:a.mp4", 0, 1, LIMIT)) == pytest.approx(130, abs=12)
@@ -188,7 +188,7 @@ def test_a_name_is_never_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_frame("http://127.0.0.1:9/a.mp4", 0, 1, LIMIT)
 
 
-def test_without_the_decoder_a_video_says_how_to_get_it(
+def test_without_the_decoder_the_message_says_how_to_install_it(
     tmp_path: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch
 ):
     path = write_video(tmp_path / "a.mp4")

@@ -1,4 +1,4 @@
-"""`clip-exp models` lists what there is, with numbers that are open_clip's own."""
+"""`clip-exp models` lists models and weights, with numbers as in open_clip."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ def test_parameters_are_those_that_open_clip_counts(capsys, name: str) -> None:
     assert model["parameters"] == sum(p.numel() for p in theirs.parameters())
 
 
-def test_one_model_comes_with_what_is_known_of_its_weights(capsys) -> None:
+def test_one_model_is_listed_with_its_published_weights(capsys) -> None:
     model = listed(capsys, name="ViT-B/32")
     assert model["name"] == "vit_b32"
     weights = {one["tag"]: one for one in model["weights"]}
@@ -66,7 +66,7 @@ def test_the_list_is_a_table_or_csv_too(capsys) -> None:
     assert "laion2b_s34b_b79k" in capsys.readouterr().out
 
 
-def test_a_typo_is_answered_with_the_nearest_name(tmp_path, command: Run) -> None:
+def test_a_typo_is_reported_with_the_nearest_name(tmp_path, command: Run) -> None:
     done = command(DOOR, "models", "name=vit_b23", cwd=tmp_path)
     assert done.returncode == 2
     assert "did you mean 'vit_b32'" in done.stderr

@@ -61,7 +61,7 @@ def test_texts_and_labels_exclude_each_other_and_templates_are_for_labels(clip: 
         clip.classify(images, ["a dog", "a cat"], templates="openai")
 
 
-def test_the_module_takes_normalised_images_and_tokens(clip: Pipeline, images: list[Image.Image]):
+def test_the_module_takes_normalized_images_and_tokens(clip: Pipeline, images: list[Image.Image]):
     tokens = clip.tokenizer(["a dog"])
     torch.testing.assert_close(F.normalize(clip.model.encode_text(tokens), dim=-1).detach(), clip.encode_text("a dog"))
 
@@ -72,7 +72,7 @@ def test_features_can_train_something_on_top(clip: Pipeline, images: list[Image.
     assert probe.weight.grad is not None
 
 
-def test_input_that_cannot_be_used_is_told(clip: Pipeline, tmp_path: Path):
+def test_invalid_input_is_reported(clip: Pipeline, tmp_path: Path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.jpg: not an image"):
         clip.encode_image([write_image(tmp_path / "a.png", 0), tmp_path / "broken.jpg"])

@@ -1,4 +1,4 @@
-"""A model by somebody's weights: in Python and by every command, settled by what the weights tell."""
+"""Models from third-party weights, in Python and in every command, with the settings that the weights determine."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ from tests.weights.test_hub import publish
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CLIP in a folder as transformers writes it, with quick_gelu and a mean of its own."""
+    """Return a folder of a small CLIP as written by transformers, with quick_gelu and another mean."""
     torch.manual_seed(0)
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**text, "image_size": 32, "patch_size": 8}
@@ -50,7 +50,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def image() -> Image.Image:
-    """Of the size that the tower takes: libraries resize differently."""
+    """Return an image of the size of the tower: libraries resize differently."""
     return Image.effect_noise((32, 32), 80).convert("RGB")
 
 
@@ -78,7 +78,7 @@ def test_a_name_on_the_hub_is_a_model(theirs: Path, tmp_path: Path, monkeypatch)
 
 
 def test_openais_name_and_tag_are_openais_model(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Random weights lie where open_clip's registry says that OpenAI's are."""
+    """Random weights are stored where open_clip's registry expects those of OpenAI."""
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu").eval()
     state = {name: value.half() for name, value in model.state_dict().items()}
@@ -109,13 +109,13 @@ def test_a_file_that_names_its_model_needs_no_other_name(nano: CLIP, tmp_path: P
     )
 
 
-def test_the_activation_of_the_weights_cannot_be_overruled(theirs: Path) -> None:
+def test_the_activation_of_the_weights_cannot_be_overridden(theirs: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.activation=gelu, but .* was trained with quick_gelu: leave it out"):
         clip_exp.load(theirs, activation="gelu")
     assert clip_exp.load(theirs, activation="quick_gelu", accelerator="cpu").config.activation is Activation.quick_gelu
 
 
-def test_what_contradicts_a_tag_is_told_before_anything_is_fetched(monkeypatch) -> None:
+def test_contradictions_of_a_tag_are_reported_before_a_download(monkeypatch) -> None:
     with serving() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         with pytest.raises(
@@ -143,7 +143,7 @@ def test_a_siglip_model_on_the_hub_comes_with_its_tokenizer(tmp_path: Path, monk
         assert torch.equal(clip.model.encode_text(tokens), model.encode_text(tokens))
 
 
-def test_a_path_that_is_closed_to_the_user_is_one_message(capsys) -> None:
+def test_a_path_without_permission_is_one_message(capsys) -> None:
     def command() -> int:  # what the tests' user may read is not known
         raise PermissionError(13, "Permission denied", "hidden/model.safetensors")
 
@@ -151,7 +151,7 @@ def test_a_path_that_is_closed_to_the_user_is_one_message(capsys) -> None:
     assert capsys.readouterr().err.startswith("error: hidden/model.safetensors may not be read or written by you")
 
 
-def test_what_does_not_load_gives_no_model(nano: CLIP, tmp_path: Path) -> None:
+def test_invalid_weights_give_no_model(nano: CLIP, tmp_path: Path) -> None:
     state = nano.state_dict()
     del state["text.ln_final.bias"]
     save_file(state, tmp_path / "cut.safetensors")
@@ -161,7 +161,7 @@ def test_what_does_not_load_gives_no_model(nano: CLIP, tmp_path: Path) -> None:
         clip_exp.load(tmp_path / "cut.safetensors")
 
 
-def test_positions_that_are_made_to_fit_are_told(nano: CLIP, tmp_path: Path, caplog) -> None:
+def test_resized_positions_are_reported(nano: CLIP, tmp_path: Path, caplog) -> None:
     save_file(nano.state_dict(), tmp_path / "nano.safetensors")
     model = named_model("vit_nano")
     image = model.image.model_copy(update={"image_size": 64})
@@ -183,11 +183,11 @@ def test_every_command_takes_a_folder_and_records_its_hash(theirs: Path, tmp_pat
     made = clip_exp_command("search", model, "images=classes", "index=photos.index")
     assert made.returncode == 0, made.stderr
     assert read_recipe(tmp_path / "photos.index").weights_sha256 == hash_weights(theirs)
-    asked = clip_exp_command("search", "index=photos.index", "text=a dog", "format=json")
-    assert asked.returncode == 0, asked.stderr
+    found = clip_exp_command("search", "index=photos.index", "text=a dog", "format=json")
+    assert found.returncode == 0, found.stderr
 
 
-def test_an_evaluation_by_several_ranks_settles_the_model_once(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
+def test_an_evaluation_by_several_ranks_resolves_the_model_once(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
     for number in range(4):
         write_image(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", number)
     done = clip_exp_command(
@@ -203,7 +203,7 @@ def test_an_evaluation_by_several_ranks_settles_the_model_once(theirs: Path, tmp
     assert protocol["pretrained"] == str(theirs)
 
 
-def test_the_weights_are_looked_for_when_all_else_is_right(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
+def test_the_weights_are_looked_for_after_all_checks(theirs: Path, tmp_path: Path, clip_exp_command) -> None:
     done = clip_exp_command("predict", "model=vit_b32", "pretrained=opnai", "images=absent", "texts=[a,b]")
     assert done.returncode == 2
     assert "did you mean 'openai'" in done.stderr

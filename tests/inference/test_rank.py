@@ -18,7 +18,7 @@ from clip_exp.inference.inputs import find_images
 from clip_exp.inference.pipeline import Pipeline
 
 
-def asked(run_dir: Path, images: object, text: object, **values: object) -> RankConfig:
+def config_of(run_dir: Path, images: object, text: object, **values: object) -> RankConfig:
     given = {"format": OutputFormat.json, **values}
     return RankConfig(run=str(run_dir), images=images, text=text, accelerator="cpu", num_workers=0, **given)
 
@@ -39,10 +39,10 @@ def assert_same(found: list[tuple[str, float]], expected: list[tuple[str, float]
 
 
 def test_a_ranking_is_every_cosine_sorted(run_dir: Path, photos: Path, clip: Pipeline, capsys):
-    assert rank(asked(run_dir, str(photos), "a dog, running", top_k=None)) == 0
+    assert rank(config_of(run_dir, str(photos), "a dog, running", top_k=None)) == 0
     expected = brute_force(clip, photos, "a dog, running")
     assert_same(ranking(json.loads(capsys.readouterr().out)), expected)
-    rank(asked(run_dir, str(photos), "a dog, running", top_k=3))
+    rank(config_of(run_dir, str(photos), "a dog, running", top_k=3))
     assert_same(ranking(json.loads(capsys.readouterr().out)), expected[:3])
 
 
@@ -73,14 +73,14 @@ def test_the_best_of_equal_scores_are_the_first():
     assert best(scores, 100).tolist() == best(scores).tolist()
 
 
-def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: Pipeline, capsys):
+def test_every_text_has_its_own_ranking(run_dir: Path, photos: Path, clip: Pipeline, capsys):
     texts = ["a dog", "一只猫"]
-    rank(asked(run_dir, str(photos), [*texts, "a dog"]))
+    rank(config_of(run_dir, str(photos), [*texts, "a dog"]))
     document = json.loads(capsys.readouterr().out)
     assert [entry["text"] for entry in document["rankings"]] == texts
     for number, text in enumerate(texts):
         assert_same(ranking(document, number), brute_force(clip, photos, text))
-    rank(asked(run_dir, str(photos), texts, format=OutputFormat.csv, top_k=2))
+    rank(config_of(run_dir, str(photos), texts, format=OutputFormat.csv, top_k=2))
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["query"], row["rank"], row["image"]) for row in rows] == [
         (text, str(place + 1), ranking(document, number)[place][0])
@@ -89,8 +89,10 @@ def test_every_text_has_a_ranking_of_its_own(run_dir: Path, photos: Path, clip: 
     ]
 
 
-def test_the_kept_images_are_copied_in_their_order(run_dir: Path, photos: Path, clip: Pipeline, tmp_path: Path, capsys):
-    rank(asked(run_dir, str(photos), "a dog", top_k=3, copy_to=str(tmp_path / "best")))
+def test_the_ranked_images_are_copied_in_their_order(
+    run_dir: Path, photos: Path, clip: Pipeline, tmp_path: Path, capsys
+):
+    rank(config_of(run_dir, str(photos), "a dog", top_k=3, copy_to=str(tmp_path / "best")))
     expected = [path for path, _ in brute_force(clip, photos, "a dog")[:3]]
     copies = sorted((tmp_path / "best").iterdir())
     assert [path.name for path in copies] == [
@@ -98,16 +100,16 @@ def test_the_kept_images_are_copied_in_their_order(run_dir: Path, photos: Path, 
     ]
     assert [path.read_bytes() for path in copies] == [Path(path).read_bytes() for path in expected]
     with pytest.raises(ConfigError, match="already exists and is not an empty folder"):
-        rank(asked(run_dir, str(photos), "a dog", copy_to=str(tmp_path / "best")))
-    rank(asked(run_dir, str(photos), ["a dog!", "猫/狗"], top_k=1, copy_to=str(tmp_path / "two")))
+        rank(config_of(run_dir, str(photos), "a dog", copy_to=str(tmp_path / "best")))
+    rank(config_of(run_dir, str(photos), ["a dog!", "猫/狗"], top_k=1, copy_to=str(tmp_path / "two")))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["01_a_dog", "02_猫_狗"]
 
 
-def test_a_broken_image_is_left_out_of_the_ranking_and_told(run_dir: Path, photos: Path, capsys, caplog):
+def test_a_broken_image_is_left_out_of_the_ranking_and_reported(run_dir: Path, photos: Path, capsys, caplog):
     (photos / "2.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"2\.png: empty file"):
-        rank(asked(run_dir, str(photos), "a dog"))
-    rank(asked(run_dir, str(photos), "a dog", on_bad_image=EvalOnBadImage.skip))
+        rank(config_of(run_dir, str(photos), "a dog"))
+    rank(config_of(run_dir, str(photos), "a dog", on_bad_image=EvalOnBadImage.skip))
     document = json.loads(capsys.readouterr().out)
     assert len(ranking(document)) == 6
     assert document["left_out"] == [{"path": str(photos / "2.png"), "reason": "empty file"}]

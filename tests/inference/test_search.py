@@ -30,16 +30,16 @@ from tests.data.tables.shard_files import jpeg, write_shard
 from tests.small_runs import write_image, write_run
 
 
-def asked(index: Path, **values: object) -> SearchConfig:
+def config_of(index: Path, **values: object) -> SearchConfig:
     given = {"format": OutputFormat.json, **values}
     return SearchConfig(index=str(index), accelerator="cpu", num_workers=0, **given)
 
 
 @pytest.fixture
 def index(tmp_path: Path, run_dir: Path, photos: Path, capsys) -> Path:
-    """Of the seven photos."""
+    """Return the path of an index of the seven photos."""
     path = tmp_path / "photos.index"
-    assert search(asked(path, run=str(run_dir), images=str(photos))) == 0
+    assert search(config_of(path, run=str(run_dir), images=str(photos))) == 0
     assert "7 images (7 new)" in capsys.readouterr().out
     return path
 
@@ -49,12 +49,12 @@ def matches(capsys, number: int = 0) -> list[tuple[str, float]]:
     return [(match["path"], match["score"]) for match in document["rankings"][number]["matches"]]
 
 
-def test_answers_equal_brute_force(index: Path, photos: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_results_equal_brute_force(index: Path, photos: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(photos.parent)
     paths = find_images("photos")
     features = clip.encode_image(paths)
     for query, kind in (("two dogs", "text"), ("photos/3.png", "image")):
-        assert search(asked(index, **{kind: query}, top_k=4)) == 0
+        assert search(config_of(index, **{kind: query}, top_k=4)) == 0
         vector = clip.encode_text(query)[0] if kind == "text" else features[3]
         expected = sorted(zip(paths, (features @ vector).tolist(), strict=True), key=lambda pair: -pair[1])[:4]
         found = matches(capsys)
@@ -71,7 +71,7 @@ def test_scores_do_not_depend_on_the_tiles(index: Path, clip: Pipeline, monkeypa
 
 
 def assert_equal(one: Path, other: Path) -> None:
-    """The same images, and features within what the place in a batch changes."""
+    """Check that two indexes have the same images, and features up to the rounding of other batches."""
     first, second = read_entries(one), read_entries(other)
     assert (first.paths, first.size.tolist(), first.mtime_ns.tolist()) == (
         second.paths,
@@ -81,16 +81,16 @@ def assert_equal(one: Path, other: Path) -> None:
     torch.testing.assert_close(first.features, second.features, rtol=0, atol=1e-6)
 
 
-def test_an_index_that_was_extended_equals_one_that_was_made_at_once(index: Path, run_dir: Path, photos: Path, capsys):
+def test_an_extended_index_equals_one_created_at_once(index: Path, run_dir: Path, photos: Path, capsys):
     for number in (10, 11, 12):
         write_image(photos / f"new{number}.png", number)
     write_image(photos / "2.png", 99)
     (photos / "4.png").unlink()
     (photos / "broken.png").write_bytes(b"broken")
-    assert search(asked(index, images=str(photos))) == 0
+    assert search(config_of(index, images=str(photos))) == 0
     assert "9 images (3 new, 1 changed, 1 dropped, 1 left out)" in capsys.readouterr().out
     at_once = index.with_name("at_once.index")
-    search(asked(at_once, run=str(run_dir), images=str(photos)))
+    search(config_of(at_once, run=str(run_dir), images=str(photos)))
     assert_equal(at_once, index)
 
 
@@ -99,14 +99,14 @@ def test_an_image_replaced_by_one_of_equal_size_and_time_is_encoded_again(index:
     data, status = file.read_bytes(), file.stat()
     write_image(file, 99)
     new = file.read_bytes()
-    size = max(len(data), len(new))  # what comes after a PNG's end is no part of the image
+    size = max(len(data), len(new))  # what comes after a PNG's end is not a part of the image
     file.write_bytes(data.ljust(size, b"\0"))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    search(asked(index, images=str(photos)))
+    search(config_of(index, images=str(photos)))
     file.write_bytes(new.ljust(size, b"\0"))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     capsys.readouterr()
-    search(asked(index, images=str(photos)))
+    search(config_of(index, images=str(photos)))
     assert "7 images (1 changed)" in capsys.readouterr().out
     after = read_entries(index)
     row = after.paths.index("photos/2.png")
@@ -116,7 +116,7 @@ def test_an_image_replaced_by_one_of_equal_size_and_time_is_encoded_again(index:
 def test_nothing_new_changes_nothing_and_encodes_nothing(index: Path, photos: Path, monkeypatch, capsys):
     before = index.read_bytes(), index.stat().st_mtime_ns
     monkeypatch.setattr(pipeline.Pipeline, "encode_each", lambda *_: pytest.fail("an image was encoded"))
-    assert search(asked(index, images=[str(photos), f"{photos}/*.png"])) == 0
+    assert search(config_of(index, images=[str(photos), f"{photos}/*.png"])) == 0
     assert "7 images (nothing new)" in capsys.readouterr().out
     assert (index.read_bytes(), index.stat().st_mtime_ns) == before
 
@@ -124,37 +124,35 @@ def test_nothing_new_changes_nothing_and_encodes_nothing(index: Path, photos: Pa
 def test_images_outside_the_given_folders_stay(index: Path, photos: Path, tmp_path: Path, capsys):
     write_image(tmp_path / "other" / "a.png", 50)
     shutil.rmtree(photos)  # as a disk that is not there today
-    search(asked(index, images=str(tmp_path / "other")))
+    search(config_of(index, images=str(tmp_path / "other")))
     assert "8 images (1 new)" in capsys.readouterr().out
     photos.mkdir()
     with pytest.raises(DataError, match="contains no images"):
-        search(asked(index, images=str(photos)))
+        search(config_of(index, images=str(photos)))
     assert len(read_entries(index).paths) == 8
 
 
-def test_a_table_fills_an_index_which_keeps_what_cannot_be_reached_today(
-    run_dir: Path, photos: Path, tmp_path: Path, capsys
-):
+def test_a_table_fills_an_index_and_unreachable_images_remain(run_dir: Path, photos: Path, tmp_path: Path, capsys):
     (tmp_path / "list.csv").write_text("path,title\nphotos/0.png,x\nphotos/1.png,y\nphotos/0.png,z\nabsent.png,a\n")
-    search(asked(tmp_path / "t.index", run=str(run_dir), table=str(tmp_path / "list.csv"), image_key="path"))
+    search(config_of(tmp_path / "t.index", run=str(run_dir), table=str(tmp_path / "list.csv"), image_key="path"))
     assert "2 images (2 new, 1 left out)" in capsys.readouterr().out
     assert read_entries(tmp_path / "t.index").paths == ["photos/0.png", "photos/1.png"]
     (photos / "1.png").unlink()
-    search(asked(tmp_path / "t.index", table=str(tmp_path / "list.csv"), image_key="path"))
+    search(config_of(tmp_path / "t.index", table=str(tmp_path / "list.csv"), image_key="path"))
     assert "2 images (1 left out)" in capsys.readouterr().out
     (photos / "0.png").write_bytes(b"broken")
-    search(asked(tmp_path / "t.index", table=str(tmp_path / "list.csv"), image_key="path"))
+    search(config_of(tmp_path / "t.index", table=str(tmp_path / "list.csv"), image_key="path"))
     assert "1 images (1 dropped, 2 left out)" in capsys.readouterr().out
 
 
-def test_a_table_indexes_what_leaves_its_folder_only_where_that_is_allowed(run_dir: Path, photos: Path, tmp_path: Path):
+def test_a_table_indexes_paths_outside_its_folder_only_if_allowed(run_dir: Path, photos: Path, tmp_path: Path):
     (tmp_path / "lists").mkdir()
     table = tmp_path / "lists" / "list.csv"
     table.write_text(f"filepath\n{photos}/0.png\n../photos/1.png\n")
     values = {"run": str(run_dir), "table": str(table)}
     with pytest.raises(DataError, match=r"list\.csv, line 3: '\.\./photos/1\.png' leaves .*allow_outside_root=true"):
-        search(asked(tmp_path / "t.index", **values))
-    search(asked(tmp_path / "t.index", **values, allow_outside_root=True))
+        search(config_of(tmp_path / "t.index", **values))
+    search(config_of(tmp_path / "t.index", **values, allow_outside_root=True))
     assert read_entries(tmp_path / "t.index").paths == ["photos/0.png", "photos/1.png"]
 
 
@@ -162,7 +160,7 @@ def test_images_and_their_index_can_be_moved_together(index: Path, tmp_path: Pat
     (tmp_path / "moved").mkdir()
     shutil.move(tmp_path / "photos", tmp_path / "moved" / "photos")
     moved = Path(shutil.move(index, tmp_path / "moved" / "photos.index"))
-    search(asked(moved, images=str(tmp_path / "moved" / "photos"), text="a dog"))
+    search(config_of(moved, images=str(tmp_path / "moved" / "photos"), text="a dog"))
     captured = capsys.readouterr()
     assert "nothing new" in captured.err
     document = json.loads(captured.out)
@@ -178,32 +176,32 @@ def test_an_index_of_other_weights_is_refused(index: Path, photos: Path, tmp_pat
         with pytest.raises(
             CheckpointError, match=r"was created by vit_nano with .*run/checkpoints.*not by .*other/checkp"
         ):
-            search(asked(index, run=str(other), **values))
+            search(config_of(index, run=str(other), **values))
     with pytest.raises(CheckpointError, match="cannot be compared"):
         clip_exp.load(other, accelerator="cpu").index(path=index)
     with pytest.raises(CheckpointError, match="with other settings"):
         clip_exp.load(run_dir, accelerator="cpu", activation="quick_gelu").index(path=index)
 
 
-def test_an_index_finds_its_model_again_or_says_what_became_of_it(index: Path, run_dir: Path, tmp_path: Path, capsys):
+def test_an_index_loads_its_model_or_reports_why_it_cannot(index: Path, run_dir: Path, tmp_path: Path, capsys):
     weights = next(run_dir.glob("checkpoints/*/model.safetensors"))
     elsewhere = tmp_path / "elsewhere"
     shutil.move(run_dir, elsewhere)
     with pytest.raises(CheckpointError, match="which does not exist anymore: give the new location"):
-        search(asked(index, text="a dog"))
-    assert search(asked(index, run=str(elsewhere), text="a dog", top_k=3)) == 0
+        search(config_of(index, text="a dog"))
+    assert search(config_of(index, run=str(elsewhere), text="a dog", top_k=3)) == 0
     assert len(matches(capsys)) == 3
     weights.parent.mkdir(parents=True)
     save_file({"a": torch.zeros(1)}, weights)
     with pytest.raises(CheckpointError, match="has changed since"):
-        search(asked(index, text="a dog"))
+        search(config_of(index, text="a dog"))
 
 
-def test_other_frames_or_another_precision_are_not_mixed_in(index: Path, photos: Path, capsys):
+def test_other_frames_or_another_precision_are_not_mixed(index: Path, photos: Path, capsys):
     with pytest.raises(ConfigError, match=r"frames=4, but .* was created with frames=8"):
-        search(asked(index, images=str(photos), frames=4))
+        search(config_of(index, images=str(photos), frames=4))
     with pytest.raises(ConfigError, match=r"precision=bf16-mixed, but"):
-        search(asked(index, images=str(photos), precision="bf16-mixed"))
+        search(config_of(index, images=str(photos), precision="bf16-mixed"))
 
 
 def test_interrupted_indexing_resumes_where_it_stopped(index: Path, run_dir: Path, photos: Path, monkeypatch, capsys):
@@ -219,9 +217,9 @@ def test_interrupted_indexing_resumes_where_it_stopped(index: Path, run_dir: Pat
     monkeypatch.setattr(pipeline.Pipeline, "encode_each", interrupted)
     again = index.with_name("again.index")
     with pytest.raises(KeyboardInterrupt):
-        search(asked(again, run=str(run_dir), images=str(photos)))
+        search(config_of(again, run=str(run_dir), images=str(photos)))
     assert [Path(path).name for path in read_entries(again).paths] == sorted(Path(path).name for path in seen)
-    search(asked(again, images=str(photos)))
+    search(config_of(again, images=str(photos)))
     assert len(seen) == len(set(seen)) == 7
     assert_equal(again, index)
 
@@ -261,26 +259,26 @@ sys.exit(cli.run("search", sys.argv[1:]))
         assert done.returncode == -number
     kept = read_entries(again).paths
     assert 0 < len(kept) < 7
-    search(asked(again, images=str(photos), batch_size=1))
+    search(config_of(again, images=str(photos), batch_size=1))
     single = tmp_path / "single.index"
-    search(asked(single, run=str(run_dir), images=str(photos), batch_size=1))
+    search(config_of(single, run=str(run_dir), images=str(photos), batch_size=1))
     assert_equal(again, single)
     assert [path.name for path in tmp_path.glob(".*.index*") if "lock" not in path.name] == []
 
 
 def test_two_processes_do_not_write_the_same_index(index: Path, photos: Path, capsys):
     with held(index), pytest.raises(ConfigError, match=rf"being changed by process {os.getpid()} on"):
-        search(asked(index, images=str(photos)))
-    assert search(asked(index, images=str(photos))) == 0
+        search(config_of(index, images=str(photos)))
+    assert search(config_of(index, images=str(photos))) == 0
     assert not list(index.parent.glob(".*"))
 
 
-def test_without_locks_an_index_is_extended_and_what_another_process_may_be_writing_stays(
+def test_without_locks_an_index_is_extended_and_temporary_files_of_other_processes_remain(
     index: Path, photos: Path, no_locks, capsys
 ):
     writing = index.with_name(f".writing-{index.name}-0123")
     writing.touch()
-    assert search(asked(index, images=str(photos))) == 0
+    assert search(config_of(index, images=str(photos))) == 0
     assert writing.exists()
 
 
@@ -317,7 +315,7 @@ def test_an_open_index_is_not_touched_by_an_extension(index: Path, photos: Path,
     assert opened.search("a dog", top_k=7) == before
 
 
-def test_the_python_api_makes_extends_and_asks_an_index(photos: Path, clip: Pipeline, tmp_path: Path, caplog):
+def test_the_python_api_creates_extends_and_searches_an_index(photos: Path, clip: Pipeline, tmp_path: Path, caplog):
     index = clip.index(photos, path=tmp_path / "api.index")
     assert len(index) == 7
     assert index.paths == [str(photos / Path(name).relative_to(photos)) for name in find_images(photos)]
@@ -344,28 +342,28 @@ def test_images_in_shards_are_refused_since_an_index_refers_to_files(run_dir: Pa
     with pytest.raises(
         ConfigError, match=r"s\.tar: an index refers to image files, not to members of shards: unpack the shards"
     ):
-        search(asked(tmp_path / "x.index", table=str(shard), run=str(run_dir)))
+        search(config_of(tmp_path / "x.index", table=str(shard), run=str(run_dir)))
 
 
 def test_an_index_without_a_readable_image_is_not_written(run_dir: Path, tmp_path: Path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of the 1 images can be read.*a\.png: not an image"):
-        search(asked(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad")))
+        search(config_of(tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad")))
     with pytest.raises(DataError, match="on_bad_image=skip"):
         search(
-            asked(
+            config_of(
                 tmp_path / "x.index", run=str(run_dir), images=str(tmp_path / "bad"), on_bad_image=EvalOnBadImage.error
             )
         )
     assert not (tmp_path / "x.index").exists()
 
 
-def test_a_file_that_is_no_index_is_refused(index: Path, tmp_path: Path, run_dir: Path):
+def test_a_file_that_is_not_an_index_is_refused(index: Path, tmp_path: Path, run_dir: Path):
     whole = index.read_bytes()
     index.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="not an index, or damaged"):
-        search(asked(index, text="a dog"))
+        search(config_of(index, text="a dog"))
     index.write_text("text")
     with pytest.raises(CheckpointError, match="not an index, or damaged"):
         read_recipe(index)
@@ -377,11 +375,11 @@ def test_an_index_whose_model_has_other_keys_is_refused_by_name(index: Path):
     recipe, entries = read_recipe(index), read_entries(index)
     write_index(index, replace(recipe, model={**recipe.model, "channels": 3}), entries)
     with pytest.raises(CheckpointError, match=r"photos\.index was created by another version") as caught:
-        search(asked(index, text="a dog"))
+        search(config_of(index, text="a dog"))
     assert "model.channels does not exist" in str(caught.value)
 
 
-def test_names_that_are_not_utf8_survive(photos: Path, run_dir: Path, clip: Pipeline, tmp_path: Path):
+def test_names_that_are_not_utf8_are_preserved(photos: Path, run_dir: Path, clip: Pipeline, tmp_path: Path):
     odd = os.fsdecode(b"caf\xe9 \xff.png")
     try:
         shutil.copy(photos / "0.png", photos / odd)

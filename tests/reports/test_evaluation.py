@@ -187,5 +187,5 @@ def test_an_overlap_of_scored_and_training_images_is_in_the_report_and_on_the_te
     assert "<li><b>3</b> also in the training set</li>" in page
     assert "<li>equal_content: 2</li>" in page
     show(results(pets=result), folder)
-    assert "pets: 3 evaluated images are also training images (1 the same files, 2 copies)" in caplog.text
+    assert "pets: evaluated images that are also training images: 3 (1 the same files, 2 copies)" in caplog.text
     assert "/data/pets/cat/1.jpg" in caplog.text

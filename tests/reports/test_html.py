@@ -103,7 +103,7 @@ def test_every_mode_becomes_a_thumbnail(tmp_path: Path, mode: str):
     assert opened(Thumbnails(ImageFiles([path]))[0].uri).mode == "RGB"
 
 
-def test_an_image_that_is_gone_says_why(tmp_path: Path):
+def test_a_missing_image_says_why(tmp_path: Path):
     path = tmp_path / "gone.png"
     (tmp_path / "broken.png").write_bytes(b"no image")
     gone, broken = (Thumbnails(ImageFiles([path, tmp_path / "broken.png"]))[number] for number in (0, 1))

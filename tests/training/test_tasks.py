@@ -202,7 +202,7 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
     )
     scores = TaskScores(training_tasks(config), config, tmp_path, Any, lambda: None)
     scores.on_train_start(Any, None)
-    assert "knn: 1 evaluated images are also training images (0 the same files, 1 copies)" in caplog.text
+    assert "knn: evaluated images that are also training images: 1 (0 the same files, 1 copies)" in caplog.text
 
 
 @pytest.mark.parametrize(

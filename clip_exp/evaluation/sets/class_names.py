@@ -1,4 +1,4 @@
-"""Class names and prompt templates: published lists by name, or custom ones from the configuration or a file. Does not import torch.
+"""Class names and prompt templates: published lists, or custom ones from the configuration or a file. Does not import torch.
 
 The published lists are in the installed packages `open_clip_torch` (names, templates) and `timm` (wnids, subsets of ImageNet). Their
 files are read without importing the packages, which would take seconds.

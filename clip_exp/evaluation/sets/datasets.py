@@ -144,7 +144,7 @@ def require_class_folders(root: Path, files: dict[str, list[str]], where: str) -
 
 
 def _class_level(root: Path, by_folder: dict[str, list[Parts]]) -> Path:
-    """Return the folder to suggest as root: the parent of the first folders with images, in a test split with classes if possible."""
+    """Return the folder to suggest as root: a parent of folders with images, of a test split if possible."""
 
     def preference(folder: str) -> tuple[bool, int]:
         starts = [folder.lower().startswith(name) for name in SCORED_FIRST]

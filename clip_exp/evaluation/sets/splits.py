@@ -52,7 +52,9 @@ class Overlap:
 def prepare_train_and_test(
     name: str, task: LabeledDataConfig, train: LabeledDataConfig, output_dir: str
 ) -> tuple[LabeledImages, LabeledImages, Overlap | None]:
-    """Return the training and test images of a task with the same classes, and their overlap, None if they cannot be compared.
+    """Return the training and test images of a task with the same classes, and their overlap.
+
+    The overlap is None if the images cannot be compared.
 
     Args:
         name: name of the task.
@@ -185,7 +187,7 @@ def find_overlap(train: ImageSet, test: ImageSet, what: str | None = None) -> Ov
 
 
 def _places(images: ImageSet, advance: Callable[[int], None]) -> np.ndarray:
-    """Return uint64 [N, 4]: device and inode of the file of each image, and its offset and size in the file. Size 0: no such file."""
+    """Return uint64 [N, 4]: device and inode of the file, offset and size in it. Size 0: no such file."""
     places = np.zeros((len(images), 4), dtype=np.uint64)
     for start in range(0, len(images), CHUNK):
         indices = range(start, min(start + CHUNK, len(images)))

@@ -1,4 +1,4 @@
-"""Evaluation tasks, one package each. Its `__init__` has the configuration, finds the data without torch, and imports torch only to score.
+"""Evaluation tasks, one package each, with configuration, data and score. Torch is imported only to score a model.
 
-Tasks implement `clip_exp.config.evaluation.TaskConfig` and `clip_exp.evaluation.task.Task`. No other module depends on a kind of task.
+Tasks implement `clip_exp.config.evaluation.TaskConfig` and `clip_exp.evaluation.task.Task`. No other module depends on a task.
 """

@@ -1,5 +1,5 @@
-"""Labeled images from folders and tables. Roots above the classes are refused with the folder to give instead; folders of classes are
-taken, however their images lie in them.
+"""Labeled images from folders and tables. Parent folders of splits are refused with the folder to use;
+class folders are accepted with any layout of their images.
 """
 
 import re
@@ -29,7 +29,7 @@ def test_folders_are_classes_in_code_point_order_and_underscores_are_spaces(clas
     assert not [path for path in list(images.images.paths) if "hidden" in path or "notes" in path]
 
 
-def test_labels_lose_their_blanks_and_those_that_are_alike_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_labels_lose_their_blanks_and_similar_ones_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for number, folder in enumerate(("cat", "cat ", "Cat", "\u00a0guinea_pig")):
         write_image(tmp_path / "root" / folder / f"{number}.png", number)
     images = from_folder(tmp_path / "root", ["Cat", " cat\u200b", "guinea pig"])
@@ -43,7 +43,7 @@ def test_labels_lose_their_blanks_and_those_that_are_alike_are_told(tmp_path: Pa
     assert (table.class_names, table.labels) == (["cat", "dog"], [0, 0, 1])
 
 
-def test_images_in_folders_below_a_class_belong_to_it(tmp_path: Path):
+def test_images_in_subfolders_of_a_class_belong_to_it(tmp_path: Path):
     write_image(tmp_path / "cat" / "images" / "1.JPEG", 0)
     assert list(from_folder(tmp_path).images.paths) == [str(tmp_path / "cat" / "images" / "1.JPEG")]
 
@@ -94,14 +94,14 @@ def test_an_imagenet_folder_is_scored_against_all_1000_names_in_the_order_of_wni
     ("folder", "message"),
     [("cat", "not WordNet ids such as n01440764: 'cat'"), ("n99999999", "not classes of ImageNet-1k: 'n99999999'")],
 )
-def test_a_folder_that_is_no_class_of_imagenet_is_refused_by_name(tmp_path: Path, folder: str, message: str):
+def test_a_folder_that_is_not_a_class_of_imagenet_is_refused(tmp_path: Path, folder: str, message: str):
     write_image(tmp_path / "n01440764" / "a.png", 0)
     write_image(tmp_path / folder / "a.png", 0)
     with pytest.raises(DataError, match=message):
         from_folder(tmp_path, "imagenet")
 
 
-def test_empty_and_absent_folders_are_told_apart(tmp_path: Path):
+def test_empty_and_missing_folders_are_distinguished(tmp_path: Path):
     with pytest.raises(DataError, match="no folders with images"):
         from_folder(tmp_path)
     write_image(tmp_path / "loose.png", 0)
@@ -127,7 +127,7 @@ def test_labels_that_are_numbers_are_in_the_order_of_their_values(tmp_path: Path
     assert (images.labels, images.keys) == ([1, 0], ["2", "10"])
 
 
-def test_generated_data_give_their_held_out_part_unless_asked_for_training(tmp_path: Path):
+def test_generated_data_give_their_validation_split_unless_train_is_requested(tmp_path: Path):
     digits = GenerateConfig(kind=Generator.digits, rows=6, val_rows=4)
     for values, split, count in (
         ({}, None, 4),
@@ -159,7 +159,7 @@ def test_images_without_a_label_are_left_out_and_counted(tmp_path: Path):
         from_table(str(table), LabeledDataConfig())
 
 
-def test_a_missing_column_is_told_with_the_tasks_own_key(tmp_path: Path):
+def test_a_missing_column_is_reported_with_the_key_of_the_task(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("filepath,kind\na.png,dog\n")
     with pytest.raises(DataError, match=r"no column 'label' \(task\.t\.label_key\).* Set task\.t\.label_key="):
@@ -187,7 +187,7 @@ ABOVE = {
 
 
 @pytest.mark.parametrize("case", ABOVE)
-def test_a_root_above_the_classes_is_refused_with_the_folder_to_give(tmp_path: Path, case: str) -> None:
+def test_a_parent_folder_of_splits_is_refused_with_the_folder_to_use(tmp_path: Path, case: str) -> None:
     places, instead = ABOVE[case]
     write(tmp_path, *places)
     with pytest.raises(ConfigError) as caught:
@@ -206,13 +206,13 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("case", CLASSES)
-def test_folders_that_are_classes_are_taken(tmp_path: Path, case: str) -> None:
+def test_class_folders_are_accepted(tmp_path: Path, case: str) -> None:
     (tmp_path / "empty").mkdir()
     write(tmp_path, *CLASSES[case])
     assert len({*from_folder(tmp_path).labels}) == 2
 
 
-def test_a_mapping_names_folders_above_others_as_the_classes(tmp_path: Path) -> None:
+def test_a_mapping_selects_folders_with_subfolders_as_classes(tmp_path: Path) -> None:
     write(tmp_path, "animal/cat/1.png", "animal/dog/1.png", "plant/rose/1.png", "plant/tulip/1.png")
     with pytest.raises(ConfigError, match=r"task\.classes=\{animal: animal, …\}"):
         from_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""ImageNet and its shifted versions, each from a tiny copy in the form that it is distributed in."""
+"""ImageNet and its shifted versions, each from a tiny copy in the layout of its distribution."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def flat(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def devkit(tmp_path: Path) -> Path:
-    """The two files of ILSVRC2012_devkit_t12 that matter, with a group of classes after the classes."""
+    """Return a folder with the two required files of ILSVRC2012_devkit_t12, with a group of classes after the classes."""
     data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text("450\n1\n449\n1\n")
@@ -217,7 +217,7 @@ def test_objectnet_is_its_overlap_with_imagenet_without_the_frame(objectnet: Pat
         assert np.array_equal(np.asarray(image), np.asarray(whole)[2:-2, 2:-2])
 
 
-def test_a_class_of_objectnet_without_images_is_still_scored_against(objectnet: Path) -> None:
+def test_a_class_of_objectnet_without_images_can_still_be_predicted(objectnet: Path) -> None:
     (objectnet / "images" / "banana" / "0.png").unlink()
     (objectnet / "images" / "banana").rmdir()
     images = read(objectnet, "objectnet")

@@ -1,4 +1,4 @@
-"""Names that images are scored against: from lists, mappings and files, matched to the labels of the data."""
+"""Class names from lists, mappings and files, matched with the labels of the data."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""Images that are scored and learned from: found under any path, as copies, in folders, tables, shards and sets of torchvision."""
+"""Overlap of test and training images: found under any path and as copies, in folders, tables, shards and datasets of torchvision."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from tests.small_runs import write_image
 
 @pytest.fixture(autouse=True)
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two classes of two images each in train and in test, all of one size but none equal."""
+    """Return a folder with train and test images of two classes, all different but of the same size."""
     monkeypatch.chdir(tmp_path)
     for number, place in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
         for image in range(2):
@@ -64,7 +64,7 @@ def test_a_copy_of_everything_is_refused(data: Path) -> None:
         prepare({"root": "test"}, {"root": "copied"})
 
 
-def test_images_of_one_size_and_one_sample_are_told_apart_by_all_their_bytes(tmp_path: Path) -> None:
+def test_images_of_one_size_and_one_sample_are_distinguished_by_all_their_bytes(tmp_path: Path) -> None:
     for name, byte in (("a", b"y"), ("b", b"z"), ("c", b"y")):
         (tmp_path / name).write_bytes(bytes(20_000) + byte + bytes(80_000))
     assert not find_overlap(ImageFiles([tmp_path / "a"]), ImageFiles([tmp_path / "b"])).images
@@ -84,7 +84,7 @@ def test_only_images_of_equal_size_are_opened(data: Path, monkeypatch: pytest.Mo
     assert sorted({*opened}) == [str(data / "test/cat/0.png"), str(data / "train/cat/0.png")]
 
 
-def test_missing_and_empty_files_are_no_copies_of_each_other(tmp_path: Path) -> None:
+def test_missing_and_empty_files_are_not_copies_of_each_other(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).touch()
     ours, theirs = ([tmp_path / name, tmp_path / f"no {name}"] for name in ("a", "b"))
@@ -105,7 +105,7 @@ def test_tables_and_shards_are_compared_with_folders(data: Path) -> None:
         prepare(shard, {**shard, "table": "./test.tar"})
 
 
-def test_sets_of_torchvision_are_compared_by_their_files(data: Path) -> None:
+def test_datasets_of_torchvision_are_compared_by_their_files(data: Path) -> None:
     write_food(data)
     with pytest.raises(ConfigError, match="all 3 images of torchvision's Food101/test"):
         prepare(
@@ -113,7 +113,7 @@ def test_sets_of_torchvision_are_compared_by_their_files(data: Path) -> None:
         )
 
 
-def test_a_set_in_a_form_of_its_own_is_known_by_its_place(data: Path) -> None:
+def test_a_dataset_without_image_files_is_identified_by_its_folder(data: Path) -> None:
     write_cifar10(data, 17)
     (data / "link").symlink_to(data)
     cifar = {"torchvision": "CIFAR10", "root": "."}

@@ -1,4 +1,4 @@
-"""Sets of torchvision by name, from tiny copies in the files that torchvision reads."""
+"""Datasets of torchvision by name, from tiny copies in the files that torchvision reads."""
 
 import csv
 import json
@@ -123,7 +123,7 @@ def test_image_sets_labels_and_names_are_those_of_torchvisions_class(tmp_path: P
         assert np.array_equal(np.asarray(mine.convert("RGB")), np.asarray(theirs.convert("RGB")))
 
 
-def test_a_name_in_lower_case_and_the_training_part_are_found(tmp_path: Path) -> None:
+def test_a_name_in_lower_case_and_the_training_split_are_found(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     assert [len(read(tmp_path, "mnist", part).labels) for part in (None, "train")] == [5, 7]
     assert len(read(tmp_path, "mnist", split="train").labels) == 7
@@ -157,7 +157,7 @@ def test_files_of_cifar_with_other_checksums_are_read_and_listed_in_the_protocol
 
 
 class Command:
-    """A pickle of this runs a command where it is loaded."""
+    """Object whose pickle runs a command when it is loaded."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -239,7 +239,7 @@ def test_invalid_settings_are_reported(tmp_path: Path, name: str, values: dict, 
         labeled_images(LabeledDataConfig(**{"torchvision": name, "root": str(tmp_path), **values}), "task.t", "outputs")
 
 
-def test_a_probe_cannot_train_on_the_set_that_it_is_scored_on(tmp_path: Path) -> None:
+def test_a_probe_cannot_train_on_the_dataset_that_it_is_scored_on(tmp_path: Path) -> None:
     write_eurosat(tmp_path)
     with pytest.raises(ConfigError, match="EuroSAT has no splits, such as train"):
         read(tmp_path, "EuroSAT", "train")

@@ -146,7 +146,7 @@ def search(best: Callable[[], float]) -> Iterator[float]:
 
 
 def predict(probe: Probe, features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the top five classes of each image (all, if there are fewer), best first, and their probabilities among all classes.
+    """Return the top five classes of each image, best first, and their probabilities among all classes.
 
     Returns:
         Classes, int64 [N, K], and probabilities, float64 [N, K].

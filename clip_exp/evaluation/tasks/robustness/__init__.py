@@ -1,4 +1,4 @@
-"""Robustness on six ImageNet datasets: its configuration, and the names, folders and classes of the datasets. Does not import torch."""
+"""Robustness on six ImageNet datasets: its configuration and data. Does not import torch before it scores a model."""
 
 from dataclasses import dataclass
 from pathlib import Path

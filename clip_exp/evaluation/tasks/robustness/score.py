@@ -1,4 +1,4 @@
-"""Robustness to natural distribution shifts: accuracies on ImageNet datasets, next to a supervised network (CLIP paper, figure 13)."""
+"""Robustness to natural distribution shifts, compared with a supervised network (CLIP paper, figure 13)."""
 
 from functools import partial
 from typing import Any
