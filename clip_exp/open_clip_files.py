@@ -105,7 +105,7 @@ def open_clip_values(name: str | None) -> dict[str, Any]:
     names = configurations()
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(names)}."
+        hint = f"did you mean {' or '.join(near)}?" if near else f"valid names are {', '.join(names)}."
         raise ConfigError(f"model.name={name}: open_clip has no such configuration: {hint}")
     return configuration(str(name))
 

@@ -32,7 +32,7 @@ def test_a_variable_that_is_named_like_a_secret_is_refused_by_name(name: str, mo
     """Whatever its value."""
     monkeypatch.setenv(name, "a password without a digit")
     with pytest.raises(
-        ConfigError, match=rf"^\$\{{oc\.env:{name}\}} is refused: {name} is named like a secret"
+        ConfigError, match=rf"^\$\{{oc\.env:{name}\}} is not allowed: {name} looks like the name of a secret"
     ) as caught:
         environment_variable(name)
     assert "without a digit" not in str(caught.value)
@@ -53,9 +53,9 @@ def test_every_way_to_ask_for_a_secret_is_refused(monkeypatch: pytest.MonkeyPatc
         "${oc.decode:${oc.env:MY_PAT}}",
         "${oc.env:${oc.env:WHICH}}",
     ):
-        with pytest.raises(ConfigError, match="MY_PAT is named like a secret"):
+        with pytest.raises(ConfigError, match="MY_PAT looks like the name of a secret"):
             train_config(f"name={value}")
-    with pytest.raises(ConfigError, match="UNSET_PAT is named like a secret"):
+    with pytest.raises(ConfigError, match="UNSET_PAT looks like the name of a secret"):
         train_config("name=${oc.env:UNSET_PAT,none}")
     assert train_config("name=${oc.env:WHICH}").name == "MY_PAT"
 
@@ -63,12 +63,12 @@ def test_every_way_to_ask_for_a_secret_is_refused(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_every_command_refuses_it(command: str) -> None:
     key = "output_dir" if "output_dir" in SCHEMAS[command].model_fields else "output"
-    with pytest.raises(ConfigError, match="MY_PAT is named like a secret"):
+    with pytest.raises(ConfigError, match="MY_PAT looks like the name of a secret"):
         compose(command, [f"{key}=${{oc.env:MY_PAT}}"])
 
 
 def test_it_is_refused_in_a_list_too() -> None:
-    with pytest.raises(ConfigError, match="MY_PAT is named like a secret"):
+    with pytest.raises(ConfigError, match="MY_PAT looks like the name of a secret"):
         compose("predict", ["images=['${oc.env:MY_PAT}']"])
 
 
@@ -80,7 +80,7 @@ def test_the_command_line_refuses_it_too_and_prints_no_value(
     monkeypatch.setenv("MY_PAT", "abcdefgh-1")
     assert run("train", [argument]) == 2
     told = capsys.readouterr()
-    assert "MY_PAT is named like a secret" in told.err
+    assert "MY_PAT looks like the name of a secret" in told.err
     assert "abcdefgh-1" not in told.out + told.err
     assert list(tmp_path.iterdir()) == []
 
@@ -94,7 +94,7 @@ def test_a_sweep_leaves_no_secret_and_no_folder_of_an_address(
     assert run("train", ["-m", "seed=1,2", "name=x-abcdefgh-1", "output_dir=s3://bucket/x"]) == 2
     told = capsys.readouterr().err
     assert "name holds the value of the environment variable MY_PAT" in told
-    assert "output_dir=s3://bucket/x is an address" in told
+    assert "output_dir=s3://bucket/x is a URL" in told
     assert list(tmp_path.iterdir()) == []
 
 

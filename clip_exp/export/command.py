@@ -46,5 +46,5 @@ def check(config: ExportConfig) -> ModelSource:
         source = check_source(config)
         model = source.model if source else config.model
         problems.add(*(problems_of(config.format, model) if model else []))
-    problems.tell()
+    problems.raise_if_any()
     return source or find_source(config)

@@ -54,7 +54,7 @@ def predict(config: PredictConfig) -> int:
             )
     with problems:
         templates = None if config.templates is None else read_templates(config.templates)
-    problems.tell()
+    problems.raise_if_any()
     source = checked or find_source(config)
     # Torch takes seconds to import: only once the paths and names are known to be right.
     from clip_exp.inference.pipeline import open_pipeline
@@ -93,7 +93,7 @@ def rank(config: RankConfig) -> int:
     copy_to = Path(config.copy_to).expanduser() if config.copy_to is not None else None
     if copy_to is not None and copy_to.exists() and not (copy_to.is_dir() and not any(copy_to.iterdir())):
         problems.add(f"copy_to={config.copy_to} exists already and is no empty folder: give a new one.")
-    problems.tell()
+    problems.raise_if_any()
     source = checked or find_source(config)
     # Torch takes seconds to import: only once the paths and names are known to be right.
     from clip_exp.inference.features import best_matches
@@ -268,7 +268,7 @@ def check(config: SearchConfig) -> SearchRequest:
             check_source(config)  # it is fetched when nothing else is wrong
         elif config.index is not None:
             found = _model(config, path, filling)
-    problems.tell()
+    problems.raise_if_any()
     source, recipe = found or _model(config, path, filling)
     return SearchRequest(path, source, recipe, files, folders, queries)
 

@@ -68,7 +68,7 @@ def _check(config: ConvertConfig) -> tuple[Path, Path]:
             raise CheckpointError(f"file={file} does not exist or is a folder: name a file (.pt, .pth, .bin or .ckpt).")
         if config.file is not None and format_of(file) is Format.safetensors:
             raise ConfigError(f"file={file} is safetensors already: give it as it is (pretrained={file}).")
-    problems.tell()
+    problems.raise_if_any()
     return file, output
 
 

@@ -38,7 +38,7 @@ def test_a_key_that_is_deleted_has_its_default() -> None:
 def test_a_key_below_an_option_is_set_and_below_none_is_refused() -> None:
     assert train_config("logger=wandb", "logger.wandb.project=x").logger.wandb.project == "x"
     with pytest.raises(
-        ConfigError, match=r"logger\.wandb\.project: logger\.wandb is null here; choose logger=wandb first"
+        ConfigError, match=r"logger\.wandb\.project cannot be set, since logger\.wandb is null: select logger=wandb"
     ):
         train_config("logger.wandb.project=x")
 
@@ -48,7 +48,7 @@ def test_a_key_below_an_option_is_set_and_below_none_is_refused() -> None:
 )
 def test_a_key_below_a_list_is_refused(overrides: list[str]) -> None:
     with pytest.raises(
-        ConfigError, match=r"^data\.\S+: data\.\S+ is a list here; give all of it \(data\.\S+=\[…\]\)\.$"
+        ConfigError, match=r"^data\.\S+ cannot be set, since data\.\S+ is a list: set all of it \(data\.\S+=\[…\]\)\.$"
     ):
         train_config("data=csv", *overrides)
 
@@ -118,18 +118,18 @@ def test_the_nearest_key_of_the_whole_tree_is_named() -> None:
     ("override", "expected"),
     [
         ("max_steps=true", "max_steps=true must be a number."),
-        ("max_steps=1.5", "max_steps=1.5 must be a whole number."),
+        ("max_steps=1.5", "max_steps=1.5 must be an integer."),
         ("optimizer.lr=fast", "optimizer.lr=fast must be a number."),
         ("compile=maybe", "compile=maybe must be true or false."),
-        ("trainer=default", "trainer=default must be a mapping of keys: set them (trainer.<key>=…)."),
+        ("trainer=default", "trainer=default must be a mapping: set its keys (trainer.<key>=…)."),
         ("++strategy.name=dpp", "strategy.name=dpp must be one of auto, ddp, deepspeed. Did you mean 'ddp'?"),
         ("data.augmentation.scale=[1.0,0.5]", "data.augmentation.scale=[1.0, 0.5] must have the smaller number first."),
         ("data.templates=[]", "data.templates=[] must not be empty."),
-        ("task.imagenet.root=x", "task.imagenet is not chosen: add it to task=[…,imagenet]."),
-        ("task.objectnett.root=x", "task.objectnett is not chosen: did you mean 'objectnet'?"),
+        ("task.imagenet.root=x", "task.imagenet is not selected: add it to task=[…,imagenet]."),
+        ("task.objectnett.root=x", "task.objectnett is not selected: did you mean 'objectnet'?"),
         (
             "loss.chunk_size=5",
-            "loss.chunk_size is a key of loss.name=sigmoid, which was not chosen: choose that, or leave this out.",
+            "loss.chunk_size is a key of loss.name=sigmoid, which is not selected: select it, or leave this out.",
         ),
     ],
 )
@@ -219,7 +219,7 @@ def test_a_configuration_is_the_same_after_its_yaml(overrides: tuple[str, ...], 
 
 def test_a_run_of_another_version_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(train_config()) + "accumulate: 2\n")
-    with pytest.raises(ConfigError, match="was written by another one, or edited") as caught:
+    with pytest.raises(ConfigError, match="was written by another version, or edited") as caught:
         read_run_config(tmp_path)
     assert "accumulate does not exist" in str(caught.value)
 

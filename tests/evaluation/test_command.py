@@ -35,7 +35,7 @@ def test_a_run_is_evaluated_from_another_folder(run_dir: Path, class_folders: Pa
         (["run={run}", "task=imagenet", "task.imagenet.root={images}"], 3, "'n99999999' is no class of ImageNet-1k"),
         (["run={images}", "task=digits"], 4, "is not a run folder"),
         (["run={run}", "task=[digits,imagnet]"], 2, "task=imagnet does not exist: did you mean 'imagenet'?"),
-        (["run={run}", "task.imagnet.root={images}"], 2, "task.imagnet is not chosen: did you mean 'imagenet'?"),
+        (["run={run}", "task.imagnet.root={images}"], 2, "task.imagnet is not selected: did you mean 'imagenet'?"),
     ],
 )
 def test_errors_are_one_message_with_their_exit_code(

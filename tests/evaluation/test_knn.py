@@ -91,8 +91,8 @@ def test_a_class_that_no_neighbour_is_of_is_no_hit_among_the_best_five(tmp_path:
     ("values", "error", "message"),
     [
         ({"k": 13}, ConfigError, r"task\.knn\.k=13 must be between 1 and 12"),
-        ({"k": 0}, ConfigError, r"task\.knn\.k=0 must be above 0"),
-        ({"k": 2, "temperature": 0.0}, ConfigError, r"temperature=0\.0 must be above 0"),
+        ({"k": 0}, ConfigError, r"task\.knn\.k=0 must be greater than 0"),
+        ({"k": 2, "temperature": 0.0}, ConfigError, r"temperature=0\.0 must be greater than 0"),
         ({"k": 2, "root": "{tmp}/more"}, DataError, "'elk', 'fox' of .*more is no class of"),
         ({"k": 2, "train": {}}, ConfigError, r"task\.knn\.train: give exactly one of root"),
     ],

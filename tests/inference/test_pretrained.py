@@ -148,7 +148,7 @@ def test_a_path_that_is_closed_to_the_user_is_one_message(capsys) -> None:
         raise PermissionError(13, "Permission denied", "hidden/model.safetensors")
 
     assert _guarded(command) == 2
-    assert capsys.readouterr().err.startswith("error: hidden/model.safetensors may not be read or written by you")
+    assert capsys.readouterr().err.startswith("error: hidden/model.safetensors: permission denied")
 
 
 def test_what_does_not_load_gives_no_model(nano: CLIP, tmp_path: Path) -> None:

@@ -129,5 +129,5 @@ def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photo
         assert part in refused.stderr
     refused = clip_exp_command("rank", "images=absent", "keep=-1", "frames=0")
     assert refused.returncode == 2
-    for part in ("keep=-1 must be above 0.", "frames=0 must be above 0."):
+    for part in ("keep=-1 must be greater than 0.", "frames=0 must be greater than 0."):
         assert part in refused.stderr

@@ -198,7 +198,7 @@ def test_a_tokenizer_is_compared_with_the_encoder_whatever_the_configuration_emb
     config = configured("small-roberta", "model.text.vocab_size=100")
     assert build_tokenizer(config.text)(SHORT).max() >= 100
     config.text.architecture["vocab_size"] = 100
-    with pytest.raises(ConfigError, match="and the text tower embeds 100"):
+    with pytest.raises(ConfigError, match="but the text tower embeds only 100 ids"):
         build_tokenizer(config.text)
 
 

@@ -268,9 +268,13 @@ def test_a_hugging_face_tokenizer_gives_the_same_ids_after_pickling_and_in_a_for
 
 WIDTH = {"width": 8, "layers": 1, "heads": 1}
 REFUSED = {
-    "no folder": ("nowhere/at/all", WIDTH, "nowhere/at/all cannot be had (FileNotFoundError: there is no such folder)"),
+    "no folder": ("nowhere/at/all", WIDTH, "nowhere/at/all cannot be had (FileNotFoundError: folder not found)"),
     "not on the hub": ("nowhere/at-all", WIDTH, "model.text.tokenizer=nowhere/at-all cannot be had"),
-    "small vocabulary": ("bert", {"kind": "siglip", "vocab_size": 100, **WIDTH}, "and the text tower embeds 100"),
+    "small vocabulary": (
+        "bert",
+        {"kind": "siglip", "vocab_size": 100, **WIDTH},
+        "but the text tower embeds only 100 ids",
+    ),
     "end id that is not the highest": ("bert", {"vocab_size": 300, **WIDTH}, "does not end a text with its highest id"),
     "other padding": (
         "bert",
