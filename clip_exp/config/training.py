@@ -47,7 +47,7 @@ class StrategyName(StrEnum):
 
 
 class Precision(StrEnum):
-    """Precisions, by Lightning's names. `auto`: bf16-mixed on GPUs that support it, else 32-true."""
+    """Precisions, by Lightning's names. `auto`: bf16-mixed if the device supports it well, else 16-mixed on GPUs and 32-true on CPUs."""
 
     auto = "auto"
     fp32 = "32-true"
@@ -502,7 +502,8 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
     )
     precision: Precision = Field(
         Precision.auto,
-        description="32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs that support it, else 32-true",
+        description="32-true, bf16-mixed or 16-mixed; auto: bf16-mixed if the device supports it well, else 16-mixed on GPUs and 32-true on "
+        "CPUs",
     )
     compile: bool = Field(False, description="compile the towers with torch.compile")
     log_every_n_steps: Count = Field(10, description="optimizer steps between logged metrics")

@@ -42,7 +42,7 @@ def history_of(source: ModelSource | None) -> History:
     sha256 = source.sha256()
     provenance = {"weights, sha256" if source.mix is None else "weights and share, sha256": sha256}
     if source.run is None:
-        named = name_of(source.told or source.weights)
+        named = name_of(source.description or source.weights)
         origin = f"Weights of {named}, read as {source.model.name}; how they were trained is not known here."
         return History(origin, {}, {}, [], [], provenance)
     run, run_dir = source.run, source.run_dir

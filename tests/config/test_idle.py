@@ -83,7 +83,7 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
     (*TIMM, "pretrained=x.pt", "finetune=lit"): {
         "model.image.pretrained=true": "which contains the weights of both towers",
         "finetune.image.lr_factor=0.5": "with finetune.image.freeze=true and without finetune.image.unfrozen_blocks",
-        "finetune.image.layer_decay=0.5": "under finetune.image.freeze=true",
+        "finetune.image.layer_decay=0.5": "with finetune.image.freeze=true",
     },
     ("pretrained=x.pt", "finetune=lora", "finetune.lora.text=false"): {
         "finetune.text.lr_factor=2": "since finetune.lora.text=false freezes the tower",

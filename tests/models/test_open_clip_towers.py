@@ -15,7 +15,7 @@ from clip_exp.export.write import write_export
 from clip_exp.models.clip import build_model
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.inspect import About, Found, note_architecture, settle
+from clip_exp.weights.inspect import About, Found, note_architecture, resolve_model
 from clip_exp.weights.names import to_ours
 from tests.compose import train_config
 from tests.encoders import CAPTIONS, write_encoder, write_siglip_tokenizer
@@ -161,12 +161,12 @@ def test_the_activation_is_the_configurations_unless_it_is_set(small) -> None:
 def test_weights_that_tell_their_activation_decide_it(small, tmp_path: Path) -> None:
     def settled(activation: Activation | None) -> Activation | None:
         found = Found(tmp_path, About("file", activation), "weights")
-        return settle(configured("small-vit-quickgelu"), found).activation
+        return resolve_model(configured("small-vit-quickgelu"), found).activation
 
     assert settled(Activation.gelu) is Activation.gelu
     assert settled(None) is None, "the configuration's own"
     with pytest.raises(ConfigError, match="was trained with quick_gelu"):
-        settle(
+        resolve_model(
             configured("small-vit", "model.activation=gelu"),
             Found(tmp_path, About("file", Activation.quick_gelu), "weights"),
         )

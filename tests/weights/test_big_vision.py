@@ -200,7 +200,7 @@ def test_a_vision_transformer_has_the_features_that_timms_loader_gives_it(
     ours, theirs = (VisionTransformer(**sizes, num_classes=0).eval() for _ in range(2))  # type: ignore[arg-type]
     theirs.load_pretrained(str(path))
     start = (prefix or own_prefix).replace("/", ".")
-    state = {name.removeprefix(start): tensor for name, tensor in _read_npz(path, numbers=True).items()}
+    state = {name.removeprefix(start): tensor for name, tensor in _read_npz(path, with_values=True).items()}
     found = rename(state, TimmConfig.names[layout].rows, to_theirs=False)
     missing = ours.load_state_dict(
         {name.removeprefix("trunk."): tensor for name, tensor in found.items() if not name.startswith("head")}
@@ -293,12 +293,12 @@ def test_numbers_of_every_kind_are_read(tmp_path: Path) -> None:
         text=np.array("a note"),
         **{"img/embedding/kernel": array, "txt/a": array},
     )
-    found = _read_npz(tmp_path / "a.npz", numbers=True)
+    found = _read_npz(tmp_path / "a.npz", with_values=True)
     assert set(found) == {"bfloat16", "columns", "bytes_swapped", "half", "scalar", "img.embedding.kernel", "txt.a"}
     assert found["bfloat16"].dtype is torch.bfloat16
     assert found["scalar"].shape == ()
     assert all(torch.equal(found[name].float(), expected) for name in ("bfloat16", "columns", "bytes_swapped", "half"))
-    shapes = _read_npz(tmp_path / "a.npz", numbers=False)
+    shapes = _read_npz(tmp_path / "a.npz", with_values=False)
     assert {(name, value.shape, value.dtype) for name, value in shapes.items()} == {
         (name, value.shape, value.dtype) for name, value in found.items()
     }

@@ -13,7 +13,7 @@ import pytest
 
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.weights import download
-from clip_exp.weights.download import fetch, kept_at
+from clip_exp.weights.download import cached_path, fetch
 from tests.conftest import REPOSITORY
 from tests.weights.server import Served, Server, serving
 
@@ -108,10 +108,10 @@ def test_a_terminal_gets_a_bar_and_anything_else_a_line(server, folder, monkeypa
 
 def test_a_file_is_kept_in_the_folder_whatever_its_address(folder, monkeypatch) -> None:
     for name in ("w%20x.pt", "..%2Fw%20x.pt", "%2Ftmp%2Fw%20x.pt?a=/b"):
-        assert kept_at(f"https://example.com/a/{name}") == folder / "w x.pt"
+        assert cached_path(f"https://example.com/a/{name}") == folder / "w x.pt"
     monkeypatch.setenv("CLIP_EXP_CACHE", "s3://bucket/files")
     with pytest.raises(ConfigError, match="CLIP_EXP_CACHE=s3://bucket/files is an address"):
-        kept_at("https://example.com/w.pt")
+        cached_path("https://example.com/w.pt")
 
 
 @pytest.mark.parametrize("known", [SHA256, SHA256[:8]], ids=["whole", "first digits"])

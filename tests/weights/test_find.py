@@ -19,7 +19,7 @@ from clip_exp.loading import source_of_run
 from clip_exp.models.clip import CLIP
 from clip_exp.open_clip_files import Entry
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
-from clip_exp.weights.inspect import settle
+from clip_exp.weights.inspect import resolve_model
 from clip_exp.weights.names import to_open_clip
 from tests.small_runs import write_checkpoint, write_run
 from tests.weights.server import Served, serving
@@ -73,7 +73,7 @@ def test_a_tag_is_fetched_from_its_address_and_the_registry_settles_the_model(
     entry = replace(LISTED, url=f"{server.url}/w.pt", sha256=hashlib.sha256(content).hexdigest()[:8])
     found = find_weights("tiny", model, look_up(entry))
     assert found.path == tmp_path / "files" / "w.pt"
-    settled = settle(model, found)
+    settled = resolve_model(model, found)
     assert settled.activation is Activation.quick_gelu
     assert (settled.image.mean, settled.image.std) == (LISTED.mean, LISTED.std)
     assert (settled.image.interpolation, settled.image.resize_mode) == (Interpolation.bilinear, ResizeMode.squash)
@@ -92,7 +92,7 @@ def test_the_hub_is_preferred_and_the_address_is_used_where_the_hub_fails(server
     publish(server, {"open_clip_model.safetensors": (tmp_path / "made.safetensors").read_bytes()}, name="org/tiny")
     found = find_weights("tiny", model, look_up(entry))
     assert found.path.is_relative_to(tmp_path / "hub")
-    assert settle(model, found).activation is Activation.quick_gelu
+    assert resolve_model(model, found).activation is Activation.quick_gelu
     assert server.gets("/w.pt") == []
     assert find_weights("tiny", model, look_up(replace(entry, hub="org/gone"))).path == tmp_path / "files" / "w.pt"
     with pytest.raises(CheckpointError, match="org/gone cannot be fetched"):
@@ -117,7 +117,7 @@ def test_a_name_on_the_hub_brings_its_own_model(server, model, nano: CLIP, tmp_p
     publish(server, {"model.safetensors": (tmp_path / "made.safetensors").read_bytes()})
     found = find_weights("hf-hub:org/clip", None)
     assert found.about.model == model
-    assert found.told == "hf-hub:org/clip"
+    assert found.description == "hf-hub:org/clip"
     assert load_file(found.path / "model.safetensors").keys() == nano.state_dict().keys()
 
 

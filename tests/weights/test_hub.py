@@ -96,7 +96,7 @@ def test_offline_or_when_the_hub_is_gone_what_is_on_disk_is_used(hub, monkeypatc
     with monkeypatch.context() as patch:
         patch.setenv("CLIP_EXP_OFFLINE", "1")
         assert fetch_repository(NAME) == folder
-    assert fetch_repository(NAME, kept_is_enough=True) == folder
+    assert fetch_repository(NAME, prefer_cached=True) == folder
     assert len(hub.requests) == count
     with serving() as other:
         gone = other.url
