@@ -190,10 +190,10 @@ def test_a_run_is_opened_on_a_file_system_without_locks_and_both_terminal_and_lo
     for _ in range(2):  # also where another process has it
         with runs.lock(folder), runs.lock(folder):
             opening.Opening(folder, False, config, config, {}).begin([])
-    expected = f"{folder} cannot be locked, since its file system has no locks (Function not implemented; "
+    expected = f"{folder} cannot be locked, since its file system does not support locks (Function not implemented; "
     for text in (capsys.readouterr().err, (folder / "train.log").read_text(encoding="utf-8")):
         assert expected in text
-        assert "Do not train in it with two processes at once" in text
+        assert "Do not start two processes in this folder at once" in text
 
 
 def test_a_lock_that_another_process_holds_is_no_missing_lock(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def test_nothing_is_written_through_a_link_in_a_run_folder(written: str, target:
     link = tmp_path / "run" / written
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / target)
-    with pytest.raises(CheckpointError, match=rf"{link} is a link, .* remove the link"), runs.lock(tmp_path / "run"):
+    with pytest.raises(CheckpointError, match=rf"{link} is a symbolic link, .* remove it"), runs.lock(tmp_path / "run"):
         raise AssertionError("locked")
     assert (tmp_path / "file").read_text() == "theirs"
     assert list((tmp_path / "folder").iterdir()) == []

@@ -93,7 +93,7 @@ def test_a_sweep_leaves_no_secret_and_no_folder_of_an_address(
     monkeypatch.setenv("MY_PAT", "abcdefgh-1")
     assert run("train", ["-m", "seed=1,2", "name=x-abcdefgh-1", "output_dir=s3://bucket/x"]) == 2
     told = capsys.readouterr().err
-    assert "name holds the value of the environment variable MY_PAT" in told
+    assert "name contains the value of the environment variable MY_PAT" in told
     assert "output_dir=s3://bucket/x is a URL" in told
     assert list(tmp_path.iterdir()) == []
 
@@ -117,7 +117,7 @@ def test_a_value_that_was_typed_is_found_and_taken_out(name: str, value: str, mo
     assert secret_values()[name] == value
     assert redact(f"argv: x={value}") == "argv: x=***"
     (told,) = leaks({"name": f"run of {value}"})
-    assert told.startswith(f"name holds the value of the environment variable {name}")
+    assert told.startswith(f"name contains the value of the environment variable {name}")
     assert value not in told
 
 

@@ -147,7 +147,7 @@ def require_literal(values: Any, where: str) -> None:
     """
     if isinstance(values, str) and "${" in values:
         raise CheckpointError(
-            f"{where}: interpolations are not allowed, since they could read secrets of this machine: {values}. Write the value."
+            f"{where}: interpolations are not allowed in a user-provided configuration: {values}. Write the value instead."
         )
     for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
         require_literal(value, where)

@@ -116,7 +116,9 @@ def _fitted(
     fitted, notes = _fit_bias(fitted, expected, notes)
     if tower is not None and (fresh := projections(expected)) and not fresh & state.keys():
         fitted |= {name: expected[name] for name in fresh}
-        notes.append(f"{listing(grouped(fresh, expected))}: not in the file, so the projection of the tower is random.")
+        notes.append(
+            f"{listing(grouped(fresh, expected))}: not in the file, so the tower starts with a random projection."
+        )
     if problems := list(_problems(fitted, expected)):
         hints = _hints(state, expected)
         raise CheckpointError("\n".join([f"{source} does not fit the model.", *problems, *hints]))

@@ -374,7 +374,7 @@ def find_model_weights(
         )
     source = f"{path} ({listing([candidate.label])})" if candidate.label else str(path)
     left = candidate.left_over(content)
-    note = f"reading {source}, leaving out {listing(left)}." if left else None
+    note = f"reading {source}; left out: {listing(left)}." if left else None
     if averaged:
         note = f"{note} For averaged weights, set {KEY}={listing(averaged)}."
     try:

@@ -126,11 +126,11 @@ CROSS_FIELD = {
         "model.image.width is a key of",
     ),
     "a backbone's weights of a tower of ours": (["model.image.pretrained=true"], "which is not selected"),
-    "odd name": (["name=a/b"], "plain folder name"),
-    "long name": ([f"name={'x' * 300}"], "has 300 bytes, and a folder's name may have 200"),
+    "odd name": (["name=a/b"], "not a valid folder name"),
+    "long name": ([f"name={'x' * 300}"], "has 300 bytes, but at most 200 are allowed"),
     "long name in Chinese": ([f"name='{'猫' * 70}'"], "has 210 bytes"),
-    "name with a line break": (['name="a\nb"'], r"name='a\nb' must be a plain folder name"),
-    "name with a control character": (['name="a\x1bb"'], r"name='a\x1bb' must be a plain folder name"),
+    "name with a line break": (['name="a\nb"'], r"name='a\nb' is not a valid folder name"),
+    "name with a control character": (['name="a\x1bb"'], r"name='a\x1bb' is not a valid folder name"),
     "bad weights": (["pretrained=none.pt"], "none.pt does not exist"),
     "template without a place": (["data.templates=[photo]"], "must contain {}"),
     "no template": (["data.templates=[]"], "data.templates=[] must not be empty"),
@@ -206,7 +206,7 @@ def test_asking_for_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="finds no GPU"):
         check_train(train_config("trainer.accelerator=gpu"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="asks for 4 GPUs, and this machine has 2"):
+    with pytest.raises(ConfigError, match="requests 4 GPUs, but this machine has 2"):
         check_train(train_config("trainer.accelerator=gpu", "trainer.devices=4"))
 
 

@@ -302,7 +302,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path: P
     weights = {"model": named_model("vit_nano"), "pretrained": str(tmp_path / "a.ckpt")}
     task = {"one": {"kind": "zero_shot", "root": str(class_folders)}}
     with pytest.raises(
-        CheckpointError, match=r"a\.ckpt \(net\.clip\): does not fit the model\.\n  missing in the file: logit_scale"
+        CheckpointError, match=r"a\.ckpt \(net\.clip\) does not fit the model\.\n  missing in the file: logit_scale"
     ):
         evaluate(config(tmp_path, task, **weights))
     assert not (tmp_path / "outputs").exists()

@@ -80,15 +80,15 @@ def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(ru
             "pretrained=openai does not exist, and model=vit_nano has no published weights",
         ),
         ("ViT-B/33", None, ConfigError, "did you mean .ViT-B/32"),
-        ("vit_b32", "opnai", ConfigError, "is no tag of model=vit_b32: did you mean 'openai'"),
+        ("vit_b32", "opnai", ConfigError, "a tag of model=vit_b32: did you mean 'openai'"),
         ("open_clip", "openai", ConfigError, "open_clip stands for any architecture"),
         ("openai/clip", None, ConfigError, r'on the Hugging Face hub: load\("hf-hub:openai/clip"\)'),
         ("hf-hub:openai", None, ConfigError, "write hf-hub:org/name"),
         ("vit_b32", "openai/clip", ConfigError, "Give hf-hub:openai/clip if it is on the Hugging Face hub"),
         ("vit_b32", "", ConfigError, "pretrained has no value"),
-        ("vit_b32", None, ConfigError, "one of the tags openai, laion400m_e31"),
+        ("vit_b32", None, ConfigError, "one of these tags: openai, laion400m_e31"),
         ("vit_nanno", "w.pt", ConfigError, "no model 'vit_nanno': did you mean 'vit_nano'"),
-        ("lonely.safetensors", None, ConfigError, "nothing tells which model"),
+        ("lonely.safetensors", None, ConfigError, "the model of these weights is unknown"),
         ("vit_tiny", "lonely.safetensors", CheckpointError, "does not fit the model"),
     ],
 )
@@ -150,7 +150,7 @@ def test_evaluate_gives_the_results_that_it_writes(run_dir: Path, tmp_path: Path
     written = json.loads((run_dir / "eval" / "image_folder.json").read_text())
     assert results["image_folder"]["metrics"] == written["metrics"]
     assert written["protocol"]["templates"] == 1
-    with pytest.raises(ConfigError, match="devices=2: several processes are for the command line"):
+    with pytest.raises(ConfigError, match="devices=2: several processes are supported on the command line only"):
         clip_exp.evaluate(*arguments, "devices=2")
     with pytest.raises(ConfigError, match="no such folder"):
         clip_exp.evaluate("run=absent", "task=digits")

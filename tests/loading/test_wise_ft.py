@@ -91,7 +91,7 @@ def test_a_share_outside_0_to_1_is_refused(tuned: Path, share: float) -> None:
 
 
 def test_a_run_from_random_weights_has_no_start(run_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"started from none"):
+    with pytest.raises(ConfigError, match=r"has no `pretrained`"):
         find_source(SubjectConfig(run=str(run_dir), wise_ft=0.5))
 
 
@@ -102,10 +102,10 @@ def test_weights_that_are_no_run_have_no_start(start: Path) -> None:
 
 def test_a_start_that_is_gone_or_changed_is_refused(tuned: Path, start: Path, nano: CLIP) -> None:
     save_file(nano.state_dict(), start)
-    with pytest.raises(CheckpointError, match=r"holds other weights now"):
+    with pytest.raises(CheckpointError, match=r"have changed"):
         find_source(SubjectConfig(run=str(tuned), wise_ft=0.5))
     start.unlink()
-    with pytest.raises(CheckpointError, match=r"no longer there"):
+    with pytest.raises(CheckpointError, match=r"not found: restore"):
         find_source(SubjectConfig(run=str(tuned), wise_ft=0.5))
 
 

@@ -239,7 +239,7 @@ def activations(model: nn.Module) -> set[str]:
 
 
 REFUSED = {
-    "unknown": ("small-vitt", [], "open_clip has no such configuration: did you mean small-vit"),
+    "unknown": ("small-vitt", [], "is not a model of open_clip: did you mean small-vit"),
     "dropout": ("small-vit", ["model.dropout=0.1"], "open_clip's towers have no dropout"),
     "patches of a ResNet": ("small-rn", ["model.image.patch_dropout=0.5"], "a ResNet has no patches"),
     "size between patches": ("small-timm-vit", ["model.image.image_size=65"], "cannot be built with model.image.image_size=65"),

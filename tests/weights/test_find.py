@@ -77,7 +77,10 @@ def test_a_tag_is_fetched_from_its_address_and_the_registry_settles_the_model(
     assert settled.activation is Activation.quick_gelu
     assert (settled.image.mean, settled.image.std) == (LISTED.mean, LISTED.std)
     assert (settled.image.interpolation, settled.image.resize_mode) == (Interpolation.bilinear, ResizeMode.squash)
-    assert "activation quick_gelu, as the weights tiny of open_clip's ViT-N" in capsys.readouterr().err
+    assert (
+        "model.activation=quick_gelu: the activation of the weights tiny of open_clip's ViT-N"
+        in capsys.readouterr().err
+    )
     assert find_weights("tiny", model, look_up(entry)).path == found.path
     assert len(server.gets("/w.pt")) == 1
     with pytest.raises(CheckpointError, match="instead of 00000000"):
@@ -95,7 +98,7 @@ def test_the_hub_is_preferred_and_the_address_is_used_where_the_hub_fails(server
     assert resolve_model(model, found).activation is Activation.quick_gelu
     assert server.gets("/w.pt") == []
     assert find_weights("tiny", model, look_up(replace(entry, hub="org/gone"))).path == tmp_path / "files" / "w.pt"
-    with pytest.raises(CheckpointError, match="org/gone cannot be fetched"):
+    with pytest.raises(CheckpointError, match="org/gone cannot be downloaded"):
         find_weights("tiny", model, look_up(replace(entry, hub="org/gone", url=None)))
 
 
@@ -105,7 +108,7 @@ def test_offline_a_tag_needs_what_is_on_disk_and_says_where_it_goes(server, mode
     monkeypatch.setenv("CLIP_EXP_OFFLINE", "1")
     with pytest.raises(CheckpointError) as caught:
         find_weights("tiny", model, look_up(entry))
-    assert f"{tmp_path}/files/w.pt is not there" in str(caught.value)
+    assert f"{tmp_path}/files/w.pt not found" in str(caught.value)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "w.pt").write_bytes(content)
     assert find_weights("tiny", model, look_up(entry)).path == tmp_path / "files" / "w.pt"
@@ -147,16 +150,16 @@ def test_a_path_comes_before_a_tag_unless_it_holds_no_weights(server, model, nan
 
 
 PROBLEMS = {
-    "a typo of a tag": ("opnai", "vit_b32", "is no tag of model=vit_b32: did you mean 'openai'?"),
+    "a typo of a tag": ("opnai", "vit_b32", "a tag of model=vit_b32: did you mean 'openai'?"),
     "no weights published": ("openai", "vit_nano", "model=vit_nano has no published weights"),
-    "a file that is missing": ("absent.pt", "vit_b32", "absent.pt does not exist (looked in "),
+    "a file that is missing": ("absent.pt", "vit_b32", "absent.pt does not exist (current folder: "),
     "a folder that is missing": ("absent/train", "vit_b32", "absent/train does not exist"),
     "a tag of another model": (
         "dfn2b_s39b",
         "vit_b32",
-        "model=vit_l14 has that tag; of model=vit_b32 they are openai, ",
+        "model=vit_l14 has this tag; the tags of model=vit_b32 are openai, ",
     ),
-    "an address": ("https://a.org/w.pt", "vit_b32", "addresses are not fetched. Give hf-hub:org/name, or download"),
+    "an address": ("https://a.org/w.pt", "vit_b32", "URLs are not supported. Give hf-hub:org/name, or download"),
     "a page of the hub": ("https://huggingface.co/org/clip", "vit_b32", "(pretrained=hf-hub:org/clip)"),
     "a name that no file can have": ("a" * 300 + ".pt", "vit_b32", "does not exist"),
     "a user's who does not exist": ("~nobody-here/w.pt", "vit_b32", "~nobody-here/w.pt does not exist"),
@@ -190,9 +193,11 @@ def test_a_folder_of_runs_lists_them(run_dir: Path, tmp_path: Path) -> None:
         shutil.copytree(run_dir, parent / "name" / stamp)
         (parent / "name" / stamp / "run.json").write_text("{}")
     for folder in (parent, parent / "name"):
-        with pytest.raises(CheckpointError, match=r"holds runs.*newest first: \S+01-02_00-00-00, \S+01-01_00-00-00\.$"):
+        with pytest.raises(
+            CheckpointError, match=r"contains runs.*newest first: \S+01-02_00-00-00, \S+01-01_00-00-00\.$"
+        ):
             find_weights(str(folder), None)
-        with pytest.raises(CheckpointError, match="holds runs"):
+        with pytest.raises(CheckpointError, match="contains runs"):
             source_of_run(folder)
 
 
@@ -205,7 +210,7 @@ def test_a_file_that_was_cut_short_before_its_checksum_is_known_must_be_deleted(
     """A tag without a checksum: what lies in its place is not fetched again."""
     monkeypatch.setenv("CLIP_EXP_CACHE", str(tmp_path))
     (tmp_path / "w.pt").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(CheckpointError, match=r"w\.pt: cut short.* Delete what lies there first"):
+    with pytest.raises(CheckpointError, match=r"w\.pt is truncated.* Delete .*w\.pt first"):
         find_weights("tiny", model, look_up(replace(LISTED, url="https://localhost/w.pt")))
 
 

@@ -132,7 +132,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(name: str, save: Callable[[An
     CANARY.unlink(missing_ok=True)
     with pytest.raises(CheckpointError) as caught:
         read_weights(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(f"{path} ")
     assert "\n" not in str(caught.value)
     describe(path)
     assert not CANARY.exists()
@@ -154,17 +154,17 @@ def test_the_corpus_would_run_code(folder: Path) -> None:
 def test_the_refused_name_is_told(save: Callable[[Any, Path], None], folder: Path) -> None:
     path = folder / "model.pt"
     save({"a": Call(runpy.run_path, "program.py")}, path)
-    with pytest.raises(CheckpointError, match=r"model\.pt: refused, because its pickle asks for runpy\.run_path"):
+    with pytest.raises(CheckpointError, match=r"model\.pt is unsafe: its pickle loads runpy\.run_path"):
         read_weights(path)
 
 
 def test_a_pickle_that_is_called_safetensors_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     as_zip(Call(os.system, TOUCH), path)
-    with pytest.raises(CheckpointError, match="refused"):
+    with pytest.raises(CheckpointError, match="is unsafe"):
         read_weights(path)
     as_pickle(Call(os.system, TOUCH), path)
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a valid safetensors file"):
         read_weights(path)
     assert not CANARY.exists()
 
@@ -186,13 +186,11 @@ def test_an_archive_that_is_more_than_it_looks_is_refused_unread(folder: Path) -
     assert read_weights(archive(folder / "a.pt", ("a/data.pkl", root), zeros))["a"].shape == (500_000,)
     for scripted in ((), (("a/constants.pkl", b"\x80\x02)."),)):
         packed = archive(folder / "a.pt", ("a/data.pkl", root), zeros, *scripted, compression=zipfile.ZIP_DEFLATED)
-        with pytest.raises(
-            CheckpointError, match=r"its records would be 2,000,\d+ bytes, out of a file of 2,\d+: packed"
-        ):
+        with pytest.raises(CheckpointError, match=r"compressed records \(2,000,\d+ bytes in a file of 2,\d+ bytes"):
             read_weights(packed)
         for name in ("a/data.pkl", "b/data.pkl"):
             twice = archive(folder / "a.pt", ("a/data.pkl", small), (name, small), record, *scripted)
-            with pytest.raises(CheckpointError, match=r"record data\.pkl is there twice"):
+            with pytest.raises(CheckpointError, match=r"two records data\.pkl"):
                 read_weights(twice)
 
 
@@ -200,7 +198,7 @@ def test_a_program_without_end_is_not_searched(folder: Path) -> None:
     code = [(f"a/code/{i}.py", bytes(MAX_TEXT // 2 + 1)) for i in range(2)]
     members = [("a/data.pkl", pickled({})), ("a/constants.pkl", b""), *code]
     path = archive(folder / "a.pt", *members, compression=zipfile.ZIP_DEFLATED, compresslevel=1)
-    with pytest.raises(CheckpointError, match="the program in it is larger than any model's"):
+    with pytest.raises(CheckpointError, match="its program is too large for a model"):
         describe(path)
 
 
@@ -208,7 +206,7 @@ def test_a_configuration_without_end_is_not_read(folder: Path) -> None:
     save_file({"logit_scale": torch.ones(1)}, folder / "model.safetensors")
     with (folder / "config.json").open("wb") as file:
         file.truncate(MAX_JSON + 1)  # takes no room
-    with pytest.raises(CheckpointError, match=r"config\.json: 100,000,001 bytes of JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json is too large for a configuration: 100,000,001 bytes"):
         describe(folder)
 
 

@@ -88,7 +88,7 @@ def test_offline_or_when_the_hub_is_gone_what_is_on_disk_is_used(hub, monkeypatc
     publish(hub, {"model.safetensors": b"1", "config.json": b"{}"})
     with monkeypatch.context() as patch:
         patch.setenv("CLIP_EXP_OFFLINE", "1")
-        with pytest.raises(CheckpointError, match=r"hf-hub:org/clip is not on this disk.*pretrained=DIR"):
+        with pytest.raises(CheckpointError, match=r"hf-hub:org/clip is not in the local cache.*pretrained=DIR"):
             fetch_repository(NAME)
         assert hub.requests == []
     folder = fetch_repository(NAME)
@@ -102,8 +102,8 @@ def test_offline_or_when_the_hub_is_gone_what_is_on_disk_is_used(hub, monkeypatc
         gone = other.url
     monkeypatch.setenv("HF_ENDPOINT", gone)
     assert fetch_repository(NAME) == folder
-    assert "cannot be fetched" in caplog.text
-    with pytest.raises(CheckpointError, match="cannot be fetched"):
+    assert "cannot be downloaded" in caplog.text
+    with pytest.raises(CheckpointError, match="cannot be downloaded"):
         fetch_repository("org/never-seen")
 
 
@@ -127,14 +127,14 @@ def test_a_hub_that_is_down_or_silent_does_not_take_away_what_is_on_disk(hub, mo
     hub.files[api] = Served(b"{}", hold=(hold := threading.Event()))
     assert fetch_repository(NAME) == folder
     hold.set()
-    assert caplog.text.count("What is on this disk is used") == 3
+    assert caplog.text.count("The cached copy is used instead") == 3
     hub.files[api] = Served(b"", statuses=[404] * 9, headers={"X-Error-Code": "RepoNotFound"})
-    with pytest.raises(CheckpointError, match="no such repository"):
+    with pytest.raises(CheckpointError, match="repository not found"):
         fetch_repository(NAME)
 
 
 @pytest.mark.parametrize(
-    ("parts", "message"), [("../../x", "outside its folder"), (["x"], "has no `weight_map`"), ("a/b", "outside")]
+    ("parts", "message"), [("../../x", "outside its folder"), (["x"], "has no valid `weight_map`"), ("a/b", "outside")]
 )
 def test_an_index_cannot_lead_out_of_its_repository(hub, parts, message) -> None:
     index = json.dumps({"weight_map": {"a": parts}}).encode()
@@ -175,9 +175,9 @@ def test_a_blob_that_repositories_share_is_checked_by_its_own_hash_and_removed_w
 @pytest.mark.parametrize(
     ("code", "status", "message"),
     [
-        ("RepoNotFound", 401, "no such repository, or it is private"),
-        ("GatedRepo", 403, "only to those who have accepted its conditions"),
-        ("RevisionNotFound", 404, "no such revision"),
+        ("RepoNotFound", 401, "repository not found, or it is private"),
+        ("GatedRepo", 403, "is a gated repository: accept its conditions"),
+        ("RevisionNotFound", 404, "revision not found"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(hub, code: str, status: int, message: str) -> None:
@@ -203,9 +203,7 @@ def test_a_full_disk_is_told_and_is_not_the_hubs_failure(hub, tmp_path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
     try:
-        with pytest.raises(
-            CheckpointError, match=r"cannot be written: File too large\. Make room there, or set HF_HOME"
-        ):
+        with pytest.raises(CheckpointError, match=r"cannot be written: File too large\. Free space, or set HF_HOME"):
             fetch_repository(NAME)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -215,7 +213,7 @@ def test_a_full_disk_is_told_and_is_not_the_hubs_failure(hub, tmp_path) -> None:
 def test_a_repository_without_weights_says_what_it_has(hub) -> None:
     publish(hub, {"README.md": b"", "flax_model.msgpack": b""})
     with pytest.raises(
-        CheckpointError, match=r"needs one of open_clip_model\.safetensors.* has README\.md, flax_model\.msgpack"
+        CheckpointError, match=r"one of open_clip_model\.safetensors.* has README\.md, flax_model\.msgpack"
     ):
         fetch_repository(NAME)
 

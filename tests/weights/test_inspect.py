@@ -81,7 +81,7 @@ def test_our_export_carries_its_configuration(tmp_path: Path) -> None:
     assert (about.activation, about.mean, about.std) == (Activation.gelu_tanh, [0.1] * 3, [0.2] * 3)
     assert (about.interpolation, about.resize_mode) == (None, ResizeMode.squash)
     save_file(state, tmp_path / "any.safetensors", {"clip_exp.model": "{"})
-    with pytest.raises(CheckpointError, match=r"its metadata clip_exp\.model is not JSON"):
+    with pytest.raises(CheckpointError, match=r"the metadata clip_exp\.model is not valid JSON"):
         describe(tmp_path / "any.safetensors")
 
 
@@ -143,7 +143,7 @@ def test_an_open_clip_folder_tells_model_and_preprocessing(tmp_path: Path) -> No
     write_json(
         tmp_path / "open_clip_config.json", {"model_cfg": DESCRIPTION, "preprocess_cfg": {"resize_mode": "longest"}}
     )
-    with pytest.raises(CheckpointError, match="preprocess_cfg asks for something that is not there: 'longest'"):
+    with pytest.raises(CheckpointError, match="preprocess_cfg has an unsupported value: 'longest'"):
         describe(tmp_path)
 
 
@@ -209,7 +209,7 @@ def test_a_config_json_counts_for_files_of_a_published_name_only(tmp_path: Path)
     assert describe(weights(tmp_path / "model.safetensors")).model is not None
     write_json(tmp_path / "config.json", {"model_type": "bert"})
     assert describe(tmp_path / "model.safetensors") == About(
-        "file of weights beside a config.json of model_type=bert", **NOTHING_KNOWN
+        "weights file next to a config.json with model_type=bert", **NOTHING_KNOWN
     )
     write_json(tmp_path / "config.json", {"architecture": "vit_base_patch16_224"})
     assert describe(tmp_path / "model.safetensors") == About("safetensors file")
@@ -219,10 +219,10 @@ def test_damaged_configurations_are_named(tmp_path: Path) -> None:
     weights(tmp_path / "model.safetensors")
     for name in ("config.json", "open_clip_config.json"):
         (tmp_path / name).write_text("[1")
-        with pytest.raises(CheckpointError, match=rf"{name}: not readable as JSON"):
+        with pytest.raises(CheckpointError, match=rf"{name} is not valid JSON"):
             describe(tmp_path)
         (tmp_path / name).write_text("[1]")
-        with pytest.raises(CheckpointError, match=rf"{name}: must hold a JSON object"):
+        with pytest.raises(CheckpointError, match=rf"{name} is not a JSON object"):
             describe(tmp_path)
 
 

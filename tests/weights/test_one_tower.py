@@ -254,7 +254,7 @@ def test_what_a_tower_has_more_or_less_of_is_named(tmp_path: Path) -> None:
     assert "not in the model: image.ln_post.scale" in refusal(tmp_path / "scaled.pt", config, "image")
     torch.save({"layer9.weight": torch.ones(2)}, tmp_path / "other.pt")
     assert refusal(tmp_path / "other.pt", config, "image").endswith(
-        "no names in it are those of the image tower, model.image.kind=vit."
+        "has no weights of the image tower (model.image.kind=vit)."
     )
     scaled = timm.create_model("vit_tiny_patch16_224", num_classes=0, init_values=1.0).state_dict()
     torch.save(scaled, tmp_path / "scaled.pt")
@@ -275,7 +275,7 @@ def test_positions_are_interpolated(tmp_path: Path) -> None:
     path = timm_file(tmp_path / "a.pt", img_size=64)
     model = build_model(with_image())
     (*_, resized, projection) = load_weights(model, path, with_image(), tower="image")
-    assert resized.startswith("image.trunk.pos_embed: the file's grid of 4x4 patches is interpolated to 2x2")
+    assert resized.startswith("image.trunk.pos_embed: interpolated (bicubic) from a grid of 4x4 patches to 2x2")
     assert projection == "image.projection.weight: not in the file, so the tower starts with a random projection."
 
 
@@ -286,11 +286,13 @@ def test_of_two_towers_that_fit_one_is_chosen(tmp_path: Path) -> None:
     path = tmp_path / "dino.pth"
     torch.save(both, path)
     assert refusal(path, with_image(), "image") == (
-        f"{path}: has all weights of the image tower in 2 places. Choose one: pretrained_prefix=student.backbone, "
+        f"{path} has 2 complete sets of weights of the image tower. Select one: pretrained_prefix=student.backbone, "
         "pretrained_prefix=teacher.backbone."
     )
     named = refusal(path, with_image(), "image", "teacher")
-    assert "pretrained_prefix=teacher names no weights of the image tower. The file has pretrained_prefix=stud" in named
+    assert (
+        "pretrained_prefix=teacher matches no weights of the image tower. The file has pretrained_prefix=stud" in named
+    )
     model = build_model(with_image())
     load_weights(model, path, with_image(), "teacher.backbone", "image")
     assert torch.equal(model.image.trunk.cls_token, teacher["cls_token"])
@@ -311,7 +313,7 @@ def test_a_locked_tower_of_a_file_trains_and_stays_as_it_is(train: Train, tmp_pa
         assert all(torch.equal(learned[f"image.trunk.{name}"], tensor) for name, tensor in kept.items())
         noted = run.record["pretrained_image"]
         assert (noted["path"], noted["told"], noted["format"]) == (str(path), str(path), "torch file")
-    with pytest.raises(ConfigError, match=r"started from pretrained_image\. Leave wise_ft out"):
+    with pytest.raises(ConfigError, match=r"started from pretrained_image: leave out wise_ft"):
         mix_of(run.folder, 0.5)
 
 
@@ -389,9 +391,9 @@ def test_files_of_towers_settle_the_activation_and_must_agree(tmp_path: Path, ca
     gelu = write_tower(tmp_path / "gelu.safetensors", Activation.gelu)
     nano = ("model=vit_nano", f"output_dir={tmp_path / 'out'}", f"pretrained_image={quick}")
     assert open_run(train_config(*nano)).settled.model.activation is Activation.quick_gelu
-    assert f"activation quick_gelu, as the weights {quick}" in capsys.readouterr().err
+    assert f"model.activation=quick_gelu: the activation of the weights {quick}" in capsys.readouterr().err
     before = run_folders(tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"with quick_gelu and .* with gelu, and model\.activation is that of"):
+    with pytest.raises(ConfigError, match=r"with quick_gelu and .* with gelu, but model\.activation applies to"):
         open_run(train_config(*nano, f"pretrained_text={gelu}"))
     with pytest.raises(
         ConfigError, match=r"model\.activation=gelu, but .*quick\.safetensors was trained with quick_gelu"

@@ -23,7 +23,7 @@ MODEL = named_model("vit_nano")
 @pytest.mark.parametrize("trained", list(Activation))
 def test_the_activation_is_that_of_the_weights(trained: Activation, capsys) -> None:
     assert resolve_model(MODEL, found(activation=trained)).activation is trained
-    assert f"activation {trained}, as the weights w.pt" in capsys.readouterr().err
+    assert f"model.activation={trained}: the activation of the weights w.pt" in capsys.readouterr().err
     assert (
         resolve_model(MODEL.model_copy(update={"activation": trained}), found(activation=trained)).activation is trained
     )
@@ -39,7 +39,7 @@ def test_a_setting_that_the_weights_contradict_is_refused_with_the_way_out() -> 
 def test_weights_that_do_not_tell_are_taken_for_gelu_and_that_is_said(capsys) -> None:
     assert resolve_model(MODEL, found()).activation is Activation.gelu
     said = capsys.readouterr().err
-    assert "w.pt does not say" in said
+    assert "of w.pt is unknown" in said
     assert "set model.activation=quick_gelu" in said
     assert (
         resolve_model(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found()).activation
@@ -50,7 +50,7 @@ def test_weights_that_do_not_tell_are_taken_for_gelu_and_that_is_said(capsys) ->
 
 def test_a_configuration_beside_the_weights_means_gelu_where_it_names_no_other(capsys) -> None:
     assert resolve_model(MODEL, found(model=MODEL)).activation is Activation.gelu
-    assert "as the weights" in capsys.readouterr().err
+    assert "the activation of the weights" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="was trained with gelu"):
         resolve_model(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found(model=MODEL))
 
@@ -75,16 +75,16 @@ def test_images_go_through_what_they_did_in_training_unless_the_user_says_otherw
 
 def test_heads_that_shapes_do_not_tell_are_compared() -> None:
     theirs = MODEL.model_copy(update={"image": MODEL.image.model_copy(update={"heads": 1})})
-    with pytest.raises(ConfigError, match=r"model=vit_nano: model\.image\.heads=1 instead of 2\. Set these, or choose"):
+    with pytest.raises(
+        ConfigError, match=r"model=vit_nano: model\.image\.heads=1 instead of 2\. Set these keys, or select"
+    ):
         resolve_model(MODEL, found(model=theirs, activation=Activation.gelu))
 
 
 @pytest.mark.parametrize("name", ["vit_l14_336", "rn50", "siglip_b16", "chinese_clip_h14"])
 def test_weights_that_tell_another_model_are_refused_with_its_name_before_they_are_read(name: str) -> None:
     theirs = named_model(name).model_copy(update={"name": "downloads"})
-    with pytest.raises(
-        ConfigError, match=rf"w\.pt is of another model than model=vit_nano: .*\. Choose model={name}\."
-    ):
+    with pytest.raises(ConfigError, match=rf"w\.pt does not fit model=vit_nano: .*\. Set model={name}\."):
         resolve_model(MODEL, found(model=theirs, activation=Activation.gelu))
     larger = theirs.model_copy(update={"image": theirs.image.model_copy(update={"image_size": 512})})
     resolve_model(named_model(name), found(model=larger))  # positions are made to fit

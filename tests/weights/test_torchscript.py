@@ -148,16 +148,16 @@ def test_a_hand_made_archive_is_read(module: type, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stored", "records", "reason"),
     [
-        (Stored(Storage("0", 4), (5,), (1,)), FOUR, "over 4 numbers"),
+        (Stored(Storage("0", 4), (5,), (1,)), FOUR, "in a storage of 4 values"),
         (Stored(Storage("0", 4), (4,), (1,), offset=1), FOUR, "out of bounds"),
         (Stored(Storage("0", 4), (2,), (1 << 40,)), FOUR, "out of bounds"),
-        (Stored(Storage("0", 4), (1 << 40,), (0,)), FOUR, "over 4 numbers"),
-        (Stored(Storage("0", 4), (2,), (-1,)), FOUR, "not a readable TorchScript archive"),
+        (Stored(Storage("0", 4), (1 << 40,), (0,)), FOUR, "in a storage of 4 values"),
+        (Stored(Storage("0", 4), (2,), (-1,)), FOUR, "is not a valid TorchScript archive"),
         (Stored(Storage("0", 1 << 40), (2,), (1,)), FOUR, "16 bytes for 1099511627776"),
         (Stored(Storage("0", 4, torch.HalfStorage), (2,), (1,)), FOUR, "16 bytes for 4 torch.float16"),
         (Stored(Storage("1", 4), (2,), (1,)), FOUR, "data/1"),
-        (Stored(Storage("../version", 2), (2,), (1,)), FOUR, "not a readable TorchScript archive"),
-        (Stored(Storage("0", 4), "22", (2, 1)), FOUR, "not a readable TorchScript archive"),  # type: ignore[arg-type]
+        (Stored(Storage("../version", 2), (2,), (1,)), FOUR, "is not a valid TorchScript archive"),
+        (Stored(Storage("0", 4), "22", (2, 1)), FOUR, "is not a valid TorchScript archive"),  # type: ignore[arg-type]
     ],
 )
 def test_a_tensor_outside_of_its_numbers_is_refused(
@@ -186,7 +186,7 @@ def test_modules_without_end_are_refused(module: type, tmp_path: Path) -> None:
         wide = module(a=wide, b=wide)
     for root in (circle, wide):
         write_archive(tmp_path / "hand.pt", pickled(root), {})
-        with pytest.raises(CheckpointError, match="nested without end"):
+        with pytest.raises(CheckpointError, match="nested too deeply"):
             read_torchscript(tmp_path / "hand.pt")
 
 
@@ -194,7 +194,7 @@ def test_a_few_bytes_cannot_ask_for_a_large_table(tmp_path: Path) -> None:
     write_archive(tmp_path / "hand.pt", b"\x80\x02Nr" + (1 << 23).to_bytes(4, "little") + b".", {})  # 64 MB and more
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match="it holds no module"):
+        with pytest.raises(CheckpointError, match="it contains no module"):
             read_torchscript(tmp_path / "hand.pt")
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
@@ -204,7 +204,7 @@ def test_a_few_bytes_cannot_ask_for_a_large_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [[1, 2], {"weight": 1}, None])
 def test_a_pickle_of_something_else_is_refused(content: Any, tmp_path: Path) -> None:
     write_archive(tmp_path / "hand.pt", pickled(content), {})
-    with pytest.raises(CheckpointError, match="it holds no module"):
+    with pytest.raises(CheckpointError, match="it contains no module"):
         read_torchscript(tmp_path / "hand.pt")
 
 
