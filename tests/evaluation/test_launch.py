@@ -312,7 +312,7 @@ def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Pa
     absent = {"kind": "zero_shot", "root": str(tmp_path / "absent")}
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, {"auto": {"kind": "auto"}, "one": absent}, run="nowhere"))
-    assert "run=nowhere: no such folder" in str(caught.value)
+    assert "run=nowhere: folder not found" in str(caught.value)
     assert "task.one.root" in str(caught.value)
     assert "task.auto" not in str(caught.value)
     # Of weights that are not read before all else is right it is known that they are no run's.
@@ -333,7 +333,7 @@ def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Pa
         ({"run": "a", "pretrained": "w.pt"}, ConfigError, "given: run=a, pretrained=w.pt"),
         ({"pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
         ({"model": named_model("vit_nano"), "pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
-        ({"run": "absent"}, ConfigError, "run=absent: no such folder"),
+        ({"run": "absent"}, ConfigError, "run=absent: folder not found"),
         ({"run": "."}, CheckpointError, "not a run folder"),
         ({"ckpt": "absent"}, ConfigError, "ckpt=absent: no such"),
         ({"ckpt": "."}, CheckpointError, "not in a run folder"),

@@ -74,7 +74,7 @@ def test_a_run_s_card_tells_data_recipe_scores_and_provenance(trained: Path, tmp
     assert rows["training data"] == "pairs.csv, more_pairs.csv"
     assert rows["validation data"] == r"held\|out.csv"
     assert rows["rows"] == "123,456"
-    assert rows["start weights"] == "random"
+    assert rows["initial weights"] == "random"
     assert rows["loss"] == "softmax"
     assert rows["steps"] == "1 of 128 pairs each"
     assert rows["optimizer"] == "AdamW, lr 0.001, weight decay 0.2"
@@ -121,7 +121,7 @@ def test_weights_that_no_run_trained_say_what_they_are(trained: Path, tmp_path: 
     foreign.write_bytes(weights.read_bytes())
     folder = clip_exp.load("vit_nano", pretrained=foreign, accelerator="cpu").export(tmp_path / "exported")
     _, body = read_card(folder)
-    assert "Weights of somebody's.safetensors, read as vit_nano; how they were trained is not known here." in body
+    assert "Weights of somebody's.safetensors, loaded as vit_nano; their training is unknown." in body
     assert "## Recipe" not in body
     assert rows_of(body)["activation"] == "gelu"
 
@@ -132,7 +132,7 @@ def test_what_was_tuned_of_start_weights_is_told(trained: Path) -> None:
     run.pretrained = "/home/somebody/ViT-B-32.pt"
     run.finetune = FineTuneConfig(image=TowerTuningConfig(freeze=True, unfrozen_blocks=2))
     facts = _recipe(run, {}, 40)
-    assert facts["start weights"] == "ViT-B-32.pt"
+    assert facts["initial weights"] == "ViT-B-32.pt"
     assert facts["fine-tuning"] == "image.freeze True, image.unfrozen_blocks 2"
 
 
@@ -140,7 +140,7 @@ def test_averaged_weights_have_no_score_of_the_raw_ones(trained: Path, nano: CLI
     doubled = {name: 2 * tensor for name, tensor in nano.state_dict().items()}
     averaged = write_checkpoint(trained, nano, 1, averaged=doubled) / "ema.safetensors"
     _, body = read_card(clip_exp.load(averaged, accelerator="cpu").export(tmp_path / "exported"))
-    assert "in the run vit_nano_csv, step 1, averaged over the steps (EMA)." in body
+    assert "in the run vit_nano_csv, step 1, exponential moving average (EMA)." in body
     assert "## Scores" not in body
     assert "left out: cifar10, imagenet." in body
 
@@ -154,9 +154,12 @@ def test_weights_mixed_with_the_start_say_so(trained: Path, nano: CLIP, tmp_path
     source = find_source(ExportConfig(run=str(trained), wise_ft=0.25))
     write_export(load_model(source), source.model, source, tmp_path / "exported")
     _, body = read_card(tmp_path / "exported")
-    assert "step 1, mixed with its start weights start.safetensors (WiSE-FT: 0.25 of the run's)." in body
+    assert (
+        "step 1, averaged with its initial weights start.safetensors (WiSE-FT with a fraction of 0.25 for the run)."
+        in body
+    )
     assert "## Scores" not in body
-    assert "weights and share, sha256" in body
+    assert "weights and fraction, sha256" in body
 
 
 MODELS: dict[str, Callable[[Path], tuple[ModelConfig, float | None]]] = {

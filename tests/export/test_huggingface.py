@@ -120,7 +120,7 @@ def test_other_towers_are_refused_with_the_formats_that_hold_them(kind: str, exp
     if kind == "timm":
         config.image = TimmConfig(name="test_convnext", image_size=64)
     with pytest.raises(
-        ConfigError, match=f"kind={kind} and a text tower of kind=clip. Formats that can: open_clip, safetensors, onnx"
+        ConfigError, match=f"kind={kind} and a text tower of kind=clip. Supported formats: open_clip, safetensors, onnx"
     ):
         export(model, config, "huggingface")
     assert not list(tmp_path.iterdir())

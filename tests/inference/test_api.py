@@ -152,7 +152,7 @@ def test_evaluate_gives_the_results_that_it_writes(run_dir: Path, tmp_path: Path
     assert written["protocol"]["templates"] == 1
     with pytest.raises(ConfigError, match="devices=2: several processes are supported on the command line only"):
         clip_exp.evaluate(*arguments, "devices=2")
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match="not found"):
         clip_exp.evaluate("run=absent", "task=digits")
 
 

@@ -268,8 +268,8 @@ def test_a_hugging_face_tokenizer_gives_the_same_ids_after_pickling_and_in_a_for
 
 WIDTH = {"width": 8, "layers": 1, "heads": 1}
 REFUSED = {
-    "no folder": ("nowhere/at/all", WIDTH, "nowhere/at/all cannot be had (FileNotFoundError: folder not found)"),
-    "not on the hub": ("nowhere/at-all", WIDTH, "model.text.tokenizer=nowhere/at-all cannot be had"),
+    "no folder": ("nowhere/at/all", WIDTH, "nowhere/at/all could not be loaded (FileNotFoundError: folder not found)"),
+    "not on the hub": ("nowhere/at-all", WIDTH, "model.text.tokenizer=nowhere/at-all could not be loaded"),
     "small vocabulary": (
         "bert",
         {"kind": "siglip", "vocab_size": 100, **WIDTH},
@@ -300,6 +300,6 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused(tmp_path: Path) -> No
     path.write_text(
         '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [null, "evil.Evil"]}, "pad_token": "[PAD]"}'
     )
-    with pytest.raises(ConfigError, match="cannot be had"):
+    with pytest.raises(ConfigError, match="could not be loaded"):
         build_tokenizer(SigLIPTextConfig(tokenizer=str(folder), **WIDTH))
     assert not marker.exists()
