@@ -76,7 +76,7 @@ def test_a_run_s_card_tells_data_recipe_scores_and_provenance(trained: Path, tmp
     assert rows["rows"] == "123,456"
     assert rows["initial weights"] == "random"
     assert rows["loss"] == "softmax"
-    assert rows["steps"] == "1 of 128 pairs each"
+    assert rows["steps"] == "1, with 128 pairs each"
     assert rows["optimizer"] == "AdamW, lr 0.001, weight decay 0.2"
     assert rows["schedule"] == "cosine, warm-up a tenth of the run"
     assert rows["precision"] == "bf16-mixed"
@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_weights_that_leave(trained: Path, tmp_path: Pat
     assert re.search(r"\| validation \| recall@1_i2t \| 12\.5.% \|", body)
     assert "11.1" not in body
     assert "90.0" not in body
-    assert "Scores of other weights of the run are left out: cifar10." in body
+    assert "Scores of other checkpoints of the run are not listed: cifar10." in body
 
 
 @pytest.mark.parametrize("chosen", repeat_beyond({*ExportFormat} - {ExportFormat.onnx}, ExportFormat))
@@ -142,7 +142,7 @@ def test_averaged_weights_have_no_score_of_the_raw_ones(trained: Path, nano: CLI
     _, body = read_card(clip_exp.load(averaged, accelerator="cpu").export(tmp_path / "exported"))
     assert "in the run vit_nano_csv, step 1, exponential moving average (EMA)." in body
     assert "## Scores" not in body
-    assert "left out: cifar10, imagenet." in body
+    assert "not listed: cifar10, imagenet." in body
 
 
 def test_weights_mixed_with_the_start_say_so(trained: Path, nano: CLIP, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_checkpoint_s_card_tells_its_step(trained: Path, nano: CLIP, tmp_path:
     write_checkpoint(trained, nano, 2)
     folder = clip_exp.load(trained / "checkpoints" / "step-000002", accelerator="cpu").export(tmp_path / "exported")
     _, body = read_card(folder)
-    assert rows_of(body)["steps"] == "2 of 128 pairs each (the run has 1)"
+    assert rows_of(body)["steps"] == "2 (out of 1), with 128 pairs each"
     assert "| validation | loss | 9.0000 |" in body
 
 

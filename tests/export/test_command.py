@@ -42,12 +42,12 @@ def test_a_run_is_exported_and_says_that_it_was_checked(
 @pytest.mark.parametrize(
     ("arguments", "code", "messages"),
     [
-        (["output=out"], 2, ["which model?"]),
+        (["output=out"], 2, ["the model must be set by exactly one of"]),
         (["run={run}"], 2, ["output has no value: set the folder to write (output=DIR)"]),
         (["run={run}", "output=out", "format=gguf"], 2, ["open_clip", "huggingface", "safetensors", "onnx"]),
         (["run={run}", "outptu=out"], 2, ["did you mean 'output'"]),
         (["run=nowhere", "output=full"], 2, ["run=nowhere: folder not found", "output=full is not empty"]),
-        (["run={run}", "output=full", "overwrite=true"], 2, ["was not written by clip-exp export", "stays"]),
+        (["run={run}", "output=full", "overwrite=true"], 2, ["was not written by clip-exp export", "is not replaced"]),
         (["run={run}", "output=full/file"], 2, ["output=full/file is a file"]),
         (["run={run}", "output=full/file/below"], 4, ["full/file/below cannot be written"]),
         (

@@ -392,7 +392,7 @@ def test_names_that_are_not_utf8_survive(photos: Path, run_dir: Path, clip: Pipe
         (["search", "index=x.index"], 2, "nothing to do"),
         (["search", "index=x.index", "text=a"], 2, "no such file. Make it"),
         (["search", "index=photos", "text=a"], 2, "is a folder"),
-        (["search", "index=x.index", "images=photos"], 2, "which model?"),
+        (["search", "index=x.index", "images=photos"], 2, "the model must be set by exactly one of"),
         (["search", "index=run/config.yaml", "text=a"], 4, "no index, or damaged"),
         (["search", "index=x.index", "images=photos", "run=photos"], 4, "not a run folder"),
     ],
