@@ -131,7 +131,7 @@ def test_wrong_keys_of_a_users_loss_and_task_are_refused_by_their_full_names(
     assert not run_folders(tmp_path / "outputs")
 
 
-def test_a_typo_is_answered_without_torch(mine: Path, command: Callable, tmp_path: Path) -> None:
+def test_a_typo_is_reported_without_importing_torch(mine: Path, command: Callable, tmp_path: Path) -> None:
     script = tmp_path / "probe.py"
     script.write_text(
         "import sys\nfrom clip_exp.cli import run\n"

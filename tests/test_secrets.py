@@ -28,7 +28,7 @@ ORDINARY_NAMES = [
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
-def test_a_variable_that_is_named_like_a_secret_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_with_the_name_of_a_secret_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its value."""
     monkeypatch.setenv(name, "a password without a digit")
     with pytest.raises(
@@ -44,7 +44,7 @@ def test_the_variables_of_a_user_and_of_a_ci_may_be_interpolated(name: str, monk
     assert environment_variable(name) == "value-of-it"
 
 
-def test_every_way_to_ask_for_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_interpolation_of_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PAT", "p")
     monkeypatch.setenv("WHICH", "MY_PAT")
     for value in (
@@ -85,7 +85,7 @@ def test_the_command_line_refuses_it_too_and_prints_no_value(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_leaves_no_secret_and_no_folder_of_an_address(
+def test_a_sweep_writes_no_secret_and_no_folder_named_by_a_url(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
 ) -> None:
     """Hydra makes the folder and writes the overrides into it before a job is checked."""
@@ -112,7 +112,7 @@ def test_a_program_keeps_its_own_interpolations(monkeypatch: pytest.MonkeyPatch)
         ("AWS_SECRET_ACCESS_KEY", "/9j4AAQSkZJRgABA/+1deadbeef=="), ("SLACK_WEBHOOK", "https://hooks.example/T/B/xyz"),
     ],
 )  # fmt: skip
-def test_a_value_that_was_typed_is_found_and_taken_out(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_typed_secret_is_found_and_removed(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     assert secret_values()[name] == value
     assert redact(f"argv: x={value}") == "argv: x=***"
@@ -128,19 +128,21 @@ def test_a_value_that_was_typed_is_found_and_taken_out(name: str, value: str, mo
         ("SSH_AUTH_SOCK", "/tmp/ssh-XXXX1/agent.1"), ("PWD", "/home/me/project1"), ("MY_KEY", "true1"), ("SOME_AUTH", "/etc/passwd"),
     ],
 )  # fmt: skip
-def test_words_and_paths_are_left_in_a_runs_files(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_and_paths_are_not_removed_from_a_runs_files(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     assert redact(f"x={value}") == f"x={value}"
     assert list(leaks({"data": {"image_key": value}})) == []
 
 
-def test_of_secrets_that_contain_each_other_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_that_contain_each_other_are_removed_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "abcdefgh1")
     monkeypatch.setenv("B_TOKEN", "abcdefgh1-and-more")
     assert redact("abcdefgh1-and-more, abcdefgh1") == "***, ***"
 
 
-def test_a_long_text_without_an_address_takes_no_time_that_grows_with_its_square() -> None:
+def test_a_long_text_without_a_url_does_not_take_quadratic_time() -> None:
     """It would be half an hour."""
     text = "a" * 300_000
     assert redact(text) == text

@@ -35,7 +35,7 @@ def test_a_key_that_is_deleted_has_its_default() -> None:
         train_config("~logger.wandbb")
 
 
-def test_a_key_below_an_option_is_set_and_below_none_is_refused() -> None:
+def test_a_key_of_a_selected_option_is_set_and_one_of_a_null_node_is_refused() -> None:
     assert train_config("logger=wandb", "logger.wandb.project=x").logger.wandb.project == "x"
     with pytest.raises(
         ConfigError, match=r"logger\.wandb\.project cannot be set, since logger\.wandb is null: select logger=wandb"
@@ -46,7 +46,7 @@ def test_a_key_below_an_option_is_set_and_below_none_is_refused() -> None:
 @pytest.mark.parametrize(
     "overrides", [["data.augmentation.scale.low=1"], ["data.train=[{path: a.csv}]", "data.train.filter=x"]]
 )
-def test_a_key_below_a_list_is_refused(overrides: list[str]) -> None:
+def test_a_key_in_a_list_is_refused(overrides: list[str]) -> None:
     with pytest.raises(
         ConfigError, match=r"^data\.\S+ cannot be set, since data\.\S+ is a list: set all of it \(data\.\S+=\[…\]\)\.$"
     ):
@@ -65,7 +65,7 @@ def test_an_interpolation_finds_a_key_that_only_the_schema_has() -> None:
     assert train_config("optimizer=sgd", "name=momentum-${optimizer.momentum}").name == "momentum-0.9"
 
 
-def test_another_class_has_its_own_defaults_and_keeps_what_was_typed() -> None:
+def test_another_class_has_its_own_defaults_and_typed_values_are_retained() -> None:
     config = train_config("optimizer._target_=torch.optim.SGD", "optimizer.weight_decay=0.5").optimizer
     assert plain(config) == {
         "_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.5, "momentum": 0.9, "nesterov": False,
@@ -93,7 +93,7 @@ def test_every_mistake_is_reported_with_its_full_key(refused, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rules_are_reported_beside_wrong_values() -> None:
+def test_broken_rules_are_reported_with_invalid_values() -> None:
     with pytest.raises(ConfigError) as caught:
         train_config(
             "max_steps=5", "epochs=3", "seed=-1", "model.image.heads=3", "data.train=[{path: a.csv, weigth: 2}]"
@@ -133,7 +133,7 @@ def test_the_nearest_key_of_the_whole_tree_is_named() -> None:
         ),
     ],
 )
-def test_a_wrong_value_is_answered_in_one_sentence(override: str, expected: str) -> None:
+def test_an_invalid_value_is_reported_in_one_sentence(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         train_config(override)
     assert str(caught.value).startswith(expected)
@@ -258,7 +258,7 @@ def defaults_in(model: type[Config], values: dict, at: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group in NODES for option in options(group)])
-def test_no_default_stands_in_a_file_too(group: str, option: str) -> None:
+def test_no_option_repeats_a_default_of_the_schema(group: str, option: str) -> None:
     values = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text()) or {}
     field = TrainConfig.model_fields[NODES[group]]
     if group == "task":
@@ -274,7 +274,7 @@ def test_no_default_stands_in_a_file_too(group: str, option: str) -> None:
     assert defaults_in(model, values, f"{group}.") == []
 
 
-def test_no_default_stands_in_the_file_of_a_command_too() -> None:
+def test_no_command_file_repeats_a_default_of_the_schema() -> None:
     for command, schema in SCHEMAS.items():
         values = yaml.safe_load((conf_dir() / f"{config_name(command)}.yaml").read_text())
         del values["defaults"]

@@ -38,13 +38,13 @@ def test_every_other_configuration_of_open_clip_goes_through_the_adapter() -> No
     assert [name for name in open_clip.list_models() if resolve(name) is None] == []
 
 
-def test_each_name_is_told_once_and_the_adapter_is_no_model_by_itself() -> None:
+def test_each_name_is_listed_once_and_the_adapter_is_not_a_model() -> None:
     assert len(names()) == len(set(names()))
     with pytest.raises(ConfigError, match="open_clip stands for any architecture of open_clip: give the name of one"):
         named_model("open_clip")
 
 
-def test_our_own_names_the_users_and_typos_are_left_to_hydra() -> None:
+def test_our_names_custom_names_and_typos_are_left_to_hydra() -> None:
     arguments = ["model=vit_b23", "model=mine", "model=null", "model.name=ViT-B/32", "data.train=ViT-B/32", "-m"]
     assert translate([*arguments, *(f"model={name}" for name in options("model"))])[: len(arguments)] == arguments
 

@@ -74,7 +74,7 @@ def test_composing_and_checking_import_no_torch(command, tmp_path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_every_problem_is_told_at_once(tmp_path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path) -> None:
     config = train_config(
         "global_batch_size=7", "trainer.devices=2", "trainer.accelerator=cpu", "max_steps=10", "scheduler.warmup_steps=20",
         "data=csv", "data.train=missing.csv", "patience=3",
@@ -199,7 +199,7 @@ def test_a_url_is_accepted_where_clip_exp_reads_no_path() -> None:
     assert (config.pretrained, config.logger.extra["mlflow"].arguments) == ("https://host/x", {"path": "http://host"})
 
 
-def test_asking_for_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requesting_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -226,13 +226,13 @@ def test_a_configuration_survives_its_yaml(tmp_path) -> None:
         ("[" * 1200 + "]" * 1200, "recursion"),
     ],
 )
-def test_a_run_folder_with_a_configuration_of_another_kind_is_refused(tmp_path, content: str, problem: str) -> None:
+def test_a_run_folder_with_an_invalid_configuration_is_refused(tmp_path, content: str, problem: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(CheckpointError, match=f"config.yaml is not a valid configuration: .*{problem}"):
         read_run_config(tmp_path)
 
 
-def test_a_message_has_no_characters_that_a_terminal_acts_on(capsys) -> None:
+def test_a_message_has_no_control_characters(capsys) -> None:
     assert run("models", ["+\x1b[2J=1"]) == 2
     told = capsys.readouterr().err
     assert "\\x1b[2J" in told
@@ -256,7 +256,7 @@ def test_every_default_is_written_out() -> None:
         r"C:\data\x.csv",
     ],
 )
-def test_values_outside_hydras_grammar_arrive_unchanged(value: str) -> None:
+def test_values_outside_hydras_grammar_are_unchanged(value: str) -> None:
     assert compose_config("data=csv", f"data.train={value}").data.train == value
 
 
@@ -272,7 +272,7 @@ def test_values_outside_hydras_grammar_arrive_unchanged(value: str) -> None:
         ("[sad :(,happy]", ["sad :(", "happy"]),
     ],
 )
-def test_lists_arrive_as_people_type_them(typed: str, expected: list) -> None:
+def test_lists_are_parsed_as_typed(typed: str, expected: list) -> None:
     assert compose_config(f"texts={typed}", command="predict").texts == expected
 
 
@@ -309,7 +309,7 @@ def test_an_argument_that_a_target_lacks_is_refused_by_name() -> None:
         build_optimizer(nn.Linear(2, 2), config.optimizer)
 
 
-def test_an_extra_callback_without_a_target_or_a_schedule_that_is_none_is_refused() -> None:
+def test_an_extra_callback_without_a_target_and_an_unknown_schedule_are_refused() -> None:
     from torch import nn
 
     from clip_exp.training.optim import build_optimizer, build_scheduler
@@ -321,7 +321,7 @@ def test_an_extra_callback_without_a_target_or_a_schedule_that_is_none_is_refuse
         build_scheduler(build_optimizer(nn.Linear(2, 2), config.optimizer), config.scheduler, 10)
 
 
-def test_words_and_paths_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_and_paths_are_not_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGE_KEY", "filepath")
     monkeypatch.setenv("KEY_DIR", "/data/keys1")
     check_train(train_config("output_dir=/data/keys1"))
@@ -340,7 +340,7 @@ def test_deepspeeds_own_keys_reach_its_configuration() -> None:
     assert strategy.config["zero_optimization"]["stage"] == 2
 
 
-def test_a_users_own_option_is_found_in_a_folder_of_theirs(command, tmp_path) -> None:
+def test_a_custom_option_is_found_in_the_users_folder(command, tmp_path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("defaults: [vit_nano]\nname: mine\n")
     result = command(

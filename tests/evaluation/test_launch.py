@@ -327,10 +327,10 @@ def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Pa
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({}, ConfigError, "given: nothing"),
-        ({"run": "a", "ckpt": "b"}, ConfigError, "given: run=a, ckpt=b"),
-        ({"model": named_model("vit_nano")}, ConfigError, "given: model=vit_nano"),
-        ({"run": "a", "pretrained": "w.pt"}, ConfigError, "given: run=a, pretrained=w.pt"),
+        ({}, ConfigError, "none is set"),
+        ({"run": "a", "ckpt": "b"}, ConfigError, "got run=a, ckpt=b"),
+        ({"model": named_model("vit_nano")}, ConfigError, "got model=vit_nano"),
+        ({"run": "a", "pretrained": "w.pt"}, ConfigError, "got run=a, pretrained=w.pt"),
         ({"pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
         ({"model": named_model("vit_nano"), "pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
         ({"run": "absent"}, ConfigError, "run=absent: folder not found"),

@@ -62,7 +62,7 @@ def rows_of(body: str) -> dict[str, str]:
     return dict(re.findall(r"^\| ([^|]+?) \| (.+?) \|$", body, re.MULTILINE))
 
 
-def test_a_run_s_card_tells_data_recipe_scores_and_provenance(trained: Path, tmp_path: Path) -> None:
+def test_a_run_s_card_has_data_recipe_scores_and_provenance(trained: Path, tmp_path: Path) -> None:
     folder = clip_exp.load(trained, accelerator="cpu").export(tmp_path / "exported")
     front, body = read_card(folder)
     assert front == {
@@ -88,7 +88,7 @@ def test_a_run_s_card_tells_data_recipe_scores_and_provenance(trained: Path, tmp
     assert "in the run vit_nano_csv, step 1." in body
 
 
-def test_scores_are_those_of_the_weights_that_leave(trained: Path, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_exported_weights(trained: Path, tmp_path: Path) -> None:
     _, body = read_card(clip_exp.load(trained, accelerator="cpu").export(tmp_path / "exported"))
     assert re.search(r"\| imagenet \| top1 \| 63\.2.% \|", body)
     assert "| validation | loss | 2.2500 |" in body
@@ -99,7 +99,7 @@ def test_scores_are_those_of_the_weights_that_leave(trained: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("chosen", repeat_beyond({*ExportFormat} - {ExportFormat.onnx}, ExportFormat))
-def test_no_file_names_a_place_of_this_machine(chosen: str, trained: Path, tmp_path: Path) -> None:
+def test_no_file_contains_a_path_of_this_machine(chosen: str, trained: Path, tmp_path: Path) -> None:
     folder = clip_exp.load(trained, accelerator="cpu").export(tmp_path / "exported", chosen)
     for path in folder.iterdir():
         content = path.read_bytes()
@@ -115,7 +115,7 @@ def test_secrets_of_the_environment_are_left_out(
     assert "0123456789abcdef" not in body
 
 
-def test_weights_that_no_run_trained_say_what_they_are(trained: Path, tmp_path: Path) -> None:
+def test_the_card_of_weights_without_a_run_names_their_source(trained: Path, tmp_path: Path) -> None:
     weights = trained / "checkpoints" / "step-000001" / "model.safetensors"
     foreign = tmp_path / "somebody's.safetensors"
     foreign.write_bytes(weights.read_bytes())
@@ -126,7 +126,7 @@ def test_weights_that_no_run_trained_say_what_they_are(trained: Path, tmp_path: 
     assert rows_of(body)["activation"] == "gelu"
 
 
-def test_what_was_tuned_of_start_weights_is_told(trained: Path) -> None:
+def test_the_card_lists_the_fine_tuning_of_initial_weights(trained: Path) -> None:
     run = source_of_run(trained).run
     assert run is not None
     run.pretrained = "/home/somebody/ViT-B-32.pt"
@@ -145,7 +145,7 @@ def test_averaged_weights_have_no_score_of_the_raw_ones(trained: Path, nano: CLI
     assert "not listed: cifar10, imagenet." in body
 
 
-def test_weights_mixed_with_the_start_say_so(trained: Path, nano: CLIP, tmp_path: Path) -> None:
+def test_the_card_of_averaged_weights_names_the_fraction(trained: Path, nano: CLIP, tmp_path: Path) -> None:
     start = tmp_path / "start.safetensors"
     save_file({name: 0 * tensor for name, tensor in nano.state_dict().items()}, start)
     record = json.loads((trained / "run.json").read_text())
@@ -204,7 +204,7 @@ def test_its_snippet_runs_and_gives_our_probabilities(
         assert bias is not None or found.sum() == pytest.approx(1)
 
 
-def test_a_checkpoint_s_card_tells_its_step(trained: Path, nano: CLIP, tmp_path: Path) -> None:
+def test_a_checkpoint_s_card_has_its_step(trained: Path, nano: CLIP, tmp_path: Path) -> None:
     write_checkpoint(trained, nano, 2)
     folder = clip_exp.load(trained / "checkpoints" / "step-000002", accelerator="cpu").export(tmp_path / "exported")
     _, body = read_card(folder)

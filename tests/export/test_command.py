@@ -26,9 +26,7 @@ def run(command: Run) -> Callable[..., subprocess.CompletedProcess[str]]:
     return partial(command, DOOR, "export")
 
 
-def test_a_run_is_exported_and_says_that_it_was_checked(
-    run: Callable, run_dir: Path, nano: CLIP, tmp_path: Path
-) -> None:
+def test_a_run_is_exported_and_verified(run: Callable, run_dir: Path, nano: CLIP, tmp_path: Path) -> None:
     done = run(f"run={run_dir}", "format=safetensors", "output=exports/nano", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "written: exports/nano (safetensors, 14.0 MB)" in done.stdout
@@ -75,7 +73,7 @@ def clip(run_dir: Path) -> Pipeline:
     return clip_exp.load(run_dir, accelerator="cpu")
 
 
-def test_an_older_export_is_replaced_only_when_asked(clip: Pipeline, tmp_path: Path) -> None:
+def test_an_older_export_is_replaced_only_with_overwrite(clip: Pipeline, tmp_path: Path) -> None:
     target = clip.export(tmp_path / "exported", "safetensors")
     with pytest.raises(
         ConfigError, match="is not empty: give a new folder, or replace an older export with overwrite=true"
@@ -88,12 +86,12 @@ def test_an_older_export_is_replaced_only_when_asked(clip: Pipeline, tmp_path: P
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_empty_folder_is_taken(clip: Pipeline, tmp_path: Path) -> None:
+def test_an_empty_folder_is_accepted(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "exported").mkdir()
     assert clip.export(tmp_path / "exported", "safetensors") == tmp_path / "exported"
 
 
-def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_written(clip: Pipeline, tmp_path: Path) -> None:
+def test_a_link_is_retained_and_its_target_is_written(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for name, aim in (("link", "real"), ("to nothing yet", "new")):
         (tmp_path / name).symlink_to(aim)
@@ -105,7 +103,7 @@ def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_written(clip: Pipel
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "new", "real", "run", "to nothing yet"]
 
 
-def test_a_format_that_there_is_not_is_told_by_the_python_function(clip: Pipeline, tmp_path: Path) -> None:
+def test_an_unknown_format_is_reported_by_the_python_function(clip: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format=gguf must be one of open_clip, huggingface, safetensors, onnx"):
         clip.export(tmp_path / "exported", "gguf")
 
@@ -154,7 +152,7 @@ def test_a_terminated_command_leaves_nothing(run_dir: Path, tmp_path: Path) -> N
     assert list(work.iterdir()) == []
 
 
-def test_a_full_disk_is_told_and_the_folder_stays_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_folder_is_unchanged(tmp_path: Path) -> None:
     target = tmp_path / "exported"
     target.mkdir()
 

@@ -114,7 +114,7 @@ def test_a_bias_that_clip_model_lacks_is_left_out(export: Export) -> None:
 
 
 @pytest.mark.parametrize("kind", ["resnet", "timm"])
-def test_other_towers_are_refused_with_the_formats_that_hold_them(kind: str, export: Export, tmp_path: Path) -> None:
+def test_other_towers_are_refused_with_the_supported_formats(kind: str, export: Export, tmp_path: Path) -> None:
     config = resnet()
     model: CLIP = build(config)
     if kind == "timm":

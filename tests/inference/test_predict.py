@@ -111,7 +111,7 @@ def test_texts_that_are_cut_are_told_with_their_number(run_dir: Path, photos: Pa
     assert "2 of the texts are longer than the model's 77 tokens" in caplog.text
 
 
-def test_every_problem_is_told_at_once(run_dir: Path, tmp_path: Path):
+def test_all_problems_are_reported_at_once(run_dir: Path, tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         compose("predict", ["images=absent.png", "k=0", "frames=0", "batch_size=0", "precision=fp8", "accelerator=tpu"])
     told = [line.partition(" ")[0] for line in str(caught.value).splitlines()]

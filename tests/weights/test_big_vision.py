@@ -256,7 +256,7 @@ def test_siglips_tables_name_every_weight_both_ways() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", "test_efficientnet", "mlp_mixer", "swin"])
-def test_a_table_can_be_asked_about_any_backbone(backbone: str) -> None:
+def test_tables_can_be_applied_to_any_backbone(backbone: str) -> None:
     """A file of one tower is looked at under every table of its family, which most backbones are not of."""
     name = {"mlp_mixer": "mixer_s32_224", "swin": "swin_tiny_patch4_window7_224"}.get(backbone, backbone)
     with torch.device("meta"):
@@ -268,7 +268,7 @@ def test_a_table_can_be_asked_about_any_backbone(backbone: str) -> None:
         assert len(theirs) >= len(state)
 
 
-def test_siglip_tells_what_its_training_did(tmp_path: Path) -> None:
+def test_siglip_files_are_described_with_their_training_settings(tmp_path: Path) -> None:
     """gelu as Flax computes it; open_clip's registry has the other one."""
     path = tmp_path / "siglip.npz"
     np.savez(path, **below("params/", siglip()))
@@ -279,7 +279,7 @@ def test_siglip_tells_what_its_training_did(tmp_path: Path) -> None:
     assert describe(path).activation is None
 
 
-def test_numbers_of_every_kind_are_read(tmp_path: Path) -> None:
+def test_arrays_of_every_dtype_are_read(tmp_path: Path) -> None:
     """bfloat16, which NumPy has no type for, columns first, and the other order of bytes; texts and dates are left out."""
     expected = torch.arange(6.0).reshape(2, 3)
     array = expected.numpy()
@@ -341,7 +341,7 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
         read_weights(path)
 
 
-def test_packed_arrays_are_refused_unread(tmp_path: Path) -> None:
+def test_compressed_arrays_are_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "packed.npz"
     np.savez_compressed(path, zeros=np.zeros(10**6))
     with pytest.raises(CheckpointError, match=r"compressed records \(8,\d+,\d+ bytes.* write it with numpy\.savez"):

@@ -123,7 +123,7 @@ def test_what_cannot_be_converted_is_named(
     assert (tmp_path / "there.safetensors").read_bytes() == before
 
 
-def test_code_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "old.pt"
     module = types.ModuleType("no_such_package")
     module.Settings = type("Settings", (), {"__module__": "no_such_package"})  # type: ignore[attr-defined]
@@ -151,7 +151,7 @@ def test_on_the_command_line_a_bare_path_is_the_file(command: Run, tmp_path: Pat
     assert "\ntrust_pickle: " in shown.stdout
 
 
-def test_what_safetensors_has_no_place_for_is_left_out(tmp_path: Path, capsys) -> None:
+def test_values_that_safetensors_cannot_store_are_left_out(tmp_path: Path, capsys) -> None:
     """A dictionary that holds itself, the name of the format's own metadata, numbers that the format lacks."""
     content: dict[str, Any] = {
         "weight": torch.ones(2),

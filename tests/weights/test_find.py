@@ -65,7 +65,7 @@ def torch_bytes(state: dict[str, torch.Tensor], tmp_path: Path) -> bytes:
     return (tmp_path / "made.pt").read_bytes()
 
 
-def test_a_tag_is_fetched_from_its_address_and_the_registry_settles_the_model(
+def test_a_tag_is_downloaded_from_its_url_and_the_registry_resolves_the_model(
     server, model, nano: CLIP, tmp_path, capsys
 ):
     content = torch_bytes(to_open_clip(nano.state_dict(), model), tmp_path)
@@ -87,7 +87,7 @@ def test_a_tag_is_fetched_from_its_address_and_the_registry_settles_the_model(
         find_weights("tiny", model, look_up(replace(entry, sha256="00000000")))
 
 
-def test_the_hub_is_preferred_and_the_address_is_used_where_the_hub_fails(server, model, nano: CLIP, tmp_path):
+def test_the_hub_is_preferred_and_the_url_is_used_if_the_hub_fails(server, model, nano: CLIP, tmp_path):
     save_file(to_open_clip(nano.state_dict(), model), tmp_path / "made.safetensors")
     content = torch_bytes(to_open_clip(nano.state_dict(), model), tmp_path)
     server.files["/w.pt"] = Served(content)
@@ -102,7 +102,9 @@ def test_the_hub_is_preferred_and_the_address_is_used_where_the_hub_fails(server
         find_weights("tiny", model, look_up(replace(entry, hub="org/gone", url=None)))
 
 
-def test_offline_a_tag_needs_what_is_on_disk_and_says_where_it_goes(server, model, nano: CLIP, tmp_path, monkeypatch):
+def test_offline_a_tag_needs_a_cached_file_and_the_error_names_its_path(
+    server, model, nano: CLIP, tmp_path, monkeypatch
+):
     content = torch_bytes(to_open_clip(nano.state_dict(), model), tmp_path)
     entry = replace(LISTED, url=f"{server.url}/w.pt", sha256=hashlib.sha256(content).hexdigest(), hub="org/tiny")
     monkeypatch.setenv("CLIP_EXP_OFFLINE", "1")
@@ -115,7 +117,7 @@ def test_offline_a_tag_needs_what_is_on_disk_and_says_where_it_goes(server, mode
     assert server.requests == []
 
 
-def test_a_name_on_the_hub_brings_its_own_model(server, model, nano: CLIP, tmp_path):
+def test_a_name_on_the_hub_includes_its_model(server, model, nano: CLIP, tmp_path):
     save_file(nano.state_dict(), tmp_path / "made.safetensors", {"clip_exp.model": json.dumps(plain(model))})
     publish(server, {"model.safetensors": (tmp_path / "made.safetensors").read_bytes()})
     found = find_weights("hf-hub:org/clip", None)
@@ -168,7 +170,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize(("pretrained", "name", "message"), PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_what_cannot_be_found_is_told_before_anything_is_fetched(pretrained: str, name: str, message: str) -> None:
+def test_unknown_weights_are_reported_before_anything_is_downloaded(pretrained: str, name: str, message: str) -> None:
     model = named_model(name)
     problems = check_pretrained(pretrained, model)
     assert len(problems) == 1
@@ -178,7 +180,7 @@ def test_what_cannot_be_found_is_told_before_anything_is_fetched(pretrained: str
     assert str(caught.value) == problems[0]
 
 
-def test_a_wrong_activation_is_told_before_a_tag_is_fetched() -> None:
+def test_a_wrong_activation_is_reported_before_a_tag_is_downloaded() -> None:
     model = named_model("vit_b32").model_copy(update={"activation": Activation.gelu})
     (problem,) = check_pretrained("openai", model)
     assert (
@@ -201,7 +203,7 @@ def test_a_folder_of_runs_lists_them(run_dir: Path, tmp_path: Path) -> None:
             source_of_run(folder)
 
 
-def test_what_can_be_found_is_no_problem(run_dir: Path) -> None:
+def test_existing_weights_cause_no_error(run_dir: Path) -> None:
     model = named_model("vit_b32")
     assert not [p for p in ("openai", "hf-hub:org/name", str(run_dir)) if check_pretrained(p, model)]
 

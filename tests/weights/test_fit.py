@@ -68,13 +68,13 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(model: CLIP) -> None:
     assert "different dtype: image.ln_post.bias torch.int8 instead of torch.float32" in message
 
 
-def test_a_missing_tower_is_told_in_a_word(model: CLIP) -> None:
+def test_a_missing_tower_is_reported_as_one_name(model: CLIP) -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("text.")}
     count = len(model.state_dict()) - len(state)
     assert f"missing in the file: text.* ({count} weights)\n" in refusal(fresh(), state)
 
 
-def test_weights_of_every_block_are_told_once() -> None:
+def test_weights_of_every_block_are_listed_once() -> None:
     blocks = [
         f"image.transformer.blocks.{i}.{part}" for i in range(12) for part in ("ln_1.weight", "ln_1.bias", "mlp.bias")
     ]
@@ -123,7 +123,7 @@ def test_weights_of_another_known_model_are_recognized(file: str, model: str, nu
     assert len(message) < 2000
 
 
-def test_a_bias_goes_with_the_loss_and_is_told(model: CLIP) -> None:
+def test_a_bias_depends_on_the_loss_and_is_reported(model: CLIP) -> None:
     with_bias = fresh(bias=-10.0)
     notes = fit_weights(with_bias, model.state_dict(), "file.pt")
     assert with_bias.logit_bias is not None

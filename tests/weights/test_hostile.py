@@ -151,14 +151,14 @@ def test_the_corpus_would_run_code(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [as_zip, as_legacy, as_torchscript])
-def test_the_refused_name_is_told(save: Callable[[Any, Path], None], folder: Path) -> None:
+def test_the_refused_name_is_reported(save: Callable[[Any, Path], None], folder: Path) -> None:
     path = folder / "model.pt"
     save({"a": Call(runpy.run_path, "program.py")}, path)
     with pytest.raises(CheckpointError, match=r"model\.pt is unsafe: its pickle loads runpy\.run_path"):
         read_weights(path)
 
 
-def test_a_pickle_that_is_called_safetensors_is_refused(folder: Path) -> None:
+def test_a_pickle_named_safetensors_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     as_zip(Call(os.system, TOUCH), path)
     with pytest.raises(CheckpointError, match="is unsafe"):
@@ -178,7 +178,7 @@ def archive(path: Path, *members: tuple[str, bytes], **options: Any) -> Path:
     return path
 
 
-def test_an_archive_that_is_more_than_it_looks_is_refused_unread(folder: Path) -> None:
+def test_compressed_or_ambiguous_archives_are_refused_unread(folder: Path) -> None:
     """Zeros packed to a thousandth would take all memory; of two records of a name readers take one or the other."""
     root = pickled({"a": Stored(Storage("0", 500_000), (500_000,), (1,))})
     small = pickled({"a": Stored(Storage("0", 2), (2,), (1,))})
@@ -202,7 +202,7 @@ def test_a_program_without_end_is_not_searched(folder: Path) -> None:
         describe(path)
 
 
-def test_a_configuration_without_end_is_not_read(folder: Path) -> None:
+def test_a_huge_configuration_is_not_read(folder: Path) -> None:
     save_file({"logit_scale": torch.ones(1)}, folder / "model.safetensors")
     with (folder / "config.json").open("wb") as file:
         file.truncate(MAX_JSON + 1)  # takes no room

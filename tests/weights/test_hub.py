@@ -53,7 +53,7 @@ def fetched(hub: Server) -> list[str]:
     ]
 
 
-def test_safetensors_are_preferred_and_the_configuration_lies_beside_them(hub) -> None:
+def test_safetensors_are_preferred_and_the_configuration_is_in_the_same_folder(hub) -> None:
     files = {name: name.encode() for name in ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "README.md")}  # fmt: skip
     publish(hub, files, large=("open_clip_model.safetensors",))
     folder = fetch_repository(NAME)
@@ -197,7 +197,7 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch) -> 
             fetch_repository(NAME)
 
 
-def test_a_full_disk_is_told_and_is_not_the_hubs_failure(hub, tmp_path) -> None:
+def test_a_full_disk_is_reported_as_a_local_error(hub, tmp_path) -> None:
     content = bytes(500_000)
     publish(hub, {"model.safetensors": content}, large=("model.safetensors",))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -210,7 +210,7 @@ def test_a_full_disk_is_told_and_is_not_the_hubs_failure(hub, tmp_path) -> None:
     assert (fetch_repository(NAME) / "model.safetensors").read_bytes() == content
 
 
-def test_a_repository_without_weights_says_what_it_has(hub) -> None:
+def test_a_repository_without_weights_is_reported_with_its_files(hub) -> None:
     publish(hub, {"README.md": b"", "flax_model.msgpack": b""})
     with pytest.raises(
         CheckpointError, match=r"one of open_clip_model\.safetensors.* has README\.md, flax_model\.msgpack"

@@ -49,14 +49,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @pytest.mark.parametrize(("quick", "activation"), [(True, Activation.quick_gelu), (False, Activation.gelu)])
-def test_openais_archive_says_quick_gelu_and_another_one_what_its_program_calls(
+def test_openais_archive_has_quick_gelu_and_another_one_the_activation_in_its_program(
     quick: bool, activation: Activation, tmp_path: Path
 ) -> None:
     write_openai_archive(openai_model(quick_gelu=quick), tmp_path / "ViT-B-32.pt")
     assert describe(tmp_path / "ViT-B-32.pt") == About("TorchScript archive", activation)
 
 
-def test_openais_state_dict_is_known_by_the_names_beside_the_weights(tmp_path: Path) -> None:
+def test_openais_state_dict_is_recognized_by_its_other_names(tmp_path: Path) -> None:
     state = openai_model().state_dict()
     torch.save(state | {"input_resolution": torch.tensor(32)}, tmp_path / "clip.pt")
     assert describe(tmp_path / "clip.pt") == About("OpenAI's state dict", Activation.quick_gelu)
@@ -112,7 +112,7 @@ def test_flagais_folder_loads_as_openais_weights(words: dict[str, bool], tmp_pat
     assert describe(tmp_path / "pytorch_model.bin") == about
 
 
-def test_flagais_configuration_may_say_gelu(tmp_path: Path) -> None:
+def test_flagais_configuration_may_set_gelu(tmp_path: Path) -> None:
     torch.save(openai_model().state_dict(), tmp_path / "pytorch_model.bin")
     write_json(tmp_path / "config.json", DESCRIPTION | {"quick_gelu": False})
     assert describe(tmp_path).activation is Activation.gelu
@@ -195,7 +195,7 @@ def test_a_hugging_face_folder_tells_its_preprocessing(
     assert (about.model.image.patch_size, about.model.image.mean) == (16, about.mean)
 
 
-def test_a_resampling_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_resampling_is_refused(tmp_path: Path) -> None:
     weights(tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", {"model_type": "clip"})
     write_json(tmp_path / "preprocessor_config.json", {"resample": 0})
@@ -250,9 +250,7 @@ def test_a_configuration_of_nonsense_is_refused_in_a_line(name: str, content: An
     assert "\n" not in str(caught.value)
 
 
-def test_a_configuration_cannot_ask_for_secrets_of_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_configuration_cannot_read_secrets_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "secret")
     config = plain(small_config()) | {"name": "x-${oc.env:TOKEN}"}
     save_file({"logit_scale": torch.ones(1)}, tmp_path / "a.safetensors", {"clip_exp.model": json.dumps(config)})

@@ -279,7 +279,7 @@ def test_positions_are_interpolated(tmp_path: Path) -> None:
     assert projection == "image.projection.weight: not in the file, so the tower starts with a random projection."
 
 
-def test_of_two_towers_that_fit_one_is_chosen(tmp_path: Path) -> None:
+def test_of_two_towers_that_fit_one_can_be_selected(tmp_path: Path) -> None:
     """As DINO's files have them."""
     student, teacher = (torch.load(timm_file(tmp_path / "a.pt", seed=seed)) for seed in (0, 1))
     both = {"student": below("module.backbone.", student), "teacher": below("backbone.", teacher)}
@@ -303,7 +303,7 @@ def test_of_two_towers_that_fit_one_is_chosen(tmp_path: Path) -> None:
 TIMM = (*TINY, "model/image=timm", "model.image.name=test_vit", "model.image.image_size=64")
 
 
-def test_a_locked_tower_of_a_file_trains_and_stays_as_it_is(train: Train, tmp_path: Path) -> None:
+def test_a_frozen_tower_from_a_file_is_unchanged_by_training(train: Train, tmp_path: Path) -> None:
     path = timm_file(tmp_path / "vit.pt", img_size=64)
     lit = (*TIMM, f"pretrained_image={path}", "finetune=lit", "max_steps=2", "scheduler.warmup_steps=0")
     for projection in (("model.image.projection=none", "model.embed_dim=64"), ("finetune.image.unfrozen_blocks=0",)):
@@ -368,7 +368,7 @@ def test_a_run_is_found_by_its_towers_and_needs_their_files_no_more(tmp_path: Pa
     assert open_run(config.model_copy(update={"pretrained_image": None})).folder != opening.folder
 
 
-def test_a_library_is_not_asked_for_weights_that_a_file_has(tmp_path: Path, train: Train) -> None:
+def test_a_library_is_not_used_for_weights_that_a_file_has(tmp_path: Path, train: Train) -> None:
     encoder = write_encoder(tmp_path / "bert", "bert")
     text = ("model/text=huggingface", f"model.text.name={encoder}", "model.text.context_length=20")
     (encoder / "model.safetensors").rename(tmp_path / "bert.safetensors")
@@ -386,7 +386,7 @@ def write_tower(path: Path, activation: Activation) -> Path:
     return path
 
 
-def test_files_of_towers_settle_the_activation_and_must_agree(tmp_path: Path, capsys) -> None:
+def test_files_of_towers_set_the_activation_and_must_agree(tmp_path: Path, capsys) -> None:
     quick = write_tower(tmp_path / "quick.safetensors", Activation.quick_gelu)
     gelu = write_tower(tmp_path / "gelu.safetensors", Activation.gelu)
     nano = ("model=vit_nano", f"output_dir={tmp_path / 'out'}", f"pretrained_image={quick}")

@@ -77,7 +77,7 @@ def test_weights_are_found_in_a_trainers_file(model: CLIP, tmp_path: Path, train
 
 @pytest.mark.parametrize("layout", ["ours", "open_clip"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ""])
-def test_the_format_is_told_by_the_content(model: CLIP, tmp_path: Path, layout: str, suffix: str) -> None:
+def test_the_format_is_detected_by_the_content(model: CLIP, tmp_path: Path, layout: str, suffix: str) -> None:
     state = model.state_dict() if layout == "ours" else to_open_clip(model.state_dict())
     path = tmp_path / f"weights{suffix}"
     save_file(state, path)
@@ -153,7 +153,7 @@ def test_of_a_folder_open_clips_own_file_is_read_first(model: CLIP, tmp_path: Pa
     assert_same(read_weights(tmp_path), model.state_dict())
 
 
-def test_a_folder_without_weights_says_what_it_needs(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_reported_with_the_required_files(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"has no weights: the folder must contain one of open_clip_model\.safetensors"
     ):
@@ -201,13 +201,13 @@ def test_a_header_may_have_any_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"\x89HDF\r\n\x1a\n", b"\x1f\x8b\x08gzip", b"text: 1", b"cos\nsystem\n(S'ls'\ntR."]
 )
-def test_other_files_are_no_weights(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.pt does not contain weights"):
         read_weights(tmp_path / "a.pt")
 
 
-def test_a_zip_of_something_else_is_no_weights(tmp_path: Path) -> None:
+def test_a_zip_with_other_content_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("photos/a.txt", "no weights")
     with pytest.raises(CheckpointError, match=r"a\.zip is a zip archive without weights of torch or NumPy"):
@@ -232,7 +232,7 @@ def test_a_file_cut_short_anywhere_is_refused_in_a_line(model: CLIP, tmp_path: P
         assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_safetensors_tells_how_much_is_there(model: CLIP, tmp_path: Path) -> None:
+def test_a_truncated_safetensors_file_is_reported_with_its_size(model: CLIP, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)
     size = path.stat().st_size
@@ -258,14 +258,14 @@ def test_a_truncated_safetensors_tells_how_much_is_there(model: CLIP, tmp_path: 
         ),
     ],
 )
-def test_a_file_without_weights_is_told(tmp_path: Path, content: Any, reason: str) -> None:
+def test_a_file_without_weights_is_reported(tmp_path: Path, content: Any, reason: str) -> None:
     path = tmp_path / "a.pt"
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=reason):
         read_weights(path)
 
 
-def test_a_tar_of_old_is_refused_without_the_advice_to_trust_it(tmp_path: Path) -> None:
+def test_an_old_tar_file_is_refused_without_advice_to_trust_it(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.pt", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as opened:
         opened.addfile(tarfile.TarInfo("\x80storages"))
     with pytest.raises(CheckpointError, match=r"is not a valid torch file \([^()]*tar format\)\. Download") as caught:

@@ -94,7 +94,7 @@ FILES: dict[str, tuple[Callable[[State], Any], str]] = {
 
 @pytest.mark.parametrize("trainer", FILES)
 @pytest.mark.parametrize("layout", ["ours", "open_clip", "transformers"])
-def test_weights_are_found_wherever_a_trainer_puts_them(trainer: str, layout: str, model: CLIP, tmp_path: Path) -> None:
+def test_weights_are_found_in_files_of_all_trainers(trainer: str, layout: str, model: CLIP, tmp_path: Path) -> None:
     write, left = FILES[trainer]
     config = small_config()
     states = {
@@ -122,7 +122,9 @@ STUDENTS: dict[str, tuple[Callable[[State, State], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("where", STUDENTS)
-def test_where_two_fit_both_are_named_and_one_is_chosen(where: str, model: CLIP, other: State, tmp_path: Path) -> None:
+def test_if_two_candidates_fit_both_are_named_and_one_can_be_selected(
+    where: str, model: CLIP, other: State, tmp_path: Path
+) -> None:
     write, first, second = STUDENTS[where]
     path = tmp_path / "last.ckpt"
     torch.save(write(to_open_clip(model.state_dict()), to_open_clip(other)), path)
@@ -140,7 +142,7 @@ def test_where_two_fit_both_are_named_and_one_is_chosen(where: str, model: CLIP,
     assert ("student" if "student" in first else "visual") in note
 
 
-def test_of_two_sizes_the_models_is_read(model: CLIP, tmp_path: Path) -> None:
+def test_of_two_sizes_that_of_the_model_is_read(model: CLIP, tmp_path: Path) -> None:
     wide = CONFIG.model_copy(update={"image": CONFIG.image.model_copy(update={"width": 80})})
     torch.save(
         below("student.", model.state_dict()) | below("teacher.", drawn(1, wide).state_dict()), tmp_path / "a.pt"
@@ -149,7 +151,7 @@ def test_of_two_sizes_the_models_is_read(model: CLIP, tmp_path: Path) -> None:
     assert "teacher (" in note
 
 
-def test_an_average_is_read_where_it_is_chosen(model: CLIP, other: State, tmp_path: Path) -> None:
+def test_averaged_weights_are_read_if_selected(model: CLIP, other: State, tmp_path: Path) -> None:
     torch.save({"state_dict": other, "state_dict_ema": below("module.", model.state_dict())}, tmp_path / "a.pt")
     assert_loads(tmp_path / "a.pt", model, "state_dict_ema")
     (note,) = load_weights(drawn(2), tmp_path / "a.pt")
@@ -184,7 +186,7 @@ def test_weights_of_a_larger_model_are_not_cut_to_a_smaller_one(tmp_path: Path) 
     assert "not in the model: text.transformer.blocks.2.* (12 weights)" in message
 
 
-def test_a_prefix_that_is_not_there_is_answered_with_those_that_are(model: CLIP, tmp_path: Path) -> None:
+def test_an_unknown_prefix_is_reported_with_the_available_ones(model: CLIP, tmp_path: Path) -> None:
     message = refusal({"state_dict": below("net.", model.state_dict())}, tmp_path / "a.pt", "student")
     assert message.endswith(
         "pretrained_prefix=student matches no weights of the model. The file has pretrained_prefix=state_dict.net."
@@ -193,7 +195,7 @@ def test_a_prefix_that_is_not_there_is_answered_with_those_that_are(model: CLIP,
     assert message.endswith("The file has none.")
 
 
-def test_an_object_beside_weights_is_still_refused(model: CLIP, tmp_path: Path) -> None:
+def test_an_object_next_to_weights_is_still_refused(model: CLIP, tmp_path: Path) -> None:
     message = refusal({"state_dict": model.state_dict(), "path": Path("a")}, tmp_path / "a.pt")
     assert "unsafe: its pickle loads pathlib" in message
 
@@ -209,7 +211,7 @@ def test_a_lightning_folder_of_deepspeed_is_read(below_latest: bool, model: CLIP
     assert_loads(checkpoint.parent if below_latest else checkpoint, model)
 
 
-def test_shards_of_deepspeed_are_refused_with_what_puts_them_together(tmp_path: Path) -> None:
+def test_shards_of_deepspeed_are_refused_with_the_command_that_merges_them(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("checkpoint")
     (tmp_path / "checkpoint").mkdir()
     shard = tmp_path / "checkpoint" / "mp_rank_01_model_states.pt"
@@ -222,7 +224,7 @@ def test_shards_of_deepspeed_are_refused_with_what_puts_them_together(tmp_path: 
         check_weights(tmp_path, CONFIG)
 
 
-def test_a_siglip_of_transformers_is_found_below_a_prefix(tmp_path: Path) -> None:
+def test_a_siglip_of_transformers_is_found_under_a_prefix(tmp_path: Path) -> None:
     text = SigLIPTextConfig(context_length=77, vocab_size=500, width=48, layers=2, heads=3, tokenizer="none")
     image = SigLIPImageConfig(image_size=32, patch_size=8, width=64, layers=2, heads=4)
     config = CONFIG.model_copy(update={"image": image, "text": text, "embed_dim": 64})

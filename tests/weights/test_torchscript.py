@@ -83,7 +83,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
-def test_a_scripted_module_of_odd_parts_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+def test_a_scripted_module_with_various_attributes_is_read_as_by_torch(tmp_path: Path) -> None:
     path = tmp_path / "odd.pt"
     torch.jit.script(Odd()).save(str(path))
     assert_as_torch_reads_it(path)
@@ -169,16 +169,14 @@ def test_a_tensor_outside_of_its_numbers_is_refused(
         read_torchscript(path)
 
 
-def test_a_class_without_a_module_of_its_own_is_read(
-    module: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_of_the_main_module_is_read(module: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch names classes of a script that was run."""
     monkeypatch.setattr(sys.modules["__torch__"], "Net", module, raising=False)
     monkeypatch.setattr(module, "__module__", "__torch__")
     test_a_hand_made_archive_is_read(module, tmp_path)
 
 
-def test_modules_without_end_are_refused(module: type, tmp_path: Path) -> None:
+def test_recursive_modules_are_refused(module: type, tmp_path: Path) -> None:
     circle = module()
     circle.again = circle
     wide = module()
@@ -190,7 +188,7 @@ def test_modules_without_end_are_refused(module: type, tmp_path: Path) -> None:
             read_torchscript(tmp_path / "hand.pt")
 
 
-def test_a_few_bytes_cannot_ask_for_a_large_table(tmp_path: Path) -> None:
+def test_a_few_bytes_cannot_allocate_a_large_table(tmp_path: Path) -> None:
     write_archive(tmp_path / "hand.pt", b"\x80\x02Nr" + (1 << 23).to_bytes(4, "little") + b".", {})  # 64 MB and more
     tracemalloc.start()
     try:

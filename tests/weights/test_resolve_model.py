@@ -30,13 +30,13 @@ def test_the_activation_is_that_of_the_weights(trained: Activation, capsys) -> N
     assert capsys.readouterr().err == "", "nothing was decided"
 
 
-def test_a_setting_that_the_weights_contradict_is_refused_with_the_way_out() -> None:
+def test_a_setting_that_does_not_fit_the_weights_is_refused_with_a_hint() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_model(MODEL.model_copy(update={"activation": Activation.gelu}), found(activation=Activation.quick_gelu))
     assert "model.activation=gelu, but w.pt was trained with quick_gelu: leave it out" in str(caught.value)
 
 
-def test_weights_that_do_not_tell_are_taken_for_gelu_and_that_is_said(capsys) -> None:
+def test_weights_of_unknown_activation_default_to_gelu_with_a_message(capsys) -> None:
     assert resolve_model(MODEL, found()).activation is Activation.gelu
     said = capsys.readouterr().err
     assert "of w.pt is unknown" in said
@@ -48,14 +48,14 @@ def test_weights_that_do_not_tell_are_taken_for_gelu_and_that_is_said(capsys) ->
     assert capsys.readouterr().err == ""
 
 
-def test_a_configuration_beside_the_weights_means_gelu_where_it_names_no_other(capsys) -> None:
+def test_a_configuration_without_an_activation_means_gelu(capsys) -> None:
     assert resolve_model(MODEL, found(model=MODEL)).activation is Activation.gelu
     assert "the activation of the weights" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="was trained with gelu"):
         resolve_model(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found(model=MODEL))
 
 
-def test_images_go_through_what_they_did_in_training_unless_the_user_says_otherwise() -> None:
+def test_images_are_preprocessed_as_in_training_unless_configured() -> None:
     about = {
         "mean": [0.5] * 3,
         "std": [0.25] * 3,
@@ -73,7 +73,7 @@ def test_images_go_through_what_they_did_in_training_unless_the_user_says_otherw
     assert (settled.std, settled.interpolation) == ([0.25] * 3, Interpolation.bilinear)
 
 
-def test_heads_that_shapes_do_not_tell_are_compared() -> None:
+def test_the_number_of_heads_is_compared() -> None:
     theirs = MODEL.model_copy(update={"image": MODEL.image.model_copy(update={"heads": 1})})
     with pytest.raises(
         ConfigError, match=r"model=vit_nano: model\.image\.heads=1 instead of 2\. Set these keys, or select"
@@ -82,7 +82,7 @@ def test_heads_that_shapes_do_not_tell_are_compared() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_l14_336", "rn50", "siglip_b16", "chinese_clip_h14"])
-def test_weights_that_tell_another_model_are_refused_with_its_name_before_they_are_read(name: str) -> None:
+def test_weights_of_another_model_are_refused_with_its_name_before_they_are_read(name: str) -> None:
     theirs = named_model(name).model_copy(update={"name": "downloads"})
     with pytest.raises(ConfigError, match=rf"w\.pt does not fit model=vit_nano: .*\. Set model={name}\."):
         resolve_model(MODEL, found(model=theirs, activation=Activation.gelu))
@@ -95,7 +95,7 @@ def test_towers_of_other_libraries_are_compared_by_their_weights_alone() -> None
     assert resolve_model(model, found(model=named_model("vit_b32"))).image == model.image
 
 
-def test_the_pooling_of_an_encoder_is_compared_since_no_shape_tells_it() -> None:
+def test_the_pooling_of_an_encoder_is_compared() -> None:
     model = named_model("chinese_clip_b16")
     assert resolve_model(model, found(model=model)).text == model.text
     theirs = model.model_copy(update={"text": model.text.model_copy(update={"pooler": Pooler.mean})})
@@ -111,7 +111,7 @@ def test_open_clips_architectures_have_their_own_activation_unless_the_weights_h
     assert resolve_model(model, found(activation=Activation.quick_gelu)).activation is Activation.quick_gelu
 
 
-def test_a_mark_of_the_registry_is_quick_gelu_and_none_is_gelu_but_for_other_architectures() -> None:
+def test_entries_of_the_registry_have_quick_gelu_if_marked_else_gelu_except_for_other_architectures() -> None:
     marked, plain = (open_clip_files.entry("ViT-B-32", tag) for tag in ("openai", "laion2b_s34b_b79k"))
     assert marked is not None
     assert plain is not None
@@ -127,7 +127,7 @@ def test_a_mark_of_the_registry_is_quick_gelu_and_none_is_gelu_but_for_other_arc
     ), "which contradicts it"
 
 
-def test_a_run_that_goes_on_takes_up_what_was_settled_and_keeps_what_is_set() -> None:
+def test_a_resumed_run_uses_resolved_values_unless_they_are_set() -> None:
     earlier: ModelConfig = resolve_model(MODEL, found(activation=Activation.quick_gelu, mean=[0.5] * 3))
     assert as_resolved(MODEL, earlier) == earlier
     own = MODEL.model_copy(update={"activation": Activation.gelu})
@@ -150,7 +150,7 @@ def with_backbone(name: str, pretrained: bool = True) -> ModelConfig:
         ("vit_tiny_patch16_224", True, None),
     ],
 )
-def test_a_backbone_of_another_activation_than_its_weights_is_told(
+def test_a_backbone_with_another_activation_than_its_weights_is_reported(
     name: str, pretrained: bool, twin: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note_architecture(with_backbone(name, pretrained))

@@ -140,7 +140,7 @@ def test_a_key_of_a_task_without_effect_is_refused(values: dict, expected: str) 
     assert expected in problem
 
 
-def test_every_line_of_the_tables_is_tried_above() -> None:
+def test_every_line_of_the_tables_is_tested_above() -> None:
     tried = f"{TRAINING} {TASKS} model.dropout"
     tables = [model.__dict__.get("unused", ()) for model in nested_models(*SCHEMAS.values())]
     missing = [
@@ -168,7 +168,7 @@ def test_the_configuration_of_a_run_is_never_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model", repeat_beyond(["siglip_so400m"], [name for name in options("model") if name != "open_clip"])
 )
-def test_no_model_sets_what_another_tower_makes_idle(model: str) -> None:
+def test_no_model_sets_a_key_that_another_tower_leaves_unused(model: str) -> None:
     for towers in ((), TIMM, BERT):
         assert problems(f"model={model}", *towers) == []
 
@@ -205,7 +205,7 @@ def test_an_evaluation_refuses_what_a_trained_model_does_not_use() -> None:
     ]
 
 
-def test_the_command_and_the_function_say_what_was_typed(refused, tmp_path: Path) -> None:
+def test_the_command_and_the_function_report_the_typed_key(refused, tmp_path: Path) -> None:
     result = refused("train.py", "patience=2", "data.image_key=filepath", cwd=tmp_path)
     assert result.returncode == 2
     assert "patience=2 has no effect" in result.stderr
