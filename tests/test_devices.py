@@ -1,4 +1,4 @@
-"""`accelerator` and `devices` mean the same for training and for evaluation, and a typo in them needs no torch."""
+"""Tests that `accelerator` and `devices` mean the same in training and evaluation, and that typos are reported without torch."""
 
 import builtins
 import io
@@ -16,7 +16,7 @@ from clip_exp.errors import ConfigError
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes torch find a number of GPUs."""
+    """Make torch find a number of GPUs."""
 
     def find(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)

@@ -1,4 +1,4 @@
-"""The package works away from its checkout, answers without torch, and keeps its rooms apart."""
+"""Tests that the package works without its checkout, that help needs no torch, and of import boundaries."""
 
 import os
 import subprocess

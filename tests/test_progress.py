@@ -1,4 +1,4 @@
-"""Progress is one line on the terminal of rank 0, about the work of all ranks."""
+"""Tests of the progress bar, which rank 0 shows for the work of all ranks."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Run folders are exclusive, found again by their configuration, and free of secrets."""
+"""Tests of run folders: exclusive, found again by their configuration, and free of secrets."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ from tests.text.test_tokenizer import TEXTS
 
 
 def choose(config: TrainConfig) -> tuple[Path, bool]:
-    """The folder that a run works in, and whether it has finished there."""
+    """Return the folder of a run, and whether the run has finished."""
     found = open_run(config)
     return found.folder, found.finished
 
@@ -126,7 +126,7 @@ def test_a_resume_that_names_nothing_is_refused(tmp_path) -> None:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let every file that is written anew fail with a number of the system's errors."""
+    """Make writing of every new file fail with an error number."""
 
     def fail_with(number: int) -> None:
         def write(path: Path, text: str, **options: object) -> None:

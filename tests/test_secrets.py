@@ -1,4 +1,4 @@
-"""Which environment variables hold secrets, and what is refused because of them."""
+"""Tests of the detection of secrets in environment variables and configurations."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -29,7 +29,7 @@ ORDINARY_NAMES = [
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
 def test_a_variable_with_the_name_of_a_secret_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its value."""
+    """Independent of its value."""
     monkeypatch.setenv(name, "a password without a digit")
     with pytest.raises(
         ConfigError, match=rf"^\$\{{oc\.env:{name}\}} is not allowed: {name} looks like the name of a secret"
@@ -88,7 +88,7 @@ def test_the_command_line_refuses_it_too_and_prints_no_value(
 def test_a_sweep_writes_no_secret_and_no_folder_named_by_a_url(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
 ) -> None:
-    """Hydra makes the folder and writes the overrides into it before a job is checked."""
+    """Hydra creates the folder and writes the overrides to it before a job is checked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_PAT", "abcdefgh-1")
     assert run("train", ["-m", "seed=1,2", "name=x-abcdefgh-1", "output_dir=s3://bucket/x"]) == 2
@@ -143,6 +143,6 @@ def test_secrets_that_contain_each_other_are_removed_completely(monkeypatch: pyt
 
 
 def test_a_long_text_without_a_url_does_not_take_quadratic_time() -> None:
-    """It would be half an hour."""
+    """It would take half an hour."""
     text = "a" * 300_000
     assert redact(text) == text

@@ -1,4 +1,4 @@
-"""What is written is there whole or not at all, and a lock is one process's until it ends, however it ends."""
+"""Tests of atomic files and folders, and of locks, which are exclusive until their process ends."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ FULL = OSError(28, "No space left on device")
 
 
 def contents(folder: Path) -> dict[str, str | None]:
-    """Every path below a folder, with the text of files."""
+    """Return all paths in a folder with the text of files."""
     return {
         str(path.relative_to(folder)): path.read_text() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -258,7 +258,7 @@ def run(script: str, argument: Path) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def process(script: str, argument: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that runs a script until it is killed or let go on, and the line that it printed."""
+    """Run a script in a process until it is killed or continued, and yield it with its first line."""
     with subprocess.Popen(
         [sys.executable, "-c", script, str(argument)],
         cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -271,7 +271,7 @@ def process(script: str, argument: Path) -> Iterator[tuple[subprocess.Popen[str]
 
 
 def refused(path: Path, **options: float) -> str:
-    """Who holds a lock."""
+    """Return the holder of a lock."""
     with pytest.raises(InUse) as caught, lock(path, **options):  # type: ignore[arg-type]
         pass
     return caught.value.owner
@@ -294,7 +294,7 @@ def test_a_lock_is_exclusive_until_its_process_ends(tmp_path: Path, end: str) ->
 
 
 def test_a_killed_process_frees_its_lock_while_its_forks_live(tmp_path: Path) -> None:
-    """Workers that load data are forks, and may outlive the process that holds the run's folder by seconds."""
+    """Data loading workers are forks, and may outlive the process that holds the lock of the run folder by seconds."""
     path = tmp_path / ".lock"
     with process(HOLD_AND_FORK, path) as (holder, fork):
         try:
@@ -415,7 +415,7 @@ def test_only_errors_of_unsupported_locks_are_ignored(
 
 
 def test_a_lock_file_that_cannot_be_opened_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system may report for names that it does not permit what it reports for locks that it does not have."""
+    """The same error number may be reported for invalid names and for unsupported locks."""
 
     def refuse(path: object, *arguments: object, **options: object) -> int:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))

@@ -1,4 +1,4 @@
-"""Third-party text in CSV files is text to a spreadsheet, and the same text when it is read back."""
+"""Tests that third-party text in CSV files is not a formula in a spreadsheet, and is unchanged when it is read back."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""What is typed, and what comes of it: every key of the schema can be set, interpolated, shown and completed; all that is wrong is reported."""
+"""Tests of composing configurations: every key of the schema can be set, interpolated, shown and completed, and all problems are reported."""
 
 import os
 import subprocess
@@ -242,7 +242,7 @@ NODES = {
 
 
 def defaults_in(model: type[Config], values: dict, at: str) -> list[str]:
-    """Return the keys of a file that say what the schema says already."""
+    """Return the keys of a file that repeat defaults of the schema."""
     found = []
     for name, field in model.model_fields.items():
         key = key_of(name, field)

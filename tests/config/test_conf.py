@@ -1,4 +1,4 @@
-"""Every file below conf/ composes, and what it describes can be built."""
+"""Tests that every file in conf/ can be composed and built."""
 
 import itertools
 

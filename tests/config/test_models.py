@@ -1,4 +1,4 @@
-"""Models answer to the names that they have elsewhere, on the command line and in Python."""
+"""Tests of models by their names in other libraries, on the command line and in Python."""
 
 import open_clip
 import pytest

@@ -1,4 +1,4 @@
-"""A wrong configuration is refused with one message that names what is valid, before torch is imported, with exit code 2."""
+"""Tests that an invalid configuration ends with exit code 2 and one message with a hint, before torch is imported."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A key that the chosen options do not use is refused where it was set, and only there."""
+"""Tests that keys which are set but unused by the selected options are errors, and only those."""
 
 import re
 from pathlib import Path
@@ -160,7 +160,7 @@ def test_a_key_in_a_file_of_the_user_counts_as_set_where_it_is_not_the_default()
 
 
 def test_the_configuration_of_a_run_is_never_refused(tmp_path: Path) -> None:
-    """Every default is written out in it."""
+    """Its file contains all defaults."""
     (tmp_path / "config.yaml").write_text(to_yaml(train_config("loss=sigmoid", "data/augmentation=strong")))
     assert unused_keys(read_run_config(tmp_path)) == []
 

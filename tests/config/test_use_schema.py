@@ -1,4 +1,4 @@
-"""The configurations of predict, rank, search and export."""
+"""Tests of the configurations of predict, rank, search and export."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The model card says what is known, loads what it says, and tells nothing about this machine."""
+"""Tests of the model card: its facts, its code snippets, and that it has no paths of this machine."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ Export = Callable[..., Path]
 
 @pytest.fixture
 def trained(tmp_path: Path, nano: CLIP) -> Path:
-    """A run folder with all that a card tells, some of it about other weights than the last."""
+    """Create a run folder with all facts of a card, some of them about other weights than the last."""
     tables = [str(tmp_path / "private" / name) for name in ("pairs.csv", "more_pairs.csv")]
     run = write_run(tmp_path / "run", nano, DataConfig(name="csv", train=tables, val=str(tmp_path / "held|out.csv")))
     record = {
@@ -182,7 +182,7 @@ MODELS: dict[str, Callable[[Path], tuple[ModelConfig, float | None]]] = {
 def test_its_snippet_runs_and_gives_our_probabilities(
     chosen: str, name: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an image of one color, where ways to resize do not differ."""
+    """The image has a single color, for which all methods of resizing give the same result."""
     config, bias = MODELS[name](tmp_path)
     folder = export(build(config, bias), config, chosen)
     (snippet,) = re.findall(r"```python\n(.*?)```", read_card(folder)[1], re.DOTALL)

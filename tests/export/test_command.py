@@ -1,4 +1,4 @@
-"""`clip-exp export` as a user runs it, and the folder that it writes whole or not at all."""
+"""Tests of the command `clip-exp export` and of its output folder, which is written atomically."""
 
 import os
 import signal
@@ -111,7 +111,7 @@ def test_an_unknown_format_is_reported_by_the_python_function(clip: Pipeline, tm
 def test_files_that_give_other_features_never_appear(
     clip: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from a broken disk, or a format that cannot hold the model after all: here the nonlinearity gets lost."""
+    """As after a disk error or an unsupported feature of a format; here, the activation gets lost."""
     right = open_clip_format.model_cfg
     monkeypatch.setattr(open_clip_format, "model_cfg", lambda *of: {**right(*of), "quick_gelu": True})
     before = sorted(tmp_path.iterdir())
@@ -136,7 +136,7 @@ def test_an_interrupted_export_leaves_nothing_and_what_was_there(
 
 
 def test_a_terminated_command_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
-    """SIGTERM while it writes: `write_card` of this process sends it to itself."""
+    """The process receives SIGTERM during the export: `write_card` sends it."""
     code = (
         "import os, signal\n"
         "from clip_exp.export import write\n"

@@ -1,4 +1,4 @@
-"""What transformers itself makes of an export."""
+"""Tests that transformers loads an export with equal features."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,9 +59,9 @@ def pixels_of(image: Image.Image, config: ModelConfig) -> torch.Tensor:
 
 @pytest.mark.parametrize("resize_mode", list(ResizeMode))
 def test_its_processor_gives_our_pixels(resize_mode: ResizeMode, export: Export, tmp_path: Path) -> None:
-    """But for rounding with Pillow; by default it resizes with torch, which differs by up to 2 of 255 levels.
+    """Except for rounding with Pillow. By default, transformers resizes with torch, which differs by up to 2 of 255 levels.
 
-    Where the crop leaves 3, 7, 11, … pixels over, transformers cuts the odd one on the other side; not of these here.
+    The sizes here avoid a remainder of 3, 7, 11, … pixels after the crop, for which transformers crops the odd pixel on the other side.
     """
     config = vit()
     config.image.resize_mode = resize_mode

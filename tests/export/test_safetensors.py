@@ -1,4 +1,4 @@
-"""Our own file tells all about its model."""
+"""Tests of exports in clip_exp's own format, whose file contains the model's configuration."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_nothing_in_it_contains_a_path_of_this_machine(export: Export, tmp_path:
 
 
 def test_files_of_exports_and_checkpoints_have_the_permissions_of_the_umask(export: Export, run_dir: Path) -> None:
-    """The safetensors library gives its files to their owner alone."""
+    """The safetensors library creates files that only their owner can read."""
     config = vit()
     folder = export(build(config), config, "safetensors")
     mask = os.umask(0)

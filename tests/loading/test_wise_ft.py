@@ -1,4 +1,4 @@
-"""Weights between a fine-tuned run and its start: exact at both ends, and never taken for those of either."""
+"""Tests of averages of a fine-tuned run and its initial weights: exact at both ends, and never confused with either."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def start(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tuned(tmp_path: Path, nano: CLIP, start: Path) -> Path:
-    """A run that started from `start`."""
+    """Train a run that starts from `start`."""
     folder = write_run(tmp_path / "tuned", nano)
     record = {"pretrained": {"path": str(start), "sha256": hash_weights(start)}}
     (folder / "run.json").write_text(json.dumps(record))

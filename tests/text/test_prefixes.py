@@ -1,4 +1,4 @@
-"""Texts as trees of tokens: the features of each text alone, padded to the full context, for less work."""
+"""Tests of prefix trees: the features equal those of each text padded to the full context."""
 
 import random
 
@@ -31,7 +31,7 @@ TEXTS = [
 
 
 def random_texts(seed: int) -> list[str]:
-    """Sentences of few words, so that many begin alike, and one contains another."""
+    """Return sentences of few words, with common prefixes and with one that is a prefix of another."""
     draw = random.Random(seed)
     return [" ".join(draw.choices(["a", "cat", "of", "photo", "猫"], k=draw.randint(0, 90))) for _ in range(60)]
 

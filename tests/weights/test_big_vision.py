@@ -1,4 +1,4 @@
-"""Files of big_vision and of Google's Vision Transformers load with the features that open_clip's and timm's own loaders give them."""
+"""Tests that files of big_vision and of Google's Vision Transformers give the same features as with the loaders of open_clip and timm."""
 
 import io
 import zipfile
@@ -36,7 +36,7 @@ def drawn(*shape: int) -> np.ndarray[Any, Any]:
 def block(
     prefix: str, norm_2: str = "LayerNorm_1", attention: str = "0", mlp: str = "MlpBlock_0", scale: float = 1.0
 ) -> Arrays:
-    """A block of a Vision Transformer as Flax has it."""
+    """Return the weights of a Vision Transformer block in Flax."""
     heads, wide = (HEADS, WIDTH // HEADS), 4 * WIDTH
     multi = f"MultiHeadDotProductAttention_{attention}"
     shapes: dict[str, tuple[int, ...]] = {
@@ -58,7 +58,7 @@ def block(
 
 
 def blocks(prefix: str, stacked: bool, **names: Any) -> Arrays:
-    """Blocks each by itself, or all of them along a first axis."""
+    """Return separate weights for each block, or weights of all blocks stacked along the first axis."""
     each = [block("block", scale=1 + i / 4, **names) for i in range(LAYERS)]
     if stacked:
         return {
@@ -73,7 +73,7 @@ def blocks(prefix: str, stacked: bool, **names: Any) -> Arrays:
 
 
 def image_tower(stacked: bool) -> Arrays:
-    """SigLIP's: no class token, and a head that pools by attention, made of what a block is made of."""
+    """Return the weights of SigLIP's image tower, without a class token and with attention pooling."""
     head = {name: array for name, array in block("MAPHead_0").items() if "/LayerNorm_1/" not in name}
     return {
         "embedding/kernel": drawn(PATCH, PATCH, 3, WIDTH),
@@ -110,7 +110,7 @@ def below(prefix: str, arrays: Arrays) -> Arrays:
 
 
 def small_config() -> ModelConfig:
-    """SigLIP with the activation that open_clip's own configuration of it has."""
+    """Return SigLIP with the activation of open_clip's configuration."""
     config: Any = load_config("siglip_b16")
     config.embed_dim, config.activation = WIDTH, Activation.gelu
     for tower in config.towers:
@@ -212,7 +212,7 @@ def test_a_vision_transformer_has_the_features_that_timms_loader_gives_it(
 
 
 def test_a_table_names_every_weight_of_timms_vision_transformers_both_ways() -> None:
-    """But for the heads of attention, of which our weights do not tell how many there are."""
+    """Except for the axis of attention heads, whose number our weights do not contain."""
     ours = timm.create_model("test_vit", num_classes=0).state_dict()
     state = {f"trunk.{name}": tensor for name, tensor in ours.items()}
     for layout in VITS:
@@ -224,7 +224,7 @@ def test_a_table_names_every_weight_of_timms_vision_transformers_both_ways() -> 
 
 @pytest.mark.parametrize("layout", VITS)
 def test_a_vision_transformer_is_the_image_tower_of_a_model(layout: str, tmp_path: Path) -> None:
-    """As `pretrained_image` reads it: without its classifier, and without a projection, which the file does not have."""
+    """As read by `pretrained_image`: without the classifier, and without a projection, which the file does not have."""
     image = TimmConfig(name="test_vit", image_size=64)
     config = small_config().model_copy(update={"image": image})
     own = build_model(config).image.state_dict()
@@ -257,7 +257,7 @@ def test_siglips_tables_name_every_weight_both_ways() -> None:
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", "test_efficientnet", "mlp_mixer", "swin"])
 def test_tables_can_be_applied_to_any_backbone(backbone: str) -> None:
-    """A file of one tower is looked at under every table of its family, which most backbones are not of."""
+    """For a file of one tower, all tables of its family are tried, which do not fit most backbones."""
     name = {"mlp_mixer": "mixer_s32_224", "swin": "swin_tiny_patch4_window7_224"}.get(backbone, backbone)
     with torch.device("meta"):
         state = timm.create_model(name, num_classes=0).state_dict()
@@ -269,7 +269,7 @@ def test_tables_can_be_applied_to_any_backbone(backbone: str) -> None:
 
 
 def test_siglip_files_are_described_with_their_training_settings(tmp_path: Path) -> None:
-    """gelu as Flax computes it; open_clip's registry has the other one."""
+    """The activation is Flax's tanh approximation; open_clip's registry has the exact gelu."""
     path = tmp_path / "siglip.npz"
     np.savez(path, **below("params/", siglip()))
     about = describe(path)
@@ -280,7 +280,7 @@ def test_siglip_files_are_described_with_their_training_settings(tmp_path: Path)
 
 
 def test_arrays_of_every_dtype_are_read(tmp_path: Path) -> None:
-    """bfloat16, which NumPy has no type for, columns first, and the other order of bytes; texts and dates are left out."""
+    """Including bfloat16, for which NumPy has no type, Fortran order, and the other byte order; texts and dates are left out."""
     expected = torch.arange(6.0).reshape(2, 3)
     array = expected.numpy()
     np.savez(
@@ -306,7 +306,7 @@ def test_arrays_of_every_dtype_are_read(tmp_path: Path) -> None:
 
 
 def with_header(shape: tuple[int, ...]) -> bytes:
-    """An array of four bytes whose header tells `shape`."""
+    """Return an array file of four bytes whose header has `shape`."""
     buffer = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, header)

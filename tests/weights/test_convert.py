@@ -1,4 +1,4 @@
-"""`clip-exp convert`: tensors of torch files as safetensors, and a pickle's code runs only where the user says so."""
+"""Tests of `clip-exp convert`: tensors of torch files become safetensors, and code in a pickle runs only with trust_pickle=true."""
 
 import argparse
 import sys
@@ -152,7 +152,7 @@ def test_on_the_command_line_a_bare_path_is_the_file(command: Run, tmp_path: Pat
 
 
 def test_values_that_safetensors_cannot_store_are_left_out(tmp_path: Path, capsys) -> None:
-    """A dictionary that holds itself, the name of the format's own metadata, numbers that the format lacks."""
+    """Such as a recursive dictionary, the name of the format's metadata, and unsupported dtypes."""
     content: dict[str, Any] = {
         "weight": torch.ones(2),
         "__metadata__": torch.ones(1),

@@ -1,4 +1,4 @@
-"""Downloads end with the right file under its name, or with nothing there and a message; against a local server."""
+"""Tests of downloads from a local server: they end with the right file, or without a file and with a message."""
 
 import hashlib
 import os
@@ -188,7 +188,7 @@ def test_without_a_checksum_only_https_is_fetched_from(server) -> None:
 
 
 def test_without_a_checksum_redirects_are_refused_and_the_length_is_checked(server, folder) -> None:
-    """As behind an https address: the server here has no certificate."""
+    """As for an https URL; the test server has no certificate."""
     target = folder / "w.pt"
     folder.mkdir()
     server.files["/else"] = Served(CONTENT)

@@ -1,4 +1,4 @@
-"""`pretrained` finds a path, a name on the hub or a tag, in this order, and what it says is settled into the model."""
+"""Tests of `pretrained`: a path, a name on the hub or a tag, in this order, and how it completes the model's configuration."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ LISTED = Entry(
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of files and of the hub; what is fetched is kept below `tmp_path`."""
+    """Run a server of files and of the hub, with caches in `tmp_path`."""
     with serving() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("CLIP_EXP_CACHE", str(tmp_path / "files"))
@@ -209,7 +209,7 @@ def test_existing_weights_cause_no_error(run_dir: Path) -> None:
 
 
 def test_a_file_that_was_cut_short_before_its_checksum_is_known_must_be_deleted(model, tmp_path, monkeypatch) -> None:
-    """A tag without a checksum: what lies in its place is not fetched again."""
+    """For a tag without a checksum, an existing file is not downloaded again."""
     monkeypatch.setenv("CLIP_EXP_CACHE", str(tmp_path))
     (tmp_path / "w.pt").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(CheckpointError, match=r"w\.pt is truncated.* Delete .*w\.pt first"):

@@ -1,4 +1,4 @@
-"""Weights go into a model all or none, and what does not fit is told in a few lines."""
+"""Tests that all weights are loaded or none, and that problems are reported in a few lines."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def fresh(config: ModelConfig | None = None, bias: float | None = None) -> CLIP:
 
 
 def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """The message with which the weights are refused, after which the model has those that it had."""
+    """Return the error message for weights that do not fit, after checking that the model is unchanged."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         fit_weights(model, state, "file.pt")
@@ -91,7 +91,7 @@ def test_weights_of_every_block_are_listed_once() -> None:
 
 
 def meta_state(name: str) -> dict[str, Tensor]:
-    """The shapes of a model of `conf/model/`."""
+    """Return the shapes of a model of `conf/model/`."""
     with torch.device("meta"):
         return build_model(named_model(name)).state_dict()
 
@@ -248,13 +248,13 @@ def test_a_longer_context_is_refused_with_the_reason(model: CLIP) -> None:
 
 
 def test_another_context_of_a_text_tower_that_is_not_causal_is_refused() -> None:
-    """Its features come from the last position and all before it, so a part of them is another tower."""
+    """Its features depend on all positions, so a part of them would be another tower."""
     message = refusal(fresh(siglip_config(context_length=8)), fresh(siglip_config()).state_dict())
     assert "set model.text.context_length=12" in message
 
 
 def test_foreign_towers_are_read_by_the_configuration(tmp_path: Path) -> None:
-    """open_clip's names of a timm tower do not tell ours; the model's configuration does."""
+    """Our names do not follow from open_clip's names of a timm tower, but from the model's configuration."""
     config = small_config().model_copy(update={"image": TimmConfig(image_size=64, name="resnet10t"), "embed_dim": 40})
     source, other = fresh(config), build_model(config)
     save_file(to_open_clip(source.state_dict(), config), tmp_path / "theirs.safetensors")

@@ -1,4 +1,4 @@
-"""No file of weights runs code: every pickle that would is refused with one message, in whatever file it comes."""
+"""Tests that no weights file executes code: every unsafe pickle is refused with one message, in every file format."""
 
 import argparse
 import builtins
@@ -31,7 +31,7 @@ CANARY = Path("canary")  # in the test's own folder
 
 
 class Call:
-    """Pickled as a call of `function`."""
+    """Object that is pickled as a call of `function`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -41,7 +41,7 @@ class Call:
 
 
 class Sets:
-    """Runs code when its state is set."""
+    """Object that runs code when its state is set."""
 
     def __getstate__(self) -> dict[str, int]:
         return {"a": 1}
@@ -51,14 +51,14 @@ class Sets:
 
 
 class Makes(dict):  # type: ignore[type-arg]
-    """Runs code when an entry is set."""
+    """Object that runs code when an entry is set."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         CANARY.touch()
 
 
 class Tensorlike(torch.Tensor):
-    """Runs code when it is rebuilt."""
+    """Object that runs code when it is rebuilt."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return CANARY.touch, ()
@@ -139,7 +139,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(name: str, save: Callable[[An
 
 
 def test_the_corpus_would_run_code(folder: Path) -> None:
-    """Without the refusal most of it does, so the test above tests something."""
+    """Most of these pickles run code if they are not refused, so the test above is meaningful."""
     ran = []
     for name, make in HOSTILE.items():
         as_pickle(make(), folder / "a.pkl")
@@ -170,7 +170,7 @@ def test_a_pickle_named_safetensors_is_refused(folder: Path) -> None:
 
 
 def archive(path: Path, *members: tuple[str, bytes], **options: Any) -> Path:
-    """A file as torch writes it, of records made by hand."""
+    """Write a file like torch's, with given records."""
     with zipfile.ZipFile(path, "w", **options) as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a name that is there twice
         for name, content in (("a/version", b"3\n"), *members):
@@ -179,7 +179,7 @@ def archive(path: Path, *members: tuple[str, bytes], **options: Any) -> Path:
 
 
 def test_compressed_or_ambiguous_archives_are_refused_unread(folder: Path) -> None:
-    """Zeros packed to a thousandth would take all memory; of two records of a name readers take one or the other."""
+    """Compressed zeros could take all memory, and readers may disagree on two records with the same name."""
     root = pickled({"a": Stored(Storage("0", 500_000), (500_000,), (1,))})
     small = pickled({"a": Stored(Storage("0", 2), (2,), (1,))})
     zeros, record = ("a/data/0", bytes(2_000_000)), ("a/data/0", bytes(8))

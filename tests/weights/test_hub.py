@@ -1,4 +1,4 @@
-"""The hub, as a local server that speaks the few words of it that are needed."""
+"""Tests of the hub, with a local server that implements the necessary requests."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ def hub(tmp_path, monkeypatch):
 
 
 def publish(hub: Server, files: dict[str, bytes], large: tuple[str, ...] = (), name: str = NAME) -> None:
-    """Put a repository on the hub.
+    """Publish a repository on the hub.
 
     Args:
-        large: files that lie in its large storage, under their hash.
+        large: files in its large file storage, named by their hash.
     """
     listed = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
     for path in (f"/api/models/{name}", f"/api/models/{name}/revision/main", f"/api/models/{name}/revision/v2"):
@@ -45,7 +45,7 @@ def publish(hub: Server, files: dict[str, bytes], large: tuple[str, ...] = (), n
 
 
 def fetched(hub: Server) -> list[str]:
-    """The files that were downloaded, in their order."""
+    """Return the downloaded files in order."""
     return [
         request.path.rpartition("/")[2]
         for request in hub.requests
@@ -157,7 +157,7 @@ def test_damaged_large_files_are_refused_with_both_sums_and_removed(hub) -> None
 
 
 def test_a_blob_that_repositories_share_is_checked_by_its_own_hash_and_removed_with_its_links(hub, tmp_path) -> None:
-    """As the hub's library lays them out: `blobs/<sha256>` of a repository links to a file under another hash."""
+    """As in the hub's cache, `blobs/<sha256>` of a repository links to a file with another hash."""
     publish(hub, {"model.safetensors": b"good", "config.json": b"{}"}, large=("model.safetensors",))
     path = fetch_repository(NAME) / "model.safetensors"
     shared = tmp_path / "cache" / "blobs" / "bb" / ("b" * 64)

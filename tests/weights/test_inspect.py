@@ -1,4 +1,4 @@
-"""What a file or folder of weights tells about itself, without torch."""
+"""Tests of the detection of formats and training settings, without torch."""
 
 import json
 import subprocess
@@ -98,7 +98,7 @@ def test_a_checkpoint_is_described_by_its_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [{"quick_gelu": True}, {}])
 def test_flagais_folder_loads_as_openais_weights(words: dict[str, bool], tmp_path: Path) -> None:
-    """Its published models are OpenAI's, whatever its configuration leaves out."""
+    """Its published models are OpenAI's, although its configuration may not name the activation."""
     theirs = openai_model()
     torch.save({"module": theirs.state_dict(), "iteration": 1}, tmp_path / "pytorch_model.bin")
     write_json(tmp_path / "config.json", DESCRIPTION | words)

@@ -1,4 +1,4 @@
-"""Weights of one tower, in the files of the library that made it, of CLIP models, and of trainers: features equal that library's."""
+"""Tests of weights of a single tower, in files of its library, of CLIP models, and of trainers: features equal those of the library."""
 
 import json
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def below(prefix: str, state: State) -> State:
 
 
 class Case(NamedTuple):
-    """A file of a tower, and what its library computes."""
+    """File of a tower, and the features that its library computes."""
 
     config: ModelConfig
     state: Any
@@ -280,7 +280,7 @@ def test_positions_are_interpolated(tmp_path: Path) -> None:
 
 
 def test_of_two_towers_that_fit_one_can_be_selected(tmp_path: Path) -> None:
-    """As DINO's files have them."""
+    """As in DINO's files."""
     student, teacher = (torch.load(timm_file(tmp_path / "a.pt", seed=seed)) for seed in (0, 1))
     both = {"student": below("module.backbone.", student), "teacher": below("backbone.", teacher)}
     path = tmp_path / "dino.pth"

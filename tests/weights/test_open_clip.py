@@ -32,7 +32,7 @@ WHOLE = ("rn50", "vit_b32", "vit_b16", "siglip_b16")
 
 
 def assert_equal_both_ways(config: ModelConfig, twin: nn.Module, names_tell: bool = True) -> CLIP:
-    """Our model with the weights of `twin`."""
+    """Return our model with the weights of `twin`."""
     twin.eval()
     model = with_weights_of(twin, config).eval()
     image_BCHW, tokens_BL = inputs(config)

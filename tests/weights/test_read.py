@@ -188,7 +188,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, name: str, content:
 
 
 def test_a_header_may_have_any_length(tmp_path: Path) -> None:
-    """Its length comes first, and may be the letters that a web page begins with."""
+    """The first bytes are its length, and may equal the start of a web page."""
     path = tmp_path / "model.safetensors"
     save_file({"logit_scale": torch.ones(1)}, path)
     content = path.read_bytes()

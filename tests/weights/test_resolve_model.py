@@ -1,4 +1,4 @@
-"""What weights say about their model is filled in where the user left it open, and refused where the user says otherwise."""
+"""Tests of completing a model's configuration from its weights, and of refusing values that do not fit them."""
 
 from pathlib import Path
 

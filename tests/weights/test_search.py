@@ -1,4 +1,4 @@
-"""Weights in the files of other people's trainers: found wherever they are, all of them or none, and chosen where two fit."""
+"""Tests of finding weights in files of various trainers, and of selecting one of several complete candidates."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +60,7 @@ def below(prefix: str, state: State) -> State:
 
 
 def wrapped(state: State) -> State:
-    """As FSDP names a tower and its blocks, under torch.compile."""
+    """Return weights with FSDP's names of a tower and its blocks, under torch.compile."""
     wrapper = "_fsdp_wrapped_module."
     return {
         f"_orig_mod.{name.replace('.resblocks.0.', f'.resblocks.0.{wrapper}').replace('visual.', f'visual.{wrapper}')}": tensor
@@ -237,7 +237,7 @@ def test_a_siglip_of_transformers_is_found_under_a_prefix(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("missing", ["visual.class_embedding", "token_embedding.weight"])
 def test_what_an_incomplete_file_lacks_is_named_by_our_names(missing: str, tmp_path: Path) -> None:
-    """Also where it is what the kind of tower is recognized by."""
+    """Also if the kind of tower is recognized by the missing weight."""
     state = to_open_clip(drawn(0, CONFIG).state_dict(), CONFIG)
     del state[missing]
     torch.save(state, tmp_path / "a.pt")

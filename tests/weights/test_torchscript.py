@@ -1,4 +1,4 @@
-"""Weights come out of TorchScript archives as torch reads them, and the archive's program never runs."""
+"""Tests that weights of TorchScript archives are read as by torch, without executing the archive's program."""
 
 import sys
 import tracemalloc
@@ -63,7 +63,7 @@ def test_logits_are_those_of_open_clip_with_the_same_archive(image: str, tmp_pat
 
 
 class Odd(nn.Module):
-    """Tensors of several kinds, a module with two names, views of one storage, lists and numbers."""
+    """Module with tensors of several dtypes, a submodule with two names, views of one storage, lists and numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_a_scripted_module_with_various_attributes_is_read_as_by_torch(tmp_path:
 
 
 class Talks(nn.Module):
-    """Its program speaks when torch loads it."""
+    """Module whose program prints a message when torch loads it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_setstate_in_the_archives_program_does_not_run(tmp_path: Path, capfd: py
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> type:
-    """A class that a hand-made pickle can call a module of an archive."""
+    """Create a class that a handmade pickle can use as a module of an archive."""
     parent, place = types.ModuleType("__torch__"), types.ModuleType("__torch__.net")
     made = type(
         "Net", (), {"__module__": "__torch__.net", "__init__": lambda self, **values: self.__dict__.update(values)}
@@ -170,7 +170,7 @@ def test_a_tensor_outside_of_its_numbers_is_refused(
 
 
 def test_a_class_of_the_main_module_is_read(module: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch names classes of a script that was run."""
+    """As torch names classes of a script."""
     monkeypatch.setattr(sys.modules["__torch__"], "Net", module, raising=False)
     monkeypatch.setattr(module, "__module__", "__torch__")
     test_a_hand_made_archive_is_read(module, tmp_path)
@@ -221,7 +221,7 @@ def test_a_changed_byte_or_a_compressed_record_is_refused(module: type, tmp_path
 
 
 def test_a_pickle_cannot_change_what_it_is_given_for_the_next_one(module: type, tmp_path: Path) -> None:
-    """BUILD sets attributes of anything: here of the function that rebuilds tensors, and of a module's class."""
+    """BUILD can set attributes of any object: here, of the function that rebuilds tensors, and of a module's class."""
     hostile = (
         b"\x80\x02c%s\n(N}X\x0c\x00\x00\x00__setstate__K\x01stb."  # GLOBAL, then the state (None, {"__setstate__": 1})
     )
