@@ -1,8 +1,8 @@
 """Benchmark of complete commands: `train.py` and open_clip's trainer, ViT-S/32 for 20 steps of 32 pairs from one CSV file on the CPU.
 
-Both read the same rows of --csv with two workers, train in float32 with AdamW and write a checkpoint at the end. They run in turns, with
-alternating order. The output is the median of the samples per second after the fifth step, the time of the whole process from its start to
-its end, and the ratios of medians over the pairs of runs.
+Both read the same rows of --csv with two workers, train in float32 with AdamW and write a checkpoint at the end. They
+run in turns, with alternating order. The output is the median of the samples per second after the fifth step, the time
+of the whole process from its start to its end, and the ratios of medians over the pairs of runs.
 
     python benchmarks/end_to_end.py --csv photographs/train.csv
 """

@@ -1,8 +1,8 @@
 """Benchmark of the training throughput on one GPU: the samples per second in metrics.csv and by the wall clock, eager and compiled.
 
-Each run is `train.py` with the images of `data=shapes`, which are fast to decode, in bf16. The first steps (--skip) are not measured, since
-workers start and towers are compiled in them. The wall-clock time is measured between the ends of two logged steps, after synchronizing the GPU;
-the reported time is that of the rows between these steps.
+Each run is `train.py` with the images of `data=shapes`, which are fast to decode, in bf16. The first steps (--skip) are
+not measured, since workers start and towers are compiled in them. The wall-clock time is measured between the ends of
+two logged steps, after synchronizing the GPU; the reported time is that of the rows between these steps.
 
     python benchmarks/gpu_throughput.py
     python benchmarks/gpu_throughput.py --runs vit_b32:128 rn50:256 --workers 8 --steps 200

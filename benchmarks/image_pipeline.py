@@ -1,14 +1,15 @@
 """Benchmark of the image pipeline: clip_exp and open_clip's CSV dataset with its training transform, in turns in one process.
 
-200 photographs of about 500 x 375 pixels and 40 of 1,600 pixels are written as JPEG files, made from those in --images or generated. The JPEG
-quality of 85 gives about 2 bits per pixel at 500 x 375, as the median JPEG of that size on the web (2.07; HTTP Archive, 2024). With more bits,
-more of the time is spent in Huffman decoding, which is the same on both sides. With --images, the original files are measured too, without a
-target.
+200 photographs of about 500 x 375 pixels and 40 of 1,600 pixels are written as JPEG files, made from those in --images
+or generated. The JPEG quality of 85 gives about 2 bits per pixel at 500 x 375, as the median JPEG of that size on the
+web (2.07; HTTP Archive, 2024). With more bits, more of the time is spent in Huffman decoding, which is the same on both
+sides. With --images, the original files are measured too, without a target.
 
-Both sides produce complete samples from the same table, from path to pixels and from caption to ids. clip_exp decodes with torchvision, crops,
-resizes bytes and normalizes on the device (timed separately). open_clip decodes, crops and resizes with Pillow and normalizes floats. The first
-measurement is the CPU time on one core, the second the wall-clock time with two DataLoader workers; both are medians over the rounds. The last
-output is the largest difference of a pixel for the same crop, in levels of 255.
+Both sides produce complete samples from the same table, from path to pixels and from caption to ids. clip_exp decodes
+with torchvision, crops, resizes bytes and normalizes on the device (timed separately). open_clip decodes, crops and
+resizes with Pillow and normalizes floats. The first measurement is the CPU time on one core, the second the wall-clock
+time with two DataLoader workers; both are medians over the rounds. The last output is the largest difference of a pixel
+for the same crop, in levels of 255.
 
     python benchmarks/image_pipeline.py --images $CLIP_EXP_DATA/imagenet_val_sample
 """

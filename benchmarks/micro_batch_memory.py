@@ -1,7 +1,7 @@
 """Benchmark of the peak memory of one ViT-B/32 step with batch size 256, with and without micro-batches of 32. Also compares the gradients.
 
-Each variant runs in a separate process. The result is the peak of its resident memory during forward and backward minus the memory before
-(Linux's VmHWM, reset through /proc/self/clear_refs). Requires Linux and about 12 GB of memory.
+Each variant runs in a separate process. The result is the peak of its resident memory during forward and backward minus
+the memory before (Linux's VmHWM, reset through /proc/self/clear_refs). Requires Linux and about 12 GB of memory.
 
     python benchmarks/micro_batch_memory.py
 """

@@ -1,8 +1,9 @@
 """Benchmark of retrieval metrics: ranks of 5,000 images and 5,000 captions in both directions, clip_exp and open_clip's trainer.
 
-Each side runs in a separate process that makes one measurement at a time. The memory is the peak of resident memory during the call minus the
-memory before (Linux's VmHWM, reset through /proc/self/clear_refs). clip_exp counts higher scores in tiles; open_clip sorts the whole matrix
-twice. There is one caption per image, since open_clip's metric supports no more. Both sides use the same features.
+Each side runs in a separate process that makes one measurement at a time. The memory is the peak of resident memory
+during the call minus the memory before (Linux's VmHWM, reset through /proc/self/clear_refs). clip_exp counts higher
+scores in tiles; open_clip sorts the whole matrix twice. There is one caption per image, since open_clip's metric
+supports no more. Both sides use the same features.
 
     python benchmarks/retrieval.py --pairs 5
 """

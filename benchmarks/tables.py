@@ -1,9 +1,10 @@
 """Benchmark of opening tables with millions of rows, and of the memory of workers: clip_exp and open_clip's CsvDataset.
 
-A CSV file with about 90 bytes per row is written to a temporary folder. Each side opens it in a separate process, which then forks workers that
-read the path and the caption of every row, as DataLoader workers do in an epoch. The private memory of a worker is the increase of
-Private_Clean + Private_Dirty in /proc/<pid>/smaps_rollup (Linux) while all workers are alive. Pages of a mapped file that several processes read
-are not private. clip_exp opens the table twice: cold (building the index) and warm (with an existing index).
+A CSV file with about 90 bytes per row is written to a temporary folder. Each side opens it in a separate process, which
+then forks workers that read the path and the caption of every row, as DataLoader workers do in an epoch. The private
+memory of a worker is the increase of Private_Clean + Private_Dirty in /proc/<pid>/smaps_rollup (Linux) while all
+workers are alive. Pages of a mapped file that several processes read are not private. clip_exp opens the table twice:
+cold (building the index) and warm (with an existing index).
 
     python benchmarks/tables.py --rows 1000000
     python benchmarks/tables.py --rows 10000000 --their-workers 1

@@ -1,9 +1,10 @@
 """Benchmark of the tokenizer on one core: clip_exp and open_clip's `SimpleTokenizer`, in turns in one process.
 
-There are two cases. Sample by sample, as in data loading: open_clip's `CsvDataset` calls `tokenizer([caption])[0]` for every sample and stacks the
-batch, while clip_exp encodes every sample and pads the batch. And whole batches at once, as for the prompts of a classifier. Both sides cache
-words, so each case is measured twice: cold, with an empty cache, and warm, with the same captions again. The ids must be equal. Plain captions are
-read from a table or generated; messy captions, a tenth as many, are derived from them.
+There are two cases. Sample by sample, as in data loading: open_clip's `CsvDataset` calls `tokenizer([caption])[0]` for
+every sample and stacks the batch, while clip_exp encodes every sample and pads the batch. And whole batches at once, as
+for the prompts of a classifier. Both sides cache words, so each case is measured twice: cold, with an empty cache, and
+warm, with the same captions again. The ids must be equal. Plain captions are read from a table or generated; messy
+captions, a tenth as many, are derived from them.
 
     python benchmarks/tokenizer.py --csv $CLIP_EXP_DATA/flickr8k/train.csv
 """

@@ -1,12 +1,13 @@
 """Benchmark of a training step of ViT-B/32, ViT-B/16 and RN50 in float32: clip_exp and open_clip_torch, in turns in one process.
 
-Both train the same weights on the same batches with the same loss. clip_exp truncates tokens to the longest caption of the batch, has one
-projection for queries, keys and values, computes the last block only for the pooled token, and uses channels-last convolutions and fused AdamW.
-open_clip_torch uses 77 tokens and the AdamW of its trainer.
+Both train the same weights on the same batches with the same loss. clip_exp truncates tokens to the longest caption of
+the batch, has one projection for queries, keys and values, computes the last block only for the pooled token, and uses
+channels-last convolutions and fused AdamW. open_clip_torch uses 77 tokens and the AdamW of its trainer.
 
-Captions are read from the column `title` of --csv. Without it, they are generated with lengths as in Flickr8k: 14.2 tokens on average, 21 at the
-95th percentile, at most 42, including start and end. Images are noise, which does not affect the time of a step. The two sides run in turns with
-alternating order, and the result is the median over the pairs. On a shared machine, only the ratio is meaningful.
+Captions are read from the column `title` of --csv. Without it, they are generated with lengths as in Flickr8k: 14.2
+tokens on average, 21 at the 95th percentile, at most 42, including start and end. Images are noise, which does not
+affect the time of a step. The two sides run in turns with alternating order, and the result is the median over the
+pairs. On a shared machine, only the ratio is meaningful.
 
     python benchmarks/train_step.py --pairs 9 --csv captions.csv
     python benchmarks/train_step.py --models rn50 --batch-size 8

@@ -1,8 +1,8 @@
 """Benchmark of building a ViT-B/32 zero-shot classifier with 25 ImageNet classes and 80 templates: clip_exp and open_clip_torch.
 
-Both encode the same prompts with the same random weights in float32. clip_exp computes each distinct prefix of the prompts once
-(`clip_exp.text.prefixes`) and no padding; open_clip's `build_zero_shot_classifier` pads each prompt to 77 tokens. The two sides run in turns with
-alternating order. On a shared machine, only the ratio is meaningful.
+Both encode the same prompts with the same random weights in float32. clip_exp computes each distinct prefix of the
+prompts once (`clip_exp.text.prefixes`) and no padding; open_clip's `build_zero_shot_classifier` pads each prompt to 77
+tokens. The two sides run in turns with alternating order. On a shared machine, only the ratio is meaningful.
 
     python benchmarks/zero_shot_classifier.py --pairs 3
 """

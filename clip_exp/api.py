@@ -48,16 +48,18 @@ def load(
     """Load a model for inference.
 
     Args:
-        source: with `pretrained`, the name of a model: one of `conf/model/`, or the name in OpenAI's repository (`ViT-B/32`), open_clip or
-            FlagAI. Without `pretrained`, weights with their configuration: a run folder (its best checkpoint if it has a `monitor`, else its
-            last), a checkpoint folder, a weights file in one of those or next to its `config.yaml`, a folder written by `save_pretrained` of
-            Hugging Face or open_clip, or `hf-hub:org/name`.
-        pretrained: tag of open_clip's registry (`openai`; `clip-exp models` lists them), `hf-hub:org/name`, or a file or folder with weights
-            of clip_exp, open_clip, OpenAI, FlagAI or Hugging Face.
+        source: with `pretrained`, the name of a model: one of `conf/model/`, or the name in OpenAI's repository
+            (`ViT-B/32`), open_clip or FlagAI. Without `pretrained`, weights with their configuration: a run folder (its
+            best checkpoint if it has a `monitor`, else its last), a checkpoint folder, a weights file in one of those
+            or next to its `config.yaml`, a folder written by `save_pretrained` of Hugging Face or open_clip, or
+            `hf-hub:org/name`.
+        pretrained: tag of open_clip's registry (`openai`; `clip-exp models` lists them), `hf-hub:org/name`, or a file
+            or folder with weights of clip_exp, open_clip, OpenAI, FlagAI or Hugging Face.
         accelerator: `auto` (a GPU if there is one), `cpu` or `gpu`.
         activation: `gelu`, `quick_gelu` or `gelu_tanh`, for weights whose files do not contain their activation.
         prefix: selects the weights in a file with several models: see `pretrained_prefix` in docs/weights.md.
-        wise_ft: fraction of a fine-tuned run's weights, 0 to 1, in an average with the run's initial weights (docs/finetuning.md).
+        wise_ft: fraction of a fine-tuned run's weights, 0 to 1, in an average with the run's initial weights
+            (docs/finetuning.md).
 
     Raises:
         ConfigError: the model, tag, file or folder is unknown, or the weights were trained with another activation.
@@ -79,8 +81,8 @@ def load(
 def train(*overrides: str) -> Path:
     """Train a model as `clip-exp train` does, in this process and its child processes, and return the folder of the finished run.
 
-    An interrupted run is resumed. If a finished run has the same configuration, data and initial weights, its folder is returned, after
-    running tasks that have no results yet: see `resume` in docs/training.md.
+    An interrupted run is resumed. If a finished run has the same configuration, data and initial weights, its folder is
+    returned, after running tasks that have no results yet: see `resume` in docs/training.md.
 
     Args:
         overrides: overrides as on the command line: "model=vit_tiny", "data=csv", "data.train=pairs.csv".
@@ -110,7 +112,8 @@ def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
         overrides: overrides as on the command line: "run=DIR", "task=[imagenet,retrieval]", ….
 
     Returns:
-        For each task, its metrics and evaluation settings: `{"metrics": {name: value}, "protocol": {…}}`. Accuracies are fractions.
+        For each task, its metrics and evaluation settings: `{"metrics": {name: value}, "protocol": {…}}`. Accuracies
+        are fractions.
 
     Raises:
         ClipExpError: the configuration, the data or the model cannot be used.

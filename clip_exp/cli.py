@@ -58,7 +58,8 @@ def run(command: str, arguments: list[str]) -> int:
     A sweep (`-m`) continues after a failed job and returns the exit code of the first failure.
     """
     codes: list[int] = []
-    # This saves a tenth of the time: composing creates no garbage, and pydantic would search all installed packages for plugins.
+    # This saves a tenth of the time: composing creates no garbage, and pydantic would search all installed packages for
+    # plugins.
     gc.disable()
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
@@ -68,7 +69,8 @@ def run(command: str, arguments: list[str]) -> int:
             sweeping = bool(MULTIRUN_FLAGS & set(arguments))
             codes.append(_guarded(lambda: _call(command, typed(), arguments), sweeping=sweeping))
 
-    # Without this variable, Hydra prints its own errors and exits with 1. With it, errors are raised, and `_guarded` prints them.
+    # Without this variable, Hydra prints its own errors and exits with 1. With it, errors are raised, and `_guarded`
+    # prints them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"{command}.py", *arguments]
     with secrets_refused():
@@ -80,8 +82,8 @@ def run(command: str, arguments: list[str]) -> int:
 def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
     """Run `action` and return its exit code. An expected error is printed as one message.
 
-    Unexpected errors propagate, with two exceptions, in which the traceback is printed: in a sweep, so that the other jobs run, and in one of
-    several ranks, since the process must exit without waiting for the other ranks.
+    Unexpected errors propagate, with two exceptions, in which the traceback is printed: in a sweep, so that the other
+    jobs run, and in one of several ranks, since the process must exit without waiting for the other ranks.
     """
     try:
         return action() or 0

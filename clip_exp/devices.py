@@ -171,8 +171,9 @@ def inference_precision(precision: str, device_type: str) -> str:
 def exact_float32() -> Iterator[None]:
     """Compute float32 matrix products and convolutions in float32 instead of TF32; also usable as a decorator.
 
-    Training allows TF32 for matrix products, and cuDNN uses it for convolutions by default, so features would differ by about 1e-3 from
-    those of a CPU. Both settings are part of torch's older API, which must not be mixed with `fp32_precision`.
+    Training allows TF32 for matrix products, and cuDNN uses it for convolutions by default, so features would differ by
+    about 1e-3 from those of a CPU. Both settings are part of torch's older API, which must not be mixed with
+    `fp32_precision`.
     """
     import torch
 
@@ -199,8 +200,8 @@ def inference(precision: str, device: "torch.device") -> Iterator[None]:
 def benchmarks_convolutions(image_tower: "nn.Module", device_type: str, deterministic: bool) -> bool:
     """Return True if training should set `torch.backends.cudnn.benchmark`, with which cuDNN times its algorithms for each new shape.
 
-    It pays off for many convolutions of the same shape; a ViT has only one, for the patches. The fastest algorithm, and thus rounding errors
-    of a run, may differ between processes, so it is off with `trainer.deterministic`.
+    It pays off for many convolutions of the same shape; a ViT has only one, for the patches. The fastest algorithm, and
+    thus rounding errors of a run, may differ between processes, so it is off with `trainer.deterministic`.
     """
     from torch import nn
 
@@ -217,7 +218,8 @@ def _gpu_has_bfloat16() -> bool:
 def usable_cores() -> int:
     """Return the number of CPU cores that this process may use.
 
-    The affinity (taskset, SLURM), the CPU quota of a container (Docker's `--cpus`, Kubernetes' limits) and LOKY_MAX_CPU_COUNT limit it.
+    The affinity (taskset, SLURM), the CPU quota of a container (Docker's `--cpus`, Kubernetes' limits) and
+    LOKY_MAX_CPU_COUNT limit it.
     """
     # Takes 0.2 s, most of it for NumPy
     import joblib

@@ -1,6 +1,7 @@
 """Errors that a user can act on, each with the exit code of the command line.
 
-A message says what is wrong, where, and how to fix it. The command line (`clip_exp.cli`) prints it once, without a traceback.
+A message says what is wrong, where, and how to fix it. The command line (`clip_exp.cli`) prints it once, without a
+traceback.
 """
 
 import difflib
@@ -75,7 +76,8 @@ def gravest(errors: list[ClipExpError]) -> ClipExpError:
 class Problems:
     """Collection of errors that are reported all at once.
 
-    Used as a context manager, it collects the `ClipExpError` that the block raises, and execution continues after the block.
+    Used as a context manager, it collects the `ClipExpError` that the block raises, and execution continues after the
+    block.
     """
 
     def __init__(self) -> None:

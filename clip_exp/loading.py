@@ -154,7 +154,8 @@ def find_source(config: ModelChoice) -> ModelSource:
     Weights named by a tag or on the hub are downloaded. Call `check_source` before, to report other problems first.
 
     Raises:
-        ConfigError: none or several of the three keys are set, a path or tag is unknown, or the model does not fit the weights.
+        ConfigError: none or several of the three keys are set, a path or tag is unknown, or the model does not fit the
+            weights.
         CheckpointError: the run has no usable checkpoint, or the weights are damaged or cannot be downloaded.
     """
     return check_source(config) or source_of_file(config.model, str(config.pretrained), prefix=config.pretrained_prefix)
@@ -247,7 +248,8 @@ def source_of_file(
     """Return the source for weights in a file or folder, by a tag, or on the hub, with the model's configuration completed from the weights.
 
     Args:
-        model: configuration of the model; None if the weights contain it: a folder of Hugging Face or open_clip, an export, or a run.
+        model: configuration of the model; None if the weights contain it: a folder of Hugging Face or open_clip, an
+            export, or a run.
         pretrained: value of the key `pretrained`.
         activation: overrides the activation of the configuration.
         prefix: value of `pretrained_prefix`, which selects the weights in a file with several models.

@@ -1,6 +1,7 @@
 """Reading of files in the package open_clip (model configurations, registry, class names, vocabulary) without importing it.
 
-Importing `open_clip`, or only the module of its registry, imports torch and takes seconds, but only plain values are needed.
+Importing `open_clip`, or only the module of its registry, imports torch and takes seconds, but only plain values are
+needed.
 """
 
 import __future__
@@ -132,8 +133,9 @@ def published(name: str | None) -> dict[str, Any]:
 def can_be_trimmed(text: dict[str, Any]) -> bool:
     """Return True if a text tower gives the same features for a batch that is truncated to its longest text.
 
-    Hugging Face's encoders mask the padding. In a causal transformer, tokens do not attend to padding after them, so features change only
-    if they are pooled after the padding: at a class token behind the text, or at the last position.
+    Hugging Face's encoders mask the padding. In a causal transformer, tokens do not attend to padding after them, so
+    features change only if they are pooled after the padding: at a class token behind the text, or at the last
+    position.
 
     Args:
         text: `text_cfg` of a configuration.

@@ -1,7 +1,7 @@
 """Tables that map the parameter names of one library to those of another, and functions that rename state dicts by them, in both directions.
 
-Families of towers have a table for each file layout that can contain them (`names` in their configurations). Since this module is imported
-with the configurations, it imports torch only when tensors are renamed.
+Families of towers have a table for each file layout that can contain them (`names` in their configurations). Since this
+module is imported with the configurations, it imports torch only when tensors are renamed.
 """
 
 import math
@@ -41,9 +41,9 @@ TRANSPOSED: Reshape = (_transposed, _transposed)
 BATCHED: Reshape = (lambda x: x.unsqueeze(0), lambda x: x.squeeze(0))
 TOKEN: Reshape = (lambda x_D: x_D[None, None], lambda x_11D: x_11D.flatten())
 SCALAR: Reshape = (lambda x: x.squeeze(0), lambda x: x.reshape(1))
-# Flax stores a matrix as [in, out], a convolution kernel as [H, W, 3, D], and the matrices of attention with an axis for the heads:
-# [D, heads, E] for queries, keys and values, and [heads, E, D] for the output. Our weights do not contain the number of heads, so renaming to
-# Flax does not create this axis.
+# Flax stores a matrix as [in, out], a convolution kernel as [H, W, 3, D], and the matrices of attention with an axis
+# for the heads: [D, heads, E] for queries, keys and values, and [heads, E, D] for the output. Our weights do not
+# contain the number of heads, so renaming to Flax does not create this axis.
 FLAX_CONVOLUTION: Reshape = (_to_flax_kernel, _from_flax_kernel)
 FLAX_PATCHES: Reshape = (
     lambda patches_DP: _to_flax_kernel(_to_kernel(patches_DP)),
@@ -57,8 +57,9 @@ HEADS: Reshape = (lambda bias_D: bias_D, lambda bias: bias.flatten())
 class Row(NamedTuple):
     """Row of a renaming table: a part of a name in our layout and in that of the other library.
 
-    A part that starts with a dot is replaced anywhere in a name. Any other part is a prefix; only the first matching prefix is replaced.
-    Several parts on one side are separate tensors that correspond to one tensor on the other side, concatenated along the first axis.
+    A part that starts with a dot is replaced anywhere in a name. Any other part is a prefix; only the first matching
+    prefix is replaced. Several parts on one side are separate tensors that correspond to one tensor on the other side,
+    concatenated along the first axis.
     """
 
     ours: Parts

@@ -120,7 +120,8 @@ def read_config(folder: Path) -> tuple[TrainConfig, str | None]:
     """Read a run's `config.yaml`, or its copy in the newest checkpoint if the file is missing or damaged.
 
     Returns:
-        The configuration, and a message about a missing or damaged file and what is used instead (None if the file is valid).
+        The configuration, and a message about a missing or damaged file and what is used instead (None if the file is
+        valid).
 
     Raises:
         CheckpointError, ConfigError: see `read_run_config`. Only raised if no checkpoint has a copy.
@@ -214,7 +215,8 @@ def _run_copies(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 def refuse_links(folder: Path) -> None:
     """Check that a run folder contains no symbolic links, since writing a file would write to the link's target.
 
-    The folder itself and its parents may be links. The subfolder `wandb` is skipped: wandb creates and replaces links in it.
+    The folder itself and its parents may be links. The subfolder `wandb` is skipped: wandb creates and replaces links
+    in it.
 
     Raises:
         CheckpointError: the folder contains a link, or a pipe or device, which could block the process that opens it.
@@ -295,8 +297,8 @@ class RunRecord:
 def _overwrite(path: Path, text: str, problem: BaseException | None) -> bool:
     """Write a text to the existing blocks of a file if the disk is full; return True on success.
 
-    A power failure during the write may damage the file. But without it, a run that ends because of a full disk would keep the status
-    `running`.
+    A power failure during the write may damage the file. But without it, a run that ends because of a full disk would
+    keep the status `running`.
     """
     if not isinstance(problem, OSError) or problem.errno not in (errno.ENOSPC, errno.EDQUOT):
         return False

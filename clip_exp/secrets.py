@@ -1,7 +1,7 @@
 """Detection of secrets, to keep them out of the files of a run.
 
-Interpolating an environment variable whose name looks like that of a secret is an error, whatever its value. Values of such variables are
-removed from files only if they look like secrets too, since a value may also be an ordinary word.
+Interpolating an environment variable whose name looks like that of a secret is an error, whatever its value. Values of
+such variables are removed from files only if they look like secrets too, since a value may also be an ordinary word.
 """
 
 import os
@@ -48,8 +48,8 @@ def names_secret(name: str) -> bool:
 def secret_values() -> dict[str, str]:
     """Return the environment variables with secrets, longest value first.
 
-    Values that are words or paths do not count as secrets, whatever the name of the variable. The order matters for replacement: if a value
-    contains another one, the longer must be replaced first.
+    Values that are words or paths do not count as secrets, whatever the name of the variable. The order matters for
+    replacement: if a value contains another one, the longer must be replaced first.
     """
     found = {name: value for name, value in os.environ.items() if names_secret(name) and _looks_secret(name, value)}
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))

@@ -1,8 +1,9 @@
 """Atomic files and folders, locks between processes, and hashes of files.
 
-A file or folder is written under a temporary name next to its target, `.writing-<name>-<id>`. A folder that is being replaced is named
-`.writing-<name>-<id>.old` until the new one is in place. A killed process leaves these names behind; a process that holds a lock, and thus
-knows that no other process writes the target, removes them. Functions raise OSError and `InUse`; the callers write messages for users.
+A file or folder is written under a temporary name next to its target, `.writing-<name>-<id>`. A folder that is being
+replaced is named `.writing-<name>-<id>.old` until the new one is in place. A killed process leaves these names behind;
+a process that holds a lock, and thus knows that no other process writes the target, removes them. Functions raise
+OSError and `InUse`; the callers write messages for users.
 """
 
 import csv
@@ -84,8 +85,8 @@ def atomic_file(target: Path, *, durable: bool = True) -> Iterator[Path]:
 
     Args:
         target: path of the file, in an existing folder. An existing file is replaced.
-        durable: flush to disk, so that after a power failure the file has either the old or the new content. Not necessary for files that can
-            easily be created again.
+        durable: flush to disk, so that after a power failure the file has either the old or the new content. Not
+            necessary for files that can easily be created again.
     """
     temporary = _temporary_name(target)
     try:
@@ -93,7 +94,8 @@ def atomic_file(target: Path, *, durable: bool = True) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         if temporary.stat().st_mode != mode:
-            # Some libraries, such as safetensors, create files that only their owner can read. Restore the mode by the user's umask.
+            # Some libraries, such as safetensors, create files that only their owner can read. Restore the mode by the
+            # user's umask.
             temporary.chmod(mode)
         put_in_place(temporary, target, durable=durable)
     finally:
@@ -181,8 +183,8 @@ def lock(
 ) -> Iterator[bool]:
     """Hold the lock file `path` against other processes and other threads of this process.
 
-    The lock is released when the process ends, even if it is killed. The file contains the name of its present or last holder. On a file
-    system without locks, the block runs without a lock.
+    The lock is released when the process ends, even if it is killed. The file contains the name of its present or last
+    holder. On a file system without locks, the block runs without a lock.
 
     Args:
         path: path of the lock file, in an existing folder.
@@ -201,7 +203,8 @@ def lock(
     # Imported here, since it takes 40 ms
     from filelock import FileLock, Timeout
 
-    # On file systems without locks, filelock would use the existence of the file as the lock, which would survive a killed process.
+    # On file systems without locks, filelock would use the existence of the file as the lock, which would survive a
+    # killed process.
     held = FileLock(path, fallback_to_soft=False)
     # The library would create the folder.
     if not path.parent.is_dir():
@@ -292,7 +295,8 @@ def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
     if not target.exists():
         temporary.rename(target)
         return
-    # There is no portable call that exchanges two folders. If the process is killed between the two renames, both folders still exist.
+    # There is no portable call that exchanges two folders. If the process is killed between the two renames, both
+    # folders still exist.
     old = target.with_name(f"{temporary.name}{REPLACED}")
     try:
         target.rename(old)
@@ -304,7 +308,8 @@ def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# Start of a cell that a spreadsheet may interpret as a formula; the last four characters are the full-width forms of = + - @
+# Start of a cell that a spreadsheet may interpret as a formula; the last four characters are the full-width forms of =
+# + - @
 FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 

@@ -1,8 +1,9 @@
 """Building blocks of the configuration schema: field types, rules across fields, and error messages for invalid values.
 
-A field declares its type, constraints, default, unit and meaning in one place. `parse` reports all problems of a configuration at once, by
-full key. Rules across fields are methods of the model that contains the fields (`Config.rules`). Keys that have no effect given the other
-values are listed in a table of the model (`Config.unused`). The schema modules import neither torch nor Hydra.
+A field declares its type, constraints, default, unit and meaning in one place. `parse` reports all problems of a
+configuration at once, by full key. Rules across fields are methods of the model that contains the fields
+(`Config.rules`). Keys that have no effect given the other values are listed in a table of the model (`Config.unused`).
+The schema modules import neither torch nor Hydra.
 """
 
 import difflib
@@ -124,16 +125,18 @@ TypedTexts = Annotated[
 class Unused(NamedTuple):
     """Keys that have no effect under a condition.
 
-    A key that is set but unused is an error, since the run would differ from the one that was requested. A key counts as set if its value
-    differs from the default, wherever the value comes from, or if the key is on the command line. The values null and false are always
-    allowed.
+    A key that is set but unused is an error, since the run would differ from the one that was requested. A key counts
+    as set if its value differs from the default, wherever the value comes from, or if the key is on the command line.
+    The values null and false are always allowed.
 
     Attributes:
         keys: keys relative to the model that has the table, separated by spaces.
         when: function that takes the model and returns True if the keys have no effect.
-        why: end of the sentence "<key> has no effect …"; `{c.name}` inserts a value of the model, `{at}` the prefix of the full keys.
+        why: end of the sentence "<key> has no effect …"; `{c.name}` inserts a value of the model, `{at}` the prefix of
+            the full keys.
         fix: what to do instead.
-        typed_only: report the key only if it is on the command line, since a file in `conf/` may set it for other options.
+        typed_only: report the key only if it is on the command line, since a file in `conf/` may set it for other
+            options.
     """
 
     keys: str
@@ -210,9 +213,9 @@ def default_of(field: FieldInfo) -> Any:
 class Member(Config):
     """Base class of open groups, to which users can add members: towers, losses and tasks.
 
-    Each group has a base class that sets `group`. A field of that type accepts any member of the group, selected by the field `key`. A
-    member subclasses the base class of its group and declares its name: `kind: Literal["mine"] = "mine"`. `config.registry` describes
-    where members are looked for.
+    Each group has a base class that sets `group`. A field of that type accepts any member of the group, selected by the
+    field `key`. A member subclasses the base class of its group and declares its name: `kind: Literal["mine"] =
+    "mine"`. `config.registry` describes where members are looked for.
     """
 
     # Folder of the group's options in conf/
@@ -253,7 +256,8 @@ class Member(Config):
         """Validate values as the member that they name.
 
         Raises:
-            ValidationError, PydanticKnownError, PydanticCustomError: the member is unknown, or a value is invalid. Pydantic handles these.
+            ValidationError, PydanticKnownError, PydanticCustomError: the member is unknown, or a value is invalid.
+                Pydantic handles these.
         """
         if isinstance(values, cls):
             return values
@@ -292,8 +296,8 @@ def values_of(annotation: Any) -> Any:
 def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
     """Return the model of a union that values select, or None.
 
-    It is the model whose discriminating field, a `Literal`, allows the given value. A model without such a field accepts values that match
-    no model before it.
+    It is the model whose discriminating field, a `Literal`, allows the given value. A model without such a field
+    accepts values that match no model before it.
     """
     if len(models) == 1:
         return models[0]
@@ -362,7 +366,8 @@ def parse(model: type[C], values: dict[str, Any], at: str = "", typed: Collectio
         typed: keys on the command line; see `problems`.
 
     Raises:
-        ConfigError: one line for every unknown key, missing value, invalid value and, as far as the valid values show it, broken rule.
+        ConfigError: one line for every unknown key, missing value, invalid value and, as far as the valid values show
+            it, broken rule.
     """
     leaves = list(_leaves(values, at))
     missing = [key for key, value in leaves if value in (MISSING, UNKNOWN)]

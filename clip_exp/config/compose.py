@@ -1,8 +1,8 @@
 """Composition of a typed configuration from a command line: Hydra merges `conf/` and overrides, and the schema validates the result.
 
-Hydra finds and merges files and handles groups, overrides and sweeps, but it does not know the schema. `Loader` adds the defaults of all keys
-of the schema to a composed configuration, so that every key can be set, interpolated and completed by the shell. Unknown keys are left for
-`typed_config`, which reports all problems at once.
+Hydra finds and merges files and handles groups, overrides and sweeps, but it does not know the schema. `Loader` adds
+the defaults of all keys of the schema to a composed configuration, so that every key can be set, interpolated and
+completed by the shell. Unknown keys are left for `typed_config`, which reports all problems at once.
 """
 
 import copy
@@ -386,8 +386,8 @@ def _hydra(command: str, config_dir: str | None = None, config_name: str | None 
     Args:
         command: name of the command.
         config_dir: value of --config-dir.
-        config_name: name of a file in `config_dir`. The folder may be that of a run to repeat, so options are found there, but Python files
-            in it are not executed.
+        config_name: name of a file in `config_dir`. The folder may be that of a run to repeat, so options are found
+            there, but Python files in it are not executed.
     """
     version.setbase("1.3")
     search_path = create_config_search_path(str(conf_dir()))
@@ -414,7 +414,8 @@ def run_hydra(command: str, arguments: list[str], job: Work) -> None:
         job: work of the command. Its argument is a function that returns the typed configuration or raises a ConfigError.
 
     Raises:
-        ConfigError: the command line or the configuration is invalid. Errors of Hydra and OmegaConf also propagate; see `explain`.
+        ConfigError: the command line or the configuration is invalid. Errors of Hydra and OmegaConf also propagate; see
+            `explain`.
     """
     check_arguments(arguments)
     parser = get_args_parser()
@@ -621,8 +622,8 @@ _ELEMENT = re.compile(
 def quote(arguments: list[str]) -> list[str]:
     """Quote the values that Hydra's grammar cannot parse: `=` in a path, Chinese text, parentheses, `{000..009}`.
 
-    The elements of a list are quoted one by one (`texts=[a dog (running),一只猫]`). Outside a sweep, a value with commas is quoted as well
-    (`text=a dog, running`), which Hydra would parse as a choice sweep.
+    The elements of a list are quoted one by one (`texts=[a dog (running),一只猫]`). Outside a sweep, a value with commas
+    is quoted as well (`text=a dog, running`), which Hydra would parse as a choice sweep.
     """
     parser = OverridesParser.create()
     sweeping = bool(MULTIRUN_FLAGS & set(arguments))
@@ -632,8 +633,10 @@ def quote(arguments: list[str]) -> list[str]:
 def check_arguments(arguments: list[str]) -> None:
     """Check arguments for problems that must be found before Hydra composes a configuration.
 
-    - Hydra's flag `--experimental-rerun` unpickles a file. It is refused, also in the abbreviated forms that argparse accepts.
-    - For `optimizer=null` and `optimizer=3`, Hydra's own message is unclear. Unknown names are left to Hydra, since options can be custom.
+    - Hydra's flag `--experimental-rerun` unpickles a file. It is refused, also in the abbreviated forms that argparse
+      accepts.
+    - For `optimizer=null` and `optimizer=3`, Hydra's own message is unclear. Unknown names are left to Hydra, since
+      options can be custom.
     - In a sweep, Hydra saves the overrides in a folder of its own, so URLs and secrets are refused here.
 
     Raises:

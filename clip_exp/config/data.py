@@ -75,8 +75,8 @@ Template = Annotated[str, AfterValidator(_has_placeholder)]
 class AugmentationConfig(Config):
     """Augmentation of training images.
 
-    The random numbers depend only on (seed, epoch, row), not on the worker or rank. The parameters have the same meaning as in
-    `torchvision.transforms.v2`, which implements the color and blur transforms.
+    The random numbers depend only on (seed, epoch, row), not on the worker or rank. The parameters have the same
+    meaning as in `torchvision.transforms.v2`, which implements the color and blur transforms.
     """
 
     scale: Annotated[list[Annotated[Positive, Field(le=1)]], exactly(2)] = Field(

@@ -83,8 +83,8 @@ class Tower(Member):
         takes_activation: `model.activation` has an effect on the tower.
         own_activation: the tower's library defines the activation if `model.activation` is null.
         architecture_keys: fields that change the weights' shapes, or the output for the same weights.
-        names: names of the parameters in files of other libraries, by layout (`clip_exp.weights.names`), or by any name for files of one
-            tower.
+        names: names of the parameters in files of other libraries, by layout (`clip_exp.weights.names`), or by any name
+            for files of one tower.
     """
 
     key: ClassVar[str] = "kind"
@@ -107,8 +107,8 @@ class Tower(Member):
 
         Args:
             model: model that the tower is part of.
-            own_weights: load the weights of the tower's own library if the property `own_weights` is True. Otherwise, the weights are
-                random and nothing is downloaded.
+            own_weights: load the weights of the tower's own library if the property `own_weights` is True. Otherwise,
+                the weights are random and nothing is downloaded.
 
         Raises:
             ConfigError: values do not fit each other, or a backbone or its weights could not be loaded.
@@ -119,7 +119,8 @@ class Tower(Member):
         """Return the tower with all values that its library defines, so that a run folder can be opened without the library.
 
         Args:
-            own_weights: whether the tower starts from weights of its own library; if False, weights of the whole model will be loaded.
+            own_weights: whether the tower starts from weights of its own library; if False, weights of the whole model
+                will be loaded.
 
         Raises:
             ConfigError: the tower is unknown to the library, or the library is not available.

@@ -137,7 +137,8 @@ CONTEXT_LENGTH = 77
 def open_clip_field(name: str, field: str) -> Any:
     """Resolve `${open_clip:<name>,<field>}` in YAML: a field of one of open_clip's model configurations.
 
-    The files of the installed package are read without importing it, so that composing a configuration does not import torch.
+    The files of the installed package are read without importing it, so that composing a configuration does not import
+    torch.
 
     Args:
         name: name of the model in open_clip.

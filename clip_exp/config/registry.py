@@ -1,11 +1,12 @@
 """Lookup of code by names in a configuration: members of the open groups (towers, losses, tasks), and objects named by `_target_`.
 
-A member is a model of the schema, a subclass of its group's base class, in a module that does not import torch. Thus, typos are reported
-without waiting for the import of torch. Members of clip_exp are in one package per group. Custom members are next to their options: with
-`--config-dir DIR`, `model/image=mine` needs the option `DIR/model/image/mine.yaml` and the class in `DIR/model/image/mine.py`.
+A member is a model of the schema, a subclass of its group's base class, in a module that does not import torch. Thus,
+typos are reported without waiting for the import of torch. Members of clip_exp are in one package per group. Custom
+members are next to their options: with `--config-dir DIR`, `model/image=mine` needs the option
+`DIR/model/image/mine.yaml` and the class in `DIR/model/image/mine.py`.
 
-Since a configuration may come from a third party, `_target_` can only name objects in allowed modules. `CLIP_EXP_ALLOWED_TARGETS` adds module
-prefixes, separated by commas: `export CLIP_EXP_ALLOWED_TARGETS=my_lab.optim`.
+Since a configuration may come from a third party, `_target_` can only name objects in allowed modules.
+`CLIP_EXP_ALLOWED_TARGETS` adds module prefixes, separated by commas: `export CLIP_EXP_ALLOWED_TARGETS=my_lab.optim`.
 """
 
 import importlib
@@ -82,7 +83,8 @@ def _load_package(package: str) -> None:
 
 @cache
 def _load_file(group: str, file: Path) -> None:
-    # The name has no dots, so that classes can be pickled, and contains a hash of the path, since files may have equal names.
+    # The name has no dots, so that classes can be pickled, and contains a hash of the path, since files may have equal
+    # names.
     name = f"clip_exp_custom_{zlib.crc32(str(file).encode()):08x}_{group.replace('/', '_')}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None

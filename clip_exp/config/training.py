@@ -103,8 +103,8 @@ class LossConfig(Member):
     def build(self) -> "nn.Module":
         """Return the loss module, which takes (CLIPOutput, caption_id_B, image_id_B) of this rank's pairs and returns a scalar.
 
-        The mean of the values over all ranks, and the mean of their gradients, must be those of the global batch. `losses.batch` has
-        functions that gather the batch.
+        The mean of the values over all ranks, and the mean of their gradients, must be those of the global batch.
+        `losses.batch` has functions that gather the batch.
         """
         raise NotImplementedError
 
@@ -293,7 +293,7 @@ class TowerTuningConfig(Config):
     unfrozen_blocks: Annotated[Index, must_be("at least 0, which trains only the layers after the blocks")] | None = (
         Field(
             None,
-            description="number of last blocks to train with freeze=true, together with the layers after them; null: none of both",
+            description="with freeze=true: number of last blocks that are trained anyway, together with the layers after them; null: none",
         )
     )
     lr_factor: Annotated[Positive, must_be("greater than 0; freeze=true freezes a tower")] = Field(

@@ -15,8 +15,8 @@ def export(config: ExportConfig) -> int:
     """Export a model and return the exit code.
 
     Raises:
-        ClipExpError: paths or names are invalid, which is checked before the model is loaded; the weights do not fit, or the folder cannot be
-            written.
+        ClipExpError: paths or names are invalid, which is checked before the model is loaded; the weights do not fit,
+            or the folder cannot be written.
     """
     source = check(config)
     assert config.output is not None

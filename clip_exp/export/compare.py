@@ -11,8 +11,8 @@ from clip_exp.errors import CheckpointError
 from clip_exp.models.clip import CLIP, unit_norm
 from clip_exp.text.tokenizer import build_tokenizer
 
-# Maximum differences of normalized features. In a ViT-B/32, the exact gelu and its tanh approximation differ by 2e-5, and another order of
-# the same operations by 1e-7; onnxruntime fuses and approximates more operations.
+# Maximum differences of normalized features. In a ViT-B/32, the exact gelu and its tanh approximation differ by 2e-5,
+# and another order of the same operations by 1e-7; onnxruntime fuses and approximates more operations.
 TOLERANCE, TOLERANCE_ONNX = 1e-5, 1e-4
 # The number of texts differs from the batch size that an export is traced with.
 TEXTS = ["a photo of a cat", "two dogs run along the beach", "7"]

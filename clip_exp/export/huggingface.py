@@ -20,7 +20,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and the tokenizer's files.
 
-    CLIPModel has no logit bias, so that of a model trained with the sigmoid loss is left out. Features and rankings do not depend on it.
+    CLIPModel has no logit bias, so that of a model trained with the sigmoid loss is left out. Features and rankings do
+    not depend on it.
     """
     family, state = transformers_class(config), to_huggingface(model.state_dict(), config)
     # Checked by `formats.holds`

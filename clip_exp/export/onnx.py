@@ -1,6 +1,7 @@
 """Export of both towers as ONNX graphs with weights, `image.onnx` and `text.onnx`, with preprocessing and tokenizer.
 
-Weights of graphs larger than 1.6 GB are in separate files (`image.onnx.data`), since a protocol buffer is limited to 2 GB.
+Weights of graphs larger than 1.6 GB are in separate files (`image.onnx.data`), since a protocol buffer is limited to 2
+GB.
 """
 
 import json
@@ -88,8 +89,9 @@ def _write_graph(tower: nn.Module, example: Tensor, axes: dict[int, Any], path: 
         example: example input.
         axes: dynamic axes of the input.
         path: path of the graph.
-        ours: whether the tower is implemented in clip_exp. Only a strict trace treats `len(x)` as a dynamic axis instead of the constant of the
-            example. Towers of other libraries may contain code with side effects, for which a strict trace fails.
+        ours: whether the tower is implemented in clip_exp. Only a strict trace treats `len(x)` as a dynamic axis
+            instead of the constant of the example. Towers of other libraries may contain code with side effects, for
+            which a strict trace fails.
     """
     name = "image" if path.name == IMAGE else "tokens"
     shapes = {name: axes}

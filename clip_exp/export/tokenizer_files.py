@@ -19,8 +19,8 @@ WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 def openai_tokenizer() -> Tokenizer:
     """Return OpenAI's tokenizer for the `tokenizers` library: start, words, end, without truncation and padding.
 
-    The ids are the same as ours, except for texts with broken characters or HTML entities, which the library does not repair or decode as
-    `clip_exp.text.tokenizer.lower` does.
+    The ids are the same as ours, except for texts with broken characters or HTML entities, which the library does not
+    repair or decode as `clip_exp.text.tokenizer.lower` does.
     """
     vocabulary, merges = ours.vocabulary()
     tokenizer = Tokenizer(

@@ -1,7 +1,7 @@
 """Prefix trees of tokenized texts. A common prefix of several texts occurs once in a tree, so a causal tower computes it once.
 
-The prompts of a zero-shot classifier combine a few dozen templates with a thousand class names: the 80,000 prompts of ImageNet have 770,000
-tokens, but only 330,000 distinct prefixes.
+The prompts of a zero-shot classifier combine a few dozen templates with a thousand class names: the 80,000 prompts of
+ImageNet have 770,000 tokens, but only 330,000 distinct prefixes.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Maximum number of nodes in a tree. Larger trees waste time in attention across branches; smaller ones repeat prefixes in more trees.
+# Maximum number of nodes in a tree. Larger trees waste time in attention across branches; smaller ones repeat prefixes
+# in more trees.
 NODES = 160
 
 
 class TreeLayout(NamedTuple):
     """Structure of B prefix trees of up to N tokens with E texts.
 
-    In a causal tower, the state of a token depends only on the tokens before it, so texts share a path up to the point where they differ.
+    In a causal tower, the state of a token depends only on the tokens before it, so texts share a path up to the point
+    where they differ.
 
     Attributes:
         position_BN: int64, number of tokens before each node.
@@ -39,7 +41,8 @@ class TokenTrees(NamedTuple):
     Attributes:
         tokens: int64 [B, N], zero-padded tokens.
         position: int64 [B, N], depth of each node.
-        seen: bool [B, N, N], attention mask: True if the node of the last axis is on the path from the root to a node, including the node itself.
+        seen: bool [B, N, N], attention mask: True if the node of the last axis is on the path from the root to a node,
+            including the node itself.
         tree: int64 [E], index of the tree of each text.
         node: int64 [E], index of the last node of each text.
     """

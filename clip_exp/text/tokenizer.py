@@ -1,6 +1,7 @@
 """Tokenizers: OpenAI's byte-pair encoding, and tokenizers of the Hugging Face hub.
 
-A caption is cleaned, split into words, mapped to ids, truncated to the context length and padded. The ids equal open_clip's for all input.
+A caption is cleaned, split into words, mapped to ids, truncated to the context length and padded. The ids equal
+open_clip's for all input.
 """
 
 import gzip
@@ -52,7 +53,8 @@ class Tokenizes(Protocol):
     def pad(self, token_lists: Sequence[Sequence[int]], multiple: int = 1) -> Tensor:
         """Return padded ids [N, L], int64, the input of the text tower.
 
-        L is the length of the longest list, rounded up to `multiple`, if the tower gives the same features for it; else `context_length`.
+        L is the length of the longest list, rounded up to `multiple`, if the tower gives the same features for it; else
+        `context_length`.
         """
         ...
 
@@ -123,9 +125,9 @@ def pad_tokens(
     return torch.from_numpy(padded)
 
 
-# OpenAI's byte-pair tokenizer (Radford et al. 2021), with the same ids as open_clip's `SimpleTokenizer` for all input. Texts are cleaned and
-# split into words with the same libraries and pattern. The ids of words come from a bounded cache, and on a miss from the `tokenizers`
-# library, so that encoding a caption takes hardly longer than splitting it.
+# OpenAI's byte-pair tokenizer (Radford et al. 2021), with the same ids as open_clip's `SimpleTokenizer` for all input.
+# Texts are cleaned and split into words with the same libraries and pattern. The ids of words come from a bounded
+# cache, and on a miss from the `tokenizers` library, so that encoding a caption takes hardly longer than splitting it.
 
 VOCAB_SIZE = 49408
 # The end id must be the largest one, since towers pool at the argmax of the ids.
@@ -190,7 +192,8 @@ class Tokenizer:
     """OpenAI's tokenizer. It is cheap to build and to pickle, since each process reads the vocabulary at its first caption.
 
     Args:
-        context_length: maximum number of ids of a caption, including start and end. Longer captions are truncated before the end id.
+        context_length: maximum number of ids of a caption, including start and end. Longer captions are truncated
+            before the end id.
         trims: whether a batch may be padded to its longest caption only, because the text tower gives the same features.
 
     Attributes:
@@ -228,16 +231,16 @@ class Tokenizer:
 
         Args:
             texts: one or several captions.
-            trim: L is the length of the longest caption rounded up to `multiple`; False: `context_length`. A causal text tower that pools at the
-                end id gives the same features in both cases.
+            trim: L is the length of the longest caption rounded up to `multiple`; False: `context_length`. A causal
+                text tower that pools at the end id gives the same features in both cases.
             multiple: number that L is rounded up to a multiple of, at most `context_length`.
         """
         tokens = self.encode_batch([texts] if isinstance(texts, str) else texts)
         return self.pad(tokens, multiple if trim else self.context_length)
 
 
-# Tokenizers of the Hugging Face hub, with the same ids as open_clip's `HFTokenizer` (SigLIP's T5, BERT, XLM-R, …). Only fast tokenizers are
-# supported: they are data for the `tokenizers` library, so code in a repository is never executed.
+# Tokenizers of the Hugging Face hub, with the same ids as open_clip's `HFTokenizer` (SigLIP's T5, BERT, XLM-R, …). Only
+# fast tokenizers are supported: they are data for the `tokenizers` library, so code in a repository is never executed.
 
 
 class HuggingFaceTokenizer:
@@ -245,7 +248,8 @@ class HuggingFaceTokenizer:
 
     Args:
         source: folder with the tokenizer's files, or name on the hub.
-        context_length: maximum number of ids of a caption, including special ones. Longer captions are truncated before the end id.
+        context_length: maximum number of ids of a caption, including special ones. Longer captions are truncated before
+            the end id.
         cleaning: normalization of a caption before tokenization.
         trims: whether a batch may be padded to its longest caption only, because the text tower gives the same features.
         strip_sep_token: replace separator tokens by zeros.
@@ -306,7 +310,8 @@ class HuggingFaceTokenizer:
     def pad(self, token_lists: Sequence[Sequence[int]], multiple: int = 1) -> Tensor:
         """Pad lists of ids with the tokenizer's padding id to [N, L], int64.
 
-        L is the longest list rounded up to `multiple`, at most `context_length`; always `context_length` if `trims` is False.
+        L is the longest list rounded up to `multiple`, at most `context_length`; always `context_length` if `trims` is
+        False.
         """
         pad_id = _ready(self.source, self.context_length).pad_id
         return pad_tokens(token_lists, self.context_length, multiple if self.trims else self.context_length, pad_id)

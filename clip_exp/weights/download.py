@@ -1,6 +1,7 @@
 """Download of weights from the Hugging Face hub and from URLs. Files are verified and cached.
 
-Repositories are downloaded to the cache of `huggingface_hub`, files from URLs by `torch.hub` to the folder `CLIP_EXP_CACHE`.
+Repositories are downloaded to the cache of `huggingface_hub`, files from URLs by `torch.hub` to the folder
+`CLIP_EXP_CACHE`.
 """
 
 import http.client
@@ -124,7 +125,8 @@ def fetch_repository(name: str, file: str | None = None, *, prefer_cached: bool 
 
     Args:
         name: `org/name` or `org/name@revision`.
-        file: weights file in the repository; a `.safetensors` file of the same name is preferred. None: the first of `IN_FOLDER`.
+        file: weights file in the repository; a `.safetensors` file of the same name is preferred. None: the first of
+            `IN_FOLDER`.
         prefer_cached: use a cached copy without checking whether the hub has a newer one.
 
     Returns:
@@ -132,8 +134,8 @@ def fetch_repository(name: str, file: str | None = None, *, prefer_cached: bool 
 
     Raises:
         ConfigError: `name` has another form.
-        CheckpointError: offline, the hub cannot be reached, the repository does not exist or access is not granted, or it has no weights,
-            or damaged ones.
+        CheckpointError: offline, the hub cannot be reached, the repository does not exist or access is not granted, or
+            it has no weights, or damaged ones.
     """
     if NAME.fullmatch(name) is None:
         raise ConfigError(f"{HUB}{name} is not a valid name: write {HUB}org/name, or {HUB}org/name@revision.")
@@ -176,7 +178,8 @@ def _download(url: str, sha256: str | None, target: Path) -> None:
                 if size is not None and file.stat().st_size != size:
                     raise ConnectionError("the connection was closed")
             return
-        # A wrong checksum is a RuntimeError, and may be temporary, too: torch.hub does not detect interrupted connections.
+        # A wrong checksum is a RuntimeError, and may be temporary, too: torch.hub does not detect interrupted
+        # connections.
         except (RuntimeError, *NETWORK) as error:
             if isinstance(error, HTTPError):
                 # The error is also the response, which holds the connection.

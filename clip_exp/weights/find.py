@@ -44,9 +44,9 @@ def find_weights(
 ) -> Found:
     """Find the weights that `pretrained` names, and download them if they are not on disk.
 
-    The value is tried in this order as an existing path (a file; a run folder, with its best checkpoint if it has a `monitor`, else its
-    last; a checkpoint; a folder written by `save_pretrained` of Hugging Face or open_clip), as `hf-hub:org/name[@revision]`, and as a tag
-    of `model.open_clip_name` in open_clip's registry.
+    The value is tried in this order as an existing path (a file; a run folder, with its best checkpoint if it has a
+    `monitor`, else its last; a checkpoint; a folder written by `save_pretrained` of Hugging Face or open_clip), as
+    `hf-hub:org/name[@revision]`, and as a tag of `model.open_clip_name` in open_clip's registry.
 
     Args:
         pretrained: value of `pretrained`, `pretrained_image` or `pretrained_text`.

@@ -80,8 +80,9 @@ def _expected(model: nn.Module, tower: str | None) -> dict[str, Tensor]:
 def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str, tower: str | None = None) -> list[str]:
     """Copy weights into `model`, all of them or none, in the model's dtype.
 
-    Position embeddings with another number of positions are resized, see `fit_positions`. The bias of the sigmoid loss depends on the loss:
-    if the weights were trained with another loss than the model's, the model's bias is unchanged, or the bias of the weights is left out.
+    Position embeddings with another number of positions are resized, see `fit_positions`. The bias of the sigmoid loss
+    depends on the loss: if the weights were trained with another loss than the model's, the model's bias is unchanged,
+    or the bias of the weights is left out.
 
     Args:
         model: model to change.
@@ -145,8 +146,8 @@ def fit_positions(
     Args:
         state: weights of the file by our names.
         expected: state dict of the model.
-        causal_text: the text tower is causal and pools at the end of the text. Then, truncating its positions does not change features of
-            texts that fit. Positions are never added, since they would need training.
+        causal_text: the text tower is causal and pools at the end of the text. Then, truncating its positions does not
+            change features of texts that fit. Positions are never added, since they would need training.
 
     Returns:
         A new dictionary, and a message about each change.
@@ -182,8 +183,8 @@ def resize_grid(positions_ND: Tensor, count: int) -> Tensor | None:
     """Interpolate the position embeddings of a square grid of patches to another size, as open_clip and timm do (bicubic, antialiased).
 
     Args:
-        positions_ND: position embeddings, [N, D] or [1, N, D], in row-major order; N is a square number, plus one if there is a class token,
-            which comes first and is not changed.
+        positions_ND: position embeddings, [N, D] or [1, N, D], in row-major order; N is a square number, plus one if
+            there is a class token, which comes first and is not changed.
         count: requested number of positions, including the class token if there is one.
 
     Returns:

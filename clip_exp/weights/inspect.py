@@ -1,8 +1,8 @@
 """Detection of the format of weights and of their training settings, from file names, first bytes and configuration files.
 
-Neither imports torch nor executes anything in a file. The shapes of weights do not show the activation or the preprocessing of the training
-images: weights trained with `quick_gelu` load into a model with `gelu`, but score worse. Formats with a configuration contain these settings;
-for OpenAI's files they are known.
+Neither imports torch nor executes anything in a file. The shapes of weights do not show the activation or the
+preprocessing of the training images: weights trained with `quick_gelu` load into a model with `gelu`, but score worse.
+Formats with a configuration contain these settings; for OpenAI's files they are known.
 """
 
 import json
@@ -37,7 +37,8 @@ from clip_exp.open_clip_files import Entry
 from clip_exp.runs import with_saved_tokenizer
 from clip_exp.storage import LFS_POINTER
 
-# In a folder, the first existing file is read. A folder of open_clip may also contain the image tower alone as `model.safetensors`.
+# In a folder, the first existing file is read. A folder of open_clip may also contain the image tower alone as
+# `model.safetensors`.
 IN_FOLDER = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -141,7 +142,8 @@ def format_of(path: Path) -> Format:
     """Return the format of a file, detected by its first bytes, and check that the file is complete.
 
     Raises:
-        CheckpointError: the file is truncated, or does not contain weights: a web page, a Git LFS pointer, or another format.
+        CheckpointError: the file is truncated, or does not contain weights: a web page, a Git LFS pointer, or another
+            format.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -217,7 +219,8 @@ def zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
     """Return the members of a zip file of torch by their names under its top folder.
 
     Raises:
-        CheckpointError: the archive is damaged, or two members have the same name, so that readers may disagree on the content.
+        CheckpointError: the archive is damaged, or two members have the same name, so that readers may disagree on the
+            content.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -326,8 +329,8 @@ def describe(path: str | Path) -> About:
     """Return the format and training settings of weights.
 
     The sources are, in this order: the metadata of a safetensors file that clip_exp exported; a run's `config.yaml`; an
-    `open_clip_config.json` next to the file; a `config.json` of transformers or FlagAI next to `model.safetensors` or `pytorch_model.bin`; the
-    program of a TorchScript archive; the names that only OpenAI's state dicts have.
+    `open_clip_config.json` next to the file; a `config.json` of transformers or FlagAI next to `model.safetensors` or
+    `pytorch_model.bin`; the program of a TorchScript archive; the names that only OpenAI's state dicts have.
 
     Args:
         path: file or folder as for `read_weights`, or a run folder.
@@ -573,7 +576,8 @@ def _first_line(error: Exception) -> str:
 def activation_of_entry(listed: Entry, model: ModelConfig) -> Activation | None:
     """Return the activation of published weights; None for the architecture's own activation.
 
-    The registry marks only `quick_gelu`. Without the mark, the activation is gelu, unless the architecture defines its own.
+    The registry marks only `quick_gelu`. Without the mark, the activation is gelu, unless the architecture defines its
+    own.
     """
     if listed.quick_gelu:
         return Activation.quick_gelu
@@ -610,7 +614,8 @@ def resolve_model(model: ModelConfig, *starts: Found) -> ModelConfig:
         starts: weights of the model, or of its towers.
 
     Raises:
-        ConfigError: the configuration does not fit the weights, or the weights of one tower do not fit those of the other.
+        ConfigError: the configuration does not fit the weights, or the weights of one tower do not fit those of the
+            other.
     """
     if problems := [problem for found in starts for problem in _contradictions(model, found)]:
         raise ConfigError("\n".join(problems))

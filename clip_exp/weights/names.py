@@ -1,9 +1,10 @@
 """Conversion between our parameter names and those of other libraries: detects the layout of a state dict, and applies the families' tables.
 
-open_clip's layout is also that of OpenAI's, FlagAI's and Chinese-CLIP's checkpoints: the image tower is under `visual.`, and the text tower under
-`text.` (CustomTextCLIP) or at the top level (CLIP). transformers' CLIPModel, SiglipModel and ChineseCLIPModel share another layout. big_vision
-has a third one, with slashes in the names. The renaming table of a tower is in its family (`Tower.names`). In a file of a single tower, the names
-can be those of any of its tables, also without their common prefix: `TowerLayout`.
+open_clip's layout is also that of OpenAI's, FlagAI's and Chinese-CLIP's checkpoints: the image tower is under
+`visual.`, and the text tower under `text.` (CustomTextCLIP) or at the top level (CLIP). transformers' CLIPModel,
+SiglipModel and ChineseCLIPModel share another layout. big_vision has a third one, with slashes in the names. The
+renaming table of a tower is in its family (`Tower.names`). In a file of a single tower, the names can be those of any
+of its tables, also without their common prefix: `TowerLayout`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,8 @@ from clip_exp.renaming import SCALAR, Names, Row, rename
 
 TOP = (Row("logit_scale", "logit_scale", SCALAR), Row("logit_bias", "logit_bias", SCALAR))
 LOGITS = ("logit_scale", "logit_bias")
-# Entries of some files that are not weights: three numbers of OpenAI, and constants of early versions of open_clip and transformers
+# Entries of some files that are not weights: three numbers of OpenAI, and constants of early versions of open_clip and
+# transformers
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
 
 
@@ -79,7 +81,8 @@ class TowerLayout(NamedTuple):
     Attributes:
         tower: image or text.
         rows: renaming table.
-        omitted_prefix: prefix of all names in the table that the names in the file do not have, such as `trunk.`; may be empty.
+        omitted_prefix: prefix of all names in the table that the names in the file do not have, such as `trunk.`; may
+            be empty.
         names: mapping from names in the file to names in the table, for the weights of the tower.
         branches: prefixes of names of the tower, including weights that the model does not have.
     """
@@ -103,8 +106,8 @@ class TowerLayout(NamedTuple):
 def tower_layouts(tower: str, config: ModelConfig, expected: Mapping[str, Tensor]) -> Iterator[TowerLayout]:
     """Yield the possible layouts of a tower's weights in a file.
 
-    The library of a backbone saves it without the name of the attribute that contains it in the model, and transformers' CLIPVisionModel is saved
-    without `vision_model.`.
+    The library of a backbone saves it without the name of the attribute that contains it in the model, and
+    transformers' CLIPVisionModel is saved without `vision_model.`.
 
     Args:
         tower: image or text.
@@ -146,7 +149,8 @@ def to_ours(
     Args:
         layout: one of LAYOUTS; for a single tower, its layout; None: not a model's.
         state: tensors by name.
-        config: configuration of the model. It is required for towers of other libraries; our own towers are recognized by the names.
+        config: configuration of the model. It is required for towers of other libraries; our own towers are recognized
+            by the names.
     """
     if layout is None or layout == "clip_exp":
         return state
@@ -173,8 +177,8 @@ def to_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) ->
         config: configuration of the model; without it, our own towers are recognized by the names.
 
     Returns:
-        Tensors by the names of open_clip's class CLIP if the text tower is CLIP's or the architecture has these names in open_clip; else by those
-        of CustomTextCLIP.
+        Tensors by the names of open_clip's class CLIP if the text tower is CLIP's or the architecture has these names
+        in open_clip; else by those of CustomTextCLIP.
     """
     image, text, top = _by_tower(LAYOUTS["clip_exp"], state)
     image_names, text_names = _names_of("open_clip", config, image, text)

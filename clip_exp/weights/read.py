@@ -1,8 +1,9 @@
 """TowerLayout of weights from files and folders. Code in a file is never executed.
 
-Trainers save a model under the name of an attribute, inside of wrappers, and next to an optimizer, a teacher or averaged weights. This module
-does not depend on the conventions of particular trainers. Instead, every mapping of tensors in a file, combined with every prefix after which
-names of a model follow, is a candidate. `search` selects the candidate that has all weights of the model. Other contents are reported.
+Trainers save a model under the name of an attribute, inside of wrappers, and next to an optimizer, a teacher or
+averaged weights. This module does not depend on the conventions of particular trainers. Instead, every mapping of
+tensors in a file, combined with every prefix after which names of a model follow, is a candidate. `search` selects the
+candidate that has all weights of the model. Other contents are reported.
 """
 
 import math
@@ -31,7 +32,8 @@ from clip_exp.weights.torchscript import read_torchscript
 KEY = "pretrained_prefix"
 # Maximum depth of nested mappings in a file
 DEPTH = 2
-# Parts of names from wrappers: torch.compile, FSDP, activation checkpointing, Lightning's DeepSpeed, DistributedDataParallel
+# Parts of names from wrappers: torch.compile, FSDP, activation checkpointing, Lightning's DeepSpeed,
+# DistributedDataParallel
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module"}
 AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow)(?:[._\d]|$)", re.IGNORECASE)
 # Depends on the loss rather than on the model
@@ -347,16 +349,17 @@ def find_model_weights(
     """Read the model's weights from a file or folder, on the CPU, in the file's dtype.
 
     Args:
-        path: file or folder. Files are `.safetensors`, files of `torch.save` (`.pt`, `.bin`, `.ckpt`), TorchScript archives such as OpenAI's,
-            and big_vision's `.npz`. Folders are those written by `save_pretrained` of Hugging Face and open_clip, or by DeepSpeed, also
-            sharded. Names are ours, or those of open_clip, OpenAI, FlagAI, cn-clip, big_vision, or transformers' CLIPModel, SiglipModel and
-            ChineseCLIPModel; `search` describes where in a file they may be.
+        path: file or folder. Files are `.safetensors`, files of `torch.save` (`.pt`, `.bin`, `.ckpt`), TorchScript
+            archives such as OpenAI's, and big_vision's `.npz`. Folders are those written by `save_pretrained` of
+            Hugging Face and open_clip, or by DeepSpeed, also sharded. Names are ours, or those of open_clip, OpenAI,
+            FlagAI, cn-clip, big_vision, or transformers' CLIPModel, SiglipModel and ChineseCLIPModel; `search`
+            describes where in a file they may be.
         config: configuration of the model, see `to_ours`.
         expected: state dict of the model; None: any model with both towers.
         prefix: value of `pretrained_prefix`, which selects the weights in a file with several models.
         with_values: read the values; False: only names and shapes, as tensors on the meta device.
-        tower: image or text, to read the weights of this tower only, from a file of the tower or of a model; `expected` is then the state dict
-            of the tower.
+        tower: image or text, to read the weights of this tower only, from a file of the tower or of a model; `expected`
+            is then the state dict of the tower.
 
     Raises:
         CheckpointError: the file does not exist, cannot be read, or has no weights of the model; see `search`.
@@ -493,7 +496,8 @@ def _read_torch(path: Path, with_values: bool) -> Any:
             f"{path} cannot be loaded: torch finds no weights in its pickle. Download it again, or write it again."
         ) from error
     except Exception as error:
-        # A damaged file can cause any exception. After its first sentence, torch's message has advice that does not apply here.
+        # A damaged file can cause any exception. After its first sentence, torch's message has advice that does not
+        # apply here.
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise CheckpointError(
             f"{path} is not a valid torch file ({reason}). Download it again, or write it again."

@@ -1,8 +1,8 @@
 """Reading of weights from TorchScript archives, the format of OpenAI's CLIP, without executing the program in them.
 
-An archive is a zip file: `data.pkl` contains the tree of modules as a pickle, `data/` the values, and `code/` a program. The pickle is read by
-an unpickler that supports only tensors: a class of the program becomes a record of its attributes, and all other objects are refused. `code/` is
-never read.
+An archive is a zip file: `data.pkl` contains the tree of modules as a pickle, `data/` the values, and `code/` a
+program. The pickle is read by an unpickler that supports only tensors: a class of the program becomes a record of its
+attributes, and all other objects are refused. `code/` is never read.
 """
 
 import math
@@ -101,8 +101,8 @@ def _first(value: Any, *_: Any) -> Any:
 class _Unpickler(pickle._Unpickler):
     """Unpickler that creates records for modules, and references to storages for tensors.
 
-    It is based on the Python implementation of the unpickler: in the faster C implementation, a pickle of ten bytes can allocate gigabytes. Every
-    name gets a new class or function object, since a pickle may set attributes of objects.
+    It is based on the Python implementation of the unpickler: in the faster C implementation, a pickle of ten bytes can
+    allocate gigabytes. Every name gets a new class or function object, since a pickle may set attributes of objects.
     """
 
     def __init__(self, data: bytes) -> None:
