@@ -50,7 +50,7 @@ def test_of_two_models_in_a_file_one_is_chosen_and_its_features_are_told_apart(t
     path = tmp_path / "last.ckpt"
     other = {name: 2 * value for name, value in nano.state_dict().items()}
     torch.save({"student": other, "teacher": nano.state_dict()}, path)
-    with pytest.raises(CheckpointError, match="Choose one: pretrained_prefix=student, pretrained_prefix=teacher"):
+    with pytest.raises(CheckpointError, match="Select one: pretrained_prefix=student, pretrained_prefix=teacher"):
         clip_exp.load("vit_nano", path, accelerator="cpu")
     clip = clip_exp.load("vit_nano", path, accelerator="cpu", prefix="teacher")
     assert all(torch.equal(value, nano.state_dict()[name]) for name, value in clip.model.state_dict().items())
