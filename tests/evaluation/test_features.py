@@ -237,7 +237,7 @@ class Deadly(ImageFiles):
 def test_a_worker_that_is_killed_is_told_with_a_remedy(paths: list[str], nano: CLIP) -> None:
     with pytest.raises(DataError, match=r"use fewer of them \(num_workers\)"):
         encode_images(encoder(model=nano), Deadly(paths), replace(OPTIONS, num_workers=1))
-    with suppress(RuntimeError):  # from torch's signal handler, where the connection was closed before the signal came
+    with suppress(RuntimeError):  # from torch's signal handler, where the connection broke before the signal came
         time.sleep(0.5)
         gc.collect()  # the loader, which would tell it in another test
 

@@ -55,7 +55,7 @@ WRONG = {
         "has 2 labels, .*flat has 3 images",
     ),
     "no labels": (2, {"root": "flat", "ground_truth": "absent.txt"}, r"task\.t\.ground_truth=.*no such file"),
-    "names of is empty": (2, {"root": "pets", "classes": "names.txt"}, "names.txt holds no texts"),
+    "names of an empty file": (2, {"root": "pets", "classes": "names.txt"}, "names.txt holds no texts"),
     "names of a broken file": (2, {"root": "pets", "classes": "names.json"}, "names.json is not valid JSON"),
     "names for other classes": (2, {"root": "pets", "classes": ["one", "two"]}, "2 names, .*pets has 3 classes"),
     "names that miss a class": (2, {"root": "pets", "classes": {"cat": "Katze"}}, "names nothing for 'cow', 'dog'"),

@@ -132,7 +132,7 @@ def test_a_folder_of_chinese_clip_is_trained_scored_and_exported_to_transformers
     [
         (
             ["model/text=huggingface", "model.text.name=./none"],
-            "model.text.name=./none could not be loaded (FileNotFoundError",
+            "model.text.name=./none cannot be had (FileNotFoundError",
         ),
         (["model/image=timm", "model.image.name=resnt18"], "timm has no such model: did you mean resnet18"),
         ([*TIMM, "model.image.image_size=65"], "model.image.image_size=65 does not fit test_vit"),
