@@ -1,4 +1,4 @@
-"""Score a CLIP: `python evaluate.py --help`."""
+"""Evaluate a CLIP model: `python evaluate.py --help`."""
 
 from clip_exp.cli import main
 

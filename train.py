@@ -1,4 +1,4 @@
-"""Train a CLIP: `python train.py --help`."""
+"""Train a CLIP model: `python train.py --help`."""
 
 from clip_exp.cli import main
 

@@ -1,8 +1,8 @@
-"""Whole commands: `train.py` against open_clip's trainer, ViT-S/32 for 20 steps of 32 pairs from one CSV on the CPU.
+"""Benchmark of complete commands: `train.py` and open_clip's trainer, ViT-S/32 for 20 steps of 32 pairs from one CSV file on the CPU.
 
-Both read the same rows of --csv with two workers, train in float32 with AdamW and write a checkpoint at the end. They take
-turns, alternating who goes first. Printed are the samples per second after the fifth step (the median over the steps) and the
-time of the whole process, from the shell's start of it to its end; ratios of medians over the pairs.
+Both read the same rows of --csv with two workers, train in float32 with AdamW and write a checkpoint at the end. They
+run in turns, with alternating order. The output is the median of the samples per second after the fifth step, the time
+of the whole process from its start to its end, and the ratios of medians over the pairs of runs.
 
     python benchmarks/end_to_end.py --csv photographs/train.csv
 """
@@ -31,12 +31,12 @@ class Timing(NamedTuple):
 
 
 def write_rows(source: Path, target: Path) -> None:
-    """The first rows of a table whose images differ, with absolute paths, as both trainers read them."""
+    """Write the first rows of a table with distinct images, with absolute paths, for both trainers."""
     with source.open(newline="", encoding="utf-8") as handle:
         distinct = {row["filepath"]: row for row in csv.DictReader(handle)}
     rows = list(distinct.values())[: STEPS * BATCH]
     if len(rows) < STEPS * BATCH:
-        sys.exit(f"{source} has {len(rows)} images; {STEPS * BATCH} are needed.")
+        sys.exit(f"{source} has only {len(rows)} images, but {STEPS * BATCH} are needed.")
     with target.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, ["filepath", "title"])
         writer.writeheader()
@@ -82,7 +82,7 @@ def theirs(pairs: Path, folder: Path) -> Timing:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--csv", type=Path, required=True, help="comma-separated, columns filepath and title, at least 640 images"
+        "--csv", type=Path, required=True, help="CSV file with the columns filepath and title, and at least 640 images"
     )
     parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Samples per second of whole trainings on one GPU: reported in metrics.csv against the clock on the wall, eager against compiled.
+"""Benchmark of the training throughput on one GPU: the samples per second in metrics.csv and by the wall clock, eager and compiled.
 
-Each run is `train.py` with the images of `data=shapes`, which cost little to decode, in bf16. Steps before the first that is
-measured (--skip) are left out: workers start in them, and towers are compiled. The wall's seconds are those between the ends of
-two logged steps, each after the GPU has done all that it was given; the reported ones are those of the rows in between.
+Each run is `train.py` with the images of `data=shapes`, which are fast to decode, in bf16. The first steps (--skip) are
+not measured, since workers start and towers are compiled in them. The wall-clock time is measured between the ends of
+two logged steps, after synchronizing the GPU; the reported time is that of the rows between these steps.
 
     python benchmarks/gpu_throughput.py
     python benchmarks/gpu_throughput.py --runs vit_b32:128 rn50:256 --workers 8 --steps 200
@@ -24,15 +24,16 @@ import torch
 from clip_exp.runs import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TARGET_DIFFERENCE = 0.05  # between reported and wall
+# Maximum relative difference between reported and wall-clock throughput
+TARGET_DIFFERENCE = 0.05
 LOG_EVERY = 10
 
 
 class WallClock(pl.Callback):
-    """Writes the seconds between the ends of steps `first` and `last` to a file.
+    """Callback that writes the seconds between the ends of the steps `first` and `last` to a file.
 
     Args:
-        file: its path.
+        file: path of the file.
         first, last: logged steps.
     """
 
@@ -52,14 +53,23 @@ class WallClock(pl.Callback):
 
 
 class Measured(NamedTuple):
-    reported: float  # samples per second
-    wall: float  # samples per second
-    waiting: float  # fraction of the reported time
+    """Result of a run.
+
+    Attributes:
+        reported: samples per second in metrics.csv.
+        wall: samples per second by the wall clock.
+        waiting: fraction of the reported time that training waited for data.
+        peak_gb: peak memory of the GPU in GB.
+    """
+
+    reported: float
+    wall: float
+    waiting: float
     peak_gb: float | None
 
 
 def measure(model: str, batch_size: int, compiled: bool, arguments: argparse.Namespace, data: Path) -> Measured:
-    """Train once in a folder that is removed."""
+    """Train once in a temporary folder."""
     first, last = arguments.skip, arguments.skip + arguments.steps
     with tempfile.TemporaryDirectory(dir=data) as name:
         folder = Path(name)
@@ -121,24 +131,25 @@ def main() -> None:
         "--runs", nargs="+", type=run_of, default=[("vit_b32", 128), ("vit_b32", 1024), ("vit_l14", 128)],
         metavar="MODEL:BATCH",
     )  # fmt: skip
-    parser.add_argument("--skip", type=steps_of, default=40, help="steps before the first that is measured")
-    parser.add_argument("--steps", type=steps_of, default=100, help="steps that are measured")
-    parser.add_argument("--rows", type=int, default=8192, help="of the data, at least the largest batch")
+    parser.add_argument("--skip", type=steps_of, default=40, help="number of steps before the measured ones")
+    parser.add_argument("--steps", type=steps_of, default=100, help="number of measured steps")
+    parser.add_argument("--rows", type=int, default=8192, help="number of images, at least the largest batch size")
     parser.add_argument("--workers", default="null", help="data.num_workers")
-    parser.add_argument("--accelerator", default="gpu", help="cpu tries the script out")
+    parser.add_argument("--accelerator", default="gpu", help="gpu, or cpu to test the script")
     arguments = parser.parse_args()
     if arguments.accelerator != "cpu":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as name:
         data = Path(name)
-        (data / "data").mkdir()  # the images are drawn once
+        # All runs share the generated images.
+        (data / "data").mkdir()
         for model, batch_size in arguments.runs:
             print(f"{model}, batch {batch_size}", flush=True)
             eager = measure(model, batch_size, False, arguments, data)
             print(line("eager", eager), flush=True)
             compiled = measure(model, batch_size, True, arguments, data)
             print(line("compiled", compiled))
-            print(f"  compiled / eager by the wall: {compiled.wall / eager.wall:.2f}", flush=True)
+            print(f"  compiled / eager by wall clock: {compiled.wall / eager.wall:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Photographs to training tensors: clip_exp against open_clip's CSV dataset with its training transform, alternately in one process.
+"""Benchmark of the image pipeline: clip_exp and open_clip's CSV dataset with its training transform, in turns in one process.
 
-200 photographs of about 500 x 375 pixels and 40 of 1,600 are written as JPEG files: made from those of --images, or drawn. Their
-quality of 85 gives about 2 bits per pixel at 500 x 375, as the median JPEG of that size on the web has (2.07; HTTP Archive, 2024).
-The more bits, the more of the time is Huffman decoding, which is the same on both sides: --images also measures the files as they
-are, without a target.
+200 photographs of about 500 x 375 pixels and 40 of 1,600 pixels are written as JPEG files, made from those in --images
+or generated. The JPEG quality of 85 gives about 2 bits per pixel at 500 x 375, as the median JPEG of that size on the
+web (2.07; HTTP Archive, 2024). With more bits, more of the time is spent in Huffman decoding, which is the same on both
+sides. With --images, the original files are measured too, without a target.
 
-Each side makes whole samples from the same table, path to pixels and caption to ids, each in its own way: clip_exp decodes with
-torchvision, crops, resizes bytes and leaves normalizing to the device (timed apart); open_clip decodes, crops and resizes with
-Pillow and normalizes floats. First on one core, in seconds of CPU; then through two DataLoader workers each, by the clock. A
-median is taken over the rounds. Last, the largest difference of a pixel for the same crop, in levels of 255.
+Both sides produce complete samples from the same table, from path to pixels and from caption to ids. clip_exp decodes
+with torchvision, crops, resizes bytes and normalizes on the device (timed separately). open_clip decodes, crops and
+resizes with Pillow and normalizes floats. The first measurement is the CPU time on one core, the second the wall-clock
+time with two DataLoader workers; both are medians over the rounds. The last output is the largest difference of a pixel
+for the same crop, in levels of 255.
 
     python benchmarks/image_pipeline.py --images $CLIP_EXP_DATA/imagenet_val_sample
 """
@@ -36,21 +37,24 @@ from clip_exp.data.randomness import Draws
 from clip_exp.models.families.clip import ViTConfig
 from clip_exp.text.tokenizer import Tokenizer
 
-SETS = {"500 px": (500, 200, 2.5), "1600 px": (1600, 40, 2.0)}  # longer side, images, target ratio
-AS_THEY_ARE = "as they are"
+# Longer side in pixels, number of images, target ratio
+SETS = {"500 px": (500, 200, 2.5), "1600 px": (1600, 40, 2.0)}
+ORIGINAL = "original files"
 SIZE = 224
 CAPTION = "A little girl in a red dress climbs a rope while her dog waits in the grass."
-LOADED = 800  # images through the workers in a round
+# Number of images that the workers load in a round
+LOADED = 800
 
 
 def draw_photograph(seed: int) -> Image.Image:
-    """Noise whose detail falls with its frequency, as in nature, behind shapes with sharp edges."""
+    """Generate an image of noise whose amplitude decreases with frequency, as in photographs, and shapes with sharp edges."""
     draw = np.random.default_rng(seed)
     width, height = (1600, 1200) if seed % 3 else (1200, 1600)
     pixels = np.zeros((height, width, 3), dtype=np.float32)
     for cells, strength in ((4, 60), (12, 40), (40, 25), (130, 14), (400, 8), (1600, 4)):
         noise = draw.normal(0, 1, (cells * height // width, cells, 3)) * [1, 0.8, 0.7]
-        noise += draw.normal(0, 1, noise.shape[:2])[..., None]  # mostly grey
+        # Mostly gray
+        noise += draw.normal(0, 1, noise.shape[:2])[..., None]
         planes = [
             Image.fromarray(plane).resize((width, height)) for plane in noise.astype(np.float32).transpose(2, 0, 1)
         ]
@@ -74,14 +78,14 @@ def find_photographs(folder: str | None) -> list[Path]:
 
 
 def write_table(folder: Path, paths: list[Path]) -> Path:
-    """Absolute paths: open_clip looks for relative ones in the current folder."""
+    """Write a table with absolute paths, since open_clip reads relative paths from the current folder."""
     with open(folder / "pairs.csv", "w", newline="") as file:
         csv.writer(file).writerows([("filepath", "title"), *((str(path), CAPTION) for path in paths)])
     return folder / "pairs.csv"
 
 
 def make_photographs(folder: Path, side: int, count: int, photographs: list[Path], quality: int) -> Path:
-    """A table of `count` images whose longer side is `side`."""
+    """Write `count` images with the longer side `side`, and return a table of them."""
     folder.mkdir()
     paths = []
     for i in range(count):
@@ -122,7 +126,7 @@ def cpu_ms(sample: Callable[[int], object], count: int) -> float:
 
 
 def wall_ms(batches: Iterator[object], batch_size: int) -> float:
-    """Per image, from the second batch on: the first waits for the workers to start."""
+    """Return the milliseconds per image, without the first batch, which waits for the workers to start."""
     next(batches)
     start = time.perf_counter()
     count = sum(1 for _ in batches)
@@ -134,14 +138,14 @@ def our_batches(table: Path, batch_size: int) -> Iterator[object]:
 
 
 def their_batches(table: Path, batch_size: int) -> Iterator[object]:
-    """Their loader ends with an epoch, so the samples of several are one epoch here."""
+    """Return batches of open_clip's data set, repeated to the required number of samples, since its loader ends after an epoch."""
     dataset = their_dataset(table)
     several = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(LOADED)])
     return iter(DataLoader(several, batch_size, shuffle=True, num_workers=2, drop_last=True))
 
 
 def compare(table: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds per image of both sides, on one core and through two workers."""
+    """Return the milliseconds per image of both sides, on one core and with two workers."""
     ours, theirs = our_samples(table), their_dataset(table)
     measures = {
         "core": (lambda: cpu_ms(ours, len(theirs)), lambda: cpu_ms(theirs.__getitem__, len(theirs))),
@@ -153,7 +157,8 @@ def compare(table: Path, args: argparse.Namespace) -> dict[str, list[float]]:
     medians = {}
     for name, sides in measures.items():
         found: tuple[list[float], list[float]] = ([], [])
-        for round_ in range(args.rounds + (name == "core")):  # the first on the core warms up
+        # The first round on one core is for warm-up.
+        for round_ in range(args.rounds + (name == "core")):
             for side in (1, 0) if round_ % 2 else (0, 1):
                 found[side].append(sides[side]())
         medians[name] = [statistics.median(times[name == "core" :]) for times in found]
@@ -161,7 +166,7 @@ def compare(table: Path, args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def largest_difference(table: Path) -> tuple[int, float]:
-    """Of a pixel for the same crop by Pillow, in levels; and the mean over all pixels."""
+    """Return the largest and the mean difference of a pixel to the same crop by Pillow, in levels."""
     largest, means, augmentation = 0, [], AugmentationConfig()
     for record in list(csv.DictReader(table.read_text().splitlines()))[:40]:
         path = record["filepath"]
@@ -184,29 +189,29 @@ def report(name: str, table: Path, args: argparse.Namespace) -> None:
     for where, (ours, theirs) in compare(table, args).items():
         label = "one core" if where == "core" else "two workers"
         print(f"  {label:<12} clip_exp {ours:6.2f}   open_clip {theirs:6.2f}   ratio {theirs / ours:.2f}", end="")
-        print(f"   (target {target}: {'holds' if theirs / ours >= target else 'missed'})" if target else "", flush=True)
+        print(f"   (target {target}: {'met' if theirs / ours >= target else 'missed'})" if target else "", flush=True)
     largest, mean = largest_difference(table)
     print(f"  largest difference of a pixel {largest} levels, mean {mean:.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="a folder of photographs, searched with its subfolders")
-    parser.add_argument("--quality", type=int, default=85, help="of the JPEG files that are written")
+    parser.add_argument("--images", help="folder of photographs, including its subfolders; default: generated images")
+    parser.add_argument("--quality", type=int, default=85, help="quality of the JPEG files")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=40, help="through the workers")
+    parser.add_argument("--batch-size", type=int, default=40, help="batch size of the workers")
     args = parser.parse_args()
     torch.set_num_threads(1)
     photographs = find_photographs(args.images)
     batch = torch.randint(0, 256, (64, 3, SIZE, SIZE), dtype=torch.uint8)
     preprocessing = preprocessing_of(ViTConfig(image_size=SIZE, patch_size=8, width=8, layers=1, heads=1))
     device_ms = cpu_ms(lambda _: normalize(batch, preprocessing.mean, preprocessing.std), 20) / 64
-    print(f"normalizing, which clip_exp leaves to the device: {device_ms:.3f} ms per image on one core of this CPU")
+    print(f"normalization, which clip_exp does on the device: {device_ms:.3f} ms per image on one core of this CPU")
     with tempfile.TemporaryDirectory() as folder:
         for name, (side, count, _) in SETS.items():
             report(name, make_photographs(Path(folder) / str(side), side, count, photographs, args.quality), args)
         if photographs:
-            report(AS_THEY_ARE, write_table(Path(folder), [path.resolve() for path in photographs[:200]]), args)
+            report(ORIGINAL, write_table(Path(folder), [path.resolve() for path in photographs[:200]]), args)
 
 
 if __name__ == "__main__":

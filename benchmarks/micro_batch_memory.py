@@ -1,7 +1,7 @@
-"""Peak memory of one ViT-B/32 step at batch 256, the batch at once against chunks of 32, and that the gradients agree.
+"""Benchmark of the peak memory of one ViT-B/32 step with batch size 256, with and without micro-batches of 32. Also compares the gradients.
 
-Each way runs in a child process of its own. What counts is the peak of its resident memory during forward and backward,
-less what it held before, as Linux keeps it (VmHWM, set back through /proc/self/clear_refs). Needs about 12 GB, and Linux.
+Each variant runs in a separate process. The result is the peak of its resident memory during forward and backward minus
+the memory before (Linux's VmHWM, reset through /proc/self/clear_refs). Requires Linux and about 12 GB of memory.
 
     python benchmarks/micro_batch_memory.py
 """
@@ -39,7 +39,8 @@ def measure(batch_size: int, micro_batch_size: int | None, gradients: Path) -> N
     image = torch.randn(batch_size, 3, 224, 224)
     tokens = Tokenizer()(make_captions(batch_size, random.Random(0)))
     ids = torch.arange(batch_size)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    # Resets VmHWM
+    Path("/proc/self/clear_refs").write_text("5")
     before_mb = status_mb("VmRSS")
     SoftmaxLoss()(model(image, tokens, micro_batch_size), ids, ids).backward()
     print(status_mb("VmHWM") - before_mb)
@@ -61,12 +62,14 @@ def compare(batch_size: int, micro_batch_size: int) -> None:
         full, micro = (load_file(file) for file in files)
     largest = max(gradient.abs().max().item() for gradient in full.values())
     difference = max((full[name] - micro[name]).abs().max().item() for name in full) / largest
-    print(f"batch of {batch_size} at once:       {full_mb:8,.0f} MB above the state before the step")
-    print(f"in chunks of {micro_batch_size}:           {micro_mb:8,.0f} MB")
-    print(f"ratio: {full_mb / micro_mb:.2f}, largest gradient difference over the largest gradient: {difference:.1e}")
+    print(f"batch of {batch_size} at once:       {full_mb:8,.0f} MB more than before the step")
+    print(f"micro-batches of {micro_batch_size}:       {micro_mb:8,.0f} MB")
+    print(
+        f"ratio: {full_mb / micro_mb:.2f}, largest gradient difference relative to the largest gradient: {difference:.1e}"
+    )
     holds = full_mb / micro_mb >= TARGET_RATIO and difference <= TARGET_GRADIENT_DIFFERENCE
     limits = f"ratio >= {TARGET_RATIO}, difference <= {TARGET_GRADIENT_DIFFERENCE:.0e}"
-    print(f"target ({limits}): {'holds' if holds else 'missed'}")
+    print(f"target ({limits}): {'met' if holds else 'missed'}")
 
 
 def main() -> None:

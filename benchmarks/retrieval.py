@@ -1,9 +1,9 @@
-"""Ranks of 5,000 images and 5,000 captions both ways: clip_exp against the metric of open_clip's trainer, side by side.
+"""Benchmark of retrieval metrics: ranks of 5,000 images and 5,000 captions in both directions, clip_exp and open_clip's trainer.
 
-Each side runs in a child process that is asked for one measurement at a time, so that the peak of its memory is its own: the
-peak of resident memory during the call, less what was held before (VmHWM, set back through /proc/self/clear_refs; Linux).
-clip_exp counts better scores in tiles; open_clip sorts the whole matrix twice. One caption per image, because their metric
-knows no other; the same features on both sides.
+Each side runs in a separate process that makes one measurement at a time. The memory is the peak of resident memory
+during the call minus the memory before (Linux's VmHWM, reset through /proc/self/clear_refs). clip_exp counts higher
+scores in tiles; open_clip sorts the whole matrix twice. There is one caption per image, since open_clip's metric
+supports no more. Both sides use the same features.
 
     python benchmarks/retrieval.py --pairs 5
 """
@@ -25,7 +25,7 @@ WAYS = {"i2t": "image_to_text", "t2i": "text_to_image"}
 
 
 def make_features(count: int, dim: int = 512) -> tuple[Tensor, Tensor]:
-    """Pairs that resemble each other about as much as a small model's: some are found at once, some far down."""
+    """Return features of pairs with similarities as those of a small model: some pairs have rank 1, others high ranks."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(count, dim, generator=generator)
     text = image + 4 * torch.rand(count, 1, generator=generator) * torch.randn(count, dim, generator=generator)
@@ -33,7 +33,7 @@ def make_features(count: int, dim: int = 512) -> tuple[Tensor, Tensor]:
 
 
 def serve(side: str, count: int, threads: int) -> None:
-    """For every line of input, one measurement: seconds, MB, and the metrics."""
+    """Print one measurement for every line of input: seconds, MB, and the metrics."""
     torch.set_num_threads(threads)
     image, text = make_features(count)
     if side == "ours":
@@ -63,7 +63,7 @@ def serve(side: str, count: int, threads: int) -> None:
 
 
 class Side:
-    """A child process that measures on demand."""
+    """Child process that makes measurements on request."""
 
     def __init__(self, side: str, args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, f"--serve={side}", f"--count={args.count}", f"--threads={args.threads}"]
@@ -92,22 +92,22 @@ def compare(args: argparse.Namespace) -> None:
     for side in sides.values():
         side.end()
     seconds = {name: statistics.median(row[0] for row in found[1:]) for name, found in rows.items()}
-    # The first call's: later ones use again what the process kept.
+    # Memory of the first call, since later ones reuse memory of the process.
     memory_mb = {name: found[0][1] for name, found in rows.items()}
     equal = all(ours[2:] == theirs[2:] for ours, theirs in zip(rows["ours"], rows["theirs"], strict=True))
     labels = {"ours": "clip_exp:", "theirs": "open_clip_torch:"}
-    print(f"{args.count:,} images, {args.count:,} captions; recall@1, 5, 10 and median rank both ways")
+    print(f"{args.count:,} images, {args.count:,} captions; recall@1, 5, 10 and median rank in both directions")
     for name, label in labels.items():
         print(f"{label:<16} {seconds[name]:7.3f} s, {memory_mb[name]:7.0f} MB more at the peak")
     ratio = seconds["theirs"] / seconds["ours"]
     print(f"ratio of the medians: {ratio:.1f}, of the memory: {memory_mb['theirs'] / memory_mb['ours']:.1f}")
     print(f"all eight numbers equal: {'yes' if equal else 'no'}")
-    print(f"target (ratio >= {TARGET_RATIO}, equal ranks): {'holds' if ratio >= TARGET_RATIO and equal else 'missed'}")
+    print(f"target (ratio >= {TARGET_RATIO}, equal ranks): {'met' if ratio >= TARGET_RATIO and equal else 'missed'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="pairs after the one that warms up")
+    parser.add_argument("--pairs", type=int, default=5, help="number of measurements after one for warm-up")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)

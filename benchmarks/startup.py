@@ -1,4 +1,4 @@
-"""Seconds until an answer: `train.py --help` and configuration errors, next to `import hydra` and the peer's `--help`.
+"""Benchmark of the startup time: `train.py --help` and configuration errors, compared with `import hydra` and open_clip's `--help`.
 
 python benchmarks/startup.py
 """
@@ -35,7 +35,7 @@ def main() -> None:
     for name, values in seconds.items():
         print(f"{name:<24}  median {statistics.median(values):.2f} s  (from {min(values):.2f} to {max(values):.2f})")
     hydra, help_s, typo = (statistics.median(seconds[name]) for name in (HYDRA, HELP, TYPO))
-    print(f"{HELP}: {help_s / hydra:.1f} times {HYDRA} (target: 3 times at most, and under 1 s)")
+    print(f"{HELP}: {help_s / hydra:.1f} times {HYDRA} (target: at most 3 times, and under 1 s)")
     print(f"{TYPO}: {typo / hydra:.1f} times {HYDRA} (target: under 0.6 s)")
 
 

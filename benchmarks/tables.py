@@ -1,15 +1,15 @@
-"""Opening a table of millions of rows, and what it costs each worker: clip_exp against open_clip's CsvDataset.
+"""Benchmark of opening tables with millions of rows, and of the memory of workers: clip_exp and open_clip's CsvDataset.
 
-A comma-separated table of about 90 bytes per row is made in a temporary folder. Each side opens it in a process of its own,
-which then forks workers that read the path and the caption of every row, as those of a DataLoader do in an epoch. Private
-memory is Private_Clean + Private_Dirty of /proc/<pid>/smaps_rollup (Linux), after the reading less before it, while all workers
-are alive: what exists once per worker. Pages of a mapped file that several processes read are not private. clip_exp opens
-twice: cold makes the index, warm finds it.
+A CSV file with about 90 bytes per row is written to a temporary folder. Each side opens it in a separate process, which
+then forks workers that read the path and the caption of every row, as DataLoader workers do in an epoch. The private
+memory of a worker is the increase of Private_Clean + Private_Dirty in /proc/<pid>/smaps_rollup (Linux) while all
+workers are alive. Pages of a mapped file that several processes read are not private. clip_exp opens the table twice:
+cold (building the index) and warm (with an existing index).
 
     python benchmarks/tables.py --rows 1000000
     python benchmarks/tables.py --rows 10000000 --their-workers 1
 
-Their side needs about 1 GB per million rows with four workers, 0.5 GB with one.
+open_clip needs about 1 GB per million rows with four workers, 0.5 GB with one.
 """
 
 import argparse
@@ -33,7 +33,8 @@ TARGET_MB_PER_MILLION = 5.0
 WORDS = """a the man woman child dog cat two people riding standing on in front of beach street table with red blue small old
 photograph bicycle umbrella kitchen window train grass snow, near holding looking while water building"""
 
-Read = Callable[[int], int]  # the characters of a row's path and caption
+# Function that reads a row and returns the number of characters of its path and caption
+Read = Callable[[int], int]
 
 
 def write_table(file: Path, rows: int) -> None:
@@ -67,7 +68,7 @@ def open_theirs(file: Path) -> tuple[int, Read]:
 
 
 def import_side(side: str) -> None:
-    """So that opening is timed alone."""
+    """Import a library before the measurement, so that only opening the table is timed."""
     if side == "ours":
         pass
     else:
@@ -91,7 +92,7 @@ def work(rows: int, read: Read, barrier: Barrier, added_mb: Any) -> None:
 
 
 def measure_workers(rows: int, read: Read, count: int) -> list[float]:
-    """MB that each worker has added."""
+    """Return the private memory in MB that each worker has added."""
     context = multiprocessing.get_context("fork")
     barrier, added_mb = context.Barrier(count), context.SimpleQueue()
     workers = [context.Process(target=work, args=(rows, read, barrier, added_mb)) for _ in range(count)]
@@ -104,7 +105,7 @@ def measure_workers(rows: int, read: Read, count: int) -> list[float]:
 
 
 def serve(side: str, file: Path, workers: int) -> None:
-    """Print one measurement: seconds to open, MB that the process holds for it, MB per worker and million rows."""
+    """Print one measurement: seconds to open the table, MB in the process, MB per worker and million rows."""
     import_side(side)
     before_mb, started_s = status_mb("VmRSS"), time.perf_counter()
     rows, read = (open_ours if side == "ours" else open_theirs)(file)
@@ -135,7 +136,7 @@ def compare(args: argparse.Namespace) -> None:
         theirs = in_child("theirs", file, args.their_workers) if args.their_workers else None
     if theirs is not None:
         print(describe("open_clip:", theirs))
-    print("Private memory that a worker adds per million rows, all of them read:")
+    print("Private memory that a worker adds per million rows, after reading all of them:")
     print(f"clip_exp               {warm['worker_mb']:7.2f} MB ({args.workers} workers)")
     if theirs is not None:
         ratio = theirs["worker_mb"] / max(warm["worker_mb"], 0.01)
@@ -144,14 +145,14 @@ def compare(args: argparse.Namespace) -> None:
         )
     good = warm["opened_s"] <= TARGET_WARM_S and warm["worker_mb"] <= TARGET_MB_PER_MILLION
     targets = f"warm <= {TARGET_WARM_S} s, <= {TARGET_MB_PER_MILLION} MB per million rows and worker"
-    print(f"target ({targets}): {'holds' if good else 'missed'}")
+    print(f"target ({targets}): {'met' if good else 'missed'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--their-workers", type=int, help="of open_clip; 0 leaves it out; default: as many")
+    parser.add_argument("--their-workers", type=int, help="workers of open_clip; 0: skip it; default: as --workers")
     parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Captions to ids on one core: clip_exp against open_clip's `SimpleTokenizer`, alternately in one process.
+"""Benchmark of the tokenizer on one core: clip_exp and open_clip's `SimpleTokenizer`, in turns in one process.
 
-Two paths. As the loaders go: open_clip's `CsvDataset` calls `tokenizer([caption])[0]` for every sample and stacks the batch;
-clip_exp's encodes every sample and pads the batch. And whole batches at once, as for the prompts of a classifier. Both sides
-remember the words they have met, so each path is measured twice: cold, from a memory that is empty, and warm, over the same
-captions again. Ids must be equal. Plain captions come from a table, or are drawn; messy ones, a tenth as many, are made of them.
+There are two cases. Sample by sample, as in data loading: open_clip's `CsvDataset` calls `tokenizer([caption])[0]` for
+every sample and stacks the batch, while clip_exp encodes every sample and pads the batch. And whole batches at once, as
+for the prompts of a classifier. Both sides cache words, so each case is measured twice: cold, with an empty cache, and
+warm, with the same captions again. The ids must be equal. Plain captions are read from a table or generated; messy
+captions, a tenth as many, are derived from them.
 
     python benchmarks/tokenizer.py --csv $CLIP_EXP_DATA/flickr8k/train.csv
 """
@@ -96,7 +97,7 @@ MESSES: list[Callable[[str], str]] = [
 
 
 def read_captions(file: Path | None, count: int) -> list[str]:
-    """Plain captions, drawn where no table is given."""
+    """Read plain captions from a table, or generate them if there is none."""
     if file is None:
         draw = random.Random(0)
         return [" ".join(draw.choices(WORDS, k=draw.randrange(6, 18))).capitalize() + " ." for _ in range(count)]
@@ -105,7 +106,7 @@ def read_captions(file: Path | None, count: int) -> list[str]:
 
 
 def make_messy(captions: list[str]) -> list[str]:
-    """One for ten plain captions, of each kind of mess in turn."""
+    """Derive one messy caption from every tenth plain caption, of each kind in turn."""
     return [MESSES[i % len(MESSES)](caption) for i, caption in enumerate(captions[::10])]
 
 
@@ -138,8 +139,9 @@ def seconds(path: Callable[..., list[Tensor]], tokenizer: Tokenizer | SimpleToke
 
 
 def forgetful() -> tuple[Tokenizer, SimpleTokenizer]:
-    """Both tokenizers with their vocabulary read, and no words remembered."""
-    ours._word_ids.cache_clear()  # it outlives the tokenizers of a process
+    """Return both tokenizers with loaded vocabulary and empty word caches."""
+    # The cache is shared by all tokenizers of a process.
+    ours._word_ids.cache_clear()
     tokenizer = Tokenizer()
     tokenizer.encode("")
     return tokenizer, SimpleTokenizer()
@@ -154,7 +156,7 @@ def require_equal_ids(captions: list[str]) -> None:
 
 
 def compare(captions: list[str], pairs: int) -> dict[tuple[str, str], tuple[float, float]]:
-    """Median seconds of both by path and state of the memory."""
+    """Return the median seconds of both sides for each case and state of the cache."""
     took: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(pairs):
         for name, paths in PATHS.items():
@@ -170,8 +172,10 @@ def compare(captions: list[str], pairs: int) -> dict[tuple[str, str], tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, help="table with captions in a column `title`; without it they are drawn")
-    parser.add_argument("--count", type=int, default=10_000, help="plain captions")
+    parser.add_argument(
+        "--csv", type=Path, help="table with captions in the column `title`; default: generated captions"
+    )
+    parser.add_argument("--count", type=int, default=10_000, help="number of plain captions")
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -189,7 +193,7 @@ def main() -> None:
             )
             if what == "both":
                 ratios.append(theirs_s / mine_s)
-    print(f"target (ratio >= {TARGET_RATIO} on both): {'holds' if min(ratios) >= TARGET_RATIO else 'missed'}")
+    print(f"target (ratio >= {TARGET_RATIO} on both): {'met' if min(ratios) >= TARGET_RATIO else 'missed'}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""A training step of ViT-B/32, ViT-B/16 and RN50 in float32: clip_exp against open_clip_torch, side by side in one process.
+"""Benchmark of a training step of ViT-B/32, ViT-B/16 and RN50 in float32: clip_exp and open_clip_torch, in turns in one process.
 
-Both train the same weights on the same batches with the same loss. clip_exp does it its way: tokens trimmed to the
-longest caption of the batch, one projection for queries, keys and values, the last block only where it is pooled,
-convolutions over channels-last memory, fused AdamW. open_clip_torch does it its way: 77 tokens, and the AdamW that its
-trainer builds.
+Both train the same weights on the same batches with the same loss. clip_exp truncates tokens to the longest caption of
+the batch, has one projection for queries, keys and values, computes the last block only for the pooled token, and uses
+channels-last convolutions and fused AdamW. open_clip_torch uses 77 tokens and the AdamW of its trainer.
 
-Captions come from the `title` column of --csv. Without it sentences are made whose lengths follow Flickr8k's: 14.2
-tokens in the mean, 21 at the 95th percentile, at most 42, start and end included. Images are noise: a step costs the
-same. The two sides take turns in going first, and a median is taken over the pairs; only the ratio means something on a
-shared machine.
+Captions are read from the column `title` of --csv. Without it, they are generated with lengths as in Flickr8k: 14.2
+tokens on average, 21 at the 95th percentile, at most 42, including start and end. Images are noise, which does not
+affect the time of a step. The two sides run in turns with alternating order, and the result is the median over the
+pairs. On a shared machine, only the ratio is meaningful.
 
     python benchmarks/train_step.py --pairs 9 --csv captions.csv
     python benchmarks/train_step.py --models rn50 --batch-size 8
@@ -33,8 +32,10 @@ from clip_exp.text.tokenizer import Tokenizer
 from clip_exp.weights.names import to_open_clip
 
 TARGET_RATIO = {"vit_b32": 1.4, "vit_b16": 1.0, "rn50": 1.0}
-TARGET_LOSS_DIFFERENCE = {"vit_b32": 1e-5, "vit_b16": 1e-5, "rn50": 1e-4}  # batch norm amplifies rounding
-ADAMW = {"lr": 1e-5, "betas": (0.9, 0.98), "eps": 1e-6}  # a rate from the warm-up
+# Batch norm amplifies rounding errors.
+TARGET_LOSS_DIFFERENCE = {"vit_b32": 1e-5, "vit_b16": 1e-5, "rn50": 1e-4}
+# A learning rate during warm-up
+ADAMW = {"lr": 1e-5, "betas": (0.9, 0.98), "eps": 1e-6}
 WORDS = "a the two man woman dog child girl boy red blue white black small young old brown green runs stands jumps "
 WORDS += "sits plays walks on in with near over through of and at grass water street beach snow ball field bike tree"
 
@@ -49,13 +50,13 @@ def read_captions(path: str, key: str = "title") -> list[str]:
 
 
 def make_captions(count: int, draw: random.Random) -> list[str]:
-    """Sentences of words that are one token each; start and end add two tokens."""
+    """Generate captions from words of one token each; start and end add two tokens."""
     lengths = [min(42, 5 + round(draw.gammavariate(6.5, 1.41))) for _ in range(count)]
     return [" ".join(draw.choices(WORDS.split(), k=length - 2)) for length in lengths]
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, object]]:
-    """open_clip's grouping, which for this model is by the number of axes."""
+    """Return open_clip's parameter groups, which for this model depend on the number of axes."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -76,7 +77,7 @@ def train(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], logit_sc
 def compare(
     model: CLIP, theirs: nn.Module, image_size: int, captions: list[str], args: argparse.Namespace
 ) -> list[list[float]]:
-    """For each pair of steps [seconds of ours, seconds of theirs, difference of the losses, tokens of ours]."""
+    """Return for each pair of steps [seconds of clip_exp, seconds of open_clip, difference of the losses, tokens of clip_exp]."""
     tokenizer, their_tokenizer = Tokenizer(), open_clip.get_tokenizer("ViT-B-32")
     loss, their_loss = SoftmaxLoss(), ClipLoss()
     optimizer = torch.optim.AdamW(decay_groups(model), **ADAMW, fused=True)
@@ -99,7 +100,8 @@ def compare(
             return train(their_optimizer, lambda: their_loss(*theirs(image, their_tokens)), theirs.logit_scale)  # noqa: B023
 
         row = timed_in_turn(our_step, their_step, swap=pair % 2 == 1)
-        if pair > 0:  # the first pair warms up
+        # The first pair is for warm-up.
+        if pair > 0:
             rows.append([*row, tokens.shape[1]])
     return rows
 
@@ -126,21 +128,21 @@ def measure(name: str, captions: list[str], args: argparse.Namespace) -> None:
     print(
         f"{name}, batch {args.batch_size}; tokens per batch, median: {statistics.median(row[3] for row in rows):.0f} of 77"
     )
-    print(f"  clip_exp:        {ours_s:6.2f} s a step, {args.batch_size / ours_s:5.2f} pairs/s")
-    print(f"  open_clip_torch: {theirs_s:6.2f} s a step, {args.batch_size / theirs_s:5.2f} pairs/s")
+    print(f"  clip_exp:        {ours_s:6.2f} s per step, {args.batch_size / ours_s:5.2f} pairs/s")
+    print(f"  open_clip_torch: {theirs_s:6.2f} s per step, {args.batch_size / theirs_s:5.2f} pairs/s")
     print(f"  ratio of the medians: {ratio:.2f}, largest |loss difference|: {difference:.1e}")
     least, most = TARGET_RATIO[name], TARGET_LOSS_DIFFERENCE[name]
     holds = ratio >= least and difference <= most
-    print(f"  target (ratio >= {least}, difference <= {most:.0e}): {'holds' if holds else 'missed'}", flush=True)
+    print(f"  target (ratio >= {least}, difference <= {most:.0e}): {'met' if holds else 'missed'}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(TARGET_RATIO), choices=list(TARGET_RATIO))
-    parser.add_argument("--pairs", type=int, default=9, help="pairs of steps after the one that warms up")
+    parser.add_argument("--pairs", type=int, default=9, help="number of pairs of steps after one for warm-up")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--csv", help="a table whose title column has the captions")
+    parser.add_argument("--csv", help="table with captions in the column `title`; default: generated captions")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     captions = read_captions(args.csv) if args.csv else make_captions(10_000, random.Random(0))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the Python API on first use, so that `import clip_exp` costs nothing on the way to `--help`."""
+    """Import the Python API on first use, so that `import clip_exp` and `--help` are fast."""
     if name in __all__:
         from clip_exp import api
 

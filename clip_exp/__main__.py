@@ -1,4 +1,4 @@
-"""`python -m clip_exp <command>` is the console script `clip-exp <command>`."""
+"""Entry point of `python -m clip_exp <command>`, the same as the console script `clip-exp <command>`."""
 
 from clip_exp.cli import main
 

@@ -1,4 +1,4 @@
-"""The Python API: `clip_exp.load`, and the commands train and evaluate as functions."""
+"""Python API: `clip_exp.load`, and the commands train and evaluate as functions."""
 
 import difflib
 from dataclasses import replace
@@ -45,75 +45,85 @@ def load(
     wise_ft: float | None = None,
     prefix: str | None = None,
 ) -> "Pipeline":
-    """A model that is ready to use.
+    """Load a model for inference.
 
     Args:
-        source: with `pretrained`, a model's name: one of `conf/model/`, or OpenAI's (`ViT-B/32`), open_clip's, FlagAI's. Alone,
-            what tells its model: a run folder (its best checkpoint if it has a `monitor`, else its last), a checkpoint folder,
-            a weights file in either or beside its `config.yaml`, a folder as Hugging Face's or open_clip's
-            `save_pretrained` write, or `hf-hub:org/name`.
-        pretrained: a tag of open_clip's registry (`openai`; `clip-exp models` lists them), `hf-hub:org/name`, or a file or
-            folder of weights: ours, open_clip's, OpenAI's, FlagAI's or Hugging Face's.
-        accelerator: `auto` (a GPU where there is one), `cpu` or `gpu`.
-        activation: `gelu`, `quick_gelu` or `gelu_tanh`, for weights that do not tell which they were trained with.
-        prefix: which weights of a trainer's file, where several fit the model: `pretrained_prefix` in docs/weights.md.
-        wise_ft: share of a fine-tuned run's weights, 0 to 1; the rest is from what it started from (docs/finetuning.md).
+        source: with `pretrained`, the name of a model: one of `conf/model/`, or the name in OpenAI's repository
+            (`ViT-B/32`), open_clip or FlagAI. Without `pretrained`, weights with their configuration: a run folder (its
+            best checkpoint if it has a `monitor`, else its last), a checkpoint folder, a weights file in one of those
+            or next to its `config.yaml`, a folder written by `save_pretrained` of Hugging Face or open_clip, or
+            `hf-hub:org/name`.
+        pretrained: tag of open_clip's registry (`openai`; `clip-exp models` lists them), `hf-hub:org/name`, or a file
+            or folder with weights of clip_exp, open_clip, OpenAI, FlagAI or Hugging Face.
+        accelerator: `auto` (a GPU if there is one), `cpu` or `gpu`.
+        activation: `gelu`, `quick_gelu` or `gelu_tanh`, for weights whose files do not contain their activation.
+        prefix: selects the weights in a file with several models: see `pretrained_prefix` in docs/weights.md.
+        wise_ft: fraction of a fine-tuned run's weights, 0 to 1, in an average with the run's initial weights
+            (docs/finetuning.md).
+
     Raises:
-        ConfigError: no such model, tag, file or folder; the weights were trained with another activation.
-        CheckpointError: the weights cannot be fetched or read, or are another model's.
+        ConfigError: the model, tag, file or folder is unknown, or the weights were trained with another activation.
+        CheckpointError: the weights cannot be downloaded or read, or do not fit the model.
     """
     if activation is not None and activation not in list(Activation):
         raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
-    # What is wrong is told before torch is imported.
+    # Problems are reported before torch is imported.
     check_accelerator(accelerator)
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
     found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
-    from clip_exp.inference.pipeline import load_pipeline  # imports torch
+    # Imports torch
+    from clip_exp.inference.pipeline import load_pipeline
 
     return load_pipeline(found, accelerator)
 
 
 def train(*overrides: str) -> Path:
-    """Train as `clip-exp train` does, in this process and those that it starts; return the finished run's folder.
+    """Train a model as `clip-exp train` does, in this process and its child processes, and return the folder of the finished run.
 
-    A run that was interrupted is resumed; one that has finished in the same data and from the same weights is returned, and scored on
-    the tasks that it was not scored on: see `resume` in docs/training.md.
+    An interrupted run is resumed. If a finished run has the same configuration, data and initial weights, its folder is
+    returned, after running tasks that have no results yet: see `resume` in docs/training.md.
 
     Args:
-        overrides: as on the command line: "model=vit_tiny", "data=csv", "data.train=pairs.csv".
+        overrides: overrides as on the command line: "model=vit_tiny", "data=csv", "data.train=pairs.csv".
+
     Raises:
-        ConfigError: the configuration cannot work; a line for every problem.
-        ClipExpError: the run failed; the class tells why, as the exit code does on the command line.
-        KeyboardInterrupt: a signal stopped it; the same call goes on.
+        ConfigError: the configuration is invalid; one line for every problem.
+        ClipExpError: the run failed; the class gives the reason, as the exit code does on the command line.
+        KeyboardInterrupt: a signal stopped the run; the same call resumes it.
     """
     config = compose("train", list(overrides))
     if started_by_launcher():
         raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
     run_dir, code = train_here(config, list(overrides))
     if code == PREEMPTED_EXIT_CODE:
-        raise KeyboardInterrupt(f"stopped by a signal; the same call goes on in {run_dir}")
+        raise KeyboardInterrupt(f"stopped by a signal; the same call resumes {run_dir}")
     if code:
-        told = "\n".join(RunRecord(run_dir).values.get("error", [])) or f"{run_dir} failed."
+        message = "\n".join(RunRecord(run_dir).values.get("error", [])) or f"{run_dir} failed."
         classes = {cls.exit_code: cls for cls in ClipExpError.__subclasses__()}
-        raise classes.get(code, ClipExpError)(told)
+        raise classes.get(code, ClipExpError)(message)
     return run_dir
 
 
 def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
-    """Score a model as `clip-exp evaluate` does, in this process; the results are in its folder too.
+    """Evaluate a model as `clip-exp evaluate` does, in this process. The results are also written to the evaluation's folder.
 
     Args:
-        overrides: as on the command line: "run=DIR", "task=[imagenet,retrieval]", ….
+        overrides: overrides as on the command line: "run=DIR", "task=[imagenet,retrieval]", ….
+
     Returns:
-        of each task `{"metrics": {name: value}, "protocol": {…}}`; shares are fractions.
+        For each task, its metrics and evaluation settings: `{"metrics": {name: value}, "protocol": {…}}`. Accuracies
+        are fractions.
+
     Raises:
         ClipExpError: the configuration, the data or the model cannot be used.
-        KeyboardInterrupt: a signal stopped it; the same call goes on from the features that are kept.
+        KeyboardInterrupt: a signal stopped the evaluation; the same call continues from the cached features.
     """
     config = compose("evaluate", list(overrides))
     if str(config.devices) not in ("auto", "1"):
-        raise ConfigError(f"devices={config.devices}: several processes are for the command line (clip-exp evaluate).")
+        raise ConfigError(
+            f"devices={config.devices}: several processes are supported on the command line only (clip-exp evaluate)."
+        )
     try:
         return evaluate_here(config, list(overrides))
     except Stopped as stopped:
@@ -127,7 +137,7 @@ def _source(
     if pretrained is not None:
         if path.exists() and resolve(source) is None:
             raise ConfigError(
-                f"{source} has its own weights: leave out pretrained={pretrained}, or give a model's name."
+                f"{source} is a path with its own weights: leave out pretrained={pretrained}, or give the name of a model instead."
             )
         return source_of_file(named_model(source), pretrained, activation, prefix)
     if path.is_file():
@@ -141,15 +151,12 @@ def _source(
     elif resolve(source) is None:
         if is_hub_name(HUB + source) and not difflib.get_close_matches(source, names(), n=1, cutoff=0.85):
             raise ConfigError(
-                f"there is no file or folder '{source}'. If it is on the Hugging Face hub: load(\"{HUB}{source}\")."
+                f"file or folder not found: '{source}'. For weights on the Hugging Face hub: load(\"{HUB}{source}\")."
             )
-        raise ConfigError(
-            f"there is no run folder, checkpoint or weights file '{source}', nor a model of that name: "
-            f"{nearest(source, names())}"
-        )
+        raise ConfigError(f"'{source}' is neither an existing file or folder nor a model: {nearest(source, names())}")
     elif tags := open_clip_files.tags(named_model(source).open_clip_name):
         raise ConfigError(
-            f'{source} needs weights: load("{source}", pretrained=TAG or FILE), with a file or folder of weights, or one of the tags '
+            f'{source} needs weights: load("{source}", pretrained=TAG or FILE), with a file or folder of weights, or one of these tags: '
             f"{', '.join(tags)}."
         )
     else:

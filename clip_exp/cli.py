@@ -1,6 +1,6 @@
-"""The door: one function per command. Hydra composes `conf/`, a command runs, an expected error becomes one message and an exit code.
+"""Command line: composes the configuration with Hydra, runs the command, and turns expected errors into one message and an exit code.
 
-No torch at module level: `--help`, composing and a configuration error answer at once.
+This module does not import torch, so that `--help` and configuration errors appear immediately.
 """
 
 import gc
@@ -17,11 +17,12 @@ from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError
 from clip_exp.ranks.environment import is_first_rank, started_by_launcher
 from clip_exp.ranks.failure import end_process
 
-STOPPED = {PREEMPTED_EXIT_CODE, 130}  # after which a sweep starts no further job
+# Exit codes after which a sweep starts no further job
+STOPPED = {PREEMPTED_EXIT_CODE, 130}
 
 
 def main(command: str | None = None) -> NoReturn:
-    """Run a command with the arguments of the process, and end it with the command's exit code."""
+    """Run a command with the arguments of the process, and exit with the command's exit code."""
     arguments = sys.argv[1:]
     if command is None:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -35,12 +36,12 @@ def main(command: str | None = None) -> NoReturn:
             sys.exit(0)
         command, arguments = arguments[0], arguments[1:]
         if command not in COMMANDS:
-            sys.exit(_report(f"{command} is no command of clip-exp: {nearest(command, COMMANDS)}", 2))
+            sys.exit(_report(f"unknown command '{command}': {nearest(command, COMMANDS)}", 2))
     end_process(run(command, named(command, arguments)))
 
 
 def named(command: str, arguments: list[str]) -> list[str]:
-    """Return the arguments with a key for a bare path, where the command takes one; what follows a flag may be the flag's."""
+    """Add the key to a positional argument, if the command accepts one. An argument after a flag may be the value of the flag."""
     key = POSITIONAL.get(command)
     if key is None:
         return arguments
@@ -52,12 +53,13 @@ def named(command: str, arguments: list[str]) -> list[str]:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Compose the configuration of `command` from Hydra overrides and flags, run it, and return its exit code.
+    """Compose the configuration of `command` from Hydra overrides and flags, run the command, and return its exit code.
 
-    A sweep (`-m`) goes on after a failed job and returns the first failure's code.
+    A sweep (`-m`) continues after a failed job and returns the exit code of the first failure.
     """
     codes: list[int] = []
-    # An answer comes a tenth sooner: composing leaves no garbage, and pydantic searches all installed packages for plugins.
+    # This saves a tenth of the time: composing creates no garbage, and pydantic would search all installed packages for
+    # plugins.
     gc.disable()
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
@@ -67,7 +69,8 @@ def run(command: str, arguments: list[str]) -> int:
             sweeping = bool(MULTIRUN_FLAGS & set(arguments))
             codes.append(_guarded(lambda: _call(command, typed(), arguments), sweeping=sweeping))
 
-    # Hydra would print its own errors and exit with 1; asked for the full error, it raises, and `_guarded` prints.
+    # Without this variable, Hydra prints its own errors and exits with 1. With it, errors are raised, and `_guarded`
+    # prints them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"{command}.py", *arguments]
     with secrets_refused():
@@ -77,9 +80,10 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
-    """Run `action`; print an expected error as one message and return its exit code. A sweep outlives a job's bug too.
+    """Run `action` and return its exit code. An expected error is printed as one message.
 
-    A bug in a rank of several is printed as well, since the process must not wait for the other ranks when it ends.
+    Unexpected errors propagate, with two exceptions, in which the traceback is printed: in a sweep, so that the other
+    jobs run, and in one of several ranks, since the process must exit without waiting for the other ranks.
     """
     try:
         return action() or 0
@@ -89,7 +93,7 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
         return _report("interrupted.", 130)
     except Exception as error:
         if is_out_of_memory(error):
-            return _report(f"out of memory: lower batch_size. {str(error).strip()}", DeviceMemoryError.exit_code)
+            return _report(f"out of memory: reduce batch_size. {str(error).strip()}", DeviceMemoryError.exit_code)
         message = explain(error)
         if message is None and (sweeping or started_by_launcher()):
             traceback.print_exc()
@@ -100,21 +104,22 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
 
 
 COMMANDS = {
-    "train": "train a CLIP on image-text pairs",
-    "evaluate": "score a trained CLIP: zero-shot classification, retrieval",
-    "predict": "how probable each text is for images or videos",
-    "rank": "the images that fit a text best",
-    "search": "index images once, then look for them by text or by image",
-    "models": "the models there are, and the weights published for them",
-    "export": "a folder that open_clip, Hugging Face, ONNX or clip_exp loads",
-    "convert": "a torch file as safetensors, which cannot run code",
-    "check-data": "what is wrong with a data set, before training on it",
+    "train": "train a CLIP model on image-text pairs",
+    "evaluate": "evaluate a CLIP model: zero-shot classification, retrieval, …",
+    "predict": "predict the probabilities of texts for images or videos",
+    "rank": "rank images by their similarity with a text",
+    "search": "build an index of images, and search it by text or by image",
+    "models": "list models and their published weights",
+    "export": "export a model for open_clip, Hugging Face, ONNX or clip_exp",
+    "convert": "convert a torch file to safetensors, which cannot contain code",
+    "check-data": "check a data set for problems before training on it",
 }
-POSITIONAL = {"convert": "file"}  # the key of a command's argument that has none
+# Key of a command's positional argument
+POSITIONAL = {"convert": "file"}
 
 
 def _call(command: str, config: Any, arguments: list[str]) -> int:
-    """Run a command with its typed configuration; its package is imported here, as composing and `--help` need none of them."""
+    """Run a command with its typed configuration. The command's package is imported here, since composing and `--help` do not need it."""
     match command:
         case "train":
             from clip_exp.training.launch import launch as train
@@ -157,7 +162,7 @@ def _call(command: str, config: Any, arguments: list[str]) -> int:
 
 def _report(message: str, code: int) -> int:
     first, *rest = printable(message).strip().splitlines() or [""]
-    # An indented line goes on with the problem above it.
+    # An indented line continues the problem above it.
     problems = [f"    {line.strip()}" if line.startswith(" ") else f"  - {line}" for line in rest]
     several = any(not line.startswith(" ") for line in rest)
     text = "\n".join(["error:", f"  - {first}", *problems] if several else [f"error: {first}", *problems])

@@ -1,7 +1,6 @@
-"""What the keys `accelerator`, `devices` and `precision` of a configuration mean on this machine: a type of device, a number of
-processes, GPUs, and the floating-point type that towers run in; torch's process-wide switches of precision; and the number of cores.
+"""Devices, precision and CPU cores: resolves the keys `accelerator`, `devices` and `precision` of a configuration on this machine.
 
-The text of the values is checked without torch, so that a typo is reported at once: only functions that need it import it.
+Values are parsed without torch, so that typos are reported immediately. Functions that need torch import it.
 """
 
 import os
@@ -16,23 +15,36 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# In the words of CUDA and NCCL, of torch's CPU allocator, and of cuDNN and cuBLAS.
+# Parts of messages of CUDA and NCCL, of torch's CPU allocator, and of cuDNN and cuBLAS
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda")  # cuda is gpu
+# cuda is the same as gpu
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Devices that a configuration requests on each machine, one process per device; made by `parse_devices`."""
+    """Devices that a configuration requests on each machine, with one process per device; created by `parse_devices`.
+
+    Attributes:
+        accelerator: auto, cpu, gpu or cuda.
+        requested: number of processes; None: one per GPU of the machine, or one on a CPU.
+        gpus: indices of the GPUs to use; None: the first `requested` GPUs.
+        keys: prefix of the keys in messages.
+        value: key and value of `devices`, for messages.
+    """
 
     accelerator: str
-    requested: int | None  # processes; None: one per GPU of the machine, or one on a CPU
-    gpus: list[int] | None  # indices of the GPUs to use; None: the first `requested`
-    keys: str  # prefix of the keys in messages
-    value: str  # of `devices`, for messages
+    requested: int | None
+    gpus: list[int] | None
+    keys: str
+    value: str
 
     def check_gpus(self) -> None:
-        """Raise a ConfigError where this machine lacks the GPUs. Imports torch only where GPUs are needed or may be too few."""
+        """Check that this machine has the requested GPUs. Imports torch only if GPUs are requested or several processes may need them.
+
+        Raises:
+            ConfigError: a GPU is missing.
+        """
         named = self.accelerator in ("gpu", "cuda")
         several = self.gpus is not None or (self.requested or 1) > 1
         if self.accelerator == "cpu" or not (named or several):
@@ -43,14 +55,16 @@ class Devices:
         if found == 0 and named:
             raise ConfigError(_no_gpu(self.accelerator, self.keys))
         if self.gpus is not None and found == 0:
-            raise ConfigError(f"{self.value} lists GPUs, but torch finds no GPU: on a CPU give a number.")
+            raise ConfigError(
+                f"{self.value} lists GPUs, but torch finds no GPU: set a number of CPU processes instead."
+            )
         if self.gpus is not None and max(self.gpus) >= found:
             raise ConfigError(f"{self.value} must be indices from 0 to {found - 1}: this machine has {found} GPUs.")
         if 0 < found < (self.requested or 1):
-            raise ConfigError(f"{self.value} asks for {self.requested} GPUs, and this machine has {found}.")
+            raise ConfigError(f"{self.value} requests {self.requested} GPUs, but this machine has {found}.")
 
     def count(self) -> int:
-        """Return the number of processes on this machine; imports torch where its GPUs decide."""
+        """Return the number of processes on this machine. Imports torch only if the number of GPUs matters."""
         if self.requested is not None:
             return self.requested
         if self.accelerator == "cpu":
@@ -60,7 +74,7 @@ class Devices:
         return max(1, torch.cuda.device_count())
 
     def environment(self) -> dict[str, str]:
-        """Return the variables by which a process sees only the listed GPUs, of those that this process sees."""
+        """Return environment variables that restrict a child process to the listed GPUs, out of those visible to this process."""
         if self.gpus is None:
             return {}
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -71,11 +85,12 @@ def parse_devices(accelerator: str, devices: Any, keys: str = "") -> Devices:
     """Parse the values of `accelerator` and `devices`, without torch.
 
     Args:
-        accelerator: auto (a GPU where there is one), cpu or gpu.
+        accelerator: auto (a GPU if there is one), cpu, gpu or cuda.
         devices: auto or -1, a number of processes, or a list of distinct GPU indices.
-        keys: prefix of the two keys' names in messages, such as "trainer.".
+        keys: prefix of the two keys in messages, such as "trainer.".
+
     Raises:
-        ConfigError: a line for every problem.
+        ConfigError: one line for every problem.
     """
     problems: list[str] = []
     requested, gpus = None, None
@@ -88,29 +103,31 @@ def parse_devices(accelerator: str, devices: Any, keys: str = "") -> Devices:
     if indices and devices and len({*devices}) == len(devices):
         requested, gpus = len(devices), devices
         if accelerator == "cpu":
-            problems.append(f"{value} lists GPUs: on a CPU give a number.")
+            problems.append(f"{value} lists GPUs, but {keys}accelerator=cpu: set a number of CPU processes instead.")
     elif str(devices).isdecimal() and int(devices) > 0:
         requested = int(devices)
     elif str(devices) not in ("auto", "-1"):
-        problems.append(f"{value} must be auto, a number above 0, or a list of distinct GPU indices.")
+        problems.append(f"{value} must be auto, a number greater than 0, or a list of distinct GPU indices.")
     if problems:
         raise ConfigError("\n".join(problems))
     return Devices(accelerator, requested, gpus, keys, value)
 
 
 def check_accelerator(accelerator: str, keys: str = "") -> None:
-    """Raise a ConfigError where the name of an accelerator is unknown, without torch."""
+    """Raise a ConfigError if the name of an accelerator is unknown. Does not import torch."""
     if accelerator not in ACCELERATORS:
         raise ConfigError(f"{keys}accelerator={accelerator} must be one of {', '.join(ACCELERATORS)}.")
 
 
 def resolve_accelerator(accelerator: str, keys: str = "") -> str:
-    """Return the type of torch device that an accelerator is on this machine, `cpu` or `cuda`; imports torch.
+    """Return the torch device type of an accelerator on this machine, `cpu` or `cuda`. Imports torch.
 
     Args:
-        keys: prefix of the key's name in messages, such as "trainer.".
+        accelerator: auto (a GPU if there is one), cpu, gpu or cuda.
+        keys: prefix of the key in messages, such as "trainer.".
+
     Raises:
-        ConfigError: an unknown accelerator, or no GPU.
+        ConfigError: the accelerator is unknown, or there is no GPU.
     """
     check_accelerator(accelerator, keys)
     if accelerator == "cpu":
@@ -125,15 +142,15 @@ def resolve_accelerator(accelerator: str, keys: str = "") -> str:
 
 
 def training_precision(precision: str, device_type: str) -> str:
-    """Return the precision to train in; `auto` is bf16 where the device has it, else float16 on GPUs and float32 on CPUs.
+    """Return the precision for training; `auto` is bf16 if the device supports it well, else float16 on GPUs and float32 on CPUs.
 
-    A CPU without AMX computes bf16 slower than float32.
+    CPUs without AMX compute bf16 slower than float32.
 
     Raises:
-        ConfigError: float16 on a CPU.
+        ConfigError: float16 was requested on a CPU.
     """
     if precision == "16-mixed" and device_type == "cpu":
-        raise ConfigError("precision=16-mixed does not train on a CPU: use precision=auto.")
+        raise ConfigError("precision=16-mixed is not supported on a CPU: use precision=auto.")
     if precision != "auto":
         return precision
     if device_type == "cuda":
@@ -144,7 +161,7 @@ def training_precision(precision: str, device_type: str) -> str:
 
 
 def inference_precision(precision: str, device_type: str) -> str:
-    """Return the precision to encode in; `auto` is bf16 on GPUs that have it, else float32, which needs no care for overflows."""
+    """Return the precision for inference; `auto` is bf16 on GPUs that support it, else float32, which does not overflow."""
     if precision != "auto":
         return precision
     return "bf16-mixed" if device_type == "cuda" and _gpu_has_bfloat16() else "32-true"
@@ -152,10 +169,11 @@ def inference_precision(precision: str, device_type: str) -> str:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Compute float32 products and convolutions in float32, not in TF32; also usable as a decorator.
+    """Compute float32 matrix products and convolutions in float32 instead of TF32; also usable as a decorator.
 
-    Training allows TF32 for products, and cuDNN uses it for convolutions unless told otherwise: features would differ by
-    about 1e-3 from those of a CPU. Both switches are of torch's older API, which must not be mixed with `fp32_precision`.
+    Training allows TF32 for matrix products, and cuDNN uses it for convolutions by default, so features would differ by
+    about 1e-3 from those of a CPU. Both settings are part of torch's older API, which must not be mixed with
+    `fp32_precision`.
     """
     import torch
 
@@ -171,7 +189,7 @@ def exact_float32() -> Iterator[None]:
 
 @contextmanager
 def inference(precision: str, device: "torch.device") -> Iterator[None]:
-    """Run towers without gradients, in `precision`. 32-true is exact float32, also inside another autocast."""
+    """Disable gradients and compute in `precision`. 32-true is exact float32, also inside another autocast."""
     import torch
 
     low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
@@ -180,10 +198,10 @@ def inference(precision: str, device: "torch.device") -> Iterator[None]:
 
 
 def benchmarks_convolutions(image_tower: "nn.Module", device_type: str, deterministic: bool) -> bool:
-    """Return whether training sets `torch.backends.cudnn.benchmark`: cuDNN times its algorithms for each new shape.
+    """Return True if training should set `torch.backends.cudnn.benchmark`, with which cuDNN times its algorithms for each new shape.
 
-    It pays where images, always of one size, pass many convolutions; a ViT has one, which cuts the patches. The fastest
-    algorithm, and with it the last bits of a run, may differ from process to process: not under `trainer.deterministic`.
+    It pays off for many convolutions of the same shape; a ViT has only one, for the patches. The fastest algorithm, and
+    thus rounding errors of a run, may differ between processes, so it is off with `trainer.deterministic`.
     """
     from torch import nn
 
@@ -198,18 +216,19 @@ def _gpu_has_bfloat16() -> bool:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use.
+    """Return the number of CPU cores that this process may use.
 
-    It is limited by the affinity (taskset, SLURM), the CPU quota of a container (docker's `--cpus`, Kubernetes' limits) and
-    LOKY_MAX_CPU_COUNT.
+    The affinity (taskset, SLURM), the CPU quota of a container (Docker's `--cpus`, Kubernetes' limits) and
+    LOKY_MAX_CPU_COUNT limit it.
     """
-    import joblib  # 0.2 s, most of it NumPy
+    # Takes 0.2 s, most of it for NumPy
+    import joblib
 
     return joblib.cpu_count()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed, on a GPU or on the CPU; without torch, which has one class for GPUs only."""
+    """Return True if an error is a failed allocation on a GPU or the CPU. Does not import torch, which has a class for GPUs only."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

@@ -1,6 +1,6 @@
-"""A run, a checkpoint, a file or a name to a model in memory: found and checked without torch, loaded when all is known to be right.
+"""Loading of models from runs, checkpoints, files and published weights. Sources are found and checked without torch before loading.
 
-With `wise_ft` the weights are a mixture of a run's and of those that it started from (Wortsman et al. 2022).
+With `wise_ft`, the weights are an average of a run's weights and its initial weights (Wortsman et al. 2022).
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.runs import CONFIG, read_record, require_run, run_config, with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_part, hash_weights
-from clip_exp.weights.inspect import note_architecture, settle
+from clip_exp.weights.inspect import note_architecture, resolve_model
 
 if TYPE_CHECKING:
     import torch
@@ -28,114 +28,145 @@ if TYPE_CHECKING:
     from clip_exp.models.clip import CLIP
 
 log = logging.getLogger(__name__)
-NO_START = "wise_ft needs a run or its checkpoint: other weights do not tell what they started from."
+NO_START = "wise_ft needs a run or a checkpoint of a run: the initial weights of other files are unknown."
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How much of a run's weights is taken, the rest from its start."""
+    """Average of a run's weights and its initial weights.
 
-    share: float  # 0: the start, 1: the run
-    start: str  # file or folder of its weights
+    Attributes:
+        share: fraction of the run's weights, 0 to 1.
+        start: file or folder of the initial weights.
+        start_sha256: hash of the initial weights.
+        prefix: `pretrained_prefix` of the run.
+    """
+
+    share: float
+    start: str
     start_sha256: str
-    prefix: str | None = None  # `pretrained_prefix` of the run
+    prefix: str | None = None
 
     def sha256(self, weights_sha256: str) -> str:
-        """A hash that stands for the mixture, from that of the run's weights."""
+        """Return a hash of the average.
+
+        Args:
+            weights_sha256: hash of the run's weights.
+        """
         start = hash_part(self.start_sha256, self.prefix)
         return hashlib.sha256(f"{weights_sha256} {start} {self.share!r}".encode()).hexdigest()
 
     def check(self) -> None:
-        """See that the start is what it was.
+        """Check that the initial weights are unchanged.
 
         Raises:
-            CheckpointError: it is no longer there, or others' weights are.
+            CheckpointError: the initial weights are missing or have changed.
         """
-        where = f"wise_ft={self.share:g}: {self.start}, which the run started from,"
+        where = f"wise_ft={self.share:g}: {self.start}, the initial weights of the run,"
         if not Path(self.start).exists():
-            raise CheckpointError(f"{where} is no longer there: put it back, or leave wise_ft out.")
+            raise CheckpointError(f"{where} not found: restore the file, or leave out wise_ft.")
         if hash_weights(Path(self.start)) != self.start_sha256:
-            raise CheckpointError(f"{where} holds other weights now: its sha256 was {self.start_sha256}.")
+            raise CheckpointError(f"{where} have changed: their sha256 was {self.start_sha256}.")
 
 
-def mix_of(run_dir: Path, share: float) -> Mix:
-    """The weights that a run started from, as its `run.json` tells, found and checked.
+def mix_of(run_dir: Path, fraction: float) -> Mix:
+    """Find and check the initial weights of a run, as recorded in its `run.json`.
+
+    Args:
+        run_dir: run folder.
+        fraction: fraction of the run's weights in the average, 0 to 1.
 
     Raises:
-        ConfigError: the share is not in 0..1, or the run did not start from weights.
-        CheckpointError: they are no longer there, or others.
+        ConfigError: the fraction is not in 0..1, or the run started from random weights or from weights of single towers.
+        CheckpointError: the initial weights are missing or have changed.
     """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"wise_ft={share:g} must be a share of the run's weights, from 0 to 1.")
+    if not 0 <= fraction <= 1:
+        raise ConfigError(f"wise_ft={fraction:g} must be a fraction of the run's weights, from 0 to 1.")
     record = read_record(run_dir)
     if towers := sorted({"pretrained_image", "pretrained_text"} & record.keys()):
         raise ConfigError(
-            f"wise_ft={share:g} goes between a run and weights of the whole model, and {run_dir} started from {' and '.join(towers)}. "
-            "Leave wise_ft out."
+            f"wise_ft={fraction:g} needs a run that started from weights of the whole model, but {run_dir} started from "
+            f"{' and '.join(towers)}: leave out wise_ft."
         )
     start = record.get("pretrained")
     if not isinstance(start, dict):
         raise ConfigError(
-            f"wise_ft={share:g} goes between a run and the weights that it started from, and {run_dir} started from none: "
-            "its run.json has no `pretrained`. Leave wise_ft out."
+            f"wise_ft={fraction:g} needs a run that started from pretrained weights, but the run.json of {run_dir} has no `pretrained`: "
+            "leave out wise_ft."
         )
-    mix = Mix(share, start["path"], start["sha256"], start.get("prefix"))
+    mix = Mix(fraction, start["path"], start["sha256"], start.get("prefix"))
     mix.check()
     return mix
 
 
-def interpolate(start: "Mapping[str, Tensor]", tuned: "Mapping[str, Tensor]", share: float) -> "dict[str, Tensor]":
-    """(1 - share) * start + share * tuned of every tensor of two state dicts with the same names; integers are the tuned ones'."""
+def interpolate(start: "Mapping[str, Tensor]", tuned: "Mapping[str, Tensor]", fraction: float) -> "dict[str, Tensor]":
+    """Return (1 - fraction) * start + fraction * tuned for all tensors of two state dicts with the same names.
+
+    Integer tensors are those of `tuned`.
+    """
     return {
-        name: (1 - share) * start[name] + share * value if value.is_floating_point() else value
+        name: (1 - fraction) * start[name] + fraction * value if value.is_floating_point() else value
         for name, value in tuned.items()
     }
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's configuration and its weights."""
+    """Configuration of a model and the location of its weights.
+
+    Attributes:
+        model: configuration of the model.
+        weights: file, or folder that `read_weights` reads.
+        run: configuration of the run that trained the model, if any.
+        run_dir: folder of this run.
+        step: number of completed optimizer steps, if the name of the folder of the weights contains it.
+        description: description of the weights that `pretrained` names.
+        mix: average with the initial weights of the run, if requested.
+        prefix: `pretrained_prefix`, which selects the weights in a file with several models.
+    """
 
     model: ModelConfig
-    weights: Path  # a file, or a folder that `read_weights` reads
-    run: TrainConfig | None = None  # the configuration of the run that trained it
+    weights: Path
+    run: TrainConfig | None = None
     run_dir: Path | None = None
-    step: int | None = None  # completed optimizer steps, where the folder of the weights tells
-    told: str | None = None  # what `pretrained` was found to be
-    mix: Mix | None = None  # with what the weights are mixed
-    prefix: str | None = None  # `pretrained_prefix`: which of the file's weights
+    step: int | None = None
+    description: str | None = None
+    mix: Mix | None = None
+    prefix: str | None = None
 
     @property
     def ema(self) -> bool:
-        """Whether these are a checkpoint's averaged weights."""
+        """True if the weights are the exponential moving average in a checkpoint."""
         return self.weights.name == EMA_WEIGHTS
 
     def sha256(self) -> str:
-        """Hash of the weights; of a checkpoint, the one in its manifest, which `find_source` has verified.
-
-        Of a mixture, a hash of both hashes and the share.
-        """
+        """Return a hash of the weights. For a checkpoint, it is the one in the manifest, which `find_source` has verified."""
         folder = self.weights.parent
         recorded = read_manifest(folder).files if (folder / MANIFEST).is_file() else {}
-        own = recorded[self.weights.name].sha256 if self.weights.name in recorded else hash_weights(self.weights)
-        own = hash_part(own, self.prefix)
-        return own if self.mix is None else self.mix.sha256(own)
+        sha256 = recorded[self.weights.name].sha256 if self.weights.name in recorded else hash_weights(self.weights)
+        sha256 = hash_part(sha256, self.prefix)
+        return sha256 if self.mix is None else self.mix.sha256(sha256)
 
 
 def find_source(config: ModelChoice) -> ModelSource:
-    """The model that a command names by `run`, by `ckpt`, or by `pretrained` with its `model` where the weights do not tell it.
+    """Find the model that a command names by `run`, by `ckpt`, or by `pretrained`, with `model` unless the weights name their model.
 
-    Weights that are named by a tag or on the hub are fetched: what else may be wrong is better told before, see `check_source`.
+    Weights named by a tag or on the hub are downloaded. Call `check_source` before, to report other problems first.
 
     Raises:
-        ConfigError: none of the three or several; a path or a tag that does not exist; a model that the weights contradict.
-        CheckpointError: a run without a usable checkpoint, damaged weights, or weights that cannot be fetched.
+        ConfigError: none or several of the three keys are set, a path or tag is unknown, or the model does not fit the
+            weights.
+        CheckpointError: the run has no usable checkpoint, or the weights are damaged or cannot be downloaded.
     """
     return check_source(config) or source_of_file(config.model, str(config.pretrained), prefix=config.pretrained_prefix)
 
 
 def check_source(config: ModelChoice) -> ModelSource | None:
-    """As `find_source`, but of `pretrained` only what can be seen without fetching or reading it is checked: None."""
+    """Find the model as `find_source` does, but for `pretrained` only check the values without downloading or reading weights.
+
+    Returns:
+        The source; None for `pretrained`.
+    """
     model = config.model.name if config.model else None
     values = {"run": config.run, "ckpt": config.ckpt, "model": model, "pretrained": config.pretrained}
     given = {key: value for key, value in values.items() if value is not None}
@@ -144,31 +175,29 @@ def check_source(config: ModelChoice) -> ModelSource | None:
     if set(given) == {"ckpt"}:
         return mixed(source_of_checkpoint(Path(given["ckpt"]), config.ema), config.wise_ft)
     if set(given) not in ({"model", "pretrained"}, {"pretrained"}):
-        listed = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"
+        listed = f"got {', '.join(f'{key}={value}' for key, value in given.items())}" if given else "none is set"
         raise ConfigError(
-            f"which model? Give run=DIR, or ckpt=PATH, or model=NAME with pretrained=TAG or FILE; given: {listed}."
+            f"the model must be set by exactly one of run=DIR, ckpt=PATH, and model=NAME with pretrained=TAG or FILE; {listed}."
         )
     if config.ema:
-        raise ConfigError("ema=true needs run=DIR or ckpt=PATH: what pretrained names holds one set of weights.")
+        raise ConfigError("ema=true needs run=DIR or ckpt=PATH: only checkpoints of runs contain averaged weights.")
     if config.wise_ft is not None:
-        raise ConfigError(
-            "wise_ft needs run=DIR or ckpt=PATH: what pretrained names does not tell what it started from."
-        )
+        raise ConfigError("wise_ft needs run=DIR or ckpt=PATH: the initial weights of pretrained=… are unknown.")
     if problems := check_pretrained(given["pretrained"], config.model):
         raise ConfigError("\n".join(problems))
     return None
 
 
 def source_of_run(run_dir: Path, ema: bool = False) -> ModelSource:
-    """A run's best checkpoint if it has a `monitor`, else its last one.
+    """Return the source for a run: its best checkpoint if it has a `monitor`, else its last one.
 
     Raises:
-        ConfigError: no such folder.
-        CheckpointError: it is no run folder, or has no usable checkpoint.
+        ConfigError: the folder does not exist.
+        CheckpointError: the folder is not a run folder, or has no usable checkpoint.
     """
     if not run_dir.is_dir():
         raise ConfigError(
-            f"run={run_dir}: no such folder. Training prints its run folder: outputs/train/<name>/<time>."
+            f"run={run_dir}: folder not found. Training prints its run folder: outputs/train/<name>/<time>."
         )
     require_run(run_dir)
     run = run_config(run_dir)
@@ -177,7 +206,7 @@ def source_of_run(run_dir: Path, ema: bool = False) -> ModelSource:
 
 
 def is_own(source: ModelSource) -> bool:
-    """Return whether these are the weights that `run=DIR` names now: of the best or last checkpoint, not averaged, not mixed."""
+    """Return True for the weights that `run=DIR` selects: those of the best or last checkpoint, without `ema` and `wise_ft`."""
     if source.run is None or source.run_dir is None or source.ema or source.mix is not None:
         return False
     found = folders.manifests(source.run_dir)
@@ -186,24 +215,24 @@ def is_own(source: ModelSource) -> bool:
 
 
 def source_of_checkpoint(path: Path, ema: bool = False) -> ModelSource:
-    """A checkpoint folder of a run, or the weights file in it.
+    """Return the source for a checkpoint folder of a run, or for the weights file in it.
 
     Raises:
-        ConfigError: no such path.
-        CheckpointError: it is not inside a run folder, or damaged.
+        ConfigError: the path does not exist, or is another file.
+        CheckpointError: the checkpoint is not in a run folder, or is damaged.
     """
     if not path.exists():
-        raise ConfigError(f"ckpt={path}: no such file or folder. Give <run folder>/checkpoints/step-<number>.")
+        raise ConfigError(f"ckpt={path}: file or folder not found. Give <run folder>/checkpoints/step-<number>.")
     folder = path if path.is_dir() else path.parent
     if path.is_file() and path.name not in (WEIGHTS, EMA_WEIGHTS):
         raise ConfigError(
-            f"ckpt={path} is not the {WEIGHTS} of a checkpoint; for other files: model=NAME pretrained={path}."
+            f"ckpt={path} is not the {WEIGHTS} of a checkpoint. For other files, set model=NAME pretrained={path}."
         )
     run_dir = folder.resolve().parents[1]
     if not any(path.is_file() for path in (run_dir / CONFIG, folder / RUN_COPY)):
         raise CheckpointError(
-            f"{path} is not in a run folder ({run_dir} has no {CONFIG}), so nothing tells which model it is: "
-            f"give model=NAME pretrained={folder / WEIGHTS}."
+            f"{path} is not in a run folder ({run_dir} has no {CONFIG}), so its model is unknown: "
+            f"set model=NAME pretrained={folder / WEIGHTS}."
         )
     if (folder / MANIFEST).is_file() and (problem := folders.damage(folder)):
         raise CheckpointError(f"{folder} is damaged: {problem}. Give an earlier checkpoint of the run.")
@@ -216,15 +245,18 @@ def source_of_file(
     activation: Activation | None = None,
     prefix: str | None = None,
 ) -> ModelSource:
-    """Weights by a file, a folder, a tag or a name on the hub; the model's configuration settled by them.
+    """Return the source for weights in a file or folder, by a tag, or on the hub, with the model's configuration completed from the weights.
 
     Args:
-        model: None where the weights tell it: a folder of Hugging Face's or open_clip's, an export of clip_exp's, a run.
-        activation: in place of the configuration's.
-        prefix: `pretrained_prefix`, where several weights in the file fit.
+        model: configuration of the model; None if the weights contain it: a folder of Hugging Face or open_clip, an
+            export, or a run.
+        pretrained: value of the key `pretrained`.
+        activation: overrides the activation of the configuration.
+        prefix: value of `pretrained_prefix`, which selects the weights in a file with several models.
+
     Raises:
-        ConfigError: see `find_weights` and `settle`; or nothing tells which model the weights are of.
-        CheckpointError: the weights cannot be fetched, or are damaged.
+        ConfigError: see `find_weights` and `resolve_model`; or the model is unknown.
+        CheckpointError: the weights cannot be downloaded, or are damaged.
     """
     if model is not None:
         model = model.model_copy(update={"activation": activation or model.activation})
@@ -232,19 +264,20 @@ def source_of_file(
     model = model or found.about.model
     if model is None:
         raise ConfigError(
-            f"{found.told} ({found.about.format}): nothing tells which model these weights are of: no configuration that clip_exp "
-            f'reads is in it, beside it, or in a run folder around it. Name the model: model=vit_b32 pretrained={pretrained}, or load("vit_b32", pretrained="{pretrained}").'
+            f"{found.description} ({found.about.format}): the model of these weights is unknown, since there is no configuration in the file, "
+            f"next to it, or in a run folder that contains it. Name the model: model=vit_b32 pretrained={pretrained}, or "
+            f'load("vit_b32", pretrained="{pretrained}").'
         )
     model = model.model_copy(update={"activation": activation or model.activation})
-    model = note_architecture(settle(model, found), own_weights=())
-    return ModelSource(model, found.path, told=found.told, prefix=prefix)
+    model = note_architecture(resolve_model(model, found), own_weights=())
+    return ModelSource(model, found.path, description=found.description, prefix=prefix)
 
 
 def source_of_weights(path: Path, activation: Activation | None = None, prefix: str | None = None) -> ModelSource:
-    """A weights file that lies in a run folder's checkpoint, beside the `config.yaml` of its run, or that tells its model.
+    """Return the source for a weights file in a checkpoint of a run, next to the `config.yaml` of a run, or with its own configuration.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: the model of the weights is unknown.
     """
     folder = path.resolve().parent
     if (folder / CONFIG).is_file():
@@ -255,34 +288,38 @@ def source_of_weights(path: Path, activation: Activation | None = None, prefix: 
     return source_of_file(None, path, activation, prefix)
 
 
-def mixed(source: ModelSource, share: float | None) -> ModelSource:
-    """A run's weights, of which `share` is taken and the rest from what the run started from; None: the run's own.
+def mixed(source: ModelSource, fraction: float | None) -> ModelSource:
+    """Return the source for an average of a run's weights and its initial weights.
+
+    Args:
+        source: source for the run.
+        fraction: fraction of the run's weights, 0 to 1; None: return `source` unchanged.
 
     Raises:
-        ConfigError: the source is no run, or one that did not start from weights.
-        CheckpointError: those weights are no longer there, or others.
+        ConfigError: the source is not a run, or the run did not start from pretrained weights.
+        CheckpointError: the initial weights are missing or have changed.
     """
-    if share is None:
+    if fraction is None:
         return source
     if source.run_dir is None:
         raise ConfigError(NO_START)
-    return replace(source, mix=mix_of(source.run_dir, share))
+    return replace(source, mix=mix_of(source.run_dir, fraction))
 
 
 def _of_checkpoint_folder(folder: Path, run: TrainConfig, run_dir: Path, ema: bool) -> ModelSource:
     weights = folder / (EMA_WEIGHTS if ema else WEIGHTS)
     if not weights.is_file():
-        fix = "it was trained without callbacks=ema; leave out ema=true" if ema else "give another checkpoint"
+        fix = "the run was trained without callbacks=ema, so leave out ema=true" if ema else "give another checkpoint"
         raise CheckpointError(f"{folder} has no {weights.name}: {fix}.")
     step = folders.step_of(folder) if folders.STEP.search(folder.name) else None
     return ModelSource(with_saved_tokenizer(run.model, run_dir), weights, run, run_dir, step)
 
 
 def load_model(source: ModelSource, device: "torch.device | str" = "cpu") -> "CLIP":
-    """The model with its weights, in float32, in evaluation mode, without gradients.
+    """Load a model in float32, in evaluation mode and without gradients.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds another model's weights.
+        CheckpointError: the file cannot be read, or its weights do not fit the model.
     """
     import torch
     from torch import nn

@@ -1,6 +1,7 @@
-"""Files that open_clip ships (configurations, registry, class names, vocabulary), read without importing it; and where packages lie.
+"""Reading of files in the package open_clip (model configurations, registry, class names, vocabulary) without importing it.
 
-Importing `open_clip`, or the module of its registry alone, takes seconds and torch; all that is needed are plain values.
+Importing `open_clip`, or only the module of its registry, imports torch and takes seconds, but only plain values are
+needed.
 """
 
 import __future__
@@ -24,46 +25,60 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 @dataclass(frozen=True)
 class Entry:
-    """Published weights of one of open_clip's architectures, and how they were trained."""
+    """Published weights of one of open_clip's architectures, and their preprocessing.
 
-    model: str  # open_clip's name of the architecture
+    Attributes:
+        model: open_clip's name of the architecture.
+        tag: open_clip's tag of the weights.
+        url: URL of the weights, if any.
+        hub: repository on the Hugging Face hub, org/name, if any.
+        hub_file: file in the repository; None: open_clip's default file name.
+        sha256: SHA-256 of the file at `url`, or its first 8 digits.
+        quick_gelu: whether the weights were trained with QuickGELU.
+        mean: mean of the RGB channels for pixels in 0..1.
+        std: standard deviation of the RGB channels.
+        interpolation: bicubic or bilinear.
+        resize_mode: shortest or squash.
+    """
+
+    model: str
     tag: str
     url: str | None
-    hub: str | None  # org/name on the Hugging Face hub
-    hub_file: str | None  # in that repository; None: where open_clip puts its weights
-    sha256: str | None  # of what is at `url`, or its first 8 digits
+    hub: str | None
+    hub_file: str | None
+    sha256: str | None
     quick_gelu: bool
     mean: list[float]
     std: list[float]
-    interpolation: str  # bicubic or bilinear
-    resize_mode: str  # shortest or squash
+    interpolation: str
+    resize_mode: str
 
 
 def package_folder(package: str) -> Path:
     """Return the folder of an installed package without importing it.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the package is not installed.
     """
     spec = PathFinder.find_spec(package)
     if spec is None or spec.origin is None:
         distribution = {"open_clip": "open_clip_torch"}.get(package, package)
-        raise ConfigError(f"{distribution} is not installed beside clip_exp; run: pip install {distribution}")
+        raise ConfigError(f"the package {distribution} is not installed: pip install {distribution}")
     return Path(spec.origin).parent
 
 
 def clean(tag: str) -> str:
-    """A tag as the registry spells it: open_clip takes `laion2b-s34b-b79k` and capitals too."""
+    """Return a tag in the registry's spelling. Like open_clip, it accepts hyphens and capitals: `laion2b-s34b-b79k`."""
     return tag.lower().replace("-", "_")
 
 
 def tags(open_clip_name: str | None) -> list[str]:
-    """The tags of an architecture in the registry's order; none for a name that it does not have."""
+    """Return the tags of an architecture in the registry's order; empty for an unknown architecture."""
     return list(_registry().get(open_clip_name or "", {}))
 
 
 def entry(open_clip_name: str | None, tag: str) -> Entry | None:
-    """What the registry says about a tag; None where the architecture has no such tag."""
+    """Return the registry's entry for a tag; None if the architecture has no such tag."""
     values = _registry().get(open_clip_name or "", {}).get(clean(tag))
     if values is None:
         return None
@@ -85,41 +100,42 @@ def entry(open_clip_name: str | None, tag: str) -> Entry | None:
 
 @cache
 def configurations() -> list[str]:
-    """The names of open_clip's configurations, sorted."""
+    """Return the sorted names of open_clip's model configurations."""
     return sorted(path.stem for path in (package_folder("open_clip") / "model_configs").glob("*.json"))
 
 
 @cache
 def configuration(open_clip_name: str) -> dict[str, Any]:
-    """One of open_clip's configurations, as its file has it."""
+    """Read the file of one of open_clip's model configurations."""
     path = package_folder("open_clip") / "model_configs" / f"{open_clip_name}.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def open_clip_values(name: str | None) -> dict[str, Any]:
-    """Return one of open_clip's configurations as its file has it: `embed_dim`, `vision_cfg`, `text_cfg`, ….
+    """Return one of open_clip's model configurations: `embed_dim`, `vision_cfg`, `text_cfg`, ….
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the name is unknown.
     """
     names = configurations()
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(names)}."
-        raise ConfigError(f"model.name={name}: open_clip has no such configuration: {hint}")
+        hint = f"did you mean {' or '.join(near)}?" if near else f"valid names are {', '.join(names)}."
+        raise ConfigError(f"model.name={name} is not a model of open_clip: {hint}")
     return configuration(str(name))
 
 
 def published(name: str | None) -> dict[str, Any]:
-    """Return one of open_clip's configurations, to be changed; empty where there is none of that name."""
+    """Return a copy of one of open_clip's model configurations; empty if the name is unknown."""
     return copy.deepcopy(configuration(name)) if name in configurations() else {}
 
 
 def can_be_trimmed(text: dict[str, Any]) -> bool:
-    """Return whether a text tower gives the same features for a batch that is cut to its longest text.
+    """Return True if a text tower gives the same features for a batch that is truncated to its longest text.
 
-    Hugging Face's encoders mask the padding. A causal transformer sees none of it, unless what it is pooled at comes last: a
-    class token behind the text, or simply the last place.
+    Hugging Face's encoders mask the padding. In a causal transformer, tokens do not attend to padding after them, so
+    features change only if they are pooled after the padding: at a class token behind the text, or at the last
+    position.
 
     Args:
         text: `text_cfg` of a configuration.
@@ -131,13 +147,13 @@ def can_be_trimmed(text: dict[str, Any]) -> bool:
 
 
 def has_text_below(values: dict[str, Any]) -> bool:
-    """Return whether open_clip's model has its text tower's weights under `text.` (CustomTextCLIP) or at the top (CLIP)."""
+    """Return True if open_clip's model has its text tower under `text.` (CustomTextCLIP); False if at the top level (CLIP)."""
     return values.get("custom_text", False) or "hf_model_name" in values["text_cfg"]
 
 
 @cache
 def zero_shot_metadata() -> ModuleType:
-    """Return OpenAI's ImageNet class names and prompt templates: the constants of `open_clip.zero_shot_metadata`."""
+    """Return the module `open_clip.zero_shot_metadata`, with OpenAI's ImageNet class names and prompt templates."""
     path = package_folder("open_clip") / "zero_shot_metadata.py"
     spec = importlib.util.spec_from_file_location("clip_exp._open_clip_zero_shot_metadata", path)
     assert spec is not None
@@ -148,7 +164,7 @@ def zero_shot_metadata() -> ModuleType:
 
 
 def vocabulary_file() -> Path:
-    """Return the file of merges of OpenAI's byte-pair encoding.
+    """Return the path of the merges file of OpenAI's byte-pair encoding.
 
     Raises:
         ConfigError: the package or the file is missing.
@@ -156,14 +172,14 @@ def vocabulary_file() -> Path:
     path = package_folder("open_clip") / VOCABULARY
     if not path.is_file():
         raise ConfigError(
-            f"The tokenizer's vocabulary {VOCABULARY} was not found: it comes with the package open_clip_torch. "
-            "Install it: pip install 'open_clip_torch>=3.3,<4'."
+            f"{path} not found: the tokenizer's vocabulary is part of the package open_clip_torch. Install it: "
+            "pip install 'open_clip_torch>=3.3,<4'."
         )
     return path
 
 
 def _sha256_in(url: str) -> str | None:
-    """OpenAI's addresses have the hash as a folder, open_clip's releases its first 8 digits at the end of the file's name."""
+    """Return the hash in a URL: OpenAI's URLs have it as a folder, open_clip's its first 8 digits at the end of the file name."""
     path = PurePosixPath(url)
     if "openaipublic" in url:
         return path.parent.name
@@ -172,12 +188,13 @@ def _sha256_in(url: str) -> str | None:
 
 @cache
 def _registry() -> dict[str, dict[str, dict[str, Any]]]:
-    """Architecture -> tag -> values: the module's statements but for its imports, of which only the constants matter."""
+    """Return open_clip's registry as architecture -> tag -> values, by executing its module without the imports."""
     folder = package_folder("open_clip")
     values: dict[str, Any] = {"copy": copy}
     exec(compile((folder / "constants.py").read_text(encoding="utf-8"), "constants.py", "exec"), values)
     module = ast.parse((folder / "pretrained.py").read_text(encoding="utf-8"))
     module.body = [node for node in module.body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Try)]
-    unevaluated = __future__.annotations.compiler_flag  # annotations name what was not imported
+    # Annotations must not be evaluated, since they use names that were not imported.
+    unevaluated = __future__.annotations.compiler_flag
     exec(compile(module, "pretrained.py", "exec", unevaluated, dont_inherit=True), values)
     return values["_PRETRAINED"]

@@ -1,4 +1,4 @@
-"""One line of progress on a terminal, nothing elsewhere."""
+"""Progress bar, shown only on a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,26 +20,26 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def progress(share: int, what: str | None, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of items done since the last call. Only rank 0 shows it.
+def progress(count: int, what: str | None, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on rank 0, and yield a function to call with the number of items done since the last call.
 
     Args:
-        share: items of this rank.
-        what: shown before the bar; None: silent.
-        total: items of all the ranks, which are taken to be as far as this one; None: `share`.
+        count: number of items of this rank.
+        what: text in front of the bar; None: no bar.
+        total: number of items of all ranks, whose progress is assumed to equal that of this rank; None: `count`.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     disable = what is None or _silent.get() or not console.is_terminal or not is_first_rank()
-    total = share if total is None else total
+    total = count if total is None else total
     with Progress(*columns, console=console, transient=True, disable=disable) as bar:
         task = bar.add_task(what or "", total=total)
-        yield lambda done: bar.advance(task, done * total / max(1, share))
+        yield lambda done: bar.advance(task, done * total / max(1, count))
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Inside, nothing is shown: another line of progress is on the terminal."""
+    """Disable progress bars inside the block, because another one is already on the terminal."""
     before = _silent.set(True)
     try:
         yield

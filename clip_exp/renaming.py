@@ -1,7 +1,7 @@
-"""Tables between the parameter names of two libraries, and state dicts renamed by them. Both ways give the same numbers.
+"""Tables that map the parameter names of one library to those of another, and functions that rename state dicts by them, in both directions.
 
-Families of towers have a table for each layout of files that holds them (`names` of their configurations). This module is imported
-with the configurations and does not import torch before tensors are there.
+Families of towers have a table for each file layout that can contain them (`names` in their configurations). Since this
+module is imported with the configurations, it imports torch only when tensors are renamed.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-# From ours to theirs, and from theirs to ours.
+# Functions from our shape to that of the other library, and back
 Reshape = tuple[Callable[["Tensor"], "Tensor"], Callable[["Tensor"], "Tensor"]]
 Parts = str | tuple[str, ...]
 
@@ -35,13 +35,15 @@ def _to_flax_kernel(kernel_DCHW: "Tensor") -> "Tensor":
 
 
 SAME: Reshape = (lambda x: x, lambda x: x)
-KERNEL: Reshape = (_to_kernel, lambda kernel: kernel.flatten(1))  # of a convolution over patches, [D, 3, H, W]
+# Kernel [D, 3, H, W] of a convolution over patches
+KERNEL: Reshape = (_to_kernel, lambda kernel: kernel.flatten(1))
 TRANSPOSED: Reshape = (_transposed, _transposed)
 BATCHED: Reshape = (lambda x: x.unsqueeze(0), lambda x: x.squeeze(0))
 TOKEN: Reshape = (lambda x_D: x_D[None, None], lambda x_11D: x_11D.flatten())
 SCALAR: Reshape = (lambda x: x.squeeze(0), lambda x: x.reshape(1))
-# Flax keeps a matrix as [in, out], a convolution's kernel as [H, W, 3, D], and those of attention with an axis for the heads: [D, heads, E]
-# into them, [heads, E, D] out of them. How many heads there are is in no weight of ours: that axis is not made on the way to theirs.
+# Flax stores a matrix as [in, out], a convolution kernel as [H, W, 3, D], and the matrices of attention with an axis
+# for the heads: [D, heads, E] for queries, keys and values, and [heads, E, D] for the output. Our weights do not
+# contain the number of heads, so renaming to Flax does not create this axis.
 FLAX_CONVOLUTION: Reshape = (_to_flax_kernel, _from_flax_kernel)
 FLAX_PATCHES: Reshape = (
     lambda patches_DP: _to_flax_kernel(_to_kernel(patches_DP)),
@@ -53,10 +55,11 @@ HEADS: Reshape = (lambda bias_D: bias_D, lambda bias: bias.flatten())
 
 
 class Row(NamedTuple):
-    """A part of a name on both sides.
+    """Row of a renaming table: a part of a name in our layout and in that of the other library.
 
-    One that begins with a dot is replaced anywhere in a name; of the others, the first that a name begins with. Several parts on a
-    side are tensors that are one on the other side, joined along their first axis.
+    A part that starts with a dot is replaced anywhere in a name. Any other part is a prefix; only the first matching
+    prefix is replaced. Several parts on one side are separate tensors that correspond to one tensor on the other side,
+    concatenated along the first axis.
     """
 
     ours: Parts
@@ -65,43 +68,52 @@ class Row(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The parameters of a tower in one layout of files.
+    """Parameter names of a tower in one file layout.
 
     Attributes:
-        marks: beginnings of names that distinguish this kind of tower from others in the layout; all must be there.
+        rows: renaming table.
+        marks: prefixes of names that distinguish this kind of tower from others in the same layout; all must occur.
     """
 
     rows: tuple[Row, ...]
     marks: tuple[str, ...]
 
     def answers(self, names: Iterable[str]) -> bool:
+        """Return True if names of parameters have all marks of this tower."""
         names = list(names)
         return all(any(name.startswith(mark) for name in names) for mark in self.marks)
 
 
 def norm(ours: str, theirs: str) -> tuple[Row, ...]:
-    """Return the rows of a layer norm of Flax."""
+    """Return the rows of a layer norm in Flax."""
     return Row(f"{ours}weight", f"{theirs}scale"), Row(f"{ours}bias", f"{theirs}bias")
 
 
 def dense(ours: str, theirs: str) -> tuple[Row, ...]:
-    """Return the rows of a linear layer of Flax."""
+    """Return the rows of a linear layer in Flax."""
     return Row(f"{ours}weight", f"{theirs}kernel", TRANSPOSED), Row(f"{ours}bias", f"{theirs}bias")
 
 
 def into_heads(ours: str, theirs: str, *parts: str) -> tuple[Row, ...]:
-    """Return the rows of linear layers of attention in Flax, such as query, key and value, that are one layer in ours."""
+    """Return the rows of linear layers of attention in Flax, such as query, key and value, which are a single layer in ours."""
     kernels, biases = (tuple(f"{theirs}{part}.{kind}" for part in parts) for kind in ("kernel", "bias"))
     return Row(f"{ours}weight", kernels, INTO_HEADS), Row(f"{ours}bias", biases, HEADS)
 
 
 def out_of_heads(ours: str, theirs: str) -> tuple[Row, ...]:
-    """Return the rows of the linear layer of Flax that puts the heads of attention together."""
+    """Return the rows of the output projection of attention in Flax."""
     return Row(f"{ours}weight", f"{theirs}kernel", OUT_OF_HEADS), Row(f"{ours}bias", f"{theirs}bias")
 
 
 def flax_vit(positions: str, norm_2: str, attention: str, mlp: str) -> tuple[Row, ...]:
-    """Return the table of a Vision Transformer that Google trained: timm's names, and Flax's numbers for what a block is made of."""
+    """Return the table of one of Google's Vision Transformers, from timm's names to Flax's.
+
+    Args:
+        positions: Flax's name of the position embedding.
+        norm_2: Flax's name of the second layer norm of a block.
+        attention: Flax's name of the attention of a block.
+        mlp: Flax's name of the MLP of a block.
+    """
     pool, pool_attention = "MAPHead_0.", "MAPHead_0.MultiHeadDotProductAttention_0."
     return (
         Row("trunk.patch_embed.proj.weight", "embedding.kernel", FLAX_CONVOLUTION),
@@ -127,28 +139,34 @@ def flax_vit(positions: str, norm_2: str, attention: str, mlp: str) -> tuple[Row
 
 
 def rename(state: Mapping[str, "Tensor"], rows: Iterable[Row], *, to_theirs: bool) -> dict[str, "Tensor"]:
-    """Return tensors under the names of the other side of a table; names that it does not have pass through.
+    """Rename and reshape tensors by a table. Names that are not in the table are unchanged.
 
-    A tensor that is several on this side is left under their names where one of them is missing.
+    If one of several tensors that would be concatenated is missing, the others are unchanged as well.
+
+    Args:
+        state: tensors by name.
+        rows: renaming table.
+        to_theirs: rename to the names of the other library; False: rename to ours.
     """
     import torch
 
     sides = [_side(row, to_theirs) for row in rows]
     renamed: dict[str, Tensor] = {}
     pieces: dict[str, dict[int, tuple[str, Tensor]]] = defaultdict(dict)
-    wanted: dict[str, int] = {}
+    expected: dict[str, int] = {}
     for name, tensor in state.items():
         names, piece, count, reshape = _renamed(name, sides)
         if count > 1:
-            pieces[names[0]][piece], wanted[names[0]] = (name, reshape(tensor)), count
+            pieces[names[0]][piece], expected[names[0]] = (name, reshape(tensor)), count
         elif len(names) == 1:
             renamed[names[0]] = reshape(tensor)
-        else:  # copies, because files do not take tensors that share memory
+        else:
+            # Copies, because safetensors refuses to save tensors that share memory.
             parts = zip(names, tensor.chunk(len(names)), strict=True)
             renamed |= {part_name: reshape(part).clone() for part_name, part in parts}
     for whole, found in pieces.items():
-        if len(found) == wanted[whole]:
-            renamed[whole] = torch.cat([found[i][1] for i in range(wanted[whole])])
+        if len(found) == expected[whole]:
+            renamed[whole] = torch.cat([found[i][1] for i in range(expected[whole])])
         else:
             renamed |= {name: state[name] for name, _ in found.values()}
     return renamed
@@ -166,15 +184,17 @@ def _side(row: Row, to_theirs: bool) -> _Side:
 
 
 def _renamed(name: str, sides: list[_Side]) -> tuple[list[str], int, int, Callable[["Tensor"], "Tensor"]]:
-    """Return the new names of a tensor, which of how many parts of one it is, and how it is reshaped."""
+    """Return the new names of a tensor, its index among the parts of a tensor, the number of parts, and the reshaping function."""
     names, piece, count, reshape = [name], 0, 1, SAME[0]
-    begun = False
+    prefix_replaced = False
     for side in sides:
         for i, old in enumerate(side.old):
             anywhere = old.startswith(".")
-            if (anywhere and old not in names[0]) or (not anywhere and (begun or not names[0].startswith(old))):
+            if (anywhere and old not in names[0]) or (
+                not anywhere and (prefix_replaced or not names[0].startswith(old))
+            ):
                 continue
-            begun = begun or not anywhere
+            prefix_replaced = prefix_replaced or not anywhere
             names = [each.replace(old, new, 1) for each in names for new in side.new]
             if len(side.old) > 1:
                 piece, count = i, len(side.old)

@@ -1,4 +1,4 @@
-"""Run folders: made exclusively, described by `run.json` and `metrics.csv`, with the run's own copy of its tokenizer, free of secrets."""
+"""Run folders: creation, locking, and their files `run.json`, `config.yaml`, `metrics.csv` and the tokenizer. Secrets are never written."""
 
 import csv
 import errno
@@ -28,17 +28,24 @@ from clip_exp.secrets import redact
 
 log = logging.getLogger(__name__)
 RECORD, CONFIG, METRICS = "run.json", "config.yaml", "metrics.csv"
-TOKENIZER = "tokenizer"  # the folder of a run's own copy
-LAST_CHECKPOINT = "last_checkpoint_step"  # in `run.json`; older versions did not have it
-TYPES: dict[str, Any] = {  # of what is read again from `run.json`
+# Folder in a run folder with a copy of the tokenizer
+TOKENIZER = "tokenizer"
+# Key of `run.json`; missing in runs of older versions
+LAST_CHECKPOINT = "last_checkpoint_step"
+# Types of the values that are read from `run.json`
+TYPES: dict[str, Any] = {
     "fingerprint": str, "config_sha256": str, "start": str, "status": str, "argv": list, "resumed": list, "pretrained": dict | str,
     "pretrained_image": dict, "pretrained_text": dict,
     "paths": dict, "data": dict, "job": dict, "scored_tasks": dict, LAST_CHECKPOINT: int | None,
 }  # fmt: skip
-MAX_NAME = 200  # bytes of a run's name; file systems have 255 for a folder's
-SHOWN_RUNS = 10  # of a folder of runs, in a message
-COUNTS = ("step", "samples_seen")  # columns of `metrics.csv` that are whole numbers
-OLDER_COLUMNS = {  # names of columns in older run folders, which `read_metrics` translates
+# Maximum size of a run's name in bytes; file systems allow 255 for a folder
+MAX_NAME = 200
+# Maximum number of runs to list in a message
+SHOWN_RUNS = 10
+# Integer columns of `metrics.csv`
+COUNTS = ("step", "samples_seen")
+# Names of columns in older run folders, which `read_metrics` translates
+OLDER_COLUMNS = {
     **{
         name: f"train/{name}"
         for name in ("lr", "grad_norm", "logit_scale", "samples_per_s", "data_wait_s", "compute_s", "peak_memory_gb")
@@ -46,13 +53,18 @@ OLDER_COLUMNS = {  # names of columns in older run folders, which `read_metrics`
     "val/zeroshot_top1": "val/top1",
     "val/zeroshot_top5": "val/top5",
 }
-PACKAGES = (  # whose versions are noted
+# Packages whose versions are recorded
+PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "deepspeed", "hydra-core", "omegaconf", "open_clip_torch", "Pillow",
 )  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, without secrets; raise a CheckpointError where it cannot be written."""
+    """Write a file atomically and without secrets.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     try:
         with storage.atomic_file(path) as temporary:
             temporary.write_text(redact(text), encoding="utf-8")
@@ -61,26 +73,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically and without secrets; see `write_text`."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def name_problems(name: str) -> Iterator[str]:
-    """Yield what is wrong with the name of a run, which is one of a folder."""
+    """Yield an error message if a name cannot be that of a run, which is the name of a folder."""
     size = len(name.encode("utf-8", errors="replace"))
     if size > MAX_NAME:
-        yield f"name={name[:20]!r}… has {size} bytes, and a folder's name may have {MAX_NAME}: give a shorter one (name=…)."
+        yield f"name={name[:20]!r}… has {size} bytes, but at most {MAX_NAME} are allowed: set a shorter name (name=…)."
     elif not name or "/" in name or name.startswith(".") or not name.isprintable():
-        yield f"name={name!r} must be a plain folder name, of printable characters and without slashes (name=…)."
+        yield (
+            f"name={name!r} is not a valid folder name: use printable characters without slashes, and no dot at the start "
+            "(name=…)."
+        )
 
 
 def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: str = "") -> Path:
-    """Make `<output_dir>/<command>/<name>/<time><suffix>/`, a folder that nobody else has, or raise a CheckpointError."""
+    """Create the new folder `<output_dir>/<command>/<name>/<time><suffix>/` and return it.
+
+    Raises:
+        CheckpointError: the folder cannot be created.
+    """
     parent = Path(output_dir) / command / name
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, 1000):
-            folder = parent / (f"{stamp}{suffix}" if attempt == 1 else f"{stamp}_{attempt}{suffix}")
+            folder = parent / (f"{time}{suffix}" if attempt == 1 else f"{time}_{attempt}{suffix}")
             try:
                 folder.mkdir()
             except FileExistsError:
@@ -90,29 +110,30 @@ def create_run_folder(output_dir: Path | str, command: str, name: str, suffix: s
             return folder
     except OSError as error:
         raise CheckpointError(
-            f"cannot make a run folder in {parent}: {error.strerror}. Set output_dir to a folder you can write."
+            f"cannot create a run folder in {parent}: {error.strerror}. Set output_dir to a writable folder."
         ) from error
-    raise CheckpointError(f"{parent} already has 999 folders of this second.")
+    raise CheckpointError(f"cannot create a run folder in {parent}: it already has 999 folders for this second.")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read what `run.json` says, or, where that is missing or damaged, what the run's newest checkpoint says; empty where none does."""
+    """Read `run.json`, or its copy in the newest checkpoint if the file is missing or damaged; empty if there is no copy either."""
     return _read_record(folder)[0]
 
 
 def record_problem(folder: Path) -> str | None:
-    """Say what is wrong with a folder's `run.json`, and what is used instead."""
+    """Return a message about a missing or damaged `run.json` and what is used instead; None if the file is valid."""
     return _read_record(folder)[1]
 
 
 def read_config(folder: Path) -> tuple[TrainConfig, str | None]:
-    """Read a run's `config.yaml`, or, where that is missing or damaged, the copy in the run's newest checkpoint.
+    """Read a run's `config.yaml`, or its copy in the newest checkpoint if the file is missing or damaged.
 
     Returns:
-        The configuration, and what is wrong with the file and what is used instead, if anything.
+        The configuration, and a message about a missing or damaged file and what is used instead (None if the file is
+        valid).
 
     Raises:
-        CheckpointError, ConfigError: see `read_run_config`; and no checkpoint has a copy.
+        CheckpointError, ConfigError: see `read_run_config`. Only raised if no checkpoint has a copy.
     """
     path = folder / CONFIG
     expected = read_record(folder).get("config_sha256")
@@ -129,27 +150,28 @@ def read_config(folder: Path) -> tuple[TrainConfig, str | None]:
         with suppress(CheckpointError, ConfigError):
             copied = parse_run_config(str(copy.get("config")), str(checkpoint / RUN_COPY))
             return copied, f"{path} {reason}: the copy in {checkpoint.name} is used instead."
-    return read_run_config(folder), f"{path} {reason}, and no checkpoint has a copy: it is used as it is."
+    return read_run_config(folder), f"{path} {reason}, and no checkpoint has a copy: the changed file is used."
 
 
 def require_run(folder: Path) -> None:
-    """Refuse a folder that is not a run's but holds runs, and name them.
+    """Check that a folder is not one that contains run folders.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: the folder contains run folders, which the message lists.
     """
     if (folder / CONFIG).is_file():
         return
-    below = [path.parent for pattern in ("*/", "*/*/") for path in folder.glob(f"{pattern}{RECORD}")]
-    if runs := sorted((run for run in below if (run / CONFIG).is_file()), key=lambda run: run.name, reverse=True):
+    inside = [path.parent for pattern in ("*/", "*/*/") for path in folder.glob(f"{pattern}{RECORD}")]
+    if runs := sorted((run for run in inside if (run / CONFIG).is_file()), key=lambda run: run.name, reverse=True):
         more = f" and {len(runs) - SHOWN_RUNS} older ones" if len(runs) > SHOWN_RUNS else ""
         raise CheckpointError(
-            f"{folder} holds runs, and is none itself. Name one, newest first: {', '.join(map(str, runs[:SHOWN_RUNS]))}{more}."
+            f"{folder} is not a run folder, but contains runs. Give one of them, newest first: "
+            f"{', '.join(map(str, runs[:SHOWN_RUNS]))}{more}."
         )
 
 
 def run_config(folder: Path) -> TrainConfig:
-    """Read a run's configuration as `read_config` does, with a warning where it is not that of `config.yaml`."""
+    """Read a run's configuration as `read_config` does, and log a warning if `config.yaml` is missing or damaged."""
     config, problem = read_config(folder)
     if problem is not None:
         log.warning(problem)
@@ -169,27 +191,27 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], str | None]:
     except ValueError as error:
         problem = f"{path} is damaged ({error})"
     for checkpoint, copy in _run_copies(folder):
-        kept = copy.get("record")
-        if isinstance(kept, dict):
+        saved = copy.get("record")
+        if isinstance(saved, dict):
             with suppress(ValueError):
-                _check_record(storage.sealed(kept))
-                return kept, f"{problem}: the copy in {checkpoint.name} is used instead."
+                _check_record(storage.sealed(saved))
+                return saved, f"{problem}: the copy in {checkpoint.name} is used instead."
     return {}, f"{problem}, and no checkpoint has a copy."
 
 
 def _check_record(values: dict[str, Any]) -> None:
-    """Raise a ValueError that says what is wrong."""
+    """Raise a ValueError if values are not a valid record of a run."""
     if not TYPES.keys() & values.keys():
         raise ValueError("it is not the record of a run")
     if storage.SEAL not in values and LAST_CHECKPOINT in values:
         raise ValueError("its hash is missing")
     for key, kind in TYPES.items():
         if key in values and not isinstance(values[key], kind):
-            raise ValueError(f"{key} is not what a run writes there")
+            raise ValueError(f"{key} has a wrong type")
 
 
 def _run_copies(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """What the run's checkpoints keep of `run.json` and `config.yaml`, the newest first."""
+    """Return the checkpoints with valid copies of `run.json` and `config.yaml`, and the copies, newest first."""
     copies = []
     for checkpoint, manifest in reversed(manifests(folder).items()):
         path, entry = checkpoint / RUN_COPY, manifest.files.get(RUN_COPY)
@@ -200,21 +222,23 @@ def _run_copies(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse to write into a run folder that holds a link: what is written there would go through it.
+    """Check that a run folder contains no symbolic links, since writing a file would write to the link's target.
 
-    The folder itself may be one, as may its parents. wandb's own folder has links, which wandb replaces.
+    The folder itself and its parents may be links. The subfolder `wandb` is skipped: wandb creates and replaces links
+    in it.
 
     Raises:
-        CheckpointError: there is a link, or a pipe or a device, which would block whoever opens it.
+        CheckpointError: the folder contains a link, or a pipe or device, which could block the process that opens it.
     """
     folders = [str(folder)]
     while folders:
-        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:  # another process may be removing files
+        # Another process may remove a folder meanwhile.
+        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
             for entry in entries:
                 if entry.is_symlink():
                     raise CheckpointError(
-                        f"{entry.path} is a link, and nothing is written through links in a run folder: put the file or folder "
-                        "itself there, or remove the link."
+                        f"{entry.path} is a symbolic link, which is not allowed in a run folder: replace it by the file or folder "
+                        "itself, or remove it."
                     )
                 if entry.is_dir(follow_symlinks=False):
                     folders += [entry.path] if entry.name != "wandb" else []
@@ -223,16 +247,19 @@ def refuse_links(folder: Path) -> None:
 
 
 class RunRecord:
-    """`run.json`: who started what, where, with which versions, and how it ended."""
+    """Record of a run in `run.json`: command line, machine, package versions, start, end and status."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / RECORD
         self.values = read_record(folder)
 
     def start(self, arguments: list[str], current: dict[str, Any] | None = None, **values: Any) -> None:
-        """Note the beginning; a continued run keeps its first beginning and gains a line in `resumed`.
+        """Record the start of a run. For a resumed run, add an entry to `resumed` and leave the first start unchanged.
 
-        The values of `current` are those of the last start.
+        Args:
+            arguments: arguments of the command line.
+            current: values that are replaced at every start.
+            **values: values that are recorded for this start.
         """
         if self.values:
             self.values.setdefault("resumed", []).append({"time": _now(), "argv": arguments, **values})
@@ -242,7 +269,7 @@ class RunRecord:
         write_text(self.path, self._text())
 
     def update(self, **values: Any) -> None:
-        """Note facts. A full disk does not end the work for it: what cannot be written is written with the next facts."""
+        """Record values. If the disk is full, log a warning and write the values with the next update."""
         self.values.update(values)
         text = self._text()
         try:
@@ -252,23 +279,24 @@ class RunRecord:
                 log.warning("%s", error)
 
     def finish(self, status: str, **values: Any) -> None:
-        """Note the end, `finished`, `failed` or `preempted`; the error of an earlier one is dropped."""
+        """Record the end of a run with status `finished`, `failed` or `preempted`, and drop the error of an earlier end."""
         self.values = {key: value for key, value in self.values.items() if key not in ("error", "exit_code")}
         self.update(status=status, end=_now(), **values)
 
     def acknowledge(self, step: int) -> None:
-        """Note that the checkpoint of `step` is on the disk, as the rows of `metrics.csv` before it then are, too."""
-        with suppress(OSError):  # there are no rows yet, or there is no room for them
+        """Record that the checkpoint of `step` is on disk, after syncing the rows of `metrics.csv` up to it."""
+        # There may be no rows yet, or the disk may be full.
+        with suppress(OSError):
             storage.sync(self.path.with_name(METRICS))
         self.update(**{LAST_CHECKPOINT: step})
 
     def run_copy(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, so that this record and `config.yaml` can be restored from it."""
+        """Return a copy of this record and `config.yaml` for a checkpoint, from which both can be restored."""
         config = self.path.with_name(CONFIG).read_text(encoding="utf-8")
         return {"record": self._plain(), "config": config}
 
     def _plain(self) -> dict[str, Any]:
-        """The values as they are read again: plain, and without secrets."""
+        """Return the values as they are written: plain values without secrets."""
         return dict(json.loads(redact(json.dumps(self.values, default=str))))
 
     def _text(self) -> str:
@@ -276,9 +304,10 @@ class RunRecord:
 
 
 def _overwrite(path: Path, text: str, problem: BaseException | None) -> bool:
-    """Write a text into the blocks that a file has already, where the disk is full; return whether it could be done.
+    """Write a text to the existing blocks of a file if the disk is full; return True on success.
 
-    A loss of power meanwhile may damage the file, but a run that a full disk ends would be `running` forever.
+    A power failure during the write may damage the file. But without it, a run that ends because of a full disk would
+    keep the status `running`.
     """
     if not isinstance(problem, OSError) or problem.errno not in (errno.ENOSPC, errno.EDQUOT):
         return False
@@ -313,7 +342,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the checkout; None for an installed package."""
+    """Return the commit of the checkout and whether it has changes; None for an installed package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -330,21 +359,20 @@ def _git_state() -> dict[str, Any] | None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock ends with the process, however it ends.
+    """Lock a run folder for this process. The lock is released when the process ends, even if it is killed.
 
-    Where the file system has no locks, a warning is logged, and the folder is used without one.
+    If the file system does not support locks, a warning is logged, and the folder is used without a lock.
 
     Raises:
-        ConfigError: another process holds it.
-        CheckpointError: the folder cannot be written, or has links (`refuse_links`).
+        ConfigError: another process holds the lock.
+        CheckpointError: the folder is not writable, or contains links (`refuse_links`).
     """
 
     def warn_of_no_locks(folder: Path, reason: str) -> None:
         warn(
             folder,
-            f"{folder} cannot be locked, since its file system has no locks ({reason}; Lustre has them with the mount option flock). "
-            "Do not train in it with two processes at once: nothing would stop the second one, and each would overwrite the "
-            "other's checkpoints.",
+            f"{folder} cannot be locked, since its file system does not support locks ({reason}; Lustre supports them with the mount "
+            "option flock). Do not start two processes in this folder at once: they would overwrite each other's checkpoints.",
         )
 
     with ExitStack() as stack:
@@ -353,17 +381,17 @@ def lock(folder: Path) -> Iterator[None]:
             stack.enter_context(storage.lock(folder / ".lock", on_no_locks=warn_of_no_locks))
         except storage.InUse as error:
             raise ConfigError(
-                f"{folder} is in use by {error.owner}: wait for it, or start another run with resume=never."
+                f"{folder} is in use by {error.owner}: wait until it ends, or start a new run with resume=never."
             ) from None
         except OSError as error:
             raise CheckpointError(
-                f"{folder} cannot be locked: {error.strerror or error}. Set output_dir to a folder where files can be written."
+                f"{folder} cannot be locked: {error.strerror or error}. Set output_dir to a writable folder."
             ) from error
         yield
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether no living process holds the folder; False also where the file system has no locks, which could tell."""
+    """Return True if no process holds the lock of a folder; False if it is locked or cannot be locked."""
     try:
         refuse_links(folder)
         with storage.lock(folder / ".lock", on_no_locks=lambda *_: None) as held:
@@ -373,7 +401,7 @@ def is_free(folder: Path) -> bool:
 
 
 def warn(folder: Path, message: str) -> None:
-    """Print a warning, and write it into `train.log`: logging to it starts later, and in other processes where there are several ranks."""
+    """Print a warning and append it to `train.log`. Logging to this file is not set up yet when this function is called."""
     message = redact(message)
     print(f"warning: {message}", file=sys.stderr, flush=True)
     with suppress(OSError), (folder / "train.log").open("a", encoding="utf-8") as file:
@@ -381,24 +409,26 @@ def warn(folder: Path, message: str) -> None:
 
 
 def check_tokenizer(model: ModelConfig) -> None:
-    """Raise a ConfigError where a model's tokenizer is not available, or does not fit the text tower."""
+    """Raise a ConfigError if a model's tokenizer is not available or does not fit the text tower."""
     if model.text.tokenizer_source is not None:
-        from clip_exp.text.tokenizer import HuggingFaceTokenizer  # imports torch
+        # Imports torch
+        from clip_exp.text.tokenizer import HuggingFaceTokenizer
 
         HuggingFaceTokenizer.of(model.text)
 
 
 def save_tokenizer(model: ModelConfig, run_dir: Path) -> None:
-    """Copy the model's tokenizer into a run folder, unless it is there already.
+    """Copy the model's tokenizer to a run folder, unless it is already there.
 
     Raises:
-        ConfigError: it cannot be had.
-        CheckpointError: the disk is full, or the folder cannot be written.
+        ConfigError: the tokenizer is not available.
+        CheckpointError: the disk is full, or the folder is not writable.
     """
     source, folder = model.text.tokenizer_source, run_dir / TOKENIZER
     if source is None or folder.is_dir():
         return
-    from clip_exp.text.tokenizer import save_huggingface  # imports torch
+    # Imports torch
+    from clip_exp.text.tokenizer import save_huggingface
 
     try:
         with storage.atomic_folder(folder) as temporary:
@@ -411,7 +441,7 @@ def save_tokenizer(model: ModelConfig, run_dir: Path) -> None:
 
 
 def with_saved_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:
-    """The configuration of a run's model, with the run's own copy of the tokenizer if it has one."""
+    """Return the configuration of a run's model, with the copy of the tokenizer in the run folder if there is one."""
     folder = run_dir / TOKENIZER
     if not folder.is_dir():
         return model

@@ -1,7 +1,7 @@
-"""Keeping secrets out of what a run leaves behind.
+"""Detection of secrets, to keep them out of the files of a run.
 
-An interpolation of a variable that is named like a secret is refused by its name, whatever its value looks like. Values are
-searched for only where they look like secrets: a run's files are also text in which an ordinary word must stay.
+Interpolating an environment variable whose name looks like that of a secret is an error, whatever its value. Values of
+such variables are removed from files only if they look like secrets too, since a value may also be an ordinary word.
 """
 
 import os
@@ -15,48 +15,48 @@ WORDS = frozenset(
         "PASSWORDS", "PAT", "PRIVATE", "PWD", "SECRET", "SECRETS", "TOKEN", "TOKENS", "WEBHOOK",
     }
 )  # fmt: skip
-OFTEN_HARMLESS = frozenset({"AUTH", "KEY", "KEYS", "PASS", "PRIVATE", "TOKEN", "TOKENS"})  # IMAGE_KEY=filepath
-WORD_ENDS = ("APIKEY", "PASSPHRASE", "PASSWD", "PASSWORD")  # PGPASSWORD is one word
-PLACES = frozenset(
-    {"DIR", "FILE", "FOLDER", "HOME", "PATH", "ROOT", "SOCK"}
-)  # last word of a variable that holds a path
-NO_SECRETS = frozenset({"PWD", "OLDPWD"})  # the shell's folders
-PLAIN_KEYS = frozenset({"KEYS", "PASS", "PRIVATE", "TOKENS"})  # also arguments of callbacks: ignore_keys, num_tokens
-OPEN_NODES = (
-    "callbacks.extra.",
-    "logger.extra.",
-    "optimizer.kwargs.",
-    "scheduler.kwargs.",
-)  # whose keys no schema knows
-SHORTEST = 8  # characters of a secret; shorter values are switches
-# From the beginning of a word, and with a limit: a long text without an address must not take long.
+# Words that also occur in names of ordinary variables, such as IMAGE_KEY=filepath
+OFTEN_HARMLESS = frozenset({"AUTH", "KEY", "KEYS", "PASS", "PRIVATE", "TOKEN", "TOKENS"})
+# Ends of words, such as PGPASSWORD
+WORD_ENDS = ("APIKEY", "PASSPHRASE", "PASSWD", "PASSWORD")
+# Last word of the name of a variable with a path
+PLACES = frozenset({"DIR", "FILE", "FOLDER", "HOME", "PATH", "ROOT", "SOCK"})
+# The shell's working directories
+NO_SECRETS = frozenset({"PWD", "OLDPWD"})
+# Words that also occur in arguments of callbacks, such as ignore_keys and num_tokens
+PLAIN_KEYS = frozenset({"KEYS", "PASS", "PRIVATE", "TOKENS"})
+# Nodes whose keys are not in the schema
+OPEN_NODES = ("callbacks.extra.", "logger.extra.", "optimizer.kwargs.", "scheduler.kwargs.")
+# Minimum number of characters of a secret; shorter values are switches
+SHORTEST = 8
+# The word boundary and the limits keep the search fast in long texts without URLs.
 URL_CREDENTIALS = re.compile(r"\b(\w+://)(?:[^\s/@:]{1,4096}:[^\s<>\"']{0,4096}@|[^\s/@<>\"']{1,4096}@)")
 
 
 def redact(text: str) -> str:
-    """Take out credentials in addresses, and the values of environment variables whose names look like secrets'."""
+    """Replace the credentials in URLs and the values of secret environment variables by `***`."""
     for value in secret_values().values():
         text = text.replace(value, "***")
     return URL_CREDENTIALS.sub(r"\1***@", text)
 
 
 def names_secret(name: str) -> bool:
-    """Return whether a variable's name has a word such as KEY or TOKEN between its underscores."""
+    """Return True if a word in the name of a variable is KEY, TOKEN or the like."""
     return name.upper() not in NO_SECRETS and bool(_secret_words(name))
 
 
 def secret_values() -> dict[str, str]:
-    """Return the environment variables that hold secrets, by name, the longest first.
+    """Return the environment variables with secrets, longest value first.
 
-    Words and paths are none, whatever their variable is called. Of two values of which one is part of the other, the longer must
-    be replaced first.
+    Values that are words or paths do not count as secrets, whatever the name of the variable. The order matters for
+    replacement: if a value contains another one, the longer must be replaced first.
     """
     found = {name: value for name, value in os.environ.items() if names_secret(name) and _looks_secret(name, value)}
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
 def _words(name: str) -> list[str]:
-    """`GITHUB_TOKEN2` -> GITHUB, TOKEN."""
+    """Split a name into words: `GITHUB_TOKEN2` -> GITHUB, TOKEN."""
     return [word.rstrip("0123456789") for word in re.split(r"[^A-Z0-9]+", name.upper())]
 
 
@@ -67,7 +67,8 @@ def _secret_words(name: str) -> set[str]:
 def _looks_secret(name: str, value: str) -> bool:
     if len(value) < SHORTEST or _words(name)[-1] in PLACES:
         return False
-    if value.startswith("/") and os.path.lexists(value):  # base64 may begin with a slash, too
+    # Base64 may also start with a slash.
+    if value.startswith("/") and os.path.lexists(value):
         return False
     if any(c.isdigit() for c in value):
         return True
@@ -76,11 +77,11 @@ def _looks_secret(name: str, value: str) -> bool:
 
 
 def texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text in a configuration, or a part of it, with its dotted key; those of a list have that of the list.
+    """Yield the full key and the value of every string in a configuration. Entries of a list have the key of the list.
 
     Args:
-        values: nested dictionaries and lists of plain values.
-        key: where they stand in the configuration.
+        values: configuration, or a part of it, as nested dictionaries and lists.
+        key: full key of `values`; empty for a whole configuration.
     """
     if isinstance(values, dict):
         for name, value in values.items():
@@ -92,17 +93,21 @@ def texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, values
 
 
-def leaks(values: Any, below: str = "") -> Iterator[str]:
-    """Yield a sentence for every configured value that holds a secret; the secret itself is not in it.
+def leaks(values: Any, key: str = "") -> Iterator[str]:
+    """Yield an error message, without the secret, for every value of a configuration that contains a secret.
 
     Args:
-        values, below: see `texts`, where `below` is `key`.
+        values: configuration, or a part of it, as nested dictionaries and lists.
+        key: full key of `values`; empty for a whole configuration.
     """
-    for key, text in texts(values, below):
-        if key.startswith(OPEN_NODES) and _words(key)[-1] in WORDS - PLAIN_KEYS:
-            yield f"{key} would be kept in the run's folder: give it through the environment."
+    for full_key, text in texts(values, key):
+        if full_key.startswith(OPEN_NODES) and _words(full_key)[-1] in WORDS - PLAIN_KEYS:
+            yield f"{full_key} looks like a secret, and would be saved in the run folder: set it in the environment instead."
         if URL_CREDENTIALS.search(text):
-            yield f"{key} holds the credentials of an address, and a run's folder keeps its configuration: give them another way."
+            yield f"{full_key} contains a URL with credentials, which would be saved in the run folder: pass the credentials another way."
         for name, secret in secret_values().items():
             if secret in text:
-                yield f"{key} holds the value of the environment variable {name}, and a run's folder keeps its configuration: leave it in the environment."
+                yield (
+                    f"{full_key} contains the value of the environment variable {name}, which would be saved in the run folder: leave "
+                    "the value in the environment."
+                )

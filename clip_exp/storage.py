@@ -1,8 +1,9 @@
-"""Files and folders that appear complete or not at all, locks between processes, and hashes of files.
+"""Atomic files and folders, locks between processes, and hashes of files.
 
-What is being written has a temporary name next to its target: `.writing-<name>-<id>`. A folder that is being replaced has
-`.writing-<name>-<id>.old` until its successor is in place. A killed process leaves such names behind; whoever knows that nobody
-else writes the target (as it holds a lock) removes them. Errors are OSErrors, and `InUse`: the callers know what to tell the user.
+A file or folder is written under a temporary name next to its target, `.writing-<name>-<id>`. A folder that is being
+replaced is named `.writing-<name>-<id>.old` until the new one is in place. A killed process leaves these names behind;
+a process that holds a lock, and thus knows that no other process writes the target, removes them. Functions raise
+OSError and `InUse`; the callers write messages for users.
 """
 
 import csv
@@ -25,20 +26,28 @@ from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
-LFS_POINTER = b"version https://git-lfs"  # how the file begins that stands for one which Git LFS has not fetched
-TEMPORARY = ".writing-"  # first part of every temporary name
-REPLACED = ".old"  # last part of the name of a folder that is being replaced
-SEAL = "sha256"  # key of a JSON object under which a hash of its other values stands
-LARGEST_JSON = 256 * 2**20  # bytes; the descriptions that a run keeps have thousands
-REPORT_AFTER_S = 1.0  # a shorter wait for a lock is not worth a message
-RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in the texts of errors of safetensors and tokenizers
-REOPEN_S = 0.2  # enough to open a lock's file again that its last holder removed in between
-# What locking a file reports on file systems without locks: Lustre mounted without `flock`, some NFS and FUSE mounts.
+# Start of a pointer file, in place of a file that Git LFS has not downloaded
+LFS_POINTER = b"version https://git-lfs"
+# Prefix of temporary names
+TEMPORARY = ".writing-"
+# Suffix of the name of a folder that is being replaced
+REPLACED = ".old"
+# Key of a JSON object with a hash of its other values
+SEAL = "sha256"
+# Maximum size in bytes of a JSON file; those of a run have thousands
+LARGEST_JSON = 256 * 2**20
+# Shorter waits for a lock are not reported
+REPORT_AFTER_S = 1.0
+# Error number in messages of safetensors and tokenizers
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+# Time to reopen a lock file that its last holder has just removed
+REOPEN_S = 0.2
+# Errors of locking on file systems without locks: Lustre mounted without `flock`, some NFS and FUSE mounts
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """Return an error as the one of the system that it is, or that a library written in Rust has put into words; None for others."""
+    """Return an OSError for an OSError, or for an error of a Rust library whose message has an error number; None for other errors."""
     if isinstance(error, OSError):
         return error
     number = RUST_ERROR.search(str(error))
@@ -46,20 +55,24 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 class InUse(Exception):
-    """Another process holds a lock."""
+    """Error raised when another process holds a lock.
+
+    Attributes:
+        owner: holder of the lock, such as `process 123 on host`.
+    """
 
     def __init__(self, owner: str) -> None:
         super().__init__(f"in use by {owner}")
-        self.owner = owner  # such as `process 123 on host`
+        self.owner = owner
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlive a loss of power."""
+    """Flush a file, or the names in a folder, to disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync folders; there is nothing more that could be done for the names.
+        # Some network file systems cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -68,11 +81,12 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(target: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Write a temporary file, which then becomes `target`, in place of what is there; after an exception nothing changes.
+    """Yield a temporary path to write, and rename the file to `target` at the end. After an exception, `target` is unchanged.
 
     Args:
-        target: in a folder that exists.
-        durable: wait for the disk, so that a loss of power leaves the old or the new content. Not for what is easily made again.
+        target: path of the file, in an existing folder. An existing file is replaced.
+        durable: flush to disk, so that after a power failure the file has either the old or the new content. Not
+            necessary for files that can easily be created again.
     """
     temporary = _temporary_name(target)
     try:
@@ -80,7 +94,8 @@ def atomic_file(target: Path, *, durable: bool = True) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         if temporary.stat().st_mode != mode:
-            # Some libraries write files for their owner alone (safetensors); the user's umask decides.
+            # Some libraries, such as safetensors, create files that only their owner can read. Restore the mode by the
+            # user's umask.
             temporary.chmod(mode)
         put_in_place(temporary, target, durable=durable)
     finally:
@@ -89,7 +104,7 @@ def atomic_file(target: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def put_in_place(file: Path, target: Path, *, durable: bool = True) -> None:
-    """Rename a complete file to `target`, in place of what is there."""
+    """Rename a complete file to `target`, replacing an existing file."""
     if durable:
         sync(file)
     file.replace(target)
@@ -99,12 +114,12 @@ def put_in_place(file: Path, target: Path, *, durable: bool = True) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = True, durable: bool = True) -> Iterator[Path]:
-    """Fill a temporary folder, which then becomes `target`; after an exception `target` is as it was, and nothing else is left.
+    """Yield a temporary folder to fill, and rename it to `target` at the end. After an exception, `target` is unchanged.
 
     Args:
-        target: its parents are created.
-        replace: an existing `target` is replaced; otherwise it stays, and what was written is dropped.
-        durable: wait for the disk. Not for many files that are easily made again.
+        target: path of the folder, whose parents are created.
+        replace: replace an existing `target`; False: retain it and discard the new folder.
+        durable: flush to disk. Not necessary for files that can easily be created again.
     """
     temporary = _temporary_name(target)
     try:
@@ -112,10 +127,12 @@ def atomic_folder(target: Path, *, replace: bool = True, durable: bool = True) -
         yield temporary
         mode = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
+            # The target of a link belongs to another folder.
             if path.is_symlink():
-                continue  # its target belongs to another folder
+                continue
+            # The mode of new files, see `atomic_file`
             if path.is_file() and path.stat().st_mode & 0o777 != mode:
-                path.chmod(mode)  # as new files have here, see `atomic_file`
+                path.chmod(mode)
             if durable:
                 sync(path)
         if durable:
@@ -128,28 +145,30 @@ def atomic_folder(target: Path, *, replace: bool = True, durable: bool = True) -
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that nobody ever finds a part of it under its name."""
-    doomed = _temporary_name(path)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Remove a folder atomically: other processes see all of it or nothing."""
+    temporary = _temporary_name(path)
+    path.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what killed writers of a file or folder left. Only where nobody else can be writing it now."""
+    """Remove temporary files of killed processes for a target. No other process may be writing the target."""
     stem = f"{TEMPORARY}{target.name}"
     for path in target.parent.glob(f"{glob.escape(stem)}-*"):
+        # The temporary file of a target with a longer name
         if path.name.rpartition("-")[0] != stem:
-            continue  # of a longer name
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
-@cache  # once per folder
+@cache
 def warn_of_no_locks(folder: Path, reason: str) -> None:
+    """Log a warning, once per folder, that its file system does not support locks."""
     log.warning(
-        "%s is on a file system without locks (%s): start only one process that writes there at a time.", folder, reason
+        "%s is on a file system without locks (%s): run only one process that writes to it at a time.", folder, reason
     )
 
 
@@ -162,30 +181,33 @@ def lock(
     on_no_locks: Callable[[Path, str], None] = warn_of_no_locks,
     remove: bool = False,
 ) -> Iterator[bool]:
-    """Hold the lock file `path`, against other processes and other threads of this one.
+    """Hold the lock file `path` against other processes and other threads of this process.
 
-    The lock ends with the process, however it ends. The file says who holds it, or who held it last. On a file system that
-    refuses locks the body runs without one.
+    The lock is released when the process ends, even if it is killed. The file contains the name of its present or last
+    holder. On a file system without locks, the block runs without a lock.
 
     Args:
-        path: in a folder that exists.
-        wait_s: seconds to wait for another holder; `math.inf` waits as long as it takes.
-        on_wait: called once when the wait is longer than a moment.
-        on_no_locks: called with the folder and the system's reason where the file system refuses locks.
-        remove: remove the file at the end, for folders where users look.
+        path: path of the lock file, in an existing folder.
+        wait_s: seconds to wait for another holder; `math.inf` to wait indefinitely.
+        on_wait: called once if the wait takes longer than a second.
+        on_no_locks: called with the folder and the system's error message if the file system does not support locks.
+        remove: remove the file at the end, for folders that users look at.
 
     Yields:
-        Whether the lock is held.
+        True if the lock is held; False on a file system without locks.
 
     Raises:
-        InUse: another process still holds it.
+        InUse: another process holds the lock after `wait_s`.
         OSError: the file cannot be written.
     """
-    from filelock import FileLock, Timeout  # 40 ms, which a typo need not wait for
+    # Imported here, since it takes 40 ms
+    from filelock import FileLock, Timeout
 
-    # A file whose mere existence is the lock, the library's way out on file systems without locks, would outlive a killed process.
+    # On file systems without locks, filelock would use the existence of the file as the lock, which would survive a
+    # killed process.
     held = FileLock(path, fallback_to_soft=False)
-    if not path.parent.is_dir():  # which the library would create
+    # The library would create the folder.
+    if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     wait_s = max(wait_s, REOPEN_S) if remove else wait_s
     silent_s = min(wait_s, REPORT_AFTER_S)
@@ -204,13 +226,14 @@ def lock(
             owner = path.read_text(encoding="utf-8").strip()
         raise InUse(owner or "another process") from None
     except OSError as error:
-        # An error with a file's name is of opening the file, not of locking it.
+        # An error with a file name comes from opening the file, not from locking it.
         if error.errno not in NO_LOCKS or error.filename is not None:
             raise
         on_no_locks(path.parent, str(error.strerror))
     try:
         if held.is_locked:
-            with suppress(OSError):  # a full disk is no reason not to work
+            # If the disk is full, the lock works without the name of its holder.
+            with suppress(OSError):
                 path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield held.is_locked
     finally:
@@ -227,22 +250,23 @@ def file_sha256(path: Path) -> str:
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return plain values with a hash of them all, by which `read_json_object` notices any later change."""
+    """Return plain values with a hash of all of them, by which `read_json_object` detects later changes."""
     content = {key: value for key, value in values.items() if key != SEAL}
     return {**content, SEAL: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file, whatever the file holds.
+    """Read a JSON object from a file that may be damaged.
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: it holds something else, or not what was `sealed`.
+        ValueError: the file is not a JSON object, or was changed after it was `sealed`.
     """
-    if not path.is_file():  # opening a pipe would wait for its writer
+    # Opening a pipe would block.
+    if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path.stat().st_size > LARGEST_JSON:
-        raise ValueError("it is far too large")
+        raise ValueError("it is too large")
     try:
         values = json.loads(path.read_bytes().decode())
         if not isinstance(values, dict):
@@ -250,7 +274,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if SEAL in values and values[SEAL] != sealed(values)[SEAL]:
             raise ValueError("it was changed after it was written")
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON from line {error.lineno} on") from None
+        raise ValueError(f"it is not valid JSON in line {error.lineno}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return values
@@ -271,7 +295,8 @@ def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
     if not target.exists():
         temporary.rename(target)
         return
-    # No portable call exchanges two folders. What a kill leaves between the two renames has all that is needed to finish or undo.
+    # There is no portable call that exchanges two folders. If the process is killed between the two renames, both
+    # folders still exist.
     old = target.with_name(f"{temporary.name}{REPLACED}")
     try:
         target.rename(old)
@@ -283,11 +308,13 @@ def _put_folder_in_place(temporary: Path, target: Path, replace: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are the full-width forms of = + - @
+# Start of a cell that a spreadsheet may interpret as a formula; the last four characters are the full-width forms of =
+# + - @
+FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 class TextWriter:
-    """A CSV writer whose texts stay texts; numbers are written as they are."""
+    """CSV writer that escapes texts which a spreadsheet would interpret as formulas. Numbers are written unchanged."""
 
     def __init__(self, file: IO[str]) -> None:
         self._writer = csv.writer(file, lineterminator="\n")
@@ -295,9 +322,9 @@ class TextWriter:
 
     def writerow(self, row: Iterable[Any]) -> None:
         cells = [as_text(cell) for cell in row]
-        # The csv module does not quote a carriage return, which would begin a row, and with it a cell.
-        odd = any(isinstance(cell, str) and "\r" in cell for cell in cells)
-        (self._quoting if odd else self._writer).writerow(cells)
+        # The csv module does not quote a carriage return, which would start a new row.
+        needs_quotes = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+        (self._quoting if needs_quotes else self._writer).writerow(cells)
 
     def writerows(self, rows: Iterable[Iterable[Any]]) -> None:
         for row in rows:
@@ -305,10 +332,10 @@ class TextWriter:
 
 
 def as_text(cell: Any) -> Any:
-    """Return a cell that a spreadsheet shows as it is."""
+    """Escape a cell, so that a spreadsheet does not interpret it as a formula."""
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
 def original(cell: str) -> str:
-    """Return what `as_text` was given."""
+    """Undo `as_text`."""
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell

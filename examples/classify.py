@@ -1,4 +1,4 @@
-"""Which of some texts fits images: python examples/classify.py outputs/train/<name>/<time> a.jpg b.jpg"""
+"""Classify images with text labels: python examples/classify.py outputs/train/<name>/<time> a.jpg b.jpg"""
 
 import sys
 

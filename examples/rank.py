@@ -1,4 +1,4 @@
-"""The 32 images of a folder that fit a text best: python examples/rank.py outputs/train/<name>/<time> 'two dogs' photos"""
+"""Find the 32 images in a folder that match a text best: python examples/rank.py outputs/train/<name>/<time> 'two dogs' photos"""
 
 import sys
 

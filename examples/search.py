@@ -1,4 +1,4 @@
-"""Index a folder once, then look for texts: python examples/search.py outputs/train/<name>/<time> photos 'two dogs' 'a red car'"""
+"""Index a folder of images, then search it by text: python examples/search.py outputs/train/<name>/<time> photos 'two dogs' 'a red car'"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a CLIP on a table of images and captions: python examples/train.py pairs.csv epochs=10"""
+"""Train a CLIP model on a table of images and captions: python examples/train.py pairs.csv epochs=10"""
 
 import sys
 

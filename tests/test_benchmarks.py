@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/ fit the code that they measure."""
+"""Tests that the scripts in benchmarks/ import existing code."""
 
 import importlib
 import sys

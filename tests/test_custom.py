@@ -1,4 +1,4 @@
-"""A loss and a task of the user, each one file and its YAML as `docs/configuration.md` has them, found by `--config-dir`."""
+"""Tests of a custom loss and a custom task, each a Python file and a YAML file as in `docs/configuration.md`, found by `--config-dir`."""
 
 import ast
 import json
@@ -45,7 +45,7 @@ def test_no_other_module_names_a_kind_of_loss_or_task() -> None:
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the page."""
+    """Create the folder with the files from the documentation."""
     folder = tmp_path_factory.mktemp("custom") / "mine"
     for name, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command in this process finds is not there afterwards."""
+    """Unregister custom members after a command in this process."""
     monkeypatch.setitem(os.environ, registry.FOLDERS, "")
     registry._load_file.cache_clear()
     for base in (LossConfig, TaskConfig):
@@ -69,7 +69,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(mine: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Finished]:
-    """Runs with the loss, and with the task at their end, by the number of their processes."""
+    """Train runs with the custom loss and task, by the number of processes."""
     custom = ("--config-dir", str(mine), *TINY, "loss=smoothed", "loss.smoothing=0.2", "max_steps=3")
     task = (
         "task=hits",
@@ -131,7 +131,7 @@ def test_wrong_keys_of_a_users_loss_and_task_are_refused_by_their_full_names(
     assert not run_folders(tmp_path / "outputs")
 
 
-def test_a_typo_is_answered_without_torch(mine: Path, command: Callable, tmp_path: Path) -> None:
+def test_a_typo_is_reported_without_importing_torch(mine: Path, command: Callable, tmp_path: Path) -> None:
     script = tmp_path / "probe.py"
     script.write_text(
         "import sys\nfrom clip_exp.cli import run\n"

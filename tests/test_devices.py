@@ -1,4 +1,4 @@
-"""`accelerator` and `devices` mean the same for training and for evaluation, and a typo in them needs no torch."""
+"""Tests that `accelerator` and `devices` mean the same in training and evaluation, and that typos are reported without torch."""
 
 import builtins
 import io
@@ -16,7 +16,7 @@ from clip_exp.errors import ConfigError
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes torch find a number of GPUs."""
+    """Make torch find a number of GPUs."""
 
     def find(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -39,7 +39,7 @@ def test_other_devices_are_refused_by_the_name_of_their_key(devices: Any) -> Non
     with pytest.raises(ConfigError) as caught:
         parse_devices("auto", devices, "trainer.")
     assert str(caught.value) == (
-        f"trainer.devices={devices} must be auto, a number above 0, or a list of distinct GPU indices."
+        f"trainer.devices={devices} must be auto, a number greater than 0, or a list of distinct GPU indices."
     )
 
 
@@ -48,9 +48,12 @@ def test_both_keys_are_checked_at_once() -> None:
         parse_devices("tpu", 0)
     assert str(caught.value).splitlines() == [
         "accelerator=tpu must be one of auto, cpu, gpu, cuda.",
-        "devices=0 must be auto, a number above 0, or a list of distinct GPU indices.",
+        "devices=0 must be auto, a number greater than 0, or a list of distinct GPU indices.",
     ]
-    with pytest.raises(ConfigError, match=r"^devices=\[0, 1\] lists GPUs: on a CPU give a number\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^devices=\[0, 1\] lists GPUs, but accelerator=cpu: set a number of CPU processes instead\.$",
+    ):
         parse_devices("cpu", [0, 1])
 
 
@@ -61,8 +64,8 @@ def test_both_keys_are_checked_at_once() -> None:
         ("gpu", 2, 0, "x.accelerator=gpu, but torch finds no GPU"),
         ("auto", [0], 0, "x.devices=[0] lists GPUs, but torch finds no GPU"),
         ("auto", [0, 2], 2, "x.devices=[0, 2] must be indices from 0 to 1: this machine has 2 GPUs."),
-        ("gpu", 4, 2, "x.devices=4 asks for 4 GPUs, and this machine has 2."),
-        ("auto", 4, 2, "x.devices=4 asks for 4 GPUs, and this machine has 2."),
+        ("gpu", 4, 2, "x.devices=4 requests 4 GPUs, but this machine has 2."),
+        ("auto", 4, 2, "x.devices=4 requests 4 GPUs, but this machine has 2."),
         ("auto", 4, 0, None),
         ("cpu", 4, 2, None),
         ("gpu", 2, 2, None),

@@ -1,4 +1,4 @@
-"""What the README and docs/ tell a user to type works."""
+"""Tests that the commands in the README and docs/ work."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from clip_exp.cli import COMMANDS as CLI_COMMANDS
 from clip_exp.cli import named
-from clip_exp.config.base import idle_keys, typed_keys
+from clip_exp.config.base import typed_keys, unused_keys
 from clip_exp.config.compose import compose
 from clip_exp.config.evaluation import EvaluateConfig
 from tests.conftest import REPOSITORY
@@ -22,7 +22,7 @@ FLAGS = {"-m", "--help", "--cfg", "job", "…"}
 
 
 def commands_of(path: Path) -> list[str]:
-    """The commands in a page's code blocks, or in a recipe's header."""
+    """Return the commands in a page's code blocks, or in a recipe's header."""
     text = path.read_text(encoding="utf-8")
     blocks = (
         re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
@@ -50,7 +50,7 @@ def test_every_documented_command_composes(page: str, command: str) -> None:
     sweeping = "-m" in command.split()
     given = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
     overrides = named(name, given)
-    assert idle_keys(compose(name, overrides), typed_keys(overrides)) == []
+    assert unused_keys(compose(name, overrides), typed_keys(overrides)) == []
 
 
 def test_the_pages_that_the_readme_links_exist() -> None:
@@ -67,7 +67,7 @@ def test_the_readme_names_every_option_of_the_groups_it_lists() -> None:
 
 
 def test_every_task_has_a_page_and_is_named_where_tasks_are_listed() -> None:
-    """A task's page begins with `task=…`; one that shares a page has a section that does."""
+    """The page of a task starts with `task=…`; a task without its own page has a section that does."""
     tasks = {path.stem for path in (REPOSITORY / "conf" / "task").glob("*.yaml")}
     pages = [page.read_text(encoding="utf-8") for page in (REPOSITORY / "docs" / "tasks").glob("*.md")]
     titled = [task for page in pages for task in re.findall(r"^##? `task=(\w+)`", page, re.MULTILINE)]
@@ -88,7 +88,7 @@ def test_make_help_lists_the_targets() -> None:
 
 
 def test_the_way_from_a_csv_to_a_scored_model(command, single, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's page, on drawn scenes in the place of photographs and cut to a few steps."""
+    """The command of the README runs on generated scenes instead of photographs, and for a few steps only."""
     scenes = next((single.folder.parents[2] / "data").glob("shapes-*"))
     for split, table in (("train", "pairs.csv"), ("val", "held_out.csv")):
         shutil.copytree(scenes / split, tmp_path / split)

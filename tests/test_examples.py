@@ -1,4 +1,4 @@
-"""The examples are short, and do what they say."""
+"""Tests that the examples are short and work."""
 
 import ast
 import io
@@ -18,7 +18,7 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 
 
 def lines_of_code(source: str) -> int:
-    """Lines that hold more than the docstring and comments."""
+    """Return the number of lines without docstrings and comments."""
     docstring = ast.parse(source).body[0]
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)

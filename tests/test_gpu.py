@@ -1,4 +1,4 @@
-"""What only a GPU can show, in about five minutes on one or two of them: `pytest -m gpu`. Elsewhere all of it is skipped."""
+"""Tests that need one or two GPUs, for about five minutes: `pytest -m gpu`. They are skipped on other machines."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ RARELY = ("log_every_n_steps=100000", "val_every_n_steps=100000", "checkpoint_ev
 
 
 def train(command: Run, *overrides: str, output_dir: Path, **environment: str) -> Finished:
-    """Train in a new process: one that is forked could not use the GPU if its parent has looked for it."""
+    """Train in a new process, since a forked one could not use the GPU if its parent has initialized CUDA."""
     arguments = (*overrides, f"output_dir={output_dir}")
     result = command("train.py", *arguments, cwd=output_dir, cold=True, timeout_s=600, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -38,7 +38,7 @@ def train(command: Run, *overrides: str, output_dir: Path, **environment: str) -
 
 
 def train_until_stopped(*overrides: str, output_dir: Path) -> Finished:
-    """Train until the first row of metrics is there, and stop by SIGTERM."""
+    """Train until the first row of metrics is written, and stop with SIGTERM."""
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "train.py"), *overrides, f"output_dir={output_dir}"],
         cwd=output_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -79,7 +79,7 @@ def test_a_run_that_is_stopped_and_resumed_has_the_losses_of_one_that_was_not(
 
 
 class RaiseWhereTheGPUIsAwaited(pl.Callback):
-    """Lets every operation that waits for the GPU fail, from the step after `first` steps to the end of step `last`."""
+    """Callback that makes every operation that waits for the GPU fail, from the step after `first` to the end of step `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -134,7 +134,7 @@ def test_a_batch_that_is_too_large_ends_with_code_7_and_names_the_remedy(command
 
 
 def features_of(command: Run, accelerator: str, folder: Path) -> Tensor:
-    """[N, D] image features, as `evaluate.py` keeps them in its cache."""
+    """Return image features [N, D] from the cache of `evaluate.py`."""
     output_dir = folder / accelerator
     result = command(
         "evaluate.py", "model=rn50", f"pretrained={folder}/rn50.safetensors", "task=retrieval",
@@ -147,7 +147,7 @@ def features_of(command: Run, accelerator: str, folder: Path) -> Tensor:
 
 
 def test_features_of_a_resnet_in_float32_are_those_of_a_cpu(command: Run, tmp_path: Path) -> None:
-    """With convolutions in TF32 they are ten times as far apart."""
+    """With convolutions in TF32, the difference would be ten times as large."""
     torch.manual_seed(0)
     save_file(build_model(named_model("rn50")).state_dict(), tmp_path / "rn50.safetensors")
     with (tmp_path / "pairs.csv").open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The registry that is read without importing open_clip is the one that open_clip has."""
+"""Tests that the registry which is read without importing open_clip equals open_clip's."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The package works away from its checkout, answers without torch, and keeps its rooms apart."""
+"""Tests that the package works without its checkout, that help needs no torch, and of import boundaries."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_the_wheel_carries_conf_and_its_console_script_composes(repository: Path
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]])
-def test_help_answers(arguments: list[str], tmp_path: Path) -> None:
+def test_help_is_printed(arguments: list[str], tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "clip_exp", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
@@ -58,7 +58,7 @@ def test_help_answers(arguments: list[str], tmp_path: Path) -> None:
     assert ("usage" if arguments == ["--help"] else "0." if arguments == ["--version"] else "vit_b32") in result.stdout
 
 
-def test_an_unknown_command_is_answered_with_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_command_is_reported_with_the_nearest(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "clip_exp", "trian"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )

@@ -1,4 +1,4 @@
-"""Torch's switches of precision: exact where exact float32 is promised, and afterwards as they were."""
+"""Tests of torch's precision settings: exact float32 where it is required, and restored afterwards."""
 
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ def switches() -> Switches:
 
 @pytest.fixture(autouse=True)
 def while_training() -> Iterator[None]:
-    """TF32 is allowed, as training leaves it for what follows in the process."""
+    """Allow TF32, as it is after training in the same process."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     assert switches() == TRAINING
@@ -44,7 +44,7 @@ def config() -> ModelConfig:
 
 
 def noted(model: torch.nn.Module) -> list[Switches]:
-    """The switches at every call of a linear layer from now on."""
+    """Record the precision settings at every call of a linear layer."""
     found: list[Switches] = []
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -127,7 +127,7 @@ def test_cudnn_times_the_algorithms_of_convolutional_towers_alone(overrides: lis
 
 
 def test_a_gpu_that_only_emulates_bf16_computes_in_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A T4 or a V100 takes bf16 and is slow in it."""
+    """T4 and V100 support bf16 only by slow emulation."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert training_precision("auto", "cuda") == "16-mixed"
     assert inference_precision("auto", "cuda") == "32-true"

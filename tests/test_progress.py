@@ -1,4 +1,4 @@
-"""Progress is one line on the terminal of rank 0, about the work of all ranks."""
+"""Tests of the progress bar, which rank 0 shows for the work of all ranks."""
 
 import io
 
@@ -23,7 +23,7 @@ def work() -> None:
         advance(3)
 
 
-def test_rank_0_shows_the_whole_set(terminal: io.StringIO) -> None:
+def test_rank_0_shows_the_items_of_all_ranks(terminal: io.StringIO) -> None:
     work()
     assert "flowers: 8 images" in terminal.getvalue()
     assert "8/8" in terminal.getvalue()
@@ -36,7 +36,7 @@ def test_other_ranks_show_nothing(terminal: io.StringIO, monkeypatch: pytest.Mon
     assert terminal.getvalue() == ""
 
 
-def test_nothing_is_shown_where_another_line_is(terminal: io.StringIO) -> None:
+def test_nothing_is_shown_inside_another_bar(terminal: io.StringIO) -> None:
     with silence():
         work()
     assert terminal.getvalue() == ""

@@ -1,4 +1,4 @@
-"""Real photographs and captions, where CLIP_EXP_DATA names them: from a table to scores."""
+"""Tests with real photographs and captions from CLIP_EXP_DATA, from a table to scores."""
 
 import json
 from pathlib import Path

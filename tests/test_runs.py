@@ -1,4 +1,4 @@
-"""Run folders are exclusive, found again by their configuration, and free of secrets."""
+"""Tests of run folders: exclusive, found again by their configuration, and free of secrets."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ from tests.text.test_tokenizer import TEXTS
 
 
 def choose(config: TrainConfig) -> tuple[Path, bool]:
-    """The folder that a run works in, and whether it has finished there."""
+    """Return the folder of a run, and whether the run has finished."""
     found = open_run(config)
     return found.folder, found.finished
 
@@ -86,7 +86,7 @@ def test_what_does_not_change_the_result_does_not_change_the_fingerprint() -> No
     assert len({opening.fingerprint(train_config(override)) for override in other} | {one}) == len(other) + 1
 
 
-def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_path) -> None:
+def test_auto_resumes_the_unfinished_run_and_finds_the_finished_one(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}")
     folder, _ = choose(config)
     opening.Opening(folder, False, config, config, {}).begin([])
@@ -101,7 +101,7 @@ def test_auto_goes_on_in_the_unfinished_folder_and_names_the_finished_one(tmp_pa
     assert choose(train_config(f"output_dir={tmp_path}", "resume=never"))[0] != folder
 
 
-def test_a_named_run_goes_on_longer_but_not_otherwise_changed(tmp_path) -> None:
+def test_a_named_run_is_resumed_longer_but_not_with_other_changes(tmp_path) -> None:
     config = train_config(f"output_dir={tmp_path}", "max_steps=6")
     folder, _ = choose(config)
     opening.Opening(folder, False, config, config, {}).begin([])
@@ -146,7 +146,7 @@ def test_a_resume_that_names_nothing_is_refused(tmp_path) -> None:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let every file that is written anew fail with a number of the system's errors."""
+    """Make writing of every new file fail with an error number."""
 
     def fail_with(number: int) -> None:
         def write(path: Path, text: str, **options: object) -> None:
@@ -177,7 +177,7 @@ def test_the_end_of_a_run_is_recorded_on_a_full_disk(tmp_path, full_disk) -> Non
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_facts_that_cannot_be_recorded_cost_a_warning(number: int, tmp_path, full_disk, caplog) -> None:
+def test_values_that_cannot_be_recorded_cause_a_warning(number: int, tmp_path, full_disk, caplog) -> None:
     record = runs.RunRecord(tmp_path)
     record.start([])
     before = (tmp_path / "run.json").read_text()
@@ -187,7 +187,7 @@ def test_facts_that_cannot_be_recorded_cost_a_warning(number: int, tmp_path, ful
     assert (tmp_path / "run.json").read_text() == before
 
 
-def test_a_later_success_drops_the_error_of_before(tmp_path) -> None:
+def test_a_later_success_removes_an_earlier_error(tmp_path) -> None:
     runs.RunRecord(tmp_path).start([])
     runs.RunRecord(tmp_path).finish("failed", error=["no room"], exit_code=4)
     runs.RunRecord(tmp_path).start([])
@@ -210,13 +210,15 @@ def test_a_run_is_opened_on_a_file_system_without_locks_and_both_terminal_and_lo
     for _ in range(2):  # also where another process has it
         with runs.lock(folder), runs.lock(folder):
             opening.Opening(folder, False, config, config, {}).begin([])
-    expected = f"{folder} cannot be locked, since its file system has no locks (Function not implemented; "
+    expected = f"{folder} cannot be locked, since its file system does not support locks (Function not implemented; "
     for text in (capsys.readouterr().err, (folder / "train.log").read_text(encoding="utf-8")):
         assert expected in text
-        assert "Do not train in it with two processes at once" in text
+        assert "Do not start two processes in this folder at once" in text
 
 
-def test_a_lock_that_another_process_holds_is_no_missing_lock(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_held_by_another_process_does_not_count_as_unsupported(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def flock(descriptor: int, operation: int) -> None:
         raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
 
@@ -239,7 +241,7 @@ def test_nothing_is_written_through_a_link_in_a_run_folder(written: str, target:
     link = tmp_path / "run" / written
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / target)
-    with pytest.raises(CheckpointError, match=rf"{link} is a link, .* remove the link"), runs.lock(tmp_path / "run"):
+    with pytest.raises(CheckpointError, match=rf"{link} is a symbolic link, .* remove it"), runs.lock(tmp_path / "run"):
         raise AssertionError("locked")
     assert (tmp_path / "file").read_text() == "theirs"
     assert list((tmp_path / "folder").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Which environment variables hold secrets, and what is refused because of them."""
+"""Tests of the detection of secrets in environment variables and configurations."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -28,11 +28,11 @@ ORDINARY_NAMES = [
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
-def test_a_variable_that_is_named_like_a_secret_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its value."""
+def test_a_variable_with_the_name_of_a_secret_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Independent of its value."""
     monkeypatch.setenv(name, "a password without a digit")
     with pytest.raises(
-        ConfigError, match=rf"^\$\{{oc\.env:{name}\}} is refused: {name} is named like a secret"
+        ConfigError, match=rf"^\$\{{oc\.env:{name}\}} is not allowed: {name} looks like the name of a secret"
     ) as caught:
         environment_variable(name)
     assert "without a digit" not in str(caught.value)
@@ -44,7 +44,7 @@ def test_the_variables_of_a_user_and_of_a_ci_may_be_interpolated(name: str, monk
     assert environment_variable(name) == "value-of-it"
 
 
-def test_every_way_to_ask_for_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_interpolation_of_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PAT", "p")
     monkeypatch.setenv("WHICH", "MY_PAT")
     for value in (
@@ -53,9 +53,9 @@ def test_every_way_to_ask_for_a_secret_is_refused(monkeypatch: pytest.MonkeyPatc
         "${oc.decode:${oc.env:MY_PAT}}",
         "${oc.env:${oc.env:WHICH}}",
     ):
-        with pytest.raises(ConfigError, match="MY_PAT is named like a secret"):
+        with pytest.raises(ConfigError, match="MY_PAT looks like the name of a secret"):
             train_config(f"name={value}")
-    with pytest.raises(ConfigError, match="UNSET_PAT is named like a secret"):
+    with pytest.raises(ConfigError, match="UNSET_PAT looks like the name of a secret"):
         train_config("name=${oc.env:UNSET_PAT,none}")
     assert train_config("name=${oc.env:WHICH}").name == "MY_PAT"
 
@@ -63,12 +63,12 @@ def test_every_way_to_ask_for_a_secret_is_refused(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_every_command_refuses_it(command: str) -> None:
     key = "output_dir" if "output_dir" in SCHEMAS[command].model_fields else "output"
-    with pytest.raises(ConfigError, match="MY_PAT is named like a secret"):
+    with pytest.raises(ConfigError, match="MY_PAT looks like the name of a secret"):
         compose(command, [f"{key}=${{oc.env:MY_PAT}}"])
 
 
 def test_it_is_refused_in_a_list_too() -> None:
-    with pytest.raises(ConfigError, match="MY_PAT is named like a secret"):
+    with pytest.raises(ConfigError, match="MY_PAT looks like the name of a secret"):
         compose("predict", ["images=['${oc.env:MY_PAT}']"])
 
 
@@ -80,21 +80,21 @@ def test_the_command_line_refuses_it_too_and_prints_no_value(
     monkeypatch.setenv("MY_PAT", "abcdefgh-1")
     assert run("train", [argument]) == 2
     told = capsys.readouterr()
-    assert "MY_PAT is named like a secret" in told.err
+    assert "MY_PAT looks like the name of a secret" in told.err
     assert "abcdefgh-1" not in told.out + told.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_leaves_no_secret_and_no_folder_of_an_address(
+def test_a_sweep_writes_no_secret_and_no_folder_named_by_a_url(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
 ) -> None:
-    """Hydra makes the folder and writes the overrides into it before a job is checked."""
+    """Hydra creates the folder and writes the overrides to it before a job is checked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_PAT", "abcdefgh-1")
     assert run("train", ["-m", "seed=1,2", "name=x-abcdefgh-1", "output_dir=s3://bucket/x"]) == 2
     told = capsys.readouterr().err
-    assert "name holds the value of the environment variable MY_PAT" in told
-    assert "output_dir=s3://bucket/x is an address" in told
+    assert "name contains the value of the environment variable MY_PAT" in told
+    assert "output_dir=s3://bucket/x is a URL" in told
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,12 +112,12 @@ def test_a_program_keeps_its_own_interpolations(monkeypatch: pytest.MonkeyPatch)
         ("AWS_SECRET_ACCESS_KEY", "/9j4AAQSkZJRgABA/+1deadbeef=="), ("SLACK_WEBHOOK", "https://hooks.example/T/B/xyz"),
     ],
 )  # fmt: skip
-def test_a_value_that_was_typed_is_found_and_taken_out(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_typed_secret_is_found_and_removed(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     assert secret_values()[name] == value
     assert redact(f"argv: x={value}") == "argv: x=***"
     (told,) = leaks({"name": f"run of {value}"})
-    assert told.startswith(f"name holds the value of the environment variable {name}")
+    assert told.startswith(f"name contains the value of the environment variable {name}")
     assert value not in told
 
 
@@ -128,19 +128,21 @@ def test_a_value_that_was_typed_is_found_and_taken_out(name: str, value: str, mo
         ("SSH_AUTH_SOCK", "/tmp/ssh-XXXX1/agent.1"), ("PWD", "/home/me/project1"), ("MY_KEY", "true1"), ("SOME_AUTH", "/etc/passwd"),
     ],
 )  # fmt: skip
-def test_words_and_paths_are_left_in_a_runs_files(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_and_paths_are_not_removed_from_a_runs_files(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     assert redact(f"x={value}") == f"x={value}"
     assert list(leaks({"data": {"image_key": value}})) == []
 
 
-def test_of_secrets_that_contain_each_other_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_that_contain_each_other_are_removed_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "abcdefgh1")
     monkeypatch.setenv("B_TOKEN", "abcdefgh1-and-more")
     assert redact("abcdefgh1-and-more, abcdefgh1") == "***, ***"
 
 
-def test_a_long_text_without_an_address_takes_no_time_that_grows_with_its_square() -> None:
-    """It would be half an hour."""
+def test_a_long_text_without_a_url_does_not_take_quadratic_time() -> None:
+    """It would take half an hour."""
     text = "a" * 300_000
     assert redact(text) == text

@@ -1,4 +1,4 @@
-"""What is written is there whole or not at all, and a lock is one process's until it ends, however it ends."""
+"""Tests of atomic files and folders, and of locks, which are exclusive until their process ends."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ FULL = OSError(28, "No space left on device")
 
 
 def contents(folder: Path) -> dict[str, str | None]:
-    """Every path below a folder, with the text of files."""
+    """Return all paths in a folder with the text of files."""
     return {
         str(path.relative_to(folder)): path.read_text() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -68,7 +68,7 @@ def test_a_file_keeps_its_old_content_after_a_failed_write(tmp_path: Path, durab
 
 
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt(), SystemExit(143)], ids=repr)
-def test_a_folder_is_as_it_was_after_a_failed_write(tmp_path: Path, error: BaseException) -> None:
+def test_a_folder_is_unchanged_after_a_failed_write(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "step-000001"
     fail_in(atomic_folder(target), error)
     assert contents(tmp_path) == {}
@@ -83,9 +83,7 @@ def test_a_folder_is_as_it_was_after_a_failed_write(tmp_path: Path, error: BaseE
     assert contents(tmp_path) == {"step-000001": None, "step-000001/weights": "new"}
 
 
-def test_a_disk_that_fails_while_it_is_waited_for_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_sync_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
 
@@ -144,7 +142,7 @@ def test_permissions_are_those_of_new_files(tmp_path: Path, umask: int) -> None:
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask
 
 
-def test_a_folder_that_may_not_be_replaced_stays(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_replaced_is_retained(tmp_path: Path) -> None:
     for content in ("first", "second"):
         with atomic_folder(tmp_path / "data", replace=False) as temporary:
             (temporary / "table").write_text(content)
@@ -155,9 +153,7 @@ def test_a_folder_that_may_not_be_replaced_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "file"]
 
 
-def test_a_folder_comes_back_when_its_successor_cannot_take_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_restored_when_it_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with atomic_folder(tmp_path / "data") as temporary:
         (temporary / "table").write_text("old")
     rename = Path.rename
@@ -184,7 +180,7 @@ with storage.atomic_file(target / "file") as file, storage.atomic_folder(target 
 """
 
 
-def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "folder") as temporary:
         (temporary / "table").write_text("old")
     assert run(KILL, tmp_path).returncode == -signal.SIGKILL
@@ -201,7 +197,7 @@ def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path: Path)
     assert (tmp_path / "folder" / "table").read_text() == "new"
 
 
-def test_a_name_with_signs_of_a_pattern_has_leftovers_too(tmp_path: Path) -> None:
+def test_leftovers_of_a_name_with_glob_characters_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".writing-[a]*-0123").touch()
     (tmp_path / ".writing-ab-0123").touch()
     remove_leftovers(tmp_path / "[a]*")
@@ -262,7 +258,7 @@ def run(script: str, argument: Path) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def process(script: str, argument: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that runs a script until it is killed or let go on, and the line that it printed."""
+    """Run a script in a process until it is killed or continued, and yield it with its first line."""
     with subprocess.Popen(
         [sys.executable, "-c", script, str(argument)],
         cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -275,14 +271,14 @@ def process(script: str, argument: Path) -> Iterator[tuple[subprocess.Popen[str]
 
 
 def refused(path: Path, **options: float) -> str:
-    """Who holds a lock."""
+    """Return the holder of a lock."""
     with pytest.raises(InUse) as caught, lock(path, **options):  # type: ignore[arg-type]
         pass
     return caught.value.owner
 
 
 @pytest.mark.parametrize("end", ["kill", "end"])
-def test_a_lock_is_one_processs_until_it_ends_however_it_ends(tmp_path: Path, end: str) -> None:
+def test_a_lock_is_exclusive_until_its_process_ends(tmp_path: Path, end: str) -> None:
     path = tmp_path / ".lock"
     with process(HOLD, path) as (holder, _):
         for wait_s in (0.0, 0.1):
@@ -298,7 +294,7 @@ def test_a_lock_is_one_processs_until_it_ends_however_it_ends(tmp_path: Path, en
 
 
 def test_a_killed_process_frees_its_lock_while_its_forks_live(tmp_path: Path) -> None:
-    """Workers that load data are forks, and may outlive the process that holds the run's folder by seconds."""
+    """Data loading workers are forks, and may outlive the process that holds the lock of the run folder by seconds."""
     path = tmp_path / ".lock"
     with process(HOLD_AND_FORK, path) as (holder, fork):
         try:
@@ -311,9 +307,7 @@ def test_a_killed_process_frees_its_lock_while_its_forks_live(tmp_path: Path) ->
             os.kill(int(fork), signal.SIGKILL)
 
 
-def test_who_waits_long_says_so_and_gets_the_lock_when_it_is_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_wait_is_reported_and_gets_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "REPORT_AFTER_S", 0.1)
     with process(HOLD, tmp_path / ".lock") as (holder, _):
         reports: list[int] = []
@@ -346,7 +340,7 @@ def refused_in_a_thread(path: Path, **options: object) -> bool:
     return bool(found)
 
 
-def test_a_locks_file_is_removed_where_it_should_be_and_still_keeps_others_out(tmp_path: Path) -> None:
+def test_a_lock_file_is_removed_if_requested_and_is_still_exclusive(tmp_path: Path) -> None:
     path, inside, most, turns = tmp_path / ".lock", [], [], []
 
     def work() -> None:
@@ -409,7 +403,9 @@ def test_without_locks_in_the_file_system_the_body_runs_after_one_warning(
 
 
 @pytest.mark.parametrize("name", ["EIO", "ENOSPC", "EACCES", "EWOULDBLOCK"])
-def test_only_a_missing_lock_is_gone_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_only_errors_of_unsupported_locks_are_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     number = getattr(errno, name)
     refuse_locks(monkeypatch, number)
     # Some file systems report a lock that is held as EACCES.
@@ -419,7 +415,7 @@ def test_only_a_missing_lock_is_gone_without(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_lock_file_that_cannot_be_opened_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system may report for names that it does not permit what it reports for locks that it does not have."""
+    """The same error number may be reported for invalid names and for unsupported locks."""
 
     def refuse(path: object, *arguments: object, **options: object) -> int:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
@@ -434,7 +430,7 @@ def test_a_files_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
     assert storage.file_sha256(tmp_path / "file") == hashlib.sha256(bytes(range(256)) * 10_000).hexdigest()
 
 
-def test_a_file_system_that_cannot_sync_folders_is_no_obstacle_but_a_broken_disk_is(
+def test_a_file_system_without_folder_sync_is_supported_but_a_broken_disk_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""Third-party text in CSV files is text to a spreadsheet, and the same text when it is read back."""
+"""Tests that third-party text in CSV files is not a formula in a spreadsheet, and is unchanged when it is read back."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ FORMULAS = [
 
 
 @pytest.mark.parametrize("text", [*FORMULAS, *(f"'{text}" for text in FORMULAS), "''=1"])
-def test_a_formula_gets_an_apostrophe_which_is_taken_off_again(text: str) -> None:
+def test_a_formula_gets_an_apostrophe_that_is_removed_again(text: str) -> None:
     file = io.StringIO(newline="")
     TextWriter(file).writerows([["head", "number"], [text, -1.5]])
     file.seek(0)
@@ -41,7 +41,7 @@ def test_a_formula_gets_an_apostrophe_which_is_taken_off_again(text: str) -> Non
 @pytest.mark.parametrize(
     "text", ["a.jpg", "/data/a=b.jpg", "img/-1.jpg", "'quoted'", "", "'", "it's -1", "一只猫.jpg", "a\r=1", "a\n=1"]
 )
-def test_other_text_is_written_as_it_is(text: str) -> None:
+def test_other_text_is_written_unchanged(text: str) -> None:
     file = io.StringIO(newline="")
     TextWriter(file).writerow([text, "x"])
     file.seek(0)

@@ -1,4 +1,4 @@
-"""The watcher of other tests sees what makes a process wait for a GPU, and nothing else."""
+"""Tests of the detector of operations that wait for a GPU, which other tests use."""
 
 from collections.abc import Callable
 from contextlib import suppress

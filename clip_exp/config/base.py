@@ -1,8 +1,9 @@
-"""What every model of the schema is made of: types of fields, rules across fields, and what is wrong with given values, in sentences.
+"""Building blocks of the configuration schema: field types, rules across fields, and error messages for invalid values.
 
-A field has its type, constraints, default, unit and meaning in one place. `parse` reports every problem of a configuration at once, by full
-keys. A rule across fields is a method of the model that holds them (`Config.rules`); a key that the other values leave without effect is a
-line of its table (`Config.unused`). The modules of the schema import neither torch nor Hydra.
+A field declares its type, constraints, default, unit and meaning in one place. `parse` reports all problems of a
+configuration at once, by full key. Rules across fields are methods of the model that contains the fields
+(`Config.rules`). Keys that have no effect given the other values are listed in a table of the model (`Config.unused`).
+The schema modules import neither torch nor Hydra.
 """
 
 import difflib
@@ -31,17 +32,21 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 from clip_exp.config import registry
 from clip_exp.errors import ConfigError
 
-OWN_FOLDER = "the --config-dir (or CLIP_EXP_CONFIG_DIR)"  # of a member that is not clip_exp's
-MISSING = "???"  # OmegaConf's mark of a value that must be set
-UNKNOWN = "???…"  # mark of a value that depends on one that must be set
+# Identifies messages about custom members, whose class is in the user's folder
+CONFIG_DIR_HINT = "--config-dir (or CLIP_EXP_CONFIG_DIR)"
+# OmegaConf's marker of a value that must be set
+MISSING = "???"
+# Marker of a value that is interpolated from a missing one
+UNKNOWN = "???…"
 TOP_K = "the number of results of predict, rank and search is `top_k`."
-EXPLAINED = {  # keys and options of other frameworks and of older versions that have no counterpart of the same name
+# Keys and options of other frameworks and of older versions without an equivalent of the same name
+EXPLAINED = {
     "k": TOP_K,
     "keep": TOP_K,
     "top": TOP_K,
     "accumulate_grad_batches": (
-        "a contrastive loss would not see more negatives. Raise global_batch_size and set micro_batch_size: the same memory, "
-        "the gradient of the whole batch."
+        "accumulating the loss over small batches gives a contrastive loss no additional negatives. Increase global_batch_size and "
+        "set micro_batch_size instead: this needs as little memory and computes the gradient of the whole batch."
     ),
     "linear_probe_steps": "set finetune.freeze_towers_steps.",
     "finetune=linear_probe": (
@@ -73,12 +78,12 @@ def _typed_item(value: Any) -> Any:
 
 def _not_float(value: Any) -> Any:
     if isinstance(value, float):
-        raise PydanticCustomError("text", "must be text: put it in quotes")
+        raise PydanticCustomError("text", "must be a string: put it in quotes")
     return value
 
 
 def must_be(what: str) -> WrapValidator:
-    """Return an annotation that reports any wrong value of a type in one sentence, where pydantic has one for each member of a union."""
+    """Return an annotation that reports an invalid value once, instead of once for each member of a union."""
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -90,7 +95,7 @@ def must_be(what: str) -> WrapValidator:
 
 
 def exactly(count: int) -> AfterValidator:
-    """Return an annotation that takes lists of one length."""
+    """Return an annotation that requires a list of `count` values."""
 
     def validate(values: list[Any]) -> list[Any]:
         if len(values) != count:
@@ -109,15 +114,18 @@ Index = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
-Proportion = Annotated[Float, Field(ge=0, lt=1)]  # that something is left of
+# Fraction that is removed, such as dropout: less than 1
+Proportion = Annotated[Float, Field(ge=0, lt=1)]
 PathText = Annotated[str, BeforeValidator(_path_text)]
 Paths = Annotated[PathText | list[PathText], must_be("a path, or a list of paths")]
-Name = Annotated[str, BeforeValidator(_not_float)]  # 2.50 would be 2.5
-Texts = Annotated[Name | list[Name], must_be("a text, or a list of texts, odd ones in quotes")]
-# Whatever YAML takes for a number, a truth or nothing is a text where it was typed as one.
+# A float is refused since YAML would have turned the name 2.50 into 2.5.
+Name = Annotated[str, BeforeValidator(_not_float)]
+TEXT_OR_LIST = "a text or a list of texts; put texts with special characters in quotes"
+Texts = Annotated[Name | list[Name], must_be(TEXT_OR_LIST)]
+# Values that YAML parses as a number, a boolean or null are converted back to text.
 TypedTexts = Annotated[
     Annotated[str, BeforeValidator(_typed_text)] | list[Annotated[str, BeforeValidator(_typed_item)]],
-    must_be("a text, or a list of texts, odd ones in quotes"),
+    must_be(TEXT_OR_LIST),
 ]
 
 # ------------------------------------------------------------------------------------------------------ base model
@@ -126,15 +134,18 @@ TypedTexts = Annotated[
 class Unused(NamedTuple):
     """Keys that have no effect under a condition.
 
-    A key that is set and not used is refused: the run would be another one than was requested. A key counts as set where its value is
-    not the default, wherever that value comes from, or where it stands on the command line; null and false ask for nothing.
+    A key that is set but unused is an error, since the run would differ from the one that was requested. A key counts
+    as set if its value differs from the default, wherever the value comes from, or if the key is on the command line.
+    The values null and false are always allowed.
 
     Attributes:
-        keys: below the model that the table is of, separated by blanks.
-        when: the condition, of that model.
-        why: what follows "has no effect"; `{c.name}` is a value of the model, `{at}` the beginning of the full keys.
+        keys: keys relative to the model that has the table, separated by spaces.
+        when: function that takes the model and returns True if the keys have no effect.
+        why: end of the sentence "<key> has no effect …"; `{c.name}` inserts a value of the model, `{at}` the prefix of
+            the full keys.
         fix: what to do instead.
-        typed_only: refused on the command line only, since a file of `conf/` may set it for other options than were chosen.
+        typed_only: report the key only if it is on the command line, since a file in `conf/` may set it for other
+            options.
     """
 
     keys: str
@@ -145,21 +156,23 @@ class Unused(NamedTuple):
 
 
 class Config(BaseModel):
-    """Base of the schema's models; strict about keys."""
+    """Base class of the schema's models; unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid", coerce_numbers_to_str=True, validate_by_name=True, serialize_by_alias=True, protected_namespaces=(),
         defer_build=True,
     )  # fmt: skip
     unused: ClassVar[tuple[Unused, ...]] = ()
-    usage: ClassVar[str] = ""  # of the command whose schema the model is
-    written_out: ClassVar[bool] = True  # whether a composed configuration has the defaults of keys that were not given
+    # Usage text, for the schema of a command
+    usage: ClassVar[str] = ""
+    # Whether a composed configuration contains the defaults of keys that were not set
+    written_out: ClassVar[bool] = True
 
     def rules(self, at: str) -> Iterator[str]:
-        """Yield a sentence for every combination of fields that cannot work.
+        """Yield an error message for every invalid combination of fields.
 
         Args:
-            at: the beginning of the model's full keys, as `model.`; empty for that of a command.
+            at: prefix of the model's full keys, such as `model.`; empty for the schema of a command.
         """
         yield from ()
 
@@ -168,21 +181,22 @@ C = TypeVar("C", bound=Config)
 
 
 class Target(Config):
-    """An object of another library: `_target_` names its class, the other keys are the arguments."""
+    """Object of another library: `_target_` names its class, and the other keys are the arguments of the class."""
 
     model_config = ConfigDict(extra="allow")
 
     target: str = Field(
-        alias="_target_", description="class or function, below an allowed module (docs/configuration.md)"
+        alias="_target_", description="full name of a class or function in an allowed module (docs/configuration.md)"
     )
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """Arguments of the class or function."""
         return dict(self.model_extra or {})
 
 
 def plain(value: Any) -> Any:
-    """Return a configuration, or a part of it, as the mappings, lists and texts that YAML and JSON have."""
+    """Return a configuration, or a part of it, as dictionaries, lists and scalars that YAML and JSON can represent."""
     if isinstance(value, Config):
         return value.model_dump(mode="json")
     if isinstance(value, dict):
@@ -193,12 +207,12 @@ def plain(value: Any) -> Any:
 
 
 def key_of(name: str, field: FieldInfo) -> str:
-    """Return the key of a field, which differs from its name for `_target_`."""
+    """Return the key of a field; only `_target_` differs from the name of its field."""
     return field.alias or name
 
 
 def default_of(field: FieldInfo) -> Any:
-    """Return the default of a field; `PydanticUndefined` where it has none."""
+    """Return the default of a field; `PydanticUndefined` if the field is required."""
     return field.get_default(call_default_factory=True, validated_data={})
 
 
@@ -206,17 +220,22 @@ def default_of(field: FieldInfo) -> Any:
 
 
 class Member(Config):
-    """Base of the bases of open groups: a field of the type of such a base takes any member of the group, distinguished by `key`.
+    """Base class of open groups, to which users can add members: towers, losses and tasks.
 
-    A member subclasses the base of its group and names itself: `kind: Literal["mine"] = "mine"`. See `config.registry` for where it
-    may stand.
+    Each group has a base class that sets `group`. A field of that type accepts any member of the group, selected by the
+    field `key`. A member subclasses the base class of its group and declares its name: `kind: Literal["mine"] =
+    "mine"`. `config.registry` describes where members are looked for.
     """
 
-    group: ClassVar[str] = ""  # folder of its options below conf/
-    key: ClassVar[str] = "name"  # the field that tells members apart
-    default_member: ClassVar[str | None] = None  # where `key` is not given: the one that says `is_default`
+    # Folder of the group's options in conf/
+    group: ClassVar[str] = ""
+    # Name of the field that selects the member
+    key: ClassVar[str] = "name"
+    # Member that is used if `key` is not set: the one with `is_default`
+    default_member: ClassVar[str | None] = None
     is_default: ClassVar[bool] = False
-    registered: ClassVar[dict[str, type["Member"]]]  # by name
+    # Members by name
+    registered: ClassVar[dict[str, type["Member"]]]
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -225,26 +244,29 @@ class Member(Config):
         elif get_origin((named := cls.model_fields[cls.key]).annotation) is Literal:
             name = str(get_args(named.annotation)[0])
             other = cls.registered.get(name, cls)
-            # Of the same place is a class whose file was read again.
+            # A class with the same module and name comes from a file that was imported again.
             if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 places = [f"{each.__qualname__} of {sys.modules[each.__module__].__file__}" for each in (other, cls)]
-                raise ConfigError(f"{cls.group}: {' and '.join(places)} both declare {cls.key}={name}: rename yours.")
+                raise ConfigError(
+                    f"{cls.group}: {' and '.join(places)} both declare {cls.key}={name}. Rename one of them."
+                )
             cls.registered[name] = cls
             if cls.__dict__.get("is_default"):
                 next(base for base in cls.__mro__ if "registered" in base.__dict__).default_member = name  # type: ignore[attr-defined]
 
     @classmethod
     def members(cls) -> list[type[Config]]:
-        """Return the members of the group, those of the user included."""
+        """Return the members of the group, including custom ones."""
         registry.load(cls.group)
         return [*cls.registered.values()]
 
     @classmethod
     def of(cls, values: Any) -> Self:
-        """Return values as the member that they name.
+        """Validate values as the member that they name.
 
         Raises:
-            ValidationError, PydanticKnownError, PydanticCustomError: no such member, or wrong values; for pydantic.
+            ValidationError, PydanticKnownError, PydanticCustomError: the member is unknown, or a value is invalid.
+                Pydantic handles these.
         """
         if isinstance(values, cls):
             return values
@@ -259,12 +281,12 @@ class Member(Config):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Of the base of a group: whatever member is given."""
+        """Return a schema that accepts any member for the base class of a group, and pydantic's schema for a member."""
         return core_schema.no_info_plain_validator_function(cls.of) if "group" in cls.__dict__ else handler(source)
 
 
 def members(annotation: Any) -> list[type[Config]]:
-    """Return the models in a field's annotation: one, those of a union, or those of an open group."""
+    """Return the models in a field's annotation: a single model, the members of a union, or the members of an open group."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return (
             annotation.members() if issubclass(annotation, Member) and "group" in annotation.__dict__ else [annotation]
@@ -275,15 +297,16 @@ def members(annotation: Any) -> list[type[Config]]:
 
 
 def values_of(annotation: Any) -> Any:
-    """Return the annotation of the values of a field that is a mapping; None: it is none."""
+    """Return the annotation of a mapping's values; None if the annotation has no mapping."""
     mapping = next((part for part in (annotation, *get_args(annotation)) if get_origin(part) is dict), None)
     return None if mapping is None else get_args(mapping)[1]
 
 
 def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
-    """Return the model of a union that values are for: the one whose discriminating field (a `Literal`) has what they have.
+    """Return the model of a union that values select, or None.
 
-    A model without such a field takes what the others leave. None: no model does.
+    It is the model whose discriminating field, a `Literal`, allows the given value. A model without such a field
+    accepts values that match no model before it.
     """
     if len(models) == 1:
         return models[0]
@@ -295,12 +318,12 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
 
 
 def member_names(models: list[type[Config]]) -> list[str]:
-    """Return the names that distinguish the members of a union; none where it has one member."""
+    """Return the names that select the members of a union; empty if there is a single member."""
     return [name for model in models if len(models) > 1 and (named := _names(model)) for name in named[1]]
 
 
 def _names(model: type[Config]) -> tuple[str, list[str]] | None:
-    """Return the key that discriminates a model from others, and its values."""
+    """Return the discriminating key of a model and the values that select the model."""
     for name, field in model.model_fields.items():
         if get_origin(field.annotation) is Literal:
             return key_of(name, field), [str(value) for value in get_args(field.annotation)]
@@ -308,7 +331,7 @@ def _names(model: type[Config]) -> tuple[str, list[str]] | None:
 
 
 def complete(model: type[Config], values: dict[str, Any]) -> dict[str, Any]:
-    """Add to plain values the defaults of all keys that are not given, those of the chosen members of unions too; `???` where there is none."""
+    """Add the defaults of all missing keys to plain values, in place, also in nested models; `???` for required keys."""
     if not model.written_out:
         return values
     given = dict(values)
@@ -343,14 +366,17 @@ def _complete_node(annotation: Any, values: dict[str, Any]) -> None:
 
 
 def parse(model: type[C], values: dict[str, Any], at: str = "", typed: Collection[str] = ()) -> C:
-    """Return values as a model.
+    """Validate values as a model.
 
     Args:
-        at: the beginning of the values' full keys, as `model.`; empty for those of a command.
-        typed: see `problems`.
+        model: schema of the values.
+        values: plain values, as in YAML.
+        at: prefix of the full keys, such as `model.`; empty for the schema of a command.
+        typed: keys on the command line; see `problems`.
 
     Raises:
-        ConfigError: a line for every unknown key, missing or wrong value and, as far as they can be seen then, broken rule.
+        ConfigError: one line for every unknown key, missing value, invalid value and, as far as the valid values show
+            it, broken rule.
     """
     leaves = list(_leaves(values, at))
     missing = [key for key, value in leaves if value in (MISSING, UNKNOWN)]
@@ -361,7 +387,7 @@ def parse(model: type[C], values: dict[str, Any], at: str = "", typed: Collectio
             return parsed
     except ValidationError as error:
         found += [(key, sentence) for key, sentence in _sentences(error, model, values, at) if key not in missing]
-    # What is wrong is left out, so that rules across the other values are reported as well.
+    # Invalid values are removed, so that broken rules between the remaining values are reported as well.
     wrong = {key.partition("[")[0] for key, _ in found}
     try:
         rest = model.model_validate(_without(values, wrong, at))
@@ -374,29 +400,30 @@ def parse(model: type[C], values: dict[str, Any], at: str = "", typed: Collectio
 
 
 def problems(config: Config, typed: Collection[str] = (), at: str = "") -> Iterator[str]:
-    """Yield a sentence for every rule that a configuration breaks, and every key in it that has no effect.
+    """Yield an error message for every broken rule of a configuration and every key that is set but unused.
 
     Args:
-        typed: full keys that stand on the command line; see `typed_keys`.
-        at: the beginning of the configuration's full keys.
+        config: configuration to check.
+        typed: full keys on the command line; see `typed_keys`.
+        at: prefix of the configuration's full keys.
     """
-    for each, below in _nested(config, at):
-        yield from each.rules(below)
-        yield from _idle_keys(each, typed, below)
+    for each, prefix in _nested(config, at):
+        yield from each.rules(prefix)
+        yield from _unused_keys(each, typed, prefix)
 
 
 def broken_rules(config: Config, at: str = "") -> list[str]:
-    """Return a sentence for every rule that a configuration breaks."""
-    return [sentence for each, below in _nested(config, at) for sentence in each.rules(below)]
+    """Return an error message for every broken rule of a configuration."""
+    return [message for each, prefix in _nested(config, at) for message in each.rules(prefix)]
 
 
-def idle_keys(config: Config, typed: Collection[str] = (), at: str = "") -> list[str]:
-    """Return a sentence for every key of a configuration that is set and has no effect."""
-    return [sentence for each, below in _nested(config, at) for sentence in _idle_keys(each, typed, below)]
+def unused_keys(config: Config, typed: Collection[str] = (), at: str = "") -> list[str]:
+    """Return an error message for every key of a configuration that is set but has no effect."""
+    return [message for each, prefix in _nested(config, at) for message in _unused_keys(each, typed, prefix)]
 
 
 def _nested(config: Config, at: str) -> Iterator[tuple[Config, str]]:
-    """Yield a configuration and those in it, each with the beginning of its keys."""
+    """Yield a configuration and all configurations nested in it, each with the prefix of its full keys."""
     yield config, at
     for name, field in type(config).model_fields.items():
         value, key = getattr(config, name), f"{at}{key_of(name, field)}."
@@ -409,23 +436,24 @@ def _nested(config: Config, at: str) -> Iterator[tuple[Config, str]]:
 
 
 def typed_keys(arguments: Iterable[str]) -> set[str]:
-    """Return the keys that stand on a command line, as `+key=value` and `++key=value` too."""
+    """Return the keys of overrides: `key=value`, `+key=value` and `++key=value`."""
     return {argument.partition("=")[0].lstrip("+") for argument in arguments if "=" in argument}
 
 
 def shown(value: Any) -> str:
-    """Return a value as it is typed."""
+    """Return a value as it is written on the command line."""
     value = plain(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _idle_keys(config: Config, typed: Collection[str], at: str) -> Iterator[str]:
+def _unused_keys(config: Config, typed: Collection[str], at: str) -> Iterator[str]:
     for unused in (unused for unused in config.unused if unused.when(config)):
         for key in unused.keys.split():
             node, _, name = key.rpartition(".")
             parent = attrgetter(node)(config) if node else config
             if isinstance(parent, Member) and name not in type(parent).model_fields:
-                continue  # a key of another member of the group
+                # The key belongs to another member of the group.
+                continue
             value = getattr(parent, name)
             is_default = value == default_of(type(parent).model_fields[name])
             is_set = f"{at}{key}" in typed or (not unused.typed_only and not is_default)
@@ -435,7 +463,7 @@ def _idle_keys(config: Config, typed: Collection[str], at: str) -> Iterator[str]
 
 
 def _leaves(values: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield the full key of every value that is no mapping, and the value."""
+    """Yield the full key and the value of every leaf of nested mappings."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from _leaves(value, f"{key}{name}.")
@@ -444,14 +472,14 @@ def _leaves(values: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def _without(values: Any, keys: Collection[str], at: str) -> Any:
-    """Return nested values but for those of some full keys."""
+    """Return nested values without the given full keys."""
     if not isinstance(values, dict):
         return values
     return {key: _without(value, keys, f"{at}{key}.") for key, value in values.items() if f"{at}{key}" not in keys}
 
 
 def _sentences(error: ValidationError, model: type[Config], values: dict[str, Any], at: str) -> list[tuple[str, str]]:
-    """Return the full key and a sentence for every problem that pydantic found."""
+    """Return the full key and an error message for every problem that pydantic found."""
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         path = _path(problem["loc"], values, ends_in_key=problem["type"] == "missing")
@@ -462,8 +490,8 @@ def _sentences(error: ValidationError, model: type[Config], values: dict[str, An
             sentence = f"{key} has no value: set it ({key}=…)."
         elif problem["type"] == "no_member":
             about = problem["ctx"]
-            own = f"One of your own needs {OWN_FOLDER} in whose {about['group']}/ a file declares it."
-            sentence = f"{key}.{about['key']}={about['tag']} {_one_of(about['tag'], about['names'])} {own}"
+            custom = f"A custom one must be declared in a Python file in {about['group']}/ of {CONFIG_DIR_HINT}."
+            sentence = f"{key}.{about['key']}={about['tag']} {_one_of(about['tag'], about['names'])} {custom}"
         elif problem["type"] == "union_tag_invalid":
             about = problem["ctx"]
             sentence = f"{key}.{about['discriminator'].strip(chr(39))}={about['tag']} {_one_of(about['tag'], about['expected_tags'])}"
@@ -475,7 +503,7 @@ def _sentences(error: ValidationError, model: type[Config], values: dict[str, An
 
 
 def _path(loc: tuple[int | str, ...], values: Any, ends_in_key: bool) -> list[str]:
-    """Return the keys to where a problem is; pydantic's location names the members of unions as well, which no value has as a key."""
+    """Return the keys that lead to a problem: pydantic's location without the names of union members, which are not keys of the values."""
     path: list[str] = []
     for position, part in enumerate(loc):
         if isinstance(values, dict) and part in values:
@@ -488,11 +516,11 @@ def _path(loc: tuple[int | str, ...], values: Any, ends_in_key: bool) -> list[st
 
 
 def _wrong(problem: Any, key: str) -> str:
-    """Return what a value of the wrong type or size must be."""
+    """Return what an invalid value must be, as the end of a sentence."""
     kind, about = problem["type"], problem.get("ctx", {})
     bounds = {
-        "greater_than": "above",
-        "less_than": "below",
+        "greater_than": "greater than",
+        "less_than": "less than",
         "greater_than_equal": "at least",
         "less_than_equal": "at most",
     }
@@ -500,20 +528,23 @@ def _wrong(problem: Any, key: str) -> str:
     if kind in bounds:
         limit = about[bound[kind]]
         return (
-            "must be above 0." if kind == "greater_than_equal" and limit == 1 else f"must be {bounds[kind]} {limit:g}."
+            "must be greater than 0."
+            if kind == "greater_than_equal" and limit == 1
+            else f"must be {bounds[kind]} {limit:g}."
         )
     if kind in ("enum", "literal_error"):
         return _one_of(str(problem["input"]), about["expected"])
-    if kind == "too_short":  # than one; other lengths are fixed (`exactly`)
+    # The only minimum length is 1; fixed lengths are checked by `exactly`.
+    if kind == "too_short":
         return "must not be empty."
     if kind in ("model_type", "model_attributes_type", "dict_type", "union_tag_not_found"):
-        return f"must be a mapping of keys: set them ({key}.<key>=…)."
+        return f"must be a mapping: set its keys ({key}.<key>=…)."
     kinds = {
-        "int": "a whole number",
+        "int": "an integer",
         "float": "a number",
         "finite": "a finite number",
         "bool": "true or false",
-        "string": "text",
+        "string": "a string",
         "list": "a list",
     }
     what = next((text for name, text in kinds.items() if kind.startswith(name)), None)
@@ -521,7 +552,7 @@ def _wrong(problem: Any, key: str) -> str:
 
 
 def _one_of(value: str, choices: str) -> str:
-    """Return what to choose from; `choices` in pydantic's words: 'a', <Enum.b: 'b'> or 3."""
+    """Return the valid choices as the end of a sentence; `choices` is pydantic's text: 'a', <Enum.b: 'b'> or 3."""
     valid = re.findall(r"'([^']+)'", choices) or re.split(r", | or ", choices)
     close = difflib.get_close_matches(value, valid, n=1, cutoff=0.5)
     return f"must be one of {', '.join(valid)}." + (f" Did you mean '{close[0]}'?" if close else "")
@@ -532,7 +563,7 @@ def _join(at: str, path: Iterable[str]) -> str:
 
 
 def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: str) -> str:
-    """Return a sentence for a key that does not exist: what to use in its place, or the nearest valid one."""
+    """Return an error message for an unknown key, with the key to use instead."""
     key, name = _join(at, path), path[-1]
     if name in EXPLAINED:
         return f"{key} does not exist: {EXPLAINED[name]}"
@@ -542,16 +573,18 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
         for other in others
         if name in _keys(other) and (names := _names(other))
     ]:
-        return f"{key} is a key of {' and of '.join(owners)}, which was not chosen: choose that, or leave this out."
+        return f"{key} is a key of {' and of '.join(owners)}, which is not selected: select it, or leave this out."
     everywhere = list(_tree(model, values, at))
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7) or [
         key for key in siblings if key.startswith(name)
     ]
-    beside = [_join(at, [*path[:-1], sibling]) for sibling in close]
+    near_siblings = [_join(at, [*path[:-1], sibling]) for sibling in close]
     same = [full for full in everywhere if full.rpartition(".")[2] == name]
     near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
-    best = next((found[0] for found in (beside, same, near) if found), None)
-    return f"{key} does not exist: " + (f"did you mean '{best}'?" if best else f"valid: {', '.join(sorted(siblings))}.")
+    best = next((found[0] for found in (near_siblings, same, near) if found), None)
+    return f"{key} does not exist: " + (
+        f"did you mean '{best}'?" if best else f"valid keys are {', '.join(sorted(siblings))}."
+    )
 
 
 def _keys(model: type[Config]) -> list[str]:
@@ -559,10 +592,11 @@ def _keys(model: type[Config]) -> list[str]:
 
 
 def _siblings(model: type[Config], values: Any, path: list[str]) -> tuple[list[str], list[type[Config]]]:
-    """Return the valid keys at a place, and the models of its union that were not chosen."""
+    """Return the valid keys of the node at a path, and the models of its union that are not selected."""
     node: type[Config] | None = model
     others: list[type[Config]] = []
-    inside: Any = None  # the annotation of the values of a mapping
+    # Annotation of the values of a mapping
+    inside: Any = None
     for part in path:
         values = values.get(part) if isinstance(values, dict) else None
         if inside is None:
@@ -571,7 +605,8 @@ def _siblings(model: type[Config], values: Any, path: list[str]) -> tuple[list[s
         else:
             annotation, inside = inside, None
         models = members(annotation)
-        if part.startswith("["):  # an entry of a list
+        # An entry of a list
+        if part.startswith("["):
             node, inside = next(iter(_inside_lists(annotation)), None), None
             continue
         node = chosen(models, values) if models and isinstance(values, dict) else None
@@ -589,7 +624,7 @@ def _inside_lists(annotation: Any) -> list[type[Config]]:
 
 
 def _tree(model: type[Config], values: Any, at: str) -> Iterator[str]:
-    """Yield all valid full keys, of unions those of the chosen members."""
+    """Yield all valid full keys; for a union, those of the selected member."""
     for name, field in model.model_fields.items():
         key = key_of(name, field)
         value = values.get(key) if isinstance(values, dict) else None

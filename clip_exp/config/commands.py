@@ -1,4 +1,4 @@
-"""The schema of the commands that put a model or a data set to work: predict, rank, search, export, convert, models, check-data."""
+"""Schemas of the commands predict, rank, search, export, convert, models and check-data."""
 
 from enum import StrEnum
 from typing import Annotated, ClassVar
@@ -24,7 +24,7 @@ class CheckFormat(StrEnum):
 
 
 class ExportFormat(StrEnum):
-    """Libraries whose files an export writes."""
+    """Formats of exported models, named by the library that loads them."""
 
     open_clip = "open_clip"
     huggingface = "huggingface"
@@ -33,173 +33,198 @@ class ExportFormat(StrEnum):
 
 
 class OutputConfig(Config):
-    """Where a result goes."""
+    """Format and destination of a result."""
 
     format: OutputFormat | None = Field(
-        None, description="table, json or csv; null: by the ending of output, else table"
+        None, description="output format: table, json or csv; null: from the extension of output, else table"
     )
-    output: PathText | None = Field(None, description="file, replaced if it exists; null: the terminal")
+    output: PathText | None = Field(
+        None, description="output file, overwritten if it exists; null: print to the terminal"
+    )
 
 
 class UseConfig(InferenceConfig, OutputConfig):
-    """What predict, rank and search share; an image is a file, or a video by frames spread evenly over it."""
+    """Base class of predict, rank and search. Videos are accepted as images: the features of evenly spaced frames are averaged."""
 
-    frames: Count | None = Field(8, description="frames of a video, whose features are averaged")
+    frames: Count | None = Field(
+        8, description="number of evenly spaced frames of a video, whose features are averaged"
+    )
 
 
 class PredictConfig(UseConfig):
-    """Probabilities of texts for images."""
+    """Configuration of `clip-exp predict`: probabilities of texts for images."""
 
     usage: ClassVar = """\
 clip-exp predict images=DIR 'texts=[a diagram,a dog,a cat]' run=DIR [key=value …]
 
-How probable each text is for each image: softmax over the texts of logit scale times cosine.
-Class names with templates: labels=names.txt templates=simple. For programs: output=result.csv or format=json."""
+Prints the probability of each text for each image: softmax over the texts of logit scale times cosine similarity.
+Class names with templates: labels=names.txt templates=simple. Machine-readable output: output=result.csv or format=json."""
 
-    images: Paths | None = Field(None, description="file, folder (with the folders in it), glob, or a list of those")
+    images: Paths | None = Field(
+        None, description="images or videos: a file, a folder (with its subfolders), a glob, or a list of those"
+    )
     texts: TypedTexts | None = Field(
-        None, description="whole texts: [a diagram,a dog]; exactly one of texts and labels"
+        None, description="complete texts: [a diagram,a dog]; set exactly one of texts and labels"
     )
     labels: TypedTexts | None = Field(
-        None, description="class names: a list, a file (text, YAML, JSON), or imagenet (OpenAI's 1,000)"
+        None, description="class names: a list, a file (text, YAML or JSON), or imagenet (OpenAI's 1,000 names)"
     )
     templates: Texts | None = Field(
         None,
-        description="of labels: openai (80), simple (7), a list, or a file, {} for the name; null: a label is the whole text",
+        description="prompt templates for labels, with {} for the class name: openai (80 templates), simple (7), a list, or a file; null: "
+        "labels are complete texts",
     )
-    top_k: Count | None = Field(5, description="number of texts per image, most probable first; null: all")
+    top_k: Count | None = Field(5, description="number of most probable texts to print for each image; null: all")
 
 
 class RankConfig(UseConfig):
-    """The images that fit a text best."""
+    """Configuration of `clip-exp rank`: the images that match a text best."""
 
     usage: ClassVar = """\
 clip-exp rank 'text=an armchair in the shape of an avocado' images=DIR run=DIR [key=value …]
 
-The images with the highest cosine with the text, best first: DALL-E kept 32 of 512 this way.
-copy_to=best copies them into a new folder; 'text=[a dog,a cat]' makes two rankings."""
+Ranks images by their cosine similarity with the text, best first, as DALL-E selected 32 of 512 samples.
+copy_to=best copies them to a new folder; 'text=[a dog,a cat]' makes two rankings."""
 
-    text: TypedTexts | None = Field(None, description="one text, or a list: each is a ranking of its own")
-    images: Paths | None = Field(None, description="file, folder (with the folders in it), glob, or a list of those")
-    top_k: Count | None = Field(32, description="number of images per text, best first; null: all")
-    copy_to: PathText | None = Field(None, description="new folder for copies of them, named in their order")
+    text: TypedTexts | None = Field(None, description="text, or a list of texts with a separate ranking for each")
+    images: Paths | None = Field(
+        None, description="images or videos: a file, a folder (with its subfolders), a glob, or a list of those"
+    )
+    top_k: Count | None = Field(32, description="number of images in a ranking, best first; null: all")
+    copy_to: PathText | None = Field(
+        None, description="new folder for copies of the ranked images, with file names in order of rank; null: none"
+    )
 
 
 class SearchConfig(UseConfig):
-    """An index of images that is made once, extended, and queried by text or by image."""
+    """Configuration of `clip-exp search`: build, update and query an index of images."""
 
     usage: ClassVar = """\
-clip-exp search index=photos.index images=DIR run=DIR      makes the index
-clip-exp search index=photos.index images=DIR              brings it up to date: only new and changed images are read
-clip-exp search index=photos.index 'text=two dogs'         asks it
+clip-exp search index=photos.index images=DIR run=DIR      builds the index
+clip-exp search index=photos.index images=DIR              updates it: only new and changed images are read
+clip-exp search index=photos.index 'text=two dogs'         queries it
 clip-exp search index=photos.index image=query.jpg top_k=20"""
 
     index: PathText | None = Field(
-        None, description="file of the index; it remembers its model, which is named only the first time"
+        None, description="file of the index, which stores its model: give the model only when the index is built"
     )
-    images: Paths | None = Field(None, description="images to put into it: file, folder, glob, or a list of those")
-    table: Paths | None = Field(None, description="or a CSV with a column of paths, or a list of them")
+    images: Paths | None = Field(
+        None,
+        description="images to add to the index: a file, a folder (with its subfolders), a glob, or a list of those",
+    )
+    table: Paths | None = Field(
+        None, description="table with a column of paths of images to add, or a list of tables; instead of images"
+    )
     image_root: PathText | None = Field(
-        None, description="folder that relative paths of the table start from; null: its own folder"
+        None, description="folder that relative image paths in table refer to; null: the folder of the table"
     )
     allow_outside_root: bool = Field(
-        False, description="index images of the table whose relative path leaves `image_root` by `..`"
+        False, description="allow relative image paths in table that lead out of image_root through .."
     )
-    image_key: str = Field("filepath", description="column of image paths")
-    separator: str = Field("auto", description="auto, or one character; tab may be written \\t")
-    encoding: str = Field("auto", description="auto, or Python's name of an encoding")
-    text: TypedTexts | None = Field(None, description="text to look for, or a list: each is a search of its own")
-    image: Paths | None = Field(None, description="image or video to look for, or a list")
+    image_key: str = Field("filepath", description="name of the column with image paths")
+    separator: str = Field(
+        "auto", description="separator of columns in text files: one character, \\t for a tab; auto: detected"
+    )
+    encoding: str = Field("auto", description="encoding of text files, by Python's name; auto: detected")
+    text: TypedTexts | None = Field(None, description="query text, or a list of texts with a separate search for each")
+    image: Paths | None = Field(None, description="query image or video, or a list with a separate search for each")
     top_k: Count = Field(10, description="number of images per query, best first")
-    frames: Count | None = Field(None, description="frames of a video; null: as the index has it, 8 for a new one")
+    frames: Count | None = Field(
+        None,
+        description="number of evenly spaced frames of a video, whose features are averaged; null: as stored in the index, 8 for a new one",
+    )
     on_bad_image: EvalOnBadImage = Field(
         EvalOnBadImage.skip, description="skip: leave unreadable images out and count them; or error"
     )
 
 
 class ExportConfig(ModelChoice):
-    """A folder that another library loads the model from."""
+    """Configuration of `clip-exp export`: write a model in the format of another library."""
 
     usage: ClassVar = """\
 clip-exp export run=DIR format=open_clip output=DIR [key=value …]
 
-A folder with weights, preprocessing, tokenizer and model card:
+Writes a folder with weights, preprocessing, tokenizer and model card, to load with:
   open_clip    open_clip.create_model_and_transforms("local-dir:DIR")
   huggingface  CLIPModel.from_pretrained("DIR"), CLIPProcessor.from_pretrained("DIR")
   safetensors  clip_exp.load("DIR")
   onnx         image.onnx and text.onnx, for onnxruntime"""
 
-    format: ExportFormat = Field(ExportFormat.open_clip, description="open_clip, huggingface, safetensors or onnx")
-    output: PathText | None = Field(None, description="the folder; a new or empty one")
-    overwrite: bool = Field(False, description="replace what is there")
+    format: ExportFormat = Field(
+        ExportFormat.open_clip, description="format of the export: open_clip, huggingface, safetensors or onnx"
+    )
+    output: PathText | None = Field(None, description="output folder; it must be new or empty unless overwrite=true")
+    overwrite: bool = Field(False, description="replace the existing output folder")
 
 
 class ConvertConfig(Config):
-    """A torch file, rewritten as safetensors."""
+    """Configuration of `clip-exp convert`: rewrite a torch file as safetensors."""
 
     usage: ClassVar = """\
 clip-exp convert FILE output=NAME.safetensors [trust_pickle=true]
 
-The tensors of a torch file (.pt, .pth, .bin, .ckpt) as safetensors, whose names stay: pretrained=NAME.safetensors reads them.
-Nested dictionaries become names with dots; what is not a tensor is left out and listed."""
+Writes the tensors of a torch file (.pt, .pth, .bin, .ckpt) to a safetensors file under the same names, for pretrained=NAME.safetensors.
+Keys of nested dictionaries are joined by dots; values other than tensors are left out and listed."""
 
-    file: PathText | None = Field(None, description="the torch file; `clip-exp convert FILE` is file=FILE")
-    output: PathText | None = Field(None, description="the safetensors file; a new one")
+    file: PathText | None = Field(None, description="torch file; `clip-exp convert FILE` is short for file=FILE")
+    output: PathText | None = Field(None, description="safetensors file to write; it must not exist")
     trust_pickle: bool = Field(
         False,
-        description="load a pickle that asks for more than weights, which runs the code in it: only a file of someone you trust",
+        description="load pickles with objects other than tensors; this executes code in the file, so use it for trusted files only",
     )
 
 
 class ModelsConfig(OutputConfig):
-    """The models that there are, and the weights that are published for them."""
+    """Configuration of `clip-exp models`: list models and their published weights."""
 
     usage: ClassVar = """\
 clip-exp models [name=vit_b32] [all=true] [key=value …]
 
-Models, their size, and the tags of published weights: pretrained=TAG, or load("vit_b32", pretrained="TAG").
-What is published comes from the registry of the installed open_clip_torch."""
+Lists models, their sizes, and the tags of published weights, for pretrained=TAG or load("vit_b32", pretrained="TAG").
+The tags are those in the registry of the installed open_clip_torch."""
 
     name: str | None = Field(
-        None, description="one of them, with all that is known of its weights: name=vit_b32; null: all of clip_exp's"
+        None, description="model to show in detail, with all its published weights: name=vit_b32; null: list all models"
     )
-    all: bool = Field(False, description="open_clip's other configurations too, for model=open_clip model.name=…")
+    all: bool = Field(False, description="also list open_clip's other architectures, for model=open_clip model.name=…")
 
 
 class CheckDataConfig(Config):
-    """A data set, read as training would read it."""
+    """Configuration of `clip-exp check-data`: check a data set, read in the same way as in training."""
 
     usage: ClassVar = """\
 clip-exp check-data data=csv data.train=pairs.csv data.val=held_out.csv model=vit_b32
-clip-exp check-data data=csv 'data.train=shards/{000..099}.tar' max_images=100000      a sample of a huge set
+clip-exp check-data data=csv 'data.train=shards/{000..099}.tar' max_images=100000      checks a sample of a large data set
 
-Prints what is wrong and how to repair it; the folder it names holds report.html, report.json, bad_samples.csv,
-bad_rows.csv, duplicates.csv and leakage.csv. Exit code 3: more than data.max_bad_fraction of the images or rows
-are bad, more than data.max_empty_caption_fraction of the captions are empty, or leakage is above max_leakage."""
+Prints problems and how to fix them, and writes report.html, report.json, bad_samples.csv, bad_rows.csv, duplicates.csv
+and leakage.csv to a new folder. Exit code 3: more than data.max_bad_fraction of the images or rows are bad, more than
+data.max_empty_caption_fraction of the captions are empty, or the leakage is above max_leakage."""
 
     data: DataConfig
     model: ModelConfig
-    name: str = Field(description="name of the folder: <output_dir>/check_data/<name>/<time>")
+    name: str = Field(description="name of the check; its folder is <output_dir>/check_data/<name>/<time>")
     output_dir: str = Field("outputs", description="folder for reports and indexes")
     global_batch_size: Annotated[Count, Field(ge=2)] = Field(
-        1024, description="of the training that is planned: how many equal captions meet in a batch"
+        1024,
+        description="batch size of the planned training, in pairs, for which the number of equal captions in a batch is estimated",
     )
-    decode: bool = Field(True, description="false: images are read and their headers looked at, no pixel is decoded")
+    decode: bool = Field(True, description="decode the pixels of all images; false: check files and headers only")
     max_images: Count | None = Field(
         None,
-        description="of data.train and of data.val: check a random sample of that many, the same each time; null: all",
+        description="number of images to check in each of data.train and data.val, a reproducible random sample; null: all",
     )
     max_leakage: Fraction | None = Field(
         None,
-        description="fraction of data.val's images that training may have seen, above which the exit code is 3; null: any",
+        description="maximum fraction of validation images that are also in the training data; the exit code is 3 above it; null: no limit",
     )
     num_workers: Annotated[Index, Field(le=4096)] | None = Field(
-        None, description="processes that scan; null: all cores. data.num_workers is training's."
+        None, description="processes that scan the data; null: one per CPU core; data.num_workers has no effect here"
     )
-    format: CheckFormat = Field(CheckFormat.table, description="table or json, of what is printed")
+    format: CheckFormat = Field(CheckFormat.table, description="format of the printed result: table or json")
 
 
-SCHEMAS: dict[str, type[Config]] = {  # by command
+# Schemas by name of the command
+SCHEMAS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,

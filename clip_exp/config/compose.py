@@ -1,8 +1,8 @@
-"""From a command line to a typed configuration: Hydra composes `conf/` and overrides, the schema says what is wrong with the result.
+"""Composition of a typed configuration from a command line: Hydra merges `conf/` and overrides, and the schema validates the result.
 
-Hydra finds and merges files, and knows groups, overrides and sweeps; it does not know the schema. `Loader` adds that: a composed
-configuration has all keys of the schema with their defaults, so that every key can be set, interpolated and completed by the shell,
-and a key that does not exist is left for `typed_config`, which reports every problem at once.
+Hydra finds and merges files and handles groups, overrides and sweeps, but it does not know the schema. `Loader` adds
+the defaults of all keys of the schema to a composed configuration, so that every key can be set, interpolated and
+completed by the shell. Unknown keys are left for `typed_config`, which reports all problems at once.
 """
 
 import copy
@@ -58,10 +58,11 @@ Work = Callable[[Callable[[], Any]], None]
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 RERUN_FLAG = "--experimental-rerun"
 ALWAYS_CHOSEN = ["model", "data", "loss", "optimizer", "scheduler", "strategy", "logger", "task"]
-ENVIRONMENT = "oc.env"  # name of OmegaConf's resolver
+# Name of OmegaConf's resolver of environment variables
+ENVIRONMENT = "oc.env"
 HELP_END = (
-    "--cfg job shows the composed configuration and runs nothing; --info shows where each file came from; -m runs a sweep.\n"
-    "Documentation: docs/configuration.md; models: clip-exp models; weights that pretrained= takes: docs/weights.md."
+    "--cfg job prints the composed configuration and exits; --info shows which files it was composed from; -m runs a sweep.\n"
+    "Documentation: docs/configuration.md; models: clip-exp models; weights for pretrained=: docs/weights.md."
 )
 NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 
@@ -69,24 +70,24 @@ NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 
 
 def compose(command: str, overrides: list[str]) -> Any:
-    """Return the typed configuration of a command (train, evaluate, …), as the command line composes it.
+    """Compose the typed configuration of a command (train, evaluate, …), as the command line does.
 
     Raises:
-        ConfigError: a line for every unknown key or option, missing or wrong value, or an override that cannot be read; or a flag.
+        ConfigError: one line for every unknown key or option, missing or invalid value, malformed override, or flag.
     """
     flags = [text for text in overrides if text.startswith("-")]
     if flags:
-        what = "a sweep is for the command line" if MULTIRUN_FLAGS & set(flags) else "flags are for the command line"
-        raise ConfigError(f"{flags[0]}: {what}; give key=value.")
+        what = "sweeps are" if MULTIRUN_FLAGS & set(flags) else "flags are"
+        raise ConfigError(f"{flags[0]}: {what} supported on the command line only. Give overrides as key=value.")
     check_arguments(overrides)
     return typed_config(command, compose_config(command, overrides), overrides)
 
 
 def compose_config(command: str, overrides: list[str]) -> DictConfig:
-    """Return what Hydra composes for a command, unresolved, with all defaults of the schema.
+    """Compose the configuration of a command with Hydra, with all defaults of the schema and unresolved interpolations.
 
     Raises:
-        ConfigError: an unknown option, or an override that cannot be read.
+        ConfigError: unknown option or malformed override.
     """
     try:
         hydra = _hydra(command)
@@ -108,13 +109,15 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
 
 
 def typed_config(command: str, config: DictConfig, overrides: list[str]) -> Any:
-    """Return a composed configuration as an instance of the command's schema: past here nothing sees a DictConfig.
+    """Convert a composed configuration to the command's schema. All other code uses the typed configuration.
 
     Args:
-        overrides: of the command line, whose keys must have an effect.
+        command: name of the command.
+        config: composed configuration.
+        overrides: overrides from the command line; each of their keys must have an effect.
 
     Raises:
-        ConfigError: a line for every problem.
+        ConfigError: one line for every problem.
     """
     found: list[str] = []
     with secrets_refused():
@@ -130,12 +133,15 @@ def typed_config(command: str, config: DictConfig, overrides: list[str]) -> Any:
 
 
 def config_name(command: str) -> str:
-    """Return the name of a command's file in `conf/`, without its ending."""
+    """Return the name of a command's file in `conf/`, without the extension."""
     return command.replace("-", "_")
 
 
 def _resolved(node: Any, at: str, found: list[str]) -> Any:
-    """Return a node as plain values; what cannot be resolved is a problem, or missing where it depends on a missing value."""
+    """Resolve a node to plain values.
+
+    Interpolations that fail are appended to `found`. An interpolation of a missing value counts as missing.
+    """
     if isinstance(node, ListConfig):
         return [_resolved_item(node, i, f"{at}[{i}]", found) for i in range(len(node))]
     if isinstance(node, DictConfig):
@@ -164,19 +170,19 @@ def _resolved_item(node: Any, key: Any, full_key: str, found: list[str]) -> Any:
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's loader over a schema. It is pickled to the processes of a sweep."""
+    """Hydra's configuration loader, extended by a schema. It is pickled when a sweep starts other processes."""
 
     def __init__(self, search_path: Any, schema: type[Config]) -> None:
         super().__init__(search_path)
         self.schema = schema
-        self._kept: tuple[Any, DictConfig] | None = None
+        self._cached: tuple[Any, DictConfig] | None = None
         self._overrides: list[Override] = []
         self._deleted: list[str] = []
         self._composed: dict[str, Any] = {}
 
-    def keep(self, config: DictConfig, config_name: str | None, overrides: list[str]) -> None:
-        """Keep what was loaded for a run, so that Hydra does not compose it once more."""
-        self._kept = ((config_name, overrides, RunMode.RUN), config)
+    def cache(self, config: DictConfig, config_name: str | None, overrides: list[str]) -> None:
+        """Cache a composed configuration, so that Hydra does not compose it again."""
+        self._cached = ((config_name, overrides, RunMode.RUN), config)
 
     def load_configuration(
         self,
@@ -186,8 +192,8 @@ class Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        if self._kept is not None and self._kept[0] == (config_name, overrides, run_mode):
-            config, self._kept = self._kept[1], None
+        if self._cached is not None and self._cached[0] == (config_name, overrides, run_mode):
+            config, self._cached = self._cached[1], None
             return config
         config = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         if config_name is not None:
@@ -195,10 +201,10 @@ class Loader(ConfigLoaderImpl):
         return config
 
     def _parse_overrides_and_create_caching_repo(self, config_name: str | None, overrides: list[str]) -> Any:
-        """Parse overrides; those of values may name any key, since the schema judges keys, and a key that is deleted has its default."""
+        """Parse overrides. Values may be set for any key, since the schema checks keys later. A deleted key gets its default."""
         parsed, repository = super()._parse_overrides_and_create_caching_repo(config_name, overrides)
         self._overrides, self._deleted = [], []
-        kept = []
+        remaining = []
         for override in parsed:
             is_value = not override.is_hydra_override() and (
                 not repository.group_exists(override.key_or_group) or isinstance(override._value, dict)
@@ -209,24 +215,24 @@ class Loader(ConfigLoaderImpl):
             if is_value and override.package is None:
                 self._overrides.append(Override(**vars(override)))
                 override.type = OverrideType.FORCE_ADD
-            kept.append(override)
-        return kept, repository
+            remaining.append(override)
+        return remaining, repository
 
     def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
-        """Merge the files: Hydra's own configuration, in which clip_exp makes folders and logs, and then the rest, completed."""
-        own = [default for default in defaults if str(default.config_path).startswith("hydra/")]
-        config = super()._compose_config_from_defaults_list(own, repo)
+        """Merge Hydra's own configuration files, adapted to clip_exp, with all other files, completed by the schema's defaults."""
+        hydras = [default for default in defaults if str(default.config_path).startswith("hydra/")]
+        config = super()._compose_config_from_defaults_list(hydras, repo)
         _configure_hydra(
-            config.hydra, {default.config_path for default in own}, "output_dir" in self.schema.model_fields
+            config.hydra, {default.config_path for default in hydras}, "output_dir" in self.schema.model_fields
         )
         rest = OmegaConf.create()
-        for default in (default for default in defaults if default not in own):
+        for default in (default for default in defaults if default not in hydras):
             file = super()._compose_config_from_defaults_list([default], repo)
-            before, given = _container(rest), set(_given_keys("", _container(file)))
+            before, given = _container(rest), set(_keys_set("", _container(file)))
             rest.merge_with(file)
             if before:
                 merged = _container(rest)
-                if _leave_other_kind(self.schema, before, merged, given, ""):
+                if _drop_other_members(self.schema, before, merged, given, ""):
                     rest = OmegaConf.create(merged)
         hydra = rest.pop("hydra", None)
         if hydra is not None:
@@ -239,9 +245,9 @@ class Loader(ConfigLoaderImpl):
         return config
 
     def _require_nodes(self) -> None:
-        """Refuse a key of a node that is null or a list: the option that has it must be chosen first, or the key be given with `+`."""
+        """Raise a ConfigError if an override sets a key of a node that is null or a list, unless the key is added with `+`."""
         given = {override.key_or_group: override.value() for override in self._overrides if not override.is_delete()}
-        problems = list(_not_chosen(self._composed.get("task"), given))
+        problems = list(_unselected_tasks(self._composed.get("task"), given))
         for override in self._overrides:
             parts = override.key_or_group.split(".")
             value: Any = self._composed
@@ -249,25 +255,30 @@ class Loader(ConfigLoaderImpl):
                 value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
                 node = ".".join(parts[:depth])
                 if value is None and node not in given and override.type is OverrideType.CHANGE:
-                    choose = HINTS.get(node, f"choose the option that has it first, or give +{override.key_or_group}=…")
-                    problems.append(f"{override.key_or_group}: {node} is null here; {choose}.")
+                    hint = HINTS.get(
+                        node, f"select an option that sets it, or add the key with +{override.key_or_group}=…"
+                    )
+                    problems.append(f"{override.key_or_group} cannot be set, since {node} is null: {hint}.")
                     break
                 if isinstance(given.get(node, value), list) and not _part_of_list(parts[depth]):
-                    problems.append(f"{override.key_or_group}: {node} is a list here; give all of it ({node}=[…]).")
+                    problems.append(
+                        f"{override.key_or_group} cannot be set, since {node} is a list: set all of it ({node}=[…])."
+                    )
                     break
         if problems:
             raise ConfigError("\n".join(problems))
 
     def _apply_schema(self, config: DictConfig) -> None:
-        """Complete what overrides have changed: of another kind than was composed, only the keys that were typed stay as they are."""
+        """Add defaults after overrides were applied. If an override selected another member of a group, drop the former member's keys."""
         composed = _container(config)
         del composed["hydra"]
         values = copy.deepcopy(composed)
         for key in self._deleted:
             if not _delete(values, key.split(".")):
-                values[f"~{key}"] = None  # which the schema does not have
-        typed = {key for override in self._overrides for key in _given_keys(override.key_or_group, override.value())}
-        _leave_other_kind(self.schema, self._composed, values, typed, "")
+                # Not a key of the schema, so that the key to delete is reported as unknown.
+                values[f"~{key}"] = None
+        typed = {key for override in self._overrides for key in _keys_set(override.key_or_group, override.value())}
+        _drop_other_members(self.schema, self._composed, values, typed, "")
         complete(self.schema, values)
         with open_dict(config):
             for key in composed.keys() - values.keys():
@@ -277,43 +288,44 @@ class Loader(ConfigLoaderImpl):
                     config[key] = value
 
 
-def _given_keys(key: str, value: Any) -> Iterator[str]:
-    """Yield the full keys that an override gives values to, whose own value may be a mapping."""
+def _keys_set(key: str, value: Any) -> Iterator[str]:
+    """Yield the full keys that an override sets; its value may be a mapping."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _given_keys(f"{key}.{name}".removeprefix("."), inner)
+            yield from _keys_set(f"{key}.{name}".removeprefix("."), inner)
     else:
         yield key
 
 
 def _part_of_list(key: str) -> bool:
-    """Return whether a key is the position of an entry."""
+    """Return True if a key is an index into a list."""
     return key.removeprefix("-").isdecimal()
 
 
-def _not_chosen(tasks: Any, given: dict[str, Any]) -> Iterator[str]:
-    """Yield the tasks that keys are given of, and that are neither chosen nor the user's own."""
+def _unselected_tasks(tasks: Any, given: dict[str, Any]) -> Iterator[str]:
+    """Yield an error message for every task whose keys are set, but which is neither selected nor a custom task."""
     names = {parts[1] for key in given if len(parts := key.split(".")) > 2 and parts[0] == "task"}
     kinds = ", ".join(TaskConfig.kinds())
     for name in sorted(names - set(tasks or ())):
         if f"task.{name}.kind" not in given and f"task.{name}" not in given:
-            choose = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
-            yield f"task.{name} is not chosen: {choose} A task of your own needs a kind: {kinds}."
+            hint = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
+            yield f"task.{name} is not selected: {hint} A custom task needs a kind: {kinds}."
 
 
 HINTS = {
-    "logger.wandb": "choose logger=wandb first",
-    "data.generate": "choose data=digits or data=shapes first",
-    "finetune.lora": "choose finetune=lora first",
-    "model": "choose a model first (model=vit_b32)",
+    "logger.wandb": "select logger=wandb",
+    "data.generate": "select data=digits or data=shapes",
+    "finetune.lora": "select finetune=lora",
+    "model": "select a model (model=vit_b32)",
 }
 
 
 def _configure_hydra(hydra: DictConfig, files: set[str], has_output_dir: bool) -> None:
-    """Set what differs from Hydra's defaults, unless the option of a group says otherwise."""
+    """Replace some of Hydra's defaults, unless the user has selected another option of the group."""
     if "hydra/output/default" in files:
         hydra.output_subdir = None
-        hydra.run.dir = "."  # clip_exp makes the run's folder itself, exclusively
+        # clip_exp creates the run folder itself, since it must not exist before.
+        hydra.run.dir = "."
         hydra.sweep.dir = "${output_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}" if has_output_dir else "."
         hydra.sweep.subdir = "."
     hydra.job.chdir = False
@@ -327,7 +339,7 @@ def _container(config: DictConfig) -> dict[str, Any]:
 
 
 def _delete(values: Any, parts: list[str]) -> bool:
-    """Delete a nested key; return whether it was there."""
+    """Delete a nested key; return True if it existed."""
     for part in parts[:-1]:
         values = values.get(part) if isinstance(values, dict) else None
     if not isinstance(values, dict) or parts[-1] not in values:
@@ -336,14 +348,18 @@ def _delete(values: Any, parts: list[str]) -> bool:
     return True
 
 
-def _leave_other_kind(model: type[Config], before: Any, after: Any, typed: set[str], at: str) -> bool:
-    """Remove what was composed for another member of a group than was chosen after it, but for keys that the chosen one needs.
+def _drop_other_members(model: type[Config], before: Any, after: Any, typed: set[str], at: str) -> bool:
+    """Remove the values of a group's former member after another member was selected, except values that the new member requires.
 
     Args:
-        typed: full keys of the overrides, or of the file, that chose; their values stay.
+        model: schema of the values.
+        before: values before the selection.
+        after: values after the selection; changed in place.
+        typed: full keys of the overrides, or of the file, that made the selection; their values are retained.
+        at: prefix of the values' full keys.
 
     Returns:
-        whether something was removed.
+        True if a value was removed.
     """
     removed = False
     for name, field in model.model_fields.items():
@@ -355,7 +371,7 @@ def _leave_other_kind(model: type[Config], before: Any, after: Any, typed: set[s
         if now is None:
             continue
         if was is now:
-            removed |= _leave_other_kind(now, old, new, typed, f"{at}{key}.")
+            removed |= _drop_other_members(now, old, new, typed, f"{at}{key}.")
             continue
         needed = {key_of(name, field) for name, field in now.model_fields.items() if field.is_required()}
         for each in list(new):
@@ -366,15 +382,18 @@ def _leave_other_kind(model: type[Config], before: Any, after: Any, typed: set[s
 
 
 def _hydra(command: str, config_dir: str | None = None, config_name: str | None = None) -> Hydra:
-    """Return Hydra over `conf/` and the user's folders.
+    """Return a Hydra instance that searches `conf/` and the user's folders.
 
     Args:
-        config_name: of a file in `config_dir`, which may be a run that is repeated: options are found there, code is not run.
+        command: name of the command.
+        config_dir: value of --config-dir.
+        config_name: name of a file in `config_dir`. The folder may be that of a run to repeat, so options are found
+            there, but Python files in it are not executed.
     """
     version.setbase("1.3")
     search_path = create_config_search_path(str(conf_dir()))
-    for own in registry.folders():
-        search_path.prepend(str(own), f"file://{own}", SearchPathQuery(provider="schema", path=None))
+    for user_dir in registry.folders():
+        search_path.prepend(str(user_dir), f"file://{user_dir}", SearchPathQuery(provider="schema", path=None))
     if config_dir is not None:
         folder = Path(config_dir).absolute()
         if not folder.is_dir():
@@ -388,14 +407,16 @@ def _hydra(command: str, config_dir: str | None = None, config_name: str | None 
 
 
 def run_hydra(command: str, arguments: list[str], job: Work) -> None:
-    """Do what a command line says: run a job or the jobs of a sweep, or show the configuration.
+    """Run a job, run the jobs of a sweep, or show the configuration, depending on the flags.
 
     Args:
+        command: name of the command.
         arguments: flags and overrides.
-        job: work of the command; what it is given returns the typed configuration, or raises a ConfigError.
+        job: work of the command. Its argument is a function that returns the typed configuration or raises a ConfigError.
 
     Raises:
-        ConfigError: the command line or the configuration cannot be used; Hydra's and OmegaConf's own errors are for `explain`.
+        ConfigError: the command line or the configuration is invalid. Errors of Hydra and OmegaConf also propagate; see
+            `explain`.
     """
     check_arguments(arguments)
     parser = get_args_parser()
@@ -406,7 +427,8 @@ def run_hydra(command: str, arguments: list[str], job: Work) -> None:
         text = help_of(command, hydra, name, overrides)
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # `… | head` has seen enough
+        except BrokenPipeError:
+            # The reader, such as `head`, has closed the pipe: prevent a second error when Python flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif args.hydra_help:
         hydra.hydra_help(config_name=name, args_parser=parser, args=args)
@@ -433,24 +455,24 @@ def _run(command: str, hydra: Hydra, name: str, overrides: list[str], job: Work,
         return
     typed = typed_config(command, config, overrides)
     assert isinstance(hydra.config_loader, Loader)
-    hydra.config_loader.keep(config, name, overrides)
+    hydra.config_loader.cache(config, name, overrides)
     hydra.run(name, lambda _: job(lambda: typed), overrides)
 
 
 def _show(command: str, hydra: Hydra, name: str, args: Namespace) -> None:
-    """Print a configuration; one that would not run is refused, but for values that are still missing."""
+    """Print a configuration. Raise a ConfigError if it is invalid; missing values are allowed."""
     if args.cfg == "job":
         config = hydra.compose_config(name, args.overrides, RunMode.RUN, with_log_configuration=False)
         with _missing_allowed():
             typed_config(command, config, args.overrides)
         assert isinstance(hydra.config_loader, Loader)
-        hydra.config_loader.keep(config, name, args.overrides)
+        hydra.config_loader.cache(config, name, args.overrides)
     hydra.show_cfg(name, args.overrides, cfg_type=args.cfg, package=args.package, resolve=args.resolve)
 
 
 @contextmanager
 def _missing_allowed() -> Iterator[None]:
-    """Let values pass that are still missing: only other problems are raised."""
+    """Suppress errors about missing values, and raise all others."""
     try:
         yield
     except ConfigError as error:
@@ -459,26 +481,30 @@ def _missing_allowed() -> Iterator[None]:
 
 
 def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
-    """Return the help of a command: the options of each group, and the keys with their values and meanings."""
+    """Return the help text of a command: the options of each group, and all keys with their values and descriptions."""
     schema = SCHEMAS[command]
     config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
     assert isinstance(hydra.config_loader, Loader)
-    repository = hydra.config_loader.repository  # through the loader, it would be copied for each group
+    # The loader's method of the same name would copy the repository for each group.
+    repository = hydra.config_loader.repository
     names = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
     found = {group: repository.get_group_options(group, ObjectType.CONFIG) for group in names}
     groups = "\n".join(f"{group}: {', '.join(sorted(of))}" for group, of in found.items() if of)
     keys = "\n".join(_lines(schema, _container(config), ""))
     options_of_groups = (
-        ["== Options: choose with group=option ==", groups] if command in ("train", "evaluate", "check-data") else []
+        ["== Options: select with group=option ==", groups] if command in ("train", "evaluate", "check-data") else []
     )
     return "\n\n".join([schema.usage, *options_of_groups, "== Keys: set with key=value ==", keys, HELP_END])
 
 
 def _lines(model: type[Config], values: dict[str, Any], indent: str, choices: str = "") -> Iterator[str]:
-    """Yield a line of YAML for every key of a model, with its meaning as a comment.
+    """Yield a line of YAML for every key of a model, with its description as a comment.
 
     Args:
-        choices: names of the members of the model's group.
+        model: schema of the values.
+        values: composed values.
+        indent: indentation of the lines.
+        choices: names of the members of the model's group, separated by commas.
     """
     for name, field in model.model_fields.items():
         key = key_of(name, field)
@@ -506,8 +532,12 @@ def _lines_of(annotation: Any, key: str, value: Any, description: str | None, in
 
 @contextmanager
 def secrets_refused() -> Iterator[None]:
-    """Refuse `${oc.env:NAME}` of secrets meanwhile: a run's folder keeps what it resolves to. A program that uses clip_exp keeps its resolver."""
-    resolvers = BaseContainer._resolvers  # OmegaConf can set a resolver, but not return the one that is set
+    """Make `${oc.env:NAME}` of a secret an error inside the block, since the resolved value would be saved in the run folder.
+
+    The former resolver is restored afterwards, since clip_exp may run inside another program that uses OmegaConf.
+    """
+    # OmegaConf has no public function that returns a registered resolver.
+    resolvers = BaseContainer._resolvers
     before = resolvers[ENVIRONMENT]
     OmegaConf.register_new_resolver(ENVIRONMENT, environment_variable, replace=True)
     try:
@@ -517,22 +547,21 @@ def secrets_refused() -> Iterator[None]:
 
 
 def environment_variable(name: str, *default: Any) -> Any:
-    """Return what `${oc.env:<name>}` stands for.
+    """Resolve `${oc.env:<name>}`.
 
     Raises:
-        ConfigError: the variable is named like a secret, set or not.
+        ConfigError: the name of the variable looks like that of a secret, whether or not the variable is set.
     """
     if names_secret(name):
         raise ConfigError(
-            f"${{oc.env:{name}}} is refused: {name} is named like a secret, and a run's folder keeps its configuration. Leave a "
-            "secret in the environment, where the library that needs it looks for it; give anything else in a variable with "
-            "another name."
+            f"${{oc.env:{name}}} is not allowed: {name} looks like the name of a secret, and the configuration is saved in the run "
+            "folder. Libraries read their secrets from the environment themselves. If the value is not a secret, rename the variable."
         )
     return oc.env(name, *default)
 
 
 def _from_resolver(error: BaseException | None) -> ConfigError | None:
-    """Return the error of a resolver of ours, which OmegaConf wraps."""
+    """Return the ConfigError that a resolver raised and OmegaConf wrapped; None if there is none."""
     while error is not None and not isinstance(error, ConfigError):
         error = error.__cause__ or error.__context__
     return error
@@ -542,18 +571,24 @@ def _from_resolver(error: BaseException | None) -> ConfigError | None:
 
 
 class Job(NamedTuple):
-    """A job of a sweep."""
+    """Job of a sweep.
 
-    sweep: str  # the sweep's folder, whose name has the time at which it began: jobs in other processes have the same
-    number: int  # from 0
-    overrides: list[str]  # of the keys that the sweep varies
+    Attributes:
+        sweep: folder of the sweep, named by its start time; the same for jobs in other processes.
+        number: number of the job, from 0.
+        overrides: overrides of the keys that the sweep varies.
+    """
+
+    sweep: str
+    number: int
+    overrides: list[str]
 
 
 def current_job(arguments: list[str]) -> Job | None:
-    """Return the job of `-m` that this is; None outside a sweep.
+    """Return the current job of a sweep (`-m`); None outside a sweep.
 
     Args:
-        arguments: of the command line, with lists of values.
+        arguments: arguments of the command line, with lists of values.
     """
     if not HydraConfig.initialized():
         return None
@@ -566,7 +601,7 @@ def current_job(arguments: list[str]) -> Job | None:
 
 
 def _varied(argument: str) -> str | None:
-    """Return the key of an override that gives several values."""
+    """Return the key of an override with several values; None for other arguments."""
     with suppress(HydraException):
         if OverridesParser.create().parse_override(argument).is_sweep_override():
             return _key(argument)
@@ -577,19 +612,19 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-# ------------------------------------------------------------------------------------------------ what people type
+# ------------------------------------------------------------------------------------------------ command lines
 
-# An element of a list: in quotes, or up to a comma that is in no brackets.
+# An element of a list: a quoted string, or all characters up to the next comma outside brackets.
 _ELEMENT = re.compile(
     r"""\s*"(?:[^"\\]|\\.)*"\s*(?=,|$)|\s*'(?:[^'\\]|\\.)*'\s*(?=,|$)|(?:\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|[^,])+"""
 )
 
 
 def quote(arguments: list[str]) -> list[str]:
-    """Quote the values that Hydra's grammar cannot read: `=` in a path, Chinese text, parentheses, `{000..009}`.
+    """Quote the values that Hydra's grammar cannot parse: `=` in a path, Chinese text, parentheses, `{000..009}`.
 
-    In a list the elements are quoted (`texts=[a dog (running),一只猫]`). Outside a sweep a comma is quoted as well
-    (`text=a dog, running`), where Hydra would take it for a list of choices.
+    The elements of a list are quoted one by one (`texts=[a dog (running),一只猫]`). Outside a sweep, a value with commas
+    is quoted as well (`text=a dog, running`), which Hydra would parse as a choice sweep.
     """
     parser = OverridesParser.create()
     sweeping = bool(MULTIRUN_FLAGS & set(arguments))
@@ -597,14 +632,16 @@ def quote(arguments: list[str]) -> list[str]:
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Refuse what Hydra would do or keep before a configuration is composed.
+    """Check arguments for problems that must be found before Hydra composes a configuration.
 
-    That is its flag that unpickles a file, also as argparse lets it be abbreviated; `optimizer=null` and `optimizer=3`, for which it
-    has no words (names are left to it: they may be the user's own); and of a sweep, whose folder it makes itself and fills with the
-    overrides, addresses and secrets.
+    - Hydra's flag `--experimental-rerun` unpickles a file. It is refused, also in the abbreviated forms that argparse
+      accepts.
+    - For `optimizer=null` and `optimizer=3`, Hydra's own message is unclear. Unknown names are left to Hydra, since
+      options can be custom.
+    - In a sweep, Hydra saves the overrides in a folder of its own, so URLs and secrets are refused here.
 
     Raises:
-        ConfigError: a line for every problem.
+        ConfigError: one line for every problem.
     """
     problems = []
     sweeping = bool(MULTIRUN_FLAGS & set(arguments))
@@ -612,7 +649,7 @@ def check_arguments(arguments: list[str]) -> None:
         key, equals, value = argument.partition("=")
         if len(key) > len("--") and RERUN_FLAG.startswith(key):
             problems.append(
-                f"{RERUN_FLAG} is refused: it runs code from the file. Give the overrides of that run instead."
+                f"{RERUN_FLAG} is not supported, since it executes code from the file. Pass the overrides of that run instead."
             )
         if equals and key in ALWAYS_CHOSEN and re.fullmatch(r"(null)?|[\d.+-]+", value.strip("[] ")):
             problems.append(f"{key}={value} does not exist: {nearest(value, options(key))}")
@@ -635,7 +672,7 @@ def _quoted(parser: OverridesParser, argument: str, sweeping: bool) -> str:
 
 
 def _spellings(parser: OverridesParser, key: str, value: str) -> Iterator[str]:
-    """A list with its elements in quotes where they need them; then the whole value in quotes."""
+    """Yield candidates for a quoted override: a list with only those elements quoted that need it, then the whole value quoted."""
     if value.strip().startswith("[") and value.strip().endswith("]"):
         elements = _ELEMENT.findall(value.strip()[1:-1])
         quoted = [e if _readable(parser, f"{key}=[{e}]") else _in_quotes(e.strip()) for e in elements]
@@ -656,20 +693,17 @@ def _in_quotes(text: str) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-    """Return a sentence for an error of Hydra or OmegaConf, or for a path that is closed to the user: what, where, how to fix.
-
-    None for any other error.
-    """
+    """Return a message for an error that the user can fix: of clip_exp, Hydra or OmegaConf, or a missing permission. Else return None."""
     if isinstance(error, ConfigError):
         return str(error)
     if isinstance(error, PermissionError) and error.filename is not None:
-        return f"{error.filename} may not be read or written by you: change its permissions, or name another."
+        return f"{error.filename}: permission denied. Change its permissions, or give another path."
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, OmegaConfBaseException) and (refused := _from_resolver(cause)) is not None:
             return str(refused)
         if isinstance(cause, OverrideParseException):
-            return f"cannot read the override {cause.override}: write key=value, and quote odd values: \"key='value'\"."
+            return f"cannot parse the override {cause.override}: write key=value, and quote special characters: \"key='value'\"."
         if isinstance(cause, MissingConfigException):
             return _missing_option(cause)
     for cause in reversed(chain):
@@ -687,11 +721,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _missing_option(error: MissingConfigException) -> str:
     file = error.missing_cfg_file or ""
     group, _, name = file.rpartition("/")
-    found = error.options or (options(group) if group else [])  # Hydra names none where a list was given
+    # Hydra gives no options if the override was a list.
+    found = error.options or (options(group) if group else [])
     if not found:
         return " ".join(str(error).split())
     if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
-        name = file.removeprefix("model/")  # which may have a slash: ViT-B/32
+        # The name may contain a slash: ViT-B/32.
+        name = file.removeprefix("model/")
         return f"model={name} does not exist: {nearest(name, {*found, *names()})}"
     choice = f"{group}={name}"
     return f"{choice} does not exist: {EXPLAINED.get(choice) or nearest(name, found)}"

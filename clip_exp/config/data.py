@@ -1,4 +1,4 @@
-"""The schema of `data`: which pairs, how they are read, what may be wrong with them, what is drawn for them."""
+"""Schema of `data`: the sources of image-text pairs, how they are read and shuffled, limits of bad data, and augmentation."""
 
 from collections.abc import Iterator
 from enum import StrEnum
@@ -23,7 +23,7 @@ from clip_exp.config.base import (
 
 
 class Captions(StrEnum):
-    """Rows of the training stream: an image with one caption drawn per epoch, or every pair of the table."""
+    """Rows of the training stream: every image with one random caption per epoch, or every pair of the table."""
 
     random = "random"
     all = "all"
@@ -36,25 +36,25 @@ class OnBadRow(StrEnum):
 
 class OnBadImage(StrEnum):
     error = "error"
-    replace = "replace"  # type: ignore[assignment] # the name that users write, though a str has a method of that name
+    replace = "replace"  # type: ignore[assignment] # overrides a method of str
 
 
 class Shuffle(StrEnum):
-    """How far a row may move: anywhere, or among the blocks of neighboring rows that it was drawn with."""
+    """Shuffling of rows: over the whole data set, or by blocks of neighboring rows."""
 
     full = "full"
     block = "block"
 
 
 class Generator(StrEnum):
-    """Data sets that the project makes itself (`clip_exp.data.generated`)."""
+    """Data sets that clip_exp generates itself (`clip_exp.data.generated`)."""
 
     digits = "digits"
     shapes = "shapes"
 
 
 class PairLabel(StrEnum):
-    """How a repeated caption or image inside a batch counts: as another match or as a mismatch."""
+    """Label of pairs with a repeated caption or image in a batch: a match (positive) or a mismatch (negative)."""
 
     positive = "positive"
     negative = "negative"
@@ -63,33 +63,38 @@ class PairLabel(StrEnum):
 Bounds = Annotated[list[Positive], exactly(2)]
 
 
-def _has_a_place(template: str) -> str:
+def _has_placeholder(template: str) -> str:
     if "{}" not in template:
-        raise ValueError("needs a {} for the class name")
+        raise ValueError("must contain {} for the class name")
     return template
 
 
-Template = Annotated[str, AfterValidator(_has_a_place)]
+Template = Annotated[str, AfterValidator(_has_placeholder)]
 
 
 class AugmentationConfig(Config):
-    """What happens to training images. Drawn from a generator seeded by (seed, epoch, row), whatever the worker or rank.
+    """Augmentation of training images.
 
-    Numbers mean what they do in `torchvision.transforms.v2`, whose functions change colors and sharpness.
+    The random numbers depend only on (seed, epoch, row), not on the worker or rank. The parameters have the same
+    meaning as in `torchvision.transforms.v2`, which implements the color and blur transforms.
     """
 
     scale: Annotated[list[Annotated[Positive, Field(le=1)]], exactly(2)] = Field(
-        [0.9, 1.0], description="area of the crop over the image's, smallest and largest"
+        [0.9, 1.0], description="minimum and maximum area of the random crop, as a fraction of the image's area"
     )
-    ratio: Bounds = Field([0.75, 1.3333333333], description="width over height of the crop, smallest and largest")
-    horizontal_flip: Fraction = Field(0.0, description="probability of a flip")
+    ratio: Bounds = Field(
+        [0.75, 1.3333333333], description="minimum and maximum aspect ratio of the random crop, width over height"
+    )
+    horizontal_flip: Fraction = Field(0.0, description="probability of a horizontal flip")
     color_jitter: Annotated[list[NonNegative], exactly(4)] | None = Field(
-        None, description="strengths of brightness, contrast, saturation, hue; null: none"
+        None, description="strengths of the jitter of brightness, contrast, saturation and hue; null: no color jitter"
     )
-    color_jitter_prob: Fraction = Field(1.0, description="probability of `color_jitter`")
-    gray_scale_prob: Fraction = Field(0.0, description="probability of gray")
-    gaussian_blur_prob: Fraction = Field(0.0, description="probability of blur")
-    gaussian_blur_sigma: Bounds = Field([0.1, 2.0], description="pixels, smallest and largest")
+    color_jitter_prob: Fraction = Field(1.0, description="probability of color_jitter")
+    gray_scale_prob: Fraction = Field(0.0, description="probability of conversion to grayscale")
+    gaussian_blur_prob: Fraction = Field(0.0, description="probability of Gaussian blur")
+    gaussian_blur_sigma: Bounds = Field(
+        [0.1, 2.0], description="minimum and maximum standard deviation of the blur, pixels"
+    )
 
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(
@@ -118,21 +123,25 @@ class AugmentationConfig(Config):
     @classmethod
     def _hue_at_most_half(cls, strengths: list[float] | None) -> list[float] | None:
         if strengths is not None and strengths[3] > 0.5:
-            raise ValueError("must have a hue of at most 0.5, its last strength")
+            raise ValueError("must have a hue (the last value) of at most 0.5")
         return strengths
 
 
 class GenerateConfig(Config):
-    """A data set that clip_exp writes to `<output_dir>/data/` before training."""
+    """Generated data set, which is written to `<output_dir>/data/` before training."""
 
-    kind: Generator = Field(description="digits or shapes")
-    rows: Count | None = Field(None, description="training rows; null: all there are (digits) or 2,000 (shapes)")
-    val_rows: Count | None = Field(None, description="validation rows; null: all there are (digits) or 400 (shapes)")
-    image_size: Size = Field(64, description="pixels (shapes)")
-    seed: Index = Field(0, description="seed of the drawn scenes (shapes), and of the split")
+    kind: Generator = Field(description="generated data set: digits or shapes")
+    rows: Count | None = Field(
+        None, description="number of training rows; null: all available (digits) or 2,000 (shapes)"
+    )
+    val_rows: Count | None = Field(
+        None, description="number of validation rows; null: all available (digits) or 400 (shapes)"
+    )
+    image_size: Size = Field(64, description="side of the square images in pixels (kind=shapes only)")
+    seed: Index = Field(0, description="seed of the generated scenes (kind=shapes) and of the train/validation split")
 
     unused: ClassVar[tuple[Unused, ...]] = (
-        Unused("image_size", lambda c: c.kind is Generator.digits, "on kind=digits, whose images are 8 pixels a side"),
+        Unused("image_size", lambda c: c.kind is Generator.digits, "with kind=digits, whose images have 8x8 pixels"),
     )
 
     def rules(self, at: str) -> Iterator[str]:
@@ -141,18 +150,21 @@ class GenerateConfig(Config):
 
 
 class Source(Config):
-    """One of several sources of the training stream. What it does not say is as `data` has it."""
+    """One of several sources of the training stream. Keys that are not set have the value of the same key of `data`."""
 
-    path: Annotated[Paths, NOT_EMPTY] = Field(description="file, pattern, or a list of them that is read as one table")
-    weight: Positive | None = Field(
-        None, description="how often it is drawn, relative to the others; all have one, or none"
+    path: Annotated[Paths, NOT_EMPTY] = Field(
+        description="file or glob pattern, or a list of them that is read as a single table"
     )
-    image_root: PathText | None = Field(None, description="see data.image_root")
-    image_key: str = Field("", description="see data.image_key")
-    caption_key: str = Field("", description="see data.caption_key")
-    separator: str = Field("", description="see data.separator")
-    encoding: str = Field("", description="see data.encoding")
-    filter: str | None = Field(None, description="see data.filter")
+    weight: Positive | None = Field(
+        None,
+        description="sampling weight, relative to the other sources; null, for all sources: each is sampled in proportion to its rows",
+    )
+    image_root: PathText | None = Field(None, description="overrides data.image_root for this source")
+    image_key: str = Field("", description="overrides data.image_key for this source")
+    caption_key: str = Field("", description="overrides data.caption_key for this source")
+    separator: str = Field("", description="overrides data.separator for this source")
+    encoding: str = Field("", description="overrides data.encoding for this source")
+    filter: str | None = Field(None, description="overrides data.filter for this source")
 
     written_out: ClassVar[bool] = False
 
@@ -162,7 +174,7 @@ class Source(Config):
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Values of `DataConfig` that are different for this source."""
+        """Values of `DataConfig` that this source overrides."""
         return {name: getattr(self, name) for name in self.model_fields_set - {"path", "weight"}}
 
     @model_serializer(mode="wrap")
@@ -186,64 +198,88 @@ Sources = Annotated[
 
 
 class DataConfig(Config):
-    name: str = Field(description="name of the data, for folders and reports")
+    """Training and validation data."""
+
+    name: str = Field(description="name of the data set, used in folder names and reports")
     train: Sources | None = Field(
         None,
-        description="image-text pairs: a CSV, TSV, JSON Lines or Parquet file or WebDataset shards (.tar); a glob, {000..009}, a list of "
-        "those, or sources mixed by weight: [{path: a.csv, weight: 3}, {path: b.tar, weight: 1}]",
+        description="training pairs: a CSV, TSV, JSON Lines or Parquet file or WebDataset shards (.tar); a glob, {000..009}, a list of "
+        "those, or sources with sampling weights: [{path: a.csv, weight: 3}, {path: b.tar, weight: 1}]",
     )
-    val: Paths | None = Field(None, description="held-out pairs, likewise, without weights")
+    val: Paths | None = Field(
+        None, description="validation pairs: files or a glob as for train, without weights; null: no validation"
+    )
     generate: GenerateConfig | None = Field(
-        None, description="data set that clip_exp makes, instead of `train` and `val`"
+        None, description="data set that clip_exp generates, instead of train and val; null: none"
     )
     filter: str | None = Field(
-        None, description='rows that are used, by their columns: "width >= 256 and similarity > 0.28"'
+        None, description='condition on columns for rows to use: "width >= 256 and similarity > 0.28"; null: all rows'
     )
     image_root: PathText | None = Field(
-        None, description="folder that relative image paths start from; null: the table's own folder"
+        None, description="folder that relative image paths refer to; null: the folder of the table"
     )
-    image_key: str = Field("filepath", description="column of image paths")
-    caption_key: str = Field("title", description="column of captions")
+    image_key: str = Field("filepath", description="name of the column with image paths")
+    caption_key: str = Field("title", description="name of the column with captions")
     label_key: str | None = Field(
-        None, description="column of class names in `val`: adds zero-shot accuracy to validation"
+        None,
+        description="name of the column with class names in val, which adds zero-shot accuracy to the validation; null: none",
     )
     templates: Annotated[list[Template], NOT_EMPTY] = Field(
-        ["a photo of a {}."], description="prompts for that accuracy, each with {} for the class name"
+        ["a photo of a {}."],
+        description="prompt templates of the zero-shot accuracy in validation, with {} for the class name",
     )
-    separator: str = Field("auto", description="auto, or one character; tab may be written \\t")
-    encoding: str = Field("auto", description="auto, or Python's name of an encoding")
+    separator: str = Field(
+        "auto", description="separator of columns in text files: one character, \\t for a tab; auto: detected"
+    )
+    encoding: str = Field("auto", description="encoding of text files, by Python's name; auto: detected")
     captions: Captions = Field(
-        Captions.random, description="random: one of an image's captions per epoch; all: every pair is a row"
+        Captions.random,
+        description="random: each image once per epoch, with a random one of its captions; all: each pair once per epoch",
     )
     shuffle: Shuffle | None = Field(
-        None, description="full, or block: neighboring rows are read together; null: block for shards, full for tables"
+        None,
+        description="full: shuffle all rows; block: shuffle blocks of neighboring rows, for fast reading; null: block for shards, else full",
     )
-    shuffle_block: Count = Field(64, description="neighboring rows that stay together (shuffle=block)")
-    shuffle_window: Count = Field(256, description="blocks whose rows are mixed with each other (shuffle=block)")
+    shuffle_block: Count = Field(64, description="number of neighboring rows in a block (shuffle=block)")
+    shuffle_window: Count = Field(256, description="number of blocks whose rows are shuffled together (shuffle=block)")
     same_caption: PairLabel = Field(
-        PairLabel.negative, description="what `loss.same_caption` is unless set: positive where captions name classes"
+        PairLabel.negative,
+        description="default of loss.same_caption for this data set: positive if captions are class names, else negative",
     )
     num_workers: Annotated[Index, Field(le=4096)] | None = Field(
         None,
-        description="processes that decode images, per rank; null: the usable cores over the machine's ranks, one kept for training, at most "
-        "8 on a CPU",
+        description="processes per rank that decode images; null: CPU cores divided by the ranks of the machine, minus one, at most 8 "
+        "when training on a CPU",
     )
-    on_bad_row: OnBadRow = Field(OnBadRow.error, description="error, or skip: leave bad rows out and count them")
+    on_bad_row: OnBadRow = Field(
+        OnBadRow.error,
+        description="malformed rows of a table: error stops the run, skip leaves them out and counts them",
+    )
     on_bad_image: OnBadImage = Field(OnBadImage.replace, description="replace by another row's, and count; or error")
     max_bad_fraction: Fraction = Field(
-        0.1, description="bad images over all, or bad rows over those of a table, above which the run stops"
+        0.1, description="maximum fraction of bad images, and of bad rows in a table; the run stops above it"
     )
     max_empty_caption_fraction: Fraction = Field(
-        0.1, description="empty or blank captions over all of a table, above which the run does not start"
+        0.1, description="maximum fraction of empty or blank captions in a table; the run does not start above it"
     )
-    max_rows: Count | None = Field(None, description="use only the first rows of the training table")
-    max_image_pixels: Count = Field(40_000_000, description="pixels; larger images are refused from their header")
-    max_image_bytes: Count = Field(67_108_864, description="bytes; larger files are refused unread")
+    max_rows: Count | None = Field(
+        None, description="number of rows of the training table to use, from the start; null: all"
+    )
+    max_image_pixels: Count = Field(
+        40_000_000, description="maximum number of pixels of an image; larger images count as bad and are not decoded"
+    )
+    max_image_bytes: Count = Field(
+        67_108_864, description="maximum size of an image file in bytes; larger files count as bad and are not read"
+    )
     image_formats: list[str] = Field(
-        ["JPEG", "PNG", "WEBP", "GIF", "BMP"], description="formats that are read, by Pillow's names"
+        ["JPEG", "PNG", "WEBP", "GIF", "BMP"], description="accepted image formats, by Pillow's names"
     )
-    allow_outside_root: bool = Field(False, description="read images whose relative path leaves `image_root` by `..`")
-    allow_changed: bool = Field(False, description="resume from a checkpoint though the data has changed since")
+    allow_outside_root: bool = Field(
+        False, description="allow relative image paths that lead out of image_root through .."
+    )
+    allow_changed: bool = Field(
+        False, description="resume from a checkpoint even if the data has changed since it was saved"
+    )
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
 
     unused: ClassVar[tuple[Unused, ...]] = (
@@ -251,7 +287,7 @@ class DataConfig(Config):
         Unused(
             "templates",
             lambda data: data.label_key is None or not data.has_val,
-            "without validation data that have labels",
+            "without labeled validation data",
             "set {at}val and {at}label_key, or leave this out",
             typed_only=True,
         ),
@@ -263,13 +299,13 @@ class DataConfig(Config):
         Unused(
             "shuffle_block shuffle_window",
             lambda data: data.shuffles_rows,
-            "on a full shuffle",
+            "with a full shuffle",
             "set {at}shuffle=block, or leave this out",
         ),
         Unused(
             "max_bad_fraction",
             lambda data: data.on_bad_row == data.on_bad_image == "error",
-            "where {at}on_bad_row and {at}on_bad_image are error, which stops at the first",
+            "with {at}on_bad_row and {at}on_bad_image both error, which stops at the first bad one",
         ),
     )
 
@@ -279,12 +315,12 @@ class DataConfig(Config):
 
     @property
     def shuffles_rows(self) -> bool:
-        """Whether no source is shuffled by blocks, as shards are unless `shuffle` says otherwise."""
+        """True if all rows are shuffled together, and no source is shuffled by blocks."""
         return self.shuffle is Shuffle.full or (self.shuffle is None and ".tar" not in str(self.train))
 
     @property
     def sources(self) -> list[Source]:
-        """The entries of `train`: one for a path or a list of paths, one for each entry of a list that has a mapping."""
+        """Sources in `train`: a single one for a path or a list of paths, or one per entry if an entry is a mapping."""
         entries = self.train if isinstance(self.train, list) else [] if self.train is None else [self.train]
         if not any(isinstance(entry, Source) for entry in entries):
             return [Source(path=[str(entry) for entry in entries])] if entries else []
@@ -292,8 +328,8 @@ class DataConfig(Config):
 
     def rules(self, at: str) -> Iterator[str]:
         if self.generate is None and not self.train:
-            yield f"{at}train has no value: give a table of image-text pairs ({at}train=pairs.csv)."
+            yield f"{at}train has no value: set it to a table of image-text pairs ({at}train=pairs.csv)."
         if self.generate is not None and (self.train or self.val):
             yield f"{at}generate and {at}train exclude each other: use data=csv for your own tables."
         if len({source.weight is None for source in self.sources}) > 1:
-            yield f"{at}train: give every source a weight, or none: without weights each is drawn as often as it has rows."
+            yield f"{at}train: set a weight for every source or for none. Without weights, sources are sampled in proportion to their rows."

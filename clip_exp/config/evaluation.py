@@ -1,4 +1,4 @@
-"""The schema of an evaluation: which model, which tasks, on which labeled images or pairs."""
+"""Schema of an evaluation: the model, the tasks, and their labeled images or image-text pairs."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -32,11 +32,13 @@ Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 ClassNames = Annotated[
     Name | list[Name] | dict[str, Name],
     must_be(
-        "labels, the name of a published list, a list, a mapping of label to name, or a file of one of these; odd names in quotes"
+        "labels, the name of a published list, a list of names, a mapping from label to name, or a file with one of these; put names "
+        "with special characters in quotes"
     ),
 ]
 
-SOURCES = ("root", "table", "generate", "torchvision")  # of labeled images
+# Keys of `LabeledDataConfig` that name the source of the images
+SOURCES = ("root", "table", "generate", "torchvision")
 
 
 class EvalOnBadImage(StrEnum):
@@ -50,27 +52,33 @@ class EvalOnBadImage(StrEnum):
 
 
 class ModelChoice(Config):
-    """Which model."""
+    """Choice of a model: a run, a checkpoint, or published weights."""
 
     run: PathText | None = Field(
-        None, description="run folder, outputs/train/<name>/<time>; one of run, ckpt, and model with pretrained"
+        None,
+        description="run folder, outputs/train/<name>/<time>: its best checkpoint by monitor if that was set, else its last; set one of "
+        "run, ckpt and pretrained",
     )
     ckpt: PathText | None = Field(
-        None, description="checkpoint, <run folder>/checkpoints/step-000060, or its model.safetensors"
+        None, description="checkpoint of a run, <run folder>/checkpoints/step-000060, or its model.safetensors"
     )
-    model: ModelConfig | None = Field(None, description="model of those weights, by its name: model=vit_b32")
+    model: ModelConfig | None = Field(
+        None, description="model of the pretrained weights: model=vit_b32; null: the model that the weights name"
+    )
     pretrained: str | None = Field(
         None,
-        description="weights for model=…: a tag of `clip-exp models`, hf-hub:org/name, a file or a folder; alone where they name their model",
+        description="weights: a tag of `clip-exp models`, hf-hub:org/name, a file or a folder; needs model=… unless the weights name "
+        "their model",
     )
     pretrained_prefix: str | None = Field(
         None,
-        description="which weights of the file, where several fit the model, such as a student and a teacher: a key of the file, a prefix of names, or both with a dot between them",
+        description="selects the weights in a file with several models, such as a student and a teacher: a key of the file, a prefix of "
+        "names, or both joined by a dot; null: the only weights that fit",
     )
-    ema: bool = Field(False, description="the averaged weights of the checkpoint instead of the raw ones")
+    ema: bool = Field(False, description="use the exponential moving average of the weights in the checkpoint")
     wise_ft: Fraction | None = Field(
         None,
-        description="fraction of the run's weights, the rest from what it started from (Wortsman et al. 2022); null: all",
+        description="WiSE-FT (Wortsman et al. 2022): fraction of the run's weights in an average with its initial weights; null: no average",
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
@@ -79,65 +87,78 @@ class ModelChoice(Config):
 
 
 class InferenceConfig(ModelChoice):
-    """Which model, and how it sees images: what every command has that runs one."""
+    """Base class of the commands that run a model: the model, and how it processes images."""
 
-    accelerator: Accelerator = Field("auto", description="auto, cpu, gpu (or cuda)")
+    accelerator: Accelerator = Field("auto", description="auto, cpu, gpu or cuda (the same as gpu)")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
-        "32-true", description="auto, 32-true, bf16-mixed or 16-mixed"
+        "32-true",
+        description="32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs that support it, else 32-true",
     )
     batch_size: Count = Field(64, description="images per forward pass")
     num_workers: Index | None = Field(
-        None, description="processes that decode images; null: as `data.num_workers` of a training"
+        None, description="processes that decode images; null: derived from the CPU cores, as in training"
     )
     on_bad_image: EvalOnBadImage = Field(
         EvalOnBadImage.error, description="error, or skip: leave unreadable images out and count them"
     )
-    max_image_pixels: Count = Field(200_000_000, description="pixels; larger images are refused from their header")
+    max_image_pixels: Count = Field(
+        200_000_000, description="maximum number of pixels of an image; larger images count as bad and are not decoded"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- data
 
 
 class TableConfig(Config):
-    """How a table is read."""
+    """Options for reading a table."""
 
     image_root: PathText | None = Field(
-        None, description="folder that relative image paths start from; null: the table's own folder"
+        None, description="folder that relative image paths refer to; null: the folder of the table"
     )
-    allow_outside_root: bool = Field(False, description="read images whose relative path leaves `image_root` by `..`")
-    image_key: str = Field("filepath", description="column of image paths")
-    separator: str = Field("auto", description="auto, or one character; tab may be written \\t")
-    encoding: str = Field("auto", description="auto, or Python's name of an encoding")
-    on_bad_row: OnBadRow = Field(OnBadRow.error, description="error, or skip: leave bad rows out and count them")
+    allow_outside_root: bool = Field(
+        False, description="allow relative image paths that lead out of image_root through .."
+    )
+    image_key: str = Field("filepath", description="name of the column with image paths")
+    separator: str = Field(
+        "auto", description="separator of columns in text files: one character, \\t for a tab; auto: detected"
+    )
+    encoding: str = Field("auto", description="encoding of text files, by Python's name; auto: detected")
+    on_bad_row: OnBadRow = Field(
+        OnBadRow.error,
+        description="malformed rows of a table: error stops the command, skip leaves them out and counts them",
+    )
     filter: str | None = Field(
-        None, description='rows that are used, by their columns: "width >= 256 and similarity > 0.28"'
+        None, description='condition on columns for rows to use: "width >= 256 and similarity > 0.28"; null: all rows'
     )
 
 
 class LabeledDataConfig(TableConfig):
-    """Labeled images, from exactly one of `root`, `table`, `generate` and `torchvision`."""
+    """Labeled images. Exactly one of `root`, `table`, `generate` and `torchvision` names their source; `torchvision` also needs `root`."""
 
     root: PathText | None = Field(
         None,
-        description="folder with one folder of images per class, or with flat images and `ground_truth`; of torchvision's data",
+        description="folder with a folder of images per class, or with flat images (see ground_truth), or torchvision's root folder",
     )
     ground_truth: PathText | None = Field(
         None,
-        description="labels of flat images: ImageNet's devkit (folder or archive), or a file with a label per line",
+        description="labels of flat images in root: ImageNet's development kit (folder or archive), or a file with a label per line",
     )
     table: Paths | None = Field(
-        None, description="table with `image_key` and `label_key`, shards, a pattern, or a list of them"
+        None, description="table with the columns image_key and label_key, or shards; a glob, or a list of them"
     )
-    generate: GenerateConfig | None = Field(None, description="data set that clip_exp makes")
+    generate: GenerateConfig | None = Field(None, description="data set that clip_exp generates; null: none")
     torchvision: str | None = Field(
-        None, description="class of torchvision.datasets, such as CIFAR10; `root` is where it lies"
+        None, description="class of torchvision.datasets, such as CIFAR10, which reads its files from root"
     )
-    split: str | None = Field(None, description="of `generate` and `torchvision`; null: the held-out one")
-    download: bool = Field(False, description="let torchvision fetch what is missing")
-    label_key: str = Field("label", description="column of labels")
+    split: str | None = Field(
+        None, description="split of the data set of generate or torchvision; null: the test or validation split"
+    )
+    download: bool = Field(False, description="let torchvision download missing files")
+    label_key: str = Field("label", description="name of the column with labels")
     classes: ClassNames = Field(
         "labels",
-        description="labels (the data's own names), imagenet, imagenet_a, imagenet_r, objectnet, a list, a mapping of label to name, or a file",
+        description="class names: labels (the names in the data), imagenet, imagenet_a, imagenet_r, objectnet, a list, a mapping from "
+        "label to name, or a file",
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
@@ -165,39 +186,48 @@ class LabeledDataConfig(TableConfig):
 
 
 class Scale(StrEnum):
-    """How the values of a metric are read."""
+    """Range and direction of a metric's values.
 
-    fraction = "fraction"  # 0 to 1, higher is better
-    rank = "rank"  # from 1, lower is better
-    loss = "loss"  # lower is better
+    - fraction: 0 to 1, higher is better
+    - rank: from 1, lower is better
+    - loss: lower is better
+    """
+
+    fraction = "fraction"
+    rank = "rank"
+    loss = "loss"
 
 
 class TaskConfig(Member):
-    """What every evaluation task has: how its data are found, and how its results are shown."""
+    """Base class of evaluation tasks: how the data are found, and how the results are displayed."""
 
     group: ClassVar[str] = "task"
     key: ClassVar[str] = "kind"
 
     kind: str
 
-    title: ClassVar[str] = ""  # of the kind, on pages; empty: its name
-    headline: ClassVar[tuple[str, ...]] = ()  # metrics that stand first where not all are shown
-    # Of metrics that are not fractions, by the part of their names after the last slash.
+    # Title in reports; empty: the name of the kind
+    title: ClassVar[str] = ""
+    # Metrics to show where there is no space for all
+    headline: ClassVar[tuple[str, ...]] = ()
+    # Scales of metrics that are not fractions, by the part of the metric's name after the last slash
     scales: ClassVar[dict[str, Scale]] = {}
-    of_validation: ClassVar[bool] = False  # scores a run on the data that its training validates on
+    # Whether the task evaluates a run on the validation data of its training
+    of_validation: ClassVar[bool] = False
 
     @property
     def fetches(self) -> bool:
-        """Whether `prepare` may download data."""
+        """True if `prepare` may download data."""
         return any(isinstance(part, LabeledDataConfig) and part.download for part in (self, *vars(self).values()))
 
     def prepare(self, name: str, output_dir: str, run: "TrainConfig | None" = None) -> Sequence[Any]:
-        """Find files and match names, without torch; return what is to be scored (`evaluation.task.Task`).
+        """Return the evaluations to run (`evaluation.task.Task`), after finding files and matching names. Does not import torch.
 
         Args:
-            name: of the task; `task.<name>` is the beginning of its keys, for messages.
-            output_dir: of the command; generated data are written below it.
-            run: run of the model; None: the model is no run's.
+            name: name of the task; messages use the prefix `task.<name>` for its keys.
+            output_dir: output folder of the command, where generated data are written.
+            run: configuration of the run that the model is from; None if it is not from a run.
+
         Raises:
             ClipExpError: a value does not fit the data, or the data cannot be used.
         """
@@ -205,7 +235,7 @@ class TaskConfig(Member):
 
     @classmethod
     def kinds(cls) -> dict[str, "type[TaskConfig]"]:
-        """Return the kinds of tasks by their names, those of the user included."""
+        """Return all kinds of tasks by name, including custom ones."""
         return {model.model_fields["kind"].default: model for model in cls.members()}  # type: ignore[misc]
 
 
@@ -213,7 +243,7 @@ def _is_chosen(values: Any) -> Any:
     if isinstance(values, dict) and "kind" not in values:
         kinds = ", ".join(TaskConfig.kinds())
         raise PydanticCustomError(
-            "task", "is not chosen: name it in task=[…]. A task of your own needs a kind: {kinds}", {"kinds": kinds}
+            "task", "is not selected: add it to task=[…]. A custom task needs a kind: {kinds}", {"kinds": kinds}
         )
     return values
 
@@ -224,27 +254,29 @@ Tasks = dict[str, Annotated[TaskConfig, BeforeValidator(_is_chosen)]]
 
 Devices = Annotated[
     Literal["auto"] | Literal[-1] | Count | Annotated[list[Index], NOT_EMPTY],
-    must_be("auto, a number above 0, or a list of distinct GPU indices"),
+    must_be("auto, a number greater than 0, or a list of distinct GPU indices"),
 ]
 
 
 class EvaluateConfig(InferenceConfig):
-    """An evaluation."""
+    """Configuration of an evaluation."""
 
     usage: ClassVar = """\
 python evaluate.py run=DIR [task=[…]] [key=value …]        (or: clip-exp evaluate …)
 
-Which model: run=DIR, or ckpt=PATH, or model=… pretrained=…; what to score it on: task=[imagenet,retrieval]."""
+The model: run=DIR, ckpt=PATH, or model=… pretrained=…; the tasks: task=[imagenet,retrieval]."""
 
-    task: Tasks = Field({}, description="tasks: task=imagenet, or several: 'task=[imagenet,retrieval]'")
-    name: str | None = Field(None, description="name of the evaluation's folder; null: the run's or the model's")
+    task: Tasks = Field({}, description="evaluation tasks: task=imagenet, or several: 'task=[imagenet,retrieval]'")
+    name: str | None = Field(
+        None, description="name of the evaluation's folder; null: the name of the run or the model"
+    )
     output_dir: str = Field("outputs", description="folder for evaluations, caches and generated data")
     devices: Devices = Field(
         "auto",
-        description="processes to share the images: auto (1 on CPU, all GPUs), a number, or a list of GPU indices",
+        description="devices to distribute the images over: auto (all GPUs, or one CPU process), a number, or a list of GPU indices",
     )
     cache_gb: NonNegative = Field(
-        10.0, description="GB of disk space for features and classifiers below <output_dir>/cache; 0: keep none"
+        10.0, description="maximum size in GB of the cache of features and classifiers, <output_dir>/cache; 0: no cache"
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
@@ -252,7 +284,7 @@ Which model: run=DIR, or ckpt=PATH, or model=… pretrained=…; what to score i
         Unused(
             "model.dropout model.image.patch_dropout model.image.pretrained model.text.pretrained",
             lambda c: c.model is not None,
-            "on a model that is trained already",
+            "on a trained model",
             typed_only=True,
         ),
     )

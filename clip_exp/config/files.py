@@ -1,4 +1,4 @@
-"""Configurations in files: `conf/`, and the `config.yaml` of a run, which may be a third party's."""
+"""Configuration files: `conf/`, and `config.yaml` in run folders, which may come from a third party."""
 
 import io
 import re
@@ -11,15 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clip_exp.config import registry
-from clip_exp.config.base import OWN_FOLDER, Config, parse, plain
+from clip_exp.config.base import CONFIG_DIR_HINT, Config, parse, plain
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.secrets import OPEN_NODES, redact, texts
 
 C = TypeVar("C", bound=Config)
-MAX_YAML = 1_000_000  # bytes of a run's configuration, which has ten thousand
-PATH_KEYS = {  # last parts of keys whose texts are paths of this machine; `pretrained` has names of its own for what is elsewhere
+# Maximum size in bytes of a run's configuration, which usually has about 10,000
+MAX_YAML = 1_000_000
+# Last parts of keys whose values are local paths. `pretrained` is none of them: it also accepts names of remote weights.
+PATH_KEYS = {
     "output_dir", "resume", "run", "ckpt", "output", "copy_to", "index", "images", "image", "table", "train", "val", "path", "root",
     "image_root", "ground_truth", "baseline_weights",
 }  # fmt: skip
@@ -29,68 +31,71 @@ ADDRESS = re.compile(r"[A-Za-z][\w+.:-]*://")
 
 
 def conf_dir() -> Path:
-    """Return the folder `conf/`: inside the package when it was installed from a wheel, next to it in a checkout."""
+    """Return the folder `conf/`: inside the package if it was installed from a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise ConfigError(
-        f"conf/ is missing: looked in {package / 'conf'} and {package.parent / 'conf'}; reinstall clip_exp."
-    )
+    raise ConfigError(f"conf/ not found in {package / 'conf'} and {package.parent / 'conf'}: reinstall clip_exp.")
 
 
-def options(group: str, *, own: bool = True) -> list[str]:
-    """Return the names of a configuration group's options, sorted: `options("model")` -> ["vit_b16", ...].
+def options(group: str, *, custom: bool = True) -> list[str]:
+    """Return the sorted names of a configuration group's options: `options("model")` -> ["vit_b16", ...].
 
     Args:
-        own: with those in the user's folders.
+        group: name of the group, such as `model/image`.
+        custom: include options in the user's folders.
     """
-    folders = [conf_dir(), *(registry.folders() if own else ())]
+    folders = [conf_dir(), *(registry.folders() if custom else ())]
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def option_file(group: str, option: str) -> Path:
-    """Return the file of an option; the user's own comes first, as in a composition."""
+    """Return the file of an option; the user's folders take precedence over `conf/`, as in a composition."""
     places = [folder / group / f"{option}.yaml" for folder in (*registry.folders(), conf_dir())]
     return next((place for place in places if place.is_file()), places[-1])
 
 
 def to_yaml(config: Config) -> str:
-    """Return the complete configuration as YAML, from which the same configuration is read."""
+    """Return the complete configuration as YAML; parsing it gives an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
 def read_run_config(run_dir: Path | str) -> TrainConfig:
-    """Read the configuration that a run folder was made with.
+    """Read the configuration of a run.
+
+    Args:
+        run_dir: run folder.
 
     Raises:
-        CheckpointError: the folder or its `config.yaml` is missing, or refers to values of this machine.
-        ConfigError: the file has keys or values that this version does not know.
+        CheckpointError: the folder or its `config.yaml` is missing, or the file has interpolations.
+        ConfigError: the file has keys or values that this version does not support.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise CheckpointError(
-            f"{run_dir} is not a run folder: it has no config.yaml. Give the folder that training printed."
+            f"{run_dir} is not a run folder: it has no config.yaml. Give the folder that training printed at its start."
         )
-    return _written(TrainConfig, read_yaml(path), str(path))
+    return _parse_saved(TrainConfig, read_yaml(path), str(path))
 
 
 def read_evaluate_config(folder: Path) -> EvaluateConfig:
-    """Read the configuration that an evaluation's folder was made with."""
+    """Read the configuration of an evaluation from its folder."""
     path = folder / "config.yaml"
-    return _written(EvaluateConfig, read_yaml(path), str(path))
+    return _parse_saved(EvaluateConfig, read_yaml(path), str(path))
 
 
 def parse_run_config(text: str, where: str) -> TrainConfig:
     """Parse the text of a run's configuration.
 
     Args:
-        where: place of the text, for messages.
+        text: content of a `config.yaml`.
+        where: location of the text, for messages.
 
     Raises:
         CheckpointError, ConfigError: see `read_run_config`.
     """
-    return _written(TrainConfig, _parse_yaml(text.encode(), where), where)
+    return _parse_saved(TrainConfig, _parse_yaml(text.encode(), where), where)
 
 
 def older_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def _renew(values: dict[str, Any]) -> None:
             values["monitor"] = metric
 
 
-def _written(model: type[C], config: DictConfig, where: str) -> C:
+def _parse_saved(model: type[C], config: DictConfig, where: str) -> C:
     values: Any = OmegaConf.to_container(config)
     require_literal(values, where)
     if model is TrainConfig:
@@ -123,19 +128,21 @@ def _written(model: type[C], config: DictConfig, where: str) -> C:
     try:
         return parse(model, values)
     except ConfigError as error:
-        if own := [line for line in str(error).splitlines() if OWN_FOLDER in line]:
-            raise ConfigError("\n".join(f"{where}: {line}" for line in own)) from None
+        if custom := [line for line in str(error).splitlines() if CONFIG_DIR_HINT in line]:
+            raise ConfigError("\n".join(f"{where}: {line}" for line in custom)) from None
         raise ConfigError(
-            f"{where} does not fit this version of clip_exp: it was written by another one, or edited. Use that version, or start "
-            "again: resume=never.\n" + "\n".join(f"  {line}" for line in str(error).splitlines())
+            f"{where} does not fit this version of clip_exp: it was written by another version, or edited. Use that version, or "
+            "start a new run with resume=never.\n" + "\n".join(f"  {line}" for line in str(error).splitlines())
         ) from None
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """Read a user-provided YAML file, where it is as large as it looks: with aliases a few lines stand for gigabytes.
+    """Read a user-provided YAML file.
+
+    Aliases are refused, since with them a few lines can expand to gigabytes.
 
     Raises:
-        CheckpointError: it is larger than any configuration, is no mapping, or is not YAML.
+        CheckpointError: the file cannot be read, is too large, has aliases, is not YAML, or is not a mapping.
     """
     try:
         text = path.read_bytes()
@@ -145,48 +152,50 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _parse_yaml(text: bytes, where: str) -> DictConfig:
-    problem = "it is no mapping of keys"
+    problem = "it is not a mapping"
     try:
         if len(text) > MAX_YAML:
-            problem = f"it has {len(text):,} bytes, where a configuration has thousands"
+            problem = f"it has {len(text):,} bytes, and at most {MAX_YAML:,} are allowed"
         elif any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            problem = "it has aliases (*name), which no configuration of ours needs"
+            problem = "it has aliases (*name), which are not allowed"
         elif isinstance(config := OmegaConf.load(io.BytesIO(text)), DictConfig):
             return config
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         problem = " ".join(str(error).split()) or type(error).__name__
-    raise CheckpointError(f"{where}: refused, because {problem}. Give the folder as it was written.")
+    raise CheckpointError(f"{where} is not a valid configuration: {problem}. Give the folder as training wrote it.")
 
 
 def require_literal(values: Any, where: str) -> None:
-    """Refuse `${…}` in a third party's file: it may ask for a secret of this machine (`${oc.env:…}`).
+    """Check that a user-provided file has no interpolations `${…}`, which could read secrets of this machine (`${oc.env:…}`).
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: a value has an interpolation.
     """
     if isinstance(values, str) and "${" in values:
         raise CheckpointError(
-            f"{where}: refused, because it asks for a value of this machine: {values}. Write the value."
+            f"{where}: interpolations are not allowed in a user-provided configuration: {values}. Write the value instead."
         )
     for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
         require_literal(value, where)
 
 
-def addresses(values: Any, below: str = "") -> Iterator[str]:
-    """Yield a sentence for every path in a configuration, or a part of it, that is an address.
+def addresses(values: Any, key: str = "") -> Iterator[str]:
+    """Yield an error message for every URL that a configuration has instead of a local path.
 
     Args:
-        values, below: see `texts`, where `below` is `key`.
+        values: configuration, or a part of it, as plain values.
+        key: full key of `values`; empty for a whole configuration.
     """
-    for key, value in texts(values, below):
-        if not ADDRESS.match(value) or not _is_path_key(key):
+    for full_key, value in texts(values, key):
+        if not ADDRESS.match(value) or not _is_path_key(full_key):
             continue
         local = value.removeprefix("file://") if value.startswith("file:///") else "/local/path"
         yield (
-            f"{key}={redact(value)} is an address, and only local files are read and written: download or mount what is there, and "
-            f"give {key}={local}."
+            f"{full_key}={redact(value)} is a URL, but only local paths are supported: download or mount the files, and "
+            f"set {full_key}={local}."
         )
 
 
 def _is_path_key(key: str) -> bool:
-    return key.rpartition(".")[2] in PATH_KEYS and not key.startswith(OPEN_NODES)  # where classes of others take them
+    # In open nodes, a class of another library may accept a URL.
+    return key.rpartition(".")[2] in PATH_KEYS and not key.startswith(OPEN_NODES)

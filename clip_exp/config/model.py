@@ -1,4 +1,4 @@
-"""The schema of a model: two towers and the space that they share, and what a family of towers tells about one (`clip_exp.models.families`)."""
+"""Schema of a model: two towers and their shared embedding space. Each family of towers (`clip_exp.models.families`) subclasses `Tower`."""
 
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -13,12 +13,14 @@ from clip_exp.renaming import Names
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-VOCABULARY = 49408  # of OpenAI's byte-pair encoding
-HERE = "."  # as the tokenizer of an exported model: in the folder of its file
+# Size of the vocabulary of OpenAI's byte-pair encoding
+VOCABULARY = 49408
+# Value of `tokenizer` in an exported model: the tokenizer is in the same folder
+HERE = "."
 
 
 class Activation(StrEnum):
-    """Nonlinearity of the towers' MLPs. OpenAI's weights need `quick_gelu`, x * sigmoid(1.702 x)."""
+    """Activation functions of the towers' MLPs. OpenAI's weights need `quick_gelu`, x * sigmoid(1.702 x)."""
 
     gelu = "gelu"
     quick_gelu = "quick_gelu"
@@ -26,7 +28,7 @@ class Activation(StrEnum):
 
 
 class Projection(StrEnum):
-    """Maps from the channels of a foreign tower to the shared space."""
+    """Projections from the output of another library's tower to the shared embedding space."""
 
     linear = "linear"
     mlp = "mlp"
@@ -34,7 +36,7 @@ class Projection(StrEnum):
 
 
 class Pooler(StrEnum):
-    """Ways from a Hugging Face encoder's tokens to one vector: their mean, the first, or the encoder's own pooler."""
+    """Pooling of a Hugging Face encoder's tokens: their mean, the first token, or the encoder's own pooler."""
 
     mean = "mean"
     cls = "cls"
@@ -42,22 +44,25 @@ class Pooler(StrEnum):
 
 
 class Cleaning(StrEnum):
-    """Treatments of a text before a tokenizer of the `tokenizers` library, by open_clip's names."""
+    """Text normalization before a tokenizer of the `tokenizers` library, by open_clip's names."""
 
     whitespace = "whitespace"
-    lower = "lower"  # type: ignore[assignment] # open_clip's name, though a str has a method of that name
+    lower = "lower"  # type: ignore[assignment] # overrides a method of str
     canonicalize = "canonicalize"
 
 
 class Interpolation(StrEnum):
-    """Interpolations of images in evaluation; training crops are always bicubic."""
+    """Interpolation modes for resizing images in evaluation; training always uses bicubic interpolation."""
 
     bicubic = "bicubic"
     bilinear = "bilinear"
 
 
 class ResizeMode(StrEnum):
-    """Ways to make an image square in evaluation: shorter side to size, then a center crop; or both sides to size."""
+    """Resizing of images to a square in evaluation.
+
+    `shortest` resizes the shorter side and takes the center crop; `squash` resizes both sides.
+    """
 
     shortest = "shortest"
     squash = "squash"
@@ -68,79 +73,87 @@ Mean = Annotated[list[Float], exactly(3)]
 
 
 class Tower(Member):
-    """Base of both kinds of towers: what a family tells about a tower, beside its fields.
+    """Base class of towers. Besides the fields, a family declares how its towers are built, loaded and exported.
 
-    The base of the group says what holds for a tower that is nobody's but the user's; a family overrides what differs.
+    The defaults suit a custom tower; a family overrides what differs.
+
+    Attributes:
+        foreign: the modules are those of another library, under that library's names.
+        in_open_clip: open_clip's configurations can describe the tower.
+        takes_activation: `model.activation` has an effect on the tower.
+        own_activation: the tower's library defines the activation if `model.activation` is null.
+        architecture_keys: fields that change the weights' shapes, or the output for the same weights.
+        names: names of the parameters in files of other libraries, by layout (`clip_exp.weights.names`), or by any name
+            for files of one tower.
     """
 
     key: ClassVar[str] = "kind"
-    foreign: ClassVar[bool] = False  # its modules are another library's, under that library's names
-    in_open_clip: ClassVar[bool] = False  # open_clip's configurations can describe it
-    takes_activation: ClassVar[bool] = False  # `model.activation` changes it
-    own_activation: ClassVar[bool] = False  # its library says which, where `model.activation` is null
-    architecture_keys: ClassVar[
-        tuple[str, ...]
-    ] = ()  # fields that make other weights, or other numbers out of the same ones
-    names: ClassVar[
-        dict[str, Names]
-    ] = {}  # its parameters in other libraries' files, by layout (`clip_exp.weights.names`), or by any name for files of one tower
+    foreign: ClassVar[bool] = False
+    in_open_clip: ClassVar[bool] = False
+    takes_activation: ClassVar[bool] = False
+    own_activation: ClassVar[bool] = False
+    architecture_keys: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[dict[str, Names]] = {}
 
     kind: str = Field(description="kind of tower")
 
     @property
     def own_weights(self) -> bool:
-        """Whether it starts from the weights of its own library."""
+        """True if the tower starts from weights of its own library, such as timm."""
         return False
 
     def build(self, model: "ModelConfig", own_weights: bool = False) -> "nn.Module":
-        """Return the tower with fresh weights, from its input to [B, embed_dim].
+        """Build the tower, a module from its input to [B, embed_dim].
 
         Args:
-            own_weights: start from the weights of the tower's own library where `own_weights` says so; else nothing is fetched.
+            model: model that the tower is part of.
+            own_weights: load the weights of the tower's own library if the property `own_weights` is True. Otherwise,
+                the weights are random and nothing is downloaded.
 
         Raises:
-            ConfigError: numbers that do not fit each other, or a backbone or its weights that could not be loaded.
+            ConfigError: values do not fit each other, or a backbone or its weights could not be loaded.
         """
         raise NotImplementedError
 
     def resolved(self, own_weights: bool) -> Self:
-        """Return the tower with everything written out that its library knows, so that a run folder is opened without asking it.
+        """Return the tower with all values that its library defines, so that a run folder can be opened without the library.
 
         Args:
-            own_weights: whether it starts from its library's weights; else weights of the whole model will be loaded.
+            own_weights: whether the tower starts from weights of its own library; if False, weights of the whole model
+                will be loaded.
 
         Raises:
-            ConfigError: the library does not know it, or cannot be asked.
+            ConfigError: the tower is unknown to the library, or the library is not available.
         """
         return self
 
     def as_resolved(self, earlier: "Tower") -> Self:
-        """Return the tower with what `earlier`, the same one that was resolved before, has written out."""
+        """Return the tower with the values of `earlier`, the same tower after `resolved`."""
         return self
 
     def portable(self) -> Self:
-        """Return the tower as it is written into an export: it means the same on another machine."""
+        """Return the tower as it is written to an export, without paths of this machine."""
         return self
 
     def fits(self, model: "ModelConfig", at: str) -> Iterator[str]:
-        """Yield why the tower cannot be one of the model's."""
+        """Yield an error message for every reason why the tower does not fit the model."""
         yield from ()
 
     def open_clip_cfg(self, model: "ModelConfig") -> dict[str, Any]:
-        """Return `vision_cfg` or `text_cfg` with which open_clip builds the same tower, where its kind is `in_open_clip`."""
+        """Return `vision_cfg` or `text_cfg` of the same tower in open_clip. Only for towers with `in_open_clip`."""
         raise NotImplementedError
 
     def open_clip_model(self, model: "ModelConfig") -> dict[str, Any]:
-        """Return what open_clip's configuration of the whole model must say for this tower."""
+        """Return the top-level entries of open_clip's model configuration that this tower requires."""
         return {}
 
     def open_clip_problems(self, model: "ModelConfig") -> Iterator[str]:
-        """Yield why this tower in particular has no `open_clip_cfg`, though its kind has one."""
+        """Yield an error message for every reason why open_clip cannot represent this tower, although it has `in_open_clip`."""
         yield from ()
 
     @classmethod
     def numbers(cls, state: "Mapping[str, Tensor]") -> dict[str, Any]:
-        """Return the fields that the shapes of a tower's weights tell.
+        """Return the fields that can be inferred from the shapes of a tower's weights.
 
         Args:
             state: weights by their names in the tower.
@@ -149,125 +162,144 @@ class Tower(Member):
 
 
 class ImageTowerConfig(Tower):
-    """An image tower, and the images that it expects."""
+    """Base class of image towers, with the preprocessing of the images."""
 
     group: ClassVar[str] = "model/image"
 
     kind: str = Field(description="kind of image tower")
-    image_size: Size = Field(description="side of the square input, pixels")
+    image_size: Size = Field(description="side of the square input image, pixels")
     mean: Mean | None = Field(
-        None, description="RGB, of pixels in 0..1; null: as the weights were trained, else OpenAI's"
+        None,
+        description="mean of the RGB channels for pixels in 0..1; null: the mean that the weights were trained with, else OpenAI's",
     )
     std: Std | None = Field(
-        None, description="RGB, of pixels in 0..1; null: as the weights were trained, else OpenAI's"
+        None,
+        description="standard deviation of the RGB channels for pixels in 0..1; null: as the weights were trained with, else OpenAI's",
     )
     interpolation: Interpolation | None = Field(
-        None, description="bicubic or bilinear; null: as the weights were trained, else bicubic"
+        None,
+        description="interpolation of images in evaluation: bicubic or bilinear; null: as the weights were trained with, else bicubic",
     )
     resize_mode: ResizeMode | None = Field(
-        None, description="shortest or squash; null: as the weights were trained, else shortest"
+        None,
+        description="resizing in evaluation: shortest (shorter side, then center crop) or squash (both sides); null: as the weights were "
+        "trained with, else shortest",
     )
 
 
 class TextTowerConfig(Tower):
-    """A text tower, and the tokens that it expects."""
+    """Base class of text towers, with the tokenizer.
+
+    Attributes:
+        openai_tokenizer: if `tokenizer` is null, OpenAI's tokenizer is used; False: the tower has its own.
+        sigmoid: the published weights have the bias of the sigmoid loss.
+        may_trim: a batch may be truncated to its longest text without a change of the features.
+        open_clip_prefix: prefix of the parameter names in open_clip's files.
+    """
 
     group: ClassVar[str] = "model/text"
-    openai_tokenizer: ClassVar[bool] = (
-        True  # the tokenizer where `tokenizer` is null; else the tower has one of its own
-    )
-    sigmoid: ClassVar[bool] = False  # published with the bias of the sigmoid loss
-    may_trim: ClassVar[bool] = False  # a batch may be cut to its longest text
-    open_clip_prefix: ClassVar[str] = "text."  # of its names in open_clip's files
+    openai_tokenizer: ClassVar[bool] = True
+    sigmoid: ClassVar[bool] = False
+    may_trim: ClassVar[bool] = False
+    open_clip_prefix: ClassVar[str] = "text."
 
     kind: str = Field(description="kind of text tower")
     context_length: Annotated[Size, Field(ge=3)] = Field(
-        77, description="tokens, start and end included; longer captions are cut, the end token kept"
+        77,
+        description="maximum number of tokens of a text, including start and end tokens; longer texts are truncated before the end token",
     )
     tokenizer: str | None = Field(
-        None, description="name on the hub, or a folder; null: the encoder's own, elsewhere OpenAI's"
+        None,
+        description="tokenizer: a name on the Hugging Face hub, or a folder; null: that of the Hugging Face encoder, else OpenAI's",
     )
     cleaning: Cleaning = Field(
-        Cleaning.whitespace, description="whitespace, lower or canonicalize, before a `tokenizer`; OpenAI's has its own"
+        Cleaning.whitespace,
+        description="text normalization before tokenizer: whitespace, lower or canonicalize; OpenAI's tokenizer has its own",
     )
     strip_sep_token: bool = Field(
-        False, description="zeros in the place of the tokenizer's separators, as CLIPA's weights expect"
+        False, description="replace the tokenizer's separator tokens by zeros, as CLIPA's weights expect"
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(
             "cleaning strip_sep_token",
             lambda text: text.uses_openai_tokenizer,
-            "on OpenAI's tokenizer",
+            "with OpenAI's tokenizer",
             "leave it out, or set {at}tokenizer",
         ),
     )
 
     @property
     def uses_openai_tokenizer(self) -> bool:
-        """Whether captions are split by OpenAI's tokenizer, which the package carries."""
+        """True if the tokenizer is OpenAI's, which is part of the package."""
         return self.tokenizer is None and self.openai_tokenizer
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Folder of the tokenizer, or its name on the hub; None: OpenAI's, or nothing names one."""
+        """Folder of the tokenizer, or its name on the Hugging Face hub; None for OpenAI's, or if none is specified."""
         return self.tokenizer
 
     @property
     def trims(self) -> bool:
-        """Whether a batch is cut to its longest text, which changes no feature; else it is as long as the context."""
+        """True if batches are truncated to their longest text, which does not change features; else they have the context length."""
         return self.may_trim
 
     def portable(self) -> Self:
         return self if self.uses_openai_tokenizer else self.model_copy(update={"tokenizer": HERE})
 
     def prefix_in_open_clip(self, model: "ModelConfig") -> str:
-        """Return what the tower's names in open_clip's files begin with."""
+        """Return the prefix of the tower's parameter names in open_clip's files."""
         return self.open_clip_prefix
 
     def embedding_problems(self, where: str, tokenizer: Any, embedded: int) -> Iterator[str]:
-        """Yield that a tokenizer has ids without an embedding.
+        """Yield an error message if a tokenizer has ids without an embedding.
 
         Args:
+            where: key and value that name the tokenizer, for the message.
+            tokenizer: tokenizer of transformers.
             embedded: number of ids that the tower embeds.
         """
         if (highest := max(tokenizer.get_vocab().values())) >= embedded:
-            yield f"{where} has ids up to {highest}, and the text tower embeds {embedded}: give its own tokenizer."
+            yield f"{where} has ids up to {highest}, but the text tower embeds only {embedded} ids: use the tower's own tokenizer."
 
     def tokenizer_problems(self, where: str, tokenizer: Any) -> Iterator[str]:
-        """Yield why a tokenizer of transformers is not the tower's.
+        """Yield an error message for every reason why a tokenizer of transformers does not fit the tower.
 
         Args:
-            where: the key and its value, for messages.
+            where: key and value that name the tokenizer, for messages.
+            tokenizer: tokenizer of transformers.
         """
         yield from ()
 
     def training_problems(self, model: "ModelConfig") -> Iterator[str]:
-        """Yield why texts cannot be trained on. Published weights may have such values: a model that is only used is not checked."""
+        """Yield an error message for every value that prevents training. Inference does not check these: published weights may have them."""
         yield from ()
 
 
 class ModelConfig(Config):
-    """Two towers and the space that they share."""
+    """Dual encoder: an image tower, a text tower, and their shared embedding space."""
 
-    name: str = Field(description="name of the model, for folders and reports")
-    embed_dim: Size = Field(description="channels of the shared space")
+    name: str = Field(description="name of the model, used in folder names and reports")
+    embed_dim: Size = Field(description="dimension of the shared embedding space")
     image: ImageTowerConfig
     text: TextTowerConfig
     activation: Activation | None = Field(
         None,
-        description="gelu, quick_gelu or gelu_tanh in the MLPs of transformers; null: the one that the weights were trained with, else gelu",
+        description="activation of the transformers' MLPs: gelu, quick_gelu or gelu_tanh; null: as the weights were trained with, else gelu",
     )
-    dropout: Proportion = Field(0.0, description="on the residual branches of transformers; a resnet has none")
+    dropout: Proportion = Field(
+        0.0, description="dropout probability on the residual branches of transformers; ResNets have no dropout"
+    )
     open_clip_name: str | None = Field(
-        None, description="name of the same architecture in open_clip: `pretrained` knows its tags"
+        None,
+        description="name of the same architecture in open_clip, whose tags of published weights pretrained accepts; null: none",
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(
             "activation",
             lambda model: not model.uses_activation,
-            "on towers of kind={c.image.kind} and kind={c.text.kind}, which have their own",
+            "on towers of kind={c.image.kind} and kind={c.text.kind}, which define their own activation",
         ),
     )
 
@@ -281,7 +313,7 @@ class ModelConfig(Config):
 
     @property
     def has_own_mlp(self) -> bool:
-        """Whether a tower has `activation` in its MLPs, and no other where that is null."""
+        """True if a tower uses `activation` in its MLPs and defines no other default."""
         return any(tower.takes_activation and not tower.own_activation for tower in self.towers)
 
     @property
@@ -290,7 +322,7 @@ class ModelConfig(Config):
 
     @property
     def own_towers(self) -> set[str]:
-        """Which of the towers, `image` and `text`, start from the weights of their own library."""
+        """Names of the towers, `image` and `text`, that start from weights of their own library."""
         return {name for name, tower in zip(("image", "text"), self.towers, strict=True) if tower.own_weights}
 
     def rules(self, at: str) -> Iterator[str]:
@@ -299,14 +331,14 @@ class ModelConfig(Config):
 
 
 def folder_or_hub_name(name: str) -> str:
-    """Return what Hugging Face's `from_pretrained` takes: a folder that is here, or a name on the hub, which has at most one slash.
+    """Return an argument for Hugging Face's `from_pretrained`: an existing folder, or a name on the hub, which has at most one slash.
 
     Raises:
-        FileNotFoundError: it can only be a folder, and is not there.
+        FileNotFoundError: the name can only be a folder, which does not exist.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError("there is no such folder")
+        raise FileNotFoundError("folder not found")
     return name

@@ -1,4 +1,4 @@
-"""The models of `conf/model/`, by their names here and elsewhere: FlagAI's, OpenAI's and open_clip's."""
+"""Names of models: the options of `conf/model/`, and the names of the same models in FlagAI, OpenAI's repository and open_clip."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,29 +14,33 @@ from clip_exp.errors import ConfigError, nearest
 from clip_exp.open_clip_files import can_be_trimmed, configurations, open_clip_values
 
 ALIASES = {
-    "clip-base-p32-224": "vit_b32",  # FlagAI's
+    # FlagAI's names
+    "clip-base-p32-224": "vit_b32",
     "clip-base-p16-224": "vit_b16",
     "clip-large-p14-224": "vit_l14",
     "clip-large-p14-336": "vit_l14_336",
-    "ViT-B/32": "vit_b32",  # OpenAI's, whose ResNets have the names that they have in open_clip
+    # OpenAI's names; those of its ResNets are the same as open_clip's
+    "ViT-B/32": "vit_b32",
     "ViT-B/16": "vit_b16",
     "ViT-L/14": "vit_l14",
     "ViT-L/14@336px": "vit_l14_336",
 }
-QUICK_GELU = "-quickgelu"  # with which open_clip's names end where the nonlinearity is OpenAI's
-ADAPTER = "open_clip"  # the option for open_clip's other architectures
+# Suffix of open_clip's names of models with OpenAI's activation
+QUICK_GELU = "-quickgelu"
+# Option for the architectures of open_clip that have no option here
+ADAPTER = "open_clip"
 
 
 @dataclass(frozen=True)
 class Named:
-    """A model by our words: an option of the group `model`, and keys of it that are set."""
+    """Option of the group `model`, and keys of the model to set."""
 
     option: str
     keys: dict[str, str] = field(default_factory=dict)
 
 
 def resolve(name: str) -> Named | None:
-    """What a name means; None where it is no model's."""
+    """Return the option and keys that a name stands for; None if the name is unknown."""
     if name in options("model"):
         return Named(name)
     if name in ALIASES:
@@ -51,21 +55,23 @@ def resolve(name: str) -> Named | None:
 
 
 def names() -> list[str]:
-    """Every name of our models, for the nearest one to a typo."""
+    """Return all names of models, to suggest the nearest one after a typo."""
     return [*options("model"), *ALIASES, *_by_open_clip_name()]
 
 
 def named_model(name: str) -> ModelConfig:
-    """Return the configuration of a model by its name in `conf/model/` or elsewhere.
+    """Return the configuration of a model by its name in `conf/model/` or in another library.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the name is unknown.
     """
     named = resolve(name)
     if named is None:
-        raise ConfigError(f"there is no model '{name}': {nearest(name, names())}")
+        raise ConfigError(f"unknown model '{name}': {nearest(name, names())}")
     if named == Named(ADAPTER):
-        raise ConfigError(f"{name} stands for all architectures of open_clip: name one, such as convnext_base.")
+        raise ConfigError(
+            f"{name} stands for any architecture of open_clip: give the name of one, such as convnext_base."
+        )
     OmegaConf.register_new_resolver("open_clip", open_clip_field, replace=True)
     values = OmegaConf.load(option_file("model", named.option))
     resolved: Any = OmegaConf.to_container(OmegaConf.merge(values, named.keys), resolve=True)
@@ -73,18 +79,18 @@ def named_model(name: str) -> ModelConfig:
 
 
 def known_models() -> Iterator[ModelConfig]:
-    """Yield the complete models of `conf/model/`: not the options that take the name of an architecture."""
-    for option in options("model", own=False):
+    """Yield the complete models of `conf/model/`, without options that need the name of an architecture."""
+    for option in options("model", custom=False):
         values: Any = OmegaConf.to_container(OmegaConf.load(option_file("model", option)))
         if values["name"] != MISSING:
             yield parse(ModelConfig, values, "model.")
 
 
 def translate(arguments: list[str]) -> list[str]:
-    """Overrides with `model=` of another's name in our words: `model=ViT-B/32` is `model=vit_b32`.
+    """Replace other libraries' names of models in overrides by ours: `model=ViT-B/32` becomes `model=vit_b32`.
 
     Raises:
-        ConfigError: a sweep over a name that stands for several overrides.
+        ConfigError: a sweep has a name that stands for several overrides.
     """
     return [word for argument in arguments for word in _translated(argument)]
 
@@ -92,7 +98,7 @@ def translate(arguments: list[str]) -> list[str]:
 def _translated(argument: str) -> list[str]:
     group, _, value = argument.partition("=")
     choices = value.split(",") if group == "model" else []
-    # What has no meaning here is the user's own option, or a typo that Hydra answers.
+    # Other names are custom options, or typos that Hydra reports.
     found = {choice: named for choice in choices if choice not in options("model") and (named := resolve(choice))}
     if not found:
         return [argument]
@@ -101,8 +107,8 @@ def _translated(argument: str) -> list[str]:
     for choice, named in found.items():
         if named.keys:
             raise ConfigError(
-                f"model={choice} stands for model={named.option} {' '.join(_overrides(named))}, which cannot be one choice of "
-                "several: give it alone."
+                f"model={choice} stands for model={named.option} {' '.join(_overrides(named))}, which cannot be combined with other "
+                "models in a sweep: run it separately."
             )
     return ["model=" + ",".join(found[choice].option if choice in found else choice for choice in choices)]
 
@@ -113,9 +119,9 @@ def _overrides(named: Named) -> list[str]:
 
 @cache
 def _by_open_clip_name() -> dict[str, str]:
-    """open_clip's name of each of our architectures to ours."""
+    """Return a mapping from open_clip's names to the names of our options."""
     found = {}
-    for option in (option for option in options("model", own=False) if option != ADAPTER):
+    for option in (option for option in options("model", custom=False) if option != ADAPTER):
         values: Any = OmegaConf.load(option_file("model", option))
         name = values.get("open_clip_name")
         if name is not None:
@@ -124,16 +130,22 @@ def _by_open_clip_name() -> dict[str, str]:
 
 
 Values = dict[str, Any]
-CONTEXT_LENGTH = 77  # of open_clip's tokenizers where a configuration has none
+# Context length of open_clip's tokenizers if a configuration does not set it
+CONTEXT_LENGTH = 77
 
 
 def open_clip_field(name: str, field: str) -> Any:
-    """Return what `${open_clip:<name>,<field>}` in YAML stands for: a field of a model as one of open_clip's configurations has it.
+    """Resolve `${open_clip:<name>,<field>}` in YAML: a field of one of open_clip's model configurations.
 
-    The files of the installed package are read without importing it: composing takes no torch.
+    The files of the installed package are read without importing it, so that composing a configuration does not import
+    torch.
+
+    Args:
+        name: name of the model in open_clip.
+        field: key of `FIELDS`.
 
     Raises:
-        ConfigError: there is no such configuration.
+        ConfigError: the model is unknown to open_clip.
     """
     return FIELDS[field](open_clip_values(name))
 

@@ -1,11 +1,12 @@
-"""Names in a configuration to code: members of the open groups (towers, losses, tasks), and objects named by `_target_`.
+"""Lookup of code by names in a configuration: members of the open groups (towers, losses, tasks), and objects named by `_target_`.
 
-A member is a model of the schema (a subclass of its group's base) in a module that does not import torch, so that a typo is answered
-before torch is there. Those of clip_exp are in one package per group. Those of a user stand next to their options: with
-`--config-dir DIR`, `model/image=mine` is `DIR/model/image/mine.yaml` and the class in `DIR/model/image/mine.py`.
+A member is a model of the schema, a subclass of its group's base class, in a module that does not import torch. Thus,
+typos are reported without waiting for the import of torch. Members of clip_exp are in one package per group. Custom
+members are next to their options: with `--config-dir DIR`, `model/image=mine` needs the option
+`DIR/model/image/mine.yaml` and the class in `DIR/model/image/mine.py`.
 
-A configuration may come from a third party, so `_target_` imports only below a module prefix that is allowed;
-`CLIP_EXP_ALLOWED_TARGETS` adds prefixes, separated by commas: `export CLIP_EXP_ALLOWED_TARGETS=my_lab.optim`.
+Since a configuration may come from a third party, `_target_` can only name objects in allowed modules.
+`CLIP_EXP_ALLOWED_TARGETS` adds module prefixes, separated by commas: `export CLIP_EXP_ALLOWED_TARGETS=my_lab.optim`.
 """
 
 import importlib
@@ -22,50 +23,51 @@ from typing import Any
 
 from clip_exp.errors import ConfigError, nearest
 
-PACKAGES = {  # by group
+# Package of the members of each group
+PACKAGES = {
     "model/image": "clip_exp.models.families",
     "model/text": "clip_exp.models.families",
     "loss": "clip_exp.losses",
     "task": "clip_exp.evaluation.tasks",
 }
-FOLDERS = "CLIP_EXP_CONFIG_DIR"  # environment variable, which ranks, workers and the jobs of a sweep inherit
+# An environment variable, so that ranks, workers and jobs of a sweep inherit it
+FOLDERS = "CLIP_EXP_CONFIG_DIR"
+# Files that identify the folder of a run
 OF_A_RUN = ("run.json", "config.yaml", "checkpoints", "manifest.json")
 
 
 def folders() -> list[Path]:
-    """Return the user's folders of options and members."""
+    """Return the user's folders with options and custom members."""
     return [Path(path).absolute() for path in os.environ.get(FOLDERS, "").split(os.pathsep) if path]
 
 
 def add_folder(folder: str | Path) -> None:
-    """Let members be found in a user's folder as well, in this process and in those that it starts.
+    """Add a folder with options and custom members, for this process and its child processes.
 
     Raises:
-        ConfigError: its path cannot be listed with others.
+        ConfigError: the path contains the separator of paths in environment variables.
     """
     path = Path(folder).absolute()
     if os.pathsep in str(path):
-        raise ConfigError(
-            f"--config-dir {folder}: a path with {os.pathsep!r} cannot be listed with others: rename the folder."
-        )
+        raise ConfigError(f"--config-dir {folder}: the path must not contain {os.pathsep!r}. Rename the folder.")
     if path not in folders():
         os.environ[FOLDERS] = os.pathsep.join(map(str, [*folders(), path]))
 
 
 def load(group: str) -> None:
-    """Import the modules that hold the members of a group; importing a member registers it with its group's base.
+    """Import the modules with the members of a group. Importing a member registers it with the base class of its group.
 
-    A folder that holds a run may be a third party's, so its code is refused.
+    Code in run folders is not imported, since a run may come from a third party.
 
     Raises:
-        ConfigError: a module of the user cannot be imported, or lies in the folder of a run.
+        ConfigError: a custom module cannot be imported, or is in a run folder.
     """
     _load_package(PACKAGES[group])
     for folder in folders():
         files = sorted(file for file in (folder / group).glob("*.py") if not file.name.startswith("_"))
         if files and (found := next((name for name in OF_A_RUN if (folder / name).exists()), None)):
             raise ConfigError(
-                f"{files[0]} is not run, since {folder} holds a run ({found}): put options and code of your own into another folder."
+                f"{files[0]} is not imported, since {folder} is a run folder ({found}): move custom options and code to another folder."
             )
         for file in files:
             _load_file(group, file)
@@ -73,7 +75,7 @@ def load(group: str) -> None:
 
 @cache
 def _load_package(package: str) -> None:
-    """Import the packages in a package, whose `__init__` has members; other modules have what these share, and may import torch."""
+    """Import the subpackages of a package, whose `__init__` defines members. Other modules are not imported, since they may import torch."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         if module.ispkg:
             importlib.import_module(module.name)
@@ -81,7 +83,8 @@ def _load_package(package: str) -> None:
 
 @cache
 def _load_file(group: str, file: Path) -> None:
-    # Without dots, and its own for each folder: classes in it can be pickled, and files of one name do not meet.
+    # The name has no dots, so that classes can be pickled, and contains a hash of the path, since files may have equal
+    # names.
     name = f"clip_exp_custom_{zlib.crc32(str(file).encode()):08x}_{group.replace('/', '_')}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
@@ -102,18 +105,22 @@ ALLOWED_VARIABLE = "CLIP_EXP_ALLOWED_TARGETS"
 
 
 def locate(target: str, where: str) -> Callable[..., Any]:
-    """The class or function that `target` names.
+    """Return the class or function that `target` names.
+
+    Args:
+        target: full name, such as `torch.optim.AdamW`.
+        where: key that has the `_target_`, for messages.
 
     Raises:
-        ConfigError: the name is outside the allowed prefixes, or there is nothing of that name.
+        ConfigError: the name is not in an allowed module, or does not exist.
     """
     module_name, _, name = target.rpartition(".")
     extra = [prefix.strip() for prefix in os.environ.get(ALLOWED_VARIABLE, "").split(",") if prefix.strip()]
     allowed = (*ALLOWED_PREFIXES, *extra)
     if not any(f"{target}.".startswith(f"{prefix.rstrip('.')}.") for prefix in allowed):
         raise ConfigError(
-            f"{where}._target_={target} is not below an allowed module ({', '.join(p.rstrip('.') for p in allowed)}); "
-            f"to allow your own, put its module into the environment variable {ALLOWED_VARIABLE}."
+            f"{where}._target_={target} is not in an allowed module ({', '.join(p.rstrip('.') for p in allowed)}). "
+            f"To allow another module, add it to the environment variable {ALLOWED_VARIABLE}."
         )
     try:
         module = importlib.import_module(module_name)
@@ -125,21 +132,21 @@ def locate(target: str, where: str) -> Callable[..., Any]:
         raise ConfigError(f"{where}._target_: {module_name} has no {name}: {nearest(name, valid)}")
     origin = getattr(found, "__module__", None) or ""
     if not any(f"{origin}.".startswith(f"{prefix.rstrip('.').split('.')[0]}.") for prefix in allowed):
-        raise ConfigError(f"{where}._target_={target} is {origin}.{name}, which is outside the allowed modules.")
+        raise ConfigError(f"{where}._target_={target} is {origin}.{name}, which is not in an allowed module.")
     return found
 
 
 def build(target: str, where: str, *args: Any, **kwargs: Any) -> Any:
-    """Call what `target` names.
+    """Call the class or function that `target` names.
 
     Raises:
-        ConfigError: see `locate`; or an argument that its signature does not have.
+        ConfigError: see `locate`; an argument is unknown, or the call raises a TypeError or ValueError.
     """
     function = locate(target, where)
     parameters = inspect.signature(function).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         unknown = [
-            f"{where}.{key} is no argument of {target}: {nearest(key, parameters)}"
+            f"{where}.{key} is not an argument of {target}: {nearest(key, parameters)}"
             for key in kwargs
             if key not in parameters
         ]
@@ -148,11 +155,11 @@ def build(target: str, where: str, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {target} refused its arguments: {error}") from error
+        raise ConfigError(f"{where}: {target} rejected its arguments: {error}") from error
 
 
 def build_extra(nodes: Mapping[str, Any], where: str) -> list[Any]:
-    """Return the objects of an `extra` node.
+    """Build the objects of an `extra` node.
 
     Raises:
         ConfigError: see `build`.

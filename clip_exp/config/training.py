@@ -1,4 +1,4 @@
-"""The schema of a training run: what is trained, on what, by which loss, optimizer and strategy, and what is logged and kept."""
+"""Schema of a training run: model, data, loss, optimizer, scheduler, strategy, fine-tuning, callbacks and logging."""
 
 import math
 from collections.abc import Iterator
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULT_EPOCHS = 30.0
 TOWERS = ("image", "text")
-MAX_LOGARITHM = 10.0  # of a logit scale: a factor of 22,000
+# Largest natural logarithm of a logit scale, a factor of 22,000
+MAX_LOGARITHM = 10.0
 
 Logarithm = Annotated[
     Float, Field(ge=0, le=MAX_LOGARITHM), must_be(f"between 0 and {MAX_LOGARITHM:g}: it is a natural logarithm")
@@ -46,7 +47,7 @@ class StrategyName(StrEnum):
 
 
 class Precision(StrEnum):
-    """Lightning's names. `auto`: bf16-mixed on GPUs that have it, 32-true elsewhere."""
+    """Precisions, by Lightning's names. `auto`: bf16-mixed if the device supports it well, else 16-mixed on GPUs and 32-true on CPUs."""
 
     auto = "auto"
     fp32 = "32-true"
@@ -58,47 +59,52 @@ class Precision(StrEnum):
 
 
 class LossConfig(Member):
-    """What every loss has."""
+    """Base class of losses."""
 
     group: ClassVar[str] = "loss"
     key: ClassVar[str] = "name"
 
     name: str
     same_caption: PairLabel = Field(
-        PairLabel.negative, description="positive: equal captions in a batch are matches too"
+        PairLabel.negative,
+        description="positive or negative: how pairs with an equal caption in the same batch count",
     )
-    same_image: PairLabel = Field(PairLabel.negative, description="positive: equal images in a batch are matches too")
+    same_image: PairLabel = Field(
+        PairLabel.negative, description="positive or negative: how pairs with an equal image in the same batch count"
+    )
     init_logit_scale: Logarithm = Field(
-        math.log(1 / 0.07), description="natural logarithm of the scale of random weights"
+        math.log(1 / 0.07), description="initial logit scale as a natural logarithm, for training from scratch"
     )
     max_logit_scale: Logarithm | None = Field(
-        None, description="natural logarithm of the largest scale; null: the limit of the loss"
+        None, description="largest logit scale as a natural logarithm; null: the default of the loss"
     )
 
-    published_limit: ClassVar[float] = math.log(100)  # of the scale, a natural logarithm, where none is set
+    # Default of `max_logit_scale`: natural logarithm of the limit in the CLIP paper
+    published_limit: ClassVar[float] = math.log(100)
 
     @property
     def largest_logit_scale(self) -> float:
-        """Natural logarithm of the largest scale of random weights while they train."""
+        """Largest logit scale in training from scratch, as a natural logarithm."""
         return self.published_limit if self.max_logit_scale is None else self.max_logit_scale
 
     @property
     def logit_bias(self) -> float | None:
-        """Bias that random weights start with; None: the loss has none."""
+        """Initial logit bias in training from scratch; None if the loss has no bias."""
         return None
 
     @property
     def matches(self) -> dict[str, bool]:
-        """Which pairs of a batch match besides the own one: arguments of `losses.batch.repeated_matches`."""
+        """Additional matches in a batch, as arguments of `losses.batch.repeated_matches`."""
         return {
             "same_caption": self.same_caption is PairLabel.positive,
             "same_image": self.same_image is PairLabel.positive,
         }
 
     def build(self) -> "nn.Module":
-        """Return a module that takes (CLIPOutput, caption_id_B, image_id_B) of this rank's pairs and returns a scalar.
+        """Return the loss module, which takes (CLIPOutput, caption_id_B, image_id_B) of this rank's pairs and returns a scalar.
 
-        The mean over the ranks of its values, and of their gradients, must be that of the global batch; `losses.batch` gathers.
+        The mean of the values over all ranks, and the mean of their gradients, must be those of the global batch.
+        `losses.batch` has functions that gather the batch.
         """
         raise NotImplementedError
 
@@ -107,12 +113,13 @@ class LossConfig(Member):
 
 
 class OptimizerConfig(Config):
-    """What every optimizer has."""
+    """Base class of optimizers."""
 
-    target: str = Field(alias="_target_", description="class of the optimizer, below an allowed module")
+    target: str = Field(alias="_target_", description="full name of the optimizer's class, in an allowed module")
     lr: Positive = Field(description="peak learning rate")
     weight_decay: NonNegative = Field(
-        0.2, description="on matrices only: not on biases, norms, positions and the logit scale"
+        0.2,
+        description="weight decay of matrices; biases, norms, position embeddings and the logit scale have none",
     )
 
     @property
@@ -122,41 +129,45 @@ class OptimizerConfig(Config):
 
 
 class AdamWConfig(OptimizerConfig):
-    """CLIP's choice; one fused kernel per step."""
+    """AdamW, the optimizer of CLIP, with a fused kernel."""
 
     target: Literal["torch.optim.AdamW"] = Field("torch.optim.AdamW", alias="_target_")
     lr: Positive = Field(5e-4, description="peak learning rate")
-    betas: Betas = Field([0.9, 0.98], description="decay of the moments")
-    eps: Positive = Field(1e-6, description="added to the denominator")
-    fused: bool = Field(True, description="one kernel for all parameters")
+    betas: Betas = Field([0.9, 0.98], description="decay rates of the first and second moment estimates")
+    eps: Positive = Field(1e-6, description="term added to the denominator for numerical stability")
+    fused: bool = Field(True, description="use PyTorch's fused implementation, one kernel for all parameters")
 
 
 class AdamConfig(AdamWConfig):
-    """Adam, whose weight decay is added to the gradient."""
+    """Adam with L2 regularization: the weight decay is added to the gradient."""
 
     target: Literal["torch.optim.Adam"] = Field("torch.optim.Adam", alias="_target_")  # type: ignore[assignment]
-    weight_decay: NonNegative = Field(0.0, description="added to the gradient of matrices, times the weights")
+    weight_decay: NonNegative = Field(0.0, description="L2 penalty of matrices, added to the gradient")
 
 
 class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent with momentum."""
+
     target: Literal["torch.optim.SGD"] = Field("torch.optim.SGD", alias="_target_")
     lr: Positive = Field(0.1, description="peak learning rate")
-    weight_decay: NonNegative = Field(1e-4, description="on matrices only")
-    momentum: NonNegative = Field(0.9, description="momentum")
-    nesterov: bool = Field(False, description="Nesterov's momentum")
+    weight_decay: NonNegative = Field(1e-4, description="weight decay of matrices")
+    momentum: NonNegative = Field(0.9, description="momentum factor")
+    nesterov: bool = Field(False, description="use Nesterov momentum")
 
 
 class LionConfig(OptimizerConfig):
-    """Sign momentum (Chen et al. 2023): a rate 3 to 10 times below AdamW's, a decay as much above it."""
+    """Lion (Chen et al. 2023). Its learning rate should be 3 to 10 times lower than AdamW's, its weight decay 3 to 10 times higher."""
 
     target: Literal["timm.optim.Lion"] = Field("timm.optim.Lion", alias="_target_")
     lr: Positive = Field(1e-4, description="peak learning rate")
-    weight_decay: NonNegative = Field(1.0, description="on matrices only")
-    betas: Betas = Field([0.9, 0.99], description="decay of the moments")
+    weight_decay: NonNegative = Field(1.0, description="weight decay of matrices")
+    betas: Betas = Field([0.9, 0.99], description="decay rates of the update and of the momentum")
 
 
 class CustomOptimizerConfig(OptimizerConfig):
-    kwargs: dict[str, Any] = Field({}, description="further arguments of the class")
+    """Any other optimizer class."""
+
+    kwargs: dict[str, Any] = Field({}, description="additional arguments of the optimizer's class")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -182,16 +193,16 @@ Optimizer = Annotated[
 
 
 class SchedulerConfig(Config):
-    """Learning rate over its peak as a function of the step: linear warm-up, then `_target_`'s decay."""
+    """Learning rate schedule: linear warm-up to the peak, then a decay by the function `_target_`."""
 
     target: str = Field(
         "clip_exp.training.schedule.cosine",
         alias="_target_",
-        description="function of the fraction of the decay that is done, 0..1, to a factor",
+        description="full name of the decay function, from the progress of the decay (0 to 1) to a factor of the learning rate",
     )
-    warmup_steps: Index | None = Field(None, description="steps of warm-up; null: a tenth of the run")
-    final_factor: NonNegative = Field(0.0, description="the rate at the end over its peak")
-    kwargs: dict[str, Any] = Field({}, description="further arguments of the function")
+    warmup_steps: Index | None = Field(None, description="optimizer steps of linear warm-up; null: a tenth of the run")
+    final_factor: NonNegative = Field(0.0, description="final learning rate as a fraction of the peak")
+    kwargs: dict[str, Any] = Field({}, description="additional arguments of the decay function")
 
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(
@@ -207,38 +218,40 @@ class SchedulerConfig(Config):
 
 
 class StrategyConfig(Config):
-    """What every strategy has."""
+    """Base class of strategies."""
 
     name: StrategyName
     timeout_s: Annotated[Count, Field(le=10**7)] = Field(
-        1800, description="seconds of a collective, after which a lost rank ends the run"
+        1800, description="seconds after which a collective operation fails, for example because another rank died"
     )
 
     @property
     def offloads(self) -> bool:
-        """Whether the optimizer's state is in host memory."""
+        """True if the optimizer state is in host memory."""
         return False
 
 
 class AutoConfig(StrategyConfig):
-    """One process on one device, DDP on several."""
+    """A single process on one device, DDP on several devices."""
 
     name: Literal[StrategyName.auto] = StrategyName.auto
 
 
 class DDPConfig(StrategyConfig):
-    """A copy of the model on every device, gradients averaged."""
+    """Distributed data parallel: every device has a copy of the model, and gradients are averaged."""
 
     name: Literal[StrategyName.ddp] = StrategyName.ddp
 
 
 class DeepSpeedConfig(StrategyConfig):
-    """State split over the devices (ZeRO, Rajbhandari et al. 2020)."""
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020), which shards the training state across devices."""
 
     name: Literal[StrategyName.deepspeed] = StrategyName.deepspeed
-    stage: Literal[1, 2, 3] = Field(description="1: optimizer state is split, 2: gradients too, 3: weights too")
-    offload: bool = Field(False, description="optimizer state, and under ZeRO-3 weights too, in host memory")
-    config: dict[str, JsonValue] = Field({}, description="further keys of DeepSpeed's own configuration")
+    stage: Literal[1, 2, 3] = Field(
+        description="ZeRO stage; 1: shard the optimizer state, 2: also the gradients, 3: also the weights"
+    )
+    offload: bool = Field(False, description="keep the optimizer state in host memory; in stage 3 the weights as well")
+    config: dict[str, JsonValue] = Field({}, description="additional keys of DeepSpeed's configuration")
 
     @property
     def offloads(self) -> bool:
@@ -249,17 +262,18 @@ Strategy = Annotated[AutoConfig | DDPConfig | DeepSpeedConfig, Field(discriminat
 
 
 class TrainerConfig(Config):
-    """What Lightning's Trainer needs to know; the names are Lightning's."""
+    """Arguments of Lightning's Trainer, under Lightning's names."""
 
-    accelerator: Accelerator = Field("auto", description="auto, cpu, gpu (or cuda)")
-    devices: Devices = Field("auto", description="auto (1 on CPU, all GPUs), a number, or a list of GPU indices")
-    num_nodes: Count | None = Field(None, description="machines; null: as many as torchrun or srun uses")
-    gradient_clip_val: Positive | None = Field(
-        1.0, description="norm that the whole gradient is clipped to; null: none"
+    accelerator: Accelerator = Field("auto", description="auto, cpu, gpu or cuda (the same as gpu)")
+    devices: Devices = Field(
+        "auto",
+        description="devices per machine: auto (all GPUs, or one CPU process), a number, or a list of GPU indices",
     )
-    deterministic: bool = Field(False, description="deterministic algorithms only")
+    num_nodes: Count | None = Field(None, description="number of machines; null: as started by torchrun or srun")
+    gradient_clip_val: Positive | None = Field(1.0, description="maximum norm of the gradient; null: no clipping")
+    deterministic: bool = Field(False, description="use deterministic algorithms only")
     profiler: Literal["simple", "advanced", "pytorch"] | None = Field(
-        None, description="simple, advanced or pytorch: where the time goes"
+        None, description="Lightning profiler: simple, advanced or pytorch; null: none"
     )
 
 
@@ -267,19 +281,28 @@ class TrainerConfig(Config):
 
 
 class TowerTuningConfig(Config):
-    """How one tower is trained. Depth counts from the embeddings (0) over the L blocks to what follows them (L + 1)."""
+    """Fine-tuning of one tower.
+
+    Depth is 0 for the embeddings, 1 to L for the L blocks, and L + 1 for the layers after the blocks.
+    """
 
     freeze: bool = Field(
-        False, description="its weights and batch-norm statistics stay as they are (LiT; Zhai et al. 2022)"
+        False,
+        description="freeze the tower's weights and batch-norm statistics (LiT; Zhai et al. 2022)",
     )
-    unfrozen_blocks: Annotated[Index, must_be("at least 0, which trains what follows the blocks")] | None = Field(
-        None, description="under `freeze`: the last k blocks and what follows them are trained after all"
+    unfrozen_blocks: Annotated[Index, must_be("at least 0, which trains only the layers after the blocks")] | None = (
+        Field(
+            None,
+            description="with freeze=true: number of last blocks that are trained anyway, together with the layers after them; null: none",
+        )
     )
-    lr_factor: Annotated[Positive, must_be("above 0; freeze=true keeps a tower as it is")] = Field(
-        1.0, description="learning rate over `optimizer.lr`"
+    lr_factor: Annotated[Positive, must_be("greater than 0; freeze=true freezes a tower")] = Field(
+        1.0, description="learning rate of the tower as a factor of optimizer.lr"
     )
     layer_decay: Annotated[Positive, Field(le=1)] = Field(
-        1.0, description="a further factor for each step of depth towards the input: layer_decay ** (L + 1 - depth)"
+        1.0,
+        description="layer-wise learning rate decay: additional factor layer_decay ** (L + 1 - depth), where depth is 0 for the "
+        "embeddings, 1 to L for the blocks, and L + 1 after them",
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
@@ -289,41 +312,42 @@ class TowerTuningConfig(Config):
         Unused(
             "lr_factor layer_decay",
             lambda tower: tower.freeze and tower.unfrozen_blocks is None,
-            "under {at}freeze=true without unfrozen_blocks",
+            "with {at}freeze=true and without {at}unfrozen_blocks",
         ),
     )
 
 
 class LoRAConfig(Config):
-    """Low-rank updates B A of linear layers instead of the weights themselves (Hu et al. 2022), by the `peft` library.
+    """LoRA (Hu et al. 2022): low-rank updates B A of linear layers are trained instead of their weights, by the `peft` library.
 
-    All other weights of both towers stay as they are. Checkpoints hold the sum of both.
+    All other weights of both towers are frozen. Checkpoints contain the merged weights.
     """
 
     rank: Count = Field(16, description="rank of the updates")
-    alpha: Positive = Field(32.0, description="the update is scaled by alpha / rank")
-    dropout: Proportion = Field(0.0, description="dropout of what goes into A")
-    image: bool = Field(True, description="whether the image tower has adapters")
-    text: bool = Field(True, description="whether the text tower has adapters")
+    alpha: Positive = Field(32.0, description="scale of the updates: they are multiplied by alpha / rank")
+    dropout: Proportion = Field(0.0, description="dropout probability of the adapters' input")
+    image: bool = Field(True, description="add adapters to the image tower")
+    text: bool = Field(True, description="add adapters to the text tower")
     targets: list[str] = Field(
-        [], description="ends of names of linear layers, as attention.qkv; empty: all of the blocks"
+        [],
+        description="linear layers with adapters, by the end of their names, such as attention.qkv; empty: all linear layers of the blocks",
     )
 
     def rules(self, at: str) -> Iterator[str]:
         if not (self.image or self.text):
-            yield f"{at}image and {at}text are both false: one tower must get adapters."
+            yield f"{at}image and {at}text are both false: at least one tower must have adapters."
 
 
-def _kept_without_adapters(tower: str) -> Unused:
+def _frozen_without_adapters(tower: str) -> Unused:
     return Unused(
         f"{tower}.lr_factor {tower}.layer_decay",
         lambda tuning: tuning.lora is not None and not getattr(tuning.lora, tower),
-        f"since {{at}}lora.{tower}=false keeps the tower as it is",
+        f"since {{at}}lora.{tower}=false freezes the tower",
     )
 
 
 class FineTuneConfig(Config):
-    """What is trained of pretrained weights, and how fast."""
+    """Fine-tuning of pretrained weights: which of them are trained, and how fast."""
 
     image: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
     text: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
@@ -333,21 +357,21 @@ class FineTuneConfig(Config):
         description="number of first steps in which only the projections and the logit scale learn (LP-FT, Kumar et al. 2022)",
     )
 
-    unused: ClassVar[tuple[Unused, ...]] = (_kept_without_adapters("image"), _kept_without_adapters("text"))
+    unused: ClassVar[tuple[Unused, ...]] = (_frozen_without_adapters("image"), _frozen_without_adapters("text"))
 
     def rules(self, at: str) -> Iterator[str]:
         if self.lora is None:
             if all(tower.freeze and tower.unfrozen_blocks is None for tower in (self.image, self.text)):
                 yield (
-                    f"{at}image.freeze and {at}text.freeze leave nothing but the logit scale to train: "
+                    f"{at}image.freeze and {at}text.freeze are both true, so only the logit scale would be trained: "
                     "leave one out, or set unfrozen_blocks."
                 )
             return
         for name, tower in (("image", self.image), ("text", self.text)):
             if tower.freeze:
                 yield (
-                    f"{at}{name}.freeze and {at}lora exclude each other: lora freezes all weights already, "
-                    f"and {at}lora.{name}=false leaves the tower without adapters."
+                    f"{at}{name}.freeze and {at}lora exclude each other: lora freezes all weights already. "
+                    f"To train no adapters in the {name} tower, set {at}lora.{name}=false."
                 )
         if self.freeze_towers_steps:
             yield f"{at}freeze_towers_steps and {at}lora exclude each other: lora freezes the projections."
@@ -357,18 +381,22 @@ class FineTuneConfig(Config):
 
 
 class CallbacksConfig(Config):
+    """Progress display, exponential moving average, retries of the last checkpoint, and additional callbacks."""
+
     progress: Literal["auto", "bar", "lines", "none"] = Field(
-        "auto", description="bar, lines or none; auto: a bar on a terminal, lines elsewhere"
+        "auto", description="progress display: bar, lines or none; auto: a bar on a terminal, else lines"
     )
     ema_decay: Annotated[Proportion, Field(gt=0)] | None = Field(
-        None, description="keep an exponential moving average of the weights: evaluate.py run=DIR ema=true scores it"
+        None,
+        description="decay of an exponential moving average of the weights, which evaluate.py run=DIR ema=true evaluates; null: no average",
     )
-    ema_every_n_steps: Count = Field(1, description="steps between two updates of the average")
+    ema_every_n_steps: Count = Field(1, description="optimizer steps between updates of the average")
     save_retry_s: NonNegative = Field(
-        300.0, description="seconds that the last save (at the end, or after a signal) is retried where it fails"
+        300.0,
+        description="seconds during which the last checkpoint, at the end or after a signal, is retried if saving fails",
     )
     extra: dict[str, Target] = Field(
-        {}, description="further callbacks of Lightning, name: {_target_: class, arguments}"
+        {}, description="additional Lightning callbacks, as name: {_target_: class, arguments}"
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
@@ -382,46 +410,48 @@ class CallbacksConfig(Config):
 
 
 class WandbConfig(Config):
-    """Weights & Biases. The key comes from WANDB_API_KEY or ~/.netrc, never from a configuration."""
+    """Weights & Biases. The API key is read from WANDB_API_KEY or ~/.netrc, never from the configuration."""
 
-    project: str = Field("clip_exp", description="project of the run")
-    entity: str | None = Field(None, description="user or team; null: the key's own")
-    group: str | None = Field(None, description="group of the run")
-    tags: list[str] = Field([], description="tags of the run")
+    project: str = Field("clip_exp", description="Weights & Biases project")
+    entity: str | None = Field(None, description="Weights & Biases user or team; null: the default of the API key")
+    group: str | None = Field(None, description="Weights & Biases group of the run; null: none")
+    tags: list[str] = Field([], description="Weights & Biases tags of the run")
     mode: Literal["online", "offline", "disabled"] = Field(
-        "online", description="online, offline or disabled; an unreachable server turns online into offline"
+        "online", description="online, offline or disabled; online falls back to offline if the server is unreachable"
     )
-    init_timeout_s: Count = Field(10, description="seconds that an answer of the server is waited for")
+    init_timeout_s: Count = Field(10, description="seconds to wait for the Weights & Biases server at the start")
 
 
 class LoggerConfig(Config):
-    """Where metrics go besides `metrics.csv`, which is always written: a run's report is made from it."""
+    """Loggers in addition to `metrics.csv`, which is always written since the run's report is generated from it."""
 
-    tensorboard: bool = Field(False, description="write TensorBoard's event files")
+    tensorboard: bool = Field(False, description="write TensorBoard event files")
     wandb: WandbConfig | None = None
-    extra: dict[str, Target] = Field({}, description="further loggers of Lightning, name: {_target_: class, arguments}")
+    extra: dict[str, Target] = Field(
+        {}, description="additional Lightning loggers, as name: {_target_: class, arguments}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the command
 
 
-def _kept_from_file(tower: str) -> Unused:
+def _loaded_from_file(tower: str) -> Unused:
     return Unused(
         f"model.{tower}.pretrained",
         lambda config: tower in config.starts,
-        f"with pretrained_{tower}={{c.pretrained_{tower}}}, which has the weights of the {tower} tower",
+        f"with pretrained_{tower}={{c.pretrained_{tower}}}, which contains the weights of the {tower} tower",
         typed_only=True,
     )
 
 
 class TrainConfig(Config):
-    """A training run."""
+    """Configuration of a training run."""
 
     usage: ClassVar = """\
 python train.py [key=value …] [-m]        (or: clip-exp train …)
 
-Values are set on the command line: python train.py model=vit_b32 optimizer.lr=1e-4
-A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
+Set keys on the command line: python train.py model=vit_b32 optimizer.lr=1e-4
+With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
 
     model: ModelConfig
     data: DataConfig
@@ -435,42 +465,57 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
 
     name: str = Field(description="name of the run; its folder is <output_dir>/train/<name>/<time>")
-    seed: Annotated[Index, Field(le=2**32 - 1)] = Field(0, description="seed of weights, order and augmentation")
+    seed: Annotated[Index, Field(le=2**32 - 1)] = Field(
+        0, description="seed of the initial weights, the order of the data and the augmentation"
+    )
     output_dir: str = Field("outputs", description="folder for runs, sweeps, caches and generated data")
     resume: str = Field(
         "auto",
-        description="auto: continue the run of the same name, configuration, data and start; never; or a run folder or checkpoint",
+        description="auto: resume the run with the same name, configuration, data and initial weights, if there is one; never: start a "
+        "new run; or the run folder or checkpoint to resume from",
     )
     pretrained: str | None = Field(
         None,
-        description="weights to start from: a tag of `clip-exp models`, hf-hub:org/name, a file, a folder, or a run",
+        description="initial weights of the model: a tag of `clip-exp models`, hf-hub:org/name, a file, a folder, or a run; null: random",
     )
     pretrained_image: str | None = Field(
         None,
-        description="weights of the image tower alone to start from, out of a file of that tower or of a model; as `pretrained`",
+        description="initial weights of the image tower only, from weights of this tower or of a whole model; values as for pretrained",
     )
-    pretrained_text: str | None = Field(None, description="likewise of the text tower")
+    pretrained_text: str | None = Field(
+        None,
+        description="initial weights of the text tower only, from weights of this tower or of a whole model; values as for pretrained",
+    )
     pretrained_prefix: str | None = Field(
         None,
-        description="which weights of the file, where several fit the model or tower, such as a student and a teacher: a key of the file, a prefix of names, or both with a dot between them",
+        description="selects the weights in a file with several models, such as a student and a teacher: a key of the file, a prefix of "
+        "names, or both joined by a dot; null: the only weights that fit",
     )
     max_steps: Count | None = Field(
-        None, description="optimizer steps; exactly one of max_steps and epochs (neither: epochs=30)"
+        None, description="length of the run in optimizer steps; set max_steps or epochs, not both (neither: epochs=30)"
     )
-    epochs: Positive | None = Field(None, description="passes over the training data")
-    global_batch_size: Count = Field(128, description="pairs per optimizer step, over all devices")
+    epochs: Positive | None = Field(None, description="length of the run in passes over the training data")
+    global_batch_size: Count = Field(128, description="image-text pairs per optimizer step, over all devices")
     micro_batch_size: Count | None = Field(
         None,
-        description="largest chunk a tower sees at once on a device; smaller: less memory, the same gradients; null: all at once",
+        description="maximum number of images or texts that a tower processes at once on a device; a smaller value needs less memory and "
+        "gives the same gradients; null: all at once",
     )
-    precision: Precision = Field(Precision.auto, description="auto, 32-true, bf16-mixed or 16-mixed")
-    compile: bool = Field(False, description="torch.compile on the towers")
-    log_every_n_steps: Count = Field(10, description="steps between two rows of metrics")
+    precision: Precision = Field(
+        Precision.auto,
+        description="32-true, bf16-mixed or 16-mixed; auto: bf16-mixed if the device supports it well, else 16-mixed on GPUs and 32-true on "
+        "CPUs",
+    )
+    compile: bool = Field(False, description="compile the towers with torch.compile")
+    log_every_n_steps: Count = Field(10, description="optimizer steps between logged metrics")
     val_every_n_steps: Count | None = Field(
         None,
-        description="steps between two validations; null: ten times in the run, 50 steps apart or more; the end is always validated",
+        description="optimizer steps between validations; null: a tenth of the run, but at least 50; the last step is always validated",
     )
-    checkpoint_every_n_steps: Count | None = Field(None, description="likewise of checkpoints; the end always has one")
+    checkpoint_every_n_steps: Count | None = Field(
+        None,
+        description="optimizer steps between checkpoints; null: a tenth of the run, but at least 50; the last step is always saved",
+    )
     monitor: str | None = Field(
         None,
         description="metric of validation or of a task, such as val/recall@1_i2t or imagenet/top1: keep the checkpoint that is best in it",
@@ -478,13 +523,17 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
     monitor_mode: Literal["auto", "min", "max"] = Field(
         "auto", description="min or max; auto: min for the loss and median ranks, max for every other metric"
     )
-    patience: Count | None = Field(None, description="measurements without a better `monitor` before the run stops")
+    patience: Count | None = Field(
+        None,
+        description="early stopping: number of measurements of monitor without improvement after which the run ends; null: never",
+    )
     task: Tasks = Field(
         {},
-        description="evaluation tasks to score while training: task=imagenet, or several: 'task=[imagenet,retrieval]'",
+        description="evaluation tasks to run during training: task=imagenet, or several: 'task=[imagenet,retrieval]'",
     )
     task_every_n_steps: Count | None = Field(
-        None, description="steps between two scorings of the tasks; null: at the end only; there they always are"
+        None,
+        description="optimizer steps between runs of the evaluation tasks; null: only at the end, where they always run",
     )
 
     unused: ClassVar[tuple[Unused, ...]] = (
@@ -492,27 +541,27 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
         Unused(
             "loss.init_logit_scale",
             lambda c: c.pretrained is not None,
-            "with pretrained={c.pretrained}, whose weights have a scale",
+            "with pretrained={c.pretrained}, which contains a logit scale",
             typed_only=True,
         ),
         Unused(
             "model.image.pretrained model.text.pretrained",
             lambda c: c.pretrained is not None,
-            "with pretrained={c.pretrained}, which has the weights of both towers",
+            "with pretrained={c.pretrained}, which contains the weights of both towers",
             typed_only=True,
         ),
-        *(_kept_from_file(tower) for tower in TOWERS),
+        *(_loaded_from_file(tower) for tower in TOWERS),
         Unused(
             "patience monitor_mode",
             lambda c: c.monitor is None,
-            "without a metric to watch",
+            "without a metric to monitor",
             "set monitor (monitor=val/loss), or leave this out",
         ),
         Unused(
             "task_every_n_steps",
             lambda c: not c.task,
             "without a task",
-            "choose one (task=imagenet), or leave this out",
+            "select one (task=imagenet), or leave this out",
         ),
         Unused(
             "val_every_n_steps",
@@ -525,13 +574,13 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
 
     @property
     def starts(self) -> dict[str | None, str]:
-        """What names weights to start from, by tower; None: those of the model."""
+        """Values of the `pretrained…` keys that are set, by tower; the key None is for the whole model."""
         given = {None: self.pretrained, "image": self.pretrained_image, "text": self.pretrained_text}
         return {tower: value for tower, value in given.items() if value is not None}
 
     @property
     def own_towers(self) -> set[str]:
-        """Which towers start from the weights of their own library."""
+        """Names of the towers that start from weights of their own library, such as timm."""
         return set() if self.pretrained is not None else self.model.own_towers - self.starts.keys()
 
     @model_validator(mode="after")
@@ -542,64 +591,64 @@ A sweep runs every combination: … optimizer.lr=1e-3,3e-4 -m"""
 
     def rules(self, at: str) -> Iterator[str]:
         if self.max_steps is not None and self.epochs is not None:
-            yield f"max_steps={self.max_steps} and epochs={self.epochs:g} are both set: give one (epochs=null or max_steps=null)."
+            yield f"max_steps={self.max_steps} and epochs={self.epochs:g} are both set: set only one (epochs=null or max_steps=null)."
         if self.max_steps is not None:
             yield from self.length_problems(self.max_steps)
         if self.precision is Precision.fp16_mixed and self.trainer.accelerator == "cpu":
-            yield "precision=16-mixed does not train on a CPU: use precision=auto."
+            yield "precision=16-mixed is not supported on a CPU: use precision=auto."
         limit = self.loss.largest_logit_scale
         if self.pretrained is None and self.loss.init_logit_scale > limit + 1e-4:
-            yield f"loss.init_logit_scale={self.loss.init_logit_scale:g} must be at most {limit:g}, the limit of the loss."
+            yield f"loss.init_logit_scale={self.loss.init_logit_scale:g} must be at most {limit:g}, the largest logit scale."
         if isinstance(self.strategy, DeepSpeedConfig):
             if self.strategy.offload and not isinstance(self.optimizer, AdamWConfig):
-                yield f"strategy.offload steps with DeepSpeed's CPU Adam: use optimizer=adamw or adam instead of {self.optimizer.target}."
+                yield f"strategy.offload uses DeepSpeed's CPU Adam: set optimizer=adamw or adam instead of {self.optimizer.target}."
             if self.callbacks.ema_decay is not None:
-                yield "callbacks.ema_decay needs whole weights in every process: use strategy=auto or ddp."
+                yield "callbacks.ema_decay is not supported with DeepSpeed, which shards the weights: use strategy=auto or ddp."
         for tower in TOWERS:
             if self.pretrained is not None and tower in self.starts:
-                yield f"pretrained and pretrained_{tower} exclude each other: pretrained has the weights of both towers. Leave one out."
+                yield f"pretrained and pretrained_{tower} exclude each other: pretrained sets the weights of both towers. Leave one out."
         yield from self._check_start()
 
     def length_problems(self, steps: int) -> Iterator[str]:
-        """Yield why a run of `steps` is too short for its warm-up and the steps with frozen towers before it."""
+        """Yield an error message if a run of `steps` steps is too short for its warm-up and the steps with frozen towers before it."""
         frozen, warmup = self.finetune.freeze_towers_steps, self.scheduler.warmup_steps or 0
         if warmup > steps:
-            yield f"scheduler.warmup_steps={warmup} is longer than the run of {steps} steps: the learning rate would never peak."
+            yield f"scheduler.warmup_steps={warmup} is longer than the run of {steps} steps: the learning rate would never reach its peak."
         elif frozen >= steps:
-            yield f"finetune.freeze_towers_steps={frozen} must be less than the {steps} steps of the run: the towers would never learn."
+            yield f"finetune.freeze_towers_steps={frozen} must be less than the {steps} steps of the run: the towers would never be trained."
         elif frozen and frozen + warmup > steps:
             yield (
                 f"scheduler.warmup_steps={warmup} after finetune.freeze_towers_steps={frozen} is longer than the run of {steps} steps: "
-                "the towers' learning rate would never peak."
+                "the towers' learning rate would never reach its peak."
             )
 
     def _check_start(self) -> Iterator[str]:
-        """What stays as it is must come from somewhere."""
+        """Yield an error message for every part of the model that would be frozen with random weights."""
         tuning = self.finetune
-        begun = set(TOWERS) if self.pretrained is not None else self.own_towers | self.starts.keys()
+        initialized = set(TOWERS) if self.pretrained is not None else self.own_towers | self.starts.keys()
         for tower in TOWERS:
             frozen: TowerTuningConfig = getattr(tuning, tower)
-            if tower not in begun and (frozen.freeze or tuning.lora is not None):
+            if tower not in initialized and (frozen.freeze or tuning.lora is not None):
                 key = f"finetune.{tower}.freeze" if tuning.lora is None else "finetune.lora"
-                yield f"{key} would keep random weights in the {tower} tower: set pretrained=… or pretrained_{tower}=…"
+                yield f"{key} would freeze random weights in the {tower} tower: set pretrained=… or pretrained_{tower}=…"
             elif (
                 tower in self.own_towers
                 and getattr(getattr(self.model, tower), "projection", None) is not Projection.none
             ):
                 yield from self.projection_problems(tower)
-        if tuning.freeze_towers_steps and not begun:
-            yield "finetune.freeze_towers_steps would fit projections to towers of random weights: set pretrained=…"
+        if tuning.freeze_towers_steps and not initialized:
+            yield "finetune.freeze_towers_steps would fit projections to towers with random weights: set pretrained=…"
 
     def projection_problems(self, tower: str) -> Iterator[str]:
-        """Yield why a tower cannot be tuned whose weights came without its projection, as those of its own library do."""
+        """Yield an error message if a tower's random projection would be frozen: weights of the tower's own library have none."""
         tuning: TowerTuningConfig = getattr(self.finetune, tower)
         if self.finetune.lora is not None:
             yield (
-                f"finetune.lora would keep the random projection of the {tower} tower: train that first "
-                f"(finetune.{tower}.freeze=true finetune.{tower}.unfrozen_blocks=0), and start the adapters from that run."
+                f"finetune.lora would freeze the random projection of the {tower} tower: train the projection first "
+                f"(finetune.{tower}.freeze=true finetune.{tower}.unfrozen_blocks=0), then train the adapters with pretrained=<that run>."
             )
         elif tuning.freeze and tuning.unfrozen_blocks is None:
             yield (
-                f"finetune.{tower}.freeze would keep the random projection of the {tower} tower: set "
+                f"finetune.{tower}.freeze would freeze the random projection of the {tower} tower: set "
                 f"finetune.{tower}.unfrozen_blocks=0, which trains it."
             )

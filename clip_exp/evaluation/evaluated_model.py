@@ -265,7 +265,7 @@ def about_weights(source: ModelSource, sha256: str, device: torch.device) -> dic
         "model": source.model.name,
         "weights": str(source.weights.resolve()),
         "weights_sha256": sha256,
-        **({} if source.told is None else {"pretrained": source.told}),
+        **({} if source.description is None else {"pretrained": source.description}),
         **({} if source.mix is None else {"wise_ft": asdict(source.mix)}),
         "step": source.step,
         **({} if source.run_dir is None else {"ema": source.ema}),

@@ -133,7 +133,7 @@ def check(config: EvaluateConfig, arguments: Iterable[str] | None = None) -> tup
     if errors:
         raise gravest(errors)
     source = source or find_source(config)
-    if arguments is not None and source.told is not None:
+    if arguments is not None and source.description is not None:
         from clip_exp.weights.fit import check_weights  # imports torch
 
         check_weights(source.weights, source.model, source.prefix)
@@ -190,12 +190,12 @@ def prepare_tasks(
 
 def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str]) -> Path:
     """Create and return the folder of an evaluation. Its `config.yaml` has the resolved model and local weights."""
-    if source.told is not None:
+    if source.description is not None:
         config = config.model_copy(update={"model": source.model, "pretrained": str(source.weights.absolute())})
     name = config.name or (source.run.name if source.run else source.model.name)
     folder = create_run_folder(config.output_dir, "evaluate", name)
     write_text(folder / "config.yaml", to_yaml(config))
-    told: dict[str, Any] = {} if source.told is None else {"pretrained": source.told}
+    told: dict[str, Any] = {} if source.description is None else {"pretrained": source.description}
     RunRecord(folder).start(arguments, weights=str(source.weights.resolve()), **told)
     return folder
 

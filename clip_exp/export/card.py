@@ -1,4 +1,4 @@
-"""The model card: what a model is, what it was made from, how it scored, and how to load it."""
+"""Model card of an export: architecture, origin, scores, and code that loads the model."""
 
 import json
 from functools import cache, partial
@@ -20,7 +20,8 @@ from clip_exp.models.families.published import transformers_class
 from clip_exp.reports.html import number
 from clip_exp.runs import write_text
 
-LIBRARIES = {  # that load a format, by their names on the hub
+# Libraries that load each format, by their names on the hub
+LIBRARIES = {
     ExportFormat.open_clip: "open_clip",
     ExportFormat.huggingface: "transformers",
     ExportFormat.safetensors: "clip_exp",
@@ -34,8 +35,12 @@ def write_card(
     """Write `README.md`.
 
     Args:
-        name: of the folder when it is finished, which the commands on the card name.
-        source: None: nothing is known of the weights' origin.
+        folder: folder to write to.
+        name: final name of the folder, for the commands on the card.
+        chosen: format of the export.
+        model: exported model.
+        config: configuration of the model.
+        source: source of the weights; None: unknown.
     """
     length = config.text.context_length
     family = transformers_class(config)
@@ -59,14 +64,14 @@ def write_card(
 
 
 def _facts(model: CLIP, config: ModelConfig) -> dict[str, Any]:
-    """What the model takes in and gives."""
+    """Return facts about the model's architecture and input."""
     size, mean, std, interpolation, resize_mode = preprocessing_of(config.image)
     squash = resize_mode is ResizeMode.squash
     tokenizer = "OpenAI's byte-pair encoding" if config.text.uses_openai_tokenizer else "in this folder"
     return {
         "image tower": _tower(config.image),
         "text tower": _tower(config.text),
-        "shared space": f"{config.embed_dim} channels; features are compared with unit norm",
+        "shared space": f"{config.embed_dim} dimensions; features are normalized to unit norm",
         "activation": (config.activation or Activation.gelu).value,
         "images": f"RGB, {'both sides' if squash else 'shorter side'} resized to {size} ({interpolation})"
         + ("" if squash else f", center crop of {size} x {size}"),
@@ -89,7 +94,8 @@ def _tower(tower: Tower) -> str:
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("clip_exp.export"),
-        autoescape=False,  # Markdown; what is filled in passes `plain`
+        # The output is Markdown; values are escaped by the filter `plain`.
+        autoescape=False,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -100,7 +106,7 @@ def _environment() -> Environment:
 
 
 def plain(value: Any) -> str:
-    """Text that Markdown and HTML take as it is, also in a table."""
+    """Escape a text for Markdown and HTML, also in a table."""
     text = " ".join(str(value).split())
     for character in "\\`*[]<>|":
         text = text.replace(character, {"<": "&lt;", ">": "&gt;"}.get(character, f"\\{character}"))

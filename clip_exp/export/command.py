@@ -1,4 +1,4 @@
-"""`clip-exp export`: a folder that another library loads the model from."""
+"""Command `clip-exp export`: writes a model in the format of another library."""
 
 import sys
 from pathlib import Path
@@ -12,15 +12,16 @@ from clip_exp.ranks.failure import Stopped, stop_on_signals
 
 
 def export(config: ExportConfig) -> int:
-    """Write the folder; return the exit code.
+    """Export a model and return the exit code.
 
     Raises:
-        ClipExpError: everything that is wrong with paths and names, before the model is loaded; later weights that do
-            not fit, or a folder that cannot be written.
+        ClipExpError: paths or names are invalid, which is checked before the model is loaded; the weights do not fit,
+            or the folder cannot be written.
     """
     source = check(config)
     assert config.output is not None
-    from clip_exp.export.write import export_source  # imports torch
+    # Imports torch
+    from clip_exp.export.write import export_source
 
     try:
         with stop_on_signals():
@@ -29,15 +30,15 @@ def export(config: ExportConfig) -> int:
         print(f"{stopped} Nothing was written.", file=sys.stderr, flush=True)
         return PREEMPTED_EXIT_CODE
     print(f"written: {Path(config.output)} ({config.format}, {done.size / 1e6:,.1f} MB)")
-    print(f"checked: read back, its features of unit norm differ from the model's by at most {done.difference:.1e}")
+    print(f"checked: normalized features of the exported model differ by at most {done.difference:.1e}")
     return 0
 
 
 def check(config: ExportConfig) -> ModelSource:
-    """Find the model and see that it can be written, without torch.
+    """Find the model and check that it can be exported, without torch.
 
     Raises:
-        ClipExpError: of the class of the gravest problem, with a line for every problem.
+        ClipExpError: one line for every problem; the class is that of the gravest one.
     """
     problems, source = Problems(), None
     with problems:
@@ -46,5 +47,5 @@ def check(config: ExportConfig) -> ModelSource:
         source = check_source(config)
         model = source.model if source else config.model
         problems.add(*(problems_of(config.format, model) if model else []))
-    problems.tell()
+    problems.raise_if_any()
     return source or find_source(config)

@@ -1,4 +1,4 @@
-"""Whether the files of an export give the model's features: read back and asked, before the folder appears."""
+"""Verification of an export: the written files are loaded, and their features are compared with those of the model."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,21 +11,27 @@ from clip_exp.errors import CheckpointError
 from clip_exp.models.clip import CLIP, unit_norm
 from clip_exp.text.tokenizer import build_tokenizer
 
-# Of a feature of unit norm. The exact gelu and its approximation by tanh differ by 2e-5 in a ViT-B/32, the same
-# functions in another order by 1e-7; onnxruntime fuses and approximates more.
+# Maximum differences of normalized features. In a ViT-B/32, the exact gelu and its tanh approximation differ by 2e-5,
+# and another order of the same operations by 1e-7; onnxruntime fuses and approximates more operations.
 TOLERANCE, TOLERANCE_ONNX = 1e-5, 1e-4
-TEXTS = ["a photo of a cat", "two dogs run along the beach", "7"]  # not as many as an export is traced with
+# The number of texts differs from the batch size that an export is traced with.
+TEXTS = ["a photo of a cat", "two dogs run along the beach", "7"]
 
 
 class Encoders(NamedTuple):
-    """Two towers that were read back."""
+    """Towers of an exported model.
 
-    image: Callable[[Tensor], Tensor]  # normalised images [B, 3, S, S] to [B, D]
-    text: Callable[[Tensor], Tensor]  # tokens [B, L] to [B, D]
+    Attributes:
+        image: function of normalized images [B, 3, S, S] that returns features [B, D].
+        text: function of tokens [B, L] that returns features [B, D].
+    """
+
+    image: Callable[[Tensor], Tensor]
+    text: Callable[[Tensor], Tensor]
 
 
 def difference(model: CLIP, written: Encoders, config: ModelConfig) -> float:
-    """The largest difference of a feature of unit norm between the model and what was written of it."""
+    """Return the largest difference between normalized features of a model and its export."""
     image_BCHW, tokens_BL = sample_input(config)
     with torch.no_grad():
         pairs = [
@@ -36,22 +42,22 @@ def difference(model: CLIP, written: Encoders, config: ModelConfig) -> float:
 
 
 def require_same(model: CLIP, written: Encoders, config: ModelConfig, tolerance: float = TOLERANCE) -> float:
-    """`difference`, which must be small.
+    """Check that the features of a model and its export are equal up to `tolerance`, and return the largest difference.
 
     Raises:
-        CheckpointError: what was written is another model.
+        CheckpointError: the difference is larger than the tolerance.
     """
     found = difference(model, written, config)
     if not found <= tolerance:
         raise CheckpointError(
-            f"the files that were written give other features than the model (by {found:.1e}, above {tolerance:.0e}): "
-            "nothing is left of them. Write to another disk, or export in another format."
+            f"the features of the exported model differ from the model's by {found:.1e}, more than {tolerance:.0e}, so the export was "
+            "discarded. Write to another disk, or export in another format."
         )
     return found
 
 
 def sample_input(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Images of noise, and short texts padded to the whole context, which every tower takes."""
+    """Return random images, and short texts padded to the context length, which is valid input for every tower."""
     size = config.image.image_size
     image_BCHW = torch.randn(len(TEXTS), 3, size, size, generator=torch.Generator().manual_seed(0))
     tokenizer = build_tokenizer(config.text)

@@ -1,4 +1,4 @@
-"""The formats, and which models each of them can hold. No torch."""
+"""Export formats and the models that they support. Does not import torch."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ ONNX_NEEDS = ("onnxscript", "onnxruntime")
 
 
 def problems_of(chosen: ExportFormat, config: ModelConfig) -> list[str]:
-    """Return why a model cannot be written in a format, a line each."""
+    """Return an error message for every reason why a model cannot be exported in a format."""
     if not holds(chosen, config):
         others = [name for name in ExportFormat if holds(name, config)]
         return [
-            f"format={chosen} cannot hold a model with an image tower of kind={config.image.kind} and a text tower of "
-            f"kind={config.text.kind}. Formats that can: {', '.join(others)}."
+            f"format={chosen} does not support models with an image tower of kind={config.image.kind} and a text tower of "
+            f"kind={config.text.kind}. Supported formats: {', '.join(others)}."
         ]
     match chosen:
         case ExportFormat.open_clip:
@@ -29,7 +29,7 @@ def problems_of(chosen: ExportFormat, config: ModelConfig) -> list[str]:
 
 
 def holds(chosen: ExportFormat, config: ModelConfig) -> bool:
-    """Return whether a format has a place for these two towers: safetensors and onnx know no towers."""
+    """Return True if a format supports the towers of a model. safetensors and onnx support all towers."""
     match chosen:
         case ExportFormat.open_clip:
             return all(tower.in_open_clip for tower in config.towers)
@@ -42,7 +42,7 @@ def _huggingface_problems(config: ModelConfig) -> Iterator[str]:
     family = transformers_class(config)
     if family is not None and family.needs_openai_tokenizer and not config.text.uses_openai_tokenizer:
         yield (
-            f"format=huggingface: {family.prefix}Processor reads OpenAI's tokenizer, and this model has {config.text.tokenizer}. "
+            f"format=huggingface: {family.prefix}Processor supports only OpenAI's tokenizer, but the model has {config.text.tokenizer}. "
             "Use format=open_clip, safetensors or onnx."
         )
 

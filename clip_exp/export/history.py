@@ -1,4 +1,4 @@
-"""What a run's files tell about a model's making: data, recipe, scores, provenance; without this machine's paths."""
+"""Origin of a model for its card: data, training settings, scores and provenance from a run's files, without paths of this machine."""
 
 import json
 from collections.abc import Iterator
@@ -18,37 +18,49 @@ from clip_exp.weights.find import key_of
 
 
 class Score(NamedTuple):
+    """Score of a model."""
+
     task: str
     metric: str
     value: str
 
 
 class History(NamedTuple):
-    """Facts are names with texts."""
+    """Origin of a model.
 
-    origin: str  # one sentence: where the weights come from
+    Attributes:
+        origin: sentence about the origin of the weights.
+        data: facts about the training data.
+        recipe: facts about the training settings.
+        scores: scores of the weights.
+        other_scores: tasks with scores of other weights of the run.
+        provenance: hashes, versions and dates.
+    """
+
+    origin: str
     data: dict[str, str]
     recipe: dict[str, str]
     scores: list[Score]
-    other_scores: list[str]  # tasks that other weights of the run were scored on
+    other_scores: list[str]
     provenance: dict[str, str]
 
 
 def history_of(source: ModelSource | None) -> History:
-    """What is known; of weights that no run of ours trained that is little."""
+    """Return the origin of a model, as far as it is known."""
     if source is None:
-        return History("Nothing is known about where the weights come from.", {}, {}, [], [], {})
+        return History("The origin of the weights is unknown.", {}, {}, [], [], {})
     sha256 = source.sha256()
-    provenance = {"weights, sha256" if source.mix is None else "weights and share, sha256": sha256}
+    provenance = {"weights, sha256" if source.mix is None else "weights and fraction, sha256": sha256}
     if source.run is None:
-        named = name_of(source.told or source.weights)
-        origin = f"Weights of {named}, read as {source.model.name}; how they were trained is not known here."
+        named = name_of(source.description or source.weights)
+        origin = f"Weights of {named}, loaded as {source.model.name}; their training is unknown."
         return History(origin, {}, {}, [], [], provenance)
     run, run_dir = source.run, source.run_dir
     record = read_record(run_dir) if run_dir else {}
     version = f" {record['clip_exp']}" if "clip_exp" in record else ""
     scores, others = _scores(run_dir, sha256) if run_dir else ([], [])
-    plain_weights = source.mix is None and source.weights.name == WEIGHTS  # which a run validates
+    # Validation in a run evaluates these weights.
+    plain_weights = source.mix is None and source.weights.name == WEIGHTS
     return History(
         f"Trained with clip_exp{version} in the run {run.name}{_which(source)}.",
         _data(run.data, record),
@@ -60,17 +72,17 @@ def history_of(source: ModelSource | None) -> History:
 
 
 def _which(source: ModelSource) -> str:
-    """Which of a run's weights they are."""
+    """Return which of a run's weights the source has, as the end of a sentence."""
     step = "" if source.step is None else f", step {source.step:,}"
-    averaged = ", averaged over the steps (EMA)" if source.ema else ""
+    averaged = ", exponential moving average (EMA)" if source.ema else ""
     if source.mix is None:
         return step + averaged
     start = name_of(source.run.pretrained if source.run and source.run.pretrained else source.mix.start)
-    return f"{step}{averaged}, mixed with its start weights {start} (WiSE-FT: {source.mix.share:g} of the run's)"
+    return f"{step}{averaged}, averaged with its initial weights {start} (WiSE-FT with a fraction of {source.mix.share:g} for the run)"
 
 
 def name_of(path: Any) -> str:
-    """A file by its name alone: what leads there says something about this machine only. A name on the hub stays."""
+    """Return the name of a file without its folder, which is specific to this machine. Names on the hub and URLs are returned unchanged."""
     text = str(path)
     if text.startswith(("hf-hub:", "http://", "https://")):
         return text
@@ -84,7 +96,7 @@ def _data(data: DataConfig, record: dict[str, Any]) -> dict[str, str]:
     if data.val is not None:
         facts["validation data"] = ", ".join(map(name_of, [data.val] if isinstance(data.val, str) else data.val))
     facts["captions"] = (
-        "one per image, drawn anew each epoch" if data.captions == "random" else "every pair of the table"
+        "a random caption per image in each epoch" if data.captions == "random" else "every pair of the table"
     )
     return facts
 
@@ -101,13 +113,13 @@ def _generated(data: DataConfig) -> str:
 def _recipe(run: TrainConfig, record: dict[str, Any], step: int | None) -> dict[str, str]:
     optimizer, scheduler, planned = run.optimizer, run.scheduler, record.get("steps")
     steps = planned if step is None else step
-    whole = f" (the run has {planned:,})" if planned not in (None, steps) else ""
+    whole = f" (out of {planned:,})" if planned not in (None, steps) else ""
     warmup = "a tenth of the run" if scheduler.warmup_steps is None else counted(scheduler.warmup_steps, "step")
     facts = {
-        "start weights": _start(run, record),
+        "initial weights": _start(run, record),
         "fine-tuning": ", ".join(_changed(plain(run.finetune), plain(FineTuneConfig()))),
         "loss": run.loss.name,
-        "steps": "" if steps is None else f"{steps:,} of {counted(run.global_batch_size, 'pair')} each{whole}",
+        "steps": "" if steps is None else f"{steps:,}{whole}, with {counted(run.global_batch_size, 'pair')} each",
         "optimizer": f"{_last(optimizer.target)}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
         "schedule": f"{_last(scheduler.target)}, warm-up {warmup}",
         "gradient clipping": f"norm {run.trainer.gradient_clip_val:g}" if run.trainer.gradient_clip_val else "",
@@ -126,11 +138,11 @@ def _last(target: str) -> str:
 
 
 def _start(run: TrainConfig, record: dict[str, Any]) -> str:
-    told = []
+    starts = []
     for tower, start in run.starts.items():
         sha256 = (record.get(key_of(tower)) or {}).get("sha256")
-        told.append(f"{f'{tower} tower ' if tower else ''}{name_of(start)}{f', sha256 {sha256}' if sha256 else ''}")
-    return "; ".join(told) or "random"
+        starts.append(f"{f'{tower} tower ' if tower else ''}{name_of(start)}{f', sha256 {sha256}' if sha256 else ''}")
+    return "; ".join(starts) or "random"
 
 
 def _changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -143,7 +155,7 @@ def _changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "")
 
 
 def _validation(run_dir: Path, step: int | None) -> list[Score]:
-    """The last one that the weights went through."""
+    """Return the scores of the last validation at or before a step."""
     path = run_dir / "metrics.csv"
     if not path.is_file():
         return []
@@ -158,7 +170,7 @@ def _validation(run_dir: Path, step: int | None) -> list[Score]:
 
 
 def _scores(run_dir: Path, sha256: str) -> tuple[list[Score], list[str]]:
-    """Those of these weights, and the tasks that others of the run were scored on."""
+    """Return the scores of weights in a run folder, and the tasks that have only scores of other weights."""
     scores: dict[str, list[Score]] = {}
     others: dict[str, None] = {}
     for path in sorted((run_dir / "eval").glob("*.json"), key=lambda path: path.stem):
@@ -172,7 +184,7 @@ def _scores(run_dir: Path, sha256: str) -> tuple[list[Score], list[str]]:
 
 def _provenance(record: dict[str, Any]) -> dict[str, str]:
     git = record.get("git") or {}
-    dirty = ", with changes that were not committed" if git.get("dirty") else ""
+    dirty = ", with uncommitted changes" if git.get("dirty") else ""
     versions = {"clip_exp": record.get("clip_exp"), "Python": record.get("python"), **record.get("packages", {})}
     facts = {
         "trained": str(record.get("start") or ""),

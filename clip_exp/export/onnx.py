@@ -1,6 +1,7 @@
-"""Both towers as ONNX graphs, `image.onnx` and `text.onnx`, each with its weights, and what else a program needs.
+"""Export of both towers as ONNX graphs with weights, `image.onnx` and `text.onnx`, with preprocessing and tokenizer.
 
-Graphs larger than 1.6 GB keep their weights beside them (`image.onnx.data`): a protocol buffer ends at 2 GB.
+Weights of graphs larger than 1.6 GB are in separate files (`image.onnx.data`), since a protocol buffer is limited to 2
+GB.
 """
 
 import json
@@ -18,19 +19,20 @@ from clip_exp.export.tokenizer_files import write_ready
 from clip_exp.models.clip import CLIP
 
 IMAGE, TEXT, CONFIG = "image.onnx", "text.onnx", "clip_config.json"
-OPSET = 20  # the first with GELU; onnxruntime 1.17 and later
+# First opset with GELU; requires onnxruntime 1.17
+OPSET = 20
 
 
 def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     """Write the two graphs, `clip_config.json`, `preprocessor_config.json` and the tokenizer's files.
 
-    The batch is of any size. So is a text's length up to the context, see `any_length`.
+    The batch size is dynamic. So is the length of texts, up to the context length, if `any_length` is True.
     """
     size, length = config.image.image_size, config.text.context_length
     batch = torch.export.Dim("batch")
     trims = any_length(model, config)
     text_axes = {0: batch, 1: torch.export.Dim("length", max=length)} if trims else {0: batch}
-    # Not 1 long: the exporter takes an axis of length 1 for one that is always so.
+    # The batch size of the example must not be 1, since the exporter treats axes of length 1 as constant.
     image, tokens = torch.zeros(2, 3, size, size), torch.zeros(2, length, dtype=torch.int64)
     _write_graph(_tower(model, "image"), image, {0: batch}, folder / IMAGE, not config.image.foreign)
     _write_graph(_tower(model, "text"), tokens, text_axes, folder / TEXT, not config.text.foreign)
@@ -40,13 +42,14 @@ def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
 
 
 def any_length(model: CLIP, config: ModelConfig) -> bool:
-    """Whether a batch of texts may be cut to its longest: the tower is causal and pooled at the end of a text."""
+    """Return True if a batch of texts may be truncated to its longest text: the tower is causal and pools at the end of a text."""
     return model.shares_prefixes and config.text.trims
 
 
 def read(folder: Path, config: ModelConfig) -> Encoders:
-    """The towers as onnxruntime runs them from what was written, on the CPU."""
-    import onnxruntime  # an extra
+    """Load the exported towers with onnxruntime, on the CPU."""
+    # Optional dependency
+    import onnxruntime
 
     def runner(name: str) -> Any:
         session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
@@ -57,7 +60,7 @@ def read(folder: Path, config: ModelConfig) -> Encoders:
 
 
 def _tower(model: CLIP, name: str) -> nn.Module:
-    """A module that takes what the tower takes, and returns its features with unit norm."""
+    """Return a module with the input of a tower that returns normalized features."""
 
     class ImageEncoder(nn.Module):
         def __init__(self) -> None:
@@ -82,9 +85,13 @@ def _write_graph(tower: nn.Module, example: Tensor, axes: dict[int, Any], path: 
     """Trace a tower and write its graph.
 
     Args:
-        axes: of the input, those of any length.
-        ours: traced strictly, since only so `len(x)` is understood as an axis, and not as the number that it is for the
-            example. Other libraries do things besides computing, which a strict trace refuses.
+        tower: module to trace.
+        example: example input.
+        axes: dynamic axes of the input.
+        path: path of the graph.
+        ours: whether the tower is implemented in clip_exp. Only a strict trace treats `len(x)` as a dynamic axis
+            instead of the constant of the example. Towers of other libraries may contain code with side effects, for
+            which a strict trace fails.
     """
     name = "image" if path.name == IMAGE else "tokens"
     shapes = {name: axes}
@@ -104,7 +111,7 @@ def _write_graph(tower: nn.Module, example: Tensor, axes: dict[int, Any], path: 
 
 
 def _forget_origins(graph: Any) -> None:
-    """Take out where in this machine's files each node was defined."""
+    """Remove metadata with paths of source files on this machine from all nodes."""
     graph.metadata_props.clear()
     for value in graph.inputs:
         value.metadata_props.clear()
@@ -115,7 +122,7 @@ def _forget_origins(graph: Any) -> None:
 
 
 def _about(model: CLIP, config: ModelConfig, trims: bool) -> dict[str, Any]:
-    """What a program needs to turn cosines into probabilities, and texts into tokens."""
+    """Return the values that a program needs to compute probabilities from cosine similarities, and to tokenize texts."""
     return {
         "model": config.name,
         "embed_dim": config.embed_dim,

@@ -1,4 +1,4 @@
-"""The folder that open_clip loads as `local-dir:DIR`; its weights fit a model of the same architecture there."""
+"""Export for open_clip, which loads it as `local-dir:DIR`."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.data.images import preprocessing_of
 from clip_exp.errors import ConfigError
 from clip_exp.export.compare import Encoders
-from clip_exp.export.tokenizer_files import write_own
+from clip_exp.export.tokenizer_files import write_custom
 from clip_exp.models.clip import CLIP
 from clip_exp.weights.names import to_open_clip
 
@@ -25,20 +25,22 @@ def write(folder: Path, model: CLIP, config: ModelConfig) -> None:
     about = {"model_cfg": model_cfg(config, bias), "preprocess_cfg": preprocess_cfg(config)}
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     if not config.text.uses_openai_tokenizer:
-        write_own(folder, config.text)
+        write_custom(folder, config.text)
 
 
 def read(folder: Path, config: ModelConfig) -> Encoders:
-    """The towers as open_clip itself loads them, strictly.
+    """Load the exported towers with open_clip, strictly.
 
     Raises:
-        ConfigError: open_clip has no such model.
+        ConfigError: open_clip cannot build the model.
     """
-    import open_clip  # takes seconds
+    # Imported here, since it takes seconds
+    import open_clip
 
     try:
         theirs = open_clip.create_model(f"local-dir:{folder}").eval()
-    except Exception as error:  # timm and transformers, which open_clip asks for towers, fail in ways of their own
+    except Exception as error:
+        # timm and transformers, which build towers for open_clip, raise various exceptions.
         raise ConfigError(
             f"format=open_clip: open_clip cannot build this model ({' '.join(str(error).split())[:300]}). "
             "Use format=safetensors or onnx."
@@ -47,10 +49,11 @@ def read(folder: Path, config: ModelConfig) -> Encoders:
 
 
 def model_cfg(config: ModelConfig, bias: float | None) -> dict[str, Any]:
-    """The architecture, as open_clip's configurations have it.
+    """Return open_clip's configuration of a model's architecture.
 
     Args:
-        bias: of the logits; None: the model has none.
+        config: configuration of the model.
+        bias: logit bias; None: the model has none.
     """
     values = {
         **config.image.open_clip_model(config),
@@ -67,7 +70,7 @@ def model_cfg(config: ModelConfig, bias: float | None) -> dict[str, Any]:
 
 
 def preprocess_cfg(config: ModelConfig) -> dict[str, Any]:
-    """What happens to an image before the image tower."""
+    """Return open_clip's configuration of a model's preprocessing."""
     size, mean, std, interpolation, resize_mode = preprocessing_of(config.image)
     return {
         "size": [size, size],

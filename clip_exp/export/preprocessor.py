@@ -1,4 +1,4 @@
-"""What happens to an image before the image tower, as Hugging Face's image processors read it."""
+"""Preprocessing of images in the format of Hugging Face's image processors."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 from clip_exp.config.model import ImageTowerConfig, Interpolation, ResizeMode
 from clip_exp.data.images import preprocessing_of
 
-RESAMPLE = {Interpolation.bilinear: 2, Interpolation.bicubic: 3}  # Pillow's numbers
+# Pillow's numbers of interpolation modes
+RESAMPLE = {Interpolation.bilinear: 2, Interpolation.bicubic: 3}
 
 
 def write_preprocessor(folder: Path, tower: ImageTowerConfig, family: str = "CLIP") -> None:
@@ -18,7 +19,7 @@ def write_preprocessor(folder: Path, tower: ImageTowerConfig, family: str = "CLI
 
 
 def preprocessor_of(tower: ImageTowerConfig) -> dict[str, Any]:
-    """The steps of our evaluation transform: resize, crop, rescale to 0..1, normalize."""
+    """Return the configuration of the evaluation transform: resize, crop, rescale to 0..1, normalize."""
     size, mean, std, interpolation, resize_mode = preprocessing_of(tower)
     square = {"height": size, "width": size}
     squash = resize_mode is ResizeMode.squash

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model, as files of the `tokenizers` library and of Hugging Face's `CLIPTokenizer`."""
+"""Tokenizer of an export, as files of the `tokenizers` library and of Hugging Face's `CLIPTokenizer`."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,17 @@ from clip_exp.config.model import TextTowerConfig
 from clip_exp.text import tokenizer as ours
 from clip_exp.text.tokenizer import load_huggingface, save_huggingface
 
-START, END = "<|startoftext|>", "<|endoftext|>"  # Hugging Face's names for our ids START and END
-# As `clip_exp.text.tokenizer` splits a text; the tokenizers library has its own dialect of patterns.
+# Hugging Face's tokens for our ids START and END
+START, END = "<|startoftext|>", "<|endoftext|>"
+# Pattern of words in `clip_exp.text.tokenizer`, in the syntax of the tokenizers library
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def openai_tokenizer() -> Tokenizer:
-    """OpenAI's tokenizer for the `tokenizers` library: start, words, end; neither cut nor padded.
+    """Return OpenAI's tokenizer for the `tokenizers` library: start, words, end, without truncation and padding.
 
-    Ids are ours for every text that `clip_exp.text.tokenizer.lower` leaves as it is, but for case and spaces: the
-    library repairs no broken characters, and reads no HTML entities.
+    The ids are the same as ours, except for texts with broken characters or HTML entities, which the library does not
+    repair or decode as `clip_exp.text.tokenizer.lower` does.
     """
     vocabulary, merges = ours.vocabulary()
     tokenizer = Tokenizer(
@@ -41,10 +42,11 @@ def openai_tokenizer() -> Tokenizer:
 
 
 def write_for_clip(folder: Path, text: TextTowerConfig) -> None:
-    """Write what `CLIPTokenizer.from_pretrained` reads: one file for today's transformers, three for older ones."""
+    """Write the files for `CLIPTokenizer.from_pretrained`, also for older versions of transformers, which read other files."""
     tokenizer = openai_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    # vocab.json and merges.txt
+    tokenizer.model.save(str(folder))
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length, **special}
     for name, values in (("tokenizer_config.json", about), ("special_tokens_map.json", special)):
@@ -52,18 +54,20 @@ def write_for_clip(folder: Path, text: TextTowerConfig) -> None:
 
 
 def write_ready(folder: Path, text: TextTowerConfig, trims: bool) -> None:
-    """Write a `tokenizer.json` that gives the tower's input as it is: cut to the context and padded.
+    """Write a `tokenizer.json` with truncation and padding, whose output is the input of the text tower.
 
-    `Tokenizer.from_file("tokenizer.json").encode_batch(texts)` has lists of ids of one length.
+    `Tokenizer.from_file("tokenizer.json").encode_batch(texts)` returns lists of ids of the same length.
 
     Args:
-        trims: a batch is as long as its longest text; else as the context.
+        folder: folder to write to.
+        text: configuration of the text tower.
+        trims: pad a batch to its longest text; False: to the context length.
     """
     path = folder / "tokenizer.json"
     if text.uses_openai_tokenizer:
         tokenizer, pad_id = openai_tokenizer(), 0
     else:
-        write_own(folder, text)
+        write_custom(folder, text)
         tokenizer, pad_id = Tokenizer.from_file(str(path)), load_huggingface(str(folder)).pad_token_id
     tokenizer.enable_truncation(text.context_length)
     length = None if trims else text.context_length
@@ -71,8 +75,8 @@ def write_ready(folder: Path, text: TextTowerConfig, trims: bool) -> None:
     tokenizer.save(str(path))
 
 
-def write_own(folder: Path, text: TextTowerConfig) -> None:
-    """Write the files of a tokenizer from the hub or from a folder, without a trace of where it lay."""
+def write_custom(folder: Path, text: TextTowerConfig) -> None:
+    """Write the files of a tokenizer from the hub or from a folder, without its path."""
     source = text.tokenizer_source
     assert source is not None
     save_huggingface(source, folder)

@@ -1,4 +1,4 @@
-"""Writing an export: weights and what belongs to them, checked, with a model card, all of it or nothing."""
+"""Writing of an export: weights, preprocessing, tokenizer and model card. The folder appears only after verification."""
 
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
@@ -16,14 +16,14 @@ from clip_exp.models.clip import CLIP
 
 
 class Writer(Protocol):
-    """The module of a format."""
+    """Module of a format."""
 
     def write(self, folder: Path, model: CLIP, config: ModelConfig) -> None:
-        """Write weights, preprocessing and tokenizer; the model is on the CPU in evaluation mode."""
+        """Write weights, preprocessing and tokenizer. The model must be on the CPU in evaluation mode."""
         ...
 
     def read(self, folder: Path, config: ModelConfig) -> Encoders:
-        """Return the towers, from what `write` wrote."""
+        """Load the towers from the files that `write` has written."""
         ...
 
 
@@ -36,9 +36,17 @@ WRITERS: dict[ExportFormat, Writer] = {
 
 
 class Written(NamedTuple):
+    """Result of an export.
+
+    Attributes:
+        folder: output folder.
+        size: size of all files in bytes.
+        difference: largest difference between normalized features of the model and its export.
+    """
+
     folder: Path
-    size: int  # bytes
-    difference: float  # the largest of a feature of unit norm, between the model and what was read back
+    size: int
+    difference: float
 
 
 def write_export(
@@ -49,16 +57,19 @@ def write_export(
     chosen: ExportFormat = ExportFormat.open_clip,
     overwrite: bool = False,
 ) -> Written:
-    """Write a model's folder; it appears when all is in it and gives the model's features.
+    """Export a model. The output folder appears after its features have been compared with the model's.
 
     Args:
-        model: on the CPU, in evaluation mode.
-        source: where the weights are from, for the card.
-        output: the folder.
+        model: model to export, on the CPU in evaluation mode.
+        config: configuration of the model.
+        source: source of the weights, for the model card; None: unknown.
+        output: output folder.
+        chosen: format of the export.
+        overwrite: replace an older export.
 
     Raises:
-        ConfigError: the format cannot hold the model, or the folder has something in it.
-        CheckpointError: the folder cannot be written, or what was written differs.
+        ConfigError: the format does not support the model, or the folder may not be replaced.
+        CheckpointError: the folder cannot be written, or the features of the export differ.
     """
     if problems := problems_of(chosen, config):
         raise ConfigError("\n".join(problems))
@@ -73,9 +84,9 @@ def write_export(
 
 
 def export_source(source: ModelSource, output: str | Path, chosen: ExportFormat, overwrite: bool) -> Written:
-    """Load a model and write its folder; see `write_export`.
+    """Load a model and export it; see `write_export`.
 
     Raises:
-        CheckpointError: likewise, or the weights cannot be read.
+        ConfigError, CheckpointError: see `write_export`; or the weights cannot be read.
     """
     return write_export(load_model(source), source.model, source, output, chosen, overwrite)

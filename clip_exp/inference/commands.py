@@ -56,7 +56,7 @@ def predict(config: PredictConfig) -> int:
             )
     with problems:
         templates = None if config.templates is None else read_templates(config.templates)
-    problems.tell()
+    problems.raise_if_any()
     source = checked or find_source(config)
     # Torch takes seconds to import, so it is imported only after the checks.
     from clip_exp.inference.pipeline import open_pipeline
@@ -97,7 +97,7 @@ def rank(config: RankConfig) -> int:
     copy_to = Path(config.copy_to).expanduser() if config.copy_to is not None else None
     if copy_to is not None and copy_to.exists() and not (copy_to.is_dir() and not any(copy_to.iterdir())):
         problems.add(f"copy_to={config.copy_to} already exists and is not an empty folder: give a new one.")
-    problems.tell()
+    problems.raise_if_any()
     source = checked or find_source(config)
     # Torch takes seconds to import, so it is imported only after the checks.
     from clip_exp.inference.features import best_matches
@@ -274,7 +274,7 @@ def check(config: SearchConfig) -> SearchRequest:
             check_source(config)  # downloaded after all checks
         elif config.index is not None:
             found = _model(config, path, has_images)
-    problems.tell()
+    problems.raise_if_any()
     source, recipe = found or _model(config, path, has_images)
     return SearchRequest(path, source, recipe, files, folders, queries)
 

@@ -1,7 +1,7 @@
-"""Texts that begin alike, as trees of tokens: each distinct beginning is in a tree once, so a causal tower computes it once.
+"""Prefix trees of tokenized texts. A common prefix of several texts occurs once in a tree, so a causal tower computes it once.
 
-The prompts of a zero-shot classifier are a few dozen templates with a thousand names each: 80,000 prompts of ImageNet have
-770 thousand tokens and 330 thousand distinct beginnings.
+The prompts of a zero-shot classifier combine a few dozen templates with a thousand class names: the 80,000 prompts of
+ImageNet have 770,000 tokens, but only 330,000 distinct prefixes.
 """
 
 from collections.abc import Sequence
@@ -11,48 +11,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NODES = 160  # of a tree: more waste time in attention across branches, fewer repeat the beginnings in more trees
+# Maximum number of nodes in a tree. Larger trees waste time in attention across branches; smaller ones repeat prefixes
+# in more trees.
+NODES = 160
 
 
 class TreeLayout(NamedTuple):
-    """Texts that share their beginnings, as paths of trees.
+    """Structure of B prefix trees of up to N tokens with E texts.
 
-    A token's state depends on what stands before it alone, so texts that begin alike are one path up to where they part.
+    In a causal tower, the state of a token depends only on the tokens before it, so texts share a path up to the point
+    where they differ.
+
+    Attributes:
+        position_BN: int64, number of tokens before each node.
+        seen_BNN: bool, attention mask: True if a node attends to the node of the last axis.
+        tree_E: int64, index of the tree of each text.
+        node_E: int64, index of the last node of each text.
     """
 
-    position_BN: Tensor  # int64, tokens that stand before each node
-    seen_BNN: Tensor  # bool, whether a node sees the node of the last axis
-    tree_E: Tensor  # int64, where each text ends: in which tree,
-    node_E: Tensor  # int64, and at which node
+    position_BN: Tensor
+    seen_BNN: Tensor
+    tree_E: Tensor
+    node_E: Tensor
 
 
 class TokenTrees(NamedTuple):
-    """B trees of up to N tokens that hold E texts."""
+    """B prefix trees of up to N tokens with E texts.
 
-    tokens: Tensor  # int64 [B, N], zero-padded
-    position: Tensor  # int64 [B, N], depth below the root
-    seen: Tensor  # bool [B, N, N], whether the node of the last axis is on the way from the root to a node, itself included
-    tree: Tensor  # int64 [E], where each text ends: in which tree,
-    node: Tensor  # int64 [E], and at which node
+    Attributes:
+        tokens: int64 [B, N], zero-padded tokens.
+        position: int64 [B, N], depth of each node.
+        seen: bool [B, N, N], attention mask: True if the node of the last axis is on the path from the root to a node,
+            including the node itself.
+        tree: int64 [E], index of the tree of each text.
+        node: int64 [E], index of the last node of each text.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    seen: Tensor
+    tree: Tensor
+    node: Tensor
 
 
 class Tree:
-    """A tree under construction, and the texts that end in it."""
+    """Prefix tree under construction.
+
+    Attributes:
+        tokens: token of each node.
+        parents: index of the parent of each node, -1 for a root.
+        depths: depth of each node.
+        ends: index of the last node of each text.
+        texts: index of each text.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
-        self.ends: list[int] = []  # node of each text
-        self.texts: list[int] = []  # which text that is
-        self._path: list[int] = []  # nodes of the latest text
+        self.ends: list[int] = []
+        self.texts: list[int] = []
+        # Nodes of the last text
+        self._path: list[int] = []
 
     def room_for(self, tokens: Sequence[int]) -> int:
-        """New nodes that a text needs."""
+        """Return the number of nodes that adding a text would create."""
         return len(tokens) - self._shared(tokens)
 
     def add(self, text: int, tokens: Sequence[int]) -> None:
-        """Texts come in sorted order, so what a text shares with the tree it shares with the latest text."""
+        """Add a text. Since texts are added in sorted order, it shares a prefix only with the last text."""
         shared = self._shared(tokens)
         del self._path[shared:]
         for depth in range(shared, len(tokens)):
@@ -69,7 +96,7 @@ class Tree:
 
 
 def grow(token_lists: Sequence[Sequence[int]], nodes: int = NODES) -> list[Tree]:
-    """Trees of at most `nodes` tokens (or of one longer text) that together hold every text once."""
+    """Build trees of at most `nodes` tokens (or of a single longer text) that contain every text once."""
     trees = [Tree()]
     for text in sorted(range(len(token_lists)), key=lambda text: list(token_lists[text])):
         tokens = token_lists[text]
@@ -80,11 +107,11 @@ def grow(token_lists: Sequence[Sequence[int]], nodes: int = NODES) -> list[Tree]
 
 
 def pack(trees: Sequence[Tree]) -> TokenTrees:
-    """Trees as tensors; their texts in the order of the trees."""
+    """Convert trees to tensors. Texts are in the order of the trees."""
     size = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), size), dtype=np.int64)
     position = np.zeros((len(trees), size), dtype=np.int64)
-    # A padding node sees itself: a row of attention that sees nothing is NaN.
+    # Padding nodes attend to themselves, since the softmax of a completely masked row is NaN.
     seen = np.broadcast_to(np.eye(size, dtype=bool), (len(trees), size, size)).copy()
     for row, tree in enumerate(trees):
         tokens[row, : len(tree.tokens)] = tree.tokens

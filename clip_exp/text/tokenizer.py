@@ -1,6 +1,7 @@
-"""Captions to the ids that a text tower takes: OpenAI's byte-pair tokenizer, and the tokenizers of the Hugging Face hub.
+"""Tokenizers: OpenAI's byte-pair encoding, and tokenizers of the Hugging Face hub.
 
-A caption is cleaned, split into words, mapped to ids, cut to the context length and padded. Ids equal open_clip's on any input.
+A caption is cleaned, split into words, mapped to ids, truncated to the context length and padded. The ids equal
+open_clip's for all input.
 """
 
 import gzip
@@ -31,51 +32,52 @@ PAD = 0
 
 
 class Tokenizes(Protocol):
-    """Captions to ids. Cheap to pickle: workers get a copy each.
+    """Protocol of tokenizers. They are cheap to pickle, since every worker process gets a copy.
 
     Attributes:
-        context_length: the most ids of a caption; longer ones are cut, the end id stays.
-        truncated: how many captions this object has cut.
+        context_length: maximum number of ids of a caption; longer captions are truncated before the end id.
+        truncated: number of captions that this object has truncated.
     """
 
     context_length: int
     truncated: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without padding."""
+        """Return the ids of a caption, without padding."""
         ...
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of each caption."""
+        """Return the ids of each caption, without padding."""
         ...
 
     def pad(self, token_lists: Sequence[Sequence[int]], multiple: int = 1) -> Tensor:
-        """Ids [N, L], int64, as the text tower takes them.
+        """Return padded ids [N, L], int64, the input of the text tower.
 
-        L is the longest list rounded up to `multiple` where the tower gives the same features for it; else `context_length`.
+        L is the length of the longest list, rounded up to `multiple`, if the tower gives the same features for it; else
+        `context_length`.
         """
         ...
 
     def __call__(self, texts: str | Iterable[str]) -> Tensor:
-        """Padded ids of one caption or several."""
+        """Return the padded ids of one or several captions."""
         ...
 
 
 def build_tokenizer(config: TextTowerConfig) -> Tokenizes:
-    """The tokenizer of a text tower.
+    """Build the tokenizer of a text tower.
 
     Raises:
-        ConfigError: one that is named cannot be had.
+        ConfigError: the tokenizer is not available, or does not fit the tower.
     """
     if config.uses_openai_tokenizer:
         return Tokenizer(config.context_length, trims=config.trims)
     return HuggingFaceTokenizer.of(config)
 
 
-# What happens to a text before it is split into tokens: open_clip's three ways, each with equal results on any text.
+# Text normalization before tokenization: the three variants of open_clip, with the same results for all texts
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# Entities, controls, line ends, curly quotes, surrogates, ligatures and full-width forms: what ftfy replaces one by one.
+# Entities, control characters, line ends, curly quotes, surrogates, ligatures and full-width forms, which ftfy replaces
 _REPLACED = re.compile(
     "[&\x00-\x1f\x7f-\x9f\u02bc\u2018-\u201f\u2028\u2029\ud800-\udfff"
     + re.escape("".join(map(chr, [*chardata.CONTROL_CHARS, *chardata.LIGATURES, *chardata.WIDTH_MAP])))
@@ -84,26 +86,27 @@ _REPLACED = re.compile(
 
 
 def whitespace(text: str) -> str:
-    """Repaired, html-unescaped, single-spaced text."""
-    if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy leaves printable ASCII as it is
+    """Repair broken characters, decode HTML entities, and collapse whitespace."""
+    # ftfy does not change printable ASCII.
+    if "&" in text or not (text.isascii() and text.isprintable()):
         text = html.unescape(html.unescape(_repair(text)))
     return " ".join(text.split())
 
 
 def _repair(text: str) -> str:
-    """`ftfy.fix_text`, which looks twice for each of a dozen faults, only where there may be one."""
+    """Apply `ftfy.fix_text`, which is slow, only to texts that it may change."""
     if _REPLACED.search(text) is None and is_normalized("NFC", text) and not is_bad(text):
         return text
     return ftfy.fix_text(text)
 
 
 def lower(text: str) -> str:
-    """The same in lower case, as OpenAI's tokenizer has it."""
+    """Normalize a text as `whitespace` does and convert it to lower case, as OpenAI's tokenizer does."""
     return whitespace(text).lower()
 
 
 def canonicalize(text: str) -> str:
-    """The same without ASCII punctuation, as SigLIP was trained (Zhai et al. 2023)."""
+    """Normalize a text as `lower` does and remove ASCII punctuation, as in the training of SigLIP (Zhai et al. 2023)."""
     return " ".join(whitespace(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
@@ -113,7 +116,7 @@ CLEANINGS = {Cleaning.whitespace: whitespace, Cleaning.lower: lower, Cleaning.ca
 def pad_tokens(
     token_lists: Sequence[Sequence[int]], context_length: int, multiple: int = 1, pad_id: int = PAD
 ) -> Tensor:
-    """Ids [N, L], int64, filled up with `pad_id`; L is the longest list rounded up to `multiple`, at most `context_length`."""
+    """Pad lists of ids with `pad_id` to [N, L], int64; L is the longest list rounded up to `multiple`, at most `context_length`."""
     longest = max((len(tokens) for tokens in token_lists), default=1)
     length = min(-(-longest // multiple) * multiple, context_length)
     padded = np.full((len(token_lists), length), pad_id, dtype=np.int64)
@@ -122,23 +125,25 @@ def pad_tokens(
     return torch.from_numpy(padded)
 
 
-# OpenAI's byte-pair tokenizer (Radford et al. 2021), with ids equal to open_clip's `SimpleTokenizer` on any input.
-# Text is cleaned and split into words with the same library and pattern as there. A word's ids come from a bounded cache, and
-# on a miss from the `tokenizers` library, so that a caption costs about as much as splitting it.
+# OpenAI's byte-pair tokenizer (Radford et al. 2021), with the same ids as open_clip's `SimpleTokenizer` for all input.
+# Texts are cleaned and split into words with the same libraries and pattern. The ids of words come from a bounded
+# cache, and on a miss from the `tokenizers` library, so that encoding a caption takes hardly longer than splitting it.
 
 VOCAB_SIZE = 49408
-START, END = 49406, 49407  # the largest id ends a text: towers pool at the argmax of the ids
+# The end id must be the largest one, since towers pool at the argmax of the ids.
+START, END = 49406, 49407
 
 _SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
 _WORD = regex.compile(
     r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
 _CACHED_WORDS = 1 << 16
-_CACHED_WORD_LENGTH = 64  # characters
+# Maximum number of characters of a cached word
+_CACHED_WORD_LENGTH = 64
 
 
 def _byte_alphabet() -> list[str]:
-    """A printable character for each byte, printable Latin-1 standing for itself (GPT-2's reversible byte encoding)."""
+    """Return a printable character for each byte (GPT-2's reversible byte encoding); printable Latin-1 characters represent themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -146,10 +151,10 @@ def _byte_alphabet() -> list[str]:
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids of all symbols but the two special ones: bytes, bytes that end a word, merged pairs. And the merges, in order.
+    """Return the ids of all symbols except the two special ones (bytes, bytes at the end of a word, merged pairs), and the merges in order.
 
     Raises:
-        ConfigError: the vocabulary's file is missing.
+        ConfigError: the file of the vocabulary is missing.
     """
     alphabet = _byte_alphabet()
     lines = gzip.decompress(vocabulary_file().read_bytes()).decode("utf-8").split("\n")
@@ -161,7 +166,7 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 class _WordIds:
-    """Ids of single words, remembered."""
+    """Cached function from a word to its ids."""
 
     def __init__(self) -> None:
         self._alphabet = _byte_alphabet()
@@ -184,14 +189,15 @@ def _word_ids() -> _WordIds:
 
 
 class Tokenizer:
-    """Captions to ids. Cheap to build and to pickle: the vocabulary is read once per process, at the first caption.
+    """OpenAI's tokenizer. It is cheap to build and to pickle, since each process reads the vocabulary at its first caption.
 
     Args:
-        context_length: the most ids of a caption, start and end included. Longer captions are cut; the end id stays.
-        trims: a batch may be as short as its longest caption: the text tower gives the same features then.
+        context_length: maximum number of ids of a caption, including start and end. Longer captions are truncated
+            before the end id.
+        trims: whether a batch may be padded to its longest caption only, because the text tower gives the same features.
 
     Attributes:
-        truncated: how many captions this object has cut.
+        truncated: number of captions that this object has truncated.
     """
 
     def __init__(self, context_length: int = 77, *, trims: bool = True) -> None:
@@ -200,7 +206,7 @@ class Tokenizer:
         self.truncated = 0
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption: start, words, end; at most `context_length` of them."""
+        """Return the ids of a caption: start, words, end; at most `context_length` ids."""
         word_ids, room = _word_ids(), self.context_length - 1
         ids = [START]
         for match in _WORD.finditer(lower(text)):
@@ -213,42 +219,43 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of each caption."""
+        """Return the ids of each caption, without padding."""
         return [self.encode(text) for text in texts]
 
     def pad(self, token_lists: Sequence[Sequence[int]], multiple: int = 1) -> Tensor:
-        """Zero-padded ids [N, L], int64; L is the longest list rounded up to `multiple`, at most `context_length`."""
+        """Pad lists of ids with zeros to [N, L], int64; L is the longest list rounded up to `multiple`, at most `context_length`."""
         return pad_tokens(token_lists, self.context_length, multiple if self.trims else self.context_length)
 
     def __call__(self, texts: str | Iterable[str], *, trim: bool = True, multiple: int = 1) -> Tensor:
-        """Zero-padded ids [N, L], int64.
+        """Return zero-padded ids [N, L], int64.
 
         Args:
-            texts: one caption or several.
-            trim: L is the longest caption, rounded up to `multiple`; otherwise `context_length`. A causal text tower that
-                pools at the end id gives the same features either way.
-            multiple: what L is rounded up to, never above `context_length`.
+            texts: one or several captions.
+            trim: L is the length of the longest caption rounded up to `multiple`; False: `context_length`. A causal
+                text tower that pools at the end id gives the same features in both cases.
+            multiple: number that L is rounded up to a multiple of, at most `context_length`.
         """
         tokens = self.encode_batch([texts] if isinstance(texts, str) else texts)
         return self.pad(tokens, multiple if trim else self.context_length)
 
 
-# Tokenizers of the Hugging Face hub, with ids equal to open_clip's `HFTokenizer` (T5's of SigLIP, BERT's, XLM-R's, …).
-# Only fast ones, which are data for the `tokenizers` library: no code of a repository ever runs.
+# Tokenizers of the Hugging Face hub, with the same ids as open_clip's `HFTokenizer` (SigLIP's T5, BERT, XLM-R, …). Only
+# fast tokenizers are supported: they are data for the `tokenizers` library, so code in a repository is never executed.
 
 
 class HuggingFaceTokenizer:
-    """Captions to ids. Cheap to pickle: each process reads the files itself, at its first caption.
+    """Tokenizer of the Hugging Face hub. It is cheap to pickle, since each process reads the files at its first caption.
 
     Args:
-        source: a folder with the tokenizer's files, or a name on the hub.
-        context_length: the most ids of a caption, special ones included. Longer captions are cut; the end id stays.
-        cleaning: of a caption before it is split.
-        trims: a batch may be as short as its longest caption: the text tower gives the same features then.
-        strip_sep_token: zeros in the place of separators.
+        source: folder with the tokenizer's files, or name on the hub.
+        context_length: maximum number of ids of a caption, including special ones. Longer captions are truncated before
+            the end id.
+        cleaning: normalization of a caption before tokenization.
+        trims: whether a batch may be padded to its longest caption only, because the text tower gives the same features.
+        strip_sep_token: replace separator tokens by zeros.
 
     Attributes:
-        truncated: how many captions this object has cut.
+        truncated: number of captions that this object has truncated.
     """
 
     def __init__(
@@ -266,14 +273,14 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def of(cls, config: TextTowerConfig) -> "HuggingFaceTokenizer":
-        """The tokenizer of a text tower, read now.
+        """Load and check the tokenizer of a text tower.
 
         Raises:
-            ConfigError: it cannot be had, or the tower has no embedding for some of its ids.
+            ConfigError: the tokenizer is not available, or the tower has no embedding for some of its ids.
         """
         source = config.tokenizer_source
         if source is None:
-            raise ConfigError(f"{KEY} has no value: give a folder with a tokenizer's files, or a name on the hub.")
+            raise ConfigError(f"{KEY} has no value: set a folder with a tokenizer's files, or a name on the hub.")
         if problem := next(config.tokenizer_problems(f"{KEY}={source}", load_huggingface(source)), None):
             raise ConfigError(problem)
         return cls(
@@ -285,12 +292,12 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, special ones included; at most `context_length` of them."""
+        """Return the ids of a caption, including special ones; at most `context_length` ids."""
         ready = _ready(self.source, self.context_length)
         return self._ids(ready, ready.backend.encode(CLEANINGS[self.cleaning](text)))
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of each caption."""
+        """Return the ids of each caption, without padding."""
         ready, clean = _ready(self.source, self.context_length), CLEANINGS[self.cleaning]
         return [self._ids(ready, encoding) for encoding in ready.backend.encode_batch([clean(text) for text in texts])]
 
@@ -301,22 +308,29 @@ class HuggingFaceTokenizer:
         return [0 if token == ready.sep_id else token for token in encoding.ids]
 
     def pad(self, token_lists: Sequence[Sequence[int]], multiple: int = 1) -> Tensor:
-        """Ids [N, L], int64, filled up with the tokenizer's padding.
+        """Pad lists of ids with the tokenizer's padding id to [N, L], int64.
 
-        L is the longest list rounded up to `multiple`, at most `context_length`; always that where the tokenizer does not trim.
+        L is the longest list rounded up to `multiple`, at most `context_length`; always `context_length` if `trims` is
+        False.
         """
         pad_id = _ready(self.source, self.context_length).pad_id
         return pad_tokens(token_lists, self.context_length, multiple if self.trims else self.context_length, pad_id)
 
     def __call__(self, texts: str | Iterable[str]) -> Tensor:
-        """Padded ids of one caption or several."""
+        """Return the padded ids of one or several captions."""
         return self.pad(self.encode_batch([texts] if isinstance(texts, str) else texts))
 
 
 class _Ready(NamedTuple):
-    """A tokenizer that cuts, in a process."""
+    """Loaded tokenizer with truncation.
 
-    backend: Any  # tokenizers.Tokenizer
+    Attributes:
+        backend: `tokenizers.Tokenizer`.
+        pad_id: id of the padding token.
+        sep_id: id of the separator token, if any.
+    """
+
+    backend: Any
     pad_id: int
     sep_id: int | None
 
@@ -331,32 +345,33 @@ def _ready(source: str, context_length: int) -> _Ready:
 
 
 def load_huggingface(source: str) -> Any:
-    """A `transformers.PreTrainedTokenizerFast`.
+    """Load a `transformers.PreTrainedTokenizerFast`.
 
     Args:
-        source: a folder, or a name on the hub.
+        source: folder, or name on the hub.
 
     Raises:
-        ConfigError: there is none, it needs code of its own, or it has no padding.
+        ConfigError: the tokenizer is not available, needs code from its repository, or has no padding token.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder_or_hub_name(source), use_fast=True, trust_remote_code=False)
-    except Exception as error:  # each kind of tokenizer, and the hub, fail in ways of their own
+    except Exception as error:
+        # The various tokenizers, and the hub, raise various exceptions.
         raise ConfigError(
-            f"{KEY}={source} cannot be had ({_first_line(error)}). Give a folder that holds its files, such as "
+            f"{KEY}={source} could not be loaded ({_first_line(error)}). Give a folder with its files, such as "
             f"tokenizer.json and tokenizer_config.json ({KEY}=DIR), or a name on the hub while it can be reached."
         ) from error
     if not tokenizer.is_fast:
-        raise ConfigError(f"{KEY}={source} is no fast tokenizer: give one that has a tokenizer.json.")
+        raise ConfigError(f"{KEY}={source} is not a fast tokenizer: give one with a tokenizer.json.")
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"{KEY}={source} has no padding token: set pad_token in its tokenizer_config.json.")
     return tokenizer
 
 
 def save_huggingface(source: str, folder: Path) -> None:
-    """Write the tokenizer's files into `folder`, which is then a source as good as the first.
+    """Save the tokenizer's files to `folder`, which can then be used as `source`.
 
     Raises:
         ConfigError: see `load_huggingface`.

@@ -42,7 +42,7 @@ from clip_exp.runs import (
 from clip_exp.storage import file_sha256
 from clip_exp.training.preflight import rehearse
 from clip_exp.weights.find import find_weights, hash_weights, key_of, local_weights
-from clip_exp.weights.inspect import as_settled, note_architecture, settle
+from clip_exp.weights.inspect import as_resolved, note_architecture, resolve_model
 
 if TYPE_CHECKING:
     from clip_exp.config.compose import Job  # imports Hydra
@@ -291,7 +291,7 @@ def _recognized(request: Request) -> tuple[list[EarlierRun], list[Path]]:
 
 def _different_keys(run: TrainConfig, config: TrainConfig) -> list[str]:
     """Return the keys by which the computation of a run differs from that of `config`."""
-    before, now = identity(run), identity(config.model_copy(update={"model": as_settled(config.model, run.model)}))
+    before, now = identity(run), identity(config.model_copy(update={"model": as_resolved(config.model, run.model)}))
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
@@ -410,7 +410,7 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
         job: job of a sweep, or None.
 
     Raises:
-        ConfigError: `resume` is not a run, or names one that computes something else; see also `find_weights` and `settle`.
+        ConfigError: `resume` is not a run, or names one that computes something else; see also `find_weights` and `resolve_model`.
         CheckpointError: the start weights are damaged or cannot be downloaded, the folder cannot be created, or see `run_to_resume`.
     """
     request = Request(config, data, job)
@@ -421,11 +421,11 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
     model, facts = note_architecture(config.model, config.own_towers), request.facts()
     rehearse(config.model_copy(update={"model": model}))
     starts = [find_weights(start, model, tower=tower) for tower, start in config.starts.items()]
-    model = settle(model, *starts)
+    model = resolve_model(model, *starts)
     for found in starts:
         path, key = found.path.absolute(), key_of(found.tower)
         facts[key] = {
-            "told": found.told,
+            "told": found.description,
             "path": str(path),
             "sha256": request.weights_sha256.get(key) or hash_weights(path),
             "format": found.about.format,
@@ -463,7 +463,7 @@ def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
             f"{folder} cannot be resumed, and no checkpoint has a copy of its {CONFIG}: {error} Restore the file, or set "
             "resume=never to start a new run."
         ) from error
-    resolved = config.model_copy(update={"model": as_settled(config.model, read.model)})
+    resolved = config.model_copy(update={"model": as_resolved(config.model, read.model)})
     facts = request.facts()
     if (
         differences.tables and not config.data.allow_changed

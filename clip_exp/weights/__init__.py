@@ -1,1 +1,1 @@
-"""Weights of clip_exp and of other libraries: found by name, fetched, read, and turned into ours and back."""
+"""Weights of clip_exp and other libraries: finding, downloading, reading, and converting between layouts."""

@@ -1,4 +1,4 @@
-"""`clip-exp convert`: the tensors of a torch file as safetensors, which cannot run code."""
+"""Command `clip-exp convert`: writes the tensors of a torch file as safetensors, which cannot contain code."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,23 +17,25 @@ ENDING = ".safetensors"
 DTYPES = {f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64)} | {
     "bool", "bfloat16", "float8_e4m3fn", "float8_e5m2",
 }  # fmt: skip
-MAX_DEPTH = 20  # of dictionaries in each other
+# Maximum depth of nested dictionaries, which may be recursive
+MAX_DEPTH = 20
 
 
 def convert(config: ConvertConfig) -> int:
-    """Write the file; return the exit code.
+    """Convert the file and return the exit code.
 
     Raises:
-        ConfigError: `file` or `output` has no value, or `output` exists or is no place for a file.
-        CheckpointError: `file` cannot be read, is refused without `trust_pickle`, or has no tensors; `output` cannot be written.
+        ConfigError: `file` or `output` is not set, `output` exists, or its folder does not exist.
+        CheckpointError: `file` cannot be read, needs `trust_pickle`, or has no tensors; or `output` cannot be written.
     """
     file, output = _check(config)
+    # Imports torch
     from safetensors import SafetensorError
-    from safetensors.torch import save_file  # imports torch
+    from safetensors.torch import save_file
 
     found, left_out = _tensors(_read(file, config.trust_pickle))
     if not found:
-        raise CheckpointError(f"{file}: holds no tensors: nothing is written.")
+        raise CheckpointError(f"{file} contains no tensors: no file is written.")
     try:
         with atomic_file(output) as temporary:
             save_file(found, temporary, {"format": "pt"})
@@ -44,36 +46,36 @@ def convert(config: ConvertConfig) -> int:
     if left_out:
         from clip_exp.weights.read import listing
 
-        print(f"left out, as no tensors: {listing(left_out)}")
+        print(f"left out, not tensors: {listing(left_out)}")
     print(f"next:    pretrained={output}")
     return 0
 
 
 def _check(config: ConvertConfig) -> tuple[Path, Path]:
-    """Return the two paths, without torch."""
+    """Check `file` and `output` without torch, and return them."""
     problems = Problems()
     if config.file is None:
-        problems.add(f"file has no value: name the file to convert (clip-exp convert FILE output=NAME{ENDING}).")
+        problems.add(f"file has no value: set the file to convert (clip-exp convert FILE output=NAME{ENDING}).")
     if config.output is None:
-        problems.add(f"output has no value: name the file to write (output=NAME{ENDING}).")
+        problems.add(f"output has no value: set the file to write (output=NAME{ENDING}).")
     file, output = (Path(path or ".").expanduser() for path in (config.file, config.output))
     if config.output is not None and output.suffix != ENDING:
-        problems.add(f"output={output} must end with {ENDING}, which is the only format that is written.")
+        problems.add(f"output={output} must end with {ENDING}, the only output format.")
     elif config.output is not None and (output.exists() or output.is_symlink()):
-        problems.add(f"output={output} exists, and is not replaced: name another file, or remove it.")
+        problems.add(f"output={output} already exists: give another file, or remove it.")
     elif config.output is not None and not output.parent.is_dir():
-        problems.add(f"output={output}: there is no folder {output.parent}. Make it, or name another file.")
+        problems.add(f"output={output}: folder {output.parent} not found. Create it, or give another file.")
     with problems:
         if config.file is not None and not file.is_file():
-            raise CheckpointError(f"file={file} does not exist or is a folder: name a file (.pt, .pth, .bin or .ckpt).")
+            raise CheckpointError(f"file={file} does not exist or is a folder: give a file (.pt, .pth, .bin or .ckpt).")
         if config.file is not None and format_of(file) is Format.safetensors:
-            raise ConfigError(f"file={file} is safetensors already: give it as it is (pretrained={file}).")
-    problems.tell()
+            raise ConfigError(f"file={file} is already a safetensors file: use it directly (pretrained={file}).")
+    problems.raise_if_any()
     return file, output
 
 
 def _read(file: Path, trusted: bool) -> Any:
-    """Return what a file holds; only a pickle that torch refuses needs to be trusted."""
+    """Read a file. Only a pickle that torch refuses to load safely needs `trusted`."""
     from clip_exp.weights.read import UnsafePickle, read_content
 
     try:
@@ -84,7 +86,7 @@ def _read(file: Path, trusted: bool) -> Any:
     import torch
 
     print(
-        f"warning: loading {file} runs the code in its pickle, since trust_pickle=true says that you trust its author.",
+        f"warning: loading {file} executes code in its pickle, because trust_pickle=true is set.",
         file=sys.stderr,
         flush=True,
     )
@@ -93,14 +95,15 @@ def _read(file: Path, trusted: bool) -> Any:
             return torch.load(opened, map_location="cpu", weights_only=False)
     except ImportError as error:
         raise CheckpointError(
-            f"{file}: its pickle needs code that is not here ({error}). Run this where the project that wrote it is installed."
+            f"{file}: its pickle needs a package that is not installed ({error}). Run this where the project that wrote it is installed."
         ) from error
-    except Exception as error:  # what a pickle runs can fail in any way
+    except Exception as error:
+        # Code in a pickle can raise any exception.
         raise CheckpointError(f"{file}: cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
 def _tensors(content: Any) -> tuple[dict[str, "Tensor"], list[str]]:
-    """Return the tensors under their names, each with memory of its own, and the names of what else there is."""
+    """Return the tensors by name, without shared memory, and the names of all other values."""
     from torch import Tensor
 
     found: dict[str, Tensor] = {}
@@ -117,12 +120,12 @@ def _tensors(content: Any) -> tuple[dict[str, "Tensor"], list[str]]:
 
 
 def _flat(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield what is in nested dictionaries, and in the weights of modules, by the keys with dots between them."""
+    """Yield the values in nested dictionaries and the weights of modules, under their keys joined by dots."""
     from torch import nn
 
     if isinstance(content, nn.Module):
         content = content.state_dict()
-    if isinstance(content, Mapping) and content and depth < MAX_DEPTH:  # a dictionary may hold itself
+    if isinstance(content, Mapping) and content and depth < MAX_DEPTH:
         for key, value in content.items():
             yield from _flat(value, f"{name}.{key}" if name else str(key), depth + 1)
     else:
@@ -130,7 +133,7 @@ def _flat(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, A
 
 
 def _fits(tensor: "Tensor") -> bool:
-    """Return whether safetensors has a place for it: dense numbers, on a device that has them."""
+    """Return True if safetensors can store a tensor: it is dense, with a supported dtype, and not on the meta device."""
     import torch
 
     dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized and not tensor.is_meta

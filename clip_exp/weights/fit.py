@@ -1,4 +1,4 @@
-"""From weights to a model that has them: all of them or none, with a readable list of what does not fit."""
+"""Copying of weights into a model, all of them or none, with readable messages about weights that do not fit."""
 
 import math
 import re
@@ -18,11 +18,12 @@ from clip_exp.models.clip import build_model
 from clip_exp.weights.names import projections, tower_numbers
 from clip_exp.weights.read import BIAS, POSITIONS, find_model_weights, listing
 
-# Narrower ones go with a scale that is elsewhere.
+# Narrower types need a separate scale.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TEXT_POSITIONS = "text.positional_embedding"
 BLOCK_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
-INPUT_SIZES = {"image.image_size", "text.context_length"}  # a model may have been made for several
+# Values that may differ between weights of the same architecture
+INPUT_SIZES = {"image.image_size", "text.context_length"}
 
 
 def load_weights(
@@ -32,18 +33,19 @@ def load_weights(
     prefix: str | None = None,
     tower: str | None = None,
 ) -> list[str]:
-    """Copy a file's weights into `model`, all of them or none.
+    """Load the weights of a file into `model`, all of them or none.
 
     Args:
-        config, prefix, tower: see `find_model_weights`.
+        model: model to change.
+        path, config, prefix, tower: see `find_model_weights`.
 
     Returns:
-        A sentence about each weight that was changed to fit, and about what else the file holds.
+        Messages about other contents of the file and about weights that were changed to fit.
 
     Raises:
-        CheckpointError: as `find_model_weights` and `fit_weights`.
+        CheckpointError: see `find_model_weights` and `fit_weights`.
     """
-    weights = find_model_weights(path, config, _own(model, tower), prefix, tower=tower)
+    weights = find_model_weights(path, config, _expected(model, tower), prefix, tower=tower)
     notes = fit_weights(model, weights.state, weights.source, tower)
     return notes if weights.note is None else [weights.note, *notes]
 
@@ -51,22 +53,25 @@ def load_weights(
 def check_weights(
     path: str | Path, config: ModelConfig, prefix: str | None = None, tower: str | None = None
 ) -> set[str]:
-    """Refuse a file whose names or shapes do not fit the model. Neither takes memory.
+    """Check that the names and shapes of a file's weights fit a model, without allocating memory for either.
+
+    Args:
+        path, config, prefix, tower: see `find_model_weights`.
 
     Returns:
-        The weights of the tower's projection, where the file has none and they stay random.
+        Names of the weights of the tower's projection that would be random, since the file does not have them.
 
     Raises:
-        CheckpointError: as `load_weights`.
+        CheckpointError: see `load_weights`.
     """
     with torch.device("meta"):
         model = build_model(config)
-    weights = find_model_weights(path, config, _own(model, tower), prefix, numbers=False, tower=tower)
+    weights = find_model_weights(path, config, _expected(model, tower), prefix, with_values=False, tower=tower)
     _fitted(model, weights.state, weights.source, tower)
-    return set() if tower is None else projections(_own(model, tower)) - weights.state.keys()
+    return set() if tower is None else projections(_expected(model, tower)) - weights.state.keys()
 
 
-def _own(model: nn.Module, tower: str | None) -> dict[str, Tensor]:
+def _expected(model: nn.Module, tower: str | None) -> dict[str, Tensor]:
     return {
         name: tensor for name, tensor in model.state_dict().items() if tower is None or name.startswith(f"{tower}.")
     }
@@ -75,75 +80,81 @@ def _own(model: nn.Module, tower: str | None) -> dict[str, Tensor]:
 def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str, tower: str | None = None) -> list[str]:
     """Copy weights into `model`, all of them or none, in the model's dtype.
 
-    Positional embeddings of another number of positions are made to fit, see `fit_positions`. The bias of the sigmoid loss goes with
-    the loss: a model that is trained with another loss than the weights were keeps its own bias, or has none.
+    Position embeddings with another number of positions are resized, see `fit_positions`. The bias of the sigmoid loss
+    depends on the loss: if the weights were trained with another loss than the model's, the model's bias is unchanged,
+    or the bias of the weights is left out.
 
     Args:
-        state: under our names, as `read_weights` returns it.
-        source: where they are from, for messages.
-        tower: image or text: the weights are that tower's, possibly without its projection.
+        model: model to change.
+        state: weights by our names, as `read_weights` returns them.
+        source: location of the weights, for messages.
+        tower: image or text, if the weights are those of this tower only, with or without its projection.
 
     Returns:
-        A sentence about each weight that was changed to fit.
+        Messages about weights that were changed to fit.
 
     Raises:
         CheckpointError: the names or shapes of the weights and of the model differ, or a weight is not finite.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     fitted, notes = _fitted(model, state, source, tower)
-    if wild := [name for name, tensor in fitted.items() if not torch.isfinite(tensor.to(own[name].dtype)).all()]:
+    if not_finite := [
+        name for name, tensor in fitted.items() if not torch.isfinite(tensor.to(expected[name].dtype)).all()
+    ]:
         raise CheckpointError(
-            f"{source}: has values that are not finite (NaN or infinite) in {listing(wild)}. The file is damaged or its "
-            "training failed: use an earlier checkpoint."
+            f"{source} has values that are not finite (NaN or infinite) in {listing(not_finite)}. The file is damaged, or its training "
+            "diverged: use an earlier checkpoint."
         )
-    model.load_state_dict({**own, **fitted})
+    model.load_state_dict({**expected, **fitted})
     return notes
 
 
 def _fitted(
     model: nn.Module, state: dict[str, Tensor], source: str, tower: str | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    own = _own(model, tower)
-    fitted, notes = fit_positions(state, own, causal_text=getattr(model, "shares_prefixes", False))
-    fitted, notes = _fit_bias(fitted, own, notes)
-    if tower is not None and (fresh := projections(own)) and not fresh & state.keys():
-        fitted |= {name: own[name] for name in fresh}
-        notes.append(f"{listing(grouped(fresh, own))}: not in the file, so the tower starts with a random projection.")
-    if problems := list(_problems(fitted, own)):
-        hints = _hints(state, own)
-        raise CheckpointError("\n".join([f"{source}: does not fit the model.", *problems, *hints]))
+    expected = _expected(model, tower)
+    fitted, notes = fit_positions(state, expected, causal_text=getattr(model, "shares_prefixes", False))
+    fitted, notes = _fit_bias(fitted, expected, notes)
+    if tower is not None and (fresh := projections(expected)) and not fresh & state.keys():
+        fitted |= {name: expected[name] for name in fresh}
+        notes.append(
+            f"{listing(grouped(fresh, expected))}: not in the file, so the tower starts with a random projection."
+        )
+    if problems := list(_problems(fitted, expected)):
+        hints = _hints(state, expected)
+        raise CheckpointError("\n".join([f"{source} does not fit the model.", *problems, *hints]))
     return fitted, notes
 
 
 def _fit_bias(
-    state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]
+    state: dict[str, Tensor], expected: dict[str, Tensor], notes: list[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    if BIAS in own and BIAS not in state:
-        note = f"{BIAS}: the weights have none, since they were not trained with the sigmoid loss: {own[BIAS].item():g} to start with."
-        return {**state, BIAS: own[BIAS]}, [*notes, note]
-    if BIAS in state and BIAS not in own:
+    if BIAS in expected and BIAS not in state:
+        note = f"{BIAS}: not in the file, since its weights were not trained with the sigmoid loss; it starts at {expected[BIAS].item():g}."
+        return {**state, BIAS: expected[BIAS]}, [*notes, note]
+    if BIAS in state and BIAS not in expected:
         rest = {name: tensor for name, tensor in state.items() if name != BIAS}
-        return rest, [*notes, f"{BIAS}: left out, since it cancels out in the softmax loss."]
+        return rest, [*notes, f"{BIAS}: left out, since it has no effect in the softmax loss."]
     return state, notes
 
 
 def fit_positions(
-    state: dict[str, Tensor], own: dict[str, Tensor], causal_text: bool
+    state: dict[str, Tensor], expected: dict[str, Tensor], causal_text: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state with positional embeddings of the model's shapes, wherever only the number of positions differs.
+    """Resize position embeddings to the model's shapes, where only the number of positions differs.
 
     Args:
-        state: of the file, under our names.
-        own: the model's state dict.
-        causal_text: a token of the text tower sees only what stands before it, and the text is pooled at its end. Then
-            fewer positions are exact, for texts that fit in. More are never made up: they would need training.
+        state: weights of the file by our names.
+        expected: state dict of the model.
+        causal_text: the text tower is causal and pools at the end of the text. Then, truncating its positions does not
+            change features of texts that fit. Positions are never added, since they would need training.
 
     Returns:
-        A new dictionary, and a sentence about each change.
+        A new dictionary, and a message about each change.
     """
     fitted, notes = dict(state), []
-    for name in sorted(own.keys() & state.keys()):
-        old, new = state[name], own[name]
+    for name in sorted(expected.keys() & state.keys()):
+        old, new = state[name], expected[name]
         if (
             not name.endswith(POSITIONS)
             or old.shape == new.shape
@@ -157,26 +168,27 @@ def fit_positions(
             if causal_text and after < before:
                 fitted[name] = old[:after]
                 notes.append(
-                    f"{name}: the first {after} of the file's {before} positions, for texts of at most {after} tokens."
+                    f"{name}: truncated from {before} to {after} positions, for texts of at most {after} tokens."
                 )
         elif name.startswith("image.") and (resized := resize_grid(old, after)) is not None:
             fitted[name] = resized
             sides = [f"{side}x{side}" for side in (math.isqrt(before), math.isqrt(after))]
             notes.append(
-                f"{name}: the file's grid of {sides[0]} patches is interpolated to {sides[1]} (bicubic), as the image size differs."
+                f"{name}: interpolated (bicubic) from a grid of {sides[0]} patches to {sides[1]}, since the image size differs."
             )
     return fitted, notes
 
 
 def resize_grid(positions_ND: Tensor, count: int) -> Tensor | None:
-    """Positions of a square grid of patches, interpolated to another one as open_clip and timm do (bicubic, antialiased).
+    """Interpolate the position embeddings of a square grid of patches to another size, as open_clip and timm do (bicubic, antialiased).
 
     Args:
-        positions_ND: [N, D] or [1, N, D], row by row; N is a square, or one more with a class token first, which is kept.
-        count: of positions wanted, with the same kind of first token.
+        positions_ND: position embeddings, [N, D] or [1, N, D], in row-major order; N is a square number, plus one if
+            there is a class token, which comes first and is not changed.
+        count: requested number of positions, including the class token if there is one.
 
     Returns:
-        float32 [count, D] or [1, count, D]; None where N and `count` are not both such numbers.
+        float32 [count, D] or [1, count, D]; None if N or `count` is not the size of a square grid.
     """
     extra = positions_ND.shape[-2] - math.isqrt(positions_ND.shape[-2]) ** 2
     side = math.isqrt(max(count - extra, 0))
@@ -190,55 +202,55 @@ def resize_grid(positions_ND: Tensor, count: int) -> Tensor | None:
     return resized_ND.reshape(*positions_ND.shape[:-2], count, -1)
 
 
-# What does not fit, in few words.
+# Messages about weights that do not fit
 
 
-def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+def _problems(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     shapes, kinds = [], []
-    for name in own.keys() & state.keys():
-        if own[name].shape != state[name].shape:
-            shapes.append((f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}", 1))
-        elif own[name].is_floating_point() and state[name].dtype not in DTYPES:
-            kinds.append((f"{name} {state[name].dtype} instead of {own[name].dtype}", 1))
-    told = {
-        "missing in the file": grouped(own.keys() - state.keys(), own.keys()),
-        "not in the model": grouped(state.keys() - own.keys(), state.keys()),
-        "of another shape": [label for label, _ in merged(shapes)],
-        "of another kind": [label for label, _ in merged(kinds)],
+    for name in expected.keys() & state.keys():
+        if expected[name].shape != state[name].shape:
+            shapes.append((f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}", 1))
+        elif expected[name].is_floating_point() and state[name].dtype not in DTYPES:
+            kinds.append((f"{name} {state[name].dtype} instead of {expected[name].dtype}", 1))
+    found = {
+        "missing in the file": grouped(expected.keys() - state.keys(), expected.keys()),
+        "not in the model": grouped(state.keys() - expected.keys(), state.keys()),
+        "different shape": [label for label, _ in merged(shapes)],
+        "different dtype": [label for label, _ in merged(kinds)],
     }
-    return [f"  {what}: {listing(entries, limit=5)}" for what, entries in told.items() if entries]
+    return [f"  {what}: {listing(entries, limit=5)}" for what, entries in found.items() if entries]
 
 
-def _hints(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    """What the user may have meant."""
+def _hints(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Return suggestions for weights that do not fit."""
     hints = []
-    theirs, ours = tower_numbers(state), tower_numbers(own)
+    theirs, ours = tower_numbers(state), tower_numbers(expected)
     differing = {key: value for key, value in theirs.items() if key in ours and ours[key] != value}
     if differing:
         numbers = ", ".join(f"{key}={value} instead of {ours[key]}" for key, value in differing.items())
-        hints.append(f"  by its shapes the file has {numbers}.")
+        hints.append(f"  according to its shapes, the file has {numbers}.")
     only_context = differing.keys() == {"text.context_length"}
     if not only_context and (differing or theirs.keys() != ours.keys()) and (known := known_model(theirs)) is not None:
-        hints.append(f"  model={known}, as it comes, has these shapes: choose it.")
+        hints.append(f"  model={known} has these shapes: select it.")
     if only_context:
         hints.append(
-            f"  {TEXT_POSITIONS}: no position was trained beyond the file's {theirs['text.context_length']}, and a text tower that is "
-            f"not causal needs all of them: set model.text.context_length={theirs['text.context_length']}."
+            f"  {TEXT_POSITIONS}: the file has {theirs['text.context_length']} positions. More would be untrained, and a text tower "
+            f"that is not causal needs all of them: set model.text.context_length={theirs['text.context_length']}."
         )
-    there = own.keys() & state.keys()
-    # The missing weights may be those whose shapes would have told the numbers.
-    fits = state.keys() - own.keys() <= {BIAS} and all(own[name].shape == state[name].shape for name in there)
-    if not hints and (fits or theirs == ours) and own.keys() - state.keys():
-        return [f"  it has {len(there)} of the model's {len(own)} weights, of the same sizes: it is not complete."]
-    return hints or ["  choose the `model` that the weights were trained as."]
+    there = expected.keys() & state.keys()
+    # The missing weights may be those whose shapes would show the values.
+    fits = state.keys() - expected.keys() <= {BIAS} and all(expected[name].shape == state[name].shape for name in there)
+    if not hints and (fits or theirs == ours) and expected.keys() - state.keys():
+        return [f"  the file is incomplete: it has {len(there)} of the model's {len(expected)} weights."]
+    return hints or ["  select the model that the weights belong to."]
 
 
 def grouped(names: Collection[str], among: Collection[str]) -> list[str]:
-    """Names in few words: whole branches as `branch.*`, and what repeats in every block once.
+    """Shorten a list of names: complete branches become `branch.*`, and names that differ only in the number of the block become one.
 
     Args:
-        names: what to tell.
-        among: all names of the file or model that they are of, which decides what a whole branch is.
+        names: names to list.
+        among: all names of the file or model, which determine the complete branches.
     """
     meant, there = (Counter(branch for name in some for branch in _branches(name)) for some in (names, among))
     labels = Counter(
@@ -249,7 +261,7 @@ def grouped(names: Collection[str], among: Collection[str]) -> list[str]:
 
 
 def merged(labels: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """Labels that differ in the number of a block as one, with the sum of their counts."""
+    """Yield labels and counts, with labels that differ only in the number of a block merged and their counts added."""
     alike: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for label, count in sorted(labels):
         alike[BLOCK_NUMBER.sub("*", label)].append((label, count))
@@ -258,7 +270,7 @@ def merged(labels: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
 
 
 def _branches(name: str) -> Iterator[str]:
-    """The beginnings of a dotted name, shortest first."""
+    """Return the prefixes of a dotted name, shortest first."""
     parts = name.split(".")
     return (".".join(parts[:length]) for length in range(1, len(parts)))
 
@@ -277,13 +289,13 @@ def _with_count(label: str, count: int) -> str:
 
 
 def _value(config: ModelConfig, key: str) -> Any:
-    """Return a value of a configuration; None where the tower has no such key."""
+    """Return a value of a configuration; None if the tower has no such key."""
     tower, _, name = key.rpartition(".")
     return getattr(getattr(config, tower) if tower else config, name, None)
 
 
 def known_model(numbers: dict[str, Any]) -> str | None:
-    """The model of `conf/model/` with these numbers, or with all but the sizes of its inputs."""
+    """Return the name of the model in `conf/model/` with these values; input sizes may differ if no model has all of them."""
     if not {"image.kind", "text.width"} <= numbers.keys():
         return None
     fits: dict[int, str] = {}

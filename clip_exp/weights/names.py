@@ -1,9 +1,10 @@
-"""Between our parameter names and those of other libraries: which layout a state dict has, and which tables of the families apply.
+"""Conversion between our parameter names and those of other libraries: detects the layout of a state dict, and applies the families' tables.
 
-open_clip's classes are also the layout of OpenAI's, FlagAI's and Chinese-CLIP's checkpoints: the image tower is below `visual.`, the text
-tower below `text.` (CustomTextCLIP) or below nothing (CLIP). transformers' CLIPModel, SiglipModel and ChineseCLIPModel have a layout of
-their own, and so has big_vision, where names are written with slashes. A tower's own table is in its family (`Tower.names`).
-A file of one tower may have its names in any of its tables, and also without the part that they all begin with: `Reading`.
+open_clip's layout is also that of OpenAI's, FlagAI's and Chinese-CLIP's checkpoints: the image tower is under
+`visual.`, and the text tower under `text.` (CustomTextCLIP) or at the top level (CLIP). transformers' CLIPModel,
+SiglipModel and ChineseCLIPModel share another layout. big_vision has a third one, with slashes in the names. The
+renaming table of a tower is in its family (`Tower.names`). In a file of a single tower, the names can be those of any
+of its tables, also without their common prefix: `TowerLayout`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,23 +21,35 @@ from clip_exp.renaming import SCALAR, Names, Row, rename
 
 TOP = (Row("logit_scale", "logit_scale", SCALAR), Row("logit_bias", "logit_bias", SCALAR))
 LOGITS = ("logit_scale", "logit_bias")
-# Stored in some files, but no weights: OpenAI's three numbers, and constants of early versions of open_clip and transformers.
+# Entries of some files that are not weights: three numbers of OpenAI, and constants of early versions of open_clip and
+# transformers
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
 
 
 class Layout(NamedTuple):
-    """How the names of a whole model begin in a library's files."""
+    """Layout of the names of a whole model in a library's files.
 
-    image: str  # the first part of the image tower's names, by which the layout is known
-    parts: frozenset[str]  # the first parts of all its names
-    image_prefix: str = ""  # left out of names in the families' tables
+    Attributes:
+        image: first part of the image tower's names, which identifies the layout.
+        parts: first parts of all names.
+        image_prefix: prefix of the image tower's names, which the families' tables leave out.
+        text_prefix: prefix of the text tower's names, which the families' tables leave out.
+        image_parts: further first parts of the image tower's names.
+        ignored: prefixes of names that belong to neither tower.
+        top: renaming table of the other names.
+    """
+
+    image: str
+    parts: frozenset[str]
+    image_prefix: str = ""
     text_prefix: str = ""
-    image_parts: tuple[str, ...] = ()  # what else the image tower's names begin with
-    ignored: tuple[str, ...] = ()  # beginnings of what is in neither tower
+    image_parts: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     top: tuple[Row, ...] = TOP
 
 
-LAYOUTS = {  # by name; those of files that have both towers
+# Layouts of files with both towers, by name
+LAYOUTS = {
     "clip_exp": Layout("image", frozenset({*LOGITS, "image", "text"}), "image.", "text.", top=()),
     "open_clip": Layout(
         "visual",
@@ -44,7 +57,7 @@ LAYOUTS = {  # by name; those of files that have both towers
         | {"ln_final", "text_projection", "text_decoder", "bert"},
         "visual.",
         "text.",
-        # CoCa's, and of Chinese-CLIP's encoder, which is pooled at its first token.
+        # CoCa's decoder, and the pooler of Chinese-CLIP's encoder, which uses the first token instead.
         ignored=("text_decoder.", "bert.pooler."),
     ),
     "transformers": Layout(
@@ -62,35 +75,48 @@ LAYOUTS = {  # by name; those of files that have both towers
 }
 
 
-class Reading(NamedTuple):
-    """How a file may name the weights of one tower."""
+class TowerLayout(NamedTuple):
+    """Possible layout of the names of a single tower in a file.
 
-    tower: str  # image or text
+    Attributes:
+        tower: image or text.
+        rows: renaming table.
+        omitted_prefix: prefix of all names in the table that the names in the file do not have, such as `trunk.`; may
+            be empty.
+        names: mapping from names in the file to names in the table, for the weights of the tower.
+        branches: prefixes of names of the tower, including weights that the model does not have.
+    """
+
+    tower: str
     rows: tuple[Row, ...]
-    lacks: str  # what all names of the table begin with and those of the file do not, such as `trunk.`; or empty
-    names: dict[str, str]  # of the file's names of the tower's weights, the table's
-    branches: tuple[str, ...]  # beginnings of names of the tower, also of weights that the model does not have
+    omitted_prefix: str
+    names: dict[str, str]
+    branches: tuple[str, ...]
 
     def has(self, name: str) -> bool:
-        """Return whether a name in the file is one of the tower's."""
+        """Return True if a name in the file belongs to the tower."""
         return name in self.names or (name.startswith(self.branches) and name.rpartition(".")[2] not in NOT_WEIGHTS)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        theirs = {self.names.get(name, self.lacks + name): tensor for name, tensor in state.items()}
-        return _below(f"{self.tower}.", rename(theirs, self.rows, to_theirs=False))
+        """Rename the weights of the tower to our names."""
+        theirs = {self.names.get(name, self.omitted_prefix + name): tensor for name, tensor in state.items()}
+        return _with_prefix(f"{self.tower}.", rename(theirs, self.rows, to_theirs=False))
 
 
-def readings(tower: str, config: ModelConfig, own: Mapping[str, Tensor]) -> Iterator[Reading]:
-    """Yield the names that a file may have for a tower's weights.
+def tower_layouts(tower: str, config: ModelConfig, expected: Mapping[str, Tensor]) -> Iterator[TowerLayout]:
+    """Yield the possible layouts of a tower's weights in a file.
 
-    A backbone's own library writes them without the part of the model that holds it, and transformers' CLIPVisionModel without
-    `vision_model.`.
+    The library of a backbone saves it without the name of the attribute that contains it in the model, and
+    transformers' CLIPVisionModel is saved without `vision_model.`.
 
     Args:
         tower: image or text.
-        own: state dict of the tower, by name in the model.
+        config: configuration of the model.
+        expected: state dict of the tower, by name in the model.
     """
-    bare = {name.removeprefix(f"{tower}."): torch.empty(tensor.shape, device="meta") for name, tensor in own.items()}
+    bare = {
+        name.removeprefix(f"{tower}."): torch.empty(tensor.shape, device="meta") for name, tensor in expected.items()
+    }
     needed = {name: tensor for name, tensor in bare.items() if not is_projection(name)}
     for rows in dict.fromkeys([(), *(names.rows for names in getattr(config, tower).names.values())]):
         theirs = rename(bare, rows, to_theirs=True)
@@ -103,29 +129,32 @@ def readings(tower: str, config: ModelConfig, own: Mapping[str, Tensor]) -> Iter
             for name in body
             if not is_projection(name.removeprefix(part))
         }
-        for lacks in dict.fromkeys(["", part]):
-            branches = tuple(f"{module}.".removeprefix(lacks) for module in modules if f"{module}." != part)
-            yield Reading(tower, rows, lacks, {name.removeprefix(lacks): name for name in theirs}, branches)
+        for omitted_prefix in dict.fromkeys(["", part]):
+            branches = tuple(f"{module}.".removeprefix(omitted_prefix) for module in modules if f"{module}." != part)
+            yield TowerLayout(
+                tower, rows, omitted_prefix, {name.removeprefix(omitted_prefix): name for name in theirs}, branches
+            )
 
 
 def projections(names: Iterable[str]) -> set[str]:
-    """Return those of a model's weights that map a tower's channels to the shared space."""
+    """Return the names of the weights that project a tower's output to the shared embedding space."""
     return {name for name in names if is_projection(name.partition(".")[2])}
 
 
 def to_ours(
-    layout: "str | Reading | None", state: dict[str, Tensor], config: ModelConfig | None = None
+    layout: "str | TowerLayout | None", state: dict[str, Tensor], config: ModelConfig | None = None
 ) -> dict[str, Tensor]:
-    """Return a state dict under our names; names that the layout does not have pass through.
+    """Rename a state dict to our names. Names that are not in the layout are unchanged.
 
     Args:
-        layout: one of LAYOUTS; of one tower, its reading; None: no model's.
-        config: of the model that the weights are for. It counts for towers of other libraries, whose names it must tell; towers of
-            ours are recognized by the weights' names.
+        layout: one of LAYOUTS; for a single tower, its layout; None: not a model's.
+        state: tensors by name.
+        config: configuration of the model. It is required for towers of other libraries; our own towers are recognized
+            by the names.
     """
     if layout is None or layout == "clip_exp":
         return state
-    if isinstance(layout, Reading):
+    if isinstance(layout, TowerLayout):
         return layout.to_ours(state)
     of = LAYOUTS[layout]
     weights = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in NOT_WEIGHTS}
@@ -134,42 +163,43 @@ def to_ours(
     image_names = theirs.image.names.get(layout) if theirs else _recognized(ImageTowerConfig, layout, image, config)
     text_names = theirs.text.names.get(layout) if theirs else _recognized(TextTowerConfig, layout, text, config)
     return {
-        **_below("image.", rename(image, _rows(image_names), to_theirs=False)),
-        **_below("text.", rename(text, _rows(text_names), to_theirs=False)),
+        **_with_prefix("image.", rename(image, _rows(image_names), to_theirs=False)),
+        **_with_prefix("text.", rename(text, _rows(text_names), to_theirs=False)),
         **rename(top, of.top, to_theirs=False),
     }
 
 
 def to_open_clip(state: dict[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """Return a state dict that open_clip loads strictly, from ours. Tensors are shared where the shape allows.
+    """Convert our state dict to one that open_clip loads strictly. Tensors share memory if their shape does not change.
 
     Args:
-        config: of the model; without one, the names tell which of our own towers they are of.
+        state: tensors by our names.
+        config: configuration of the model; without it, our own towers are recognized by the names.
 
     Returns:
-        CLIP's names where the text tower is CLIP's, or the architecture is one of open_clip's that has them; else
-        CustomTextCLIP's.
+        Tensors by the names of open_clip's class CLIP if the text tower is CLIP's or the architecture has these names
+        in open_clip; else by those of CustomTextCLIP.
     """
     image, text, top = _by_tower(LAYOUTS["clip_exp"], state)
     image_names, text_names = _names_of("open_clip", config, image, text)
     member = _member(TextTowerConfig, "clip_exp", text)
     prefix = config.text.prefix_in_open_clip(config) if config else member.open_clip_prefix if member else "text."
     return {
-        **_below("visual.", rename(image, _rows(image_names), to_theirs=True)),
-        **_below(prefix, rename(text, _rows(text_names), to_theirs=True)),
+        **_with_prefix("visual.", rename(image, _rows(image_names), to_theirs=True)),
+        **_with_prefix(prefix, rename(text, _rows(text_names), to_theirs=True)),
         **rename(top, TOP, to_theirs=True),
     }
 
 
 def to_huggingface(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Return a state dict that transformers loads strictly, from ours.
+    """Convert our state dict to one that transformers loads strictly.
 
     Raises:
-        ConfigError: transformers has no class for these towers.
+        ConfigError: transformers has no class for the towers.
     """
     family = transformers_class(config)
     if family is None:
-        raise ConfigError(f"model={config.name}: transformers has no class for its towers.")
+        raise ConfigError(f"model={config.name} cannot be converted: transformers has no class for its towers.")
     image, text, top = _by_tower(LAYOUTS["clip_exp"], state)
     image_names, text_names = _names_of("transformers", config, image, text)
     return {
@@ -180,7 +210,7 @@ def to_huggingface(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
 
 
 def tower_numbers(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what the shapes of a model's weights tell, by the keys of `ModelConfig`; nothing where they cannot be a model's."""
+    """Infer values of `ModelConfig`, by key, from the shapes of a model's weights; empty if the shapes are not those of a model."""
     image, text, _ = _by_tower(LAYOUTS["clip_exp"], state)
     found: dict[str, Any] = {}
     for tower, base, weights in (("image", ImageTowerConfig, image), ("text", TextTowerConfig, text)):
@@ -198,7 +228,7 @@ def tower_numbers(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _by_tower(layout: Layout, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
-    """Return the image tower's weights, the text tower's, and the others, by name without the towers' prefixes."""
+    """Split weights into those of the image tower, those of the text tower, and others, without the towers' prefixes."""
     image, text, top = {}, {}, {}
     for name, tensor in state.items():
         part = name.partition(".")[0]
@@ -220,7 +250,7 @@ def _by_tower(layout: Layout, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
 def _names_of(
     layout: str, config: ModelConfig | None, image: Mapping[str, Tensor], text: Mapping[str, Tensor]
 ) -> tuple[Names | None, Names | None]:
-    """Return the tables of a model's towers, from its configuration or by the names of their weights, which are ours."""
+    """Return the tables of a model's towers, from its configuration or by our names of their weights."""
     if config is not None:
         return config.image.names.get(layout), config.text.names.get(layout)
     members = _member(ImageTowerConfig, "clip_exp", image), _member(TextTowerConfig, "clip_exp", text)
@@ -232,21 +262,21 @@ def _rows(names: Names | None) -> tuple[Row, ...]:
     return () if names is None else names.rows
 
 
-def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def _recognized(base: Any, layout: str, names: Iterable[str], config: ModelConfig | None) -> Names | None:
-    """Return the table of the kind of tower that the names tell; of an incomplete one, which may lack its marks, the model's own."""
+    """Return the table of the kind of tower that is recognized by names; for incomplete weights, that of the configured tower."""
     member = _member(base, layout, names)
-    own = next((tower for tower in config.towers if isinstance(tower, base)), None) if config else None
-    if own is not None and (member is None or not member.names[layout].marks):
-        return own.names.get(layout)
+    configured = next((tower for tower in config.towers if isinstance(tower, base)), None) if config else None
+    if configured is not None and (member is None or not member.names[layout].marks):
+        return configured.names.get(layout)
     return None if member is None else member.names[layout]
 
 
 def _member(base: Any, layout: str, names: Iterable[str]) -> Any:
-    """Return the kind of tower whose marks are all there, of several the one with the most."""
+    """Return the kind of tower whose marks all occur in the names; if there are several, the one with the most marks."""
     names = list(names)
     found = [member for member in base.members() if layout in member.names and member.names[layout].answers(names)]
     return max(found, key=lambda member: len(member.names[layout].marks), default=None)

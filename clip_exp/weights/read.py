@@ -1,8 +1,9 @@
-"""Reading weights from files and folders, and where in a file those of a model are. Nothing that a file holds is ever executed.
+"""TowerLayout of weights from files and folders. Code in a file is never executed.
 
-A trainer keeps the model in an attribute of its module, that in a wrapper, and the whole next to an optimizer, a teacher or an average.
-No trainer is known here. Every mapping of tensors, with every prefix behind which the names of a model begin, is a place; read is
-the one in which no name of the model is missing (`search`). What else the file holds is reported.
+Trainers save a model under the name of an attribute, inside of wrappers, and next to an optimizer, a teacher or
+averaged weights. This module does not depend on the conventions of particular trainers. Instead, every mapping of
+tensors in a file, combined with every prefix after which names of a model follow, is a candidate. `search` selects the
+candidate that has all weights of the model. Other contents are reported.
 """
 
 import math
@@ -25,43 +26,56 @@ from torch import Tensor
 from clip_exp.config.model import ModelConfig
 from clip_exp.errors import CheckpointError
 from clip_exp.weights.inspect import Format, format_of, npz_members, weight_files
-from clip_exp.weights.names import LAYOUTS, Reading, projections, readings, to_ours
+from clip_exp.weights.names import LAYOUTS, TowerLayout, projections, to_ours, tower_layouts
 from clip_exp.weights.torchscript import read_torchscript
 
 KEY = "pretrained_prefix"
-DEPTH = 2  # of mappings below the top of a file
-# What torch puts into names: torch.compile, FSDP, checkpointing of activations, Lightning's DeepSpeed, DistributedDataParallel.
+# Maximum depth of nested mappings in a file
+DEPTH = 2
+# Parts of names from wrappers: torch.compile, FSDP, activation checkpointing, Lightning's DeepSpeed,
+# DistributedDataParallel
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module"}
 AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow)(?:[._\d]|$)", re.IGNORECASE)
-BIAS = "logit_bias"  # goes with the loss, not with the model
+# Depends on the loss rather than on the model
+BIAS = "logit_bias"
 BY_PART = {layout.image: name for name, layout in LAYOUTS.items()}
-POSITIONS = ("positional_embedding", "pos_embed")  # ours and open_clip's, and timm's: of any number
+# Names of position embeddings (ours and open_clip's, and timm's), whose number of positions may differ
+POSITIONS = ("positional_embedding", "pos_embed")
 
 
-class Place(NamedTuple):
-    """A mapping of tensors in a file, and a prefix of its names."""
+class Candidate(NamedTuple):
+    """Candidate for the weights of a model in a file: a mapping of tensors, and a prefix of its names.
 
-    keys: tuple[str, ...]  # that lead to the mapping
-    mapping: dict[str, Tensor]  # by name without wrappers
-    prefix: str  # empty, or with a dot at its end
-    layout: str | Reading | None  # one of LAYOUTS; of one tower, its reading; None: the names are not those of a model
-    weights: dict[str, Tensor]  # of the model or tower, by name behind the prefix
+    Attributes:
+        keys: keys that lead to the mapping.
+        mapping: tensors by name without wrappers.
+        prefix: prefix of the names, empty or with a dot at its end.
+        layout: one of LAYOUTS; for a single tower, its layout; None: the names are not those of a model.
+        weights: weights of the model or tower, by name without the prefix.
+    """
+
+    keys: tuple[str, ...]
+    mapping: dict[str, Tensor]
+    prefix: str
+    layout: str | TowerLayout | None
+    weights: dict[str, Tensor]
 
     @property
     def label(self) -> str:
+        """Value of `pretrained_prefix` that selects this candidate."""
         return ".".join([*self.keys, self.prefix]).strip(".")
 
-    def is_within(self, other: "Place") -> bool:
-        """Return whether another place has all weights of this one."""
+    def is_within(self, other: "Candidate") -> bool:
+        """Return True if another candidate has all weights of this one."""
         within = {other.prefix + name for name in other.weights}
         return self.keys == other.keys and all(self.prefix + name in within for name in self.weights)
 
-    def answers(self, wanted: str) -> bool:
-        """Return whether `pretrained_prefix` names this place, by its whole label or the end of it."""
-        return self.label == wanted or (wanted != "" and self.label.endswith(f".{wanted}"))
+    def matches(self, requested: str) -> bool:
+        """Return True if a value of `pretrained_prefix` is the label of this candidate, or the end of the label."""
+        return self.label == requested or (requested != "" and self.label.endswith(f".{requested}"))
 
     def left_over(self, content: Mapping[Any, Any]) -> list[str]:
-        """Return what else the file holds that has tensors, in few words."""
+        """Return short descriptions of all other tensors in the file."""
         used = {self.prefix + name for name in self.weights}
         starts = {
             name: self.prefix if name.startswith(self.prefix) else "" for name in self.mapping if name not in used
@@ -81,73 +95,77 @@ class Place(NamedTuple):
 def search(
     content: Mapping[Any, Any],
     source: Path,
-    own: Mapping[str, Tensor] | None = None,
+    expected: Mapping[str, Tensor] | None = None,
     config: ModelConfig | None = None,
-    wanted: str | None = None,
+    requested: str | None = None,
     tower: str | None = None,
-) -> tuple[Place, list[str]]:
-    """Return the place of the model's weights, and the labels of averaged copies that are as complete.
+) -> tuple[Candidate, list[str]]:
+    """Search a file for the weights of a model.
 
     Args:
-        content: of the file.
-        source: the file, for messages.
-        own: state dict of the model; None: any model that has both towers.
-        config: of the model, where its towers are other libraries'.
-        wanted: `pretrained_prefix`.
-        tower: image or text, whose weights alone are searched for; it needs `own` and `config`.
+        content: content of the file.
+        source: path of the file, for messages.
+        expected: state dict of the model; None: any model with both towers.
+        config: configuration of the model, required if its towers are those of other libraries.
+        requested: value of `pretrained_prefix`.
+        tower: image or text, to search for the weights of this tower only; requires `expected` and `config`.
+
+    Returns:
+        The candidate with the model's weights, and the labels of averaged copies that are as complete.
 
     Raises:
-        CheckpointError: no place holds weights, or several hold all of the model's, or none is the one that is `wanted`.
+        CheckpointError: no candidate has weights of the model, several have all of them, or none matches `requested`.
     """
-    parts = {part for name in own or () for part in name.split(".")}
+    parts = {part for name in expected or () for part in name.split(".")}
     what = "the model" if tower is None else f"the {tower} tower"
     if tower is None:
-        places = list(_places(content, WRAPPERS - parts))
+        candidates = list(_candidates(content, WRAPPERS - parts))
     else:
-        assert own is not None
+        assert expected is not None
         assert config is not None
-        places = list(_places_of_tower(content, WRAPPERS - parts, list(readings(tower, config, own))))
-    if wanted is not None:
-        named = [place for place in places if place.answers(wanted.strip("."))]
+        candidates = list(_candidates_of_tower(content, WRAPPERS - parts, list(tower_layouts(tower, config, expected))))
+    if requested is not None:
+        named = [candidate for candidate in candidates if candidate.matches(requested.strip("."))]
         if not named:
-            # nearly every prefix has some names of a tower behind it
-            listed = [place for place in places if tower is None or not _misfits(place, own, config)[0]]
-            there = _options(listed) or f"none: no names in it are those of {what}"
-            raise CheckpointError(f"{source}: {KEY}={wanted} names no weights of {what}. The file has {there}.")
-        places = [place for place in named if place.label == wanted.strip(".")] or named
-    if not places and tower is not None:
-        raise CheckpointError(
-            f"{source}: no names in it are those of {what}, model.{tower}.kind={getattr(config, tower).kind}."
-        )
-    if not places:
-        return _whole(content, source, own is None), []
-    misfits = [_misfits(place, own, config) for place in places]
+            # For a tower, list only complete candidates, since nearly every prefix has some of its names.
+            listed = [
+                candidate for candidate in candidates if tower is None or not _misfits(candidate, expected, config)[0]
+            ]
+            options = f"The file has {_options(listed)}." if listed else "The file has none."
+            raise CheckpointError(f"{source}: {KEY}={requested} matches no weights of {what}. {options}")
+        candidates = [candidate for candidate in named if candidate.label == requested.strip(".")] or named
+    if not candidates and tower is not None:
+        raise CheckpointError(f"{source} has no weights of {what} (model.{tower}.kind={getattr(config, tower).kind}).")
+    if not candidates:
+        return _whole(content, source, expected is None), []
+    misfits = [_misfits(candidate, expected, config) for candidate in candidates]
     best = min(misfits)
-    fitting = [place for place, count in zip(places, misfits, strict=True) if count == best]
+    fitting = [candidate for candidate, count in zip(candidates, misfits, strict=True) if count == best]
     if tower is not None:
         fitting = _distinct(fitting)
-    if best[0]:  # incomplete: the first of the nearest, which fitting will refuse by its missing names
+    # No candidate is complete: return the first of the best, so that the error lists its missing names.
+    if best[0]:
         return fitting[0], []
-    averaged = [place for place in fitting if AVERAGED.search(place.label)]
-    chosen = [place for place in fitting if place not in averaged] or averaged
+    averaged = [candidate for candidate in fitting if AVERAGED.search(candidate.label)]
+    chosen = [candidate for candidate in fitting if candidate not in averaged] or averaged
     if len(chosen) > 1:
         raise CheckpointError(
-            f"{source}: has all weights of {what} in {len(chosen)} places. Choose one: {_options(chosen)}."
+            f"{source} has {len(chosen)} complete sets of weights of {what}. Select one: {_options(chosen)}."
         )
-    return chosen[0], [place.label for place in averaged if place is not chosen[0]]
+    return chosen[0], [candidate.label for candidate in averaged if candidate is not chosen[0]]
 
 
-def _distinct(places: list[Place]) -> list[Place]:
-    """Return the places that are no part of another: a backbone's weights also fit without the prefix of its tower."""
-    kept: list[Place] = []
-    for place in sorted(places, key=lambda place: (-len(place.weights), -len(place.prefix))):
-        if not any(place.is_within(other) for other in kept):
-            kept.append(place)
-    return kept
+def _distinct(candidates: list[Candidate]) -> list[Candidate]:
+    """Return the candidates that are not part of another one: a backbone's weights also fit without the prefix of its tower."""
+    distinct: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda candidate: (-len(candidate.weights), -len(candidate.prefix))):
+        if not any(candidate.is_within(other) for other in distinct):
+            distinct.append(candidate)
+    return distinct
 
 
-def _options(places: Iterable[Place]) -> str:
-    return listing(dict.fromkeys(f"{KEY}={place.label or repr('')}" for place in places))
+def _options(candidates: Iterable[Candidate]) -> str:
+    return listing(dict.fromkeys(f"{KEY}={candidate.label or repr('')}" for candidate in candidates))
 
 
 def _mappings(
@@ -161,7 +179,7 @@ def _mappings(
                 yield from _mappings(value, (*keys, key))
 
 
-def _places(content: Mapping[Any, Any], wrappers: set[str]) -> Iterator[Place]:
+def _candidates(content: Mapping[Any, Any], wrappers: set[str]) -> Iterator[Candidate]:
     for keys, mapping in _mappings(content):
         tensors = _without(wrappers, mapping)
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -176,25 +194,27 @@ def _places(content: Mapping[Any, Any], wrappers: set[str]) -> Iterator[Place]:
                     if part in LAYOUTS[layout].parts:
                         found[prefix, layout][rest] = tensor
         for (prefix, layout), weights in found.items():
-            yield Place(keys, tensors, prefix, layout, weights)
+            yield Candidate(keys, tensors, prefix, layout, weights)
 
 
-def _places_of_tower(content: Mapping[Any, Any], wrappers: set[str], ways: list[Reading]) -> Iterator[Place]:
+def _candidates_of_tower(
+    content: Mapping[Any, Any], wrappers: set[str], layouts: list[TowerLayout]
+) -> Iterator[Candidate]:
     for keys, mapping in _mappings(content):
         tensors = _without(wrappers, mapping)
         cuts = [(prefix, rest, tensor) for name, tensor in tensors.items() for prefix, _, rest in _cuts(name)]
-        for reading in ways:
-            prefixes = dict.fromkeys(prefix for prefix, rest, _ in cuts if rest in reading.names)
+        for layout in layouts:
+            prefixes = dict.fromkeys(prefix for prefix, rest, _ in cuts if rest in layout.names)
             found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
             for prefix, rest, tensor in cuts:
-                if prefix in found and reading.has(rest):
+                if prefix in found and layout.has(rest):
                     found[prefix][rest] = tensor
             for prefix, weights in found.items():
-                yield Place(keys, tensors, prefix, reading, weights)
+                yield Candidate(keys, tensors, prefix, layout, weights)
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str, str]]:
-    """Yield every prefix of a dotted name, the part behind it, and the name behind it."""
+    """Yield every prefix of a dotted name, the part after the prefix, and the name after the prefix."""
     start = 0
     while True:
         part = name[start:].partition(".")[0]
@@ -212,34 +232,37 @@ def _without(wrappers: set[str], mapping: Mapping[Any, Any]) -> dict[str, Tensor
     return bare if len(bare) == len(tensors) else tensors
 
 
-def _misfits(place: Place, own: Mapping[str, Tensor] | None, config: ModelConfig | None) -> tuple[int, int]:
-    """Return how many weights of the model are missing, and how many have another shape. Nothing is copied."""
+def _misfits(
+    candidate: Candidate, expected: Mapping[str, Tensor] | None, config: ModelConfig | None
+) -> tuple[int, int]:
+    """Return the number of weights that are missing in a candidate, and the number with another shape. Copies no data."""
     try:
-        bare = {name: torch.empty(value.shape, device="meta") for name, value in place.weights.items()}
-        ours = to_ours(place.layout, bare, config)
-    except (RuntimeError, ValueError, IndexError):  # a reshape that a weight does not allow
+        bare = {name: torch.empty(value.shape, device="meta") for name, value in candidate.weights.items()}
+        ours = to_ours(candidate.layout, bare, config)
+    except (RuntimeError, ValueError, IndexError):
+        # A weight cannot be reshaped.
         ours = {}
-    if own is None:
+    if expected is None:
         return sum(not any(name.startswith(tower) for name in ours) for tower in ("image.", "text.")), 0
-    shared = [name for name in own if name in ours and not name.endswith(POSITIONS)]
-    other_shape = sum(ours[name].shape != own[name].shape for name in shared)
-    missing = own.keys() - ours.keys() - {BIAS}
-    if isinstance(place.layout, Reading):
+    shared = [name for name in expected if name in ours and not name.endswith(POSITIONS)]
+    other_shape = sum(ours[name].shape != expected[name].shape for name in shared)
+    missing = expected.keys() - ours.keys() - {BIAS}
+    if isinstance(candidate.layout, TowerLayout):
         missing -= projections(missing)
     return len(missing), other_shape
 
 
-def _whole(content: Mapping[Any, Any], source: Path, any_model: bool) -> Place:
-    """Return the largest mapping of a file in which no names are those of a model."""
+def _whole(content: Mapping[Any, Any], source: Path, any_model: bool) -> Candidate:
+    """Return the largest mapping of a file, if no names are those of a model."""
     mappings = list(_mappings(content))
     keys, mapping = max(mappings, key=lambda found: len(found[1]), default=((), content))
     if wrong := [name for name, value in mapping.items() if not isinstance(name, str) or not isinstance(value, Tensor)]:
-        raise CheckpointError(f"{source}: not weights: {listing(map(str, wrong))}")
+        raise CheckpointError(f"{source} has values that are not weights: {listing(map(str, wrong))}.")
     tensors = _without(WRAPPERS, mapping)
     branches = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
     shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, branches)]
     prefix = "".join(f"{part}." for part in shared) if any_model and len(tensors) > 1 else ""
-    return Place(keys, tensors, prefix, None, {name.removeprefix(prefix): value for name, value in tensors.items()})
+    return Candidate(keys, tensors, prefix, None, {name.removeprefix(prefix): value for name, value in tensors.items()})
 
 
 def _holds_tensors(value: Any, depth: int = 4) -> bool:
@@ -249,14 +272,14 @@ def _holds_tensors(value: Any, depth: int = 4) -> bool:
 
 
 def listing(names: Iterable[str], limit: int = 10) -> str:
-    """Return the first names, and how many more there are. A file can name its weights anything, and a terminal obeys some of it."""
+    """Return the first names and the number of the others. Names from a file may contain terminal escape sequences, which are escaped."""
     names = [name if name.isprintable() and len(name) <= 200 else f"{name[:100]!r}…" for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 class _Ignored:
-    """What a pickle gets in place of a number or an array of numpy: nothing of numpy runs, and no model needs them."""
+    """Replacement for NumPy's scalars and arrays in a pickle, which no model needs, so that no code of NumPy runs."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -272,8 +295,10 @@ NUMPY = [
 ]
 
 
-OPTIMIZER, FLAX_MODEL = "opt/", "opt/target/"  # of big_vision's files; of older ones of Flax's, where the model is
-BFLOAT16 = np.dtype("V2")  # NumPy has none of its own
+# Prefixes of the optimizer's state in big_vision's files, and of the model in older files of Flax
+OPTIMIZER, FLAX_MODEL = "opt/", "opt/target/"
+# NumPy has no bfloat16 type
+BFLOAT16 = np.dtype("V2")
 NUMPY_DTYPES = {
     np.dtype("float64"): torch.float64,
     np.dtype("float32"): torch.float32,
@@ -286,82 +311,92 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 class UnsafePickle(CheckpointError):
-    """A torch file whose pickle asks for something other than weights."""
+    """Error raised for a torch file whose pickle contains objects other than weights."""
 
 
 class _Pickled(Exception):
-    """An array of objects; its message is the array's name."""
+    """Error raised for an array of objects; its message is the array's name."""
 
 
 class Weights(NamedTuple):
-    """A model's weights out of a file."""
+    """Weights of a model from a file.
 
-    state: dict[str, Tensor]  # under our names
-    source: str  # where they are, for messages
-    note: str | None  # on what else the file holds
+    Attributes:
+        state: weights by our names.
+        source: location of the weights, for messages.
+        note: message about the other contents of the file, if any.
+    """
+
+    state: dict[str, Tensor]
+    source: str
+    note: str | None
 
 
 def read_weights(path: str | Path, config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """Return the weights of any model, under our names; see `find_model_weights`."""
+    """Read the weights of any model, by our names; see `find_model_weights`."""
     return find_model_weights(path, config).state
 
 
 def find_model_weights(
     path: str | Path,
     config: ModelConfig | None = None,
-    own: Mapping[str, Tensor] | None = None,
+    expected: Mapping[str, Tensor] | None = None,
     prefix: str | None = None,
     *,
-    numbers: bool = True,
+    with_values: bool = True,
     tower: str | None = None,
 ) -> Weights:
-    """Find the model's weights in a file or folder, on the CPU, in the file's dtype.
+    """Read the model's weights from a file or folder, on the CPU, in the file's dtype.
 
     Args:
-        path: `.safetensors`, what `torch.save` wrote (`.pt`, `.bin`, `.ckpt`), or a TorchScript archive such as OpenAI's, or
-            big_vision's `.npz`; a folder as Hugging Face's and open_clip's `save_pretrained`, or DeepSpeed, write, also in parts.
-            Names are ours, or those of open_clip, OpenAI, FlagAI, cn-clip, big_vision, or transformers' CLIPModel, SiglipModel and
-            ChineseCLIPModel; for where in the file they are see `search`.
-        config: of the model that they are for, see `to_ours`.
-        own: state dict of that model; None: any with both towers.
-        prefix: `pretrained_prefix`, where several fit.
-        numbers: False: names and shapes alone, without memory.
-        tower: image or text: the weights of that tower alone, out of a file of one tower or of a model; `own` is then that tower's.
+        path: file or folder. Files are `.safetensors`, files of `torch.save` (`.pt`, `.bin`, `.ckpt`), TorchScript
+            archives such as OpenAI's, and big_vision's `.npz`. Folders are those written by `save_pretrained` of
+            Hugging Face and open_clip, or by DeepSpeed, also sharded. Names are ours, or those of open_clip, OpenAI,
+            FlagAI, cn-clip, big_vision, or transformers' CLIPModel, SiglipModel and ChineseCLIPModel; `search`
+            describes where in a file they may be.
+        config: configuration of the model, see `to_ours`.
+        expected: state dict of the model; None: any model with both towers.
+        prefix: value of `pretrained_prefix`, which selects the weights in a file with several models.
+        with_values: read the values; False: only names and shapes, as tensors on the meta device.
+        tower: image or text, to read the weights of this tower only, from a file of the tower or of a model; `expected`
+            is then the state dict of the tower.
 
     Raises:
-        CheckpointError: no such file, not readable, or it holds something other than weights; see `search`.
+        CheckpointError: the file does not exist, cannot be read, or has no weights of the model; see `search`.
     """
     path = Path(path).expanduser()
     content: dict[Any, Any] = {}
     for file in weight_files(path):
-        content |= read_content(file, numbers)
+        content |= read_content(file, with_values)
     if not content:
-        raise CheckpointError(f"{path}: holds no weights. Fetch or write it again.")
-    place, averaged = search(content, path, own, config, prefix, tower)
-    if wrong := [name for name, tensor in place.weights.items() if not _dense(tensor, numbers)]:
+        raise CheckpointError(f"{path} contains no weights. Download it again, or write it again.")
+    candidate, averaged = search(content, path, expected, config, prefix, tower)
+    if wrong := [name for name, tensor in candidate.weights.items() if not _dense(tensor, with_values)]:
         raise CheckpointError(
-            f"{path}: holds sparse, nested or quantized tensors, which no model here takes: {listing(wrong)}"
+            f"{path} contains sparse, nested or quantized tensors, which are not supported: {listing(wrong)}."
         )
-    source = f"{path} ({listing([place.label])})" if place.label else str(path)
-    left = place.left_over(content)
-    note = f"{source} is read; left out is {listing(left)}." if left else None
+    source = f"{path} ({listing([candidate.label])})" if candidate.label else str(path)
+    left = candidate.left_over(content)
+    note = f"reading {source}; left out: {listing(left)}." if left else None
     if averaged:
-        note = f"{note} An averaged copy is read by {KEY}={listing(averaged)}."
+        note = f"{note} For averaged weights, set {KEY}={listing(averaged)}."
     try:
-        return Weights(to_ours(place.layout, place.weights, config), source, note)
-    except (RuntimeError, ValueError, IndexError) as error:  # a reshape that a weight does not allow
-        raise CheckpointError(f"{path}: holds weights of shapes that their names do not have ({error}).") from error
+        return Weights(to_ours(candidate.layout, candidate.weights, config), source, note)
+    except (RuntimeError, ValueError, IndexError) as error:
+        # A weight cannot be reshaped.
+        raise CheckpointError(f"{path}: the shape of a weight does not fit its name ({error}).") from error
 
 
-def read_content(path: Path, numbers: bool = True) -> dict[Any, Any]:
-    """Return what a file holds: tensors, in nested dictionaries if it is torch's.
+def read_content(path: Path, with_values: bool = True) -> dict[Any, Any]:
+    """Read the content of a file: tensors by name, for a torch file in nested dictionaries.
 
     Args:
-        numbers: see `find_model_weights`.
+        path: path of the file.
+        with_values: see `find_model_weights`.
 
     Raises:
-        UnsafePickle: reading it would need code in it.
-        CheckpointError: not readable, or no dictionary.
+        UnsafePickle: loading the file would execute code in it.
+        CheckpointError: the file cannot be read, or is not a dictionary.
     """
     match format_of(path):
         case Format.safetensors:
@@ -369,12 +404,12 @@ def read_content(path: Path, numbers: bool = True) -> dict[Any, Any]:
         case Format.torchscript:
             return dict(read_torchscript(path))
         case Format.npz:
-            return dict(_read_npz(path, numbers))
+            return dict(_read_npz(path, with_values))
         case Format.torch:
-            content = _read_torch(path, numbers)
+            content = _read_torch(path, with_values)
             if not isinstance(content, dict) or not content:
                 raise CheckpointError(
-                    f"{path}: holds no dictionary of weights, nor one under state_dict, module, model or another key."
+                    f"{path} contains no dictionary of weights, not even under a key such as state_dict, module or model."
                 )
             return content
 
@@ -383,13 +418,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Fetch or write it again.") from error
+        raise CheckpointError(
+            f"{path} is not a valid safetensors file ({error}). Download it again, or write it again."
+        ) from error
 
 
-def _read_npz(path: Path, numbers: bool) -> dict[str, Tensor]:
-    """Return the arrays of big_vision's files, with dots for the slashes in their names, and each block's weights apart.
+def _read_npz(path: Path, with_values: bool) -> dict[str, Tensor]:
+    """Read the arrays of big_vision's files, with dots instead of slashes in the names and with separate weights for each block.
 
-    Left out are what its optimizer keeps, and arrays that are not of numbers.
+    The optimizer's state and arrays that are not numeric are left out.
     """
     found: dict[str, Tensor] = {}
     try:
@@ -399,25 +436,29 @@ def _read_npz(path: Path, numbers: bool) -> dict[str, Tensor]:
                 if name.startswith(OPTIMIZER) and not name.startswith(FLAX_MODEL):
                     continue
                 with archive.open(info) as file:
-                    tensor = _array(file, info, numbers)
+                    tensor = _array(file, info, with_values)
                 if tensor is None:
                     continue
                 before, stacked, after = name.partition("/encoderblock/")
-                if stacked and tensor.ndim:  # along the first axis: all blocks were one loop
+                # The weights of all blocks are stacked along the first axis.
+                if stacked and tensor.ndim:
                     each = {f"{before}/encoderblock_{i}/{after}": part for i, part in enumerate(tensor.unbind())}
                 else:
                     each = {name: tensor}
                 found |= {part.replace("/", "."): value for part, value in each.items()}
     except _Pickled as error:
         raise CheckpointError(
-            f"{path}: refused, because its array {error} is a pickle, which is no weight and could run code. Fetch the file again."
+            f"{path} is unsafe: its array {error} is a pickle, which could execute code. Download the file again from a trusted source."
         ) from error
-    except Exception as error:  # a damaged array can break its reader in any way
-        raise CheckpointError(f"{path}: not a readable file of NumPy's ({error}). Fetch or write it again.") from error
+    except Exception as error:
+        # A damaged array can cause any exception.
+        raise CheckpointError(
+            f"{path} is not a valid NumPy file ({error}). Download it again, or write it again."
+        ) from error
     return found
 
 
-def _array(file: IO[bytes], info: zipfile.ZipInfo, numbers: bool) -> Tensor | None:
+def _array(file: IO[bytes], info: zipfile.ZipInfo, with_values: bool) -> Tensor | None:
     read_header = HEADERS.get(np.lib.format.read_magic(file))
     if read_header is None:
         raise ValueError(f"{info.filename}: unknown version")
@@ -427,9 +468,10 @@ def _array(file: IO[bytes], info: zipfile.ZipInfo, numbers: bool) -> Tensor | No
     kind = BFLOAT16 if dtype == BFLOAT16 else dtype.newbyteorder("=")
     if kind not in NUMPY_DTYPES:
         return None
-    if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():  # before memory is taken for it
-        raise ValueError(f"{info.filename}: its header tells another size")
-    if not numbers:
+    # Checked before memory is allocated
+    if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+        raise ValueError(f"{info.filename}: the size does not match the header")
+    if not with_values:
         return torch.empty(shape, dtype=NUMPY_DTYPES[kind], device="meta")
     file.seek(0)
     array = np.lib.format.read_array(file, allow_pickle=False)
@@ -438,28 +480,30 @@ def _array(file: IO[bytes], info: zipfile.ZipInfo, numbers: bool) -> Tensor | No
     return torch.from_numpy(array.astype(kind, copy=False)).contiguous()
 
 
-def _read_torch(path: Path, numbers: bool) -> Any:
+def _read_torch(path: Path, with_values: bool) -> Any:
     ignored: list[Any] = [(_Ignored, name) for name in NUMPY]
     try:
-        # an open file, because torch reads a path by its ending
+        # An open file, because for a path, torch selects the format by the extension.
         with path.open("rb") as file, torch.serialization.safe_globals(ignored):
-            return torch.load(file, map_location="cpu" if numbers else "meta", weights_only=True)
+            return torch.load(file, map_location="cpu" if with_values else "meta", weights_only=True)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UnsafePickle(
-                f"{path}: refused, because its pickle asks for {named[1]}, which is no weight and could run code. Fetch the file "
-                f"again, or rewrite it where you trust its author: clip-exp convert {quote(str(path))} output={quote(path.stem)}.safetensors "
-                "trust_pickle=true"
+                f"{path} is unsafe: its pickle loads {named[1]}, which could execute code. Download the file again, or convert it "
+                f"if you trust its author: clip-exp convert {quote(str(path))} output={quote(path.stem)}.safetensors trust_pickle=true"
             ) from error
         raise UnsafePickle(
-            f"{path}: refused, because torch finds no weights in this pickle. Fetch or write the file again."
+            f"{path} cannot be loaded: torch finds no weights in its pickle. Download it again, or write it again."
         ) from error
-    except Exception as error:  # a damaged file can break the unpickler in any way
-        # Behind the first sentence is advice, also bad one.
+    except Exception as error:
+        # A damaged file can cause any exception. After its first sentence, torch's message has advice that does not
+        # apply here.
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
-        raise CheckpointError(f"{path}: not a readable torch file ({reason}). Fetch or write it again.") from error
+        raise CheckpointError(
+            f"{path} is not a valid torch file ({reason}). Download it again, or write it again."
+        ) from error
 
 
-def _dense(tensor: Tensor, numbers: bool) -> bool:
+def _dense(tensor: Tensor, with_values: bool) -> bool:
     plain = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
-    return plain and (tensor.device.type == "cpu" or not numbers)
+    return plain and (tensor.device.type == "cpu" or not with_values)

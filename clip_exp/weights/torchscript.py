@@ -1,8 +1,8 @@
-"""Weights out of a TorchScript archive, the form that OpenAI published CLIP in, without running the program in it.
+"""Reading of weights from TorchScript archives, the format of OpenAI's CLIP, without executing the program in them.
 
-Such an archive is a zip: `data.pkl` holds the tree of modules as a pickle, `data/` the numbers, `code/` a program. The
-pickle is read by an unpickler that knows tensors and nothing else: a class of the program becomes an inert record of its
-attributes, and whatever else the pickle asks for is refused. `code/` is never read.
+An archive is a zip file: `data.pkl` contains the tree of modules as a pickle, `data/` the values, and `code/` a
+program. The pickle is read by an unpickler that supports only tensors: a class of the program becomes a record of its
+attributes, and all other objects are refused. `code/` is never read.
 """
 
 import math
@@ -34,15 +34,16 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
-MAX_MODULES = 100_000  # ten times those of the largest models; a pickle can claim any number in a few bytes
+# Ten times the number of modules in the largest models; a pickle of a few bytes can expand to any number
+MAX_MODULES = 100_000
 MAX_DEPTH = 50
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Every tensor of an archive's modules under its dotted name, in the file's dtype.
+    """Read all tensors of an archive's modules by their dotted names, in the file's dtype.
 
     Raises:
-        CheckpointError: damaged, or its pickle holds something other than modules and tensors.
+        CheckpointError: the archive is damaged, or its pickle contains objects other than modules and tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -51,19 +52,20 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             return {name: records.tensor(tensor) for name, tensor in stored.items()}
     except _Refused as error:
         raise CheckpointError(
-            f"{path}: refused, because its pickle asks for {error}, which is no weight and could run code. "
-            "Fetch the file again from where it was published."
+            f"{path} is unsafe: its pickle loads {error}, which could execute code. "
+            "Download the file again from its publisher."
         ) from error
-    except Exception as error:  # a damaged pickle can break the unpickler in any way
-        raise CheckpointError(f"{path}: not a readable TorchScript archive ({error}). Fetch it again.") from error
+    except Exception as error:
+        # A damaged pickle can cause any exception.
+        raise CheckpointError(f"{path} is not a valid TorchScript archive ({error}). Download it again.") from error
 
 
 class _Refused(pickle.UnpicklingError):
-    """The pickle names something that weights do not need."""
+    """Error raised when the pickle contains an object that weights do not need."""
 
 
 class _Storage(NamedTuple):
-    """Where a tensor's numbers are: the record `data/<key>`."""
+    """Storage of tensors: the record `data/<key>`."""
 
     key: str
     dtype: torch.dtype
@@ -71,7 +73,7 @@ class _Storage(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """A tensor that has not been read yet."""
+    """Tensor that has not been read yet."""
 
     storage: _Storage
     offset: int
@@ -80,7 +82,7 @@ class _Stored(NamedTuple):
 
 
 class _Module:
-    """A module of the archive: its attributes by name, without its program."""
+    """Module of the archive: its attributes by name, without its program."""
 
     attributes: Mapping[str, Any] = MappingProxyType({})
 
@@ -97,10 +99,10 @@ def _first(value: Any, *_: Any) -> Any:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Modules as records, tensors as where they are stored.
+    """Unpickler that creates records for modules, and references to storages for tensors.
 
-    Python's own form of the unpickler: in the faster one a pickle of ten bytes can ask for a table of gigabytes.
-    Each name gets a class or function object of its own, since a pickle may set attributes of what it has been given.
+    It is based on the Python implementation of the unpickler: in the faster C implementation, a pickle of ten bytes can
+    allocate gigabytes. Every name gets a new class or function object, since a pickle may set attributes of objects.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -124,12 +126,12 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _device, numel = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise pickle.UnpicklingError("a reference to something other than numbers")
+            raise pickle.UnpicklingError("a reference to something other than a storage")
         return _Storage(key, dtype, int(numel))
 
 
 class _Records:
-    """The archive's records by name below its one top folder."""
+    """Records of an archive by name under its top folder."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive = archive
@@ -139,29 +141,29 @@ class _Records:
     def read(self, name: str) -> bytes:
         info = self.members[name]
         if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"its record {name} is compressed, as torch never writes it")
+            raise ValueError(f"the record {name} is compressed, which torch does not do")
         return self.archive.read(info)
 
     def tensor(self, stored: _Stored) -> Tensor:
         if stored.storage not in self.storages:
             self.storages[stored.storage] = self._storage(stored.storage)
         numbers = self.storages[stored.storage]
-        # as_strided checks the bounds; without this a stride of 0 would make a tensor of any size out of one number
+        # as_strided checks the bounds, but with a stride of 0, a tensor of any size would fit.
         if math.prod(stored.size) > len(numbers):
-            raise ValueError(f"a tensor of shape {list(stored.size)} over {len(numbers)} numbers")
+            raise ValueError(f"a tensor of shape {list(stored.size)} in a storage of {len(numbers)} values")
         return numbers.as_strided(stored.size, stored.stride, stored.offset)
 
     def _storage(self, storage: _Storage) -> Tensor:
         data = self.read(f"data/{storage.key}")
         if len(data) != storage.numel * storage.dtype.itemsize:
-            raise ValueError(f"its record data/{storage.key} has {len(data)} bytes for {storage.numel} {storage.dtype}")
+            raise ValueError(f"the record data/{storage.key} has {len(data)} bytes for {storage.numel} {storage.dtype}")
         return torch.frombuffer(bytearray(data), dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
 
 
 def _flatten(root: Any) -> dict[str, _Stored]:
-    """The tensors of a tree of modules by their dotted names."""
+    """Return the tensors of a tree of modules by their dotted names."""
     if not isinstance(root, _Module):
-        raise TypeError("it holds no module")
+        raise TypeError("it contains no module")
     found: dict[str, _Stored] = {}
     waiting: list[tuple[str, _Module]] = [("", root)]
     for _ in range(MAX_MODULES):
@@ -175,4 +177,4 @@ def _flatten(root: Any) -> dict[str, _Stored]:
                 found[f"{prefix}{name}"] = value
         if prefix.count(".") > MAX_DEPTH:
             break
-    raise ValueError("its modules are nested without end")
+    raise ValueError("its modules are nested too deeply")

@@ -60,7 +60,7 @@ def test_json_is_all_that_is_printed_and_equals_the_file(command: Run, tmp_path:
         (["data.train=pairs.csv", "max_leakage=2"], 2, "max_leakage=2"),
         (["data.train=pairs.csv", "data.max_image_bytes=0"], 2, "data.max_image_bytes=0"),
         (["data.train=pairs.csv", "data.num_workers=-1"], 2, "data.num_workers=-1"),
-        (["data.train=pairs.csv", "name=a/b"], 2, "plain folder name"),
+        (["data.train=pairs.csv", "name=a/b"], 2, "not a valid folder name"),
         (["data.train=pairs.csv", "data.caption_key=caption"], 3, "caption"),
         (["data.train=pairs.csv", "maximages=3"], 2, "did you mean 'max_images'"),
     ],

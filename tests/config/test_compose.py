@@ -1,4 +1,4 @@
-"""What is typed, and what comes of it: every key of the schema can be set, interpolated, shown and completed; all that is wrong is reported."""
+"""Tests of composing configurations: every key of the schema can be set, interpolated, shown and completed, and all problems are reported."""
 
 import os
 import subprocess
@@ -35,10 +35,10 @@ def test_a_key_that_is_deleted_has_its_default() -> None:
         train_config("~logger.wandbb")
 
 
-def test_a_key_below_an_option_is_set_and_below_none_is_refused() -> None:
+def test_a_key_of_a_selected_option_is_set_and_one_of_a_null_node_is_refused() -> None:
     assert train_config("logger=wandb", "logger.wandb.project=x").logger.wandb.project == "x"
     with pytest.raises(
-        ConfigError, match=r"logger\.wandb\.project: logger\.wandb is null here; choose logger=wandb first"
+        ConfigError, match=r"logger\.wandb\.project cannot be set, since logger\.wandb is null: select logger=wandb"
     ):
         train_config("logger.wandb.project=x")
 
@@ -46,9 +46,9 @@ def test_a_key_below_an_option_is_set_and_below_none_is_refused() -> None:
 @pytest.mark.parametrize(
     "overrides", [["data.augmentation.scale.low=1"], ["data.train=[{path: a.csv}]", "data.train.filter=x"]]
 )
-def test_a_key_below_a_list_is_refused(overrides: list[str]) -> None:
+def test_a_key_in_a_list_is_refused(overrides: list[str]) -> None:
     with pytest.raises(
-        ConfigError, match=r"^data\.\S+: data\.\S+ is a list here; give all of it \(data\.\S+=\[…\]\)\.$"
+        ConfigError, match=r"^data\.\S+ cannot be set, since data\.\S+ is a list: set all of it \(data\.\S+=\[…\]\)\.$"
     ):
         train_config("data=csv", *overrides)
 
@@ -65,7 +65,7 @@ def test_an_interpolation_finds_a_key_that_only_the_schema_has() -> None:
     assert train_config("optimizer=sgd", "name=momentum-${optimizer.momentum}").name == "momentum-0.9"
 
 
-def test_another_class_has_its_own_defaults_and_keeps_what_was_typed() -> None:
+def test_another_class_has_its_own_defaults_and_typed_values_are_retained() -> None:
     config = train_config("optimizer._target_=torch.optim.SGD", "optimizer.weight_decay=0.5").optimizer
     assert plain(config) == {
         "_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.5, "momentum": 0.9, "nesterov": False,
@@ -93,7 +93,7 @@ def test_every_mistake_is_reported_with_its_full_key(refused, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rules_are_reported_beside_wrong_values() -> None:
+def test_broken_rules_are_reported_with_invalid_values() -> None:
     with pytest.raises(ConfigError) as caught:
         train_config(
             "max_steps=5", "epochs=3", "seed=-1", "model.image.heads=3", "data.train=[{path: a.csv, weigth: 2}]"
@@ -118,22 +118,22 @@ def test_the_nearest_key_of_the_whole_tree_is_named() -> None:
     ("override", "expected"),
     [
         ("max_steps=true", "max_steps=true must be a number."),
-        ("max_steps=1.5", "max_steps=1.5 must be a whole number."),
+        ("max_steps=1.5", "max_steps=1.5 must be an integer."),
         ("optimizer.lr=fast", "optimizer.lr=fast must be a number."),
         ("compile=maybe", "compile=maybe must be true or false."),
-        ("trainer=default", "trainer=default must be a mapping of keys: set them (trainer.<key>=…)."),
+        ("trainer=default", "trainer=default must be a mapping: set its keys (trainer.<key>=…)."),
         ("++strategy.name=dpp", "strategy.name=dpp must be one of auto, ddp, deepspeed. Did you mean 'ddp'?"),
         ("data.augmentation.scale=[1.0,0.5]", "data.augmentation.scale=[1.0, 0.5] must have the smaller number first."),
         ("data.templates=[]", "data.templates=[] must not be empty."),
-        ("task.imagenet.root=x", "task.imagenet is not chosen: add it to task=[…,imagenet]."),
-        ("task.objectnett.root=x", "task.objectnett is not chosen: did you mean 'objectnet'?"),
+        ("task.imagenet.root=x", "task.imagenet is not selected: add it to task=[…,imagenet]."),
+        ("task.objectnett.root=x", "task.objectnett is not selected: did you mean 'objectnet'?"),
         (
             "loss.chunk_size=5",
-            "loss.chunk_size is a key of loss.name=sigmoid, which was not chosen: choose that, or leave this out.",
+            "loss.chunk_size is a key of loss.name=sigmoid, which is not selected: select it, or leave this out.",
         ),
     ],
 )
-def test_a_wrong_value_is_answered_in_one_sentence(override: str, expected: str) -> None:
+def test_an_invalid_value_is_reported_in_one_sentence(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         train_config(override)
     assert str(caught.value).startswith(expected)
@@ -219,7 +219,7 @@ def test_a_configuration_is_the_same_after_its_yaml(overrides: tuple[str, ...], 
 
 def test_a_run_of_another_version_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(train_config()) + "accumulate: 2\n")
-    with pytest.raises(ConfigError, match="was written by another one, or edited") as caught:
+    with pytest.raises(ConfigError, match="was written by another version, or edited") as caught:
         read_run_config(tmp_path)
     assert "accumulate does not exist" in str(caught.value)
 
@@ -242,7 +242,7 @@ NODES = {
 
 
 def defaults_in(model: type[Config], values: dict, at: str) -> list[str]:
-    """Return the keys of a file that say what the schema says already."""
+    """Return the keys of a file that repeat defaults of the schema."""
     found = []
     for name, field in model.model_fields.items():
         key = key_of(name, field)
@@ -258,7 +258,7 @@ def defaults_in(model: type[Config], values: dict, at: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group in NODES for option in options(group)])
-def test_no_default_stands_in_a_file_too(group: str, option: str) -> None:
+def test_no_option_repeats_a_default_of_the_schema(group: str, option: str) -> None:
     values = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text()) or {}
     field = TrainConfig.model_fields[NODES[group]]
     if group == "task":
@@ -274,7 +274,7 @@ def test_no_default_stands_in_a_file_too(group: str, option: str) -> None:
     assert defaults_in(model, values, f"{group}.") == []
 
 
-def test_no_default_stands_in_the_file_of_a_command_too() -> None:
+def test_no_command_file_repeats_a_default_of_the_schema() -> None:
     for command, schema in SCHEMAS.items():
         values = yaml.safe_load((conf_dir() / f"{config_name(command)}.yaml").read_text())
         del values["defaults"]

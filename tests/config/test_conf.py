@@ -1,4 +1,4 @@
-"""Every file below conf/ composes, and what it describes can be built."""
+"""Tests that every file in conf/ can be composed and built."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_every_option_composes_into_the_schema(group: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("option", options("model"))
-def test_every_model_is_built_as_its_file_says(option: str) -> None:
+def test_every_model_is_built_as_configured(option: str) -> None:
     named = {"open_clip": "ViT-M-32"}  # an option for many architectures
     config = train_config(f"model={option}", *(f"model.name={named[o]}" for o in named if o == option)).model
     with torch.device("meta"):
@@ -49,7 +49,7 @@ def test_every_model_is_built_as_its_file_says(option: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "rank", "search", "export"])
-def test_towers_of_other_libraries_leave_nothing_of_those_in_whose_place_they_stand(command: str) -> None:
+def test_towers_of_other_libraries_replace_those_of_the_model_completely(command: str) -> None:
     overrides = ["model=vit_tiny", "model/image=timm", "model.image.name=resnet18", "model/text=huggingface"]
     model = compose_config(*overrides, "model.text.name=xlm-roberta-base", command=command).model
     assert (model.image.kind, model.image.name, model.image.image_size) == ("timm", "resnet18", 96)
@@ -104,7 +104,9 @@ def test_every_strategy_is_built_on_a_cpu(option: str) -> None:
 
 
 @pytest.mark.parametrize("option", options("logger"))
-def test_every_logger_is_built_beside_the_metrics_table(option: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_logger_is_built_in_addition_to_the_metrics_table(
+    option: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = train_config(f"logger={option}", *(["logger.wandb.mode=offline"] if option == "wandb" else [])).logger
     names = [type(logger).__name__ for logger in build_loggers(config, tmp_path, "run")]
@@ -133,7 +135,7 @@ def test_several_tasks_at_once() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(conf_dir().rglob("*.yaml")), ids=lambda p: str(p.relative_to(conf_dir())))
-def test_every_file_begins_by_saying_what_it_is(path) -> None:
+def test_every_file_starts_with_a_comment(path) -> None:
     text = path.read_text()
     assert path.parent.name in ("help", "optimizer", "logger", "trainer", "callbacks") or text.startswith("#"), path
     assert yaml.safe_load(text) is not None

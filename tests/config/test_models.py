@@ -1,4 +1,4 @@
-"""Models answer to the names that they have elsewhere, on the command line and in Python."""
+"""Tests of models by their names in other libraries, on the command line and in Python."""
 
 import open_clip
 import pytest
@@ -38,13 +38,13 @@ def test_every_other_configuration_of_open_clip_goes_through_the_adapter() -> No
     assert [name for name in open_clip.list_models() if resolve(name) is None] == []
 
 
-def test_each_name_is_told_once_and_the_adapter_is_no_model_by_itself() -> None:
+def test_each_name_is_listed_once_and_the_adapter_is_not_a_model() -> None:
     assert len(names()) == len(set(names()))
-    with pytest.raises(ConfigError, match="open_clip stands for all architectures of open_clip: name one"):
+    with pytest.raises(ConfigError, match="open_clip stands for any architecture of open_clip: give the name of one"):
         named_model("open_clip")
 
 
-def test_our_own_names_the_users_and_typos_are_left_to_hydra() -> None:
+def test_our_names_custom_names_and_typos_are_left_to_hydra() -> None:
     arguments = ["model=vit_b23", "model=mine", "model=null", "model.name=ViT-B/32", "data.train=ViT-B/32", "-m"]
     assert translate([*arguments, *(f"model={name}" for name in options("model"))])[: len(arguments)] == arguments
 
@@ -60,7 +60,7 @@ def test_in_a_sweep_each_choice_is_translated() -> None:
     [
         (["model=ViT-B/32", "--cfg", "job", "--package", "model.name"], 0, "vit_b32"),
         (["model=ViT-B/23"], 2, "model=ViT-B/23 does not exist: did you mean 'ViT-B/32'?"),
-        (["model=vit_b16,ViT-B-32-quickgelu", "-m"], 2, "cannot be one choice of several"),
+        (["model=vit_b16,ViT-B-32-quickgelu", "-m"], 2, "cannot be combined with other models in a sweep"),
     ],
 )
 def test_the_command_line_knows_them(command, tmp_path, arguments: list[str], code: int, said: str) -> None:

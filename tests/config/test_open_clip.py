@@ -25,7 +25,7 @@ NOT_TRIMMED = {"ViT-B-16-SigLIP", "ViT-L-14-CLIPA", "MobileCLIP-S1", "coca_ViT-B
 TRIMMED = {"ViT-B-32", "RN50", "convnext_base", "ViT-H-14-worldwide", "roberta-ViT-B-32", "MobileCLIP-B", "EVA02-B-16"}
 
 
-def test_a_text_is_trimmed_in_towers_that_see_nothing_behind_it() -> None:
+def test_texts_are_trimmed_in_towers_that_do_not_attend_to_padding() -> None:
     assert {name for name in NOT_TRIMMED | TRIMMED if open_clip_field(name, "trim")} == TRIMMED
 
 
@@ -36,10 +36,8 @@ def test_a_model_is_filled_by_its_name_and_what_is_set_comes_first() -> None:
     assert (config.text.tokenizer, config.text.cleaning, config.text.trim) == ("folder", "canonicalize", False)
 
 
-def test_a_name_that_open_clip_does_not_have_is_answered_with_the_nearest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"model.name=convnext_bas: open_clip has no such configuration: did you mean conv"
-    ):
+def test_an_unknown_name_of_open_clip_is_reported_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"model.name=convnext_bas: is not a model of open_clip: did you mean conv"):
         train_config("model=open_clip", "model.name=convnext_bas")
     with pytest.raises(ConfigError, match=r"^model.name has no value: set it \(model.name=…\)\.$"):
         train_config("model=open_clip")

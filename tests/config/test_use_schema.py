@@ -1,4 +1,4 @@
-"""The configurations of predict, rank, search and export."""
+"""Tests of the configurations of predict, rank, search and export."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_the_file_and_the_dataclass_have_the_same_defaults(command: str) -> None
 
 
 @pytest.mark.parametrize("use", COMMANDS)
-def test_help_says_how_to_begin_and_lists_the_keys(use: str, command: Run, tmp_path: Path) -> None:
+def test_help_shows_the_usage_and_lists_the_keys(use: str, command: Run, tmp_path: Path) -> None:
     done = command(DOOR, use, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith(f"clip-exp {use} ")
@@ -35,7 +35,7 @@ def test_help_of_check_data_lists_its_keys_and_what_it_writes(command: Run, tmp_
     assert "bad_samples.csv" in done.stdout
 
 
-def test_help_of_export_says_what_loads_each_format(command: Run, tmp_path: Path) -> None:
+def test_help_of_export_shows_how_to_load_each_format(command: Run, tmp_path: Path) -> None:
     done = command(DOOR, "export", "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("clip-exp export run=DIR format=open_clip output=DIR")
@@ -66,9 +66,7 @@ def test_help_of_export_says_what_loads_each_format(command: Run, tmp_path: Path
         (["predict", "model=vit_b23"], "did you mean 'vit_b32'"),
     ],
 )
-def test_a_typo_is_answered_with_code_2_and_what_is_valid(
-    arguments: list[str], message: str, refused: Run, tmp_path: Path
-) -> None:
+def test_a_typo_ends_with_code_2_and_a_hint(arguments: list[str], message: str, refused: Run, tmp_path: Path) -> None:
     done = refused(DOOR, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr

@@ -115,7 +115,7 @@ def test_rows_can_be_limited(tmp_path):
 
 def test_impossible_sizes_and_places_are_reported(tmp_path):
     for key in ("rows", "val_rows"):
-        with pytest.raises(ConfigError, match=rf"data\.generate\.{key}=0 must be above 0"):
+        with pytest.raises(ConfigError, match=rf"data\.generate\.{key}=0 must be greater than 0"):
             parse(GenerateConfig, {"kind": "shapes", key: 0}, "data.generate.")
     for image_size in (15, 1025):
         (reported,) = broken_rules(GenerateConfig(kind=Generator.shapes, image_size=image_size), "data.generate.")

@@ -60,15 +60,15 @@ WRONG = {
     "no path": ([{"weight": 1}], "data.train[0].path has no value: set it"),
     "null for a path": ([{"path": None}], "data.train[0].path=null must be a path, or a list of paths"),
     "no paths": ([{"path": []}], "data.train[0].path=[] must not be empty"),
-    "no weight at all": ([{"path": "a.csv", "weight": 0}], "data.train[0].weight=0 must be above 0"),
-    "negative": ([{"path": "a.csv", "weight": -1}], "weight=-1 must be above 0"),
+    "no weight at all": ([{"path": "a.csv", "weight": 0}], "data.train[0].weight=0 must be greater than 0"),
+    "negative": ([{"path": "a.csv", "weight": -1}], "weight=-1 must be greater than 0"),
     "infinite": ([{"path": "a.csv", "weight": math.inf}], "weight=inf must be a finite number"),
     "not a number": ([{"path": "a.csv", "weight": math.nan}], "weight=nan must be a finite number"),
     "text": ([{"path": "a.csv", "weight": "often"}], "weight=often must be a number"),
     "truth": ([{"path": "a.csv", "weight": True}], "weight=true must be a number"),
-    "truth for a path": ([True], "data.train[0]=true must be text"),
-    "truth for a column": ({"path": "a.csv", "caption_key": True}, "data.train.caption_key=true must be text"),
-    "null for a column": ({"path": "a.csv", "caption_key": None}, "data.train.caption_key=null must be text"),
+    "truth for a path": ([True], "data.train[0]=true must be a string"),
+    "truth for a column": ({"path": "a.csv", "caption_key": True}, "data.train.caption_key=true must be a string"),
+    "null for a column": ({"path": "a.csv", "caption_key": None}, "data.train.caption_key=null must be a string"),
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_sources_that_make_no_sense_are_refused_by_name(value, expected):
 def test_weights_for_some_sources_are_refused():
     some = data_of([{"path": "a.csv", "weight": 1}, "b.csv"])
     assert [problem.partition(":")[0] for problem in problems(some, at="data.")] == ["data.train"]
-    assert "give every source a weight, or none" in next(problems(some, at="data."))
+    assert "set a weight for every source or for none" in next(problems(some, at="data."))
     assert not list(problems(data_of([{"path": "a.csv"}, "b.csv"]), at="data."))
 
 

@@ -31,7 +31,7 @@ def test_a_run_is_evaluated_from_another_folder(run_dir: Path, class_folders: Pa
     [
         (["run={run}", "task=image_folder"], 2, "task.image_folder.root has no value"),
         (["run={run}", "task=image_folder", "task.image_folder.root=absent"], 2, "root=absent: no such folder"),
-        (["task=image_folder", "task.image_folder.root={images}"], 2, "which model?"),
+        (["task=image_folder", "task.image_folder.root={images}"], 2, "the model must be set by exactly one of"),
         (
             ["run={run}", "task=imagenet", "task.imagenet.root={images}"],
             3,
@@ -39,7 +39,7 @@ def test_a_run_is_evaluated_from_another_folder(run_dir: Path, class_folders: Pa
         ),
         (["run={images}", "task=digits"], 4, "is not a run folder"),
         (["run={run}", "task=[digits,imagnet]"], 2, "task=imagnet does not exist: did you mean 'imagenet'?"),
-        (["run={run}", "task.imagnet.root={images}"], 2, "task.imagnet is not chosen: did you mean 'imagenet'?"),
+        (["run={run}", "task.imagnet.root={images}"], 2, "task.imagnet is not selected: did you mean 'imagenet'?"),
     ],
 )
 def test_errors_are_one_message_with_their_exit_code(

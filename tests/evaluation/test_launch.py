@@ -304,7 +304,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_folder_is_created(
     weights = {"model": named_model("vit_nano"), "pretrained": str(tmp_path / "a.ckpt")}
     task = {"one": {"kind": "zero_shot", "root": str(class_folders)}}
     with pytest.raises(
-        CheckpointError, match=r"a\.ckpt \(net\.clip\): does not fit the model\.\n  missing in the file: logit_scale"
+        CheckpointError, match=r"a\.ckpt \(net\.clip\) does not fit the model\.\n  missing in the file: logit_scale"
     ):
         evaluate(config(tmp_path, task, **weights))
     assert not (tmp_path / "outputs").exists()
@@ -314,7 +314,7 @@ def test_the_validation_data_of_a_run_need_a_model_that_was_found(tmp_path: Path
     absent = {"kind": "zero_shot", "root": str(tmp_path / "absent")}
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, {"auto": {"kind": "auto"}, "one": absent}, run="nowhere"))
-    assert "run=nowhere: no such folder" in str(caught.value)
+    assert "run=nowhere: folder not found" in str(caught.value)
     assert "task.one.root" in str(caught.value)
     assert "task.auto" not in str(caught.value)
     # Of weights that are not read before all else is right it is known that they are no run's.
@@ -329,13 +329,13 @@ def test_the_validation_data_of_a_run_need_a_model_that_was_found(tmp_path: Path
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({}, ConfigError, "given: nothing"),
-        ({"run": "a", "ckpt": "b"}, ConfigError, "given: run=a, ckpt=b"),
-        ({"model": named_model("vit_nano")}, ConfigError, "given: model=vit_nano"),
-        ({"run": "a", "pretrained": "w.pt"}, ConfigError, "given: run=a, pretrained=w.pt"),
+        ({}, ConfigError, "none is set"),
+        ({"run": "a", "ckpt": "b"}, ConfigError, "got run=a, ckpt=b"),
+        ({"model": named_model("vit_nano")}, ConfigError, "got model=vit_nano"),
+        ({"run": "a", "pretrained": "w.pt"}, ConfigError, "got run=a, pretrained=w.pt"),
         ({"pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
         ({"model": named_model("vit_nano"), "pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
-        ({"run": "absent"}, ConfigError, "run=absent: no such folder"),
+        ({"run": "absent"}, ConfigError, "run=absent: folder not found"),
         ({"run": "."}, CheckpointError, "not a run folder"),
         ({"ckpt": "absent"}, ConfigError, "ckpt=absent: no such"),
         ({"ckpt": "."}, CheckpointError, "not in a run folder"),

@@ -208,10 +208,10 @@ def test_broken_images_of_train_and_test_are_left_out_and_counted(tmp_path: Path
         ({"train": {"root": "{tmp}/one"}}, DataError, "have the same class: at least two classes are required"),
         ({"train": {"root": "{tmp}/single"}}, DataError, r"cannot be held out: 'elk'.*task\.probe\.c=\[10\]"),
         ({"val_fraction": 0.01}, DataError, r"val_fraction=0\.01 of 20 images: a part would have fewer"),
-        ({"val_fraction": 1.0}, ConfigError, r"task\.probe\.val_fraction=1\.0 must be below 1"),
-        ({"c": [1.0, -1.0]}, ConfigError, r"task\.probe\.c\[1\]=-1\.0 must be above 0"),
+        ({"val_fraction": 1.0}, ConfigError, r"task\.probe\.val_fraction=1\.0 must be less than 1"),
+        ({"c": [1.0, -1.0]}, ConfigError, r"task\.probe\.c\[1\]=-1\.0 must be greater than 0"),
         ({"c": []}, ConfigError, r"task\.probe\.c=\[\] must not be empty"),
-        ({"max_iter": 0}, ConfigError, "max_iter=0 must be above 0"),
+        ({"max_iter": 0}, ConfigError, "max_iter=0 must be greater than 0"),
         ({"val_fractoin": 0.1}, ConfigError, "did you mean 'task.probe.val_fraction'"),
     ],
 )  # fmt: skip

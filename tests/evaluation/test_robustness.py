@@ -301,7 +301,7 @@ def test_without_a_network_one_message_has_the_file_and_the_alternative(
             {"root": "{tmp}/data", "sets": {"imagenet": "{tmp}/data"}},
             ConfigError,
             [
-                "task.robustness.sets.imagenet={tmp}/data must be a mapping of keys: set them (task.robustness.sets.imagenet."
+                "task.robustness.sets.imagenet={tmp}/data must be a mapping: set its keys (task.robustness.sets.imagenet."
             ],
         ),
         (

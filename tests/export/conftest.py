@@ -14,7 +14,7 @@ __all__ = ["nano", "run_dir"]
 
 @pytest.fixture
 def export(tmp_path: Path) -> Callable[..., Path]:
-    """Export a model that no run trained."""
+    """Export a model without a run."""
 
     def write(model: CLIP, config: ModelConfig, chosen: str) -> Path:
         return write_export(model, config, None, tmp_path / "exported", ExportFormat(chosen)).folder

@@ -1,4 +1,4 @@
-"""Models of every family that are small enough to export in a test, and input for them."""
+"""Small models of every family for tests of exports, and input for them."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def resnet() -> ModelConfig:
 
 
 def siglip(tokenizer_folder: Path) -> ModelConfig:
-    """Beside a tokenizer of its own, in `tokenizer_folder`."""
+    """Return a SigLIP configuration with a custom tokenizer, which is written to `tokenizer_folder`."""
     write_siglip_tokenizer(tokenizer_folder)
     image = SigLIPImageConfig(
         image_size=32,
@@ -53,7 +53,7 @@ def siglip(tokenizer_folder: Path) -> ModelConfig:
 
 
 def build(config: ModelConfig, bias: float | None = None) -> CLIP:
-    """With weights and statistics that are not those of the start, where biases are zero and norms do nothing."""
+    """Return the model with random biases, norms and statistics, since the initial ones have no effect."""
     torch.manual_seed(0)
     model = build_model(config, init_logit_bias=bias)
     draw = torch.Generator().manual_seed(1)

@@ -1,6 +1,6 @@
-"""Every architecture, with two layers, leaves for transformers and onnxruntime; for open_clip see tests/weights/test_open_clip.py.
+"""Tests of exporting every architecture, with two layers, to transformers and onnxruntime; for open_clip see tests/weights/test_open_clip.py.
 
-In `make test` that holds for transformers and a representative of each family; test_onnx.py has onnxruntime's.
+`make test` runs only transformers and a representative of each family; those of onnxruntime are in test_onnx.py.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ IN_TRANSFORMERS = [name for name in names_with_twin() if load_config(name).image
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """In the place of SigLIP's, which is on the hub."""
+    """Create a tokenizer to replace SigLIP's, which is on the hub."""
     return str(write_siglip_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 

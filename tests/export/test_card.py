@@ -1,4 +1,4 @@
-"""The model card says what is known, loads what it says, and tells nothing about this machine."""
+"""Tests of the model card: its facts, its code snippets, and that it has no paths of this machine."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ Export = Callable[..., Path]
 
 @pytest.fixture
 def trained(tmp_path: Path, nano: CLIP) -> Path:
-    """A run folder with all that a card tells, some of it about other weights than the last."""
+    """Create a run folder with all facts of a card, some of them about other weights than the last."""
     tables = [str(tmp_path / "private" / name) for name in ("pairs.csv", "more_pairs.csv")]
     run = write_run(tmp_path / "run", nano, DataConfig(name="csv", train=tables, val=str(tmp_path / "held|out.csv")))
     record = {
@@ -62,7 +62,7 @@ def rows_of(body: str) -> dict[str, str]:
     return dict(re.findall(r"^\| ([^|]+?) \| (.+?) \|$", body, re.MULTILINE))
 
 
-def test_a_run_s_card_tells_data_recipe_scores_and_provenance(trained: Path, tmp_path: Path) -> None:
+def test_a_run_s_card_has_data_recipe_scores_and_provenance(trained: Path, tmp_path: Path) -> None:
     folder = clip_exp.load(trained, accelerator="cpu").export(tmp_path / "exported")
     front, body = read_card(folder)
     assert front == {
@@ -74,9 +74,9 @@ def test_a_run_s_card_tells_data_recipe_scores_and_provenance(trained: Path, tmp
     assert rows["training data"] == "pairs.csv, more_pairs.csv"
     assert rows["validation data"] == r"held\|out.csv"
     assert rows["rows"] == "123,456"
-    assert rows["start weights"] == "random"
+    assert rows["initial weights"] == "random"
     assert rows["loss"] == "softmax"
-    assert rows["steps"] == "1 of 128 pairs each"
+    assert rows["steps"] == "1, with 128 pairs each"
     assert rows["optimizer"] == "AdamW, lr 0.001, weight decay 0.2"
     assert rows["schedule"] == "cosine, warm-up a tenth of the run"
     assert rows["precision"] == "bf16-mixed"
@@ -88,18 +88,18 @@ def test_a_run_s_card_tells_data_recipe_scores_and_provenance(trained: Path, tmp
     assert "in the run vit_nano_csv, step 1." in body
 
 
-def test_scores_are_those_of_the_weights_that_leave(trained: Path, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_exported_weights(trained: Path, tmp_path: Path) -> None:
     _, body = read_card(clip_exp.load(trained, accelerator="cpu").export(tmp_path / "exported"))
     assert re.search(r"\| imagenet \| top1 \| 63\.2.% \|", body)
     assert "| validation | loss | 2.2500 |" in body
     assert re.search(r"\| validation \| recall@1_i2t \| 12\.5.% \|", body)
     assert "11.1" not in body
     assert "90.0" not in body
-    assert "Scores of other weights of the run are left out: cifar10." in body
+    assert "Scores of other checkpoints of the run are not listed: cifar10." in body
 
 
 @pytest.mark.parametrize("chosen", repeat_beyond({*ExportFormat} - {ExportFormat.onnx}, ExportFormat))
-def test_no_file_names_a_place_of_this_machine(chosen: str, trained: Path, tmp_path: Path) -> None:
+def test_no_file_contains_a_path_of_this_machine(chosen: str, trained: Path, tmp_path: Path) -> None:
     folder = clip_exp.load(trained, accelerator="cpu").export(tmp_path / "exported", chosen)
     for path in folder.iterdir():
         content = path.read_bytes()
@@ -115,24 +115,24 @@ def test_secrets_of_the_environment_are_left_out(
     assert "0123456789abcdef" not in body
 
 
-def test_weights_that_no_run_trained_say_what_they_are(trained: Path, tmp_path: Path) -> None:
+def test_the_card_of_weights_without_a_run_names_their_source(trained: Path, tmp_path: Path) -> None:
     weights = trained / "checkpoints" / "step-000001" / "model.safetensors"
     foreign = tmp_path / "somebody's.safetensors"
     foreign.write_bytes(weights.read_bytes())
     folder = clip_exp.load("vit_nano", pretrained=foreign, accelerator="cpu").export(tmp_path / "exported")
     _, body = read_card(folder)
-    assert "Weights of somebody's.safetensors, read as vit_nano; how they were trained is not known here." in body
+    assert "Weights of somebody's.safetensors, loaded as vit_nano; their training is unknown." in body
     assert "## Recipe" not in body
     assert rows_of(body)["activation"] == "gelu"
 
 
-def test_what_was_tuned_of_start_weights_is_told(trained: Path) -> None:
+def test_the_card_lists_the_fine_tuning_of_initial_weights(trained: Path) -> None:
     run = source_of_run(trained).run
     assert run is not None
     run.pretrained = "/home/somebody/ViT-B-32.pt"
     run.finetune = FineTuneConfig(image=TowerTuningConfig(freeze=True, unfrozen_blocks=2))
     facts = _recipe(run, {}, 40)
-    assert facts["start weights"] == "ViT-B-32.pt"
+    assert facts["initial weights"] == "ViT-B-32.pt"
     assert facts["fine-tuning"] == "image.freeze True, image.unfrozen_blocks 2"
 
 
@@ -140,12 +140,12 @@ def test_averaged_weights_have_no_score_of_the_raw_ones(trained: Path, nano: CLI
     doubled = {name: 2 * tensor for name, tensor in nano.state_dict().items()}
     averaged = write_checkpoint(trained, nano, 1, averaged=doubled) / "ema.safetensors"
     _, body = read_card(clip_exp.load(averaged, accelerator="cpu").export(tmp_path / "exported"))
-    assert "in the run vit_nano_csv, step 1, averaged over the steps (EMA)." in body
+    assert "in the run vit_nano_csv, step 1, exponential moving average (EMA)." in body
     assert "## Scores" not in body
-    assert "left out: cifar10, imagenet." in body
+    assert "not listed: cifar10, imagenet." in body
 
 
-def test_weights_mixed_with_the_start_say_so(trained: Path, nano: CLIP, tmp_path: Path) -> None:
+def test_the_card_of_averaged_weights_names_the_fraction(trained: Path, nano: CLIP, tmp_path: Path) -> None:
     start = tmp_path / "start.safetensors"
     save_file({name: 0 * tensor for name, tensor in nano.state_dict().items()}, start)
     record = json.loads((trained / "run.json").read_text())
@@ -154,9 +154,12 @@ def test_weights_mixed_with_the_start_say_so(trained: Path, nano: CLIP, tmp_path
     source = find_source(ExportConfig(run=str(trained), wise_ft=0.25))
     write_export(load_model(source), source.model, source, tmp_path / "exported")
     _, body = read_card(tmp_path / "exported")
-    assert "step 1, mixed with its start weights start.safetensors (WiSE-FT: 0.25 of the run's)." in body
+    assert (
+        "step 1, averaged with its initial weights start.safetensors (WiSE-FT with a fraction of 0.25 for the run)."
+        in body
+    )
     assert "## Scores" not in body
-    assert "weights and share, sha256" in body
+    assert "weights and fraction, sha256" in body
 
 
 MODELS: dict[str, Callable[[Path], tuple[ModelConfig, float | None]]] = {
@@ -179,7 +182,7 @@ MODELS: dict[str, Callable[[Path], tuple[ModelConfig, float | None]]] = {
 def test_its_snippet_runs_and_gives_our_probabilities(
     chosen: str, name: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an image of one color, where ways to resize do not differ."""
+    """The image has a single color, for which all methods of resizing give the same result."""
     config, bias = MODELS[name](tmp_path)
     folder = export(build(config, bias), config, chosen)
     (snippet,) = re.findall(r"```python\n(.*?)```", read_card(folder)[1], re.DOTALL)
@@ -201,11 +204,11 @@ def test_its_snippet_runs_and_gives_our_probabilities(
         assert bias is not None or found.sum() == pytest.approx(1)
 
 
-def test_a_checkpoint_s_card_tells_its_step(trained: Path, nano: CLIP, tmp_path: Path) -> None:
+def test_a_checkpoint_s_card_has_its_step(trained: Path, nano: CLIP, tmp_path: Path) -> None:
     write_checkpoint(trained, nano, 2)
     folder = clip_exp.load(trained / "checkpoints" / "step-000002", accelerator="cpu").export(tmp_path / "exported")
     _, body = read_card(folder)
-    assert rows_of(body)["steps"] == "2 of 128 pairs each (the run has 1)"
+    assert rows_of(body)["steps"] == "2 (out of 1), with 128 pairs each"
     assert "| validation | loss | 9.0000 |" in body
 
 

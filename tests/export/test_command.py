@@ -1,4 +1,4 @@
-"""`clip-exp export` as a user runs it, and the folder that it writes whole or not at all."""
+"""Tests of the command `clip-exp export` and of its output folder, which is written atomically."""
 
 import os
 import signal
@@ -26,13 +26,11 @@ def run(command: Run) -> Callable[..., subprocess.CompletedProcess[str]]:
     return partial(command, DOOR, "export")
 
 
-def test_a_run_is_exported_and_says_that_it_was_checked(
-    run: Callable, run_dir: Path, nano: CLIP, tmp_path: Path
-) -> None:
+def test_a_run_is_exported_and_verified(run: Callable, run_dir: Path, nano: CLIP, tmp_path: Path) -> None:
     done = run(f"run={run_dir}", "format=safetensors", "output=exports/nano", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "written: exports/nano (safetensors, 14.0 MB)" in done.stdout
-    assert "differ from the model's by at most 0.0e+00" in done.stdout
+    assert "differ by at most 0.0e+00" in done.stdout
     assert sorted(path.name for path in (tmp_path / "exports" / "nano").iterdir()) == ["README.md", "model.safetensors"]
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["nano"]
     clip = clip_exp.load(tmp_path / "exports" / "nano", accelerator="cpu")
@@ -42,15 +40,19 @@ def test_a_run_is_exported_and_says_that_it_was_checked(
 @pytest.mark.parametrize(
     ("arguments", "code", "messages"),
     [
-        (["output=out"], 2, ["which model?"]),
-        (["run={run}"], 2, ["output has no value: name the folder to write (output=DIR)"]),
+        (["output=out"], 2, ["the model must be set by exactly one of"]),
+        (["run={run}"], 2, ["output has no value: set the folder to write (output=DIR)"]),
         (["run={run}", "output=out", "format=gguf"], 2, ["open_clip", "huggingface", "safetensors", "onnx"]),
         (["run={run}", "outptu=out"], 2, ["did you mean 'output'"]),
-        (["run=nowhere", "output=full"], 2, ["run=nowhere: no such folder", "output=full is not empty"]),
-        (["run={run}", "output=full", "overwrite=true"], 2, ["was not written by clip-exp export", "stays"]),
+        (["run=nowhere", "output=full"], 2, ["run=nowhere: folder not found", "output=full is not empty"]),
+        (["run={run}", "output=full", "overwrite=true"], 2, ["was not written by clip-exp export", "is not replaced"]),
         (["run={run}", "output=full/file"], 2, ["output=full/file is a file"]),
         (["run={run}", "output=full/file/below"], 4, ["full/file/below cannot be written"]),
-        (["model=rn50", "pretrained=openai", "output=o", "format=huggingface"], 2, ["kind=resnet", "Formats that can"]),
+        (
+            ["model=rn50", "pretrained=openai", "output=o", "format=huggingface"],
+            2,
+            ["kind=resnet", "Supported formats"],
+        ),
     ],
 )
 def test_errors_are_one_message_and_nothing_is_written(
@@ -71,10 +73,10 @@ def clip(run_dir: Path) -> Pipeline:
     return clip_exp.load(run_dir, accelerator="cpu")
 
 
-def test_an_older_export_is_replaced_only_when_asked(clip: Pipeline, tmp_path: Path) -> None:
+def test_an_older_export_is_replaced_only_with_overwrite(clip: Pipeline, tmp_path: Path) -> None:
     target = clip.export(tmp_path / "exported", "safetensors")
     with pytest.raises(
-        ConfigError, match="is not empty: name a new folder, or replace an older export with overwrite=true"
+        ConfigError, match="is not empty: give a new folder, or replace an older export with overwrite=true"
     ):
         clip.export(target)
     assert (target / "model.safetensors").is_file()
@@ -84,12 +86,12 @@ def test_an_older_export_is_replaced_only_when_asked(clip: Pipeline, tmp_path: P
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_empty_folder_is_taken(clip: Pipeline, tmp_path: Path) -> None:
+def test_an_empty_folder_is_accepted(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "exported").mkdir()
     assert clip.export(tmp_path / "exported", "safetensors") == tmp_path / "exported"
 
 
-def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_written(clip: Pipeline, tmp_path: Path) -> None:
+def test_a_link_is_retained_and_its_target_is_written(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for name, aim in (("link", "real"), ("to nothing yet", "new")):
         (tmp_path / name).symlink_to(aim)
@@ -101,7 +103,7 @@ def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_written(clip: Pipel
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "new", "real", "run", "to nothing yet"]
 
 
-def test_a_format_that_there_is_not_is_told_by_the_python_function(clip: Pipeline, tmp_path: Path) -> None:
+def test_an_unknown_format_is_reported_by_the_python_function(clip: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format=gguf must be one of open_clip, huggingface, safetensors, onnx"):
         clip.export(tmp_path / "exported", "gguf")
 
@@ -109,11 +111,11 @@ def test_a_format_that_there_is_not_is_told_by_the_python_function(clip: Pipelin
 def test_files_that_give_other_features_never_appear(
     clip: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from a broken disk, or a format that cannot hold the model after all: here the nonlinearity gets lost."""
+    """As after a disk error or an unsupported feature of a format; here, the activation gets lost."""
     right = open_clip_format.model_cfg
     monkeypatch.setattr(open_clip_format, "model_cfg", lambda *of: {**right(*of), "quick_gelu": True})
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match="give other features than the model"):
+    with pytest.raises(CheckpointError, match="differ from the model's by"):
         clip.export(tmp_path / "exported")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -134,7 +136,7 @@ def test_an_interrupted_export_leaves_nothing_and_what_was_there(
 
 
 def test_a_terminated_command_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
-    """SIGTERM while it writes: `write_card` of this process sends it to itself."""
+    """The process receives SIGTERM during the export: `write_card` sends it."""
     code = (
         "import os, signal\n"
         "from clip_exp.export import write\n"
@@ -150,7 +152,7 @@ def test_a_terminated_command_leaves_nothing(run_dir: Path, tmp_path: Path) -> N
     assert list(work.iterdir()) == []
 
 
-def test_a_full_disk_is_told_and_the_folder_stays_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_folder_is_unchanged(tmp_path: Path) -> None:
     target = tmp_path / "exported"
     target.mkdir()
 

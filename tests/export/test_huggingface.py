@@ -1,4 +1,4 @@
-"""What transformers itself makes of an export."""
+"""Tests that transformers loads an export with equal features."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,9 +59,9 @@ def pixels_of(image: Image.Image, config: ModelConfig) -> torch.Tensor:
 
 @pytest.mark.parametrize("resize_mode", list(ResizeMode))
 def test_its_processor_gives_our_pixels(resize_mode: ResizeMode, export: Export, tmp_path: Path) -> None:
-    """But for rounding with Pillow; by default it resizes with torch, which differs by up to 2 of 255 levels.
+    """Except for rounding with Pillow. By default, transformers resizes with torch, which differs by up to 2 of 255 levels.
 
-    Where the crop leaves 3, 7, 11, … pixels over, transformers cuts the odd one on the other side; not of these here.
+    The sizes here avoid a remainder of 3, 7, 11, … pixels after the crop, for which transformers crops the odd pixel on the other side.
     """
     config = vit()
     config.image.resize_mode = resize_mode
@@ -114,13 +114,13 @@ def test_a_bias_that_clip_model_lacks_is_left_out(export: Export) -> None:
 
 
 @pytest.mark.parametrize("kind", ["resnet", "timm"])
-def test_other_towers_are_refused_with_the_formats_that_hold_them(kind: str, export: Export, tmp_path: Path) -> None:
+def test_other_towers_are_refused_with_the_supported_formats(kind: str, export: Export, tmp_path: Path) -> None:
     config = resnet()
     model: CLIP = build(config)
     if kind == "timm":
         config.image = TimmConfig(name="test_convnext", image_size=64)
     with pytest.raises(
-        ConfigError, match=f"kind={kind} and a text tower of kind=clip. Formats that can: open_clip, safetensors, onnx"
+        ConfigError, match=f"kind={kind} and a text tower of kind=clip. Supported formats: open_clip, safetensors, onnx"
     ):
         export(model, config, "huggingface")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What onnxruntime makes of an export, with other batches and lengths than it was traced with."""
+"""Tests that onnxruntime computes equal features, with other batch sizes and lengths than the traced ones."""
 
 import copy
 import json
@@ -107,7 +107,7 @@ def test_a_published_architecture_at_full_size(name: str, export: Export, tmp_pa
 
 @pytest.mark.exhaustive
 def test_towers_of_open_clip(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two layers: tracing takes as long for each further one."""
+    """The towers have two layers, since the time of tracing is proportional to their number."""
     settings = open_clip_files.configuration("ViT-S-32-alt")
     for tower in ("vision_cfg", "text_cfg"):
         settings[tower]["layers"] = 2

@@ -1,4 +1,4 @@
-"""What open_clip itself makes of an export."""
+"""Tests that open_clip loads an export with equal features."""
 
 import json
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def test_a_resnet_is_loaded_from_the_folder(export: Export, tmp_path: Path) -> N
 def test_the_file_is_loaded_strictly_as_an_architecture_of_that_name(
     export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`open_clip.create_model("ViT-B-32", pretrained=file)` in small: open_clip knows vit_nano's numbers by a name."""
+    """Like `open_clip.create_model("ViT-B-32", pretrained=file)`, with the configuration of vit_nano registered in open_clip."""
     config = vit(Activation.quick_gelu)
     model = build(config)
     folder = export(model, config, "open_clip")
@@ -119,7 +119,7 @@ def test_the_bias_of_a_sigmoid_loss_goes_along(export: Export) -> None:
 
 @pytest.fixture
 def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A SigLIP backbone that timm lacks, and an architecture of open_clip with it: the real ones are large."""
+    """Register a small SigLIP backbone in timm, and an architecture of open_clip with it, since the published ones are large."""
     from timm.models import _registry, vision_transformer
 
     def vit_nano_siglip(num_classes: int, global_pool: str, **about: object) -> nn.Module:
@@ -164,7 +164,7 @@ def test_a_timm_backbone_is_loaded(projection: Projection, export: Export) -> No
 
 
 def test_a_model_of_open_clip_goes_back(export: Export) -> None:
-    """By its folder, and by its name and the file, whose names are those of the class that open_clip builds for it."""
+    """By its folder, and by its name with the file, whose parameter names are those of open_clip's class for the model."""
     config = named_model("ViT-S-32-alt")
     assert config.image.kind == "open_clip"
     model = build(config)

@@ -1,4 +1,4 @@
-"""Our own file tells all about its model."""
+"""Tests of exports in clip_exp's own format, whose file contains the model's configuration."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_towers_of_other_libraries_are_built_without_their_files(export: Export,
     assert torch.equal(clip.model.encode_text(ids), model.encode_text(ids))
 
 
-def test_nothing_in_it_names_a_place_of_this_machine(export: Export, tmp_path: Path) -> None:
+def test_nothing_in_it_contains_a_path_of_this_machine(export: Export, tmp_path: Path) -> None:
     config = siglip(tmp_path / "tokenizer")
     folder = export(build(config, bias=-10.0), config, "safetensors")
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -69,8 +69,8 @@ def test_nothing_in_it_names_a_place_of_this_machine(export: Export, tmp_path: P
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
 
-def test_others_may_read_the_files_of_exports_and_checkpoints_as_the_umask_says(export: Export, run_dir: Path) -> None:
-    """The safetensors library gives its files to their owner alone."""
+def test_files_of_exports_and_checkpoints_have_the_permissions_of_the_umask(export: Export, run_dir: Path) -> None:
+    """The safetensors library creates files that only their owner can read."""
     config = vit()
     folder = export(build(config), config, "safetensors")
     mask = os.umask(0)

@@ -50,7 +50,7 @@ def test_of_two_models_in_a_file_one_is_chosen_and_its_features_are_distinguishe
     path = tmp_path / "last.ckpt"
     other = {name: 2 * value for name, value in nano.state_dict().items()}
     torch.save({"student": other, "teacher": nano.state_dict()}, path)
-    with pytest.raises(CheckpointError, match="Choose one: pretrained_prefix=student, pretrained_prefix=teacher"):
+    with pytest.raises(CheckpointError, match="Select one: pretrained_prefix=student, pretrained_prefix=teacher"):
         clip_exp.load("vit_nano", path, accelerator="cpu")
     clip = clip_exp.load("vit_nano", path, accelerator="cpu", prefix="teacher")
     assert all(torch.equal(value, nano.state_dict()[name]) for name, value in clip.model.state_dict().items())
@@ -80,15 +80,15 @@ def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(ru
             "pretrained=openai does not exist, and model=vit_nano has no published weights",
         ),
         ("ViT-B/33", None, ConfigError, "did you mean .ViT-B/32"),
-        ("vit_b32", "opnai", ConfigError, "is no tag of model=vit_b32: did you mean 'openai'"),
-        ("open_clip", "openai", ConfigError, "open_clip stands for all architectures"),
+        ("vit_b32", "opnai", ConfigError, "a tag of model=vit_b32: did you mean 'openai'"),
+        ("open_clip", "openai", ConfigError, "open_clip stands for any architecture"),
         ("openai/clip", None, ConfigError, r'on the Hugging Face hub: load\("hf-hub:openai/clip"\)'),
         ("hf-hub:openai", None, ConfigError, "write hf-hub:org/name"),
         ("vit_b32", "openai/clip", ConfigError, "Give hf-hub:openai/clip if it is on the Hugging Face hub"),
         ("vit_b32", "", ConfigError, "pretrained has no value"),
-        ("vit_b32", None, ConfigError, "one of the tags openai, laion400m_e31"),
+        ("vit_b32", None, ConfigError, "one of these tags: openai, laion400m_e31"),
         ("vit_nanno", "w.pt", ConfigError, "no model 'vit_nanno': did you mean 'vit_nano'"),
-        ("lonely.safetensors", None, ConfigError, "nothing tells which model"),
+        ("lonely.safetensors", None, ConfigError, "the model of these weights is unknown"),
         ("vit_tiny", "lonely.safetensors", CheckpointError, "does not fit the model"),
     ],
 )
@@ -123,8 +123,8 @@ def test_images_and_paths_give_the_same_features(run_dir: Path, tmp_path: Path):
         (["+nothing=1"], "nothing does not exist"),
         (["optimizer=3"], "optimizer=3 does not exist"),
         (["model"], "write key=value"),
-        (["seed=1,2", "-m"], "a sweep is for the command line"),
-        (["--help"], "flags are for the command line"),
+        (["seed=1,2", "-m"], "sweeps are supported on the command line only"),
+        (["--help"], "flags are supported on the command line only"),
         (["global_batch_size=0", "seed=-1"], r"(?s)seed=-1 must be.*global_batch_size=0 must be"),
         (
             ["max_steps=5", "epochs=3", "data=csv", "data.train=absent (1).csv"],
@@ -150,9 +150,9 @@ def test_evaluate_gives_the_results_that_it_writes(run_dir: Path, tmp_path: Path
     written = json.loads((run_dir / "eval" / "image_folder.json").read_text())
     assert results["image_folder"]["metrics"] == written["metrics"]
     assert written["protocol"]["templates"] == 1
-    with pytest.raises(ConfigError, match="devices=2: several processes are for the command line"):
+    with pytest.raises(ConfigError, match="devices=2: several processes are supported on the command line only"):
         clip_exp.evaluate(*arguments, "devices=2")
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match="not found"):
         clip_exp.evaluate("run=absent", "task=digits")
 
 

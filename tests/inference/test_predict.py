@@ -121,7 +121,13 @@ def test_all_problems_are_reported_together(run_dir: Path, tmp_path: Path):
     config = PredictConfig(images="absent.png", templates=["no place"], output=f"{tmp_path}/no/o.csv")
     with pytest.raises(ConfigError) as caught:
         predict(config)
-    for part in ("is not a folder", "which model?", "absent.png", "exactly one of texts", "has no {}"):
+    for part in (
+        "is not a folder",
+        "the model must be set by exactly one of",
+        "absent.png",
+        "exactly one of texts",
+        "has no {}",
+    ):
         assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) == 5
     with pytest.raises(CheckpointError, match="not a run folder"):

@@ -127,9 +127,9 @@ def test_the_command_line_ranks(clip_exp_command: Callable, run_dir: Path, photo
     ]
     refused = clip_exp_command("rank", "images=absent")
     assert refused.returncode == 2
-    for part in ("which model?", "absent", "text has no value"):
+    for part in ("the model must be set by exactly one of", "absent", "text has no value"):
         assert part in refused.stderr
     refused = clip_exp_command("rank", "images=absent", "top_k=-1", "frames=0")
     assert refused.returncode == 2
-    for part in ("top_k=-1 must be above 0.", "frames=0 must be above 0."):
+    for part in ("top_k=-1 must be greater than 0.", "frames=0 must be greater than 0."):
         assert part in refused.stderr

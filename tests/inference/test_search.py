@@ -396,7 +396,7 @@ def test_names_that_are_not_utf8_are_preserved(photos: Path, run_dir: Path, clip
         (["search", "index=x.index"], 2, "nothing to do"),
         (["search", "index=x.index", "text=a"], 2, "no such file. Create it"),
         (["search", "index=photos", "text=a"], 2, "is a folder"),
-        (["search", "index=x.index", "images=photos"], 2, "which model?"),
+        (["search", "index=x.index", "images=photos"], 2, "the model must be set by exactly one of"),
         (["search", "index=run/config.yaml", "text=a"], 4, "not an index, or damaged"),
         (["search", "index=x.index", "images=photos", "run=photos"], 4, "not a run folder"),
     ],

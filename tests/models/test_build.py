@@ -144,7 +144,7 @@ def test_towers_that_cannot_meet_or_lack_patches_are_refused() -> None:
     siglip.embed_dim = 512
     with pytest.raises(ConfigError, match=r"embed_dim=512 must be model\.image\.width=768"):
         build_model(siglip)
-    with pytest.raises(ConfigError, match=r"model\.image\.patch_dropout is a key of .*, which was not chosen"):
+    with pytest.raises(ConfigError, match=r"model\.image\.patch_dropout is a key of .*, which is not selected"):
         parse(
             ModelConfig,
             {**plain(load_config("rn50")), "image": {**plain(load_config("rn50").image), "patch_dropout": 0.5}},

@@ -125,7 +125,7 @@ def test_a_mistyped_key_of_a_family_is_refused_with_its_full_name(
     assert result.returncode == 2
     assert "model.image.chanels does not exist: did you mean 'model.image.channels'?" in result.stderr
     result = command("train.py", *words(config_dir, *SHORT, "model.image.channels=none"), cwd=tmp_path)
-    assert "model.image.channels=none must be a whole number." in result.stderr
+    assert "model.image.channels=none must be an integer." in result.stderr
     assert not (tmp_path / "outputs").exists()
 
 
@@ -159,7 +159,7 @@ def test_two_files_that_declare_one_kind_are_named(config_dir: Path, tmp_path: P
     result = command("train.py", *words(config_dir, *SHORT), cwd=tmp_path)
     assert result.returncode == 2
     assert "other.py" in result.stderr
-    assert "pool.py both declare kind=pool: rename yours" in result.stderr
+    assert "pool.py both declare kind=pool. Rename one of them." in result.stderr
 
 
 def test_a_repeated_run_runs_no_code(config_dir: Path, tmp_path: Path, command: Run) -> None:
@@ -169,7 +169,7 @@ def test_a_repeated_run_runs_no_code(config_dir: Path, tmp_path: Path, command: 
         result = command("train.py", *words(config_dir, *given, *SHORT), cwd=tmp_path)
         assert result.returncode == 2
         assert not (tmp_path / "ran").exists()
-    assert "is not run, since" in result.stderr
+    assert "is not imported, since" in result.stderr
 
 
 def test_files_of_one_name_in_two_folders_do_not_meet(config_dir: Path, tmp_path: Path, command: Run) -> None:
@@ -177,14 +177,14 @@ def test_files_of_one_name_in_two_folders_do_not_meet(config_dir: Path, tmp_path
     shutil.copytree(config_dir, other)
     result = command("train.py", *words(config_dir, *SHORT), cwd=tmp_path, CLIP_EXP_CONFIG_DIR=str(other))
     assert result.returncode == 2
-    assert "both declare kind=pool: rename yours" in result.stderr
+    assert "both declare kind=pool. Rename one of them." in result.stderr
 
 
 def test_a_path_that_cannot_be_listed_is_refused(config_dir: Path, tmp_path: Path, command: Run) -> None:
     shutil.copytree(config_dir, tmp_path / "mi:ne")
     result = command("train.py", *words(tmp_path / "mi:ne", *SHORT), cwd=tmp_path)
     assert result.returncode == 2
-    assert "rename the folder" in result.stderr
+    assert "Rename the folder" in result.stderr
 
 
 def test_a_helper_next_to_a_member_is_not_taken_for_one(config_dir: Path, tmp_path: Path, command: Run) -> None:

@@ -15,7 +15,7 @@ from clip_exp.export.write import write_export
 from clip_exp.models.clip import build_model
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.weights.fit import load_weights
-from clip_exp.weights.inspect import About, Found, note_architecture, settle
+from clip_exp.weights.inspect import About, Found, note_architecture, resolve_model
 from clip_exp.weights.names import to_ours
 from tests.compose import train_config
 from tests.encoders import CAPTIONS, write_encoder, write_siglip_tokenizer
@@ -161,12 +161,12 @@ def test_the_activation_is_the_configurations_unless_it_is_set(small) -> None:
 def test_weights_that_tell_their_activation_decide_it(small, tmp_path: Path) -> None:
     def resolved(activation: Activation | None) -> Activation | None:
         found = Found(tmp_path, About("file", activation), "weights")
-        return settle(configured("small-vit-quickgelu"), found).activation
+        return resolve_model(configured("small-vit-quickgelu"), found).activation
 
     assert resolved(Activation.gelu) is Activation.gelu
     assert resolved(None) is None, "the configuration's own"
     with pytest.raises(ConfigError, match="was trained with quick_gelu"):
-        settle(
+        resolve_model(
             configured("small-vit", "model.activation=gelu"),
             Found(tmp_path, About("file", Activation.quick_gelu), "weights"),
         )
@@ -198,7 +198,7 @@ def test_a_tokenizer_is_compared_with_the_encoder_whatever_the_configuration_emb
     config = configured("small-roberta", "model.text.vocab_size=100")
     assert build_tokenizer(config.text)(SHORT).max() >= 100
     config.text.architecture["vocab_size"] = 100
-    with pytest.raises(ConfigError, match="and the text tower embeds 100"):
+    with pytest.raises(ConfigError, match="but the text tower embeds only 100 ids"):
         build_tokenizer(config.text)
 
 
@@ -239,7 +239,7 @@ def activations(model: nn.Module) -> set[str]:
 
 
 REFUSED = {
-    "unknown": ("small-vitt", [], "open_clip has no such configuration: did you mean small-vit"),
+    "unknown": ("small-vitt", [], "is not a model of open_clip: did you mean small-vit"),
     "dropout": ("small-vit", ["model.dropout=0.1"], "open_clip's towers have no dropout"),
     "patches of a ResNet": ("small-rn", ["model.image.patch_dropout=0.5"], "a ResNet has no patches"),
     "size between patches": ("small-timm-vit", ["model.image.image_size=65"], "cannot be built with model.image.image_size=65"),

@@ -1,4 +1,4 @@
-"""Texts as trees of tokens: the features of each text alone, padded to the full context, for less work."""
+"""Tests of prefix trees: the features equal those of each text padded to the full context."""
 
 import random
 
@@ -31,7 +31,7 @@ TEXTS = [
 
 
 def random_texts(seed: int) -> list[str]:
-    """Sentences of few words, so that many begin alike, and one contains another."""
+    """Return sentences of few words, with common prefixes and with one that is a prefix of another."""
     draw = random.Random(seed)
     return [" ".join(draw.choices(["a", "cat", "of", "photo", "猫"], k=draw.randint(0, 90))) for _ in range(60)]
 
@@ -46,7 +46,7 @@ def test_features_from_trees_equal_each_text_padded_to_the_whole_context(nano: C
 
 
 @pytest.mark.parametrize("texts", [TEXTS, random_texts(2)])
-def test_one_tree_has_a_node_for_each_distinct_beginning(texts: list[str]) -> None:
+def test_one_tree_has_a_node_for_each_distinct_prefix(texts: list[str]) -> None:
     tokens = Tokenizer(77).encode_batch(texts)
     beginnings = {tuple(ids[:length]) for ids in tokens for length in range(1, len(ids) + 1)}
     (tree,) = grow(tokens, nodes=10**6)
@@ -54,7 +54,7 @@ def test_one_tree_has_a_node_for_each_distinct_beginning(texts: list[str]) -> No
     assert sorted(tree.texts) == list(range(len(texts)))
 
 
-def test_trees_hold_no_more_nodes_than_asked_but_for_a_longer_text() -> None:
+def test_trees_have_at_most_the_requested_nodes_unless_a_text_is_longer() -> None:
     tokens = Tokenizer(77).encode_batch([*random_texts(3), "word " * 120])
     trees = grow(tokens, nodes=50)
     assert sorted(text for tree in trees for text in tree.texts) == list(range(len(tokens)))
@@ -62,7 +62,7 @@ def test_trees_hold_no_more_nodes_than_asked_but_for_a_longer_text() -> None:
     assert max(len(tree.tokens) for tree in grow(tokens)) <= NODES
 
 
-def test_a_node_sees_its_own_beginning_and_nothing_else() -> None:
+def test_a_node_attends_to_its_own_prefix_only() -> None:
     tokens = Tokenizer(77).encode_batch(TEXTS)
     trees = grow(tokens, nodes=60)
     packed = pack(trees)
@@ -78,7 +78,7 @@ def encode(model: CLIP, trees: TokenTrees) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_tree_has_the_same_features_beside_larger_ones(nano: CLIP) -> None:
+def test_a_tree_has_the_same_features_in_a_batch_with_larger_ones(nano: CLIP) -> None:
     small, large = grow(Tokenizer(77).encode_batch(["a cat"])), grow(Tokenizer(77).encode_batch(random_texts(4)))
     alone = encode(nano, pack(small))
     beside = encode(nano, pack([*small, *large]))

@@ -92,7 +92,7 @@ def reference() -> open_clip.tokenizer.SimpleTokenizer:
     return open_clip.tokenizer.SimpleTokenizer()
 
 
-def test_ids_equal_open_clip_on_nasty_text(reference):
+def test_ids_equal_open_clip_on_unusual_text(reference):
     expected = reference(NASTY)
     ours = Tokenizer()(NASTY, trim=False)
     for text, mine, theirs in zip(NASTY, ours, expected, strict=True):
@@ -117,7 +117,7 @@ def test_every_single_character_of_the_basic_plane_cleans_as_open_clip_does():
         assert lower(text) == reference_clean(text), hex(code)
 
 
-def test_text_that_is_passed_by_ftfy_is_what_ftfy_makes_of_it():
+def test_text_that_skips_ftfy_would_not_be_changed_by_it():
     reference_clean, draw = get_clean_fn("lower"), random.Random(0)
     scripts = [
         range(0x20, 0x250),
@@ -137,7 +137,7 @@ def test_text_that_is_passed_by_ftfy_is_what_ftfy_makes_of_it():
         assert lower(text) == reference_clean(text), ascii(text)
 
 
-def test_truncation_keeps_the_end_and_is_counted():
+def test_truncation_retains_the_end_id_and_is_counted():
     tokenizer = Tokenizer(8)
     exact, cut = tokenizer.encode_batch(["a b c d e f", "a b c d e f g"])
     assert tokenizer.truncated == 1
@@ -158,7 +158,7 @@ def test_batch_is_as_long_as_its_longest_caption_rounded_up():
     assert pad_tokens([], 77).shape == (0, 1)
 
 
-def test_a_tokenizer_of_a_tower_that_sees_the_padding_does_not_trim():
+def test_a_tokenizer_of_a_tower_that_attends_to_padding_does_not_trim():
     tokenizer = Tokenizer(20, trims=False)
     assert tokenizer(["a", "a b c"]).shape == (2, 20)
     assert tokenizer.pad(tokenizer.encode_batch(["a"]), 8).shape == (1, 20)
@@ -205,7 +205,7 @@ def test_ids_of_a_hugging_face_tokenizer_equal_open_clip(
     assert torch.equal(ours(TEXTS), theirs(TEXTS))
 
 
-def test_separators_are_zeros_where_clipa_wants_them(folders) -> None:
+def test_separators_are_zeros_for_clipa(folders) -> None:
     theirs = HFTokenizer(folders["bert"], 16, strip_sep_token=True)
     assert torch.equal(
         HuggingFaceTokenizer(folders["bert"], 16, trims=False, strip_sep_token=True)(TEXTS), theirs(TEXTS)
@@ -236,7 +236,7 @@ def test_a_batch_of_a_hugging_face_tokenizer_is_as_long_as_its_longest_caption_r
     assert tokenizer.pad(lists)[0, len(lists[0]) :].tolist() == [0] * (longest - len(lists[0]))
 
 
-def test_truncation_of_a_hugging_face_tokenizer_keeps_the_end_and_is_counted(folders) -> None:
+def test_truncation_of_a_hugging_face_tokenizer_retains_the_end_id_and_is_counted(folders) -> None:
     tokenizer = HuggingFaceTokenizer(folders["roberta"], 8)
     exact, cut = tokenizer.encode("1 3 7"), tokenizer.encode("1 3 7 1 3 7 1 3 7")
     assert tokenizer.truncated == 1
@@ -268,10 +268,14 @@ def test_a_hugging_face_tokenizer_gives_the_same_ids_after_pickling_and_in_a_for
 
 WIDTH = {"width": 8, "layers": 1, "heads": 1}
 REFUSED = {
-    "no folder": ("nowhere/at/all", WIDTH, "nowhere/at/all cannot be had (FileNotFoundError: there is no such folder)"),
-    "not on the hub": ("nowhere/at-all", WIDTH, "model.text.tokenizer=nowhere/at-all cannot be had"),
-    "small vocabulary": ("bert", {"kind": "siglip", "vocab_size": 100, **WIDTH}, "and the text tower embeds 100"),
-    "end id that is not the highest": ("bert", {"vocab_size": 300, **WIDTH}, "does not end texts with its highest id"),
+    "no folder": ("nowhere/at/all", WIDTH, "nowhere/at/all could not be loaded (FileNotFoundError: folder not found)"),
+    "not on the hub": ("nowhere/at-all", WIDTH, "model.text.tokenizer=nowhere/at-all could not be loaded"),
+    "small vocabulary": (
+        "bert",
+        {"kind": "siglip", "vocab_size": 100, **WIDTH},
+        "but the text tower embeds only 100 ids",
+    ),
+    "end id that is not the highest": ("bert", {"vocab_size": 300, **WIDTH}, "does not end a text with its highest id"),
     "other padding": (
         "bert",
         {"kind": "huggingface", "name": "bert", "architecture": {"vocab_size": 300, "pad_token_id": 1}},
@@ -288,7 +292,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folders, name, values, expecte
     assert expected in str(caught.value)
 
 
-def test_a_tokenizer_that_needs_code_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_needs_custom_code_is_refused(tmp_path: Path) -> None:
     folder = write_bert_tokenizer(tmp_path)
     marker = tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
@@ -296,6 +300,6 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused(tmp_path: Path) -> No
     path.write_text(
         '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [null, "evil.Evil"]}, "pad_token": "[PAD]"}'
     )
-    with pytest.raises(ConfigError, match="cannot be had"):
+    with pytest.raises(ConfigError, match="could not be loaded"):
         build_tokenizer(SigLIPTextConfig(tokenizer=str(folder), **WIDTH))
     assert not marker.exists()

@@ -89,8 +89,8 @@ def test_a_checkpoint_that_does_not_say_where_its_run_started_keeps_the_scale_th
     ("overrides", "message"),
     [
         (["loss.max_logit_scale=100"], r"loss.max_logit_scale=100 must be between 0 and 10: it is a natural logarithm"),
-        (["loss.max_logit_scale=2"], r"loss.init_logit_scale=2.659\d+ must be at most 2, the limit of the loss"),
-        (["loss.init_logit_scale=5"], r"loss.init_logit_scale=5 must be at most 4.60517, the limit of the loss"),
+        (["loss.max_logit_scale=2"], r"loss.init_logit_scale=2.659\d+ must be at most 2, the largest logit scale"),
+        (["loss.init_logit_scale=5"], r"loss.init_logit_scale=5 must be at most 4.60517, the largest logit scale"),
     ],
 )
 def test_a_limit_that_cannot_be_meant_is_refused(overrides: list[str], message: str) -> None:

@@ -13,7 +13,7 @@ from tests.compose import train_config
 @pytest.mark.parametrize(
     ("gpus", "overrides", "message"),
     [
-        (1, ("trainer.devices=2",), "trainer.devices=2 asks for 2 GPUs, and this machine has 1"),
+        (1, ("trainer.devices=2",), "trainer.devices=2 requests 2 GPUs, but this machine has 1"),
         (6, ("trainer.devices=auto",), "global_batch_size=128 must be a multiple of the 6 processes"),
         (6, ("trainer.devices=auto", "trainer.accelerator=gpu"), "must be a multiple of the 6 processes"),
         (6, ("trainer.devices=5",), "global_batch_size=128 must be a multiple of the 5 processes"),

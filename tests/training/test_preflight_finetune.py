@@ -13,15 +13,15 @@ REFUSED = {
         ["finetune=lit", "finetune.image.lr_factor=0.1"],
         "no effect under finetune.image.freeze",
     ),
-    "no rate": (["finetune.image.lr_factor=0"], "finetune.image.lr_factor=0 must be above 0; freeze=true"),
+    "no rate": (["finetune.image.lr_factor=0"], "finetune.image.lr_factor=0 must be greater than 0; freeze=true"),
     "rising rates": (["finetune.text.layer_decay=1.1"], "finetune.text.layer_decay=1.1 must be at most 1"),
-    "nothing to train": (["finetune=lit", "finetune.text.freeze=true"], "nothing but the logit scale"),
+    "nothing to train": (["finetune=lit", "finetune.text.freeze=true"], "only the logit scale would be trained"),
     "frozen random weights": (["finetune=lit", "pretrained=null"], "random weights in the image tower"),
     "adapters on random weights": (["finetune=lora", "pretrained=null"], "random weights in the text tower"),
-    "frozen towers with random weights": (["finetune=lp_ft", "pretrained=null"], "towers of random weights"),
-    "no rank": (["finetune=lora", "finetune.lora.rank=0"], "finetune.lora.rank=0 must be above 0"),
-    "no alpha": (["finetune=lora", "finetune.lora.alpha=0"], "finetune.lora.alpha=0 must be above 0"),
-    "all dropped": (["finetune=lora", "finetune.lora.dropout=1"], "finetune.lora.dropout=1 must be below 1"),
+    "frozen towers with random weights": (["finetune=lp_ft", "pretrained=null"], "towers with random weights"),
+    "no rank": (["finetune=lora", "finetune.lora.rank=0"], "finetune.lora.rank=0 must be greater than 0"),
+    "no alpha": (["finetune=lora", "finetune.lora.alpha=0"], "finetune.lora.alpha=0 must be greater than 0"),
+    "all dropped": (["finetune=lora", "finetune.lora.dropout=1"], "finetune.lora.dropout=1 must be less than 1"),
     "adapters nowhere": (["finetune=lora", "finetune.lora.image=false", "finetune.lora.text=false"], "one tower"),
     "adapters in a frozen tower": (["finetune=lora", "finetune.image.freeze=true"], "exclude each other"),
     "a rate of a tower without adapters": (
@@ -74,7 +74,9 @@ def test_a_backbone_with_weights_of_its_own_can_be_locked_but_not_its_new_projec
         ConfigError, match=r"random projection of the image tower: set finetune\.image\.unfrozen_blocks=0"
     ):
         check_train(train_config(*model, "finetune=lit"))
-    with pytest.raises(ConfigError, match="would keep the random projection of the image tower: train that first"):
+    with pytest.raises(
+        ConfigError, match="would freeze the random projection of the image tower: train the projection first"
+    ):
         check_train(train_config(*model, "finetune=lora"))
 
 

@@ -131,7 +131,7 @@ def test_weights_that_fit_twice_are_chosen_before_a_run_has_a_folder(tmp_path: P
     both = {f"{part}.{name}": tensor for part in ("student", "teacher") for name, tensor in state.items()}
     torch.save({"state_dict": both}, tmp_path / "last.ckpt")
     given = ("model=vit_nano", f"pretrained={tmp_path / 'last.ckpt'}", f"output_dir={tmp_path / 'out'}")
-    with pytest.raises(CheckpointError, match=r"Choose one: pretrained_prefix=state_dict\.student"):
+    with pytest.raises(CheckpointError, match=r"Select one: pretrained_prefix=state_dict\.student"):
         open_run(train_config(*given))
     assert not (tmp_path / "out").exists()
     opening = open_run(train_config(*given, "pretrained_prefix=student"))

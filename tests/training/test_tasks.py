@@ -214,7 +214,7 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
         (["+task.val={{kind: retrieval, table: {table}}}"], ConfigError, "task.val: this name is reserved"),
         (["+task.mine={{kind: retrieval, tabel: x.csv}}"], ConfigError, "task.mine.tabel does not exist: did you mean 'task.mine.table'?"),
         (["task_every_n_steps=5"], ConfigError, "task_every_n_steps=5 has no effect without a task"),
-        (["task=digits", "task_every_n_steps=0"], ConfigError, "task_every_n_steps=0 must be above 0"),
+        (["task=digits", "task_every_n_steps=0"], ConfigError, "task_every_n_steps=0 must be greater than 0"),
         (["task=digits", "monitor=digits/top1"], ConfigError, "set task_every_n_steps"),
         (["task=digits", "task_every_n_steps=5", "monitor=digits/top3"], ConfigError, "did you mean 'digits/top"),
         (["monitor=digits/top1"], ConfigError, "is not a metric of validation or of a task"),

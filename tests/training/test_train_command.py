@@ -133,7 +133,7 @@ def test_each_job_of_a_sweep_over_two_devices_runs_once(command, tmp_path) -> No
 def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_its_code(command, tmp_path) -> None:
     result = command("train.py", "global_batch_size=0,64", "max_steps=2", f"output_dir={tmp_path}", "-m", cwd=tmp_path)
     assert result.returncode == 2
-    assert "global_batch_size=0 must be above 0" in result.stderr
+    assert "global_batch_size=0 must be greater than 0" in result.stderr
     assert [json.loads((folder / "run.json").read_text())["status"] for folder in run_folders(tmp_path)] == ["finished"]
 
 
@@ -293,7 +293,7 @@ def test_ranks_agree_on_the_code_and_give_one_message(single: Finished, command,
 BAD_INPUT = {
     "missing table": (["data.train=none.csv"], 2, "none.csv does not exist"),
     "missing column": (["data.train=pairs.csv", "data.caption_key=caption"], 3, "title"),
-    "zero batch": (["data.train=pairs.csv", "global_batch_size=0"], 2, "must be above 0"),
+    "zero batch": (["data.train=pairs.csv", "global_batch_size=0"], 2, "must be greater than 0"),
     "no gpu": (["data.train=pairs.csv", "trainer.accelerator=gpu"], 2, "finds no GPU"),
     "unknown model": (["model=vit_b33"], 2, "did you mean 'vit_b32'"),
 }

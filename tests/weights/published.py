@@ -1,4 +1,4 @@
-"""Models as their publishers have them, small, and the files that they come in."""
+"""Small versions of published models, and their files."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ RESNET = {"image_size": 64, "layers": (1, 2, 1, 1), "width": 8}
 
 
 def openai_model(image: str = "vit", quick_gelu: bool = True) -> nn.Module:
-    """open_clip's model in the shapes of OpenAI's, whose weights are halves but for the norms, drawn at random."""
+    """Return open_clip's model with OpenAI's shapes and random weights, in float16 except for the norms."""
     torch.manual_seed(0)
     vision = VIT if image == "vit" else RESNET
     model = open_clip.CLIP(EMBED_DIM, vision, TEXT, quick_gelu=quick_gelu).eval()
@@ -38,7 +38,7 @@ def openai_model(image: str = "vit", quick_gelu: bool = True) -> nn.Module:
 
 
 def our_config(image: str = "vit", activation: Activation | None = Activation.quick_gelu) -> ModelConfig:
-    """Our configuration of `openai_model`."""
+    """Return our configuration of `openai_model`."""
     vit = ViTConfig(image_size=32, patch_size=8, width=HEAD, layers=2, heads=1)
     resnet = ResNetConfig(image_size=64, stages=[1, 2, 1, 1], width=8, heads=4)
     return ModelConfig(
@@ -51,7 +51,7 @@ def our_config(image: str = "vit", activation: Activation | None = Activation.qu
 
 
 def inputs(size: int = 3, image_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Images, and texts of different lengths that end with the highest id."""
+    """Return images, and texts of different lengths that end with the highest id."""
     draw = torch.Generator().manual_seed(1)
     image_BCHW = torch.randn(size, 3, image_size, image_size, generator=draw)
     tokens_BL = torch.zeros(size, CONTEXT, dtype=torch.int64)
@@ -63,13 +63,13 @@ def inputs(size: int = 3, image_size: int = 32) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logits(model: nn.Module, image_BCHW: Tensor, tokens_BL: Tensor) -> Tensor:
-    """[B, B], of a model of open_clip or ours."""
+    """Return the logits [B, B] of a model of open_clip or of ours."""
     image_BD, text_BD = model.encode_image(image_BCHW, normalize=True), model.encode_text(tokens_BL, normalize=True)
     return model.logit_scale.exp() * image_BD @ text_BD.T
 
 
 def write_openai_archive(model: nn.Module, path: Path) -> None:
-    """A TorchScript archive as OpenAI's: traced, in halves but for the norms, with three numbers beside the weights."""
+    """Write a TorchScript archive like OpenAI's: traced, in float16 except for the norms, with three additional numbers."""
     model = copy.deepcopy(model)
     size = model.visual.image_size
     size = size[0] if isinstance(size, tuple) else size
@@ -95,14 +95,14 @@ def write_openai_archive(model: nn.Module, path: Path) -> None:
 
 
 def jit_state_dict(path: Path) -> dict[str, Tensor]:
-    """What torch itself reads from an archive, running it."""
+    """Read an archive with torch, which executes its program."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.jit.load(path).state_dict()
 
 
 def write_archive(path: Path, pickled: bytes, records: dict[str, bytes], **options: Any) -> None:
-    """A TorchScript archive made by hand."""
+    """Write a handmade TorchScript archive."""
     with zipfile.ZipFile(path, "w", **options) as archive:
         members = {"data.pkl": pickled, "constants.pkl": pickle.dumps((), protocol=2), "version": b"3\n"}
         for name, content in (members | records).items():
@@ -110,14 +110,14 @@ def write_archive(path: Path, pickled: bytes, records: dict[str, bytes], **optio
 
 
 class Storage:
-    """Stands in a hand-made pickle for numbers in a record."""
+    """Storage in a handmade pickle."""
 
     def __init__(self, key: str, numel: int, kind: Any = torch.FloatStorage) -> None:
         self.pid = ("storage", kind, key, "cpu", numel)
 
 
 class Stored:
-    """Stands in a hand-made pickle for a tensor."""
+    """Tensor in a handmade pickle."""
 
     def __init__(self, storage: Storage, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> None:
         self.arguments = (storage, offset, size, stride, False, {})
@@ -132,7 +132,7 @@ class ArchivePickler(pickle.Pickler):
 
 
 def pickled(value: Any, protocol: int = 2) -> bytes:
-    """As the `data.pkl` of an archive."""
+    """Pickle an object like the `data.pkl` of an archive."""
     buffer = BytesIO()
     ArchivePickler(buffer, protocol=protocol).dump(value)
     return buffer.getvalue()

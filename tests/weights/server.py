@@ -1,4 +1,4 @@
-"""A local web server that serves files as the sources of weights do, and misbehaves on demand."""
+"""Local web server for weights, with failures on request."""
 
 import re
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Served:
-    """A file on the server. Counts from `cut` on are consumed: each answer takes the first."""
+    """File on the server. The entries of `cut` and the following fields are consumed: each response takes the first."""
 
     content: bytes
     etag: str | None = '"1"'
@@ -29,7 +29,7 @@ class Request:
 
 
 class Server:
-    """Files by path, and the requests that came."""
+    """Files by path, and the received requests."""
 
     def __init__(self) -> None:
         self.files: dict[str, Served] = {}
@@ -37,13 +37,13 @@ class Server:
         self.url = ""
 
     def gets(self, path: str) -> list[str | None]:
-        """The `Range` of each request for a file's content."""
+        """Return the headers `Range` of all requests for a file's content."""
         return [request.range for request in self.requests if request.method == "GET" and request.path == path]
 
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A server on a free port, in a thread."""
+    """Run a server on a free port, in a thread."""
     server = Server()
 
     class Handler(_Handler):

@@ -1,4 +1,4 @@
-"""Files of big_vision and of Google's Vision Transformers load with the features that open_clip's and timm's own loaders give them."""
+"""Tests that files of big_vision and of Google's Vision Transformers give the same features as with the loaders of open_clip and timm."""
 
 import io
 import zipfile
@@ -36,7 +36,7 @@ def drawn(*shape: int) -> np.ndarray[Any, Any]:
 def block(
     prefix: str, norm_2: str = "LayerNorm_1", attention: str = "0", mlp: str = "MlpBlock_0", scale: float = 1.0
 ) -> Arrays:
-    """A block of a Vision Transformer as Flax has it."""
+    """Return the weights of a Vision Transformer block in Flax."""
     heads, wide = (HEADS, WIDTH // HEADS), 4 * WIDTH
     multi = f"MultiHeadDotProductAttention_{attention}"
     shapes: dict[str, tuple[int, ...]] = {
@@ -58,7 +58,7 @@ def block(
 
 
 def blocks(prefix: str, stacked: bool, **names: Any) -> Arrays:
-    """Blocks each by itself, or all of them along a first axis."""
+    """Return separate weights for each block, or weights of all blocks stacked along the first axis."""
     each = [block("block", scale=1 + i / 4, **names) for i in range(LAYERS)]
     if stacked:
         return {
@@ -73,7 +73,7 @@ def blocks(prefix: str, stacked: bool, **names: Any) -> Arrays:
 
 
 def image_tower(stacked: bool) -> Arrays:
-    """SigLIP's: no class token, and a head that pools by attention, made of what a block is made of."""
+    """Return the weights of SigLIP's image tower, without a class token and with attention pooling."""
     head = {name: array for name, array in block("MAPHead_0").items() if "/LayerNorm_1/" not in name}
     return {
         "embedding/kernel": drawn(PATCH, PATCH, 3, WIDTH),
@@ -110,7 +110,7 @@ def below(prefix: str, arrays: Arrays) -> Arrays:
 
 
 def small_config() -> ModelConfig:
-    """SigLIP with the activation that open_clip's own configuration of it has."""
+    """Return SigLIP with the activation of open_clip's configuration."""
     config: Any = load_config("siglip_b16")
     config.embed_dim, config.activation = WIDTH, Activation.gelu
     for tower in config.towers:
@@ -200,7 +200,7 @@ def test_a_vision_transformer_has_the_features_that_timms_loader_gives_it(
     ours, theirs = (VisionTransformer(**sizes, num_classes=0).eval() for _ in range(2))  # type: ignore[arg-type]
     theirs.load_pretrained(str(path))
     start = (prefix or own_prefix).replace("/", ".")
-    state = {name.removeprefix(start): tensor for name, tensor in _read_npz(path, numbers=True).items()}
+    state = {name.removeprefix(start): tensor for name, tensor in _read_npz(path, with_values=True).items()}
     found = rename(state, TimmConfig.names[layout].rows, to_theirs=False)
     missing = ours.load_state_dict(
         {name.removeprefix("trunk."): tensor for name, tensor in found.items() if not name.startswith("head")}
@@ -212,7 +212,7 @@ def test_a_vision_transformer_has_the_features_that_timms_loader_gives_it(
 
 
 def test_a_table_names_every_weight_of_timms_vision_transformers_both_ways() -> None:
-    """But for the heads of attention, of which our weights do not tell how many there are."""
+    """Except for the axis of attention heads, whose number our weights do not contain."""
     ours = timm.create_model("test_vit", num_classes=0).state_dict()
     state = {f"trunk.{name}": tensor for name, tensor in ours.items()}
     for layout in VITS:
@@ -224,7 +224,7 @@ def test_a_table_names_every_weight_of_timms_vision_transformers_both_ways() -> 
 
 @pytest.mark.parametrize("layout", VITS)
 def test_a_vision_transformer_is_the_image_tower_of_a_model(layout: str, tmp_path: Path) -> None:
-    """As `pretrained_image` reads it: without its classifier, and without a projection, which the file does not have."""
+    """As read by `pretrained_image`: without the classifier, and without a projection, which the file does not have."""
     image = TimmConfig(name="test_vit", image_size=64)
     config = small_config().model_copy(update={"image": image})
     own = build_model(config).image.state_dict()
@@ -256,8 +256,8 @@ def test_siglips_tables_name_every_weight_both_ways() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", "test_efficientnet", "mlp_mixer", "swin"])
-def test_a_table_can_be_asked_about_any_backbone(backbone: str) -> None:
-    """A file of one tower is looked at under every table of its family, which most backbones are not of."""
+def test_tables_can_be_applied_to_any_backbone(backbone: str) -> None:
+    """For a file of one tower, all tables of its family are tried, which do not fit most backbones."""
     name = {"mlp_mixer": "mixer_s32_224", "swin": "swin_tiny_patch4_window7_224"}.get(backbone, backbone)
     with torch.device("meta"):
         state = timm.create_model(name, num_classes=0).state_dict()
@@ -268,8 +268,8 @@ def test_a_table_can_be_asked_about_any_backbone(backbone: str) -> None:
         assert len(theirs) >= len(state)
 
 
-def test_siglip_tells_what_its_training_did(tmp_path: Path) -> None:
-    """gelu as Flax computes it; open_clip's registry has the other one."""
+def test_siglip_files_are_described_with_their_training_settings(tmp_path: Path) -> None:
+    """The activation is Flax's tanh approximation; open_clip's registry has the exact gelu."""
     path = tmp_path / "siglip.npz"
     np.savez(path, **below("params/", siglip()))
     about = describe(path)
@@ -279,8 +279,8 @@ def test_siglip_tells_what_its_training_did(tmp_path: Path) -> None:
     assert describe(path).activation is None
 
 
-def test_numbers_of_every_kind_are_read(tmp_path: Path) -> None:
-    """bfloat16, which NumPy has no type for, columns first, and the other order of bytes; texts and dates are left out."""
+def test_arrays_of_every_dtype_are_read(tmp_path: Path) -> None:
+    """Including bfloat16, for which NumPy has no type, Fortran order, and the other byte order; texts and dates are left out."""
     expected = torch.arange(6.0).reshape(2, 3)
     array = expected.numpy()
     np.savez(
@@ -293,12 +293,12 @@ def test_numbers_of_every_kind_are_read(tmp_path: Path) -> None:
         text=np.array("a note"),
         **{"img/embedding/kernel": array, "txt/a": array},
     )
-    found = _read_npz(tmp_path / "a.npz", numbers=True)
+    found = _read_npz(tmp_path / "a.npz", with_values=True)
     assert set(found) == {"bfloat16", "columns", "bytes_swapped", "half", "scalar", "img.embedding.kernel", "txt.a"}
     assert found["bfloat16"].dtype is torch.bfloat16
     assert found["scalar"].shape == ()
     assert all(torch.equal(found[name].float(), expected) for name in ("bfloat16", "columns", "bytes_swapped", "half"))
-    shapes = _read_npz(tmp_path / "a.npz", numbers=False)
+    shapes = _read_npz(tmp_path / "a.npz", with_values=False)
     assert {(name, value.shape, value.dtype) for name, value in shapes.items()} == {
         (name, value.shape, value.dtype) for name, value in found.items()
     }
@@ -306,7 +306,7 @@ def test_numbers_of_every_kind_are_read(tmp_path: Path) -> None:
 
 
 def with_header(shape: tuple[int, ...]) -> bytes:
-    """An array of four bytes whose header tells `shape`."""
+    """Return an array file of four bytes whose header has `shape`."""
     buffer = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, header)
@@ -316,11 +316,11 @@ def with_header(shape: tuple[int, ...]) -> bytes:
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ({"a.npy": with_header((10**12,))}, "not a readable file of NumPy's (a.npy: its header tells another size)"),
-        ({"a.npy": b"not an array"}, "not a readable file of NumPy's"),
-        ({"a.npy": b""}, "not a readable file of NumPy's"),
-        ({"a.npy": with_header((1,)), "b.txt": b""}, "a zip archive without weights of torch or NumPy"),
-        ({"a.npy": with_header((1,))[:-3]}, "its header tells another size"),
+        ({"a.npy": with_header((10**12,))}, "is not a valid NumPy file (a.npy: the size does not match the header)"),
+        ({"a.npy": b"not an array"}, "is not a valid NumPy file"),
+        ({"a.npy": b""}, "is not a valid NumPy file"),
+        ({"a.npy": with_header((1,)), "b.txt": b""}, "is a zip archive without weights of torch or NumPy"),
+        ({"a.npy": with_header((1,))[:-3]}, "the size does not match the header"),
     ],
 )
 def test_damaged_files_are_named(members: dict[str, bytes], reason: str, tmp_path: Path) -> None:
@@ -337,14 +337,14 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
     path = tmp_path / "short.npz"
     np.savez(path, **siglip())
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(CheckpointError, match="cut short: its end is missing"):
+    with pytest.raises(CheckpointError, match="is truncated: its end is missing"):
         read_weights(path)
 
 
-def test_packed_arrays_are_refused_unread(tmp_path: Path) -> None:
+def test_compressed_arrays_are_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "packed.npz"
     np.savez_compressed(path, zeros=np.zeros(10**6))
-    with pytest.raises(CheckpointError, match=r"its records would be 8,\d+,\d+ bytes.* write it with numpy\.savez"):
+    with pytest.raises(CheckpointError, match=r"compressed records \(8,\d+,\d+ bytes.* write it with numpy\.savez"):
         read_weights(path)
 
 
@@ -359,6 +359,6 @@ class RunsCode:
 def test_a_pickle_in_an_array_is_refused_and_does_not_run(tmp_path: Path) -> None:
     path, ran = tmp_path / "bad.npz", tmp_path / "ran"
     np.savez(path, **{"img/embedding/kernel": np.array([RunsCode(ran)], dtype=object)})
-    with pytest.raises(CheckpointError, match=r"refused, because its array img/embedding/kernel\.npy is a pickle"):
+    with pytest.raises(CheckpointError, match=r"unsafe: its array img/embedding/kernel\.npy is a pickle"):
         read_weights(path)
     assert not ran.exists()

@@ -1,4 +1,4 @@
-"""Chinese-CLIP's files load with equal features: those of cn-clip, and those of transformers' ChineseCLIPModel."""
+"""Tests that files of Chinese-CLIP, from cn-clip and from transformers' ChineseCLIPModel, load with equal features."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def as_cn_clip_saves(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def our_config() -> ModelConfig:
-    """As a user writes it for a file of cn-clip: `model=chinese_clip_b16`, small."""
+    """Return a small version of `model=chinese_clip_b16`."""
     model = named_model("chinese_clip_b16")
     sizes = {"image_size": SIZE, "patch_size": 8, "width": 48, "layers": 2, "heads": 4}
     return model.model_copy(
@@ -100,7 +100,7 @@ def assert_same_features(theirs: Any, ours: Any) -> None:
 
 @pytest.mark.parametrize("with_pooler", [False, True])
 def test_a_checkpoint_of_cn_clip_loads(with_pooler: bool, theirs: ChineseCLIPModel, tmp_path: Path) -> None:
-    """Some of the published ones have BERT's own pooler, which cn-clip leaves out as well."""
+    """Some of the published files have BERT's pooler, which cn-clip does not load, either."""
     state = as_cn_clip_saves(theirs.state_dict())
     if with_pooler:
         state |= {"bert.pooler.dense.weight": torch.zeros(32, 32), "bert.pooler.dense.bias": torch.zeros(32)}
@@ -123,7 +123,7 @@ def test_a_saved_folder_loads_by_itself(theirs: ChineseCLIPModel, folder: Path) 
 
 
 def test_a_folder_as_it_is_published_loads(theirs: ChineseCLIPModel, tmp_path: Path) -> None:
-    """`pytorch_model.bin` with the numbers of positions among the weights, defaults left out, and `vocab.txt` as the tokenizer."""
+    """`pytorch_model.bin` contains position ids, the configuration has no defaults, and the tokenizer is `vocab.txt`."""
     positions = {"text_model.embeddings.position_ids": torch.arange(64)[None]}
     torch.save(theirs.state_dict() | positions, tmp_path / "pytorch_model.bin")
     told = {**CHINESE_CLIP, "text_config_dict": None, "vision_config_dict": None}
@@ -148,7 +148,7 @@ def test_weights_and_configuration_go_back_unchanged(theirs: ChineseCLIPModel, f
 
 @pytest.mark.parametrize("name", [f"chinese_clip_{size}" for size in ("b16", "l14", "l14_336", "h14")])
 def test_our_models_are_those_of_transformers(name: str) -> None:
-    """With the same weights, and their configuration comes back: `pretrained` finds nothing to contradict."""
+    """The weights are the same, and the configuration is reproduced, so `pretrained` accepts it."""
     config = named_model(name)
     told = huggingface_config(config)
     with torch.device("meta"):
@@ -171,7 +171,7 @@ def test_positions_of_another_kind_are_refused() -> None:
 
 
 def test_the_length_of_texts_goes_into_an_export_and_comes_back(folder: Path, tmp_path: Path) -> None:
-    """transformers' configuration has no place for it; the tokenizer's has."""
+    """It is not part of transformers' configuration, but of the tokenizer's."""
     config = clip_exp.load(folder, accelerator="cpu").config
     text = config.text.model_copy(update={"context_length": 17})
     model = build_model(changed := config.model_copy(update={"text": text})).eval()

@@ -1,4 +1,4 @@
-"""`clip-exp convert`: tensors of torch files as safetensors, and a pickle's code runs only where the user says so."""
+"""Tests of `clip-exp convert`: tensors of torch files become safetensors, and code in a pickle runs only with trust_pickle=true."""
 
 import argparse
 import sys
@@ -53,7 +53,7 @@ def test_a_pickle_with_code_is_converted_only_where_it_is_trusted(tmp_path: Path
     found = converted(file, trust_pickle=True)
     said = capsys.readouterr()
     assert "warning: loading" in said.err
-    assert "left out, as no tensors: args, epoch, ran" in said.out
+    assert "left out, not tensors: args, epoch, ran" in said.out
     assert found.keys() == {f"state_dict.{name}" for name in state}
     again = build_model(small_config())
     load_weights(again, output)
@@ -80,7 +80,7 @@ def test_a_pickle_of_weights_needs_no_trust(tmp_path: Path, capsys) -> None:
     }
     assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in content["model"].items())
     said = capsys.readouterr()
-    assert "left out, as no tensors: optimizer.param_groups, wave" in said.out
+    assert "left out, not tensors: optimizer.param_groups, wave" in said.out
     assert said.err == ""
 
 
@@ -99,12 +99,12 @@ def test_a_whole_module_gives_its_weights(tmp_path: Path) -> None:
         ({"file": None}, ConfigError, "file has no value"),
         ({"output": None}, ConfigError, "output has no value"),
         ({"output": "new.pt"}, ConfigError, "must end with .safetensors"),
-        ({"output": "there.safetensors"}, ConfigError, "exists, and is not replaced"),
-        ({"output": "none/new.safetensors"}, ConfigError, "there is no folder"),
+        ({"output": "there.safetensors"}, ConfigError, "already exists"),
+        ({"output": "none/new.safetensors"}, ConfigError, "not found. Create it"),
         ({"file": "none.pt"}, CheckpointError, "does not exist or is a folder"),
-        ({"file": "there.safetensors"}, ConfigError, "is safetensors already"),
-        ({"file": "page.pt"}, CheckpointError, "a web page instead of weights"),
-        ({"file": "empty.pt"}, CheckpointError, "holds no tensors"),
+        ({"file": "there.safetensors"}, ConfigError, "is already a safetensors file"),
+        ({"file": "page.pt"}, CheckpointError, "is a web page instead of weights"),
+        ({"file": "empty.pt"}, CheckpointError, "contains no tensors"),
     ],
 )
 def test_what_cannot_be_converted_is_named(
@@ -123,7 +123,7 @@ def test_what_cannot_be_converted_is_named(
     assert (tmp_path / "there.safetensors").read_bytes() == before
 
 
-def test_code_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "old.pt"
     module = types.ModuleType("no_such_package")
     module.Settings = type("Settings", (), {"__module__": "no_such_package"})  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ def test_code_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     torch.save({"a": torch.ones(1), "args": module.Settings()}, file)  # type: ignore[attr-defined]
     monkeypatch.delitem(sys.modules, "no_such_package")
     with pytest.raises(
-        CheckpointError, match=r"needs code that is not here .*no_such_package.* Run this where the project"
+        CheckpointError, match=r"needs a package that is not installed .*no_such_package.* Run this where the project"
     ):
         convert(ConvertConfig(file=str(file), output=str(tmp_path / "new.safetensors"), trust_pickle=True))
 
@@ -140,7 +140,7 @@ def test_on_the_command_line_a_bare_path_is_the_file(command: Run, tmp_path: Pat
     saved(tmp_path, {"a": torch.ones(1), "args": argparse.Namespace(lr=1.0)})
     refused = command(DOOR, "convert", "old.pt", "output=new.safetensors", cwd=tmp_path)
     assert refused.returncode == 4
-    assert "asks for argparse.Namespace" in refused.stderr
+    assert "loads argparse.Namespace" in refused.stderr
     done = command(DOOR, "convert", "old.pt", "output=new.safetensors", "trust_pickle=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "written: new.safetensors (1 tensors" in done.stdout
@@ -151,8 +151,8 @@ def test_on_the_command_line_a_bare_path_is_the_file(command: Run, tmp_path: Pat
     assert "\ntrust_pickle: " in shown.stdout
 
 
-def test_what_safetensors_has_no_place_for_is_left_out(tmp_path: Path, capsys) -> None:
-    """A dictionary that holds itself, the name of the format's own metadata, numbers that the format lacks."""
+def test_values_that_safetensors_cannot_store_are_left_out(tmp_path: Path, capsys) -> None:
+    """Such as a recursive dictionary, the name of the format's metadata, and unsupported dtypes."""
     content: dict[str, Any] = {
         "weight": torch.ones(2),
         "__metadata__": torch.ones(1),

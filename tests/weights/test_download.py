@@ -1,4 +1,4 @@
-"""Downloads end with the right file under its name, or with nothing there and a message; against a local server."""
+"""Tests of downloads from a local server: they end with the right file, or without a file and with a message."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.weights import download
-from clip_exp.weights.download import fetch, kept_at
+from clip_exp.weights.download import cached_path, fetch
 from tests.conftest import REPOSITORY
 from tests.weights.server import Served, Server, serving
 
@@ -55,19 +55,19 @@ def test_a_file_is_fetched_once_and_checked_again_from_the_disk(server, folder) 
         get(server)
 
 
-def test_a_connection_that_breaks_is_taken_up_again_and_left_in_the_end(server, folder) -> None:
+def test_an_interrupted_download_is_retried_and_finally_given_up(server, folder) -> None:
     server.files["/w.pt"] = Served(CONTENT, cut=[300_000, 700_000])
     assert get(server).read_bytes() == CONTENT
     assert names(folder) == ["w.pt", "w.pt.lock"]
     (folder / "w.pt").unlink()
     server.files["/w.pt"] = Served(CONTENT, cut=[300_000] * 9)
-    with pytest.raises(CheckpointError, match=rf"/w\.pt cannot be fetched: .*{SHA256}"):
+    with pytest.raises(CheckpointError, match=rf"/w\.pt cannot be downloaded: .*{SHA256}"):
         get(server)
     assert len(server.requests) == 6
     assert names(folder) == ["w.pt.lock"]
 
 
-def test_an_address_that_leads_to_another_is_followed(server) -> None:
+def test_a_redirect_is_followed(server) -> None:
     with serving() as other:
         other.files["/else"] = Served(CONTENT)
         server.files["/w.pt"] = Served(b"", statuses=[302], headers={"Location": f"{other.url}/else"})
@@ -75,20 +75,20 @@ def test_an_address_that_leads_to_another_is_followed(server) -> None:
     assert (path.name, path.read_bytes()) == ("w.pt", CONTENT)
 
 
-def test_a_circle_of_addresses_is_told_at_once(server) -> None:
+def test_a_redirect_loop_is_reported_at_once(server) -> None:
     server.files["/w.pt"] = Served(b"", statuses=[302] * 99, headers={"Location": "/w.pt"})
     with pytest.raises(
-        CheckpointError, match=r"the server answered 302 .*infinite loop\. Run again later, or put"
+        CheckpointError, match=r"the server answered 302 .*infinite loop\. Try again later, or save"
     ) as caught:
         get(server)
     assert len(str(caught.value).splitlines()) == 1
     assert len(server.requests) < 40
 
 
-def test_a_server_that_falls_silent_is_told(server, monkeypatch) -> None:
+def test_a_server_timeout_is_reported(server, monkeypatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT_S", 0.4)
     server.files["/w.pt"] = Served(CONTENT, hold=(hold := threading.Event()))
-    with pytest.raises(CheckpointError, match=r"cannot be fetched: .*timed out.*by hand"):
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded: .*timed out.*save the file as"):
         get(server)
     hold.set()
 
@@ -106,12 +106,12 @@ def test_a_terminal_gets_a_bar_and_anything_else_a_line(server, folder, monkeypa
     assert "100%" in shown
 
 
-def test_a_file_is_kept_in_the_folder_whatever_its_address(folder, monkeypatch) -> None:
+def test_a_file_is_cached_in_the_folder_for_any_url(folder, monkeypatch) -> None:
     for name in ("w%20x.pt", "..%2Fw%20x.pt", "%2Ftmp%2Fw%20x.pt?a=/b"):
-        assert kept_at(f"https://example.com/a/{name}") == folder / "w x.pt"
+        assert cached_path(f"https://example.com/a/{name}") == folder / "w x.pt"
     monkeypatch.setenv("CLIP_EXP_CACHE", "s3://bucket/files")
-    with pytest.raises(ConfigError, match="CLIP_EXP_CACHE=s3://bucket/files is an address"):
-        kept_at("https://example.com/w.pt")
+    with pytest.raises(ConfigError, match="CLIP_EXP_CACHE=s3://bucket/files is a URL"):
+        cached_path("https://example.com/w.pt")
 
 
 @pytest.mark.parametrize("known", [SHA256, SHA256[:8]], ids=["whole", "first digits"])
@@ -132,25 +132,25 @@ def test_offline_only_what_is_on_disk_is_used(server, folder, monkeypatch, varia
     server.files["/w.pt"] = Served(CONTENT)
     with pytest.raises(CheckpointError) as caught:
         get(server)
-    assert f"{folder}/w.pt is not there" in str(caught.value)
-    assert "by hand" in str(caught.value)
+    assert f"{folder}/w.pt not found" in str(caught.value)
+    assert "copy the file from" in str(caught.value)
     folder.mkdir()
     (folder / "w.pt").write_bytes(CONTENT)
     assert get(server) == folder / "w.pt"
     assert server.requests == []
 
 
-def test_a_server_that_is_gone_or_has_no_such_file_is_told_at_the_end(server) -> None:
-    with pytest.raises(CheckpointError, match=r"the server answered 404 Not Found.*by hand"):
+def test_an_unreachable_server_or_a_missing_file_is_reported(server) -> None:
+    with pytest.raises(CheckpointError, match=r"the server answered 404 Not Found.*save the file as"):
         get(server)
     assert len(server.requests) == 1, "asking again would not help"
     with serving() as other:
         gone = other.url
-    with pytest.raises(CheckpointError, match=r"cannot be fetched: Connection refused.*by hand"):
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded: Connection refused.*save the file as"):
         fetch(f"{gone}/w.pt", SHA256)
 
 
-def test_a_busy_server_is_asked_again(server) -> None:
+def test_a_busy_server_is_retried(server) -> None:
     server.files["/w.pt"] = Served(CONTENT, statuses=[503, 429])
     path = get(server)
     assert path.read_bytes() == CONTENT
@@ -160,14 +160,12 @@ def test_a_busy_server_is_asked_again(server) -> None:
         get(server)
 
 
-def test_a_full_disk_is_told_and_nothing_is_left(server, folder) -> None:
+def test_a_full_disk_is_reported_and_no_file_is_left(server, folder) -> None:
     server.files["/w.pt"] = Served(CONTENT)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
     try:
-        with pytest.raises(
-            CheckpointError, match=r"w\.pt cannot be written: .* Make room there, or set CLIP_EXP_CACHE"
-        ):
+        with pytest.raises(CheckpointError, match=r"w\.pt cannot be written: .* Free space, or set CLIP_EXP_CACHE"):
             get(server)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -176,7 +174,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(server, folder) -> None:
     assert get(server).read_bytes() == CONTENT
 
 
-def test_a_folder_that_cannot_be_made_is_told(server, folder) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(server, folder) -> None:
     folder.write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         get(server)
@@ -184,21 +182,21 @@ def test_a_folder_that_cannot_be_made_is_told(server, folder) -> None:
 
 def test_without_a_checksum_only_https_is_fetched_from(server) -> None:
     server.files["/w.pt"] = Served(CONTENT)
-    with pytest.raises(ConfigError, match="without a checksum only https is safe"):
+    with pytest.raises(ConfigError, match="without a checksum, only https is safe"):
         get(server, None)
     assert server.requests == []
 
 
-def test_without_a_checksum_no_other_address_is_followed_and_the_length_is_checked(server, folder) -> None:
-    """As behind an https address: the server here has no certificate."""
+def test_without_a_checksum_redirects_are_refused_and_the_length_is_checked(server, folder) -> None:
+    """As for an https URL; the test server has no certificate."""
     target = folder / "w.pt"
     folder.mkdir()
     server.files["/else"] = Served(CONTENT)
     server.files["/w.pt"] = Served(b"", statuses=[302], headers={"Location": "/else"})
-    with pytest.raises(CheckpointError, match=r"leads to http://.*/else: without a checksum no other address is safe"):
+    with pytest.raises(CheckpointError, match=r"redirects to http://.*/else, which is not safe without a checksum"):
         download._download(f"{server.url}/w.pt", None, target)
     server.files["/w.pt"] = Served(CONTENT, cut=[300_000] * 3)
-    with pytest.raises(CheckpointError, match="the connection broke"):
+    with pytest.raises(CheckpointError, match="the connection was closed"):
         download._download(f"{server.url}/w.pt", None, target)
     assert names(folder) == []
     download._download(f"{server.url}/w.pt", None, target)
@@ -262,13 +260,13 @@ def test_waiting_ends_after_its_limit_and_names_the_file(server, folder, monkeyp
     one = start(server)
     until(lambda: server.requests)
     monkeypatch.setattr(download, "WAIT_S", 0.2)
-    with pytest.raises(CheckpointError, match=r"waited 0\.2 s for another process that downloads .*w\.pt"):
+    with pytest.raises(CheckpointError, match=r"waiting 0\.2 s for another process that downloads .*w\.pt"):
         get(server)
     hold.set()
     assert one.communicate(timeout=60)[0].strip() == str(folder / "w.pt")
 
 
-def test_who_waits_for_a_process_that_is_killed_downloads_and_removes_what_it_left(server, folder) -> None:
+def test_a_process_that_waits_for_a_killed_one_downloads_and_removes_its_leftovers(server, folder) -> None:
     hold = threading.Event()
     server.files["/w.pt"] = Served(CONTENT, hold=hold)
     one = start(server)

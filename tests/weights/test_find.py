@@ -1,4 +1,4 @@
-"""`pretrained` finds a path, a name on the hub or a tag, in this order, and what it says is settled into the model."""
+"""Tests of `pretrained`: a path, a name on the hub or a tag, in this order, and how it completes the model's configuration."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from clip_exp.loading import source_of_run
 from clip_exp.models.clip import CLIP
 from clip_exp.open_clip_files import Entry
 from clip_exp.weights.find import check_pretrained, find_weights, hash_weights
-from clip_exp.weights.inspect import settle
+from clip_exp.weights.inspect import resolve_model
 from clip_exp.weights.names import to_open_clip
 from tests.small_runs import write_checkpoint, write_run
 from tests.weights.server import Served, serving
@@ -42,7 +42,7 @@ LISTED = Entry(
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of files and of the hub; what is fetched is kept below `tmp_path`."""
+    """Run a server of files and of the hub, with caches in `tmp_path`."""
     with serving() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("CLIP_EXP_CACHE", str(tmp_path / "files"))
@@ -65,7 +65,7 @@ def torch_bytes(state: dict[str, torch.Tensor], tmp_path: Path) -> bytes:
     return (tmp_path / "made.pt").read_bytes()
 
 
-def test_a_tag_is_fetched_from_its_address_and_the_registry_settles_the_model(
+def test_a_tag_is_downloaded_from_its_url_and_the_registry_resolves_the_model(
     server, model, nano: CLIP, tmp_path, capsys
 ):
     content = torch_bytes(to_open_clip(nano.state_dict(), model), tmp_path)
@@ -73,18 +73,21 @@ def test_a_tag_is_fetched_from_its_address_and_the_registry_settles_the_model(
     entry = replace(LISTED, url=f"{server.url}/w.pt", sha256=hashlib.sha256(content).hexdigest()[:8])
     found = find_weights("tiny", model, look_up(entry))
     assert found.path == tmp_path / "files" / "w.pt"
-    settled = settle(model, found)
+    settled = resolve_model(model, found)
     assert settled.activation is Activation.quick_gelu
     assert (settled.image.mean, settled.image.std) == (LISTED.mean, LISTED.std)
     assert (settled.image.interpolation, settled.image.resize_mode) == (Interpolation.bilinear, ResizeMode.squash)
-    assert "activation quick_gelu, as the weights tiny of open_clip's ViT-N" in capsys.readouterr().err
+    assert (
+        "model.activation=quick_gelu: the activation of the weights tiny of open_clip's ViT-N"
+        in capsys.readouterr().err
+    )
     assert find_weights("tiny", model, look_up(entry)).path == found.path
     assert len(server.gets("/w.pt")) == 1
     with pytest.raises(CheckpointError, match="instead of 00000000"):
         find_weights("tiny", model, look_up(replace(entry, sha256="00000000")))
 
 
-def test_the_hub_is_preferred_and_the_address_is_used_where_the_hub_fails(server, model, nano: CLIP, tmp_path):
+def test_the_hub_is_preferred_and_the_url_is_used_if_the_hub_fails(server, model, nano: CLIP, tmp_path):
     save_file(to_open_clip(nano.state_dict(), model), tmp_path / "made.safetensors")
     content = torch_bytes(to_open_clip(nano.state_dict(), model), tmp_path)
     server.files["/w.pt"] = Served(content)
@@ -92,32 +95,34 @@ def test_the_hub_is_preferred_and_the_address_is_used_where_the_hub_fails(server
     publish(server, {"open_clip_model.safetensors": (tmp_path / "made.safetensors").read_bytes()}, name="org/tiny")
     found = find_weights("tiny", model, look_up(entry))
     assert found.path.is_relative_to(tmp_path / "hub")
-    assert settle(model, found).activation is Activation.quick_gelu
+    assert resolve_model(model, found).activation is Activation.quick_gelu
     assert server.gets("/w.pt") == []
     assert find_weights("tiny", model, look_up(replace(entry, hub="org/gone"))).path == tmp_path / "files" / "w.pt"
-    with pytest.raises(CheckpointError, match="org/gone cannot be fetched"):
+    with pytest.raises(CheckpointError, match="org/gone cannot be downloaded"):
         find_weights("tiny", model, look_up(replace(entry, hub="org/gone", url=None)))
 
 
-def test_offline_a_tag_needs_what_is_on_disk_and_says_where_it_goes(server, model, nano: CLIP, tmp_path, monkeypatch):
+def test_offline_a_tag_needs_a_cached_file_and_the_error_names_its_path(
+    server, model, nano: CLIP, tmp_path, monkeypatch
+):
     content = torch_bytes(to_open_clip(nano.state_dict(), model), tmp_path)
     entry = replace(LISTED, url=f"{server.url}/w.pt", sha256=hashlib.sha256(content).hexdigest(), hub="org/tiny")
     monkeypatch.setenv("CLIP_EXP_OFFLINE", "1")
     with pytest.raises(CheckpointError) as caught:
         find_weights("tiny", model, look_up(entry))
-    assert f"{tmp_path}/files/w.pt is not there" in str(caught.value)
+    assert f"{tmp_path}/files/w.pt not found" in str(caught.value)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "w.pt").write_bytes(content)
     assert find_weights("tiny", model, look_up(entry)).path == tmp_path / "files" / "w.pt"
     assert server.requests == []
 
 
-def test_a_name_on_the_hub_brings_its_own_model(server, model, nano: CLIP, tmp_path):
+def test_a_name_on_the_hub_includes_its_model(server, model, nano: CLIP, tmp_path):
     save_file(nano.state_dict(), tmp_path / "made.safetensors", {"clip_exp.model": json.dumps(plain(model))})
     publish(server, {"model.safetensors": (tmp_path / "made.safetensors").read_bytes()})
     found = find_weights("hf-hub:org/clip", None)
     assert found.about.model == model
-    assert found.told == "hf-hub:org/clip"
+    assert found.description == "hf-hub:org/clip"
     assert load_file(found.path / "model.safetensors").keys() == nano.state_dict().keys()
 
 
@@ -147,16 +152,16 @@ def test_a_path_comes_before_a_tag_unless_it_holds_no_weights(server, model, nan
 
 
 PROBLEMS = {
-    "a typo of a tag": ("opnai", "vit_b32", "is no tag of model=vit_b32: did you mean 'openai'?"),
+    "a typo of a tag": ("opnai", "vit_b32", "a tag of model=vit_b32: did you mean 'openai'?"),
     "no weights published": ("openai", "vit_nano", "model=vit_nano has no published weights"),
-    "a file that is missing": ("absent.pt", "vit_b32", "absent.pt does not exist (looked in "),
+    "a file that is missing": ("absent.pt", "vit_b32", "absent.pt does not exist (current folder: "),
     "a folder that is missing": ("absent/train", "vit_b32", "absent/train does not exist"),
     "a tag of another model": (
         "dfn2b_s39b",
         "vit_b32",
-        "model=vit_l14 has that tag; of model=vit_b32 they are openai, ",
+        "model=vit_l14 has this tag; the tags of model=vit_b32 are openai, ",
     ),
-    "an address": ("https://a.org/w.pt", "vit_b32", "addresses are not fetched. Give hf-hub:org/name, or download"),
+    "an address": ("https://a.org/w.pt", "vit_b32", "URLs are not supported. Give hf-hub:org/name, or download"),
     "a page of the hub": ("https://huggingface.co/org/clip", "vit_b32", "(pretrained=hf-hub:org/clip)"),
     "a name that no file can have": ("a" * 300 + ".pt", "vit_b32", "does not exist"),
     "a user's who does not exist": ("~nobody-here/w.pt", "vit_b32", "~nobody-here/w.pt does not exist"),
@@ -165,7 +170,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize(("pretrained", "name", "message"), PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_what_cannot_be_found_is_told_before_anything_is_fetched(pretrained: str, name: str, message: str) -> None:
+def test_unknown_weights_are_reported_before_anything_is_downloaded(pretrained: str, name: str, message: str) -> None:
     model = named_model(name)
     problems = check_pretrained(pretrained, model)
     assert len(problems) == 1
@@ -175,7 +180,7 @@ def test_what_cannot_be_found_is_told_before_anything_is_fetched(pretrained: str
     assert str(caught.value) == problems[0]
 
 
-def test_a_wrong_activation_is_told_before_a_tag_is_fetched() -> None:
+def test_a_wrong_activation_is_reported_before_a_tag_is_downloaded() -> None:
     model = named_model("vit_b32").model_copy(update={"activation": Activation.gelu})
     (problem,) = check_pretrained("openai", model)
     assert (
@@ -190,22 +195,24 @@ def test_a_folder_of_runs_lists_them(run_dir: Path, tmp_path: Path) -> None:
         shutil.copytree(run_dir, parent / "name" / stamp)
         (parent / "name" / stamp / "run.json").write_text("{}")
     for folder in (parent, parent / "name"):
-        with pytest.raises(CheckpointError, match=r"holds runs.*newest first: \S+01-02_00-00-00, \S+01-01_00-00-00\.$"):
+        with pytest.raises(
+            CheckpointError, match=r"contains runs.*newest first: \S+01-02_00-00-00, \S+01-01_00-00-00\.$"
+        ):
             find_weights(str(folder), None)
-        with pytest.raises(CheckpointError, match="holds runs"):
+        with pytest.raises(CheckpointError, match="contains runs"):
             source_of_run(folder)
 
 
-def test_what_can_be_found_is_no_problem(run_dir: Path) -> None:
+def test_existing_weights_cause_no_error(run_dir: Path) -> None:
     model = named_model("vit_b32")
     assert not [p for p in ("openai", "hf-hub:org/name", str(run_dir)) if check_pretrained(p, model)]
 
 
 def test_a_file_that_was_cut_short_before_its_checksum_is_known_must_be_deleted(model, tmp_path, monkeypatch) -> None:
-    """A tag without a checksum: what lies in its place is not fetched again."""
+    """For a tag without a checksum, an existing file is not downloaded again."""
     monkeypatch.setenv("CLIP_EXP_CACHE", str(tmp_path))
     (tmp_path / "w.pt").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(CheckpointError, match=r"w\.pt: cut short.* Delete what lies there first"):
+    with pytest.raises(CheckpointError, match=r"w\.pt is truncated.* Delete .*w\.pt first"):
         find_weights("tiny", model, look_up(replace(LISTED, url="https://localhost/w.pt")))
 
 

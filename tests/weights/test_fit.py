@@ -1,4 +1,4 @@
-"""Weights go into a model all or none, and what does not fit is told in a few lines."""
+"""Tests that all weights are loaded or none, and that problems are reported in a few lines."""
 
 from pathlib import Path
 
@@ -33,13 +33,13 @@ def fresh(config: ModelConfig | None = None, bias: float | None = None) -> CLIP:
 
 
 def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """The message with which the weights are refused, after which the model has those that it had."""
+    """Return the error message for weights that do not fit, after checking that the model is unchanged."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         fit_weights(model, state, "file.pt")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     message = str(caught.value)
-    assert message.startswith("file.pt: ")
+    assert message.startswith("file.pt ")
     assert len(message) < 2000
     assert len(message.splitlines()) < 9
     return message
@@ -64,17 +64,17 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(model: CLIP) -> None:
     message = refusal(fresh(), state)
     assert "missing in the file: text.ln_final.bias" in message
     assert "not in the model: image.extra" in message
-    assert "of another shape: image.ln_post.weight [50] instead of [64]" in message
-    assert "of another kind: image.ln_post.bias torch.int8 instead of torch.float32" in message
+    assert "different shape: image.ln_post.weight [50] instead of [64]" in message
+    assert "different dtype: image.ln_post.bias torch.int8 instead of torch.float32" in message
 
 
-def test_a_missing_tower_is_told_in_a_word(model: CLIP) -> None:
+def test_a_missing_tower_is_reported_as_one_name(model: CLIP) -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("text.")}
     count = len(model.state_dict()) - len(state)
     assert f"missing in the file: text.* ({count} weights)\n" in refusal(fresh(), state)
 
 
-def test_weights_of_every_block_are_told_once() -> None:
+def test_weights_of_every_block_are_listed_once() -> None:
     blocks = [
         f"image.transformer.blocks.{i}.{part}" for i in range(12) for part in ("ln_1.weight", "ln_1.bias", "mlp.bias")
     ]
@@ -91,7 +91,7 @@ def test_weights_of_every_block_are_told_once() -> None:
 
 
 def meta_state(name: str) -> dict[str, Tensor]:
-    """The shapes of a model of `conf/model/`."""
+    """Return the shapes of a model of `conf/model/`."""
     with torch.device("meta"):
         return build_model(named_model(name)).state_dict()
 
@@ -113,17 +113,17 @@ def test_weights_of_another_known_model_are_recognized(file: str, model: str, nu
     state = meta_state(file)
     if file == "vit_l14_336":  # whose positions alone would fit
         state["image.ln_post.bias"] = torch.empty(7, device="meta")
-        numbers = f"model={file}, as it comes, has these shapes"
+        numbers = f"model={file} has these shapes"
     with pytest.raises(CheckpointError) as caught:
         fit_weights(chosen, state, "file.pt")
     message = str(caught.value)
     assert numbers in message
-    assert f"model={file}, as it comes, has these shapes: choose it." in message
+    assert f"model={file} has these shapes: select it." in message
     assert len(message.splitlines()) < 9
     assert len(message) < 2000
 
 
-def test_a_bias_goes_with_the_loss_and_is_told(model: CLIP) -> None:
+def test_a_bias_depends_on_the_loss_and_is_reported(model: CLIP) -> None:
     with_bias = fresh(bias=-10.0)
     notes = fit_weights(with_bias, model.state_dict(), "file.pt")
     assert with_bias.logit_bias is not None
@@ -150,7 +150,7 @@ def test_numbers_of_other_widths_become_float32_or_are_named(model: CLIP) -> Non
     state["text.ln_final.weight"][3] = 1e300  # no float32
     assert "not finite (NaN or infinite) in text.ln_final.weight." in refusal(fresh(), state)
     state["text.ln_final.weight"] = torch.ones(48, dtype=torch.float8_e5m2)
-    assert "of another kind: text.ln_final.weight torch.float8_e5m2 instead of torch.float32" in refusal(other, state)
+    assert "different dtype: text.ln_final.weight torch.float8_e5m2 instead of torch.float32" in refusal(other, state)
 
 
 NINES = "9" * 5000  # a number that Python does not read
@@ -185,7 +185,7 @@ def test_positions_of_a_vit_are_interpolated_as_open_clip_does(model: CLIP, imag
     side = image_size // 8
     (note,) = load_weights(bigger, tmp_path / "model.pt")
     assert note.startswith(
-        f"image.positional_embedding: the file's grid of 4x4 patches is interpolated to {side}x{side}"
+        f"image.positional_embedding: interpolated (bicubic) from a grid of 4x4 patches to {side}x{side}"
     )
     twin = open_clip_twin(model)
     twin.visual.grid_size = (side, side)
@@ -199,7 +199,7 @@ def test_positions_of_a_resnet_are_interpolated_as_a_vits() -> None:
     config = our_config("resnet")
     small, big = fresh(config), fresh(with_image(config, image_size=128))
     (note,) = fit_weights(big, small.state_dict(), "file")
-    assert "grid of 2x2 patches is interpolated to 4x4" in note
+    assert "grid of 2x2 patches to 4x4" in note
     old = small.image.pool.positional_embedding.data
     expected = resample_abs_pos_embed(old[None], [4, 4], num_prefix_tokens=1)[0]
     torch.testing.assert_close(big.image.pool.positional_embedding.data, expected, rtol=0, atol=1e-6)
@@ -217,7 +217,7 @@ def siglip_config(image_size: int = 32, context_length: int = 12) -> ModelConfig
 def test_positions_of_siglip_are_interpolated_as_timm_does() -> None:
     small, big = fresh(siglip_config()), fresh(siglip_config(image_size=56))
     (note,) = fit_weights(big, small.state_dict(), "file")
-    assert "grid of 4x4 patches is interpolated to 7x7" in note
+    assert "grid of 4x4 patches to 7x7" in note
     expected = resample_abs_pos_embed(small.image.positional_embedding.data[None], [7, 7], num_prefix_tokens=0)[0]
     torch.testing.assert_close(big.image.positional_embedding.data, expected, rtol=0, atol=1e-6)
 
@@ -234,7 +234,7 @@ def test_a_shorter_context_gives_the_same_features_of_texts_that_fit_in(model: C
     config = small_config()
     short = fresh(config.model_copy(update={"text": config.text.model_copy(update={"context_length": 20})}))
     (note,) = fit_weights(short, model.state_dict(), "file")
-    assert note.startswith(f"text.positional_embedding: the first 20 of the file's {CONTEXT_LENGTH} positions")
+    assert note.startswith(f"text.positional_embedding: truncated from {CONTEXT_LENGTH} to 20 positions")
     tokens_BL = trim(batch(4)[1])
     torch.testing.assert_close(short.encode_text(tokens_BL), model.encode_text(tokens_BL), rtol=0, atol=1e-6)
 
@@ -248,13 +248,13 @@ def test_a_longer_context_is_refused_with_the_reason(model: CLIP) -> None:
 
 
 def test_another_context_of_a_text_tower_that_is_not_causal_is_refused() -> None:
-    """Its features come from the last position and all before it, so a part of them is another tower."""
+    """Its features depend on all positions, so a part of them would be another tower."""
     message = refusal(fresh(siglip_config(context_length=8)), fresh(siglip_config()).state_dict())
     assert "set model.text.context_length=12" in message
 
 
 def test_foreign_towers_are_read_by_the_configuration(tmp_path: Path) -> None:
-    """open_clip's names of a timm tower do not tell ours; the model's configuration does."""
+    """Our names do not follow from open_clip's names of a timm tower, but from the model's configuration."""
     config = small_config().model_copy(update={"image": TimmConfig(image_size=64, name="resnet10t"), "embed_dim": 40})
     source, other = fresh(config), build_model(config)
     save_file(to_open_clip(source.state_dict(), config), tmp_path / "theirs.safetensors")

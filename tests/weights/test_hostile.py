@@ -1,4 +1,4 @@
-"""No file of weights runs code: every pickle that would is refused with one message, in whatever file it comes."""
+"""Tests that no weights file executes code: every unsafe pickle is refused with one message, in every file format."""
 
 import argparse
 import builtins
@@ -31,7 +31,7 @@ CANARY = Path("canary")  # in the test's own folder
 
 
 class Call:
-    """Pickled as a call of `function`."""
+    """Object that is pickled as a call of `function`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -41,7 +41,7 @@ class Call:
 
 
 class Sets:
-    """Runs code when its state is set."""
+    """Object that runs code when its state is set."""
 
     def __getstate__(self) -> dict[str, int]:
         return {"a": 1}
@@ -51,14 +51,14 @@ class Sets:
 
 
 class Makes(dict):  # type: ignore[type-arg]
-    """Runs code when an entry is set."""
+    """Object that runs code when an entry is set."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         CANARY.touch()
 
 
 class Tensorlike(torch.Tensor):
-    """Runs code when it is rebuilt."""
+    """Object that runs code when it is rebuilt."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return CANARY.touch, ()
@@ -132,14 +132,14 @@ def test_a_pickle_with_code_is_refused_and_not_run(name: str, save: Callable[[An
     CANARY.unlink(missing_ok=True)
     with pytest.raises(CheckpointError) as caught:
         read_weights(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(f"{path} ")
     assert "\n" not in str(caught.value)
     describe(path)
     assert not CANARY.exists()
 
 
 def test_the_corpus_would_run_code(folder: Path) -> None:
-    """Without the refusal most of it does, so the test above tests something."""
+    """Most of these pickles run code if they are not refused, so the test above is meaningful."""
     ran = []
     for name, make in HOSTILE.items():
         as_pickle(make(), folder / "a.pkl")
@@ -151,26 +151,26 @@ def test_the_corpus_would_run_code(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [as_zip, as_legacy, as_torchscript])
-def test_the_refused_name_is_told(save: Callable[[Any, Path], None], folder: Path) -> None:
+def test_the_refused_name_is_reported(save: Callable[[Any, Path], None], folder: Path) -> None:
     path = folder / "model.pt"
     save({"a": Call(runpy.run_path, "program.py")}, path)
-    with pytest.raises(CheckpointError, match=r"model\.pt: refused, because its pickle asks for runpy\.run_path"):
+    with pytest.raises(CheckpointError, match=r"model\.pt is unsafe: its pickle loads runpy\.run_path"):
         read_weights(path)
 
 
-def test_a_pickle_that_is_called_safetensors_is_refused(folder: Path) -> None:
+def test_a_pickle_named_safetensors_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     as_zip(Call(os.system, TOUCH), path)
-    with pytest.raises(CheckpointError, match="refused"):
+    with pytest.raises(CheckpointError, match="is unsafe"):
         read_weights(path)
     as_pickle(Call(os.system, TOUCH), path)
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a valid safetensors file"):
         read_weights(path)
     assert not CANARY.exists()
 
 
 def archive(path: Path, *members: tuple[str, bytes], **options: Any) -> Path:
-    """A file as torch writes it, of records made by hand."""
+    """Write a file like torch's, with given records."""
     with zipfile.ZipFile(path, "w", **options) as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a name that is there twice
         for name, content in (("a/version", b"3\n"), *members):
@@ -178,21 +178,19 @@ def archive(path: Path, *members: tuple[str, bytes], **options: Any) -> Path:
     return path
 
 
-def test_an_archive_that_is_more_than_it_looks_is_refused_unread(folder: Path) -> None:
-    """Zeros packed to a thousandth would take all memory; of two records of a name readers take one or the other."""
+def test_compressed_or_ambiguous_archives_are_refused_unread(folder: Path) -> None:
+    """Compressed zeros could take all memory, and readers may disagree on two records with the same name."""
     root = pickled({"a": Stored(Storage("0", 500_000), (500_000,), (1,))})
     small = pickled({"a": Stored(Storage("0", 2), (2,), (1,))})
     zeros, record = ("a/data/0", bytes(2_000_000)), ("a/data/0", bytes(8))
     assert read_weights(archive(folder / "a.pt", ("a/data.pkl", root), zeros))["a"].shape == (500_000,)
     for scripted in ((), (("a/constants.pkl", b"\x80\x02)."),)):
         packed = archive(folder / "a.pt", ("a/data.pkl", root), zeros, *scripted, compression=zipfile.ZIP_DEFLATED)
-        with pytest.raises(
-            CheckpointError, match=r"its records would be 2,000,\d+ bytes, out of a file of 2,\d+: packed"
-        ):
+        with pytest.raises(CheckpointError, match=r"compressed records \(2,000,\d+ bytes in a file of 2,\d+ bytes"):
             read_weights(packed)
         for name in ("a/data.pkl", "b/data.pkl"):
             twice = archive(folder / "a.pt", ("a/data.pkl", small), (name, small), record, *scripted)
-            with pytest.raises(CheckpointError, match=r"record data\.pkl is there twice"):
+            with pytest.raises(CheckpointError, match=r"two records data\.pkl"):
                 read_weights(twice)
 
 
@@ -200,15 +198,15 @@ def test_a_program_without_end_is_not_searched(folder: Path) -> None:
     code = [(f"a/code/{i}.py", bytes(MAX_TEXT // 2 + 1)) for i in range(2)]
     members = [("a/data.pkl", pickled({})), ("a/constants.pkl", b""), *code]
     path = archive(folder / "a.pt", *members, compression=zipfile.ZIP_DEFLATED, compresslevel=1)
-    with pytest.raises(CheckpointError, match="the program in it is larger than any model's"):
+    with pytest.raises(CheckpointError, match="its program is too large for a model"):
         describe(path)
 
 
-def test_a_configuration_without_end_is_not_read(folder: Path) -> None:
+def test_a_huge_configuration_is_not_read(folder: Path) -> None:
     save_file({"logit_scale": torch.ones(1)}, folder / "model.safetensors")
     with (folder / "config.json").open("wb") as file:
         file.truncate(MAX_JSON + 1)  # takes no room
-    with pytest.raises(CheckpointError, match=r"config\.json: 100,000,001 bytes of JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json is too large for a configuration: 100,000,001 bytes"):
         describe(folder)
 
 

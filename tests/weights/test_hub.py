@@ -1,4 +1,4 @@
-"""The hub, as a local server that speaks the few words of it that are needed."""
+"""Tests of the hub, with a local server that implements the necessary requests."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ def hub(tmp_path, monkeypatch):
 
 
 def publish(hub: Server, files: dict[str, bytes], large: tuple[str, ...] = (), name: str = NAME) -> None:
-    """Put a repository on the hub.
+    """Publish a repository on the hub.
 
     Args:
-        large: files that lie in its large storage, under their hash.
+        large: files in its large file storage, named by their hash.
     """
     listed = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
     for path in (f"/api/models/{name}", f"/api/models/{name}/revision/main", f"/api/models/{name}/revision/v2"):
@@ -45,7 +45,7 @@ def publish(hub: Server, files: dict[str, bytes], large: tuple[str, ...] = (), n
 
 
 def fetched(hub: Server) -> list[str]:
-    """The files that were downloaded, in their order."""
+    """Return the downloaded files in order."""
     return [
         request.path.rpartition("/")[2]
         for request in hub.requests
@@ -53,7 +53,7 @@ def fetched(hub: Server) -> list[str]:
     ]
 
 
-def test_safetensors_are_preferred_and_the_configuration_lies_beside_them(hub) -> None:
+def test_safetensors_are_preferred_and_the_configuration_is_in_the_same_folder(hub) -> None:
     files = {name: name.encode() for name in ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "README.md")}  # fmt: skip
     publish(hub, files, large=("open_clip_model.safetensors",))
     folder = fetch_repository(NAME)
@@ -88,7 +88,7 @@ def test_offline_or_when_the_hub_is_gone_what_is_on_disk_is_used(hub, monkeypatc
     publish(hub, {"model.safetensors": b"1", "config.json": b"{}"})
     with monkeypatch.context() as patch:
         patch.setenv("CLIP_EXP_OFFLINE", "1")
-        with pytest.raises(CheckpointError, match=r"hf-hub:org/clip is not on this disk.*pretrained=DIR"):
+        with pytest.raises(CheckpointError, match=r"hf-hub:org/clip is not in the local cache.*pretrained=DIR"):
             fetch_repository(NAME)
         assert hub.requests == []
     folder = fetch_repository(NAME)
@@ -96,14 +96,14 @@ def test_offline_or_when_the_hub_is_gone_what_is_on_disk_is_used(hub, monkeypatc
     with monkeypatch.context() as patch:
         patch.setenv("CLIP_EXP_OFFLINE", "1")
         assert fetch_repository(NAME) == folder
-    assert fetch_repository(NAME, kept_is_enough=True) == folder
+    assert fetch_repository(NAME, prefer_cached=True) == folder
     assert len(hub.requests) == count
     with serving() as other:
         gone = other.url
     monkeypatch.setenv("HF_ENDPOINT", gone)
     assert fetch_repository(NAME) == folder
-    assert "cannot be fetched" in caplog.text
-    with pytest.raises(CheckpointError, match="cannot be fetched"):
+    assert "cannot be downloaded" in caplog.text
+    with pytest.raises(CheckpointError, match="cannot be downloaded"):
         fetch_repository("org/never-seen")
 
 
@@ -127,14 +127,14 @@ def test_a_hub_that_is_down_or_silent_does_not_take_away_what_is_on_disk(hub, mo
     hub.files[api] = Served(b"{}", hold=(hold := threading.Event()))
     assert fetch_repository(NAME) == folder
     hold.set()
-    assert caplog.text.count("What is on this disk is used") == 3
+    assert caplog.text.count("The cached copy is used instead") == 3
     hub.files[api] = Served(b"", statuses=[404] * 9, headers={"X-Error-Code": "RepoNotFound"})
-    with pytest.raises(CheckpointError, match="no such repository"):
+    with pytest.raises(CheckpointError, match="repository not found"):
         fetch_repository(NAME)
 
 
 @pytest.mark.parametrize(
-    ("parts", "message"), [("../../x", "outside its folder"), (["x"], "has no `weight_map`"), ("a/b", "outside")]
+    ("parts", "message"), [("../../x", "outside its folder"), (["x"], "has no valid `weight_map`"), ("a/b", "outside")]
 )
 def test_an_index_cannot_lead_out_of_its_repository(hub, parts, message) -> None:
     index = json.dumps({"weight_map": {"a": parts}}).encode()
@@ -157,7 +157,7 @@ def test_damaged_large_files_are_refused_with_both_sums_and_removed(hub) -> None
 
 
 def test_a_blob_that_repositories_share_is_checked_by_its_own_hash_and_removed_with_its_links(hub, tmp_path) -> None:
-    """As the hub's library lays them out: `blobs/<sha256>` of a repository links to a file under another hash."""
+    """As in the hub's cache, `blobs/<sha256>` of a repository links to a file with another hash."""
     publish(hub, {"model.safetensors": b"good", "config.json": b"{}"}, large=("model.safetensors",))
     path = fetch_repository(NAME) / "model.safetensors"
     shared = tmp_path / "cache" / "blobs" / "bb" / ("b" * 64)
@@ -175,9 +175,9 @@ def test_a_blob_that_repositories_share_is_checked_by_its_own_hash_and_removed_w
 @pytest.mark.parametrize(
     ("code", "status", "message"),
     [
-        ("RepoNotFound", 401, "no such repository, or it is private"),
-        ("GatedRepo", 403, "only to those who have accepted its conditions"),
-        ("RevisionNotFound", 404, "no such revision"),
+        ("RepoNotFound", 401, "repository not found, or it is private"),
+        ("GatedRepo", 403, "is a gated repository: accept its conditions"),
+        ("RevisionNotFound", 404, "revision not found"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(hub, code: str, status: int, message: str) -> None:
@@ -197,25 +197,23 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch) -> 
             fetch_repository(NAME)
 
 
-def test_a_full_disk_is_told_and_is_not_the_hubs_failure(hub, tmp_path) -> None:
+def test_a_full_disk_is_reported_as_a_local_error(hub, tmp_path) -> None:
     content = bytes(500_000)
     publish(hub, {"model.safetensors": content}, large=("model.safetensors",))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
     try:
-        with pytest.raises(
-            CheckpointError, match=r"cannot be written: File too large\. Make room there, or set HF_HOME"
-        ):
+        with pytest.raises(CheckpointError, match=r"cannot be written: File too large\. Free space, or set HF_HOME"):
             fetch_repository(NAME)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (fetch_repository(NAME) / "model.safetensors").read_bytes() == content
 
 
-def test_a_repository_without_weights_says_what_it_has(hub) -> None:
+def test_a_repository_without_weights_is_reported_with_its_files(hub) -> None:
     publish(hub, {"README.md": b"", "flax_model.msgpack": b""})
     with pytest.raises(
-        CheckpointError, match=r"needs one of open_clip_model\.safetensors.* has README\.md, flax_model\.msgpack"
+        CheckpointError, match=r"one of open_clip_model\.safetensors.* has README\.md, flax_model\.msgpack"
     ):
         fetch_repository(NAME)
 

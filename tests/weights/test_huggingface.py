@@ -1,4 +1,4 @@
-"""Models of transformers and ours have the same features with the same weights, both ways."""
+"""Tests that models of transformers and ours have the same features with the same weights, in both directions."""
 
 import json
 import warnings
@@ -35,7 +35,7 @@ FAMILIES = pytest.mark.parametrize("family", ["clip", "siglip"])
 
 
 def built(config: dict[str, Any]) -> nn.Module:
-    """transformers' model of a `config.json`, every weight of it drawn at random."""
+    """Return transformers' model for a `config.json`, with random weights."""
     torch.manual_seed(0)
     config_class, model_class = (
         (CLIPConfig, CLIPModel) if config["model_type"] == "clip" else (SiglipConfig, SiglipModel)
@@ -189,7 +189,7 @@ def test_a_saved_folder_loads_by_itself(family: str, parts: bool, tmp_path: Path
 
 
 def test_a_folder_of_an_older_version_loads(tmp_path: Path) -> None:
-    """`pytorch_model.bin`, with the numbers of positions among the weights and defaults left out of the configuration."""
+    """`pytorch_model.bin` contains position ids, and the configuration has no defaults."""
     config = small("clip")
     theirs = built(config)
     positions = {

@@ -1,4 +1,4 @@
-"""Weights of one tower, in the files of the library that made it, of CLIP models, and of trainers: features equal that library's."""
+"""Tests of weights of a single tower, in files of its library, of CLIP models, and of trainers: features equal those of the library."""
 
 import json
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def below(prefix: str, state: State) -> State:
 
 
 class Case(NamedTuple):
-    """A file of a tower, and what its library computes."""
+    """File of a tower, and the features that its library computes."""
 
     config: ModelConfig
     state: Any
@@ -254,7 +254,7 @@ def test_what_a_tower_has_more_or_less_of_is_named(tmp_path: Path) -> None:
     assert "not in the model: image.ln_post.scale" in refusal(tmp_path / "scaled.pt", config, "image")
     torch.save({"layer9.weight": torch.ones(2)}, tmp_path / "other.pt")
     assert refusal(tmp_path / "other.pt", config, "image").endswith(
-        "no names in it are those of the image tower, model.image.kind=vit."
+        "has no weights of the image tower (model.image.kind=vit)."
     )
     scaled = timm.create_model("vit_tiny_patch16_224", num_classes=0, init_values=1.0).state_dict()
     torch.save(scaled, tmp_path / "scaled.pt")
@@ -275,22 +275,24 @@ def test_positions_are_interpolated(tmp_path: Path) -> None:
     path = timm_file(tmp_path / "a.pt", img_size=64)
     model = build_model(with_image())
     (*_, resized, projection) = load_weights(model, path, with_image(), tower="image")
-    assert resized.startswith("image.trunk.pos_embed: the file's grid of 4x4 patches is interpolated to 2x2")
+    assert resized.startswith("image.trunk.pos_embed: interpolated (bicubic) from a grid of 4x4 patches to 2x2")
     assert projection == "image.projection.weight: not in the file, so the tower starts with a random projection."
 
 
-def test_of_two_towers_that_fit_one_is_chosen(tmp_path: Path) -> None:
-    """As DINO's files have them."""
+def test_of_two_towers_that_fit_one_can_be_selected(tmp_path: Path) -> None:
+    """As in DINO's files."""
     student, teacher = (torch.load(timm_file(tmp_path / "a.pt", seed=seed)) for seed in (0, 1))
     both = {"student": below("module.backbone.", student), "teacher": below("backbone.", teacher)}
     path = tmp_path / "dino.pth"
     torch.save(both, path)
     assert refusal(path, with_image(), "image") == (
-        f"{path}: has all weights of the image tower in 2 places. Choose one: pretrained_prefix=student.backbone, "
+        f"{path} has 2 complete sets of weights of the image tower. Select one: pretrained_prefix=student.backbone, "
         "pretrained_prefix=teacher.backbone."
     )
     named = refusal(path, with_image(), "image", "teacher")
-    assert "pretrained_prefix=teacher names no weights of the image tower. The file has pretrained_prefix=stud" in named
+    assert (
+        "pretrained_prefix=teacher matches no weights of the image tower. The file has pretrained_prefix=stud" in named
+    )
     model = build_model(with_image())
     load_weights(model, path, with_image(), "teacher.backbone", "image")
     assert torch.equal(model.image.trunk.cls_token, teacher["cls_token"])
@@ -301,7 +303,7 @@ def test_of_two_towers_that_fit_one_is_chosen(tmp_path: Path) -> None:
 TIMM = (*TINY, "model/image=timm", "model.image.name=test_vit", "model.image.image_size=64")
 
 
-def test_a_locked_tower_of_a_file_trains_and_stays_as_it_is(train: Train, tmp_path: Path) -> None:
+def test_a_frozen_tower_from_a_file_is_unchanged_by_training(train: Train, tmp_path: Path) -> None:
     path = timm_file(tmp_path / "vit.pt", img_size=64)
     lit = (*TIMM, f"pretrained_image={path}", "finetune=lit", "max_steps=2", "scheduler.warmup_steps=0")
     for projection in (("model.image.projection=none", "model.embed_dim=64"), ("finetune.image.unfrozen_blocks=0",)):
@@ -311,7 +313,7 @@ def test_a_locked_tower_of_a_file_trains_and_stays_as_it_is(train: Train, tmp_pa
         assert all(torch.equal(learned[f"image.trunk.{name}"], tensor) for name, tensor in kept.items())
         noted = run.record["pretrained_image"]
         assert (noted["path"], noted["told"], noted["format"]) == (str(path), str(path), "torch file")
-    with pytest.raises(ConfigError, match=r"started from pretrained_image\. Leave wise_ft out"):
+    with pytest.raises(ConfigError, match=r"started from pretrained_image: leave out wise_ft"):
         mix_of(run.folder, 0.5)
 
 
@@ -366,7 +368,7 @@ def test_a_run_is_found_by_its_towers_and_needs_their_files_no_more(tmp_path: Pa
     assert open_run(config.model_copy(update={"pretrained_image": None})).folder != opening.folder
 
 
-def test_a_library_is_not_asked_for_weights_that_a_file_has(tmp_path: Path, train: Train) -> None:
+def test_a_library_is_not_used_for_weights_that_a_file_has(tmp_path: Path, train: Train) -> None:
     encoder = write_encoder(tmp_path / "bert", "bert")
     text = ("model/text=huggingface", f"model.text.name={encoder}", "model.text.context_length=20")
     (encoder / "model.safetensors").rename(tmp_path / "bert.safetensors")
@@ -384,14 +386,14 @@ def write_tower(path: Path, activation: Activation) -> Path:
     return path
 
 
-def test_files_of_towers_settle_the_activation_and_must_agree(tmp_path: Path, capsys) -> None:
+def test_files_of_towers_set_the_activation_and_must_agree(tmp_path: Path, capsys) -> None:
     quick = write_tower(tmp_path / "quick.safetensors", Activation.quick_gelu)
     gelu = write_tower(tmp_path / "gelu.safetensors", Activation.gelu)
     nano = ("model=vit_nano", f"output_dir={tmp_path / 'out'}", f"pretrained_image={quick}")
     assert open_run(train_config(*nano)).resolved.model.activation is Activation.quick_gelu
-    assert f"activation quick_gelu, as the weights {quick}" in capsys.readouterr().err
+    assert f"model.activation=quick_gelu: the activation of the weights {quick}" in capsys.readouterr().err
     before = run_folders(tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"with quick_gelu and .* with gelu, and model\.activation is that of"):
+    with pytest.raises(ConfigError, match=r"with quick_gelu and .* with gelu, but model\.activation applies to"):
         open_run(train_config(*nano, f"pretrained_text={gelu}"))
     with pytest.raises(
         ConfigError, match=r"model\.activation=gelu, but .*quick\.safetensors was trained with quick_gelu"

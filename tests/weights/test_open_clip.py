@@ -32,7 +32,7 @@ WHOLE = ("rn50", "vit_b32", "vit_b16", "siglip_b16")
 
 
 def assert_equal_both_ways(config: ModelConfig, twin: nn.Module, names_tell: bool = True) -> CLIP:
-    """Our model with the weights of `twin`."""
+    """Return our model with the weights of `twin`."""
     twin.eval()
     model = with_weights_of(twin, config).eval()
     image_BCHW, tokens_BL = inputs(config)
@@ -102,7 +102,7 @@ def test_weights_go_to_open_clip_and_back_unchanged() -> None:
     )
 
 
-def test_a_text_tower_below_text_is_read_like_one_below_nothing() -> None:
+def test_a_text_tower_under_text_is_read_like_one_at_the_top_level() -> None:
     state = build_model(small_config()).state_dict()
     flat = to_open_clip(state)
     nested = {
@@ -148,7 +148,7 @@ def test_bias_of_the_sigmoid_loss_has_no_axis_there_and_one_here() -> None:
     assert ours["logit_scale"].shape == ours["logit_bias"].shape == torch.Size([1])
 
 
-def test_what_is_no_weight_is_left_out() -> None:
+def test_entries_that_are_not_weights_are_left_out() -> None:
     state = build_model(small_config()).state_dict()
     theirs = to_open_clip(state)
     theirs |= {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")}

@@ -1,4 +1,4 @@
-"""Weights come out of TorchScript archives as torch reads them, and the archive's program never runs."""
+"""Tests that weights of TorchScript archives are read as by torch, without executing the archive's program."""
 
 import sys
 import tracemalloc
@@ -63,7 +63,7 @@ def test_logits_are_those_of_open_clip_with_the_same_archive(image: str, tmp_pat
 
 
 class Odd(nn.Module):
-    """Tensors of several kinds, a module with two names, views of one storage, lists and numbers."""
+    """Module with tensors of several dtypes, a submodule with two names, views of one storage, lists and numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,14 +83,14 @@ class Odd(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
-def test_a_scripted_module_of_odd_parts_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+def test_a_scripted_module_with_various_attributes_is_read_as_by_torch(tmp_path: Path) -> None:
     path = tmp_path / "odd.pt"
     torch.jit.script(Odd()).save(str(path))
     assert_as_torch_reads_it(path)
 
 
 class Talks(nn.Module):
-    """Its program speaks when torch loads it."""
+    """Module whose program prints a message when torch loads it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_setstate_in_the_archives_program_does_not_run(tmp_path: Path, capfd: py
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> type:
-    """A class that a hand-made pickle can call a module of an archive."""
+    """Create a class that a handmade pickle can use as a module of an archive."""
     parent, place = types.ModuleType("__torch__"), types.ModuleType("__torch__.net")
     made = type(
         "Net", (), {"__module__": "__torch__.net", "__init__": lambda self, **values: self.__dict__.update(values)}
@@ -148,16 +148,16 @@ def test_a_hand_made_archive_is_read(module: type, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stored", "records", "reason"),
     [
-        (Stored(Storage("0", 4), (5,), (1,)), FOUR, "over 4 numbers"),
+        (Stored(Storage("0", 4), (5,), (1,)), FOUR, "in a storage of 4 values"),
         (Stored(Storage("0", 4), (4,), (1,), offset=1), FOUR, "out of bounds"),
         (Stored(Storage("0", 4), (2,), (1 << 40,)), FOUR, "out of bounds"),
-        (Stored(Storage("0", 4), (1 << 40,), (0,)), FOUR, "over 4 numbers"),
-        (Stored(Storage("0", 4), (2,), (-1,)), FOUR, "not a readable TorchScript archive"),
+        (Stored(Storage("0", 4), (1 << 40,), (0,)), FOUR, "in a storage of 4 values"),
+        (Stored(Storage("0", 4), (2,), (-1,)), FOUR, "is not a valid TorchScript archive"),
         (Stored(Storage("0", 1 << 40), (2,), (1,)), FOUR, "16 bytes for 1099511627776"),
         (Stored(Storage("0", 4, torch.HalfStorage), (2,), (1,)), FOUR, "16 bytes for 4 torch.float16"),
         (Stored(Storage("1", 4), (2,), (1,)), FOUR, "data/1"),
-        (Stored(Storage("../version", 2), (2,), (1,)), FOUR, "not a readable TorchScript archive"),
-        (Stored(Storage("0", 4), "22", (2, 1)), FOUR, "not a readable TorchScript archive"),  # type: ignore[arg-type]
+        (Stored(Storage("../version", 2), (2,), (1,)), FOUR, "is not a valid TorchScript archive"),
+        (Stored(Storage("0", 4), "22", (2, 1)), FOUR, "is not a valid TorchScript archive"),  # type: ignore[arg-type]
     ],
 )
 def test_a_tensor_outside_of_its_numbers_is_refused(
@@ -169,16 +169,14 @@ def test_a_tensor_outside_of_its_numbers_is_refused(
         read_torchscript(path)
 
 
-def test_a_class_without_a_module_of_its_own_is_read(
-    module: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As torch names classes of a script that was run."""
+def test_a_class_of_the_main_module_is_read(module: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch names classes of a script."""
     monkeypatch.setattr(sys.modules["__torch__"], "Net", module, raising=False)
     monkeypatch.setattr(module, "__module__", "__torch__")
     test_a_hand_made_archive_is_read(module, tmp_path)
 
 
-def test_modules_without_end_are_refused(module: type, tmp_path: Path) -> None:
+def test_recursive_modules_are_refused(module: type, tmp_path: Path) -> None:
     circle = module()
     circle.again = circle
     wide = module()
@@ -186,15 +184,15 @@ def test_modules_without_end_are_refused(module: type, tmp_path: Path) -> None:
         wide = module(a=wide, b=wide)
     for root in (circle, wide):
         write_archive(tmp_path / "hand.pt", pickled(root), {})
-        with pytest.raises(CheckpointError, match="nested without end"):
+        with pytest.raises(CheckpointError, match="nested too deeply"):
             read_torchscript(tmp_path / "hand.pt")
 
 
-def test_a_few_bytes_cannot_ask_for_a_large_table(tmp_path: Path) -> None:
+def test_a_few_bytes_cannot_allocate_a_large_table(tmp_path: Path) -> None:
     write_archive(tmp_path / "hand.pt", b"\x80\x02Nr" + (1 << 23).to_bytes(4, "little") + b".", {})  # 64 MB and more
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match="it holds no module"):
+        with pytest.raises(CheckpointError, match="it contains no module"):
             read_torchscript(tmp_path / "hand.pt")
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
@@ -204,7 +202,7 @@ def test_a_few_bytes_cannot_ask_for_a_large_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [[1, 2], {"weight": 1}, None])
 def test_a_pickle_of_something_else_is_refused(content: Any, tmp_path: Path) -> None:
     write_archive(tmp_path / "hand.pt", pickled(content), {})
-    with pytest.raises(CheckpointError, match="it holds no module"):
+    with pytest.raises(CheckpointError, match="it contains no module"):
         read_torchscript(tmp_path / "hand.pt")
 
 
@@ -223,7 +221,7 @@ def test_a_changed_byte_or_a_compressed_record_is_refused(module: type, tmp_path
 
 
 def test_a_pickle_cannot_change_what_it_is_given_for_the_next_one(module: type, tmp_path: Path) -> None:
-    """BUILD sets attributes of anything: here of the function that rebuilds tensors, and of a module's class."""
+    """BUILD can set attributes of any object: here, of the function that rebuilds tensors, and of a module's class."""
     hostile = (
         b"\x80\x02c%s\n(N}X\x0c\x00\x00\x00__setstate__K\x01stb."  # GLOBAL, then the state (None, {"__setstate__": 1})
     )

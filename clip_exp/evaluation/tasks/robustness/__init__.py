@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from clip_exp.config.base import PathText, Texts, Unused, idle_keys
+from clip_exp.config.base import PathText, Texts, Unused, unused_keys
 from clip_exp.config.evaluation import SOURCES, ClassNames, LabeledDataConfig, TaskConfig
 from clip_exp.errors import ClipExpError, ConfigError, gravest, nearest
 from clip_exp.evaluation.task import Task
@@ -98,7 +98,7 @@ class RobustnessTaskConfig(TaskConfig):
         sets: dict[str, ClassificationTask] = {}
         errors: list[ClipExpError] = []
         for each, config in configure_sets(name, self).items():
-            errors += map(ConfigError, idle_keys(config, (), f"task.{name}.sets.{each}."))
+            errors += map(ConfigError, unused_keys(config, (), f"task.{name}.sets.{each}."))
             try:
                 (sets[each],) = config.prepare(f"{name}.sets.{each}", output_dir)
             except ClipExpError as error:

@@ -1,4 +1,4 @@
-"""What weights say about their model is filled in where the user left it open, and refused where the user says otherwise."""
+"""Tests of completing a model's configuration from its weights, and of refusing values that do not fit them."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from clip_exp.config.names import named_model
 from clip_exp.errors import ConfigError
 from clip_exp.models.families.clip import CLIPTextConfig
 from clip_exp.models.families.timm import TimmConfig
-from clip_exp.weights.inspect import About, Found, activation_of_entry, as_settled, note_architecture, settle
+from clip_exp.weights.inspect import About, Found, activation_of_entry, as_resolved, note_architecture, resolve_model
 
 
 def found(**about) -> Found:
@@ -22,38 +22,40 @@ MODEL = named_model("vit_nano")
 
 @pytest.mark.parametrize("trained", list(Activation))
 def test_the_activation_is_that_of_the_weights(trained: Activation, capsys) -> None:
-    assert settle(MODEL, found(activation=trained)).activation is trained
-    assert f"activation {trained}, as the weights w.pt" in capsys.readouterr().err
-    assert settle(MODEL.model_copy(update={"activation": trained}), found(activation=trained)).activation is trained
+    assert resolve_model(MODEL, found(activation=trained)).activation is trained
+    assert f"model.activation={trained}: the activation of the weights w.pt" in capsys.readouterr().err
+    assert (
+        resolve_model(MODEL.model_copy(update={"activation": trained}), found(activation=trained)).activation is trained
+    )
     assert capsys.readouterr().err == "", "nothing was decided"
 
 
-def test_a_setting_that_the_weights_contradict_is_refused_with_the_way_out() -> None:
+def test_a_setting_that_does_not_fit_the_weights_is_refused_with_a_hint() -> None:
     with pytest.raises(ConfigError) as caught:
-        settle(MODEL.model_copy(update={"activation": Activation.gelu}), found(activation=Activation.quick_gelu))
+        resolve_model(MODEL.model_copy(update={"activation": Activation.gelu}), found(activation=Activation.quick_gelu))
     assert "model.activation=gelu, but w.pt was trained with quick_gelu: leave it out" in str(caught.value)
 
 
-def test_weights_that_do_not_tell_are_taken_for_gelu_and_that_is_said(capsys) -> None:
-    assert settle(MODEL, found()).activation is Activation.gelu
+def test_weights_of_unknown_activation_default_to_gelu_with_a_message(capsys) -> None:
+    assert resolve_model(MODEL, found()).activation is Activation.gelu
     said = capsys.readouterr().err
-    assert "w.pt does not say" in said
+    assert "of w.pt is unknown" in said
     assert "set model.activation=quick_gelu" in said
     assert (
-        settle(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found()).activation
+        resolve_model(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found()).activation
         is Activation.quick_gelu
     )
     assert capsys.readouterr().err == ""
 
 
-def test_a_configuration_beside_the_weights_means_gelu_where_it_names_no_other(capsys) -> None:
-    assert settle(MODEL, found(model=MODEL)).activation is Activation.gelu
-    assert "as the weights" in capsys.readouterr().err
+def test_a_configuration_without_an_activation_means_gelu(capsys) -> None:
+    assert resolve_model(MODEL, found(model=MODEL)).activation is Activation.gelu
+    assert "the activation of the weights" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="was trained with gelu"):
-        settle(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found(model=MODEL))
+        resolve_model(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found(model=MODEL))
 
 
-def test_images_go_through_what_they_did_in_training_unless_the_user_says_otherwise() -> None:
+def test_images_are_preprocessed_as_in_training_unless_configured() -> None:
     about = {
         "mean": [0.5] * 3,
         "std": [0.25] * 3,
@@ -61,55 +63,55 @@ def test_images_go_through_what_they_did_in_training_unless_the_user_says_otherw
         "resize_mode": ResizeMode.squash,
     }
     weights = found(activation=Activation.gelu, **about)
-    settled = settle(MODEL, weights).image
+    settled = resolve_model(MODEL, weights).image
     assert {name: getattr(settled, name) for name in about} == about
     own = MODEL.model_copy(
         update={"image": MODEL.image.model_copy(update={"mean": [0.1] * 3, "resize_mode": ResizeMode.shortest})}
     )
-    settled = settle(own, weights).image
+    settled = resolve_model(own, weights).image
     assert (settled.mean, settled.resize_mode) == ([0.1] * 3, ResizeMode.shortest)
     assert (settled.std, settled.interpolation) == ([0.25] * 3, Interpolation.bilinear)
 
 
-def test_heads_that_shapes_do_not_tell_are_compared() -> None:
+def test_the_number_of_heads_is_compared() -> None:
     theirs = MODEL.model_copy(update={"image": MODEL.image.model_copy(update={"heads": 1})})
-    with pytest.raises(ConfigError, match=r"model=vit_nano: model\.image\.heads=1 instead of 2\. Set these, or choose"):
-        settle(MODEL, found(model=theirs, activation=Activation.gelu))
+    with pytest.raises(
+        ConfigError, match=r"model=vit_nano: model\.image\.heads=1 instead of 2\. Set these keys, or select"
+    ):
+        resolve_model(MODEL, found(model=theirs, activation=Activation.gelu))
 
 
 @pytest.mark.parametrize("name", ["vit_l14_336", "rn50", "siglip_b16", "chinese_clip_h14"])
-def test_weights_that_tell_another_model_are_refused_with_its_name_before_they_are_read(name: str) -> None:
+def test_weights_of_another_model_are_refused_with_its_name_before_they_are_read(name: str) -> None:
     theirs = named_model(name).model_copy(update={"name": "downloads"})
-    with pytest.raises(
-        ConfigError, match=rf"w\.pt is of another model than model=vit_nano: .*\. Choose model={name}\."
-    ):
-        settle(MODEL, found(model=theirs, activation=Activation.gelu))
+    with pytest.raises(ConfigError, match=rf"w\.pt does not fit model=vit_nano: .*\. Set model={name}\."):
+        resolve_model(MODEL, found(model=theirs, activation=Activation.gelu))
     larger = theirs.model_copy(update={"image": theirs.image.model_copy(update={"image_size": 512})})
-    settle(named_model(name), found(model=larger))  # positions are made to fit
+    resolve_model(named_model(name), found(model=larger))  # positions are made to fit
 
 
 def test_towers_of_other_libraries_are_compared_by_their_weights_alone() -> None:
     model = named_model("convnext_base")
-    assert settle(model, found(model=named_model("vit_b32"))).image == model.image
+    assert resolve_model(model, found(model=named_model("vit_b32"))).image == model.image
 
 
-def test_the_pooling_of_an_encoder_is_compared_since_no_shape_tells_it() -> None:
+def test_the_pooling_of_an_encoder_is_compared() -> None:
     model = named_model("chinese_clip_b16")
-    assert settle(model, found(model=model)).text == model.text
+    assert resolve_model(model, found(model=model)).text == model.text
     theirs = model.model_copy(update={"text": model.text.model_copy(update={"pooler": Pooler.mean})})
     with pytest.raises(ConfigError, match=r"model\.text\.pooler=mean instead of cls"):
-        settle(model, found(model=theirs))
+        resolve_model(model, found(model=theirs))
 
 
 def test_open_clips_architectures_have_their_own_activation_unless_the_weights_have_another(capsys) -> None:
     model = named_model("coca_ViT-B-32")
-    assert settle(model, found()).activation is None
-    assert settle(model, found(model=model)).activation is None
+    assert resolve_model(model, found()).activation is None
+    assert resolve_model(model, found(model=model)).activation is None
     assert capsys.readouterr().err == ""
-    assert settle(model, found(activation=Activation.quick_gelu)).activation is Activation.quick_gelu
+    assert resolve_model(model, found(activation=Activation.quick_gelu)).activation is Activation.quick_gelu
 
 
-def test_a_mark_of_the_registry_is_quick_gelu_and_none_is_gelu_but_for_other_architectures() -> None:
+def test_entries_of_the_registry_have_quick_gelu_if_marked_else_gelu_except_for_other_architectures() -> None:
     marked, plain = (open_clip_files.entry("ViT-B-32", tag) for tag in ("openai", "laion2b_s34b_b79k"))
     assert marked is not None
     assert plain is not None
@@ -125,11 +127,11 @@ def test_a_mark_of_the_registry_is_quick_gelu_and_none_is_gelu_but_for_other_arc
     ), "which contradicts it"
 
 
-def test_a_run_that_goes_on_takes_up_what_was_settled_and_keeps_what_is_set() -> None:
-    earlier: ModelConfig = settle(MODEL, found(activation=Activation.quick_gelu, mean=[0.5] * 3))
-    assert as_settled(MODEL, earlier) == earlier
+def test_a_resumed_run_uses_resolved_values_unless_they_are_set() -> None:
+    earlier: ModelConfig = resolve_model(MODEL, found(activation=Activation.quick_gelu, mean=[0.5] * 3))
+    assert as_resolved(MODEL, earlier) == earlier
     own = MODEL.model_copy(update={"activation": Activation.gelu})
-    assert as_settled(own, earlier).activation is Activation.gelu
+    assert as_resolved(own, earlier).activation is Activation.gelu
 
 
 def with_backbone(name: str, pretrained: bool = True) -> ModelConfig:
@@ -148,7 +150,7 @@ def with_backbone(name: str, pretrained: bool = True) -> ModelConfig:
         ("vit_tiny_patch16_224", True, None),
     ],
 )
-def test_a_backbone_of_another_activation_than_its_weights_is_told(
+def test_a_backbone_with_another_activation_than_its_weights_is_reported(
     name: str, pretrained: bool, twin: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note_architecture(with_backbone(name, pretrained))

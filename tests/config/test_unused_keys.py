@@ -1,4 +1,4 @@
-"""A key that the chosen options do not use is refused where it was set, and only there."""
+"""Tests that keys which are set but unused by the selected options are errors, and only those."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import clip_exp
-from clip_exp.config.base import idle_keys, parse, typed_keys
+from clip_exp.config.base import parse, typed_keys, unused_keys
 from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.compose import compose
 from clip_exp.config.evaluation import EvaluateConfig
@@ -24,69 +24,69 @@ CSV = ("data=csv", "data.train=pairs.csv")
 # Of a choice of options: what is typed besides, and a part of what is said about it.
 TRAINING: dict[tuple[str, ...], dict[str, str]] = {
     (): {
-        "model.text.cleaning=lower": "on OpenAI's tokenizer: leave it out, or set model.text.tokenizer",
-        "model.text.strip_sep_token=true": "on OpenAI's tokenizer",
-        "model.image.projection=mlp": "which was not chosen",
-        "model.text.pooler=mean": "which was not chosen",
-        "model.text.projection=mlp": "which was not chosen",
-        "++model.text.architecture={model_type: bert}": "which was not chosen",
-        "model.text.pretrained=true": "which was not chosen",
-        "model.text.name=bert": "which was not chosen",
-        "model.image.pretrained=true": "which was not chosen",
-        "model.image.name=resnet18": "which was not chosen",
-        "model.image.stages=[1,1,1,1]": "which was not chosen",
+        "model.text.cleaning=lower": "with OpenAI's tokenizer: leave it out, or set model.text.tokenizer",
+        "model.text.strip_sep_token=true": "with OpenAI's tokenizer",
+        "model.image.projection=mlp": "which is not selected",
+        "model.text.pooler=mean": "which is not selected",
+        "model.text.projection=mlp": "which is not selected",
+        "++model.text.architecture={model_type: bert}": "which is not selected",
+        "model.text.pretrained=true": "which is not selected",
+        "model.text.name=bert": "which is not selected",
+        "model.image.pretrained=true": "which is not selected",
+        "model.image.name=resnet18": "which is not selected",
+        "model.image.stages=[1,1,1,1]": "which is not selected",
         "finetune.text.unfrozen_blocks=2": "without finetune.text.freeze=true",
         "callbacks.ema_every_n_steps=1": "without callbacks.ema_decay",
         "pretrained_prefix=student": "without pretrained",
-        "patience=3": "without a metric to watch: set monitor",
-        "monitor_mode=max": "without a metric to watch",
+        "patience=3": "without a metric to monitor: set monitor",
+        "monitor_mode=max": "without a metric to monitor",
         "task_every_n_steps=5": "without a task",
         "data.image_root=images": "with data=digits, which clip_exp generates",
         "data.caption_key=caption": "with data=digits, which clip_exp generates",
         "data.image_key=path": "with data=digits, which clip_exp generates",
-        "data.shuffle_block=8": "on a full shuffle: set data.shuffle=block",
-        "data.shuffle_window=256": "on a full shuffle",
+        "data.shuffle_block=8": "with a full shuffle: set data.shuffle=block",
+        "data.shuffle_window=256": "with a full shuffle",
         "data.augmentation.color_jitter_prob=0.5": "without data.augmentation.color_jitter",
         "data.augmentation.gaussian_blur_sigma=[1,2]": "with data.augmentation.gaussian_blur_prob=0",
-        "data.generate.image_size=32": "on kind=digits",
+        "data.generate.image_size=32": "with kind=digits",
     },
     ("model=rn50", "pretrained=x.pt", "strategy=ddp"): {
-        "loss.init_logit_scale=3": "with pretrained=x.pt, whose weights have a scale",
-        "model.image.projection=mlp": "which was not chosen",
-        "model.image.mlp_ratio=2": "which was not chosen",
-        "model.image.layers=2": "which was not chosen",
-        "model.image.patch_size=8": "which was not chosen",
+        "loss.init_logit_scale=3": "with pretrained=x.pt, which contains a logit scale",
+        "model.image.projection=mlp": "which is not selected",
+        "model.image.mlp_ratio=2": "which is not selected",
+        "model.image.layers=2": "which is not selected",
+        "model.image.patch_size=8": "which is not selected",
     },
     ("model=siglip_b16", *CSV): {
-        "model.image.projection=mlp": "which was not chosen",
-        "model.text.trim=true": "which was not chosen",
+        "model.image.projection=mlp": "which is not selected",
+        "model.text.trim=true": "which is not selected",
         "val_every_n_steps=5": "without validation data",
         "data.label_key=label": "without validation data: set data.val",
-        "data.templates=['a {}']": "without validation data that have labels",
+        "data.templates=['a {}']": "without labeled validation data",
     },
     ("model=open_clip", "model.name=ViT-B-32", "scheduler=constant", "data.on_bad_image=error"): {
-        "model.image.projection=mlp": "which was not chosen",
-        "model.image.mlp_ratio=2": "which was not chosen",
-        "model.text.mlp_ratio=2": "which was not chosen",
-        "model.image.width=8": "which was not chosen",
+        "model.image.projection=mlp": "which is not selected",
+        "model.image.mlp_ratio=2": "which is not selected",
+        "model.text.mlp_ratio=2": "which is not selected",
+        "model.image.width=8": "which is not selected",
         "scheduler.final_factor=0.1": "on a constant learning rate",
         "data.max_bad_fraction=0.5": "stops at the first",
     },
     (*TIMM, *BERT): {
-        "model.activation=gelu": "which have their own",
-        "model.image.mlp_ratio=2": "which was not chosen",
-        "model.image.heads=2": "which was not chosen",
-        "model.text.vocab_size=100": "which was not chosen",
-        "model.text.layers=2": "which was not chosen",
-        "model.text.width=8": "which was not chosen",
+        "model.activation=gelu": "which define their own activation",
+        "model.image.mlp_ratio=2": "which is not selected",
+        "model.image.heads=2": "which is not selected",
+        "model.text.vocab_size=100": "which is not selected",
+        "model.text.layers=2": "which is not selected",
+        "model.text.width=8": "which is not selected",
     },
     (*TIMM, "pretrained=x.pt", "finetune=lit"): {
-        "model.image.pretrained=true": "which has the weights of both towers",
-        "finetune.image.lr_factor=0.5": "under finetune.image.freeze=true without unfrozen_blocks",
-        "finetune.image.layer_decay=0.5": "under finetune.image.freeze=true",
+        "model.image.pretrained=true": "which contains the weights of both towers",
+        "finetune.image.lr_factor=0.5": "with finetune.image.freeze=true and without finetune.image.unfrozen_blocks",
+        "finetune.image.layer_decay=0.5": "with finetune.image.freeze=true",
     },
     ("pretrained=x.pt", "finetune=lora", "finetune.lora.text=false"): {
-        "finetune.text.lr_factor=2": "since finetune.lora.text=false keeps the tower as it is",
+        "finetune.text.lr_factor=2": "since finetune.lora.text=false freezes the tower",
     },
 }
 USED = {
@@ -115,7 +115,7 @@ TASKS = {
 
 def problems(*overrides: str) -> list[str]:
     try:
-        return list(idle_keys(compose("train", list(overrides)), typed_keys(overrides)))
+        return list(unused_keys(compose("train", list(overrides)), typed_keys(overrides)))
     except ConfigError as error:  # a key of another tower than the chosen one
         return str(error).splitlines()
 
@@ -136,11 +136,11 @@ def test_a_key_with_an_effect_is_not_refused(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize(("values", "expected"), TASKS.values(), ids=TASKS.keys())
 def test_a_key_of_a_task_without_effect_is_refused(values: dict, expected: str) -> None:
-    (problem,) = idle_keys(parse(EvaluateConfig, {"task": {"t": values}}))
+    (problem,) = unused_keys(parse(EvaluateConfig, {"task": {"t": values}}))
     assert expected in problem
 
 
-def test_every_line_of_the_tables_is_tried_above() -> None:
+def test_every_line_of_the_tables_is_tested_above() -> None:
     tried = f"{TRAINING} {TASKS} model.dropout"
     tables = [model.__dict__.get("unused", ()) for model in nested_models(*SCHEMAS.values())]
     missing = [
@@ -155,20 +155,20 @@ def test_every_line_of_the_tables_is_tried_above() -> None:
 def test_a_key_in_a_file_of_the_user_counts_as_set_where_it_is_not_the_default() -> None:
     config = train_config()
     written_out = config.model_copy(update={"patience": None, "monitor_mode": "auto"})
-    assert idle_keys(written_out) == []
-    assert len(idle_keys(config.model_copy(update={"patience": 3}))) == 1
+    assert unused_keys(written_out) == []
+    assert len(unused_keys(config.model_copy(update={"patience": 3}))) == 1
 
 
 def test_the_configuration_of_a_run_is_never_refused(tmp_path: Path) -> None:
-    """Every default is written out in it."""
+    """Its file contains all defaults."""
     (tmp_path / "config.yaml").write_text(to_yaml(train_config("loss=sigmoid", "data/augmentation=strong")))
-    assert idle_keys(read_run_config(tmp_path)) == []
+    assert unused_keys(read_run_config(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
     "model", repeat_beyond(["siglip_so400m"], [name for name in options("model") if name != "open_clip"])
 )
-def test_no_model_sets_what_another_tower_makes_idle(model: str) -> None:
+def test_no_model_sets_a_key_that_another_tower_leaves_unused(model: str) -> None:
     for towers in ((), TIMM, BERT):
         assert problems(f"model={model}", *towers) == []
 
@@ -186,7 +186,7 @@ def test_no_option_sets_what_has_no_effect(group: str) -> None:
 @pytest.mark.exhaustive
 def test_no_configuration_of_open_clip_sets_what_has_no_effect() -> None:
     for name in configurations():
-        assert list(idle_keys(named_model(name), (), "model.")) == []
+        assert list(unused_keys(named_model(name), (), "model.")) == []
 
 
 def test_an_evaluation_refuses_what_a_trained_model_does_not_use() -> None:
@@ -198,21 +198,21 @@ def test_an_evaluation_refuses_what_a_trained_model_does_not_use() -> None:
         "model.image.mlp_ratio=4",
         "model.text.cleaning=lower",
     ]
-    found = list(idle_keys(compose("evaluate", words), typed_keys(words)))
+    found = list(unused_keys(compose("evaluate", words), typed_keys(words)))
     assert [problem.partition(" has no effect ")[0] for problem in found] == [
         "model.dropout=0.1",
         "model.text.cleaning=lower",
     ]
 
 
-def test_the_command_and_the_function_say_what_was_typed(refused, tmp_path: Path) -> None:
+def test_the_command_and_the_function_report_the_typed_key(refused, tmp_path: Path) -> None:
     result = refused("train.py", "patience=2", "data.image_key=filepath", cwd=tmp_path)
     assert result.returncode == 2
     assert "patience=2 has no effect" in result.stderr
     assert "data.image_key=filepath has no effect" in result.stderr
     folder = ("task=image_folder", "task.image_folder.root=x", "task.image_folder.separator=auto")
     result = refused("evaluate.py", "model=vit_nano", "pretrained=x.pt", "model.dropout=0.1", *folder, cwd=tmp_path)
-    assert "model.dropout=0.1 has no effect on a model that is trained already" in result.stderr
+    assert "model.dropout=0.1 has no effect on a trained model" in result.stderr
     assert "task.image_folder.separator=auto has no effect without task.image_folder.table" in result.stderr
     with pytest.raises(ConfigError, match=r"callbacks\.ema_every_n_steps=1 has no effect"):
         clip_exp.train("callbacks.ema_every_n_steps=1")
