@@ -195,8 +195,8 @@ def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str
     name = config.name or (source.run.name if source.run else source.model.name)
     folder = create_run_folder(config.output_dir, "evaluate", name)
     write_text(folder / "config.yaml", to_yaml(config))
-    told: dict[str, Any] = {} if source.description is None else {"pretrained": source.description}
-    RunRecord(folder).start(arguments, weights=str(source.weights.resolve()), **told)
+    pretrained: dict[str, Any] = {} if source.description is None else {"pretrained": source.description}
+    RunRecord(folder).start(arguments, weights=str(source.weights.resolve()), **pretrained)
     return folder
 
 

@@ -425,7 +425,7 @@ def open_run(config: TrainConfig, data: dict[str, Any] | None = None, job: "Job 
     for found in starts:
         path, key = found.path.absolute(), key_of(found.tower)
         facts[key] = {
-            "told": found.description,
+            "description": found.description,
             "path": str(path),
             "sha256": request.weights_sha256.get(key) or hash_weights(path),
             "format": found.about.format,

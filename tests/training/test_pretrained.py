@@ -60,7 +60,7 @@ def test_the_weights_settle_the_configuration_and_are_noted(tmp_path: Path, weig
     model = read_run_config(opening.folder).model
     assert (model.activation, model.image.mean) == (SETTLED["activation"], SETTLED["mean"])
     assert RunRecord(opening.folder).values["pretrained"] == {
-        "told": str(weights),
+        "description": str(weights),
         "path": str(weights),
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "format": "clip_exp's safetensors",
@@ -215,5 +215,5 @@ def test_of_ranks_that_torchrun_starts_one_downloads(tmp_path: Path, weights: Pa
         assert fetched(server) == ["model.safetensors"]
         assert sum(request.path.startswith("/api/models") for request in server.requests) == 1
     (folder,) = run_folders(tmp_path / "out")
-    assert Finished(folder, "").record["pretrained"]["told"] == "hf-hub:org/clip"
+    assert Finished(folder, "").record["pretrained"]["description"] == "hf-hub:org/clip"
     assert read_run_config(folder).model.activation is SETTLED["activation"]

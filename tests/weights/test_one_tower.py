@@ -312,7 +312,7 @@ def test_a_frozen_tower_from_a_file_is_unchanged_by_training(train: Train, tmp_p
         kept = {name: tensor for name, tensor in torch.load(path).items() if not name.startswith(("head.", "norm."))}
         assert all(torch.equal(learned[f"image.trunk.{name}"], tensor) for name, tensor in kept.items())
         noted = run.record["pretrained_image"]
-        assert (noted["path"], noted["told"], noted["format"]) == (str(path), str(path), "torch file")
+        assert (noted["path"], noted["description"], noted["format"]) == (str(path), str(path), "torch file")
     with pytest.raises(ConfigError, match=r"started from pretrained_image: leave out wise_ft"):
         mix_of(run.folder, 0.5)
 
