@@ -79,9 +79,9 @@ def test_the_command_line_refuses_it_too_and_prints_no_value(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_PAT", "abcdefgh-1")
     assert run("train", [argument]) == 2
-    told = capsys.readouterr()
-    assert "MY_PAT looks like the name of a secret" in told.err
-    assert "abcdefgh-1" not in told.out + told.err
+    captured = capsys.readouterr()
+    assert "MY_PAT looks like the name of a secret" in captured.err
+    assert "abcdefgh-1" not in captured.out + captured.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,9 +92,9 @@ def test_a_sweep_writes_no_secret_and_no_folder_named_by_a_url(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_PAT", "abcdefgh-1")
     assert run("train", ["-m", "seed=1,2", "name=x-abcdefgh-1", "output_dir=s3://bucket/x"]) == 2
-    told = capsys.readouterr().err
-    assert "name contains the value of the environment variable MY_PAT" in told
-    assert "output_dir=s3://bucket/x is a URL" in told
+    output = capsys.readouterr().err
+    assert "name contains the value of the environment variable MY_PAT" in output
+    assert "output_dir=s3://bucket/x is a URL" in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,9 +116,9 @@ def test_a_typed_secret_is_found_and_removed(name: str, value: str, monkeypatch:
     monkeypatch.setenv(name, value)
     assert secret_values()[name] == value
     assert redact(f"argv: x={value}") == "argv: x=***"
-    (told,) = leaks({"name": f"run of {value}"})
-    assert told.startswith(f"name contains the value of the environment variable {name}")
-    assert value not in told
+    (message,) = leaks({"name": f"run of {value}"})
+    assert message.startswith(f"name contains the value of the environment variable {name}")
+    assert value not in message
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,15 @@ def test_in_a_sweep_each_choice_is_translated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "expected"),
     [
         (["model=ViT-B/32", "--cfg", "job", "--package", "model.name"], 0, "vit_b32"),
         (["model=ViT-B/23"], 2, "model=ViT-B/23 does not exist: did you mean 'ViT-B/32'?"),
         (["model=vit_b16,ViT-B-32-quickgelu", "-m"], 2, "cannot be combined with other models in a sweep"),
     ],
 )
-def test_the_command_line_knows_them(command, tmp_path, arguments: list[str], code: int, said: str) -> None:
+def test_the_command_line_knows_them(command, tmp_path, arguments: list[str], code: int, expected: str) -> None:
     result = command("train.py", *arguments, cwd=tmp_path)
     assert result.returncode == code
-    assert said in result.stdout + result.stderr
+    assert expected in result.stdout + result.stderr
     assert "Traceback" not in result.stderr

@@ -237,9 +237,9 @@ def test_a_run_folder_with_an_invalid_configuration_is_refused(tmp_path, content
 
 def test_a_message_has_no_control_characters(capsys) -> None:
     assert run("models", ["+\x1b[2J=1"]) == 2
-    told = capsys.readouterr().err
-    assert "\\x1b[2J" in told
-    assert told.replace("\n", "").isprintable()
+    output = capsys.readouterr().err
+    assert "\\x1b[2J" in output
+    assert output.replace("\n", "").isprintable()
 
 
 def test_every_default_is_written_out() -> None:

@@ -21,7 +21,7 @@ from tests.keys import nested_models
 TIMM = ("model/image=timm", "model.image.name=resnet18")
 BERT = ("model/text=huggingface", "model.text.name=bert")
 CSV = ("data=csv", "data.train=pairs.csv")
-# Of a choice of options: what is typed besides, and a part of what is said about it.
+# For each choice of options: other typed keys, and a part of the message about each.
 TRAINING: dict[tuple[str, ...], dict[str, str]] = {
     (): {
         "model.text.cleaning=lower": "with OpenAI's tokenizer: leave it out, or set model.text.tokenizer",
@@ -122,11 +122,11 @@ def problems(*overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("chosen", TRAINING, ids=lambda chosen: " ".join(chosen) or "default")
 def test_a_typed_key_without_effect_is_refused(chosen: tuple[str, ...]) -> None:
-    said = {re.split("=| is a key", problem)[0]: problem for problem in problems(*chosen, *TRAINING[chosen])}
+    reported = {re.split("=| is a key", problem)[0]: problem for problem in problems(*chosen, *TRAINING[chosen])}
     expected = {typed.lstrip("+").partition("=")[0]: part for typed, part in TRAINING[chosen].items()}
-    assert said.keys() == expected.keys()
+    assert reported.keys() == expected.keys()
     for key, part in expected.items():
-        assert part in said[key]
+        assert part in reported[key]
 
 
 @pytest.mark.parametrize("overrides", USED.values(), ids=USED.keys())

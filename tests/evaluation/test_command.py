@@ -61,4 +61,4 @@ def test_the_help_of_chosen_tasks_has_their_keys_and_meanings(tmp_path: Path, re
     assert "  knn:" in lines
     assert "    k: 20  # neighbors that vote" in lines
     assert any(line.startswith("      imagenet:") for line in lines)
-    assert any(line.startswith("        root: x  # folder with one folder of images per class") for line in lines)
+    assert any(line.startswith("        root: x  # folder with a folder of images per class") for line in lines)

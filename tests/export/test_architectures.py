@@ -57,8 +57,8 @@ def test_transformers_loads_the_folder_and_its_weights_come_back(
 ) -> None:
     huggingface_format.write(tmp_path, model, config)
     model_class = SiglipModel if config.image.kind == "siglip" else CLIPModel
-    theirs, told = model_class.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     given = inputs(config)
     features = (theirs.get_image_features(given[0]), theirs.get_text_features(given[1]))
     assert_same(tuple(feature.pooler_output for feature in features), model, given)

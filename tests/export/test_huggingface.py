@@ -33,8 +33,8 @@ def text_features(theirs: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor
 def test_a_vit_is_loaded_with_equal_features(activation: Activation | None, export: Export) -> None:
     config = vit(activation)
     model = build(config)
-    theirs, told = CLIPModel.from_pretrained(export(model, config, "huggingface"), output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, info = CLIPModel.from_pretrained(export(model, config, "huggingface"), output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     image, tokens = images(config), build_tokenizer(config.text)(TEXTS)
     torch.testing.assert_close(image_features(theirs.eval(), image), model.encode_image(image), atol=1e-5, rtol=0)
     torch.testing.assert_close(text_features(theirs, tokens), model.encode_text(tokens), atol=1e-5, rtol=0)
@@ -79,8 +79,8 @@ def test_a_siglip_model_is_loaded_with_its_processor(export: Export, tmp_path: P
     config = siglip(tmp_path / "tokenizer")
     model = build(config, bias=-10.0)
     folder = export(model, config, "huggingface")
-    theirs, told = SiglipModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, info = SiglipModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     image, tokens = images(config), build_tokenizer(config.text)(TEXTS)
     torch.testing.assert_close(image_features(theirs.eval(), image), model.encode_image(image), atol=1e-5, rtol=0)
     torch.testing.assert_close(text_features(theirs, tokens), model.encode_text(tokens), atol=1e-5, rtol=0)
@@ -106,10 +106,10 @@ def test_clip_exp_reads_its_export_back_as_the_same_model(export: Export, tmp_pa
 
 def test_a_bias_that_clip_model_lacks_is_left_out(export: Export) -> None:
     config = vit()
-    theirs, told = CLIPModel.from_pretrained(
+    theirs, info = CLIPModel.from_pretrained(
         export(build(config, bias=-5.0), config, "huggingface"), output_loading_info=True
     )
-    assert not told["unexpected_keys"]
+    assert not info["unexpected_keys"]
     assert not hasattr(theirs, "logit_bias")
 
 

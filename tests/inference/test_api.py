@@ -87,7 +87,7 @@ def test_the_activation_can_be_set_for_weights_that_were_trained_with_another(ru
         ("vit_b32", "openai/clip", ConfigError, "Give hf-hub:openai/clip if it is on the Hugging Face hub"),
         ("vit_b32", "", ConfigError, "pretrained has no value"),
         ("vit_b32", None, ConfigError, "one of these tags: openai, laion400m_e31"),
-        ("vit_nanno", "w.pt", ConfigError, "no model 'vit_nanno': did you mean 'vit_nano'"),
+        ("vit_nanno", "w.pt", ConfigError, "unknown model 'vit_nanno': did you mean 'vit_nano'"),
         ("lonely.safetensors", None, ConfigError, "the model of these weights is unknown"),
         ("vit_tiny", "lonely.safetensors", CheckpointError, "does not fit the model"),
     ],

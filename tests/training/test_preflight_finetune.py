@@ -11,7 +11,7 @@ REFUSED = {
     "negative blocks": (["finetune=lit", "finetune.image.unfrozen_blocks=-1"], "must be at least 0"),
     "a rate of a frozen tower": (
         ["finetune=lit", "finetune.image.lr_factor=0.1"],
-        "no effect under finetune.image.freeze",
+        "no effect with finetune.image.freeze=true",
     ),
     "no rate": (["finetune.image.lr_factor=0"], "finetune.image.lr_factor=0 must be greater than 0; freeze=true"),
     "rising rates": (["finetune.text.layer_decay=1.1"], "finetune.text.layer_decay=1.1 must be at most 1"),

@@ -65,7 +65,7 @@ def test_the_weights_settle_the_configuration_and_are_noted(tmp_path: Path, weig
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "format": "clip_exp's safetensors",
     }
-    assert "activation quick_gelu, as the weights" in capsys.readouterr().err
+    assert "model.activation=quick_gelu: the activation of the weights" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_the_towers_is_told_before_weights_are_fetched(tmp_path: Path, monkeypatch) -> None:
@@ -121,7 +121,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_run_has_a_folder(tmp_path:
             cwd=tmp_path,
         )
         assert result.returncode == CheckpointError.exit_code, result.stdout + result.stderr
-        assert "tiny.safetensors: does not fit the model" in result.stderr
+        assert "tiny.safetensors does not fit the model" in result.stderr
         assert not (tmp_path / "out").exists()
 
 

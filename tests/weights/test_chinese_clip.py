@@ -126,8 +126,8 @@ def test_a_folder_as_it_is_published_loads(theirs: ChineseCLIPModel, tmp_path: P
     """`pytorch_model.bin` contains position ids, the configuration has no defaults, and the tokenizer is `vocab.txt`."""
     positions = {"text_model.embeddings.position_ids": torch.arange(64)[None]}
     torch.save(theirs.state_dict() | positions, tmp_path / "pytorch_model.bin")
-    told = {**CHINESE_CLIP, "text_config_dict": None, "vision_config_dict": None}
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    values = {**CHINESE_CLIP, "text_config_dict": None, "vision_config_dict": None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys("".join(CHINESE))]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     clip = clip_exp.load(tmp_path, accelerator="cpu")
@@ -150,12 +150,12 @@ def test_weights_and_configuration_go_back_unchanged(theirs: ChineseCLIPModel, f
 def test_our_models_are_those_of_transformers(name: str) -> None:
     """The weights are the same, and the configuration is reproduced, so `pretrained` accepts it."""
     config = named_model(name)
-    told = huggingface_config(config)
+    values = huggingface_config(config)
     with torch.device("meta"):
-        model, theirs = build_model(config), ChineseCLIPModel(ChineseCLIPConfig.from_dict(told))
+        model, theirs = build_model(config), ChineseCLIPModel(ChineseCLIPConfig.from_dict(values))
     shapes = {key: tensor.shape for key, tensor in to_huggingface(model.state_dict(), config).items()}
     assert shapes == {key: tensor.shape for key, tensor in theirs.state_dict().items()}
-    again = model_config_of(told)
+    again = model_config_of(values)
     assert again.activation is config.activation
     assert again.image == config.image
     named = {"name": config.text.name, "tokenizer": config.text.tokenizer}  # type: ignore[attr-defined]

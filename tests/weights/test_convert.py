@@ -51,9 +51,9 @@ def test_a_pickle_with_code_is_converted_only_where_it_is_trusted(tmp_path: Path
     assert not output.exists()
     assert not (tmp_path / "ran").exists()
     found = converted(file, trust_pickle=True)
-    said = capsys.readouterr()
-    assert "warning: loading" in said.err
-    assert "left out, not tensors: args, epoch, ran" in said.out
+    captured = capsys.readouterr()
+    assert "warning: loading" in captured.err
+    assert "left out, not tensors: args, epoch, ran" in captured.out
     assert found.keys() == {f"state_dict.{name}" for name in state}
     again = build_model(small_config())
     load_weights(again, output)
@@ -79,9 +79,9 @@ def test_a_pickle_of_weights_needs_no_trust(tmp_path: Path, capsys) -> None:
         "optimizer.state.0.exp_avg",
     }
     assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in content["model"].items())
-    said = capsys.readouterr()
-    assert "left out, not tensors: optimizer.param_groups, wave" in said.out
-    assert said.err == ""
+    captured = capsys.readouterr()
+    assert "left out, not tensors: optimizer.param_groups, wave" in captured.out
+    assert captured.err == ""
 
 
 def test_a_whole_module_gives_its_weights(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_whole_module_gives_its_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "expected"),
     [
         ({"file": None}, ConfigError, "file has no value"),
         ({"output": None}, ConfigError, "output has no value"),
@@ -108,7 +108,7 @@ def test_a_whole_module_gives_its_weights(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_converted_is_named(
-    options: dict[str, Any], error: type[ClipExpError], said: str, tmp_path: Path
+    options: dict[str, Any], error: type[ClipExpError], expected: str, tmp_path: Path
 ) -> None:
     converted(saved(tmp_path, {"a": torch.ones(1)}))
     (tmp_path / "old.safetensors").rename(tmp_path / "there.safetensors")
@@ -117,7 +117,7 @@ def test_what_cannot_be_converted_is_named(
     before = (tmp_path / "there.safetensors").read_bytes()
     values = {"file": "old.pt", "output": "new.safetensors"} | options
     paths = {key: value and str(tmp_path / value) for key, value in values.items()}
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=expected):
         convert(ConvertConfig(**paths))
     assert not (tmp_path / "new.safetensors").exists()
     assert (tmp_path / "there.safetensors").read_bytes() == before

@@ -73,10 +73,10 @@ def test_a_tag_is_downloaded_from_its_url_and_the_registry_resolves_the_model(
     entry = replace(LISTED, url=f"{server.url}/w.pt", sha256=hashlib.sha256(content).hexdigest()[:8])
     found = find_weights("tiny", model, look_up(entry))
     assert found.path == tmp_path / "files" / "w.pt"
-    settled = resolve_model(model, found)
-    assert settled.activation is Activation.quick_gelu
-    assert (settled.image.mean, settled.image.std) == (LISTED.mean, LISTED.std)
-    assert (settled.image.interpolation, settled.image.resize_mode) == (Interpolation.bilinear, ResizeMode.squash)
+    resolved = resolve_model(model, found)
+    assert resolved.activation is Activation.quick_gelu
+    assert (resolved.image.mean, resolved.image.std) == (LISTED.mean, LISTED.std)
+    assert (resolved.image.interpolation, resolved.image.resize_mode) == (Interpolation.bilinear, ResizeMode.squash)
     assert (
         "model.activation=quick_gelu: the activation of the weights tiny of open_clip's ViT-N"
         in capsys.readouterr().err

@@ -157,7 +157,7 @@ NINES = "9" * 5000  # a number that Python does not read
 
 
 @pytest.mark.parametrize(
-    ("weights", "told"),
+    ("weights", "expected"),
     [
         ({"image.patch_embedding.weight": torch.ones(())}, "image.patch_embedding.weight [] instead of"),
         ({"text.token_embedding.weight": torch.ones(4)}, "text.token_embedding.weight [4] instead of"),
@@ -167,9 +167,9 @@ NINES = "9" * 5000  # a number that Python does not read
         ({"\x1b]0;hostile\x07\n": torch.ones(1)}, r"not in the model: '\x1b]0;hostile\x07\n'…"),
     ],
 )
-def test_what_no_model_has_is_named_too(model: CLIP, weights: dict[str, Tensor], told: str) -> None:
+def test_what_no_model_has_is_named_too(model: CLIP, weights: dict[str, Tensor], expected: str) -> None:
     message = refusal(fresh(), model.state_dict() | weights)
-    assert told in message
+    assert expected in message
     assert message.replace("\n", "").isprintable()
 
 

@@ -38,9 +38,9 @@ def test_a_setting_that_does_not_fit_the_weights_is_refused_with_a_hint() -> Non
 
 def test_weights_of_unknown_activation_default_to_gelu_with_a_message(capsys) -> None:
     assert resolve_model(MODEL, found()).activation is Activation.gelu
-    said = capsys.readouterr().err
-    assert "of w.pt is unknown" in said
-    assert "set model.activation=quick_gelu" in said
+    output = capsys.readouterr().err
+    assert "of w.pt is unknown" in output
+    assert "set model.activation=quick_gelu" in output
     assert (
         resolve_model(MODEL.model_copy(update={"activation": Activation.quick_gelu}), found()).activation
         is Activation.quick_gelu
@@ -63,14 +63,14 @@ def test_images_are_preprocessed_as_in_training_unless_configured() -> None:
         "resize_mode": ResizeMode.squash,
     }
     weights = found(activation=Activation.gelu, **about)
-    settled = resolve_model(MODEL, weights).image
-    assert {name: getattr(settled, name) for name in about} == about
+    resolved = resolve_model(MODEL, weights).image
+    assert {name: getattr(resolved, name) for name in about} == about
     own = MODEL.model_copy(
         update={"image": MODEL.image.model_copy(update={"mean": [0.1] * 3, "resize_mode": ResizeMode.shortest})}
     )
-    settled = resolve_model(own, weights).image
-    assert (settled.mean, settled.resize_mode) == ([0.1] * 3, ResizeMode.shortest)
-    assert (settled.std, settled.interpolation) == ([0.25] * 3, Interpolation.bilinear)
+    resolved = resolve_model(own, weights).image
+    assert (resolved.mean, resolved.resize_mode) == ([0.1] * 3, ResizeMode.shortest)
+    assert (resolved.std, resolved.interpolation) == ([0.25] * 3, Interpolation.bilinear)
 
 
 def test_the_number_of_heads_is_compared() -> None:
@@ -154,6 +154,6 @@ def test_a_backbone_with_another_activation_than_its_weights_is_reported(
     name: str, pretrained: bool, twin: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note_architecture(with_backbone(name, pretrained))
-    said = capsys.readouterr().err
-    assert said.count(f"model.image.name={twin} computes that.") == (twin is not None)
-    assert bool(said) == (twin is not None)
+    output = capsys.readouterr().err
+    assert output.count(f"model.image.name={twin} computes that.") == (twin is not None)
+    assert bool(output) == (twin is not None)
