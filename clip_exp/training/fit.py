@@ -117,6 +117,7 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
 def _fit(
     config: TrainConfig, tables: RunTables | None, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str
 ) -> None:
+    """Build data, model and Trainer, train, and report the results, as one rank."""
     # TF32 for float32 matrix products on CUDA. Validation and tasks turn it off, so that scores are exact.
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)

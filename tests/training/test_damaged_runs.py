@@ -283,7 +283,7 @@ def test_a_checkpoint_that_does_not_load_is_passed_over_unless_it_was_named(
     assert "using step-000001" in caplog.text
     assert "step-000002: cannot be loaded" in caplog.text
     named = candidates(config.model_copy(update={"resume": str(newest)}), tmp_path, record)
-    with pytest.raises(CheckpointError, match=r"resume=.*step-000002 cannot be loaded: .*Name another"):
+    with pytest.raises(CheckpointError, match=r"resume=.*step-000002 cannot be loaded: .*Set resume to another"):
         first_that_loads(named, tmp_path, record, module, Data())  # type: ignore[arg-type]
 
 

@@ -126,5 +126,5 @@ def test_a_library_with_another_rank_or_device_ends_the_run() -> None:
     trainer: Any = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
     SameRanks().on_train_start(trainer, None)
     engine.global_rank, engine.world_size, engine.device = 5, 8, "cuda:5"
-    with pytest.raises(DistributedError, match="rank 0 of 1 on cpu is rank 5 of 8 on cuda:5 for DeepSpeed"):
+    with pytest.raises(DistributedError, match="rank 0 of 1 on cpu, but rank 5 of 8 on cuda:5 for DeepSpeed"):
         SameRanks().on_train_start(trainer, None)

@@ -77,7 +77,7 @@ def test_what_does_not_fit_the_towers_is_told_before_weights_are_fetched(tmp_pat
         "finetune.image.unfrozen_blocks=99",
         f"output_dir={tmp_path}",
     )
-    with pytest.raises(ConfigError, match="unfrozen_blocks=99 is more than the 12 blocks"):
+    with pytest.raises(ConfigError, match="unfrozen_blocks=99 must be at most 12, the number of blocks"):
         open_run(config)
 
 

@@ -95,7 +95,7 @@ def test_a_damaged_run_is_repaired_and_ends_bitwise_equal_and_a_person_sees_it(
     log = (folder / "train.log").read_text()
     for text in (result.stderr, log):
         assert "run.json is damaged (it is not JSON from line 1 on): the copy in step-000020 is used instead" in text
-        assert "step-000010 is used:\n  step-000020: state.json has" in text
+        assert "using step-000010:\n  step-000020: state.json has" in text
     assert result.stderr.count("run.json is damaged") == result.stderr.count("step-000020: state.json has") == 1
     run = Finished(folder, result.stdout)
     assert run.losses == single.losses

@@ -149,7 +149,7 @@ def test_the_end_token_of_old_configurations_means_the_highest_id() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "bert"}, "model_type=bert is none of clip, siglip"),
+        ({"model_type": "bert"}, "model_type=bert is not supported. Supported: clip, siglip"),
         (
             small("clip", text={"hidden_act": "gelu"}),
             "hidden_act=quick_gelu of the image tower and gelu of the text tower must be equal",

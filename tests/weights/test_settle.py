@@ -153,5 +153,5 @@ def test_a_backbone_of_another_activation_than_its_weights_is_told(
 ) -> None:
     note_architecture(with_backbone(name, pretrained))
     said = capsys.readouterr().err
-    assert said.count(f"model.image.name={twin} computes that.") == (twin is not None)
+    assert said.count(f"set model.image.name={twin}.") == (twin is not None)
     assert bool(said) == (twin is not None)
