@@ -87,11 +87,11 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
     config = config.model_copy(update={"model": with_saved_tokenizer(config.model, run_dir)})
     record = RunRecord(run_dir)
     device_type = resolve_accelerator(config.trainer.accelerator, "trainer.")
-    several = started_by_launcher() or config.strategy.name != StrategyName.auto
+    distributed = started_by_launcher() or config.strategy.name != StrategyName.auto
     finished = record.values.get("status") == "finished"
     with note_signals() as stop:
         try:
-            with group.membership(device_type, config.strategy.timeout_s) if several else nullcontext():
+            with group.membership(device_type, config.strategy.timeout_s) if distributed else nullcontext():
                 if finished:
                     score_finished(config, run_dir, record, group.device(device_type))
                     return 0

@@ -160,9 +160,7 @@ def test_a_run_that_nothing_describes_any_more_is_not_passed_over(folder: Path, 
     assert open_run(config).folder != folder, "it has never trained"
 
 
-def test_a_run_that_lost_its_checkpoints_stops_until_it_is_told_to_start_over(
-    folder: Path, config: TrainConfig
-) -> None:
+def test_a_run_that_lost_its_checkpoints_stops_until_it_is_to_start_over(folder: Path, config: TrainConfig) -> None:
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(CheckpointError, match=r"had a checkpoint of step 20, .*resume=never"):
         open_run(config)

@@ -99,7 +99,7 @@ def trainer(step: int) -> Any:
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
     ],
 )  # fmt: skip
-def test_errors_are_told_apart_by_their_cause(error: Exception, expected: type[Exception]) -> None:
+def test_errors_are_distinguished_by_their_cause(error: Exception, expected: type[Exception]) -> None:
     config = train_config("global_batch_size=64", "trainer.accelerator=cpu")
     assert type(explain(error, trainer(6), config)) is expected
 

@@ -1,4 +1,4 @@
-"""Nothing is lost: the same command goes on, under any strategy, and ends where it would have ended."""
+"""Nothing is lost: the same command resumes, under any strategy, and ends where it would have ended."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def interrupted(single: Finished, output_dir: Path) -> Path:
     return folder
 
 
-def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train: Train, tmp_path) -> None:
+def test_the_same_command_resumes_and_ends_bitwise_equal(single: Finished, train: Train, tmp_path) -> None:
     folder = interrupted(single, tmp_path)
     run = train(*RUN, output_dir=tmp_path)
     assert run.folder == folder
@@ -126,7 +126,7 @@ STRATEGIES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "dd
 
 
 @pytest.mark.parametrize("strategy", repeat_beyond((), STRATEGIES))  # the other way round in `make test`
-def test_a_run_goes_on_under_another_strategy(strategy: str, single: Finished, train: Train, tmp_path) -> None:
+def test_a_run_resumes_under_another_strategy(strategy: str, single: Finished, train: Train, tmp_path) -> None:
     interrupted(single, tmp_path)
     run = train(*RUN, f"strategy={strategy}", "trainer.devices=2", output_dir=tmp_path)
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
@@ -147,7 +147,7 @@ def test_a_run_whose_weights_are_rounded_to_bf16_resumes_from_those_in_float32(
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
 
 
-def test_a_sharded_run_goes_on_in_one_process(single: Finished, train: Train, tmp_path) -> None:
+def test_a_sharded_run_resumes_in_one_process(single: Finished, train: Train, tmp_path) -> None:
     sharded = train(*RUN, "strategy=deepspeed_stage_3", "trainer.devices=2")
     interrupted(sharded, tmp_path)
     run = train(*RUN, output_dir=tmp_path)

@@ -53,7 +53,7 @@ def test_a_report_that_cannot_be_written_costs_a_warning_and_is_missing(
 # ----------------------------------------------------------------------------------------- what was wrong with the data
 
 
-def test_empty_captions_and_values_that_no_filter_compares_are_told(tmp_path, caplog):
+def test_empty_captions_and_values_that_no_filter_compares_are_reported(tmp_path, caplog):
     noise(0).save(tmp_path / "0.png")
     rows = [
         ["filepath", "title", "width"],
