@@ -87,11 +87,11 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
     config = config.model_copy(update={"model": with_saved_tokenizer(config.model, run_dir)})
     record = RunRecord(run_dir)
     device_type = resolve_accelerator(config.trainer.accelerator, "trainer.")
-    several = started_by_launcher() or config.strategy.name != StrategyName.auto
+    distributed = started_by_launcher() or config.strategy.name != StrategyName.auto
     finished = record.values.get("status") == "finished"
     with note_signals() as stop:
         try:
-            with group.membership(device_type, config.strategy.timeout_s) if several else nullcontext():
+            with group.membership(device_type, config.strategy.timeout_s) if distributed else nullcontext():
                 if finished:
                     score_finished(config, run_dir, record, group.device(device_type))
                     return 0
@@ -117,6 +117,7 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
 def _fit(
     config: TrainConfig, tables: RunTables | None, run_dir: Path, record: RunRecord, stop: StopRequest, device_type: str
 ) -> None:
+    """Build data, model and Trainer, train, and report the results, as one rank."""
     # TF32 for float32 matrix products on CUDA. Validation and tasks turn it off, so that scores are exact.
     torch.set_float32_matmul_precision("high")
     pl.seed_everything(config.seed, verbose=False)

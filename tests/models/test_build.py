@@ -132,7 +132,7 @@ def test_initial_scale_and_bias_are_the_given_ones() -> None:
     assert build_model(medium_config()).logit_scale.exp().item() == pytest.approx(1 / 0.07)
 
 
-def test_numbers_that_do_not_fit_are_told_at_once() -> None:
+def test_numbers_that_do_not_fit_are_reported_together() -> None:
     config = medium_config()
     config.image.patch_size, config.text.heads = 20, 5
     with pytest.raises(ConfigError, match=r"(?s)image_size=96.*patch_size=20.*text\.width=256.*heads=5"):

@@ -212,6 +212,6 @@ def test_a_projection_is_found_by_its_name_wherever_it_is_registered() -> None:
     assert projection_names(bert) == {"projection.0.weight", "projection.2.weight"} <= at(bert, 4)
 
 
-def test_a_tower_without_a_projection_is_probed_by_its_last_layer() -> None:
+def test_a_tower_without_a_projection_has_its_last_layer_as_projection() -> None:
     tower = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.LayerNorm(2))
     assert projection_names(tower) == {"1.weight", "1.bias"}

@@ -110,7 +110,7 @@ def test_a_noted_architecture_builds_the_encoder_without_its_folder(tmp_path: Pa
         note_architecture(config.text.name)
 
 
-def test_own_weights_are_asked_for_by_the_configuration(folders) -> None:
+def test_own_weights_are_requested_by_the_configuration(folders) -> None:
     assert small(folders["bert"]).own_towers == {"text"}
     assert not small(folders["bert"], pretrained=False).own_towers
 

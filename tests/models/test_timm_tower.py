@@ -55,7 +55,7 @@ def test_features_equal_open_clip(name: str, projection: Projection) -> None:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_takes_the_size_that_is_asked_for(name: str) -> None:
+def test_a_backbone_takes_the_requested_size(name: str) -> None:
     tower = build_image_tower(small(name, 96)).eval()
     assert tower(images(96)).shape == (3, 24)
 
@@ -120,7 +120,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return published
 
 
-def test_a_backbone_starts_from_its_own_weights_where_that_is_asked_for(hub: nn.Module) -> None:
+def test_a_backbone_starts_from_its_own_weights_where_requested(hub: nn.Module) -> None:
     published = hub.state_dict()
     config = small("test_vit", 160, pretrained=True)
     own = build_image_tower(config, own_weights=True).trunk.state_dict()

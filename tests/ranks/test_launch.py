@@ -60,7 +60,7 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
         (("lost connection", "lost connection"), 6, "error: lost the connection to another rank, which ended."),
     ],
 )
-def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
+def test_the_rank_that_failed_in_cause_is_the_one_that_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...], code: int, message: str
 ) -> None:
     found, record = run(tmp_path, *plan)
@@ -96,7 +96,7 @@ def test_the_rank_that_failed_in_cause_is_the_one_that_is_told(
         (("9", "wait"), "rank 0 of 2 ended with exit code 9 and no message"),
     ],
 )
-def test_a_rank_that_cannot_tell_is_told_of(
+def test_a_rank_that_cannot_report_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture, plan: tuple[str, ...], message: str
 ) -> None:
     code, record = run(tmp_path, *plan)

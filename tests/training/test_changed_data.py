@@ -69,7 +69,7 @@ def test_the_command_of_a_finished_run_trains_again_where_its_table_was_edited(t
     assert f"{second.folder}: this run is already finished" in again.output
 
 
-def test_a_checkpoint_of_an_older_version_goes_on(train: Train, table: Path) -> None:
+def test_a_checkpoint_of_an_older_version_is_resumed(train: Train, table: Path) -> None:
     folder = unfinished(train, table)
     for file in (folder / "checkpoints").glob(f"*/{STATE}"):
         state = json.loads(file.read_text())

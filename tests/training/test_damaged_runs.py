@@ -160,9 +160,7 @@ def test_a_run_that_nothing_describes_any_more_is_not_passed_over(folder: Path, 
     assert open_run(config).folder != folder, "it has never trained"
 
 
-def test_a_run_that_lost_its_checkpoints_stops_until_it_is_told_to_start_over(
-    folder: Path, config: TrainConfig
-) -> None:
+def test_a_run_that_lost_its_checkpoints_stops_until_it_is_to_start_over(folder: Path, config: TrainConfig) -> None:
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(CheckpointError, match=r"had a checkpoint of step 20, .*resume=never"):
         open_run(config)
@@ -283,7 +281,7 @@ def test_a_checkpoint_that_does_not_load_is_passed_over_unless_it_was_named(
     assert "using step-000001" in caplog.text
     assert "step-000002: cannot be loaded" in caplog.text
     named = candidates(config.model_copy(update={"resume": str(newest)}), tmp_path, record)
-    with pytest.raises(CheckpointError, match=r"resume=.*step-000002 cannot be loaded: .*Name another"):
+    with pytest.raises(CheckpointError, match=r"resume=.*step-000002 cannot be loaded: .*Set resume to another"):
         first_that_loads(named, tmp_path, record, module, Data())  # type: ignore[arg-type]
 
 

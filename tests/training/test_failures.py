@@ -99,7 +99,7 @@ def trainer(step: int) -> Any:
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
     ],
 )  # fmt: skip
-def test_errors_are_told_apart_by_their_cause(error: Exception, expected: type[Exception]) -> None:
+def test_errors_are_distinguished_by_their_cause(error: Exception, expected: type[Exception]) -> None:
     config = train_config("global_batch_size=64", "trainer.accelerator=cpu")
     assert type(explain(error, trainer(6), config)) is expected
 
@@ -126,5 +126,5 @@ def test_a_library_with_another_rank_or_device_ends_the_run() -> None:
     trainer: Any = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
     SameRanks().on_train_start(trainer, None)
     engine.global_rank, engine.world_size, engine.device = 5, 8, "cuda:5"
-    with pytest.raises(DistributedError, match="rank 0 of 1 on cpu is rank 5 of 8 on cuda:5 for DeepSpeed"):
+    with pytest.raises(DistributedError, match="rank 0 of 1 on cpu, but rank 5 of 8 on cuda:5 for DeepSpeed"):
         SameRanks().on_train_start(trainer, None)

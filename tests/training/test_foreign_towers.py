@@ -132,13 +132,13 @@ def test_a_folder_of_chinese_clip_is_trained_scored_and_exported_to_transformers
     [
         (
             ["model/text=huggingface", "model.text.name=./none"],
-            "model.text.name=./none cannot be had (FileNotFoundError",
+            "model.text.name=./none could not be loaded (FileNotFoundError",
         ),
-        (["model/image=timm", "model.image.name=resnt18"], "timm has no such model: did you mean resnet18"),
+        (["model/image=timm", "model.image.name=resnt18"], "is not a model of timm: did you mean resnet18"),
         ([*TIMM, "model.image.image_size=65"], "model.image.image_size=65 does not fit test_vit"),
     ],
 )
-def test_a_tower_that_cannot_be_had_ends_with_code_2_and_leaves_no_folder(
+def test_a_tower_that_cannot_be_loaded_ends_with_code_2_and_leaves_no_folder(
     overrides: list[str], expected: str, command, tmp_path: Path
 ) -> None:
     result = command("train.py", *SHORT[3:], "model=vit_nano", *overrides, cwd=tmp_path)

@@ -84,7 +84,7 @@ def left(disk: Disk) -> list[str]:
     return [path.name for path in disk.path.rglob("*") if ".writing-" in path.name or path.name.endswith(".new")]
 
 
-def ended_for_want_of_room(result: subprocess.CompletedProcess[str], disk: Disk) -> Path:
+def ended_without_space(result: subprocess.CompletedProcess[str], disk: Disk) -> Path:
     """Check the end of a run whose last save failed; return its folder."""
     assert result.returncode == 4, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -99,7 +99,7 @@ def ended_for_want_of_room(result: subprocess.CompletedProcess[str], disk: Disk)
     return folder
 
 
-def finished_after_all(run: Finished, folder: Path) -> None:
+def finished_with_the_same_command(run: Finished, folder: Path) -> None:
     assert run.folder == folder
     assert run.record["status"] == "finished"
     assert {"error", "exit_code"}.isdisjoint(run.record)
@@ -114,10 +114,10 @@ def test_a_third_checkpoint_that_does_not_fit_does_not_end_the_run(
     arguments = (*RUN, f"trainer.devices={devices}", f"strategy={strategy}", "callbacks.save_retry_s=0.5")
     with meanwhile(lambda: list(disk.path.glob(SECOND)), disk.shrink):
         result = command("train.py", *arguments, f"output_dir={disk.path}", cwd=disk.path)
-    folder = ended_for_want_of_room(result, disk)
+    folder = ended_without_space(result, disk)
     assert [path.name for path in checkpoints(folder)] == ["step-000010", "step-000020"]
     disk.grow()
-    finished_after_all(train(*arguments, output_dir=disk.path), folder)
+    finished_with_the_same_command(train(*arguments, output_dir=disk.path), folder)
 
 
 def test_a_disk_that_fills_up_to_the_last_byte_does_not_end_the_run(disk: Disk, command: Run, train: Train) -> None:
@@ -125,10 +125,10 @@ def test_a_disk_that_fills_up_to_the_last_byte_does_not_end_the_run(disk: Disk, 
     arguments = (*RUN, "logger=tensorboard", "callbacks.save_retry_s=0.5")
     with meanwhile(lambda: list(disk.path.glob(SECOND)), disk.fill):
         result = command("train.py", *arguments, f"output_dir={disk.path}", cwd=disk.path)
-    folder = ended_for_want_of_room(result, disk)
+    folder = ended_without_space(result, disk)
     assert "metrics.csv cannot be written: No space left on device" in result.stderr
     (disk.path / "ballast").unlink()
-    finished_after_all(train(*arguments, output_dir=disk.path), folder)
+    finished_with_the_same_command(train(*arguments, output_dir=disk.path), folder)
 
 
 def test_a_run_that_finds_room_again_in_time_ends_well(disk: Disk, command: Run) -> None:
@@ -140,7 +140,7 @@ def test_a_run_that_finds_room_again_in_time_ends_well(disk: Disk, command: Run)
         result = command("train.py", *RUN, f"output_dir={disk.path}", cwd=disk.path)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = run_folders(disk.path)
-    finished_after_all(Finished(folder, result.stdout), folder)
+    finished_with_the_same_command(Finished(folder, result.stdout), folder)
 
 
 def test_a_start_on_a_full_disk_is_refused_with_the_reason(disk: Disk, command: Run) -> None:

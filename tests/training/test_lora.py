@@ -106,7 +106,7 @@ def test_a_target_may_be_of_one_tower_only() -> None:
     }
 
 
-def test_an_unknown_target_is_told_with_those_there_are_in_every_tower() -> None:
+def test_an_unknown_target_is_reported_with_the_valid_ones_in_every_tower() -> None:
     with pytest.raises(
         ConfigError, match=r"\['query'\]: .* image tower has fc, out, .*, qkv; the text tower has 0, projection"
     ):
@@ -115,7 +115,7 @@ def test_an_unknown_target_is_told_with_those_there_are_in_every_tower() -> None
         adapted_layers("qkv", "0", image=False)
 
 
-def test_a_tower_that_has_none_of_the_targets_is_told() -> None:
+def test_a_tower_that_has_none_of_the_targets_is_reported() -> None:
     with pytest.raises(
         ConfigError, match=r"the text tower has no linear layers that end in qkv. Set finetune.lora.text=false"
     ):
@@ -146,7 +146,7 @@ class ReadsWeights(nn.Module):
         return layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
 
 
-def test_a_layer_that_is_never_called_gets_no_adapter_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_layer_that_is_never_called_gets_no_adapter_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     tower = ReadsWeights()
     adapt(tower, LoRAConfig(rank=2), torch.zeros(1, 3, 8), "image")
     assert (
@@ -222,7 +222,7 @@ def interrupted(run: Finished, output_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("overrides", repeat_beyond(([],), ([], STRATEGIES["ZeRO-2"])), ids=["alone", "on ZeRO-2"])
-def test_an_interrupted_run_goes_on_bitwise_and_under_another_strategy(
+def test_an_interrupted_run_resumes_bitwise_and_under_another_strategy(
     overrides: list[str], alone: Finished, start: Path, train: Train, tmp_path: Path
 ) -> None:
     interrupted(alone, tmp_path)
@@ -233,7 +233,7 @@ def test_an_interrupted_run_goes_on_bitwise_and_under_another_strategy(
         assert all(torch.equal(run.weights[name], weight) for name, weight in alone.weights.items())
 
 
-def test_tasks_and_averages_see_merged_weights_and_dropout_goes_on_bitwise(
+def test_tasks_and_averages_see_merged_weights_and_dropout_resumes_bitwise(
     start: Path, train: Train, tmp_path: Path
 ) -> None:
     settings = (

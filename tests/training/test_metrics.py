@@ -295,7 +295,7 @@ def run_on_gpu(steps: int, load_s: float, work_s: float, ask_s: float = 0.01) ->
     return clock.take()
 
 
-def test_a_gpu_that_starves_is_told_from_one_that_works_while_the_process_waits() -> None:
+def test_a_gpu_that_starves_is_distinguished_from_one_that_works_while_the_process_waits() -> None:
     starved = run_on_gpu(steps=50, load_s=1.0, work_s=0.4)
     assert starved.steps == 50
     assert starved.compute_s == pytest.approx(0.4)
@@ -330,7 +330,7 @@ def test_the_rate_on_a_gpu_is_that_of_the_wall_clock(copy_s, step_s, average_s, 
     assert times.waited_s == 0.0
 
 
-def test_a_pause_on_a_gpu_begins_when_it_has_done_what_it_was_asked_for() -> None:
+def test_a_pause_on_a_gpu_begins_when_it_has_done_all_its_work() -> None:
     queue = Queue()
     clock = gpu_clock(queue)
     for waited_s in (0.0, 0.5):
@@ -363,12 +363,12 @@ def steps_with_advice(watch: LoaderWatch, *windows: StepTimes) -> list[int]:
     return [i for i, window in enumerate(windows) if watch.add(window) is not None]
 
 
-def test_a_slow_loader_is_told_once_and_not_of_the_first_steps() -> None:
+def test_a_slow_loader_is_reported_once_and_not_for_the_first_steps() -> None:
     assert steps_with_advice(LoaderWatch(ROOMY), *[STARVED] * 10) == [2]
     assert steps_with_advice(LoaderWatch(ROOMY), STARVED, *[BUSY] * 10) == []
 
 
-def test_a_loader_that_becomes_slow_later_is_told_then() -> None:
+def test_a_loader_that_becomes_slow_later_is_reported_then() -> None:
     assert steps_with_advice(LoaderWatch(ROOMY), *[BUSY] * 5, *[STARVED] * 10) == [6]
 
 

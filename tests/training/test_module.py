@@ -1,9 +1,11 @@
 """The LightningModule's steps on a GPU: the process launches one after the other, and never waits for what they compute."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.loader import Batch, EvalBatch
@@ -99,3 +101,12 @@ def test_validation_is_scored_on_the_device_with_exact_float32_products(monkeypa
         module.on_validation_epoch_end()
     assert [(column.device.type, len(column)) for column in columns] == [("cuda", 5), ("cuda", 5)]
     assert switches == [("highest", False)]
+
+
+def test_patience_is_restored_from_a_checkpoint_of_an_older_version() -> None:
+    state = {"wait_count": 3}
+    older = EarlyStopping("val/zeroshot_top1", mode="max")
+    checkpoint = {"optimizer_states": [], "random_states": [], "callbacks": {older.state_key: state}}
+    module: Any = SimpleNamespace(config=train_config(), parameter_names=[])
+    CLIPModule.on_load_checkpoint(module, checkpoint)
+    assert checkpoint["callbacks"] == {EarlyStopping("val/top1", mode="max").state_key: state}

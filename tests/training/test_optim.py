@@ -206,7 +206,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_what_a_tower_does_not_have_is_told_before_the_run_has_a_folder(
+def test_what_a_tower_does_not_have_is_reported_before_the_run_has_a_folder(
     overrides: tuple[str, ...], expected: str, start: Path, command, tmp_path: Path
 ) -> None:
     result = command(

@@ -80,6 +80,6 @@ def test_a_backbone_with_weights_of_its_own_can_be_locked_but_not_its_new_projec
         check_train(train_config(*model, "finetune=lora"))
 
 
-def test_a_backbone_of_an_open_clip_configuration_is_random_unless_its_weights_are_asked_for() -> None:
+def test_a_backbone_of_an_open_clip_configuration_is_random_unless_its_weights_are_requested() -> None:
     with pytest.raises(ConfigError, match="random weights in the image tower"):
         check_train(train_config(*OF_OPEN_CLIP[:2], "finetune=lit"))

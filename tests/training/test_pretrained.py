@@ -68,7 +68,7 @@ def test_the_weights_settle_the_configuration_and_are_noted(tmp_path: Path, weig
     assert "model.activation=quick_gelu: the activation of the weights" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_the_towers_is_told_before_weights_are_fetched(tmp_path: Path, monkeypatch) -> None:
+def test_what_does_not_fit_the_towers_is_reported_before_weights_are_downloaded(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("clip_exp.training.opening.find_weights", lambda *_: pytest.fail("the weights were searched"))
     config = train_config(
         "model=vit_b32",
@@ -77,11 +77,11 @@ def test_what_does_not_fit_the_towers_is_told_before_weights_are_fetched(tmp_pat
         "finetune.image.unfrozen_blocks=99",
         f"output_dir={tmp_path}",
     )
-    with pytest.raises(ConfigError, match="unfrozen_blocks=99 is more than the 12 blocks"):
+    with pytest.raises(ConfigError, match="unfrozen_blocks=99 must be at most 12, the number of blocks"):
         open_run(config)
 
 
-def test_a_run_that_goes_on_needs_its_start_no_more(tmp_path: Path, weights: Path) -> None:
+def test_a_resumed_run_does_not_need_its_start_weights(tmp_path: Path, weights: Path) -> None:
     config = train_config("model=vit_nano", f"pretrained={weights}", f"output_dir={tmp_path}/out")
     first = opened(config)
     write(first.folder, 10)

@@ -1,4 +1,4 @@
-"""Nothing is lost: the same command goes on, under any strategy, and ends where it would have ended."""
+"""Nothing is lost: the same command resumes, under any strategy, and ends where it would have ended."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def interrupted(single: Finished, output_dir: Path) -> Path:
     return folder
 
 
-def test_the_same_command_goes_on_and_ends_bitwise_equal(single: Finished, train: Train, tmp_path) -> None:
+def test_the_same_command_resumes_and_ends_bitwise_equal(single: Finished, train: Train, tmp_path) -> None:
     folder = interrupted(single, tmp_path)
     run = train(*RUN, output_dir=tmp_path)
     assert run.folder == folder
@@ -95,7 +95,7 @@ def test_a_damaged_run_is_repaired_and_ends_bitwise_equal_and_a_person_sees_it(
     log = (folder / "train.log").read_text()
     for text in (result.stderr, log):
         assert "run.json is damaged (it is not valid JSON in line 1): the copy in step-000020 is used instead" in text
-        assert "step-000010 is used:\n  step-000020: state.json has" in text
+        assert "using step-000010:\n  step-000020: state.json has" in text
     assert result.stderr.count("run.json is damaged") == result.stderr.count("step-000020: state.json has") == 1
     run = Finished(folder, result.stdout)
     assert run.losses == single.losses
@@ -126,7 +126,7 @@ STRATEGIES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "dd
 
 
 @pytest.mark.parametrize("strategy", repeat_beyond((), STRATEGIES))  # the other way round in `make test`
-def test_a_run_goes_on_under_another_strategy(strategy: str, single: Finished, train: Train, tmp_path) -> None:
+def test_a_run_resumes_under_another_strategy(strategy: str, single: Finished, train: Train, tmp_path) -> None:
     interrupted(single, tmp_path)
     run = train(*RUN, f"strategy={strategy}", "trainer.devices=2", output_dir=tmp_path)
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
@@ -147,7 +147,7 @@ def test_a_run_whose_weights_are_rounded_to_bf16_resumes_from_those_in_float32(
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
 
 
-def test_a_sharded_run_goes_on_in_one_process(single: Finished, train: Train, tmp_path) -> None:
+def test_a_sharded_run_resumes_in_one_process(single: Finished, train: Train, tmp_path) -> None:
     sharded = train(*RUN, "strategy=deepspeed_stage_3", "trainer.devices=2")
     interrupted(sharded, tmp_path)
     run = train(*RUN, output_dir=tmp_path)

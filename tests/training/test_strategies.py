@@ -65,7 +65,7 @@ def test_what_is_offloaded_from_a_gpu_is_in_pinned_memory(device_type: str, pinn
     assert [zero[name]["pin_memory"] for name in ("offload_optimizer", "offload_param")] == [pinned, pinned]
 
 
-def test_deepspeed_averages_gradients_in_float32_and_does_not_time_steps_unless_it_is_told_to() -> None:
+def test_deepspeed_averages_gradients_in_float32_and_does_not_time_steps_unless_configured() -> None:
     config = deepspeed_config("strategy=deepspeed_stage_2")
     assert config["communication_data_type"] == "fp32"
     assert config["timers"]["throughput"] == {"enabled": False}

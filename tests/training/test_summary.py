@@ -53,7 +53,7 @@ def test_a_report_that_cannot_be_written_costs_a_warning_and_is_missing(
 # ----------------------------------------------------------------------------------------- what was wrong with the data
 
 
-def test_empty_captions_and_values_that_no_filter_compares_are_told(tmp_path, caplog):
+def test_empty_captions_and_values_that_no_filter_compares_are_reported(tmp_path, caplog):
     noise(0).save(tmp_path / "0.png")
     rows = [
         ["filepath", "title", "width"],
@@ -89,3 +89,8 @@ def test_faultless_data_has_nothing_to_tell(tmp_path):
     summary = summarize_data(module, tmp_path, steps=0, ranks=1)
     assert (summary["empty_captions"], summary["filter_values"]) == ({}, {})
     assert not {"empty captions", "filter"} & data_facts(summary).keys()
+
+
+@pytest.mark.parametrize("key", ["data_wait_fraction", "data_wait_share"], ids=["current", "older version"])
+def test_the_summary_of_an_older_version_has_the_same_facts(key: str) -> None:
+    assert data_facts({key: 0.25})["waiting for data"].replace("\u202f", " ") == "25.0 % of the time of steps"

@@ -130,7 +130,7 @@ def test_each_job_of_a_sweep_over_two_devices_runs_once(command, tmp_path) -> No
     assert [(record["status"], record["ranks"], record["steps"]) for record in records] == [("finished", 2, 3)] * 2
 
 
-def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_its_code(command, tmp_path) -> None:
+def test_a_sweep_continues_after_a_failed_job_and_ends_with_its_code(command, tmp_path) -> None:
     result = command("train.py", "global_batch_size=0,64", "max_steps=2", f"output_dir={tmp_path}", "-m", cwd=tmp_path)
     assert result.returncode == 2
     assert "global_batch_size=0 must be greater than 0" in result.stderr
@@ -225,7 +225,9 @@ def write_pairs(folder: Path, source: Finished, rows: int = 32) -> Path:
 CSV = ("model=vit_nano", "data=csv", "global_batch_size=8", "max_steps=2", "data.num_workers=0", "log_every_n_steps=1")
 
 
-def test_what_was_wrong_with_the_data_is_listed_and_told_at_the_end(single: Finished, train: Train, tmp_path) -> None:
+def test_what_was_wrong_with_the_data_is_listed_and_reported_at_the_end(
+    single: Finished, train: Train, tmp_path
+) -> None:
     pairs = write_pairs(tmp_path, single)
     (tmp_path / "train" / "000003.png").write_bytes(b"<html>not found</html>")
     (tmp_path / "train" / "000005.png").unlink()

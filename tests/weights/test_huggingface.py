@@ -149,12 +149,12 @@ def test_the_end_token_of_old_configurations_means_the_highest_id() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "bert"}, "model_type=bert is none of clip, siglip"),
+        ({"model_type": "bert"}, "model_type=bert is not supported. Supported: clip, siglip"),
         (
             small("clip", text={"hidden_act": "gelu"}),
             "hidden_act=quick_gelu of the image tower and gelu of the text tower must be equal",
         ),
-        (small("clip", text={"hidden_act": "relu"}), "hidden_act=quick_gelu of images and relu"),
+        (small("clip", text={"hidden_act": "relu"}), "hidden_act=quick_gelu of the image tower and relu"),
         (small("clip", text={"layer_norm_eps": 1e-6}), "layer_norm_eps=1e-05 and 1e-06 must be 1e-05"),
         (small("clip", text={"eos_token_id": 7}), "eos_token_id=7 must be the highest of 500 ids"),
         (small("siglip", text={"projection_size": 30}), "projection_size=30 of the text tower must be 48"),
@@ -168,7 +168,7 @@ def test_what_our_towers_do_not_compute_is_refused(config: dict[str, Any], reaso
 
 
 def test_towers_that_transformers_does_not_have_are_refused() -> None:
-    with pytest.raises(ConfigError, match="transformers has no model of a resnet and a clip tower"):
+    with pytest.raises(ConfigError, match="transformers has no model with a resnet and a clip tower"):
         huggingface_config(named_model("rn50"))
 
 
