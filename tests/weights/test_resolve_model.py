@@ -155,5 +155,5 @@ def test_a_backbone_with_another_activation_than_its_weights_is_reported(
 ) -> None:
     note_architecture(with_backbone(name, pretrained))
     output = capsys.readouterr().err
-    assert output.count(f"model.image.name={twin} computes that.") == (twin is not None)
+    assert output.count(f"set model.image.name={twin}.") == (twin is not None)
     assert bool(output) == (twin is not None)
