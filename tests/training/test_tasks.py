@@ -210,7 +210,7 @@ def test_images_that_are_scored_and_learned_from_are_reported_when_training_begi
     [
         (["task=auto"], ConfigError, "task.auto.kind=auto scores a run on its validation data"),
         (["task=image_folder", "task.image_folder.root=absent"], ConfigError, "task.image_folder.root=absent: no such folder"),
-        (["task=imagenet", "task.imagenet.root={images}"], DataError, "'n99999999' is no class of ImageNet-1k"),
+        (["task=imagenet", "task.imagenet.root={images}"], DataError, "these labels are not classes of ImageNet-1k: 'n99999999'"),
         (["+task.val={{kind: retrieval, table: {table}}}"], ConfigError, "task.val: this name is reserved"),
         (["+task.mine={{kind: retrieval, tabel: x.csv}}"], ConfigError, "task.mine.tabel does not exist: did you mean 'task.mine.table'?"),
         (["task_every_n_steps=5"], ConfigError, "task_every_n_steps=5 has no effect without a task"),
