@@ -282,7 +282,7 @@ def test_everything_that_is_wrong_is_told_at_once_before_any_folder_is_made(tmp_
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, tasks, run=str(run_dir), name="a/b", devices=[0, 0]))
     for part in (
-        "name='a/b' must be",
+        "name='a/b' is not a valid folder name",
         "devices=[0, 0] must be",
         f"task.one.root={tmp_path / 'absent'}: no such folder",
         f"task.four.table: The table {tmp_path / 'absent.csv'} does not exist",
@@ -320,7 +320,7 @@ def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Pa
     weights = {"model": named_model("vit_nano"), "pretrained": str(tmp_path / "nano.safetensors")}
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, {"auto": {"kind": "auto"}}, name="a/b", **weights))
-    assert "name='a/b' must be" in str(caught.value)
+    assert "name='a/b' is not a valid folder name" in str(caught.value)
     assert "task.auto scores what a run validated on, but no run is given" in str(caught.value)
 
 
@@ -335,7 +335,7 @@ def test_what_a_run_validated_on_is_asked_of_a_model_that_was_found(tmp_path: Pa
         ({"model": named_model("vit_nano"), "pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
         ({"run": "absent"}, ConfigError, "run=absent: folder not found"),
         ({"run": "."}, CheckpointError, "not a run folder"),
-        ({"ckpt": "absent"}, ConfigError, "ckpt=absent: no such"),
+        ({"ckpt": "absent"}, ConfigError, "ckpt=absent: file or folder not found"),
         ({"ckpt": "."}, CheckpointError, "not in a run folder"),
     ],
 )
