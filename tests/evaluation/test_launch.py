@@ -282,7 +282,7 @@ def test_all_problems_are_reported_together_before_a_folder_is_created(tmp_path:
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, tasks, run=str(run_dir), name="a/b", devices=[0, 0]))
     for part in (
-        "name='a/b' must be",
+        "name='a/b' is not a valid folder name",
         "devices=[0, 0] must be",
         f"task.one.root={tmp_path / 'absent'}: no such folder",
         f"task.four.table: The table {tmp_path / 'absent.csv'} does not exist",
@@ -322,7 +322,7 @@ def test_the_validation_data_of_a_run_need_a_model_that_was_found(tmp_path: Path
     weights = {"model": named_model("vit_nano"), "pretrained": str(tmp_path / "nano.safetensors")}
     with pytest.raises(ConfigError) as caught:
         evaluate(config(tmp_path, {"auto": {"kind": "auto"}}, name="a/b", **weights))
-    assert "name='a/b' must be" in str(caught.value)
+    assert "name='a/b' is not a valid folder name" in str(caught.value)
     assert "task.auto needs the validation data of a run, but no run is given" in str(caught.value)
 
 
@@ -337,7 +337,7 @@ def test_the_validation_data_of_a_run_need_a_model_that_was_found(tmp_path: Path
         ({"model": named_model("vit_nano"), "pretrained": "absent.pt"}, ConfigError, "absent.pt does not exist"),
         ({"run": "absent"}, ConfigError, "run=absent: folder not found"),
         ({"run": "."}, CheckpointError, "not a run folder"),
-        ({"ckpt": "absent"}, ConfigError, "ckpt=absent: no such"),
+        ({"ckpt": "absent"}, ConfigError, "ckpt=absent: file or folder not found"),
         ({"ckpt": "."}, CheckpointError, "not in a run folder"),
     ],
 )

@@ -325,7 +325,7 @@ def test_a_configured_secret_is_refused_and_not_repeated(value: str, command, tm
     template = value.format(secret=secret)
     result = command("train.py", "max_steps=1", f"data.templates=['{template}']", cwd=tmp_path, MY_SECRET_KEY=secret)
     assert result.returncode == 2
-    assert "data.templates holds" in result.stderr
+    assert "data.templates contains" in result.stderr
     assert secret not in result.stdout + result.stderr
     assert list(tmp_path.iterdir()) == []
 
