@@ -20,7 +20,7 @@ from typing import Any
 import clip_exp.storage as storage
 from clip_exp._version import __version__
 from clip_exp.checkpoints.folders import RUN_COPY, changed, manifests
-from clip_exp.config.files import parse_run_config, read_run_config
+from clip_exp.config.files import OLDER_METRICS, parse_run_config, read_run_config
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
@@ -50,8 +50,7 @@ OLDER_COLUMNS = {
         name: f"train/{name}"
         for name in ("lr", "grad_norm", "logit_scale", "samples_per_s", "data_wait_s", "compute_s", "peak_memory_gb")
     },
-    "val/zeroshot_top1": "val/top1",
-    "val/zeroshot_top5": "val/top5",
+    **{older: name for name, older in OLDER_METRICS.items()},
 }
 # Packages whose versions are recorded
 PACKAGES = (
