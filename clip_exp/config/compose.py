@@ -162,7 +162,7 @@ def _resolved_item(node: Any, key: Any, full_key: str, found: list[str]) -> Any:
             problem := str(refusal) if refusal is not None else f"{full_key}: {str(error).splitlines()[0]}"
         ) not in found:
             found.append(problem)
-        return None
+        return UNKNOWN
     return _resolved(value, full_key, found)
 
 

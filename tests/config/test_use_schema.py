@@ -51,7 +51,7 @@ def test_help_of_export_shows_how_to_load_each_format(command: Run, tmp_path: Pa
         (["predict", "image=a.jpg"], "did you mean 'images'"),
         (["predict", "+foo=1"], "foo does not exist"),
         (["rank", "format=xml"], "table, json, csv"),
-        (["search", "top_k=many"], "top_k=many must be a whole number."),
+        (["search", "top_k=many"], "top_k=many must be an integer."),
         *(
             (
                 [command, f"{key}=3"],
