@@ -111,7 +111,7 @@ def test_a_family_is_one_file_and_one_option(config_dir: Path, tmp_path: Path, c
     assert "model.image.kind=pool" in without.stderr
     assert "--config-dir" in without.stderr
     assert "another version" not in without.stderr
-    assert f"evaluate.py --config-dir {config_dir} run=" in trained.stdout
+    assert f" --config-dir {config_dir} run=" in trained.stdout, "the next command"
     code = f"import clip_exp; print(clip_exp.load({str(run)!r}, accelerator='cpu').config.image.kind)"
     environment = {**os.environ, registry.FOLDERS: str(config_dir)}
     loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
