@@ -11,7 +11,7 @@ from clip_exp.config.names import ADAPTER, QUICK_GELU, named_model
 from clip_exp.inference.outputs import Report, check_output, write
 from clip_exp.weights.inspect import activation_of_entry
 
-OVERVIEW = ("model", "open_clip", "image tower", "pixels", "parameters (M)", "tags")
+OVERVIEW = ("name", "open_clip_name", "image_tower", "image_size", "parameters_millions", "tags")
 ONE = ("tag", "activation", "images", "mean", "std", "from")
 SHOWN_TAGS = 3
 

@@ -37,7 +37,9 @@ def test_a_model_is_filled_by_its_name_and_what_is_set_comes_first() -> None:
 
 
 def test_an_unknown_name_of_open_clip_is_reported_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"^model.name=convnext_bas is not a model of open_clip: did you mean conv[^\n]*$"):
+    with pytest.raises(
+        ConfigError, match=r"^model.name=convnext_bas is not a model of open_clip: did you mean conv[^\n]*$"
+    ):
         train_config("model=open_clip", "model.name=convnext_bas")
     with pytest.raises(ConfigError, match=r"^model.name has no value: set it \(model.name=…\)\.$"):
         train_config("model=open_clip")

@@ -61,7 +61,7 @@ def test_all_adds_open_clips_other_configurations(capsys) -> None:
 def test_the_list_is_a_table_or_csv_too(capsys) -> None:
     assert models(ModelsConfig(format=OutputFormat.csv)) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert {row["model"]: row["pixels"] for row in rows}["rn50x4"] == "288"
+    assert {row["name"]: row["image_size"] for row in rows}["rn50x4"] == "288"
     assert models(ModelsConfig(name="vit_b32")) == 0
     assert "laion2b_s34b_b79k" in capsys.readouterr().out
 

@@ -85,7 +85,7 @@ def test_results_are_not_written_through_a_link_in_the_runs_folder(
     write_result(pets, "pets", folder, trained)
     assert list((tmp_path / "theirs").iterdir()) == []
     assert (folder / "eval" / "pets.json").is_file()
-    assert f"{trained / 'eval'} is a link" in caplog.text
+    assert f"{trained / 'eval'} is a symbolic link" in caplog.text
     assert f"the results are only in {folder}" in caplog.text
 
 

@@ -275,7 +275,7 @@ REFUSED = {
         {"kind": "siglip", "vocab_size": 100, **WIDTH},
         "but the text tower embeds only 100 ids",
     ),
-    "end id that is not the highest": ("bert", {"vocab_size": 300, **WIDTH}, "does not end a text with its highest id"),
+    "end id that is not the highest": ("bert", {"vocab_size": 300, **WIDTH}, "does not end texts with its highest id"),
     "other padding": (
         "bert",
         {"kind": "huggingface", "name": "bert", "architecture": {"vocab_size": 300, "pad_token_id": 1}},

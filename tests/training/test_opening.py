@@ -126,7 +126,7 @@ def test_an_unfinished_run_keeps_its_folder_where_an_image_was_repaired(
     opening = opened(config)
     assert opening.folder == folder
     opening.begin([])
-    assert "2 of 16 sampled images have other content than when the run started" in capsys.readouterr().err
+    assert "2 of 16 sampled images have different content than when the run started" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("finished", [False, True])

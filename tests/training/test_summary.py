@@ -93,4 +93,4 @@ def test_faultless_data_has_nothing_to_tell(tmp_path):
 
 @pytest.mark.parametrize("key", ["data_wait_fraction", "data_wait_share"], ids=["current", "older version"])
 def test_the_summary_of_an_older_version_has_the_same_facts(key: str) -> None:
-    assert data_facts({key: 0.25})["waiting for data"].replace("\u202f", " ") == "25.0 % of the time of steps"
+    assert data_facts({key: 0.25})["waiting for data"].replace("\u202f", " ") == "25.0 % of the step time"

@@ -183,7 +183,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, name: str, content:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name} {reason}"):
+    with pytest.raises(CheckpointError, match=rf"{name}:? {reason}"):
         read_weights(path)
 
 
