@@ -137,16 +137,20 @@ def test_a_file_that_cannot_be_opened_is_a_configuration_error(tmp_path, monkeyp
         read_table(file)
 
 
-def test_two_hundred_thousand_rows_take_about_a_second(tmp_path):
-    rows = (
+def test_reading_takes_a_few_times_as_long_as_parsing(tmp_path):
+    """A factor of about 2.5. The limit is far above it, and below what any quadratic step would take."""
+    rows = [
         json.dumps({"filepath": f"img/{i:07d}.jpg", "title": f"a caption of a usual length, number {i}"})
         for i in range(200_000)
-    )
+    ]
     file = tmp_path / "t.jsonl"
     file.write_text("\n".join(rows))
     started_s = time.process_time()
+    for row in rows:
+        json.loads(row)
+    parsed_s = time.process_time()
     assert len(read_table(file)) == 200_000
-    assert time.process_time() - started_s < 5
+    assert time.process_time() - parsed_s < 20 * (parsed_s - started_s)
 
 
 def test_what_nobody_asks_for_takes_no_memory(tmp_path):

@@ -1,3 +1,4 @@
+import csv
 import logging
 import subprocess
 import sys
@@ -235,14 +236,17 @@ def test_captions_are_optional_and_labels_are_read(tmp_path):
         table.caption(0)
 
 
-def test_two_hundred_thousand_rows_take_about_a_second_and_stay_in_arrow(tmp_path):
+def test_two_hundred_thousand_rows_take_a_few_times_as_long_as_parsing_and_stay_in_arrow(tmp_path):
     text = "filepath,title\n" + "".join(
         f'images/{i:08d}.jpg,"a caption, number {i}, of a usual length"\n' for i in range(200_000)
     )
     file = write(tmp_path / "t.csv", text)
     started_s = time.process_time()
+    for _ in csv.reader(text.splitlines()):
+        pass
+    parsed_s = time.process_time()
     table = read_table(file)
-    assert time.process_time() - started_s < 5
+    assert time.process_time() - parsed_s < 20 * (parsed_s - started_s)
     assert len(table) == 200_000
     assert table.where(199_999).endswith("line 200001")
     assert table.paths.nbytes + table.captions.nbytes < 2 * len(text)
