@@ -29,7 +29,7 @@ class Changes:
         return self.value in ("false", "null")
 
     def override(self, key: str) -> str:
-        """Return what is typed; Hydra wants to be told that a mapping may get keys."""
+        """Return what is typed; Hydra needs `++` to add keys to a mapping."""
         return f"{'++' if self.value.startswith('{') else ''}{key}={self.value}"
 
 

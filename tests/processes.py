@@ -56,8 +56,8 @@ def run_forked(
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired([str(script), *arguments], timeout_s)
-        told = [path.read_text(encoding="utf-8") for path in outputs]
-        return subprocess.CompletedProcess([str(script), *arguments], process.exitcode, *told)
+        captured = [path.read_text(encoding="utf-8") for path in outputs]
+        return subprocess.CompletedProcess([str(script), *arguments], process.exitcode, *captured)
 
 
 def start_apart(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
@@ -149,10 +149,10 @@ class _WaitingRank:
 
 def _serve_as_rank(line: int) -> None:
     """Run the module that the line names as `python -m` would, in a session of its own; never return."""
-    told = os.fdopen(line, encoding="utf-8").read()
-    if not told:
+    request = os.fdopen(line, encoding="utf-8").read()
+    if not request:
         os._exit(0)
-    module, *arguments, environment = json.loads(told)
+    module, *arguments, environment = json.loads(request)
     os.setsid()
     _replace_environment(environment)
     sys.argv = [module, *arguments]

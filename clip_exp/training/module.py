@@ -18,6 +18,7 @@ from clip_exp.checkpoints.io import (
     random_state,
     set_random_state,
 )
+from clip_exp.config.files import OLDER_METRICS
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.images import normalize, preprocessing_of
 from clip_exp.data.loader import Batch, EvalBatch
@@ -150,10 +151,11 @@ class CLIPModule(pl.LightningModule):
         checkpoint["optimizer_states"] = [
             number_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
-        # Lightning finds the state of `patience` by the name of its metric, which was `val/zeroshot_top1` in older versions.
-        checkpoint["callbacks"] = {
-            key.replace("val/zeroshot_", "val/"): state for key, state in checkpoint.get("callbacks", {}).items()
-        }
+        # Lightning finds the state of `patience` by a key that contains the name of its metric.
+        for name, older in OLDER_METRICS.items():
+            checkpoint["callbacks"] = {
+                key.replace(older, name): state for key, state in checkpoint.get("callbacks", {}).items()
+            }
         self._random_states = checkpoint["random_states"]
         # Missing in older checkpoints: the run then continues with the scale that they contain.
         self.start_logit_scale = checkpoint.get(START_LOGIT_SCALE)

@@ -145,12 +145,12 @@ def test_a_table_reads_paths_outside_its_folder_only_if_allowed(tmp_path: Path, 
 
 def test_the_name_of_an_evaluation_is_a_valid_folder_name(tmp_path: Path, run_dir: Path, data: Path) -> None:
     good = config(tmp_path, run_dir, t={"root": str(data / "pets"), "templates": "a {}."})
-    for name, told in (
+    for name, expected in (
         ("a/b", "not a valid folder name"),
         ("x" * 300, "has 300 bytes"),
         ("a\nb", "not a valid folder name"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=expected):
             check(good.model_copy(update={"name": name}))
     with pytest.raises(ConfigError, match=r"the name of a task is used as a file name: .* at most 200 bytes"):
         check(good.model_copy(update={"task": {"x" * 300: good.task["t"]}}))

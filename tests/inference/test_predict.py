@@ -116,8 +116,8 @@ def test_all_problems_are_reported_together(run_dir: Path, tmp_path: Path):
         compose(
             "predict", ["images=absent.png", "top_k=0", "frames=0", "batch_size=0", "precision=fp8", "accelerator=tpu"]
         )
-    told = [line.partition(" ")[0] for line in str(caught.value).splitlines()]
-    assert sorted(told) == ["accelerator=tpu", "batch_size=0", "frames=0", "precision=fp8", "top_k=0"]
+    keys = [line.partition(" ")[0] for line in str(caught.value).splitlines()]
+    assert sorted(keys) == ["accelerator=tpu", "batch_size=0", "frames=0", "precision=fp8", "top_k=0"]
     config = PredictConfig(images="absent.png", templates=["no place"], output=f"{tmp_path}/no/o.csv")
     with pytest.raises(ConfigError) as caught:
         predict(config)

@@ -91,7 +91,7 @@ def test_offloaded_adam_follows_the_single_process(stage: str, deepspeed_ops: di
 
 
 def test_zero_shot_validation_gathers_every_weight_that_zero_3_splits(train: Train) -> None:
-    """DeepSpeed leaves small weights whole unless it is told not to; a larger model's would be split."""
+    """DeepSpeed leaves small weights whole unless this is switched off; a larger model's would be split."""
     overrides = (
         "model=vit_nano",
         "data=digits",
