@@ -37,8 +37,9 @@ from clip_exp.data.images import Preprocessing, decode, decode_rgb, eval_transfo
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.data.stream import Stream, needs_full_paths
 from clip_exp.data.tables.table import PairTable
+from clip_exp.data.transform import CustomTransform
 from clip_exp.devices import usable_cores
-from clip_exp.errors import DataError
+from clip_exp.errors import DataError, SampleError
 from clip_exp.ranks.group import local_world_size
 from clip_exp.text.tokenizer import Tokenizes
 
@@ -87,6 +88,8 @@ class Batch(NamedTuple):
     tokens: Tensor  # int64 [B, L], padded by the tokenizer
     caption_id: Tensor  # int64 [B]
     image_id: Tensor  # int64 [B]
+    # Further columns by name (`data.columns`): int64 [B, L'], tokens of texts, or float32 [B, ...], numbers
+    columns: dict[str, Tensor] = {}  # noqa: RUF012 - a default of a NamedTuple
     bad: tuple[UnreadableImage, ...] = ()  # images that were replaced while this batch was built
     truncated: int = 0  # number of captions that were truncated to the context length
 
@@ -113,13 +116,8 @@ _MAX_REPLACEMENTS = 100
 DEFAULT_LIMITS = ImageLimits()
 
 
-class UnreadableImageError(DataError):
+class UnreadableImageError(SampleError):
     """Error raised for an unreadable image that `data.on_bad_image` does not allow to be replaced or left out."""
-
-    def __init__(self, message: str) -> None:
-        # A DataLoader re-raises the error of a worker with the worker's traceback as the message. Keep only the
-        # original message.
-        super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
 
 
 @dataclass(eq=False)
@@ -131,6 +129,7 @@ class TrainPairs(Dataset[Sample]):
     image_size: int  # side of the images, pixels
     tokenizer: Tokenizes
     augmentation: AugmentationConfig
+    transform: CustomTransform | None = None  # instead of the random crop and augmentation
     # Raise, or replace the image by another row of the same source, chosen by the seed, the epoch and the bad row
     # alone.
     on_bad_image: OnBadImage = OnBadImage.replace
@@ -147,8 +146,11 @@ class TrainPairs(Dataset[Sample]):
             table_row = source.rows.table_row(row, source.seed, epoch)
             try:
                 image = decode_rgb(source.table.read_image(table_row, self.limits), self.limits)
-                draws = Draws(_CROP, source.seed, epoch, row)
-                image = train_transform(image, self.image_size, draws, self.augmentation)
+                if self.transform is not None:
+                    image = self.transform(image, source.seed, epoch, row)
+                else:
+                    draws = Draws(_CROP, source.seed, epoch, row)
+                    image = train_transform(image, self.image_size, draws, self.augmentation)
                 break
             except BadImage as error:
                 bad.append(UnreadableImage(source.image_name(table_row), str(error)))
