@@ -12,6 +12,7 @@ from clip_exp.config.base import (
     Count,
     Fraction,
     Index,
+    Name,
     NonNegative,
     Paths,
     PathText,
@@ -221,6 +222,11 @@ class DataConfig(Config):
     )
     image_key: str = Field("filepath", description="name of the column with image paths")
     caption_key: str = Field("title", description="name of the column with captions")
+    columns: list[Annotated[Name, NOT_EMPTY]] = Field(
+        [],
+        description="further columns of train for the loss, by name: texts are tokenized and encoded with the captions, numbers and lists "
+        "of numbers become float32 features",
+    )
     label_key: str | None = Field(
         None,
         description="name of the column with class names in val, which adds zero-shot accuracy to the validation; null: none",
@@ -304,7 +310,7 @@ class DataConfig(Config):
             typed_only=True,
         ),
         Unused(
-            "image_root image_key caption_key",
+            "image_root image_key caption_key columns",
             lambda data: data.generate is not None,
             "with data={c.name}, which clip_exp generates",
         ),
@@ -343,5 +349,10 @@ class DataConfig(Config):
             yield f"{at}train has no value: set it to a table of image-text pairs ({at}train=pairs.csv)."
         if self.generate is not None and (self.train or self.val):
             yield f"{at}generate and {at}train exclude each other: use data=csv for your own tables."
+        if len(set(self.columns)) < len(self.columns):
+            yield f"{at}columns names a column twice: name each once."
+        for key in ("image_key", "caption_key"):
+            if (name := getattr(self, key)) in self.columns:
+                yield f"{at}columns names {name!r}, which is {at}{key}: leave it out, because the loss has it already."
         if len({source.weight is None for source in self.sources}) > 1:
             yield f"{at}train: set a weight for every source or for none. Without weights, sources are sampled in proportion to their rows."

@@ -27,9 +27,10 @@ from typing import NamedTuple
 from clip_exp.config.data import Captions, DataConfig, Shuffle, Source
 from clip_exp.data.files import normal_path
 from clip_exp.data.randomness import Blocks, epoch_order, hash64
+from clip_exp.data.tables.features import describe
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
-from clip_exp.errors import ConfigError
+from clip_exp.errors import ConfigError, DataError
 
 INDEX = "index"  # folder of the table indexes in output_dir
 SLOTS = 4096  # samples per round; within a round, each source has exactly its fraction of the samples
@@ -88,15 +89,27 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
         index_dir: see `open_table`.
     Raises:
         ConfigError: `data.train` matches no file, or the weight of a source is so low that it would never be drawn.
-        DataError: see `open_table`.
+        DataError: see `open_table`. Also raised if a column of `data.columns` has other values than in the first source.
     """
-    opened = []
+    opened: list[OpenSource] = []
     for spec in config.sources:
-        table = open_configured(configured(spec, config), spec.paths, max_rows=config.max_rows, index_dir=index_dir)
+        table = open_configured(
+            configured(spec, config), spec.paths, columns=config.columns, max_rows=config.max_rows, index_dir=index_dir
+        )
         opened.append(OpenSource(spec, table, Rows(table, config.captions)))
+        _check_shapes(opened[0].table, table)
     if len(opened) > 1:
         quotas(opened)
     return opened
+
+
+def _check_shapes(first: PairTable, table: PairTable) -> None:
+    for name, shape in table.shapes.items():
+        if shape != first.shapes[name]:
+            raise DataError(
+                f"data.train: {name!r} (data.columns) has {describe(shape)} in {table.parts[0].path}, but "
+                f"{describe(first.shapes[name])} in {first.parts[0].path}: write values of one kind and shape to all sources."
+            )
 
 
 class Tables(NamedTuple):
