@@ -25,7 +25,7 @@ BLOCK = re.compile(r"```(?:python|yaml)\n# mine/(\S+)\n(.*?)```", re.DOTALL)
 def test_no_other_module_names_a_kind_of_loss_or_task() -> None:
     bases = (LossConfig, TaskConfig)
     classes = {model.__name__: model for base in bases for model in base.members()}
-    names = {model.model_fields[base.key].default for base in bases for model in base.members()} - {"auto"}
+    names = {model.model_fields[base.key].default for base in bases for model in base.members()} - {"auto", "custom"}
     assert names >= {"softmax", "sigmoid", "zero_shot", "retrieval", "linear_probe", "knn", "robustness"}
     packages = tuple(model.__module__ for model in classes.values())
     found = []

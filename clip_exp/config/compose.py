@@ -130,6 +130,8 @@ def typed_config(command: str, config: DictConfig, overrides: list[str], *, own_
         config[targets.TOTAL_STEPS] = targets.TOTAL_STEPS
     with secrets_refused():
         values = {key: _resolved_item(config, key, key, found) for key in keys}
+    with open_dict(config):
+        del config[targets.TOTAL_STEPS]
     found += addresses(values)
     try:
         typed = parse(SCHEMAS[command], values, typed=typed_keys(overrides))

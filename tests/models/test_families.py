@@ -20,7 +20,7 @@ from tests.conftest import DOOR, REPOSITORY, Run
 PACKAGE = Path(clip_exp.__file__).parent
 FAMILIES = "clip_exp.models.families"
 GENERAL = f"{FAMILIES}.published"  # what is known of pairs of towers, for those who read and write whole models
-NAMES_OF_OTHER_THINGS = {"clip", "open_clip", "huggingface", "timm"}  # a model, libraries, formats
+NAMES_OF_OTHER_THINGS = {"clip", "custom", "open_clip", "huggingface", "timm"}  # a model, libraries, formats
 
 BLOCK = re.compile(r"```(?:python|yaml)\n# mine/(\S+)\n(.*?)```", re.DOTALL)
 
