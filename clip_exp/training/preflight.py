@@ -70,7 +70,7 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
 
 def custom_problems(config: TrainConfig) -> Iterator[str]:
     """Yield the problems of the user's own code: names, arguments, and what can be created before the data is read."""
-    named = [*targets.problems(config), *config.loss.custom_problems(())]
+    named = [*targets.problems(config), *config.loss.custom_problems(config.data.columns)]
     yield from named
     if named:
         return

@@ -305,7 +305,9 @@ def test_an_argument_that_a_target_lacks_is_refused_by_name() -> None:
     config = train_config(
         "optimizer=custom", "optimizer._target_=torch.optim.RAdam", "optimizer.lr=1", "optimizer.epsilon=1"
     )
-    assert list(targets.problems(config)) == ["optimizer.epsilon is not an argument of torch.optim.RAdam: did you mean 'eps'?"]
+    assert list(targets.problems(config)) == [
+        "optimizer.epsilon is not an argument of torch.optim.RAdam: did you mean 'eps'?"
+    ]
 
 
 def test_an_extra_callback_without_a_target_and_an_unknown_schedule_are_refused() -> None:
