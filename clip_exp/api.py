@@ -1,12 +1,14 @@
 """Python API: `clip_exp.load`, and the commands train and evaluate as functions."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import clip_exp.open_clip_files as open_clip_files
 from clip_exp.checkpoints.folders import STEP, was_saved
+from clip_exp.config import registry
 from clip_exp.config.compose import compose
 from clip_exp.config.model import Activation
 from clip_exp.config.names import named_model, names, resolve
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from clip_exp.inference.pipeline import Pipeline
 
 __all__ = ["evaluate", "find_images", "load", "train"]
+# Folders with the user's options and Python files
+ConfigDir = str | Path | Sequence[str | Path] | None
 
 
 def load(
@@ -44,6 +48,7 @@ def load(
     activation: str | None = None,
     wise_ft: float | None = None,
     prefix: str | None = None,
+    config_dir: ConfigDir = None,
 ) -> "Pipeline":
     """Load a model for inference.
 
@@ -60,6 +65,7 @@ def load(
         prefix: selects the weights in a file with several models: see `pretrained_prefix` in docs/weights.md.
         wise_ft: fraction of a fine-tuned run's weights, 0 to 1, in an average with the run's initial weights
             (docs/finetuning.md).
+        config_dir: folder or folders with the custom towers of the model, as `--config-dir` on the command line.
 
     Raises:
         ConfigError: the model, tag, file or folder is unknown, or the weights were trained with another activation.
@@ -71,14 +77,15 @@ def load(
     check_accelerator(accelerator)
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
-    found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
-    # Imports torch
-    from clip_exp.inference.pipeline import load_pipeline
+    with registry.added(config_dir):
+        found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
+        # Imports torch
+        from clip_exp.inference.pipeline import load_pipeline
 
-    return load_pipeline(found, accelerator)
+        return load_pipeline(found, accelerator)
 
 
-def train(*overrides: str) -> Path:
+def train(*overrides: str, config_dir: ConfigDir = None) -> Path:
     """Train a model as `clip-exp train` does, in this process and its child processes, and return the folder of the finished run.
 
     An interrupted run is resumed. If a finished run has the same configuration, data and initial weights, its folder is
@@ -86,16 +93,18 @@ def train(*overrides: str) -> Path:
 
     Args:
         overrides: overrides as on the command line: "model=vit_tiny", "data=csv", "data.train=pairs.csv".
+        config_dir: folder or folders with your options and Python files, as `--config-dir` on the command line.
 
     Raises:
         ConfigError: the configuration is invalid; one line for every problem.
         ClipExpError: the run failed; the class gives the reason, as the exit code does on the command line.
         KeyboardInterrupt: a signal stopped the run; the same call resumes it.
     """
-    config = compose("train", list(overrides))
-    if started_by_launcher():
-        raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
-    run_dir, code = train_here(config, list(overrides))
+    with registry.added(config_dir):
+        config = compose("train", list(overrides))
+        if started_by_launcher():
+            raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
+        run_dir, code = train_here(config, list(overrides))
     if code == PREEMPTED_EXIT_CODE:
         raise KeyboardInterrupt(f"stopped by a signal; the same call resumes {run_dir}")
     if code:
@@ -105,11 +114,12 @@ def train(*overrides: str) -> Path:
     return run_dir
 
 
-def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
+def evaluate(*overrides: str, config_dir: ConfigDir = None) -> dict[str, dict[str, Any]]:
     """Evaluate a model as `clip-exp evaluate` does, in this process. The results are also written to the evaluation's folder.
 
     Args:
         overrides: overrides as on the command line: "run=DIR", "task=[imagenet,retrieval]", ….
+        config_dir: folder or folders with your options and Python files, as `--config-dir` on the command line.
 
     Returns:
         For each task, its metrics and evaluation settings: `{"metrics": {name: value}, "protocol": {…}}`. Accuracies
@@ -119,15 +129,16 @@ def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
         ClipExpError: the configuration, the data or the model cannot be used.
         KeyboardInterrupt: a signal stopped the evaluation; the same call continues from the cached features.
     """
-    config = compose("evaluate", list(overrides))
-    if str(config.devices) not in ("auto", "1"):
-        raise ConfigError(
-            f"devices={config.devices}: several processes are supported on the command line only (clip-exp evaluate)."
-        )
-    try:
-        return evaluate_here(config, list(overrides))
-    except Stopped as stopped:
-        raise KeyboardInterrupt(str(stopped)) from stopped
+    with registry.added(config_dir):
+        config = compose("evaluate", list(overrides))
+        if str(config.devices) not in ("auto", "1"):
+            raise ConfigError(
+                f"devices={config.devices}: several processes are supported on the command line only (clip-exp evaluate)."
+            )
+        try:
+            return evaluate_here(config, list(overrides))
+        except Stopped as stopped:
+            raise KeyboardInterrupt(str(stopped)) from stopped
 
 
 def _source(
