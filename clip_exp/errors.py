@@ -44,6 +44,15 @@ class DataError(ClipExpError):
     exit_code = 3
 
 
+class SampleError(DataError):
+    """Error in a sample, which a worker process of a DataLoader may raise."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader re-raises the error of a worker with the worker's traceback as the message. Keep only the
+        # original message.
+        super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
+
+
 class CheckpointError(ClipExpError):
     """Error in a checkpoint or its storage: missing, damaged, or incompatible."""
 

@@ -312,6 +312,8 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
         return models[0]
     for model in models:
         names = _names(model)
+        if names is None and issubclass(model, Target) and "_target_" not in values:
+            continue
         if names is None or str(values.get(names[0], getattr(model, "default_member", None))) in names[1]:
             return model
     return None
