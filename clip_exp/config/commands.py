@@ -224,7 +224,13 @@ data.max_empty_caption_fraction of the captions are empty, or the leakage is abo
     format: CheckFormat = Field(CheckFormat.table, description="format of the printed result: table or json")
 
     def rules(self, at: str) -> Iterator[str]:
-        key = "_target_" if isinstance(self.data, CustomDataConfig) else "val" if isinstance(self.data.val, Target) else None
+        key = (
+            "_target_"
+            if isinstance(self.data, CustomDataConfig)
+            else "val"
+            if isinstance(self.data.val, Target)
+            else None
+        )
         if key is not None:
             yield (
                 f"data.{key} names a Dataset, but check-data reads tables: check the table that the Dataset reads (data=csv "

@@ -211,9 +211,7 @@ def _kind_of_val(value: Any) -> str:
     return "target" if isinstance(value, dict | Target) else "paths"
 
 
-Validation = Annotated[
-    Annotated[Paths, Tag("paths")] | Annotated[Target, Tag("target")], Discriminator(_kind_of_val)
-]
+Validation = Annotated[Annotated[Paths, Tag("paths")] | Annotated[Target, Tag("target")], Discriminator(_kind_of_val)]
 
 
 class DataConfig(Config):

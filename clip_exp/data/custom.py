@@ -215,9 +215,7 @@ class UserDataset:
         return f"Check the arguments of {self.name}. Relative paths start from the working directory, {os.getcwd()}."
 
     def unreadable(self, row: int, reason: str, setting: str) -> str:
-        return (
-            f"The image of {self._at(row)} cannot be read: {reason}. Repair it, or continue without such images: {setting}."
-        )
+        return f"The image of {self._at(row)} cannot be read: {reason}. Repair it, or continue without such images: {setting}."
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Return `rows` and `digest` of the data set by its name.
@@ -257,7 +255,9 @@ class UserDataset:
         texts = [captions] if isinstance(captions, str) else captions
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
             found = "an empty list" if isinstance(texts, list | tuple) and not texts else _kind(captions)
-            raise ItemError(f"{self._at(index)} has {found} as caption, but it must be a string or a list of strings. {GUIDE}")
+            raise ItemError(
+                f"{self._at(index)} has {found} as caption, but it must be a string or a list of strings. {GUIDE}"
+            )
         return list(texts)
 
     def _image(self, index: int, image: Any, limits: ImageLimits) -> RawImage:
@@ -277,7 +277,9 @@ class UserDataset:
         torch = sys.modules.get("torch")
         pixels_HWC = image
         if torch is not None and isinstance(image, torch.Tensor):
-            pixels_HWC = image.permute(1, 2, 0).cpu().numpy() if image.ndim == 3 and image.dtype == torch.uint8 else None
+            pixels_HWC = (
+                image.permute(1, 2, 0).cpu().numpy() if image.ndim == 3 and image.dtype == torch.uint8 else None
+            )
         if not isinstance(pixels_HWC, np.ndarray) or pixels_HWC.dtype != np.uint8 or pixels_HWC.shape[2:] != (3,):
             raise ItemError(f"{self._at(index)} has {_kind(image)} as image, but it must be {IMAGES}. {GUIDE}")
         _check_pixels(pixels_HWC.shape[1], pixels_HWC.shape[0], limits)

@@ -35,8 +35,8 @@ from clip_exp.data.loader import (
     WorkerLoader,
     count_workers,
 )
-from clip_exp.data.preflight import VAL, changes, fingerprint, stream_changes
 from clip_exp.data.pairs import Items
+from clip_exp.data.preflight import VAL, changes, fingerprint, stream_changes
 from clip_exp.data.stream import INDEX, Sources, Stream, open_all
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.ranks import group

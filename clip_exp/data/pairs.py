@@ -8,7 +8,6 @@
 torch.
 """
 
-from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from clip_exp.config.data import Captions
-from clip_exp.data.files import NO_SUCH_FILE, OUTSIDE_ROOT, TOO_MANY_BYTES, ImageLimits, kind_of, normal_path
+from clip_exp.data.files import ImageLimits, normal_path
 from clip_exp.data.image_sets import label_of_images
 from clip_exp.data.randomness import hash64
 from clip_exp.data.tables.table import PairTable, Part

@@ -94,7 +94,9 @@ def _data(data: DataConfig, record: dict[str, Any]) -> dict[str, str]:
     if isinstance(record.get("rows"), int):
         facts["rows"] = f"{record['rows']:,}"
     if data.val is not None:
-        facts["validation data"] = data.val.target if isinstance(data.val, Target) else ", ".join(map(name_of, data.val_paths))
+        facts["validation data"] = (
+            data.val.target if isinstance(data.val, Target) else ", ".join(map(name_of, data.val_paths))
+        )
     facts["captions"] = (
         "a random caption per image in each epoch" if data.captions == "random" else "every pair of the table"
     )

@@ -7,7 +7,7 @@ import pytest
 
 from clip_exp.config.data import Captions
 from clip_exp.data.files import ImageLimits, normal_path
-from clip_exp.data.stream import Rows
+from clip_exp.data.pairs import TableRows
 from clip_exp.data.tables.open import open_table, read_table
 from clip_exp.data.tables.reader import TableOptions
 from clip_exp.data.tables.table import PairTable
