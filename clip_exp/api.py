@@ -1,6 +1,7 @@
 """Python API: `clip_exp.load`, and the commands train and evaluate as functions."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from clip_exp.checkpoints.folders import STEP, was_saved
 from clip_exp.config.compose import compose
 from clip_exp.config.model import Activation
 from clip_exp.config.names import named_model, names, resolve
+from clip_exp.config.targets import allowed
 from clip_exp.devices import check_accelerator
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, nearest
 from clip_exp.evaluation.launch import evaluate as evaluate_here
@@ -44,6 +46,7 @@ def load(
     activation: str | None = None,
     wise_ft: float | None = None,
     prefix: str | None = None,
+    allow_targets: Sequence[str] = (),
 ) -> "Pipeline":
     """Load a model for inference.
 
@@ -60,8 +63,11 @@ def load(
         prefix: selects the weights in a file with several models: see `pretrained_prefix` in docs/weights.md.
         wise_ft: fraction of a fine-tuned run's weights, 0 to 1, in an average with the run's initial weights
             (docs/finetuning.md).
+        allow_targets: packages or modules whose code may run if the configuration of the weights names it by `_target_`
+            (docs/extending.md).
 
     Raises:
+        TargetNotAllowedError: the configuration of the weights names custom code that is not allowed.
         ConfigError: the model, tag, file or folder is unknown, or the weights were trained with another activation.
         CheckpointError: the weights cannot be downloaded or read, or do not fit the model.
     """
@@ -71,11 +77,12 @@ def load(
     check_accelerator(accelerator)
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
-    found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
-    # Imports torch
-    from clip_exp.inference.pipeline import load_pipeline
+    with allowed(allow_targets):
+        found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
+        # Imports torch
+        from clip_exp.inference.pipeline import load_pipeline
 
-    return load_pipeline(found, accelerator)
+        return load_pipeline(found, accelerator)
 
 
 def train(*overrides: str) -> Path:

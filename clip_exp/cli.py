@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from clip_exp._version import __version__
 from clip_exp.config.compose import MULTIRUN_FLAGS, current_job, explain, run_hydra, secrets_refused
+from clip_exp.config.targets import TargetNotAllowedError
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError, nearest, printable
 from clip_exp.ranks.environment import is_first_rank, started_by_launcher
@@ -67,19 +68,19 @@ def run(command: str, arguments: list[str]) -> int:
         gc.enable()
         if not STOPPED & set(codes):
             sweeping = bool(MULTIRUN_FLAGS & set(arguments))
-            codes.append(_guarded(lambda: _call(command, typed(), arguments), sweeping=sweeping))
+            codes.append(_guarded(lambda: _call(command, typed(), arguments), command, arguments, sweeping=sweeping))
 
     # Without this variable, Hydra prints its own errors and exits with 1. With it, errors are raised, and `_guarded`
     # prints them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"{command}.py", *arguments]
     with secrets_refused():
-        code = _guarded(lambda: run_hydra(command, arguments, job))
+        code = _guarded(lambda: run_hydra(command, arguments, job), command, arguments)
     gc.enable()
     return next((c for c in codes if c), 0) or code
 
 
-def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
+def _guarded(action: Callable[[], int | None], command: str, arguments: list[str], sweeping: bool = False) -> int:
     """Run `action` and return its exit code. An expected error is printed as one message.
 
     Unexpected errors propagate, with two exceptions, in which the traceback is printed: in a sweep, so that the other
@@ -87,6 +88,8 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
     """
     try:
         return action() or 0
+    except TargetNotAllowedError as error:
+        return _report(f"{error}\n  {_allowing(error, command, arguments)}", error.exit_code)
     except ClipExpError as error:
         return _report(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -101,6 +104,15 @@ def _guarded(action: Callable[[], int | None], sweeping: bool = False) -> int:
         if message is None:
             raise
         return _report(message, 2)
+
+
+def _allowing(error: TargetNotAllowedError, command: str, arguments: list[str]) -> str:
+    """Return the command with the key that allows the custom code."""
+    from clip_exp.reports.html import command_line
+
+    flags = {i for i, word in enumerate(arguments) if word in ("--config-dir", "-cd")}
+    kept = [word for i, word in enumerate(arguments) if i not in flags and i - 1 not in flags]
+    return command_line(command, [*kept, f"allow_targets=[{','.join(error.packages)}]"])
 
 
 COMMANDS = {

@@ -22,6 +22,7 @@ from clip_exp._version import __version__
 from clip_exp.checkpoints.folders import RUN_COPY, changed, manifests
 from clip_exp.config.files import OLDER_METRICS, parse_run_config, read_run_config
 from clip_exp.config.model import ModelConfig
+from clip_exp.config.targets import require_allowed
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.secrets import redact
@@ -125,7 +126,9 @@ def record_problem(folder: Path) -> str | None:
 
 
 def read_config(folder: Path) -> tuple[TrainConfig, str | None]:
-    """Read a run's `config.yaml`, or its copy in the newest checkpoint if the file is missing or damaged.
+    """Read a run's `config.yaml`, or its copy in the newest checkpoint if the file is missing or damaged, for comparisons.
+
+    Code that it names may not be allowed: `run_config` checks that.
 
     Returns:
         The configuration, and a message about a missing or damaged file and what is used instead (None if the file is
@@ -142,14 +145,16 @@ def read_config(folder: Path) -> tuple[TrainConfig, str | None]:
         reason = "was changed after it was written"
     else:
         try:
-            return read_run_config(folder), None
+            return read_run_config(folder, check_targets=False), None
         except (CheckpointError, ConfigError):
             reason = "is damaged"
     for checkpoint, copy in _run_copies(folder):
         with suppress(CheckpointError, ConfigError):
             copied = parse_run_config(str(copy.get("config")), str(checkpoint / RUN_COPY))
             return copied, f"{path} {reason}: the copy in {checkpoint.name} is used instead."
-    return read_run_config(folder), f"{path} {reason}, and no checkpoint has a copy: the changed file is used."
+    return read_run_config(
+        folder, check_targets=False
+    ), f"{path} {reason}, and no checkpoint has a copy: the changed file is used."
 
 
 def require_run(folder: Path) -> None:
@@ -170,8 +175,13 @@ def require_run(folder: Path) -> None:
 
 
 def run_config(folder: Path) -> TrainConfig:
-    """Read a run's configuration as `read_config` does, and log a warning if `config.yaml` is missing or damaged."""
+    """Read a run's configuration as `read_config` does, and log a warning if `config.yaml` is missing or damaged.
+
+    Raises:
+        CheckpointError, ConfigError: see `read_run_config`; also if the configuration names code that is not allowed.
+    """
     config, problem = read_config(folder)
+    require_allowed(config, str(folder / CONFIG))
     if problem is not None:
         log.warning(problem)
     return config

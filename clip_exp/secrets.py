@@ -26,7 +26,9 @@ NO_SECRETS = frozenset({"PWD", "OLDPWD"})
 # Words that also occur in arguments of callbacks, such as ignore_keys and num_tokens
 PLAIN_KEYS = frozenset({"KEYS", "PASS", "PRIVATE", "TOKENS"})
 # Nodes whose keys are not in the schema
-OPEN_NODES = ("callbacks.extra.", "logger.extra.", "optimizer.kwargs.", "scheduler.kwargs.")
+OPEN_NODES = (
+    "callbacks.extra.", "logger.extra.", "optimizer.", "scheduler.", "loss.", "model.image.", "model.text.", "data.transform.",
+)  # fmt: skip
 # Minimum number of characters of a secret; shorter values are switches
 SHORTEST = 8
 # The word boundary and the limits keep the search fast in long texts without URLs.

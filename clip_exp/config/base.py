@@ -38,6 +38,8 @@ CONFIG_DIR_HINT = "--config-dir (or CLIP_EXP_CONFIG_DIR)"
 MISSING = "???"
 # Marker of a value that is interpolated from a missing one
 UNKNOWN = "???…"
+# Name of the member of an open group whose object is named by `_target_`
+CUSTOM = "custom"
 TOP_K = "the number of results of predict, rank and search is `top_k`."
 # Keys and options of other frameworks and of older versions without an equivalent of the same name
 EXPLAINED = {
@@ -181,18 +183,28 @@ C = TypeVar("C", bound=Config)
 
 
 class Target(Config):
-    """Object of another library: `_target_` names its class, and the other keys are the arguments of the class."""
+    """Object of the user or of another library, in Hydra's form: `_target_` and the arguments (`config.targets`).
+
+    A model with fields of its own lists `Target` last among its bases: pydantic takes `extra` from the last one.
+    """
 
     model_config = ConfigDict(extra="allow")
 
-    target: str = Field(
-        alias="_target_", description="full name of a class or function in an allowed module (docs/configuration.md)"
-    )
+    target: str = Field(alias="_target_", description="full name of a class or function, such as mine.Loss")
+
+    # Number of positional arguments, and names of arguments that the object may have, which clip_exp passes
+    supplied: ClassVar[int] = 0
+    optional: ClassVar[tuple[str, ...]] = ()
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of the class or function."""
+        """Arguments of the class or function, without those of clip_exp."""
         return dict(self.model_extra or {})
+
+    @property
+    def node(self) -> dict[str, Any]:
+        """Node for Hydra's `instantiate`: `_target_` and arguments, as plain values."""
+        return {"_target_": self.target, **plain(self.arguments)}
 
 
 def plain(value: Any) -> Any:
@@ -306,12 +318,14 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
     """Return the model of a union that values select, or None.
 
     It is the model whose discriminating field, a `Literal`, allows the given value. A model without such a field
-    accepts values that match no model before it.
+    accepts values that match no model before it. In an open group, `_target_` selects the member `custom`.
     """
     if len(models) == 1:
         return models[0]
-    for model in models:
-        names = _names(model)
+    named = [(model, _names(model)) for model in models]
+    if "_target_" in values and (custom := [model for model, names in named if names and CUSTOM in names[1]]):
+        return custom[0]
+    for model, names in named:
         if names is None and issubclass(model, Target) and "_target_" not in values:
             continue
         if names is None or str(values.get(names[0], getattr(model, "default_member", None))) in names[1]:
@@ -409,32 +423,32 @@ def problems(config: Config, typed: Collection[str] = (), at: str = "") -> Itera
         typed: full keys on the command line; see `typed_keys`.
         at: prefix of the configuration's full keys.
     """
-    for each, prefix in _nested(config, at):
+    for each, prefix in nested(config, at):
         yield from each.rules(prefix)
         yield from _unused_keys(each, typed, prefix)
 
 
 def broken_rules(config: Config, at: str = "") -> list[str]:
     """Return an error message for every broken rule of a configuration."""
-    return [message for each, prefix in _nested(config, at) for message in each.rules(prefix)]
+    return [message for each, prefix in nested(config, at) for message in each.rules(prefix)]
 
 
 def unused_keys(config: Config, typed: Collection[str] = (), at: str = "") -> list[str]:
     """Return an error message for every key of a configuration that is set but has no effect."""
-    return [message for each, prefix in _nested(config, at) for message in _unused_keys(each, typed, prefix)]
+    return [message for each, prefix in nested(config, at) for message in _unused_keys(each, typed, prefix)]
 
 
-def _nested(config: Config, at: str) -> Iterator[tuple[Config, str]]:
+def nested(config: Config, at: str) -> Iterator[tuple[Config, str]]:
     """Yield a configuration and all configurations nested in it, each with the prefix of its full keys."""
     yield config, at
     for name, field in type(config).model_fields.items():
         value, key = getattr(config, name), f"{at}{key_of(name, field)}."
         if isinstance(value, Config):
-            yield from _nested(value, key)
+            yield from nested(value, key)
         elif isinstance(value, dict):
             for inner, item in value.items():
                 if isinstance(item, Config):
-                    yield from _nested(item, f"{key}{inner}.")
+                    yield from nested(item, f"{key}{inner}.")
 
 
 def typed_keys(arguments: Iterable[str]) -> set[str]:

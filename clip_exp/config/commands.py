@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Texts, TypedTexts
+from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Target, Texts, TypedTexts
 from clip_exp.config.data import CustomDataConfig, Data
 from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig, InferenceConfig, ModelChoice
 from clip_exp.config.model import ModelConfig

@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_origin
 
@@ -32,7 +33,7 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from clip_exp.config import registry
+from clip_exp.config import registry, targets
 from clip_exp.config.base import (
     EXPLAINED,
     MISSING,
@@ -108,20 +109,27 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def typed_config(command: str, config: DictConfig, overrides: list[str]) -> Any:
+def typed_config(command: str, config: DictConfig, overrides: list[str], *, own_file: bool = True) -> Any:
     """Convert a composed configuration to the command's schema. All other code uses the typed configuration.
+
+    Code that the user names is allowed from now on: by `_target_` on the command line or in the user's options, and by
+    `allow_targets`.
 
     Args:
         command: name of the command.
         config: composed configuration.
         overrides: overrides from the command line; each of their keys must have an effect.
+        own_file: whether the primary configuration is the user's or ours; False: it may be that of a third party's run.
 
     Raises:
         ConfigError: one line for every problem.
     """
     found: list[str] = []
+    keys = [key for key in map(str, config) if key != "hydra"]
+    with open_dict(config):
+        config[targets.TOTAL_STEPS] = targets.TOTAL_STEPS
     with secrets_refused():
-        values = {key: _resolved_item(config, key, key, found) for key in map(str, config) if key != "hydra"}
+        values = {key: _resolved_item(config, key, key, found) for key in keys}
     found += addresses(values)
     try:
         typed = parse(SCHEMAS[command], values, typed=typed_keys(overrides))
@@ -129,7 +137,21 @@ def typed_config(command: str, config: DictConfig, overrides: list[str]) -> Any:
         raise ConfigError("\n".join([*found, *str(error).splitlines()])) from None
     if found:
         raise ConfigError("\n".join(found))
+    _allow_targets(values, overrides, own_file=own_file)
+    targets.require_allowed(values, f"{config_name(command)}.yaml")
     return typed
+
+
+# `_target_` in an override, on its own or in a mapping
+_TYPED_TARGET = re.compile(rf"{targets.TARGET}['\"]?\s*[:=]\s*['\"]?([\w.]+)")
+
+
+def _allow_targets(values: dict[str, Any], overrides: list[str], *, own_file: bool) -> None:
+    """Allow the custom code that the user names; see `typed_config`."""
+    named = {name for _, name in targets.targets_of(values)}
+    if own_file or "allow_targets" in typed_keys(overrides):
+        targets.allow(values.get("allow_targets") or ())
+    targets.allow(sorted(named if own_file else named & {*_TYPED_TARGET.findall(" ".join(overrides))}))
 
 
 def config_name(command: str) -> str:
@@ -254,7 +276,8 @@ class Loader(ConfigLoaderImpl):
             for depth, part in enumerate(parts[:-1], start=1):
                 value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
                 node = ".".join(parts[:depth])
-                if value is None and node not in given and override.type is OverrideType.CHANGE:
+                creates = f"{node}.{targets.TARGET}" in given
+                if value is None and node not in given and not creates and override.type is OverrideType.CHANGE:
                     hint = HINTS.get(
                         node, f"select an option that sets it, or add the key with +{override.key_or_group}=…"
                     )
@@ -307,7 +330,7 @@ def _unselected_tasks(tasks: Any, given: dict[str, Any]) -> Iterator[str]:
     names = {parts[1] for key in given if len(parts := key.split(".")) > 2 and parts[0] == "task"}
     kinds = ", ".join(TaskConfig.kinds())
     for name in sorted(names - set(tasks or ())):
-        if f"task.{name}.kind" not in given and f"task.{name}" not in given:
+        if not {f"task.{name}", f"task.{name}.kind", f"task.{name}.{targets.TARGET}"} & given.keys():
             hint = f"add it to task=[…,{name}]." if name in options("task") else nearest(name, options("task"))
             yield f"task.{name} is not selected: {hint} A custom task needs a kind: {kinds}."
 
@@ -443,17 +466,18 @@ def run_hydra(command: str, arguments: list[str], job: Work) -> None:
 
 
 def _run(command: str, hydra: Hydra, name: str, overrides: list[str], job: Work, sweeps: bool) -> None:
+    typed_of = partial(typed_config, command, overrides=overrides, own_file=name == config_name(command))
     if not sweeps:
         config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
         sweeps = config.hydra.mode == RunMode.MULTIRUN
     if sweeps:
         hydra.multirun(
             name,
-            lambda of_job: job(lambda: typed_config(command, of_job, overrides)),
+            lambda of_job: job(lambda: typed_of(of_job)),
             [*overrides, "hydra.mode=MULTIRUN"],
         )
         return
-    typed = typed_config(command, config, overrides)
+    typed = typed_of(config)
     assert isinstance(hydra.config_loader, Loader)
     hydra.config_loader.cache(config, name, overrides)
     hydra.run(name, lambda _: job(lambda: typed), overrides)

@@ -300,8 +300,19 @@ class DataConfig(Config):
         False, description="resume from a checkpoint even if the data has changed since it was saved"
     )
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+    transform: Target | None = Field(
+        None,
+        description="transform of training images from uint8 [3, H, W] to uint8 [3, image_size, image_size], instead of the random crop and "
+        "augmentation: {_target_: mine.Transform, arguments}; null: none",
+    )
 
     unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            " ".join(f"augmentation.{name}" for name in AugmentationConfig.model_fields),
+            lambda data: data.transform is not None,
+            "with {at}transform, which replaces the augmentation",
+            typed_only=True,
+        ),
         Unused("label_key", lambda data: not data.has_val, "without validation data", "set {at}val, or leave this out"),
         Unused(
             "label_key",

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from clip_exp.config.training import TrainConfig
 
 
+ALLOW_TARGETS = (
+    "packages or modules whose code may run if a run, checkpoint or exported model names it by _target_; code that the command itself "
+    "names is always allowed"
+)
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 ClassNames = Annotated[
     Name | list[Name] | dict[str, Name],
@@ -80,6 +84,7 @@ class ModelChoice(Config):
         None,
         description="WiSE-FT (Wortsman et al. 2022): fraction of the run's weights in an average with its initial weights; null: no average",
     )
+    allow_targets: list[str] = Field([], description=ALLOW_TARGETS)
 
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused("pretrained_prefix", lambda c: c.pretrained is None, "without pretrained"),
@@ -240,7 +245,7 @@ class TaskConfig(Member):
 
 
 def _is_chosen(values: Any) -> Any:
-    if isinstance(values, dict) and "kind" not in values:
+    if isinstance(values, dict) and not {"kind", "_target_"} & values.keys():
         kinds = ", ".join(TaskConfig.kinds())
         raise PydanticCustomError(
             "task", "is not selected: add it to task=[…]. A custom task needs a kind: {kinds}", {"kinds": kinds}

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clip_exp.config import registry
 from clip_exp.config.base import CONFIG_DIR_HINT, Config, parse, plain
 from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.targets import require_allowed
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.secrets import OPEN_NODES, redact, texts
@@ -61,28 +62,35 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
-def read_run_config(run_dir: Path | str) -> TrainConfig:
+def read_run_config(run_dir: Path | str, *, check_targets: bool = True) -> TrainConfig:
     """Read the configuration of a run.
 
     Args:
         run_dir: run folder.
+        check_targets: require that custom code is allowed. False: the caller only compares the configuration.
 
     Raises:
         CheckpointError: the folder or its `config.yaml` is missing, or the file has interpolations.
         ConfigError: the file has keys or values that this version does not support.
+        TargetNotAllowedError: the file names custom code that is not allowed.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise CheckpointError(
             f"{run_dir} is not a run folder: it has no config.yaml. Give the folder that training printed at its start."
         )
-    return _parse_saved(TrainConfig, read_yaml(path), str(path))
+    config = _parse_saved(TrainConfig, read_yaml(path), str(path))
+    if check_targets:
+        require_allowed(config, str(path))
+    return config
 
 
 def read_evaluate_config(folder: Path) -> EvaluateConfig:
     """Read the configuration of an evaluation from its folder."""
     path = folder / "config.yaml"
-    return _parse_saved(EvaluateConfig, read_yaml(path), str(path))
+    config = _parse_saved(EvaluateConfig, read_yaml(path), str(path))
+    require_allowed(config, str(path))
+    return config
 
 
 def parse_run_config(text: str, where: str) -> TrainConfig:
@@ -118,6 +126,9 @@ def _renew(values: dict[str, Any]) -> None:
     for metric, older in OLDER_METRICS.items():
         if values.get("monitor") == older:
             values["monitor"] = metric
+    for group in ("optimizer", "scheduler"):
+        if isinstance(part := values.get(group), dict):
+            part.update(part.pop("kwargs", None) or {})
 
 
 def _parse_saved(model: type[C], config: DictConfig, where: str) -> C:

@@ -1,27 +1,21 @@
-"""Lookup of code by names in a configuration: members of the open groups (towers, losses, tasks), and objects named by `_target_`.
+"""Lookup of the members of the open groups (towers, losses, tasks) by the names in a configuration.
 
 A member is a model of the schema, a subclass of its group's base class, in a module that does not import torch. Thus,
 typos are reported without waiting for the import of torch. Members of clip_exp are in one package per group. Custom
 members are next to their options: with `--config-dir DIR`, `model/image=mine` needs the option
 `DIR/model/image/mine.yaml` and the class in `DIR/model/image/mine.py`.
-
-Since a configuration may come from a third party, `_target_` can only name objects in allowed modules.
-`CLIP_EXP_ALLOWED_TARGETS` adds module prefixes, separated by commas: `export CLIP_EXP_ALLOWED_TARGETS=my_lab.optim`.
 """
 
 import importlib
 import importlib.util
-import inspect
 import os
 import pkgutil
 import sys
 import zlib
-from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from clip_exp.errors import ConfigError, nearest
+from clip_exp.errors import ConfigError
 
 # Package of the members of each group
 PACKAGES = {
@@ -98,70 +92,3 @@ def _load_file(group: str, file: Path) -> None:
         raise ConfigError(
             f"{file} cannot be imported ({type(error).__name__}: {error}). Fix it, or remove it."
         ) from error
-
-
-ALLOWED_PREFIXES = ("torch.optim", "timm.optim", "deepspeed.ops", "pytorch_lightning.", "clip_exp.training.")
-ALLOWED_VARIABLE = "CLIP_EXP_ALLOWED_TARGETS"
-
-
-def locate(target: str, where: str) -> Callable[..., Any]:
-    """Return the class or function that `target` names.
-
-    Args:
-        target: full name, such as `torch.optim.AdamW`.
-        where: key that has the `_target_`, for messages.
-
-    Raises:
-        ConfigError: the name is not in an allowed module, or does not exist.
-    """
-    module_name, _, name = target.rpartition(".")
-    extra = [prefix.strip() for prefix in os.environ.get(ALLOWED_VARIABLE, "").split(",") if prefix.strip()]
-    allowed = (*ALLOWED_PREFIXES, *extra)
-    if not any(f"{target}.".startswith(f"{prefix.rstrip('.')}.") for prefix in allowed):
-        raise ConfigError(
-            f"{where}._target_={target} is not in an allowed module ({', '.join(p.rstrip('.') for p in allowed)}). "
-            f"To allow another module, add it to the environment variable {ALLOWED_VARIABLE}."
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{where}._target_={target} cannot be imported: {error}.") from None
-    found = getattr(module, name, None)
-    if not callable(found):
-        valid = (n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n)))
-        raise ConfigError(f"{where}._target_: {module_name} has no {name}: {nearest(name, valid)}")
-    origin = getattr(found, "__module__", None) or ""
-    if not any(f"{origin}.".startswith(f"{prefix.rstrip('.').split('.')[0]}.") for prefix in allowed):
-        raise ConfigError(f"{where}._target_={target} is {origin}.{name}, which is not in an allowed module.")
-    return found
-
-
-def build(target: str, where: str, *args: Any, **kwargs: Any) -> Any:
-    """Call the class or function that `target` names.
-
-    Raises:
-        ConfigError: see `locate`; an argument is unknown, or the call raises a TypeError or ValueError.
-    """
-    function = locate(target, where)
-    parameters = inspect.signature(function).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        unknown = [
-            f"{where}.{key} is not an argument of {target}: {nearest(key, parameters)}"
-            for key in kwargs
-            if key not in parameters
-        ]
-        if unknown:
-            raise ConfigError("\n".join(unknown))
-    try:
-        return function(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {target} rejected its arguments: {error}") from error
-
-
-def build_extra(nodes: Mapping[str, Any], where: str) -> list[Any]:
-    """Build the objects of an `extra` node.
-
-    Raises:
-        ConfigError: see `build`.
-    """
-    return [build(node.target, f"{where}.{name}", **node.arguments) for name, node in nodes.items()]

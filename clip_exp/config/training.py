@@ -1,7 +1,7 @@
 """Schema of a training run: model, data, loss, optimizer, scheduler, strategy, fine-tuning, callbacks and logging."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -23,8 +23,9 @@ from clip_exp.config.base import (
     must_be,
 )
 from clip_exp.config.data import Data, PairLabel
-from clip_exp.config.evaluation import Accelerator, Devices, Tasks
+from clip_exp.config.evaluation import ALLOW_TARGETS, Accelerator, Devices, Tasks
 from clip_exp.config.model import ModelConfig, Projection
+from clip_exp.config.targets import TOTAL_STEPS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,6 +101,14 @@ class LossConfig(Member):
             "same_image": self.same_image is PairLabel.positive,
         }
 
+    def custom_problems(self, columns: Collection[str]) -> Iterator[str]:
+        """Yield an error message for every argument that a custom loss will not be given.
+
+        Args:
+            columns: names of the data's further columns, `data.columns`.
+        """
+        yield from ()
+
     def build(self) -> "nn.Module":
         """Return the loss module, which takes (CLIPOutput, caption_id_B, image_id_B) of this rank's pairs and returns a scalar.
 
@@ -164,14 +173,16 @@ class LionConfig(OptimizerConfig):
     betas: Betas = Field([0.9, 0.99], description="decay rates of the update and of the momentum")
 
 
-class CustomOptimizerConfig(OptimizerConfig):
-    """Any other optimizer class."""
+class CustomOptimizerConfig(OptimizerConfig, Target):
+    """Any other optimizer class, whose further arguments stand next to `_target_`. It is given the parameter groups."""
 
-    kwargs: dict[str, Any] = Field({}, description="additional arguments of the optimizer's class")
+    target: str = Field(alias="_target_", description="full name of the optimizer's class, such as torch.optim.RAdam")
+
+    supplied: ClassVar[int] = 1
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"lr": self.lr, "weight_decay": self.weight_decay, **self.kwargs}
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **(self.model_extra or {})}
 
 
 OPTIMIZERS: list[type[Config]] = [AdamWConfig, AdamConfig, SGDConfig, LionConfig, CustomOptimizerConfig]
@@ -192,17 +203,25 @@ Optimizer = Annotated[
 ]
 
 
-class SchedulerConfig(Config):
-    """Learning rate schedule: linear warm-up to the peak, then a decay by the function `_target_`."""
+class SchedulerConfig(Target):
+    """Learning rate schedule: linear warm-up to the peak, then a decay by the function or scheduler class `_target_`.
+
+    Arguments stand next to `_target_`. A function maps the progress of the decay (0 to 1) to a factor of the learning
+    rate. A class is a scheduler of torch, which is given the optimizer and stepped once per optimizer step after the
+    warm-up; `${total_steps}` stands for the number of these steps.
+    """
 
     target: str = Field(
         "clip_exp.training.schedule.cosine",
         alias="_target_",
-        description="full name of the decay function, from the progress of the decay (0 to 1) to a factor of the learning rate",
+        description="full name of a function from the progress of the decay (0 to 1) to a factor of the learning rate, or of a scheduler "
+        "class such as torch.optim.lr_scheduler.CosineAnnealingLR",
     )
     warmup_steps: Index | None = Field(None, description="optimizer steps of linear warm-up; null: a tenth of the run")
     final_factor: NonNegative = Field(0.0, description="final learning rate as a fraction of the peak")
-    kwargs: dict[str, Any] = Field({}, description="additional arguments of the decay function")
+
+    supplied: ClassVar[int] = 1
+    optional: ClassVar[tuple[str, ...]] = (TOTAL_STEPS,)
 
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(
@@ -535,6 +554,8 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
         None,
         description="optimizer steps between runs of the evaluation tasks; null: only at the end, where they always run",
     )
+
+    allow_targets: list[str] = Field([], description=ALLOW_TARGETS)
 
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused("pretrained_prefix", lambda c: not c.starts, "without pretrained"),

@@ -15,13 +15,8 @@ import json
 import multiprocessing
 import os
 import pickle
-import random
 import sys
-import sysconfig
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +24,7 @@ from PIL import Image
 
 from clip_exp.config.base import Target
 from clip_exp.config.data import Captions
-from clip_exp.config.targets import instantiate, locate, parameters_of
+from clip_exp.config.targets import failure, instantiate, locate, parameters_of
 from clip_exp.data.files import (
     CANNOT_OPEN,
     EMPTY_FILE,
@@ -43,7 +38,7 @@ from clip_exp.data.files import (
     unopened,
 )
 from clip_exp.data.pairs import Item, Pair, RawImage, bytes_of, caption_number, int64_hash
-from clip_exp.data.randomness import hash64
+from clip_exp.data.randomness import hash64, seeded
 from clip_exp.data.tables.table import Part
 from clip_exp.errors import ConfigError, SampleError
 
@@ -59,7 +54,7 @@ GUIDE = "docs/extending.md describes what a data set returns."
 # Multiplied by the index of an image, so that captions have distinct numbers although images may have any number.
 _MAX_CAPTIONS = 1 << 24
 # First integers of random keys, so that different uses of one seed are independent.
-_ITEM, _VALIDATION = 13, 14
+_ITEM, _VALIDATION = 15, 16
 
 
 class ItemError(SampleError):
@@ -112,7 +107,7 @@ def open_dataset(
             pickle.dumps(dataset)
         except Exception as error:
             raise ConfigError(
-                f"{where}._target_={name} cannot be sent to worker processes ({_message(error)}): open files and connections in "
+                f"{where}._target_={name} cannot be pickled for worker processes ({reason_of(error)}): open files and connections in "
                 "__getitem__ instead of __init__, or set data.num_workers=0."
             ) from error
     return opened
@@ -185,7 +180,7 @@ class UserDataset:
                 text = unopened(error) if error.errno is not None else f"{CANNOT_OPEN}: {reason_of(error)}"
                 raise BadImage(text) from error
             except Exception as error:
-                raise ItemError(f"{self._at(index)} raised {_message(error)}{_line(error)}.") from error
+                raise ItemError(f"{self._at(index)} failed: {failure(error)}") from error
         image, captions, label = self._fields(index, item)
         return Content(self._image(index, image, limits), self._captions(index, captions), label)
 
@@ -233,9 +228,7 @@ class UserDataset:
         except MemoryError:
             raise
         except Exception as error:
-            raise ConfigError(
-                f"{self.where}._target_={self.name}: {method} raised {_message(error)}{_line(error)}."
-            ) from error
+            raise ConfigError(f"{self.where}._target_={self.name}: {method} failed: {failure(error)}") from error
 
     def _fields(self, index: int, item: Any) -> tuple[Any, Any, Any]:
         """Return the image, the captions and the label of an item."""
@@ -392,27 +385,6 @@ def image_id(image: RawImage) -> int:
     return int64_hash(repr(size).encode(), bytes_of(image))
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global random generators of Python, NumPy and PyTorch (CPU) in the block, and restore them afterwards."""
-    torch = sys.modules.get("torch")
-    python, numpy = random.getstate(), np.random.get_state()
-    generator = None if torch is None else torch.default_generator
-    before = None if generator is None else generator.get_state()
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    if generator is not None:
-        # Not `torch.manual_seed`, which would also seed the GPUs.
-        generator.manual_seed(seed & (2**63 - 1))
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        if generator is not None:
-            generator.set_state(before)
-
-
 def _named_fields(item: Any) -> Mapping[str, Any] | None:
     """Return the fields of a mapping, a dataclass or a named tuple with a field `image`; None for other items."""
     if isinstance(item, Mapping):
@@ -442,24 +414,3 @@ def _kind(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"a {str(value.dtype).removeprefix('torch.')} {name} {list(value.shape)}"
     return f"a value of type {name}"
-
-
-def _message(error: BaseException) -> str:
-    """Return the type and the message of an exception on one line."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _line(error: BaseException) -> str:
-    """Return the last line of the user's code that led to an exception, in parentheses."""
-    installed = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib")})
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((*installed, "<")) and Path(frame.filename) != Path(__file__)
-    ]
-    if not frames:
-        return ""
-    last = frames[-1]
-    code = f": {last.line}" if last.line else ""
-    return f" ({last.filename}, line {last.lineno}{code})"

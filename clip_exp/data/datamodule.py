@@ -38,6 +38,7 @@ from clip_exp.data.loader import (
 from clip_exp.data.pairs import Items
 from clip_exp.data.preflight import VAL, changes, fingerprint, stream_changes
 from clip_exp.data.stream import INDEX, Sources, Stream, open_all
+from clip_exp.data.transform import build_transform
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.ranks import group
 from clip_exp.text.tokenizer import Tokenizes
@@ -235,6 +236,7 @@ class PairsDataModule(LightningDataModule):
             image_size=self.preprocessing.size,
             tokenizer=self.tokenizer,
             augmentation=config.augmentation,
+            transform=build_transform(config.transform, self.preprocessing.size),
             on_bad_image=config.on_bad_image,
             limits=ImageLimits.of(config),
         )

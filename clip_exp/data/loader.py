@@ -35,6 +35,7 @@ from clip_exp.data.images import Preprocessing, eval_transform, to_pil, to_rgb, 
 from clip_exp.data.pairs import Items, int64_hash
 from clip_exp.data.randomness import Draws, hash64
 from clip_exp.data.stream import Stream
+from clip_exp.data.transform import CustomTransform
 from clip_exp.devices import usable_cores
 from clip_exp.errors import DataError, SampleError
 from clip_exp.ranks.group import local_world_size
@@ -85,6 +86,8 @@ class Batch(NamedTuple):
     tokens: Tensor  # int64 [B, L], padded by the tokenizer
     caption_id: Tensor  # int64 [B]
     image_id: Tensor  # int64 [B]
+    # Further columns by name (`data.columns`): int64 [B, L'], tokens of texts, or float32 [B, ...], numbers
+    columns: dict[str, Tensor] = {}  # noqa: RUF012 - a default of a NamedTuple
     bad: tuple[UnreadableImage, ...] = ()  # images that were replaced while this batch was built
     truncated: int = 0  # number of captions that were truncated to the context length
 
@@ -126,6 +129,7 @@ class TrainPairs(Dataset[Sample]):
     image_size: int  # side of the images, pixels
     tokenizer: Tokenizes
     augmentation: AugmentationConfig
+    transform: CustomTransform | None = None  # instead of the random crop and augmentation
     # Raise, or replace the image by another row of the same source, chosen by the seed, the epoch and the bad row
     # alone.
     on_bad_image: OnBadImage = OnBadImage.replace
@@ -142,8 +146,11 @@ class TrainPairs(Dataset[Sample]):
             try:
                 pair = source.load(epoch, row, self.limits)
                 image = to_rgb(pair.image, self.limits)
-                draws = Draws(_CROP, source.seed, epoch, row)
-                image = train_transform(image, self.image_size, draws, self.augmentation)
+                if self.transform is not None:
+                    image = self.transform(image, source.seed, epoch, row)
+                else:
+                    draws = Draws(_CROP, source.seed, epoch, row)
+                    image = train_transform(image, self.image_size, draws, self.augmentation)
                 break
             except BadImage as error:
                 bad.append(UnreadableImage(source.rows.image_name(row), str(error)))

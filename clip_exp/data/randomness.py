@@ -5,6 +5,9 @@ after a restart. Everything is integer arithmetic in Python, so the numbers are 
 every version of every library.
 """
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -47,6 +50,28 @@ class Draws:
     def integer(self, n: int) -> int:
         """Return an integer in 0 .. n-1, with a bias below n / 2**64."""
         return (self._next() * n) >> 64
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch's CPU generator in the block; their states are restored afterwards.
+
+    For the code of users, who draw from these generators. Imports torch.
+    """
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    # Not `torch.manual_seed`, which would also seed the GPUs.
+    torch.default_generator.manual_seed(seed & (2**63 - 1))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 # The order of an epoch. Every rank and worker computes single entries of it, so no array of all rows is needed.

@@ -5,6 +5,8 @@ the other ranks must be gathered first. All ranks must have the same number of p
 Shapes: B pairs of this rank, G = W * B pairs of the global batch, D features.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,12 @@ class CLIPOutput(NamedTuple):
     text_features: Tensor  # [B, D]
     logit_scale: Tensor  # [1]: factor of the cosine similarities, 1 / temperature (not its logarithm)
     logit_bias: Tensor | None  # [1]: added to the scaled similarities; None for losses without a bias
+    # For custom losses:
+    columns: Mapping[str, Tensor] = MappingProxyType(
+        {}
+    )  # [B, ...] by name: features of further texts, and stored numbers
+    images: Tensor | None = None  # uint8 [B, 3, S, S]
+    tokens: Tensor | None = None  # int64 [B, L]
 
 
 def gather(x_B: Tensor) -> Tensor:

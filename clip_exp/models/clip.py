@@ -5,8 +5,9 @@ The loss is not part of the model: it takes the `CLIPOutput` of `CLIP.forward`.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -109,19 +110,30 @@ class CLIP(nn.Module):
         """Return features [E, D] of texts that share prefixes, in float32 with unit norm. The input is that of the text tower."""
         return unit_norm(self.text(tokens_BN, layout))
 
-    def forward(self, image_BCHW: Tensor, tokens_BL: Tensor, micro_batch_size: int | None = None) -> CLIPOutput:
+    def forward(
+        self,
+        image_BCHW: Tensor,
+        tokens_BL: Tensor,
+        micro_batch_size: int | None = None,
+        further_BL: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> CLIPOutput:
         """Encode B pairs, and return their features with the scale and bias for the loss.
 
         Args:
             image_BCHW: images, in the form that the image tower expects.
             tokens_BL: token ids, in the form that the text tower expects.
             micro_batch_size: largest number of samples whose activations a tower stores; None: no limit.
+            further_BL: token ids of further texts by name, which are encoded with the captions. Their features are in `columns`.
         """
+        # One call, since DDP and ZeRO expect each weight to be used once, and larger batches are faster.
+        texts_BD = unit_norm(encode(self.text, torch.cat([tokens_BL, *further_BL.values()]), micro_batch_size))
+        text_BD, *others_BD = texts_BD.chunk(1 + len(further_BL))
         return CLIPOutput(
             unit_norm(encode(self.image, image_BCHW, micro_batch_size)),
-            unit_norm(encode(self.text, tokens_BL, micro_batch_size)),
+            text_BD,
             self._float32("logit_scale").exp(),
             None if self.logit_bias is None else self._float32("logit_bias"),
+            dict(zip(further_BL, others_BD, strict=True)),
         )
 
     def _float32(self, name: str) -> Tensor:

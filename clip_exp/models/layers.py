@@ -1,4 +1,4 @@
-"""Layers of the towers: a pre-norm transformer (Radford et al. 2021, section 2.4) and attention pooling."""
+"""Layers of the towers: a pre-norm transformer (Radford et al. 2021, section 2.4), attention pooling, and a projection after any trunk."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from clip_exp.config.model import Projection
 
 
 class QuickGELU(nn.Module):
@@ -200,3 +202,40 @@ class AttentionPool(nn.Module):
         gathered_BAD = logits_BAN.softmax(dim=-1).to(x_BND.dtype) @ x_BND
         value_BAE = torch.einsum("bad,aed->bae", gathered_BAD, self.value_weight.unflatten(0, by_head))
         return self.out(value_BAE.flatten(1) + self.value_bias)
+
+
+class ProjectedTower(nn.Module):
+    """Tower that consists of a trunk of another library and a projection to the shared space.
+
+    Args:
+        trunk: module that maps its input to [B, channels].
+        projection: module that maps [B, channels] to [B, embed_dim].
+    """
+
+    def __init__(self, trunk: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.projection = projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features [B, embed_dim], not normalized.
+
+        Args:
+            x: normalized images [B, 3, H, W], or token ids [B, L].
+        """
+        return self.projection(self.trunk(x))
+
+
+def build_projection(channels: int, embed_dim: int, projection: Projection) -> nn.Module:
+    """Build the projection to the shared space.
+
+    An MLP has a hidden width of twice the shared space, and no bias in its last layer, as in open_clip.
+    """
+    match projection:
+        case Projection.linear:
+            return nn.Linear(channels, embed_dim, bias=False)
+        case Projection.mlp:
+            hidden = 2 * embed_dim
+            return nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False))
+        case Projection.none:
+            return nn.Identity()

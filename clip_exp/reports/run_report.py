@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import yaml
+
 from clip_exp.config.evaluation import Scale, TaskConfig
+from clip_exp.config.targets import custom_packages
 from clip_exp.reports.html import (
     command_line,
     command_of,
@@ -83,7 +86,8 @@ def update_report(run_dir: Path) -> Path:
 
 def next_command(run_dir: Path) -> str:
     """Return the command that evaluates the run."""
-    return command_line("evaluate", [f"run={run_dir}"])
+    custom = custom_packages(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    return command_line("evaluate", [f"run={run_dir}", *([f"allow_targets=[{','.join(custom)}]"] if custom else [])])
 
 
 def data_facts(summary: dict[str, Any]) -> dict[str, str]:

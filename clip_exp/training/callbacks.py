@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import EarlyStopping
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from clip_exp.checkpoints.folders import MANIFEST, folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEEP_LAST = 2
+EMA_OF_LOSS = "ema_loss_state"  # key of a checkpoint with the averaged weights of the loss
 RETRY_PAUSE_S = 10.0  # between attempts to write the last checkpoint
 
 
@@ -134,12 +135,14 @@ class StopAtEnd(pl.Callback):
 
 @dataclass(eq=False, repr=False)
 class AveragedWeights(pl.Callback):
-    """Exponential moving average of the model's weights, saved as `ema.safetensors` in every checkpoint."""
+    """Exponential moving average of the model's weights, saved as `ema.safetensors` in every checkpoint, and of the loss's weights."""
 
     decay: float  # weight of the previous average in an update
     every_n_steps: int = 1  # optimizer steps between updates
     average: nn.Module | None = field(default=None, init=False)
+    average_of_loss: dict[str, Tensor] = field(default_factory=dict, init=False)
     _loaded: dict[str, Any] | None = field(default=None, init=False)
+    _loaded_of_loss: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         model = pl_module.model
@@ -147,8 +150,14 @@ class AveragedWeights(pl.Callback):
         if self._loaded is not None:
             self.average.load_state_dict(self._loaded)
             self._loaded = None
+        of_loss = {name: weight for name, weight in pl_module.loss.named_parameters() if weight.requires_grad}
+        self.average_of_loss = {
+            name: self._loaded_of_loss.get(name, weight).detach().to(weight, copy=True)
+            for name, weight in of_loss.items()
+        }
         # Listed once: iterating over the modules in every step is slow enough to make a GPU wait.
-        self._parameters = list(self.average.parameters()), list(model.parameters())
+        averages = [*self.average.parameters(), *self.average_of_loss.values()]
+        self._parameters = averages, [*model.parameters(), *of_loss.values()]
         self._buffers = list(self.average.buffers()), list(model.buffers())
 
     @torch.no_grad()
@@ -162,13 +171,14 @@ class AveragedWeights(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.average is not None and trainer.is_global_zero:  # only rank 0 writes
             checkpoint[EMA_KEY] = {key: value.cpu() for key, value in self.average.state_dict().items()}
+            checkpoint[EMA_OF_LOSS] = {key: value.cpu() for key, value in self.average_of_loss.items()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._loaded = checkpoint.get(EMA_KEY)
+        self._loaded, self._loaded_of_loss = checkpoint.get(EMA_KEY), checkpoint.get(EMA_OF_LOSS, {})
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Free the average, which would otherwise stay on the GPU after the run."""
-        self.average = None
+        self.average, self.average_of_loss = None, {}
         self._parameters = self._buffers = [], []
 
 

@@ -25,7 +25,7 @@ from clip_exp.checkpoints.folders import STEP, checkpoints, damage, latest, reco
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
 from clip_exp.config.base import plain
 from clip_exp.config.files import read_run_config
-from clip_exp.config.registry import build_extra
+from clip_exp.config.targets import build_extra
 from clip_exp.config.training import DDPConfig, DeepSpeedConfig, LossConfig, StrategyConfig, StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of

@@ -28,7 +28,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.config.base import plain
-from clip_exp.config.registry import build_extra
+from clip_exp.config.targets import build_extra
 from clip_exp.config.training import LoggerConfig, TrainConfig, WandbConfig
 from clip_exp.data.loader import cores_per_rank, count_workers
 from clip_exp.errors import NumericError

@@ -23,6 +23,7 @@ from clip_exp.config.training import TrainConfig
 from clip_exp.data.images import normalize, preprocessing_of
 from clip_exp.data.loader import Batch, EvalBatch
 from clip_exp.devices import exact_float32
+from clip_exp.errors import CheckpointError
 from clip_exp.evaluation.classification import build_classifier
 from clip_exp.evaluation.validation import ValidationFeatures, deduplicate, validation_metrics
 from clip_exp.losses.batch import CLIPOutput
@@ -30,11 +31,22 @@ from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import broadcast_from_main, gather_objects
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.lora import adapted_part, merge, unmerge
-from clip_exp.training.optim import build_optimizer, build_scheduler, frozen_modules, logit_scale_range, named_groups
+from clip_exp.training.optim import (
+    build_optimizer,
+    build_scheduler,
+    frozen_modules,
+    frozen_names,
+    hash_of,
+    logit_scale_range,
+    named_groups,
+)
 from clip_exp.training.strategies import whole
 
 WEIGHTS = {"state_dict", EMA_KEY}  # keys of a checkpoint that hold weights of the model
 START_LOGIT_SCALE = "start_logit_scale"
+# Keys of a checkpoint with the weights of the loss, and the hash of those that are frozen
+LOSS_STATE, FROZEN_LOSS = "loss_state", "frozen_loss_sha256"
+LOSS_PREFIX = "loss."
 
 
 class ZeroShot(NamedTuple):
@@ -49,7 +61,7 @@ class CLIPModule(pl.LightningModule):
 
     Args:
         model: the dual encoder; see `clip_exp.models.clip.CLIP`.
-        loss: module that maps (CLIPOutput, caption_id_B, image_id_B) to a scalar.
+        loss: module that maps (CLIPOutput, caption_id_B, image_id_B) to a scalar. Its parameters are trained with those of the model.
         config: configuration of the run.
         total_steps: optimizer steps of the run, the length of the learning rate schedule.
         zero_shot: class names and templates; None: validation reports no zero-shot accuracy.
@@ -67,11 +79,13 @@ class CLIPModule(pl.LightningModule):
         self.tokenizer = build_tokenizer(config.model.text)
         self.preprocessing = preprocessing_of(config.model.image)
         # Computed once, here: ZeRO-3 later replaces the parameters by flat parts, and the groups depend on their shapes.
-        groups = named_groups(model, config.finetune)
+        groups = named_groups(model, config.finetune, loss)
         self.parameter_names = [name for members in groups.values() for name, _ in members]
         self.group_sizes = [len(members) for members in groups.values()]
         self.group_starts = [config.finetune.freeze_towers_steps if group.delayed else 0 for group in groups]
         self.towers_frozen = config.finetune.freeze_towers_steps > 0
+        self.frozen_loss = frozen_names(loss)
+        self.frozen_loss_sha256 = hash_of(loss, self.frozen_loss)
         self.start_logit_scale: float | None = None  # value at step 0 of the run, also after it was resumed
         self.step_metrics: dict[str, Tensor] = {}
         self._validation: list[list[Tensor]] = []
@@ -81,7 +95,8 @@ class CLIPModule(pl.LightningModule):
     def train(self, mode: bool = True) -> "CLIPModule":
         """Set training mode, except for frozen modules: those stay in evaluation mode, without dropout or updates of statistics."""
         super().train(mode)
-        for module in frozen_modules(self.model, towers_frozen=self.towers_frozen):
+        towers = [self.model.image, self.model.text] if self.towers_frozen else []
+        for module in (*towers, *frozen_modules(self.model), *frozen_modules(self.loss)):
             module.eval()
         return self
 
@@ -97,18 +112,21 @@ class CLIPModule(pl.LightningModule):
         return normalize(image_BCHW, self.preprocessing.mean, self.preprocessing.std).to(self.model.logit_scale.dtype)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output = self.model(self._pixels(batch.image), batch.tokens, self.config.micro_batch_size)
+        texts = {name: value for name, value in batch.columns.items() if not value.is_floating_point()}
+        output = self.model(self._pixels(batch.image), batch.tokens, self.config.micro_batch_size, texts)
+        columns = {name: output.columns.get(name, value) for name, value in batch.columns.items()}
         # This is the loss of the global batch, not of this rank's part: the loss gathers the features of all ranks with their gradient
         # and compares this rank's rows with all columns. Averaged over the ranks by the strategy, the gradient is exact. So one
         # process, DDP and ZeRO have the same loss curve.
-        loss = self.loss(output, batch.caption_id, batch.image_id)
+        inputs = output._replace(columns=columns, images=batch.image, tokens=batch.tokens)
+        loss = self.loss(inputs, batch.caption_id, batch.image_id)
         self.step_metrics["train/loss"] = loss.detach()
         self.step_metrics["train/logit_scale"] = output.logit_scale.detach().clone()
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Clip the gradient by its norm over the whole model, and store the norm before clipping. DeepSpeed does both itself."""
-        gradients = [p for p in self.model.parameters() if p.grad is not None]
+        """Clip the gradient by its norm over the model and the loss, and store the norm before clipping. DeepSpeed does both itself."""
+        gradients = [p for p in self.parameters() if p.grad is not None]
         if gradients and not hasattr(self.trainer.strategy, "deepspeed_engine"):
             limit = self.config.trainer.gradient_clip_val or float("inf")
             self.step_metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
@@ -121,6 +139,7 @@ class CLIPModule(pl.LightningModule):
             self.model,
             self.config.optimizer,
             self.config.finetune,
+            self.loss,
             logit_scale_range=logit_scale_range(self.config.loss, self.start_logit_scale),
             cpu_offload=self.config.strategy.offloads,
             scaled_gradients=self.trainer.precision == "16-mixed",
@@ -134,8 +153,16 @@ class CLIPModule(pl.LightningModule):
         """Key the optimizer state by parameter name, add the random state of every rank, and merge LoRA adapters into the weights.
 
         Names instead of numbers let any other strategy load the state. For adapted layers the state also contains the base weights and
-        factors unchanged: resuming is exact, and nothing outside training needs to know about LoRA.
+        factors unchanged: resuming is exact, and nothing outside training needs to know about LoRA. Weights of the loss are not part of
+        the model, so they are in the state too; frozen ones, such as a teacher's, are only identified by a hash.
         """
+        of_loss = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith(LOSS_PREFIX)}
+        checkpoint[LOSS_STATE] = {
+            name: value
+            for key, value in of_loss.items()
+            if (name := key.removeprefix(LOSS_PREFIX)) not in self.frozen_loss
+        }
+        checkpoint[FROZEN_LOSS] = self.frozen_loss_sha256
         checkpoint["optimizer_states"] = [
             name_optimizer_state(s, self.parameter_names) for s in checkpoint["optimizer_states"]
         ]
@@ -156,6 +183,14 @@ class CLIPModule(pl.LightningModule):
             checkpoint["callbacks"] = {
                 key.replace(older, name): state for key, state in checkpoint.get("callbacks", {}).items()
             }
+        if checkpoint.get(FROZEN_LOSS) != self.frozen_loss_sha256:
+            raise CheckpointError(
+                "the frozen weights of the loss differ from those that the run started with. Restore them, or set resume=never to start "
+                "a new run."
+            )
+        frozen = {name: value for name, value in self.loss.state_dict().items() if name in self.frozen_loss}
+        for name, value in {**frozen, **checkpoint.get(LOSS_STATE, {})}.items():
+            checkpoint["state_dict"][f"{LOSS_PREFIX}{name}"] = value
         self._random_states = checkpoint["random_states"]
         # Missing in older checkpoints: the run then continues with the scale that they contain.
         self.start_logit_scale = checkpoint.get(START_LOGIT_SCALE)
@@ -211,13 +246,15 @@ class CLIPModule(pl.LightningModule):
         """Return the mean loss over batches of the training size, so that it is comparable with `train/loss`.
 
         Each image is paired with its first caption. Images that do not fill a last batch are left out. A set smaller than a batch is one
-        batch. With fewer images than ranks there is no loss.
+        batch. With fewer images than ranks there is no loss, nor with a custom loss that needs more than features and ids.
         """
         images, first = features.first_captions()
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         per_rank = min(self.config.global_batch_size, len(images)) // ranks
         scale = whole(self.model.logit_scale).exp()
         bias = None if self.model.logit_bias is None else whole(self.model.logit_bias)
+        if getattr(self.loss, "needs_batch", False):
+            return {}
         losses = []
         for start in range(0, len(images) - per_rank * ranks + 1, per_rank * ranks) if per_rank else ():
             rows = slice(start + per_rank * rank, start + per_rank * (rank + 1))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.base import plain
 from clip_exp.config.files import older_names, to_yaml
+from clip_exp.config.targets import require_allowed
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import changes, image_changes
 from clip_exp.errors import CheckpointError, ConfigError
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 # Keys that may change when a run is resumed: they control where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
-    "resume", "output_dir", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
+    "resume", "output_dir", "allow_targets", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
     "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
     "data.max_empty_caption_fraction", "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
 )  # fmt: skip
@@ -479,6 +480,7 @@ def _resume(request: Request, run: EarlierRun, finished: bool) -> Opening:
         scored = {name: task for name, task in read.task.items() if name in there and plain(task) == recorded.get(name)}
         tasks = tuple(name for name, values in config.task.items() if scored.get(name) != values)
         resolved.task = {**scored, **config.task}
+        require_allowed(resolved, str(folder / CONFIG))
         kept = plain({name: values for name, values in scored.items() if name not in tasks})
         facts |= {"status": run.record["status"], "end": run.record.get("end"), "scored_tasks": kept}
     return Opening(folder, finished, config, resolved, facts, warnings, tasks)

@@ -1,17 +1,19 @@
 """Trainable parameters, learning rates and the optimizer: freezing, adapters, parameter groups, optimizer and schedule."""
 
+import hashlib
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from clip_exp.config.model import ModelConfig
-from clip_exp.config.registry import build, locate
+from clip_exp.config.targets import TOTAL_STEPS, instantiate, locate
 from clip_exp.config.training import (
     FineTuneConfig,
     LossConfig,
@@ -84,21 +86,47 @@ def freeze(tower: nn.Module, config: TowerTuningConfig, key: str) -> None:
         parameter.requires_grad_(deep[name] > frozen)
 
 
-def frozen_modules(model: nn.Module, *, towers_frozen: bool) -> Iterator[nn.Module]:
+def frozen_modules(part: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules that stay in evaluation mode during training: those that have weights, all of them frozen.
 
     Their batch normalization keeps its statistics, and their dropout is off.
 
     Args:
-        model: the dual encoder.
-        towers_frozen: yield both towers too, as only their projections learn at the moment (`finetune.freeze_towers_steps`).
+        part: the dual encoder, or the loss.
     """
-    if towers_frozen:
-        yield from (getattr(model, name) for name in TOWERS)
-    for module in model.modules():
+    for module in part.modules():
         weights = list(module.parameters())
         if weights and not any(weight.requires_grad for weight in weights):
             yield module
+
+
+def frozen_names(loss: nn.Module) -> set[str]:
+    """Return the names of the frozen weights of a loss, and of the buffers of its frozen modules, such as a teacher's."""
+    names = {name for name, weight in loss.named_parameters() if not weight.requires_grad}
+    frozen = set(frozen_modules(loss))
+    for path, module in loss.named_modules():
+        if module in frozen:
+            names |= {f"{path}.{name}".lstrip(".") for name, _ in module.named_buffers()}
+    return names & loss.state_dict().keys()
+
+
+def hash_of(module: nn.Module, names: Collection[str]) -> str | None:
+    """Return the SHA-256 of some tensors of a module's state, by name; None without names."""
+    if not names:
+        return None
+    state, digest = module.state_dict(), hashlib.sha256()
+    for name in sorted(names):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def named_parameters(model: nn.Module, loss: nn.Module | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of the dual encoder by name, and those of the loss with the prefix `loss.`."""
+    yield from model.named_parameters()
+    if loss is not None:
+        yield from ((f"loss.{name}", parameter) for name, parameter in loss.named_parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------- how fast
@@ -112,7 +140,9 @@ class Group(NamedTuple):
     delayed: bool  # the rate is 0 for the first `finetune.freeze_towers_steps`
 
 
-def named_groups(model: nn.Module, finetune: FineTuneConfig) -> dict[Group, list[tuple[str, nn.Parameter]]]:
+def named_groups(
+    model: nn.Module, finetune: FineTuneConfig, loss: nn.Module | None = None
+) -> dict[Group, list[tuple[str, nn.Parameter]]]:
     """Return the trained parameters with their names, by group: matrices first, then the others, the logit scale last.
 
     The rate of a tower's parameter over the base rate is lr_factor * layer_decay ** (L + 1 - depth). In the first
@@ -132,12 +162,12 @@ def named_groups(model: nn.Module, finetune: FineTuneConfig) -> dict[Group, list
             body = {name for name, _ in module.named_parameters()} - projection_names(module)
             delayed |= {f"{tower}.{name}" for name in body}
     groups: dict[Group, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model, loss):
         if parameter.requires_grad:
             # Class tokens of timm have shape [1, 1, channels]: not matrices, in spite of their number of dimensions.
             token = parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
             plain = parameter.ndim < 2 or token or POSITIONS & set(name.split("."))
-            kind = "logit_scale" if name.endswith("logit_scale") else "no_decay" if plain else "decay"
+            kind = "logit_scale" if name == "logit_scale" else "no_decay" if plain else "decay"
             group = Group(kind, factors.get(name, 1.0), name in delayed)
             groups.setdefault(group, []).append((name, parameter))
     return dict(sorted(groups.items(), key=lambda item: KINDS.index(item[0].kind)))
@@ -150,6 +180,7 @@ def build_optimizer(
     model: nn.Module,
     config: OptimizerConfig,
     finetune: FineTuneConfig | None = None,
+    loss: nn.Module | None = None,
     *,
     logit_scale_range: tuple[float, float] = (0.0, math.log(100)),
     cpu_offload: bool = False,
@@ -161,6 +192,7 @@ def build_optimizer(
         model: the dual encoder, after `prepare`.
         config: the optimizer configuration.
         finetune: the fine-tuning configuration, for learning rates per parameter; None: one rate for all.
+        loss: the loss, whose parameters are trained too.
         logit_scale_range: smallest and largest logit scale; see the function of that name.
         cpu_offload: whether the strategy keeps the optimizer state in host memory; Adam is then replaced by DeepSpeed's CPU Adam.
         scaled_gradients: whether gradients are scaled (float16). A fused step would unscale them after the norm was clipped, so it
@@ -176,7 +208,7 @@ def build_optimizer(
             "weight_decay": config.weight_decay if group.kind == "decay" else 0.0,
             **({"lr": config.lr * group.factor} if group.factor != 1 else {}),
         }
-        for group, members in named_groups(model, finetune or FineTuneConfig()).items()
+        for group, members in named_groups(model, finetune or FineTuneConfig(), loss).items()
     ]
     target, arguments = config.target, config.arguments
     if "betas" in arguments:
@@ -187,7 +219,7 @@ def build_optimizer(
         arguments.pop("fused", None)
         arguments["adamw_mode"] = target.endswith("AdamW")
         target = "deepspeed.ops.adam.DeepSpeedCPUAdam"
-    optimizer: Optimizer = build(target, "optimizer", groups, **arguments)
+    optimizer: Optimizer = instantiate({"_target_": target, **arguments}, "optimizer", groups)
 
     @torch.no_grad()
     def clamp_logit_scale(optimizer: Optimizer, *_: Any) -> None:
@@ -211,7 +243,7 @@ def logit_scale_range(loss: LossConfig, start: float) -> tuple[float, float]:
 
 def build_scheduler(
     optimizer: Optimizer, config: SchedulerConfig, total_steps: int, starts: Sequence[int] | None = None
-) -> LambdaLR:
+) -> LRScheduler:
     """Build the learning rate schedule, which is stepped once per optimizer step.
 
     Args:
@@ -221,24 +253,85 @@ def build_scheduler(
         starts: step at which each group of the optimizer starts to learn; None: all at 0.
 
     Raises:
-        ConfigError: `scheduler._target_` is not a function that maps the completed fraction of the decay to a factor.
+        ConfigError: `scheduler._target_` is neither a function that maps the completed fraction of the decay to a factor, nor a
+            scheduler of torch, or it rejects its arguments.
     """
-    decay = locate(config.target, "scheduler")
+    found = locate(config.target, "scheduler")
+    if inspect.isclass(found):
+        if any(starts or ()):
+            raise ConfigError(
+                f"finetune.freeze_towers_steps is not supported with scheduler._target_={config.target}: use scheduler=cosine or linear."
+            )
+        return _torch_scheduler(found, optimizer, config, total_steps)
+    arguments = _with_steps(config.arguments, total_steps)
     try:
-        float(decay(0.5, **config.kwargs))
+        float(found(0.5, **arguments))
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"scheduler._target_={config.target} must be a function that maps the completed fraction of the decay (0 to 1) to a factor: {error}"
+            f"scheduler._target_={config.target} must be a function that maps the completed fraction of the decay (0 to 1) to a factor, "
+            f"or a scheduler class of torch: {error}"
         ) from error
     schedules: list[Callable[[int], float]] = [
         partial(
             factor,
             start=start,
-            warmup_steps=(total_steps - start) // 10 if config.warmup_steps is None else config.warmup_steps,
+            warmup_steps=_warmup_steps(config, total_steps - start),
             total_steps=total_steps,
-            decay=partial(decay, **config.kwargs),
+            decay=partial(found, **arguments),
             final_factor=config.final_factor,
         )
         for start in starts or [0] * len(optimizer.param_groups)
     ]
     return LambdaLR(optimizer, schedules)
+
+
+def _warmup_steps(config: SchedulerConfig, steps: int) -> int:
+    return steps // 10 if config.warmup_steps is None else config.warmup_steps
+
+
+def _with_steps(arguments: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Replace the value of `${total_steps}` by the number of steps."""
+    return {key: steps if value == TOTAL_STEPS else value for key, value in arguments.items()}
+
+
+def _torch_scheduler(found: type, optimizer: Optimizer, config: SchedulerConfig, total_steps: int) -> LRScheduler:
+    """Build a scheduler of torch, after a linear warm-up to the peak rate."""
+    if not issubclass(found, LRScheduler) or issubclass(found, ReduceLROnPlateau):
+        why = (
+            "it follows a validation metric, not the optimizer steps, so a resumed run could not continue it exactly"
+            if issubclass(found, ReduceLROnPlateau)
+            else "it is not a torch.optim.lr_scheduler.LRScheduler"
+        )
+        raise ConfigError(
+            f"scheduler._target_={config.target} is not supported: {why}. Use scheduler=cosine, or another schedule."
+        )
+    if config.final_factor:
+        raise ConfigError(
+            f"scheduler.final_factor={config.final_factor:g} has no effect with scheduler._target_={config.target}: leave it out, and set "
+            "the arguments of the scheduler, such as eta_min."
+        )
+    warmup = _warmup_steps(config, total_steps)
+    node = {"_target_": config.target, **_with_steps(config.arguments, total_steps - warmup)}
+    build = partial(instantiate, node, "scheduler", optimizer, optional={TOTAL_STEPS: total_steps - warmup})
+    if not warmup:
+        return build()
+    ramp = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    return SequentialLR(optimizer, [ramp, build()], milestones=[warmup])
+
+
+def rehearse_optimizer(
+    config: OptimizerConfig, scheduler: SchedulerConfig, finetune: FineTuneConfig, total_steps: int | None
+) -> None:
+    """Create the optimizer and the schedule for a single layer, which finds wrong arguments before a run starts.
+
+    Args:
+        config: configuration of the optimizer.
+        scheduler: configuration of the schedule.
+        finetune: the fine-tuning configuration.
+        total_steps: optimizer steps of the run; None: not yet known.
+
+    Raises:
+        ConfigError: the optimizer or the scheduler does not exist, or rejects its arguments.
+    """
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    build_scheduler(optimizer, scheduler, total_steps or 1000, [finetune.freeze_towers_steps])

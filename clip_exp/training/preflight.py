@@ -5,7 +5,8 @@ The rules of the configuration come first, then files and devices, and last the 
 
 from collections.abc import Iterable, Iterator
 
-from clip_exp.config.base import plain, problems, typed_keys
+from clip_exp.config import targets
+from clip_exp.config.base import Target, plain, problems, typed_keys
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import RunTables, check_files, check_tables
 from clip_exp.devices import Devices, parse_devices
@@ -17,6 +18,8 @@ from clip_exp.reports.names import CERTAIN, VALIDATION, better
 from clip_exp.runs import OLDER_COLUMNS, name_problems
 from clip_exp.secrets import leaks
 from clip_exp.weights.find import check_pretrained
+
+SCHEDULES = "clip_exp.training.schedule."
 
 
 def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables:
@@ -43,6 +46,8 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         found += _check_batch(config, _ranks(config, requested_devices(config)) or 1)
     except ConfigError as error:
         found.append(str(error))
+    if not found:
+        found += custom_problems(config)
     # The first rank downloads the data of tasks before the run folder is created; the other ranks then read it from disk.
     errors = [*map(ConfigError, found), *check_measures(config, fetch=not found and is_first_rank())]
     if not errors:
@@ -61,6 +66,25 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
     if config.epochs is not None and (wrong := list(config.length_problems(steps_of(config, tables.rows)))):
         raise ConfigError("\n".join(wrong))
     return tables
+
+
+def custom_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield the problems of the user's own code: names, arguments, and what can be created before the data is read."""
+    named = [*targets.problems(config), *config.loss.custom_problems(())]
+    yield from named
+    if named:
+        return
+    try:
+        if config.data.transform is not None:
+            from clip_exp.data.transform import build_transform  # imports torch
+
+            build_transform(config.data.transform, config.model.image.image_size)
+        if isinstance(config.optimizer, Target) or not config.scheduler.target.startswith(SCHEDULES):
+            from clip_exp.training.optim import rehearse_optimizer  # imports torch
+
+            rehearse_optimizer(config.optimizer, config.scheduler, config.finetune, config.max_steps)
+    except ConfigError as error:
+        yield str(error)
 
 
 def requested_devices(config: TrainConfig) -> Devices:

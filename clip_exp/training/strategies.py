@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from clip_exp.config.training import DeepSpeedConfig
 from clip_exp.models.clip import CLIP
 from clip_exp.ranks.group import rank, world_size
+from clip_exp.training.optim import named_parameters
 
 # Settings of DeepSpeed that differ from its own defaults; `strategy.config` overrides them.
 DEEPSPEED_DEFAULTS = {
@@ -264,7 +265,7 @@ class PortableDeepSpeedStrategy(DeepSpeedStrategy):
     def _trained_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters in the order of the optimizer's groups."""
         module: Any = self.lightning_module
-        by_name = dict(module.model.named_parameters())
+        by_name = dict(named_parameters(module.model, module.loss))
         return [by_name[name] for name in module.parameter_names]
 
 

@@ -156,5 +156,5 @@ def _table(run_dir: Path, summary: dict[str, Any]) -> str:
         console.print(f"report:      {run_dir / 'report.html'}")
     if (run_dir / "eval").is_dir():
         console.print(f"tasks:       {run_dir / 'eval'}")
-    console.print(f"next:        {next_command(run_dir)}")
+    console.print(f"next:        {next_command(run_dir)}", markup=False)
     return buffer.getvalue().rstrip()

@@ -23,6 +23,7 @@ from clip_exp.config.base import parse, plain
 from clip_exp.config.files import read_run_config, read_yaml, require_literal
 from clip_exp.config.model import HERE, Activation, ImageTowerConfig, Interpolation, ModelConfig, ResizeMode, Tower
 from clip_exp.config.names import known_models
+from clip_exp.config.targets import require_allowed
 from clip_exp.errors import CheckpointError, ClipExpError, ConfigError
 from clip_exp.models.families.published import (
     ACTIVATIONS,
@@ -357,8 +358,10 @@ def _checked(values: dict[str, Any], path: Path) -> ModelConfig:
 
     Raises:
         CheckpointError: a key is unknown, a value is invalid, or there are interpolations.
+        TargetNotAllowedError: it names custom code that is not allowed.
     """
     require_literal(values, str(path))
+    require_allowed({"model": values}, str(path))
     try:
         return parse(ModelConfig, values, "model.")
     except ConfigError as error:

@@ -175,4 +175,5 @@ class SigmoidLoss(nn.Module):
     def forward(self, output: CLIPOutput, caption_id_B: Tensor, image_id_B: Tensor) -> Tensor:
         """Compute the loss, a float32 scalar, from a model's output and the int64 ids of its captions and images."""
         matches = repeated_matches(caption_id_B, image_id_B, same_caption=self.same_caption, same_image=self.same_image)
-        return sigmoid_loss(*output, matches, self.chunk_size)
+        image_BD, text_BD, scale, bias = output[:4]
+        return sigmoid_loss(image_BD, text_BD, scale, bias, matches, self.chunk_size)

@@ -3,53 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clip_exp.config.model import ModelConfig, Projection
 from clip_exp.errors import ConfigError
 from clip_exp.models.families.timm import KEY, TimmConfig, known_backbone, tags_of
+from clip_exp.models.layers import ProjectedTower, build_projection
 
 OPTIONS = {"patch_drop_rate": "model.image.patch_dropout", "proj_drop_rate": "model.dropout"}
 
 
-class TimmTower(nn.Module):
-    """Image tower that maps images to features.
-
-    Args:
-        trunk: backbone that maps images to [B, channels].
-        channels: output channels of the trunk.
-        embed_dim: width of the shared space.
-        projection: linear, or an MLP with a hidden width of twice the shared space; no bias in the last layer, as in open_clip.
-    """
-
-    def __init__(self, trunk: nn.Module, channels: int, embed_dim: int, projection: Projection) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.projection: nn.Module
-        match projection:
-            case Projection.linear:
-                self.projection = nn.Linear(channels, embed_dim, bias=False)
-            case Projection.mlp:
-                hidden = 2 * embed_dim
-                self.projection = nn.Sequential(
-                    nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)
-                )
-            case Projection.none:
-                self.projection = nn.Identity()
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Return features, not normalized.
-
-        Args:
-            image_BCHW: float images of side `image_size`, normalized by the mean and standard deviation of each channel.
-
-        Returns:
-            [B, embed_dim].
-        """
-        return self.projection(self.trunk(image_BCHW))
-
-
-def build_tower(image: TimmConfig, model: ModelConfig, own_weights: bool = False) -> TimmTower:
+def build_tower(image: TimmConfig, model: ModelConfig, own_weights: bool = False) -> ProjectedTower:
     """Build the image tower of a configuration.
 
     Args:
@@ -76,7 +40,7 @@ def build_tower(image: TimmConfig, model: ModelConfig, own_weights: bool = False
         )
     pretrained = image.pretrained and own_weights
     trunk = _fetch(name, image.image_size, options) if pretrained else _create(name, image.image_size, options)
-    return TimmTower(trunk, channels, model.embed_dim, image.projection)
+    return ProjectedTower(trunk, build_projection(channels, model.embed_dim, image.projection))
 
 
 def _create(name: str, size: int, options: dict[str, Any], pretrained: bool = False) -> nn.Module:
