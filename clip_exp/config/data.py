@@ -373,7 +373,10 @@ class DataConfig(Config):
 
     def rules(self, at: str) -> Iterator[str]:
         if self.generate is None and not self.train:
-            yield f"{at}train has no value: set it to a table of image-text pairs ({at}train=pairs.csv)."
+            yield (
+                f"{at}train has no value: set it to a table of image-text pairs ({at}train=pairs.csv), or name your Dataset "
+                f"(data=custom {at}_target_=mine.Pairs)."
+            )
         if self.generate is not None and (self.train or self.val):
             yield f"{at}generate and {at}train exclude each other: use data=csv for your own tables."
         if len({source.weight is None for source in self.sources}) > 1:

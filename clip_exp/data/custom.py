@@ -33,6 +33,7 @@ from clip_exp.data.files import (
     TOO_MANY_PIXELS,
     BadImage,
     ImageLimits,
+    bad_image,
     read_file,
     reason_of,
     unopened,
@@ -70,7 +71,12 @@ class Content(NamedTuple):
 
 
 def open_dataset(
-    node: Target, where: str, max_items: int | None = None, shared: Mapping[str, Any] | None = None
+    node: Target,
+    where: str,
+    *,
+    max_items: int | None = None,
+    shared: Mapping[str, Any] | None = None,
+    num_workers: int | None = None,
 ) -> "UserDataset":
     """Create a user's data set and check what can be checked without reading an item.
 
@@ -79,6 +85,7 @@ def open_dataset(
         where: key of the node, `data` or `data.val`, for messages.
         max_items: number of items to use, from the start; None: all.
         shared: values for required parameters that the node does not set.
+        num_workers: `data.num_workers`.
 
     Raises:
         ConfigError: the object cannot be created, is not a map-style data set, is empty, cannot be sent to worker
@@ -102,7 +109,7 @@ def open_dataset(
             "Dataset, or add these methods."
         )
     opened = UserDataset(dataset, name, where, max_items)
-    if multiprocessing.get_start_method() != "fork":
+    if num_workers != 0 and multiprocessing.get_start_method() != "fork":
         try:
             pickle.dumps(dataset)
         except Exception as error:
@@ -266,6 +273,10 @@ class UserDataset:
             return data
         if isinstance(image, Image.Image):
             _check_pixels(*image.size, limits)
+            try:
+                image.load()
+            except Exception as error:
+                raise bad_image(error) from error
             return image
         torch = sys.modules.get("torch")
         pixels_HWC = image

@@ -252,8 +252,9 @@ def _file_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if old["rows"] != new["rows"]:
             yield f"{name} has {new['rows']:,} rows instead of {old['rows']:,}"
         elif old["digest"] != new["digest"]:
-            size = f" ({new['bytes']:,} bytes instead of {old['bytes']:,})"
-            size = size if old.get("bytes") != new.get("bytes") else ""
+            size = ""
+            if old.get("bytes") != new.get("bytes"):  # a data set has none
+                size = f" ({new['bytes']:,} bytes instead of {old['bytes']:,})"
             yield f"{name} has different content in its {new['rows']:,} rows{size}"
 
 

@@ -84,7 +84,9 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
         DataError: see `open_table`.
     """
     if isinstance(config, CustomDataConfig):
-        dataset = open_dataset(config, "data", config.max_rows, config.shared)
+        dataset = open_dataset(
+            config, "data", max_items=config.max_rows, shared=config.shared, num_workers=config.num_workers
+        )
         return [OpenSource(DatasetRows(dataset, config.captions))]
     tables = open_train_tables(config, index_dir)
     shared = None
@@ -115,7 +117,7 @@ def open_val_table(config: DataConfig, index_dir: Path | None = None) -> PairTab
 
 def _open_val(config: DataConfig, index_dir: Path | None) -> Items | None:
     if isinstance(config.val, Target):
-        return DatasetItems(open_dataset(config.val, "data.val"))
+        return DatasetItems(open_dataset(config.val, "data.val", num_workers=config.num_workers))
     return TableItems(open_val_table(config, index_dir)) if config.val_paths else None
 
 
