@@ -135,3 +135,25 @@ class Named(Pairs):
     def __init__(self, max_rows: int, image_root: str | None = None, name: str = "own", captions: str = "own") -> None:
         super().__init__(16)
         self.given = (max_rows, image_root, name, captions)
+
+
+class OfFile(Pairs):
+    """Pairs whose fingerprint is the content of a file."""
+
+    def __init__(self, file: str, count: int = 40) -> None:
+        super().__init__(count)
+        self.fingerprint = Path(file).read_text()
+
+
+class Nowhere(Pairs):
+    """Paths of missing images."""
+
+    def __getitem__(self, index: int) -> Any:
+        return f"/nowhere/{index}.jpg", "a caption"
+
+
+class Numbers(Pairs):
+    """Items that are not pairs."""
+
+    def __getitem__(self, index: int) -> Any:
+        return index

@@ -12,6 +12,7 @@ from clip_exp.config.base import (
     Count,
     Fraction,
     Index,
+    Name,
     NonNegative,
     Paths,
     PathText,
@@ -239,6 +240,11 @@ class DataConfig(Config):
     )
     image_key: str = Field("filepath", description="name of the column with image paths")
     caption_key: str = Field("title", description="name of the column with captions")
+    columns: list[Annotated[Name, NOT_EMPTY]] = Field(
+        [],
+        description="further columns of train, or fields of your Dataset's items, for the loss, by name: texts are tokenized and encoded with the captions, numbers and lists "
+        "of numbers become float32 features",
+    )
     label_key: str | None = Field(
         None,
         description="name of the column with class names in val, which adds zero-shot accuracy to the validation; null: none",
@@ -327,7 +333,7 @@ class DataConfig(Config):
             typed_only=True,
         ),
         Unused(
-            "image_root image_key caption_key",
+            "image_root image_key caption_key columns",
             lambda data: data.generate is not None,
             "with data={c.name}, which clip_exp generates",
         ),
@@ -379,8 +385,15 @@ class DataConfig(Config):
             )
         if self.generate is not None and (self.train or self.val):
             yield f"{at}generate and {at}train exclude each other: use data=csv for your own tables."
+        yield from self._column_problems(at, {getattr(self, key): f"{at}{key}" for key in ("image_key", "caption_key")})
         if len({source.weight is None for source in self.sources}) > 1:
             yield f"{at}train: set a weight for every source or for none. Without weights, sources are sampled in proportion to their rows."
+
+    def _column_problems(self, at: str, given: dict[str, str]) -> Iterator[str]:
+        if len(set(self.columns)) < len(self.columns):
+            yield f"{at}columns names a column twice: name each once."
+        for name in (name for name in given if name in self.columns):
+            yield f"{at}columns names {name!r}, which is {given[name]}: leave it out, because the loss has it already."
 
 
 class CustomDataConfig(DataConfig, Target):
@@ -412,6 +425,9 @@ class CustomDataConfig(DataConfig, Target):
         for key in ("train", "generate"):
             if getattr(self, key) is not None:
                 yield f"{at}_target_ and {at}{key} exclude each other: {self.target} is the training data. Leave {at}{key} out."
+        yield from self._column_problems(
+            at, {"image": "the image", "caption": "the caption", "captions": "the captions"}
+        )
 
 
 def _kind_of_data(value: Any) -> str:

@@ -1,12 +1,14 @@
 """A user's Dataset as the source of training or validation pairs.
 
 The object that `data._target_` names has `__len__` and `__getitem__`, as PyTorch's map-style data sets. An item is a
-mapping, dataclass or named tuple with the fields of `FIELDS`, or a tuple (image, caption) or (image, caption, label).
-Every item is checked when it is read, and errors of the user's code are reported with the index and the user's line.
+mapping, dataclass or named tuple with the fields `image`, `caption` or `captions`, and optionally `label` and those of
+`data.columns`; or a tuple (image, caption) or (image, caption, label). Every item is checked when it is read, and
+errors of the user's code are reported with the index and the user's line.
 
 An item is read once per sample. The global random generators of Python, NumPy and PyTorch are seeded for the time of
-the call by (seed, epoch, row), so random numbers in `__getitem__` do not depend on workers, ranks and restarts. Does not
-import torch.
+the call by (seed, epoch, row), so random numbers in `__getitem__` do not depend on workers, ranks and restarts.
+
+This module imports torch only when it reads an item.
 """
 
 import dataclasses
@@ -16,7 +18,8 @@ import multiprocessing
 import os
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,10 +43,11 @@ from clip_exp.data.files import (
 )
 from clip_exp.data.pairs import Item, Pair, RawImage, bytes_of, caption_number, int64_hash
 from clip_exp.data.randomness import hash64, seeded
+from clip_exp.data.tables.features import Shape, describe, numbers_of
 from clip_exp.data.tables.table import Part
-from clip_exp.errors import ConfigError, SampleError
+from clip_exp.errors import ConfigError, DataError, SampleError
 
-FIELDS = ("image", "caption", "captions", "label")
+TRIED = 20  # items, to find one that can be read
 EXPECTED = (
     "a mapping with the keys image and caption (or captions), or a tuple (image, caption) or (image, caption, label)"
 )
@@ -68,6 +72,7 @@ class Content(NamedTuple):
     image: RawImage
     captions: list[str]
     label: Any
+    fields: Mapping[str, Any]  # all fields by name; empty for a tuple
 
 
 def open_dataset(
@@ -188,8 +193,9 @@ class UserDataset:
                 raise BadImage(text) from error
             except Exception as error:
                 raise ItemError(f"{self._at(index)} failed: {failure(error)}") from error
-        image, captions, label = self._fields(index, item)
-        return Content(self._image(index, image, limits), self._captions(index, captions), label)
+        fields = _named_fields(item)
+        image, captions, label = self._parts(index, item, fields)
+        return Content(self._image(index, image, limits), self._captions(index, captions), label, fields or {})
 
     def captions_of(self, index: int) -> int:
         """Return the number of captions of an item, from the method `num_captions`.
@@ -237,9 +243,26 @@ class UserDataset:
         except Exception as error:
             raise ConfigError(f"{self.where}._target_={self.name}: {method} failed: {failure(error)}") from error
 
-    def _fields(self, index: int, item: Any) -> tuple[Any, Any, Any]:
+    def column(self, index: int, name: str, fields: Mapping[str, Any]) -> str | np.ndarray:
+        """Return the value of a further field of an item: a text, or float32 numbers.
+
+        Raises: ItemError if the item has no such field, or its value is neither a text nor numbers.
+        """
+        if name not in fields:
+            found = ", ".join(map(str, fields)) or "none, as it is a tuple"
+            raise ItemError(f"{self._at(index)} has no field {name!r} (data.columns): its fields are {found}. {GUIDE}")
+        value = fields[name]
+        if isinstance(value, str):
+            return str(value)
+        try:
+            return numbers_of(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+        except (TypeError, ValueError) as error:
+            raise ItemError(
+                f"{self._at(index)}: {name!r} (data.columns) is {error}, but it must be a string, a finite number, or numbers."
+            ) from error
+
+    def _parts(self, index: int, item: Any, fields: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:
         """Return the image, the captions and the label of an item."""
-        fields = _named_fields(item)
         if fields is None:
             if isinstance(item, tuple | list) and len(item) in (2, 3):
                 image, captions, *label = item
@@ -296,13 +319,25 @@ class DatasetRows:
     With `captions=random`, every item is a row, and one of its captions is drawn in each epoch. With `all`, every
     caption is a row.
 
-    Raises: ConfigError if the number of captions is needed and not available (`UserDataset.captions_of`).
+    Args:
+        origin: the data set.
+        captions: `data.captions`.
+        columns: names of the further fields of items for the loss. The first item that can be read decides about their
+            kinds and shapes.
+
+    Raises:
+        ConfigError: the number of captions is needed and not available (`UserDataset.captions_of`).
+        ItemError: the first item is not valid.
     """
 
     in_shards = False
 
-    def __init__(self, origin: UserDataset, captions: Captions) -> None:
+    def __init__(self, origin: UserDataset, captions: Captions, columns: Sequence[str] = ()) -> None:
         self.origin, self.images = origin, len(origin)
+        self.shapes: dict[str, Shape] = {}
+        if columns:
+            index, fields = self._first()
+            self.shapes = {name: _shape(origin.column(index, name, fields)) for name in columns}
         # Number of captions up to and including each item; None: an item is a row
         self._ends: np.ndarray | None = None
         if captions is Captions.all:
@@ -325,13 +360,32 @@ class DatasetRows:
                     f"{self.image_name(row)} has {len(captions)} captions, but num_captions({index}) returned {expected}: "
                     "return the number of captions of the item."
                 )
-        return Pair(content.image, captions[number], image_id(content.image))
+        columns = {name: self._column(index, name, content.fields) for name in self.shapes}
+        return Pair(content.image, captions[number], image_id(content.image), columns)
 
     def image_name(self, row: int) -> str:
         return self.origin.location(self._index(row))
 
     def unreadable(self, row: int, reason: str, setting: str) -> str:
         return self.origin.unreadable(self._index(row), reason, setting)
+
+    def _column(self, index: int, name: str, fields: Mapping[str, Any]) -> str | np.ndarray:
+        value = self.origin.column(index, name, fields)
+        if _shape(value) != self.shapes[name]:
+            raise ItemError(
+                f"{self.origin.location(index)}: {name!r} (data.columns) has {describe(_shape(value))}, but the first item has "
+                f"{describe(self.shapes[name])}: return values of one kind and shape."
+            )
+        return value
+
+    def _first(self) -> tuple[int, Mapping[str, Any]]:
+        """Return the first item that can be read, and its fields."""
+        for index in range(min(TRIED, len(self.origin))):
+            with suppress(BadImage):
+                return index, self.origin.read(index, (0, 0, index), ImageLimits()).fields
+        raise DataError(
+            f"data.columns: none of the first {TRIED} items of {self.origin.name} can be read: check its arguments."
+        )
 
     def _index(self, row: int) -> int:
         return row if self._ends is None else int(np.searchsorted(self._ends, row, side="right"))
@@ -394,6 +448,10 @@ def image_id(image: RawImage) -> int:
     """Return an int64 that is equal for images with equal content."""
     size = image.size if isinstance(image, Image.Image) else image.shape if isinstance(image, np.ndarray) else ()
     return int64_hash(repr(size).encode(), bytes_of(image))
+
+
+def _shape(value: str | np.ndarray) -> Shape:
+    return None if isinstance(value, str) else value.shape
 
 
 def _named_fields(item: Any) -> Mapping[str, Any] | None:

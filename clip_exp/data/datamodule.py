@@ -8,6 +8,7 @@ stores two things: the number of samples seen, and a fingerprint of the data, wh
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class PairsDataModule(LightningDataModule):
         stream, val: training stream and validation images (None without validation), available after `setup`.
         class_names: labels of the validation data, in the order of `EvalBatch.label`; empty without labels.
         bad_samples, bad_val_samples: distinct images that could not be used, with their reasons.
-        truncated: number of truncated captions among the samples seen.
+        truncated: number of the samples seen with a truncated caption or other text.
         on_train_batch: callback for each training batch, before the batch is copied to the device.
     """
 
@@ -244,7 +245,10 @@ class PairsDataModule(LightningDataModule):
         total = None if self.total_steps is None else self.total_steps * self.global_batch_size
         sampler = StreamSampler(self.global_batch_size, rank, world_size, self.start_sample, total)
         collate = Collate(self.tokenizer, self.pad_multiple)
-        loader = self._loader(dataset, sampler, collate, sampler.local_batch_size)
+        # Tokens are small in comparison, so they are not counted.
+        features = sum(math.prod(shape) for shape in stream.sources[0].rows.shapes.values() if shape is not None)
+        sample_bytes = self._image_bytes + 4 * features
+        loader = self._loader(dataset, sampler, collate, sampler.local_batch_size * sample_bytes)
         if group.is_main() and (shortage := loader.shortage("data.num_workers")):
             log.warning(shortage)
         self._train_loader = TimedLoader(loader)
@@ -260,7 +264,11 @@ class PairsDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         sampler = EvalSampler(len(dataset), EVAL_BATCH_SIZE, rank, world_size)
         collate = EvalCollate(self.tokenizer, self.preprocessing.size, self.pad_multiple)
-        return self._loader(dataset, sampler, collate, EVAL_BATCH_SIZE)
+        return self._loader(dataset, sampler, collate, EVAL_BATCH_SIZE * self._image_bytes)
+
+    @property
+    def _image_bytes(self) -> int:
+        return 3 * self.preprocessing.size**2
 
     def _open_bad_samples(self, images: int, what: str, mark: str = "") -> BadSamples:
         file = None if self.run_dir is None else self.run_dir / "bad_samples.csv"
@@ -370,7 +378,7 @@ class PairsDataModule(LightningDataModule):
         return rank, world_size
 
     def _loader(
-        self, dataset: Any, sampler: StreamSampler | EvalSampler, collate: Any, batch_size: int
+        self, dataset: Any, sampler: StreamSampler | EvalSampler, collate: Any, batch_bytes: int
     ) -> "WorkerLoader[Any]":
         device_type = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
         workers = count_workers(self.config.num_workers, group.local_world_size(), device_type)
@@ -379,7 +387,7 @@ class PairsDataModule(LightningDataModule):
             workers = min(workers, len(sampler))
         return WorkerLoader(
             dataset,
-            batch_bytes=batch_size * 3 * self.preprocessing.size**2,
+            batch_bytes=batch_bytes,
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=collate,

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -59,6 +60,7 @@ class Sample:
     tokens: list[int]
     caption_id: int
     image_id: int
+    columns: dict[str, list[int] | np.ndarray]  # further columns: ids of a text, or float32 numbers
     bad: tuple[UnreadableImage, ...] = ()
     truncated: bool = False
 
@@ -89,7 +91,7 @@ class Batch(NamedTuple):
     # Further columns by name (`data.columns`): int64 [B, L'], tokens of texts, or float32 [B, ...], numbers
     columns: dict[str, Tensor] = {}  # noqa: RUF012 - a default of a NamedTuple
     bad: tuple[UnreadableImage, ...] = ()  # images that were replaced while this batch was built
-    truncated: int = 0  # number of captions that were truncated to the context length
+    truncated: int = 0  # number of samples with a caption or another text that was truncated to the context length
 
 
 class EvalBatch(NamedTuple):
@@ -166,8 +168,12 @@ class TrainPairs(Dataset[Sample]):
             row = hash64(_REPLACEMENT, source.seed, epoch, original_row, len(bad)) % len(source.rows)
         truncated_before = self.tokenizer.truncated
         tokens = self.tokenizer.encode(pair.caption)
+        columns = {name: self._encoded(value) for name, value in pair.columns.items()}
         truncated = self.tokenizer.truncated > truncated_before
-        return Sample(image, tokens, caption_id(tokens), pair.image_id, tuple(bad), truncated)
+        return Sample(image, tokens, caption_id(tokens), pair.image_id, columns, tuple(bad), truncated)
+
+    def _encoded(self, value: str | np.ndarray) -> list[int] | np.ndarray:
+        return self.tokenizer.encode(value) if isinstance(value, str) else value
 
 
 @dataclass(eq=False)
@@ -227,7 +233,7 @@ class EvalImages(Dataset[EvalSample]):
 class Collate:
     """Collate function from `Sample`s to a `Batch`.
 
-    The tokenizer pads captions, to a multiple of `multiple` if it can choose.
+    The tokenizer pads captions and other texts, to a multiple of `multiple` if it can choose.
     """
 
     tokenizer: Tokenizes
@@ -242,9 +248,15 @@ class Collate:
             tokens=self.tokenizer.pad([sample.tokens for sample in samples], self.multiple),
             caption_id=_int64(sample.caption_id for sample in samples),
             image_id=_int64(sample.image_id for sample in samples),
+            columns={name: self._stacked([sample.columns[name] for sample in samples]) for name in samples[0].columns},
             bad=tuple(bad for sample in samples for bad in sample.bad),
             truncated=sum(sample.truncated for sample in samples),
         )
+
+    def _stacked(self, values: list[Any]) -> Tensor:
+        if isinstance(values[0], np.ndarray):
+            return torch.from_numpy(np.stack(values))
+        return self.tokenizer.pad(values, self.multiple)
 
 
 @dataclass(frozen=True)
@@ -354,10 +366,19 @@ class _IntoSharedMemory:
 
     def __call__(self, samples: Any) -> Any:
         batch = self.collate(samples)
-        for value in batch if isinstance(batch, tuple | list) else (batch,):
-            if isinstance(value, Tensor) and value.numel():
-                value.share_memory_()
+        for tensor in _tensors(batch):
+            if tensor.numel():
+                tensor.share_memory_()
         return batch
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a batch, also those in its tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
 
 
 def init_worker(_worker: int) -> None:

@@ -18,6 +18,7 @@ from clip_exp.config.data import Captions
 from clip_exp.data.files import ImageLimits, normal_path
 from clip_exp.data.image_sets import label_of_images
 from clip_exp.data.randomness import hash64
+from clip_exp.data.tables.features import Shape
 from clip_exp.data.tables.table import PairTable, Part
 
 # Content of an image file, an image opened with Pillow, or pixels as uint8 [H, W, 3]
@@ -32,6 +33,7 @@ class Pair(NamedTuple):
     image: RawImage
     caption: str
     image_id: int  # int64, equal for equal images of all sources of the stream
+    columns: dict[str, str | np.ndarray]  # further columns by name (`data.columns`): a text, or float32 numbers
 
 
 class Item(NamedTuple):
@@ -109,6 +111,8 @@ class Rows(Protocol):
     images: int
     # Whether neighboring rows are read much faster than distant ones
     in_shards: bool
+    # Further columns by name: shape of the numbers, or None for texts
+    shapes: dict[str, Shape]
 
     def __len__(self) -> int: ...
 
@@ -184,6 +188,7 @@ class TableRows:
         self._captions, self._folder = captions, folder
         self.images = table.images
         self.in_shards = table.members is not None
+        self.shapes = table.shapes
 
     def __len__(self) -> int:
         return self.images if self._captions is Captions.random else len(self.origin)
@@ -198,7 +203,8 @@ class TableRows:
     def load(self, row: int, seed: int, epoch: int, limits: ImageLimits) -> Pair:
         table_row = self.table_row(row, seed, epoch)
         image = self.origin.read_image(table_row, limits)
-        return Pair(image, self.origin.caption(table_row), self.image_id(table_row))
+        columns = {name: self.origin.column(name, table_row) for name in self.shapes}
+        return Pair(image, self.origin.caption(table_row), self.image_id(table_row), columns)
 
     def image_id(self, table_row: int) -> int:
         """Return an int64 that is equal for rows with the same image, across all sources of the stream."""

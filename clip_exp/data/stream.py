@@ -29,9 +29,10 @@ from clip_exp.data.custom import DatasetItems, DatasetRows, open_dataset
 from clip_exp.data.files import ImageLimits, normal_path
 from clip_exp.data.pairs import Items, Pair, Rows, TableItems, TableRows, needs_full_paths
 from clip_exp.data.randomness import Blocks, epoch_order, hash64
+from clip_exp.data.tables.features import describe
 from clip_exp.data.tables.open import open_configured
 from clip_exp.data.tables.table import PairTable
-from clip_exp.errors import ConfigError
+from clip_exp.errors import ConfigError, DataError
 
 INDEX = "index"  # folder of the table indexes in output_dir
 SLOTS = 4096  # samples per round; within a round, each source has exactly its fraction of the samples
@@ -81,13 +82,13 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
     Raises:
         ConfigError: `data.train` matches no file, or the weight of a source is so low that it would never be drawn; see
             also `data.custom.open_dataset`.
-        DataError: see `open_table`.
+        DataError: see `open_table`. Also raised if a column of `data.columns` has other values than in the first source.
     """
     if isinstance(config, CustomDataConfig):
         dataset = open_dataset(
             config, "data", max_items=config.max_rows, shared=config.shared, num_workers=config.num_workers
         )
-        return [OpenSource(DatasetRows(dataset, config.captions))]
+        return [OpenSource(DatasetRows(dataset, config.captions, config.columns))]
     tables = open_train_tables(config, index_dir)
     shared = None
     if len(tables) > 1 or needs_full_paths(tables[0][1]):
@@ -104,10 +105,23 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
 
 def open_train_tables(config: DataConfig, index_dir: Path | None = None) -> list[tuple[Source, PairTable]]:
     """Open the tables of `data.train`; see `open_sources`."""
-    return [
-        (spec, open_configured(configured(spec, config), spec.paths, max_rows=config.max_rows, index_dir=index_dir))
-        for spec in config.sources
-    ]
+    opened: list[tuple[Source, PairTable]] = []
+    for spec in config.sources:
+        table = open_configured(
+            configured(spec, config), spec.paths, columns=config.columns, max_rows=config.max_rows, index_dir=index_dir
+        )
+        opened.append((spec, table))
+        _check_shapes(opened[0][1], table)
+    return opened
+
+
+def _check_shapes(first: PairTable, table: PairTable) -> None:
+    for name, shape in table.shapes.items():
+        if shape != first.shapes[name]:
+            raise DataError(
+                f"data.train: {name!r} (data.columns) has {describe(shape)} in {table.parts[0].path}, but "
+                f"{describe(first.shapes[name])} in {first.parts[0].path}: write values of one kind and shape to all sources."
+            )
 
 
 def open_val_table(config: DataConfig, index_dir: Path | None = None) -> PairTable:

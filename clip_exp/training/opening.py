@@ -68,6 +68,8 @@ REPORT = "report.html"
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Return the values, by dotted key, that determine what the run computes, without those that control where and how it runs."""
     values = flatten(plain(config))
+    if not config.data.columns:
+        del values["data.columns"]  # older versions did not have this key
     return {key: value for key, value in values.items() if not key.startswith(NOT_IN_IDENTITY) or key in IN_IDENTITY}
 
 

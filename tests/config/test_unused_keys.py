@@ -44,6 +44,7 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "data.image_root=images": "with data=digits, which clip_exp generates",
         "data.caption_key=caption": "with data=digits, which clip_exp generates",
         "data.image_key=path": "with data=digits, which clip_exp generates",
+        "data.columns=[label]": "with data=digits, which clip_exp generates",
         "data.shuffle_block=8": "with a full shuffle: set data.shuffle=block",
         "data.shuffle_window=256": "with a full shuffle",
         "data.augmentation.color_jitter_prob=0.5": "without data.augmentation.color_jitter",

@@ -86,6 +86,20 @@ def test_weights_for_some_sources_are_refused():
     assert not list(problems(data_of([{"path": "a.csv"}, "b.csv"]), at="data."))
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (["a", "b", "a"], "data.columns names a column twice: name each once."),
+        (["filepath"], "data.columns names 'filepath', which is data.image_key: leave it out"),
+        (["title", "a"], "data.columns names 'title', which is data.caption_key: leave it out"),
+    ],
+)
+def test_columns_that_the_loss_has_already_are_refused(columns, expected):
+    data = data_of("a.csv").model_copy(update={"columns": columns})
+    (problem,) = problems(data, at="data.")
+    assert problem.startswith(expected)
+
+
 def test_all_problems_of_all_sources_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         data_of([{"path": "a.csv", "weight": 0, "sep": ","}, {"weight": 1}])

@@ -193,6 +193,7 @@ NOT_THE_RESULT = {
     "data.train.encoding": "of another file than `data.encoding` is of (tests/data/test_stream_sources.py)",
     "data.name": "a label, and the run's name unless that is set",
     "data.num_workers": "samples do not depend on the worker (tests/data/test_datamodule.py)",
+    "data.columns": "read for losses that use them (tests/data/test_further_columns.py)",
     "data.on_bad_row": "acts on bad rows alone (tests/data/tables)",
     "data.on_bad_image": "acts on bad images alone (tests/data/test_bad_samples.py)",
     "data.max_bad_fraction": "when a run stops (tests/data/test_bad_samples.py)",

@@ -182,6 +182,19 @@ def test_a_run_of_an_older_version_is_recognized_by_its_configuration_alone(proj
     assert opened(other).folder != folder, "whose path was part of it"
 
 
+def test_a_run_without_further_columns_is_that_of_an_older_version_and_one_with_them_another(
+    project: Path, config: TrainConfig
+) -> None:
+    assert not config.data.columns
+    assert "data.columns" not in identity(config), "which older versions did not have"
+    folder = earlier(config, finished=False)
+    rows = [[f"img/{i}.png", f"image {i}", str(i)] for i in range(ROWS)]
+    write_table(project / "pairs.csv", [["filepath", "title", "score"], *rows])
+    assert opened(config).folder == folder
+    wide = config.model_copy(update={"data": config.data.model_copy(update={"columns": ["score"]})})
+    assert opened(wide).folder != folder
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_replaced_weights_are_another_start_and_moved_ones_the_same(
     finished: bool, project: Path, config: TrainConfig, capsys

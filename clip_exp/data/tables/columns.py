@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,27 @@ def bool_numpy(array: pa.BooleanArray) -> np.ndarray:
 def int32_numpy(array: pa.Int32Array) -> np.ndarray:
     """Return the values of an array without nulls as int32 [rows], sharing its memory."""
     return np.frombuffer(array.buffers()[1], dtype=np.int32)[array.offset : array.offset + len(array)]
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return True for a type of lists, of equal or different lengths."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def rows_of_numbers(array: pa.Array) -> np.ndarray | list[Any]:
+    """Return each row of a column of numbers or lists of numbers, which may be nested.
+
+    A number is a float64, and a list is an array of them. A missing number is NaN, also in a list, and a missing list
+    is None.
+    """
+    if not is_list(array.type):
+        numbers = pc.fill_null(pc.cast(array, pa.float64(), safe=False), float("nan"))
+        return np.frombuffer(numbers.buffers()[1], dtype=np.float64)[numbers.offset :][: len(numbers)]
+    lengths = pc.fill_null(pc.cast(pc.list_value_length(array), pa.int32()), 0)
+    ends = np.cumsum(int32_numpy(lengths), dtype=np.int64)
+    inner = rows_of_numbers(pc.list_flatten(array))
+    rows = [inner[start:end] for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
+    return [row if valid else None for row, valid in zip(rows, bool_numpy(pc.is_valid(array)), strict=True)]
 
 
 # Invisible characters, which are trimmed from labels and make a caption blank.

@@ -26,10 +26,13 @@ from clip_exp.data.tables.columns import string_array, string_buffers
 from clip_exp.data.tables.lines import Lines, Utf8Blocks, count_lines, find_encoding
 from clip_exp.data.tables.reader import (
     MAX_CAPTION,
+    MAX_COLUMN,
     BadRows,
     BadValue,
     RowBlock,
     TableOptions,
+    key_of,
+    max_length,
     no_column,
     text_of,
     unreadable,
@@ -41,7 +44,7 @@ _SAMPLE_LINES = 50
 log = logging.getLogger(__name__)
 
 MAX_FIELD = (
-    131_072  # characters, the limit of the csv module; a longer field is most likely a quote that is never closed
+    MAX_COLUMN  # characters, the limit of the csv module; a longer field is most likely a quote that is never closed
 )
 
 
@@ -58,8 +61,8 @@ class Layout:
     separator: str  # one character
     header: bool  # True if the first record has the names of the columns
     width: int  # fields in every record
-    indices: dict[str, int]  # maps the configuration key to the index of its field
-    names: dict[str, str]  # maps the configuration key to the name of its column
+    indices: dict[str, int]  # maps the setting (`TableOptions.requested`) to the index of its field
+    names: dict[str, str]  # maps the setting to the name of its column
     extra: dict[str, int] = field(default_factory=dict)  # maps a column of the filter to the index of its field
 
     @property
@@ -113,7 +116,7 @@ def find_layout(path: Path, first_lines: Sequence[str], options: TableOptions, s
     names = _names(samples[best])
     for setting, name in [*requested.items(), *(("filter", name) for name in filtered)]:
         if names.count(name) > 1:
-            repair = "rename one" if setting == "filter" else f"rename one, or set data.{setting}"
+            repair = f"rename one, or set data.{key_of(setting)}" if setting in requested else "rename one"
             raise DataError(f"{path} has {names.count(name)} columns named {name!r}: {repair}.")
         if name not in names:
             raise DataError(f"{path} {_missing(name, setting, names, best)}")
@@ -331,7 +334,7 @@ def _are_good(columns: dict[int, pa.LargeStringArray], count: int, layout: Layou
     for setting, index in layout.indices.items():
         starts, data = string_buffers(columns[index])
         lengths = np.diff(starts)
-        if lengths.max() > MAX_CAPTION or (setting == "image_key" and not lengths.all()):
+        if lengths.max() > max_length(setting) or (setting == "image_key" and not lengths.all()):
             return False
         # If a record has one field, a blank field is a blank line, which is skipped.
         if layout.width == 1 and (data[starts[:-1]] <= ord(" ")).any() | (data[starts[:-1]] > ord("~")).any():

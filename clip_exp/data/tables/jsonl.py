@@ -34,7 +34,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 class JsonLinesReader:
     """`tables.reader.Reader` for JSON Lines.
 
-    Captions and paths must be strings (`reader.text_of`). Other keys are ignored, but no key may appear twice. Blank
+    Captions and paths must be strings (`reader.text_of`); further columns may also be numbers. Other keys are ignored, but no key may appear twice. Blank
     lines are skipped. `NaN`, which Python writes although it is not valid JSON, is a missing number.
 
     Args:
@@ -112,7 +112,7 @@ class JsonLinesReader:
     def _text(self, setting: str, name: str, record: dict[str, Any]) -> str:
         if name in record:
             return text_of(setting, name, record[name])
-        raise BadValue(absent(setting, name)[0], no_column(name, setting, record).replace("column", "key").rstrip("."))
+        raise BadValue(absent(setting, name)[0], no_column(name, setting, record, "key").rstrip("."))
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

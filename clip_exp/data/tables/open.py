@@ -89,6 +89,7 @@ def open_configured(
     tables: str | Sequence[str],
     *,
     label_key: str | None = None,
+    columns: Sequence[str] = (),
     max_rows: int | None = None,
     index_dir: Path | None = None,
 ) -> PairTable:
@@ -97,6 +98,7 @@ def open_configured(
         image_key=config.image_key,
         caption_key=config.caption_key,
         label_key=label_key,
+        columns=tuple(columns),
         separator=config.separator,
         encoding=config.encoding,
         on_bad_row=config.on_bad_row,

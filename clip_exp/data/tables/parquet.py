@@ -3,21 +3,24 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_exp.config.data import OnBadRow
-from clip_exp.data.tables.columns import bool_numpy
+from clip_exp.data.tables.columns import bool_numpy, is_list, rows_of_numbers, string_array
 from clip_exp.data.tables.reader import (
     MAX_CAPTION,
     BadRows,
     BadValue,
     RowBlock,
     TableOptions,
+    is_column,
+    key_of,
     longer_than,
+    max_length,
     no_column,
     text_of,
     unreadable,
@@ -37,6 +40,7 @@ _REQUIRED_TYPES = {
     "image_key": "but it must be the paths of image files, as strings; to embed images, write WebDataset shards",
     "caption_key": "but captions must be strings",
     "label_key": "but labels must be strings or integers",
+    "columns": "but further columns must be strings, numbers or lists of numbers",
     "filter": "which a filter cannot compare",
 }
 
@@ -44,8 +48,8 @@ _REQUIRED_TYPES = {
 class ParquetReader:
     """`tables.reader.Reader` for Parquet.
 
-    Paths and captions must be strings, plain or dictionary-encoded. Labels may also be integers. A null makes a bad
-    row, except for a label, where it is the empty label.
+    Paths and captions must be strings, plain or dictionary-encoded. Labels may also be integers, and further columns numbers
+    or lists of numbers. A null makes a bad row, except for a label, where it is the empty label.
 
     Args:
         path: existing file.
@@ -95,35 +99,43 @@ class ParquetReader:
         for setting, name in requested:
             count = schema.names.count(name)
             if count > 1:
-                raise DataError(f"{self.path} has {count} columns named {name!r} (data.{setting}): rename one.")
+                raise DataError(f"{self.path} has {count} columns named {name!r} (data.{key_of(setting)}): rename one.")
             if not count:
                 raise DataError(f"{self.path} {no_column(name, setting, schema.names)}")
             kind = schema.field(name).type
             if not _fits(setting, kind):
+                key = key_of(setting)
                 raise DataError(
-                    f"{self.path}: the column {name!r} (data.{setting}) is of type {kind}, {_REQUIRED_TYPES[setting]}."
+                    f"{self.path}: the column {name!r} (data.{key}) is of type {kind}, {_REQUIRED_TYPES[key]}."
                 )
 
     def _block(self, batch: pa.RecordBatch, before: int) -> RowBlock:
         lines = np.arange(before + 1, before + 1 + len(batch), dtype=np.int64)
         columns, too_long = {}, {}
+        numbers: dict[str, np.ndarray | list[Any]] = {}
+        suspicious = np.zeros(len(batch), dtype=bool)
         for setting, name in self.requested.items():
-            column, too_long[setting] = _blank_long_texts(batch.column(name))
+            if is_column(setting) and not _is_text(_value_type(batch.column(name).type)):
+                numbers[setting] = rows_of_numbers(batch.column(name))
+                columns[setting], faults = _as_json(setting, name, numbers[setting])
+                suspicious |= faults
+                continue
+            column, too_long[setting] = _blank_long_texts(batch.column(name), 4 * max_length(setting))
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             column = pc.cast(column, pa.large_string())
             columns[setting] = pc.fill_null(column, "") if setting == "label_key" else column
+            suspicious |= too_long[setting] | _suspicious(setting, columns[setting])
         good = np.ones(len(batch), dtype=bool)
-        suspicious = np.logical_or.reduce(list(too_long.values()))
-        for setting, column in columns.items():
-            suspicious |= _suspicious(setting, column)
         for row in np.flatnonzero(suspicious).tolist():
             try:
+                for setting, rows in too_long.items():
+                    if rows[row]:
+                        measure = f"more than {4 * max_length(setting):,} bytes"
+                        raise BadValue(*longer_than(setting, self.requested[setting], measure))
                 for setting, name in self.requested.items():
-                    if too_long[setting][row]:
-                        raise BadValue(*longer_than(setting, name, f"more than {_MAX_BYTES:,} bytes"))
-                for setting, name in self.requested.items():
-                    text_of(setting, name, columns[setting][row].as_py())
+                    stored = numbers[setting][row] if setting in numbers else columns[setting][row].as_py()
+                    text_of(setting, name, stored)
             except (BadValue, UnicodeDecodeError) as error:
                 good[row] = False
                 if isinstance(error, UnicodeDecodeError):
@@ -147,7 +159,8 @@ def _reading_strategy(coded: "ParquetFile", group: int, names: list[str]) -> tup
         coded: the file, opened so that texts are read as dictionaries.
     """
     chunks = [coded.metadata.row_group(group).column(i) for i in range(coded.metadata.num_columns)]
-    chunks = [chunk for chunk in chunks if chunk.path_in_schema in names and chunk.num_values]
+    lists = tuple(f"{name}." for name in names)
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema in names or chunk.path_in_schema.startswith(lists)]
     # Reading the first row loads the dictionary, which has all texts that are repeated.
     first = next(coded.iter_batches(1, row_groups=[group], columns=names), None)
     columns = [] if first is None else [first.column(name) for name in names]
@@ -156,33 +169,52 @@ def _reading_strategy(coded: "ParquetFile", group: int, names: list[str]) -> tup
     small = all(chunk.total_uncompressed_size <= _SMALL_BYTES for chunk in chunks)
     if longest > _MAX_BYTES and small:
         return _BLOCK_ROWS, True
-    usual = max((chunk.total_uncompressed_size // chunk.num_values for chunk in chunks), default=0)
+    rows = max(1, coded.metadata.row_group(group).num_rows)
+    usual = max((chunk.total_uncompressed_size // rows for chunk in chunks), default=0)
     return min(_BLOCK_ROWS, max(1, _BLOCK_BYTES // max(1, longest, usual))), False
 
 
 def _fits(setting: str, kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    kind = _value_type(kind)
     if setting == "filter" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         kind = kind.value_type
     if (text := _is_text(kind)) or setting in ("image_key", "caption_key"):
         return text
     if setting == "label_key":
         return pa.types.is_integer(kind)
+    if is_column(setting):
+        while is_list(kind):
+            kind = kind.value_type
+        return pa.types.is_integer(kind) or pa.types.is_floating(kind)
     return pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _blank_long_texts(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Replace texts above `_MAX_BYTES` in a dictionary column by empty ones; also return their rows, bool [rows]."""
+def _as_json(setting: str, name: str, rows: np.ndarray | list[Any]) -> tuple[pa.LargeStringArray, np.ndarray]:
+    """Return the rows of a further column as JSON, and bool [rows], True for rows that are not numbers."""
+    texts, faults = [""] * len(rows), np.zeros(len(rows), dtype=bool)
+    for row, value in enumerate(rows):
+        try:
+            texts[row] = text_of(setting, name, value)
+        except BadValue:
+            faults[row] = True
+    return string_array(texts), faults
+
+
+def _blank_long_texts(column: pa.Array, max_bytes: int) -> tuple[pa.Array, np.ndarray]:
+    """Replace texts above `max_bytes` in a dictionary column by empty ones; also return their rows, bool [rows]."""
     none = np.zeros(len(column), dtype=bool)
     if not pa.types.is_dictionary(column.type):
         return column, none
     values = column.dictionary
-    long = pc.fill_null(pc.greater(pc.binary_length(values), _MAX_BYTES), False)
+    long = pc.fill_null(pc.greater(pc.binary_length(values), max_bytes), False)
     if not bool_numpy(long).any():
         return column, none
     rows = bool_numpy(pc.fill_null(long.take(column.indices), False))
@@ -199,7 +231,7 @@ def _suspicious(setting: str, column: pa.LargeStringArray) -> np.ndarray:
     except pa.ArrowInvalid:
         return np.ones(len(column), dtype=bool)
     sizes = pc.binary_length(column)
-    found = [pc.is_null(column), pc.greater(sizes, MAX_CAPTION), pc.match_substring(column, "\0")]
+    found = [pc.is_null(column), pc.greater(sizes, max_length(setting)), pc.match_substring(column, "\0")]
     if setting == "image_key":
         found.append(pc.equal(sizes, 0))
     return np.logical_or.reduce([bool_numpy(pc.fill_null(mask, True)) for mask in found])

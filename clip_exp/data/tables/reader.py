@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,20 @@ import pyarrow as pa
 
 from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables import filters
+from clip_exp.data.tables.features import numbers_of, to_json
 from clip_exp.errors import ConfigError, DataError
+
+COLUMNS = "columns."  # start of the setting of a further column
+
+
+def is_column(setting: str) -> bool:
+    """Return True for the setting of a further column, such as `columns.hard_negative`."""
+    return setting.startswith(COLUMNS)
+
+
+def key_of(setting: str) -> str:
+    """Return the configuration key of a setting, without `data.`."""
+    return setting.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,7 @@ class TableOptions:
     image_key: str = "filepath"
     caption_key: str | None = "title"
     label_key: str | None = None
+    columns: tuple[str, ...] = ()  # further columns for the loss (`tables.features`)
     # For delimited text.
     separator: str = "auto"
     encoding: str = "auto"
@@ -34,9 +49,13 @@ class TableOptions:
 
     @property
     def requested(self) -> dict[str, str]:
-        """Requested columns: configuration key (`image_key`, …) to column name."""
+        """Requested columns: setting to column name.
+
+        A setting is a configuration key (`image_key`, …), or `columns.<name>` for each of the further columns.
+        """
         requested = {"image_key": self.image_key, "caption_key": self.caption_key, "label_key": self.label_key}
-        return {setting: name for setting, name in requested.items() if name is not None}
+        named = {setting: name for setting, name in requested.items() if name is not None}
+        return {**named, **{COLUMNS + name: name for name in self.columns}}
 
     @property
     def filtered(self) -> frozenset[str]:
@@ -46,9 +65,13 @@ class TableOptions:
     def as_json(self) -> dict[str, Any]:
         """Return JSON values for the identity of an index.
 
-        `on_bad_row` is not part of it, because it does not change the rows of a table without bad rows.
+        `on_bad_row` is not part of it, because it does not change the rows of a table without bad rows. `columns` is
+        part of it only if there are some, so that the indexes of older versions remain valid.
         """
-        return {name: value for name, value in asdict(self).items() if name != "on_bad_row"}
+        values = {**asdict(self), "columns": list(self.columns)}
+        return {
+            name: value for name, value in values.items() if name != "on_bad_row" and (name, value) != ("columns", [])
+        }
 
 
 # Signatures, by which a changed file is detected.
@@ -106,13 +129,16 @@ def unreadable(file: Path, error: OSError) -> ConfigError:
 # Good rows, and the record of the bad ones.
 
 MAX_CAPTION = 32_768  # characters; a longer caption is a bad row, usually caused by a quote that is never closed
+MAX_COLUMN = (
+    131_072  # characters of a text in a further column, which may be a list of numbers; limit of the csv module
+)
 MAX_EXAMPLES = 1_000  # bad rows per file that are recorded one by one
 
 
 class RowBlock(NamedTuple):
     """Good rows of one file, in order."""
 
-    columns: dict[str, pa.Array]  # by configuration key (image_key, …): LargeString, no nulls
+    columns: dict[str, pa.Array]  # by setting (`TableOptions.requested`): LargeString, no nulls
     lines: np.ndarray  # int64: number of the line, Parquet row or shard sample in which each row starts, from 1
     members: np.ndarray | None = None  # int64 [rows, 2]: offset and size of each image in its shard, bytes
     extra: dict[str, pa.Array] | None = None  # columns of the filter, as stored in the file
@@ -172,7 +198,7 @@ class Reader(Protocol):
         ...
 
 
-# Values: allowed image paths, captions and labels in formats with typed values.
+# Values: allowed image paths, captions, labels and further columns in formats with typed values.
 
 _WHAT = {"image_key": "image path", "caption_key": "caption", "label_key": "label"}
 
@@ -186,62 +212,95 @@ class BadValue(Exception):
 
 
 def text_of(setting: str, name: str, value: object) -> str:
-    """Return the text of a value, verbatim.
+    """Return the text of a value: a string verbatim, and numbers of a further column as JSON.
 
     Other types are not converted to text: a number as a caption usually means a wrong column. Only labels may be
     integers. A missing label (null) is the empty label, which means no class.
 
     Args:
-        setting: `image_key`, `caption_key` or `label_key`.
+        setting: key of `TableOptions.requested`.
         name: name of the column, for messages.
 
     Raises: BadValue.
     """
     if setting == "label_key" and (value is None or type(value) is int):
         return "" if value is None else str(value)
-    what = _WHAT[setting]
+    if is_column(setting) and isinstance(value, int | float | list | np.ndarray) and not isinstance(value, bool):
+        return _numbers_as_text(setting, name, value)
+    what = what_of(setting)
     if value is None:
         raise BadValue(*absent(setting, name))
     if not isinstance(value, str):
         kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
         shown = f"{kinds.get(type(value), type(value).__name__)}: {_shortened(str(value))}"
-        raise BadValue(f"the {what} is not text", f"the {what} {name!r} is not text but {shown}")
+        raise BadValue(f"the {what} is not text", f"the {_named(setting, name)} is not text but {shown}")
     if not value and setting == "image_key":
-        raise BadValue(f"no {what}", f"the {what} {name!r} is empty")
+        raise BadValue(f"no {what}", f"the {_named(setting, name)} is empty")
     if "\0" in value:
-        raise BadValue("NUL character", f"the {what} {name!r} contains a NUL character")
-    if len(value) > MAX_CAPTION:
-        raise BadValue(*longer_than(setting, name, f"{len(value):,} characters, more than {MAX_CAPTION:,}"))
+        raise BadValue("NUL character", f"the {_named(setting, name)} contains a NUL character")
+    if len(value) > max_length(setting):
+        raise BadValue(*longer_than(setting, name, f"{len(value):,} characters, more than {max_length(setting):,}"))
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadValue("not Unicode", f"the {what} {name!r} contains a lone surrogate") from error
+            raise BadValue("not Unicode", f"the {_named(setting, name)} contains a lone surrogate") from error
     return value
+
+
+def _numbers_as_text(setting: str, name: str, value: int | float | list[Any] | np.ndarray) -> str:
+    if isinstance(value, float) and math.isnan(value):  # written for a missing number
+        raise BadValue(*absent(setting, name))
+    try:
+        return to_json(numbers_of(value))
+    except ValueError as error:
+        detail = f"the {_named(setting, name)} is {error}, but must be a text, a number or a list of numbers"
+        raise BadValue(f"the {what_of(setting)} is not numbers", detail) from error
+
+
+def what_of(setting: str) -> str:
+    """Return the name of a setting's values for messages. Counts by reason distinguish further columns by it."""
+    return _WHAT.get(setting) or f"value of {setting.removeprefix(COLUMNS)}"
+
+
+def _named(setting: str, name: str) -> str:
+    return f"value of {name!r}" if is_column(setting) else f"{what_of(setting)} {name!r}"
+
+
+def max_length(setting: str) -> int:
+    """Return the maximum number of characters of a text."""
+    return MAX_COLUMN if is_column(setting) else MAX_CAPTION
 
 
 def longer_than(setting: str, name: str, measure: str) -> tuple[str, str]:
     """Return reason and detail for a text with too many characters or bytes."""
-    return f"{_WHAT[setting]} too long", f"the {_WHAT[setting]} {name!r} has {measure}"
+    return f"{what_of(setting)} too long", f"the {_named(setting, name)} has {measure}"
 
 
 def absent(setting: str, name: str) -> tuple[str, str]:
     """Return reason and detail for a missing value."""
-    what = _WHAT[setting]
-    return f"no {what}", f"there is no {what} ({name!r} is missing or null; data.{setting})"
+    what = what_of(setting)
+    return f"no {what}", f"there is no {what} ({name!r} is missing or null; data.{key_of(setting)})"
 
 
-def no_column(name: str, setting: str, names: Iterable[str]) -> str:
-    """Return the end of a message that starts with the file: the missing column, the existing ones and a suggestion."""
+def no_column(name: str, setting: str, names: Iterable[str], what: str = "column") -> str:
+    """Return the end of a message that starts with the file: the missing column, the existing ones and a suggestion.
+
+    Args:
+        what: word of the format for a column.
+    """
     listed = list(names)
     close = difflib.get_close_matches(name.lower(), [other.lower() for other in listed], n=1)
     nearest = next((other for other in listed if close and other.lower() == close[0] and other.isprintable()), None)
     shown = ", ".join(repr(_shortened(other)) for other in listed[:20]) or "none"
+    key = key_of(setting)
     if setting == "filter":
         fix = f" Did you mean {nearest!r}?" if nearest else ""
+    elif is_column(setting):
+        fix = f" Name {nearest or '<one of them>'} in data.columns."
     else:
-        fix = f" Set data.{setting}={nearest or '<one of them>'}."
-    return f"has no column {name!r} (data.{setting}). Its columns: {shown}.{fix}"
+        fix = f" Set data.{key}={nearest or '<one of them>'}."
+    return f"has no {what} {name!r} (data.{key}). Its {what}s: {shown}.{fix}"
 
 
 def _shortened(text: str) -> str:

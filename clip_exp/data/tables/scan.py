@@ -16,10 +16,21 @@ import pyarrow as pa
 from clip_exp.data.tables import filters
 from clip_exp.data.tables.columns import bool_array, count_blank, string_buffers, trimmed
 from clip_exp.data.tables.delimited import DelimitedReader
+from clip_exp.data.tables.features import Shape, describe, shape_of
 from clip_exp.data.tables.filters import UnconvertedValues, merge_unconverted
 from clip_exp.data.tables.jsonl import JsonLinesReader
 from clip_exp.data.tables.parquet import ParquetReader
-from clip_exp.data.tables.reader import FileSignature, Reader, RowBlock, TableOptions, unreadable
+from clip_exp.data.tables.reader import (
+    COLUMNS,
+    BadRows,
+    FileSignature,
+    Reader,
+    RowBlock,
+    TableOptions,
+    is_column,
+    unreadable,
+    what_of,
+)
 from clip_exp.data.tables.shards import ShardReader
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.progress import progress
@@ -38,7 +49,7 @@ class ScannedFile:
     signature: FileSignature
     rows: int
     seen: int  # number of rows, including bad ones and those that do not match the filter
-    digest: str  # hash of the paths, captions, labels and positions in a shard of all rows
+    digest: str  # hash of the paths, captions, labels, further columns and positions in a shard of all rows
     bad: dict[str, int]  # number of bad rows by reason
     bad_examples: tuple[tuple[int, str], ...]  # the first bad rows: number and reason
     unit: str  # unit of the row numbers: line, row or sample
@@ -63,6 +74,7 @@ class Scan:
         self.read: list[ScannedFile] = []
         self._filter = None if options.filter is None else filters.parse(options.filter)
         self._rows = 0
+        self._shapes: dict[str, Shape] = {}  # of the further columns, by setting, from the first row
 
     def blocks(self) -> Iterator[RowBlock]:
         """Yield all rows in blocks of `BATCH_ROWS`; the last block may be smaller.
@@ -89,8 +101,9 @@ class Scan:
         for block in reader.blocks():
             self.advance(reader.bytes_read - reported)
             reported = reader.bytes_read
-            found += len(block)
-            selected = self._select(block, unconverted)
+            bad_before = reader.bad.counts.total()
+            selected = self._select(block, reader.bad, unconverted)
+            found += len(block) - (reader.bad.counts.total() - bad_before)
             if len(selected):
                 digest.update(selected)
                 if "caption_key" in selected.columns:
@@ -117,20 +130,30 @@ class Scan:
             )
         )  # fmt: skip
 
-    def _select(self, block: RowBlock, unconverted: list[UnconvertedValues]) -> RowBlock:
+    def _select(self, block: RowBlock, bad: BadRows, unconverted: list[UnconvertedValues]) -> RowBlock:
         if self._filter is not None:
             mask, found = self._filter.select(block.extra or {}, block.lines)
             unconverted += found
-            if not mask.all():
-                chosen = bool_array(mask)
-                columns = {name: array.filter(chosen) for name, array in block.columns.items()}
-                members = None if block.members is None else block.members[mask]
-                block = RowBlock(columns, block.lines[mask], members)
+            block = _keep(block, mask)
+        block = _keep(block, self._have_first_shape(block, bad))
         if "label_key" in block.columns:
             columns = {**block.columns, "label_key": trimmed(block.columns["label_key"])}
             block = RowBlock(columns, block.lines, block.members)
         room = len(block) if self.options.max_rows is None else self.options.max_rows - self._rows
         return _slice(block, 0, room)
+
+    def _have_first_shape(self, block: RowBlock, bad: BadRows) -> np.ndarray:
+        """Return bool [rows], False for a row whose numbers have another shape than those of the table's first row."""
+        good = np.ones(len(block), dtype=bool)
+        for setting in filter(is_column, block.columns if len(block) else ()):
+            values, name = block.columns[setting], setting.removeprefix(COLUMNS)
+            first = self._shapes.setdefault(setting, shape_of(values[0].as_py()))
+            for row in np.flatnonzero(good).tolist() if first is not None else ():
+                if (shape := shape_of(values[row].as_py())) != first:
+                    good[row] = False
+                    detail = f"{name!r} has {describe(shape)}, but {describe(first)} in the first row (data.columns)"
+                    bad.add(int(block.lines[row]), f"{what_of(setting)} unlike the first row's", detail)
+        return good
 
 
 def progress_of(files: Sequence[Path]) -> AbstractContextManager[Callable[[int], None]]:
@@ -186,6 +209,15 @@ def _concat(blocks: Sequence[RowBlock]) -> RowBlock:
     members = [block.members for block in blocks if block.members is not None]
     lines = np.concatenate([block.lines for block in blocks])
     return RowBlock(columns, lines, np.concatenate(members) if members else None)
+
+
+def _keep(block: RowBlock, mask: np.ndarray) -> RowBlock:
+    if mask.all():
+        return block
+    chosen = bool_array(mask)
+    columns = {name: array.filter(chosen) for name, array in block.columns.items()}
+    members = None if block.members is None else block.members[mask]
+    return RowBlock(columns, block.lines[mask], members)
 
 
 def _slice(block: RowBlock, start: int, rows: int) -> RowBlock:

@@ -3,6 +3,7 @@
 Nothing is extracted, and no member name is used as a path.
 """
 
+import io
 import logging
 import os
 import re
@@ -18,14 +19,17 @@ from clip_exp.config.data import OnBadRow
 from clip_exp.data.tables.columns import string_array
 from clip_exp.data.tables.jsonl import NativeColumns, parse_object
 from clip_exp.data.tables.reader import (
-    MAX_CAPTION,
     BadRows,
     BadValue,
     RowBlock,
     TableOptions,
     absent,
+    is_column,
+    key_of,
+    max_length,
     no_column,
     text_of,
+    what_of,
 )
 from clip_exp.errors import ConfigError, DataError
 
@@ -196,13 +200,13 @@ IMAGES = ("jpg", "png", "jpeg", "webp", "gif", "bmp")  # the first one in a samp
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key and extension as in webdataset
 _BLOCK_ROWS = 1 << 12
 _BLOCK_BYTES = 64 << 20  # limit for a block, because a filter may use long lists in the JSON
-_MAX_TEXT = 4 * MAX_CAPTION  # bytes
 _MAX_JSON = 1 << 20  # bytes
+_MAX_ARRAY = 16 << 20  # bytes
 
 
 @dataclass
 class _Row:
-    values: list[str]  # requested ones of image name, caption and label
+    values: list[str]  # requested ones of image name, caption, label and further columns
     image: Member
     record: dict[str, Any]  # keys of the filter
 
@@ -215,6 +219,7 @@ class ShardReader:
     - the image: the member with the extension `image_key`, else the first of `IMAGES`;
     - caption and label: the member with the extension `caption_key` (`label_key`), else that key of the .json; if
       neither exists, the .txt is the caption;
+    - further columns: likewise a member or a key of the .json. A .npy contains numbers;
     - columns for the filter: the keys of the .json, the members by extension, and the values above.
     Links, devices, sparse files, absolute names and names with `..` make the sample bad.
 
@@ -327,7 +332,9 @@ def _sample(key: str, found: list[tuple[str, Member]], keys: set[str]) -> dict[s
 
 
 def _value(file: BinaryIO, sample: dict[str, Member], record: dict[str, Any], setting: str, name: str) -> str:
-    """Return a caption or label: a member, or a value of the sample's JSON, or the .txt for a caption."""
+    """Return a value except the image: a member, or a value of the sample's JSON, or the .txt for a caption."""
+    if is_column(setting) and f".{name.lower()}".endswith(".npy") and name.lower() in sample:
+        return text_of(setting, name, _array(file, sample[name.lower()], setting))
     if name.lower() in sample:
         return _text(file, sample[name.lower()], setting, name)
     if record.get(name) is None and setting == "caption_key" and "txt" in sample:
@@ -335,19 +342,28 @@ def _value(file: BinaryIO, sample: dict[str, Member], record: dict[str, Any], se
     if name not in record:
         reason, _ = absent(setting, name)
         listed = f", and its .json has only {', '.join(map(repr, record))}" if record else ""
-        raise BadValue(reason, f"{reason}: there is no member .{name}{listed}; check data.{setting}")
+        raise BadValue(reason, f"{reason}: there is no member .{name}{listed}; check data.{key_of(setting)}")
     return text_of(setting, name, record[name])
 
 
 def _text(file: BinaryIO, member: Member, setting: str, name: str) -> str:
     """Return the text of a member, verbatim."""
     try:
-        text = _read(file, member, _MAX_TEXT, "caption" if setting == "caption_key" else "label").decode("utf-8-sig")
+        text = _read(file, member, 4 * max_length(setting), what_of(setting)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadValue(
             "not UTF-8", f"its {member.name!r} is not UTF-8 ({error.reason} at byte {error.start})"
         ) from error
     return text_of(setting, name, text)
+
+
+def _array(file: BinaryIO, member: Member, setting: str) -> np.ndarray:
+    """Return the array in a .npy member. Nothing is unpickled."""
+    try:
+        return np.load(io.BytesIO(_read(file, member, _MAX_ARRAY, what_of(setting))), allow_pickle=False)
+    except (ValueError, OSError, EOFError, MemoryError) as error:
+        detail = f"its {member.name!r} is not a .npy file of numbers"
+        raise BadValue(f"the {what_of(setting)} is not numbers", detail) from error
 
 
 def _read(file: BinaryIO, member: Member, limit: int, what: str) -> bytes:

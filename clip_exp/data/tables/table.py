@@ -30,8 +30,9 @@ from clip_exp.data.files import (
     read_member,
 )
 from clip_exp.data.tables.columns import int32_numpy, string_array
+from clip_exp.data.tables.features import Shape, parse_numbers, shape_of
 from clip_exp.data.tables.filters import UnconvertedValues, as_json, merge_unconverted
-from clip_exp.data.tables.reader import RowBlock
+from clip_exp.data.tables.reader import COLUMNS, RowBlock, is_column
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
 
 
@@ -70,7 +71,7 @@ class ImageGroups(NamedTuple):
 class StoredRows(Protocol):
     """Storage of a table's rows. Its pickle should be small, because each worker process gets one."""
 
-    # Batches of `BATCH_ROWS` rows (the last may be smaller), with a column of strings per configuration key.
+    # Batches of `BATCH_ROWS` rows (the last may be smaller), with a column of strings per setting.
     batches: Sequence[pa.RecordBatch]
     lines: np.ndarray  # int64 [rows]: line in which each row starts, from 1
     # int64 [rows, 2]: offset and size of each image in its shard; None if images are files.
@@ -93,6 +94,7 @@ class PairTable:
         paths, captions, labels: Arrow strings, one value per row; captions and labels are None unless requested.
         lines: int64 [rows]: line in which each row starts, from 1.
         members: int64 [rows, 2]: offset and size of each image in its shard; None if images are files.
+        shapes: further columns by name: shape of the numbers in each row, or None for texts.
     """
 
     verified = True  # the content is part of the fingerprint
@@ -105,6 +107,10 @@ class PairTable:
         self.paths: pa.ChunkedArray = pa.chunked_array(self._columns["image_key"])
         self.captions: pa.ChunkedArray | None = self._column("caption_key")
         self.labels: pa.ChunkedArray | None = self._column("label_key")
+        # The first row decides. All others were compared with it by `tables.scan`.
+        self.shapes: dict[str, Shape] = {
+            setting.removeprefix(COLUMNS): shape_of(self._value(setting, 0)) for setting in filter(is_column, names)
+        }
         self._ends = [part.start + part.rows for part in parts]
 
     @property
@@ -217,6 +223,15 @@ class PairTable:
         if self.labels is None:
             raise ValueError("this table was read without labels")
         return self._value("label_key", row)
+
+    def column(self, name: str, row: int) -> str | np.ndarray:
+        """Return the value of a further column: a text, verbatim, or float32 numbers of the column's shape."""
+        text = self._value(COLUMNS + name, row)
+        if self.shapes[name] is None:
+            return text
+        numbers = parse_numbers(text)
+        assert numbers is not None  # see `shapes`
+        return numbers
 
     def where(self, row: int) -> str:
         """Return the file and line of a row, for messages."""

@@ -492,3 +492,24 @@ def test_fingerprints_tell_tables_apart_and_not_their_places(tmp_path):
     after = read_table(file).fingerprint()
     assert after["pairs.csv"]["bytes"] == before["pairs.csv"]["bytes"]
     assert after["pairs.csv"]["digest"] != before["pairs.csv"]["digest"]
+
+
+def test_an_index_belongs_to_its_further_columns_and_one_without_them_is_reused(tmp_path, builds):
+    file = tmp_path / "pairs.csv"
+    file.write_text('filepath,title,negative,features\na.jpg,one,not one,"[1, 2]"\nb.jpg,two,not two,"[3, 4]"\n')
+    open_indexed(file)
+    assert builds == [index_folder(file)]
+    for columns, count in (((), 1), (("negative",), 2), (("negative", "features"), 3), (("negative",), 3), ((), 3)):
+        table = open_indexed(file, columns=columns)
+        assert len(builds) == count
+        assert list(table.shapes) == list(columns)
+        worker = pickle.loads(pickle.dumps(table))
+        assert [worker.column(name, 1) for name in columns[:1]] == ["not two"] * len(columns[:1])
+    file.write_text(file.read_text().replace("[3, 4]", "[3, 5]"))
+    assert open_indexed(file, columns=("negative", "features")).column("features", 1).tolist() == [3, 5]
+
+
+def test_an_index_without_further_columns_has_the_name_that_older_versions_gave_it():
+    file, root = Path("/data/pairs.csv"), Path("/data")
+    assert index.TableSource([file], [root], TableOptions()).name == "pairs-91e3648251ae72ae"
+    assert index.TableSource([file], [root], TableOptions(columns=("a",))).name != "pairs-91e3648251ae72ae"
