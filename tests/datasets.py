@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from pytorch_lightning import LightningDataModule
 from torch.utils.data import Dataset, IterableDataset
 
 from clip_exp.data.tables.open import read_table
@@ -108,14 +109,14 @@ class Returning:
 
 
 class Failing(Pairs):
-    """Pairs of which every fourth fails, by the error that is named."""
+    """Pairs of which every fourth (`every`) fails, by the error that is named."""
 
-    def __init__(self, error: str, count: int = 48) -> None:
+    def __init__(self, error: str, count: int = 48, every: int = 4) -> None:
         super().__init__(count)
-        self.error = error
+        self.error, self.every = error, every
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index % 4 == 1:
+        if index % self.every == 1:
             raise {"os": OSError("the server is busy"), "value": ValueError("no such row")}[self.error]
         return super().__getitem__(index)
 
@@ -123,6 +124,10 @@ class Failing(Pairs):
 class Streamed(IterableDataset[dict[str, Any]]):
     def __iter__(self):
         yield from Pairs()
+
+
+class Module(LightningDataModule):
+    """Loaders instead of a data set."""
 
 
 class WithoutLength:

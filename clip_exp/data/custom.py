@@ -108,6 +108,12 @@ def open_dataset(
             "divided among ranks and workers: write its samples to shards and read them (data=csv data.train=shards.tar), or give it "
             "__len__ and __getitem__ as a map-style Dataset."
         )
+    # By name, because Lightning has two packages with this class.
+    if any(base.__name__ == "LightningDataModule" for base in type(dataset).__mro__):
+        raise ConfigError(
+            f"{where}._target_={name} is a LightningDataModule, whose loaders decide about the order of the samples, so that a run could "
+            "not be resumed at the same sample. Name the Dataset that its train_dataloader reads."
+        )
     if not (hasattr(type(dataset), "__len__") and hasattr(type(dataset), "__getitem__")):
         raise ConfigError(
             f"{where}._target_={name} creates {_kind(dataset)}, which has no __len__ or no __getitem__: name a map-style "

@@ -429,6 +429,10 @@ def test_labels_without_classes_are_ignored() -> None:
             {"name": "Streamed"},
             r"data._target_=tests.datasets.Streamed is an IterableDataset.*write its samples to shards",
         ),
+        (
+            {"name": "Module"},
+            r"data._target_=tests.datasets.Module is a LightningDataModule, .* Name the Dataset that its",
+        ),
         ({"name": "WithoutLength"}, r"creates a value of type WithoutLength, which has no __len__ or no __getitem__"),
         ({"count": 0}, r"data._target_=tests.datasets.Pairs has no items \(len\(\) is 0\): check its arguments"),
     ],

@@ -128,12 +128,18 @@ def test_a_dataset_that_cannot_work_is_refused_before_a_run_folder_exists(
 
 
 def test_an_exception_of_the_users_code_ends_the_run_with_3_and_its_line(command: Run, tmp_path: Path) -> None:
-    options = (*(o for o in RUN if not o.startswith(("data._target_", "data.val", "val_"))), "data.num_workers=2")
+    options = (
+        *(o for o in RUN if not o.startswith(("data.", "val_", "max_steps"))),
+        "data.num_workers=2",
+        "max_steps=30",
+    )
     result = command(
         "train.py",
         *options,
         "data._target_=tests.datasets.Failing",
         "data.error=value",
+        "data.count=400",
+        "data.every=97",  # not among the items that are sampled before the run
         f"output_dir={tmp_path}",
         cwd=tmp_path,
     )
