@@ -89,7 +89,8 @@ def _guarded(action: Callable[[], int | None], command: str, arguments: list[str
     try:
         return action() or 0
     except TargetNotAllowedError as error:
-        return _report(f"{error}\n  {_allowing(error, command, arguments)}", error.exit_code)
+        complete = f"\n  {_allowing(error, command, arguments)}" if error.packages else ""
+        return _report(f"{error}{complete}", error.exit_code)
     except ClipExpError as error:
         return _report(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from clip_exp import cli
+from clip_exp.config.targets import ALLOWED
 from tests.processes import THREADS, run_forked
 from tests.runs import TINY, Finished, Train, run_folders
 
@@ -63,6 +64,12 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("CLIP_EXP_DATA does not name a folder of real photographs")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the code that a command in this process allowed."""
+    monkeypatch.setenv(ALLOWED, "")
 
 
 @pytest.fixture

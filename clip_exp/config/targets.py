@@ -13,7 +13,7 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ class TargetNotAllowedError(ConfigError):
         packages: value of `allow_targets` that allows it.
     """
 
-    def __init__(self, message: str, packages: list[str]) -> None:
+    def __init__(self, message: str, packages: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.packages = packages
 

@@ -56,7 +56,7 @@ class CustomTransform:
 
 
 def build_transform(config: Target | None, size: int) -> CustomTransform | None:
-    """Create the transform of a configuration, and try it on two images; return None if there is none.
+    """Create the transform of a configuration, and try it on an image; return None if there is none.
 
     Raises:
         ConfigError: the transform cannot be created, or does not return images of the right shape.
@@ -70,8 +70,7 @@ def build_transform(config: Target | None, size: int) -> CustomTransform | None:
         )
     transform = CustomTransform(function, config.target, size)
     try:
-        for height, width in ((size + 32, 2 * size), (size // 2 + 1, size // 3 + 1)):
-            transform(torch.full((3, height, width), 128, dtype=torch.uint8), height, width)
+        transform(torch.full((3, size + 32, 2 * size), 128, dtype=torch.uint8), 0)
     except SampleError as error:
         raise ConfigError(str(error)) from error
     return transform

@@ -15,7 +15,7 @@ from clip_exp._version import __version__
 from clip_exp.config.base import plain
 from clip_exp.config.evaluation import EvaluateConfig
 from clip_exp.config.model import ModelConfig, ResizeMode
-from clip_exp.data.image_sets import ImageSet
+from clip_exp.data.image_sets import ImageFiles, ImageSet
 from clip_exp.data.images import eval_transform, preprocessing_of
 from clip_exp.devices import exact_float32
 from clip_exp.errors import DataError
@@ -88,13 +88,15 @@ class EvaluatedModel:
             "std": std,
         }
 
-    def encode_images(self, name: str, images: ImageSet) -> EncodedImages:
+    def encode_images(self, name: str, images: ImageSet | Sequence[str | Path]) -> EncodedImages:
         """Return the features of all readable images, from the cache if possible. All ranks must call, and encode a part each.
 
         Args:
             name: name of the task, for the progress bar.
-            images: images to encode.
+            images: images to encode, or their paths.
         """
+        if isinstance(images, Sequence):
+            images = ImageFiles(images)
         what = f"{name}: {len(images):,} images"
         return encode_images(self.image_encoder(), images, self.options, self.cache, what)
 

@@ -334,4 +334,5 @@ def rehearse_optimizer(
         ConfigError: the optimizer or the scheduler does not exist, or rejects its arguments.
     """
     optimizer = build_optimizer(nn.Linear(2, 2), config)
-    build_scheduler(optimizer, scheduler, total_steps or 1000, [finetune.freeze_towers_steps])
+    starts = [finetune.freeze_towers_steps] * len(optimizer.param_groups)
+    build_scheduler(optimizer, scheduler, total_steps or 1000, starts)

@@ -20,7 +20,7 @@ from clip_exp.errors import ConfigError
 from clip_exp.models.clip import build_model
 from clip_exp.models.depth import depths, projection_names
 from clip_exp.models.families.huggingface.tower import HuggingFaceText, build_encoder
-from clip_exp.models.families.timm.tower import TimmTower
+from clip_exp.models.layers import ProjectedTower, build_projection
 from clip_exp.training.optim import freeze
 from tests.models.small import small_config
 
@@ -62,7 +62,7 @@ def ours(tower: str, **kinds: Any) -> Callable[[], nn.Module]:
 
 
 def of_timm(name: str) -> Callable[[], nn.Module]:
-    return lambda: TimmTower(timm.create_model(name, num_classes=0), 8, 8, Projection.linear)
+    return lambda: ProjectedTower(timm.create_model(name, num_classes=0), build_projection(8, 8, Projection.linear))
 
 
 def of_transformers(kind: str, **options: Any) -> Callable[[], nn.Module]:

@@ -10,7 +10,7 @@ from clip_exp.errors import ConfigError
 from clip_exp.models.clip import build_model
 from clip_exp.models.families.clip import CLIPTextConfig
 from clip_exp.models.families.timm import TimmConfig
-from clip_exp.models.families.timm.tower import TimmTower
+from clip_exp.models.layers import ProjectedTower
 from clip_exp.weights.inspect import note_architecture
 
 BACKBONES = ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
@@ -26,9 +26,9 @@ def small(name: str, size: int = 64, dropout: float = 0.0, **image: object) -> M
     )
 
 
-def build_image_tower(config: ModelConfig, own_weights: bool = False) -> TimmTower:
+def build_image_tower(config: ModelConfig, own_weights: bool = False) -> ProjectedTower:
     tower = config.image.build(config, own_weights)
-    assert isinstance(tower, TimmTower)
+    assert isinstance(tower, ProjectedTower)
     return tower
 
 
@@ -36,7 +36,7 @@ def images(size: int = 64, count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def load_twin(twin: TimmModel, tower: TimmTower, names: dict[str, str]) -> None:
+def load_twin(twin: TimmModel, tower: ProjectedTower, names: dict[str, str]) -> None:
     state = tower.state_dict()
     for ours, theirs in names.items():
         state = {name.replace(ours, theirs): value for name, value in state.items()}

@@ -6,12 +6,12 @@ the ranks, and the strategy averages those of the parameters, so that each param
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from operator import attrgetter
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from clip_exp.config.targets import parameters_of
 from clip_exp.errors import ConfigError
@@ -39,6 +39,9 @@ class CustomLoss(nn.Module):
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         required = {name for name in self.names if parameters[name].default is parameters[name].empty}
+        for module in self.modules():
+            if module not in (self, function) and any(p.requires_grad for p in module.parameters(recurse=False)):
+                _compute_in_own_dtype(module)
         self.per_rank: Callable[..., dict[str, Tensor]] | None = getattr(function, "per_rank", None)
         self.needs_batch = self.per_rank is not None or bool(required - {*INPUTS})
 
@@ -62,7 +65,7 @@ class CustomLoss(nn.Module):
                 scale_and_bias["logit_bias"] = output.logit_bias
             inputs = {name: _float32(value) for name, value in {**rows, **scale_and_bias}.items()}
             taken = {name: value for name, value in inputs.items() if self.takes_all or name in self.names}
-            loss = self._call(taken)
+            loss = self.function(**taken)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ConfigError(f"loss._target_={self.target} returned {what}, but a scalar tensor is required.")
@@ -85,16 +88,26 @@ class CustomLoss(nn.Module):
         with torch.autocast(device_type, dtype=rounded.pop()) if rounded else nullcontext():
             return self.per_rank(**{name: value for name, value in given.items() if name in names})
 
-    def _call(self, inputs: dict[str, Any]) -> Tensor:
-        function: Any = self.function
-        if not isinstance(function, nn.Module):
-            return function(**inputs)
-        trained = [name for name, p in function.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-        if not trained:
-            return function(**inputs)
-        # Attribute access, because ZeRO-3 gathers a parameter when it is accessed.
-        exact = {name: attrgetter(name)(function).float() for name in trained}
-        return functional_call(function, exact, kwargs=inputs)
+
+def _compute_in_own_dtype(module: nn.Module) -> None:
+    """Let a module cast its input to the dtype of its weights, and its output to float32.
+
+    Strategies that round weights to bf16 or float16 also round those of the loss, whose other inputs are float32.
+    """
+
+    def cast_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        dtype = next(module.parameters(recurse=False)).dtype
+        return None if dtype == torch.float32 else tree_map_only(Tensor, partial(_cast, dtype=dtype), (args, kwargs))
+
+    def cast_output(module: nn.Module, args: Any, output: Any) -> Any:
+        return tree_map_only(Tensor, _float32, output)
+
+    module.register_forward_pre_hook(cast_input, with_kwargs=True)
+    module.register_forward_hook(cast_output)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _gathered(value: Tensor) -> Tensor:

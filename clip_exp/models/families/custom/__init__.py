@@ -35,9 +35,7 @@ class CustomImageConfig(ImageTowerConfig, Target):
 
         from clip_exp.models.families.custom.tower import build_tower
 
-        return build_tower(
-            self, "model.image", model, torch.zeros(2, 3, self.image_size, self.image_size), self.projection
-        )
+        return build_tower(self, "model.image", model, (3, self.image_size, self.image_size), torch.float32)
 
 
 class CustomTextConfig(TextTowerConfig, Target):
@@ -69,6 +67,4 @@ class CustomTextConfig(TextTowerConfig, Target):
 
         from clip_exp.models.families.custom.tower import build_tower
 
-        return build_tower(
-            self, "model.text", model, torch.ones(2, self.context_length, dtype=torch.long), self.projection
-        )
+        return build_tower(self, "model.text", model, (self.context_length,), torch.int64)

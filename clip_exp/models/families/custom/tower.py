@@ -3,22 +3,28 @@
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.base import Target
 from clip_exp.config.model import ModelConfig, Projection
 from clip_exp.config.targets import instantiate
 from clip_exp.errors import ConfigError
+from clip_exp.models.families.custom import CustomImageConfig, CustomTextConfig
 from clip_exp.models.layers import ProjectedTower, build_projection
 
 
-def build_tower(tower: Target, key: str, model: ModelConfig, example: Tensor, projection: Projection) -> ProjectedTower:
+def build_tower(
+    tower: CustomImageConfig | CustomTextConfig,
+    key: str,
+    model: ModelConfig,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> ProjectedTower:
     """Build the tower of a configuration.
 
     Args:
         tower: configuration of the tower.
         key: its key, for messages.
         model: configuration of the model, whose values are passed for parameters of the names in `tower.optional`.
-        example: input of two samples, with which the number of channels is determined.
-        projection: kind of the projection.
+        shape: shape of a sample, with which the number of channels is determined.
+        dtype: its dtype.
 
     Raises:
         ConfigError: the module cannot be created, is not a module, or does not return features [B, channels].
@@ -31,13 +37,13 @@ def build_tower(tower: Target, key: str, model: ModelConfig, example: Tensor, pr
             raise ConfigError(
                 f"{key}: {tower.target} returned {type(trunk).__name__}, but a torch.nn.Module is required."
             )
-        channels = _channels(trunk, tower.target, key, example.cpu())
-        if projection is Projection.none and channels != model.embed_dim:
+        channels = _channels(trunk, tower.target, key, torch.ones(2, *shape, dtype=dtype))
+        if tower.projection is Projection.none and channels != model.embed_dim:
             raise ConfigError(
                 f"{key}.projection=none requires that the features of {tower.target} have model.embed_dim={model.embed_dim} channels, "
                 f"but they have {channels}. Set model.embed_dim={channels}, or a projection."
             )
-        return ProjectedTower(trunk, build_projection(channels, model.embed_dim, projection))
+        return ProjectedTower(trunk, build_projection(channels, model.embed_dim, tower.projection))
 
 
 def _channels(trunk: nn.Module, target: str, key: str, example: Tensor) -> int:
