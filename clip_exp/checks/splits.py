@@ -13,7 +13,7 @@ import numpy as np
 from clip_exp.config.data import DataConfig, OnBadRow
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.generated import resolve_generated
-from clip_exp.data.stream import INDEX, open_tables
+from clip_exp.data.stream import INDEX, open_train_tables, open_val_table
 from clip_exp.data.tables.table import PairTable, Part
 
 TRAIN, VAL = "train", "val"
@@ -102,6 +102,6 @@ def open_splits(config: DataConfig, output_dir: Path) -> list[Split]:
     config = resolve_generated(config, output_dir).model_copy(
         update={"on_bad_row": OnBadRow.skip, "val": config.val or None}
     )
-    sources, val = open_tables(config, output_dir / INDEX)
-    splits = [Split(TRAIN, tuple(source.table for source in sources))]
-    return splits if val is None else [*splits, Split(VAL, (val,))]
+    index_dir = output_dir / INDEX
+    splits = [Split(TRAIN, tuple(table for _, table in open_train_tables(config, index_dir)))]
+    return [*splits, Split(VAL, (open_val_table(config, index_dir),))] if config.val_paths else splits

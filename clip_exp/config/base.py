@@ -328,6 +328,8 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
     if "_target_" in values and (custom := [model for model, names in named if names and CUSTOM in names[1]]):
         return custom[0]
     for model, names in named:
+        if names is None and issubclass(model, Target) and "_target_" not in values:
+            continue
         if names is None or str(values.get(names[0], getattr(model, "default_member", None))) in names[1]:
             return model
     return None

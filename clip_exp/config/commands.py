@@ -1,12 +1,13 @@
 """Schemas of the commands predict, rank, search, export, convert, models and check-data."""
 
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Texts, TypedTexts
-from clip_exp.config.data import DataConfig
+from clip_exp.config.base import Config, Count, Fraction, Index, Paths, PathText, Target, Texts, TypedTexts
+from clip_exp.config.data import CustomDataConfig, Data
 from clip_exp.config.evaluation import EvalOnBadImage, EvaluateConfig, InferenceConfig, ModelChoice
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.training import TrainConfig
@@ -200,7 +201,7 @@ Prints problems and how to fix them, and writes report.html, report.json, bad_sa
 and leakage.csv to a new folder. Exit code 3: more than data.max_bad_fraction of the images or rows are bad, more than
 data.max_empty_caption_fraction of the captions are empty, or the leakage is above max_leakage."""
 
-    data: DataConfig
+    data: Data
     model: ModelConfig
     name: str = Field(description="name of the check; its folder is <output_dir>/check_data/<name>/<time>")
     output_dir: str = Field("outputs", description="folder for reports and indexes")
@@ -221,6 +222,20 @@ data.max_empty_caption_fraction of the captions are empty, or the leakage is abo
         None, description="processes that scan the data; null: one per CPU core; data.num_workers has no effect here"
     )
     format: CheckFormat = Field(CheckFormat.table, description="format of the printed result: table or json")
+
+    def rules(self, at: str) -> Iterator[str]:
+        key = (
+            "_target_"
+            if isinstance(self.data, CustomDataConfig)
+            else "val"
+            if isinstance(self.data.val, Target)
+            else None
+        )
+        if key is not None:
+            yield (
+                f"data.{key} names a Dataset, but check-data reads tables: check the table that the Dataset reads (data=csv "
+                "data.train=pairs.csv). Training itself checks the first items of a Dataset before it starts."
+            )
 
 
 # Schemas by name of the command

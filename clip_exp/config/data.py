@@ -20,7 +20,9 @@ from clip_exp.config.base import (
     Size,
     Target,
     Unused,
+    default_of,
     exactly,
+    plain,
 )
 
 
@@ -199,6 +201,20 @@ Sources = Annotated[
 ]
 
 
+# Keys that describe tables
+OF_TABLES = (
+    "filter", "image_root", "image_key", "caption_key", "label_key", "separator", "encoding", "on_bad_row",
+    "max_empty_caption_fraction", "allow_outside_root",
+)  # fmt: skip
+
+
+def _kind_of_val(value: Any) -> str:
+    return "target" if isinstance(value, dict | Target) else "paths"
+
+
+Validation = Annotated[Annotated[Paths, Tag("paths")] | Annotated[Target, Tag("target")], Discriminator(_kind_of_val)]
+
+
 class DataConfig(Config):
     """Training and validation data."""
 
@@ -208,8 +224,10 @@ class DataConfig(Config):
         description="training pairs: a CSV, TSV, JSON Lines or Parquet file or WebDataset shards (.tar); a glob, {000..009}, a list of "
         "those, or sources with sampling weights: [{path: a.csv, weight: 3}, {path: b.tar, weight: 1}]",
     )
-    val: Paths | None = Field(
-        None, description="validation pairs: files or a glob as for train, without weights; null: no validation"
+    val: Validation | None = Field(
+        None,
+        description="validation pairs: files or a glob as for train, without weights; or {_target_: class, arguments} for your Dataset; "
+        "null: no validation",
     )
     generate: GenerateConfig | None = Field(
         None, description="data set that clip_exp generates, instead of train and val; null: none"
@@ -224,7 +242,7 @@ class DataConfig(Config):
     caption_key: str = Field("title", description="name of the column with captions")
     columns: list[Annotated[Name, NOT_EMPTY]] = Field(
         [],
-        description="further columns of train for the loss, by name: texts are tokenized and encoded with the captions, numbers and lists "
+        description="further columns of train, or fields of your Dataset's items, for the loss, by name: texts are tokenized and encoded with the captions, numbers and lists "
         "of numbers become float32 features",
     )
     label_key: str | None = Field(
@@ -303,8 +321,13 @@ class DataConfig(Config):
         ),
         Unused("label_key", lambda data: not data.has_val, "without validation data", "set {at}val, or leave this out"),
         Unused(
+            "label_key",
+            lambda data: isinstance(data.val, Target),
+            "with the Dataset {at}val, whose items have the labels",
+        ),
+        Unused(
             "templates",
-            lambda data: data.label_key is None or not data.has_val,
+            lambda data: not data.may_have_labels,
             "without labeled validation data",
             "set {at}val and {at}label_key, or leave this out",
             typed_only=True,
@@ -332,6 +355,16 @@ class DataConfig(Config):
         return self.generate is not None or bool(self.val)
 
     @property
+    def may_have_labels(self) -> bool:
+        """True if the validation data have class names, or may have them, as a Dataset."""
+        return self.has_val and (self.label_key is not None or isinstance(self.val, Target))
+
+    @property
+    def val_paths(self) -> list[str]:
+        """Files and patterns of the validation table; empty without one."""
+        return [self.val] if isinstance(self.val, str) else self.val if isinstance(self.val, list) else []
+
+    @property
     def shuffles_rows(self) -> bool:
         """True if all rows are shuffled together, and no source is shuffled by blocks."""
         return self.shuffle is Shuffle.full or (self.shuffle is None and ".tar" not in str(self.train))
@@ -346,13 +379,63 @@ class DataConfig(Config):
 
     def rules(self, at: str) -> Iterator[str]:
         if self.generate is None and not self.train:
-            yield f"{at}train has no value: set it to a table of image-text pairs ({at}train=pairs.csv)."
+            yield (
+                f"{at}train has no value: set it to a table of image-text pairs ({at}train=pairs.csv), or name your Dataset "
+                f"(data=custom {at}_target_=mine.Pairs)."
+            )
         if self.generate is not None and (self.train or self.val):
             yield f"{at}generate and {at}train exclude each other: use data=csv for your own tables."
-        if len(set(self.columns)) < len(self.columns):
-            yield f"{at}columns names a column twice: name each once."
-        for key in ("image_key", "caption_key"):
-            if (name := getattr(self, key)) in self.columns:
-                yield f"{at}columns names {name!r}, which is {at}{key}: leave it out, because the loss has it already."
+        yield from self._column_problems(at, {getattr(self, key): f"{at}{key}" for key in ("image_key", "caption_key")})
         if len({source.weight is None for source in self.sources}) > 1:
             yield f"{at}train: set a weight for every source or for none. Without weights, sources are sampled in proportion to their rows."
+
+    def _column_problems(self, at: str, given: dict[str, str]) -> Iterator[str]:
+        if len(set(self.columns)) < len(self.columns):
+            yield f"{at}columns names a column twice: name each once."
+        for name in (name for name in given if name in self.columns):
+            yield f"{at}columns names {name!r}, which is {given[name]}: leave it out, because the loss has it already."
+
+
+class CustomDataConfig(DataConfig, Target):
+    """Training data of a user's Dataset, which `_target_` names; other keys than those of `data` are its arguments.
+
+    A parameter of the class with the name of a key of `data` gets the value of this key if it is required. The keys in
+    `OF_TABLES` are arguments like any other, unless `data.val` is a table.
+    """
+
+    unused: ClassVar[tuple[Unused, ...]] = tuple(
+        unused for unused in DataConfig.unused if not {*unused.keys.split()} & {*OF_TABLES}
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        set_keys = [key for key in OF_TABLES if getattr(self, key) != default_of(DataConfig.model_fields[key])]
+        return {**super().arguments, **({} if self.val_paths else {key: plain(getattr(self, key)) for key in set_keys})}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Values of the keys of `data` for required parameters of the class with the same names."""
+        return {key: value for key in DataConfig.model_fields if (value := plain(getattr(self, key))) is not None}
+
+    @property
+    def optional(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the values
+        return tuple(self.shared)
+
+    def rules(self, at: str) -> Iterator[str]:
+        for key in ("train", "generate"):
+            if getattr(self, key) is not None:
+                yield f"{at}_target_ and {at}{key} exclude each other: {self.target} is the training data. Leave {at}{key} out."
+        yield from self._column_problems(
+            at, {"image": "the image", "caption": "the caption", "captions": "the captions"}
+        )
+
+
+def _kind_of_data(value: Any) -> str:
+    custom = "_target_" in value if isinstance(value, dict) else isinstance(value, CustomDataConfig)
+    return (CustomDataConfig if custom else DataConfig).__name__
+
+
+Data = Annotated[
+    Annotated[CustomDataConfig, Tag("CustomDataConfig")] | Annotated[DataConfig, Tag("DataConfig")],
+    Discriminator(_kind_of_data),
+]

@@ -22,7 +22,7 @@ from clip_exp.config.base import (
     exactly,
     must_be,
 )
-from clip_exp.config.data import DataConfig, PairLabel
+from clip_exp.config.data import Data, PairLabel
 from clip_exp.config.evaluation import ALLOW_TARGETS, Accelerator, Devices, Tasks
 from clip_exp.config.model import ModelConfig, Projection
 from clip_exp.config.targets import TOTAL_STEPS
@@ -475,7 +475,7 @@ Set keys on the command line: python train.py model=vit_b32 optimizer.lr=1e-4
 With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
 
     model: ModelConfig
-    data: DataConfig
+    data: Data
     loss: LossConfig
     optimizer: Optimizer
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)

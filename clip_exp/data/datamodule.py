@@ -19,6 +19,7 @@ from typing import Any
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
+from clip_exp.config.base import shown
 from clip_exp.config.data import DataConfig
 from clip_exp.data.bad_samples import VALIDATION, BadSamples
 from clip_exp.data.files import ImageLimits
@@ -35,9 +36,9 @@ from clip_exp.data.loader import (
     WorkerLoader,
     count_workers,
 )
+from clip_exp.data.pairs import Items
 from clip_exp.data.preflight import VAL, changes, fingerprint, stream_changes
-from clip_exp.data.stream import INDEX, Stream, Tables, open_tables
-from clip_exp.data.tables.table import PairTable
+from clip_exp.data.stream import INDEX, Sources, Stream, open_all
 from clip_exp.data.transform import build_transform
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.ranks import group
@@ -143,11 +144,11 @@ class PairsDataModule(LightningDataModule):
         output_dir: folder for the table indexes and for generated data.
         pad_multiple: length of the token batches is padded to a multiple of this number.
         run_dir: folder of the run, for `bad_samples.csv`. May be set later, before the loaders are created.
-        tables: opened tables of `config`, to avoid opening them again; None for generated data.
+        opened: opened data of `config`, to avoid opening it again; None for generated data.
 
     Attributes:
-        stream, val_table: available after `setup`.
-        class_names: labels of the validation table, in the order of `EvalBatch.label`; empty without `data.label_key`.
+        stream, val: training stream and validation images (None without validation), available after `setup`.
+        class_names: labels of the validation data, in the order of `EvalBatch.label`; empty without labels.
         bad_samples, bad_val_samples: distinct images that could not be used, with their reasons.
         truncated: number of the samples seen with a truncated caption or other text.
         on_train_batch: callback for each training batch, before the batch is copied to the device.
@@ -165,10 +166,10 @@ class PairsDataModule(LightningDataModule):
         output_dir: str | Path = "outputs",
         pad_multiple: int = 1,
         run_dir: Path | None = None,
-        tables: Tables | None = None,
+        opened: Sources | None = None,
     ) -> None:
         super().__init__()
-        self._tables = tables
+        self._opened = opened
         self.config, self.seed = config, seed
         self.preprocessing, self.tokenizer, self.pad_multiple = preprocessing, tokenizer, pad_multiple
         self.global_batch_size, self.total_steps = global_batch_size, total_steps
@@ -177,7 +178,7 @@ class PairsDataModule(LightningDataModule):
         self.truncated = 0
         self.on_train_batch: Callable[[], None] = lambda: None
         self.stream: Stream | None = None
-        self.val_table: PairTable | None = None
+        self.val: Items | None = None
         self.bad_samples: BadSamples | None = None
         self.bad_val_samples: BadSamples | None = None
         self.class_names: list[str] = []
@@ -191,24 +192,19 @@ class PairsDataModule(LightningDataModule):
         if self.stream is not None:
             return
         config = resolve_generated(self.config, self.output_dir)
-        if not config.train:
-            raise ConfigError(
-                "data.train has no value: set it to a CSV file of image-text pairs, or set data.generate."
-            )
-        index_dir = self.output_dir / INDEX
-        sources, self.val_table = self._tables or open_tables(config, index_dir)
-        self.stream = Stream(sources, config, self.seed)
-        if self.val_table is not None:
+        opened = self._opened or open_all(config, self.output_dir / INDEX)
+        self.stream, self.val = Stream(opened.train, config, self.seed), opened.val
+        if self.val is not None:
             self._eval_pairs = EvalPairs(
-                self.val_table,
+                self.val,
                 preprocessing=self.preprocessing,
                 tokenizer=self.tokenizer,
                 on_bad_image=config.on_bad_image,
                 limits=ImageLimits.of(config),
             )
-            self.class_names = self._eval_pairs.class_names
-            warn_similar_labels(self.class_names, f"data.val={config.val}")
-        self._fingerprint = fingerprint(sources, self.val_table, config)
+            self.class_names = self.val.class_names
+            warn_similar_labels(self.class_names, f"data.val={shown(config.val)}")
+        self._fingerprint = fingerprint(opened, config)
 
     @property
     def num_rows(self) -> int:
@@ -223,9 +219,9 @@ class PairsDataModule(LightningDataModule):
 
     @property
     def has_validation(self) -> bool:
-        """True if there is a validation table."""
+        """True if there is validation data."""
         self.setup()
-        return self.val_table is not None
+        return self.val is not None
 
     @property
     def data_wait_s(self) -> float:
@@ -250,7 +246,7 @@ class PairsDataModule(LightningDataModule):
         sampler = StreamSampler(self.global_batch_size, rank, world_size, self.start_sample, total)
         collate = Collate(self.tokenizer, self.pad_multiple)
         # Tokens are small in comparison, so they are not counted.
-        features = sum(math.prod(shape) for shape in stream.sources[0].table.shapes.values() if shape is not None)
+        features = sum(math.prod(shape) for shape in stream.sources[0].rows.shapes.values() if shape is not None)
         sample_bytes = self._image_bytes + 4 * features
         loader = self._loader(dataset, sampler, collate, sampler.local_batch_size * sample_bytes)
         if group.is_main() and (shortage := loader.shortage("data.num_workers")):
@@ -261,7 +257,7 @@ class PairsDataModule(LightningDataModule):
     def val_dataloader(self) -> "DataLoader[EvalBatch] | list[Any]":
         """Return a loader of this rank's part of the validation images; an empty list without `data.val`."""
         self.setup()
-        if self.val_table is None:
+        if self.val is None:
             return []
         dataset = self._eval_pairs
         self.bad_val_samples = self._open_bad_samples(len(dataset), "validation", VALIDATION)
@@ -318,7 +314,19 @@ class PairsDataModule(LightningDataModule):
             if not self.config.allow_changed:
                 raise CheckpointError(problem)
             log.warning("%s Continuing with the new data (data.allow_changed=true).", problem.partition("\n")[0])
+        if group.is_main() and (unverified := self._unverified()):
+            log.warning(
+                "Resuming without knowing whether the data has changed: only the length of %s is compared. Give it an attribute "
+                "`fingerprint` that changes with the data.",
+                " and ".join(unverified),
+            )
         self.start_sample = int(state_dict["samples_seen"])
+
+    def _unverified(self) -> list[str]:
+        """Return the names of the data sets whose content is not part of the fingerprint."""
+        origins = [source.rows.origin for source in self._stream.sources]
+        origins += [] if self.val is None else [self.val.origin]
+        return [*dict.fromkeys(origin.name for origin in origins if not origin.verified)]
 
     def require_same_tables(self, gather: Callable[[dict[str, str]], list[dict[str, str]]]) -> None:
         """Check that all ranks read the same rows.

@@ -1,7 +1,7 @@
 """Decoding and preprocessing of images, from the bytes of a file to the input of a model.
 
-    training:     decode_rgb -> train_transform (random crop, augmentation)
-    evaluation:   decode -> eval_transform (resize and center crop, as in published evaluations)
+    training:     to_rgb (decode_rgb) -> train_transform (random crop, augmentation)
+    evaluation:   to_pil (decode) -> eval_transform (resize and center crop, as in published evaluations)
     both:         normalize, on the device
 
 Images stay uint8 until they are on the device. Copying uint8 moves a quarter of the bytes of float32.
@@ -42,6 +42,7 @@ from clip_exp.data.files import (
     orientation_of,
     read_file,
 )
+from clip_exp.data.pairs import RawImage
 from clip_exp.data.randomness import Draws
 
 _WHITE = (255, 255, 255, 255)
@@ -58,6 +59,39 @@ _AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
     8: lambda upright: np.rot90(upright, -1),
 }
+
+
+def to_rgb(image: RawImage, limits: ImageLimits) -> Tensor:
+    """Return a source's image for training; see `decode_rgb`.
+
+    Raises: BadImage with the reason.
+    """
+    if isinstance(image, bytearray):
+        return decode_rgb(image, limits)
+    if isinstance(image, np.ndarray):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    with _without_warnings():
+        try:
+            image.load()
+            return _upright_rgb(_strips(image), image.size, orientation_of(image))
+        except Exception as error:
+            raise bad_image(error) from error
+
+
+def to_pil(image: RawImage, limits: ImageLimits) -> Image.Image:
+    """Return a source's image for evaluation; see `decode`.
+
+    Raises: BadImage with the reason.
+    """
+    if isinstance(image, bytearray):
+        return decode(image, limits)
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    with _without_warnings():
+        try:
+            return _in_8_bits(image)
+        except Exception as error:
+            raise bad_image(error) from error
 
 
 def decode_rgb(data: bytearray, limits: ImageLimits) -> Tensor:
@@ -101,15 +135,7 @@ def decode(data: bytearray, limits: ImageLimits) -> Image.Image:
         try:
             if image.format == "WEBP" and (pixels := _decode_webp(data)) is not None:
                 return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            image.load()
-            if not image.mode.startswith("I"):
-                return image
-            scaled_HW = np.empty((image.height, image.width), dtype=np.uint8)
-            for top, strip in _strips(image):
-                scaled_HW[top : top + strip.height] = _upper_byte(strip)
-            scaled = Image.fromarray(scaled_HW)
-            scaled.info = {key: value for key, value in image.info.items() if key != "transparency"}
-            return scaled
+            return _in_8_bits(image)
         except Exception as error:
             raise bad_image(error) from error
 
@@ -126,6 +152,18 @@ def open_image(path: str | Path, max_pixels: int) -> Image.Image:
 def pil_to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image to uint8 [3, H, W], stored as [H, W, 3]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    image.load()
+    if not image.mode.startswith("I"):
+        return image
+    scaled_HW = np.empty((image.height, image.width), dtype=np.uint8)
+    for top, strip in _strips(image):
+        scaled_HW[top : top + strip.height] = _upper_byte(strip)
+    scaled = Image.fromarray(scaled_HW)
+    scaled.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return scaled
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,11 +31,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from clip_exp.config.data import AugmentationConfig, OnBadImage
 from clip_exp.data.files import BadImage, ImageLimits
-from clip_exp.data.image_sets import ImageSet, label_of_images
-from clip_exp.data.images import Preprocessing, decode, decode_rgb, eval_transform, train_transform
+from clip_exp.data.image_sets import ImageSet
+from clip_exp.data.images import Preprocessing, eval_transform, to_pil, to_rgb, train_transform
+from clip_exp.data.pairs import Items, int64_hash
 from clip_exp.data.randomness import Draws, hash64
-from clip_exp.data.stream import Stream, needs_full_paths
-from clip_exp.data.tables.table import PairTable
+from clip_exp.data.stream import Stream
 from clip_exp.data.transform import CustomTransform
 from clip_exp.devices import usable_cores
 from clip_exp.errors import DataError, SampleError
@@ -115,6 +114,8 @@ _CROP, _REPLACEMENT = 6, 7
 # So many bad images in a row mean a wrong data.image_root, not some damaged files.
 _MAX_REPLACEMENTS = 100
 DEFAULT_LIMITS = ImageLimits()
+# Override with which a run continues without bad images
+REPLACE = "data.on_bad_image=replace"
 
 
 class UnreadableImageError(SampleError):
@@ -144,9 +145,9 @@ class TrainPairs(Dataset[Sample]):
         row = original_row
         bad: list[UnreadableImage] = []
         while True:
-            table_row = source.rows.table_row(row, source.seed, epoch)
             try:
-                image = decode_rgb(source.table.read_image(table_row, self.limits), self.limits)
+                pair = source.load(epoch, row, self.limits)
+                image = to_rgb(pair.image, self.limits)
                 if self.transform is not None:
                     image = self.transform(image, source.seed, epoch, row)
                 else:
@@ -154,24 +155,22 @@ class TrainPairs(Dataset[Sample]):
                     image = train_transform(image, self.image_size, draws, self.augmentation)
                 break
             except BadImage as error:
-                bad.append(UnreadableImage(source.image_name(table_row), str(error)))
+                bad.append(UnreadableImage(source.rows.image_name(row), str(error)))
             if self.on_bad_image is OnBadImage.error:
-                raise UnreadableImageError(
-                    unreadable(source.table, table_row, bad[-1].reason, "data.on_bad_image=replace")
-                )
+                raise UnreadableImageError(source.rows.unreadable(row, bad[-1].reason, REPLACE))
             if len(bad) >= _MAX_REPLACEMENTS:
                 raise UnreadableImageError(
-                    f"{len(bad)} images drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}). Check the "
-                    f"table {source.table.parts[0].path} and data.image_root, now {source.table.root}."
+                    f"{len(bad)} images drawn in a row cannot be read, such as {bad[0].path!r} ({bad[0].reason}). Check "
+                    f"{source.rows.origin.source}."
                 )
             # Replace within the same source, so that the mixture of sources stays exact. The caption comes with the new
             # row.
             row = hash64(_REPLACEMENT, source.seed, epoch, original_row, len(bad)) % len(source.rows)
         truncated_before = self.tokenizer.truncated
-        tokens = self.tokenizer.encode(source.table.caption(table_row))
-        columns = {name: self._encoded(source.table.column(name, table_row)) for name in source.table.shapes}
+        tokens = self.tokenizer.encode(pair.caption)
+        columns = {name: self._encoded(value) for name, value in pair.columns.items()}
         truncated = self.tokenizer.truncated > truncated_before
-        return Sample(image, tokens, caption_id(tokens), source.image_id(table_row), columns, tuple(bad), truncated)
+        return Sample(image, tokens, caption_id(tokens), pair.image_id, columns, tuple(bad), truncated)
 
     def _encoded(self, value: str | np.ndarray) -> list[int] | np.ndarray:
         return self.tokenizer.encode(value) if isinstance(value, str) else value
@@ -179,18 +178,12 @@ class TrainPairs(Dataset[Sample]):
 
 @dataclass(eq=False)
 class EvalPairs(Dataset[EvalSample]):
-    """Data set of the distinct images of a validation table, each with all its captions.
+    """Data set of the distinct validation images, each with all its captions.
 
     Images are preprocessed as in published evaluations.
-
-    Attributes:
-        class_names: distinct labels, sorted. Empty for a table without labels; an image with an empty label has no
-            class.
-
-    Raises: DataError if two rows give an image different labels.
     """
 
-    table: PairTable  # with or without labels
+    items: Items  # with or without labels
     _: KW_ONLY
     preprocessing: Preprocessing
     tokenizer: Tokenizes
@@ -198,36 +191,20 @@ class EvalPairs(Dataset[EvalSample]):
     on_bad_image: OnBadImage = OnBadImage.replace
     limits: ImageLimits = DEFAULT_LIMITS
 
-    def __post_init__(self) -> None:
-        table = self.table
-        labels = [""] * table.images if table.labels is None else label_of_images(table)
-        self.class_names: list[str] = sorted(set(labels) - {""})
-        position = {"": -1, **{name: index for index, name in enumerate(self.class_names)}}
-        self._labels = np.array([position[label] for label in labels], dtype=np.int32)
-
     def __len__(self) -> int:
-        return self.table.images
+        return len(self.items)
 
     def __getitem__(self, index: int) -> EvalSample:
-        rows: list[int] = self.table.rows_of(index).tolist()
-        token_lists = (
-            [] if self.table.captions is None else [self.tokenizer.encode(self.table.caption(r)) for r in rows]
-        )
-        image: Tensor | None = None
-        bad: tuple[UnreadableImage, ...] = ()
         try:
-            decoded = decode(self.table.read_image(rows[0], self.limits), self.limits)
+            item = self.items.load(index, self.limits)
             size, _, _, interpolation, resize_mode = self.preprocessing
-            image = eval_transform(decoded, size, interpolation, resize_mode)
+            image = eval_transform(to_pil(item.image, self.limits), size, interpolation, resize_mode)
         except BadImage as error:
             if self.on_bad_image is OnBadImage.error:
-                raise UnreadableImageError(
-                    unreadable(self.table, rows[0], str(error), "data.on_bad_image=replace")
-                ) from error
-            name = self.table.image_path(rows[0]) if needs_full_paths(self.table) else self.table.path(rows[0])
-            bad = (UnreadableImage(name, str(error)),)
-        caption_indices = rows if token_lists else []
-        return EvalSample(index, image, token_lists, caption_indices, int(self._labels[index]), bad)
+                raise UnreadableImageError(self.items.unreadable(index, str(error), REPLACE)) from error
+            return EvalSample(index, None, [], [], -1, (UnreadableImage(self.items.image_name(index), str(error)),))
+        token_lists = [self.tokenizer.encode(caption) for caption in item.captions]
+        return EvalSample(index, image, token_lists, item.caption_indices, item.label)
 
 
 @dataclass(eq=False)
@@ -250,18 +227,6 @@ class EvalImages(Dataset[EvalSample]):
         except BadImage as error:
             return EvalSample(index, None, [], [], -1, (UnreadableImage(self.images.name(index), str(error)),))
         return EvalSample(index, image, [], [], -1)
-
-
-def unreadable(table: PairTable, row: int, reason: str, setting: str) -> str:
-    """Return the error message for an image of a table that cannot be used.
-
-    Args:
-        setting: override with which the command continues without such images.
-    """
-    return (
-        f"The image {table.path(row)!r} ({table.where(row)}) cannot be read: {reason}. Relative paths start from "
-        f"{table.part(row).root} (data.image_root). Repair it, or continue without such images: {setting}."
-    )
 
 
 @dataclass(frozen=True)
@@ -330,7 +295,7 @@ class EvalCollate:
 
 def caption_id(tokens: Sequence[int]) -> int:
     """Return an int64 hash of the tokens that the model sees, equal in every process."""
-    return int.from_bytes(blake2b(array("i", tokens).tobytes(), digest_size=8).digest(), "little", signed=True)
+    return int64_hash(array("i", tokens).tobytes())
 
 
 def _int64(values: Iterable[int]) -> Tensor:

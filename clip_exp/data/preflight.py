@@ -6,7 +6,7 @@ Does not import torch.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,21 +15,13 @@ import numpy as np
 
 from clip_exp.config.data import DataConfig
 from clip_exp.config.training import TrainConfig
-from clip_exp.data.files import (
-    NO_SUCH_FILE,
-    OUTSIDE_ROOT,
-    TOO_MANY_BYTES,
-    BadImage,
-    ImageLimits,
-    check_formats,
-    kind_of,
-)
+from clip_exp.data.files import BadImage, ImageLimits, check_formats, kind_of
 from clip_exp.data.generated import count_rows
-from clip_exp.data.image_sets import label_of_images
-from clip_exp.data.stream import INDEX, OpenSource, Tables, blocks_of, configured, open_tables
+from clip_exp.data.pairs import Origin, bytes_of
+from clip_exp.data.stream import INDEX, Sources, blocks_of, open_all
 from clip_exp.data.tables.filters import parse as parse_filter
 from clip_exp.data.tables.open import expand
-from clip_exp.data.tables.table import PairTable, bad_rows
+from clip_exp.data.tables.table import bad_rows
 from clip_exp.errors import ConfigError, DataError
 
 TRIED = 20  # images per table
@@ -43,24 +35,25 @@ def check_files(data: DataConfig) -> Iterator[str]:
             yield f"data.train: image_root={source.image_root} of {source.paths[0]} is not a directory."
         if source.filter is not None:
             yield from _check_filter(source.filter)
-    if data.val:
-        yield from _check_files("data.val", [data.val] if isinstance(data.val, str) else data.val)
-    if data.image_root is not None and not Path(data.image_root).is_dir():
-        yield f"data.image_root={data.image_root} is not a directory."
-    if data.filter is not None:
-        yield from _check_filter(data.filter)
+    if data.val_paths:
+        yield from _check_files("data.val", data.val_paths)
+    if data.sources or data.val_paths:  # else these keys are arguments of a data set
+        if data.image_root is not None and not Path(data.image_root).is_dir():
+            yield f"data.image_root={data.image_root} is not a directory."
+        if data.filter is not None:
+            yield from _check_filter(data.filter)
     yield from check_formats(data.image_formats)
 
 
 class RunTables(NamedTuple):
-    """Opened tables of a run. Generated data has none yet: it is written when training starts."""
+    """Opened data of a run. Generated data is not opened yet: it is written when training starts."""
 
     rows: int  # samples per epoch
-    opened: Tables | None = None
+    opened: Sources | None = None
 
     def describe(self, config: DataConfig) -> dict[str, Any] | None:
         """Return the description of the data for the run's record (see `describe`); None for generated data."""
-        return describe(*self.opened, config) if self.opened is not None else None
+        return describe(self.opened, config) if self.opened is not None else None
 
 
 def check_tables(config: TrainConfig) -> RunTables:
@@ -70,25 +63,24 @@ def check_tables(config: TrainConfig) -> RunTables:
         DataError: a table cannot be read, its fraction of bad rows exceeds `data.max_bad_fraction`, its fraction of
             empty captions exceeds `data.max_empty_caption_fraction`, none of its images can be read, or an image of
             `data.val` has several labels.
-        ConfigError: see `open_sources`.
+        ConfigError: see `open_all`.
     """
     data = config.data
     if data.generate is not None:
         rows = count_rows(data.generate)
         return RunTables(min(rows, data.max_rows or rows))
-    opened = open_tables(data, Path(config.output_dir) / INDEX)
-    sources, val = opened
-    if val is not None and data.label_key is not None:
-        label_of_images(val)
-    tables = [("data.train", source.table) for source in sources] + ([] if val is None else [("data.val", val)])
+    opened = open_all(data, Path(config.output_dir) / INDEX)
+    origins = [("data.train", source.rows.origin) for source in opened.train]
+    if opened.val is not None:
+        origins.append(("data.val", opened.val.origin))
     problems = [
         problem
-        for key, table in tables
-        for problem in (*_check_rows(key, table, data), *_check_images(key, table, ImageLimits.of(data)))
+        for key, origin in origins
+        for problem in (*_check_rows(key, origin, data), *_check_images(key, origin, ImageLimits.of(data)))
     ]
     if problems:
         raise DataError("\n".join(problems))
-    return RunTables(sum(len(source.rows) for source in sources), opened)
+    return RunTables(sum(len(source.rows) for source in opened.train), opened)
 
 
 def _check_files(key: str, paths: list[Any]) -> Iterator[str]:
@@ -105,57 +97,43 @@ def _check_filter(condition: str) -> Iterator[str]:
         yield str(error)
 
 
-def _check_rows(key: str, table: PairTable, data: DataConfig) -> Iterator[str]:
+def _check_rows(key: str, table: Origin, data: DataConfig) -> Iterator[str]:
     seen = sum(part.seen for part in table.parts)
     # Usually the cause is a wrong separator, encoding or column.
     if table.skipped > data.max_bad_fraction * seen:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in bad_rows(table.parts).most_common(3))
         yield (
-            f"{key}: {table.skipped:,} of {seen:,} rows of {table.parts[0].path} are bad ({listed}), more than "
+            f"{key}: {table.skipped:,} of {seen:,} rows of {table.name} are bad ({listed}), more than "
             f"data.max_bad_fraction={data.max_bad_fraction:g}. Repair them (clip-exp check-data lists them), or increase "
             "data.max_bad_fraction."
         )
     # Usually the cause is a wrong column, or captions that were never written.
     if table.empty_captions > data.max_empty_caption_fraction * len(table):
         yield (
-            f"{key}: {table.empty_captions:,} of {len(table):,} captions of {table.parts[0].path} are empty or blank, more than "
+            f"{key}: {table.empty_captions:,} of {len(table):,} captions of {table.name} are empty or blank, more than "
             f"data.max_empty_caption_fraction={data.max_empty_caption_fraction:g}. Check data.caption_key, add captions, remove these "
             "rows (data.filter), or allow them with data.max_empty_caption_fraction=1."
         )
 
 
-def _check_images(key: str, table: PairTable, limits: ImageLimits) -> Iterator[str]:
+def _check_images(key: str, origin: Origin, limits: ImageLimits) -> Iterator[str]:
     """Yield a message if none of some sampled images can be read, usually because of a wrong image root.
 
     One readable image is enough: training replaces single bad images.
     """
-    rows = np.unique(np.linspace(0, len(table) - 1, TRIED).astype(int)).tolist()
+    rows = np.unique(np.linspace(0, len(origin) - 1, TRIED).astype(int)).tolist()
     reasons: list[str] = []
     for row in rows:
         try:
-            table.read_image(row, limits)
+            origin.read_image(row, limits)
             return
         except BadImage as error:
             reasons.append(str(error))
     ((kind, _),) = Counter(map(kind_of, reasons)).most_common(1)
     yield (
-        f"{key}: none of {len(rows)} images sampled from {table.parts[0].path} can be read; the first is "
-        f"{table.image_path(rows[0])} ({table.where(rows[0])}): {reasons[0]}. {_remedy(kind, table, table.path(rows[0]))}"
+        f"{key}: none of {len(rows)} images sampled from {origin.name} can be read; the first is "
+        f"{origin.location(rows[0])}: {reasons[0]}. {origin.remedy(rows[0], kind)}"
     )
-
-
-def _remedy(kind: str, table: PairTable, path: str) -> str:
-    if kind == OUTSIDE_ROOT:
-        return f"The root is now {table.root}."
-    if kind == NO_SUCH_FILE and "://" in path:
-        return "Images are read from files, not from URLs: download them first (img2dataset writes shards from such a table)."
-    if kind == NO_SUCH_FILE and "\\" in path:
-        return "Use slashes in paths, not backslashes."
-    if kind == NO_SUCH_FILE and table.members is None:
-        return f"Relative paths start from {table.root}: set data.image_root."
-    if kind == TOO_MANY_BYTES:
-        return "Increase data.max_image_bytes, or use smaller images."
-    return "Recreate the shards." if table.members is not None else "Repair the images."
 
 
 # The fingerprint of the data, stored in checkpoints and compared when a run is resumed.
@@ -166,22 +144,21 @@ MANY_FILES = 32  # up to so many files of a table are recorded one by one
 VAL = "val"  # key of the validation table's files
 
 
-def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: DataConfig) -> dict[str, Any]:
+def fingerprint(opened: Sources, config: DataConfig) -> dict[str, Any]:
     """Return JSON values that are equal if and only if the training stream and the validation rows are equal.
 
     Args:
-        sources: sources of the training stream.
-        val: table of `data.val`.
+        opened: opened data of the run.
         config: data configuration of the run.
     """
     described = []
-    for source in sources:
-        blocks = blocks_of(config, source.table)
+    for source in opened.train:
+        blocks = blocks_of(config, source.rows)
         described.append(
             {
-                "files": source.table.fingerprint(),
-                "weight": source.spec.weight,
-                "filter": configured(source.spec, config).filter,
+                "files": source.rows.origin.fingerprint(),
+                "weight": source.weight,
+                "filter": source.filter,
                 "shuffle": "full" if blocks is None else f"{blocks.window} blocks of {blocks.rows} rows",
                 "images": source.rows.images,  # with another image root, the number of distinct images may differ
             }
@@ -190,25 +167,26 @@ def fingerprint(sources: Sequence[OpenSource], val: PairTable | None, config: Da
         "data.captions": config.captions.value,
         "data.max_rows": config.max_rows,
         "sources": described,
-        VAL: None if val is None else val.fingerprint(),
+        VAL: None if opened.val is None else opened.val.origin.fingerprint(),
     }
 
 
-def describe(sources: Sequence[OpenSource], val: PairTable | None, config: DataConfig) -> dict[str, Any]:
+def describe(opened: Sources, config: DataConfig) -> dict[str, Any]:
     """Return the description of the data for a run's record.
 
     It is the fingerprint, abbreviated for many files, and hashes of some images.
 
     Args: see `fingerprint`.
     """
-    described = fingerprint(sources, val, config)
+    described = fingerprint(opened, config)
     for source in described["sources"]:
         source["files"] = _brief(source["files"])
-    if val is not None:
+    origins = [source.rows.origin for source in opened.train]
+    if opened.val is not None:
         described[VAL] = _brief(described[VAL])
-    tables = [source.table for source in sources] + ([] if val is None else [val])
-    count, limits = max(1, SAMPLED // len(tables)), ImageLimits.of(config)
-    return {**described, "images": [digest for table in tables for digest in _sample(table, count, limits)]}
+        origins.append(opened.val.origin)
+    count, limits = max(1, SAMPLED // len(origins)), ImageLimits.of(config)
+    return {**described, "images": [digest for origin in origins for digest in _sample(origin, count, limits)]}
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -274,7 +252,9 @@ def _file_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if old["rows"] != new["rows"]:
             yield f"{name} has {new['rows']:,} rows instead of {old['rows']:,}"
         elif old["digest"] != new["digest"]:
-            size = "" if old["bytes"] == new["bytes"] else f" ({new['bytes']:,} bytes instead of {old['bytes']:,})"
+            size = ""
+            if old.get("bytes") != new.get("bytes"):  # a data set has none
+                size = f" ({new['bytes']:,} bytes instead of {old['bytes']:,})"
             yield f"{name} has different content in its {new['rows']:,} rows{size}"
 
 
@@ -288,12 +268,12 @@ def _brief(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {f"{len(files):,} files from {first} to {last}": {"rows": rows, "bytes": size, "digest": digest}}
 
 
-def _sample(table: PairTable, count: int, limits: ImageLimits) -> Iterator[str]:
-    """Yield hashes of the bytes of `count` images spread over a table; for an unreadable image, the hash of the reason."""
+def _sample(origin: Origin, count: int, limits: ImageLimits) -> Iterator[str]:
+    """Yield hashes of the bytes of `count` images spread over a source; for an unreadable image, the hash of the reason."""
     small = replace(limits, max_bytes=min(limits.max_bytes, SAMPLED_BYTES))
-    for row in np.unique(np.linspace(0, len(table) - 1, count).astype(int)).tolist():
+    for row in np.unique(np.linspace(0, len(origin) - 1, count).astype(int)).tolist():
         try:
-            content: bytes | bytearray = table.read_image(row, small)
+            content: Any = bytes_of(origin.read_image(row, small))
         except BadImage as error:  # for an image that is too large, the reason includes its size
             content = str(error).encode()
         yield hashlib.sha256(content).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Training data as an infinite stream of samples, where the sample at any position can be computed directly.
 
-`data.train` names one or more sources. Each source is a table whose rows are images with one of their captions, or
-image-text pairs.
+`data.train` names one or more sources, and `data._target_` a single one. The rows of a source (`data.pairs.Rows`) are
+images with one of their captions, or image-text pairs.
 
     stream = Stream(open_sources(config), config, seed)
     source, epoch, row = stream[position]
@@ -19,13 +19,15 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_exp.config.data import Captions, DataConfig, Shuffle, Source
-from clip_exp.data.files import normal_path
+from clip_exp.config.base import Target
+from clip_exp.config.data import CustomDataConfig, DataConfig, Shuffle, Source
+from clip_exp.data.custom import DatasetItems, DatasetRows, open_dataset
+from clip_exp.data.files import ImageLimits, normal_path
+from clip_exp.data.pairs import Items, Pair, Rows, TableItems, TableRows, needs_full_paths
 from clip_exp.data.randomness import Blocks, epoch_order, hash64
 from clip_exp.data.tables.features import describe
 from clip_exp.data.tables.open import open_configured
@@ -35,46 +37,25 @@ from clip_exp.errors import ConfigError, DataError
 INDEX = "index"  # folder of the table indexes in output_dir
 SLOTS = 4096  # samples per round; within a round, each source has exactly its fraction of the samples
 # First integer of a random key, so that different uses of one seed are independent.
-_CAPTION, _SOURCE, _SLOTS = 3, 11, 12
+_SOURCE, _SLOTS = 11, 12
 
 
-# Rows of a source.
-
-
-class Rows:
-    """Rows of one source, 0 .. len-1, as `data.captions` defines them.
-
-    With `all`, every image-text pair of the table is a row. With `random`, every distinct image is a row, and one of
-    its captions is drawn in each epoch.
-    """
-
-    def __init__(self, table: PairTable, captions: Captions) -> None:
-        # Keep the table, not its arrays: an indexed table is memory-mapped and pickles as its folder, so all workers
-        # share one copy.
-        self._table = table
-        self._captions = captions
-        self.images = table.images  # number of distinct images
-
-    def __len__(self) -> int:
-        return self.images if self._captions is Captions.random else len(self._table)
-
-    def table_row(self, row: int, seed: int, epoch: int) -> int:
-        """Return the row of the table that holds the image and the caption of `row` in an epoch."""
-        if self._captions is not Captions.random:
-            return row
-        rows = self._table.rows_of(row)
-        return int(rows[hash64(_CAPTION, seed, epoch, row) % len(rows)])
-
-
-# Sources: the tables of a run, and how often each is drawn.
+# Sources: the tables of a run or the user's data set, and how often each is drawn.
 
 
 class OpenSource(NamedTuple):
-    """An entry of `data.train` with its opened table."""
+    """Opened source of the training stream."""
 
-    spec: Source
-    table: PairTable
     rows: Rows
+    weight: float | None = None  # None, for all sources: each is sampled in proportion to its rows
+    filter: str | None = None  # condition for rows of a table
+
+
+class Sources(NamedTuple):
+    """Opened training sources and validation data of a run."""
+
+    train: list[OpenSource]
+    val: Items | None
 
 
 def configured(source: Source, config: DataConfig) -> DataConfig:
@@ -82,24 +63,55 @@ def configured(source: Source, config: DataConfig) -> DataConfig:
     return config.model_copy(update=source.reading)
 
 
-def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[OpenSource]:
-    """Open the tables of `data.train`. `data.max_rows` applies to each of them.
+def open_all(config: DataConfig, index_dir: Path | None = None) -> Sources:
+    """Open the sources of the training stream and the validation data.
 
     Args:
         index_dir: see `open_table`.
     Raises:
-        ConfigError: `data.train` matches no file, or the weight of a source is so low that it would never be drawn.
+        ConfigError, DataError: see `open_sources` and `data.custom.open_dataset`.
+    """
+    return Sources(open_sources(config, index_dir), _open_val(config, index_dir))
+
+
+def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[OpenSource]:
+    """Open the user's data set, or the tables of `data.train`. `data.max_rows` applies to each of them.
+
+    Args:
+        index_dir: see `open_table`.
+    Raises:
+        ConfigError: `data.train` matches no file, or the weight of a source is so low that it would never be drawn; see
+            also `data.custom.open_dataset`.
         DataError: see `open_table`. Also raised if a column of `data.columns` has other values than in the first source.
     """
-    opened: list[OpenSource] = []
+    if isinstance(config, CustomDataConfig):
+        dataset = open_dataset(
+            config, "data", max_items=config.max_rows, shared=config.shared, num_workers=config.num_workers
+        )
+        return [OpenSource(DatasetRows(dataset, config.captions, config.columns))]
+    tables = open_train_tables(config, index_dir)
+    shared = None
+    if len(tables) > 1 or needs_full_paths(tables[0][1]):
+        folders = [normal_path(str(folder)) for _, table in tables for folder in table.folders]
+        shared = os.path.join(os.path.commonpath(folders), "")
+    opened = [
+        OpenSource(TableRows(table, config.captions, shared), spec.weight, configured(spec, config).filter)
+        for spec, table in tables
+    ]
+    if len(opened) > 1:
+        quotas(opened)
+    return opened
+
+
+def open_train_tables(config: DataConfig, index_dir: Path | None = None) -> list[tuple[Source, PairTable]]:
+    """Open the tables of `data.train`; see `open_sources`."""
+    opened: list[tuple[Source, PairTable]] = []
     for spec in config.sources:
         table = open_configured(
             configured(spec, config), spec.paths, columns=config.columns, max_rows=config.max_rows, index_dir=index_dir
         )
-        opened.append(OpenSource(spec, table, Rows(table, config.captions)))
-        _check_shapes(opened[0].table, table)
-    if len(opened) > 1:
-        quotas(opened)
+        opened.append((spec, table))
+        _check_shapes(opened[0][1], table)
     return opened
 
 
@@ -112,25 +124,15 @@ def _check_shapes(first: PairTable, table: PairTable) -> None:
             )
 
 
-class Tables(NamedTuple):
-    """Opened tables of a run."""
-
-    sources: list[OpenSource]
-    val: PairTable | None
+def open_val_table(config: DataConfig, index_dir: Path | None = None) -> PairTable:
+    """Open the table of `data.val`; see `open_sources`."""
+    return open_configured(config, config.val_paths, label_key=config.label_key, index_dir=index_dir)
 
 
-def open_tables(config: DataConfig, index_dir: Path | None = None) -> Tables:
-    """Open the tables of `data.train` and `data.val`.
-
-    Args:
-        index_dir: see `open_table`.
-    Raises:
-        ConfigError, DataError: see `open_sources`.
-    """
-    sources, val = open_sources(config, index_dir), None
-    if config.val is not None:
-        val = open_configured(config, config.val, label_key=config.label_key, index_dir=index_dir)
-    return Tables(sources, val)
+def _open_val(config: DataConfig, index_dir: Path | None) -> Items | None:
+    if isinstance(config.val, Target):
+        return DatasetItems(open_dataset(config.val, "data.val", num_workers=config.num_workers))
+    return TableItems(open_val_table(config, index_dir)) if config.val_paths else None
 
 
 def quotas(sources: Sequence[OpenSource]) -> list[int]:
@@ -138,7 +140,7 @@ def quotas(sources: Sequence[OpenSource]) -> list[int]:
 
     Raises: ConfigError for a source whose number is 0.
     """
-    weights = [len(source.rows) if source.spec.weight is None else source.spec.weight for source in sources]
+    weights = [len(source.rows) if source.weight is None else source.weight for source in sources]
     # Scale before summing: weights near the largest float would overflow.
     largest = max(weights)
     scaled = [weight / largest for weight in weights]
@@ -149,11 +151,9 @@ def quotas(sources: Sequence[OpenSource]) -> list[int]:
         rounded[i] += 1
     for source, quota in zip(sources, rounded, strict=True):
         if not quota:
-            weight = (
-                f"weight={source.spec.weight:g}" if source.spec.weight is not None else f"{len(source.rows):,} rows"
-            )
+            weight = f"weight={source.weight:g}" if source.weight is not None else f"{len(source.rows):,} rows"
             raise ConfigError(
-                f"data.train: {source.spec.paths[0]} would never be drawn: its fraction of the samples ({weight}) is less than one in "
+                f"data.train: {source.rows.origin.name} would never be drawn: its fraction of the samples ({weight}) is less than one in "
                 f"{SLOTS:,}. Increase its weight, or remove it."
             )
     return rounded
@@ -166,12 +166,9 @@ def quotas(sources: Sequence[OpenSource]) -> list[int]:
 class StreamSource:
     """Samples of one source, in the source's own order."""
 
-    table: PairTable  # image-text pairs
-    rows: Rows  # rows of the stream
+    rows: Rows
     seed: int  # seed of the order, the captions, the crops and the replacements
     blocks: Blocks | None  # sizes for a block shuffle; None: full shuffle
-    full_paths: bool  # True if only the full path identifies an image
-    folder: str  # common parent folder of all sources, with a trailing slash; it may differ between nodes
 
     def at(self, position: int) -> tuple[int, int]:
         """Return the epoch and the row of a sample of this source."""
@@ -180,19 +177,9 @@ class StreamSource:
         epoch, i = divmod(position, len(self.rows))
         return epoch, epoch_order(len(self.rows), self.seed, epoch, self.blocks)[i]
 
-    def image_id(self, table_row: int) -> int:
-        """Return an int64 that is equal for rows with the same image, across all sources of the stream."""
-        if not self.full_paths:
-            return self.table.image(table_row)
-        # Ranks compare these numbers, so they must not depend on the folder in which a node stores the data.
-        name = normal_path(self.table.image_path(table_row)).removeprefix(self.folder)
-        digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
-        return int.from_bytes(digest, "little", signed=True)
-
-    def image_name(self, table_row: int) -> str:
-        """Return the name of an image for the list of bad images: its path in the table, or the full path if ambiguous."""
-        first = int(self.table.rows_of(self.table.image(table_row))[0])
-        return self.table.image_path(first) if self.full_paths else self.table.path(first)
+    def load(self, epoch: int, row: int, limits: ImageLimits) -> Pair:
+        """Return the image of a row and its caption in an epoch; see `Rows.load`."""
+        return self.rows.load(row, self.seed, epoch, limits)
 
 
 class StreamSample(NamedTuple):
@@ -217,19 +204,11 @@ class Stream:
     """
 
     def __init__(self, sources: Sequence[OpenSource], config: DataConfig, seed: int) -> None:
-        several = len(sources) > 1
-        folders = [normal_path(str(folder)) for source in sources for folder in source.table.folders]
-        folder = os.path.join(os.path.commonpath(folders), "")
         self.images = sum(source.rows.images for source in sources)
         self.sources = [
+            # Sources of equal length must not share a permutation.
             StreamSource(
-                source.table,
-                source.rows,
-                # Sources of equal length must not share a permutation.
-                hash64(_SOURCE, seed, i) if several else seed,
-                blocks_of(config, source.table),
-                several or needs_full_paths(source.table),
-                folder,
+                source.rows, hash64(_SOURCE, seed, i) if len(sources) > 1 else seed, blocks_of(config, source.rows)
             )
             for i, source in enumerate(sources)
         ]
@@ -255,16 +234,11 @@ class Stream:
         return StreamSample(self.sources[i], *self.sources[i].at(position_in_source))
 
 
-def blocks_of(config: DataConfig, table: PairTable) -> Blocks | None:
-    """Return the sizes for a block shuffle of a table, or None for a full shuffle.
+def blocks_of(config: DataConfig, rows: Rows) -> Blocks | None:
+    """Return the sizes for a block shuffle of a source, or None for a full shuffle.
 
     The default is by blocks for shards only.
     """
     # A full shuffle jumps to another shard with every sample, which is slow on disks and network file systems.
-    shuffle = config.shuffle or (Shuffle.full if table.members is None else Shuffle.block)
+    shuffle = config.shuffle or (Shuffle.block if rows.in_shards else Shuffle.full)
     return Blocks(config.shuffle_block, config.shuffle_window) if shuffle is Shuffle.block else None
-
-
-def needs_full_paths(table: PairTable) -> bool:
-    """Return True if equal paths in a table may be different images, because it spans several folders or shards."""
-    return table.members is not None or len({part.root for part in table.parts}) > 1

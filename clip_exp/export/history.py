@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clip_exp.checkpoints.folders import WEIGHTS
-from clip_exp.config.base import plain
-from clip_exp.config.data import DataConfig
+from clip_exp.config.base import Target, plain
+from clip_exp.config.data import CustomDataConfig, DataConfig
 from clip_exp.config.training import DeepSpeedConfig, FineTuneConfig, TrainConfig
 from clip_exp.loading import ModelSource
 from clip_exp.reports.html import counted
@@ -90,18 +90,24 @@ def name_of(path: Any) -> str:
 
 
 def _data(data: DataConfig, record: dict[str, Any]) -> dict[str, str]:
-    facts = {"training data": _tables(data) if data.generate is None else _generated(data)}
+    facts = {"training data": _sources(data)}
     if isinstance(record.get("rows"), int):
         facts["rows"] = f"{record['rows']:,}"
     if data.val is not None:
-        facts["validation data"] = ", ".join(map(name_of, [data.val] if isinstance(data.val, str) else data.val))
+        facts["validation data"] = (
+            data.val.target if isinstance(data.val, Target) else ", ".join(map(name_of, data.val_paths))
+        )
     facts["captions"] = (
         "a random caption per image in each epoch" if data.captions == "random" else "every pair of the table"
     )
     return facts
 
 
-def _tables(data: DataConfig) -> str:
+def _sources(data: DataConfig) -> str:
+    if isinstance(data, CustomDataConfig):
+        return data.target
+    if data.generate is not None:
+        return _generated(data)
     return ", ".join(name_of(path) for source in data.sources for path in source.paths)
 
 

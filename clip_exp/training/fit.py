@@ -131,7 +131,7 @@ def _fit(
         run_dir=run_dir,
         # Compiled towers are specialized for each text length: fewer lengths mean fewer compilations.
         pad_multiple=8 if config.compile else 1,
-        tables=None if tables is None else tables.opened,
+        opened=None if tables is None else tables.opened,
     )
     # Before Lightning does: the number of steps depends on the number of rows.
     datamodule.setup("fit")

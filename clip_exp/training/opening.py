@@ -164,7 +164,7 @@ class Request:
         data = self.config.data
         found: dict[str, list[Any]] = {
             "data.train": [path for source in data.sources for path in source.paths],
-            "data.val": data.val if isinstance(data.val, list) else [data.val],
+            "data.val": data.val_paths,
             "data.image_root": [data.image_root, *(source.image_root for source in data.sources)],
         }
         paths = {key: [_absolute(path) for path in values if path is not None] for key, values in found.items()}

@@ -170,7 +170,9 @@ def check_measures(config: TrainConfig, *, fetch: bool = False) -> list[ClipExpE
 
 def check_validation_classes(config: TrainConfig, classes: int) -> Iterator[str]:
     """Yield the problems of `monitor` that depend on the number of classes in the validation data."""
-    if config.monitor == "val/top5" and classes <= CERTAIN:
+    if config.monitor in ("val/top1", "val/top5") and not classes:
+        yield f"monitor={config.monitor} needs class names: give the Dataset of data.val an attribute `classes` with their names."
+    elif config.monitor == "val/top5" and classes <= CERTAIN:
         yield _top5_problem(config.monitor, classes)
 
 
@@ -221,7 +223,7 @@ def check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Itera
         yield f"monitor={monitor} does not exist: did you mean '{OLDER_COLUMNS[monitor]}'?"
     elif monitor not in OF_VALIDATION:
         yield f"monitor={monitor} is not a metric of validation or of a task: {nearest(monitor, [*OF_VALIDATION, *measured])}"
-    elif config.data.generate is None and not config.data.val:
+    elif not config.data.has_val:
         yield f"monitor={monitor} needs validation data: set data.val."
-    elif monitor in ("val/top1", "val/top5") and config.data.label_key is None:
+    elif monitor in ("val/top1", "val/top5") and not config.data.may_have_labels:
         yield f"monitor={monitor} needs class names: set data.label_key."

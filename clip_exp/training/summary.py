@@ -114,9 +114,9 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
         truncated_fraction: fraction of truncated captions among those that this rank has used since it started; None if it used none.
     """
     assert datamodule.stream is not None
-    tables = {"training": [source.table for source in datamodule.stream.sources]}
-    if datamodule.val_table is not None:
-        tables["validation"] = [datamodule.val_table]
+    origins = {"training": [source.rows.origin for source in datamodule.stream.sources]}
+    if datamodule.val is not None:
+        origins["validation"] = [datamodule.val.origin]
     captions = (steps * datamodule.global_batch_size - datamodule.start_sample) // ranks
     summary: dict[str, Any] = {"bad_images": {}, "bad_rows": {}, "empty_captions": {}, "filter_values": {}}
     file = run_dir / "bad_samples.csv"
@@ -126,11 +126,11 @@ def summarize_data(datamodule: PairsDataModule, run_dir: Path, steps: int, ranks
             samples = BadSamples(0, 1.0, what="", mark=mark, file=file)
         if samples is not None and (kinds := samples.kinds()):
             summary["bad_images"][which] = dict(kinds.most_common())
-    for which, found in tables.items():
-        parts = [part for table in found for part in table.parts]
+    for which, found in origins.items():
+        parts = [part for origin in found for part in origin.parts]
         if rows := bad_rows(parts):
             summary["bad_rows"][which] = dict(rows.most_common())
-        if count := sum(table.empty_captions for table in found):
+        if count := sum(origin.empty_captions for origin in found):
             summary["empty_captions"][which] = {"count": count, "fraction": count / sum(map(len, found))}
         if values := as_json(unconverted_values(parts)):
             summary["filter_values"][which] = values

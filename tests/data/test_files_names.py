@@ -7,7 +7,7 @@ import pytest
 
 from clip_exp.config.data import Captions
 from clip_exp.data.files import ImageLimits, normal_path
-from clip_exp.data.stream import Rows
+from clip_exp.data.pairs import TableRows
 from clip_exp.data.tables.open import open_table, read_table
 from clip_exp.data.tables.reader import TableOptions
 from clip_exp.data.tables.table import PairTable
@@ -65,7 +65,7 @@ def test_names_of_a_file_are_one_image_with_several_captions(files, tmp_path, ke
     index_dir = None if kept == "in memory" else tmp_path / "index"
     table = open_table(write_table(files / "pairs.csv", rows), TableOptions(), index_dir=index_dir)
     assert [len(group) for group in groups(table)] == [7, 5, 5, 1, 1]
-    assert len(Rows(table, Captions.random)) == 5
+    assert len(TableRows(table, Captions.random)) == 5
     limits = ImageLimits(outside_root=True)
     for image in range(3):
         assert len({bytes(table.read_image(row, limits)) for row in table.rows_of(image)}) == 1

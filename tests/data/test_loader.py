@@ -24,6 +24,7 @@ from clip_exp.data.loader import (
     WorkerLoader,
     report_killed_workers,
 )
+from clip_exp.data.pairs import TableItems
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import DataError
 from clip_exp.models.families.clip import ViTConfig
@@ -210,7 +211,7 @@ def test_an_error_keeps_its_message_through_a_workers_wrapping():
 def test_validation_images_come_with_all_their_captions(pairs):
     table = read_table(pairs)
     dataset = EvalPairs(
-        table,
+        TableItems(table),
         preprocessing=preprocessing_of(ViTConfig(image_size=16, patch_size=8, width=8, layers=1, heads=1)),
         tokenizer=Tokenizer(77),
     )

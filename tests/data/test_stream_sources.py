@@ -210,16 +210,16 @@ def test_an_image_of_two_sources_is_one_image(two, build: Build, tmp_path):
     ]
     third = {"path": str(write_table(tmp_path / "third.csv", rows)), "weight": 1}
     sources = build([*two, third], image_key="image")._stream.sources
-    assert [sources[2].image_id(row) for row in range(3)] == [
-        sources[0].image_id(1), sources[1].image_id(1), sources[0].image_id(2),
+    assert [sources[2].rows.image_id(row) for row in range(3)] == [
+        sources[0].rows.image_id(1), sources[1].rows.image_id(1), sources[0].rows.image_id(2),
     ]  # fmt: skip
-    assert len({source.image_id(row) for source in sources[:2] for row in range(6)}) == 12
+    assert len({source.rows.image_id(row) for source in sources[:2] for row in range(6)}) == 12
     (tmp_path / "copy").mkdir()
     elsewhere = images(tmp_path / "copy" / "one", 1), images(tmp_path / "copy" / "other", 2)
     moved = build(
         [{**two[i], "path": str(table)} for i, table in enumerate(elsewhere)], image_key="image"
     )._stream.sources
-    assert [source.image_id(3) for source in moved] == [source.image_id(3) for source in sources[:2]]
+    assert [source.rows.image_id(3) for source in moved] == [source.rows.image_id(3) for source in sources[:2]]
 
 
 def test_a_bad_image_is_replaced_from_its_own_source(two, build: Build):
@@ -228,7 +228,7 @@ def test_a_bad_image_is_replaced_from_its_own_source(two, build: Build):
     stream = module._stream
     for position in range(SLOTS):
         drawn[stream[position].source is stream.sources[0]] += 1
-    of_first = {stream.sources[0].image_id(row) for row in range(6)}
+    of_first = {stream.sources[0].rows.image_id(row) for row in range(6)}
     got = Counter(i in of_first for batch in read(module) for i in batch.image_id.tolist())
     assert got == drawn == {True: 2731, False: 1365}
 

@@ -77,7 +77,7 @@ def test_ranks_are_given_the_folder_alone(overrides: list[str], monkeypatch: pyt
     """They open what its `config.yaml` says by themselves: tables are not pickled to them."""
     run_ranks = mock.Mock(return_value=launch.Ended(0, "finished"))
     monkeypatch.setattr(launch, "run_ranks", run_ranks)
-    opening = mock.patch.object(preflight, "open_tables", wraps=stream.open_tables)
+    opening = mock.patch.object(preflight, "open_all", wraps=stream.open_all)
     with opening as opened:
         folder, _ = train_here(train_config(*overrides, "trainer.devices=2"), overrides)
     assert opened.call_count == 1

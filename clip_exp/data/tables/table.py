@@ -19,7 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_exp.data.files import ImageLimits, normal_path, read_from_root, read_member
+from clip_exp.data.files import (
+    NO_SUCH_FILE,
+    OUTSIDE_ROOT,
+    TOO_MANY_BYTES,
+    ImageLimits,
+    kind_of,
+    normal_path,
+    read_from_root,
+    read_member,
+)
 from clip_exp.data.tables.columns import int32_numpy, string_array
 from clip_exp.data.tables.features import Shape, parse_numbers, shape_of
 from clip_exp.data.tables.filters import UnconvertedValues, as_json, merge_unconverted
@@ -88,6 +97,8 @@ class PairTable:
         shapes: further columns by name: shape of the numbers in each row, or None for texts.
     """
 
+    verified = True  # the content is part of the fingerprint
+
     def __init__(self, rows: StoredRows, parts: tuple[Part, ...]) -> None:
         self._rows, self.parts = rows, parts
         self.lines, self.members = rows.lines, rows.members
@@ -101,6 +112,16 @@ class PairTable:
             setting.removeprefix(COLUMNS): shape_of(self._value(setting, 0)) for setting in filter(is_column, names)
         }
         self._ends = [part.start + part.rows for part in parts]
+
+    @property
+    def name(self) -> str:
+        """Path of the first file, for messages."""
+        return str(self.parts[0].path)
+
+    @property
+    def source(self) -> str:
+        """What to check if images cannot be read, for messages."""
+        return f"the table {self.name} and data.image_root, now {self.root}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PairTable, (self._rows, self.parts)
@@ -216,6 +237,39 @@ class PairTable:
         """Return the file and line of a row, for messages."""
         part = self.part(row)
         return f"{part.path}, {part.unit} {self.lines[row]}"
+
+    def location(self, row: int) -> str:
+        """Return the path of an image on disk, and the file and line of its row, for messages."""
+        return f"{self.image_path(row)} ({self.where(row)})"
+
+    def remedy(self, row: int, reason: str) -> str:
+        """Return what to do if an image, and all others that were tried, cannot be read."""
+        kind, path = kind_of(reason), self.path(row)
+        if kind == OUTSIDE_ROOT:
+            return f"The root is now {self.root}."
+        if kind == NO_SUCH_FILE and "://" in path:
+            return (
+                "Images are read from files, not from URLs: download them first (img2dataset writes shards from such "
+                "a table)."
+            )
+        if kind == NO_SUCH_FILE and "\\" in path:
+            return "Use slashes in paths, not backslashes."
+        if kind == NO_SUCH_FILE and self.members is None:
+            return f"Relative paths start from {self.root}: set data.image_root."
+        if kind == TOO_MANY_BYTES:
+            return "Increase data.max_image_bytes, or use smaller images."
+        return "Recreate the shards." if self.members is not None else "Repair the images."
+
+    def unreadable(self, row: int, reason: str, setting: str) -> str:
+        """Return the error message for an image that cannot be used.
+
+        Args:
+            setting: override with which the command continues without such images.
+        """
+        return (
+            f"The image {self.path(row)!r} ({self.where(row)}) cannot be read: {reason}. Relative paths start from "
+            f"{self.part(row).root} (data.image_root). Repair it, or continue without such images: {setting}."
+        )
 
     def image_index(self) -> np.ndarray:
         """Return the image of each row, int32 [rows], numbered by first appearance.

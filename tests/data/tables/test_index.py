@@ -20,7 +20,7 @@ import pytest
 from clip_exp import storage
 from clip_exp.config.data import Captions, OnBadRow
 from clip_exp.data.files import ImageLimits
-from clip_exp.data.stream import Rows
+from clip_exp.data.pairs import TableRows
 from clip_exp.data.tables import index, open, scan
 from clip_exp.data.tables.open import open_table, read_table
 from clip_exp.data.tables.reader import FileSignature, TableOptions
@@ -82,7 +82,7 @@ def test_an_index_holds_what_the_table_does_and_is_made_once(tmp_path, builds, c
 def test_the_stream_is_the_same_from_the_index(tmp_path):
     file = write_rows(tmp_path / "pairs.csv", 1000, captions_per_image=3)
     for captions in Captions:
-        rows, indexed = (Rows(table, captions) for table in (read_table(file), open_indexed(file)))
+        rows, indexed = (TableRows(table, captions) for table in (read_table(file), open_indexed(file)))
         assert len(rows) == len(indexed)
         assert rows.images == indexed.images == 334
         for row in range(len(rows)):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from clip_exp.config.base import Target
 from clip_exp.config.evaluation import TaskConfig
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.task import Task
@@ -29,6 +30,11 @@ class AutoTaskConfig(TaskConfig):
                 f"task.{name} needs the validation data of a run, but no run is given: give run=DIR, or another task, such as task=retrieval."
             )
         data = run.data
+        if isinstance(data.val, Target):
+            raise ConfigError(
+                f"task.{name}: the run was validated on the Dataset {data.val.target}, but tasks read tables. Choose another task, such as "
+                "task=retrieval task.retrieval.table=pairs.csv."
+            )
         table = data.val if data.generate is None else str(generate(data.generate, Path(output_dir)).val)
         if table is None:
             raise ConfigError(
