@@ -96,6 +96,10 @@ CHANGES: dict[str, Changes] = {
     "data.train.caption_key": Changes("other_title", given=SOURCE),
     "data.train.filter": Changes("'score > 1'", given=SOURCE),
     "data.val": Changes("<other>"),
+    "data._target_": Changes("tests.datasets.Pairs", also=("data.train=null",)),
+    "data.val._target_": Changes(
+        "tests.datasets.Pairs", given=("data.val={_target_: tests.datasets.Noisy}", "data.label_key=null")
+    ),
     "data.generate.kind": Changes("digits", given=SHAPES),
     "data.generate.rows": Changes("16", given=SHAPES),
     "data.generate.val_rows": Changes("6", given=SHAPES),
