@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import clip_exp.open_clip_files as open_clip_files
 from clip_exp.checkpoints.folders import STEP, was_saved
+from clip_exp.config import registry
 from clip_exp.config.compose import compose
 from clip_exp.config.model import Activation
 from clip_exp.config.names import named_model, names, resolve
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from clip_exp.inference.pipeline import Pipeline
 
 __all__ = ["evaluate", "find_images", "load", "train"]
+# Folders with the user's options and Python files
+ConfigDir = str | Path | Sequence[str | Path] | None
 
 
 def load(
@@ -47,6 +50,7 @@ def load(
     wise_ft: float | None = None,
     prefix: str | None = None,
     allow_targets: Sequence[str] = (),
+    config_dir: ConfigDir = None,
 ) -> "Pipeline":
     """Load a model for inference.
 
@@ -65,6 +69,7 @@ def load(
             (docs/finetuning.md).
         allow_targets: packages or modules whose code may run if the configuration of the weights names it by `_target_`
             (docs/extending.md).
+        config_dir: folder or folders with the custom towers of the model, as `--config-dir` on the command line.
 
     Raises:
         TargetNotAllowedError: the configuration of the weights names custom code that is not allowed.
@@ -77,7 +82,7 @@ def load(
     check_accelerator(accelerator)
     if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
         raise ConfigError(NO_START)
-    with allowed(allow_targets):
+    with allowed(allow_targets), registry.added(config_dir):
         found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
         # Imports torch
         from clip_exp.inference.pipeline import load_pipeline
@@ -85,7 +90,7 @@ def load(
         return load_pipeline(found, accelerator)
 
 
-def train(*overrides: str) -> Path:
+def train(*overrides: str, config_dir: ConfigDir = None) -> Path:
     """Train a model as `clip-exp train` does, in this process and its child processes, and return the folder of the finished run.
 
     An interrupted run is resumed. If a finished run has the same configuration, data and initial weights, its folder is
@@ -93,16 +98,18 @@ def train(*overrides: str) -> Path:
 
     Args:
         overrides: overrides as on the command line: "model=vit_tiny", "data=csv", "data.train=pairs.csv".
+        config_dir: folder or folders with your options and Python files, as `--config-dir` on the command line.
 
     Raises:
         ConfigError: the configuration is invalid; one line for every problem.
         ClipExpError: the run failed; the class gives the reason, as the exit code does on the command line.
         KeyboardInterrupt: a signal stopped the run; the same call resumes it.
     """
-    config = compose("train", list(overrides))
-    if started_by_launcher():
-        raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
-    run_dir, code = train_here(config, list(overrides))
+    with registry.added(config_dir):
+        config = compose("train", list(overrides))
+        if started_by_launcher():
+            raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
+        run_dir, code = train_here(config, list(overrides))
     if code == PREEMPTED_EXIT_CODE:
         raise KeyboardInterrupt(f"stopped by a signal; the same call resumes {run_dir}")
     if code:
@@ -112,11 +119,12 @@ def train(*overrides: str) -> Path:
     return run_dir
 
 
-def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
+def evaluate(*overrides: str, config_dir: ConfigDir = None) -> dict[str, dict[str, Any]]:
     """Evaluate a model as `clip-exp evaluate` does, in this process. The results are also written to the evaluation's folder.
 
     Args:
         overrides: overrides as on the command line: "run=DIR", "task=[imagenet,retrieval]", ….
+        config_dir: folder or folders with your options and Python files, as `--config-dir` on the command line.
 
     Returns:
         For each task, its metrics and evaluation settings: `{"metrics": {name: value}, "protocol": {…}}`. Accuracies
@@ -126,15 +134,16 @@ def evaluate(*overrides: str) -> dict[str, dict[str, Any]]:
         ClipExpError: the configuration, the data or the model cannot be used.
         KeyboardInterrupt: a signal stopped the evaluation; the same call continues from the cached features.
     """
-    config = compose("evaluate", list(overrides))
-    if str(config.devices) not in ("auto", "1"):
-        raise ConfigError(
-            f"devices={config.devices}: several processes are supported on the command line only (clip-exp evaluate)."
-        )
-    try:
-        return evaluate_here(config, list(overrides))
-    except Stopped as stopped:
-        raise KeyboardInterrupt(str(stopped)) from stopped
+    with registry.added(config_dir):
+        config = compose("evaluate", list(overrides))
+        if str(config.devices) not in ("auto", "1"):
+            raise ConfigError(
+                f"devices={config.devices}: several processes are supported on the command line only (clip-exp evaluate)."
+            )
+        try:
+            return evaluate_here(config, list(overrides))
+        except Stopped as stopped:
+            raise KeyboardInterrupt(str(stopped)) from stopped
 
 
 def _source(

@@ -1,31 +1,39 @@
-"""Tests of a custom loss and a custom task, each a Python file and a YAML file as in `docs/configuration.md`, found by `--config-dir`."""
+"""Tests of the user's own configuration folder: the recipe, loss and task of `docs/configuration.md`.
+
+The folder is named by `--config-dir`, `hydra.searchpath`, or `config_dir` of the Python API.
+"""
 
 import ast
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import clip_exp
 from clip_exp.config import registry
 from clip_exp.config.base import Member
 from clip_exp.config.evaluation import TaskConfig
+from clip_exp.config.files import read_run_config
 from clip_exp.config.training import LossConfig
+from clip_exp.errors import ConfigError
 from tests.conftest import REPOSITORY
 from tests.runs import TINY, Finished, Train, run_folders
 
 PACKAGE = Path(registry.__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "configuration.md"
-BLOCK = re.compile(r"```(?:python|yaml)\n# mine/(\S+)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(?:python|yaml)\n((?:# @package _global_\n)?)# mine/(\S+)\n(.*?)```", re.DOTALL)
 
 
 def test_no_other_module_names_a_kind_of_loss_or_task() -> None:
     bases = (LossConfig, TaskConfig)
     classes = {model.__name__: model for base in bases for model in base.members()}
-    names = {model.model_fields[base.key].default for base in bases for model in base.members()} - {"auto"}
+    names = {model.model_fields[base.key].default for base in bases for model in base.members()} - {"auto", "custom"}
     assert names >= {"softmax", "sigmoid", "zero_shot", "retrieval", "linear_probe", "knn", "robustness"}
     packages = tuple(model.__module__ for model in classes.values())
     found = []
@@ -47,11 +55,12 @@ def test_no_other_module_names_a_kind_of_loss_or_task() -> None:
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create the folder with the files from the documentation."""
     folder = tmp_path_factory.mktemp("custom") / "mine"
-    for name, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+    for header, name, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(header + text)
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
-        "loss/smoothed.py", "loss/smoothed.yaml", "task/hits.py", "task/hits.yaml",
+        "experiment/slow_digits.yaml", "loss/smoothed.py", "loss/smoothed.yaml", "optimizer/slow.yaml", "task/hits.py",
+        "task/hits.yaml",
     ]  # fmt: skip
     return folder
 
@@ -140,3 +149,96 @@ def test_a_typo_is_reported_without_importing_torch(mine: Path, command: Callabl
     )
     done = command(str(script), cwd=tmp_path, cold=True, PYTHONPATH=sys.path[0])
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- how it is named
+
+
+def test_the_documented_recipe_trains(mine: Path, command: Callable, tmp_path: Path) -> None:
+    typed = re.search(
+        r"^python (train\.py --config-dir mine experiment=.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert typed is not None
+    shutil.copytree(mine, tmp_path / "mine")
+    script, *words = shlex.split(typed[1])
+    done = command(script, *words, "data.num_workers=0", "trainer.accelerator=cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = run_folders(tmp_path / "outputs")
+    config = read_run_config(run)
+    assert (run.parent.name, config.data.name, config.max_steps) == ("slow_digits", "digits", 20)
+    assert (config.optimizer.target, config.optimizer.arguments["lr"]) == ("torch.optim.SGD", 1e-3)
+
+
+def test_python_files_are_found_in_folders_of_the_search_path_also_by_ranks(
+    mine: Path, runs: dict[int, Finished], train: Train, command: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    searched = f"hydra.searchpath=[{tmp_path}/other,file://{mine}]"
+    words = (*TINY, "loss=smoothed", "loss.smoothing=0.2", "max_steps=3", "trainer.devices=2")
+    found = train(searched, *words, output_dir=tmp_path)
+    assert found.losses == pytest.approx(runs[2].losses, rel=1e-4)
+    (line,) = (line for line in found.output.splitlines() if line.startswith("next:"))
+    assert f"hydra.searchpath=[{tmp_path}/other,{mine}]" in shlex.split(line)
+    done = command("evaluate.py", *shlex.split(line)[-2:], "task=digits", "num_workers=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_python_files_in_a_run_folder_of_the_search_path_are_not_run(refused: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run" / "loss").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "loss" / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "primary").mkdir()
+    (tmp_path / "primary" / "own.yaml").write_text("defaults: [train, _self_]\nhydra:\n  searchpath: [file://run]\n")
+    named = refused("train.py", "hydra.searchpath=[run]", "--cfg", "job", cwd=tmp_path)
+    assert named.returncode == 2
+    assert "run/loss/x.py is not imported, since" in named.stderr
+    os.environ[registry.FOLDERS] = ""
+    by_file = ("--config-dir", "primary", "--config-name", "own")
+    assert refused("train.py", *by_file, "--cfg", "job", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_the_python_api_accepts_own_folders_for_one_call(
+    mine: Path, runs: dict[int, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(registry.FOLDERS)
+    words = (*TINY, "loss=smoothed", "loss.smoothing=0.2", "max_steps=3", f"output_dir={tmp_path}")
+    for devices, given in ((1, str(mine)), (2, [mine])):
+        run = clip_exp.train(*words, f"trainer.devices={devices}", config_dir=given)
+        assert Finished(run, "").losses == pytest.approx(runs[devices].losses, rel=1e-4)
+        assert registry.FOLDERS not in os.environ
+    hits = ("task=hits", "+task.hits.generate={kind: digits, rows: 40, val_rows: 30}", "task.hits.top_k=10")
+    results = clip_exp.evaluate(f"run={run}", *hits, "accelerator=cpu", "num_workers=0", config_dir=mine)
+    assert results["hits"]["metrics"] == {"hits": 1.0}
+    with pytest.raises(ConfigError, match=r"loss\.name=smoothed .*--config-dir"):
+        clip_exp.load(run, accelerator="cpu")
+    clip = clip_exp.load(run, accelerator="cpu", config_dir=mine)
+    assert registry.FOLDERS not in os.environ
+    assert clip.encode_text("a dog").shape == (1, 64)
+    searched = f"hydra.searchpath=[{mine}]"
+    with pytest.raises(ConfigError, match=r"loss\.smothing does not exist: did you mean 'loss\.smoothing'"):
+        clip_exp.train(searched, "loss=smoothed", "loss.smothing=1")
+    assert registry.FOLDERS not in os.environ
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_two_calls_may_have_folders_with_members_of_the_same_name(mine: Path, tmp_path: Path) -> None:
+    """The loss of the other folder has another key, so each call shows whose class it has."""
+    shutil.copytree(mine, tmp_path / "other")
+    file = tmp_path / "other" / "loss" / "smoothed.py"
+    file.write_text(file.read_text().replace("smoothing:", "softness:"))
+    for folder, key, unknown in (
+        (mine, "smoothing", "softness"), (tmp_path / "other", "softness", "smoothing"), (mine, "smoothing", "softness"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"^loss\.{unknown} does not exist: did you mean"):
+            clip_exp.train("loss=smoothed", f"loss.{unknown}=0.2", f"loss.{key}=0.2", config_dir=folder)
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("call", [clip_exp.train, clip_exp.evaluate, clip_exp.load])
+def test_an_own_folder_of_the_python_api_must_exist(call: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^config_dir: .*absent is not a folder\. Give an existing folder\.$"):
+        call("model=vit_nano", config_dir=[tmp_path, tmp_path / "absent"])
+    assert os.environ[registry.FOLDERS] == ""

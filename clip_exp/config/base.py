@@ -257,7 +257,8 @@ class Member(Config):
             name = str(get_args(named.annotation)[0])
             other = cls.registered.get(name, cls)
             # A class with the same module and name comes from a file that was imported again.
-            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            again = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+            if not again and registry.in_effect(other.__module__):
                 places = [f"{each.__qualname__} of {sys.modules[each.__module__].__file__}" for each in (other, cls)]
                 raise ConfigError(
                     f"{cls.group}: {' and '.join(places)} both declare {cls.key}={name}. Rename one of them."
@@ -270,7 +271,7 @@ class Member(Config):
     def members(cls) -> list[type[Config]]:
         """Return the members of the group, including custom ones."""
         registry.load(cls.group)
-        return [*cls.registered.values()]
+        return [model for model in cls.registered.values() if registry.in_effect(model.__module__)]
 
     @classmethod
     def of(cls, values: Any) -> Self:
@@ -284,9 +285,10 @@ class Member(Config):
             return values
         if not isinstance(values, dict):
             raise PydanticKnownError("dict_type")
-        model = chosen(cls.members(), values)
+        found = cls.members()
+        model = chosen(found, values)
         if model is None:
-            names = ", ".join(f"'{name}'" for name in cls.registered)
+            names = ", ".join(f"'{name}'" for name, member in cls.registered.items() if member in found)
             about = {"key": cls.key, "tag": str(values.get(cls.key)), "names": names, "group": cls.group}
             raise PydanticCustomError("no_member", "must be one of {names}", about)
         return model.model_validate(values)  # type: ignore[return-value]

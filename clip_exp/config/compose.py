@@ -19,7 +19,9 @@ from typing import Any, Literal, NamedTuple, get_origin
 import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +29,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.basecontainer import BaseContainer
@@ -59,10 +62,15 @@ Work = Callable[[Callable[[], Any]], None]
 MULTIRUN_FLAGS = {"-m", "--multirun"}
 RERUN_FLAG = "--experimental-rerun"
 ALWAYS_CHOSEN = ["model", "data", "loss", "optimizer", "scheduler", "strategy", "logger", "task"]
+# Groups whose options are recipes, which set keys of all groups
+GLOBAL_GROUPS = ("experiment", "debug")
+GLOBAL_HEADER = "# @package _global_"
+SEARCH_PATH = "hydra.searchpath"
 # Name of OmegaConf's resolver of environment variables
 ENVIRONMENT = "oc.env"
 HELP_END = (
     "--cfg job prints the composed configuration and exits; --info shows which files it was composed from; -m runs a sweep.\n"
+    "--config-dir DIR adds options and Python files of your own folder; hydra.searchpath=[DIR,pkg://PACKAGE] adds several folders.\n"
     "Documentation: docs/configuration.md; models: clip-exp models; weights for pretrained=: docs/weights.md."
 )
 NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
@@ -130,6 +138,8 @@ def typed_config(command: str, config: DictConfig, overrides: list[str], *, own_
         config[targets.TOTAL_STEPS] = targets.TOTAL_STEPS
     with secrets_refused():
         values = {key: _resolved_item(config, key, key, found) for key in keys}
+    with open_dict(config):
+        del config[targets.TOTAL_STEPS]
     found += addresses(values)
     try:
         typed = parse(SCHEMAS[command], values, typed=typed_keys(overrides))
@@ -191,11 +201,69 @@ def _resolved_item(node: Any, key: Any, full_key: str, found: list[str]) -> Any:
 # --------------------------------------------------------------------------------------------------------- Hydra
 
 
+class Repository(ConfigRepository):
+    """Configuration files in the folders of the search path, with a ConfigError for each problem of a user's files and folders."""
+
+    def initialize_sources(self, config_search_path: Any) -> None:
+        given = [each.path for each in config_search_path.get_path() if each.provider.startswith(SEARCH_PATH)]
+        if problems := [problem for path in given if (problem := _search_path_problem(path)) is not None]:
+            raise ConfigError("\n".join(problems))
+        super().initialize_sources(config_search_path)
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None:
+            return None
+        file = f"{source.full_path().removeprefix('file://')}/{config_path.removesuffix('.yaml')}.yaml"
+        try:
+            found = super().load_config(config_path)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}. Fix it.") from error
+        assert found is not None
+        group, package = config_path.split("/")[0], found.header.get("package") or "_group_"
+        if group in GLOBAL_GROUPS and package.split(".")[0] in ("_group_", group):
+            raise ConfigError(
+                f'{file} needs "{GLOBAL_HEADER}" as its first line: without it, all of its keys are placed under {group}.'
+            )
+        if not isinstance(found.config, DictConfig):
+            raise ConfigError(f"{file} is not a mapping: write a line key: value for every key.")
+        return found
+
+
+def _search_path_problem(path: str) -> str | None:
+    """Return an error message for an entry of `hydra.searchpath` that cannot be used; None if it can."""
+    scheme, _, place = path.rpartition("://")
+    if scheme in ("", "file"):
+        return None if Path(place).is_dir() else f"{SEARCH_PATH}: {path} is not a folder. Give an existing folder."
+    if scheme != "pkg":
+        return f"{SEARCH_PATH}: {path} is not supported. Give a folder (file:///folder) or a Python package (pkg://package)."
+    try:
+        problem = None if SourcesRegistry.instance().resolve(scheme)(SEARCH_PATH, path).available() else "is not found"
+    except Exception as error:  # of the package's own code
+        problem = f"cannot be imported ({type(error).__name__}: {error})"
+    if problem is None:
+        return None
+    return f"{SEARCH_PATH}: {path} {problem}. Give a package with an __init__.py that Python can import, or a folder."
+
+
+def _refuse_packages_of_a_run(primary: ConfigResult, name: str) -> None:
+    """Raise a ConfigError if a configuration file in a run folder adds a package to the search path, which would be imported."""
+    folder = primary.path.removeprefix("file://")
+    trace = registry.trace_of_a_run(Path(folder))
+    for path in map(str, OmegaConf.select(primary.config, SEARCH_PATH) or ()):
+        if trace is not None and path.startswith("pkg://"):
+            raise ConfigError(
+                f"{folder}/{name}.yaml: {SEARCH_PATH} has {path}, which is not imported, since {folder} is a run folder ({trace}). If "
+                f"you trust the package, give {SEARCH_PATH}=[{path}] on the command line."
+            )
+
+
 class Loader(ConfigLoaderImpl):
     """Hydra's configuration loader, extended by a schema. It is pickled when a sweep starts other processes."""
 
     def __init__(self, search_path: Any, schema: type[Config]) -> None:
         super().__init__(search_path)
+        self.repository = Repository(search_path)
         self.schema = schema
         self._cached: tuple[Any, DictConfig] | None = None
         self._overrides: list[Override] = []
@@ -221,6 +289,22 @@ class Loader(ConfigLoaderImpl):
         if config_name is not None:
             self._apply_schema(config)
         return config
+
+    def _process_config_searchpath(self, config_name: str | None, parsed_overrides: list[Override], repo: Any) -> None:
+        """Add the folders of `hydra.searchpath`.
+
+        Python files are imported only from folders on the command line. A file that sets `hydra.searchpath` may be that of a
+        run to repeat, which may come from a third party.
+        """
+        given = next((each.value() for each in parsed_overrides if each.get_key_element() == SEARCH_PATH), None)
+        if isinstance(given, str):
+            raise ConfigError(f"{SEARCH_PATH}={given} must be a list: write {SEARCH_PATH}=[{given}].")
+        if given is None and config_name is not None and (primary := repo.load_config(config_name)) is not None:
+            _refuse_packages_of_a_run(primary, config_name)
+        super()._process_config_searchpath(config_name, parsed_overrides, repo)
+        for path in map(str, given if isinstance(given, list) else ()):
+            if path.startswith("file://") or "://" not in path:
+                registry.add_folder(path.removeprefix("file://"), SEARCH_PATH)
 
     def _parse_overrides_and_create_caching_repo(self, config_name: str | None, overrides: list[str]) -> Any:
         """Parse overrides. Values may be set for any key, since the schema checks keys later. A deleted key gets its default."""
@@ -415,15 +499,14 @@ def _hydra(command: str, config_dir: str | None = None, config_name: str | None 
     """
     version.setbase("1.3")
     search_path = create_config_search_path(str(conf_dir()))
-    for user_dir in registry.folders():
-        search_path.prepend(str(user_dir), f"file://{user_dir}", SearchPathQuery(provider="schema", path=None))
+    user_dirs = dict.fromkeys(registry.folders(), registry.FOLDERS)
     if config_dir is not None:
-        folder = Path(config_dir).absolute()
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir {config_dir} is not a folder.")
+        user_dirs.setdefault(Path(config_dir).absolute(), "--config-dir")
         if config_name is None:
-            registry.add_folder(folder)
-        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema", path=None))
+            registry.add_folder(config_dir, "--config-dir")
+    for folder, origin in user_dirs.items():
+        registry.require_folder(folder, origin)
+        search_path.prepend(origin, f"file://{folder}", SearchPathQuery(provider="schema", path=None))
     hydra = Hydra(command, Loader(search_path, SCHEMAS[command]))
     OmegaConf.register_new_resolver("open_clip", open_clip_field, replace=True)
     return hydra
@@ -509,8 +592,8 @@ def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
     schema = SCHEMAS[command]
     config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
     assert isinstance(hydra.config_loader, Loader)
-    # The loader's method of the same name would copy the repository for each group.
-    repository = hydra.config_loader.repository
+    # The loader's method `get_group_options` would copy the repository for each group.
+    repository = hydra.config_loader._parse_overrides_and_create_caching_repo(name, overrides)[1]
     names = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
     found = {group: repository.get_group_options(group, ObjectType.CONFIG) for group in names}
     groups = "\n".join(f"{group}: {', '.join(sorted(of))}" for group, of in found.items() if of)
@@ -747,6 +830,12 @@ def _missing_option(error: MissingConfigException) -> str:
     group, _, name = file.rpartition("/")
     # Hydra gives no options if the override was a list.
     found = error.options or (options(group) if group else [])
+    recipes, _, of_group = group.partition("/")
+    if not found and recipes in GLOBAL_GROUPS and name in options(of_group):
+        return (
+            f"a recipe of {recipes} selects {of_group}: {name} without a leading slash. Write '- override /{of_group}: {name}' in its "
+            "defaults."
+        )
     if not found:
         return " ".join(str(error).split())
     if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):

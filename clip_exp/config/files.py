@@ -52,9 +52,9 @@ def options(group: str, *, custom: bool = True) -> list[str]:
 
 
 def option_file(group: str, option: str) -> Path:
-    """Return the file of an option; the user's folders take precedence over `conf/`, as in a composition."""
-    places = [folder / group / f"{option}.yaml" for folder in (*registry.folders(), conf_dir())]
-    return next((place for place in places if place.is_file()), places[-1])
+    """Return the file of an option; `conf/` takes precedence over the user's folders, as in a composition."""
+    places = [folder / group / f"{option}.yaml" for folder in (conf_dir(), *registry.folders())]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def to_yaml(config: Config) -> str:

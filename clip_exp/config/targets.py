@@ -263,8 +263,8 @@ def instantiate(
     except (ClipExpError, MemoryError):
         raise
     except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise ConfigError(f"{where}: {failure(cause)}") from error
+        why = failure(error.__cause__) if error.__cause__ is not None else " ".join(str(error).split())
+        raise ConfigError(f"{where}: {why}") from error
     except Exception as error:
         raise ConfigError(f"{where}: {values[TARGET]} could not be created: {failure(error)}") from error
 

@@ -80,6 +80,8 @@ class LossConfig(Member):
         None, description="largest logit scale as a natural logarithm; null: the default of the loss"
     )
 
+    # Whether the loss reads the columns in `data.columns`
+    takes_columns: ClassVar[bool] = False
     # Default of `max_logit_scale`: natural logarithm of the limit in the CLIP paper
     published_limit: ClassVar[float] = math.log(100)
 
@@ -583,6 +585,11 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
             lambda c: not c.task,
             "without a task",
             "select one (task=imagenet), or leave this out",
+        ),
+        Unused(
+            "data.columns",
+            lambda c: not c.loss.takes_columns,
+            "with loss.name={c.loss.name}, which reads no further columns",
         ),
         Unused(
             "val_every_n_steps",

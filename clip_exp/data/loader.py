@@ -88,7 +88,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # int64 [B, L], padded by the tokenizer
     caption_id: Tensor  # int64 [B]
     image_id: Tensor  # int64 [B]
-    # Further columns by name (`data.columns`): int64 [B, L'], tokens of texts, or float32 [B, ...], numbers
+    # Further columns by name (`data.columns`): int64 [B, L], tokens of texts, or float32 [B, ...], numbers
     columns: dict[str, Tensor] = {}  # noqa: RUF012 - a default of a NamedTuple
     bad: tuple[UnreadableImage, ...] = ()  # images that were replaced while this batch was built
     truncated: int = 0  # number of samples with a caption or another text that was truncated to the context length
@@ -243,20 +243,26 @@ class Collate:
         # Stack in the memory layout [S, S, 3] as uint8, and return a view as [3, S, S]. Conversion to channels-first
         # float runs on the device, which is faster and moves a quarter of the bytes. In a worker, `default_collate`
         # stacks directly into shared memory.
+        columns = {name: [sample.columns[name] for sample in samples] for name in samples[0].columns}
+        numbers = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items() if _are_numbers(values)}
+        texts = {name: values for name, values in columns.items() if name not in numbers}
+        # Padded together, since captions and other texts are encoded together.
+        token_lists: list[Any] = [sample.tokens for sample in samples]
+        token_lists += [tokens for values in texts.values() for tokens in values]
+        tokens, *others = self.tokenizer.pad(token_lists, self.multiple).chunk(1 + len(texts))
         return Batch(
             image=default_collate([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
-            tokens=self.tokenizer.pad([sample.tokens for sample in samples], self.multiple),
+            tokens=tokens,
             caption_id=_int64(sample.caption_id for sample in samples),
             image_id=_int64(sample.image_id for sample in samples),
-            columns={name: self._stacked([sample.columns[name] for sample in samples]) for name in samples[0].columns},
+            columns={**dict(zip(texts, others, strict=True)), **numbers},
             bad=tuple(bad for sample in samples for bad in sample.bad),
             truncated=sum(sample.truncated for sample in samples),
         )
 
-    def _stacked(self, values: list[Any]) -> Tensor:
-        if isinstance(values[0], np.ndarray):
-            return torch.from_numpy(np.stack(values))
-        return self.tokenizer.pad(values, self.multiple)
+
+def _are_numbers(values: list[Any]) -> bool:
+    return isinstance(values[0], np.ndarray)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_exp.config import registry
 from clip_exp.config.commands import ExportFormat, UseConfig
 from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.model import ModelConfig
@@ -65,6 +66,7 @@ class Pipeline:
         self.config = config
         self.device = device
         self.source = source
+        self._config_dir = registry.folders()  # with the classes of custom towers, which `export` looks up again
         self.tokenizer = build_tokenizer(config.text)
         self.options = options or EncodeOptions(device)
         self.batch_size = self.options.batch_size
@@ -193,7 +195,8 @@ class Pipeline:
         if format not in list(ExportFormat):
             raise ConfigError(f"format={format} must be one of {', '.join(ExportFormat)}.")
         model = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).cpu()
-        return write_export(model, self.config, self.source, output, ExportFormat(format), overwrite).folder
+        with registry.added(self._config_dir):
+            return write_export(model, self.config, self.source, output, ExportFormat(format), overwrite).folder
 
     def encode_labels(
         self, labels: Sequence[str], templates: str | Sequence[str] | None = None, what: str | None = None

@@ -28,10 +28,8 @@ class CLIPOutput(NamedTuple):
     text_features: Tensor  # [B, D]
     logit_scale: Tensor  # [1]: factor of the cosine similarities, 1 / temperature (not its logarithm)
     logit_bias: Tensor | None  # [1]: added to the scaled similarities; None for losses without a bias
-    # For custom losses:
-    columns: Mapping[str, Tensor] = MappingProxyType(
-        {}
-    )  # [B, ...] by name: features of further texts, and stored numbers
+    # For custom losses; `columns` are those of `data.columns`, where texts are replaced by their features
+    columns: Mapping[str, Tensor] = MappingProxyType({})  # [B, ...] by name
     images: Tensor | None = None  # uint8 [B, 3, S, S]
     tokens: Tensor | None = None  # int64 [B, L]
 

@@ -125,11 +125,12 @@ class CLIP(nn.Module):
             micro_batch_size: largest number of samples whose activations a tower stores; None: no limit.
             further_BL: token ids of further texts by name, which are encoded with the captions. Their features are in `columns`.
         """
+        image_BD = unit_norm(encode(self.image, image_BCHW, micro_batch_size))
         # One call, since DDP and ZeRO expect each weight to be used once, and larger batches are faster.
         texts_BD = unit_norm(encode(self.text, torch.cat([tokens_BL, *further_BL.values()]), micro_batch_size))
         text_BD, *others_BD = texts_BD.chunk(1 + len(further_BL))
         return CLIPOutput(
-            unit_norm(encode(self.image, image_BCHW, micro_batch_size)),
+            image_BD,
             text_BD,
             self._float32("logit_scale").exp(),
             None if self.logit_bias is None else self._float32("logit_bias"),

@@ -118,7 +118,7 @@ def show(results: dict[str, dict[str, Any]], folder: Path) -> None:
             log.warning(
                 "%s: texts truncated to the context length of the model: %d.", task, protocol["truncated_texts"]
             )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(f"Results: {folder}", soft_wrap=True, highlight=False)
     reports = [folder / "eval" / f"{task}.html" for task in results]

@@ -142,8 +142,20 @@ def command_line(command: str, arguments: list[str]) -> str:
         words = [python, str(script)]
     else:
         words = [python, "-m", "clip_exp", command]
-    own = [word for folder in registry.folders() for word in ("--config-dir", str(folder))]
-    return shlex.join([*words, *own, *arguments])
+    if not any(word.startswith(("--config-dir", "hydra.searchpath=")) for word in arguments):
+        words += _config_dir()
+    return shlex.join([*words, *arguments])
+
+
+def _config_dir() -> list[str]:
+    """Return the arguments that name the user's folders with options and Python files."""
+    match [str(folder) for folder in registry.folders()]:
+        case []:
+            return []
+        case [folder]:
+            return ["--config-dir", folder]
+        case several:
+            return [f"hydra.searchpath=[{','.join(several)}]"]
 
 
 def percent(fraction: float, digits: int = 1) -> str:

@@ -1,6 +1,7 @@
 """Lightning callbacks of a run: progress, the last step, averaged weights, checkpoints, preemption and failures.
 
-`fit` combines them with the callbacks that measure (`metrics`) and score tasks (`tasks`), and decides their order.
+`fit` combines them with the callbacks that measure (`metrics`) and score tasks (`tasks`), and decides their order. The last section
+checks and builds the additional callbacks of `callbacks.extra`.
 """
 
 import copy
@@ -8,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,15 @@ import pytorch_lightning as pl
 import rich.progress
 import torch
 import torch.distributed as dist
+from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from clip_exp.checkpoints.folders import MANIFEST, folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
+from clip_exp.config.targets import build_extra
 from clip_exp.config.training import DeepSpeedConfig, StrategyName, TrainConfig
 from clip_exp.data.loader import explain_worker_failure
 from clip_exp.devices import is_out_of_memory
@@ -33,7 +37,7 @@ from clip_exp.ranks.group import from_main
 from clip_exp.storage import remove_folder
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.metrics import StepMetrics, last_validation, seconds
-from clip_exp.training.preflight import is_of_task, monitor_mode
+from clip_exp.training.preflight import check_monitor, is_of_task, monitor_mode
 
 if TYPE_CHECKING:
     from clip_exp.training.tasks import TaskScores
@@ -441,3 +445,120 @@ def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> B
         f"out of memory on {device} in step {trainer.global_step + 1}, rank {group.rank()} of {group.world_size()}{peak}: "
         f"{'; or '.join(remedies)}.\n  {first[0]}"
     )
+
+
+# ------------------------------------------------------------------------------------------------- additional callbacks
+
+NO_EPOCHS = "it acts at the ends of epochs, and a run is one stream of steps"
+# Callbacks of Lightning that conflict with what a run does itself: why, and what to use instead
+REFUSED: dict[type[pl.Callback], tuple[str, str]] = {
+    lightning.Checkpoint: (
+        "a run writes its checkpoints itself",
+        "set checkpoint_every_n_steps, and monitor to keep the best checkpoint",
+    ),
+    lightning.ProgressBar: ("a run shows its progress itself", "set callbacks.progress to bar, lines or none"),
+    lightning.ModelSummary: ("its table would not be shown", "use pytorch_lightning.callbacks.RichModelSummary"),
+    lightning.BatchSizeFinder: (
+        "it would change the batch of the loss",
+        "set global_batch_size, and micro_batch_size for the memory that it needs",
+    ),
+    lightning.GradientAccumulationScheduler: (
+        "the loss compares all pairs of a batch, so gradients of smaller batches do not add up to its gradient",
+        "set global_batch_size, and micro_batch_size for the memory that it needs",
+    ),
+    lightning.LearningRateFinder: (
+        "the learning rate is part of the configuration",
+        "set optimizer.lr, or compare several with optimizer.lr=1e-3,3e-4 -m",
+    ),
+    lightning.StochasticWeightAveraging: (NO_EPOCHS, "set callbacks.ema_decay (callbacks=ema)"),
+    lightning.WeightAveraging: (
+        "it would save its average instead of the trained weights",
+        "set callbacks.ema_decay (callbacks=ema)",
+    ),
+    lightning.BaseFinetuning: (NO_EPOCHS, "set finetune.freeze_towers_steps, or select finetune=lit"),
+    lightning.ModelPruning: (
+        "it renames the parameters, whose optimizer state is saved by name",
+        "prune the weights of the finished run",
+    ),
+    lightning.SpikeDetection: (
+        "it ends a run to repeat it without some batches, and the batches of a run depend only on its seed",
+        "lower optimizer.lr or trainer.gradient_clip_val",
+    ),
+    lightning.ThroughputMonitor: (
+        "a run measures its throughput itself",
+        "read train/samples_per_s in metrics.csv of the run folder",
+    ),
+    lightning.BasePredictionWriter: ("a run predicts nothing", "use clip-exp predict"),
+}
+# They write to the loggers, which only rank 0 has
+LOGGING = (lightning.DeviceStatsMonitor, lightning.LearningRateMonitor)
+
+
+def extra_callbacks(config: TrainConfig) -> list[pl.Callback]:
+    """Build the additional callbacks of this rank."""
+    callbacks = build_extra(config.callbacks.extra, "callbacks.extra")
+    return [each for each in callbacks if group.is_main() or not isinstance(each, LOGGING)]
+
+
+def extra_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield an error message for every additional callback that cannot be built or conflicts with the run."""
+    keys: dict[str, str] = {}
+    if config.patience is not None and not is_of_task(config.monitor):
+        mode = monitor_mode(config.monitor, config.monitor_mode)
+        keys[EarlyStopping(str(config.monitor), mode=mode).state_key] = "patience"
+    for name, node in config.callbacks.extra.items():
+        where = f"callbacks.extra.{name}"
+        # By name before it is built: nobody should have to correct the arguments of a callback that is refused.
+        named = getattr(lightning, node.target.rpartition(".")[2], object)
+        if (refusal := _refusal(named, where)) is not None:
+            yield refusal
+            continue
+        try:
+            (callback,) = build_extra({name: node}, "callbacks.extra")
+        except ConfigError as error:
+            yield str(error)
+            continue
+        if not isinstance(callback, pl.Callback):
+            kind = type(callback).__name__
+            yield f"{where}: {kind} is not a callback: give a subclass of pytorch_lightning.Callback as _target_."
+            continue
+        if (refusal := _refusal(type(callback), where)) is not None:
+            yield refusal
+            continue
+        yield from _hook_problems(callback, where)
+        if isinstance(callback, EarlyStopping):
+            yield from _stopping_problems(callback, config, where)
+        if is_overridden("state_dict", callback, parent=pl.Callback):
+            other = keys.setdefault(callback.state_key, where)
+            if other != where:
+                yield f"{where} and {other} would save their states under the same name: leave one of them out."
+
+
+def _refusal(kind: type, where: str) -> str | None:
+    """Return an error message for a class of callbacks that conflict with the run; None for other classes."""
+    for refused, (reason, remedy) in REFUSED.items():
+        if issubclass(kind, refused) and not issubclass(kind, lightning.RichModelSummary):
+            return f"{where}: {kind.__name__} cannot be used, since {reason}: {remedy}."
+    return None
+
+
+def _hook_problems(callback: pl.Callback, where: str) -> Iterator[str]:
+    """Yield an error message for every hook of a LambdaCallback that is not a function."""
+    if isinstance(callback, lightning.LambdaCallback):
+        for hook, function in vars(callback).items():
+            if function is not None and not callable(function):
+                yield (
+                    f"{where}.{hook}={function} must be a function, which a configuration cannot hold: give a subclass of "
+                    "pytorch_lightning.Callback as _target_."
+                )
+
+
+def _stopping_problems(callback: EarlyStopping, config: TrainConfig, where: str) -> Iterator[str]:
+    """Yield an error message if the metric of an EarlyStopping is not measured at every validation."""
+    if callback.monitor.partition("/")[0] in config.task:
+        yield (
+            f"{where}.monitor={callback.monitor} is a metric of a task, which is not measured at every validation: set "
+            f"monitor={callback.monitor} and patience instead of this callback."
+        )
+    else:
+        yield from (f"{where}.{problem}" for problem in check_monitor(config, callback.monitor, []))

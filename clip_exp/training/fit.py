@@ -25,7 +25,6 @@ from clip_exp.checkpoints.folders import STEP, checkpoints, damage, latest, reco
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
 from clip_exp.config.base import plain
 from clip_exp.config.files import read_run_config
-from clip_exp.config.targets import build_extra
 from clip_exp.config.training import DDPConfig, DeepSpeedConfig, LossConfig, StrategyConfig, StrategyName, TrainConfig
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
@@ -50,6 +49,7 @@ from clip_exp.training.callbacks import (
     SameRanks,
     StopAtEnd,
     explain,
+    extra_callbacks,
 )
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.metrics import MetricsCSV, StepMetrics, build_loggers, start_loggers
@@ -272,6 +272,7 @@ def build_trainer(
         gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
         deterministic=config.trainer.deterministic,
         profiler=profiler,
+        log_every_n_steps=config.log_every_n_steps,
         logger=start_loggers(build_loggers(config.logger, run_dir, config.name), config) if is_main() else False,
         callbacks=[*callbacks, preemption],
         plugins=[io, GroupEnvironment()],
@@ -319,7 +320,7 @@ def _build_callbacks(
             callbacks.append(TaskPatience(scores, config.monitor, config.patience, mode))
         else:
             callbacks.append(pl.callbacks.EarlyStopping(config.monitor, patience=config.patience, mode=mode))
-    callbacks += build_extra(config.callbacks.extra, "callbacks.extra")
+    callbacks += extra_callbacks(config)
     checkpointer = Checkpointer(
         run_dir,
         io,

@@ -50,6 +50,10 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         found += custom_problems(config)
     # The first rank downloads the data of tasks before the run folder is created; the other ranks then read it from disk.
     errors = [*map(ConfigError, found), *check_measures(config, fetch=not found and is_first_rank())]
+    if not errors and config.callbacks.extra:
+        from clip_exp.training.callbacks import extra_problems  # imports torch
+
+        errors += map(ConfigError, extra_problems(config))
     if not errors:
         devices = requested_devices(config)
         absent = [*device_problems(devices, config.trainer.num_nodes, "trainer.")]
@@ -70,7 +74,7 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
 
 def custom_problems(config: TrainConfig) -> Iterator[str]:
     """Yield the problems of the user's own code: names, arguments, and what can be created before the data is read."""
-    named = [*targets.problems(config), *config.loss.custom_problems(())]
+    named = [*targets.problems(config), *config.loss.custom_problems(config.data.columns)]
     yield from named
     if named:
         return
@@ -160,7 +164,7 @@ def check_measures(config: TrainConfig, *, fetch: bool = False) -> list[ClipExpE
     tasks, errors = _find_tasks(config, fetch=fetch)
     lost = {*config.task} - {task.name for task in tasks}
     if config.monitor is not None and config.monitor.partition("/")[0] not in lost:
-        errors += map(ConfigError, _check_monitor(config, config.monitor, tasks))
+        errors += map(ConfigError, check_monitor(config, config.monitor, tasks))
     return errors
 
 
@@ -206,7 +210,8 @@ def _find_tasks(config: TrainConfig, *, fetch: bool) -> tuple[list[Task], list[C
     return tasks, [*refused, *errors]
 
 
-def _check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Iterator[str]:
+def check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Iterator[str]:
+    """Yield the problems of a metric that is to be monitored: it is not measured, or only at the end."""
     measured = [f"{task.name}/{metric}" for task in tasks for metric in task.metrics]
     top5 = {f"{task.name}/top5": task.num_classes for task in tasks if task.num_classes is not None}
     if monitor in measured:

@@ -147,10 +147,10 @@ def _table(run_dir: Path, summary: dict[str, Any]) -> str:
     if summary["samples_per_s"] is not None:
         table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     buffer = io.StringIO()
-    console = Console(file=buffer, soft_wrap=True, highlight=False)
+    console = Console(file=buffer, soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     for name, text in data_facts(summary).items():
-        console.print(f"{name}: {text}", markup=False)
+        console.print(f"{name}: {text}")
     console.print(f"run folder:  {run_dir}")
     if (run_dir / "report.html").is_file():
         console.print(f"report:      {run_dir / 'report.html'}")

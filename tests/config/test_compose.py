@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clip_exp.config import registry
 from clip_exp.config.base import MISSING, Config, broken_rules, chosen, complete, default_of, key_of, members, plain
 from clip_exp.config.commands import SCHEMAS
-from clip_exp.config.compose import compose, config_name
+from clip_exp.config.compose import GLOBAL_GROUPS, GLOBAL_HEADER, compose, config_name
 from clip_exp.config.files import conf_dir, options, read_run_config, to_yaml
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ConfigError
@@ -186,6 +187,199 @@ def test_a_runs_configuration_is_given_as_a_file(command, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+# --------------------------------------------------------------------------------------------- the user's own folder
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Write options, by `group__option`, into a folder."""
+    for name, text in files.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that CLIP_EXP_CONFIG_DIR names."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setenv(registry.FOLDERS, str(tmp_path / "mine"))
+    return tmp_path / "mine"
+
+
+def test_the_groups_of_recipes_are_those_whose_options_in_conf_begin_with_the_header() -> None:
+    with_header = {path.parent for path in conf_dir().rglob("*.yaml") if path.read_text().startswith(GLOBAL_HEADER)}
+    assert {path.name for path in with_header} == set(GLOBAL_GROUPS)
+    for group in GLOBAL_GROUPS:
+        assert all(path.read_text().startswith(f"{GLOBAL_HEADER}\n") for path in (conf_dir() / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", GLOBAL_GROUPS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: mine\noptimizer:\n  lr: 3.0e-4\n",
+        "defaults:\n  - override /optimizer: sgd\n",
+        "# My recipe\n# @package _global_\nname: mine\n",
+        "# @package _group_\nname: mine\n",
+        "",
+    ],
+)
+def test_a_recipe_without_its_first_line_is_refused_in_one_sentence_with_its_file(
+    own: Path, group: str, text: str
+) -> None:
+    write(own, **{f"{group}__mine": text})
+    with pytest.raises(ConfigError) as caught:
+        train_config(f"{group}=mine", "max_steps=2")
+    assert str(caught.value) == (
+        f'{own}/{group}/mine.yaml needs "# @package _global_" as its first line: without it, all of its keys are placed under '
+        f"{group}."
+    )
+
+
+def test_a_recipe_sets_keys_of_all_groups_or_those_of_the_package_that_it_names(own: Path) -> None:
+    write(own, experiment__mine="# @package _global_\ndefaults:\n  - override /optimizer: sgd\nname: mine\n")
+    write(own, experiment__lr="# @package optimizer\nlr: 0.25\n")
+    assert (config := train_config("experiment=mine")).name == "mine"
+    assert config.optimizer.target == "torch.optim.SGD"
+    assert train_config("experiment=lr").optimizer.arguments["lr"] == 0.25
+
+
+def test_a_recipe_that_selects_an_option_without_a_slash_is_told_how_to_write_it(own: Path) -> None:
+    write(own, experiment__mine="# @package _global_\ndefaults:\n  - optimizer: sgd\n")
+    with pytest.raises(
+        ConfigError, match=r"without a leading slash\. Write '- override /optimizer: sgd' in its defaults\."
+    ):
+        train_config("experiment=mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("lr: [", "cannot be read: while parsing"),
+        ("# @package optimizer mine\nlr: 1\n", "cannot be read: Too many components"),
+        ("defaults:\n  - {a: b, c: d}\n", "cannot be read: In optimizer/mine: Too many keys"),
+        ("- lr\n", "is not a mapping: write a line key: value for every key"),
+    ],
+)
+def test_a_malformed_option_is_refused_with_its_file(own: Path, text: str, problem: str) -> None:
+    write(own, optimizer__mine=text)
+    with pytest.raises(ConfigError) as caught:
+        train_config("optimizer=mine")
+    assert str(caught.value).startswith(f"{own}/optimizer/mine.yaml {problem}")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_of_conf_takes_precedence_over_the_users(own: Path) -> None:
+    write(own, optimizer__sgd="_target_: torch.optim.SGD\nlr: 0.7\n")
+    assert train_config("optimizer=sgd").optimizer == train_config("optimizer._target_=torch.optim.SGD").optimizer
+
+
+def test_a_folder_of_the_environment_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.FOLDERS, "/absent")
+    with pytest.raises(
+        ConfigError, match=r"^CLIP_EXP_CONFIG_DIR: /absent is not a folder\. Give an existing folder\.$"
+    ):
+        train_config()
+
+
+OWN_OPTIONS = {
+    "model__mine": "defaults:\n  - vit_nano\nname: mine\n",
+    "model__image__mine": "kind: vit\nwidth: 128\n",
+    "data__mine": "defaults:\n  - shapes\n",
+    "data__augmentation__mine": "scale: [0.5, 1.0]\n",
+    "loss__mine": "name: sigmoid\n",
+    "optimizer__mine": "_target_: torch.optim.SGD\nlr: 0.7\n",
+    "scheduler__mine": "warmup_steps: 3\n",
+    "strategy__mine": "name: ddp\n",
+    "trainer__mine": "gradient_clip_val: 0.5\n",
+    "finetune__mine": "freeze_towers_steps: 2\n",
+    "callbacks__mine": "ema_decay: 0.5\n",
+    "logger__mine": "tensorboard: true\n",
+    "task__mine": "mine:\n  kind: retrieval\n  table: x.csv\n",
+    "debug__mine": "# @package _global_\nseed: 5\n",
+    "experiment__mine": "# @package _global_\ndefaults:\n  - override /optimizer: mine\nname: recipe\n",
+}
+
+
+@pytest.mark.parametrize("form", ["file://{}", "{}", "pkg://own_package.conf"])
+def test_options_of_every_group_are_found_in_the_search_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv(registry.FOLDERS, "")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = write(tmp_path / "own_package" / "conf", **OWN_OPTIONS)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    groups = [name.rpartition("__")[0].replace("__", "/") for name in OWN_OPTIONS]
+    assert {*groups} >= {path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "export"}
+    searched = f"hydra.searchpath=[{form.format(folder)}]"
+    every = [f"{group}=mine" for group in groups if group not in ("experiment", "model/image")]
+    config = compose_config(searched, *every)
+    assert (config.model.name, config.data.name) == ("mine", "shapes")
+    assert (config.optimizer.lr, config.trainer.gradient_clip_val, config.seed) == (0.7, 0.5, 5)
+    assert (config.callbacks.ema_decay, config.task.mine.kind, config.strategy.name) == (0.5, "retrieval", "ddp")
+    assert train_config(searched, "experiment=mine").optimizer.arguments["lr"] == 0.7
+    assert compose_config(searched, "model/image=mine").model.image.width == 128
+
+
+def test_every_entry_of_the_search_path_that_cannot_be_used_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = "file:///absent,missing,pkg://absent.conf,pkg://broken_package,s3://bucket"
+    with pytest.raises(ConfigError) as caught:
+        train_config(f"hydra.searchpath=[{given}]")
+    assert [line.partition(". ")[0] for line in str(caught.value).splitlines()] == [
+        "hydra.searchpath: file:///absent is not a folder",
+        "hydra.searchpath: missing is not a folder",
+        "hydra.searchpath: pkg://absent.conf is not found",
+        "hydra.searchpath: pkg://broken_package cannot be imported (ZeroDivisionError: division by zero)",
+        "hydra.searchpath: s3://bucket is not supported",
+    ]
+    with pytest.raises(ConfigError, match=r"must be a list: write hydra\.searchpath=\[mine\]\."):
+        train_config("hydra.searchpath=mine")
+
+
+def test_a_primary_file_names_a_search_path_but_a_run_folder_imports_no_package(command, tmp_path: Path) -> None:
+    write(tmp_path / "more", optimizer__mine="_target_: torch.optim.SGD\nlr: 0.7\n")
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    text = "defaults: [train, override optimizer: mine, _self_]\nhydra:\n  searchpath: [{}]\n"
+
+    def shows(folder: str, searched: str) -> subprocess.CompletedProcess[str]:
+        write(tmp_path / folder, primary=text.format(searched))
+        arguments = ("--config-dir", folder, "--config-name", "primary", "--cfg", "job")
+        return command("train.py", *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+
+    found = shows("mine", "file://more")
+    assert found.returncode == 0, found.stderr
+    assert yaml.safe_load(found.stdout)["optimizer"]["lr"] == 0.7
+    absent = shows("mine", "file://absent")
+    assert (absent.returncode, absent.stderr) == (
+        2,
+        "error: hydra.searchpath: file://absent is not a folder. Give an existing folder.\n",
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    refused = shows("run", "pkg://evil")
+    assert refused.returncode == 2
+    assert "run/primary.yaml: hydra.searchpath has pkg://evil, which is not imported, since" in refused.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_help_lists_the_options_of_own_folders_and_how_to_name_them(command, tmp_path: Path) -> None:
+    write(tmp_path / "one", optimizer__first="lr: 1\n")
+    write(tmp_path / "two", optimizer__second="lr: 1\n")
+    done = shown(command, tmp_path, "--config-dir", "one", "hydra.searchpath=[two]", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "optimizer: adam, adamw, custom, first, lion, second, sgd\n" in done.stdout
+    assert "--config-dir DIR" in done.stdout.splitlines()[-2]
+    assert "hydra.searchpath=[" in done.stdout.splitlines()[-2]
+
+
 # -------------------------------------------------------------------------------------------------- files and types
 
 
@@ -286,12 +480,12 @@ def annotations(model: type[Config]) -> dict[str, str]:
     return {name: str(field.annotation) for name, field in model.model_fields.items()}
 
 
-def test_no_field_is_any_but_the_arguments_of_a_target() -> None:
+def test_no_field_is_any() -> None:
     models = nested_models(*SCHEMAS.values())
     loose = {
         f"{model.__name__}.{name}" for model in models for name, text in annotations(model).items() if "Any" in text
     }
-    assert loose == {"CustomOptimizerConfig.kwargs", "SchedulerConfig.kwargs"}
+    assert loose == set()
 
 
 def test_every_key_has_a_meaning() -> None:

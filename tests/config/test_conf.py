@@ -25,8 +25,13 @@ GROUPS = ("data", "loss", "scheduler", "trainer", "finetune", "callbacks", "debu
 
 
 def overrides_of(group: str, option: str) -> list[str]:
-    needed = {"csv": ["data.train=pairs.csv"], "custom": ["optimizer._target_=torch.optim.RAdam", "optimizer.lr=1e-3"]}
-    return [f"{group}={option}", *needed.get(option, [])]
+    needed = {
+        "data=csv": ["data.train=pairs.csv"],
+        "data=custom": ["data._target_=builtins.list"],
+        "loss=custom": ["loss._target_=torch.nn.Identity"],
+        "optimizer=custom": ["optimizer._target_=torch.optim.RAdam", "optimizer.lr=1e-3"],
+    }
+    return [f"{group}={option}", *needed.get(f"{group}={option}", [])]
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
@@ -63,7 +68,7 @@ def test_towers_of_other_libraries_replace_those_of_the_model_completely(command
 @pytest.mark.parametrize("group", ["model/image", "model/text"])
 def test_a_tower_of_another_library_must_be_named(group: str) -> None:
     for option in options(group):
-        with pytest.raises(ConfigError, match=r"model\.(image|text)\.name has no value"):
+        with pytest.raises(ConfigError, match=r"model\.(image|text)\.(name|_target_) has no value"):
             check_train(train_config("model=vit_tiny", f"{group}={option}"))
 
 
@@ -85,7 +90,7 @@ def test_every_optimizer_steps_and_clamps_the_logit_scale(option: str) -> None:
 
 @pytest.mark.parametrize("option", options("loss"))
 def test_every_loss_is_built(option: str) -> None:
-    config = train_config(f"loss={option}").loss
+    config = train_config(*overrides_of("loss", option)).loss
     assert config.name == option
     assert (config.logit_bias is not None) == (option == "sigmoid")
     assert isinstance(config.build(), nn.Module)

@@ -81,6 +81,10 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "model.text.layers=2": "which is not selected",
         "model.text.width=8": "which is not selected",
     },
+    ("loss=custom", "loss._target_=torch.nn.Identity", "data.transform._target_=torch.nn.Identity"): {
+        "loss.same_caption=positive": "on a custom loss",
+        "data.augmentation.horizontal_flip=0.5": "with data.transform",
+    },
     (*TIMM, "pretrained=x.pt", "finetune=lit"): {
         "model.image.pretrained=true": "which contains the weights of both towers",
         "finetune.image.lr_factor=0.5": "with finetune.image.freeze=true and without finetune.image.unfrozen_blocks",

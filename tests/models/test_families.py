@@ -20,7 +20,7 @@ from tests.conftest import DOOR, REPOSITORY, Run
 PACKAGE = Path(clip_exp.__file__).parent
 FAMILIES = "clip_exp.models.families"
 GENERAL = f"{FAMILIES}.published"  # what is known of pairs of towers, for those who read and write whole models
-NAMES_OF_OTHER_THINGS = {"clip", "open_clip", "huggingface", "timm"}  # a model, libraries, formats
+NAMES_OF_OTHER_THINGS = {"clip", "custom", "open_clip", "huggingface", "timm"}  # a model, libraries, formats
 
 BLOCK = re.compile(r"```(?:python|yaml)\n# mine/(\S+)\n(.*?)```", re.DOTALL)
 
@@ -116,6 +116,25 @@ def test_a_family_is_one_file_and_one_option(config_dir: Path, tmp_path: Path, c
     environment = {**os.environ, registry.FOLDERS: str(config_dir)}
     loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert loaded.stdout == "pool\n", loaded.stderr
+
+
+def test_a_model_of_a_family_is_trained_loaded_and_exported_in_python(config_dir: Path, tmp_path: Path) -> None:
+    """In a process of its own, since a process keeps the classes that it has imported."""
+    words = [*SHORT, "trainer.accelerator=cpu", f"output_dir={tmp_path}"]
+    code = (
+        "import os, clip_exp\n"
+        f"run = clip_exp.train(*{words!r}, config_dir='mine')\n"
+        "clip = clip_exp.load(run, accelerator='cpu', config_dir='mine')\n"
+        "clip.export('out', format='safetensors')\n"
+        "again = clip_exp.load('out', accelerator='cpu', config_dir=['mine'])\n"
+        "print((again.encode_text('a dog') - clip.encode_text('a dog')).abs().max().item())\n"
+        f"assert {registry.FOLDERS!r} not in os.environ\n"
+        "clip_exp.load(run, accelerator='cpu')\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != registry.FOLDERS}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0.0", done.stderr
+    assert "model.image.kind=pool must be one of" in done.stderr.splitlines()[-1], "without the folder"
 
 
 def test_a_mistyped_key_of_a_family_is_refused_with_its_full_name(

@@ -189,3 +189,8 @@ def test_an_overlap_of_scored_and_training_images_is_in_the_report_and_on_the_te
     show(results(pets=result), folder)
     assert "pets: evaluated images that are also training images: 3 (1 the same files, 2 copies)" in caplog.text
     assert "/data/pets/cat/1.jpg" in caplog.text
+
+
+def test_brackets_in_the_path_of_the_results_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show({}, tmp_path / "[/b]")
+    assert f"Results: {tmp_path}/[/b]\n" in capsys.readouterr().out

@@ -1,13 +1,17 @@
-"""Devices that are not there, or do not share the batch, are refused before there is a folder."""
+"""Devices that are not there, or do not share the batch, and callbacks that conflict with a run are refused before there is a folder."""
 
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import pytorch_lightning.callbacks as lightning
 
 from clip_exp.errors import ConfigError
 from clip_exp.evaluation.tasks.zero_shot import ZeroShotTaskConfig
+from clip_exp.training.callbacks import REFUSED, extra_problems
 from clip_exp.training.preflight import check_train
 from tests.compose import train_config
+from tests.runs import TINY, Train
 
 
 @pytest.mark.parametrize(
@@ -41,3 +45,90 @@ def test_a_task_downloads_its_data_once_and_where_nothing_else_is_wrong(monkeypa
     monkeypatch.setattr("clip_exp.training.preflight.is_first_rank", lambda: False)
     check_train(train_config(*task))
     assert prepared == ["cifar10"]
+
+
+# ------------------------------------------------------------------------------------------------ additional callbacks
+
+WORKING = {
+    "Callback": "", "DeviceStatsMonitor": "", "EarlyStopping": ", monitor: val/loss", "LambdaCallback": "",
+    "LearningRateMonitor": "", "RichModelSummary": "", "Timer": ", duration: {hours: 3}",
+}  # fmt: skip
+
+
+def extra(name: str, arguments: str = "", key: str = "mine") -> str:
+    return f"+callbacks.extra.{key}={{_target_: pytorch_lightning.callbacks.{name}{arguments}}}"
+
+
+@pytest.mark.parametrize("name", sorted({*lightning.__all__} - WORKING.keys()))
+def test_a_callback_of_lightning_that_conflicts_with_the_run_is_refused_with_what_to_use_instead(name: str) -> None:
+    (problem,) = extra_problems(train_config(extra(name)))
+    _, remedy = next(found for kind, found in REFUSED.items() if issubclass(getattr(lightning, name), kind))
+    assert problem.startswith(f"callbacks.extra.mine: {name} cannot be used, since ")
+    assert problem.endswith(f": {remedy}.")
+
+
+def test_the_other_callbacks_of_lightning_work_together_on_two_ranks(train: Train) -> None:
+    given = [extra(name, arguments, name.lower()) for name, arguments in WORKING.items()]
+    run = train(*TINY, *given, "max_steps=3", "val_every_n_steps=2", "log_every_n_steps=1", "trainer.devices=2")
+    assert len(run.losses) == 3
+    columns = (run.folder / "metrics.csv").read_text().splitlines()[0]
+    assert "lr-AdamW" in columns
+    assert "DeviceStatsMonitor" in columns
+    assert "Total params" in run.output
+
+
+def test_a_conflicting_callback_is_refused_before_there_is_a_folder(refused, tmp_path: Path) -> None:
+    arguments = ", dirpath: ck, save_top_k: -1, every_n_train_steps: 2"
+    done = refused("train.py", *TINY, "max_steps=3", extra("ModelCheckpoint", arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: callbacks.extra.mine: ModelCheckpoint cannot be used, since a run writes its checkpoints itself: set "
+        "checkpoint_every_n_steps, and monitor to keep the best checkpoint.\n"
+    )
+    assert not list(tmp_path.glob("outputs/train/**/run.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [extra("EarlyStopping", ", monitor: val/los")],
+            r"^callbacks\.extra\.mine\.monitor=val/los is not a metric .*did you mean 'val/loss'\?$",
+        ),
+        (
+            [extra("EarlyStopping", ", monitor: train/loss")],
+            r"^callbacks\.extra\.mine\.monitor=train/loss is not a metric",
+        ),
+        (
+            [extra("EarlyStopping", ", monitor: digits/top1"), "task=digits"],
+            r"^callbacks\.extra\.mine\.monitor=digits/top1 is a metric of a task.*set monitor=digits/top1 and patience",
+        ),
+        (
+            [extra("EarlyStopping", ", monitor: val/loss"), "monitor=val/loss", "patience=3"],
+            r"^callbacks\.extra\.mine and patience would save their states under the same name: leave one of them out\.$",
+        ),
+        (
+            [extra("Timer", key="a"), extra("Timer", key="b")],
+            r"^callbacks\.extra\.b and callbacks\.extra\.a would save their states",
+        ),
+        ([extra("Timer", ", interval: hour")], r"^callbacks\.extra\.mine cannot be built: .*interval"),
+        ([extra("Timer", ", durration: 3")], r"^callbacks\.extra\.mine\.durration is not an argument"),
+        (
+            [extra("LambdaCallback", ", on_train_start: print")],
+            r"^callbacks\.extra\.mine\.on_train_start=print must be a function.*subclass of pytorch_lightning\.Callback",
+        ),
+        (
+            ["+callbacks.extra.mine={_target_: pytorch_lightning.loggers.CSVLogger, save_dir: x}"],
+            r"^callbacks\.extra\.mine: CSVLogger is not a callback",
+        ),
+    ],
+)
+def test_a_callback_that_would_fail_in_training_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_train(train_config(*TINY, "max_steps=3", *overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_conflicting_callback_is_reported_at_once() -> None:
+    config = train_config(extra("ModelCheckpoint", key="a"), extra("TQDMProgressBar", key="b"), extra("Timer", key="c"))
+    assert [problem.split(":")[0] for problem in extra_problems(config)] == ["callbacks.extra.a", "callbacks.extra.b"]

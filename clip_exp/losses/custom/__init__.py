@@ -33,6 +33,8 @@ class CustomLossConfig(LossConfig, Target):
         None, description="initial logit bias for random weights; null: the model has no bias"
     )
 
+    takes_columns: ClassVar[bool] = True
+
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(
             "same_caption same_image",
