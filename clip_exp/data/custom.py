@@ -101,6 +101,20 @@ def open_dataset(
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
     optional = {key: value for key, value in (shared or {}).items() if key in required}
     dataset = instantiate(node, where, optional=optional)
+    _require_map_style(dataset, name, where)
+    opened = UserDataset(dataset, name, where, max_items)
+    if num_workers != 0 and multiprocessing.get_start_method() != "fork":
+        try:
+            pickle.dumps(dataset)
+        except Exception as error:
+            raise ConfigError(
+                f"{where}._target_={name} cannot be pickled for worker processes ({reason_of(error)}): open files and connections in "
+                "__getitem__ instead of __init__, or set data.num_workers=0."
+            ) from error
+    return opened
+
+
+def _require_map_style(dataset: Any, name: str, where: str) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dataset, torch.utils.data.IterableDataset):
         raise ConfigError(
@@ -119,16 +133,6 @@ def open_dataset(
             f"{where}._target_={name} creates {_kind(dataset)}, which has no __len__ or no __getitem__: name a map-style "
             "Dataset, or add these methods."
         )
-    opened = UserDataset(dataset, name, where, max_items)
-    if num_workers != 0 and multiprocessing.get_start_method() != "fork":
-        try:
-            pickle.dumps(dataset)
-        except Exception as error:
-            raise ConfigError(
-                f"{where}._target_={name} cannot be pickled for worker processes ({reason_of(error)}): open files and connections in "
-                "__getitem__ instead of __init__, or set data.num_workers=0."
-            ) from error
-    return opened
 
 
 class UserDataset:

@@ -55,7 +55,7 @@ class Origin(Protocol):
 
     @property
     def source(self) -> str:
-        """Table with its root, or class, to check if images cannot be read."""
+        """Phrase that names the table and its root, or the class, to check if images cannot be read."""
         ...
 
     # Files of a table, with the number of rows and the skipped ones; none for a data set

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_exp.config.data import DataConfig
+from clip_exp.config.data import CustomDataConfig, DataConfig
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.files import BadImage, ImageLimits, check_formats, kind_of
 from clip_exp.data.generated import count_rows
@@ -37,7 +37,7 @@ def check_files(data: DataConfig) -> Iterator[str]:
             yield from _check_filter(source.filter)
     if data.val_paths:
         yield from _check_files("data.val", data.val_paths)
-    if data.sources or data.val_paths:  # else these keys are arguments of a data set
+    if data.val_paths or not isinstance(data, CustomDataConfig):  # else these keys are arguments of the Dataset
         if data.image_root is not None and not Path(data.image_root).is_dir():
             yield f"data.image_root={data.image_root} is not a directory."
         if data.filter is not None:

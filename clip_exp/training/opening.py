@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_exp.checkpoints.folders import FOLDER, checkpoints, step_of, was_saved
 from clip_exp.config.base import plain
+from clip_exp.config.data import CustomDataConfig
 from clip_exp.config.files import older_names, to_yaml
 from clip_exp.config.targets import require_allowed
 from clip_exp.config.training import TrainConfig
@@ -70,6 +71,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     values = flatten(plain(config))
     if not config.data.columns:
         del values["data.columns"]  # older versions did not have this key
+    if isinstance(config.data, CustomDataConfig) and "image_root" in config.data.arguments:
+        # Not a path of tables, whose contents are compared instead (`without_paths`).
+        values["data.image_root (argument)"] = values.pop("data.image_root")
     return {key: value for key, value in values.items() if not key.startswith(NOT_IN_IDENTITY) or key in IN_IDENTITY}
 
 

@@ -21,8 +21,16 @@ from tests.keys import nested_models
 TIMM = ("model/image=timm", "model.image.name=resnet18")
 BERT = ("model/text=huggingface", "model.text.name=bert")
 CSV = ("data=csv", "data.train=pairs.csv")
+CUSTOM = ("data=custom", "data._target_=tests.datasets.Pairs")
 # For each choice of options: other typed keys, and a part of the message about each.
 TRAINING: dict[tuple[str, ...], dict[str, str]] = {
+    (*CSV, "data.val={_target_: tests.datasets.Pairs}"): {
+        "data.label_key=label": "with the Dataset data.val, whose items have the labels",
+    },
+    CUSTOM: {
+        "data.shuffle_block=2": "with a full shuffle: set data.shuffle=block",
+        "data.templates=[{}]": "without labeled validation data",
+    },
     (): {
         "model.text.cleaning=lower": "with OpenAI's tokenizer: leave it out, or set model.text.tokenizer",
         "model.text.strip_sep_token=true": "with OpenAI's tokenizer",

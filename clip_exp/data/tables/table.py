@@ -120,7 +120,7 @@ class PairTable:
 
     @property
     def source(self) -> str:
-        """Table with its root, to check if images cannot be read."""
+        """Phrase that names the table and its root, to check if images cannot be read."""
         return f"the table {self.name} and data.image_root, now {self.root}"
 
     def __reduce__(self) -> tuple[Any, ...]:
