@@ -183,8 +183,6 @@ CHANGES: dict[str, Changes] = {
 NOT_THE_RESULT = {
     "model.image._target_": "of a user's code (tests/test_extending.py)",
     "model.text._target_": "of a user's code (tests/test_extending.py)",
-    "data.val._target_": "of a user's code (tests/data/test_custom_dataset.py)",
-    "data._target_": "of a user's code (tests/data/test_custom_dataset.py)",
     "data.transform._target_": "of a user's code (tests/test_extending.py)",
     "loss._target_": "of a user's code (tests/test_extending.py)",
     "loss.gather": "how a user's code is called (tests/test_extending.py)",
