@@ -112,7 +112,9 @@ OF_TASKS: dict[str, Changes] = {
 EXPECTED = COMMAND | OF_TASKS
 
 NOT_THE_RESULT = {
-    "allow_targets": "which code of others may run (tests/test_extending.py)",
+    "model.image._target_": "of a user's code (tests/extending)",
+    "model.text._target_": "of a user's code (tests/extending)",
+    "allow_targets": "which code of others may run (tests/extending)",
     "accelerator": "where it runs",
     "devices": "where it runs (tests/evaluation/test_ranks.py)",
     "batch_size": "memory: features differ in the last bit at most",

@@ -181,12 +181,12 @@ CHANGES: dict[str, Changes] = {
 }
 
 NOT_THE_RESULT = {
-    "model.image._target_": "of a user's code (tests/test_extending.py)",
-    "model.text._target_": "of a user's code (tests/test_extending.py)",
-    "data.transform._target_": "of a user's code (tests/test_extending.py)",
-    "loss._target_": "of a user's code (tests/test_extending.py)",
-    "loss.gather": "how a user's code is called (tests/test_extending.py)",
-    "allow_targets": "which code of others may run (tests/test_extending.py)",
+    "model.image._target_": "of a user's code (tests/extending)",
+    "model.text._target_": "of a user's code (tests/extending)",
+    "data.transform._target_": "of a user's code (tests/extending)",
+    "loss._target_": "of a user's code (tests/extending)",
+    "loss.gather": "how a user's code is called (tests/extending)",
+    "allow_targets": "which code of others may run (tests/extending)",
     "model.name": "a label, and the run's name unless that is set",
     "model.open_clip_name": "the name under which `pretrained` knows tags",
     "model.text.trim": "saves time: the features are the same (tests/text, tests/models/test_text.py)",
