@@ -71,6 +71,7 @@ ENVIRONMENT = "oc.env"
 HELP_END = (
     "--cfg job prints the composed configuration and exits; --info shows which files it was composed from; -m runs a sweep.\n"
     "--config-dir DIR adds options and Python files of your own folder; hydra.searchpath=[DIR,pkg://PACKAGE] adds several folders.\n"
+    "Your own data set, tower, loss, task, transform or schedule: _target_=module.Class (docs/extending.md).\n"
     "Documentation: docs/configuration.md; models: clip-exp models; weights for pretrained=: docs/weights.md."
 )
 NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}

@@ -64,6 +64,50 @@ def gather_with_grad(x_BD: Tensor) -> Tensor:
     return x_BD if world_size() == 1 else _Gather.apply(x_BD)
 
 
+class Exchange(NamedTuple):
+    """Exchange of a tensor between neighboring ranks that has started."""
+
+    received: Tensor
+    requests: list[dist.Work]
+
+    def wait(self) -> Tensor:
+        for request in self.requests:
+            request.wait()
+        return self.received
+
+
+def start_exchange(x: Tensor, *, reverse: bool = False) -> Exchange:
+    """Start to send `x` to the next rank, and to receive from the previous one; `x` must not change until `wait` returns.
+
+    Args:
+        x: tensor of the same shape and dtype on every rank.
+        reverse: send to the previous rank, and receive from the next one.
+    """
+    received = torch.empty_like(x)
+    step = -1 if reverse else 1
+    after, before = (rank() + step) % world_size(), (rank() - step) % world_size()
+    operations = [dist.P2POp(dist.isend, x, after), dist.P2POp(dist.irecv, received, before)]
+    return Exchange(received, dist.batch_isend_irecv(operations))
+
+
+class _RingExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BD: Tensor) -> Tensor:
+        return start_exchange(x_BD.contiguous()).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad_BD: Tensor) -> Tensor:
+        return start_exchange(grad_BD.contiguous(), reverse=True).wait()
+
+
+def ring_exchange(x_BD: Tensor) -> Tensor:
+    """Send the rows of this rank to the next rank, and return those of the previous one, with their exact gradient: [B, D].
+
+    After `world_size() - 1` calls, each on the result of the one before, a rank has seen the rows of all ranks, one block at a time.
+    """
+    return x_BD if world_size() == 1 else _RingExchange.apply(x_BD)
+
+
 def own_columns(rows: int, device: torch.device) -> Tensor:
     """Return the position of each of this rank's pairs in the global batch: int64 [B], the class labels of a cross-entropy."""
     return torch.arange(rows, device=device) + rank() * rows

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_exp.config.data import PairLabel
+from clip_exp.config.targets import allowed
 from clip_exp.config.training import LossConfig
 from clip_exp.losses.batch import CLIPOutput, gather, gather_with_grad
+from clip_exp.losses.custom import CustomLossConfig
 from clip_exp.losses.sigmoid import SigmoidLossConfig
 from clip_exp.losses.sigmoid.loss import sigmoid_loss
 from clip_exp.losses.softmax import SoftmaxLossConfig
@@ -24,6 +26,16 @@ ROWS, CHUNK = 64, 8  # of one rank, where memory is measured
 CONFIGS: list[LossConfig] = [
     *(SoftmaxLossConfig(same_caption=match, same_image=match) for match in PairLabel),
     *(SigmoidLossConfig(same_caption=match, same_image=match, chunk_size=3) for match in PairLabel),
+]
+# Losses of users, with the built-in losses that they equal
+CUSTOM: dict[str, LossConfig] = {
+    "RingSigmoid": SigmoidLossConfig(), "RowSoftmax": SoftmaxLossConfig(), "Softmax": SoftmaxLossConfig()
+}  # fmt: skip
+CONFIGS += [
+    CustomLossConfig.model_validate(
+        {"_target_": f"tests.losses.custom.{name}", "gather": name == "Softmax", "init_logit_bias": same.logit_bias}
+    )
+    for name, same in CUSTOM.items()
 ]
 
 
@@ -38,7 +50,9 @@ def step(config: LossConfig, rows: slice) -> dict[str, Tensor]:
     output = CLIPOutput(
         F.normalize(image_BD @ weight_DD, dim=-1), F.normalize(text_BD @ weight_DD.T, dim=-1), scale, bias
     )
-    loss = config.build()(output, caption_id_B, image_id_B)
+    with allowed(["tests"]):
+        module = config.build()
+    loss = module(output, caption_id_B, image_id_B)
     loss.backward()
     leaves = {"weight": weight_DD, "logit_scale": scale, "logit_bias": bias}
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -81,7 +95,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: f"{CONFIGS[i].name}-{CONFIGS[i].same_caption}")
+@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: f"{CONFIGS[i].name}-{i}")
 def test_averaged_over_the_ranks_loss_and_gradients_are_those_of_the_global_batch(
     ranks: list[dict], index: int
 ) -> None:
@@ -92,6 +106,14 @@ def test_averaged_over_the_ranks_loss_and_gradients_are_those_of_the_global_batc
         assert actual.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(actual[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("custom", CONFIGS[-len(CUSTOM) :], ids=CUSTOM)
+def test_a_users_loss_equals_the_built_in_loss_of_the_same_formula(custom: LossConfig) -> None:
+    same = CUSTOM[custom.target.rpartition(".")[2]]  # type: ignore[attr-defined]
+    expected, actual = step(same, slice(None)), step(custom, slice(None))
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_no_rank_holds_more_similarities_than_a_chunk_of_its_rows_has_with_the_texts_of_one(ranks: list[dict]) -> None:

@@ -32,7 +32,9 @@ def network(device: str = "cpu") -> nn.Module:
 
 
 def step(callback: AveragedWeights, model: nn.Module, number: int) -> None:
-    callback.on_train_batch_end(trainer(global_step=number), SimpleNamespace(model=model, loss=nn.Identity()), None, None, 0)
+    callback.on_train_batch_end(
+        trainer(global_step=number), SimpleNamespace(model=model, loss=nn.Identity()), None, None, 0
+    )
 
 
 def trainer(**values: Any) -> Any:

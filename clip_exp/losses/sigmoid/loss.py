@@ -8,12 +8,11 @@ blocks of texts, the current one and the next.
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from clip_exp.losses.batch import CLIPOutput, Matches, repeated_matches
+from clip_exp.losses.batch import CLIPOutput, Matches, repeated_matches, start_exchange
 from clip_exp.ranks.group import rank, world_size
 
 CHUNK_SIZE = 1024
@@ -79,13 +78,13 @@ class _Ring(torch.autograd.Function):
         block_BD, gradient_BD = text_BD.contiguous(), torch.zeros_like(text_BD)
         for hop in range(world_size()):
             owner = (rank() - hop) % world_size()
-            next_block = _start_exchange(block_BD) if hop + 1 < world_size() else None
+            next_block = start_exchange(block_BD) if hop + 1 < world_size() else None
             for start in range(0, len(image_BD), chunk_size):
                 rows = slice(start, min(start + chunk_size, len(image_BD)))
                 label = _label(rows, owner, len(block_BD), matches, image_BD.device)
                 _score(image_BD, block_BD, gradient_BD, rows, label, (scale, bias), sums, needed)
             if needed and world_size() > 1:
-                gradient_BD = _start_exchange(gradient_BD).wait()
+                gradient_BD = start_exchange(gradient_BD).wait()
             if next_block is not None:
                 block_BD = next_block.wait()
         ctx.rows = len(image_BD)
@@ -137,24 +136,6 @@ def _label(rows: slice, owner: int, columns: int, matches: Matches | None, devic
     if owner != rank():
         return None
     return torch.arange(rows.start, rows.stop, device=device)[:, None] == torch.arange(columns, device=device)
-
-
-class _Exchange(NamedTuple):
-    received: Tensor
-    requests: list[dist.Work]
-
-    def wait(self) -> Tensor:
-        for request in self.requests:
-            request.wait()
-        return self.received
-
-
-def _start_exchange(x: Tensor) -> _Exchange:
-    """Start to send `x` to the next rank, and to receive from the previous one; `x` must not change until `wait` returns."""
-    received = torch.empty_like(x)
-    after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
-    operations = [dist.P2POp(dist.isend, x, after), dist.P2POp(dist.irecv, received, before)]
-    return _Exchange(received, dist.batch_isend_irecv(operations))
 
 
 class SigmoidLoss(nn.Module):
