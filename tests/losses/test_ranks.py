@@ -112,8 +112,8 @@ def test_averaged_over_the_ranks_loss_and_gradients_are_those_of_the_global_batc
 def test_a_users_loss_equals_the_built_in_loss_of_the_same_formula(custom: LossConfig) -> None:
     same = CUSTOM[custom.target.rpartition(".")[2]]  # type: ignore[attr-defined]
     expected, actual = step(same, slice(None)), step(custom, slice(None))
-    for name, tensor in actual.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_no_rank_holds_more_similarities_than_a_chunk_of_its_rows_has_with_the_texts_of_one(ranks: list[dict]) -> None:
