@@ -109,7 +109,8 @@ REFUSED = {
         ["data._target_=tests.datasets.Pairs", "data.val={_target_: tests.datasets.Numbers}"], 3, "tests.datasets.Numbers[0] returned a value",
     ),
     "a metric of labels that do not exist": (
-        ["data._target_=tests.datasets.Pairs", "data.val={_target_: tests.datasets.Nowhere}", "monitor=val/top1"], 3, "none of 20 images",
+        ["data._target_=tests.datasets.Pairs", "data.count=128", "data.val={_target_: tests.datasets.Unlabeled}", "monitor=val/top1"], 2,
+        "monitor=val/top1 is not measured, because the validation data has no labels: give a Dataset the attribute `classes`",
     ),
 }  # fmt: skip
 
