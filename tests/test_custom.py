@@ -1,4 +1,4 @@
-"""Tests of the user's own configuration folder: the recipe, loss and task of `docs/configuration.md`.
+"""Tests of the user's own configuration folder: the recipe of `docs/configuration.md`, and the loss and task of `docs/extending.md`.
 
 The folder is named by `--config-dir`, `hydra.searchpath`, or `config_dir` of the Python API.
 """
@@ -26,7 +26,7 @@ from tests.conftest import REPOSITORY
 from tests.runs import TINY, Finished, Train, run_folders
 
 PACKAGE = Path(registry.__file__).parents[1]
-PAGE = REPOSITORY / "docs" / "configuration.md"
+PAGES = "\n".join((REPOSITORY / "docs" / name).read_text(encoding="utf-8") for name in ("configuration.md", "extending.md"))
 BLOCK = re.compile(r"```(?:python|yaml)\n((?:# @package _global_\n)?)# mine/(\S+)\n(.*?)```", re.DOTALL)
 
 
@@ -55,7 +55,7 @@ def test_no_other_module_names_a_kind_of_loss_or_task() -> None:
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create the folder with the files from the documentation."""
     folder = tmp_path_factory.mktemp("custom") / "mine"
-    for header, name, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+    for header, name, text in BLOCK.findall(PAGES):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(header + text)
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
@@ -156,7 +156,7 @@ def test_a_typo_is_reported_without_importing_torch(mine: Path, command: Callabl
 
 def test_the_documented_recipe_trains(mine: Path, command: Callable, tmp_path: Path) -> None:
     typed = re.search(
-        r"^python (train\.py --config-dir mine experiment=.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+        r"^python (train\.py --config-dir mine experiment=.*)$", PAGES, re.MULTILINE
     )
     assert typed is not None
     shutil.copytree(mine, tmp_path / "mine")

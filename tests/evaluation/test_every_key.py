@@ -112,6 +112,7 @@ OF_TASKS: dict[str, Changes] = {
 EXPECTED = COMMAND | OF_TASKS
 
 NOT_THE_RESULT = {
+    "allow_targets": "which code of others may run (tests/test_extending.py)",
     "accelerator": "where it runs",
     "devices": "where it runs (tests/evaluation/test_ranks.py)",
     "batch_size": "memory: features differ in the last bit at most",
