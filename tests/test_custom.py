@@ -26,7 +26,9 @@ from tests.conftest import REPOSITORY
 from tests.runs import TINY, Finished, Train, run_folders
 
 PACKAGE = Path(registry.__file__).parents[1]
-PAGES = "\n".join((REPOSITORY / "docs" / name).read_text(encoding="utf-8") for name in ("configuration.md", "extending.md"))
+PAGES = "\n".join(
+    (REPOSITORY / "docs" / name).read_text(encoding="utf-8") for name in ("configuration.md", "extending.md")
+)
 BLOCK = re.compile(r"```(?:python|yaml)\n((?:# @package _global_\n)?)# mine/(\S+)\n(.*?)```", re.DOTALL)
 
 
@@ -155,9 +157,7 @@ def test_a_typo_is_reported_without_importing_torch(mine: Path, command: Callabl
 
 
 def test_the_documented_recipe_trains(mine: Path, command: Callable, tmp_path: Path) -> None:
-    typed = re.search(
-        r"^python (train\.py --config-dir mine experiment=.*)$", PAGES, re.MULTILINE
-    )
+    typed = re.search(r"^python (train\.py --config-dir mine experiment=.*)$", PAGES, re.MULTILINE)
     assert typed is not None
     shutil.copytree(mine, tmp_path / "mine")
     script, *words = shlex.split(typed[1])

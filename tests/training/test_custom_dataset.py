@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from clip_exp.training.opening import fingerprint
+from tests.compose import train_config
 from tests.conftest import DOOR, Run
 from tests.runs import Finished, Train, run_folders, unfinish
 
@@ -71,6 +73,15 @@ def test_other_arguments_are_another_run_and_another_length_cannot_be_resumed(
     result = command("train.py", *RUN, *changed, f"output_dir={tmp_path}", cwd=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
     assert f"resume={folder}: {folder} was trained with other values of data.count" in result.stderr
+
+
+def test_image_root_is_part_of_the_identity_if_it_is_an_argument_and_not_if_it_is_the_folder_of_a_table() -> None:
+    def of(*options: str) -> set[str]:
+        custom = ("data=custom", "data._target_=tests.datasets.Named", "data.max_rows=16", *options)
+        return {fingerprint(train_config(*custom, f"data.image_root={root}")) for root in ("/one", "/other")}
+
+    assert len(of()) == 2
+    assert len(of("data.val=held_out.csv")) == 1
 
 
 VERSIONED = (
