@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pytorch_lightning import LightningDataModule
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from clip_exp.data.tables.open import read_table
 
@@ -127,7 +127,23 @@ class Streamed(IterableDataset[dict[str, Any]]):
 
 
 class Module(LightningDataModule):
-    """Loaders instead of a data set."""
+    """Loaders instead of a data set, which exists after `setup` only."""
+
+    def setup(self, stage: str) -> None:
+        self.train, self.val = Pairs(48), Pairs(8, start=100)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return DataLoader(self.train, batch_size=5, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return DataLoader(self.val)
+
+
+class Several(Module):
+    """Several loaders at once."""
+
+    def train_dataloader(self) -> list[DataLoader[dict[str, Any]]]:  # type: ignore[override]
+        return [DataLoader(self.train)]
 
 
 class WithoutLength:

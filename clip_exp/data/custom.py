@@ -14,6 +14,7 @@ This module imports torch only when it reads an item.
 import dataclasses
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -45,7 +46,9 @@ from clip_exp.data.pairs import Item, Pair, RawImage, bytes_of, caption_number, 
 from clip_exp.data.randomness import hash64, seeded
 from clip_exp.data.tables.features import Shape, describe, numbers_of
 from clip_exp.data.tables.table import Part
-from clip_exp.errors import ConfigError, DataError, SampleError
+from clip_exp.errors import ClipExpError, ConfigError, DataError, SampleError
+
+log = logging.getLogger(__name__)
 
 TRIED = 20  # items, to find one that can be read
 EXPECTED = (
@@ -100,7 +103,7 @@ def open_dataset(
     parameters = parameters_of(locate(name, where)) or {}
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
     optional = {key: value for key, value in (shared or {}).items() if key in required}
-    dataset = instantiate(node, where, optional=optional)
+    dataset = _of_data_module(instantiate(node, where, optional=optional), name, where)
     _require_map_style(dataset, name, where)
     opened = UserDataset(dataset, name, where, max_items)
     if num_workers != 0 and multiprocessing.get_start_method() != "fork":
@@ -114,6 +117,38 @@ def open_dataset(
     return opened
 
 
+def _of_data_module(created: Any, name: str, where: str) -> Any:
+    """Return the data set of a LightningDataModule's loader, and warn about what is not used; other objects unchanged.
+
+    Raises: ConfigError if the module fails, or its loader has no single data set.
+    """
+    # By name, because Lightning has two packages with this class.
+    if not any(base.__name__ == "LightningDataModule" for base in type(created).__mro__):
+        return created
+    loader_name = "val_dataloader" if where == "data.val" else "train_dataloader"
+    try:
+        created.prepare_data()
+        created.setup("fit")
+        loader = getattr(created, loader_name)()
+    except (ClipExpError, MemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"{where}._target_={name}: the LightningDataModule failed: {failure(error)}") from error
+    if not hasattr(loader, "dataset"):
+        raise ConfigError(
+            f"{where}._target_={name}: {loader_name} returned {_kind(loader)}, but a DataLoader with one data set is needed: name the "
+            "Dataset itself."
+        )
+    log.warning(
+        "%s._target_=%s is a LightningDataModule: the data set of its %s is read in the order of clip_exp's own stream. Its sampler, batch "
+        "size, collate function and hooks are not used.",
+        where,
+        name,
+        loader_name,
+    )
+    return loader.dataset
+
+
 def _require_map_style(dataset: Any, name: str, where: str) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dataset, torch.utils.data.IterableDataset):
@@ -121,12 +156,6 @@ def _require_map_style(dataset: Any, name: str, where: str) -> None:
             f"{where}._target_={name} is an IterableDataset. A stream without positions can neither be resumed at the same sample nor "
             "divided among ranks and workers: write its samples to shards and read them (data=csv data.train=shards.tar), or give it "
             "__len__ and __getitem__ as a map-style Dataset."
-        )
-    # By name, because Lightning has two packages with this class.
-    if any(base.__name__ == "LightningDataModule" for base in type(dataset).__mro__):
-        raise ConfigError(
-            f"{where}._target_={name} is a LightningDataModule, whose loaders decide about the order of the samples, so that a run could "
-            "not be resumed at the same sample. Name the Dataset that its train_dataloader reads."
         )
     if not (hasattr(type(dataset), "__len__") and hasattr(type(dataset), "__getitem__")):
         raise ConfigError(

@@ -431,8 +431,8 @@ def test_labels_without_classes_are_ignored() -> None:
             r"data._target_=tests.datasets.Streamed is an IterableDataset.*write its samples to shards",
         ),
         (
-            {"name": "Module"},
-            r"data._target_=tests.datasets.Module is a LightningDataModule, .* Name the Dataset that its",
+            {"name": "Several"},
+            r"train_dataloader returned a list of 1 values .*, but a DataLoader with one data set is needed",
         ),
         ({"name": "WithoutLength"}, r"creates a value of type WithoutLength, which has no __len__ or no __getitem__"),
         ({"count": 0}, r"data._target_=tests.datasets.Pairs has no items \(len\(\) is 0\): check its arguments"),
@@ -441,6 +441,16 @@ def test_labels_without_classes_are_ignored() -> None:
 def test_what_is_not_a_map_style_dataset_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         module(**values).setup()
+
+
+def test_the_data_sets_of_a_lightning_data_module_join_the_stream_and_a_warning_says_what_is_not_used(caplog) -> None:
+    opened = open_dataset(config("Module"), "data")
+    assert isinstance(opened.dataset, Pairs)
+    assert len(opened) == 48
+    assert "its sampler, batch size, collate function and hooks are not used" in caplog.text.replace("Its", "its")
+    assert open_dataset(config("Module"), "data.val").dataset.start == 100
+    own, same = (digest(read(module(name))) for name in ("Module", "Pairs"))
+    assert own == same
 
 
 def test_invalid_fingerprints_and_classes_are_refused() -> None:
