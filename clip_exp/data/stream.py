@@ -89,6 +89,8 @@ def open_sources(config: DataConfig, index_dir: Path | None = None) -> list[Open
             config, "data", max_items=config.max_rows, shared=config.shared, num_workers=config.num_workers
         )
         return [OpenSource(DatasetRows(dataset, config.captions, config.columns))]
+    if not config.train:
+        raise ConfigError("data.train has no value: set it to a table of image-text pairs, or set data.generate.")
     tables = open_train_tables(config, index_dir)
     shared = None
     if len(tables) > 1 or needs_full_paths(tables[0][1]):

@@ -150,7 +150,7 @@ def test_a_path_without_permission_is_one_message(capsys) -> None:
     def command() -> int:  # what the tests' user may read is not known
         raise PermissionError(13, "Permission denied", "hidden/model.safetensors")
 
-    assert _guarded(command) == 2
+    assert _guarded(command, "predict", []) == 2
     assert capsys.readouterr().err.startswith("error: hidden/model.safetensors: permission denied")
 
 
