@@ -72,7 +72,9 @@ def test_without_columns_batches_have_none(wide: Path, build: Build) -> None:
     assert all(batch.columns == {} for batch in batches)
     for batch, other in zip(batches, others, strict=True):
         assert torch.equal(batch.image, other.image)
-        length = min(batch.tokens.shape[1], other.tokens.shape[1])  # with longer texts, captions are padded to their length
+        length = min(
+            batch.tokens.shape[1], other.tokens.shape[1]
+        )  # with longer texts, captions are padded to their length
         assert torch.equal(batch.tokens[:, :length], other.tokens[:, :length])
         assert not other.tokens[:, length:].any()
 
