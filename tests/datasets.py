@@ -173,6 +173,12 @@ class Nowhere(Pairs):
         return f"/nowhere/{index}.jpg", "a caption"
 
 
+class Unlabeled(Pairs):
+    """Pairs whose labels have no names."""
+
+    classes = None
+
+
 class Numbers(Pairs):
     """Items that are not pairs."""
 

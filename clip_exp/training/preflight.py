@@ -67,6 +67,9 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         raise ConfigError(
             f"global_batch_size={config.global_batch_size} is more than the {tables.rows:,} training rows: lower it, or add data."
         )
+    val = None if tables.opened is None else tables.opened.val
+    if val is not None and (wrong := list(check_validation_classes(config, len(val.class_names)))):
+        raise ConfigError("\n".join(wrong))
     if config.epochs is not None and (wrong := list(config.length_problems(steps_of(config, tables.rows)))):
         raise ConfigError("\n".join(wrong))
     return tables
@@ -171,7 +174,10 @@ def check_measures(config: TrainConfig, *, fetch: bool = False) -> list[ClipExpE
 def check_validation_classes(config: TrainConfig, classes: int) -> Iterator[str]:
     """Yield the problems of `monitor` that depend on the number of classes in the validation data."""
     if config.monitor in ("val/top1", "val/top5") and not classes:
-        yield f"monitor={config.monitor} needs class names: give the Dataset of data.val an attribute `classes` with their names."
+        yield (
+            f"monitor={config.monitor} is not measured, because the validation data has no labels: give a Dataset the attribute `classes` "
+            "with the names of the classes, or a table a column of labels (data.label_key)."
+        )
     elif config.monitor == "val/top5" and classes <= CERTAIN:
         yield _top5_problem(config.monitor, classes)
 

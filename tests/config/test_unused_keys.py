@@ -29,7 +29,7 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
     },
     CUSTOM: {
         "data.shuffle_block=2": "with a full shuffle: set data.shuffle=block",
-        "data.templates=[{}]": "without labeled validation data",
+        "data.templates=['a {}']": "without labeled validation data",
     },
     (): {
         "model.text.cleaning=lower": "with OpenAI's tokenizer: leave it out, or set model.text.tokenizer",

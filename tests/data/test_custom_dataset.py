@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -475,6 +476,14 @@ def test_a_dataset_that_cannot_be_pickled_is_refused_only_if_workers_are_not_for
     with pytest.raises(ConfigError, match=r"cannot be pickled for worker processes \(cannot pickle a socket\)"):
         open_dataset(config(), "data")
     open_dataset(config(), "data", num_workers=0)
+
+
+def test_workers_that_are_not_forked_load_the_same_samples() -> None:
+    rows = DatasetRows(UserDataset(Noisy(4), "mine.Noisy", "data"), Captions.all)
+    copy = pickle.loads(pickle.dumps(rows))
+    for row in range(8):
+        ours, theirs = (each.load(row, 3, 1, LIMITS) for each in (rows, copy))
+        assert (ours.caption, ours.image_id) == (theirs.caption, theirs.image_id)
 
 
 def test_data_that_has_changed_is_refused_and_without_a_fingerprint_a_warning_is_logged(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from clip_exp.training.opening import fingerprint
+from tests.compose import train_config
 from tests.conftest import DOOR, Run
 from tests.runs import Finished, Train, run_folders, unfinish
 
@@ -73,6 +75,15 @@ def test_other_arguments_are_another_run_and_another_length_cannot_be_resumed(
     assert f"resume={folder}: {folder} was trained with other values of data.count" in result.stderr
 
 
+def test_image_root_is_part_of_the_identity_if_it_is_an_argument_and_not_if_it_is_the_folder_of_a_table() -> None:
+    def of(*options: str) -> set[str]:
+        custom = ("data=custom", "data._target_=tests.datasets.Named", "data.max_rows=16", *options)
+        return {fingerprint(train_config(*custom, f"data.image_root={root}")) for root in ("/one", "/other")}
+
+    assert len(of()) == 2
+    assert len(of("data.val=held_out.csv")) == 1
+
+
 VERSIONED = (
     *(o for o in RUN if not o.startswith(("data._target_", "data.val", "val_"))),
     "data._target_=tests.datasets.OfFile",
@@ -109,7 +120,8 @@ REFUSED = {
         ["data._target_=tests.datasets.Pairs", "data.val={_target_: tests.datasets.Numbers}"], 3, "tests.datasets.Numbers[0] returned a value",
     ),
     "a metric of labels that do not exist": (
-        ["data._target_=tests.datasets.Pairs", "data.val={_target_: tests.datasets.Nowhere}", "monitor=val/top1"], 3, "none of 20 images",
+        ["data._target_=tests.datasets.Pairs", "data.count=128", "data.val={_target_: tests.datasets.Unlabeled}", "monitor=val/top1"], 2,
+        "monitor=val/top1 is not measured, because the validation data has no labels: give a Dataset the attribute `classes`",
     ),
 }  # fmt: skip
 
