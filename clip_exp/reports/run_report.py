@@ -2,6 +2,7 @@
 
 import base64
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -85,8 +86,10 @@ def update_report(run_dir: Path) -> Path:
 
 
 def next_command(run_dir: Path) -> str:
-    """Return the command that evaluates the run."""
-    custom = custom_packages(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    """Return the command that evaluates the run, with the key that allows its custom code."""
+    custom: list[str] = []
+    with suppress(OSError):
+        custom = custom_packages(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
     return command_line("evaluate", [f"run={run_dir}", *([f"allow_targets=[{','.join(custom)}]"] if custom else [])])
 
 

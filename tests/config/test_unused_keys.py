@@ -191,9 +191,12 @@ GROUPS = ("data/augmentation", "loss", "optimizer", "scheduler", "strategy", "fi
 
 @pytest.mark.parametrize("group", repeat_beyond(["scheduler", "debug"], GROUPS))
 def test_no_option_sets_what_has_no_effect(group: str) -> None:
-    needed = {"custom": ["optimizer._target_=torch.optim.RAdam", "optimizer.lr=1e-3"]}
-    for option in options(group):
-        assert problems(f"{group}={option}", *needed.get(option, []), *CSV) == []
+    needed = {
+        "optimizer=custom": ["optimizer._target_=torch.optim.RAdam", "optimizer.lr=1e-3"],
+        "loss=custom": ["loss._target_=torch.nn.Identity"],
+    }
+    for choice in (f"{group}={option}" for option in options(group)):
+        assert problems(choice, *needed.get(choice, []), *CSV) == []
 
 
 @pytest.mark.exhaustive

@@ -111,7 +111,10 @@ def test_a_conflicting_callback_is_refused_before_there_is_a_folder(refused, tmp
             [extra("Timer", key="a"), extra("Timer", key="b")],
             r"^callbacks\.extra\.b and callbacks\.extra\.a would save their states",
         ),
-        ([extra("Timer", ", interval: hour")], r"^callbacks\.extra\.mine cannot be built: .*interval"),
+        (
+            [extra("Timer", ", interval: hour")],
+            r"^callbacks\.extra\.mine: pytorch_lightning.callbacks.Timer could not be created: .*interval",
+        ),
         ([extra("Timer", ", durration: 3")], r"^callbacks\.extra\.mine\.durration is not an argument"),
         (
             [extra("LambdaCallback", ", on_train_start: print")],
