@@ -81,7 +81,7 @@ def gravest(errors: list[ClipExpError]) -> ClipExpError:
     """Merge errors into one with a line for each, of the class with the lowest exit code."""
     if len(errors) == 1:
         return errors[0]
-    return type(min(errors, key=lambda error: error.exit_code))("\n".join(str(error) for error in errors))
+    return type(min(errors, key=lambda error: error.exit_code))("\n".join(dict.fromkeys(map(str, errors))))
 
 
 class Problems:
