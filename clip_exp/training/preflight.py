@@ -54,6 +54,10 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         from clip_exp.training.callbacks import extra_problems  # imports torch
 
         errors += map(ConfigError, extra_problems(config))
+    if not errors and config.logger.extra:
+        from clip_exp.training.metrics import logger_problems  # imports torch
+
+        errors += map(ConfigError, logger_problems(config.logger))
     if not errors:
         devices = requested_devices(config)
         absent = [*device_problems(devices, config.trainer.num_nodes, "trainer.")]
@@ -83,6 +87,8 @@ def custom_problems(config: TrainConfig) -> Iterator[str]:
             from clip_exp.data.transform import build_transform  # imports torch
 
             build_transform(config.data.transform, config.model.image.image_size)
+        if isinstance(config.loss, Target):
+            config.loss.build()  # also imports torch
         if isinstance(config.optimizer, Target) or not config.scheduler.target.startswith(SCHEDULES):
             from clip_exp.training.optim import rehearse_optimizer  # imports torch
 
