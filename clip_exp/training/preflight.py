@@ -77,7 +77,11 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
 
 
 def custom_problems(config: TrainConfig) -> Iterator[str]:
-    """Yield the problems of the user's own code: names, arguments, and what can be created before the data is read."""
+    """Yield the problems of the user's own code: names, arguments, and what can be created before the data is read.
+
+    Raises:
+        TargetNotAllowedError: an object, such as a teacher, is read from a file that names code which is not allowed.
+    """
     named = [*targets.problems(config), *config.loss.custom_problems(config.data.columns)]
     yield from named
     if named:
@@ -93,6 +97,8 @@ def custom_problems(config: TrainConfig) -> Iterator[str]:
             from clip_exp.training.optim import rehearse_optimizer  # imports torch
 
             rehearse_optimizer(config.optimizer, config.scheduler, config.finetune, config.max_steps)
+    except targets.TargetNotAllowedError:  # the command line prints a command that allows the code
+        raise
     except ConfigError as error:
         yield str(error)
 
