@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import clip_exp
 from clip_exp.checkpoints.folders import latest
+from clip_exp.config.registry import FOLDERS
 from clip_exp.config.targets import ALLOWED, TargetNotAllowedError
 from clip_exp.errors import ClipExpError
 from clip_exp.models.clip import CLIP
@@ -49,6 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "canary.py").write_text("open('canary-died', 'w').close()\nclass Thing: pass\n")
     write_image(tmp_path / "image.png", 0)
+    monkeypatch.setenv(FOLDERS, "")  # a command in this process adds folders
     return tmp_path
 
 
@@ -191,4 +193,31 @@ def test_other_names_do_not_allow_it(given: str, here: Path, nano: CLIP) -> None
     run = foreign_run(here, nano, "loss")
     with pytest.raises(TargetNotAllowedError):
         clip_exp.load(run, accelerator="cpu", allow_targets=[given])
+    assert not (here / "canary-died").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [("--config-dir", "run"), ("hydra.searchpath=[run]",)], ids=["config-dir", "searchpath"]
+)
+def test_an_option_in_a_run_folder_allows_nothing(words: tuple[str, ...], here: Path, nano: CLIP, refused: Run) -> None:
+    run = write_run(here / "run", nano)
+    (run / "loss").mkdir()
+    (run / "loss" / "option.yaml").write_text(
+        "# @package _global_\nloss:\n  _target_: canary.Thing\nallow_targets: [canary]\n"
+    )
+    plain = ("model=vit_nano", "data=digits", "max_steps=1", "optimizer.lr=1e-3", "trainer.accelerator=cpu")
+    result = refused("train.py", *words, *plain, "loss=option", cwd=here)
+    assert result.returncode == 2, result.stderr
+    assert "names custom code, which runs only if it is allowed: loss._target_=canary.Thing" in result.stderr
+    assert not (here / "canary-died").exists()
+
+
+def test_a_run_folder_as_config_dir_of_python_allows_nothing(here: Path, nano: CLIP) -> None:
+    run = write_run(here / "run", nano)
+    (run / "loss").mkdir()
+    (run / "loss" / "option.yaml").write_text("_target_: canary.Thing\n")
+    with pytest.raises(TargetNotAllowedError):
+        clip_exp.train(
+            "model=vit_nano", "data=digits", "loss=option", "max_steps=1", "optimizer.lr=1e-3", config_dir=run
+        )
     assert not (here / "canary-died").exists()
