@@ -250,8 +250,9 @@ def instantiate(
 
     values = node.node if isinstance(node, Target) else node
     found = locate(values[TARGET], where)
-    for at, inner in _nodes([value for key, value in values.items() if key != TARGET], where):
-        locate(inner[TARGET], at)
+    for key, value in values.items():
+        for at, target in targets_of(value, f"{where}.{key}"):
+            locate(target, at)
     taken = (parameters_of(found) or {}).keys()
     passed = {key: value for key, value in (optional or {}).items() if key in taken and key not in values} | kwargs
     try:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import clip_exp
 from clip_exp.checkpoints.folders import latest
 from clip_exp.config.registry import FOLDERS
-from clip_exp.config.targets import ALLOWED, TargetNotAllowedError
+from clip_exp.config.targets import ALLOWED, TargetNotAllowedError, instantiate
 from clip_exp.errors import ClipExpError
 from clip_exp.models.clip import CLIP
 from tests.conftest import DOOR, Run
@@ -220,4 +220,22 @@ def test_a_run_folder_as_config_dir_of_python_allows_nothing(here: Path, nano: C
         clip_exp.train(
             "model=vit_nano", "data=digits", "loss=option", "max_steps=1", "optimizer.lr=1e-3", config_dir=run
         )
+    assert not (here / "canary-died").exists()
+
+
+def test_what_a_call_allows_is_refused_in_the_next_one(here: Path, nano: CLIP) -> None:
+    run = foreign_run(here, nano, "logger.extra")
+    clip_exp.evaluate(f"run={run}", "task=digits", "allow_targets=[canary]", "num_workers=0", "accelerator=cpu")
+    with pytest.raises(TargetNotAllowedError):
+        clip_exp.load(run, accelerator="cpu")
+    clip_exp.load(run, accelerator="cpu", allow_targets=["canary"])
+    with pytest.raises(TargetNotAllowedError):
+        clip_exp.load(run, accelerator="cpu")
+    assert not (here / "canary-died").exists()
+
+
+def test_an_object_deep_inside_an_argument_is_not_created(here: Path) -> None:
+    node = {"_target_": "torch.nn.Identity", "x": {"_target_": "torch.nn.Identity", "y": [{"z": FOREIGN}]}}
+    with pytest.raises(TargetNotAllowedError, match=r"loss\.x\.y\[0\]\.z\._target_=canary\.Thing"):
+        instantiate(node, "loss")
     assert not (here / "canary-died").exists()
