@@ -1,7 +1,5 @@
 """Mistakes in a user's code and its arguments are found before a run folder exists, each with one message without a traceback."""
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,15 +183,12 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the user's modules, which this process forgets afterwards."""
+def here(tmp_path: Path) -> Path:
+    """A folder with the user's modules."""
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("class Loss:\n    def forward(self)\n        pass\n")
     (tmp_path / "missing.py").write_text("import absent_of_all\n")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield tmp_path
-    for name in ("mine", "broken", "missing", "distillation"):
-        sys.modules.pop(name, None)
+    return tmp_path
 
 
 def replaced(options: list[str]) -> list[str]:

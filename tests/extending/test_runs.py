@@ -16,6 +16,7 @@ from clip_exp.data.transform import build_transform
 from clip_exp.training.optim import build_optimizer, build_scheduler
 from tests.compose import train_config
 from tests.conftest import Run
+from tests.exhaustive import repeat_beyond
 from tests.extending.common import DIGITS, SMALL
 from tests.extending.test_next import MINE
 from tests.runs import Finished, Train, run_folders, unfinish
@@ -112,7 +113,7 @@ def test_one_cycle_is_given_the_steps_of_the_run() -> None:
     assert rates_of(config, 10) == pytest.approx(theirs, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["CosineAnnealingLR", "OneCycleLR"])
+@pytest.mark.parametrize("name", repeat_beyond(("CosineAnnealingLR",), ("CosineAnnealingLR", "OneCycleLR")))
 def test_a_run_with_a_schedule_of_torch_is_resumed_bitwise_equal(name: str, train: Train, tmp_path: Path) -> None:
     schedule = COSINE if name.startswith("Cos") else (f"scheduler._target_={TORCH}.OneCycleLR", "scheduler.max_lr=1e-3")
     options = (*(o for o in SMALL if not o.startswith("resume")), *DIGITS, *schedule, "scheduler.warmup_steps=2")
