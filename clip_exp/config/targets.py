@@ -302,7 +302,12 @@ def instantiate(
         if values.get("_partial_") and not args and not passed:
             return partial(found, *own.args, **own.keywords)
         return found(*args, *own.args, **passed, **own.keywords)
-    except (ClipExpError, MemoryError):
+    except MemoryError:
+        raise
+    except ClipExpError as error:
+        # Raised by clip_exp for the user's object, for example for a model that it loads: name the key of the object.
+        if not str(error).startswith(where):
+            error.args = (f"{where}: {error}",)
         raise
     except InstantiationException as error:
         why = failure(error.__cause__) if error.__cause__ is not None else " ".join(str(error).split())
