@@ -236,8 +236,9 @@ def locate(target: str, where: str) -> Callable[..., Any]:
         if not hasattr(found, name):
             valid = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]
             hint = nearest(name, valid) if valid else "it has no classes or functions."
-            # The file, since the user's module may have the name of an installed one, which is found first.
-            file = None if is_built_in(target) else getattr(found, "__file__", None)
+            # An installed module may have the name of the user's, and is found first.
+            file = getattr(found, "__file__", None)
+            file = None if is_built_in(target) or file is None or not _is_library(file) else file
             place = getattr(found, "__name__", type(found).__name__) + (f" ({file})" if file else "")
             raise ConfigError(f"{where}.{TARGET}={target}: {place} has no {name}: {hint}")
         found = getattr(found, name)

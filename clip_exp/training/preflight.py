@@ -85,7 +85,7 @@ def custom_problems(config: TrainConfig) -> Iterator[str]:
     Raises:
         TargetNotAllowedError: an object, such as a teacher, is read from a file that names code which is not allowed.
     """
-    named = [*targets.problems(config), *config.loss.custom_problems(config.data.columns)]
+    named = list(targets.problems(config))
     yield from named
     if named:
         return
@@ -94,8 +94,7 @@ def custom_problems(config: TrainConfig) -> Iterator[str]:
             from clip_exp.data.transform import build_transform  # imports torch
 
             build_transform(config.data.transform, config.model.image.image_size)
-        if isinstance(config.loss, Target):
-            config.loss.build()  # also imports torch
+        yield from config.loss.custom_problems(config.data.columns)  # also imports torch
         if isinstance(config.optimizer, Target) or not config.scheduler.target.startswith(SCHEDULES):
             from clip_exp.training.optim import rehearse_optimizer  # imports torch
 

@@ -1,5 +1,6 @@
 """Mistakes in a user's code and its arguments are found before a run folder exists, each with one message without a traceback."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ class Loss(nn.Module):
 
 class Hungry(nn.Module):
     def forward(self, image_features, text_feature, logit_scale):
+        return image_features.sum()
+
+
+class WithBias(nn.Module):
+    def forward(self, image_features, text_features, logit_scale, logit_bias):
+        return image_features.sum()
+
+
+class Twice(nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+
+    def forward(self, image_features, weight):
         return image_features.sum()
 
 
@@ -121,6 +135,20 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a function that would be called instead of bound": (
         ["loss=custom", "loss._target_=mine.function"],
         "loss._target_=mine.function is a function that computes a loss: set loss._partial_=true, so that its arguments are bound.",
+    ),
+    "a loss with a bias that the model lacks": (
+        ["loss=custom", "loss._target_=mine.WithBias"],
+        "loss._target_=mine.WithBias takes logit_bias, but the model has none: set loss.init_logit_bias.",
+    ),
+    "a loss without forward": (
+        ["loss=custom", "loss._target_=torch.nn.Module"], "loss._target_=torch.nn.Module takes no input by name: give its forward arguments",
+    ),
+    "an argument of __init__ as an input": (
+        ["loss=custom", "loss._target_=mine.Twice", "loss.weight=1"],
+        "loss._target_=mine.Twice takes 'weight', which is neither an input of losses nor in data.columns: ",
+    ),
+    "the name of an installed module": (
+        ["loss=custom", "loss._target_=json.Loss"], f"loss._target_=json.Loss: json ({json.__file__}) has no Loss: ",
     ),
     "a loss that cannot be created": (
         ["loss=custom", "loss._target_=mine.Broken"], "loss: mine.Broken could not be created: ValueError: no luck (mine.py, line ",
