@@ -199,6 +199,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [f"scheduler._target_={TORCH}.CosineAnnealingLR", "scheduler.T_max=10", "scheduler.final_factor=0.1"],
         f"scheduler.final_factor=0.1 has no effect with scheduler._target_={TORCH}.CosineAnnealingLR: leave it out, and set the arguments of the scheduler",
     ),
+    "a schedule with a warm-up of its own": (
+        [f"scheduler._target_={TORCH}.OneCycleLR", "scheduler.max_lr=1e-3"],
+        f"scheduler._target_={TORCH}.OneCycleLR has a warm-up of its own: set scheduler.warmup_steps=0.",
+    ),
+    "a schedule with one rate for all weights": (
+        [f"scheduler._target_={TORCH}.OneCycleLR", "scheduler.max_lr=1e-3", "scheduler.warmup_steps=0", "finetune.image.lr_factor=0.1"],
+        f"scheduler._target_={TORCH}.OneCycleLR gives all weights the same learning rate",
+    ),
     "a schedule that is none": (["scheduler._target_=mine.Callback"], "scheduler"),
     "an optimizer that is none": (["optimizer=custom", "optimizer._target_=mine.NoOptimizer"], "optimizer"),
     "a task without score": (["+task.mine={_target_: mine.Task}"], "task.mine._target_=mine.Task has no method score(model), which a task needs."),
