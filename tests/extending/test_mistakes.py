@@ -200,7 +200,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         f"scheduler.final_factor=0.1 has no effect with scheduler._target_={TORCH}.CosineAnnealingLR: leave it out, and set the arguments of the scheduler",
     ),
     "a schedule with a warm-up of its own": (
-        [f"scheduler._target_={TORCH}.OneCycleLR", "scheduler.max_lr=1e-3"],
+        [f"scheduler._target_={TORCH}.OneCycleLR", "scheduler.max_lr=1e-3", "scheduler.warmup_steps=2"],
         f"scheduler._target_={TORCH}.OneCycleLR has a warm-up of its own: set scheduler.warmup_steps=0.",
     ),
     "a schedule with one rate for all weights": (
