@@ -84,6 +84,11 @@ def _not_float(value: Any) -> Any:
     return value
 
 
+def is_path(annotation: Any) -> bool:
+    """Return True for the annotation by which `PathText` differs from a text."""
+    return isinstance(annotation, BeforeValidator) and annotation.func is _path_text
+
+
 def must_be(what: str) -> WrapValidator:
     """Return an annotation that reports an invalid value once, instead of once for each member of a union."""
 
@@ -324,7 +329,7 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
     """
     if len(models) == 1:
         return models[0]
-    named = [(model, _names(model)) for model in models]
+    named = [(model, selector(model)) for model in models]
     if "_target_" in values and (custom := [model for model, names in named if names and CUSTOM in names[1]]):
         return custom[0]
     for model, names in named:
@@ -335,12 +340,7 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
     return None
 
 
-def member_names(models: list[type[Config]]) -> list[str]:
-    """Return the names that select the members of a union; empty if there is a single member."""
-    return [name for model in models if len(models) > 1 and (named := _names(model)) for name in named[1]]
-
-
-def _names(model: type[Config]) -> tuple[str, list[str]] | None:
+def selector(model: type[Config]) -> tuple[str, list[str]] | None:
     """Return the discriminating key of a model and the values that select the model."""
     for name, field in model.model_fields.items():
         if get_origin(field.annotation) is Literal:
@@ -589,7 +589,7 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
     if owners := [
         _join(at, [*path[:-1], f"{names[0]}={' or '.join(names[1])}"])
         for other in others
-        if name in _keys(other) and (names := _names(other))
+        if name in _keys(other) and (names := selector(other))
     ]:
         return f"{key} is a key of {' and of '.join(owners)}, which is not selected: select it, or leave this out."
     everywhere = list(_tree(model, values, at))
@@ -625,7 +625,7 @@ def _siblings(model: type[Config], values: Any, path: list[str]) -> tuple[list[s
         models = members(annotation)
         # An entry of a list
         if part.startswith("["):
-            node, inside = next(iter(_inside_lists(annotation)), None), None
+            node, inside = next(iter(inside_lists(annotation)), None), None
             continue
         node = chosen(models, values) if models and isinstance(values, dict) else None
         inside = annotation if isinstance(values, list) else None
@@ -635,9 +635,9 @@ def _siblings(model: type[Config], values: Any, path: list[str]) -> tuple[list[s
     return ([] if node is None else _keys(node)), others
 
 
-def _inside_lists(annotation: Any) -> list[type[Config]]:
+def inside_lists(annotation: Any) -> list[type[Config]]:
     """Return the models in the lists of an annotation."""
-    found = [model for part in get_args(annotation) for model in _inside_lists(part)]
+    found = [model for part in get_args(annotation) for model in inside_lists(part)]
     return found + (members(get_args(annotation)[0]) if get_origin(annotation) is list else [])
 
 
@@ -649,7 +649,7 @@ def _tree(model: type[Config], values: Any, at: str) -> Iterator[str]:
         models = members(field.annotation)
         if isinstance(value, list):
             yield f"{at}{key}"
-            for inside in _inside_lists(field.annotation):
+            for inside in inside_lists(field.annotation):
                 for i, item in enumerate(value):
                     yield from _tree(inside, item, f"{at}{key}[{i}].")
             continue

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_origin
+from typing import Any, NamedTuple
 
 import yaml
 from hydra import version
@@ -45,15 +45,14 @@ from clip_exp.config.base import (
     chosen,
     complete,
     key_of,
-    member_names,
     members,
     parse,
     typed_keys,
-    values_of,
 )
 from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.evaluation import TaskConfig
 from clip_exp.config.files import addresses, conf_dir, options
+from clip_exp.config.help import explain_topics, overview, split_topics
 from clip_exp.config.names import names, open_clip_field, translate
 from clip_exp.errors import ConfigError, nearest
 from clip_exp.secrets import leaks, names_secret
@@ -68,12 +67,6 @@ GLOBAL_HEADER = "# @package _global_"
 SEARCH_PATH = "hydra.searchpath"
 # Name of OmegaConf's resolver of environment variables
 ENVIRONMENT = "oc.env"
-HELP_END = (
-    "--cfg job prints the composed configuration and exits; --info shows which files it was composed from; -m runs a sweep.\n"
-    "--config-dir DIR adds options and Python files of your own folder; hydra.searchpath=[DIR,pkg://PACKAGE] adds several folders.\n"
-    "Your own data set, tower, loss, task, transform or schedule: _target_=module.Class (docs/extending.md).\n"
-    "Documentation: docs/configuration.md; models: clip-exp models; weights for pretrained=: docs/weights.md."
-)
 NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 
 # -------------------------------------------------------------------------------------------------- configurations
@@ -525,13 +518,14 @@ def run_hydra(command: str, arguments: list[str], job: Work) -> None:
         ConfigError: the command line or the configuration is invalid. Errors of Hydra and OmegaConf also propagate; see
             `explain`.
     """
+    topics, arguments = split_topics(arguments)
     check_arguments(arguments)
     parser = get_args_parser()
     args = parser.parse_args(quote(translate(arguments)))
     hydra = _hydra(command, args.config_dir, args.config_name)
     name, overrides = args.config_name or config_name(command), args.overrides
     if args.help:
-        text = help_of(command, hydra, name, overrides)
+        text = help_of(command, hydra, name, overrides, topics)
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -588,51 +582,18 @@ def _missing_allowed() -> Iterator[None]:
             raise ConfigError("\n".join(other)) from None
 
 
-def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
-    """Return the help text of a command: the options of each group, and all keys with their values and descriptions."""
-    schema = SCHEMAS[command]
-    config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
+def help_of(command: str, hydra: Hydra, name: str, overrides: list[str], topics: list[str]) -> str:
+    """Return the help text of a command, or of the groups, options and keys in `topics`."""
     assert isinstance(hydra.config_loader, Loader)
     # The loader's method `get_group_options` would copy the repository for each group.
     repository = hydra.config_loader._parse_overrides_and_create_caching_repo(name, overrides)[1]
-    names = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
-    found = {group: repository.get_group_options(group, ObjectType.CONFIG) for group in names}
-    groups = "\n".join(f"{group}: {', '.join(sorted(of))}" for group, of in found.items() if of)
-    keys = "\n".join(_lines(schema, _container(config), ""))
-    options_of_groups = (
-        ["== Options: select with group=option ==", groups] if command in ("train", "evaluate", "check-data") else []
-    )
-    return "\n\n".join([schema.usage, *options_of_groups, "== Keys: set with key=value ==", keys, HELP_END])
-
-
-def _lines(model: type[Config], values: dict[str, Any], indent: str, choices: str = "") -> Iterator[str]:
-    """Yield a line of YAML for every key of a model, with its description as a comment.
-
-    Args:
-        model: schema of the values.
-        values: composed values.
-        indent: indentation of the lines.
-        choices: names of the members of the model's group, separated by commas.
-    """
-    for name, field in model.model_fields.items():
-        key = key_of(name, field)
-        described = field.description or (choices if choices and get_origin(field.annotation) is Literal else None)
-        yield from _lines_of(field.annotation, key, values.get(key), described, indent)
-
-
-def _lines_of(annotation: Any, key: str, value: Any, description: str | None, indent: str) -> Iterator[str]:
-    meaning = f"  # {description}" if description else ""
-    models, inside = members(annotation), values_of(annotation)
-    if models and isinstance(value, dict) and (node := chosen(models, value)) is not None:
-        yield f"{indent}{key}:"
-        yield from _lines(node, value, f"{indent}  ", ", ".join(member_names(models)))
-    elif value and isinstance(value, dict) and members(inside):
-        yield f"{indent}{key}:{meaning}"
-        for name, item in value.items():
-            yield from _lines_of(inside, name, item, None, f"{indent}  ")
-    else:
-        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
-        yield f"{indent}{key}: {text.removesuffix('...' + chr(10)).strip()}{meaning}"
+    config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
+    groups = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
+    found = {group: sorted(repository.get_group_options(group, ObjectType.CONFIG)) for group in groups}
+    selectable = {group: names for group, names in found.items() if names}
+    if topics:
+        return explain_topics(command, topics, selectable)
+    return overview(command, _container(config), selectable)
 
 
 # ------------------------------------------------------------------------------------------------------ resolvers

@@ -209,7 +209,7 @@ class TaskConfig(Member):
     group: ClassVar[str] = "task"
     key: ClassVar[str] = "kind"
 
-    kind: str
+    kind: str = Field(description="kind of task")
 
     # Title in reports; empty: the name of the kind
     title: ClassVar[str] = ""

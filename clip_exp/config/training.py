@@ -65,7 +65,7 @@ class LossConfig(Member):
     group: ClassVar[str] = "loss"
     key: ClassVar[str] = "name"
 
-    name: str
+    name: str = Field(description="loss")
     same_caption: PairLabel = Field(
         PairLabel.negative,
         description="positive or negative: how pairs with an equal caption in the same batch count",
@@ -241,7 +241,7 @@ class SchedulerConfig(Target):
 class StrategyConfig(Config):
     """Base class of strategies."""
 
-    name: StrategyName
+    name: StrategyName = Field(description="strategy")
     timeout_s: Annotated[Count, Field(le=10**7)] = Field(
         1800, description="seconds after which a collective operation fails, for example because another rank died"
     )
@@ -370,9 +370,12 @@ def _frozen_without_adapters(tower: str) -> Unused:
 class FineTuneConfig(Config):
     """Fine-tuning of pretrained weights: which of them are trained, and how fast."""
 
-    image: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
-    text: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
-    lora: LoRAConfig | None = None
+    image: TowerTuningConfig = Field(default_factory=TowerTuningConfig, description="fine-tuning of the image tower")
+    text: TowerTuningConfig = Field(default_factory=TowerTuningConfig, description="fine-tuning of the text tower")
+    lora: LoRAConfig | None = Field(
+        None,
+        description="LoRA: train low-rank updates of linear layers instead of their weights (finetune=lora); null: no adapters",
+    )
     freeze_towers_steps: Index = Field(
         0,
         description="number of first steps in which only the projections and the logit scale learn (LP-FT, Kumar et al. 2022)",
@@ -447,7 +450,7 @@ class LoggerConfig(Config):
     """Loggers in addition to `metrics.csv`, which is always written since the run's report is generated from it."""
 
     tensorboard: bool = Field(False, description="write TensorBoard event files")
-    wandb: WandbConfig | None = None
+    wandb: WandbConfig | None = Field(None, description="log to Weights & Biases (logger=wandb); null: do not")
     extra: dict[str, Target] = Field(
         {}, description="additional Lightning loggers, as name: {_target_: class, arguments}"
     )
@@ -475,11 +478,11 @@ Set keys on the command line: python train.py model=vit_b32 optimizer.lr=1e-4
 With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
 
     model: ModelConfig
-    data: Data
-    loss: LossConfig
-    optimizer: Optimizer
+    data: Data = Field(description="training and validation data: your tables or Dataset, or a generated data set")
+    loss: LossConfig = Field(description="contrastive loss over the global batch")
+    optimizer: Optimizer = Field(description="optimizer, its learning rate and weight decay")
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
-    strategy: Strategy
+    strategy: Strategy = Field(description="distribution of a run over devices and machines")
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     finetune: FineTuneConfig = Field(default_factory=FineTuneConfig)
     callbacks: CallbacksConfig = Field(default_factory=CallbacksConfig)
