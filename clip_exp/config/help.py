@@ -20,6 +20,7 @@ HELP_FLAGS = ("--help", "-h")
 WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 # Width of text that is not printed to a terminal
 WIDTH = 100
+UNLIMITED = 10_000
 # Column of the meanings in the overview
 COLUMN = 32
 HELP_END = (
@@ -83,9 +84,9 @@ def overview(command: str, values: dict[str, Any], groups: Options) -> str:
         parts += ["== Options: select with group=option ==", ""]
         parts += [f"{group}: {', '.join(names)}" for group, names in groups.items()]
         parts.append("")
-    parts = [line for part in parts for line in _wrapped(part, width or WIDTH, "    ")]
+    parts = [line for part in parts for line in _wrapped(part, width or UNLIMITED, "    ")]
     keys = [_cut(line, width) for line in _lines(schema, values, "")]
-    end = [line for part in HELP_END.split("\n") for line in _wrapped(part, width or WIDTH, "    ")]
+    end = [line for part in HELP_END.split("\n") for line in _wrapped(part, width or UNLIMITED, "    ")]
     return "\n".join([*parts, "== Keys: set with key=value ==", "", *keys, "", *end])
 
 
