@@ -153,6 +153,8 @@ _TYPED_TARGET = re.compile(rf"{targets.TARGET}['\"]?\s*[:=]\s*['\"]?([\w.]+)")
 def _allow_targets(values: dict[str, Any], overrides: list[str], *, own_file: bool) -> None:
     """Allow the custom code that the user names; see `typed_config`."""
     named = {name for _, name in targets.targets_of(values)}
+    # Options, too, may be those of a third party's run, if its folder is given as a folder of the user.
+    own_file = own_file and not any(map(registry.trace_of_a_run, registry.folders()))
     if own_file or "allow_targets" in typed_keys(overrides):
         targets.allow(values.get("allow_targets") or ())
     targets.allow(sorted(named if own_file else named & {*_TYPED_TARGET.findall(" ".join(overrides))}))

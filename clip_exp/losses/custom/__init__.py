@@ -57,14 +57,12 @@ class CustomLossConfig(LossConfig, Target):
             found: Any = locate(self.target, "loss")
         except ConfigError:
             return  # reported by `targets.problems`
-        called = (
-            getattr(found, "forward", None)
-            if isinstance(found, type)
-            else found
-            if self.node.get("_partial_")
-            else None
-        )
+        called = getattr(found, "forward", None) if isinstance(found, type) else found
         parameters = parameters_of(called) if called is not None else None
+        if called is found and not self.node.get("_partial_"):
+            if parameters is not None and "image_features" in parameters:
+                yield f"loss._target_={self.target} is a function that computes a loss: set loss._partial_=true, so that its arguments are bound."
+            return
         if parameters is None or hasattr(found, "per_rank"):
             return
         names = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -82,4 +80,9 @@ class CustomLossConfig(LossConfig, Target):
     def build(self) -> "nn.Module":
         from clip_exp.losses.custom.loss import CustomLoss  # imports torch
 
-        return CustomLoss(instantiate(self, "loss"), self.target, gather=self.gather)
+        function = instantiate(self, "loss")
+        if not callable(function):
+            raise ConfigError(
+                f"loss._target_={self.target} is not a loss: name a torch.nn.Module, or a function with _partial_=true."
+            )
+        return CustomLoss(function, self.target, gather=self.gather)
