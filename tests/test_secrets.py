@@ -72,7 +72,7 @@ def test_it_is_refused_in_a_list_too() -> None:
         compose("predict", ["images=['${oc.env:MY_PAT}']"])
 
 
-@pytest.mark.parametrize("argument", ["name=${oc.env:MY_PAT}", "hydra.run.dir=${oc.env:MY_PAT}"])
+@pytest.mark.parametrize("argument", ["name=${oc.env:MY_PAT}", "hydra.job.name=${oc.env:MY_PAT}"])
 def test_the_command_line_refuses_it_too_and_prints_no_value(
     argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
 ) -> None:

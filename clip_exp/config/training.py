@@ -1,12 +1,14 @@
 """Schema of a training run: model, data, loss, optimizer, scheduler, strategy, fine-tuning, callbacks and logging."""
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
+from clip_exp.config import words
 from clip_exp.config.base import (
     Config,
     Count,
@@ -620,6 +622,8 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
     def rules(self, at: str) -> Iterator[str]:
         if self.max_steps is not None and self.epochs is not None:
             yield f"max_steps={self.max_steps} and epochs={self.epochs:g} are both set: set only one (epochs=null or max_steps=null)."
+        if (instead := words.of_value("resume", self.resume)) and not os.path.exists(self.resume):
+            yield f"resume={self.resume} is not a run folder: {instead}"
         if self.max_steps is not None:
             yield from self.length_problems(self.max_steps)
         if self.precision is Precision.fp16_mixed and self.trainer.accelerator == "cpu":
