@@ -405,7 +405,8 @@ def _name_option(override: Override, repository: Any) -> None:
     Raises:
         ConfigError: several options differ only in case, `-` and `_`.
     """
-    group, value = override.key_or_group, override.value()
+    group = override.key_or_group
+    value: Any = override.value()
     typed = value if isinstance(value, list) else [value]
     if override.is_delete() or not all(isinstance(name, str) for name in typed) or not repository.group_exists(group):
         return
@@ -482,7 +483,9 @@ def _folder_problems(hydra: DictConfig, schema: type[Config]) -> Iterator[str]:
         "sweep.dir": (values["sweep"]["dir"], (RUN_DIR, SWEEP_DIR), folder),
         "sweep.subdir": (values["sweep"]["subdir"], (SWEEP_SUBDIR,), "name" if "name" in fields else folder),
     }
-    where = "results are in <output_dir>/<command>/<name>/<time>" if folder == "output_dir" else "results are written there"
+    where = (
+        "results are in <output_dir>/<command>/<name>/<time>" if folder == "output_dir" else "results are written there"
+    )
     for key, (value, ours, instead) in found.items():
         if value not in ours:
             yield f"hydra.{key}={value} is not supported: set {instead}={value}, since {where}."

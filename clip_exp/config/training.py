@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from clip_exp.config import words
 from clip_exp.config.base import (
@@ -266,6 +267,16 @@ class DDPConfig(StrategyConfig):
     name: Literal[StrategyName.ddp] = StrategyName.ddp
 
 
+def _not_file(value: Any) -> Any:
+    if isinstance(value, str):
+        raise PydanticCustomError(
+            "file",
+            "is not a mapping: files are not read. Type each of its keys: strategy.config.<key>=…, such as "
+            "strategy.config.zero_optimization.overlap_comm=true",
+        )
+    return value
+
+
 class DeepSpeedConfig(StrategyConfig):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020), which shards the training state across devices."""
 
@@ -274,7 +285,9 @@ class DeepSpeedConfig(StrategyConfig):
         description="ZeRO stage; 1: shard the optimizer state, 2: also the gradients, 3: also the weights"
     )
     offload: bool = Field(False, description="keep the optimizer state in host memory; in stage 3 the weights as well")
-    config: dict[str, JsonValue] = Field({}, description="additional keys of DeepSpeed's configuration")
+    config: Annotated[dict[str, JsonValue], BeforeValidator(_not_file)] = Field(
+        {}, description="additional keys of DeepSpeed's configuration"
+    )
 
     @property
     def offloads(self) -> bool:
