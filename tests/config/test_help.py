@@ -177,3 +177,5 @@ def test_help_of_a_group_needs_neither_torch_nor_lightning(tmp_path: Path) -> No
 
 def test_help_of_other_commands_explains_keys(refused: Run, tmp_path: Path) -> None:
     assert "images=null" in refused(DOOR, "predict", "--help", "images", cwd=tmp_path).stdout
+    # The positional argument of the command is a topic here.
+    assert refused(DOOR, "convert", "--help", "file", cwd=tmp_path).stdout.startswith("  file=null ")
