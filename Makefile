@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-gpu lint format clean
+.PHONY: help install train test test-all test-gpu lint format reference clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ lint: install ## check style, types and the direction of imports
 format: install ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: install ## write the pages of all keys, docs/reference/, from the schema
+	$(BIN)/python -m clip_exp.config.reference docs/reference
 
 clean: ## remove caches (not outputs/, not .venv)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist

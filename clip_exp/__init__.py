@@ -1,13 +1,17 @@
-"""clip_exp: a config-driven framework for CLIP experiments."""
+"""clip_exp: a config-driven framework for CLIP experiments.
+
+`load` opens a model for inference, `train` and `evaluate` run the commands of the same names, and `find_images` lists image
+files. The command line is `clip-exp --help`.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 from clip_exp._version import __version__
 
-__all__ = ["__version__", "evaluate", "find_images", "load", "train"]
-
 if TYPE_CHECKING:
     from clip_exp.api import evaluate, find_images, load, train
+
+__all__ = ["__version__", "evaluate", "find_images", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,3 +21,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'clip_exp' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """Return the names of the module, with the API that is not imported yet."""
+    return sorted({*globals(), *__all__})

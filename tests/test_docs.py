@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from clip_exp.cli import COMMANDS as CLI_COMMANDS
-from clip_exp.cli import named
 from clip_exp.config.base import typed_keys, unused_keys
+from clip_exp.config.command_line import read
 from clip_exp.config.compose import compose
 from clip_exp.config.evaluation import EvaluateConfig
+from clip_exp.config.help import split_topics
 from tests.conftest import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
 RECIPES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 FLAGS = {"-m", "--help", "--cfg", "job", "…"}
 
@@ -45,12 +46,12 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_every_documented_command_composes(page: str, command: str) -> None:
-    words = [word for word in shlex.split(command, comments=True) if word not in FLAGS]
-    name = words[1].removesuffix(".py")
+    words = [word for word in split_topics(shlex.split(command, comments=True)[2:])[1] if word not in FLAGS]
+    name = command.split()[1].removesuffix(".py")
     # A sweep's choices are one value here: the first.
     sweeping = "-m" in command.split()
-    given = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
-    overrides = named(name, given)
+    given = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words]
+    overrides = read(name, given)
     assert unused_keys(compose(name, overrides), typed_keys(overrides)) == []
 
 

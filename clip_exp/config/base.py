@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
-from clip_exp.config import registry
+from clip_exp.config import registry, words
 from clip_exp.errors import ConfigError
 
 # Identifies messages about custom members, whose class is in the user's folder
@@ -40,22 +40,6 @@ MISSING = "???"
 UNKNOWN = "???…"
 # Name of the member of an open group whose object is named by `_target_`
 CUSTOM = "custom"
-TOP_K = "the number of results of predict, rank and search is `top_k`."
-# Keys and options of other frameworks and of older versions without an equivalent of the same name
-EXPLAINED = {
-    "k": TOP_K,
-    "keep": TOP_K,
-    "top": TOP_K,
-    "accumulate_grad_batches": (
-        "accumulating the loss over small batches gives a contrastive loss no additional negatives. Increase global_batch_size and "
-        "set micro_batch_size instead: this needs as little memory and computes the gradient of the whole batch."
-    ),
-    "linear_probe_steps": "set finetune.freeze_towers_steps.",
-    "finetune=linear_probe": (
-        "set finetune=lp_ft to train the projections first (LP-FT), or task=linear_probe to evaluate frozen features."
-    ),
-    "experiment=finetune_linear_probe": "set experiment=finetune_lp_ft.",
-}
 
 # ----------------------------------------------------------------------------------------------------------- types
 
@@ -82,6 +66,11 @@ def _not_float(value: Any) -> Any:
     if isinstance(value, float):
         raise PydanticCustomError("text", "must be a string: put it in quotes")
     return value
+
+
+def is_path(annotation: Any) -> bool:
+    """Return True for the annotation by which `PathText` differs from a text."""
+    return isinstance(annotation, BeforeValidator) and annotation.func is _path_text
 
 
 def must_be(what: str) -> WrapValidator:
@@ -324,7 +313,7 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
     """
     if len(models) == 1:
         return models[0]
-    named = [(model, _names(model)) for model in models]
+    named = [(model, selector(model)) for model in models]
     if "_target_" in values and (custom := [model for model, names in named if names and CUSTOM in names[1]]):
         return custom[0]
     for model, names in named:
@@ -335,12 +324,7 @@ def chosen(models: list[type[Config]], values: Any) -> type[Config] | None:
     return None
 
 
-def member_names(models: list[type[Config]]) -> list[str]:
-    """Return the names that select the members of a union; empty if there is a single member."""
-    return [name for model in models if len(models) > 1 and (named := _names(model)) for name in named[1]]
-
-
-def _names(model: type[Config]) -> tuple[str, list[str]] | None:
+def selector(model: type[Config]) -> tuple[str, list[str]] | None:
     """Return the discriminating key of a model and the values that select the model."""
     for name, field in model.model_fields.items():
         if get_origin(field.annotation) is Literal:
@@ -536,6 +520,8 @@ def _path(loc: tuple[int | str, ...], values: Any, ends_in_key: bool) -> list[st
 def _wrong(problem: Any, key: str) -> str:
     """Return what an invalid value must be, as the end of a sentence."""
     kind, about = problem["type"], problem.get("ctx", {})
+    if (instead := words.of_value(key, problem["input"])) is not None:
+        return f"does not exist: {instead}"
     bounds = {
         "greater_than": "greater than",
         "less_than": "less than",
@@ -580,29 +566,66 @@ def _join(at: str, path: Iterable[str]) -> str:
     return at + ".".join(path).replace(".[", "[")
 
 
+# Similarity, from 0 to 1, below which no key is suggested
+SIMILAR = 0.7
+# Shortest beginning of a key that is completed
+SHORTEST = 3
+
+
 def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: str) -> str:
-    """Return an error message for an unknown key, with the key to use instead."""
+    """Return an error message for an unknown key, with the key to use instead: a line for each key of a mapping that has one."""
     key, name = _join(at, path), path[-1]
-    if name in EXPLAINED:
-        return f"{key} does not exist: {EXPLAINED[name]}"
     siblings, others = _siblings(model, values, path[:-1])
     if owners := [
         _join(at, [*path[:-1], f"{names[0]}={' or '.join(names[1])}"])
         for other in others
-        if name in _keys(other) and (names := _names(other))
+        if name in _keys(other) and (names := selector(other))
     ]:
         return f"{key} is a key of {' and of '.join(owners)}, which is not selected: select it, or leave this out."
     everywhere = list(_tree(model, values, at))
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7) or [
-        key for key in siblings if key.startswith(name)
+    known = [
+        f"{leaf} does not exist: {instead}"
+        for leaf, value in _leaves(_value_at(values, path), f"{key}.")
+        if (instead := words.answer(leaf, value, roots_of(everywhere)))
     ]
-    near_siblings = [_join(at, [*path[:-1], sibling]) for sibling in close]
-    same = [full for full in everywhere if full.rpartition(".")[2] == name]
-    near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
-    best = next((found[0] for found in (near_siblings, same, near) if found), None)
+    if known:
+        return "\n".join(dict.fromkeys(known))
+    best = _nearest(path, siblings, everywhere, at)
     return f"{key} does not exist: " + (
         f"did you mean '{best}'?" if best else f"valid keys are {', '.join(sorted(siblings))}."
     )
+
+
+def nearest_key(model: type[Config], key: str) -> str | None:
+    """Return the full key of a command's schema that is nearest to an unknown key; None if none is similar."""
+    return _nearest(key.split("."), _keys(model), list(_tree(model, {}, "")), "")
+
+
+def roots_of(keys: Iterable[str]) -> set[str]:
+    """Return the first parts of the keys of a command, and the groups of recipes if it has them."""
+    roots = {re.split(r"[.\[]", key, maxsplit=1)[0] for key in keys}
+    return roots | ({"debug", "experiment"} if "epochs" in roots else set())
+
+
+def _nearest(path: list[str], siblings: list[str], everywhere: list[str], at: str) -> str | None:
+    """Return the nearest full key: of the keys next to it, then of the whole tree."""
+    key, name = _join(at, path), path[-1]
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=SIMILAR)
+    if not close and len(name) >= SHORTEST:
+        close = [sibling for sibling in siblings if sibling.startswith(name)]
+    if close:
+        return _join(at, [*path[:-1], close[0]])
+    by_name = {full.rpartition(".")[2]: full for full in reversed(everywhere)}
+    if similar := difflib.get_close_matches(name, by_name, n=1, cutoff=SIMILAR):
+        return by_name[similar[0]]
+    return next(iter(difflib.get_close_matches(key, everywhere, n=1, cutoff=SIMILAR)), None)
+
+
+def _value_at(values: Any, path: list[str]) -> Any:
+    for part in path:
+        index = re.fullmatch(r"\[(\d+)\]", part)
+        values = values[int(index[1])] if index else values[part]
+    return values
 
 
 def _keys(model: type[Config]) -> list[str]:
@@ -625,7 +648,7 @@ def _siblings(model: type[Config], values: Any, path: list[str]) -> tuple[list[s
         models = members(annotation)
         # An entry of a list
         if part.startswith("["):
-            node, inside = next(iter(_inside_lists(annotation)), None), None
+            node, inside = next(iter(inside_lists(annotation)), None), None
             continue
         node = chosen(models, values) if models and isinstance(values, dict) else None
         inside = annotation if isinstance(values, list) else None
@@ -635,9 +658,9 @@ def _siblings(model: type[Config], values: Any, path: list[str]) -> tuple[list[s
     return ([] if node is None else _keys(node)), others
 
 
-def _inside_lists(annotation: Any) -> list[type[Config]]:
+def inside_lists(annotation: Any) -> list[type[Config]]:
     """Return the models in the lists of an annotation."""
-    found = [model for part in get_args(annotation) for model in _inside_lists(part)]
+    found = [model for part in get_args(annotation) for model in inside_lists(part)]
     return found + (members(get_args(annotation)[0]) if get_origin(annotation) is list else [])
 
 
@@ -649,7 +672,7 @@ def _tree(model: type[Config], values: Any, at: str) -> Iterator[str]:
         models = members(field.annotation)
         if isinstance(value, list):
             yield f"{at}{key}"
-            for inside in _inside_lists(field.annotation):
+            for inside in inside_lists(field.annotation):
                 for i, item in enumerate(value):
                     yield from _tree(inside, item, f"{at}{key}[{i}].")
             continue

@@ -201,7 +201,7 @@ Prints problems and how to fix them, and writes report.html, report.json, bad_sa
 and leakage.csv to a new folder. Exit code 3: more than data.max_bad_fraction of the images or rows are bad, more than
 data.max_empty_caption_fraction of the captions are empty, or the leakage is above max_leakage."""
 
-    data: Data
+    data: Data = Field(description="training and validation data, as in a training")
     model: ModelConfig
     name: str = Field(description="name of the check; its folder is <output_dir>/check_data/<name>/<time>")
     output_dir: str = Field("outputs", description="folder for reports and indexes")

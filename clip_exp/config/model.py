@@ -281,8 +281,8 @@ class ModelConfig(Config):
 
     name: str = Field(description="name of the model, used in folder names and reports")
     embed_dim: Size = Field(description="dimension of the shared embedding space")
-    image: ImageTowerConfig
-    text: TextTowerConfig
+    image: ImageTowerConfig = Field(description="image tower and preprocessing of the images")
+    text: TextTowerConfig = Field(description="text tower and its tokenizer")
     activation: Activation | None = Field(
         None,
         description="activation of the transformers' MLPs: gelu, quick_gelu or gelu_tanh; null: as the weights were trained with, else gelu",

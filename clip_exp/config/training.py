@@ -1,12 +1,15 @@
 """Schema of a training run: model, data, loss, optimizer, scheduler, strategy, fine-tuning, callbacks and logging."""
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
+from clip_exp.config import words
 from clip_exp.config.base import (
     Config,
     Count,
@@ -65,7 +68,7 @@ class LossConfig(Member):
     group: ClassVar[str] = "loss"
     key: ClassVar[str] = "name"
 
-    name: str
+    name: str = Field(description="loss")
     same_caption: PairLabel = Field(
         PairLabel.negative,
         description="positive or negative: how pairs with an equal caption in the same batch count",
@@ -241,7 +244,7 @@ class SchedulerConfig(Target):
 class StrategyConfig(Config):
     """Base class of strategies."""
 
-    name: StrategyName
+    name: StrategyName = Field(description="strategy")
     timeout_s: Annotated[Count, Field(le=10**7)] = Field(
         1800, description="seconds after which a collective operation fails, for example because another rank died"
     )
@@ -264,6 +267,16 @@ class DDPConfig(StrategyConfig):
     name: Literal[StrategyName.ddp] = StrategyName.ddp
 
 
+def _not_file(value: Any) -> Any:
+    if isinstance(value, str):
+        raise PydanticCustomError(
+            "file",
+            "is not a mapping: files are not read. Type each of its keys: strategy.config.<key>=…, such as "
+            "strategy.config.zero_optimization.overlap_comm=true",
+        )
+    return value
+
+
 class DeepSpeedConfig(StrategyConfig):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020), which shards the training state across devices."""
 
@@ -272,7 +285,9 @@ class DeepSpeedConfig(StrategyConfig):
         description="ZeRO stage; 1: shard the optimizer state, 2: also the gradients, 3: also the weights"
     )
     offload: bool = Field(False, description="keep the optimizer state in host memory; in stage 3 the weights as well")
-    config: dict[str, JsonValue] = Field({}, description="additional keys of DeepSpeed's configuration")
+    config: Annotated[dict[str, JsonValue], BeforeValidator(_not_file)] = Field(
+        {}, description="additional keys of DeepSpeed's configuration"
+    )
 
     @property
     def offloads(self) -> bool:
@@ -370,9 +385,12 @@ def _frozen_without_adapters(tower: str) -> Unused:
 class FineTuneConfig(Config):
     """Fine-tuning of pretrained weights: which of them are trained, and how fast."""
 
-    image: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
-    text: TowerTuningConfig = Field(default_factory=TowerTuningConfig)
-    lora: LoRAConfig | None = None
+    image: TowerTuningConfig = Field(default_factory=TowerTuningConfig, description="fine-tuning of the image tower")
+    text: TowerTuningConfig = Field(default_factory=TowerTuningConfig, description="fine-tuning of the text tower")
+    lora: LoRAConfig | None = Field(
+        None,
+        description="LoRA: train low-rank updates of linear layers instead of their weights (finetune=lora); null: no adapters",
+    )
     freeze_towers_steps: Index = Field(
         0,
         description="number of first steps in which only the projections and the logit scale learn (LP-FT, Kumar et al. 2022)",
@@ -447,7 +465,7 @@ class LoggerConfig(Config):
     """Loggers in addition to `metrics.csv`, which is always written since the run's report is generated from it."""
 
     tensorboard: bool = Field(False, description="write TensorBoard event files")
-    wandb: WandbConfig | None = None
+    wandb: WandbConfig | None = Field(None, description="log to Weights & Biases (logger=wandb); null: do not")
     extra: dict[str, Target] = Field(
         {}, description="additional Lightning loggers, as name: {_target_: class, arguments}"
     )
@@ -475,11 +493,11 @@ Set keys on the command line: python train.py model=vit_b32 optimizer.lr=1e-4
 With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
 
     model: ModelConfig
-    data: Data
-    loss: LossConfig
-    optimizer: Optimizer
+    data: Data = Field(description="training and validation data: your tables or Dataset, or a generated data set")
+    loss: LossConfig = Field(description="contrastive loss over the global batch")
+    optimizer: Optimizer = Field(description="optimizer, its learning rate and weight decay")
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
-    strategy: Strategy
+    strategy: Strategy = Field(description="distribution of a run over devices and machines")
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     finetune: FineTuneConfig = Field(default_factory=FineTuneConfig)
     callbacks: CallbacksConfig = Field(default_factory=CallbacksConfig)
@@ -620,6 +638,8 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
     def rules(self, at: str) -> Iterator[str]:
         if self.max_steps is not None and self.epochs is not None:
             yield f"max_steps={self.max_steps} and epochs={self.epochs:g} are both set: set only one (epochs=null or max_steps=null)."
+        if (instead := words.of_value("resume", self.resume)) and not os.path.exists(self.resume):
+            yield f"resume={self.resume} is not a run folder: {instead}"
         if self.max_steps is not None:
             yield from self.length_problems(self.max_steps)
         if self.precision is Precision.fp16_mixed and self.trainer.accelerator == "cpu":

@@ -23,7 +23,7 @@ def test_help_shows_the_usage_and_lists_the_keys(use: str, command: Run, tmp_pat
     assert done.returncode == 0
     assert done.stdout.startswith(f"clip-exp {use} ")
     for key in ("run", "ckpt", "pretrained", "images", "format", "output", "frames"):
-        assert re.search(rf"^{key}: \S+  # \w", done.stdout, re.M), key
+        assert re.search(rf"^{key}: \S+ +# \w", done.stdout, re.M), key
 
 
 def test_help_of_check_data_lists_its_keys_and_what_it_writes(command: Run, tmp_path: Path) -> None:
