@@ -38,6 +38,8 @@ CONFIG_DIR_HINT = "--config-dir (or CLIP_EXP_CONFIG_DIR)"
 MISSING = "???"
 # Marker of a value that is interpolated from a missing one
 UNKNOWN = "???…"
+# Groups whose options are recipes, which set keys of all groups
+GLOBAL_GROUPS = ("experiment", "debug")
 # Name of the member of an open group whose object is named by `_target_`
 CUSTOM = "custom"
 
@@ -598,13 +600,14 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
 
 def nearest_key(model: type[Config], key: str) -> str | None:
     """Return the full key of a command's schema that is nearest to an unknown key; None if none is similar."""
-    return _nearest(key.split("."), _keys(model), list(_tree(model, {}, "")), "")
+    path = key.split(".")
+    return _nearest(path, _siblings(model, {}, path[:-1])[0], list(_tree(model, {}, "")), "")
 
 
 def roots_of(keys: Iterable[str]) -> set[str]:
     """Return the first parts of the keys of a command, and the groups of recipes if it has them."""
     roots = {re.split(r"[.\[]", key, maxsplit=1)[0] for key in keys}
-    return roots | ({"debug", "experiment"} if "epochs" in roots else set())
+    return roots | (set(GLOBAL_GROUPS) if "epochs" in roots else set())
 
 
 def _nearest(path: list[str], siblings: list[str], everywhere: list[str], at: str) -> str | None:
