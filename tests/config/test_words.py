@@ -113,6 +113,8 @@ ANSWERED = {
     "--precision=amp_bf16": "precision=amp_bf16 does not exist: type precision=bf16-mixed.",
     "--optimizer.lrr=1": "did you mean 'optimizer.lr'?",
     "--multi": "--multi is not a flag: type --multirun.",
+    "--config_dir mine": "type --config-dir.",
+    "--distill-model x": "there is no equivalent: leave it out.",
     "--experiment digits": "type experiment=digits.",
     "--warmup_stepz 5": "did you mean scheduler.warmup_steps=5?",
     "--qqqqqqqq": "keys are set with key=value; --help lists them.",
