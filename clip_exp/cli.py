@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 
 from clip_exp._version import __version__
 from clip_exp.config.command_line import read, sweeps
-from clip_exp.config.compose import current_job, explain, run_hydra, secrets_refused
+from clip_exp.config.compose import run_hydra, secrets_refused
+from clip_exp.config.jobs import current_job
+from clip_exp.config.messages import explain
 from clip_exp.config.targets import TargetNotAllowedError
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DeviceMemoryError, nearest, printable

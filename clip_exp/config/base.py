@@ -38,6 +38,8 @@ CONFIG_DIR_HINT = "--config-dir (or CLIP_EXP_CONFIG_DIR)"
 MISSING = "???"
 # Marker of a value that is interpolated from a missing one
 UNKNOWN = "???…"
+# Groups whose options are recipes, which set keys of all groups
+GLOBAL_GROUPS = ("experiment", "debug")
 # Name of the member of an open group whose object is named by `_target_`
 CUSTOM = "custom"
 
@@ -583,13 +585,12 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
     ]:
         return f"{key} is a key of {' and of '.join(owners)}, which is not selected: select it, or leave this out."
     everywhere = list(_tree(model, values, at))
-    known = [
-        f"{leaf} does not exist: {instead}"
-        for leaf, value in _leaves(_value_at(values, path), f"{key}.")
-        if (instead := words.answer(leaf, value, roots_of(everywhere)))
-    ]
-    if known:
-        return "\n".join(dict.fromkeys(known))
+    value, roots = _value_at(values, path), roots_of(everywhere)
+    # A mapping, such as `callbacks.early_stopping`, may have keys with words of their own.
+    for leaves in ([(key, value)], list(_leaves(value, f"{key}."))):
+        answers = [(leaf, words.answer(leaf, inner, roots)) for leaf, inner in leaves]
+        if known := [f"{leaf} does not exist: {instead}" for leaf, instead in answers if instead is not None]:
+            return "\n".join(known)
     best = _nearest(path, siblings, everywhere, at)
     return f"{key} does not exist: " + (
         f"did you mean '{best}'?" if best else f"valid keys are {', '.join(sorted(siblings))}."
@@ -598,13 +599,14 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
 
 def nearest_key(model: type[Config], key: str) -> str | None:
     """Return the full key of a command's schema that is nearest to an unknown key; None if none is similar."""
-    return _nearest(key.split("."), _keys(model), list(_tree(model, {}, "")), "")
+    path = key.split(".")
+    return _nearest(path, _siblings(model, {}, path[:-1])[0], list(_tree(model, {}, "")), "")
 
 
 def roots_of(keys: Iterable[str]) -> set[str]:
     """Return the first parts of the keys of a command, and the groups of recipes if it has them."""
     roots = {re.split(r"[.\[]", key, maxsplit=1)[0] for key in keys}
-    return roots | ({"debug", "experiment"} if "epochs" in roots else set())
+    return roots | (set(GLOBAL_GROUPS) if "epochs" in roots else set())
 
 
 def _nearest(path: list[str], siblings: list[str], everywhere: list[str], at: str) -> str | None:
@@ -615,10 +617,11 @@ def _nearest(path: list[str], siblings: list[str], everywhere: list[str], at: st
         close = [sibling for sibling in siblings if sibling.startswith(name)]
     if close:
         return _join(at, [*path[:-1], close[0]])
-    by_name = {full.rpartition(".")[2]: full for full in reversed(everywhere)}
-    if similar := difflib.get_close_matches(name, by_name, n=1, cutoff=SIMILAR):
-        return by_name[similar[0]]
-    return next(iter(difflib.get_close_matches(key, everywhere, n=1, cutoff=SIMILAR)), None)
+    of_name: dict[str, list[str]] = {}
+    for full in everywhere:
+        of_name.setdefault(full.rpartition(".")[2], []).append(full)
+    similar = difflib.get_close_matches(name, of_name, n=1, cutoff=SIMILAR)
+    return difflib.get_close_matches(key, of_name[similar[0]], n=1, cutoff=0)[0] if similar else None
 
 
 def _value_at(values: Any, path: list[str]) -> Any:

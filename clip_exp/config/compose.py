@@ -11,7 +11,7 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +24,8 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -36,8 +33,9 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from clip_exp.config import registry, targets, words
+from clip_exp.config import registry, targets
 from clip_exp.config.base import (
+    GLOBAL_GROUPS,
     MISSING,
     UNKNOWN,
     Config,
@@ -53,13 +51,12 @@ from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.evaluation import TaskConfig
 from clip_exp.config.files import addresses, conf_dir, options
 from clip_exp.config.help import explain_topics, overview, split_topics
-from clip_exp.config.names import names, open_clip_field, option_like, translate
+from clip_exp.config.messages import explain, from_resolver
+from clip_exp.config.names import open_clip_field, option_like, translate
 from clip_exp.errors import ConfigError, nearest
 from clip_exp.secrets import names_secret
 
 Work = Callable[[Callable[[], Any]], None]
-# Groups whose options are recipes, which set keys of all groups
-GLOBAL_GROUPS = ("experiment", "debug")
 GLOBAL_HEADER = "# @package _global_"
 SEARCH_PATH = "hydra.searchpath"
 # Keys of the length of a run, which exclude each other
@@ -184,7 +181,7 @@ def _resolved_item(node: Any, key: Any, full_key: str, found: list[str]) -> Any:
     except InterpolationToMissingValueError:
         return UNKNOWN
     except OmegaConfBaseException as error:
-        refusal = _from_resolver(error)
+        refusal = from_resolver(error)
         if (
             problem := str(refusal) if refusal is not None else f"{full_key}: {str(error).splitlines()[0]}"
         ) not in found:
@@ -704,105 +701,3 @@ def environment_variable(name: str, *default: Any) -> Any:
             "folder. Libraries read their secrets from the environment themselves. If the value is not a secret, rename the variable."
         )
     return oc.env(name, *default)
-
-
-def _from_resolver(error: BaseException | None) -> ConfigError | None:
-    """Return the ConfigError that a resolver raised and OmegaConf wrapped; None if there is none."""
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-# --------------------------------------------------------------------------------------------------------- sweeps
-
-
-class Job(NamedTuple):
-    """Job of a sweep.
-
-    Attributes:
-        sweep: folder of the sweep, named by its start time; the same for jobs in other processes.
-        number: number of the job, from 0.
-        overrides: overrides of the keys that the sweep varies.
-    """
-
-    sweep: str
-    number: int
-    overrides: list[str]
-
-
-def current_job(arguments: list[str]) -> Job | None:
-    """Return the current job of a sweep (`-m`); None outside a sweep.
-
-    Args:
-        arguments: arguments of the command line, with lists of values.
-    """
-    if not HydraConfig.initialized():
-        return None
-    config = HydraConfig.get()
-    if config.mode != RunMode.MULTIRUN:
-        return None
-    varied = {*map(_varied, arguments), *(OmegaConf.select(config.sweeper, "params") or {})}
-    overrides = [text for text in config.overrides.task if _key(text) in varied]
-    return Job(os.path.abspath(config.sweep.dir), int(config.job.num), overrides)
-
-
-def _varied(argument: str) -> str | None:
-    """Return the key of an override with several values; None for other arguments."""
-    with suppress(HydraException):
-        if OverridesParser.create().parse_override(argument).is_sweep_override():
-            return _key(argument)
-    return None
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-# ---------------------------------------------------------------------------------------------------------- errors
-
-
-def explain(error: BaseException) -> str | None:
-    """Return a message for an error that the user can fix: of clip_exp, Hydra or OmegaConf, or a missing permission. Else return None."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return f"{error.filename}: permission denied. Change its permissions, or give another path."
-    chain = list(_causes(error))
-    for cause in chain:
-        if isinstance(cause, OmegaConfBaseException) and (refused := _from_resolver(cause)) is not None:
-            return str(refused)
-        if isinstance(cause, OverrideParseException):
-            return f"cannot parse the override {cause.override}: write key=value, and quote special characters: \"key='value'\"."
-        if isinstance(cause, MissingConfigException):
-            return _missing_option(cause)
-    for cause in reversed(chain):
-        if isinstance(cause, OmegaConfBaseException) and (cause.full_key or cause.key) is not None:
-            return f"{cause.full_key or cause.key}: {str(getattr(cause, 'msg', None) or cause).splitlines()[0]}"
-    return next((" ".join(str(cause).split()) for cause in chain if isinstance(cause, HydraException)), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _missing_option(error: MissingConfigException) -> str:
-    file = error.missing_cfg_file or ""
-    group, _, name = file.rpartition("/")
-    # Hydra gives no options if the override was a list.
-    found = error.options or (options(group) if group else [])
-    recipes, _, of_group = group.partition("/")
-    if not found and recipes in GLOBAL_GROUPS and name in options(of_group):
-        return (
-            f"a recipe of {recipes} selects {of_group}: {name} without a leading slash. Write '- override /{of_group}: {name}' in its "
-            "defaults."
-        )
-    if not found:
-        return " ".join(str(error).split())
-    if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
-        # The name may contain a slash: ViT-B/32.
-        name = file.removeprefix("model/")
-        return f"model={name} does not exist: {nearest(name, {*found, *names()})}"
-    choice = f"{group}={name}"
-    return f"{choice} does not exist: {words.of_value(group, name) or nearest(name, found)}"

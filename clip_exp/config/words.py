@@ -69,6 +69,8 @@ DEEPSPEED_FILE = use(
 )
 DETECTED = use(note="This is detected: leave it out.")
 ALWAYS = use(note="This is always the case: leave it out.")
+OF_LAUNCHER = use(note="The launcher and the strategy determine this: leave it out.")
+NOTHING = use(note="There is no equivalent: leave it out.")
 NUMBER_OF_RESULTS = use("top_k")
 
 LIGHTNING = {
@@ -88,6 +90,8 @@ LIGHTNING = {
     "trainer.default_root_dir": use("output_dir"),
     "trainer.enable_progress_bar": use("callbacks.progress=bar", "callbacks.progress=none"),
     "trainer.enable_checkpointing": ALWAYS,
+    "trainer.sync_batchnorm": NOTHING,
+    "trainer.num_sanity_val_steps": NOTHING,
     "trainer.gpus": ON_DEVICES,
     "trainer.resume_from_checkpoint": CONTINUE,
     "gpus": ON_DEVICES,
@@ -200,6 +204,19 @@ OPEN_CLIP = {
     "torchcompile": use("compile=true"),
     "fsdp": STAGE_3,
     "device": use("trainer.accelerator", "accelerator"),
+    "dist_url": OF_LAUNCHER,
+    "dist_backend": OF_LAUNCHER,
+    "ddp_static_graph": OF_LAUNCHER,
+    "no_set_device_rank": OF_LAUNCHER,
+    "opt_kwargs": use(note="Its keys are keys of `optimizer`: type optimizer.<key>=…."),
+    "wandb_notes": use(note="Set the environment variable WANDB_NOTES."),
+    "distill_model": NOTHING,
+    "distill_pretrained": NOTHING,
+    "coca_caption_loss_weight": NOTHING,
+    "coca_contrastive_loss_weight": NOTHING,
+    "remote_sync": NOTHING,
+    "copy_codebase": NOTHING,
+    "val_retrieval_chunk_size": NOTHING,
     "cache_dir": use(note="Set the environment variable CLIP_EXP_CACHE, or HF_HOME for the Hugging Face hub."),
 }
 FLAGAI = {
@@ -411,7 +428,7 @@ def of_value(key: str, value: Any) -> str | None:
     """Return what to type instead of another framework's value of a key or group, as the end of a sentence; None if it is unknown."""
     text = as_typed(value)
     translated = _translated(key, text)
-    return EXPLAINED.get(f"{key}={text}") if translated is None else f"type {_in_shell(translated)}."
+    return EXPLAINED.get(f"{key}={text}") if translated is None else f"type {in_shell(translated)}."
 
 
 def as_typed(value: Any) -> str:
@@ -463,7 +480,7 @@ def _filled(overrides: str, value: Any) -> str:
             filled.append(translated)
         else:
             filled.append(f"{key}={template.format(value=text)}")
-    return " ".join(map(_in_shell, filled))
+    return " ".join(map(in_shell, filled))
 
 
 def _is_count(value: Any) -> bool:
@@ -477,6 +494,6 @@ def _translated(key: str, text: str) -> str | None:
     return None if found is None else found if "=" in found else f"{key}={found}"
 
 
-def _in_shell(overrides: str) -> str:
+def in_shell(overrides: str) -> str:
     """Return overrides with quotes where the shell needs them."""
     return " ".join(part if re.fullmatch(r"[\w./=@+,:…-]*", part) else shlex.quote(part) for part in _parts(overrides))
