@@ -19,7 +19,7 @@ from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.tables.filters import as_json
 from clip_exp.data.tables.table import bad_rows, unconverted_values
 from clip_exp.errors import CheckpointError
-from clip_exp.reports.run_report import data_facts, next_command, update_report, write_report
+from clip_exp.reports.run_report import data_facts, next_command, next_step, update_report, write_report
 from clip_exp.runs import RunRecord, write_json
 from clip_exp.storage import read_json_object
 from clip_exp.training.metrics import MetricsCSV, data_wait_fraction
@@ -156,5 +156,5 @@ def _table(run_dir: Path, summary: dict[str, Any]) -> str:
         console.print(f"report:      {run_dir / 'report.html'}")
     if (run_dir / "eval").is_dir():
         console.print(f"tasks:       {run_dir / 'eval'}")
-    console.print(f"next:        {next_command(run_dir)}", markup=False)
+    console.print(f"next:        {next_step.get() or next_command(run_dir)}", markup=False)
     return buffer.getvalue().rstrip()
