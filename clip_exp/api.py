@@ -3,11 +3,11 @@
 import difflib
 import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import clip_exp.open_clip_files as open_clip_files
 from clip_exp.checkpoints import folders
@@ -16,7 +16,7 @@ from clip_exp.config import objects, registry
 from clip_exp.config.base import typed_keys
 from clip_exp.config.compose import compose
 from clip_exp.config.evaluation import OUTPUTS
-from clip_exp.config.keywords import PARAMETERS, Object, overrides_of
+from clip_exp.config.keywords import PARAMETERS, EvaluateKeywords, Object, TrainKeywords, overrides_of
 from clip_exp.config.model import Activation
 from clip_exp.config.names import named_model, names, resolve
 from clip_exp.config.targets import allowed
@@ -108,6 +108,11 @@ def load(
         raise ConfigError(NO_START)
     with allowed(allow_targets), registry.added(config_dir), objects.given(_towers(image, text)):
         found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
+        for name, module in (("image", image), ("text", text)):
+            if module is not None and not objects.is_object(str(getattr(getattr(found.model, name), "target", ""))):
+                raise ConfigError(
+                    f"{name}=… has no effect: the {name} tower of {source} was not trained from an object. Leave it out."
+                )
         # Imports torch
         from clip_exp.inference.pipeline import load_pipeline
 
@@ -119,8 +124,8 @@ def train(
     config_dir: ConfigDir = None,
     dataset: Any = None,
     val_dataset: Any = None,
-    transform: Any = None,
-    **keywords: Any,
+    transform: Callable[[Any], Any] | None = None,
+    **keywords: Unpack[TrainKeywords],
 ) -> "Run":
     """Train a model as `clip-exp train` does, in this process and its child processes, and return the finished run.
 
@@ -153,7 +158,7 @@ def train(
     parameters = {"dataset": dataset, "val_dataset": val_dataset, "transform": transform}
     given = {PARAMETERS[name]: Object(value) for name, value in parameters.items() if value is not None}
     with allowed(()), registry.added(config_dir):  # what the call allows is allowed for its duration only
-        further, found = overrides_of({**keywords, **given}, overrides)
+        further, found = overrides_of("train", {**keywords, **given}, overrides)
         arguments = [*overrides, *further]
         if found and "trainer.devices" not in typed_keys(arguments):
             arguments.append("trainer.devices=1")
@@ -186,7 +191,7 @@ def evaluate(
     config_dir: ConfigDir = None,
     image: "nn.Module | None" = None,
     text: "nn.Module | None" = None,
-    **keywords: Any,
+    **keywords: Unpack[EvaluateKeywords],
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model as `clip-exp evaluate` does, in this process. The results are also written to the evaluation's folder.
 
@@ -206,7 +211,7 @@ def evaluate(
         KeyboardInterrupt: a signal stopped the evaluation; the same call continues from the cached features.
     """
     with allowed(()), registry.added(config_dir):  # what the call allows is allowed for its duration only
-        further, found = overrides_of(keywords, overrides)
+        further, found = overrides_of("evaluate", keywords, overrides)
         arguments = [*overrides, *further]
         with objects.given({**found, **_towers(image, text)}):
             config = compose("evaluate", arguments)

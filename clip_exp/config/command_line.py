@@ -212,4 +212,5 @@ def _readable(parser: OverridesParser, argument: str) -> bool:
 
 def in_quotes(text: str) -> str:
     """Return a text in single quotes, in Hydra's grammar."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"

@@ -8,10 +8,10 @@ does a key that is the name of an option and has a mapping (`task={"imagenet": {
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from clip_exp.config import objects
 from clip_exp.config.base import typed_keys
 from clip_exp.config.command_line import in_quotes
+from clip_exp.config.compose import compose_config
 from clip_exp.config.files import conf_dir, options
 from clip_exp.config.names import resolve
 from clip_exp.config.targets import TARGET
@@ -29,35 +30,103 @@ _KEY = re.compile(r"[\w./@-]+")
 PARAMETERS = {"dataset": "data", "val_dataset": "data.val", "transform": "data.transform"}
 
 
+# Names of options, or a mapping of the keys below
+Group = str | list[str] | tuple[str, ...] | Mapping[str, Any] | None
+PathLike = str | os.PathLike[str]
+
+
+class TrainKeywords(TypedDict, total=False):
+    """Keywords of `train`: the keys of the configuration, and the groups of recipes."""
+
+    experiment: str | None
+    debug: str | None
+    model: Any  # also a module, or a pair of modules
+    data: Group
+    loss: Any  # also a module or function
+    optimizer: Group
+    scheduler: Group
+    strategy: Group
+    trainer: Group
+    finetune: Group
+    callbacks: Group
+    logger: Group
+    name: str
+    seed: int
+    output_dir: PathLike
+    resume: PathLike
+    pretrained: PathLike | None
+    pretrained_image: PathLike | None
+    pretrained_text: PathLike | None
+    pretrained_prefix: str | None
+    max_steps: int | None
+    epochs: float | None
+    global_batch_size: int
+    micro_batch_size: int | None
+    precision: str
+    compile: bool
+    log_every_n_steps: int
+    val_every_n_steps: int | None
+    checkpoint_every_n_steps: int | None
+    monitor: str | None
+    monitor_mode: str
+    patience: int | None
+    task: Group
+    task_every_n_steps: int | None
+    allow_targets: list[str]
+
+
+class EvaluateKeywords(TypedDict, total=False):
+    """Keywords of `evaluate`: the keys of the configuration."""
+
+    run: PathLike | None
+    ckpt: PathLike | None
+    model: Group
+    pretrained: PathLike | None
+    pretrained_prefix: str | None
+    ema: bool
+    wise_ft: float | None
+    allow_targets: list[str]
+    accelerator: str
+    precision: str
+    batch_size: int
+    num_workers: int | None
+    on_bad_image: str
+    max_image_pixels: int
+    task: Group
+    name: str | None
+    output_dir: PathLike
+    devices: int | str | list[int]
+    cache_gb: float
+
+
 class Object(NamedTuple):
     """Value that is an object, whatever its type: a list of pairs may be a data set."""
 
     value: Any
 
 
-def overrides_of(keywords: Mapping[str, Any], typed: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
+def overrides_of(command: str, keywords: Mapping[str, Any], typed: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Return the overrides that are equal to keyword arguments, and the objects among them by their full keys.
 
+    A table, or an object, as training data replaces a generated data set unless `data` is selected.
+
     Args:
-        keywords: values by key; the key `data.val` is nested (`data={"val": …}`), or written with a dot.
-        typed: overrides that precede the keywords; they keep the options that they select.
+        command: name of the command.
+        keywords: values by key; a key below a group may be nested (`data={"val": …}`) or written with a dot.
+        typed: overrides that precede the keywords.
 
     Raises:
-        ConfigError: a value cannot be that of a key, or a key is not a name.
+        ConfigError: a value cannot be that of a key, a key is not a name, or see `compose_config`.
     """
     found: dict[str, Any] = {}
     written = [override for key, value in keywords.items() for override in _overrides(key, value, found)]
-    selected = {key for key in typed_keys(typed) | typed_keys(written) if key in ("data", "data@_here_")}
-    if not selected and (option := _kind_of_data({*typed_keys(written)})):
-        written.insert(0, f"data={option}")
+    keys = typed_keys(written)
+    option = "custom" if f"data.{TARGET}" in keys else "csv" if "data.train" in keys else None
+    if option is not None and "data" not in keys | typed_keys(typed):
+        selected = compose_config(command, [*typed, *(each for each in written if not each.startswith("data"))])
+        if selected.data.get("generate") is not None:
+            written.insert(0, f"data={option}")
     return written, found
-
-
-def _kind_of_data(keys: set[str]) -> str | None:
-    """Return the option of `data` that keys need; without one, the default would be a generated data set."""
-    if f"data.{TARGET}" in keys:
-        return "custom"
-    return "csv" if "data.train" in keys else None
 
 
 def _overrides(key: str, value: Any, found: dict[str, Any]) -> Iterator[str]:
