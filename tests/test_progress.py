@@ -2,14 +2,17 @@
 
 import io
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
 from clip_exp import progress as module
 from clip_exp.progress import NotebookProgress, in_notebook, progress, silence
+from clip_exp.training.callbacks import Progress as TrainingProgress
+from clip_exp.training.summary import _table
 
 
 @pytest.fixture
@@ -101,3 +104,27 @@ def test_a_terminal_with_ipython_is_no_notebook(shown: list[str], monkeypatch: p
     assert not in_notebook()
     monkeypatch.delitem(sys.modules, "IPython")
     assert not in_notebook()
+
+
+def test_training_in_a_notebook_shows_a_bar_and_writes_its_table_as_text(
+    shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics: Any = SimpleNamespace(latest={})
+    callback, trainer = (
+        TrainingProgress("auto", metrics),
+        cast(Any, SimpleNamespace(is_global_zero=True, global_step=2)),
+    )
+    callback.on_train_start(trainer, SimpleNamespace(total_steps=4))
+    callback.on_train_batch_end(trainer, SimpleNamespace(total_steps=4), None, None, 0)
+    callback.on_train_end(trainer, None)
+    assert "2/4" in shown[-1]
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    summary = {
+        "name": "a",
+        "steps": 1,
+        "samples_seen": 8,
+        "seconds": 1.0,
+        "samples_per_s": None,
+        "metrics": {"train/loss": 2.0},
+    }
+    assert "train/loss" in _table(tmp_path, summary)

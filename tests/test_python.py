@@ -216,6 +216,9 @@ def test_objects_train_and_the_run_needs_its_towers_again(tmp_path: Path, capsys
     torch.testing.assert_close(
         clip_exp.load(run, image=image, text=text, accelerator="cpu").encode_image(red), features
     )
+    exported = run.load(accelerator="cpu").export(tmp_path / "exported", format="safetensors")
+    loaded = clip_exp.load(exported, image=image, text=text, accelerator="cpu")
+    torch.testing.assert_close(loaded.encode_image(red), features)
     assert run.evaluate(task="digits", accelerator="cpu", num_workers=0, output_dir=tmp_path)["digits"]["metrics"]
     assert [row["step"] for row in run.rows] == [1, 2]
     with pytest.raises(

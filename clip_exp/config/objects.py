@@ -42,6 +42,11 @@ def given(found: Mapping[str, Any]) -> Iterator[None]:
         _given.reset(token)
 
 
+def current() -> Mapping[str, Any]:
+    """Return the objects that are known now."""
+    return _given.get()
+
+
 def is_object(target: str) -> bool:
     """Return True if a `_target_` is the name of an object."""
     return target.startswith(PREFIX)

@@ -147,7 +147,8 @@ def _table(run_dir: Path, summary: dict[str, Any]) -> str:
     if summary["samples_per_s"] is not None:
         table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     buffer = io.StringIO()
-    console = Console(file=buffer, soft_wrap=True, highlight=False, markup=False)
+    # In a notebook rich would display the table instead of writing it to the buffer.
+    console = Console(file=buffer, soft_wrap=True, highlight=False, markup=False, force_jupyter=False)
     console.print(table)
     for name, text in data_facts(summary).items():
         console.print(f"{name}: {text}")
