@@ -57,8 +57,8 @@ ConfigDir = str | Path | Sequence[str | Path] | None
 
 
 def load(
-    source: str | Path,
-    pretrained: str | Path | None = None,
+    source: str | os.PathLike[str],
+    pretrained: str | os.PathLike[str] | None = None,
     *,
     accelerator: str = "auto",
     activation: str | None = None,
@@ -102,12 +102,13 @@ def load(
     """
     if activation is not None and activation not in list(Activation):
         raise ConfigError(f"activation={activation} must be one of {', '.join(Activation)}.")
+    source, pretrained = os.fspath(source), None if pretrained is None else os.fspath(pretrained)
     # Problems are reported before torch is imported.
     check_accelerator(accelerator)
-    if wise_ft is not None and (pretrained is not None or str(source).startswith(HUB)):
+    if wise_ft is not None and (pretrained is not None or source.startswith(HUB)):
         raise ConfigError(NO_START)
     with allowed(allow_targets), registry.added(config_dir), objects.given(_towers(image, text)):
-        found = mixed(_source(str(source), pretrained, Activation(activation) if activation else None, prefix), wise_ft)
+        found = mixed(_source(source, pretrained, Activation(activation) if activation else None, prefix), wise_ft)
         for name, module in (("image", image), ("text", text)):
             if module is not None and not objects.is_object(str(getattr(getattr(found.model, name), "target", ""))):
                 raise ConfigError(

@@ -114,7 +114,12 @@ import clip_exp
 
 clip = clip_exp.load("run")
 reveal_type(clip)
-reveal_type(clip_exp.train("max_steps=1"))
+run = clip_exp.train("seed=1", max_steps=1, data={"train": "pairs.csv"})
+reveal_type(run)
+reveal_type(run.config.max_steps)
+clip_exp.load(run)
+clip_exp.train(max_steps="many")
+clip_exp.train(max_stepps=1)
 reveal_type(clip_exp.evaluate("run=x"))
 clip_exp.load(3)
 """
@@ -130,9 +135,12 @@ def test_type_checkers_know_the_api(repository: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert re.findall(r"(?:Revealed type is|error:) (.+?)(?:  \[.*)?$", done.stdout, re.M) == [
         '"clip_exp.inference.pipeline.Pipeline"',
-        '"pathlib.Path"',
+        '"clip_exp.api.Run"',
+        '"int | None"',
+        'Argument "max_steps" to "train" has incompatible type "str"; expected "int | None"',
+        'Unexpected keyword argument "max_stepps" for "train"; did you mean "max_steps"?',
         '"dict[str, dict[str, Any]]"',
-        'Argument 1 to "load" has incompatible type "int"; expected "str | Path"',
+        'Argument 1 to "load" has incompatible type "int"; expected "str | PathLike[str]"',
     ], done.stdout
 
 

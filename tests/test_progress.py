@@ -109,7 +109,7 @@ def test_a_terminal_with_ipython_is_no_notebook(shown: list[str], monkeypatch: p
 def test_training_in_a_notebook_shows_a_bar_and_writes_its_table_as_text(
     shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics: Any = SimpleNamespace(latest={})
+    metrics: Any = SimpleNamespace(latest={}, global_batch_size=8)
     callback, trainer = (
         TrainingProgress("auto", metrics),
         cast(Any, SimpleNamespace(is_global_zero=True, global_step=2)),
