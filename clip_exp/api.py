@@ -157,6 +157,10 @@ def train(
         KeyboardInterrupt: a signal stopped the run; the same call resumes it.
     """
     parameters = {"dataset": dataset, "val_dataset": val_dataset, "transform": transform}
+    for name, value in parameters.items():
+        if isinstance(value, str | os.PathLike | Mapping):
+            key = PARAMETERS[name].partition(".")[2] or "train"
+            raise ConfigError(f"{name}={value!r} is not an object: set a key with data={{{key!r}: {value!r}}}.")
     given = {PARAMETERS[name]: Object(value) for name, value in parameters.items() if value is not None}
     with allowed(()), registry.added(config_dir):  # what the call allows is allowed for its duration only
         further, found = overrides_of("train", {**keywords, **given}, overrides)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import clip_exp
 from clip_exp.cli import COMMANDS
 from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.evaluation import TaskConfig
@@ -47,6 +48,12 @@ def fields(values: Any, depth: int, at: str = "") -> set[str]:
 
 def test_commands() -> None:
     assert listed("Commands") == COMMANDS.keys()
+
+
+def test_python(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    names = {name for name in dir(clip_exp.Run(tmp_path)) if not name.startswith("_")}
+    assert listed("Python") == {*clip_exp.__all__, *(f"Run.{name}" for name in names)} - {"__version__"}
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in SHARED])

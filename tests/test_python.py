@@ -1,12 +1,16 @@
 """Tests of the Python API's keywords, objects and runs (`tests/inference/test_api.py` has those of its other functions)."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -72,8 +76,6 @@ def test_texts_are_passed_exactly(text: str):
 
 
 def test_paths_numbers_of_numpy_and_tuples_are_values(tmp_path: Path):
-    import numpy as np
-
     config = composed(
         data={"train": tmp_path / "a b.csv", "columns": ("x", "y")}, optimizer={"lr": np.float32(0.5)}, seed=np.int64(3),
         compile=np.bool_(True),
@@ -105,6 +107,8 @@ def test_a_table_replaces_generated_data_but_not_an_option_of_the_user(tmp_path:
         ({"data": {"a b": 1}}, "'data.a b' is not a key"),
         ({"optimizer": nn.Linear(1, 1)}, "optimizer has a value of type Linear: .*Objects are supported for data,"),
         ({"loss": nn.Linear}, r"loss is the class Linear: pass an object of it \(Linear"),
+        ({"dataset": "a.csv"}, r"dataset='a.csv' is not an object: set a key with data=\{'train': 'a.csv'\}"),
+        ({"val_dataset": Path("a")}, r"set a key with data=\{'val': "),
         ({"seed": {1, 2}}, "seed has a value of type set"),
         ({"model": (nn.Linear(1, 1),)}, "model has 1 objects: pass a pair"),
         ({"dataset": [1], "trainer": {"devices": 2, "accelerator": "cpu"}}, r"trainer.devices=2: objects \(data\) exist in this"),
@@ -243,6 +247,49 @@ def test_the_name_of_an_object_depends_on_code_and_state_and_not_on_the_process(
     code = "from clip_exp.config import objects; from tests.test_python import Margin; print(objects.name_of(Margin(0.1), 'loss'))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == names[0]
+
+
+class Slotted:
+    __slots__ = ("value",)
+    scale = 1
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Slotted(1), Slotted(2)),
+        (Slotted(np.zeros(4)), Slotted(np.ones(4))),
+        (Slotted(np.array(["a", None], dtype=object)), Slotted(np.array(["b", None], dtype=object))),
+        (Slotted(pd.DataFrame({"a": ["x"]})), Slotted(pd.DataFrame({"a": ["y"]}))),
+        (Slotted(torch.zeros(2, dtype=torch.bfloat16)), Slotted(torch.ones(2, dtype=torch.bfloat16))),
+        (Slotted({"a", "b"}), Slotted({"a", "c"})),
+        (Slotted([[1], [2]]), Slotted([[1], [3]])),
+        (Slotted(Image.new("RGB", (2, 2), "red")), Slotted(Image.new("RGB", (2, 2), "blue"))),
+        (partial(scaled, a=1), partial(scaled, a=2)),
+        (Margin(0.1).forward, Margin(0.2).forward),
+    ],
+)
+def test_the_name_of_an_object_depends_on_state_of_any_kind(one: Any, other: Any):
+    assert objects.name_of(copy.deepcopy(one), "data") == objects.name_of(one, "data") != objects.name_of(other, "data")
+
+
+def test_class_attributes_and_globals_are_part_of_the_code(monkeypatch: pytest.MonkeyPatch):
+    before = objects.name_of(Slotted(1), "data"), objects.name_of(Pairs(), "data")
+    monkeypatch.setattr(Slotted, "scale", 2)
+    monkeypatch.setitem(globals(), "COLORS", ["red"])
+    assert objects.name_of(Slotted(1), "data") != before[0]
+    assert objects.name_of(Pairs(), "data") != before[1]
+
+
+def test_large_arrays_are_sampled(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(objects, "MAX_BYTES", 64)
+    rows = np.zeros((100, 8))
+    before = objects.name_of(Slotted(rows), "data")
+    rows[0] = 1
+    assert objects.name_of(Slotted(rows), "data") != before
 
 
 def test_a_module_for_a_tower_that_is_no_object_is_refused(run_dir: Path):

@@ -122,7 +122,7 @@ def overrides_of(command: str, keywords: Mapping[str, Any], typed: Sequence[str]
     written = [override for key, value in keywords.items() for override in _overrides(key, value, found)]
     keys = typed_keys(written)
     option = "custom" if f"data.{TARGET}" in keys else "csv" if "data.train" in keys else None
-    if option is not None and "data" not in keys | typed_keys(typed):
+    if command == "train" and option is not None and "data" not in keys | typed_keys(typed):
         selected = compose_config(command, [*typed, *(each for each in written if not each.startswith("data"))])
         if selected.data.get("generate") is not None:
             written.insert(0, f"data={option}")

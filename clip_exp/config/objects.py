@@ -29,6 +29,8 @@ ARGUMENTS = {
     "model.image": "image=…",
     "model.text": "text=…",
 }
+# Size of an array above which only some of its rows are read for the digest
+MAX_BYTES = 1 << 26
 _given: ContextVar[Mapping[str, Any]] = ContextVar("given", default=types.MappingProxyType({}))
 
 
@@ -95,7 +97,7 @@ def _is_module(value: Any) -> bool:
 
 def _parts(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
     """Yield what identifies an object in every process: code and state of the user, names and state of what libraries define."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | os.PathLike):
+    if _is_simple(value) or (isinstance(value, list | tuple) and all(map(_is_simple, value))):
         yield repr(value).encode()
         return
     yield type(value).__qualname__.encode()
@@ -131,7 +133,20 @@ def _parts(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
     else:
         yield getattr(value, "__qualname__", "").encode()
         yield from _parts(type(value), seen)
-        yield from _parts(getattr(value, "__dict__", {}), seen)
+        yield from _parts({**_slots(value), **getattr(value, "__dict__", {})}, seen)
+
+
+def _is_simple(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes | os.PathLike)
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    names = [name for cls in type(value).__mro__ for name in _names(cls.__dict__.get("__slots__", ()))]
+    return {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
+
+
+def _names(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
 
 
 def _of_function(function: types.FunctionType, seen: dict[int, Any]) -> Iterator[bytes]:
@@ -158,6 +173,9 @@ def _of_class(cls: type, seen: dict[int, Any]) -> Iterator[bytes]:
                 for function in (item,) if isinstance(item, types.FunctionType) else _functions(item):
                     yield name.encode()
                     yield from _parts(function, seen)
+            elif not name.startswith("__"):
+                yield name.encode()
+                yield from _parts(item, seen)
 
 
 def _functions(item: Any) -> list[Any]:
@@ -165,8 +183,10 @@ def _functions(item: Any) -> list[Any]:
 
 
 def _of_array(value: Any) -> Iterator[bytes]:
-    """Yield the content of a tensor, array or image."""
+    """Yield the content of a tensor, array or image; of a large one, such as a mapped file, that of evenly spaced rows."""
     yield f"{getattr(value, 'dtype', '')} {tuple(getattr(value, 'shape', getattr(value, 'size', ())))}".encode()
+    if (step := getattr(value, "nbytes", 0) // MAX_BYTES + 1) > 1:
+        value = value[::step]
     if hasattr(value, "detach"):
         value = value.detach().cpu().contiguous().reshape(-1)
         value = value.view(sys.modules["torch"].uint8).numpy()
