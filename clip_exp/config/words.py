@@ -120,6 +120,11 @@ TEMPLATE = {
     "model.optimizer.lr": RATE,
     "model.optimizer.weight_decay": DECAY,
     "model.compile": use("compile"),
+    "callbacks.early_stopping": use("monitor=val/loss patience=3"),
+    "callbacks.model_checkpoint": use("monitor=val/loss", "checkpoint_every_n_steps=…"),
+    "callbacks.rich_progress_bar": use("callbacks.progress=bar"),
+    "callbacks.model_summary": NOTHING,
+    "callbacks.learning_rate_monitor": ALWAYS,
     "callbacks.early_stopping.patience": use("patience"),
     "callbacks.early_stopping.monitor": use("monitor"),
     "callbacks.early_stopping.mode": use("monitor_mode"),
@@ -311,6 +316,12 @@ OTHERS = {
     "num_workers": WORKERS,
     "max_epochs": use("epochs"),
     "max_iters": use("max_steps"),
+    "image_size": use("model.image.image_size"),
+    "augmentation": use("data/augmentation"),
+    "image_tower": use("model/image"),
+    "text_tower": use("model/text"),
+    "image_encoder": use("model/image"),
+    "text_encoder": use("model/text"),
     "total_steps": use("max_steps"),
     "num_steps": use("max_steps"),
     "accumulate_grad_batches": ACCUMULATION,
@@ -421,7 +432,8 @@ def answer(key: str, value: Any, roots: Collection[str]) -> str | None:
         many = int(value) * DEVICES
         return f"type global_batch_size={value} on one device, global_batch_size={many} on {DEVICES}. {found.note}"
     typed = " or ".join(dict.fromkeys(_filled(each, value) for each in valid))
-    return f"type {typed}. {found.note}".rstrip()
+    # A note is about the first override.
+    return f"type {typed}. {found.note if found.overrides[0] in valid else ''}".rstrip()
 
 
 def of_value(key: str, value: Any) -> str | None:

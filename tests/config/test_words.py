@@ -56,6 +56,8 @@ ANSWERED = {
     "callbacks.model_checkpoint.monitor=val/loss": "type monitor=val/loss.",
     "callbacks.model_checkpoint.every_n_train_steps=100": "type checkpoint_every_n_steps=100.",
     "callbacks.model_checkpoint.save_top_k=3": "the last two checkpoints and the one that is best in `monitor` are kept",
+    "callbacks.model_checkpoint.verbose=true": "type monitor=val/loss or checkpoint_every_n_steps=…",
+    "+callbacks.early_stopping={_target_: lightning.EarlyStopping, patience: 3}": "callbacks.early_stopping.patience does not exist: type patience=3.",
     "callbacks=early_stopping": "type monitor=val/loss patience=3.",
     "loss=siglip": "type loss=sigmoid.",
     "loss=clip": "type loss=softmax.",
@@ -140,7 +142,7 @@ def test_a_word_of_another_framework_is_answered_with_what_to_type(refused, tmp_
 @pytest.mark.parametrize(
     ("command", "line", "expected"),
     [
-        ("evaluate", "ckpt_path=x", "type pretrained=x or ckpt=x"),
+        ("evaluate", "ckpt_path=x", "ckpt_path does not exist: type pretrained=x or ckpt=x."),
         ("evaluate", "workers=2", "type num_workers=2."),
         ("evaluate", "gpus=2", "type devices=2."),
         ("predict", "precision=bf16", "type precision=bf16-mixed."),
