@@ -10,6 +10,7 @@ import clip_exp.open_clip_files as open_clip_files
 from clip_exp.checkpoints.folders import STEP, was_saved
 from clip_exp.config import registry
 from clip_exp.config.compose import compose
+from clip_exp.config.evaluation import OUTPUTS
 from clip_exp.config.model import Activation
 from clip_exp.config.names import named_model, names, resolve
 from clip_exp.config.targets import allowed
@@ -22,6 +23,7 @@ from clip_exp.loading import (
     NO_START,
     ModelSource,
     mixed,
+    run_folder,
     source_of_checkpoint,
     source_of_file,
     source_of_run,
@@ -29,7 +31,7 @@ from clip_exp.loading import (
 )
 from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.failure import Stopped
-from clip_exp.runs import RunRecord
+from clip_exp.runs import RunRecord, newest_run
 from clip_exp.training.launch import train_here
 from clip_exp.weights.download import HUB, is_hub_name
 
@@ -57,7 +59,8 @@ def load(
     Args:
         source: with `pretrained`, the name of a model: one of `conf/model/`, or the name in OpenAI's repository
             (`ViT-B/32`), open_clip or FlagAI. Without `pretrained`, weights with their configuration: a run folder (its
-            best checkpoint if it has a `monitor`, else its last), a checkpoint folder, a weights file in one of those
+            best checkpoint if it has a `monitor`, else its last), the name of a run in `outputs/train` or `latest` (the
+            newest one), a checkpoint folder, a weights file in one of those
             or next to its `config.yaml`, a folder written by `save_pretrained` of Hugging Face or open_clip, or
             `hf-hub:org/name`.
         pretrained: tag of open_clip's registry (`openai`; `clip-exp models` lists them), `hf-hub:org/name`, or a file
@@ -164,6 +167,8 @@ def _source(
         found = source_of_checkpoint(path)
     elif path.is_dir() or source.startswith(HUB):
         found = source_of_file(None, source, activation, prefix)
+    elif resolve(source) is None and "/" not in source and newest_run(source, OUTPUTS) is not None:
+        found = source_of_run(run_folder(source, OUTPUTS))
     elif resolve(source) is None:
         if is_hub_name(HUB + source) and not difflib.get_close_matches(source, names(), n=1, cutoff=0.85):
             raise ConfigError(

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from clip_exp._version import __version__
-from clip_exp.config.compose import MULTIRUN_FLAGS, current_job, explain, run_hydra, secrets_refused
+from clip_exp.config.command_line import read, sweeps
+from clip_exp.config.compose import run_hydra, secrets_refused
+from clip_exp.config.jobs import current_job
+from clip_exp.config.messages import explain
 from clip_exp.config.targets import TargetNotAllowedError
 from clip_exp.devices import is_out_of_memory
-from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DeviceMemoryError, nearest, printable
+from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, ConfigError, DeviceMemoryError, nearest, printable
 from clip_exp.ranks.environment import is_first_rank, started_by_launcher
 from clip_exp.ranks.failure import end_process
 
@@ -40,19 +43,7 @@ def main(command: str | None = None) -> NoReturn:
         command, arguments = arguments[0], arguments[1:]
         if command not in COMMANDS:
             sys.exit(_report(f"unknown command '{command}': {nearest(command, COMMANDS)}", 2))
-    end_process(run(command, named(command, arguments)))
-
-
-def named(command: str, arguments: list[str]) -> list[str]:
-    """Add the key to a positional argument, if the command accepts one. An argument after a flag may be the value of the flag."""
-    key = POSITIONAL.get(command)
-    if key is None:
-        return arguments
-    flags = [False, *(argument.startswith("-") for argument in arguments)]
-    return [
-        argument if "=" in argument or argument.startswith(("-", "+", "~")) or flag else f"{key}={argument}"
-        for argument, flag in zip(arguments, flags, strict=False)
-    ]
+    end_process(run(command, arguments))
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -60,6 +51,12 @@ def run(command: str, arguments: list[str]) -> int:
 
     A sweep (`-m`) continues after a failed job and returns the exit code of the first failure.
     """
+    # The parser of flags reads the name of the program
+    sys.argv = [f"{command}.py", *arguments]
+    try:
+        arguments = read(command, arguments)
+    except ConfigError as error:
+        return _report(str(error), error.exit_code)
     codes: list[int] = []
     # This saves a tenth of the time: composing creates no garbage, and pydantic would search all installed packages for
     # plugins.
@@ -69,13 +66,12 @@ def run(command: str, arguments: list[str]) -> int:
     def job(typed: Callable[[], Any]) -> None:
         gc.enable()
         if not STOPPED & set(codes):
-            sweeping = bool(MULTIRUN_FLAGS & set(arguments))
+            sweeping = sweeps(arguments)
             codes.append(_guarded(lambda: _call(command, typed(), arguments), command, arguments, sweeping=sweeping))
 
     # Without this variable, Hydra prints its own errors and exits with 1. With it, errors are raised, and `_guarded`
     # prints them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [f"{command}.py", *arguments]
     with secrets_refused():
         code = _guarded(lambda: run_hydra(command, arguments, job), command, arguments)
     gc.enable()
@@ -131,8 +127,6 @@ COMMANDS = {
     "convert": "convert a torch file to safetensors, which cannot contain code",
     "check-data": "check a data set for problems before training on it",
 }
-# Key of a command's positional argument
-POSITIONAL = {"convert": "file"}
 
 
 def _call(command: str, config: Any, arguments: list[str]) -> int:

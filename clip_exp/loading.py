@@ -5,6 +5,7 @@ With `wise_ft`, the weights are an average of a run's weights and its initial we
 
 import hashlib
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from clip_exp.config.evaluation import ModelChoice
 from clip_exp.config.files import read_run_config
 from clip_exp.config.model import Activation, ModelConfig
 from clip_exp.config.training import TrainConfig
-from clip_exp.errors import CheckpointError, ConfigError
-from clip_exp.runs import CONFIG, read_record, require_run, run_config, with_saved_tokenizer
+from clip_exp.errors import CheckpointError, ConfigError, nearest
+from clip_exp.runs import CONFIG, newest_run, read_record, require_run, run_config, with_saved_tokenizer
 from clip_exp.weights.find import check_pretrained, find_weights, hash_part, hash_weights
 from clip_exp.weights.inspect import note_architecture, resolve_model
 
@@ -171,7 +172,7 @@ def check_source(config: ModelChoice) -> ModelSource | None:
     values = {"run": config.run, "ckpt": config.ckpt, "model": model, "pretrained": config.pretrained}
     given = {key: value for key, value in values.items() if value is not None}
     if set(given) == {"run"}:
-        return mixed(source_of_run(Path(given["run"]), config.ema), config.wise_ft)
+        return mixed(source_of_run(run_folder(given["run"], config.runs_in), config.ema), config.wise_ft)
     if set(given) == {"ckpt"}:
         return mixed(source_of_checkpoint(Path(given["ckpt"]), config.ema), config.wise_ft)
     if set(given) not in ({"model", "pretrained"}, {"pretrained"}):
@@ -188,17 +189,35 @@ def check_source(config: ModelChoice) -> ModelSource | None:
     return None
 
 
+def run_folder(run: str, output_dir: str) -> Path:
+    """Return the folder of a run, given as a folder, by its name, or as `latest`; a message reports the choice.
+
+    Args:
+        run: value of the key `run`.
+        output_dir: output folder in which runs are looked for by name.
+
+    Raises:
+        ConfigError: there is no such folder and no run of that name.
+    """
+    if Path(run).is_dir():
+        return Path(run)
+    if "/" not in run and (newest := newest_run(run, output_dir)) is not None:
+        print(f"run={run}: {newest}", file=sys.stderr, flush=True)
+        return newest
+    where = Path(output_dir, "train")
+    known = sorted({path.parents[1].name for path in where.glob(f"*/*/{CONFIG}")})
+    name = "" if "/" in run or not known else f", and no run in {where} has this name: {nearest(run, known)}"
+    raise ConfigError(
+        f"run={run}: folder not found{name or '.'} Training prints its run folder: outputs/train/<name>/<time>."
+    )
+
+
 def source_of_run(run_dir: Path, ema: bool = False) -> ModelSource:
     """Return the source for a run: its best checkpoint if it has a `monitor`, else its last one.
 
     Raises:
-        ConfigError: the folder does not exist.
         CheckpointError: the folder is not a run folder, or has no usable checkpoint.
     """
-    if not run_dir.is_dir():
-        raise ConfigError(
-            f"run={run_dir}: folder not found. Training prints its run folder: outputs/train/<name>/<time>."
-        )
     require_run(run_dir)
     run = run_config(run_dir)
     checkpoint = folders.best(run_dir) if run.monitor else folders.latest(run_dir)

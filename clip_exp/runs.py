@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import glob
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ from clip_exp.secrets import redact
 
 log = logging.getLogger(__name__)
 RECORD, CONFIG, METRICS = "run.json", "config.yaml", "metrics.csv"
+# Name that stands for the newest run
+LATEST = "latest"
 # Folder in a run folder with a copy of the tokenizer
 TOKENIZER = "tokenizer"
 # Key of `run.json`; missing in runs of older versions
@@ -155,6 +158,13 @@ def read_config(folder: Path) -> tuple[TrainConfig, str | None]:
     return read_run_config(
         folder, check_targets=False
     ), f"{path} {reason}, and no checkpoint has a copy: the changed file is used."
+
+
+def newest_run(name: str, output_dir: Path | str) -> Path | None:
+    """Return the newest run of a name, or of all names for `latest`; None if there is none."""
+    names = "*" if name == LATEST else glob.escape(name)
+    runs = [path.parent for path in Path(output_dir, "train").glob(f"{names}/*/{CONFIG}")]
+    return max(runs, key=lambda folder: folder.name, default=None)
 
 
 def require_run(folder: Path) -> None:

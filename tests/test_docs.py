@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from clip_exp.cli import COMMANDS as CLI_COMMANDS
-from clip_exp.cli import named
 from clip_exp.config.base import typed_keys, unused_keys
+from clip_exp.config.command_line import read
 from clip_exp.config.compose import compose
 from clip_exp.config.evaluation import EvaluateConfig
 from tests.conftest import REPOSITORY
@@ -50,7 +50,7 @@ def test_every_documented_command_composes(page: str, command: str) -> None:
     # A sweep's choices are one value here: the first.
     sweeping = "-m" in command.split()
     given = [re.sub(r"^([^=]+=[^,\[]+),.*$", r"\1", word) if sweeping else word for word in words[2:]]
-    overrides = named(name, given)
+    overrides = read(name, given)
     assert unused_keys(compose(name, overrides), typed_keys(overrides)) == []
 
 

@@ -72,15 +72,21 @@ def test_it_is_refused_in_a_list_too() -> None:
         compose("predict", ["images=['${oc.env:MY_PAT}']"])
 
 
-@pytest.mark.parametrize("argument", ["name=${oc.env:MY_PAT}", "hydra.run.dir=${oc.env:MY_PAT}"])
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("name=${oc.env:MY_PAT}", "MY_PAT looks like the name of a secret"),
+        ("hydra.run.dir=${oc.env:MY_PAT}", "hydra.run.dir=${oc.env:MY_PAT} is not supported"),
+    ],
+)
 def test_the_command_line_refuses_it_too_and_prints_no_value(
-    argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+    argument: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_PAT", "abcdefgh-1")
     assert run("train", [argument]) == 2
     captured = capsys.readouterr()
-    assert "MY_PAT looks like the name of a secret" in captured.err
+    assert expected in captured.err
     assert "abcdefgh-1" not in captured.out + captured.err
     assert list(tmp_path.iterdir()) == []
 

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
-from clip_exp.config import registry
+from clip_exp.config import registry, words
 from clip_exp.errors import ConfigError
 
 # Identifies messages about custom members, whose class is in the user's folder
@@ -38,24 +38,10 @@ CONFIG_DIR_HINT = "--config-dir (or CLIP_EXP_CONFIG_DIR)"
 MISSING = "???"
 # Marker of a value that is interpolated from a missing one
 UNKNOWN = "???…"
+# Groups whose options are recipes, which set keys of all groups
+GLOBAL_GROUPS = ("experiment", "debug")
 # Name of the member of an open group whose object is named by `_target_`
 CUSTOM = "custom"
-TOP_K = "the number of results of predict, rank and search is `top_k`."
-# Keys and options of other frameworks and of older versions without an equivalent of the same name
-EXPLAINED = {
-    "k": TOP_K,
-    "keep": TOP_K,
-    "top": TOP_K,
-    "accumulate_grad_batches": (
-        "accumulating the loss over small batches gives a contrastive loss no additional negatives. Increase global_batch_size and "
-        "set micro_batch_size instead: this needs as little memory and computes the gradient of the whole batch."
-    ),
-    "linear_probe_steps": "set finetune.freeze_towers_steps.",
-    "finetune=linear_probe": (
-        "set finetune=lp_ft to train the projections first (LP-FT), or task=linear_probe to evaluate frozen features."
-    ),
-    "experiment=finetune_linear_probe": "set experiment=finetune_lp_ft.",
-}
 
 # ----------------------------------------------------------------------------------------------------------- types
 
@@ -536,6 +522,8 @@ def _path(loc: tuple[int | str, ...], values: Any, ends_in_key: bool) -> list[st
 def _wrong(problem: Any, key: str) -> str:
     """Return what an invalid value must be, as the end of a sentence."""
     kind, about = problem["type"], problem.get("ctx", {})
+    if (instead := words.of_value(key, problem["input"])) is not None:
+        return f"does not exist: {instead}"
     bounds = {
         "greater_than": "greater than",
         "less_than": "less than",
@@ -580,11 +568,15 @@ def _join(at: str, path: Iterable[str]) -> str:
     return at + ".".join(path).replace(".[", "[")
 
 
+# Similarity, from 0 to 1, below which no key is suggested
+SIMILAR = 0.7
+# Shortest beginning of a key that is completed
+SHORTEST = 3
+
+
 def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: str) -> str:
-    """Return an error message for an unknown key, with the key to use instead."""
+    """Return an error message for an unknown key, with the key to use instead: a line for each key of a mapping that has one."""
     key, name = _join(at, path), path[-1]
-    if name in EXPLAINED:
-        return f"{key} does not exist: {EXPLAINED[name]}"
     siblings, others = _siblings(model, values, path[:-1])
     if owners := [
         _join(at, [*path[:-1], f"{names[0]}={' or '.join(names[1])}"])
@@ -593,16 +585,50 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
     ]:
         return f"{key} is a key of {' and of '.join(owners)}, which is not selected: select it, or leave this out."
     everywhere = list(_tree(model, values, at))
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7) or [
-        key for key in siblings if key.startswith(name)
-    ]
-    near_siblings = [_join(at, [*path[:-1], sibling]) for sibling in close]
-    same = [full for full in everywhere if full.rpartition(".")[2] == name]
-    near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
-    best = next((found[0] for found in (near_siblings, same, near) if found), None)
+    value, roots = _value_at(values, path), roots_of(everywhere)
+    # A mapping, such as `callbacks.early_stopping`, may have keys with words of their own.
+    for leaves in ([(key, value)], list(_leaves(value, f"{key}."))):
+        answers = [(leaf, words.answer(leaf, inner, roots)) for leaf, inner in leaves]
+        if known := [f"{leaf} does not exist: {instead}" for leaf, instead in answers if instead is not None]:
+            return "\n".join(known)
+    best = _nearest(path, siblings, everywhere, at)
     return f"{key} does not exist: " + (
         f"did you mean '{best}'?" if best else f"valid keys are {', '.join(sorted(siblings))}."
     )
+
+
+def nearest_key(model: type[Config], key: str) -> str | None:
+    """Return the full key of a command's schema that is nearest to an unknown key; None if none is similar."""
+    path = key.split(".")
+    return _nearest(path, _siblings(model, {}, path[:-1])[0], list(_tree(model, {}, "")), "")
+
+
+def roots_of(keys: Iterable[str]) -> set[str]:
+    """Return the first parts of the keys of a command, and the groups of recipes if it has them."""
+    roots = {re.split(r"[.\[]", key, maxsplit=1)[0] for key in keys}
+    return roots | (set(GLOBAL_GROUPS) if "epochs" in roots else set())
+
+
+def _nearest(path: list[str], siblings: list[str], everywhere: list[str], at: str) -> str | None:
+    """Return the nearest full key: of the keys next to it, then of the whole tree."""
+    key, name = _join(at, path), path[-1]
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=SIMILAR)
+    if not close and len(name) >= SHORTEST:
+        close = [sibling for sibling in siblings if sibling.startswith(name)]
+    if close:
+        return _join(at, [*path[:-1], close[0]])
+    of_name: dict[str, list[str]] = {}
+    for full in everywhere:
+        of_name.setdefault(full.rpartition(".")[2], []).append(full)
+    similar = difflib.get_close_matches(name, of_name, n=1, cutoff=SIMILAR)
+    return difflib.get_close_matches(key, of_name[similar[0]], n=1, cutoff=0)[0] if similar else None
+
+
+def _value_at(values: Any, path: list[str]) -> Any:
+    for part in path:
+        index = re.fullmatch(r"\[(\d+)\]", part)
+        values = values[int(index[1])] if index else values[part]
+    return values
 
 
 def _keys(model: type[Config]) -> list[str]:

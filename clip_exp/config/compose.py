@@ -11,10 +11,10 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_origin
+from typing import Any
 
 import yaml
 from hydra import version
@@ -24,11 +24,8 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -38,42 +35,34 @@ from omegaconf.resolvers import oc
 
 from clip_exp.config import registry, targets
 from clip_exp.config.base import (
-    EXPLAINED,
+    GLOBAL_GROUPS,
     MISSING,
     UNKNOWN,
     Config,
     chosen,
     complete,
     key_of,
-    member_names,
     members,
     parse,
     typed_keys,
-    values_of,
 )
+from clip_exp.config.command_line import check_arguments, quote, sweeps
 from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.evaluation import TaskConfig
 from clip_exp.config.files import addresses, conf_dir, options
-from clip_exp.config.names import names, open_clip_field, translate
+from clip_exp.config.help import help_text
+from clip_exp.config.messages import explain, from_resolver
+from clip_exp.config.names import open_clip_field, option_like, translate
 from clip_exp.errors import ConfigError, nearest
-from clip_exp.secrets import leaks, names_secret
+from clip_exp.secrets import names_secret
 
 Work = Callable[[Callable[[], Any]], None]
-MULTIRUN_FLAGS = {"-m", "--multirun"}
-RERUN_FLAG = "--experimental-rerun"
-ALWAYS_CHOSEN = ["model", "data", "loss", "optimizer", "scheduler", "strategy", "logger", "task"]
-# Groups whose options are recipes, which set keys of all groups
-GLOBAL_GROUPS = ("experiment", "debug")
 GLOBAL_HEADER = "# @package _global_"
 SEARCH_PATH = "hydra.searchpath"
+# Keys of the length of a run, which exclude each other
+LENGTHS = ("max_steps", "epochs")
 # Name of OmegaConf's resolver of environment variables
 ENVIRONMENT = "oc.env"
-HELP_END = (
-    "--cfg job prints the composed configuration and exits; --info shows which files it was composed from; -m runs a sweep.\n"
-    "--config-dir DIR adds options and Python files of your own folder; hydra.searchpath=[DIR,pkg://PACKAGE] adds several folders.\n"
-    "Your own data set, tower, loss, task, transform or schedule: _target_=module.Class (docs/extending.md).\n"
-    "Documentation: docs/configuration.md; models: clip-exp models; weights for pretrained=: docs/weights.md."
-)
 NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 
 # -------------------------------------------------------------------------------------------------- configurations
@@ -87,7 +76,7 @@ def compose(command: str, overrides: list[str]) -> Any:
     """
     flags = [text for text in overrides if text.startswith("-")]
     if flags:
-        what = "sweeps are" if MULTIRUN_FLAGS & set(flags) else "flags are"
+        what = "sweeps are" if sweeps(flags) else "flags are"
         raise ConfigError(f"{flags[0]}: {what} supported on the command line only. Give overrides as key=value.")
     check_arguments(overrides)
     return typed_config(command, compose_config(command, overrides), overrides)
@@ -192,7 +181,7 @@ def _resolved_item(node: Any, key: Any, full_key: str, found: list[str]) -> Any:
     except InterpolationToMissingValueError:
         return UNKNOWN
     except OmegaConfBaseException as error:
-        refusal = _from_resolver(error)
+        refusal = from_resolver(error)
         if (
             problem := str(refusal) if refusal is not None else f"{full_key}: {str(error).splitlines()[0]}"
         ) not in found:
@@ -301,6 +290,8 @@ class Loader(ConfigLoaderImpl):
             config, self._cached = self._cached[1], None
             return config
         config = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        if problems := list(_folder_problems(config.hydra, self.schema)):
+            raise ConfigError("\n".join(problems))
         if config_name is not None:
             self._apply_schema(config)
         return config
@@ -332,6 +323,7 @@ class Loader(ConfigLoaderImpl):
         self._overrides, self._deleted = [], []
         remaining = []
         for override in parsed:
+            _name_option(override, repository)
             is_value = not override.is_hydra_override() and (
                 not repository.group_exists(override.key_or_group) or isinstance(override._value, dict)
             )
@@ -410,6 +402,7 @@ class Loader(ConfigLoaderImpl):
                 values[f"~{key}"] = None
         typed = {key for override in self._overrides for key in _keys_set(override.key_or_group, override.value())}
         _drop_other_members(self.schema, self._composed, values, typed, "")
+        _prefer_typed_length(values, typed)
         complete(self.schema, values)
         with open_dict(config):
             for key in composed.keys() - values.keys():
@@ -417,6 +410,30 @@ class Loader(ConfigLoaderImpl):
             for key, value in values.items():
                 if key not in composed or composed[key] != value:
                     config[key] = value
+
+
+def _name_option(override: Override, repository: Any) -> None:
+    """Give an override the exact names of its options: `optimizer=AdamW` and `strategy=DeepSpeed-Stage-2` are accepted.
+
+    Raises:
+        ConfigError: several options differ only in case, `-` and `_`.
+    """
+    group = override.key_or_group
+    value: Any = override.value()
+    typed = value if isinstance(value, list) else [value]
+    if override.is_delete() or not all(isinstance(name, str) for name in typed) or not repository.group_exists(group):
+        return
+    valid = repository.get_group_options(group, ObjectType.CONFIG)
+    found = [option_like(group, name, valid) for name in typed]
+    if found != typed:
+        override._value = found if isinstance(value, list) else found[0]
+
+
+def _prefer_typed_length(values: dict[str, Any], typed: set[str]) -> None:
+    """Let `max_steps` or `epochs` of the command line replace the other one, which a recipe or file may set."""
+    given = [key for key in LENGTHS if key in typed and values.get(key) is not None]
+    if len(given) == 1:
+        values.update((key, None) for key in LENGTHS if key in values and key not in given)
 
 
 def _keys_set(key: str, value: Any) -> Iterator[str]:
@@ -451,18 +468,44 @@ HINTS = {
 }
 
 
+# Folders of Hydra's own. clip_exp creates the run folder itself, since it must not exist before.
+RUN_DIR, SWEEP_SUBDIR = ".", "."
+SWEEP_DIR = "${output_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
+
+
 def _configure_hydra(hydra: DictConfig, files: set[str], has_output_dir: bool) -> None:
     """Replace some of Hydra's defaults, unless the user has selected another option of the group."""
     if "hydra/output/default" in files:
         hydra.output_subdir = None
-        # clip_exp creates the run folder itself, since it must not exist before.
-        hydra.run.dir = "."
-        hydra.sweep.dir = "${output_dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}" if has_output_dir else "."
-        hydra.sweep.subdir = "."
+        hydra.run.dir = RUN_DIR
+        hydra.sweep.dir = SWEEP_DIR if has_output_dir else RUN_DIR
+        hydra.sweep.subdir = SWEEP_SUBDIR
     hydra.job.chdir = False
     for group in ("hydra_logging", "job_logging"):
         if f"hydra/{group}/default" in files:
             hydra[group] = NO_LOGGING
+
+
+def _folder_problems(hydra: DictConfig, schema: type[Config]) -> Iterator[str]:
+    """Yield an error message for every key that would move Hydra's folders, in which clip_exp writes nothing."""
+    values: Any = OmegaConf.to_container(hydra, resolve=False)
+    fields = schema.model_fields
+    folder = "output_dir" if "output_dir" in fields else "output"
+    found = {
+        "run.dir": (values["run"]["dir"], (RUN_DIR,), folder),
+        "sweep.dir": (values["sweep"]["dir"], (RUN_DIR, SWEEP_DIR), folder),
+        "sweep.subdir": (values["sweep"]["subdir"], (SWEEP_SUBDIR,), "name" if "name" in fields else folder),
+    }
+    where = (
+        "results are in <output_dir>/<command>/<name>/<time>" if folder == "output_dir" else "results are written there"
+    )
+    for key, (value, ours, instead) in found.items():
+        if value not in ours:
+            yield f"hydra.{key}={value} is not supported: set {instead}={value}, since {where}."
+    if values["output_subdir"] is not None:
+        yield "hydra.output_subdir is not supported: leave it out, since the folder of a run has its config.yaml and run.json."
+    if values["job"]["chdir"]:
+        yield "hydra.job.chdir=true is not supported: leave it out, since paths are relative to the folder of the command."
 
 
 def _container(config: DictConfig) -> dict[str, Any]:
@@ -550,11 +593,12 @@ def run_hydra(command: str, arguments: list[str], job: Work) -> None:
     """
     check_arguments(arguments)
     parser = get_args_parser()
-    args = parser.parse_args(quote(translate(arguments)))
+    args = parser.parse_args(arguments)
     hydra = _hydra(command, args.config_dir, args.config_name)
+    args.overrides = quote(translate(args.overrides), sweeping=args.multirun)
     name, overrides = args.config_name or config_name(command), args.overrides
     if args.help:
-        text = help_of(command, hydra, name, overrides)
+        text = _help(command, hydra, name, overrides)
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -611,51 +655,16 @@ def _missing_allowed() -> Iterator[None]:
             raise ConfigError("\n".join(other)) from None
 
 
-def help_of(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
-    """Return the help text of a command: the options of each group, and all keys with their values and descriptions."""
-    schema = SCHEMAS[command]
+def _help(command: str, hydra: Hydra, name: str, overrides: list[str]) -> str:
     config = hydra.compose_config(name, overrides, RunMode.RUN, with_log_configuration=False)
     assert isinstance(hydra.config_loader, Loader)
     # The loader's method `get_group_options` would copy the repository for each group.
     repository = hydra.config_loader._parse_overrides_and_create_caching_repo(name, overrides)[1]
-    names = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
-    found = {group: repository.get_group_options(group, ObjectType.CONFIG) for group in names}
-    groups = "\n".join(f"{group}: {', '.join(sorted(of))}" for group, of in found.items() if of)
-    keys = "\n".join(_lines(schema, _container(config), ""))
-    options_of_groups = (
-        ["== Options: select with group=option ==", groups] if command in ("train", "evaluate", "check-data") else []
+    groups = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
+    found = {group: sorted(repository.get_group_options(group, ObjectType.CONFIG)) for group in groups}
+    return help_text(
+        SCHEMAS[command], found if command in ("train", "evaluate", "check-data") else {}, _container(config)
     )
-    return "\n\n".join([schema.usage, *options_of_groups, "== Keys: set with key=value ==", keys, HELP_END])
-
-
-def _lines(model: type[Config], values: dict[str, Any], indent: str, choices: str = "") -> Iterator[str]:
-    """Yield a line of YAML for every key of a model, with its description as a comment.
-
-    Args:
-        model: schema of the values.
-        values: composed values.
-        indent: indentation of the lines.
-        choices: names of the members of the model's group, separated by commas.
-    """
-    for name, field in model.model_fields.items():
-        key = key_of(name, field)
-        described = field.description or (choices if choices and get_origin(field.annotation) is Literal else None)
-        yield from _lines_of(field.annotation, key, values.get(key), described, indent)
-
-
-def _lines_of(annotation: Any, key: str, value: Any, description: str | None, indent: str) -> Iterator[str]:
-    meaning = f"  # {description}" if description else ""
-    models, inside = members(annotation), values_of(annotation)
-    if models and isinstance(value, dict) and (node := chosen(models, value)) is not None:
-        yield f"{indent}{key}:"
-        yield from _lines(node, value, f"{indent}  ", ", ".join(member_names(models)))
-    elif value and isinstance(value, dict) and members(inside):
-        yield f"{indent}{key}:{meaning}"
-        for name, item in value.items():
-            yield from _lines_of(inside, name, item, None, f"{indent}  ")
-    else:
-        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
-        yield f"{indent}{key}: {text.removesuffix('...' + chr(10)).strip()}{meaning}"
 
 
 # ------------------------------------------------------------------------------------------------------ resolvers
@@ -689,182 +698,3 @@ def environment_variable(name: str, *default: Any) -> Any:
             "folder. Libraries read their secrets from the environment themselves. If the value is not a secret, rename the variable."
         )
     return oc.env(name, *default)
-
-
-def _from_resolver(error: BaseException | None) -> ConfigError | None:
-    """Return the ConfigError that a resolver raised and OmegaConf wrapped; None if there is none."""
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-# --------------------------------------------------------------------------------------------------------- sweeps
-
-
-class Job(NamedTuple):
-    """Job of a sweep.
-
-    Attributes:
-        sweep: folder of the sweep, named by its start time; the same for jobs in other processes.
-        number: number of the job, from 0.
-        overrides: overrides of the keys that the sweep varies.
-    """
-
-    sweep: str
-    number: int
-    overrides: list[str]
-
-
-def current_job(arguments: list[str]) -> Job | None:
-    """Return the current job of a sweep (`-m`); None outside a sweep.
-
-    Args:
-        arguments: arguments of the command line, with lists of values.
-    """
-    if not HydraConfig.initialized():
-        return None
-    config = HydraConfig.get()
-    if config.mode != RunMode.MULTIRUN:
-        return None
-    varied = {*map(_varied, arguments), *(OmegaConf.select(config.sweeper, "params") or {})}
-    overrides = [text for text in config.overrides.task if _key(text) in varied]
-    return Job(os.path.abspath(config.sweep.dir), int(config.job.num), overrides)
-
-
-def _varied(argument: str) -> str | None:
-    """Return the key of an override with several values; None for other arguments."""
-    with suppress(HydraException):
-        if OverridesParser.create().parse_override(argument).is_sweep_override():
-            return _key(argument)
-    return None
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-# ------------------------------------------------------------------------------------------------ command lines
-
-# An element of a list: a quoted string, or all characters up to the next comma outside brackets.
-_ELEMENT = re.compile(
-    r"""\s*"(?:[^"\\]|\\.)*"\s*(?=,|$)|\s*'(?:[^'\\]|\\.)*'\s*(?=,|$)|(?:\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|[^,])+"""
-)
-
-
-def quote(arguments: list[str]) -> list[str]:
-    """Quote the values that Hydra's grammar cannot parse: `=` in a path, Chinese text, parentheses, `{000..009}`.
-
-    The elements of a list are quoted one by one (`texts=[a dog (running),一只猫]`). Outside a sweep, a value with commas
-    is quoted as well (`text=a dog, running`), which Hydra would parse as a choice sweep.
-    """
-    parser = OverridesParser.create()
-    sweeping = bool(MULTIRUN_FLAGS & set(arguments))
-    return [_quoted(parser, argument, sweeping) for argument in arguments]
-
-
-def check_arguments(arguments: list[str]) -> None:
-    """Check arguments for problems that must be found before Hydra composes a configuration.
-
-    - Hydra's flag `--experimental-rerun` unpickles a file. It is refused, also in the abbreviated forms that argparse
-      accepts.
-    - For `optimizer=null` and `optimizer=3`, Hydra's own message is unclear. Unknown names are left to Hydra, since
-      options can be custom.
-    - In a sweep, Hydra saves the overrides in a folder of its own, so URLs and secrets are refused here.
-
-    Raises:
-        ConfigError: one line for every problem.
-    """
-    problems = []
-    sweeping = bool(MULTIRUN_FLAGS & set(arguments))
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if len(key) > len("--") and RERUN_FLAG.startswith(key):
-            problems.append(
-                f"{RERUN_FLAG} is not supported, since it executes code from the file. Pass the overrides of that run instead."
-            )
-        if equals and key in ALWAYS_CHOSEN and re.fullmatch(r"(null)?|[\d.+-]+", value.strip("[] ")):
-            problems.append(f"{key}={value} does not exist: {nearest(value, options(key))}")
-        if equals and sweeping:
-            problems += [*addresses(value, key), *leaks(value, key)]
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def _quoted(parser: OverridesParser, argument: str, sweeping: bool) -> str:
-    key, equals, value = argument.partition("=")
-    if not equals or argument.startswith("-"):
-        return argument
-    try:
-        if sweeping or not parser.parse_override(argument).is_sweep_override():
-            return argument
-    except HydraException:
-        pass
-    return next((text for text in _spellings(parser, key, value) if _readable(parser, text)), argument)
-
-
-def _spellings(parser: OverridesParser, key: str, value: str) -> Iterator[str]:
-    """Yield candidates for a quoted override: a list with only those elements quoted that need it, then the whole value quoted."""
-    if value.strip().startswith("[") and value.strip().endswith("]"):
-        elements = _ELEMENT.findall(value.strip()[1:-1])
-        quoted = [e if _readable(parser, f"{key}=[{e}]") else _in_quotes(e.strip()) for e in elements]
-        yield f"{key}=[{','.join(quoted)}]"
-    yield f"{key}={_in_quotes(value)}"
-
-
-def _readable(parser: OverridesParser, argument: str) -> bool:
-    try:
-        parser.parse_override(argument)
-    except HydraException:
-        return False
-    return True
-
-
-def _in_quotes(text: str) -> str:
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
-
-
-def explain(error: BaseException) -> str | None:
-    """Return a message for an error that the user can fix: of clip_exp, Hydra or OmegaConf, or a missing permission. Else return None."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return f"{error.filename}: permission denied. Change its permissions, or give another path."
-    chain = list(_causes(error))
-    for cause in chain:
-        if isinstance(cause, OmegaConfBaseException) and (refused := _from_resolver(cause)) is not None:
-            return str(refused)
-        if isinstance(cause, OverrideParseException):
-            return f"cannot parse the override {cause.override}: write key=value, and quote special characters: \"key='value'\"."
-        if isinstance(cause, MissingConfigException):
-            return _missing_option(cause)
-    for cause in reversed(chain):
-        if isinstance(cause, OmegaConfBaseException) and (cause.full_key or cause.key) is not None:
-            return f"{cause.full_key or cause.key}: {str(getattr(cause, 'msg', None) or cause).splitlines()[0]}"
-    return next((" ".join(str(cause).split()) for cause in chain if isinstance(cause, HydraException)), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _missing_option(error: MissingConfigException) -> str:
-    file = error.missing_cfg_file or ""
-    group, _, name = file.rpartition("/")
-    # Hydra gives no options if the override was a list.
-    found = error.options or (options(group) if group else [])
-    recipes, _, of_group = group.partition("/")
-    if not found and recipes in GLOBAL_GROUPS and name in options(of_group):
-        return (
-            f"a recipe of {recipes} selects {of_group}: {name} without a leading slash. Write '- override /{of_group}: {name}' in its "
-            "defaults."
-        )
-    if not found:
-        return " ".join(str(error).split())
-    if file.startswith("model/") and not file.startswith(("model/image/", "model/text/")):
-        # The name may contain a slash: ViT-B/32.
-        name = file.removeprefix("model/")
-        return f"model={name} does not exist: {nearest(name, {*found, *names()})}"
-    choice = f"{group}={name}"
-    return f"{choice} does not exist: {EXPLAINED.get(choice) or nearest(name, found)}"

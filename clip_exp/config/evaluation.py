@@ -32,6 +32,8 @@ ALLOW_TARGETS = (
     "packages or modules whose code may run if a run, checkpoint or exported model names it by _target_; code that the command itself "
     "names is always allowed"
 )
+# Default of `output_dir`
+OUTPUTS = "outputs"
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 ClassNames = Annotated[
     Name | list[Name] | dict[str, Name],
@@ -60,8 +62,8 @@ class ModelChoice(Config):
 
     run: PathText | None = Field(
         None,
-        description="run folder, outputs/train/<name>/<time>: its best checkpoint by monitor if that was set, else its last; set one of "
-        "run, ckpt and pretrained",
+        description="run folder, outputs/train/<name>/<time>: its best checkpoint by monitor if that was set, else its last; or the name of "
+        "a run, or latest: the newest run of that name, or of all; set one of run, ckpt and pretrained",
     )
     ckpt: PathText | None = Field(
         None, description="checkpoint of a run, <run folder>/checkpoints/step-000060, or its model.safetensors"
@@ -89,6 +91,11 @@ class ModelChoice(Config):
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused("pretrained_prefix", lambda c: c.pretrained is None, "without pretrained"),
     )
+
+    @property
+    def runs_in(self) -> str:
+        """Output folder in which runs are looked for by name."""
+        return OUTPUTS
 
 
 class InferenceConfig(ModelChoice):
@@ -217,8 +224,11 @@ class TaskConfig(Member):
     headline: ClassVar[tuple[str, ...]] = ()
     # Scales of metrics that are not fractions, by the part of the metric's name after the last slash
     scales: ClassVar[dict[str, Scale]] = {}
-    # Whether the task evaluates a run on the validation data of its training
-    of_validation: ClassVar[bool] = False
+
+    @property
+    def of_validation(self) -> bool:
+        """True if the task evaluates a run on the validation data of its training."""
+        return False
 
     @property
     def fetches(self) -> bool:
@@ -275,7 +285,7 @@ The model: run=DIR, ckpt=PATH, or model=… pretrained=…; the tasks: task=[ima
     name: str | None = Field(
         None, description="name of the evaluation's folder; null: the name of the run or the model"
     )
-    output_dir: str = Field("outputs", description="folder for evaluations, caches and generated data")
+    output_dir: str = Field(OUTPUTS, description="folder for evaluations, caches and generated data")
     devices: Devices = Field(
         "auto",
         description="devices to distribute the images over: auto (all GPUs, or one CPU process), a number, or a list of GPU indices",
@@ -293,3 +303,7 @@ The model: run=DIR, ckpt=PATH, or model=… pretrained=…; the tasks: task=[ima
             typed_only=True,
         ),
     )
+
+    @property
+    def runs_in(self) -> str:
+        return self.output_dir

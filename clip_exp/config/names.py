@@ -1,6 +1,6 @@
 """Names of models: the options of `conf/model/`, and the names of the same models in FlagAI, OpenAI's repository and open_clip."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from clip_exp.config.base import MISSING, parse
 from clip_exp.config.files import option_file, options
 from clip_exp.config.model import VOCABULARY, ModelConfig
+from clip_exp.config.words import fold
 from clip_exp.errors import ConfigError, nearest
 from clip_exp.open_clip_files import can_be_trimmed, configurations, open_clip_values
 
@@ -40,7 +41,33 @@ class Named:
 
 
 def resolve(name: str) -> Named | None:
-    """Return the option and keys that a name stands for; None if the name is unknown."""
+    """Return the option and keys that a name stands for, regardless of case, `-` and `_`; None if the name is unknown.
+
+    Raises:
+        ConfigError: the name stands for several models.
+    """
+    if (exact := _resolve(name)) is not None:
+        return exact
+    alike = [each for each in [*names(), *configurations()] if fold(each) == fold(name)]
+    found = {str(named): named for each in alike if (named := _resolve(each))}
+    if len(found) > 1:
+        raise ConfigError(f"model={name} is ambiguous: type {' or '.join(alike)}.")
+    return next(iter(found.values()), None)
+
+
+def option_like(group: str, name: str, valid: Collection[str]) -> str:
+    """Return the option with a name, or the only one whose name differs only in case, `-` and `_`; else the name itself.
+
+    Raises:
+        ConfigError: several options differ only in case, `-` and `_`.
+    """
+    alike = [name] if name in valid else sorted(each for each in valid if fold(each) == fold(name))
+    if len(alike) > 1:
+        raise ConfigError(f"{group}={name} is ambiguous: type {' or '.join(f'{group}={each}' for each in alike)}.")
+    return alike[0] if alike else name
+
+
+def _resolve(name: str) -> Named | None:
     if name in options("model"):
         return Named(name)
     if name in ALIASES:

@@ -1,12 +1,15 @@
 """Schema of a training run: model, data, loss, optimizer, scheduler, strategy, fine-tuning, callbacks and logging."""
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
+from clip_exp.config import words
 from clip_exp.config.base import (
     Config,
     Count,
@@ -264,6 +267,16 @@ class DDPConfig(StrategyConfig):
     name: Literal[StrategyName.ddp] = StrategyName.ddp
 
 
+def _not_file(value: Any) -> Any:
+    if isinstance(value, str):
+        raise PydanticCustomError(
+            "file",
+            "is not a mapping: files are not read. Type each of its keys: strategy.config.<key>=…, such as "
+            "strategy.config.zero_optimization.overlap_comm=true",
+        )
+    return value
+
+
 class DeepSpeedConfig(StrategyConfig):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020), which shards the training state across devices."""
 
@@ -272,7 +285,9 @@ class DeepSpeedConfig(StrategyConfig):
         description="ZeRO stage; 1: shard the optimizer state, 2: also the gradients, 3: also the weights"
     )
     offload: bool = Field(False, description="keep the optimizer state in host memory; in stage 3 the weights as well")
-    config: dict[str, JsonValue] = Field({}, description="additional keys of DeepSpeed's configuration")
+    config: Annotated[dict[str, JsonValue], BeforeValidator(_not_file)] = Field(
+        {}, description="additional keys of DeepSpeed's configuration"
+    )
 
     @property
     def offloads(self) -> bool:
@@ -620,6 +635,8 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
     def rules(self, at: str) -> Iterator[str]:
         if self.max_steps is not None and self.epochs is not None:
             yield f"max_steps={self.max_steps} and epochs={self.epochs:g} are both set: set only one (epochs=null or max_steps=null)."
+        if (instead := words.of_value("resume", self.resume)) and not os.path.exists(self.resume):
+            yield f"resume={self.resume} is not a run folder: {instead}"
         if self.max_steps is not None:
             yield from self.length_problems(self.max_steps)
         if self.precision is Precision.fp16_mixed and self.trainer.accelerator == "cpu":

@@ -189,9 +189,11 @@ def prepare_tasks(
 
 
 def open_folder(config: EvaluateConfig, source: ModelSource, arguments: list[str]) -> Path:
-    """Create and return the folder of an evaluation. Its `config.yaml` has the resolved model and local weights."""
+    """Create and return the folder of an evaluation. Its `config.yaml` has the resolved model or run, and local weights."""
     if source.description is not None:
         config = config.model_copy(update={"model": source.model, "pretrained": str(source.weights.absolute())})
+    if config.run is not None:  # which may be a name, or latest
+        config = config.model_copy(update={"run": str(source.run_dir)})
     name = config.name or (source.run.name if source.run else source.model.name)
     folder = create_run_folder(config.output_dir, "evaluate", name)
     write_text(folder / "config.yaml", to_yaml(config))

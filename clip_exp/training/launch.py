@@ -20,7 +20,7 @@ from clip_exp.training.opening import open_run
 from clip_exp.training.preflight import check_train, requested_devices
 
 if TYPE_CHECKING:
-    from clip_exp.config.compose import Job  # imports Hydra
+    from clip_exp.config.jobs import Job  # imports Hydra
 
 
 def launch(config: TrainConfig, arguments: list[str], job: "Job | None") -> int:

@@ -47,7 +47,7 @@ from clip_exp.weights.find import find_weights, hash_weights, key_of, local_weig
 from clip_exp.weights.inspect import as_resolved, note_architecture, resolve_model
 
 if TYPE_CHECKING:
-    from clip_exp.config.compose import Job  # imports Hydra
+    from clip_exp.config.jobs import Job  # imports Hydra
 
 # Keys that may change when a run is resumed: they control where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (

@@ -215,7 +215,8 @@ def _find_tasks(config: TrainConfig, *, fetch: bool) -> tuple[list[Task], list[C
     for name, task in config.task.items():
         if task.of_validation:
             problem = f"task.{name}.kind={task.kind} scores a run on its validation data, which training already does."
-            refused.append(ConfigError(f"{problem} Choose another task, such as task=retrieval."))
+            other = "another table (task=retrieval task.retrieval.table=pairs.csv), or choose another task"
+            refused.append(ConfigError(f"{problem} Give {other}."))
         elif name in ("train", "val"):
             refused.append(
                 ConfigError(

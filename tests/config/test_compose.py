@@ -9,9 +9,20 @@ import pytest
 import yaml
 
 from clip_exp.config import registry
-from clip_exp.config.base import MISSING, Config, broken_rules, chosen, complete, default_of, key_of, members, plain
+from clip_exp.config.base import (
+    GLOBAL_GROUPS,
+    MISSING,
+    Config,
+    broken_rules,
+    chosen,
+    complete,
+    default_of,
+    key_of,
+    members,
+    plain,
+)
 from clip_exp.config.commands import SCHEMAS
-from clip_exp.config.compose import GLOBAL_GROUPS, GLOBAL_HEADER, compose, config_name
+from clip_exp.config.compose import GLOBAL_HEADER, compose, config_name
 from clip_exp.config.files import conf_dir, options, read_run_config, to_yaml
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ConfigError

@@ -6,7 +6,8 @@ import pytest
 
 from clip_exp.cli import run
 from clip_exp.config import targets
-from clip_exp.config.compose import compose, quote
+from clip_exp.config.command_line import quote
+from clip_exp.config.compose import compose
 from clip_exp.config.files import read_run_config, to_yaml
 from clip_exp.errors import CheckpointError, ConfigError
 from clip_exp.training.preflight import check_train
@@ -151,7 +152,7 @@ CROSS_FIELD = {
     "unknown metric": (["monitor=val/recal@1_i2t"], "did you mean 'val/recall@1_i2t'"),
     "name of a metric in older versions": (["monitor=val/zeroshot_top1"], "did you mean 'val/top1'?"),
     "name of an option in older versions": (["finetune=linear_probe"], "set finetune=lp_ft"),
-    "name of a key in older versions": (["finetune.linear_probe_steps=3"], "set finetune.freeze_towers_steps"),
+    "name of a key in older versions": (["finetune.linear_probe_steps=3"], "type finetune.freeze_towers_steps=3."),
     "labels that are not there": (["data=shapes", "monitor=val/top1"], "data.label_key"),
     "bias of a softmax": (["loss.init_logit_bias=1"], "of loss.name=sigmoid, which is not selected"),
     "crop larger than the image": (["data.augmentation.scale=[0.5,2]"], "at most 1"),
@@ -281,8 +282,8 @@ def test_lists_are_parsed_as_typed(typed: str, expected: list) -> None:
 
 
 def test_quoting_leaves_lists_numbers_and_sweeps_alone() -> None:
-    arguments = ["data.augmentation.scale=[0.5,1.0]", "seed=3", "optimizer.lr=1e-3,3e-4", "-m"]
-    assert quote(arguments) == arguments
+    overrides = ["data.augmentation.scale=[0.5,1.0]", "seed=3", "optimizer.lr=1e-3,3e-4"]
+    assert quote(overrides, sweeping=True) == overrides
 
 
 def test_a_target_that_runs_commands_or_does_not_exist_is_refused() -> None:

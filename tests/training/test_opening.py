@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_exp.config.compose import Job
 from clip_exp.config.files import older_names
+from clip_exp.config.jobs import Job
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import check_tables
 from clip_exp.errors import ClipExpError, ConfigError

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from clip_exp.config.base import Paths
+from clip_exp.config.base import Paths, Unused
 from clip_exp.config.evaluation import Scale, TableConfig, TaskConfig
+from clip_exp.evaluation.sets.validation import validation_table
 from clip_exp.evaluation.task import Task
 
 if TYPE_CHECKING:
+    from clip_exp.config.training import TrainConfig
     from clip_exp.data.image_sets import TableImages
     from clip_exp.evaluation.evaluated_model import ComputeResult, EvaluatedModel
 
@@ -23,18 +25,43 @@ class RetrievalTaskConfig(TableConfig, TaskConfig):
     """Recall@k between images and captions in both directions; any caption of the image is a hit."""
 
     kind: Literal["retrieval"] = "retrieval"
-    table: Paths = Field(description="table with `image_key` and `caption_key`, shards, a pattern, or a list of them")
+    table: Paths | None = Field(
+        None,
+        description="table with `image_key` and `caption_key`, shards, a pattern, or a list of them; null: the validation data of the run",
+    )
     caption_key: str = Field("title", description="column of captions")
 
     title: ClassVar[str] = "Retrieval"
     headline: ClassVar[tuple[str, ...]] = ("recall@1_i2t", "recall@1_t2i", "median_rank_i2t", "median_rank_t2i")
     scales: ClassVar[dict[str, Scale]] = {"median_rank_i2t": Scale.rank, "median_rank_t2i": Scale.rank}
 
-    def prepare(self, name: str, output_dir: str, run: Any = None) -> "list[RetrievalTask]":
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            f"{' '.join(TableConfig.model_fields)} caption_key",
+            lambda task: task.table is None,
+            "without {at}table, since the validation data of the run are read as in training",
+            "set that, or leave this out",
+        ),
+    )
+
+    @property
+    def of_validation(self) -> bool:
+        return self.table is None
+
+    def prepare(self, name: str, output_dir: str, run: "TrainConfig | None" = None) -> "list[RetrievalTask]":
         """Find the images and captions; rows with the same file are captions of one image."""
+        if self.table is None:
+            table = validation_table(run, f"task.{name}", output_dir)
+            assert run is not None
+            task = RetrievalTaskConfig(**table, caption_key=run.data.caption_key)
+            return task._read(name, {"data_from": "validation data of the run"})
+        return self._read(name, {})
+
+    def _read(self, name: str, about: dict[str, Any]) -> "list[RetrievalTask]":
         from clip_exp.data.image_sets import TableImages
         from clip_exp.evaluation.sets.datasets import read_pairs, require_tables
 
+        assert self.table is not None
         require_tables(self.table, f"task.{name}")
         pairs = read_pairs(self.table, f"task.{name}", self, caption_key=self.caption_key)
         assert pairs.captions is not None
@@ -42,7 +69,7 @@ class RetrievalTaskConfig(TableConfig, TaskConfig):
         first_row = {image: row for row, image in reversed(list(enumerate(caption_image)))}
         rows = [first_row[image] for image in range(len(first_row))]
         images = TableImages(pairs, rows, self.allow_outside_root)
-        about = pairs.shortcomings()
+        about = {**about, **pairs.shortcomings()}
         return [RetrievalTask(name, self, images, pairs.captions.to_pylist(), caption_image, str(self.table), about)]
 
 
