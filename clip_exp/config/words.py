@@ -69,7 +69,7 @@ DEEPSPEED_FILE = use(
 )
 DETECTED = use(note="This is detected: leave it out.")
 NO_MINIMUM = use("max_steps=…", "epochs=…", note="Only patience ends a run earlier.")
-NO_TEST = use("task=…", note="Tasks are scored on all of their data.")
+NO_TEST = use(note="Tasks are scored on all of their data (task=imagenet): leave it out.")
 ALWAYS = use(note="This is always the case: leave it out.")
 NUMBER_OF_RESULTS = use("top_k")
 
@@ -80,7 +80,7 @@ LIGHTNING = {
     "trainer.strategy": use("strategy"),
     "trainer.logger": use("logger"),
     "trainer.callbacks": use("callbacks.extra={{mine: {{_target_: …}}}}"),
-    "trainer.plugins": use("precision=…", "strategy=…", note="Other plugins are those of the run: leave them out."),
+    "trainer.plugins": use(note="The keys precision and strategy choose the plugins: leave it out."),
     "trainer.min_epochs": NO_MINIMUM,
     "trainer.min_steps": NO_MINIMUM,
     "trainer.accumulate_grad_batches": ACCUMULATION,
