@@ -182,16 +182,16 @@ def test_clipping_by_value_limits_each_element_and_reports_the_norm_before_it() 
     for name, parameter in module.named_parameters():
         parameter.grad = gradients[name].clone()
     module.on_before_optimizer_step(None)
-    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).double().norm()
-    assert module.step_metrics["train/grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    assert module.step_metrics["train/grad_norm"].item() == norm.item() > 1
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradients[name].clamp(-0.25, 0.25)), name
 
 
 def test_sync_batchnorm_replaces_the_batch_norms_of_the_model_on_several_gpus(tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     for given, expected in (("true", nn.SyncBatchNorm), ("false", nn.BatchNorm2d)):
+        network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
         words = ("strategy=ddp", f"trainer.sync_batchnorm={given}")
         built = pretended_trainer(tmp_path, *words, gpus=2, index=1, rank=1, ranks=2)
         sync = built.strategy._layer_sync  # type: ignore[attr-defined]
