@@ -96,7 +96,7 @@ def load(
 def train(*overrides: str, config_dir: ConfigDir = None) -> Path:
     """Train a model as `clip-exp train` does, in this process and its child processes, and return the folder of the finished run.
 
-    An interrupted run is resumed. If a finished run has the same configuration, data and initial weights, its folder is
+    An interrupted run is resumed. A run that `trainer.max_time` ended is not finished; the same call resumes it. If a finished run has the same configuration, data and initial weights, its folder is
     returned, after running tasks that have no results yet: see `resume` in docs/training.md.
 
     Args:

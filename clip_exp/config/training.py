@@ -384,7 +384,12 @@ class TrainerConfig(Config):
             lambda trainer: trainer.gradient_clip_val is None,
             "with {at}gradient_clip_val=null",
         ),
-        Unused("num_sanity_val_steps", lambda trainer: trainer.limit_val_batches == 0, "with {at}limit_val_batches=0"),
+        Unused(
+            "num_sanity_val_steps",
+            lambda trainer: trainer.limit_val_batches == 0,
+            "with {at}limit_val_batches=0",
+            typed_only=True,
+        ),
     )
 
     def rules(self, at: str) -> Iterator[str]:

@@ -156,19 +156,11 @@ def test_num_sanity_val_steps_validates_before_the_first_step_and_records_nothin
     assert [path.name for path in checkpoints(folder)] == ["step-000001", "step-000002"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("monitor=val/loss",), "monitor=val/loss is not measured with trainer.limit_val_batches=0: leave that out."),
-        (("val_every_n_steps=5",), "val_every_n_steps=5 has no effect with trainer.limit_val_batches=0"),
-        (("trainer.num_sanity_val_steps=2",), "trainer.num_sanity_val_steps=2 has no effect with trainer.limit_val_"),
-    ],
-)
-def test_without_validation_nothing_may_depend_on_it(overrides: tuple[str, ...], message: str) -> None:
-    words = ("trainer.limit_val_batches=0", *overrides)
-    with pytest.raises(ConfigError) as caught:
-        check_train(train_config(*words), words)
-    assert message in str(caught.value)
+def test_nothing_can_be_monitored_without_validation() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^monitor=val/loss is not measured with trainer\.limit_val_batches=0: leave"
+    ):
+        check_train(train_config("trainer.limit_val_batches=0", "monitor=val/loss"))
 
 
 # ------------------------------------------------------------------------------------------------------ other arguments
@@ -182,16 +174,16 @@ def test_clipping_by_value_limits_each_element_and_reports_the_norm_before_it() 
     for name, parameter in module.named_parameters():
         parameter.grad = gradients[name].clone()
     module.on_before_optimizer_step(None)
-    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).double().norm()
-    assert module.step_metrics["train/grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    assert module.step_metrics["train/grad_norm"].item() == norm.item() > 1
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradients[name].clamp(-0.25, 0.25)), name
 
 
 def test_sync_batchnorm_replaces_the_batch_norms_of_the_model_on_several_gpus(tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     for given, expected in (("true", nn.SyncBatchNorm), ("false", nn.BatchNorm2d)):
+        network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
         words = ("strategy=ddp", f"trainer.sync_batchnorm={given}")
         built = pretended_trainer(tmp_path, *words, gpus=2, index=1, rank=1, ranks=2)
         sync = built.strategy._layer_sync  # type: ignore[attr-defined]
@@ -224,7 +216,6 @@ def test_deterministic_warn_warns_where_there_is_no_such_algorithm(tmp_path: Pat
         (("trainer.sync_batchnorm=true", "trainer.accelerator=cpu", "trainer.devices=2"), "PyTorch's SyncBatchNorm needs GPUs"),
         (("trainer.sync_batchnorm=true", "strategy=deepspeed_stage_2"), "trainer.sync_batchnorm is not supported with DeepSpeed"),
         (("trainer.gradient_clip_algorithm=value", "strategy=deepspeed_stage_2"), "is not supported by DeepSpeed: use norm"),
-        (("trainer.gradient_clip_algorithm=value", "trainer.gradient_clip_val=null"), "has no effect with trainer.gradient_clip_val=null"),
         (("trainer.benchmark=true", "trainer.deterministic=true"), "exclude each other"),
     ],
 )  # fmt: skip
