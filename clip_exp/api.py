@@ -108,7 +108,7 @@ def train(*overrides: str, config_dir: ConfigDir = None) -> Path:
         ClipExpError: the run failed; the class gives the reason, as the exit code does on the command line.
         KeyboardInterrupt: a signal stopped the run; the same call resumes it.
     """
-    with registry.added(config_dir):
+    with allowed(()), registry.added(config_dir):  # what the call allows is allowed for its duration only
         config = compose("train", list(overrides))
         if started_by_launcher():
             raise ConfigError("clip_exp.train starts its own processes: run it without torchrun or srun.")
@@ -137,7 +137,7 @@ def evaluate(*overrides: str, config_dir: ConfigDir = None) -> dict[str, dict[st
         ClipExpError: the configuration, the data or the model cannot be used.
         KeyboardInterrupt: a signal stopped the evaluation; the same call continues from the cached features.
     """
-    with registry.added(config_dir):
+    with allowed(()), registry.added(config_dir):  # what the call allows is allowed for its duration only
         config = compose("evaluate", list(overrides))
         if str(config.devices) not in ("auto", "1"):
             raise ConfigError(

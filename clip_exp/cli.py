@@ -5,6 +5,7 @@ This module does not import torch, so that `--help` and configuration errors app
 
 import gc
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from clip_exp.ranks.failure import end_process
 
 # Exit codes after which a sweep starts no further job
 STOPPED = {PREEMPTED_EXIT_CODE, 130}
+ALLOW = "allow_targets="
 
 
 def main(command: str | None = None) -> NoReturn:
@@ -104,12 +106,14 @@ def _guarded(action: Callable[[], int | None], command: str, arguments: list[str
 
 
 def _allowing(error: TargetNotAllowedError, command: str, arguments: list[str]) -> str:
-    """Return the command with the key that allows the custom code."""
-    from clip_exp.reports.html import command_line
+    """Return the command with the key that allows the custom code, in addition to the code that it allows already."""
+    from clip_exp.reports.html import command_line, split_arguments
 
-    flags = {i for i, word in enumerate(arguments) if word in ("--config-dir", "-cd")}
-    kept = [word for i, word in enumerate(arguments) if i not in flags and i - 1 not in flags]
-    return command_line(command, [*kept, f"allow_targets=[{','.join(error.packages)}]"])
+    flags, overrides = split_arguments(arguments)
+    typed = " ".join(word.removeprefix(ALLOW) for word in overrides if word.startswith(ALLOW))
+    packages = dict.fromkeys([*re.findall(r"[\w.]+", typed), *error.packages])
+    kept = [word for word in overrides if not word.startswith(ALLOW)]
+    return command_line(command, [*flags, *kept, f"{ALLOW}[{','.join(packages)}]"])
 
 
 COMMANDS = {

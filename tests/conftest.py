@@ -24,7 +24,7 @@ SLOWEST = (
     "training/test_pretrained.py", "training/test_lora.py", "training/test_optim.py", "training/test_tasks.py",
     "training/test_resume.py", "evaluation/test_ranks.py", "export/test_onnx.py", "training/test_foreign_towers.py",
     "test_real_photographs.py", "training/test_batch_norm.py", "training/test_changed_data.py", "export/test_open_clip.py",
-    "evaluation/test_probe.py", "evaluation/test_launch.py", "checks/test_command.py", "weights/test_open_clip.py",
+    "extending/test_losses.py", "evaluation/test_probe.py", "evaluation/test_launch.py", "checks/test_command.py", "weights/test_open_clip.py",
 )  # fmt: skip
 NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 

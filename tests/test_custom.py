@@ -61,8 +61,8 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(header + text)
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
-        "experiment/slow_digits.yaml", "loss/smoothed.py", "loss/smoothed.yaml", "optimizer/slow.yaml", "task/hits.py",
-        "task/hits.yaml",
+        "experiment/slow_digits.yaml", "loss/smooth.yaml", "loss/smoothed.py", "loss/smoothed.yaml", "optimizer/slow.yaml",
+        "task/hits.py", "task/hits.yaml",
     ]  # fmt: skip
     return folder
 
@@ -196,6 +196,33 @@ def test_python_files_in_a_run_folder_of_the_search_path_are_not_run(refused: Ca
     os.environ[registry.FOLDERS] = ""
     by_file = ("--config-dir", "primary", "--config-name", "own")
     assert refused("train.py", *by_file, "--cfg", "job", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "ran").exists()
+
+
+OF_HYDRA = {
+    "callbacks": "{x: {_target_: canary.Thing}}",
+    "job_logging": "{version: 1, formatters: {x: {(): canary.Thing}}, root: {}}",
+    "job": "{env_set: {CLIP_EXP_ALLOWED_TARGETS: canary}}",
+    "launcher": "{_target_: canary.Thing}",
+}
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("key", OF_HYDRA)
+def test_keys_of_hydra_in_a_run_folder_are_refused_without_running_what_they_name(
+    key: str, refused: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "canary.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Thing: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    (run / "hydra" / "job_logging").mkdir(parents=True)
+    (run / "config.yaml").write_text(f"defaults: [train, _self_]\nhydra:\n  {key}: {OF_HYDRA[key]}\n")
+    (run / "hydra" / "job_logging" / "own.yaml").write_text(OF_HYDRA["job_logging"])
+    (run / "option.yaml").write_text("defaults: [train, override hydra/job_logging: own, _self_]\n")
+    for name, named in (("config", f"hydra.{key}"), ("option", "hydra/job_logging/own")):
+        done = refused("train.py", "--config-dir", str(run), "--config-name", name, "max_steps=1", cwd=tmp_path)
+        assert done.returncode == 2
+        assert f"run/{name}.yaml sets {named}, which is not used, since" in done.stderr
     assert not (tmp_path / "ran").exists()
 
 

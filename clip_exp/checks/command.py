@@ -16,7 +16,7 @@ from clip_exp.config.files import to_yaml
 from clip_exp.data import preflight
 from clip_exp.errors import ConfigError, DataError
 from clip_exp.reports.data_report import loaders
-from clip_exp.reports.html import command_line
+from clip_exp.reports.html import command_line, split_arguments
 from clip_exp.runs import RunRecord, create_run_folder, name_problems, write_text
 from clip_exp.secrets import leaks
 
@@ -69,7 +69,7 @@ def check_data(config: CheckDataConfig, arguments: list[str]) -> int:
 
 def _next_command(report: dict[str, Any], arguments: list[str]) -> str:
     """Return the command that trains with the same data and model, and with the overrides that the findings recommend."""
-    overrides = [text for text in arguments if text.partition("=")[0] not in ONLY_HERE and not text.startswith("-")]
+    overrides = [text for text in split_arguments(arguments)[1] if text.partition("=")[0] not in ONLY_HERE]
     given = {text.partition("=")[0] for text in overrides}
     subjects = {verdict["subject"] for verdict in report["verdicts"]}
     advice = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from hydra import version
@@ -149,6 +149,8 @@ _TYPED_TARGET = re.compile(rf"{targets.TARGET}['\"]?\s*[:=]\s*['\"]?([\w.]+)")
 def _allow_targets(values: dict[str, Any], overrides: list[str], *, own_file: bool) -> None:
     """Allow the custom code that the user names; see `typed_config`."""
     named = {name for _, name in targets.targets_of(values)}
+    # Options, too, may be those of a third party's run, if its folder is given as a folder of the user.
+    own_file = own_file and not any(map(registry.trace_of_a_run, registry.folders()))
     if own_file or "allow_targets" in typed_keys(overrides):
         targets.allow(values.get("allow_targets") or ())
     targets.allow(sorted(named if own_file else named & {*_TYPED_TARGET.findall(" ".join(overrides))}))
@@ -236,15 +238,26 @@ def _search_path_problem(path: str) -> str | None:
     return f"{SEARCH_PATH}: {path} {problem}. Give a package with an __init__.py that Python can import, or a folder."
 
 
-def _refuse_packages_of_a_run(primary: ConfigResult, name: str) -> None:
-    """Raise a ConfigError if a configuration file in a run folder adds a package to the search path, which would be imported."""
-    folder = primary.path.removeprefix("file://")
-    trace = registry.trace_of_a_run(Path(folder))
-    for path in map(str, OmegaConf.select(primary.config, SEARCH_PATH) or ()):
-        if trace is not None and path.startswith("pkg://"):
+class RunFile(NamedTuple):
+    """Configuration file in a run folder, which may be that of a third party."""
+
+    file: str
+    reason: str  # why its folder is known to be a run folder
+
+    def refuse_packages(self, paths: Any) -> None:
+        """Raise a ConfigError if the file adds a package to the search path, which would be imported."""
+        for path in (path for path in map(str, paths or ()) if path.startswith("pkg://")):
             raise ConfigError(
-                f"{folder}/{name}.yaml: {SEARCH_PATH} has {path}, which is not imported, since {folder} is a run folder ({trace}). If "
-                f"you trust the package, give {SEARCH_PATH}=[{path}] on the command line."
+                f"{self.file}: {SEARCH_PATH} has {path}, which is not imported, since {self.reason}. If you trust the package, give "
+                f"{SEARCH_PATH}=[{path}] on the command line."
+            )
+
+    def refuse_hydra(self, keys: list[str]) -> None:
+        """Raise a ConfigError if the file sets keys of Hydra: its callbacks, logging and environment variables run any code."""
+        if keys:
+            raise ConfigError(
+                f"{self.file} sets {', '.join(keys)}, which is not used, since {self.reason}. Remove it from the file. If you trust it, "
+                "give it on the command line."
             )
 
 
@@ -259,6 +272,7 @@ class Loader(ConfigLoaderImpl):
         self._overrides: list[Override] = []
         self._deleted: list[str] = []
         self._composed: dict[str, Any] = {}
+        self._of_run: RunFile | None = None
 
     def cache(self, config: DictConfig, config_name: str | None, overrides: list[str]) -> None:
         """Cache a composed configuration, so that Hydra does not compose it again."""
@@ -291,8 +305,13 @@ class Loader(ConfigLoaderImpl):
         given = next((each.value() for each in parsed_overrides if each.get_key_element() == SEARCH_PATH), None)
         if isinstance(given, str):
             raise ConfigError(f"{SEARCH_PATH}={given} must be a list: write {SEARCH_PATH}=[{given}].")
-        if given is None and config_name is not None and (primary := repo.load_config(config_name)) is not None:
-            _refuse_packages_of_a_run(primary, config_name)
+        if config_name is not None and (primary := repo.load_config(config_name)) is not None:
+            folder = primary.path.removeprefix("file://")
+            trace = registry.trace_of_a_run(Path(folder))
+            if trace is not None:
+                self._of_run = RunFile(f"{folder}/{config_name}.yaml", f"{folder} is a run folder ({trace})")
+                if given is None:
+                    self._of_run.refuse_packages(OmegaConf.select(primary.config, SEARCH_PATH))
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
         for path in map(str, given if isinstance(given, list) else ()):
             if path.startswith("file://") or "://" not in path:
@@ -334,6 +353,10 @@ class Loader(ConfigLoaderImpl):
                 if _drop_other_members(self.schema, before, merged, given, ""):
                     rest = OmegaConf.create(merged)
         hydra = rest.pop("hydra", None)
+        if self._of_run is not None:
+            paths = [str(default.config_path) for default in hydras]
+            own = [path for path in paths if repo.load_config(path).path.startswith("file://")]
+            self._of_run.refuse_hydra([*own, *(f"hydra.{key}" for key in hydra or () if f"hydra.{key}" != SEARCH_PATH)])
         if hydra is not None:
             config.merge_with({"hydra": hydra})
         if any(default.primary for default in defaults):

@@ -10,6 +10,7 @@ with the environment variable `CLIP_EXP_ALLOWED_TARGETS`, which child processes 
 import importlib
 import inspect
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -23,11 +24,18 @@ from clip_exp.config import registry
 from clip_exp.config.base import Config, Target, nested, plain
 from clip_exp.errors import ClipExpError, ConfigError, nearest
 
-# Modules without functions that run a command, load a file or connect to a server
+# Modules whose public classes run no command and load no file when they are created. Loggers write to the folder or server
+# that their arguments name.
 BUILT_IN = (
-    "torch.optim", "torch.nn", "torchvision.transforms", "timm.optim", "deepspeed.ops", "pytorch_lightning.callbacks",
-    "pytorch_lightning.loggers", "clip_exp.training",
+    "torch.optim", "torch.nn", "torchvision.transforms", "timm.optim", "deepspeed.ops.adam", "deepspeed.ops.lion",
+    "deepspeed.ops.lamb", "deepspeed.ops.adagrad", "pytorch_lightning.callbacks", "pytorch_lightning.loggers",
+    "clip_exp.training.schedule",
 )  # fmt: skip
+# Those whose functions are built in too. The others have functions that import a module or run a program by name.
+FUNCTIONS = ("torchvision.transforms", "clip_exp.training.schedule")
+# Packages that also have functions which run any code
+LIBRARIES = {*sys.stdlib_module_names, *(place.partition(".")[0] for place in BUILT_IN)}
+_CLASS, _FUNCTION = re.compile(r"([a-z]\w*\.)+[A-Z]\w*"), re.compile(r"([a-z]\w*\.)+[a-z]\w*")
 # Environment variable with the names of allowed modules or objects, separated by commas
 ALLOWED = "CLIP_EXP_ALLOWED_TARGETS"
 TARGET = "_target_"
@@ -73,8 +81,14 @@ def allowed(names: Iterable[str]) -> Iterator[None]:
 
 
 def is_allowed(target: str) -> bool:
-    """Return True if an object is in a built-in module or was allowed."""
-    return _is_in(target, (*BUILT_IN, *_allowed()))
+    """Return True if an object is built in, or was allowed."""
+    return is_built_in(target) or _is_in(target, _allowed())
+
+
+def is_built_in(target: str) -> bool:
+    """Return True for the name of a public class, or of some functions, of a built-in module."""
+    places = BUILT_IN if _CLASS.fullmatch(target) else FUNCTIONS if _FUNCTION.fullmatch(target) else ()
+    return _is_in(target, places)
 
 
 def targets_of(values: Any, at: str = "") -> Iterator[tuple[str, str]]:
@@ -90,9 +104,8 @@ def targets_of(values: Any, at: str = "") -> Iterator[tuple[str, str]]:
 
 
 def custom_packages(values: Any) -> list[str]:
-    """Return the packages, outside the built-in modules, of all objects that plain values name, for `allow_targets`."""
-    names = (target for _, target in targets_of(plain(values)) if not _is_in(target, BUILT_IN))
-    return sorted({name.partition(".")[0] for name in names})
+    """Return the value of `allow_targets` that allows all objects that plain values name: packages without built-in modules."""
+    return _packages(target for _, target in targets_of(plain(values)) if not is_built_in(target))
 
 
 def require_allowed(values: Any, where: str) -> None:
@@ -110,13 +123,18 @@ def require_allowed(values: Any, where: str) -> None:
 
 
 def _not_allowed(what: str, refused: dict[str, str]) -> TargetNotAllowedError:
-    packages = sorted({target.partition(".")[0] for target in refused.values()})
+    packages = _packages(refused.values())
     named = ", ".join(f"{at}.{TARGET}={target}" for at, target in refused.items())
     return TargetNotAllowedError(
         f"{what}, which runs only if it is allowed: {named}. If you trust this code, set allow_targets=[{','.join(packages)}], "
         f"or the environment variable {ALLOWED}={','.join(packages)}.",
         packages,
     )
+
+
+def _packages(names: Iterable[str]) -> list[str]:
+    """Return the packages of objects; full names for those of Python and of libraries, which have functions that run any code."""
+    return sorted({name if (package := name.partition(".")[0]) in LIBRARIES else package for name in names})
 
 
 def _allowed() -> list[str]:
@@ -142,7 +160,7 @@ def problems(config: Config) -> Iterator[str]:
 
 def _problems_of(node: dict[str, Any], where: str, supplied: int = 0, optional: Iterable[str] = ()) -> Iterator[str]:
     try:
-        found = locate(node[TARGET], where)
+        found = locate(str(node[TARGET]), where)
     except ConfigError as error:
         yield str(error)
     else:
@@ -181,7 +199,8 @@ def _argument_problems(
     if not inspect.isclass(found) or node.get("_partial_"):
         return
     positional = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    known = {*given, *positional[: supplied + len(node.get("_args_", ()))], *optional}
+    args = node.get("_args_")
+    known = {*given, *positional[: supplied + (len(args) if isinstance(args, list) else 0)], *optional}
     required = [name for name in named if parameters[name].default is inspect.Parameter.empty]
     for name in (name for name in parameters if name in required and name not in known):
         yield f"{where}.{name} has no value, but {target} requires it: set it ({where}.{name}=…)."
@@ -212,20 +231,45 @@ def locate(target: str, where: str) -> Callable[..., Any]:
     """
     if not is_allowed(target):
         raise _not_allowed("this is custom code", {where: target})
-    found, path = _import(target, where), target.split(".")
-    for name in path[found.__name__.count(".") + 1 :]:
+    found, names = _import(target, where)
+    for name in names:
         if not hasattr(found, name):
             valid = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]
             hint = nearest(name, valid) if valid else "it has no classes or functions."
-            raise ConfigError(f"{where}.{TARGET}={target}: {found.__name__} has no {name}: {hint}")
+            # An installed module may have the name of the user's, and is found first.
+            file = getattr(found, "__file__", None)
+            file = None if is_built_in(target) or file is None or not _is_library(file) else file
+            place = getattr(found, "__name__", type(found).__name__) + (f" ({file})" if file else "")
+            raise ConfigError(f"{where}.{TARGET}={target}: {place} has no {name}: {hint}")
         found = getattr(found, name)
+        if inspect.ismodule(found):
+            _require_origin(target, where, found.__name__, with_package=False)
     if not callable(found):
         raise ConfigError(f"{where}.{TARGET}={target} is not a class or function: name one of this module.")
-    # A built-in module may have imported the functions of another one.
-    origin = getattr(found, "__module__", None) or ""
-    if not _is_in(target, _allowed()) and not _is_in(origin, BUILT_IN):
-        raise ConfigError(f"{where}.{TARGET}={target} is {origin}.{path[-1]}, which is not in an allowed module.")
+    if is_built_in(target) or inspect.isclass(found) or inspect.isroutine(found):
+        _require_origin(target, where, getattr(found, "__module__", None) or "", with_package=True)
     return found
+
+
+def _require_origin(target: str, where: str, module: str, *, with_package: bool) -> None:
+    """Raise a ConfigError if a name leads to the code of another module, which an allowed one has imported: `mine.os.system`.
+
+    Args:
+        target: the name. If it was allowed itself, not only its package, it may lead anywhere.
+        where: its key, for messages.
+        module: module of the code.
+        with_package: whether a package allows what it imported from others, as `open_clip.ClipLoss`; not from Python's library
+            and from those with built-in modules, which have functions that run any code.
+    """
+    if is_built_in(target):
+        permitted = _is_in(module, BUILT_IN)
+    else:
+        permitted = target in _allowed() or _is_in(module, (*BUILT_IN, *_allowed()))
+        permitted = permitted or (with_package and module.partition(".")[0] not in LIBRARIES)
+    if not permitted:
+        raise ConfigError(
+            f"{where}.{TARGET}={target} is code of {module or 'Python'}, which is not an allowed module: name it by its own module."
+        )
 
 
 def instantiate(
@@ -249,24 +293,43 @@ def instantiate(
     from hydra.utils import instantiate as create
 
     values = node.node if isinstance(node, Target) else node
-    found = locate(values[TARGET], where)
-    for at, inner in _nodes([value for key, value in values.items() if key != TARGET], where):
-        locate(inner[TARGET], at)
-    taken = (parameters_of(found) or {}).keys()
-    passed = {key: value for key, value in (optional or {}).items() if key in taken and key not in values} | kwargs
+    located = _located(values, where)
+    found = located[TARGET]
     try:
         # Hydra copies the arguments that it is given, so it only creates those of the node.
-        own = create({**values, "_partial_": True}, _convert_="all")
+        own = create({**located, "_partial_": True}, _convert_="all")
+        taken = [*(parameters_of(found) or {})][len(args) + len(own.args) :]
+        passed = {key: value for key, value in (optional or {}).items() if key in taken and key not in values} | kwargs
         if values.get("_partial_") and not args and not passed:
             return partial(found, *own.args, **own.keywords)
         return found(*args, *own.args, **passed, **own.keywords)
-    except (ClipExpError, MemoryError):
+    except MemoryError:
+        raise
+    except ClipExpError as error:
+        # Raised by clip_exp for the user's object, for example for a model that it loads: name the key of the object.
+        if not str(error).startswith(where):
+            error.args = (f"{where}: {error}",)
         raise
     except InstantiationException as error:
         why = failure(error.__cause__) if error.__cause__ is not None else " ".join(str(error).split())
         raise ConfigError(f"{where}: {why}") from error
     except Exception as error:
         raise ConfigError(f"{where}: {values[TARGET]} could not be created: {failure(error)}") from error
+
+
+def _located(values: Any, where: str) -> Any:
+    """Return plain values with objects instead of the names of `_target_`, so that Hydra creates exactly what was checked.
+
+    Hydra finds names in another way, and would resolve an interpolation here, which may yield another `_target_`.
+    """
+    if isinstance(values, dict):
+        found = {key: _located(value, f"{where}.{key}") for key, value in values.items()}
+        return found | {TARGET: locate(str(values[TARGET]), where)} if TARGET in values else found
+    if isinstance(values, list):
+        return [_located(value, f"{where}[{i}]") for i, value in enumerate(values)]
+    if isinstance(values, str) and "${" in values:
+        raise ConfigError(f"{where}={values} has an interpolation that was not resolved: write the value instead.")
+    return values
 
 
 def build_extra(nodes: Mapping[str, Target], where: str) -> list[Any]:
@@ -278,17 +341,18 @@ def build_extra(nodes: Mapping[str, Target], where: str) -> list[Any]:
     return [instantiate(node, f"{where}.{name}") for name, node in nodes.items()]
 
 
-def _import(target: str, where: str) -> Any:
-    """Import the longest prefix of a name that is a module."""
+def _import(target: str, where: str) -> tuple[Any, list[str]]:
+    """Import the longest prefix of a name that is a module; return it and the rest of the name."""
     parts = target.split(".")
-    for searched in (False, True):
+    # A folder of the user must not supply a built-in module that is not installed.
+    for searched in (False,) if is_built_in(target) else (False, True):
         if searched:
             sys.path += [path for path in _user_folders() if path not in sys.path]
             importlib.invalidate_caches()
         for length in range(len(parts) - 1, 0, -1):
             module = ".".join(parts[:length])
             try:
-                return importlib.import_module(module)
+                return importlib.import_module(module), parts[length:]
             except ModuleNotFoundError as error:
                 if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                     raise _not_importable(where, target, module, error) from error

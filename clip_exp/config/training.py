@@ -107,7 +107,7 @@ class LossConfig(Member):
         }
 
     def custom_problems(self, columns: Collection[str]) -> Iterator[str]:
-        """Yield an error message for every argument that a custom loss will not be given.
+        """Create a custom loss, and yield an error message for every argument that it will not be given.
 
         Args:
             columns: names of the data's further columns, `data.columns`.

@@ -5,6 +5,7 @@ metrics go to `metrics.csv`, which is always written, and to the loggers in the 
 """
 
 import csv
+import inspect
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -28,7 +29,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from clip_exp.config.base import plain
-from clip_exp.config.targets import build_extra
+from clip_exp.config.targets import build_extra, locate
 from clip_exp.config.training import LoggerConfig, TrainConfig, WandbConfig
 from clip_exp.data.loader import cores_per_rank, count_workers
 from clip_exp.errors import NumericError
@@ -496,6 +497,14 @@ def build_loggers(config: LoggerConfig, run_dir: Path, name: str) -> list[Logger
         loggers.append(_wandb(config.wandb, run_dir, name))
     loggers += build_extra(config.extra, "logger.extra")
     return loggers
+
+
+def logger_problems(config: LoggerConfig) -> Iterator[str]:
+    """Yield an error message for every additional logger that is not one. None is created, since that may open a connection."""
+    for name, node in config.extra.items():
+        found = locate(node.target, where := f"logger.extra.{name}")
+        if inspect.isclass(found) and not issubclass(found, Logger):
+            yield f"{where}: {found.__name__} is not a logger: give a subclass of pytorch_lightning.loggers.Logger as _target_."
 
 
 def start_loggers(loggers: list[Logger], config: TrainConfig) -> list[Logger]:

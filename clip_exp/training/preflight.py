@@ -54,6 +54,10 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
         from clip_exp.training.callbacks import extra_problems  # imports torch
 
         errors += map(ConfigError, extra_problems(config))
+    if not errors and config.logger.extra:
+        from clip_exp.training.metrics import logger_problems  # imports torch
+
+        errors += map(ConfigError, logger_problems(config.logger))
     if not errors:
         devices = requested_devices(config)
         absent = [*device_problems(devices, config.trainer.num_nodes, "trainer.")]
@@ -76,8 +80,12 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
 
 
 def custom_problems(config: TrainConfig) -> Iterator[str]:
-    """Yield the problems of the user's own code: names, arguments, and what can be created before the data is read."""
-    named = [*targets.problems(config), *config.loss.custom_problems(config.data.columns)]
+    """Yield the problems of the user's own code: names, arguments, and what can be created before the data is read.
+
+    Raises:
+        TargetNotAllowedError: an object, such as a teacher, is read from a file that names code which is not allowed.
+    """
+    named = list(targets.problems(config))
     yield from named
     if named:
         return
@@ -86,10 +94,13 @@ def custom_problems(config: TrainConfig) -> Iterator[str]:
             from clip_exp.data.transform import build_transform  # imports torch
 
             build_transform(config.data.transform, config.model.image.image_size)
+        yield from config.loss.custom_problems(config.data.columns)  # also imports torch
         if isinstance(config.optimizer, Target) or not config.scheduler.target.startswith(SCHEDULES):
             from clip_exp.training.optim import rehearse_optimizer  # imports torch
 
             rehearse_optimizer(config.optimizer, config.scheduler, config.finetune, config.max_steps)
+    except targets.TargetNotAllowedError:  # the command line prints a command that allows the code
+        raise
     except ConfigError as error:
         yield str(error)
 

@@ -387,8 +387,10 @@ def test_help_lists_the_options_of_own_folders_and_how_to_name_them(command, tmp
     done = shown(command, tmp_path, "--config-dir", "one", "hydra.searchpath=[two]", "--help")
     assert done.returncode == 0, done.stderr
     assert "optimizer: adam, adamw, custom, first, lion, second, sgd\n" in done.stdout
-    assert "--config-dir DIR" in done.stdout.splitlines()[-3]
-    assert "hydra.searchpath=[" in done.stdout.splitlines()[-3]
+    folders, targets, _ = done.stdout.splitlines()[-3:]
+    assert "--config-dir DIR" in folders
+    assert "hydra.searchpath=[" in folders
+    assert "_target_=module.Class" in targets
 
 
 # -------------------------------------------------------------------------------------------------- files and types

@@ -14,7 +14,14 @@ from tests.runs import run_folders
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.compile(r"```(?:python|yaml)\n# (mine[^\s,]*)[^\n]*\n(.*?)```", re.DOTALL)
 COMMANDS = re.findall(r"^(?:\$ )?python (train\.py .*|evaluate\.py .*)$", PAGE, re.MULTILINE)
-SMALL = ("max_steps=12", "global_batch_size=8", "data.num_workers=0", "trainer.accelerator=cpu", "resume=never", "model=vit_nano")
+SMALL = (
+    "max_steps=12",
+    "global_batch_size=8",
+    "data.num_workers=0",
+    "trainer.accelerator=cpu",
+    "resume=never",
+    "model=vit_nano",
+)
 REFUSED = {"loss.smothing=0.1": "did you mean 'smoothing'", "downloaded": "names custom code"}
 
 
@@ -58,7 +65,12 @@ def test_a_command_of_the_guide_works(line: str, folder: Path, command: Run) -> 
     (run,) = set(run_folders(folder / "outputs")) - set(before)
     if "task.spread" in line:
         evaluated = command(
-            "evaluate.py", f"run={run}", "task.spread._target_=mine.Spread", "accelerator=cpu", "num_workers=0", cwd=folder
+            "evaluate.py",
+            f"run={run}",
+            "task.spread._target_=mine.Spread",
+            "accelerator=cpu",
+            "num_workers=0",
+            cwd=folder,
         )
         assert evaluated.returncode == 0, evaluated.stderr
         assert "spread/uniformity" in evaluated.stdout

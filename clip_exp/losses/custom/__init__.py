@@ -1,7 +1,7 @@
 """Configuration of a loss that is the user's own module or function, named by `_target_`. No torch."""
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,7 @@ from clip_exp.config.training import LossConfig
 from clip_exp.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from torch import nn
+    from clip_exp.losses.custom.loss import CustomLoss
 
 # Arguments of a custom loss; the columns of `data.columns` and the outputs of `per_rank` are passed as well
 INPUTS = ("image_features", "text_features", "logit_scale", "logit_bias", "caption_ids", "image_ids")
@@ -48,38 +48,41 @@ class CustomLossConfig(LossConfig, Target):
         return self.init_logit_bias
 
     def custom_problems(self, columns: Collection[str]) -> Iterator[str]:
-        """Yield an error message for every argument of the loss that it will not be given.
+        """Create the loss, and yield an error message for every argument that it will not be given.
 
         Args:
             columns: names of the data's further columns, `data.columns`.
+
+        Raises:
+            ConfigError: the loss cannot be created.
         """
-        try:
-            found: Any = locate(self.target, "loss")
-        except ConfigError:
-            return  # reported by `targets.problems`
-        called = (
-            getattr(found, "forward", None)
-            if isinstance(found, type)
-            else found
-            if self.node.get("_partial_")
-            else None
-        )
-        parameters = parameters_of(called) if called is not None else None
-        if parameters is None or hasattr(found, "per_rank"):
+        found = locate(self.target, "loss")
+        is_unbound = not isinstance(found, type) and not self.node.get("_partial_")
+        if is_unbound and "image_features" in (parameters_of(found) or ()):
+            yield f"loss._target_={self.target} is a function that computes a loss: set loss._partial_=true, so that its arguments are bound."
             return
-        names = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        known = {"self", *INPUTS, *columns, *self.arguments}
-        for name in names:
-            if name not in known and parameters[name].default is parameters[name].empty:
+        loss = self.build()
+        has_bias = self.init_logit_bias is not None
+        given = {name for name in INPUTS if has_bias or name != "logit_bias"} | {*columns}
+        for name in sorted(loss.required - given) if loss.per_rank is None else ():
+            if name == "logit_bias":
+                yield f"loss._target_={self.target} takes logit_bias, but the model has none: set loss.init_logit_bias."
+            else:
                 yield (
                     f"loss._target_={self.target} takes {name!r}, which is neither an input of losses nor in data.columns: "
                     f"{nearest(name, [*INPUTS, *columns])}"
                 )
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if self.init_logit_bias is not None and not takes_all and "logit_bias" not in names:
+        if not loss.names and not loss.takes_all:
+            yield f"loss._target_={self.target} takes no input by name: give its forward arguments such as {', '.join(INPUTS[:3])}."
+        elif has_bias and not loss.takes_all and "logit_bias" not in loss.names:
             yield f"loss.init_logit_bias={self.init_logit_bias:g} has no effect: {self.target} does not take logit_bias. Leave it out."
 
-    def build(self) -> "nn.Module":
+    def build(self) -> "CustomLoss":
         from clip_exp.losses.custom.loss import CustomLoss  # imports torch
 
-        return CustomLoss(instantiate(self, "loss"), self.target, gather=self.gather)
+        function = instantiate(self, "loss")
+        if not callable(function):
+            raise ConfigError(
+                f"loss._target_={self.target} is not a loss: name a torch.nn.Module, or a function with _partial_=true."
+            )
+        return CustomLoss(function, self.target, gather=self.gather)

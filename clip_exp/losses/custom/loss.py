@@ -28,6 +28,9 @@ class CustomLoss(nn.Module):
         gather: pass the rows of the global batch instead of those of this rank.
 
     Attributes:
+        names: names of the arguments of the user's loss.
+        required: those without a default.
+        takes_all: whether it takes all inputs, as `**inputs`.
         needs_batch: whether the loss needs more than features and ids, so that it cannot be computed in validation.
     """
 
@@ -38,12 +41,12 @@ class CustomLoss(nn.Module):
         parameters = parameters_of(function.forward if isinstance(function, nn.Module) else function) or {}
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        required = {name for name in self.names if parameters[name].default is parameters[name].empty}
+        self.required = {name for name in self.names if parameters[name].default is parameters[name].empty}
         for module in self.modules():
             if module not in (self, function) and any(p.requires_grad for p in module.parameters(recurse=False)):
                 _compute_in_own_dtype(module)
         self.per_rank: Callable[..., dict[str, Tensor]] | None = getattr(function, "per_rank", None)
-        self.needs_batch = self.per_rank is not None or bool(required - {*INPUTS})
+        self.needs_batch = self.per_rank is not None or bool(self.required - {*INPUTS})
 
     def forward(self, output: CLIPOutput, caption_id_B: Tensor, image_id_B: Tensor) -> Tensor:
         """Compute the loss, a float32 scalar, from a model's output and the int64 ids of its captions and images."""
