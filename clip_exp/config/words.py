@@ -370,7 +370,10 @@ VALUES: dict[str, dict[str, str]] = {
         "amp": _FP16, "fp16": _FP16, "16": _FP16, "float16": _FP16, "half": _FP16, "pure_fp16": _FP16, "16-true": _FP16,
         "fp32": _FP32, "32": _FP32, "float32": _FP32, "full": _FP32, "no": _FP32,
     },
-    "loss": {"siglip": "sigmoid", "clip": "softmax", "infonce": "softmax", "contrastive": "softmax", "cross_entropy": "softmax"},
+    "loss": {
+        "siglip": "loss=sigmoid", "clip": "loss=softmax", "infonce": "loss=softmax", "contrastive": "loss=softmax",
+        "cross_entropy": "loss=softmax",
+    },
     "resume": {"latest": "auto", "last": "auto", "true": "auto", "false": "never", "no": "never", "none": "never"},
     "optimizer": {
         "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "fused_adamw": "adamw", "torch.optim.AdamW": "adamw", "momentum": "sgd",
