@@ -361,7 +361,7 @@ VALUES: dict[str, dict[str, str]] = {
         "deepspeed": "deepspeed_stage_2", "zero1": "deepspeed_stage_1", "zero2": "deepspeed_stage_2", "zero3": "deepspeed_stage_3",
     },
     "logger": {
-        "tb": "tensorboard", "all": "[wandb,tensorboard]", "wandb,tensorboard": "[wandb,tensorboard]", "none": "csv",
+        "tb": "tensorboard", "all": "[wandb,tensorboard]", "wandb,tensorboard": "[wandb,tensorboard]", "none": "csv", "false": "csv",
         "many_loggers": "[wandb,tensorboard]", "aim": "logger.extra.aim={_target_: aim.pytorch_lightning.AimLogger}",
     },
     "trainer": {
@@ -480,8 +480,8 @@ def _filled(overrides: str, value: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    """Return False for a fraction of the run or of an epoch, as some frameworks give lengths and intervals."""
-    return re.fullmatch(r"\d*\.\d+|1\.0*", str(value)) is None
+    """Return False for a fraction of the run or of an epoch, or a time, as some frameworks give lengths and intervals."""
+    return not isinstance(value, dict) and re.fullmatch(r"\d*\.\d+|1\.0*", str(value)) is None
 
 
 def _translated(key: str, text: str) -> str | None:
