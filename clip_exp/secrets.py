@@ -29,6 +29,9 @@ PLAIN_KEYS = frozenset({"KEYS", "PASS", "PRIVATE", "TOKENS"})
 OPEN_NODES = (
     "callbacks.extra.", "logger.extra.", "optimizer.", "scheduler.", "loss.", "model.image.", "model.text.", "data.transform.",
 )  # fmt: skip
+# Nodes with keys of the schema and the arguments of a user's object, and the former that sound like secrets
+PARTLY_OPEN_NODES = ("data.", "task.")
+OF_TABLES = frozenset({"image_key", "caption_key", "label_key"})
 # Minimum number of characters of a secret; shorter values are switches
 SHORTEST = 8
 # The word boundary and the limits keep the search fast in long texts without URLs.
@@ -103,7 +106,7 @@ def leaks(values: Any, key: str = "") -> Iterator[str]:
         key: full key of `values`; empty for a whole configuration.
     """
     for full_key, text in texts(values, key):
-        if full_key.startswith(OPEN_NODES) and _words(full_key)[-1] in WORDS - PLAIN_KEYS:
+        if _is_argument(full_key) and _words(full_key)[-1] in WORDS - PLAIN_KEYS:
             yield f"{full_key} looks like a secret, and would be saved in the run folder: set it in the environment instead."
         if URL_CREDENTIALS.search(text):
             yield f"{full_key} contains a URL with credentials, which would be saved in the run folder: pass the credentials another way."
@@ -113,3 +116,9 @@ def leaks(values: Any, key: str = "") -> Iterator[str]:
                     f"{full_key} contains the value of the environment variable {name}, which would be saved in the run folder: leave "
                     "the value in the environment."
                 )
+
+
+def _is_argument(full_key: str) -> bool:
+    """Return True if a key may be an argument of a user's object."""
+    known = full_key.rpartition(".")[2] in OF_TABLES
+    return full_key.startswith(OPEN_NODES) or (full_key.startswith(PARTLY_OPEN_NODES) and not known)

@@ -152,3 +152,13 @@ def test_a_long_text_without_a_url_does_not_take_quadratic_time() -> None:
     """It would take half an hour."""
     text = "a" * 300_000
     assert redact(text) == text
+
+
+def test_an_argument_of_a_users_object_that_sounds_like_a_secret_is_refused() -> None:
+    for kind in ("data", "loss", "optimizer", "task"):
+        values = {"mine": {"api_token": "hf_abc"}} if kind == "task" else {"api_token": "hf_abc"}
+        (message,) = leaks({kind: values})
+        assert "api_token looks like a secret" in message
+        assert "hf_abc" not in message
+    columns = {"image_key": "image", "caption_key": "text", "label_key": "label", "root": "/photos"}
+    assert list(leaks({"data": {**columns, "num_tokens": "8"}, "task": {"knn": {"train": columns}}})) == []

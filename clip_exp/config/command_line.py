@@ -103,17 +103,20 @@ def _is_value(argument: str) -> bool:
 
 
 def _flag_problem(command: str, argument: str, name: str, value: str | None, hydras: list[str]) -> str:
+    """Return an error message for an unknown flag, with the override or flag to type."""
     typed = argument if value is None or "=" in argument else f"{argument} {value}"
     schema, key = SCHEMAS[command], name.lstrip("-").replace("-", "_")
     top_level = _top_level(schema)
-    if len(name) > len("--") and RERUN_FLAG.startswith(name) and not (set(groups()) & {key}):
+    if len(name) > len("--") and RERUN_FLAG.startswith(name) and key not in groups():
         return f"{RERUN_FLAG} is not supported, since it executes code from the file. Pass the overrides of that run instead."
     if key in top_level or key in groups() or "." in key:
         given = value if value is not None else "true" if top_level.get(key) is bool else "…"
-        return f"{typed} is not a flag: {words.of_value(key, given) or f'type {key}={given}.'}"
+        override = words.in_shell(f"{key}={given}")
+        return f"{typed} is not a flag: {words.of_value(key, given) or f'type {override}.'}"
     if instead := words.answer(key, value, roots_of(top_level)):
         return f"{typed} is not a flag: {instead}"
-    if len(full := [option for option in hydras if option.startswith(name) and name.startswith("--")]) == 1:
+    full = [option for option in hydras if option.startswith(name.replace("_", "-"))]
+    if len(full) == 1 and name.startswith("--"):
         return f"{typed} is not a flag: type {full[0]}."
     best = nearest_key(schema, key)
     hint = f"did you mean {best}={value or '…'}?" if best else "keys are set with key=value; --help lists them."

@@ -71,6 +71,8 @@ DETECTED = use(note="This is detected: leave it out.")
 NO_MINIMUM = use("max_steps=…", "epochs=…", note="Only patience ends a run earlier.")
 NO_TEST = use(note="Tasks are scored on all of their data (task=imagenet): leave it out.")
 ALWAYS = use(note="This is always the case: leave it out.")
+OF_LAUNCHER = use(note="The launcher and the strategy determine this: leave it out.")
+NOTHING = use(note="There is no equivalent: leave it out.")
 NUMBER_OF_RESULTS = use("top_k")
 
 LIGHTNING = {
@@ -129,6 +131,11 @@ TEMPLATE = {
     "model.optimizer.lr": RATE,
     "model.optimizer.weight_decay": DECAY,
     "model.compile": use("compile"),
+    "callbacks.early_stopping": use("monitor=val/loss patience=3"),
+    "callbacks.model_checkpoint": use("monitor=val/loss", "checkpoint_every_n_steps=…"),
+    "callbacks.rich_progress_bar": use("callbacks.progress=bar"),
+    "callbacks.model_summary": use("trainer.enable_model_summary=true"),
+    "callbacks.learning_rate_monitor": ALWAYS,
     "callbacks.early_stopping.patience": use("patience"),
     "callbacks.early_stopping.monitor": use("monitor"),
     "callbacks.early_stopping.mode": use("monitor_mode"),
@@ -215,6 +222,19 @@ OPEN_CLIP = {
     "torchcompile": use("compile=true"),
     "fsdp": STAGE_3,
     "device": use("trainer.accelerator", "accelerator"),
+    "dist_url": OF_LAUNCHER,
+    "dist_backend": OF_LAUNCHER,
+    "ddp_static_graph": OF_LAUNCHER,
+    "no_set_device_rank": OF_LAUNCHER,
+    "opt_kwargs": use(note="Its keys are keys of `optimizer`: type optimizer.<key>=…."),
+    "wandb_notes": use(note="Set the environment variable WANDB_NOTES."),
+    "distill_model": NOTHING,
+    "distill_pretrained": NOTHING,
+    "coca_caption_loss_weight": NOTHING,
+    "coca_contrastive_loss_weight": NOTHING,
+    "remote_sync": NOTHING,
+    "copy_codebase": NOTHING,
+    "val_retrieval_chunk_size": NOTHING,
     "cache_dir": use(note="Set the environment variable CLIP_EXP_CACHE, or HF_HOME for the Hugging Face hub."),
 }
 FLAGAI = {
@@ -309,6 +329,12 @@ OTHERS = {
     "num_workers": WORKERS,
     "max_epochs": use("epochs"),
     "max_iters": use("max_steps"),
+    "image_size": use("model.image.image_size"),
+    "augmentation": use("data/augmentation"),
+    "image_tower": use("model/image"),
+    "text_tower": use("model/text"),
+    "image_encoder": use("model/image"),
+    "text_encoder": use("model/text"),
     "total_steps": use("max_steps"),
     "num_steps": use("max_steps"),
     "accumulate_grad_batches": ACCUMULATION,
@@ -344,7 +370,10 @@ VALUES: dict[str, dict[str, str]] = {
         "amp": _FP16, "fp16": _FP16, "16": _FP16, "float16": _FP16, "half": _FP16, "pure_fp16": _FP16, "16-true": _FP16,
         "fp32": _FP32, "32": _FP32, "float32": _FP32, "full": _FP32, "no": _FP32,
     },
-    "loss": {"siglip": "sigmoid", "clip": "softmax", "infonce": "softmax", "contrastive": "softmax", "cross_entropy": "softmax"},
+    "loss": {
+        "siglip": "loss=sigmoid", "clip": "loss=softmax", "infonce": "loss=softmax", "contrastive": "loss=softmax",
+        "cross_entropy": "loss=softmax",
+    },
     "resume": {"latest": "auto", "last": "auto", "true": "auto", "false": "never", "no": "never", "none": "never"},
     "optimizer": {
         "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "fused_adamw": "adamw", "torch.optim.AdamW": "adamw", "momentum": "sgd",
@@ -417,14 +446,15 @@ def answer(key: str, value: Any, roots: Collection[str]) -> str | None:
         many = int(value) * DEVICES
         return f"type global_batch_size={value} on one device, global_batch_size={many} on {DEVICES}. {found.note}"
     typed = " or ".join(dict.fromkeys(_filled(each, value) for each in valid))
-    return f"type {typed}. {found.note}".rstrip()
+    # A note is about the first override.
+    return f"type {typed}. {found.note if found.overrides[0] in valid else ''}".rstrip()
 
 
 def of_value(key: str, value: Any) -> str | None:
     """Return what to type instead of another framework's value of a key or group, as the end of a sentence; None if it is unknown."""
     text = as_typed(value)
     translated = _translated(key, text)
-    return EXPLAINED.get(f"{key}={text}") if translated is None else f"type {_in_shell(translated)}."
+    return EXPLAINED.get(f"{key}={text}") if translated is None else f"type {in_shell(translated)}."
 
 
 def as_typed(value: Any) -> str:
@@ -476,7 +506,7 @@ def _filled(overrides: str, value: Any) -> str:
             filled.append(translated)
         else:
             filled.append(f"{key}={template.format(value=text)}")
-    return " ".join(map(_in_shell, filled))
+    return " ".join(map(in_shell, filled))
 
 
 def _is_count(value: Any) -> bool:
@@ -490,6 +520,6 @@ def _translated(key: str, text: str) -> str | None:
     return None if found is None else found if "=" in found else f"{key}={found}"
 
 
-def _in_shell(overrides: str) -> str:
+def in_shell(overrides: str) -> str:
     """Return overrides with quotes where the shell needs them."""
     return " ".join(part if re.fullmatch(r"[\w./=@+,:…-]*", part) else shlex.quote(part) for part in _parts(overrides))

@@ -485,8 +485,12 @@ class DatasetItems:
 
 def image_id(image: RawImage) -> int:
     """Return an int64 that is equal for images with equal content."""
-    size = image.size if isinstance(image, Image.Image) else image.shape if isinstance(image, np.ndarray) else ()
-    return int64_hash(repr(size).encode(), bytes_of(image))
+    if isinstance(image, Image.Image):
+        # The pixels of a palette image are positions in its palette.
+        form: tuple[Any, ...] = (image.mode, image.size, image.getpalette() if image.mode == "P" else None)
+    else:
+        form = image.shape if isinstance(image, np.ndarray) else ()
+    return int64_hash(repr(form).encode(), bytes_of(image))
 
 
 def _shape(value: str | np.ndarray) -> Shape:

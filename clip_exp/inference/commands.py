@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clip_exp.config.commands import PredictConfig, RankConfig, SearchConfig
+from clip_exp.config.targets import require_allowed
 from clip_exp.data.files import leaves_root
 from clip_exp.data.tables.open import read_table
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ConfigError, DataError, Problems
@@ -317,6 +318,7 @@ def _model(config: SearchConfig, path: Path, has_images: bool) -> tuple[ModelSou
         check_same_model(path, before, recipe)
         before = replace(before, weights=recipe.weights)
     else:
+        require_allowed({"model": before.model}, f"index={path}")
         source, weights = before.source, Path(before.weights)
         if not weights.exists():
             raise CheckpointError(

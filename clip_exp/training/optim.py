@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from clip_exp.config.model import ModelConfig
 from clip_exp.config.targets import TOTAL_STEPS, instantiate, locate
@@ -311,6 +311,16 @@ def _torch_scheduler(found: type, optimizer: Optimizer, config: SchedulerConfig,
             "the arguments of the scheduler, such as eta_min."
         )
     warmup = _warmup_steps(config, total_steps)
+    if issubclass(found, OneCycleLR | CyclicLR):
+        if warmup:
+            raise ConfigError(
+                f"scheduler._target_={config.target} has a warm-up of its own: set scheduler.warmup_steps=0."
+            )
+        if len({group["lr"] for group in optimizer.param_groups}) > 1:
+            raise ConfigError(
+                f"scheduler._target_={config.target} gives all weights the same learning rate, so finetune.*.lr_factor and layer_decay would "
+                "have no effect: leave them out, or use another schedule."
+            )
     node = {"_target_": config.target, **_with_steps(config.arguments, total_steps - warmup)}
     build = partial(instantiate, node, "scheduler", optimizer, optional={TOTAL_STEPS: total_steps - warmup})
     if not warmup:
@@ -334,5 +344,7 @@ def rehearse_optimizer(
         ConfigError: the optimizer or the scheduler does not exist, or rejects its arguments.
     """
     optimizer = build_optimizer(nn.Linear(2, 2), config)
+    if any(not tower.lr_factor == tower.layer_decay == 1 for tower in (finetune.image, finetune.text)):
+        optimizer.param_groups[0]["lr"] *= 0.5
     starts = [finetune.freeze_towers_steps] * len(optimizer.param_groups)
     build_scheduler(optimizer, scheduler, total_steps or 1000, starts)

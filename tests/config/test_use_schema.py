@@ -55,7 +55,7 @@ def test_help_of_export_shows_how_to_load_each_format(command: Run, tmp_path: Pa
         *(
             (
                 [command, f"{key}=3"],
-                f"{key} does not exist: the number of results of predict, rank and search is `top_k`.",
+                f"{key} does not exist: type top_k=3.",
             )
             for command, key in (("predict", "k"), ("rank", "keep"), ("search", "top"))
         ),

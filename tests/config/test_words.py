@@ -59,6 +59,8 @@ ANSWERED = {
     "callbacks.model_checkpoint.every_n_train_steps=100": "type checkpoint_every_n_steps=100.",
     "callbacks.model_checkpoint.save_top_k=3": "type keep_checkpoints=…. It counts the last checkpoints; the one that is best",
     "save_total_limit=3": "type keep_checkpoints=3. The one that is best in `monitor` is kept as well.",
+    "callbacks.model_checkpoint.verbose=true": "type monitor=val/loss or checkpoint_every_n_steps=…",
+    "+callbacks.early_stopping={_target_: lightning.EarlyStopping, patience: 3}": "callbacks.early_stopping.patience does not exist: type patience=3.",
     "callbacks=early_stopping": "type monitor=val/loss patience=3.",
     "loss=siglip": "type loss=sigmoid.",
     "loss=clip": "type loss=softmax.",
@@ -118,6 +120,8 @@ ANSWERED = {
     "--precision=amp_bf16": "precision=amp_bf16 does not exist: type precision=bf16-mixed.",
     "--optimizer.lrr=1": "did you mean 'optimizer.lr'?",
     "--multi": "--multi is not a flag: type --multirun.",
+    "--config_dir mine": "type --config-dir.",
+    "--distill-model x": "there is no equivalent: leave it out.",
     "--experiment digits": "type experiment=digits.",
     "--warmup_stepz 5": "did you mean scheduler.warmup_steps=5?",
     "--qqqqqqqq": "keys are set with key=value; --help lists them.",
@@ -143,7 +147,7 @@ def test_a_word_of_another_framework_is_answered_with_what_to_type(refused, tmp_
 @pytest.mark.parametrize(
     ("command", "line", "expected"),
     [
-        ("evaluate", "ckpt_path=x", "type pretrained=x or ckpt=x"),
+        ("evaluate", "ckpt_path=x", "ckpt_path does not exist: type pretrained=x or ckpt=x."),
         ("evaluate", "workers=2", "type num_workers=2."),
         ("evaluate", "gpus=2", "type devices=2."),
         ("predict", "precision=bf16", "type precision=bf16-mixed."),

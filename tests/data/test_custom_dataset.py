@@ -17,7 +17,7 @@ from PIL import Image
 from clip_exp.config.base import parse
 from clip_exp.config.data import Captions, CustomDataConfig
 from clip_exp.config.targets import ALLOWED
-from clip_exp.data.custom import DatasetItems, DatasetRows, ItemError, UserDataset, open_dataset
+from clip_exp.data.custom import DatasetItems, DatasetRows, ItemError, UserDataset, image_id, open_dataset
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.files import ImageLimits
 from clip_exp.data.images import preprocessing_of
@@ -220,6 +220,16 @@ def test_equal_images_have_equal_ids_and_others_do_not() -> None:
     assert len(set(ids)) >= 4
     assert ids[3] != ids[0]
     assert ids[5] != ids[1]
+
+
+def test_palette_images_that_differ_only_in_their_palettes_have_different_ids() -> None:
+    images = []
+    for color in ((255, 0, 0), (0, 0, 255), (255, 0, 0)):
+        image = Image.new("P", (8, 8))
+        image.putpalette(color)
+        images.append(image)
+    first, other, equal = map(image_id, images)
+    assert first == equal != other
 
 
 EXPECTED = r"an item must be a mapping with the keys image and caption \(or captions\), or a tuple"

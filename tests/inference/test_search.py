@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import clip_exp
 from clip_exp.config.commands import OutputFormat, SearchConfig
 from clip_exp.config.evaluation import EvalOnBadImage
+from clip_exp.config.targets import TargetNotAllowedError
 from clip_exp.errors import CheckpointError, ConfigError, DataError
 from clip_exp.inference import index as index_module
 from clip_exp.inference import pipeline as pipeline
@@ -417,3 +419,20 @@ def test_saves_are_not_more_than_a_tenth_of_the_time(index: Path, photos: Path, 
     contents.unsaved = True
     contents.save()
     assert contents.next_save == 30.0 + 300.0
+
+
+def test_an_index_that_names_custom_code_is_refused_without_running_it(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "canary.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Thing: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with safe_open(index, "pt") as file:
+        metadata = file.metadata()
+    recipe = json.loads(metadata["clip_exp.index"])
+    recipe["model"]["image"] = {"kind": "custom", "_target_": "canary.Thing"}
+    save_file(load_file(index), index, {**metadata, "clip_exp.index": json.dumps(recipe)})
+    with pytest.raises(
+        TargetNotAllowedError, match=r"index=.* names custom code.*model\.image\._target_=canary\.Thing"
+    ):
+        search(config_of(index, text="a dog"))
+    assert not (tmp_path / "ran").exists()
