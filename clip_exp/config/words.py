@@ -211,6 +211,7 @@ OPEN_CLIP = {
     "lock_text": use("finetune.text.freeze=true"),
     "lock_image_unlocked_groups": use("finetune.image.unfrozen_blocks"),
     "lock_text_unlocked_layers": use("finetune.text.unfrozen_blocks"),
+    "use_bn_sync": use("trainer.sync_batchnorm=true"),
     "lock_image_freeze_bn_stats": ALWAYS,
     "lock_text_freeze_layer_norm": ALWAYS,
     "image_layer_decay": use("finetune.image.layer_decay"),
@@ -323,6 +324,7 @@ TIMM = {
     "eval_metric": use("monitor"),
     "patience_epochs": use("patience"),
     "checkpoint_hist": KEPT,
+    "sync_bn": use("trainer.sync_batchnorm=true"),
     "data_dir": use("data.train"),
 }
 OTHERS = {

@@ -107,6 +107,8 @@ def test_patience_is_restored_from_a_checkpoint_of_an_older_version() -> None:
     state = {"wait_count": 3}
     older = EarlyStopping("val/zeroshot_top1", mode="max")
     checkpoint = {"optimizer_states": [], "random_states": [], "callbacks": {older.state_key: state}}
-    module: Any = SimpleNamespace(config=train_config(), parameter_names=[])
+    module: Any = SimpleNamespace(
+        config=train_config(), parameter_names=[], loss=torch.nn.Identity(), frozen_loss=set(), frozen_loss_sha256=None
+    )
     CLIPModule.on_load_checkpoint(module, checkpoint)
     assert checkpoint["callbacks"] == {EarlyStopping("val/top1", mode="max").state_key: state}
