@@ -134,7 +134,7 @@ TEMPLATE = {
     "callbacks.early_stopping": use("monitor=val/loss patience=3"),
     "callbacks.model_checkpoint": use("monitor=val/loss", "checkpoint_every_n_steps=…"),
     "callbacks.rich_progress_bar": use("callbacks.progress=bar"),
-    "callbacks.model_summary": NOTHING,
+    "callbacks.model_summary": use("trainer.enable_model_summary=true"),
     "callbacks.learning_rate_monitor": ALWAYS,
     "callbacks.early_stopping.patience": use("patience"),
     "callbacks.early_stopping.monitor": use("monitor"),
@@ -211,6 +211,7 @@ OPEN_CLIP = {
     "lock_text": use("finetune.text.freeze=true"),
     "lock_image_unlocked_groups": use("finetune.image.unfrozen_blocks"),
     "lock_text_unlocked_layers": use("finetune.text.unfrozen_blocks"),
+    "use_bn_sync": use("trainer.sync_batchnorm=true"),
     "lock_image_freeze_bn_stats": ALWAYS,
     "lock_text_freeze_layer_norm": ALWAYS,
     "image_layer_decay": use("finetune.image.layer_decay"),
@@ -323,6 +324,7 @@ TIMM = {
     "eval_metric": use("monitor"),
     "patience_epochs": use("patience"),
     "checkpoint_hist": KEPT,
+    "sync_bn": use("trainer.sync_batchnorm=true"),
     "data_dir": use("data.train"),
 }
 OTHERS = {
@@ -390,7 +392,7 @@ VALUES: dict[str, dict[str, str]] = {
         "deepspeed": "deepspeed_stage_2", "zero1": "deepspeed_stage_1", "zero2": "deepspeed_stage_2", "zero3": "deepspeed_stage_3",
     },
     "logger": {
-        "tb": "tensorboard", "all": "[wandb,tensorboard]", "wandb,tensorboard": "[wandb,tensorboard]", "none": "csv",
+        "tb": "tensorboard", "all": "[wandb,tensorboard]", "wandb,tensorboard": "[wandb,tensorboard]", "none": "csv", "false": "csv",
         "many_loggers": "[wandb,tensorboard]", "aim": "logger.extra.aim={_target_: aim.pytorch_lightning.AimLogger}",
     },
     "trainer": {
@@ -510,8 +512,8 @@ def _filled(overrides: str, value: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    """Return False for a fraction of the run or of an epoch, as some frameworks give lengths and intervals."""
-    return re.fullmatch(r"\d*\.\d+|1\.0*", str(value)) is None
+    """Return False for a fraction of the run or of an epoch, or a time, as some frameworks give lengths and intervals."""
+    return not isinstance(value, dict) and re.fullmatch(r"\d*\.\d+|1\.0*", str(value)) is None
 
 
 def _translated(key: str, text: str) -> str | None:

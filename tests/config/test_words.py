@@ -79,6 +79,8 @@ ANSWERED = {
     "gradient_accumulation_steps=4": "Increase global_batch_size and set micro_batch_size instead",
     "trainer.val_check_interval=500": "type val_every_n_steps=500.",
     "trainer.val_check_interval=0.5": "type val_every_n_steps=….",
+    "+trainer.val_check_interval={hours: 1}": "type val_every_n_steps=….",
+    "trainer.logger=false": "type logger=csv.",
     "val_frequency=1": "type val_every_n_steps=…. It counts optimizer steps.",
     "save_frequency=1": "type checkpoint_every_n_steps=…. It counts optimizer steps.",
     "train_data=a.csv": "type data.train=a.csv.",
