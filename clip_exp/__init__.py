@@ -1,7 +1,7 @@
 """clip_exp: a config-driven framework for CLIP experiments.
 
-`load` opens a model for inference, `train` and `evaluate` run the commands of the same names, and `find_images` lists image
-files. The command line is `clip-exp --help`.
+`load` opens a model for inference, `train` and `evaluate` run the commands of the same names, `Run` is a training run with
+its results, and `find_images` lists image files. The command line is `clip-exp --help`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from clip_exp._version import __version__
 
 if TYPE_CHECKING:
-    from clip_exp.api import evaluate, find_images, load, train
+    from clip_exp.api import Run, evaluate, find_images, load, train
 
-__all__ = ["__version__", "evaluate", "find_images", "load", "train"]
+__all__ = ["Run", "__version__", "evaluate", "find_images", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

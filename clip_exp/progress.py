@@ -1,8 +1,13 @@
-"""Progress bar, shown only on a terminal."""
+"""Progress bar, shown only on a terminal, or in a notebook, where it is updated in place."""
 
+import importlib
+import io
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -19,6 +24,61 @@ class _Speed(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
 
 
+def in_notebook() -> bool:
+    """Return True if this process is the kernel of a notebook, whose cells show outputs that can be updated."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+class NotebookProgress(Progress):
+    """Progress bar in the output of a notebook's cell, as text; rich would need ipywidgets.
+
+    Args:
+        columns: columns of the bar.
+        transient: remove the bar at its end.
+    """
+
+    INTERVAL_S = 0.2
+    WIDTH = 140
+
+    def __init__(self, *columns: ProgressColumn, transient: bool = False) -> None:
+        super().__init__(*columns, auto_refresh=False, console=Console(file=io.StringIO(), force_jupyter=False))
+        self._is_transient = transient
+        self._handle: Any = None
+        self._drawn_s = float("-inf")
+
+    def start(self) -> None:
+        display = importlib.import_module("IPython.display").display
+        self._handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._draw("" if self._is_transient else self._text())
+            self._handle = None
+
+    def refresh(self) -> None:
+        """Draw the bar, unless it was drawn a moment ago."""
+        if self._handle is not None and time.monotonic() - self._drawn_s >= self.INTERVAL_S:
+            self._draw(self._text())
+
+    def update(self, *args: Any, **values: Any) -> None:
+        super().update(*args, **values)
+        self.refresh()
+
+    def advance(self, *args: Any, **values: Any) -> None:
+        super().advance(*args, **values)
+        self.refresh()
+
+    def _text(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, force_jupyter=False, width=self.WIDTH).print(self.get_renderable())
+        return buffer.getvalue().rstrip()
+
+    def _draw(self, text: str) -> None:
+        self._handle.update({"text/plain": text}, raw=True)
+        self._drawn_s = time.monotonic()
+
+
 @contextmanager
 def progress(count: int, what: str | None, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on rank 0, and yield a function to call with the number of items done since the last call.
@@ -30,9 +90,14 @@ def progress(count: int, what: str | None, total: int | None = None) -> Iterator
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    disable = what is None or _silent.get() or not console.is_terminal or not is_first_rank()
+    shown = what is not None and not _silent.get() and is_first_rank()
     total = count if total is None else total
-    with Progress(*columns, console=console, transient=True, disable=disable) as bar:
+    bar = (
+        NotebookProgress(*columns, transient=True)
+        if shown and in_notebook()
+        else Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+    )
+    with bar:
         task = bar.add_task(what or "", total=total)
         yield lambda done: bar.advance(task, done * total / max(1, count))
 

@@ -6,5 +6,5 @@ import clip_exp
 
 if __name__ == "__main__":
     table, *overrides = sys.argv[1:]
-    run = clip_exp.train("model=vit_tiny", "data=csv", f"data.train={table}", *overrides)
+    run = clip_exp.train("model=vit_tiny", "data=csv", *overrides, data={"train": table})
     print(f"trained: {run}")

@@ -2,7 +2,11 @@
 
 import ast
 import io
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tokenize
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +83,41 @@ def test_train_leaves_a_run_that_the_others_use(command: Callable, single, tmp_p
     assert done.returncode == 0, done.stderr
     run = Path(done.stdout.splitlines()[-1].removeprefix("trained: "))
     assert clip_exp.load(tmp_path / run, accelerator="cpu").encode_text("a dog").shape == (1, 192)
+
+
+NOTEBOOK = REPOSITORY / "examples" / "notebook.ipynb"
+
+
+def test_the_notebook_has_the_form_of_nbformat_4_and_no_outputs() -> None:
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    cells = notebook["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    for cell in cells:
+        more = {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
+        assert cell.keys() == {"cell_type", "id", "metadata", "source", *more}
+        assert "".join(cell["source"]).strip() == "".join(cell["source"])
+        assert not cell.get("outputs")
+
+
+def test_the_notebook_trains_plots_evaluates_and_classifies(tmp_path: Path) -> None:
+    """Execute the code cells in one namespace of a process, as a kernel does."""
+    code = (
+        "import json, sys\n"
+        "cells = json.load(open(sys.argv[1], encoding='utf-8'))['cells']\n"
+        "for cell in (cell for cell in cells if cell['cell_type'] == 'code'):\n"
+        "    exec(compile(''.join(cell['source']), cell['id'], 'exec'), globals())\n"
+        "from matplotlib import pyplot\n"
+        "assert len(pyplot.get_fignums()) == 1, pyplot.get_fignums()\n"
+        "assert abs(sum(probabilities[0].tolist()) - 1) < 1e-5\n"
+        "assert losses['train/loss'].iloc[-1] < losses['train/loss'].iloc[0]\n"
+        "print('run folders', run, mine)\n"
+    )
+    environment = {**os.environ, "MPLBACKEND": "svg", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(NOTEBOOK)], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[-1].split()[-2:]
+    assert first != second

@@ -99,7 +99,7 @@ def test_the_api_is_listed_before_it_is_imported() -> None:
     code = "import sys, clip_exp; print(*dir(clip_exp)); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names, torch = done.stdout.splitlines()
-    assert {"load", "train", "evaluate", "find_images", "__version__"} <= set(names.split())
+    assert {"load", "train", "evaluate", "Run", "find_images", "__version__"} <= set(names.split())
     assert torch == "False"
 
 

@@ -197,9 +197,9 @@ def _spellings(parser: OverridesParser, key: str, value: str) -> Iterator[str]:
     """Yield candidates for a quoted override: a list with only those elements quoted that need it, then the whole value quoted."""
     if value.strip().startswith("[") and value.strip().endswith("]"):
         elements = _ELEMENT.findall(value.strip()[1:-1])
-        quoted = [e if _readable(parser, f"{key}=[{e}]") else _in_quotes(e.strip()) for e in elements]
+        quoted = [e if _readable(parser, f"{key}=[{e}]") else in_quotes(e.strip()) for e in elements]
         yield f"{key}=[{','.join(quoted)}]"
-    yield f"{key}={_in_quotes(value)}"
+    yield f"{key}={in_quotes(value)}"
 
 
 def _readable(parser: OverridesParser, argument: str) -> bool:
@@ -210,5 +210,7 @@ def _readable(parser: OverridesParser, argument: str) -> bool:
     return True
 
 
-def _in_quotes(text: str) -> str:
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
+def in_quotes(text: str) -> str:
+    """Return a text in single quotes, in Hydra's grammar."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"

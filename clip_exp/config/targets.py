@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clip_exp.config import registry
+from clip_exp.config import objects, registry
 from clip_exp.config.base import Config, Target, nested, plain
 from clip_exp.errors import ClipExpError, ConfigError, nearest
 
@@ -92,9 +92,9 @@ def is_built_in(target: str) -> bool:
 
 
 def targets_of(values: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the full key of every node with a `_target_` in plain values, and the name of its object."""
+    """Yield the full key of every node with a `_target_` that can be imported in plain values, and the name of its object."""
     if isinstance(values, dict):
-        if isinstance(target := values.get(TARGET), str):
+        if isinstance(target := values.get(TARGET), str) and not objects.is_object(target):
             yield at, target
         for key, value in values.items():
             yield from targets_of(value, f"{at}.{key}".removeprefix("."))
@@ -229,6 +229,8 @@ def locate(target: str, where: str) -> Callable[..., Any]:
     Raises:
         ConfigError: the object is not allowed, does not exist, or its module cannot be imported.
     """
+    if objects.is_object(target):
+        return objects.factory(target, where)
     if not is_allowed(target):
         raise _not_allowed("this is custom code", {where: target})
     found, names = _import(target, where)
@@ -293,6 +295,8 @@ def instantiate(
     from hydra.utils import instantiate as create
 
     values = node.node if isinstance(node, Target) else node
+    if objects.is_object(str(values[TARGET])):
+        return objects.factory(values[TARGET], where)()
     located = _located(values, where)
     found = located[TARGET]
     try:

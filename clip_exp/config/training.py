@@ -515,7 +515,8 @@ class CallbacksConfig(Config):
     """Progress display, exponential moving average, retries of the last checkpoint, and additional callbacks."""
 
     progress: Literal["auto", "bar", "lines", "none"] = Field(
-        "auto", description="progress display: bar, lines or none; auto: a bar on a terminal, else lines"
+        "auto",
+        description="progress display: bar, lines or none; auto: a bar on a terminal or in a notebook, else lines",
     )
     ema_decay: Annotated[Proportion, Field(gt=0)] | None = Field(
         None,

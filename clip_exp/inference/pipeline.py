@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_exp.config import registry
+from clip_exp.config import objects, registry
 from clip_exp.config.commands import ExportFormat, UseConfig
 from clip_exp.config.evaluation import EvalOnBadImage
 from clip_exp.config.model import ModelConfig
@@ -66,7 +66,8 @@ class Pipeline:
         self.config = config
         self.device = device
         self.source = source
-        self._config_dir = registry.folders()  # with the classes of custom towers, which `export` looks up again
+        # The folders with the classes of custom towers, and towers that are objects: `export` reads the model back.
+        self._config_dir, self._objects = registry.folders(), objects.current()
         self.tokenizer = build_tokenizer(config.text)
         self.options = options or EncodeOptions(device)
         self.batch_size = self.options.batch_size
@@ -195,7 +196,7 @@ class Pipeline:
         if format not in list(ExportFormat):
             raise ConfigError(f"format={format} must be one of {', '.join(ExportFormat)}.")
         model = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).cpu()
-        with registry.added(self._config_dir):
+        with registry.added(self._config_dir), objects.given(self._objects):
             return write_export(model, self.config, self.source, output, ExportFormat(format), overwrite).folder
 
     def encode_labels(

@@ -3,12 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from clip_exp.config.evaluation import Scale
 from clip_exp.reports.names import scale_of
@@ -43,13 +39,14 @@ def plot_run(rows: list[dict[str, Any]], path: Path) -> None:
     present = {title: series for title, series in panels.items() if any(name in row for row in rows for name in series)}
     columns = 2
     height = -(-len(present) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(11, 3.1 * height), squeeze=False, layout="constrained")
+    # Without pyplot, whose backend and figures belong to the program that calls clip_exp, such as a notebook.
+    figure = Figure(figsize=(11, 3.1 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False)
     for axis, (title, series) in zip(axes.flat, present.items(), strict=False):
         _draw(axis, title, series, rows)
     for axis in list(axes.flat)[len(present) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw(axis: Axes, title: str, series: list[str], rows: list[dict[str, Any]]) -> None:

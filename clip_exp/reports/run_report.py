@@ -3,6 +3,7 @@
 import base64
 import json
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,6 +29,8 @@ from clip_exp.reports.names import scale_of, task_of
 from clip_exp.runs import read_metrics, read_record, write_text
 
 METRICS_SHOWN = 4
+# What a call of the Python API shows as the next step, instead of a command
+next_step: ContextVar[str | None] = ContextVar("next_step", default=None)
 
 
 def write_report(run_dir: Path) -> Path:

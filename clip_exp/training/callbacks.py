@@ -32,6 +32,7 @@ from clip_exp.config.training import DeepSpeedConfig, StrategyName, TrainConfig
 from clip_exp.data.loader import explain_worker_failure
 from clip_exp.devices import is_out_of_memory
 from clip_exp.errors import CheckpointError, ConfigError, DeviceMemoryError, DistributedError, NumericError
+from clip_exp.progress import NotebookProgress, in_notebook
 from clip_exp.ranks import failure, group
 from clip_exp.ranks.failure import StopRequest
 from clip_exp.ranks.group import from_main
@@ -59,13 +60,13 @@ class Progress(pl.Callback):
     `train.log` contains all lines in any case.
 
     Args:
-        kind: `bar`, `lines`, `none`, or `auto` (a bar if standard output is a terminal, else lines).
+        kind: `bar`, `lines`, `none`, or `auto` (a bar if standard output is a terminal or in a notebook, else lines).
         metrics: callback that measures the steps.
     """
 
     def __init__(self, kind: str, metrics: StepMetrics) -> None:
         if kind == "auto":
-            kind = "bar" if sys.stdout.isatty() else "lines"
+            kind = "bar" if sys.stdout.isatty() or in_notebook() else "lines"
         self.metrics = metrics
         self.with_bar = kind == "bar"
         self.steps = {} if kind == "lines" else LOG_ONLY
@@ -75,9 +76,8 @@ class Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.with_bar and trainer.is_global_zero:
             description = TextColumn("{task.description}")
-            self.bar = rich.progress.Progress(
-                BarColumn(), MofNCompleteColumn(), description, TimeElapsedColumn(), TimeRemainingColumn()
-            )
+            bar = NotebookProgress if in_notebook() else rich.progress.Progress
+            self.bar = bar(BarColumn(), MofNCompleteColumn(), description, TimeElapsedColumn(), TimeRemainingColumn())
             self.bar.start()
             self.task = self.bar.add_task("", total=pl_module.total_steps, completed=trainer.global_step)
 

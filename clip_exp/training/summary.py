@@ -19,7 +19,7 @@ from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.tables.filters import as_json
 from clip_exp.data.tables.table import bad_rows, unconverted_values
 from clip_exp.errors import CheckpointError
-from clip_exp.reports.run_report import data_facts, next_command, update_report, write_report
+from clip_exp.reports.run_report import data_facts, next_command, next_step, update_report, write_report
 from clip_exp.runs import RunRecord, write_json
 from clip_exp.storage import read_json_object
 from clip_exp.training.metrics import MetricsCSV, data_wait_fraction
@@ -147,7 +147,8 @@ def _table(run_dir: Path, summary: dict[str, Any]) -> str:
     if summary["samples_per_s"] is not None:
         table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     buffer = io.StringIO()
-    console = Console(file=buffer, soft_wrap=True, highlight=False, markup=False)
+    # In a notebook rich would display the table instead of writing it to the buffer.
+    console = Console(file=buffer, soft_wrap=True, highlight=False, markup=False, force_jupyter=False)
     console.print(table)
     for name, text in data_facts(summary).items():
         console.print(f"{name}: {text}")
@@ -156,5 +157,5 @@ def _table(run_dir: Path, summary: dict[str, Any]) -> str:
         console.print(f"report:      {run_dir / 'report.html'}")
     if (run_dir / "eval").is_dir():
         console.print(f"tasks:       {run_dir / 'eval'}")
-    console.print(f"next:        {next_command(run_dir)}", markup=False)
+    console.print(f"next:        {next_step.get() or next_command(run_dir)}", markup=False)
     return buffer.getvalue().rstrip()
