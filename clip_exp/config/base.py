@@ -586,11 +586,13 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
         return f"{key} is a key of {' and of '.join(owners)}, which is not selected: select it, or leave this out."
     everywhere = list(_tree(model, values, at))
     value, roots = _value_at(values, path), roots_of(everywhere)
+    whole = words.answer(key, value, roots)
     # A mapping, such as `callbacks.early_stopping`, may have keys with words of their own.
-    for leaves in ([(key, value)], list(_leaves(value, f"{key}."))):
-        answers = [(leaf, words.answer(leaf, inner, roots)) for leaf, inner in leaves]
-        if known := [f"{leaf} does not exist: {instead}" for leaf, instead in answers if instead is not None]:
-            return "\n".join(known)
+    own = {leaf: words.answer(leaf, inner, roots) for leaf, inner in _leaves(value, f"{key}.")}
+    if any(own.values()):
+        return "\n".join(f"{leaf} does not exist: {own[leaf] or whole or 'leave it out.'}" for leaf in own)
+    if whole is not None:
+        return f"{key} does not exist: {whole}"
     best = _nearest(path, siblings, everywhere, at)
     return f"{key} does not exist: " + (
         f"did you mean '{best}'?" if best else f"valid keys are {', '.join(sorted(siblings))}."

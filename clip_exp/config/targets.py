@@ -364,9 +364,10 @@ def _import(target: str, where: str) -> tuple[Any, list[str]]:
                 raise _not_importable(where, target, module, error) from error
     missing = parts[0] if len(parts) > 1 else target
     fix = "write module.name" if len(parts) == 1 else f"{missing}.py is searched in the current folder, {os.getcwd()}"
+    install = f" To install a package of this name: pip install {missing}." if len(parts) > 1 else ""
     raise ConfigError(
         f"{where}.{TARGET}={target}: there is no module {missing}. Check the name: {fix}, the parent of --config-dir, and Python's "
-        "own path (PYTHONPATH)."
+        f"own path (PYTHONPATH).{install}"
     )
 
 

@@ -2,11 +2,13 @@
 
 import math
 import os
+import re
 from collections.abc import Collection, Iterator
+from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from clip_exp.config import words
@@ -14,7 +16,9 @@ from clip_exp.config.base import (
     Config,
     Count,
     Float,
+    Fraction,
     Index,
+    Int,
     Member,
     NonNegative,
     Positive,
@@ -297,6 +301,35 @@ class DeepSpeedConfig(StrategyConfig):
 Strategy = Annotated[AutoConfig | DDPConfig | DeepSpeedConfig, Field(discriminator="name")]
 
 
+UNITS = ("weeks", "days", "hours", "minutes", "seconds")
+
+
+def _duration(value: str | dict[str, float]) -> timedelta:
+    """Parse a duration as Lightning's Timer does; raise a ValueError if it is invalid, or not positive."""
+    if isinstance(value, str):
+        if not (match := re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", value.strip())):
+            raise ValueError
+        value = dict(zip(UNITS[1:], map(int, match.groups()), strict=True))
+    if not value.keys() <= {*UNITS} or (duration := timedelta(**value)) <= timedelta():
+        raise ValueError
+    return duration
+
+
+def _valid_duration(value: str | dict[str, float]) -> str | dict[str, float]:
+    _duration(value)
+    return value
+
+
+MaxTime = Annotated[
+    str | dict[str, NonNegative],
+    AfterValidator(_valid_duration),
+    must_be(f"a time above 0 as DD:HH:MM:SS, in quotes in a file, or a mapping with some of {', '.join(UNITS)}"),
+]
+LimitValBatches = Annotated[
+    Index | Fraction, must_be("a fraction of the validation data (1.0 is all), or a number of batches (1 is one)")
+]
+
+
 class TrainerConfig(Config):
     """Arguments of Lightning's Trainer, under Lightning's names."""
 
@@ -307,10 +340,69 @@ class TrainerConfig(Config):
     )
     num_nodes: Count | None = Field(None, description="number of machines; null: as started by torchrun or srun")
     gradient_clip_val: Positive | None = Field(1.0, description="maximum norm of the gradient; null: no clipping")
-    deterministic: bool = Field(False, description="use deterministic algorithms only")
+    gradient_clip_algorithm: Literal["norm", "value"] = Field(
+        "norm",
+        description="norm: scale the gradient to a norm of at most gradient_clip_val; value: limit each element to +-gradient_clip_val",
+    )
+    deterministic: Annotated[bool | Literal["warn"], must_be("true, false or warn")] = Field(
+        False, description="use deterministic algorithms only; warn: where there is none, warn and use another one"
+    )
+    benchmark: bool | None = Field(
+        None,
+        description="let cuDNN time its algorithms (torch.backends.cudnn.benchmark); null: if the image tower has several convolutions, "
+        "unless deterministic",
+    )
+    sync_batchnorm: bool = Field(
+        False,
+        description="compute batch normalization statistics over all GPUs (strategy=auto or ddp) instead of on each",
+    )
+    detect_anomaly: bool = Field(
+        False, description="end the run at the operation whose gradient is not a number; slow, for debugging"
+    )
+    max_time: MaxTime | None = Field(
+        None,
+        description="time after which this start of the run saves a checkpoint and ends, as DD:HH:MM:SS or a mapping, {hours: 12}; the same "
+        "command resumes it; null: none",
+    )
+    limit_val_batches: LimitValBatches | None = Field(
+        None,
+        description="part of the validation data to use: a fraction (1.0: all), or a number of batches of 64 images per device; 0: no "
+        "validation; null: all",
+    )
+    num_sanity_val_steps: Annotated[Int, Field(ge=-1)] = Field(
+        0,
+        description="batches of 64 images per device to validate on before the first step, without logging the result; -1: all",
+    )
+    enable_model_summary: bool = Field(False, description="show the modules of the model and their sizes at the start")
     profiler: Literal["simple", "advanced", "pytorch"] | None = Field(
         None, description="Lightning profiler: simple, advanced or pytorch; null: none"
     )
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            "gradient_clip_algorithm",
+            lambda trainer: trainer.gradient_clip_val is None,
+            "with {at}gradient_clip_val=null",
+        ),
+        Unused(
+            "num_sanity_val_steps",
+            lambda trainer: trainer.limit_val_batches == 0,
+            "with {at}limit_val_batches=0",
+            typed_only=True,
+        ),
+    )
+
+    def rules(self, at: str) -> Iterator[str]:
+        if self.benchmark and self.deterministic is True:
+            yield (
+                f"{at}benchmark=true and {at}deterministic=true exclude each other: the fastest algorithm may differ between starts. "
+                "Leave one out."
+            )
+
+    @property
+    def max_time_s(self) -> float:
+        """Value of `max_time` in seconds; infinite for null."""
+        return math.inf if self.max_time is None else _duration(self.max_time).total_seconds()
 
 
 # ---------------------------------------------------------------------------------------------------- fine-tuning
@@ -474,6 +566,11 @@ class LoggerConfig(Config):
 
 # ---------------------------------------------------------------------------------------------------- the command
 
+KeepCheckpoints = Annotated[
+    Annotated[Int, Field(ge=2)] | Literal["all"],
+    must_be("all or at least 2: the one before the last is used if the last is damaged"),
+]
+
 
 def _loaded_from_file(tower: str) -> Unused:
     return Unused(
@@ -556,6 +653,13 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
         None,
         description="optimizer steps between checkpoints; null: a tenth of the run, but at least 50; the last step is always saved",
     )
+    keep_checkpoints: KeepCheckpoints = Field(
+        2, description="number of last checkpoints to keep, at least 2, in addition to the best one; or all"
+    )
+    keep_every_n_steps: Count | None = Field(
+        None,
+        description="also save a checkpoint every n optimizer steps, and never remove it; null: none",
+    )
     monitor: str | None = Field(
         None,
         description="metric of validation or of a task, such as val/recall@1_i2t or imagenet/top1: keep the checkpoint that is best in it",
@@ -605,6 +709,7 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
             "without a task",
             "select one (task=imagenet), or leave this out",
         ),
+        Unused("keep_every_n_steps", lambda c: c.keep_checkpoints == "all", "with keep_checkpoints=all"),
         Unused(
             "data.columns",
             lambda c: not c.loss.takes_columns,
@@ -612,6 +717,19 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
         ),
         Unused(
             "val_every_n_steps",
+            lambda c: not c.data.has_val,
+            "without validation data",
+            "set data.val, or leave this out",
+            typed_only=True,
+        ),
+        Unused(
+            "val_every_n_steps",
+            lambda c: c.trainer.limit_val_batches == 0,
+            "with trainer.limit_val_batches=0",
+            typed_only=True,
+        ),
+        Unused(
+            "trainer.limit_val_batches trainer.num_sanity_val_steps",
             lambda c: not c.data.has_val,
             "without validation data",
             "set data.val, or leave this out",
@@ -651,6 +769,10 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
         if isinstance(self.strategy, DeepSpeedConfig):
             if self.strategy.offload and not isinstance(self.optimizer, AdamWConfig):
                 yield f"strategy.offload uses DeepSpeed's CPU Adam: set optimizer=adamw or adam instead of {self.optimizer.target}."
+            if self.trainer.gradient_clip_algorithm == "value":
+                yield "trainer.gradient_clip_algorithm=value is not supported by DeepSpeed: use norm, or strategy=ddp."
+            if self.trainer.sync_batchnorm:
+                yield "trainer.sync_batchnorm is not supported with DeepSpeed: use strategy=ddp."
             if self.callbacks.ema_decay is not None:
                 yield "callbacks.ema_decay is not supported with DeepSpeed, which shards the weights: use strategy=auto or ddp."
         for tower in TOWERS:

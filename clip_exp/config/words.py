@@ -46,7 +46,7 @@ WARMUP = use("scheduler.warmup_steps", note=A_TENTH)
 WARMUP_EPOCHS = use("scheduler.warmup_steps=…", note=A_TENTH)
 VALIDATE = use("val_every_n_steps=…", note=IN_STEPS)
 SAVE = use("checkpoint_every_n_steps=…", note=IN_STEPS)
-KEPT = use(note="The last two checkpoints and the one that is best in `monitor` are kept: leave it out.")
+KEPT = use("keep_checkpoints", note="The one that is best in `monitor` is kept as well.")
 CLIPPING = use("trainer.gradient_clip_val")
 CONTINUE = use("resume", "ckpt")
 START = use(
@@ -68,6 +68,8 @@ DEEPSPEED_FILE = use(
     note="DeepSpeed's JSON files are not read: give their keys as strategy.config.<key>=….",
 )
 DETECTED = use(note="This is detected: leave it out.")
+NO_MINIMUM = use("max_steps=…", "epochs=…", note="Only patience ends a run earlier.")
+NO_TEST = use(note="Tasks are scored on all of their data (task=imagenet): leave it out.")
 ALWAYS = use(note="This is always the case: leave it out.")
 OF_LAUNCHER = use(note="The launcher and the strategy determine this: leave it out.")
 NOTHING = use(note="There is no equivalent: leave it out.")
@@ -79,19 +81,28 @@ LIGHTNING = {
     "trainer.precision": use("precision"),
     "trainer.strategy": use("strategy"),
     "trainer.logger": use("logger"),
+    "trainer.callbacks": use("callbacks.extra={{mine: {{_target_: …}}}}"),
+    "trainer.plugins": use(note="The keys precision and strategy choose the plugins: leave it out."),
+    "trainer.min_epochs": NO_MINIMUM,
+    "trainer.min_steps": NO_MINIMUM,
     "trainer.accumulate_grad_batches": ACCUMULATION,
     "trainer.val_check_interval": use("val_every_n_steps", note=IN_STEPS),
     "trainer.check_val_every_n_epoch": VALIDATE,
     "trainer.log_every_n_steps": use("log_every_n_steps"),
-    "trainer.limit_train_batches": use("max_steps"),
-    "trainer.limit_val_batches": use(note="All validation pairs are used: give a smaller table as data.val."),
+    "trainer.limit_train_batches": use("max_steps", "data.max_rows=…"),
+    "trainer.limit_test_batches": NO_TEST,
+    "trainer.limit_predict_batches": NO_TEST,
     "trainer.fast_dev_run": use("debug=fdr"),
     "trainer.overfit_batches": use("debug=overfit"),
     "trainer.default_root_dir": use("output_dir"),
     "trainer.enable_progress_bar": use("callbacks.progress=bar", "callbacks.progress=none"),
     "trainer.enable_checkpointing": ALWAYS,
-    "trainer.sync_batchnorm": NOTHING,
-    "trainer.num_sanity_val_steps": NOTHING,
+    "trainer.inference_mode": use(note="Validation computes no gradients: leave it out."),
+    "trainer.use_distributed_sampler": use(note="Each device gets its part of every global batch: leave it out."),
+    "trainer.reload_dataloaders_every_n_epochs": use(note="The data of a run is one stream of samples: leave it out."),
+    "trainer.barebones": use("callbacks.progress=none", note="A run always writes its checkpoints and metrics.csv."),
+    "trainer.enable_autolog_hparams": use(note="Loggers get the whole configuration: leave it out."),
+    "trainer.model_registry": use(note="Copy the folder of clip-exp export to the registry instead: leave it out."),
     "trainer.gpus": ON_DEVICES,
     "trainer.resume_from_checkpoint": CONTINUE,
     "gpus": ON_DEVICES,
@@ -120,6 +131,11 @@ TEMPLATE = {
     "model.optimizer.lr": RATE,
     "model.optimizer.weight_decay": DECAY,
     "model.compile": use("compile"),
+    "callbacks.early_stopping": use("monitor=val/loss patience=3"),
+    "callbacks.model_checkpoint": use("monitor=val/loss", "checkpoint_every_n_steps=…"),
+    "callbacks.rich_progress_bar": use("callbacks.progress=bar"),
+    "callbacks.model_summary": use("trainer.enable_model_summary=true"),
+    "callbacks.learning_rate_monitor": ALWAYS,
     "callbacks.early_stopping.patience": use("patience"),
     "callbacks.early_stopping.monitor": use("monitor"),
     "callbacks.early_stopping.mode": use("monitor_mode"),
@@ -127,8 +143,10 @@ TEMPLATE = {
     "callbacks.model_checkpoint.mode": use("monitor_mode"),
     "callbacks.model_checkpoint.every_n_train_steps": use("checkpoint_every_n_steps"),
     "callbacks.model_checkpoint.every_n_epochs": SAVE,
-    "callbacks.model_checkpoint.save_top_k": KEPT,
-    "callbacks.model_checkpoint.save_last": KEPT,
+    "callbacks.model_checkpoint.save_top_k": use(
+        "keep_checkpoints=…", note="It counts the last checkpoints; the one that is best in `monitor` is kept as well."
+    ),
+    "callbacks.model_checkpoint.save_last": ALWAYS,
     "callbacks.model_checkpoint.dirpath": use("output_dir"),
     "callbacks.model_checkpoint.filename": use(note="Checkpoints are named by their step: leave it out."),
     "logger.project": use("logger=wandb logger.wandb.project={value}"),
@@ -171,8 +189,8 @@ OPEN_CLIP = {
     "skip_scheduler": use("scheduler=constant scheduler.warmup_steps=0"),
     "grad_clip_norm": CLIPPING,
     "save_frequency": SAVE,
-    "save_most_recent": KEPT,
-    "delete_previous_checkpoint": KEPT,
+    "save_most_recent": ALWAYS,
+    "delete_previous_checkpoint": use("keep_checkpoints=…", note="The last two are kept by default."),
     "val_frequency": VALIDATE,
     "zeroshot_frequency": use("task_every_n_steps=…", note=IN_STEPS),
     "logs": use("output_dir"),
@@ -193,6 +211,7 @@ OPEN_CLIP = {
     "lock_text": use("finetune.text.freeze=true"),
     "lock_image_unlocked_groups": use("finetune.image.unfrozen_blocks"),
     "lock_text_unlocked_layers": use("finetune.text.unfrozen_blocks"),
+    "use_bn_sync": use("trainer.sync_batchnorm=true"),
     "lock_image_freeze_bn_stats": ALWAYS,
     "lock_text_freeze_layer_norm": ALWAYS,
     "image_layer_decay": use("finetune.image.layer_decay"),
@@ -305,12 +324,19 @@ TIMM = {
     "eval_metric": use("monitor"),
     "patience_epochs": use("patience"),
     "checkpoint_hist": KEPT,
+    "sync_bn": use("trainer.sync_batchnorm=true"),
     "data_dir": use("data.train"),
 }
 OTHERS = {
     "num_workers": WORKERS,
     "max_epochs": use("epochs"),
     "max_iters": use("max_steps"),
+    "image_size": use("model.image.image_size"),
+    "augmentation": use("data/augmentation"),
+    "image_tower": use("model/image"),
+    "text_tower": use("model/text"),
+    "image_encoder": use("model/image"),
+    "text_encoder": use("model/text"),
     "total_steps": use("max_steps"),
     "num_steps": use("max_steps"),
     "accumulate_grad_batches": ACCUMULATION,
@@ -346,7 +372,10 @@ VALUES: dict[str, dict[str, str]] = {
         "amp": _FP16, "fp16": _FP16, "16": _FP16, "float16": _FP16, "half": _FP16, "pure_fp16": _FP16, "16-true": _FP16,
         "fp32": _FP32, "32": _FP32, "float32": _FP32, "full": _FP32, "no": _FP32,
     },
-    "loss": {"siglip": "sigmoid", "clip": "softmax", "infonce": "softmax", "contrastive": "softmax", "cross_entropy": "softmax"},
+    "loss": {
+        "siglip": "loss=sigmoid", "clip": "loss=softmax", "infonce": "loss=softmax", "contrastive": "loss=softmax",
+        "cross_entropy": "loss=softmax",
+    },
     "resume": {"latest": "auto", "last": "auto", "true": "auto", "false": "never", "no": "never", "none": "never"},
     "optimizer": {
         "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "fused_adamw": "adamw", "torch.optim.AdamW": "adamw", "momentum": "sgd",
@@ -363,17 +392,15 @@ VALUES: dict[str, dict[str, str]] = {
         "deepspeed": "deepspeed_stage_2", "zero1": "deepspeed_stage_1", "zero2": "deepspeed_stage_2", "zero3": "deepspeed_stage_3",
     },
     "logger": {
-        "tb": "tensorboard", "all": "[wandb,tensorboard]", "wandb,tensorboard": "[wandb,tensorboard]", "none": "csv",
-        "many_loggers": "[wandb,tensorboard]",
-        "mlflow": "logger.extra.mlflow={_target_: pytorch_lightning.loggers.MLFlowLogger}",
-        "comet": "logger.extra.comet={_target_: pytorch_lightning.loggers.CometLogger}",
+        "tb": "tensorboard", "all": "[wandb,tensorboard]", "wandb,tensorboard": "[wandb,tensorboard]", "none": "csv", "false": "csv",
+        "many_loggers": "[wandb,tensorboard]", "aim": "logger.extra.aim={_target_: aim.pytorch_lightning.AimLogger}",
     },
     "trainer": {
         "gpu": "trainer.accelerator=gpu", "cpu": "trainer.accelerator=cpu", "ddp": "strategy=ddp",
         "ddp_sim": "strategy=ddp trainer.accelerator=cpu trainer.devices=2",
     },
     "callbacks": {"early_stopping": "monitor=val/loss patience=3", "model_checkpoint": "monitor=val/loss"},
-    "debug": {"default": "fdr", "fast_dev_run": "fdr", "limit": "fdr"},
+    "debug": {"fast_dev_run": "fdr"},
     "data": {
         "webdataset": "csv", "wds": "csv", "tsv": "csv", "parquet": "csv", "jsonl": "csv", "json": "csv", "table": "csv",
         "synthetic": "shapes", "mnist": "digits",
@@ -421,7 +448,8 @@ def answer(key: str, value: Any, roots: Collection[str]) -> str | None:
         many = int(value) * DEVICES
         return f"type global_batch_size={value} on one device, global_batch_size={many} on {DEVICES}. {found.note}"
     typed = " or ".join(dict.fromkeys(_filled(each, value) for each in valid))
-    return f"type {typed}. {found.note}".rstrip()
+    # A note is about the first override.
+    return f"type {typed}. {found.note if found.overrides[0] in valid else ''}".rstrip()
 
 
 def of_value(key: str, value: Any) -> str | None:
@@ -484,8 +512,8 @@ def _filled(overrides: str, value: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    """Return False for a fraction of the run or of an epoch, as some frameworks give lengths and intervals."""
-    return re.fullmatch(r"\d*\.\d+|1\.0*", str(value)) is None
+    """Return False for a fraction of the run or of an epoch, or a time, as some frameworks give lengths and intervals."""
+    return not isinstance(value, dict) and re.fullmatch(r"\d*\.\d+|1\.0*", str(value)) is None
 
 
 def _translated(key: str, text: str) -> str | None:

@@ -266,6 +266,14 @@ class PairsDataModule(LightningDataModule):
         collate = EvalCollate(self.tokenizer, self.preprocessing.size, self.pad_multiple)
         return self._loader(dataset, sampler, collate, EVAL_BATCH_SIZE * self._image_bytes)
 
+    def limited_val_batches(self, limit: float | None) -> int | float:
+        """Return `trainer.limit_val_batches` for Lightning: a fraction is at least one batch, which Lightning would refuse."""
+        if limit is None or isinstance(limit, int):
+            return 1.0 if limit is None else limit
+        # Without a Trainer, which is about to be built
+        batches = len(EvalSampler(len(self._eval_pairs), EVAL_BATCH_SIZE, group.rank(), group.world_size()))
+        return max(1, int(limit * batches))
+
     @property
     def _image_bytes(self) -> int:
         return 3 * self.preprocessing.size**2

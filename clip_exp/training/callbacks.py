@@ -5,6 +5,7 @@ checks and builds the additional callbacks of `callbacks.extra`.
 """
 
 import copy
+import inspect
 import logging
 import math
 import sys
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 
 from clip_exp.checkpoints.folders import MANIFEST, folder_of, manifests, step_of
 from clip_exp.checkpoints.io import EMA_KEY, SafeCheckpointIO
-from clip_exp.config.targets import build_extra
+from clip_exp.config.targets import build_extra, locate
 from clip_exp.config.training import DeepSpeedConfig, StrategyName, TrainConfig
 from clip_exp.data.loader import explain_worker_failure
 from clip_exp.devices import is_out_of_memory
-from clip_exp.errors import CheckpointError, ConfigError, DeviceMemoryError, DistributedError
+from clip_exp.errors import CheckpointError, ConfigError, DeviceMemoryError, DistributedError, NumericError
 from clip_exp.progress import NotebookProgress, in_notebook
 from clip_exp.ranks import failure, group
 from clip_exp.ranks.failure import StopRequest
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEEP_LAST = 2
+ANOMALY = "returned nan values in its"  # torch's error under anomaly detection
 EMA_OF_LOSS = "ema_loss_state"  # key of a checkpoint with the averaged weights of the loss
 RETRY_PAUSE_S = 10.0  # between attempts to write the last checkpoint
 
@@ -94,7 +95,8 @@ class Progress(pl.Callback):
             self.bar.update(self.task, completed=step, description=description)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.show(last_validation(trainer))
+        if not trainer.sanity_checking:
+            self.show(last_validation(trainer))
 
     def scoring(self, tasks: list[str]) -> None:
         """Show on the bar which tasks are being scored."""
@@ -201,8 +203,9 @@ def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
 class Checkpointer(pl.Callback):
     """Callback that writes `checkpoints/step-<n>/` every `every_n_steps`, at the end of the run, and when `monitor` is best.
 
-    If a step is validated, its checkpoint is written after the validation. The last two checkpoints and the best one are kept. A
-    checkpoint that cannot be written is skipped with a warning; only the last one of a process is retried.
+    If a step is validated, its checkpoint is written after the validation. The last `keep_last` checkpoints, the best one and those of
+    every `keep_every_n_steps` steps are kept. A checkpoint that cannot be written is skipped with a warning; only the last one of a
+    process is retried.
     """
 
     run_dir: Path
@@ -214,6 +217,8 @@ class Checkpointer(pl.Callback):
     pause: Callable[[], None]  # called before work that must not count as training time
     scores: "TaskScores | None" = None  # scores of the run's tasks; None: the run has no tasks
     retry_s: float = field(kw_only=True)  # seconds for which writing the last checkpoint is retried
+    keep_last: int | None = field(default=2, kw_only=True)  # number of last checkpoints to keep; None: all
+    keep_every_n_steps: int | None = field(default=None, kw_only=True)
     best: float | None = field(default=None, init=False)
     saved_step: int | None = field(default=None, init=False)
 
@@ -236,18 +241,27 @@ class Checkpointer(pl.Callback):
             self.pause()
             return
         better = self._better(trainer) if self._scored_now(trainer) and is_of_task(self.monitor) else None
-        if better is not None or trainer.global_step % self.every_n_steps == 0:
+        if better is not None or self._due(trainer.global_step):
             self.save(trainer, best=better)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         better = self._better(trainer) if self._scored_now(trainer) or not is_of_task(self.monitor) else None
         last = trainer.global_step >= pl_module.total_steps
-        if better is not None or trainer.global_step % self.every_n_steps == 0 or last:
+        if better is not None or self._due(trainer.global_step) or last:
             self.save(trainer, best=better, metrics=last_validation(trainer), last=last)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.saved_step != trainer.global_step:
             self.save(trainer, last=True)
+
+    def _due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0 or self._stays(step)
+
+    def _stays(self, step: int) -> bool:
+        """Return True if the checkpoint of a step is never removed."""
+        return self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0
 
     def save(
         self,
@@ -329,9 +343,15 @@ class Checkpointer(pl.Callback):
         return value.item() if better else None
 
     def _prune(self) -> None:
+        if self.keep_last is None:
+            return
         found = manifests(self.run_dir)
         marked = [path for path, manifest in found.items() if manifest.best]
-        needed = {*list(found)[-KEEP_LAST:], *marked[-1:]}
+        needed = {
+            *list(found)[-self.keep_last :],
+            *marked[-1:],
+            *(path for path in found if self._stays(step_of(path))),
+        }
         try:
             for path in found:
                 if path not in needed and step_of(path) <= (self.saved_step or 0):
@@ -344,31 +364,44 @@ class Preempted(Exception):
     """Exception that ends a run after a signal, once the checkpoint of the current step is written."""
 
 
+class TimeIsUp(Preempted):
+    """Exception that ends a run after `trainer.max_time`, as after a signal."""
+
+
 @dataclass(eq=False, repr=False)
 class Preemption(pl.Callback):
-    """Callback that saves and ends the run at the end of the step in which a signal arrived.
+    """Callback that saves and ends the run at the end of the step in which a signal arrived, or `max_time_s` was over.
 
     Lightning's own handler stops each rank when its signal arrives, but ranks that stop at different steps wait for each other forever.
     Here the ranks agree at every step, by a collective on a CPU tensor, which does not synchronize with a GPU. If the step is due for
-    validation, it is validated first, so that nothing is missing after resuming. A failed save is retried; see `Checkpointer.save`.
+    validation, it is validated first, so that nothing is missing after resuming. It is not validated otherwise: the measurement would
+    count for `patience`, and the resumed run would differ from an uninterrupted one. A failed save is retried; see `Checkpointer.save`.
+
+    Lightning's `max_time` counts the time before an interruption as well, so the same command could not resume the run.
     """
 
     request: StopRequest  # set by the signal handler of `ranks.failure.note_signals`
+    max_time_s: float = math.inf  # seconds since the first step of this start of the run
     checkpointer: Checkpointer | None = field(default=None, init=False)
-    _stopping: bool = field(default=False, init=False)
+    _end_s: float = field(default=math.inf, init=False)
+    _stopping: type[Preempted] | None = field(default=None, init=False)
 
     def take_over(self, trainer: pl.Trainer, checkpointer: Checkpointer) -> None:
         """Replace Lightning's own signal handlers in `trainer`."""
         self.checkpointer = checkpointer
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._end_s = time.monotonic() + self.max_time_s
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        requested = self.request.received
+        signaled, late = self.request.received, time.monotonic() >= self._end_s
         if group.world_size() > 1:
-            flag = torch.tensor([requested], dtype=torch.int32)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            requested = bool(flag.item())
-        self._stopping = requested and trainer.global_step < pl_module.total_steps
+            flags = torch.tensor([signaled, late], dtype=torch.int32)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            signaled, late = map(bool, flags.tolist())
+        if trainer.global_step < pl_module.total_steps:
+            self._stopping = Preempted if signaled else TimeIsUp if late else None
         if self._stopping and not validation_due(trainer, pl_module.total_steps):
             self._stop(trainer)
 
@@ -380,7 +413,7 @@ class Preemption(pl.Callback):
         assert self.checkpointer is not None
         if self.checkpointer.saved_step != trainer.global_step:
             self.checkpointer.save(trainer, last=True)
-        raise Preempted
+        raise self._stopping or Preempted
 
 
 # ------------------------------------------------------------------------------------------------------------- failures
@@ -423,6 +456,11 @@ def explain(error: BaseException, trainer: pl.Trainer, config: TrainConfig) -> B
     worker_failure = explain_worker_failure(error, "data.num_workers")
     if worker_failure is not None:
         return worker_failure
+    if config.trainer.detect_anomaly and ANOMALY in str(error):
+        return NumericError(
+            f"step {trainer.global_step + 1} has a gradient that is not a number (trainer.detect_anomaly): {error} The lines above in "
+            "train.log show the operation. Lower optimizer.lr, or set precision=32-true."
+        )
     if not is_out_of_memory(error):
         return group.lost_connection(error) or error
     device, peak = trainer.strategy.root_device, ""
@@ -457,7 +495,7 @@ REFUSED: dict[type[pl.Callback], tuple[str, str]] = {
         "set checkpoint_every_n_steps, and monitor to keep the best checkpoint",
     ),
     lightning.ProgressBar: ("a run shows its progress itself", "set callbacks.progress to bar, lines or none"),
-    lightning.ModelSummary: ("its table would not be shown", "use pytorch_lightning.callbacks.RichModelSummary"),
+    lightning.ModelSummary: ("its table would not be shown", "set trainer.enable_model_summary=true"),
     lightning.BatchSizeFinder: (
         "it would change the batch of the loss",
         "set global_batch_size, and micro_batch_size for the memory that it needs",
@@ -508,12 +546,13 @@ def extra_problems(config: TrainConfig) -> Iterator[str]:
         keys[EarlyStopping(str(config.monitor), mode=mode).state_key] = "patience"
     for name, node in config.callbacks.extra.items():
         where = f"callbacks.extra.{name}"
-        # By name before it is built: nobody should have to correct the arguments of a callback that is refused.
-        named = getattr(lightning, node.target.rpartition(".")[2], object)
-        if (refusal := _refusal(named, where)) is not None:
-            yield refusal
-            continue
         try:
+            # Before it is built: nobody should have to correct the arguments of a callback that is refused. Classes of the
+            # package `lightning` have the same names.
+            found = (getattr(lightning, node.target.rpartition(".")[2], None), locate(node.target, where))
+            if refusals := [text for kind in found if inspect.isclass(kind) and (text := _refusal(kind, where))]:
+                yield refusals[0]
+                continue
             (callback,) = build_extra({name: node}, "callbacks.extra")
         except ConfigError as error:
             yield str(error)

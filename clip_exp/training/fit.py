@@ -20,6 +20,7 @@ import torch
 from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.model_summary import summarize
 
 from clip_exp.checkpoints.folders import STEP, checkpoints, damage, latest, recover, set_aside, step_of
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
@@ -48,6 +49,7 @@ from clip_exp.training.callbacks import (
     ReportFailure,
     SameRanks,
     StopAtEnd,
+    TimeIsUp,
     explain,
     extra_callbacks,
 )
@@ -68,6 +70,8 @@ PROFILERS: dict[str, type[Profiler]] = {
     "advanced": AdvancedProfiler,
     "pytorch": PyTorchProfiler,
 }
+# Depth of the modules in the summary of `trainer.enable_model_summary`: the towers, and their parts
+SUMMARY_DEPTH = 3
 # Keys that a training state must have: without one of them Lightning would fail, or silently start that part from the beginning.
 STATE_KEYS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")
 
@@ -98,11 +102,13 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
                 try:
                     _fit(config, tables, run_dir, record, stop, device_type)
                     return 0
-                except Preempted:
+                except Preempted as stopped:
+                    planned = isinstance(stopped, TimeIsUp)
                     if is_main():
                         record.finish("preempted")
-                        log.info("stopped by a signal; the same command resumes from %s", latest(run_dir))
-                    return PREEMPTED_EXIT_CODE
+                        why = "after trainer.max_time" if planned else "by a signal"
+                        log.info("stopped %s; the same command resumes from %s", why, latest(run_dir))
+                    return 0 if planned else PREEMPTED_EXIT_CODE
         except BaseException as error:
             if is_main():
                 # With several ranks, the process that watches them records the first failure.
@@ -148,9 +154,11 @@ def _fit(
     tasks = training_tasks(config)
     zero_shot = ZeroShot(datamodule.class_names, config.data.templates) if datamodule.class_names else None
     model = _build_model(config, run_dir, resumes=resumes)
-    torch.backends.cudnn.benchmark = benchmarks_convolutions(model.image, device_type, config.trainer.deterministic)
+    torch.backends.cudnn.benchmark = benchmarks_convolutions(
+        model.image, device_type, bool(config.trainer.deterministic)
+    )
     module = CLIPModule(model, config.loss.build(), config, steps, zero_shot)
-    device, preemption = group.device(device_type), Preemption(stop)
+    device, preemption = group.device(device_type), Preemption(stop, config.trainer.max_time_s)
     trainer = build_trainer(
         config, run_dir, device=device, steps=steps, datamodule=datamodule, preemption=preemption, tasks=tasks
     )
@@ -245,12 +253,13 @@ def build_trainer(
     # Lightning would guess the rank from variables that a scheduler left in the environment.
     rank_zero_only.rank = group.rank()  # type: ignore[attr-defined]
     io = SafeCheckpointIO()
-    validate = datamodule.has_validation
+    options = config.trainer
+    validate = datamodule.has_validation and options.limit_val_batches != 0
     deepspeed = isinstance(config.strategy, DeepSpeedConfig)
     callbacks = _build_callbacks(config, run_dir, io, steps, datamodule, tasks)
     profiler = None
-    if config.trainer.profiler is not None:
-        profiler = PROFILERS[config.trainer.profiler](dirpath=run_dir, filename="profile")
+    if options.profiler is not None:
+        profiler = PROFILERS[options.profiler](dirpath=run_dir, filename="profile")
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         # For Lightning every process is a node with one device; `GroupEnvironment` explains why.
@@ -265,12 +274,15 @@ def build_trainer(
         min_epochs=0,
         val_check_interval=min(steps, config.val_every_n_steps or default_interval(steps)) if validate else None,
         check_val_every_n_epoch=None,
-        limit_val_batches=1.0 if validate else 0,
-        num_sanity_val_steps=0,
+        limit_val_batches=datamodule.limited_val_batches(options.limit_val_batches) if validate else 0,
+        num_sanity_val_steps=options.num_sanity_val_steps,
         use_distributed_sampler=False,  # each rank takes its own slice of every global batch
         # Without DeepSpeed, `CLIPModule` clips the gradient itself, to log the norm before clipping.
-        gradient_clip_val=config.trainer.gradient_clip_val if deepspeed else None,
-        deterministic=config.trainer.deterministic,
+        gradient_clip_val=options.gradient_clip_val if deepspeed else None,
+        deterministic=options.deterministic,
+        benchmark=options.benchmark,
+        sync_batchnorm=options.sync_batchnorm,
+        detect_anomaly=options.detect_anomaly,
         profiler=profiler,
         log_every_n_steps=config.log_every_n_steps,
         logger=start_loggers(build_loggers(config.logger, run_dir, config.name), config) if is_main() else False,
@@ -331,6 +343,8 @@ def _build_callbacks(
         pause=metrics.pause,
         scores=scores,
         retry_s=config.callbacks.save_retry_s,
+        keep_last=None if config.keep_checkpoints == "all" else config.keep_checkpoints,
+        keep_every_n_steps=config.keep_every_n_steps,
     )
     return [*callbacks, checkpointer]
 
@@ -343,6 +357,7 @@ def _silence_lightning() -> None:
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
         ".*in eval mode at the start of training.*",  # frozen modules are
+        ".*turned on `Trainer\\(detect_anomaly=True\\)`.*",
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -435,6 +450,9 @@ def _start_from(
         f"data {config.data.name} ({facts['rows']:,} rows), strategy {config.strategy.name} on {facts['ranks']} x {facts['device_name']}, "
         f"precision {facts['precision']}, {facts['steps']:,} steps of {config.global_batch_size:,} pairs"
     )
+    if config.trainer.enable_model_summary:
+        # Of the towers, and not Lightning's own summary, which it does not log but print, on every rank alike
+        log.info("%s", summarize(module, max_depth=SUMMARY_DEPTH))
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, SafeCheckpointIO)
     io.run_copy, io.on_saved = record.run_copy(), record.acknowledge

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.imports import RequirementCache
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
@@ -352,7 +353,8 @@ class StepMetrics(pl.Callback):
             log.info(advice)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        log_metrics(trainer, last_validation(trainer), trainer.global_step)
+        if not trainer.sanity_checking:
+            log_metrics(trainer, last_validation(trainer), trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release cached GPU memory; model and optimizer have already been moved off the GPU."""
@@ -500,11 +502,25 @@ def build_loggers(config: LoggerConfig, run_dir: Path, name: str) -> list[Logger
 
 
 def logger_problems(config: LoggerConfig) -> Iterator[str]:
-    """Yield an error message for every additional logger that is not one. None is created, since that may open a connection."""
+    """Yield an error message for every additional logger that is not one, or whose package is not installed.
+
+    None is created, since that may open a connection.
+    """
     for name, node in config.extra.items():
         found = locate(node.target, where := f"logger.extra.{name}")
-        if inspect.isclass(found) and not issubclass(found, Logger):
+        if inspect.isclass(found) and (missing := missing_package(found)) is not None:
+            yield f"{where}: {found.__name__} needs a package that is not installed: pip install '{missing}'."
+        elif inspect.isclass(found) and not issubclass(found, Logger):
             yield f"{where}: {found.__name__} is not a logger: give a subclass of pytorch_lightning.loggers.Logger as _target_."
+
+
+def missing_package(logger: type) -> str | None:
+    """Return the requirement of a logger's package if it is not installed: Lightning's loggers check it when they are created."""
+    function: Any = inspect.unwrap(logger.__init__)  # type: ignore[misc]
+    if not inspect.isfunction(function):
+        return None
+    checked = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return next((each.requirement for each in checked if isinstance(each, RequirementCache) and not each), None)
 
 
 def start_loggers(loggers: list[Logger], config: TrainConfig) -> list[Logger]:

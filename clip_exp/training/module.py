@@ -125,11 +125,15 @@ class CLIPModule(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Clip the gradient by its norm over the model and the loss, and store the norm before clipping. DeepSpeed does both itself."""
+        """Clip the gradient of the model and the loss, and store its norm before clipping. DeepSpeed does both itself."""
         gradients = [p for p in self.parameters() if p.grad is not None]
         if gradients and not hasattr(self.trainer.strategy, "deepspeed_engine"):
             limit = self.config.trainer.gradient_clip_val or float("inf")
-            self.step_metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(gradients, limit)
+            by_value = self.config.trainer.gradient_clip_algorithm == "value"
+            norm = torch.nn.utils.clip_grad_norm_(gradients, float("inf") if by_value else limit)
+            if by_value:
+                torch.nn.utils.clip_grad_value_(gradients, limit)
+            self.step_metrics["train/grad_norm"] = norm
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer, and the learning rate schedule that is stepped once per optimizer step."""

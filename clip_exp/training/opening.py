@@ -52,10 +52,19 @@ if TYPE_CHECKING:
 # Keys that may change when a run is resumed: they control where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
     "resume", "output_dir", "allow_targets", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
-    "checkpoint_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
+    "checkpoint_every_n_steps", "keep_checkpoints", "keep_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
     "data.max_empty_caption_fraction", "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
 )  # fmt: skip
-IN_IDENTITY = ("trainer.gradient_clip_val",)
+IN_IDENTITY = (
+    "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.sync_batchnorm", "trainer.limit_val_batches",
+)  # fmt: skip
+# Keys of the identity that older versions did not have, with their defaults, which those versions computed with
+LATER = {
+    "data.columns": [],
+    "trainer.gradient_clip_algorithm": "norm",
+    "trainer.sync_batchnorm": False,
+    "trainer.limit_val_batches": None,
+}
 DATA_PATHS = ("data.train", "data.val", "data.image_root")
 STARTS = ("pretrained", "pretrained_image", "pretrained_text")
 LISTED = 3  # number of paths that a message lists
@@ -68,9 +77,7 @@ REPORT = "report.html"
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Return the values, by dotted key, that determine what the run computes, without those that control where and how it runs."""
-    values = flatten(plain(config))
-    if not config.data.columns:
-        del values["data.columns"]  # older versions did not have this key
+    values = {key: value for key, value in flatten(plain(config)).items() if key not in LATER or value != LATER[key]}
     if isinstance(config.data, CustomDataConfig) and "image_root" in config.data.arguments:
         # Not a path of tables, whose contents are compared instead (`without_paths`).
         values["data.image_root (argument)"] = values.pop("data.image_root")

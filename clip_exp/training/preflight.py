@@ -9,7 +9,7 @@ from clip_exp.config import targets
 from clip_exp.config.base import Target, plain, problems, typed_keys
 from clip_exp.config.training import TrainConfig
 from clip_exp.data.preflight import RunTables, check_files, check_tables
-from clip_exp.devices import Devices, parse_devices
+from clip_exp.devices import Devices, parse_devices, resolve_accelerator
 from clip_exp.errors import ClipExpError, ConfigError, gravest, nearest
 from clip_exp.evaluation.launch import prepare_tasks
 from clip_exp.evaluation.task import Task
@@ -61,6 +61,8 @@ def check_train(config: TrainConfig, arguments: Iterable[str] = ()) -> RunTables
     if not errors:
         devices = requested_devices(config)
         absent = [*device_problems(devices, config.trainer.num_nodes, "trainer.")]
+        if config.trainer.sync_batchnorm and not absent:
+            absent += _check_sync(config, devices)
         if not absent and _ranks(config, devices) is None:  # the number of ranks is that of the available GPUs
             absent += _check_batch(config, devices.count() * (config.trainer.num_nodes or 1))
         errors += map(ConfigError, absent)
@@ -125,6 +127,12 @@ def _check_batch(config: TrainConfig, ranks: int) -> Iterator[str]:
             f"global_batch_size={config.global_batch_size} must be a multiple of the {ranks} processes "
             "(trainer.devices times trainer.num_nodes)."
         )
+
+
+def _check_sync(config: TrainConfig, devices: Devices) -> Iterator[str]:
+    on_cpu = resolve_accelerator(config.trainer.accelerator, "trainer.") == "cpu"
+    if on_cpu and (_ranks(config, devices) or devices.count()) > 1:
+        yield "trainer.sync_batchnorm is not supported on several CPU processes: PyTorch's SyncBatchNorm needs GPUs. Leave it out."
 
 
 def steps_of(config: TrainConfig, rows: int) -> int:
@@ -243,5 +251,7 @@ def check_monitor(config: TrainConfig, monitor: str, tasks: list[Task]) -> Itera
         yield f"monitor={monitor} is not a metric of validation or of a task: {nearest(monitor, [*OF_VALIDATION, *measured])}"
     elif not config.data.has_val:
         yield f"monitor={monitor} needs validation data: set data.val."
+    elif config.trainer.limit_val_batches == 0:
+        yield f"monitor={monitor} is not measured with trainer.limit_val_batches=0: leave that out."
     elif monitor in ("val/top1", "val/top5") and not config.data.may_have_labels:
         yield f"monitor={monitor} needs class names: set data.label_key."

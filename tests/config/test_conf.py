@@ -1,10 +1,12 @@
 """Tests that every file in conf/ can be composed and built."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -20,6 +22,8 @@ from clip_exp.training.metrics import build_loggers
 from clip_exp.training.optim import build_optimizer, build_scheduler
 from clip_exp.training.preflight import check_train
 from tests.compose import compose_config, train_config
+from tests.conftest import Run
+from tests.runs import TINY, Train, run_folders
 
 GROUPS = ("data", "loss", "scheduler", "trainer", "finetune", "callbacks", "debug", "experiment")
 
@@ -108,7 +112,7 @@ def test_every_strategy_is_built_on_a_cpu(option: str) -> None:
         assert option in ("auto", "ddp")
 
 
-@pytest.mark.parametrize("option", options("logger"))
+@pytest.mark.parametrize("option", ["csv", "tensorboard", "wandb"])
 def test_every_logger_is_built_in_addition_to_the_metrics_table(
     option: str, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +121,29 @@ def test_every_logger_is_built_in_addition_to_the_metrics_table(
     names = [type(logger).__name__ for logger in build_loggers(config, tmp_path, "run")]
     expected = {"csv": [], "tensorboard": ["TensorBoardLogger"], "wandb": ["WandbLogger"]}
     assert names == ["MetricsCSV", *expected[option]]
+
+
+OPTIONAL = {"mlflow": ("MLFlowLogger", "mlflow>=1.0.0"), "comet": ("CometLogger", "comet-ml>=3.44.4")}
+
+
+@pytest.mark.parametrize("option", OPTIONAL)
+def test_a_logger_whose_package_is_not_installed_is_refused_with_its_install_command(
+    option: str, refused: Run, tmp_path: Path
+) -> None:
+    name, requirement = OPTIONAL[option]
+    if RequirementCache(requirement):
+        pytest.skip(f"{requirement} is installed")
+    done = refused("train.py", f"logger=[tensorboard,{option}]", f"output_dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2
+    expected = f"logger.extra.{option}: {name} needs a package that is not installed: pip install '{requirement}'."
+    assert done.stderr == f"error: {expected}\n"
+    assert run_folders(tmp_path) == []
+
+
+def test_a_logger_of_a_package_that_is_not_there_is_refused_with_its_install_command() -> None:
+    target = "pytorch_lightning_of_mine.loggers.Mine"
+    with pytest.raises(ConfigError, match=r"there is no module .* pip install pytorch_lightning_of_mine\.$"):
+        check_train(train_config(f"logger.extra.mine._target_={target}"))
 
 
 def test_several_loggers_at_once() -> None:
@@ -149,6 +176,20 @@ def test_every_file_starts_with_a_comment(path) -> None:
 def test_the_debug_modes_pass_the_checks() -> None:
     for option in options("debug"):
         check_train(train_config(f"debug={option}"))
+
+
+def test_a_limited_run_validates_twice_on_a_part_of_the_data(train: Train) -> None:
+    run = train("debug=limit", *TINY, "log_every_n_steps=20")
+    assert [row["step"] for row in run.metrics if "val/loss" in row] == [20, 40]
+    assert run.record["steps"] == 40
+
+
+def test_debug_default_logs_every_step_of_one_epoch_on_the_cpu(train: Train) -> None:
+    run = train("debug=default", "model=vit_nano", "data=shapes", "data.generate.rows=48", "global_batch_size=16")
+    assert [row["step"] for row in run.metrics] == [1, 2, 3]
+    assert (run.record["device"], run.record["ranks"]) == ("cpu", 1)
+    assert "step 2/3" in run.output
+    assert "Trainable params" in run.output
 
 
 def test_model_size_and_strategy_combine_freely() -> None:

@@ -70,6 +70,8 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "model.image.projection=mlp": "which is not selected",
         "model.text.trim=true": "which is not selected",
         "val_every_n_steps=5": "without validation data",
+        "trainer.limit_val_batches=2": "without validation data: set data.val",
+        "trainer.num_sanity_val_steps=2": "without validation data: set data.val",
         "data.label_key=label": "without validation data: set data.val",
         "data.templates=['a {}']": "without labeled validation data",
     },
@@ -93,6 +95,12 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "loss.same_caption=positive": "on a custom loss",
         "data.augmentation.horizontal_flip=0.5": "with data.transform",
     },
+    ("trainer.limit_val_batches=0", "trainer.gradient_clip_val=null", "keep_checkpoints=all"): {
+        "val_every_n_steps=5": "with trainer.limit_val_batches=0",
+        "trainer.num_sanity_val_steps=2": "with trainer.limit_val_batches=0",
+        "trainer.gradient_clip_algorithm=value": "with trainer.gradient_clip_val=null",
+        "keep_every_n_steps=5": "with keep_checkpoints=all",
+    },
     (*TIMM, "pretrained=x.pt", "finetune=lit"): {
         "model.image.pretrained=true": "which contains the weights of both towers",
         "finetune.image.lr_factor=0.5": "with finetune.image.freeze=true and without finetune.image.unfrozen_blocks",
@@ -111,6 +119,7 @@ USED = {
     "a preset whose jitter is taken away": ["data/augmentation=strong", "data.augmentation.color_jitter=null"],
     "labels that are taken away": ["data.label_key=null"],
     "another loss with its preset": ["loss=sigmoid", "pretrained=x.pt"],
+    "a preset whose validation is taken away": ["debug=default", "trainer.limit_val_batches=0"],
     "offload under DeepSpeed": ["strategy=deepspeed_stage_2_offload"],
 }
 TASKS = {

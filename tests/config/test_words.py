@@ -1,11 +1,13 @@
 """Tests that people's words work as typed, or are answered with the override to type: names of other frameworks, flags, spellings."""
 
+import inspect
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 
 from clip_exp.cli import run
 from clip_exp.config import registry, words
@@ -15,7 +17,7 @@ from clip_exp.config.commands import SCHEMAS
 from clip_exp.config.compose import compose
 from clip_exp.config.files import conf_dir, options
 from clip_exp.config.names import resolve
-from clip_exp.config.training import TrainConfig
+from clip_exp.config.training import TrainConfig, TrainerConfig
 from clip_exp.config.words import DEVICES, FRAMEWORKS, VALUES, Answer, fold
 from clip_exp.errors import ConfigError
 from tests.compose import train_config
@@ -55,7 +57,10 @@ ANSWERED = {
     "callbacks.early_stopping.monitor=val/loss": "type monitor=val/loss.",
     "callbacks.model_checkpoint.monitor=val/loss": "type monitor=val/loss.",
     "callbacks.model_checkpoint.every_n_train_steps=100": "type checkpoint_every_n_steps=100.",
-    "callbacks.model_checkpoint.save_top_k=3": "the last two checkpoints and the one that is best in `monitor` are kept",
+    "callbacks.model_checkpoint.save_top_k=3": "type keep_checkpoints=…. It counts the last checkpoints; the one that is best",
+    "save_total_limit=3": "type keep_checkpoints=3. The one that is best in `monitor` is kept as well.",
+    "callbacks.model_checkpoint.verbose=true": "type monitor=val/loss or checkpoint_every_n_steps=…",
+    "+callbacks.early_stopping={_target_: lightning.EarlyStopping, patience: 3}": "callbacks.early_stopping.patience does not exist: type patience=3.",
     "callbacks=early_stopping": "type monitor=val/loss patience=3.",
     "loss=siglip": "type loss=sigmoid.",
     "loss=clip": "type loss=softmax.",
@@ -74,6 +79,8 @@ ANSWERED = {
     "gradient_accumulation_steps=4": "Increase global_batch_size and set micro_batch_size instead",
     "trainer.val_check_interval=500": "type val_every_n_steps=500.",
     "trainer.val_check_interval=0.5": "type val_every_n_steps=….",
+    "+trainer.val_check_interval={hours: 1}": "type val_every_n_steps=….",
+    "trainer.logger=false": "type logger=csv.",
     "val_frequency=1": "type val_every_n_steps=…. It counts optimizer steps.",
     "save_frequency=1": "type checkpoint_every_n_steps=…. It counts optimizer steps.",
     "train_data=a.csv": "type data.train=a.csv.",
@@ -85,11 +92,11 @@ ANSWERED = {
     "trainer.strategy=ddp_find_unused_parameters_true": "type strategy=ddp.",
     "trainer=gpu": "type trainer.accelerator=gpu.",
     "trainer=ddp": "type strategy=ddp.",
-    "debug=default": "type debug=fdr.",
+    "debug=fast_dev_run": "type debug=fdr.",
     "data=webdataset": "type data=csv.",
     "scheduler=const": "type scheduler=constant.",
     "optimizer=radam": "type optimizer=custom optimizer.lr=… optimizer._target_=torch.optim.RAdam.",
-    "logger=[mlflow]": "logger.extra.mlflow={_target_: pytorch_lightning.loggers.MLFlowLogger}",
+    "logger=[aim]": "logger.extra.aim={_target_: aim.pytorch_lightning.AimLogger}",
     "learningRate=1": "type optimizer.lr=1.",
     "lr-scheduler=cosine": "type scheduler=cosine.",
     "strategy.config=deepspeed.json": "is not a mapping: files are not read. Type each of its keys: strategy.config.<key>=…",
@@ -140,7 +147,7 @@ def test_a_word_of_another_framework_is_answered_with_what_to_type(refused, tmp_
 @pytest.mark.parametrize(
     ("command", "line", "expected"),
     [
-        ("evaluate", "ckpt_path=x", "type pretrained=x or ckpt=x"),
+        ("evaluate", "ckpt_path=x", "ckpt_path does not exist: type pretrained=x or ckpt=x."),
         ("evaluate", "workers=2", "type num_workers=2."),
         ("evaluate", "gpus=2", "type devices=2."),
         ("predict", "precision=bf16", "type precision=bf16-mixed."),
@@ -163,6 +170,30 @@ def test_a_word_without_meaning_for_the_command_gets_the_nearest_key() -> None:
 def test_below_some_similarity_no_key_is_suggested(key: str) -> None:
     with pytest.raises(ConfigError, match="does not exist: valid keys are allow_targets, "):
         train_config(f"{key}=1")
+
+
+# A new argument of the Trainer needs a key in `TrainerConfig`, or a line in `words.LIGHTNING`.
+@pytest.mark.parametrize("name", inspect.signature(pl.Trainer).parameters)
+def test_every_argument_of_lightnings_trainer_is_a_key_or_is_answered(name: str) -> None:
+    if name in TrainerConfig.model_fields:
+        return
+    key = f"trainer.{name}"
+    assert key in words.LIGHTNING
+    with pytest.raises(
+        ConfigError, match=rf"^{key} does not exist: (type [^.]|.*: leave it out\.$|.*Increase global_batch)"
+    ):
+        train_config(f"{key}=1")
+
+
+def test_keys_of_the_trainer_have_names_and_defaults_of_lightning() -> None:
+    """All but those that are named here: Lightning's defaults are None, where it chooses, or `enable_…`."""
+    parameters = inspect.signature(pl.Trainer).parameters
+    assert set(TrainerConfig.model_fields) <= set(parameters)
+    ours = TrainerConfig()
+    differs = {name for name in TrainerConfig.model_fields if getattr(ours, name) != parameters[name].default}
+    assert differs == {
+        "num_nodes", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "num_sanity_val_steps", "enable_model_summary",
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the tables

@@ -103,6 +103,7 @@ class Disk:
         self.full = full
         self.global_step = 0
         self.callback_metrics: dict[str, torch.Tensor] = {}
+        self.sanity_checking = False
         self.io = SafeCheckpointIO()
         self.strategy = SimpleNamespace(barrier=lambda name: dist.barrier() if dist.is_initialized() else None)
 
@@ -140,6 +141,38 @@ def test_a_save_that_fails_is_reported_and_the_next_interval_tries_again(
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000040"]
     # The better ones were never kept.
     assert manifests(tmp_path)[folder_of(tmp_path, 40)].best
+
+
+def names(folder: Path) -> list[int]:
+    return [manifest.step for manifest in manifests(folder).values()]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [20, 70, 80]),
+        ({"keep_last": 3}, [20, 60, 70, 80]),
+        ({"keep_last": None}, [10, 20, 30, 40, 50, 60, 70, 80]),
+        ({"keep_every_n_steps": 30}, [20, 30, 60, 70, 80]),
+        ({"keep_last": 4, "keep_every_n_steps": 40}, [20, 40, 50, 60, 70, 80]),
+    ],
+)
+def test_the_last_the_best_and_every_nth_checkpoint_stay(
+    options: dict[str, Any], kept: list[int], tmp_path: Path
+) -> None:
+    disk = Disk(tmp_path)
+    callback = checkpointer(disk, **options)
+    for step in range(10, 90, 10):
+        validated(callback, disk, step, loss=1.0 if step == 20 else 2.0)
+    assert names(tmp_path) == kept
+
+
+def test_a_checkpoint_that_stays_is_written_between_the_others(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    callback = checkpointer(disk, keep_every_n_steps=15)
+    for step in range(1, 33):
+        validated(callback, disk, step, loss=1.0)
+    assert names(tmp_path) == [1, 15, 20, 30]
 
 
 @pytest.fixture

@@ -147,6 +147,8 @@ CHANGES: dict[str, Changes] = {
     "strategy.offload": Changes("true", refused=BOTH),
     "strategy.config": Changes("{communication_data_type: bf16}", refused=BOTH),
     "trainer.gradient_clip_val": Changes("1e-3"),
+    "trainer.gradient_clip_algorithm": Changes("value", also=("trainer.gradient_clip_val=1e-3",)),
+    "trainer.limit_val_batches": Changes("0"),
     **{
         f"finetune.{tower}.{key}": change
         for tower in ("image", "text")
@@ -212,6 +214,12 @@ NOT_THE_RESULT = {
     "trainer.devices": "where it runs (tests/training/test_equivalence.py)",
     "trainer.num_nodes": "where it runs",
     "trainer.deterministic": "which kernels it runs",
+    "trainer.benchmark": "which kernels it runs",
+    "trainer.sync_batchnorm": "statistics of several GPUs (tests/training/test_trainer_arguments.py)",
+    "trainer.detect_anomaly": "how a failure is reported (tests/training/test_trainer_arguments.py)",
+    "trainer.max_time": "when it pauses (tests/training/test_trainer_arguments.py)",
+    "trainer.num_sanity_val_steps": "a check before the first step (tests/training/test_trainer_arguments.py)",
+    "trainer.enable_model_summary": "what is shown of it",
     "trainer.profiler": "what is measured of it",
     "callbacks.progress": "what is shown of it",
     "callbacks.save_retry_s": "how long a save is retried",
@@ -225,6 +233,8 @@ NOT_THE_RESULT = {
     "log_every_n_steps": "how often it is logged",
     "val_every_n_steps": "how often it is validated",
     "checkpoint_every_n_steps": "how often it is saved",
+    "keep_checkpoints": "how many checkpoints stay (tests/training/test_callbacks.py)",
+    "keep_every_n_steps": "which checkpoints stay (tests/training/test_callbacks.py)",
     "task": "what is scored beside it (tests/training/test_tasks.py)",
     "task_every_n_steps": "how often that is scored (tests/training/test_tasks.py)",
 }

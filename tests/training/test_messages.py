@@ -118,7 +118,8 @@ def test_the_log_has_the_lines_that_a_terminal_may_not_show(
 ) -> None:
     metrics = StepMetrics(1, 16, 96)
     progress = Progress(kind, metrics)
-    trainer: Any = SimpleNamespace(global_step=1, callback_metrics={"val/loss": SimpleNamespace(item=lambda: 1.25)})
+    measured = {"val/loss": SimpleNamespace(item=lambda: 1.25)}
+    trainer: Any = SimpleNamespace(global_step=1, callback_metrics=measured, sanity_checking=False)
     with logging_to(tmp_path):
         metrics.latest = LATEST
         progress.on_train_batch_end(trainer, SimpleNamespace(total_steps=3), None, None, 0)

@@ -106,7 +106,8 @@ def test_validation_is_scored_on_the_device_with_exact_float32_products(monkeypa
 def test_patience_is_restored_from_a_checkpoint_of_an_older_version() -> None:
     state = {"wait_count": 3}
     older = EarlyStopping("val/zeroshot_top1", mode="max")
-    checkpoint = {"optimizer_states": [], "random_states": [], "callbacks": {older.state_key: state}}
-    module: Any = SimpleNamespace(config=train_config(), parameter_names=[])
+    checkpoint = {"optimizer_states": [], "random_states": [], "state_dict": {}, "callbacks": {older.state_key: state}}
+    of_loss = {"loss": torch.nn.Identity(), "frozen_loss": set(), "frozen_loss_sha256": None}
+    module: Any = SimpleNamespace(config=train_config(), parameter_names=[], **of_loss)
     CLIPModule.on_load_checkpoint(module, checkpoint)
     assert checkpoint["callbacks"] == {EarlyStopping("val/top1", mode="max").state_key: state}

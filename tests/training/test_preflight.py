@@ -67,6 +67,22 @@ def test_a_callback_of_lightning_that_conflicts_with_the_run_is_refused_with_wha
     assert problem.endswith(f": {remedy}.")
 
 
+OF_MINE = {
+    "Checkpoints": lightning.ModelCheckpoint, "Accumulation": lightning.GradientAccumulationScheduler,
+    "Average": lightning.StochasticWeightAveraging, "Bar": lightning.TQDMProgressBar, "Weights": lightning.WeightAveraging,
+}  # fmt: skip
+globals().update({name: type(name, (kind,), {}) for name, kind in OF_MINE.items()})
+
+
+@pytest.mark.parametrize("name", OF_MINE)
+def test_a_subclass_is_refused_like_its_class_before_it_is_built(name: str) -> None:
+    config = train_config(f"+callbacks.extra.mine={{_target_: {__name__}.{name}, not_an_argument: 1}}")
+    (problem,) = extra_problems(config)
+    _, remedy = next(found for kind, found in REFUSED.items() if issubclass(OF_MINE[name], kind))
+    assert problem.startswith(f"callbacks.extra.mine: {name} cannot be used, since ")
+    assert problem.endswith(f": {remedy}.")
+
+
 def test_the_other_callbacks_of_lightning_work_together_on_two_ranks(train: Train) -> None:
     given = [extra(name, arguments, name.lower()) for name, arguments in WORKING.items()]
     run = train(*TINY, *given, "max_steps=3", "val_every_n_steps=2", "log_every_n_steps=1", "trainer.devices=2")
