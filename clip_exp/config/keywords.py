@@ -67,6 +67,8 @@ class TrainKeywords(TypedDict, total=False):
     log_every_n_steps: int
     val_every_n_steps: int | None
     checkpoint_every_n_steps: int | None
+    keep_checkpoints: int | str
+    keep_every_n_steps: int | None
     monitor: str | None
     monitor_mode: str
     patience: int | None
