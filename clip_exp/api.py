@@ -16,7 +16,7 @@ from clip_exp.config import objects, registry
 from clip_exp.config.base import typed_keys
 from clip_exp.config.compose import compose
 from clip_exp.config.evaluation import OUTPUTS
-from clip_exp.config.keywords import PARAMETERS, EvaluateKeywords, Object, TrainKeywords, overrides_of
+from clip_exp.config.keywords import PARAMETERS, EvaluateKeywords, TrainKeywords, overrides_of
 from clip_exp.config.model import Activation
 from clip_exp.config.names import named_model, names, resolve
 from clip_exp.config.targets import allowed
@@ -161,9 +161,9 @@ def train(
         if isinstance(value, str | os.PathLike | Mapping):
             key = PARAMETERS[name].partition(".")[2] or "train"
             raise ConfigError(f"{name}={value!r} is not an object: set a key with data={{{key!r}: {value!r}}}.")
-    given = {PARAMETERS[name]: Object(value) for name, value in parameters.items() if value is not None}
+    passed = {PARAMETERS[name]: value for name, value in parameters.items() if value is not None}
     with allowed(()), registry.added(config_dir):  # what the call allows is allowed for its duration only
-        further, found = overrides_of("train", {**keywords, **given}, overrides)
+        further, found = overrides_of("train", keywords, overrides, passed)
         arguments = [*overrides, *further]
         if found and "trainer.devices" not in typed_keys(arguments):
             arguments.append("trainer.devices=1")

@@ -200,6 +200,7 @@ def test_objects_train_and_the_run_needs_its_towers_again(tmp_path: Path, capsys
     run = train_objects(tmp_path)
     assert "next:        run.evaluate(" in capsys.readouterr().out
     saved = read_run_config(run.path)
+    assert saved.data.num_workers == 1
     names = [
         saved.data.target,
         saved.data.val.target,

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypedDict
+from types import MappingProxyType
+from typing import Any, TypedDict
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -101,13 +102,9 @@ class EvaluateKeywords(TypedDict, total=False):
     cache_gb: float
 
 
-class Object(NamedTuple):
-    """Value that is an object, whatever its type: a list of pairs may be a data set."""
-
-    value: Any
-
-
-def overrides_of(command: str, keywords: Mapping[str, Any], typed: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def overrides_of(
+    command: str, keywords: Mapping[str, Any], typed: Sequence[str], passed: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[list[str], dict[str, Any]]:
     """Return the overrides that are equal to keyword arguments, and the objects among them by their full keys.
 
     A table, or an object, as training data replaces a generated data set unless `data` is selected.
@@ -116,12 +113,14 @@ def overrides_of(command: str, keywords: Mapping[str, Any], typed: Sequence[str]
         command: name of the command.
         keywords: values by key; a key below a group may be nested (`data={"val": …}`) or written with a dot.
         typed: overrides that precede the keywords.
+        passed: objects by key, whatever their type: a list of pairs may be a data set.
 
     Raises:
         ConfigError: a value cannot be that of a key, a key is not a name, or see `compose_config`.
     """
     found: dict[str, Any] = {}
     written = [override for key, value in keywords.items() for override in _overrides(key, value, found)]
+    written += [override for key, value in passed.items() for override in _of_object(key, value, key, found)]
     keys = typed_keys(written)
     option = "custom" if f"data.{TARGET}" in keys else "csv" if "data.train" in keys else None
     if command == "train" and option is not None and "data" not in keys | typed_keys(typed):
@@ -138,9 +137,7 @@ def _overrides(key: str, value: Any, found: dict[str, Any]) -> Iterator[str]:
         value = _towers(value)
     group = key.replace(".", "/")
     names = options(group) if (conf_dir() / group).is_dir() else []
-    if isinstance(value, Object):
-        yield from _of_object(key, value.value, group, found)
-    elif isinstance(value, Mapping):
+    if isinstance(value, Mapping):
         yield from _of_mapping(key, value, group, names, found)
     elif _is_value(value):
         yield f"{group if names and _selects(value) else key}={_text(key, value)}"
