@@ -194,7 +194,9 @@ def _kind_of_sources(value: Any) -> str:
     return "list" if isinstance(value, list | tuple) else _kind_of_source(value)
 
 
-_Entry = Annotated[Annotated[PathText, Tag("path")] | Annotated[Source, Tag("source")], Discriminator(_kind_of_source)]
+_Entry = Annotated[
+    Annotated[PathText, NOT_EMPTY, Tag("path")] | Annotated[Source, Tag("source")], Discriminator(_kind_of_source)
+]
 Sources = Annotated[
     Annotated[PathText, Tag("path")] | Annotated[Source, Tag("source")] | Annotated[list[_Entry], Tag("list")],
     Discriminator(_kind_of_sources),
