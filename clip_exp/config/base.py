@@ -586,7 +586,9 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
         return f"{key} is a key of {' and of '.join(owners)}, which is not selected: select it, or leave this out."
     everywhere = list(_tree(model, values, at))
     value, roots = _value_at(values, path), roots_of(everywhere)
-    whole = words.answer(key, value, roots)
+    # Words are those of the whole configuration, not of an entry of a list.
+    in_list = any(part.startswith("[") for part in path)
+    whole = None if in_list else words.answer(key, value, roots)
     # A mapping, such as `callbacks.early_stopping`, may have keys with words of their own.
     own = {leaf: words.answer(leaf, inner, roots) for leaf, inner in _leaves(value, f"{key}.")}
     if any(own.values()):

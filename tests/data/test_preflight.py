@@ -58,7 +58,7 @@ def test_what_is_wrong_with_each_source_is_reported(tmp_path, table):
     assert "data.train: The table none.csv does not exist" in reported
     assert f"image_root=nowhere of {table} is not a directory" in reported
     assert "data.filter='width >' is not a valid condition" in reported
-    assert "did you mean 'data.train[0].weight'" in refusal(tmp_path, [{"path": str(table), "wait": 1}])
+    assert "did you mean 'data.train[0].weight'" in refusal(tmp_path, [{"path": str(table), "weigth": 1}])
 
 
 def test_validation_is_one_table(tmp_path, table):

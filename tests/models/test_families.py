@@ -55,7 +55,7 @@ def test_no_file_outside_the_families_names_a_kind_of_tower() -> None:
     found = {
         str(file.relative_to(PACKAGE)): list(mentions(ast.parse(file.read_text(encoding="utf-8"))))
         for file in PACKAGE.rglob("*.py")
-        if "families" not in file.parts
+        if "families" not in file.parts and file.name != "words.py"  # which has the names of other frameworks
     }
     assert {name: what for name, what in found.items() if what} == {}
 
