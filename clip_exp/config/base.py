@@ -587,10 +587,11 @@ def _unknown(path: list[str], model: type[Config], values: dict[str, Any], at: s
     everywhere = list(_tree(model, values, at))
     value, roots = _value_at(values, path), roots_of(everywhere)
     # Words are those of the whole configuration, not of an entry of a list.
-    in_list = any(part.startswith("[") for part in path)
-    whole = None if in_list else words.answer(key, value, roots)
+    has_words = not any(part.startswith("[") for part in path)
+    whole = words.answer(key, value, roots) if has_words else None
     # A mapping, such as `callbacks.early_stopping`, may have keys with words of their own.
-    own = {leaf: words.answer(leaf, inner, roots) for leaf, inner in _leaves(value, f"{key}.")}
+    leaves = _leaves(value, f"{key}.") if has_words else ()
+    own = {leaf: words.answer(leaf, inner, roots) for leaf, inner in leaves}
     if any(own.values()):
         return "\n".join(f"{leaf} does not exist: {own[leaf] or whole or 'leave it out.'}" for leaf in own)
     if whole is not None:
