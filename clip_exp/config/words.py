@@ -19,7 +19,7 @@ class Answer(NamedTuple):
 
     Attributes:
         overrides: alternatives; `{value}` stands for the value of the word. An alternative may have several overrides,
-            separated by spaces. A command is told only those that it accepts.
+            separated by spaces. A message names only those that its command accepts.
         note: further sentences.
         per_device: the value of the word is for one device, that of the override for all devices.
     """
