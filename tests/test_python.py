@@ -68,10 +68,10 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_are_passed_exactly(text: str):
-    config = composed(data={"name": "csv", "train": [{"path": text or "x"}, text], "image_root": text})
+    config = composed(data={"name": "csv", "train": [{"path": text or "x"}, text or "y"], "image_root": text})
     assert config.data.image_root == text
     assert isinstance(config.data.train, list)
-    assert config.data.train[1] == text
+    assert config.data.train[1] == (text or "y")
     assert config.data.train[0].path == (text or "x")  # type: ignore[union-attr]
 
 

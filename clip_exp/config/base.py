@@ -260,9 +260,9 @@ class Member(Config):
 
     @classmethod
     def members(cls) -> list[type[Config]]:
-        """Return the members of the group, including custom ones."""
+        """Return the members of the group, including custom ones, in the order of their names."""
         registry.load(cls.group)
-        return [model for model in cls.registered.values() if registry.in_effect(model.__module__)]
+        return [model for _, model in sorted(cls.registered.items()) if registry.in_effect(model.__module__)]
 
     @classmethod
     def of(cls, values: Any) -> Self:
