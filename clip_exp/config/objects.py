@@ -8,7 +8,6 @@ the duration of a call (`given`).
 import copy
 import functools
 import hashlib
-import inspect
 import os
 import sys
 import types
@@ -168,7 +167,8 @@ def _of_class(cls: type, seen: dict[int, Any]) -> Iterator[bytes]:
     yield f"{cls.__module__}.{cls.__qualname__}".encode()
     if not _is_library(cls.__module__):
         yield from _parts(cls.__bases__, seen)
-        for name, item in inspect.getmembers_static(cls):
+        # Without inherited attributes: those of the user's classes come with the bases, and libraries change each other's.
+        for name, item in sorted(cls.__dict__.items()):
             if isinstance(item, types.FunctionType | staticmethod | classmethod | property):
                 for function in (item,) if isinstance(item, types.FunctionType) else _functions(item):
                     yield name.encode()
