@@ -113,7 +113,7 @@ CROSS_FIELD = {
     ),
     "layers of a resnet": (
         ["model=rn50", "model.image.layers=3"],
-        "model.image.layers is a key of model.image.kind=vit and of model.image.kind=siglip, which is not selected",
+        "model.image.layers is a key of model.image.kind=siglip and of model.image.kind=vit, which is not selected",
     ),
     "a backbone's name of a tower of ours": (
         ["model.image.name=resnet18"],
