@@ -117,7 +117,7 @@ CROSS_FIELD = {
     ),
     "a backbone's name of a tower of ours": (
         ["model.image.name=resnet18"],
-        "model.image.name is a key of model.image.kind=timm and of model.image.kind=open_clip, which is not selected",
+        "model.image.name is a key of model.image.kind=open_clip and of model.image.kind=timm, which is not selected",
     ),
     "layers of an encoder": (
         ["model/text=huggingface", "model.text.name=x", "model.text.layers=2"],
