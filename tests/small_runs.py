@@ -12,7 +12,8 @@ from clip_exp.checkpoints.folders import atomic_checkpoint
 from clip_exp.config.data import DataConfig
 from clip_exp.config.files import to_yaml
 from clip_exp.config.names import named_model
-from clip_exp.config.training import AdamWConfig, AutoConfig, TrainConfig
+from clip_exp.config.optimization import AdamWConfig
+from clip_exp.config.training import AutoConfig, TrainConfig
 from clip_exp.losses.softmax import SoftmaxLossConfig
 from clip_exp.models.clip import CLIP, build_model
 from tests.checkpoints.test_folders import write_state

@@ -22,6 +22,7 @@ from clip_exp.config.base import typed_keys
 from clip_exp.config.command_line import in_quotes
 from clip_exp.config.compose import compose_config
 from clip_exp.config.files import conf_dir, options
+from clip_exp.config.model import TOWERS
 from clip_exp.config.names import resolve
 from clip_exp.config.targets import TARGET
 from clip_exp.errors import ConfigError
@@ -174,7 +175,7 @@ def _of_object(key: str, value: Any, group: str, found: dict[str, Any]) -> Itera
 def _towers(pair: tuple[Any, ...]) -> dict[str, Any]:
     if len(pair) != 2:
         raise ConfigError(f"model has {len(pair)} objects: pass a pair (image module, text module).")
-    return dict(zip(("image", "text"), pair, strict=True))
+    return dict(zip(TOWERS, pair, strict=True))
 
 
 def _is_value(value: Any) -> bool:

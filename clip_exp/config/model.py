@@ -13,6 +13,7 @@ from clip_exp.renaming import Names
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+TOWERS = ("image", "text")
 # Size of the vocabulary of OpenAI's byte-pair encoding
 VOCABULARY = 49408
 # Value of `tokenizer` in an exported model: the tokenizer is in the same folder
@@ -323,7 +324,7 @@ class ModelConfig(Config):
     @property
     def own_towers(self) -> set[str]:
         """Names of the towers, `image` and `text`, that start from weights of their own library."""
-        return {name for name, tower in zip(("image", "text"), self.towers, strict=True) if tower.own_weights}
+        return {name for name, tower in zip(TOWERS, self.towers, strict=True) if tower.own_weights}
 
     def rules(self, at: str) -> Iterator[str]:
         yield from self.image.fits(self, at)

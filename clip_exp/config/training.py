@@ -8,7 +8,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from clip_exp.config import words
@@ -25,27 +25,24 @@ from clip_exp.config.base import (
     Proportion,
     Target,
     Unused,
-    chosen,
-    exactly,
     must_be,
 )
 from clip_exp.config.data import Data, PairLabel
 from clip_exp.config.evaluation import ALLOW_TARGETS, Accelerator, Devices, Tasks
-from clip_exp.config.model import ModelConfig, Projection
-from clip_exp.config.targets import TOTAL_STEPS
+from clip_exp.config.finetune import FineTuneConfig, TowerTuningConfig
+from clip_exp.config.model import TOWERS, ModelConfig, Projection
+from clip_exp.config.optimization import AdamWConfig, Optimizer, SchedulerConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_EPOCHS = 30.0
-TOWERS = ("image", "text")
 # Largest natural logarithm of a logit scale, a factor of 22,000
 MAX_LOGARITHM = 10.0
 
 Logarithm = Annotated[
     Float, Field(ge=0, le=MAX_LOGARITHM), must_be(f"between 0 and {MAX_LOGARITHM:g}: it is a natural logarithm")
 ]
-Betas = Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], exactly(2)]
 
 
 class StrategyName(StrEnum):
@@ -125,121 +122,6 @@ class LossConfig(Member):
         `losses.batch` has functions that gather the batch.
         """
         raise NotImplementedError
-
-
-# -------------------------------------------------------------------------------------------------- optimization
-
-
-class OptimizerConfig(Config):
-    """Base class of optimizers."""
-
-    target: str = Field(alias="_target_", description="full name of the optimizer's class, in an allowed module")
-    lr: Positive = Field(description="peak learning rate")
-    weight_decay: NonNegative = Field(
-        0.2,
-        description="weight decay of matrices; biases, norms, position embeddings and the logit scale have none",
-    )
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of the class."""
-        return self.model_dump(exclude={"target"})
-
-
-class AdamWConfig(OptimizerConfig):
-    """AdamW, the optimizer of CLIP, with a fused kernel."""
-
-    target: Literal["torch.optim.AdamW"] = Field("torch.optim.AdamW", alias="_target_")
-    lr: Positive = Field(5e-4, description="peak learning rate")
-    betas: Betas = Field([0.9, 0.98], description="decay rates of the first and second moment estimates")
-    eps: Positive = Field(1e-6, description="term added to the denominator for numerical stability")
-    fused: bool = Field(True, description="use PyTorch's fused implementation, one kernel for all parameters")
-
-
-class AdamConfig(AdamWConfig):
-    """Adam with L2 regularization: the weight decay is added to the gradient."""
-
-    target: Literal["torch.optim.Adam"] = Field("torch.optim.Adam", alias="_target_")  # type: ignore[assignment]
-    weight_decay: NonNegative = Field(0.0, description="L2 penalty of matrices, added to the gradient")
-
-
-class SGDConfig(OptimizerConfig):
-    """Stochastic gradient descent with momentum."""
-
-    target: Literal["torch.optim.SGD"] = Field("torch.optim.SGD", alias="_target_")
-    lr: Positive = Field(0.1, description="peak learning rate")
-    weight_decay: NonNegative = Field(1e-4, description="weight decay of matrices")
-    momentum: NonNegative = Field(0.9, description="momentum factor")
-    nesterov: bool = Field(False, description="use Nesterov momentum")
-
-
-class LionConfig(OptimizerConfig):
-    """Lion (Chen et al. 2023). Its learning rate should be 3 to 10 times lower than AdamW's, its weight decay 3 to 10 times higher."""
-
-    target: Literal["timm.optim.Lion"] = Field("timm.optim.Lion", alias="_target_")
-    lr: Positive = Field(1e-4, description="peak learning rate")
-    weight_decay: NonNegative = Field(1.0, description="weight decay of matrices")
-    betas: Betas = Field([0.9, 0.99], description="decay rates of the update and of the momentum")
-
-
-class CustomOptimizerConfig(OptimizerConfig, Target):
-    """Any other optimizer class, whose further arguments stand next to `_target_`. It is given the parameter groups."""
-
-    target: str = Field(alias="_target_", description="full name of the optimizer's class, such as torch.optim.RAdam")
-
-    supplied: ClassVar[int] = 1
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"lr": self.lr, "weight_decay": self.weight_decay, **(self.model_extra or {})}
-
-
-OPTIMIZERS: list[type[Config]] = [AdamWConfig, AdamConfig, SGDConfig, LionConfig, CustomOptimizerConfig]
-
-
-def _optimizer(values: Any) -> str:
-    cls = type(values) if isinstance(values, Config) else chosen(OPTIMIZERS, values if isinstance(values, dict) else {})
-    return cls.__name__ if cls is not None else CustomOptimizerConfig.__name__
-
-
-Optimizer = Annotated[
-    Annotated[AdamWConfig, Tag("AdamWConfig")]
-    | Annotated[AdamConfig, Tag("AdamConfig")]
-    | Annotated[SGDConfig, Tag("SGDConfig")]
-    | Annotated[LionConfig, Tag("LionConfig")]
-    | Annotated[CustomOptimizerConfig, Tag("CustomOptimizerConfig")],
-    Discriminator(_optimizer),
-]
-
-
-class SchedulerConfig(Target):
-    """Learning rate schedule: linear warm-up to the peak, then a decay by the function or scheduler class `_target_`.
-
-    Arguments stand next to `_target_`. A function maps the progress of the decay (0 to 1) to a factor of the learning
-    rate. A class is a scheduler of torch, which is given the optimizer and stepped once per optimizer step after the
-    warm-up; `${total_steps}` stands for the number of these steps.
-    """
-
-    target: str = Field(
-        "clip_exp.training.schedule.cosine",
-        alias="_target_",
-        description="full name of a function from the progress of the decay (0 to 1) to a factor of the learning rate, or of a scheduler "
-        "class such as torch.optim.lr_scheduler.CosineAnnealingLR",
-    )
-    warmup_steps: Index | None = Field(None, description="optimizer steps of linear warm-up; null: a tenth of the run")
-    final_factor: NonNegative = Field(0.0, description="final learning rate as a fraction of the peak")
-
-    supplied: ClassVar[int] = 1
-    optional: ClassVar[tuple[str, ...]] = (TOTAL_STEPS,)
-
-    unused: ClassVar[tuple[Unused, ...]] = (
-        Unused(
-            "final_factor",
-            lambda scheduler: scheduler.target == "clip_exp.training.schedule.constant",
-            "on a constant learning rate",
-            typed_only=True,
-        ),
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- strategy
@@ -403,109 +285,6 @@ class TrainerConfig(Config):
     def max_time_s(self) -> float:
         """Value of `max_time` in seconds; infinite for null."""
         return math.inf if self.max_time is None else _duration(self.max_time).total_seconds()
-
-
-# ---------------------------------------------------------------------------------------------------- fine-tuning
-
-
-class TowerTuningConfig(Config):
-    """Fine-tuning of one tower.
-
-    Depth is 0 for the embeddings, 1 to L for the L blocks, and L + 1 for the layers after the blocks.
-    """
-
-    freeze: bool = Field(
-        False,
-        description="freeze the tower's weights and batch-norm statistics (LiT; Zhai et al. 2022)",
-    )
-    unfrozen_blocks: Annotated[Index, must_be("at least 0, which trains only the layers after the blocks")] | None = (
-        Field(
-            None,
-            description="with freeze=true: number of last blocks that are trained anyway, together with the layers after them; null: none",
-        )
-    )
-    lr_factor: Annotated[Positive, must_be("greater than 0; freeze=true freezes a tower")] = Field(
-        1.0, description="learning rate of the tower as a factor of optimizer.lr"
-    )
-    layer_decay: Annotated[Positive, Field(le=1)] = Field(
-        1.0,
-        description="layer-wise learning rate decay: additional factor layer_decay ** (L + 1 - depth), where depth is 0 for the "
-        "embeddings, 1 to L for the blocks, and L + 1 after them",
-    )
-
-    unused: ClassVar[tuple[Unused, ...]] = (
-        Unused(
-            "unfrozen_blocks", lambda tower: not tower.freeze, "without {at}freeze=true", "set that, or leave this out"
-        ),
-        Unused(
-            "lr_factor layer_decay",
-            lambda tower: tower.freeze and tower.unfrozen_blocks is None,
-            "with {at}freeze=true and without {at}unfrozen_blocks",
-        ),
-    )
-
-
-class LoRAConfig(Config):
-    """LoRA (Hu et al. 2022): low-rank updates B A of linear layers are trained instead of their weights, by the `peft` library.
-
-    All other weights of both towers are frozen. Checkpoints contain the merged weights.
-    """
-
-    rank: Count = Field(16, description="rank of the updates")
-    alpha: Positive = Field(32.0, description="scale of the updates: they are multiplied by alpha / rank")
-    dropout: Proportion = Field(0.0, description="dropout probability of the adapters' input")
-    image: bool = Field(True, description="add adapters to the image tower")
-    text: bool = Field(True, description="add adapters to the text tower")
-    targets: list[str] = Field(
-        [],
-        description="linear layers with adapters, by the end of their names, such as attention.qkv; empty: all linear layers of the blocks",
-    )
-
-    def rules(self, at: str) -> Iterator[str]:
-        if not (self.image or self.text):
-            yield f"{at}image and {at}text are both false: at least one tower must have adapters."
-
-
-def _frozen_without_adapters(tower: str) -> Unused:
-    return Unused(
-        f"{tower}.lr_factor {tower}.layer_decay",
-        lambda tuning: tuning.lora is not None and not getattr(tuning.lora, tower),
-        f"since {{at}}lora.{tower}=false freezes the tower",
-    )
-
-
-class FineTuneConfig(Config):
-    """Fine-tuning of pretrained weights: which of them are trained, and how fast."""
-
-    image: TowerTuningConfig = Field(default_factory=TowerTuningConfig, description="fine-tuning of the image tower")
-    text: TowerTuningConfig = Field(default_factory=TowerTuningConfig, description="fine-tuning of the text tower")
-    lora: LoRAConfig | None = Field(
-        None,
-        description="LoRA: train low-rank updates of linear layers instead of their weights (finetune=lora); null: no adapters",
-    )
-    freeze_towers_steps: Index = Field(
-        0,
-        description="number of first steps in which only the projections and the logit scale learn (LP-FT, Kumar et al. 2022)",
-    )
-
-    unused: ClassVar[tuple[Unused, ...]] = (_frozen_without_adapters("image"), _frozen_without_adapters("text"))
-
-    def rules(self, at: str) -> Iterator[str]:
-        if self.lora is None:
-            if all(tower.freeze and tower.unfrozen_blocks is None for tower in (self.image, self.text)):
-                yield (
-                    f"{at}image.freeze and {at}text.freeze are both true, so only the logit scale would be trained: "
-                    "leave one out, or set unfrozen_blocks."
-                )
-            return
-        for name, tower in (("image", self.image), ("text", self.text)):
-            if tower.freeze:
-                yield (
-                    f"{at}{name}.freeze and {at}lora exclude each other: lora freezes all weights already. "
-                    f"To train no adapters in the {name} tower, set {at}lora.{name}=false."
-                )
-        if self.freeze_towers_steps:
-            yield f"{at}freeze_towers_steps and {at}lora exclude each other: lora freezes the projections."
 
 
 # ------------------------------------------------------------------------------------------- callbacks and loggers

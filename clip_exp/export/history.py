@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from clip_exp.checkpoints.folders import WEIGHTS
 from clip_exp.config.base import Target, plain
 from clip_exp.config.data import CustomDataConfig, DataConfig
-from clip_exp.config.training import DeepSpeedConfig, FineTuneConfig, TrainConfig
+from clip_exp.config.finetune import FineTuneConfig
+from clip_exp.config.training import DeepSpeedConfig, TrainConfig
 from clip_exp.loading import ModelSource
 from clip_exp.reports.html import counted
 from clip_exp.reports.names import task_of

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from clip_exp.config.training import LoRAConfig
+from clip_exp.config.finetune import LoRAConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.depth import depths
 

@@ -12,22 +12,17 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
-from clip_exp.config.model import ModelConfig
+from clip_exp.config.finetune import FineTuneConfig, TowerTuningConfig
+from clip_exp.config.model import TOWERS, ModelConfig
+from clip_exp.config.optimization import OptimizerConfig, SchedulerConfig
 from clip_exp.config.targets import TOTAL_STEPS, instantiate, locate
-from clip_exp.config.training import (
-    FineTuneConfig,
-    LossConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TowerTuningConfig,
-)
+from clip_exp.config.training import LossConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP
 from clip_exp.models.depth import depths, projection_names
 from clip_exp.training.lora import adapt, check_layers
 from clip_exp.training.schedule import factor
 
-TOWERS = ("image", "text")
 # Names of position embeddings in the families of towers: clip_exp and open_clip, timm, Hugging Face.
 POSITIONS = {
     "positional_embedding", "pos_embed", "position_embeddings", "position_embedding", "relative_position_bias_table",
@@ -345,6 +340,7 @@ def rehearse_optimizer(
     """
     optimizer = build_optimizer(nn.Linear(2, 2), config)
     if any(not tower.lr_factor == tower.layer_decay == 1 for tower in (finetune.image, finetune.text)):
+        # Rates differ between groups, as they will in the run: a schedule that sets one rate for all is found here.
         optimizer.param_groups[0]["lr"] *= 0.5
     starts = [finetune.freeze_towers_steps] * len(optimizer.param_groups)
     build_scheduler(optimizer, scheduler, total_steps or 1000, starts)

@@ -22,8 +22,9 @@ from clip_exp.config.base import (
     plain,
 )
 from clip_exp.config.commands import SCHEMAS
-from clip_exp.config.compose import GLOBAL_HEADER, compose, config_name
+from clip_exp.config.compose import compose, config_name
 from clip_exp.config.files import conf_dir, options, read_run_config, to_yaml
+from clip_exp.config.loader import GLOBAL_HEADER
 from clip_exp.config.training import TrainConfig
 from clip_exp.errors import ConfigError
 from tests.compose import compose_config, train_config

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import clip_exp
 from clip_exp.config.commands import ExportConfig, ExportFormat
 from clip_exp.config.data import DataConfig
+from clip_exp.config.finetune import FineTuneConfig, TowerTuningConfig
 from clip_exp.config.model import ModelConfig
-from clip_exp.config.training import FineTuneConfig, TowerTuningConfig
 from clip_exp.export.history import _recipe
 from clip_exp.export.write import write_export
 from clip_exp.loading import find_source, load_model, source_of_run

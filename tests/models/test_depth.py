@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from clip_exp.config.base import plain
+from clip_exp.config.finetune import TowerTuningConfig
 from clip_exp.config.model import ModelConfig, Pooler, Projection
-from clip_exp.config.training import TowerTuningConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import build_model
 from clip_exp.models.depth import depths, projection_names

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip_exp.checkpoints.folders import latest
-from clip_exp.config.training import FineTuneConfig, LoRAConfig
+from clip_exp.config.finetune import FineTuneConfig, LoRAConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP, build_model
 from clip_exp.training.lora import adapt, adapted_part, merge, unmerge

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip_exp.checkpoints.folders import latest
+from clip_exp.config.finetune import FineTuneConfig, TowerTuningConfig
 from clip_exp.config.model import ModelConfig
-from clip_exp.config.training import AdamWConfig, FineTuneConfig, TowerTuningConfig
+from clip_exp.config.optimization import AdamWConfig
 from clip_exp.errors import ConfigError
 from clip_exp.models.clip import CLIP, build_model, encode
 from clip_exp.models.families.clip import ResNetConfig
