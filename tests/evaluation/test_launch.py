@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -220,21 +221,18 @@ def test_a_broken_image_stops_the_evaluation_or_is_left_out_and_counted(tmp_path
     assert str(tmp_path / "5.png") in result["protocol"]["bad"][0]
 
 
-def test_auto_scores_the_validation_data_of_the_run(tmp_path: Path, nano: CLIP):
+def validation_data(folder: Path, **keys: Any) -> DataConfig:
+    """Write six images of cats and dogs and their table, and return the data of a run that validated on it."""
     rows = [f"{i}.png;an image of {i};{('cat', 'dog')[i % 2]}" for i in range(6)]
     for i in range(6):
-        write_image(tmp_path / f"{i}.png", i)
-    (tmp_path / "val.csv").write_text("\n".join(["file;text;class", *rows]) + "\n")
-    data = DataConfig(
-        name="csv",
-        train="pairs.csv",
-        val=str(tmp_path / "val.csv"),
-        image_key="file",
-        caption_key="text",
-        label_key="class",
-        separator=";",
-        templates=["one {}."],
-    )
+        write_image(folder / f"{i}.png", i)
+    (folder / "val.csv").write_text("\n".join(["file;text;class", *rows]) + "\n")
+    columns = {"image_key": "file", "caption_key": "text", "separator": ";"}
+    return DataConfig(name="csv", train="pairs.csv", val=str(folder / "val.csv"), **columns, **keys)
+
+
+def test_auto_scores_the_validation_data_of_the_run(tmp_path: Path, nano: CLIP):
+    data = validation_data(tmp_path, label_key="class", templates=["one {}."])
     run_dir = write_run(tmp_path / "run", nano, data)
     results = evaluate(config(tmp_path, {"auto": {"kind": "auto"}}, run=str(run_dir)))
     assert sorted(results) == ["val_retrieval", "val_zero_shot"]
@@ -246,18 +244,7 @@ def test_auto_scores_the_validation_data_of_the_run(tmp_path: Path, nano: CLIP):
 
 
 def test_retrieval_without_a_table_scores_the_validation_data_of_the_run(tmp_path: Path, nano: CLIP):
-    rows = [f"{i}.png;an image of {i}" for i in range(6)]
-    for i in range(6):
-        write_image(tmp_path / f"{i}.png", i)
-    (tmp_path / "val.csv").write_text("\n".join(["file;text", *rows]) + "\n")
-    data = DataConfig(
-        name="csv",
-        train="pairs.csv",
-        val=str(tmp_path / "val.csv"),
-        image_key="file",
-        caption_key="text",
-        separator=";",
-    )
+    data = validation_data(tmp_path)
     run_dir = str(write_run(tmp_path / "run", nano, data))
     found = evaluate(config(tmp_path, {"retrieval": {"kind": "retrieval"}}, run=run_dir))["retrieval"]
     named = {"table": data.val, "image_key": "file", "caption_key": "text", "separator": ";"}
