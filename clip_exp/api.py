@@ -130,8 +130,9 @@ def train(
 ) -> "Run":
     """Train a model as `clip-exp train` does, in this process and its child processes, and return the finished run.
 
-    An interrupted run is resumed, as is one that `trainer.max_time` ended. If a finished run has the same configuration, data and initial weights, it is
-    returned, after running tasks that have no results yet: see `resume` in docs/training.md.
+    An interrupted run is resumed, as is one that `trainer.max_time` ended. If a finished run has the same configuration,
+    data and initial weights, it is returned, after running tasks that have no results yet: see `resume` in
+    docs/training.md.
 
     Objects are supported with one device. `config.yaml` has their names, so `load` and `evaluate` need the modules of
     the towers again; the returned run has them.

@@ -279,7 +279,7 @@ class Member(Config):
         found = cls.members()
         model = chosen(found, values)
         if model is None:
-            names = ", ".join(f"'{name}'" for name, member in cls.registered.items() if member in found)
+            names = ", ".join(f"'{name}'" for name, member in sorted(cls.registered.items()) if member in found)
             about = {"key": cls.key, "tag": str(values.get(cls.key)), "names": names, "group": cls.group}
             raise PydanticCustomError("no_member", "must be one of {names}", about)
         return model.model_validate(values)  # type: ignore[return-value]

@@ -40,8 +40,8 @@ def sweeps(arguments: list[str]) -> bool:
 def read(command: str, arguments: list[str]) -> list[str]:
     """Return the overrides of a command line, then its flags for Hydra.
 
-    `--key=value` with a full key is an override. Topics of `--help` are left as they are. Flags may stand between overrides. The ranks that old torch launchers
-    append are left out.
+    `--key=value` with a full key is an override. Topics of `--help` are left as they are. Flags may stand between
+    overrides. The ranks that old torch launchers append are left out.
 
     Raises:
         ConfigError: one line for every flag that is neither a key nor Hydra's, with the override to type.

@@ -244,8 +244,8 @@ class DataConfig(Config):
     caption_key: str = Field("title", description="name of the column with captions")
     columns: list[Annotated[Name, NOT_EMPTY]] = Field(
         [],
-        description="further columns of train, or fields of your Dataset's items, for the loss, by name: texts are tokenized and encoded with the captions, numbers and lists "
-        "of numbers become float32 features",
+        description="further columns of train, or fields of your Dataset's items, for the loss, by name: texts are tokenized and encoded "
+        "with the captions, numbers and lists of numbers become float32 features",
     )
     label_key: str | None = Field(
         None,

@@ -11,6 +11,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
 from clip_exp.config.base import Config, Member
+from clip_exp.config.targets import TARGET
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
 # A value that is interpolated, or still to be set
@@ -28,7 +29,6 @@ LIMITS = {
     "lt": "exclusiveMaximum",
     "min_length": "minItems",
 }
-TARGET = "_target_"
 LITERAL = ("default", "const", "enum", "description", "pattern", "$ref")
 
 

@@ -191,11 +191,8 @@ def _argument_problems(
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in given:
             if key not in named:
-                yield (
-                    f"{where}.{key} is not an argument of {target}: {nearest(key, named)}"
-                    if named
-                    else (f"{where}.{key} is not an argument of {target}, which has none: leave it out.")
-                )
+                hint = nearest(key, named) if named else "it has no arguments, so leave this out."
+                yield f"{where}.{key} is not an argument of {target}: {hint}"
     if not inspect.isclass(found) or node.get("_partial_"):
         return
     positional = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

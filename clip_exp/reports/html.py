@@ -22,14 +22,13 @@ from PIL import Image
 
 from clip_exp.config import registry
 from clip_exp.config.evaluation import TaskConfig
+from clip_exp.config.help import WITH_VALUE
 from clip_exp.data.files import BadImage
 from clip_exp.data.image_sets import ImageSet
 from clip_exp.runs import read_record
 
 NARROW_SPACE = "\u202f"  # between a number and its unit; non-breaking
 LONG = 80  # entries of a list that a table of facts shows
-# Flags of Hydra that are followed by a value
-VALUE_FLAGS = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"}
 CHECKOUT = Path(__file__).resolve().parents[2]  # repository with train.py and evaluate.py, if the package is in one
 SIDE = 200  # longest side of a thumbnail, pixels
 QUALITY = 82  # JPEG quality of thumbnails
@@ -152,7 +151,7 @@ def command_line(command: str, arguments: list[str]) -> str:
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Return the flags of a command with their values, and its overrides."""
     flags = {i for i, word in enumerate(arguments) if word.startswith("-")}
-    flags |= {i + 1 for i in flags if arguments[i] in VALUE_FLAGS}
+    flags |= {i + 1 for i in flags if arguments[i] in WITH_VALUE}
     words = list(enumerate(arguments))
     return [word for i, word in words if i in flags], [word for i, word in words if i not in flags]
 

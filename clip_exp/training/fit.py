@@ -451,7 +451,7 @@ def _start_from(
         f"precision {facts['precision']}, {facts['steps']:,} steps of {config.global_batch_size:,} pairs"
     )
     if config.trainer.enable_model_summary:
-        # Of the towers, and not Lightning's own summary, which it does not log but print, on every rank alike
+        # Lightning would print it with Rich, so the run's log would lack it.
         log.info("%s", summarize(module, max_depth=SUMMARY_DEPTH))
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, SafeCheckpointIO)

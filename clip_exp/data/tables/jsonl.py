@@ -34,8 +34,9 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 class JsonLinesReader:
     """`tables.reader.Reader` for JSON Lines.
 
-    Captions and paths must be strings (`reader.text_of`); further columns may also be numbers. Other keys are ignored, but no key may appear twice. Blank
-    lines are skipped. `NaN`, which Python writes although it is not valid JSON, is a missing number.
+    Captions and paths must be strings (`reader.text_of`); further columns may also be numbers. Other keys are ignored,
+    but no key may appear twice. Blank lines are skipped. `NaN`, which Python writes although it is not valid JSON, is a
+    missing number.
 
     Args:
         path: existing file.
