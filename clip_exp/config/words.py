@@ -72,6 +72,9 @@ NO_MINIMUM = use("max_steps=…", "epochs=…", note="Only patience ends a run e
 NO_TEST = use(note="Tasks are scored on all of their data (task=imagenet): leave it out.")
 ALWAYS = use(note="This is always the case: leave it out.")
 OF_LAUNCHER = use(note="The launcher and the strategy determine this: leave it out.")
+DISTILLATION = use(
+    note="The teacher belongs to a custom loss: loss=custom loss._target_=… (examples/extending/distillation.py)."
+)
 NOTHING = use(note="There is no equivalent: leave it out.")
 NUMBER_OF_RESULTS = use("top_k")
 
@@ -229,8 +232,8 @@ OPEN_CLIP = {
     "no_set_device_rank": OF_LAUNCHER,
     "opt_kwargs": use(note="Its keys are keys of `optimizer`: type optimizer.<key>=…."),
     "wandb_notes": use(note="Set the environment variable WANDB_NOTES."),
-    "distill_model": NOTHING,
-    "distill_pretrained": NOTHING,
+    "distill_model": DISTILLATION,
+    "distill_pretrained": DISTILLATION,
     "coca_caption_loss_weight": NOTHING,
     "coca_contrastive_loss_weight": NOTHING,
     "remote_sync": NOTHING,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_exp.config.model import ModelConfig, Projection
-from clip_exp.config.targets import instantiate
+from clip_exp.config.targets import failure, instantiate
 from clip_exp.errors import ConfigError
 from clip_exp.models.families.custom import CustomImageConfig, CustomTextConfig
 from clip_exp.models.layers import ProjectedTower, build_projection
@@ -51,9 +51,8 @@ def _channels(trunk: nn.Module, target: str, key: str, example: Tensor) -> int:
         with torch.no_grad():
             features = trunk.eval()(example)
     except Exception as error:
-        why = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
-            f"{key}: {target} fails on a batch of {list(example.shape)} ({type(error).__name__}: {why}). Its forward takes one tensor."
+            f"{key}: {target} fails on a batch of {list(example.shape)} ({failure(error).removesuffix('.')}). Its forward takes one tensor."
         ) from error
     finally:
         trunk.train()
