@@ -423,6 +423,10 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
         "CPUs",
     )
     compile: bool = Field(False, description="compile the towers with torch.compile")
+    max_skipped_steps: Index = Field(
+        10,
+        description="steps in a row that may be skipped because their gradient is not finite; more end the run with exit code 5",
+    )
     log_every_n_steps: Count = Field(10, description="optimizer steps between logged metrics")
     val_every_n_steps: Count | None = Field(
         None,

@@ -211,6 +211,14 @@ class PairsDataModule(LightningDataModule):
         """Number of samples per epoch: the rows of all sources, regardless of their weights."""
         return len(self._stream)
 
+    def images_of_step(self, step: int) -> list[str]:
+        """Return the names of the images of an optimizer step, counted from 1, as written in the table."""
+        names = []
+        for position in range((step - 1) * self.global_batch_size, step * self.global_batch_size):
+            source, _, row = self._stream[position]
+            names.append(source.rows.image_name(row))
+        return names
+
     @property
     def _stream(self) -> Stream:
         self.setup()

@@ -40,6 +40,7 @@ from clip_exp.storage import remove_folder
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.metrics import StepMetrics, last_validation, seconds
 from clip_exp.training.preflight import check_monitor, is_of_task, monitor_mode
+from clip_exp.training.skipped_steps import SkippedSteps
 
 if TYPE_CHECKING:
     from clip_exp.training.tasks import TaskScores
@@ -86,7 +87,7 @@ class Progress(pl.Callback):
         step, total = trainer.global_step, pl_module.total_steps
         if latest:
             times = f"{seconds(latest['train/data_wait_s'])} waiting for data + {seconds(latest['train/compute_s'])} computing"
-            description = f"loss {latest['train/loss']:.4f}  {latest['train/samples_per_s']:,.0f} samples/s  {times}"
+            description = f"loss {latest.get('train/loss', math.nan):.4f}  {latest['train/samples_per_s']:,.0f} samples/s  {times}"
         if latest.get("samples_seen") == step * self.metrics.global_batch_size:
             left_s = (total - step) * self.metrics.global_batch_size / latest["train/samples_per_s"]
             left = f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
@@ -141,9 +142,13 @@ class StopAtEnd(pl.Callback):
 
 @dataclass(eq=False, repr=False)
 class AveragedWeights(pl.Callback):
-    """Exponential moving average of the model's weights, saved as `ema.safetensors` in every checkpoint, and of the loss's weights."""
+    """Exponential moving average of the model's weights, saved as `ema.safetensors` in every checkpoint, and of the loss's weights.
+
+    A skipped step (`skipped_steps`) leaves it unchanged.
+    """
 
     decay: float  # weight of the previous average in an update
+    skipped: SkippedSteps  # acts before this callback
     every_n_steps: int = 1  # optimizer steps between updates
     average: nn.Module | None = field(default=None, init=False)
     average_of_loss: dict[str, Tensor] = field(default_factory=dict, init=False)
@@ -170,7 +175,11 @@ class AveragedWeights(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the average. Nothing here may synchronize with the GPU: the process must stay ahead of it."""
         if trainer.global_step % self.every_n_steps == 0:
-            torch._foreach_lerp_(*self._parameters, 1 - self.decay)
+            # Like `lerp`, which accepts no weight on the device for several tensors at once.
+            averages, current = self._parameters
+            distances = torch._foreach_sub(current, averages)
+            torch._foreach_mul_(distances, (1 - self.decay) * ~self.skipped.now)
+            torch._foreach_add_(averages, distances)
             if self._buffers[0]:
                 torch._foreach_copy_(*self._buffers)
 

@@ -22,7 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.model_summary import summarize
 
-from clip_exp.checkpoints.folders import STEP, checkpoints, damage, latest, recover, set_aside, step_of
+from clip_exp.checkpoints.folders import STEP, WEIGHTS, checkpoints, damage, latest, recover, set_aside, step_of
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
 from clip_exp.config.base import plain
 from clip_exp.config.files import read_run_config
@@ -31,7 +31,7 @@ from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
 from clip_exp.data.preflight import RunTables
 from clip_exp.devices import benchmarks_convolutions, resolve_accelerator, training_precision
-from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError
+from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, NumericError
 from clip_exp.evaluation.task import Task
 from clip_exp.models.clip import CLIP, build_model
 from clip_exp.ranks import group
@@ -59,6 +59,7 @@ from clip_exp.training.module import CLIPModule, ZeroShot
 from clip_exp.training.opening import EarlierRun, lost, start_weights
 from clip_exp.training.optim import prepare
 from clip_exp.training.preflight import check_validation_classes, is_of_task, monitor_mode, steps_of, training_tasks
+from clip_exp.training.skipped_steps import SkippedSteps
 from clip_exp.training.strategies import GroupEnvironment, deepspeed_strategy
 from clip_exp.training.summary import conclude
 from clip_exp.training.tasks import TaskPatience, TaskScores, score_finished
@@ -315,15 +316,16 @@ def default_interval(steps: int) -> int:
 def _build_callbacks(
     config: TrainConfig, run_dir: Path, io: SafeCheckpointIO, steps: int, datamodule: PairsDataModule, tasks: list[Task]
 ) -> list[pl.Callback]:
-    """Build the callbacks in the order in which they act at the end of a step: measure, show, average, score, stop, save.
+    """Build the callbacks in the order in which they act at the end of a step: skip, measure, show, average, score, stop, save.
 
     The order matters: a checkpoint contains the averaged weights and the scores of its own step.
     """
-    metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows)
+    skipped = SkippedSteps(config.max_skipped_steps, datamodule.images_of_step)
+    metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows, skipped)
     progress = Progress(config.callbacks.progress, metrics)
-    callbacks: list[pl.Callback] = [ReportFailure(config), SameRanks(), metrics, progress, StopAtEnd()]
+    callbacks: list[pl.Callback] = [ReportFailure(config), SameRanks(), skipped, metrics, progress, StopAtEnd()]
     if config.callbacks.ema_decay is not None:
-        callbacks.append(AveragedWeights(config.callbacks.ema_decay, config.callbacks.ema_every_n_steps))
+        callbacks.append(AveragedWeights(config.callbacks.ema_decay, skipped, config.callbacks.ema_every_n_steps))
     scores = TaskScores(tasks, config, run_dir, progress, metrics.pause) if tasks else None
     callbacks += [scores] if scores else []
     if config.patience is not None and config.monitor is not None:
@@ -427,6 +429,15 @@ def _start_from(
     if checkpoint is not None:
         record.acknowledge(step)
         log.info("resuming from %s (step %s)", checkpoint, f"{step:,}")
+        if record.values.get("exit_code") == NumericError.exit_code:
+            log.warning(
+                "This run ended with exit code %d: %s\nUnchanged, it will meet the same rows again. Repair or remove them "
+                "(data.allow_changed=true), allow more skipped steps (max_skipped_steps), or start a new run from these weights with other "
+                "settings (resume=never pretrained=%s).",
+                NumericError.exit_code,
+                " ".join(record.values.get("error", [])),
+                checkpoint / WEIGHTS,
+            )
     # Rows, checkpoints and results from after this step belong to a future that is now trained again, perhaps differently.
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):

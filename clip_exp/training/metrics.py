@@ -39,6 +39,7 @@ from clip_exp.runs import provenance, read_metrics
 from clip_exp.secrets import redact
 from clip_exp.storage import atomic_file, remove_leftovers
 from clip_exp.training.opening import flatten
+from clip_exp.training.skipped_steps import REMEDIES, SkippedSteps
 
 log = logging.getLogger(__name__)
 
@@ -297,6 +298,7 @@ class StepMetrics(pl.Callback):
     every_n_steps: int  # optimizer steps between logged rows
     global_batch_size: int  # pairs per step over all ranks
     epoch_rows: int  # rows of the training data, the length of an epoch
+    skipped: SkippedSteps  # acts before this callback
     latest: dict[str, float] = field(default_factory=dict, init=False)
     _lr: float = field(default=0.0, init=False)
 
@@ -330,22 +332,24 @@ class StepMetrics(pl.Callback):
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
         if engine is not None:
             means["train/grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
-        if not math.isfinite(loss := means["train/loss"]):
+        self.skipped.read(trainer)
+        if not math.isfinite(loss := means["train/loss"]) and not self.skipped.in_a_row:
             raise NumericError(
-                f"the loss is {loss} at step {step}. Lower optimizer.lr, increase scheduler.warmup_steps, or set precision=32-true. "
-                "The last checkpoint is not affected."
+                f"the loss is {loss} at step {step}, although its gradient is finite. {REMEDIES}. The last checkpoint is not affected."
             )
         times = of_slowest_loader(self._clock.take(), trainer)
         seen = step * self.global_batch_size
         self.latest = {
             "samples_seen": seen,
             "epoch": seen / self.epoch_rows,
-            **means,
+            **{name: mean for name, mean in means.items() if math.isfinite(mean)},  # not of a skipped step
             "train/lr": self._lr,  # the rate of this step; the scheduler has already set the next one
             "train/samples_per_s": self.global_batch_size * times.steps / times.wall_s,
             "train/data_wait_s": times.wait_s,
             "train/compute_s": times.compute_s,
         }
+        if self.skipped.total:
+            self.latest["train/skipped_steps"] = self.skipped.total
         if trainer.strategy.root_device.type == "cuda":
             self.latest["train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         log_metrics(trainer, self.latest, step)

@@ -40,6 +40,7 @@ from clip_exp.training.optim import (
     logit_scale_range,
     named_groups,
 )
+from clip_exp.training.skipped_steps import skip_step
 from clip_exp.training.strategies import whole
 
 WEIGHTS = {"state_dict", EMA_KEY}  # keys of a checkpoint that hold weights of the model
@@ -88,6 +89,7 @@ class CLIPModule(pl.LightningModule):
         self.frozen_loss_sha256 = hash_of(loss, self.frozen_loss)
         self.start_logit_scale: float | None = None  # value at step 0 of the run, also after it was resumed
         self.step_metrics: dict[str, Tensor] = {}
+        self.skipped = torch.tensor(False)  # whether the gradient of the last step was not finite; see `skipped_steps`
         self._validation: list[list[Tensor]] = []
         self._random_states: list[dict[str, Tensor]] = []
         self.train()
@@ -125,7 +127,7 @@ class CLIPModule(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Clip the gradient of the model and the loss, and store its norm before clipping. DeepSpeed does both itself."""
+        """Clip the gradient of the model and the loss, and skip the step if it is not finite. DeepSpeed does both itself."""
         gradients = [p for p in self.parameters() if p.grad is not None]
         if gradients and not hasattr(self.trainer.strategy, "deepspeed_engine"):
             limit = self.config.trainer.gradient_clip_val or float("inf")
@@ -134,6 +136,8 @@ class CLIPModule(pl.LightningModule):
             if by_value:
                 torch.nn.utils.clip_grad_value_(gradients, limit)
             self.step_metrics["train/grad_norm"] = norm
+            self.skipped = ~torch.isfinite(norm)
+            skip_step(optimizer, self.skipped)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer, and the learning rate schedule that is stepped once per optimizer step."""

@@ -42,3 +42,18 @@ def overrides(kind: str, rank: int, *, blocks: bool) -> tuple[str, ...]:
     """Arguments of `train.py` for a fault in step 3."""
     fault = f"_target_:tests.training.faults.Fault,kind:{kind},rank:{rank},blocks:{str(blocks).lower()}"
     return (f"+callbacks.extra.fault={{{fault}}}",)
+
+
+class NotANumber(pl.Callback):
+    """Makes the loss of one rank, and so its gradient, not a number in some steps."""
+
+    def __init__(self, steps: list[int], rank: int = 0) -> None:
+        self.steps = steps
+        self.rank = rank
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        def spoil(module: Any, inputs: Any, loss: torch.Tensor) -> torch.Tensor:
+            spoiled = trainer.training and trainer.global_step + 1 in self.steps and trainer.global_rank == self.rank
+            return loss * torch.nan if spoiled else loss
+
+        pl_module.loss.register_forward_hook(spoil)

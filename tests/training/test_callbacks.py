@@ -20,9 +20,12 @@ from clip_exp.errors import CheckpointError
 from clip_exp.ranks.failure import StopRequest
 from clip_exp.training import callbacks
 from clip_exp.training.callbacks import AveragedWeights, Checkpointer, Preemption
+from clip_exp.training.skipped_steps import SkippedSteps
 from tests.checkpoints.test_folders import write
 from tests.processes import run_on_ranks
 from tests.synchronization import SynchronizationWatch
+
+NONE_SKIPPED = SkippedSteps(0, lambda step: [])
 
 
 def network(device: str = "cpu") -> nn.Module:
@@ -46,12 +49,12 @@ def started(callback: AveragedWeights, model: nn.Module) -> AveragedWeights:
     return callback
 
 
-def test_the_average_is_bitwise_that_of_torch() -> None:
+def test_the_average_is_that_of_torch() -> None:
     torch.manual_seed(0)
     model = network()
     expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     expected.n_averaged.fill_(1)  # it starts as the model
-    callback = started(AveragedWeights(0.9, every_n_steps=2), model)
+    callback = started(AveragedWeights(0.9, NONE_SKIPPED, every_n_steps=2), model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for number in range(1, 8):
         model(torch.randn(5, 3)).square().mean().backward()
@@ -64,7 +67,20 @@ def test_the_average_is_bitwise_that_of_torch() -> None:
     assert averaged["1.num_batches_tracked"] == 6
     assert averaged.keys() == reference.keys()
     for name, value in reference.items():
-        assert torch.equal(averaged[name], value), name
+        torch.testing.assert_close(averaged[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_skipped_step_leaves_the_average_unchanged() -> None:
+    model = network()
+    skipped = SkippedSteps(0, lambda step: [])
+    callback = started(AveragedWeights(0.9, skipped), model)
+    assert callback.average is not None
+    before = copy.deepcopy(callback.average.state_dict())
+    for number, decision in ((1, True), (2, False)):
+        nn.init.ones_(model[0].weight)  # type: ignore[index]
+        skipped.now = torch.tensor(decision)
+        step(callback, model, number)
+        assert torch.equal(callback.average.state_dict()["0.weight"], before["0.weight"]) is decision
 
 
 @pytest.fixture
@@ -78,7 +94,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("on_a_gpu")
 def test_an_update_of_the_average_does_not_wait_for_the_gpu() -> None:
     model = network("cuda")
-    callback = started(AveragedWeights(0.9), model)
+    skipped = SkippedSteps(0, lambda step: [])
+    skipped.now = torch.tensor(False, device="cuda")
+    callback = started(AveragedWeights(0.9, skipped), model)
     with SynchronizationWatch() as watch:
         step(callback, model, 1)
     assert watch.found == []
@@ -86,7 +104,7 @@ def test_an_update_of_the_average_does_not_wait_for_the_gpu() -> None:
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_only_the_first_rank_copies_the_average_off_the_gpu() -> None:
-    callback = started(AveragedWeights(0.9), network("cuda"))
+    callback = started(AveragedWeights(0.9, NONE_SKIPPED), network("cuda"))
     first: dict[str, Any] = {}
     other: dict[str, Any] = {}
     callback.on_save_checkpoint(trainer(is_global_zero=True), None, first)

@@ -14,10 +14,14 @@ from clip_exp.training import messages
 from clip_exp.training.callbacks import Progress
 from clip_exp.training.messages import LOG_ONLY, buffered_logging, logging_to
 from clip_exp.training.metrics import StepMetrics
+from clip_exp.training.skipped_steps import SkippedSteps
 from tests.runs import Finished
 
 log = logging.getLogger("clip_exp.training.anything")
 foreign = logging.getLogger("foreign.library")
+NONE_SKIPPED = SkippedSteps(0, lambda step: [])
+
+
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 
@@ -116,7 +120,7 @@ LATEST = {
 def test_the_log_has_the_lines_that_a_terminal_may_not_show(
     kind: str, shown: list[str], tmp_path: Path, capsys
 ) -> None:
-    metrics = StepMetrics(1, 16, 96)
+    metrics = StepMetrics(1, 16, 96, NONE_SKIPPED)
     progress = Progress(kind, metrics)
     measured = {"val/loss": SimpleNamespace(item=lambda: 1.25)}
     trainer: Any = SimpleNamespace(global_step=1, callback_metrics=measured, sanity_checking=False)

@@ -43,11 +43,15 @@ from clip_exp.training.metrics import (
     workers_needed,
 )
 from clip_exp.training.module import CLIPModule
+from clip_exp.training.skipped_steps import SkippedSteps
 from tests.compose import train_config
 from tests.runs import TINY, Train, unfinish
 from tests.training.tracking import tensorboard_hparams
 
 # ----------------------------------------------------------------------------------------------------- what is measured
+
+
+NONE_SKIPPED = SkippedSteps(0, lambda step: [])
 
 
 @dataclass
@@ -139,7 +143,7 @@ def test_a_row_has_the_times_of_the_rank_that_waited_longest() -> None:
 def test_the_cores_of_a_machine_are_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "usable_cores", lambda: 16)
     monkeypatch.setattr(metrics, "local_world_size", lambda: 4)
-    callback = StepMetrics(1, 16, 96)
+    callback = StepMetrics(1, 16, 96, NONE_SKIPPED)
     callback.on_train_start(a_trainer(), None)  # type: ignore[arg-type]
     assert (callback._watch.loading.cores, callback._watch.loading.workers) == (4, 3)
 
@@ -149,7 +153,7 @@ def test_peak_memory_is_of_the_run_and_given_back_at_its_end(device, calls, monk
     called: list[str] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: called.append("reset"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty"))
-    callback = StepMetrics(1, 16, 96)
+    callback = StepMetrics(1, 16, 96, NONE_SKIPPED)
     callback.on_train_start(a_trainer(device), None)  # type: ignore[arg-type]
     callback.teardown(a_trainer(device), None, "fit")  # type: ignore[arg-type]
     assert called == calls
