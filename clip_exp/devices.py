@@ -5,8 +5,9 @@ Values are parsed without torch, so that typos are reported immediately. Functio
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_exp.errors import ConfigError
@@ -213,6 +214,24 @@ def _gpu_has_bfloat16() -> bool:
     import torch
 
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+# Files with the memory limit and the used memory of a container: control groups 2 and 1
+MEMORY_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_memory() -> int:
+    """Return the free host memory in bytes, within the limit of the container."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used in MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # no such file, or no limit ("max")
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return free
 
 
 def usable_cores() -> int:

@@ -8,6 +8,7 @@ strings are stored as `{"__items__": [[key, value], …]}`.
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,45 +23,109 @@ from clip_exp.storage import read_json_object
 
 MODEL_PREFIX = "model."
 EMA_KEY = "ema_state_dict"
+OWN_STATE = ("optimizer_states/", "ema_loss_state/", "loss_state/")  # parts of the training state that must be finite
 TENSOR = "__tensor__"
 ITEMS = "__items__"
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Training state that can be written while training continues: it shares no memory with the trained tensors.
+
+    Created by `snapshot`. The files are the same whenever they are written.
+    """
+
+    tensors: dict[str, dict[str, torch.Tensor]]  # by file name; on the CPU
+    texts: dict[str, str]  # by file name
+    metadata: dict[str, Any]  # for the manifest
+
+    def write(self, path: Path) -> None:
+        """Write the checkpoint folder `path`, atomically.
+
+        Raises:
+            NumericError: a value is not finite. The previous checkpoint remains the newest.
+            CheckpointError: the folder cannot be written.
+        """
+        for file, tensors in self.tensors.items():
+            if broken := [name for name in tensors if not _is_valid(file, name, tensors[name])]:
+                raise NumericError(
+                    f"{len(broken)} tensors of {file} are not finite, such as {broken[0]}: {path.name} is not written, and the previous "
+                    "checkpoint is kept. Lower optimizer.lr, increase scheduler.warmup_steps, or set precision=32-true."
+                )
+        size = sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+        with atomic_checkpoint(path, self.metadata, size) as folder:
+            for file, tensors in self.tensors.items():
+                save_file(tensors, folder / file)
+            for file, text in self.texts.items():
+                (folder / file).write_text(text, encoding="utf-8")
+
+
+def _is_valid(file: str, name: str, tensor: torch.Tensor) -> bool:
+    """Return False for weights, averaged weights and optimizer state that are not finite; the state of callbacks may be anything."""
+    if file == TENSORS and not name.startswith(OWN_STATE):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def snapshot(checkpoint: dict[str, Any], metadata: dict[str, Any], run_copy: dict[str, Any] | None = None) -> Snapshot:
+    """Copy Lightning's training state to the CPU.
+
+    Args:
+        checkpoint: the training state.
+        metadata: values for the manifest.
+        run_copy: copy of the run's record and configuration; None: leave it out.
+    """
+    state = dict(checkpoint)
+    files = {WEIGHTS: _plain_weights(state.pop("state_dict"))}
+    averaged = state.pop(EMA_KEY, None)
+    tree, files[TENSORS] = split(state)
+    if averaged is not None:
+        files[EMA_WEIGHTS] = {name: _copy(value) for name, value in averaged.items()}
+    texts = {} if run_copy is None else {RUN_COPY: json.dumps(run_copy)}
+    return Snapshot(files, {**texts, STATE: json.dumps(tree)}, {"step": checkpoint.get("global_step"), **metadata})
+
+
 @dataclass(eq=False)
 class SafeCheckpointIO(CheckpointIO):
-    """Lightning plugin that writes and reads checkpoint folders."""
+    """Lightning plugin that writes and reads checkpoint folders.
+
+    With `asynchronous`, saving returns when the state is copied, and a thread writes it. `wait` must be called before the next save.
+    """
 
     metadata: dict[str, Any] = field(default_factory=dict)  # for the manifest of the next checkpoint
     run_copy: dict[str, Any] | None = None  # copy of the run's record and configuration, for every checkpoint
     on_saved: Callable[[int], None] | None = None  # called with the step when a checkpoint has reached the disk
+    asynchronous: Callable[[int], bool] = lambda size: (
+        False
+    )  # whether to copy a state of so many bytes and write it later
+    _saving: "Future[None] | None" = field(default=None, init=False)
+    _thread: ThreadPoolExecutor = field(init=False, default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write Lightning's training state to the folder `path`, atomically.
+        """Write Lightning's training state to the folder `path`; raise an error as `Snapshot.write` does, or in `wait`."""
+        assert self._saving is None
+        later = self.asynchronous(_nbytes(checkpoint))
+        copied = snapshot(checkpoint, self.metadata, self.run_copy)
+        if later:
+            self._saving = self._thread.submit(self._write, copied, Path(path), checkpoint["global_step"])
+        else:
+            self._write(copied, Path(path), checkpoint["global_step"])
 
-        Raises:
-            NumericError: a weight is not finite. The previous checkpoint remains the newest.
-            CheckpointError: the folder cannot be written.
-        """
-        state = dict(checkpoint)
-        weights = _plain_weights(state.pop("state_dict"))
-        if broken := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
-            raise NumericError(
-                f"{len(broken)} weights are not finite, such as {broken[0]}: {Path(path).name} is not written, and the previous checkpoint "
-                "is kept. Lower optimizer.lr, increase scheduler.warmup_steps, or set precision=32-true."
-            )
-        averaged = state.pop(EMA_KEY, None)
-        tree, tensors = split(state)
-        size = sum(tensor.nbytes for part in (weights, tensors, averaged or {}) for tensor in part.values())
-        with atomic_checkpoint(Path(path), {"step": checkpoint.get("global_step"), **self.metadata}, size) as folder:
-            save_file(weights, folder / WEIGHTS)
-            save_file(tensors, folder / TENSORS)
-            if averaged is not None:
-                save_file({key: value.contiguous() for key, value in averaged.items()}, folder / EMA_WEIGHTS)
-            if self.run_copy is not None:
-                (folder / RUN_COPY).write_text(json.dumps(self.run_copy), encoding="utf-8")
-            (folder / STATE).write_text(json.dumps(tree), encoding="utf-8")
+    def _write(self, copied: Snapshot, path: Path, step: int) -> None:
+        copied.write(path)
         if self.on_saved is not None:
-            self.on_saved(checkpoint["global_step"])
+            self.on_saved(step)
+
+    @property
+    def is_saving(self) -> bool:
+        """True if an asynchronous save has begun, and `wait` has not been called since."""
+        return self._saving is not None
+
+    def wait(self) -> None:
+        """Wait for the asynchronous save in progress, if there is one; raise its error."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -93,17 +158,26 @@ def read_state(checkpoint: Path, key: str) -> dict[str, Any]:
 def _plain_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the model's weights in float32 on the CPU, under the model's own names.
 
-    A tensor with two names is copied, since safetensors do not allow shared memory.
+    A tensor with two names is copied twice, since safetensors do not allow shared memory.
     """
-    plain: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()  # memory addresses
-    for key, value in state_dict.items():
-        if key.startswith(MODEL_PREFIX):
-            dtype = torch.float32 if value.is_floating_point() else value.dtype
-            value = value.detach().to("cpu", dtype).contiguous()
-            plain[key.removeprefix(MODEL_PREFIX)] = value.clone() if value.data_ptr() in seen else value
-            seen.add(value.data_ptr())
-    return plain
+    return {
+        key.removeprefix(MODEL_PREFIX): _copy(value, torch.float32 if value.is_floating_point() else value.dtype)
+        for key, value in state_dict.items()
+        if key.startswith(MODEL_PREFIX)
+    }
+
+
+def _copy(value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a contiguous copy on the CPU."""
+    return value.detach().to("cpu", dtype or value.dtype, copy=True).contiguous()
+
+
+def _nbytes(tree: Any) -> int:
+    """Return the size in bytes of all tensors in a tree of dictionaries and lists."""
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return sum(map(_nbytes, values))
 
 
 def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -112,7 +186,7 @@ def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
+            tensors[path] = _copy(value)
             return {TENSOR: path}
         if isinstance(value, dict):
             if all(isinstance(key, str) for key in value):

@@ -436,6 +436,11 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
         None,
         description="optimizer steps between checkpoints; null: a tenth of the run, but at least 50; the last step is always saved",
     )
+    checkpoint_async: Annotated[bool | Literal["auto"], must_be("true, false or auto")] = Field(
+        "auto",
+        description="copy the training state in host memory and write it to disk while training continues; auto: if the copy takes at most a "
+        "quarter of the free memory",
+    )
     keep_checkpoints: KeepCheckpoints = Field(
         2, description="number of last checkpoints to keep, at least 2, in addition to the best one; or all"
     )

@@ -11,9 +11,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytorch_lightning as pl
 import rich.progress
@@ -31,7 +32,14 @@ from clip_exp.config.targets import build_extra, locate
 from clip_exp.config.training import DeepSpeedConfig, StrategyName, TrainConfig
 from clip_exp.data.loader import explain_worker_failure
 from clip_exp.devices import is_out_of_memory
-from clip_exp.errors import CheckpointError, ConfigError, DeviceMemoryError, DistributedError, NumericError
+from clip_exp.errors import (
+    CheckpointError,
+    ClipExpError,
+    ConfigError,
+    DeviceMemoryError,
+    DistributedError,
+    NumericError,
+)
 from clip_exp.progress import NotebookProgress, in_notebook
 from clip_exp.ranks import failure, group
 from clip_exp.ranks.failure import StopRequest
@@ -208,6 +216,13 @@ def validation_due(trainer: pl.Trainer, total_steps: int) -> bool:
     return step % int(trainer.val_check_batch) == 0 or step == total_steps or trainer.should_stop
 
 
+class _Save(NamedTuple):
+    """Save that has begun."""
+
+    step: int
+    best_before: float | None  # value of `Checkpointer.best` if the save fails
+
+
 @dataclass(eq=False, repr=False)
 class Checkpointer(pl.Callback):
     """Callback that writes `checkpoints/step-<n>/` every `every_n_steps`, at the end of the run, and when `monitor` is best.
@@ -215,6 +230,9 @@ class Checkpointer(pl.Callback):
     If a step is validated, its checkpoint is written after the validation. The last `keep_last` checkpoints, the best one and those of
     every `keep_every_n_steps` steps are kept. A checkpoint that cannot be written is skipped with a warning; only the last one of a
     process is retried.
+
+    The plugin may write a checkpoint while training continues. Its outcome is then looked at before the next save, before `best` is
+    compared, and at the end.
     """
 
     run_dir: Path
@@ -224,12 +242,14 @@ class Checkpointer(pl.Callback):
     mode: str  # `min` or `max`: which values of `monitor` are best; `auto`: depends on the metric (`reports.names`)
     metadata: dict[str, Any]  # written to every manifest
     pause: Callable[[], None]  # called before work that must not count as training time
+    skipped: SkippedSteps  # read before every save
     scores: "TaskScores | None" = None  # scores of the run's tasks; None: the run has no tasks
     retry_s: float = field(kw_only=True)  # seconds for which writing the last checkpoint is retried
     keep_last: int | None = field(default=2, kw_only=True)  # number of last checkpoints to keep; None: all
     keep_every_n_steps: int | None = field(default=None, kw_only=True)
     best: float | None = field(default=None, init=False)
-    saved_step: int | None = field(default=None, init=False)
+    saved_step: int | None = field(default=None, init=False)  # of the last save that has succeeded
+    _saving: _Save | None = field(default=None, init=False)  # save that is being written while training continues
 
     def __post_init__(self) -> None:
         self.mode = monitor_mode(self.monitor, self.mode)
@@ -262,8 +282,11 @@ class Checkpointer(pl.Callback):
             self.save(trainer, best=better, metrics=last_validation(trainer), last=last)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.saved_step != trainer.global_step:
-            self.save(trainer, last=True)
+        self.save_last(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        with suppress(Exception):  # the run has failed already
+            self.io.wait()
 
     def _due(self, step: int) -> bool:
         return step % self.every_n_steps == 0 or self._stays(step)
@@ -279,7 +302,7 @@ class Checkpointer(pl.Callback):
         metrics: dict[str, float] | None = None,
         last: bool = False,
     ) -> None:
-        """Write the checkpoint of the current step on all ranks; rank 0 then removes checkpoints that are no longer needed.
+        """Write the checkpoint of the current step on all ranks.
 
         Args:
             trainer: trainer of this rank.
@@ -290,34 +313,85 @@ class Checkpointer(pl.Callback):
 
         Raises:
             CheckpointError: the last checkpoint could not be written.
+            NumericError: too many steps were skipped, or weights are not finite.
         """
         self.pause()
-        before = self.best
+        self.settle()
+        self.skipped.read(trainer)
+        save = _Save(trainer.global_step, self.best)
         if best is not None:
             self.best = best  # before writing: the checkpoint contains this value
         of_tasks = self.scores.values if self.scores is not None and self._scored_now(trainer) else {}
         self.io.metadata = {**self.metadata, "best": best is not None, "metrics": {**(metrics or {}), **of_tasks}}
-        problem = self._write(trainer)
+        problem, continues = self._begin(trainer)
+        if continues and not last:
+            self._saving = save
+            return
+        problem = self._outcome() if continues else problem
         if problem is not None and last:
             self._retry(trainer, problem)
-        elif problem is not None:
-            self.best = before
-            log.warning("%s Training continues without this checkpoint.", problem)
-            return
-        self.saved_step = trainer.global_step
-        # All ranks wait for this here. Otherwise they would wait in the next step, where it would count as computing.
-        from_main(self._prune)
+            problem = None
+        self._conclude(save, problem)
 
-    def _write(self, trainer: pl.Trainer) -> str | None:
-        """Write the checkpoint; return None, or on all ranks the reason why it could not be written."""
-        problem = None
+    def save_last(self, trainer: pl.Trainer) -> None:
+        """Write the checkpoint of the current step before the process ends, unless it is already written."""
+        self.settle()
+        if self.saved_step != trainer.global_step:
+            self.save(trainer, last=True)
+
+    def settle(self) -> None:
+        """Wait for the save that is being written, and look at its outcome. All ranks must call this."""
+        if self._saving is not None:
+            save, self._saving = self._saving, None
+            self._conclude(save, self._outcome())
+
+    def prune(self, step: int) -> None:
+        """Remove checkpoints that are no longer needed after the one of `step` was written."""
+        if self.keep_last is None:
+            return
+        found = manifests(self.run_dir)
+        marked = [path for path, manifest in found.items() if manifest.best]
+        needed = {
+            *list(found)[-self.keep_last :],
+            *marked[-1:],
+            *(path for path in found if self._stays(step_of(path))),
+        }
+        try:
+            for path in found:
+                if path not in needed and step_of(path) <= step:
+                    remove_folder(path)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s. Retrying after the next save.", path, error.strerror or error)
+
+    def _begin(self, trainer: pl.Trainer) -> tuple[str | None, bool]:
+        """Begin a save; return on all ranks why it failed, or None, and whether it continues in the background."""
+        error: ClipExpError | None = None
         try:
             trainer.save_checkpoint(folder_of(self.run_dir, trainer.global_step))
-        except CheckpointError as error:
-            problem = str(error)
+        except ClipExpError as raised:
+            error = raised
             # Only rank 0 writes; the others wait where `save_checkpoint` ends.
             trainer.strategy.barrier("Trainer.save_checkpoint")
-        return from_main(lambda: problem)
+        return from_main(lambda: (_problem(error), self.io.is_saving))
+
+    def _outcome(self) -> str | None:
+        """Wait for the save in the background; return on all ranks why it failed, or None."""
+
+        def wait() -> str | None:
+            try:
+                self.io.wait()
+            except CheckpointError as error:
+                return _problem(error)
+            return None
+
+        return from_main(wait)
+
+    def _conclude(self, save: _Save, problem: str | None) -> None:
+        if problem is None:
+            self.saved_step = save.step
+        else:
+            self.best = save.best_before
+            log.warning("%s Training continues without this checkpoint.", problem)
 
     def _retry(self, trainer: pl.Trainer, problem: str | None) -> None:
         """Retry until the checkpoint is written; raise a CheckpointError after `retry_s` seconds."""
@@ -332,7 +406,8 @@ class Checkpointer(pl.Callback):
                     "Free disk space and repeat the same command."
                 )
             time.sleep(pause_s)
-            problem = self._write(trainer)
+            problem, continues = self._begin(trainer)
+            problem = self._outcome() if continues else problem
 
     def _scored_now(self, trainer: pl.Trainer) -> bool:
         return self.scores is not None and self.scores.scored_step == trainer.global_step
@@ -341,6 +416,7 @@ class Checkpointer(pl.Callback):
         """Return the value of `monitor` if it is the best so far, else None."""
         if self.monitor is None:
             return None
+        self.settle()  # a failed save takes its value of `best` back
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
             raise ConfigError(
@@ -351,22 +427,12 @@ class Checkpointer(pl.Callback):
         better = self.best is None or (value.item() < self.best if self.mode == "min" else value.item() > self.best)
         return value.item() if better else None
 
-    def _prune(self) -> None:
-        if self.keep_last is None:
-            return
-        found = manifests(self.run_dir)
-        marked = [path for path, manifest in found.items() if manifest.best]
-        needed = {
-            *list(found)[-self.keep_last :],
-            *marked[-1:],
-            *(path for path in found if self._stays(step_of(path))),
-        }
-        try:
-            for path in found:
-                if path not in needed and step_of(path) <= (self.saved_step or 0):
-                    remove_folder(path)
-        except OSError as error:
-            log.warning("%s cannot be removed: %s. Retrying after the next save.", path, error.strerror or error)
+
+def _problem(error: ClipExpError | None) -> str | None:
+    """Return the message of a checkpoint that could not be written; raise other errors."""
+    if error is not None and not isinstance(error, CheckpointError):
+        raise error
+    return None if error is None else str(error)
 
 
 class Preempted(Exception):
@@ -420,8 +486,7 @@ class Preemption(pl.Callback):
 
     def _stop(self, trainer: pl.Trainer) -> None:
         assert self.checkpointer is not None
-        if self.checkpointer.saved_step != trainer.global_step:
-            self.checkpointer.save(trainer, last=True)
+        self.checkpointer.save_last(trainer)
         raise self._stopping or Preempted
 
 

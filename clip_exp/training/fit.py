@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -22,7 +22,17 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.model_summary import summarize
 
-from clip_exp.checkpoints.folders import STEP, WEIGHTS, checkpoints, damage, latest, recover, set_aside, step_of
+from clip_exp.checkpoints.folders import (
+    STEP,
+    WEIGHTS,
+    checkpoints,
+    damage,
+    folder_of,
+    latest,
+    recover,
+    set_aside,
+    step_of,
+)
 from clip_exp.checkpoints.io import SafeCheckpointIO, read_state
 from clip_exp.config.base import plain
 from clip_exp.config.files import read_run_config
@@ -30,7 +40,7 @@ from clip_exp.config.training import DDPConfig, DeepSpeedConfig, LossConfig, Str
 from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.images import preprocessing_of
 from clip_exp.data.preflight import RunTables
-from clip_exp.devices import benchmarks_convolutions, resolve_accelerator, training_precision
+from clip_exp.devices import benchmarks_convolutions, free_memory, resolve_accelerator, training_precision
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, NumericError
 from clip_exp.evaluation.task import Task
 from clip_exp.models.clip import CLIP, build_model
@@ -73,6 +83,8 @@ PROFILERS: dict[str, type[Profiler]] = {
 }
 # Depth of the modules in the summary of `trainer.enable_model_summary`: the towers, and their parts
 SUMMARY_DEPTH = 3
+# Part of the free host memory that the copy of a training state may take, to be written while training continues
+FRACTION_TO_COPY = 0.25
 # Keys that a training state must have: without one of them Lightning would fail, or silently start that part from the beginning.
 STATE_KEYS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "random_states")
 
@@ -253,7 +265,7 @@ def build_trainer(
     _silence_lightning()
     # Lightning would guess the rank from variables that a scheduler left in the environment.
     rank_zero_only.rank = group.rank()  # type: ignore[attr-defined]
-    io = SafeCheckpointIO()
+    io = SafeCheckpointIO(asynchronous=partial(_saves_asynchronously, config.checkpoint_async))
     options = config.trainer
     validate = datamodule.has_validation and options.limit_val_batches != 0
     deepspeed = isinstance(config.strategy, DeepSpeedConfig)
@@ -343,12 +355,18 @@ def _build_callbacks(
         config.monitor_mode,
         metadata={"samples_per_step": config.global_batch_size, "seed": config.seed},
         pause=metrics.pause,
+        skipped=skipped,
         scores=scores,
         retry_s=config.callbacks.save_retry_s,
         keep_last=None if config.keep_checkpoints == "all" else config.keep_checkpoints,
         keep_every_n_steps=config.keep_every_n_steps,
     )
     return [*callbacks, checkpointer]
+
+
+def _saves_asynchronously(configured: bool | Literal["auto"], size: int) -> bool:
+    """Return True if a training state of `size` bytes is copied, and written while training continues."""
+    return size <= FRACTION_TO_COPY * free_memory() if configured == "auto" else configured
 
 
 def _silence_lightning() -> None:
@@ -464,9 +482,14 @@ def _start_from(
     if config.trainer.enable_model_summary:
         # Lightning would print it with Rich, so the run's log would lack it.
         log.info("%s", summarize(module, max_depth=SUMMARY_DEPTH))
-    io = trainer.strategy.checkpoint_io
-    assert isinstance(io, SafeCheckpointIO)
-    io.run_copy, io.on_saved = record.run_copy(), record.acknowledge
+    checkpointer = next(each for each in trainer.callbacks if isinstance(each, Checkpointer))  # type: ignore[attr-defined]
+
+    def acknowledge(step: int) -> None:
+        record.acknowledge(step)
+        log.info("saved %s", folder_of(run_dir, step), extra=LOG_ONLY)
+        checkpointer.prune(step)
+
+    checkpointer.io.run_copy, checkpointer.io.on_saved = record.run_copy(), acknowledge
     return checkpoint
 
 

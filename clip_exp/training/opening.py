@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 # Keys that may change when a run is resumed: they control where and how it runs, not what it computes.
 NOT_IN_IDENTITY = (
     "resume", "output_dir", "allow_targets", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
-    "max_skipped_steps",
+    "max_skipped_steps", "checkpoint_async",
     "checkpoint_every_n_steps", "keep_checkpoints", "keep_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
     "data.max_empty_caption_fraction", "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
 )  # fmt: skip

@@ -3,8 +3,10 @@
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -109,9 +111,65 @@ def test_an_optimizer_state_is_named_and_numbered() -> None:
         number_optimizer_state(named, ["weight"])
 
 
-def test_weights_that_are_not_finite_are_not_written(tmp_path) -> None:
-    with pytest.raises(NumericError, match="weight"):
-        SafeCheckpointIO().save_checkpoint(
-            {"state_dict": {"model.weight": torch.tensor([float("nan")])}}, tmp_path / "step-000001"
-        )
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> dict[str, Any]:
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return {"state_dict": weights, "global_step": 1, "optimizer_states": [optimizer.state_dict()], **more}
+
+
+@pytest.fixture
+def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(30, 20)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 30)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_an_asynchronous_save_has_the_bytes_of_a_synchronous_one_although_training_continues(trained, tmp_path) -> None:
+    model, optimizer = trained
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    state = state_of(model, optimizer, ema_state_dict=average)
+    SafeCheckpointIO({"best": True}, {"record": {}}).save_checkpoint(state, tmp_path / "synchronous/step-000001")
+    released, saved = threading.Event(), []
+    io = SafeCheckpointIO({"best": True}, {"record": {}}, saved.append, asynchronous=lambda size: True)
+    io._thread.submit(released.wait, 60)  # the writing thread is busy until training has continued
+    io.save_checkpoint(state, tmp_path / "asynchronous/step-000001")
+    with torch.no_grad():
+        optimizer.step()
+        average["weight"].zero_()
+        torch.rand(3)
+    assert (io.is_saving, saved) == (True, [])
+    released.set()
+    io.wait()
+    assert (io.is_saving, saved) == (False, [1])
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (tmp_path / way / "step-000001").iterdir()}
+        for way in ("asynchronous", "synchronous")
+    )
+    assert ours == theirs
+
+
+def test_the_size_of_the_copy_decides(trained, tmp_path) -> None:
+    model, optimizer = trained
+    sizes: list[int] = []
+    SafeCheckpointIO(asynchronous=lambda size: bool(sizes.append(size))).save_checkpoint(
+        state_of(model, optimizer), tmp_path / "step-000001"
+    )
+    assert sizes == [3 * 4 * (30 * 20 + 20) + 2 * 4]  # weights, two moments, and a step per parameter
+
+
+@pytest.mark.parametrize("part", ["weights", "optimizer", "average", "average of the loss"])
+def test_what_is_not_finite_is_not_written(part: str, trained, tmp_path) -> None:
+    model, optimizer = trained
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    of_loss = {"head": torch.ones(2)}
+    for_part = {
+        "weights": model.weight.data, "optimizer": optimizer.state[model.weight]["exp_avg"], "average": average["bias"],
+        "average of the loss": of_loss["head"],
+    }  # fmt: skip
+    for_part[part].view(-1)[0] = torch.nan
+    state = state_of(model, optimizer, ema_state_dict=average, ema_loss_state=of_loss)
+    with pytest.raises(NumericError, match="not finite"):
+        SafeCheckpointIO().save_checkpoint(state, tmp_path / "step-000001")
     assert list(tmp_path.iterdir()) == []

@@ -230,6 +230,7 @@ NOT_THE_RESULT = {
     "resume": "which run is continued",
     "micro_batch_size": "memory, not the gradient of transformers (tests/training/test_equivalence.py); batch norms see smaller batches",
     "compile": "how it computes (tests/training/test_train_command.py)",
+    "checkpoint_async": "when it is written (tests/checkpoints/test_io.py)",
     "max_skipped_steps": "when it ends with an error (tests/training/test_skipped_steps.py)",
     "log_every_n_steps": "how often it is logged",
     "val_every_n_steps": "how often it is validated",

@@ -87,7 +87,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock.slow(CLIPModule, "on_validation_model_zero_grad", 4000.0)  # comes before any hook of validation's
     clock.slow(CLIPModule, "validation_step", 5000.0)
     clock.slow(SafeCheckpointIO, "save_checkpoint", 6000.0)
-    clock.slow(Checkpointer, "_prune", 7000.0)
+    clock.slow(Checkpointer, "prune", 7000.0)
     clock.slow(tasks, "score_tasks", 8000.0, instead=lambda *_: {})
     monkeypatch.setattr(summary, "write_report", lambda run_dir: run_dir / "report.html")
     return clock
