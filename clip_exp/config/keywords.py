@@ -74,6 +74,7 @@ class TrainKeywords(TypedDict, total=False):
     monitor: str | None
     monitor_mode: str
     patience: int | None
+    min_delta: float
     task: Group
     task_every_n_steps: int | None
     allow_targets: list[str]

@@ -459,6 +459,12 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
         None,
         description="early stopping: number of measurements of monitor without improvement after which the run ends; null: never",
     )
+    # Not 0 as in Lightning: the loss of a run that learns nothing still falls by 1e-4 now and then, so `patience` would never end it.
+    # One number is enough for all metrics. Smaller changes of a loss or of a fraction are noise, and ranks change by at least 0.5.
+    min_delta: NonNegative = Field(
+        0.001,
+        description="smallest change of monitor that patience counts as an improvement; the best checkpoint is chosen without it",
+    )
     task: Tasks = Field(
         {},
         description="evaluation tasks to run during training: task=imagenet, or several: 'task=[imagenet,retrieval]'",
@@ -490,6 +496,12 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
             lambda c: c.monitor is None,
             "without a metric to monitor",
             "set monitor (monitor=val/loss), or leave this out",
+        ),
+        Unused(
+            "min_delta",
+            lambda c: c.patience is None,
+            "without patience",
+            "set that (patience=3), or leave this out",
         ),
         Unused(
             "task_every_n_steps",

@@ -343,9 +343,9 @@ def _build_callbacks(
     if config.patience is not None and config.monitor is not None:
         mode = monitor_mode(config.monitor, config.monitor_mode)
         if scores is not None and is_of_task(config.monitor):
-            callbacks.append(TaskPatience(scores, config.monitor, config.patience, mode))
+            callbacks.append(TaskPatience(scores, config.monitor, config.min_delta, config.patience, mode))
         else:
-            callbacks.append(pl.callbacks.EarlyStopping(config.monitor, patience=config.patience, mode=mode))
+            callbacks.append(pl.callbacks.EarlyStopping(config.monitor, config.min_delta, config.patience, mode=mode))
     callbacks += extra_callbacks(config)
     checkpointer = Checkpointer(
         run_dir,

@@ -62,6 +62,7 @@ IN_IDENTITY = (
 # Keys of the identity that older versions did not have, with their defaults, which those versions computed with
 LATER = {
     "data.columns": [],
+    "min_delta": 0.001,  # older versions used 0, but only with `patience`; all other runs would not be recognized
     "trainer.gradient_clip_algorithm": "norm",
     "trainer.sync_batchnorm": False,
     "trainer.limit_val_batches": None,

@@ -154,8 +154,8 @@ def metrics_of(results: dict[str, Result]) -> dict[str, float]:
 class TaskPatience(EarlyStopping):
     """Early stopping by the metric of a task, checked only when tasks are scored."""
 
-    def __init__(self, scores: TaskScores, monitor: str, patience: int, mode: str) -> None:
-        super().__init__(monitor, patience=patience, mode=mode)
+    def __init__(self, scores: TaskScores, monitor: str, min_delta: float, patience: int, mode: str) -> None:
+        super().__init__(monitor, min_delta, patience, mode=mode)
         self.scores = scores
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

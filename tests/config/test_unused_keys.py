@@ -101,6 +101,7 @@ TRAINING: dict[tuple[str, ...], dict[str, str]] = {
         "trainer.gradient_clip_algorithm=value": "with trainer.gradient_clip_val=null",
         "keep_every_n_steps=5": "with keep_checkpoints=all",
     },
+    ("monitor=val/loss",): {"min_delta=0.01": "without patience: set that (patience=3)"},
     (*TIMM, "pretrained=x.pt", "finetune=lit"): {
         "model.image.pretrained=true": "which contains the weights of both towers",
         "finetune.image.lr_factor=0.5": "with finetune.image.freeze=true and without finetune.image.unfrozen_blocks",

@@ -180,6 +180,7 @@ CHANGES: dict[str, Changes] = {
     "monitor": Changes("val/loss", also=("monitor_mode=max", "patience=1", "val_every_n_steps=1")),
     "monitor_mode": Changes("max", given=(*WATCHED, "patience=1")),
     "patience": Changes("1", given=(*WATCHED, "monitor_mode=max")),
+    "min_delta": Changes("100", given=(*WATCHED, "patience=1")),
 }
 
 NOT_THE_RESULT = {
