@@ -107,6 +107,16 @@ class LossConfig(Member):
             "same_image": self.same_image is PairLabel.positive,
         }
 
+    def chance_level(self, pairs: int) -> float | None:
+        """Return the lowest loss of a model that gives all pairs the same similarity; None if it is not known.
+
+        A run whose loss stays there learns nothing (`training.diagnosis`).
+
+        Args:
+            pairs: pairs of the global batch, at least 2.
+        """
+        return None
+
     def custom_problems(self, columns: Collection[str]) -> Iterator[str]:
         """Create a custom loss, and yield an error message for every argument that it will not be given.
 

@@ -232,6 +232,12 @@ class PairsDataModule(LightningDataModule):
         return self.val is not None
 
     @property
+    def val_images(self) -> int | None:
+        """Number of validation images; None without validation data."""
+        self.setup()
+        return None if self.val is None else len(self.val)
+
+    @property
     def data_wait_s(self) -> float:
         """Total time that training has waited for batches, in seconds."""
         return 0.0 if self._train_loader is None else self._train_loader.waited_s

@@ -100,6 +100,13 @@ class Origin(Protocol):
         """Return `rows` and `digest` of each file or data set by name, and `bytes` of each file."""
         ...
 
+    def fraction_in(self, other: "Origin") -> float:
+        """Return the fraction of the rows that are also rows of `other`, estimated from a sample; 0 if that is not known.
+
+        Rows are the same if they are the same line of the same file, or if their files have the same content and image root.
+        """
+        ...
+
 
 class Rows(Protocol):
     """Rows of one source of the training stream, as `data.captions` defines them."""
@@ -121,6 +128,10 @@ class Rows(Protocol):
 
         Raises: BadImage with the reason.
         """
+        ...
+
+    def caption(self, row: int, seed: int, epoch: int) -> str | None:
+        """Return the caption of a row in an epoch without reading its image; None if that is not possible."""
         ...
 
     def image_name(self, row: int) -> str:
@@ -205,6 +216,9 @@ class TableRows:
         image = self.origin.read_image(table_row, limits)
         columns = {name: self.origin.column(name, table_row) for name in self.shapes}
         return Pair(image, self.origin.caption(table_row), self.image_id(table_row), columns)
+
+    def caption(self, row: int, seed: int, epoch: int) -> str:
+        return self.origin.caption(self.table_row(row, seed, epoch))
 
     def image_id(self, table_row: int) -> int:
         """Return an int64 that is equal for rows with the same image, across all sources of the stream."""

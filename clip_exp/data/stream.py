@@ -183,6 +183,10 @@ class StreamSource:
         """Return the image of a row and its caption in an epoch; see `Rows.load`."""
         return self.rows.load(row, self.seed, epoch, limits)
 
+    def caption(self, epoch: int, row: int) -> str | None:
+        """Return the caption of a row in an epoch without its image; see `Rows.caption`."""
+        return self.rows.caption(row, self.seed, epoch)
+
 
 class StreamSample(NamedTuple):
     """Source, epoch and row of one position of the stream."""

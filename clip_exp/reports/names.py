@@ -20,6 +20,7 @@ RETRIEVAL = [*RANKS, *RECALLS]
 CLASSIFICATION = ["top1", "top5", "mean_per_class_recall"]
 CERTAIN = 5  # with so many classes or fewer, `top5` is always 1 and is left out
 VALIDATION = ["loss", "top1", "top5", *RETRIEVAL]
+RELIABLE_IMAGES = 10  # with fewer images, each changes recall by more than 10 points
 SCALES = {
     **dict.fromkeys([*RECALLS, *CLASSIFICATION], Scale.fraction),
     **dict.fromkeys(RANKS, Scale.rank),
@@ -34,6 +35,17 @@ def of_classification(classes: int) -> list[str]:
         classes: number of classes.
     """
     return [name for name in CLASSIFICATION if name != "top5" or classes > CERTAIN]
+
+
+def few_images(count: int | None) -> str:
+    """Return a note for the metrics of a validation on so few images that they say little, else an empty text.
+
+    Args:
+        count: number of validation images; None: no validation.
+    """
+    if count is None or count >= RELIABLE_IMAGES:
+        return ""
+    return f"only {count} validation image{'s' if count > 1 else ''}: recall is not reliable"
 
 
 def scale_of(name: str) -> Scale:

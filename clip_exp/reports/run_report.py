@@ -25,7 +25,7 @@ from clip_exp.reports.html import (
     title_of,
     which_weights,
 )
-from clip_exp.reports.names import scale_of, task_of
+from clip_exp.reports.names import few_images, scale_of, task_of
 from clip_exp.runs import read_metrics, read_record, write_text
 
 METRICS_SHOWN = 4
@@ -129,6 +129,7 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
         "bad rows": bad("bad_rows", "left out"),
         "empty captions": "; ".join(empty),
         "filter": f"{'; '.join(filters)}; these values match nothing" if filters else "",
+        "validation": few_images(summary.get("val_images")),
         "truncated captions": fraction("truncated_fraction", "of the training captions"),
         "waiting for data": fraction("data_wait_fraction", "of the step time"),
     }

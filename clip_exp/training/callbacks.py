@@ -71,12 +71,13 @@ class Progress(pl.Callback):
     Args:
         kind: `bar`, `lines`, `none`, or `auto` (a bar if standard output is a terminal or in a notebook, else lines).
         metrics: callback that measures the steps.
+        note: text that is shown with the results of every validation.
     """
 
-    def __init__(self, kind: str, metrics: StepMetrics) -> None:
+    def __init__(self, kind: str, metrics: StepMetrics, note: str = "") -> None:
         if kind == "auto":
             kind = "bar" if sys.stdout.isatty() or in_notebook() else "lines"
-        self.metrics = metrics
+        self.metrics, self.note = metrics, note
         self.with_bar = kind == "bar"
         self.steps = {} if kind == "lines" else LOG_ONLY
         self.values = LOG_ONLY if kind == "none" else {}
@@ -105,16 +106,17 @@ class Progress(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
-            self.show(last_validation(trainer))
+            self.show(last_validation(trainer), self.note)
 
     def scoring(self, tasks: list[str]) -> None:
         """Show on the bar which tasks are being scored."""
         if self.bar is not None:
             self.bar.update(self.task, description=f"scoring {', '.join(tasks)}")
 
-    def show(self, values: dict[str, float]) -> None:
-        """Show results of validation or of tasks."""
-        log.info("  ".join(f"{name} {value:.4f}" for name, value in values.items()), extra=self.values)
+    def show(self, values: dict[str, float], note: str = "") -> None:
+        """Show results of validation or of tasks, with a note about them."""
+        texts = [f"{name} {value:.4f}" for name, value in values.items()]
+        log.info("  ".join([*texts, f"({note})"] if note else texts), extra=self.values)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.bar is not None:

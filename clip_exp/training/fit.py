@@ -48,6 +48,7 @@ from clip_exp.ranks import group
 from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.failure import StopRequest, note_signals
 from clip_exp.ranks.group import is_main
+from clip_exp.reports.names import few_images
 from clip_exp.runs import LAST_CHECKPOINT, RunRecord, with_saved_tokenizer
 from clip_exp.text.tokenizer import build_tokenizer
 from clip_exp.training.callbacks import (
@@ -63,6 +64,7 @@ from clip_exp.training.callbacks import (
     explain,
     extra_callbacks,
 )
+from clip_exp.training.diagnosis import Diagnosis, data_problems
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.metrics import MetricsCSV, StepMetrics, build_loggers, start_loggers
 from clip_exp.training.module import CLIPModule, ZeroShot
@@ -175,6 +177,9 @@ def _fit(
     trainer = build_trainer(
         config, run_dir, device=device, steps=steps, datamodule=datamodule, preemption=preemption, tasks=tasks
     )
+    if is_main():
+        for problem in data_problems(config, datamodule):
+            log.warning(problem)
     # Set-up ends here: the folder is brought to the state of the checkpoint, and Lightning loads that checkpoint on every rank.
     checkpoint = group.from_main(lambda: _start_from(found, config, run_dir, record, trainer, module, datamodule))
     started_s = time.perf_counter()
@@ -328,14 +333,15 @@ def default_interval(steps: int) -> int:
 def _build_callbacks(
     config: TrainConfig, run_dir: Path, io: SafeCheckpointIO, steps: int, datamodule: PairsDataModule, tasks: list[Task]
 ) -> list[pl.Callback]:
-    """Build the callbacks in the order in which they act at the end of a step: skip, measure, show, average, score, stop, save.
+    """Build the callbacks in the order in which they act at the end of a step.
 
-    The order matters: a checkpoint contains the averaged weights and the scores of its own step.
+    Skip, measure, show, diagnose, average, score, stop, save: a checkpoint contains the averaged weights and the scores of its own step.
     """
     skipped = SkippedSteps(config.max_skipped_steps, datamodule.images_of_step)
     metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows, skipped)
-    progress = Progress(config.callbacks.progress, metrics)
+    progress = Progress(config.callbacks.progress, metrics, note=few_images(datamodule.val_images))
     callbacks: list[pl.Callback] = [ReportFailure(config), SameRanks(), skipped, metrics, progress, StopAtEnd()]
+    callbacks += [Diagnosis(config, metrics)] if is_main() else []
     if config.callbacks.ema_decay is not None:
         callbacks.append(AveragedWeights(config.callbacks.ema_decay, skipped, config.callbacks.ema_every_n_steps))
     scores = TaskScores(tasks, config, run_dir, progress, metrics.pause) if tasks else None

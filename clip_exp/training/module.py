@@ -90,6 +90,8 @@ class CLIPModule(pl.LightningModule):
         self.start_logit_scale: float | None = None  # value at step 0 of the run, also after it was resumed
         self.step_metrics: dict[str, Tensor] = {}
         self.skipped = torch.tensor(False)  # whether the gradient of the last step was not finite; see `skipped_steps`
+        # Features of this rank's last batch with the ids of their images and captions, for `diagnosis`
+        self.last_features: dict[str, tuple[Tensor, Tensor]] = {}
         self._validation: list[list[Tensor]] = []
         self._random_states: list[dict[str, Tensor]] = []
         self.train()
@@ -122,6 +124,10 @@ class CLIPModule(pl.LightningModule):
         # process, DDP and ZeRO have the same loss curve.
         inputs = output._replace(columns=columns, images=batch.image, tokens=batch.tokens)
         loss = self.loss(inputs, batch.caption_id, batch.image_id)
+        self.last_features = {
+            "image": (output.image_features.detach(), batch.image_id),
+            "text": (output.text_features.detach(), batch.caption_id),
+        }
         self.step_metrics["train/loss"] = loss.detach()
         self.step_metrics["train/logit_scale"] = output.logit_scale.detach().clone()
         return loss

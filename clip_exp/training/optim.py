@@ -270,7 +270,7 @@ def build_scheduler(
         partial(
             factor,
             start=start,
-            warmup_steps=_warmup_steps(config, total_steps - start),
+            warmup_steps=warmup_length(config, total_steps - start),
             total_steps=total_steps,
             decay=partial(found, **arguments),
             final_factor=config.final_factor,
@@ -280,7 +280,8 @@ def build_scheduler(
     return LambdaLR(optimizer, schedules)
 
 
-def _warmup_steps(config: SchedulerConfig, steps: int) -> int:
+def warmup_length(config: SchedulerConfig, steps: int) -> int:
+    """Return the optimizer steps of warm-up in a run, or the trained part of a run, of `steps` steps."""
     return steps // 10 if config.warmup_steps is None else config.warmup_steps
 
 
@@ -305,7 +306,7 @@ def _torch_scheduler(found: type, optimizer: Optimizer, config: SchedulerConfig,
             f"scheduler.final_factor={config.final_factor:g} has no effect with scheduler._target_={config.target}: leave it out, and set "
             "the arguments of the scheduler, such as eta_min."
         )
-    warmup = _warmup_steps(config, total_steps)
+    warmup = warmup_length(config, total_steps)
     if issubclass(found, OneCycleLR | CyclicLR):
         if warmup:
             raise ConfigError(

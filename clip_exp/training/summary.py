@@ -86,6 +86,7 @@ def summarize(
         "seconds": round(seconds, 2),
         "samples_per_s": round(median(speeds), 2) if speeds else None,
         "data_wait_fraction": data_wait_fraction(rows),
+        "val_images": trainer.datamodule.val_images,  # type: ignore[attr-defined]
         **summarize_data(trainer.datamodule, run_dir, trainer.global_step, trainer.world_size),  # type: ignore[attr-defined]
         "metrics": {name: value for name, value in last.items() if _is_result(name)},
         "last_checkpoint": str(latest(run_dir)),

@@ -21,7 +21,7 @@ from tests.training.test_launchers import LEFT_OVER
 
 def trainer(folder: Path, *overrides: str, gpus: int, index: int, rank: int, ranks: int) -> pl.Trainer:
     """The Trainer of a rank that sees some GPUs and has been given one."""
-    datamodule: object = SimpleNamespace(has_validation=False, num_rows=64, images_of_step=list)
+    datamodule: object = SimpleNamespace(has_validation=False, val_images=None, num_rows=64, images_of_step=list)
     with (
         mock.patch("torch.cuda.is_available", return_value=True),
         mock.patch("torch.cuda.device_count", return_value=gpus),

@@ -35,6 +35,8 @@ from clip_exp.data.tables.filters import UnconvertedValues, as_json, merge_uncon
 from clip_exp.data.tables.reader import COLUMNS, RowBlock, is_column
 from clip_exp.data.tables.scan import BATCH_ROWS, ScannedFile
 
+COMPARED_ROWS = 1000  # rows of a table that are looked for in another one
+
 
 @dataclass(frozen=True)
 class Part(ScannedFile):
@@ -189,6 +191,28 @@ class PairTable:
             key = name if times[name] == 1 else f"{name} ({times[name]})"
             found[key] = {"rows": part.rows, "bytes": part.signature.bytes, "digest": part.digest}
         return found
+
+    def fraction_in(self, other: object) -> float:
+        """Return the fraction of the rows that are also rows of another table; see `pairs.Origin`."""
+        if not isinstance(other, PairTable):
+            return 0.0
+        rows = np.unique(np.linspace(0, len(self) - 1, COMPARED_ROWS).astype(int))
+        # With another root, equal paths are other images.
+        contents = {(part.digest, part.root) for part in other.parts}
+        lines_of = {
+            os.path.realpath(part.path): other.lines[part.start : part.start + part.rows] for part in other.parts
+        }
+        found = 0
+        for part in self.parts:
+            of_part = rows[(rows >= part.start) & (rows < part.start + part.rows)]
+            if (part.digest, part.root) in contents:
+                found += len(of_part)
+            elif len(theirs := lines_of.get(os.path.realpath(part.path), ())):
+                lines = self.lines[of_part]
+                # Rows of a file are in the order of its lines.
+                at = np.minimum(np.searchsorted(theirs, lines), len(theirs) - 1)
+                found += int((theirs[at] == lines).sum())
+        return found / len(rows)
 
     def part(self, row: int) -> Part:
         """Return the file of a row."""

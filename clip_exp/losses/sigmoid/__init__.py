@@ -33,6 +33,17 @@ class SigmoidLossConfig(LossConfig):
     def logit_bias(self) -> float | None:
         return self.init_logit_bias
 
+    def chance_level(self, pairs: int) -> float | None:
+        """Return N ln N - (N - 1) ln(N - 1), which is about ln N + 1.
+
+        An image has one match among N texts. If all its logits are z, its loss (Zhai et al. 2023, equation 1) is softplus(-z) +
+        (N - 1) softplus(z). The derivative, N sigmoid(z) - 1, is 0 where sigmoid(z) = 1 / N, and there the loss is ln N +
+        (N - 1) ln(N / (N - 1)). With further matches the level depends on their number in the batch, which is not known here.
+        """
+        if any(self.matches.values()):
+            return None
+        return math.log(pairs) + (pairs - 1) * math.log1p(1 / (pairs - 1))
+
     def build(self) -> "nn.Module":
         from clip_exp.losses.sigmoid.loss import SigmoidLoss  # imports torch
 

@@ -25,6 +25,10 @@ class SoftmaxLossConfig(LossConfig):
 
     published_limit: ClassVar[float] = math.log(100)  # Radford et al. 2021, section 2.5
 
+    def chance_level(self, pairs: int) -> float:
+        """Return ln N: every softmax over N equal logits is 1 / N, also if the target is uniform over several matches."""
+        return math.log(pairs)
+
     def build(self) -> "nn.Module":
         from clip_exp.losses.softmax.loss import SoftmaxLoss  # imports torch
 
