@@ -53,6 +53,7 @@ def update_report(run_dir: Path) -> Path:
         + (f", {epochs:.1f} epochs" if epochs is not None else ""),
         **data_facts(summary),
         "time": f"{summary['seconds']:,.0f} s",
+        "goodput": goodput_fact(summary),
         "device": f"{record.get('ranks')} × {record.get('device_name')}, {record.get('strategy')}, {record.get('precision')}",
         "started": record.get("start"),
         "git": (record.get("git") or {}).get("commit"),
@@ -134,6 +135,22 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
         "waiting for data": fraction("data_wait_fraction", "of the step time"),
     }
     return {name: text for name, text in facts.items() if text}
+
+
+def goodput_fact(summary: dict[str, Any]) -> str | None:
+    """Return the goodput of a run and what its restarts cost, as text; None in the summary of an older version."""
+    found = summary.get("goodput")
+    if found is None:
+        return None
+    texts = ["unknown, because the clock was set back"]
+    if found["fraction"] is not None:
+        texts = [f"steps took {percent(found['fraction'])} of the {found['wall_s']:,.0f} s since the first start"]
+    if found["restarts"]:
+        texts += [
+            counted(found["restarts"], "restart"),
+            f"at least {counted(found['lost_steps'], 'step')} computed again",
+        ]
+    return ", ".join(texts)
 
 
 def write_index(folder: Path) -> Path:

@@ -130,8 +130,8 @@ class Watch:
             yield (
                 f"The loss has been {self.chance:.4f} since step {self._chance.first:,}. This is the chance level: the loss of a model "
                 f"that gives all {self.pairs:,} pairs of a batch the same similarity, so it learns nothing. Usually optimizer.lr is too "
-                f"high ({rate}), or far too low. Otherwise the captions do not belong to their images: check data.image_key and "
-                "data.caption_key with clip-exp check-data."
+                f"high: lower it ({rate}), or raise it if it is below 1e-5. Otherwise the captions do not belong to their images: check "
+                "data.image_key and data.caption_key with clip-exp check-data."
             )
         equal = [tower for tower in self.towers if self._equal_features(tower, seen)]
         if equal:

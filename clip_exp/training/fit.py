@@ -65,6 +65,7 @@ from clip_exp.training.callbacks import (
     extra_callbacks,
 )
 from clip_exp.training.diagnosis import Diagnosis, data_problems
+from clip_exp.training.goodput import note_restart
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.metrics import MetricsCSV, StepMetrics, build_loggers, start_loggers
 from clip_exp.training.module import CLIPModule, ZeroShot
@@ -465,7 +466,7 @@ def _start_from(
     # Rows, checkpoints and results from after this step belong to a future that is now trained again, perhaps differently.
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
-            logger.continue_from(step)
+            note_restart(record.values, step, last_logged=logger.continue_from(step) or 0)
     set_aside(run_dir, found.damaged, after=step)
     device, parameters = trainer.strategy.root_device, list(module.model.parameters())
     facts = {

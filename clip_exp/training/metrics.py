@@ -421,13 +421,16 @@ class MetricsCSV(Logger):
         """Do nothing: `config.yaml` contains the hyperparameters."""
 
     @rank_zero_only
-    def continue_from(self, step: int) -> None:
-        """Read the existing file, and drop the rows after `step`."""
+    def continue_from(self, step: int) -> int:
+        """Read the existing file, and drop the rows after `step`; return the last step that it had, 0 if there was none."""
         remove_leftovers(self.path)
-        if self.path.is_file():
-            self.rows = {row["step"]: row for row in read_metrics(self.path) if row["step"] <= step}
-            self.columns = dict.fromkeys(name for row in self.rows.values() for name in row)
-            self._write(self._rewrite)
+        if not self.path.is_file():
+            return 0
+        found = read_metrics(self.path)
+        self.rows = {row["step"]: row for row in found if row["step"] <= step}
+        self.columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+        self._write(self._rewrite)
+        return max((row["step"] for row in found), default=0)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

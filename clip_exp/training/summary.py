@@ -4,6 +4,7 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,9 +20,10 @@ from clip_exp.data.datamodule import PairsDataModule
 from clip_exp.data.tables.filters import as_json
 from clip_exp.data.tables.table import bad_rows, unconverted_values
 from clip_exp.errors import CheckpointError
-from clip_exp.reports.run_report import data_facts, next_command, next_step, update_report, write_report
+from clip_exp.reports.run_report import data_facts, goodput_fact, next_command, next_step, update_report, write_report
 from clip_exp.runs import RunRecord, write_json
 from clip_exp.storage import read_json_object
+from clip_exp.training.goodput import goodput
 from clip_exp.training.metrics import MetricsCSV, data_wait_fraction
 from clip_exp.training.module import CLIPModule
 
@@ -35,7 +37,7 @@ def conclude(
 
     The report is written last: if it is missing after a kill or on a full disk, the same command writes the missing files.
     """
-    summary = summarize(run_dir, trainer, module, config, seconds)
+    summary = summarize(run_dir, record.values, trainer, module, config, seconds)
     with _warned():
         for earlier in ("summary.json", "report.html"):  # left by the run when it was shorter
             (run_dir / earlier).unlink(missing_ok=True)
@@ -66,7 +68,12 @@ def _warned() -> Iterator[None]:
 
 
 def summarize(
-    run_dir: Path, trainer: pl.Trainer, module: CLIPModule, config: TrainConfig, seconds: float
+    run_dir: Path,
+    record: dict[str, Any],
+    trainer: pl.Trainer,
+    module: CLIPModule,
+    config: TrainConfig,
+    seconds: float,
 ) -> dict[str, Any]:
     """Return the contents of `summary.json`; `metrics` are those of the last validation, the last scored tasks and the last logged loss."""
     rows = next(logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)).in_order()
@@ -86,6 +93,7 @@ def summarize(
         "seconds": round(seconds, 2),
         "samples_per_s": round(median(speeds), 2) if speeds else None,
         "data_wait_fraction": data_wait_fraction(rows),
+        "goodput": goodput(record, rows, datetime.now(UTC)),
         "val_images": trainer.datamodule.val_images,  # type: ignore[attr-defined]
         **summarize_data(trainer.datamodule, run_dir, trainer.global_step, trainer.world_size),  # type: ignore[attr-defined]
         "metrics": {name: value for name, value in last.items() if _is_result(name)},
@@ -153,6 +161,8 @@ def _table(run_dir: Path, summary: dict[str, Any]) -> str:
     console.print(table)
     for name, text in data_facts(summary).items():
         console.print(f"{name}: {text}")
+    if summary["goodput"]["restarts"]:
+        console.print(f"goodput: {goodput_fact(summary)}")
     console.print(f"run folder:  {run_dir}")
     if (run_dir / "report.html").is_file():
         console.print(f"report:      {run_dir / 'report.html'}")

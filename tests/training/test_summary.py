@@ -19,7 +19,7 @@ from tests.data.conftest import data_module, noise, write_table
 SUMMARY = {
     "name": "a run", "steps": 2, "samples_seen": 32, "seconds": 1.0, "metrics": {"val/loss": 2.5}, "samples_per_s": 16.0,
     "best_checkpoint": "checkpoints/step-000002", "bad_images": {}, "bad_rows": {}, "truncated_fraction": None,
-    "data_wait_fraction": None,
+    "data_wait_fraction": None, "goodput": {"restarts": 0},
 }  # fmt: skip
 
 
