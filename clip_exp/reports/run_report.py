@@ -98,7 +98,7 @@ def next_command(run_dir: Path) -> str:
 
 
 def data_facts(summary: dict[str, Any]) -> dict[str, str]:
-    """Return facts about the data of a run as texts by name, without those that are zero or missing in the summary."""
+    """Return facts about the data and the steps of a run as texts by name, without those that are zero or missing in the summary."""
 
     def bad(key: str, consequence: str) -> str:
         """Return a text such as `4 of training (3 no such file, 1 empty file), left out`."""
@@ -125,12 +125,14 @@ def data_facts(summary: dict[str, Any]) -> dict[str, str]:
             if found["count"]:
                 parts.insert(0, f"{found['count']:,} not {found['kind']}, such as {found['example']!r}")
             filters.append(f"{column} of {table}: {', '.join(parts)}")
+    skipped = summary.get("skipped_steps")
     facts = {
         "bad images": bad("bad_images", "listed in bad_samples.csv"),
         "bad rows": bad("bad_rows", "left out"),
         "empty captions": "; ".join(empty),
         "filter": f"{'; '.join(filters)}; these values match nothing" if filters else "",
         "validation": few_images(summary.get("val_images")),
+        "skipped steps": f"{skipped:,}, because their gradient was not finite" if skipped else "",
         "truncated captions": fraction("truncated_fraction", "of the training captions"),
         "waiting for data": fraction("data_wait_fraction", "of the step time"),
     }

@@ -198,8 +198,8 @@ class Diagnosis(pl.Callback):
         values = torch.stack(found).tolist() if found else []
         seen = LoggedStep(
             step,
-            row["train/loss"],
-            row["train/logit_scale"],
+            row.get("train/loss", math.nan),  # missing if the step was skipped
+            row.get("train/logit_scale", math.nan),
             row["train/lr"],
             dict(zip(self.watch.towers, values, strict=True)),
         )

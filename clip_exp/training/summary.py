@@ -93,6 +93,7 @@ def summarize(
         "seconds": round(seconds, 2),
         "samples_per_s": round(median(speeds), 2) if speeds else None,
         "data_wait_fraction": data_wait_fraction(rows),
+        "skipped_steps": last.get("train/skipped_steps", 0),
         "goodput": goodput(record, rows, datetime.now(UTC)),
         "val_images": trainer.datamodule.val_images,  # type: ignore[attr-defined]
         **summarize_data(trainer.datamodule, run_dir, trainer.global_step, trainer.world_size),  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from clip_exp.losses.softmax import SoftmaxLossConfig
 from clip_exp.models.clip import unit_norm
 from clip_exp.training.diagnosis import Diagnosis, LoggedStep, Watch, likeness, watched_towers
 from clip_exp.training.metrics import StepMetrics
+from clip_exp.training.skipped_steps import SkippedSteps
 from tests.compose import train_config
 from tests.runs import TINY, Finished, Train
 
@@ -179,7 +180,7 @@ def test_towers_without_trained_weights_or_without_a_part_in_the_loss_are_not_wa
 
 def test_features_are_read_at_logged_steps_only() -> None:
     """Reading them waits for the GPU."""
-    metrics = StepMetrics(10, 16, 96)
+    metrics = StepMetrics(10, 16, 96, SkippedSteps(0, lambda step: []))
     callback = Diagnosis(train_config(), metrics)
     callback.watch = watch()
     metrics.latest = {"samples_seen": 10 * 16}

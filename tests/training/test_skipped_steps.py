@@ -84,7 +84,9 @@ def test_the_run_ends_with_the_steps_and_rows_named_and_a_resumed_one_says_that_
     allowed = spoiled(command, folder.parents[2], 0, "max_skipped_steps=10")
     assert allowed.returncode == 0, allowed.stderr
     (run,) = run_folders(folder.parents[2])
-    assert json.loads((run / "summary.json").read_text())["steps"] == 20
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["skipped_steps"]) == (20, 13)
+    assert "skipped steps: 13, because their gradient was not finite" in allowed.stdout
 
 
 @pytest.mark.parametrize("name", repeat_beyond(("ddp", "ZeRO-2", "ZeRO-3"), [*STRATEGIES][1:]))
