@@ -139,8 +139,8 @@ def test_a_sweep_continues_after_a_failed_job_and_ends_with_its_code(command, tm
 
 def test_monitor_keeps_the_best_checkpoint_and_patience_stops(train: Train) -> None:
     run = train(
-        *TINY, "max_steps=40", "val_every_n_steps=2", "monitor=val/loss", "patience=2", "optimizer.lr=0.3", "scheduler=constant",
-        "scheduler.warmup_steps=1", "checkpoint_every_n_steps=2",
+        *TINY, "max_steps=40", "val_every_n_steps=2", "monitor=val/loss", "patience=2", "min_delta=0", "optimizer.lr=0.3",
+        "scheduler=constant", "scheduler.warmup_steps=1", "checkpoint_every_n_steps=2",
     )  # fmt: skip
     losses = {row["step"]: row["val/loss"] for row in run.metrics if "val/loss" in row}
     best_step = min(losses, key=lambda step: losses[step])
