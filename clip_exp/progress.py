@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from clip_exp.ranks.environment import is_first_rank
+from clip_exp.ranks.heartbeat import beat
 
 _silent = ContextVar("silent", default=False)
 
@@ -99,7 +100,12 @@ def progress(count: int, what: str | None, total: int | None = None) -> Iterator
     )
     with bar:
         task = bar.add_task(what or "", total=total)
-        yield lambda done: bar.advance(task, done * total / max(1, count))
+
+        def advance(done: int) -> None:
+            beat()  # whoever has progress to show does not hang
+            bar.advance(task, done * total / max(1, count))
+
+        yield advance
 
 
 @contextmanager

@@ -172,7 +172,7 @@ class _PopenWithRanks(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, args: Any, *settings: Any) -> None:
         """Settings: of Popen's private method; the environment is the sixth."""
-        is_rank = list(args[:2]) == [sys.executable, "-m"] and args[2].startswith("clip_exp.")
+        is_rank = list(args[:2]) == [sys.executable, "-m"] and args[2] == "clip_exp.ranks.worker"
         if is_rank and self.waiting:
             _executable, _preexec_fn, _close_fds, _pass_fds, _cwd, environment, *_ = settings
             self.pid = self.waiting.pop().begin(args[2], args[3:], environment)

@@ -35,6 +35,7 @@ from clip_exp.data.files import (
 )
 from clip_exp.data.images import check_strip, decode_rgb, preprocessing_of, train_transform
 from clip_exp.data.loader import WorkerLoader, caption_id
+from clip_exp.data.reading import reading
 from clip_exp.data.randomness import Draws
 from clip_exp.data.tables.columns import BLANKS
 from clip_exp.progress import progress
@@ -92,6 +93,7 @@ class ImageScan(Dataset[ImageRecords]):
     def __getitem__(self, chunk: int) -> ImageRecords:
         good, bad = [], []
         for image in self.images[chunk * IMAGES_PER_CHUNK : (chunk + 1) * IMAGES_PER_CHUNK].tolist():
+            reading(self.split.image_path(int(self.split.first_rows[image])))
             try:
                 good.append(self._inspect(image))
             except BadImage as error:

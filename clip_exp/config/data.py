@@ -278,6 +278,11 @@ class DataConfig(Config):
         description="processes per rank that decode images; null: CPU cores divided by the ranks of the machine, minus one, at most 8 "
         "when training on a CPU",
     )
+    timeout_s: Positive | None = Field(
+        240.0,
+        description="seconds that training waits for a data loader worker that makes no progress, or for a row that it reads itself, before "
+        "the run ends and names the row; null: no limit but hang_timeout_s",
+    )
     on_bad_row: OnBadRow = Field(
         OnBadRow.error,
         description="malformed rows of a table: error stops the run, skip leaves them out and counts them",

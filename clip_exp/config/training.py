@@ -451,6 +451,11 @@ With -m, every combination of values runs: … optimizer.lr=1e-3,3e-4 -m"""
         description="copy the training state in host memory and write it to disk while training continues; auto: if the copy takes at most a "
         "quarter of the free memory",
     )
+    hang_timeout_s: Positive | None = Field(
+        300.0,
+        description="seconds without progress after which a run ends as hanging: in a step, or 20 times the usual step if that is longer; "
+        "12 times as long in the first step, in compiled steps, in validation and saving; null: never",
+    )
     keep_checkpoints: KeepCheckpoints = Field(
         2, description="number of last checkpoints to keep, at least 2, in addition to the best one; or all"
     )

@@ -38,6 +38,7 @@ from clip_exp.data.loader import (
 )
 from clip_exp.data.pairs import Items
 from clip_exp.data.preflight import VAL, changes, fingerprint, stream_changes
+from clip_exp.data.reading import ReadLimit
 from clip_exp.data.stream import INDEX, Sources, Stream, open_all
 from clip_exp.data.transform import build_transform
 from clip_exp.errors import CheckpointError, ConfigError, DataError
@@ -108,16 +109,22 @@ class TimedLoader:
     """Loader that measures how long training waits for batches.
 
     The first batch is not counted, because it includes the start of the workers.
+
+    Args:
+        loader: loader of the batches.
+        on_wait: called before each wait but that for the first batch.
     """
 
-    def __init__(self, loader: "DataLoader[Batch]") -> None:
+    def __init__(self, loader: "DataLoader[Batch]", on_wait: Callable[[], None] = lambda: None) -> None:
         self.loader = loader
+        self.on_wait = on_wait
         self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         yield from islice(batches, 1)
         while True:
+            self.on_wait()
             started_s = time.perf_counter()
             try:
                 batch = next(batches)
@@ -152,6 +159,7 @@ class PairsDataModule(LightningDataModule):
         bad_samples, bad_val_samples: distinct images that could not be used, with their reasons.
         truncated: number of the samples seen with a truncated caption or other text.
         on_train_batch: callback for each training batch, before the batch is copied to the device.
+        on_wait: callback before each wait for a training batch.
     """
 
     def __init__(
@@ -177,6 +185,7 @@ class PairsDataModule(LightningDataModule):
         self.start_sample = 0
         self.truncated = 0
         self.on_train_batch: Callable[[], None] = lambda: None
+        self.on_wait: Callable[[], None] = lambda: None
         self.stream: Stream | None = None
         self.val: Items | None = None
         self.bad_samples: BadSamples | None = None
@@ -265,7 +274,7 @@ class PairsDataModule(LightningDataModule):
         loader = self._loader(dataset, sampler, collate, sampler.local_batch_size * sample_bytes)
         if group.is_main() and (shortage := loader.shortage("data.num_workers")):
             log.warning(shortage)
-        self._train_loader = TimedLoader(loader)
+        self._train_loader = TimedLoader(loader, lambda: self.on_wait())
         return self._train_loader
 
     def val_dataloader(self) -> "DataLoader[EvalBatch] | list[Any]":
@@ -410,6 +419,7 @@ class PairsDataModule(LightningDataModule):
         return WorkerLoader(
             dataset,
             batch_bytes=batch_bytes,
+            limit=ReadLimit(self.config.timeout_s, "data.timeout_s"),
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=collate,

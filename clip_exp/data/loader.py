@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -35,11 +36,13 @@ from clip_exp.data.image_sets import ImageSet
 from clip_exp.data.images import Preprocessing, eval_transform, to_pil, to_rgb, train_transform
 from clip_exp.data.pairs import Items, int64_hash
 from clip_exp.data.randomness import Draws, hash64
+from clip_exp.data.reading import ReadLimit, Slots, WatchedBatches, reading
 from clip_exp.data.stream import Stream
 from clip_exp.data.transform import CustomTransform
 from clip_exp.devices import usable_cores
 from clip_exp.errors import DataError, SampleError
-from clip_exp.ranks.group import local_world_size
+from clip_exp.ranks import watchdog
+from clip_exp.ranks.group import local_world_size, rank, world_size
 from clip_exp.text.tokenizer import Tokenizes
 
 # Samples and batches.
@@ -145,6 +148,7 @@ class TrainPairs(Dataset[Sample]):
         row = original_row
         bad: list[UnreadableImage] = []
         while True:
+            reading(source.rows.image_name(row))
             try:
                 pair = source.load(epoch, row, self.limits)
                 image = to_rgb(pair.image, self.limits)
@@ -195,6 +199,7 @@ class EvalPairs(Dataset[EvalSample]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> EvalSample:
+        reading(self.items.image_name(index))
         try:
             item = self.items.load(index, self.limits)
             size, _, _, interpolation, resize_mode = self.preprocessing
@@ -222,6 +227,7 @@ class EvalImages(Dataset[EvalSample]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> EvalSample:
+        reading(self.images.name(index))
         try:
             image = self.transform(self.images.open(index, self.max_image_pixels))
         except BadImage as error:
@@ -307,6 +313,7 @@ def _int64(values: Iterable[int]) -> Tensor:
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS_ON_CPU = 8  # chosen automatically, if training computes on the CPU
 SHARED_MEMORY = "/dev/shm"
+DEFAULT_LIMIT = ReadLimit()
 _LOADER = inspect.getfile(DataLoader)
 # torch's messages: "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
 # "unable to write to file </torch_…>", and for a worker killed by SIGBUS: "It is possible that dataloader's workers are
@@ -317,24 +324,37 @@ _NO_SHARED_MEMORY = re.compile(r"shared memory ?\(shm\)|file </torch_|workers ar
 class WorkerLoader(DataLoader[T_co]):
     """DataLoader whose workers ignore the run's signals (`init_worker`), and which reports a lack of shared memory.
 
+    A worker that makes no progress ends the wait for it (`data.reading`).
+
     Args:
         batch_bytes: approximate size of a batch; 0: unknown.
+        limit: longest wait for a worker that makes no progress.
         options: arguments of `torch.utils.data.DataLoader`.
     """
 
-    def __init__(self, dataset: Dataset[Any], *, batch_bytes: int = 0, **options: Any) -> None:
-        super().__init__(dataset, worker_init_fn=init_worker, **options)
-        self.batch_bytes = batch_bytes
-        if self.num_workers:
+    def __init__(
+        self, dataset: Dataset[Any], *, batch_bytes: int = 0, limit: ReadLimit = DEFAULT_LIMIT, **options: Any
+    ) -> None:
+        workers = options.get("num_workers", 0)
+        super().__init__(dataset, timeout=limit.tick_s if workers else 0, **options)
+        self.batch_bytes, self.limit = batch_bytes, limit
+        if workers:
             self.collate_fn = _IntoSharedMemory(self.collate_fn)
+            self.slots = Slots.create(workers)
             _loaders.add(self)
+        self.collate_fn = _AfterReading(self.collate_fn)
 
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]  # torch declares the class of its iterator
         # torch may start threads in a worker before it calls `init_worker`. They inherit the signal mask that is set
         # here. A thread that did not block SIGTERM would receive it, and the worker would end.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            return super().__iter__()
+            if not self.num_workers:
+                return super().__iter__()
+            # The kernel ends a child with the thread that started it.
+            in_main_thread = threading.current_thread() is threading.main_thread()
+            self.worker_init_fn = partial(init_worker, slots=self.slots, die_with_parent=in_main_thread)
+            return WatchedBatches(super().__iter__(), self.slots, self.limit, _of_this_rank)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -358,6 +378,21 @@ class WorkerLoader(DataLoader[T_co]):
 _loaders: "weakref.WeakSet[WorkerLoader[Any]]" = (
     weakref.WeakSet()
 )  # loaders with workers, for the message about shared memory
+
+
+def _of_this_rank() -> str:
+    return f" of rank {rank()}" if world_size() > 1 else ""
+
+
+@dataclass(frozen=True)
+class _AfterReading:
+    """Collate function that first reports that the rows of the batch were read."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> Any:
+        reading("")
+        return self.collate(samples)
 
 
 @dataclass(frozen=True)
@@ -387,14 +422,22 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def init_worker(_worker: int) -> None:
-    """Ignore the signals that stop or preempt a run.
+def init_worker(worker: int, slots: Slots, die_with_parent: bool) -> None:
+    """Report rows in this worker's slot, and ignore the signals that stop or preempt a run.
 
     The training process handles them, and needs more batches to finish its step.
 
     Ctrl-C and the signals of a scheduler reach the whole process group. SIGTERM from the parent process still ends the
     worker, because a DataLoader stops its workers that way.
+
+    Args:
+        worker: number of the worker.
+        slots: slots of the loader's workers.
+        die_with_parent: let the kernel kill this process with its parent, even if it is stopped.
     """
+    slots.use(worker)
+    if die_with_parent:
+        watchdog.die_with_parent()
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     parent = multiprocessing.parent_process()  # os.getppid() may return the fork server

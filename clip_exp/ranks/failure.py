@@ -6,6 +6,7 @@ find it. A timer then ends the process, wherever it is stuck.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import clip_exp.storage as storage
 from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DistributedError, printable
@@ -28,6 +29,7 @@ END_S = 10.0  # time for a rank to end by itself after it reported a failure, or
 # Interval of looking for reports of other ranks. Each look lists a folder that hundreds of ranks may share.
 POLL_S = 5.0
 CAUSE_S = 3.0  # time to wait for the report of the rank that failed first, if this rank only lost the connection to it
+CHILD_S = 2.0  # time for a killed child process to end
 PREFIX = ".error-rank"  # name prefix of the reports, one file per rank
 PLACE = ".lock-rank"  # name prefix of the locks, one file per rank
 PLACE_S = 10.0  # time to wait until a rank of an earlier start has ended
@@ -72,16 +74,7 @@ class Reporter:
             os._exit(failure.code)
 
         threading.Thread(target=end, daemon=True).start()
-        try:
-            # Atomically, since other processes may read it at any time.
-            with storage.atomic_file(self.folder / f"{PREFIX}{failure.rank}", durable=False) as temporary:
-                temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
-        except OSError:  # for example a full disk: at least print the message
-            print(printable(failure.message), file=sys.stderr, flush=True)
-        when = datetime.fromtimestamp(failure.time_ns / 1e9, UTC).isoformat(timespec="seconds")
-        entry = f"{when} rank {failure.rank} failed with exit code {failure.code}\n{failure.message.rstrip()}\n\n"
-        with suppress(OSError), (self.folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(entry)  # in one write, as several ranks may append at the same time
+        write_report(self.folder, failure)
         if self.note is not None:
             with suppress(OSError):  # a full disk must not hide the failure
                 self.note(failure if failure.is_cause else await_cause(self.folder) or failure)
@@ -133,6 +126,35 @@ def describe(rank: int, error: BaseException) -> Failure:
         ended = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code
         code, message = ended or 1, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"
     return Failure(rank, code, redact(message), time.time_ns())
+
+
+def write_report(folder: Path, failure: Failure) -> None:
+    """Write the report of a failure, which other processes look for, and append its message to `errors.log`."""
+    try:
+        # Atomically, since other processes may read it at any time.
+        with storage.atomic_file(folder / f"{PREFIX}{failure.rank}", durable=False) as temporary:
+            temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
+    except OSError:  # for example a full disk: at least print the message
+        print(printable(failure.message), file=sys.stderr, flush=True)
+    write_log(folder, failure)
+
+
+def write_log(folder: Path, failure: Failure) -> None:
+    """Append the message of a failure to `errors.log`."""
+    when = datetime.fromtimestamp(failure.time_ns / 1e9, UTC).isoformat(timespec="seconds")
+    entry = f"{when} rank {failure.rank} failed with exit code {failure.code}\n{failure.message.rstrip()}\n\n"
+    with suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(entry)  # in one write, as several ranks may append at the same time
+
+
+def facts(message: str, code: int) -> dict[str, Any]:
+    """Return what is recorded of a failure."""
+    return {"error": message.removeprefix("error: ").splitlines()[-20:], "exit_code": code}
+
+
+def watched_by_launcher() -> bool:
+    """Return True if this process is a rank that clip_exp's launcher started, and watches."""
+    return _reporter is not None and _reporter.note is None
 
 
 def read_failures(folder: Path) -> list[Failure]:
@@ -189,13 +211,29 @@ def ending_with_others(folder: Path, rank: int) -> Iterator[None]:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process, immediately if the ranks have not left their group together: a normal exit may then wait for other ranks."""
+    """End this process, immediately if a normal exit may wait forever: for other ranks, or for a process that cannot end."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
+    grouped = distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1
+    if grouped or not _end_children():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _end_children() -> bool:
+    """Kill what is left of the data loader's workers; return False if one does not end, for example while it waits for a disk.
+
+    Python would terminate them and wait, and SIGTERM does not end a process that is stopped.
+    """
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error if a worker is killed
+    for process in left:
+        process.kill()
+    for process in left:
+        process.join(CHILD_S)
+    return not any(process.is_alive() for process in left)
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # request that a run saves and ends

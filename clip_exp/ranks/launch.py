@@ -20,6 +20,8 @@ from clip_exp.errors import PREEMPTED_EXIT_CODE, ClipExpError, DistributedError,
 from clip_exp.ranks import failure
 from clip_exp.ranks.environment import free_port, local_placement, outer_placement
 from clip_exp.ranks.failure import Failure, Reporter, handle_signals
+from clip_exp.ranks.heartbeat import remove_heartbeats
+from clip_exp.ranks.watch import Watch
 from clip_exp.ranks.worker import command_line
 
 SETTLE_S = 8.0  # time for the other ranks to end by themselves after a failure
@@ -95,7 +97,7 @@ def launch_work(work: Work) -> tuple[Path, int]:
             return folder, work.run(folder)
         ended = run_ranks(work.rank, folder, count, devices.environment())
         if ended.status != "finished":
-            work.note(folder, ended.status, **(_facts(ended.message, ended.code) if ended.status == "failed" else {}))
+            work.note(folder, ended.status, **(failure.facts(ended.message, ended.code) if ended.status == "failed" else {}))
         if ended.message:
             print(printable(ended.message), file=sys.stderr, flush=True)
         return folder, ended.code
@@ -113,10 +115,10 @@ def _join(work: Work) -> tuple[Path, int]:
         if not finished:
             held.enter_context(failure.lock_rank(folder, rank))
             group.gather_objects(rank)  # a barrier: all ranks have locks, so no rank of an earlier start is running
-            group.from_main(lambda: failure.remove_reports(folder))
+            group.from_main(lambda: _clear(folder))
             # clip_exp's launcher does not watch these ranks, so each reports its failure to the others, and watches them.
             reporter = Reporter(
-                folder, rank, lambda failed: work.note(folder, "failed", **_facts(failed.message, failed.code))
+                folder, rank, lambda failed: work.note(folder, "failed", **failure.facts(failed.message, failed.code))
             )
             with failure.reporting_to(reporter), failure.ending_with_others(folder, rank):
                 try:
@@ -140,7 +142,7 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
         ranks: number of processes.
         environment: additional environment variables of every rank.
     """
-    failure.remove_reports(folder)
+    _clear(folder)
     processes = _start(command_line(work, folder), ranks, environment)
     forwarded: list[int] = []
 
@@ -150,21 +152,34 @@ def run_ranks(work: Callable[[Path], int], folder: Path, ranks: int, environment
             if process.poll() is None:
                 process.send_signal(number)
 
+    hang = None
     with handle_signals(forward):
         try:
-            _wait(processes, folder)
-            _wait_for_end(processes, SETTLE_S)
+            hang = _wait(processes, folder)
+            if hang is None:
+                _wait_for_end(processes, SETTLE_S)
             codes = [process.poll() for process in processes]
         finally:
-            for action in (subprocess.Popen.terminate, subprocess.Popen.kill):
+            # A rank that hangs handles no signal, and the others wait for it: only SIGKILL ends them.
+            for action in (subprocess.Popen.kill,) if hang else (subprocess.Popen.terminate, subprocess.Popen.kill):
                 for process in processes:
                     if process.poll() is None:
                         action(process)
                 _wait_for_end(processes, GRACE_S)
-    ended = _ended(codes, forwarded, failure.read_failures(folder))
-    failure.remove_reports(folder)
+    if hang is None:
+        ended = _ended(codes, forwarded, failure.read_failures(folder))
+    else:
+        failure.write_log(folder, hang)
+        ended = Ended(hang.code, "failed", hang.message)
+    _clear(folder)
     failure.remove_rank_locks(folder)
     return ended
+
+
+def _clear(folder: Path) -> None:
+    """Remove reports and heartbeats of ranks, all of which have ended."""
+    failure.remove_reports(folder)
+    remove_heartbeats(folder)
 
 
 def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
@@ -180,15 +195,18 @@ def _start(command: list[str], ranks: int, added: dict[str, str]) -> Processes:
     return [subprocess.Popen(command, env={**environment, **own}, start_new_session=True) for own in placements]
 
 
-def _wait(processes: Processes, folder: Path) -> None:
-    """Wait until all processes have succeeded, or one has failed or reported a failure."""
+def _wait(processes: Processes, folder: Path) -> Failure | None:
+    """Wait until all processes have succeeded, or one has failed or reported a failure; return the failure of one that hangs."""
+    watch = Watch(folder, len(processes))
     for look in itertools.count():
         codes = [process.poll() for process in processes]
         if any(code not in (None, 0) for code in codes) or all(code == 0 for code in codes):
-            return
+            return None
         # Only every second, because listing the folder may be slow on a network file system.
         if look % 10 == 0 and failure.read_failures(folder):
-            return
+            return None
+        if look % 5 == 0 and (hang := watch.look()) is not None:
+            return hang
         time.sleep(0.1)
 
 
@@ -244,7 +262,3 @@ def _end_of_rank(rank: int, codes: list[int | None]) -> str:
         f"{who} was killed by signal {number.value} ({number.name}); the others were stopped."
         f"{memory if number == signal.SIGKILL else ''} Repeat the same command to resume."
     )
-
-
-def _facts(message: str, code: int) -> dict[str, Any]:
-    return {"error": message.removeprefix("error: ").splitlines()[-20:], "exit_code": code}

@@ -1,15 +1,14 @@
 """Entry point of ranks that `ranks.launch` starts: `python -m clip_exp.ranks.worker <module>:<function> <folder>`."""
 
-import ctypes
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from clip_exp.ranks.failure import Reporter, exit_on_signals, lock_rank, reporting_to
+from clip_exp.ranks.watchdog import die_with_parent
 
 
 def command_line(work: Callable[[Path], int], folder: Path) -> list[str]:
@@ -21,9 +20,7 @@ def main() -> NoReturn:
     """Call the function named on the command line, and exit with its result, or with the exit code of its failure."""
     module, function = sys.argv[1].split(":")
     folder, rank = Path(sys.argv[2]), int(os.environ["RANK"])
-    if sys.platform == "linux":  # make the kernel kill this process when the launcher dies
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    die_with_parent()
     reporter = Reporter(folder, rank)
     # Until the work installs its own handlers, a signal ends this rank immediately: nothing can be lost yet.
     with exit_on_signals(silent=rank > 0), reporting_to(reporter):

@@ -44,10 +44,11 @@ from clip_exp.devices import benchmarks_convolutions, free_memory, resolve_accel
 from clip_exp.errors import PREEMPTED_EXIT_CODE, CheckpointError, ClipExpError, ConfigError, NumericError
 from clip_exp.evaluation.task import Task
 from clip_exp.models.clip import CLIP, build_model
-from clip_exp.ranks import group
+from clip_exp.ranks import group, heartbeat
 from clip_exp.ranks.environment import started_by_launcher
 from clip_exp.ranks.failure import StopRequest, note_signals
 from clip_exp.ranks.group import is_main
+from clip_exp.ranks.heartbeat import Phase
 from clip_exp.reports.names import few_images
 from clip_exp.runs import LAST_CHECKPOINT, RunRecord, with_saved_tokenizer
 from clip_exp.text.tokenizer import build_tokenizer
@@ -66,6 +67,7 @@ from clip_exp.training.callbacks import (
 )
 from clip_exp.training.diagnosis import Diagnosis, data_problems
 from clip_exp.training.goodput import note_restart
+from clip_exp.training.liveness import Liveness, living
 from clip_exp.training.messages import LOG_ONLY
 from clip_exp.training.metrics import MetricsCSV, StepMetrics, build_loggers, start_loggers
 from clip_exp.training.module import CLIPModule, ZeroShot
@@ -109,10 +111,11 @@ def train(run_dir: Path, config: TrainConfig | None = None, tables: RunTables | 
     device_type = resolve_accelerator(config.trainer.accelerator, "trainer.")
     distributed = started_by_launcher() or config.strategy.name != StrategyName.auto
     finished = record.values.get("status") == "finished"
-    with note_signals() as stop:
+    with note_signals() as stop, living(config, run_dir):
         try:
             with group.membership(device_type, config.strategy.timeout_s) if distributed else nullcontext():
                 if finished:
+                    heartbeat.enter(Phase.scoring)
                     score_finished(config, run_dir, record, group.device(device_type))
                     return 0
                 try:
@@ -341,11 +344,13 @@ def _build_callbacks(
     skipped = SkippedSteps(config.max_skipped_steps, datamodule.images_of_step)
     metrics = StepMetrics(config.log_every_n_steps, config.global_batch_size, datamodule.num_rows, skipped)
     progress = Progress(config.callbacks.progress, metrics, note=few_images(datamodule.val_images))
-    callbacks: list[pl.Callback] = [ReportFailure(config), SameRanks(), skipped, metrics, progress, StopAtEnd()]
+    liveness = Liveness(config)
+    callbacks: list[pl.Callback] = [ReportFailure(config), liveness, SameRanks(), skipped, metrics, progress, StopAtEnd()]
     callbacks += [Diagnosis(config, metrics)] if is_main() else []
     if config.callbacks.ema_decay is not None:
         callbacks.append(AveragedWeights(config.callbacks.ema_decay, skipped, config.callbacks.ema_every_n_steps))
-    scores = TaskScores(tasks, config, run_dir, progress, metrics.pause) if tasks else None
+    before_scoring = liveness.before(Phase.scoring, metrics.pause)
+    scores = TaskScores(tasks, config, run_dir, progress, before_scoring) if tasks else None
     callbacks += [scores] if scores else []
     if config.patience is not None and config.monitor is not None:
         mode = monitor_mode(config.monitor, config.monitor_mode)
@@ -361,7 +366,7 @@ def _build_callbacks(
         config.monitor,
         config.monitor_mode,
         metadata={"samples_per_step": config.global_batch_size, "seed": config.seed},
-        pause=metrics.pause,
+        pause=liveness.before(Phase.saving, metrics.pause),
         skipped=skipped,
         scores=scores,
         retry_s=config.callbacks.save_retry_s,

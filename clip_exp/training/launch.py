@@ -100,9 +100,14 @@ class Training(Work):
         return train_in(folder, self.resolved, self.tables, self.messages)
 
     def note(self, folder: Path, status: str, **facts: Any) -> None:
-        record = RunRecord(folder)
-        if record.values.get("status") != "finished":  # a failure to score further tasks does not undo that
-            record.finish(status, **facts)
+        note(folder, status, **facts)
+
+
+def note(folder: Path, status: str, **facts: Any) -> None:
+    """Record in `run.json` that a run has failed or was preempted."""
+    record = RunRecord(folder)
+    if record.values.get("status") != "finished":  # a failure to score further tasks does not undo that
+        record.finish(status, **facts)
 
 
 def train_in(

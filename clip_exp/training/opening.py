@@ -54,7 +54,7 @@ NOT_IN_IDENTITY = (
     "resume", "output_dir", "allow_targets", "strategy.", "trainer.", "logger.", "micro_batch_size", "log_every_n_steps", "compile",
     "max_skipped_steps", "checkpoint_async",
     "checkpoint_every_n_steps", "keep_checkpoints", "keep_every_n_steps", "val_every_n_steps", "task", "data.num_workers", "data.max_bad_fraction",
-    "data.max_empty_caption_fraction", "data.allow_changed", "callbacks.progress", "callbacks.save_retry_s",
+    "data.max_empty_caption_fraction", "data.allow_changed", "data.timeout_s", "hang_timeout_s", "callbacks.progress", "callbacks.save_retry_s",
 )  # fmt: skip
 IN_IDENTITY = (
     "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.sync_batchnorm", "trainer.limit_val_batches",

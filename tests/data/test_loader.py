@@ -302,7 +302,7 @@ def test_a_killed_worker_is_an_error_with_a_remedy_whatever_the_process_is_doing
         with pytest.raises(DataError, match=reported), report_killed_workers("data.num_workers"):
             use(batches)
     broken = iter(WorkerLoader(Killed(), sampler=[0], num_workers=1))
-    monkeypatch.setattr(broken._data_queue, "get", reset)
+    monkeypatch.setattr(broken.batches._data_queue, "get", reset)
     with pytest.raises(DataError, match=reported), report_killed_workers("data.num_workers"):
         next(broken)
     with pytest.raises(ConnectionResetError), report_killed_workers("data.num_workers"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clip_exp.data.loader import WorkerLoader, _SharedMemory, count_workers, report_killed_workers
+from clip_exp.data.reading import ReadLimit
 from clip_exp.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
@@ -66,7 +67,7 @@ def loader(count: int = 1, **options: int) -> WorkerLoader[Batch]:
         batch_size=4,
         collate_fn=collate,
         num_workers=count,
-        timeout=20 * bool(count),
+        limit=ReadLimit(20.0),
         **options,
     )
 

@@ -1,0 +1,173 @@
+"""Rows that processes are reading, so that a read that never ends is noticed and named. Does not import torch.
+
+Data sets report each row by `reading`. A worker process writes it to its slot in shared memory, where the training process finds it; the
+training process, if it reads rows itself, writes it to its heartbeat (`ranks.heartbeat`), where its watcher finds it.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawArray
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from clip_exp.errors import DataError
+from clip_exp.ranks import heartbeat
+from clip_exp.ranks.watch import STOPPED, state_of
+
+T = TypeVar("T")
+TICK_S = 2.0  # longest time between two looks at a worker that is waited for
+TIMED_OUT = "DataLoader timed out"  # start of torch's message
+END_S = 1.0  # time for a killed worker to end
+SLOT, TEXT_AT = 512, 24  # bytes of a slot, and where its text begins
+COUNT, PID, LENGTH = range(3)  # words of a slot
+
+
+class Slot:
+    """What a worker is reading, in memory that it shares with the training process."""
+
+    def __init__(self, memory: Any, worker: int) -> None:
+        view = memoryview(memory).cast("B")[worker * SLOT : (worker + 1) * SLOT]
+        self._words, self._text = view[:TEXT_AT].cast("q"), view[TEXT_AT:]
+
+    def own(self) -> None:
+        """Let this process be the worker."""
+        self._words[PID], self._words[LENGTH] = os.getpid(), 0
+
+    def reading(self, name: str) -> None:
+        text = name.encode(errors="surrogateescape")[: len(self._text)]
+        self._text[: len(text)] = text
+        self._words[LENGTH] = len(text)
+        self._words[COUNT] += 1
+
+    @property
+    def count(self) -> int:
+        """Number of reports of the worker: while it grows, the worker makes progress."""
+        return self._words[COUNT]
+
+    @property
+    def pid(self) -> int:
+        return self._words[PID]
+
+    @property
+    def row(self) -> str:
+        """Name of the row that the worker is reading; empty if it reads none."""
+        return bytes(self._text[: self._words[LENGTH]]).decode(errors="replace")
+
+
+_own: Slot | None = None  # slot of this process, if it is a worker
+
+
+def reading(name: str) -> None:
+    """Report that this process reads a row from now on; an empty name: that it has read all rows of a batch."""
+    if _own is not None:
+        _own.reading(name)
+    else:
+        heartbeat.reading(name)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Slots of the workers of a loader. Can be passed to a process that is being started."""
+
+    memory: Any
+    workers: int
+
+    @classmethod
+    def create(cls, workers: int) -> "Slots":
+        return cls(RawArray(ctypes.c_ubyte, workers * SLOT), workers)
+
+    def __getitem__(self, worker: int) -> Slot:
+        return Slot(self.memory, worker)
+
+    def use(self, worker: int) -> None:
+        """Let this process be a worker, whose rows are no longer those of the process that it was forked from."""
+        global _own
+        _own = self[worker]
+        _own.own()
+        heartbeat.forget()
+
+
+class ReadLimit(NamedTuple):
+    """Longest time that training waits for a worker that makes no progress."""
+
+    seconds: float | None = 240.0  # None: no limit
+    key: str | None = None  # configuration key that sets it, for the message
+
+    @property
+    def tick_s(self) -> float:
+        """Time between two looks at the worker; 0 without a limit."""
+        return 0.0 if self.seconds is None else min(TICK_S, self.seconds / 4)
+
+
+class WatchedBatches(Generic[T]):
+    """Iterator over the batches of workers that does not wait forever for a worker that makes no progress.
+
+    The wait is counted in ticks, so that a machine that was suspended, or a process that was stopped, has waited for one tick.
+
+    Args:
+        batches: torch's iterator, which gives up after each tick and can be asked again.
+        slots: slots of its workers, which work on the batches in turn.
+        limit: the limit.
+        rank: phrase that names this rank, for the message; empty for a single process.
+    """
+
+    def __init__(self, batches: Iterator[T], slots: Slots, limit: ReadLimit, rank: Callable[[], str]) -> None:
+        self.batches, self.slots, self.limit, self.rank = batches, slots, limit, rank
+        self._received = 0
+
+    def __iter__(self) -> "WatchedBatches[T]":
+        return self
+
+    def __next__(self) -> T:
+        worker = self._received % self.slots.workers
+        count, stalled_s = self.slots[worker].count, 0.0
+        while True:
+            try:
+                batch = next(self.batches)
+            except RuntimeError as error:
+                if not str(error).startswith(TIMED_OUT):
+                    raise
+            else:
+                break
+            # This process is well: it is the worker that may not be.
+            heartbeat.beat()
+            before, count = count, self.slots[worker].count
+            stalled_s = stalled_s + self.limit.tick_s if count == before else 0.0
+            if self.limit.seconds is not None and stalled_s >= self.limit.seconds:
+                raise self._give_up(worker, stalled_s)
+        self._received += 1
+        heartbeat.beat()
+        return batch
+
+    def _give_up(self, awaited: int, stalled_s: float) -> DataError:
+        """Kill the worker that makes no progress, which could not end by itself, and return the error."""
+        stopped = [worker for worker in range(self.slots.workers) if state_of(self.slots[worker].pid) == STOPPED]
+        # Another worker that was stopped may hold the lock of the queue.
+        worker = awaited if awaited in stopped or not stopped else stopped[0]
+        slot = self.slots[worker]
+        state = ", which was stopped by a signal (state T)," if worker in stopped else ""
+        doing = f"reading {slot.row}" if slot.row else "reading no row"
+        raised = f" If it was only slow, raise {self.limit.key}, or set it to null for no limit." if self.limit.key else ""
+        pids = {self.slots[each].pid for each in {awaited, *stopped}}
+        message = (
+            f"data loader worker {worker} of {self.slots.workers} (process {slot.pid}){self.rank()}{state} has made no progress for "
+            f"{stalled_s:.0f} s, {doing}. Check the row and the storage that it is on, and repeat the same command to resume.{raised}"
+        )
+        _kill(pids)
+        return DataError(message)
+
+
+def _kill(pids: set[int]) -> None:
+    """Kill workers without the error that torch raises when a worker is killed."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    for process in multiprocessing.active_children():
+        if process.pid in pids:
+            process.kill()
+            process.join(END_S)
+    if main:
+        signal.signal(signal.SIGCHLD, handler)
